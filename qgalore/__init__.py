@@ -1,0 +1,21 @@
+"""Q-GaLore: training in little memory with INT8 weights, INT4 low-rank projections and 8-bit Adam states."""
+
+from qgalore.linear import LowRankLinear, WeightFormat, convert_linears
+from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
+from qgalore.param_groups import linear_names, low_rank_param_groups
+from qgalore.quantization import QuantizedTensor, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "LowRankLinear",
+    "QGaLoreAdamW8bit",
+    "QuantizedTensor",
+    "WeightFormat",
+    "convert_linears",
+    "linear_names",
+    "low_rank_param_groups",
+    "quantize",
+]

@@ -1,0 +1,46 @@
+"""Sums a gradient over micro-batches, in float32, bfloat16 or 8 bits a value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qgalore.quantization import QuantizedTensor, quantize
+
+
+class GradientAccumulator:
+    """The running sum of one gradient matrix or vector; empty until the first `add` of an update."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: float32, bfloat16, or int8 for group-quantized sums with stochastic (unbiased) rounding."""
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(f"a gradient accumulates in float32, bfloat16 or int8, not in {dtype}")
+        self.dtype = dtype
+        self._sum: Tensor | QuantizedTensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added since the last `take`."""
+        return self._sum is None
+
+    def add(self, grad: Tensor, seed: int) -> None:
+        """Add a gradient; a first one is kept as it is, without a copy. seed is for the rounding at int8."""
+        if self._sum is not None:
+            grad = self._value(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
+        packs = self.dtype == torch.int8 and grad.dim() == 2
+        self._sum = quantize(grad, bits=8, group_size=256, seed=seed) if packs else grad
+
+    def take(self) -> Tensor:
+        """The sum, in float32 or the dtype of a gradient that came alone; the accumulator is empty afterwards."""
+        assert self._sum is not None
+        value = self._sum.dequantize() if isinstance(self._sum, QuantizedTensor) else self._sum
+        self._sum = None
+        return value
+
+    def _value(self, dtype: torch.dtype) -> Tensor:
+        assert self._sum is not None
+        return self._sum.dequantize(dtype) if isinstance(self._sum, QuantizedTensor) else self._sum.to(dtype)
+
+    def clear(self) -> None:
+        """Forget the sum."""
+        self._sum = None

@@ -1,0 +1,88 @@
+"""Adam's moments for one weight, in float32 or block-wise 8-bit, as tensors in an optimizer's state.
+
+The arithmetic and its sources are in `qgalore.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qgalore import kernels
+
+BLOCK_SIZE = 256
+"""Values that share an absmax in an 8-bit state, as in bitsandbytes."""
+MIN_8BIT_NUMEL = 4096
+"""Smaller weights keep float32 moments, as in bitsandbytes: a norm's 8-bit states would save nothing."""
+
+
+def init_moments(state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
+    """Put zero moments for a gradient of `shape` into `state`: exp_avg, exp_avg_sq and, at 8 bits, their absmax."""
+    if bits == 8 and shape.numel() >= MIN_8BIT_NUMEL:
+        zeros = torch.zeros(shape, device=device)
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            state[name], state[f"{name}_absmax"] = kernels.quantize_blocks(zeros, signed, BLOCK_SIZE)
+    else:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros(shape, device=device)
+
+
+def read_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """exp_avg and exp_avg_sq in float32; the state's own tensors where they are float32."""
+    if "exp_avg_absmax" not in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    first = kernels.dequantize_blocks(state["exp_avg"], state["exp_avg_absmax"], True, BLOCK_SIZE)
+    return first, kernels.dequantize_blocks(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False, BLOCK_SIZE)
+
+
+def write_moments(state: dict[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Replace the moments in place by float32 values of the same shape."""
+    for name, value, signed in (("exp_avg", exp_avg, True), ("exp_avg_sq", exp_avg_sq, False)):
+        if f"{name}_absmax" in state:
+            codes, absmax = kernels.quantize_blocks(value, signed, BLOCK_SIZE)
+            state[name].copy_(codes)
+            state[f"{name}_absmax"].copy_(absmax)
+        else:
+            state[name].copy_(value)
+
+
+def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, int]]:
+    """Ranges of rows that can be updated one after another: whole blocks of an 8-bit state; one range for a vector."""
+    columns = shape[1:].numel()
+    if len(shape) < 2 or ("exp_avg_absmax" in state and columns % BLOCK_SIZE):
+        return [(0, shape[0])]
+    return kernels.row_chunks(shape[0], columns)
+
+
+def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Views of the moments of rows start:stop, a range of `row_parts`."""
+    moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+    columns = moments["exp_avg"].shape[1:].numel()
+    views = {name: value[start:stop] for name, value in moments.items()}
+    for name in moments:
+        if f"{name}_absmax" in state:
+            views[f"{name}_absmax"] = state[f"{name}_absmax"][
+                start * columns // BLOCK_SIZE : -(-stop * columns // BLOCK_SIZE)
+            ]
+    return views
+
+
+def adam_step(state: dict[str, Tensor], grad: Tensor, step: int, betas: tuple[float, float], eps: float) -> Tensor:
+    """The direction N = m_hat / (sqrt(v_hat) + eps), float32 like grad, after moving the moments in place.
+
+    step counts from 1.
+    """
+    grad = grad.float()
+    if "exp_avg_absmax" not in state:
+        return kernels.adam_direction(grad, state["exp_avg"], state["exp_avg_sq"], step, betas, eps)
+    return kernels.adam_step_8bit(
+        grad,
+        state["exp_avg"],
+        state["exp_avg_absmax"],
+        state["exp_avg_sq"],
+        state["exp_avg_sq_absmax"],
+        step,
+        betas,
+        eps,
+        BLOCK_SIZE,
+    )

@@ -1,0 +1,209 @@
+"""The arithmetic of Q-GaLore in plain PyTorch: what every kernel must equal, and the path of machines without Triton.
+
+Group quantization. A matrix is cut along each row into groups of `group_size` values; the last group of a row may be
+shorter and no group straddles rows. A group stores codes 0 .. 2^bits - 1, a scale and a zero point, the value of
+code 0:
+
+    value = code * scale + zero_point
+
+Scale and zero point are bfloat16, rounded before the codes are computed: the zero point down and the scale up, so that
+the codes cover the group and nothing is clamped by more than 1/64 of a step. Since a code has at most 8 significant
+bits and so has the scale, `code * scale` is exact in float32: a fused multiply-add gives the same bits as a product
+followed by a sum, and a kernel can be held to `torch.equal`.
+
+Stochastic rounding takes 16 random bits a value from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC 2011) with key = seed and counter = (column // 8, row, 0, 0): one call serves eight neighbours.
+
+Block-wise 8-bit Adam follows Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_SMALLEST_NORMAL = 2.0**-126
+_BFLOAT16_MAX = 3.3895313892515355e38
+_SCALE_TOLERANCE = 1.0 - 2.0**-14
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words a counter, as int64 in [0, 2^32), by Philox4x32-10 with the 64-bit key `seed`."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        # The 64-bit products wrap as signed integers; their bits are those of the unsigned products.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ key0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ key1,
+            product0 & _MASK32,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _MASK32, (key1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def random_bits16(rows: int, columns: int, seed: int, row_start: int, device: torch.device) -> Tensor:
+    """Random integers in [0, 2^16) for the elements of a matrix, from position and seed: (rows, columns) int64.
+
+    Element (i, j) takes half-word j % 8 of the Philox call with counter (j // 8, row_start + i, 0, 0), low ones first.
+    """
+    calls = (columns + 7) // 8
+    c0 = torch.arange(calls, device=device, dtype=torch.int64).expand(rows, calls)
+    c1 = torch.arange(row_start, row_start + rows, device=device, dtype=torch.int64)[:, None].expand(rows, calls)
+    zero = torch.zeros((), device=device, dtype=torch.int64).expand(rows, calls)
+    words = torch.stack(philox((c0, c1, zero, zero), seed), dim=-1)  # (rows, calls, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, calls, 4, 2)
+    return halves.reshape(rows, calls * 8)[:, :columns]
+
+
+def _round_down_to_bfloat16(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    bits = torch.where(bits < 0, bits + 0xFFFF, bits) & -0x10000
+    return bits.view(torch.float32).clamp(-_BFLOAT16_MAX, _BFLOAT16_MAX)
+
+
+def _round_up_to_bfloat16(x: Tensor) -> Tensor:
+    """The same for x >= 0, upwards."""
+    return ((x.contiguous().view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def _group_bounds(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The smallest and largest value of each group: (rows, groups) twice."""
+    rows, columns = x.shape
+    whole = columns // group_size * group_size
+    low, high = x[:, :whole].reshape(rows, -1, group_size).aminmax(dim=2) if whole else (x[:, :0], x[:, :0])
+    if whole < columns:
+        tail_low, tail_high = x[:, whole:].aminmax(dim=1, keepdim=True)
+        low, high = torch.cat((low, tail_low), dim=1), torch.cat((high, tail_high), dim=1)
+    return low, high
+
+
+def _spread(per_group: Tensor, columns: int, group_size: int) -> Tensor:
+    """(rows, groups) -> (rows, columns): each group's value at its columns."""
+    return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def quantize_groups(
+    x: Tensor, bits: int, group_size: int, seed: int | None, row_start: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (rows, columns) uint8 (one a byte), scale and zero point (rows, groups) bfloat16 of the float matrix x.
+
+    Nearest rounding without a seed: |value - x| <= scale / 2. Stochastic with one: the expected value is x,
+    |value - x| < scale. `row_start` is the number of x's first row in the matrix that the seed belongs to.
+    """
+    x = x.float()
+    rows, columns = x.shape
+    levels = (1 << bits) - 1
+    low, high = _group_bounds(x, group_size)
+    zero_point = _round_down_to_bfloat16(low)
+    # Halved, so that a group which spans the whole float32 range does not overflow.
+    exact = (high * 0.5 - zero_point * 0.5) / (levels * 0.5)
+    scale = _round_up_to_bfloat16(exact * _SCALE_TOLERANCE)
+    scale = torch.where(exact > 0, scale.clamp_min(_SMALLEST_NORMAL), 0.0)
+    step = _spread(torch.where(scale > 0, scale, 1.0), columns, group_size)
+    position = (x - _spread(zero_point, columns, group_size)) / step
+    if seed is None:
+        codes = (position + 0.5).floor_()
+    else:
+        codes = position.floor()
+        threshold = (random_bits16(rows, columns, seed, row_start, x.device).float() + 0.5) * 2.0**-16
+        codes += threshold < position - codes
+    return codes.clamp_(0, levels).to(torch.uint8), scale.bfloat16(), zero_point.bfloat16()
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """code * scale + zero_point in float32, rounded once to `dtype`: (rows, columns)."""
+    columns = codes.shape[1]
+    value = codes.float().mul_(_spread(scale, columns, group_size)).add_(_spread(zero_point, columns, group_size))
+    return value.to(dtype)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """(rows, columns) uint8 of 0..15 -> (rows, ceil(columns / 2)): even columns in the low half of a byte."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_int4` for a matrix of `columns` columns."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+
+
+def round_stochastic_bfloat16(x: Tensor, seed: int, row_start: int = 0) -> Tensor:
+    """A float32 matrix (rows, columns) rounded to bfloat16 up or down so that the expected value is x."""
+    bits = x.contiguous().view(torch.int32)
+    random = random_bits16(x.shape[0], x.shape[1], seed, row_start, x.device).to(torch.int32)
+    rounded = ((bits + random) & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
+
+
+@functools.lru_cache(maxsize=8)
+def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of dynamic tree quantization, ascending, in [-1, 1] or [0, 1]: (256,) float32.
+
+    With e leading zeros the decimal exponent is -e and the bits left hold a linear fraction over (0.1, 1]
+    (arXiv 2110.02861, section 1.2; an unsigned map spends the sign bit on the fraction).
+    """
+    values = [0.0, 1.0]
+    exponent_bits, fraction_bits = 7, 0 if signed else 1
+    for exponent in range(exponent_bits):
+        count = 2 ** (exponent + fraction_bits)
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float32)
+        means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (exponent - exponent_bits + 1)
+        values += means.tolist()
+        if signed:
+            values += (-means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _map_midpoints(signed: bool, device: torch.device) -> Tensor:
+    values = dynamic_map(signed, device)
+    return (values[:-1] + values[1:]) / 2
+
+
+def quantize_blocks(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes like x in uint8 and the largest magnitude of each block of the flattened x, (blocks,) float32."""
+    flat = x.reshape(-1).float()
+    blocks = -(-flat.numel() // block_size)
+    padded = torch.nn.functional.pad(flat, (0, blocks * block_size - flat.numel())).view(blocks, block_size)
+    absmax = padded.abs().amax(dim=1)
+    scaled = padded / torch.where(absmax > 0, absmax, 1.0)[:, None]
+    codes = torch.bucketize(scaled, _map_midpoints(signed, x.device), out_int32=True).to(torch.uint8)
+    return codes.view(-1)[: flat.numel()].view(x.shape), absmax
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
+    """The float32 values of `quantize_blocks`, shaped like codes."""
+    value = dynamic_map(signed, codes.device)[codes.view(-1).to(torch.int32)]
+    return (value * absmax.repeat_interleave(block_size)[: value.numel()]).view(codes.shape)
+
+
+def adam_direction(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """N = m_hat / (sqrt(v_hat) + eps) after moving the float32 moments m, v in place towards grad (Kingma & Ba)."""
+    beta1, beta2 = betas
+    exp_avg.lerp_(grad, 1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    denominator = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
+    return (exp_avg / (1.0 - beta1**step)).div_(denominator)
+
+
+def project_back_rows(direction: Tensor, left: Tensor | None, right: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows start:stop of leftᵀ N right, the full-size direction, float32; None stands for the identity."""
+    rows = direction[start:stop] if left is None else left[:, start:stop].T @ direction  # float32
+    return rows if right is None else rows @ right
+
+
+def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Row ranges of about 4 M elements, so that no float32 copy of a whole large matrix is made."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]

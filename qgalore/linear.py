@@ -1,0 +1,225 @@
+"""The linear layer whose weight is trained through low-rank gradients, over a float or a quantized weight.
+
+The weight is plain state of a module: an integer parameter with its scales and zero points as buffers (or a float
+parameter), so `deepcopy`, `state_dict`, `.to()`, safetensors and data parallelism need nothing special; a tensor
+subclass failed at the last two (docs/log.md has the trial). Autograd cannot hand an integer parameter a gradient, nor
+should it form a full one. So the layer is an operator whose backward gives its two factors, the output gradient and
+the input, to the layer's *tap*; the optimizer hangs a tap on each layer when it is attached to the model. A scalar
+leaf, the *anchor*, stands for the weight in the autograd graph: it makes the backward run even where the input needs
+no gradient, and its post-accumulate hook fires once a backward, after every use of the weight.
+
+The operator is a `torch.library` operator, so that `torch.compile` passes through it without a graph break.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qgalore import kernels
+from qgalore.quantization import QuantizedTensor, quantize
+
+
+class GradientTap(Protocol):
+    """What receives the factors of a weight gradient during the backward pass."""
+
+    def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
+        """Take grad_output (tokens, out_features) and input (tokens, in_features); the gradient is their product."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a low-rank weight is stored and rounded when it is written."""
+
+    bits: int | None = None
+    """8 or 4: quantized in groups; None: float."""
+    group_size: int = 256
+    """Values of a row that share a scale."""
+    stochastic_rounding: bool = True
+    """Round updates up or down at random, unbiased; else to nearest."""
+    simulate: bool = False
+    """Fake quantization: keep a float weight whose values lie on the quantized grid."""
+
+
+_layer_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, LowRankLinear] = weakref.WeakValueDictionary()
+
+
+class LowRankLinear(nn.Module):
+    """`nn.Linear` with a weight in `format` and a tap for its gradient; made by `LowRankLinear.from_linear`."""
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, format: WeightFormat) -> None:
+        """weight: float, (out_features, in_features), stored as `format` says."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.format = format
+        self.bias: nn.Parameter | None
+        self.weight_scale: Tensor | None
+        self.weight_zero_point: Tensor | None
+        self.register_parameter("bias", bias)
+        if format.bits is None or format.simulate:
+            self.weight = nn.Parameter(weight.detach())
+            self.register_buffer("weight_scale", None)
+            self.register_buffer("weight_zero_point", None)
+            if format.simulate:
+                self.weight.data.copy_(self._to_grid(weight.detach(), seed=None))
+        else:
+            quantized = quantize(weight.detach(), format.bits, format.group_size)
+            self.weight = nn.Parameter(quantized.qdata, requires_grad=False)
+            self.register_buffer("weight_scale", quantized.scale)
+            self.register_buffer("weight_zero_point", quantized.zero_point)
+        self.tap: GradientTap | None = None
+        self.anchor: Tensor | None = None
+        self._register()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, format: WeightFormat) -> LowRankLinear:
+        """The same layer with its weight in `format`; the bias is shared."""
+        layer = cls(linear.weight, linear.bias, format)
+        layer.train(linear.training)
+        return layer
+
+    def _register(self) -> None:
+        self._number = next(_layer_numbers)
+        _layers[self._number] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is another layer: it has its own number and no optimizer.
+        return self.__dict__ | {"tap": None, "anchor": None, "_number": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor | None:
+        """A view of the quantized weight; None where the weight is float."""
+        if self.weight_scale is None or self.weight_zero_point is None:
+            return None
+        assert self.format.bits is not None
+        return QuantizedTensor(
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.in_features,
+            self.format.bits,
+            self.format.group_size,
+        )
+
+    def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in_features) in `dtype`; the parameter itself where it already is that."""
+        quantized = self.quantized_weight
+        return self.weight.to(dtype) if quantized is None else quantized.dequantize(dtype)
+
+    def attach(self, tap: GradientTap | None) -> Tensor:
+        """Hang a tap on the layer (None takes it off) and return the anchor, a leaf whose hook ends the gradient."""
+        self.tap = tap
+        self.anchor = torch.zeros((), device=self.weight.device, requires_grad=True)
+        return self.anchor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in_features) -> (..., out_features) in the dtype of input."""
+        if self.tap is None or self.anchor is None:
+            return F.linear(input, self.dequantized_weight(input.dtype), self.bias)
+        output: Tensor = _low_rank_linear(
+            input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number
+        )
+        return output if self.bias is None else output + self.bias
+
+    @torch.no_grad()
+    def update_(
+        self, direction: Tensor, left: Tensor | None, right: Tensor | None, step_size: float, decay: float, seed: int
+    ) -> None:
+        """W <- round(decay * W - step_size * leftᵀ N right), in place; `qgalore.kernels` has the shapes."""
+        rounding = seed if self.format.stochastic_rounding else None
+        quantized = self.quantized_weight
+        if quantized is not None:
+            kernels.update_quantized_(
+                quantized.qdata, quantized.scale, quantized.zero_point, direction, left, right, quantized.columns,
+                quantized.bits, quantized.group_size, step_size, decay, rounding,
+            )  # fmt: skip
+        elif self.format.simulate:
+            full = kernels.project_back(direction, left, right)
+            value = self.weight.float().mul(decay).sub_(full, alpha=step_size)
+            self.weight.copy_(self._to_grid(value, rounding))
+        else:
+            kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding)
+
+    def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
+        assert self.format.bits is not None
+        return quantize(value, self.format.bits, self.format.group_size, seed).dequantize(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """The shape and format, for printing a model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}"
+
+
+def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
+    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place; raises TypeError for others."""
+    for name in names:
+        linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(linear, format))
+
+
+@torch.library.custom_op("qgalore::low_rank_linear", mutates_args=())
+def _low_rank_linear(
+    input: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, anchor: Tensor, layer: int
+) -> Tensor:
+    return F.linear(input, _layers[layer].dequantized_weight(input.dtype))
+
+
+@torch.library.custom_op("qgalore::low_rank_linear_backward", mutates_args=())
+def _low_rank_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    layer: int,
+    need_input_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    # The anchor's gradient is an output, so that no compiler may drop a call whose input gradient is not needed.
+    module, anchor_grad = _layers[layer], grad_output.new_zeros((), dtype=torch.float32)
+    if module.tap is not None:
+        module.tap.accumulate(grad_output.flatten(0, -2), input.flatten(0, -2))
+    if not need_input_gradient:
+        return grad_output.new_empty(0), anchor_grad
+    return grad_output @ module.dequantized_weight(grad_output.dtype), anchor_grad
+
+
+@_low_rank_linear.register_fake
+def _(input: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@_low_rank_linear_backward.register_fake
+def _(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    anchor_grad = grad_output.new_empty((), dtype=torch.float32)
+    return torch.empty_like(input) if rest[-1] else grad_output.new_empty(0), anchor_grad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, scale, zero_point, _, layer = inputs
+    # The weight is saved too: autograd then refuses a backward through a weight that was changed in between.
+    ctx.save_for_backward(input, weight, scale, zero_point)
+    ctx.layer = layer
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, scale, zero_point = ctx.saved_tensors
+    need = ctx.needs_input_grad[0]
+    grad, anchor_grad = _low_rank_linear_backward(grad_output, input, weight, scale, zero_point, ctx.layer, need)
+    return grad if need else None, None, None, None, anchor_grad, None
+
+
+_low_rank_linear.register_autograd(_backward, setup_context=_setup_context)

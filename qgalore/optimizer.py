@@ -1,0 +1,302 @@
+"""Q-GaLore and GaLore as ordinary optimizers: AdamW on projected gradients, with updates inside the backward if asked.
+
+A param group with a `rank` is low-rank: its gradients are projected (GaLore, arXiv 2403.03507; Q-GaLore, arXiv
+2407.08296). A group without one is plain AdamW. The keys are those that users of q-galore-torch know:
+
+| key | meaning | default |
+| --- | --- | --- |
+| rank | dimension of the subspace | |
+| update_proj_gap | updates between refreshes of a subspace | 200 |
+| scale | multiplier of the low-rank update (galore_scale, alpha) | 0.25 |
+| proj_type | std, reverse_std, left, right, full: the side that is projected; full: both | std |
+| quant, quant_n_bit, quant_group_size | hold the projection in 4 or 8 bits, in groups | by class, 4, 256 |
+| cos_threshold, gamma_proj, queue_size | the lazy layer-wise rule; gamma_proj 1 turns it off | 0.4, 2, 5 |
+| max_update_proj_gap | cap of the lazy interval; 0: 8 times the gap | 0 |
+| subspace | svd, or streaming: `qgalore.subspace` has both | svd |
+| svd_method | full or randomized | full |
+| rotate_moments | rotate Adam's moments into a new basis; None: where streaming | None |
+
+Alone, such an optimizer reads `.grad` like any other. `attach(model)` lets it take each gradient as soon as the
+backward has it: only the projected gradient is kept, also over several micro-batches, and quantized weights, which
+autograd cannot give a gradient, train at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from qgalore.linear import LowRankLinear
+from qgalore.weights import AllReduce, FullRankWeight, LowRankWeight
+
+_LOW_RANK_DEFAULTS: dict[str, Any] = {
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "quant_n_bit": 4,
+    "quant_group_size": 256,
+    "cos_threshold": 0.4,
+    "gamma_proj": 2,
+    "queue_size": 5,
+    "subspace": "svd",
+    "svd_method": "full",
+    "rotate_moments": None,
+    "max_update_proj_gap": 0,
+}
+_CHOICES = {
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "subspace": ("svd", "streaming"),
+    "svd_method": ("full", "randomized"),
+    "quant_n_bit": (4, 8),
+}
+
+
+class LowRankAdamW(Optimizer):
+    """AdamW with projected gradients for the param groups that have a `rank`; see the module's table."""
+
+    state_bits = 32
+    """Bits of Adam's states: 32 (float32) or 8 (block-wise)."""
+    quant = False
+    """Whether projections are quantized where a group does not say."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = True,
+        accumulator_dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        """lr, betas, eps, weight_decay as in `torch.optim.AdamW` (`decoupled_weight_decay=False`: as in Adam).
+
+        accumulator_dtype is that of gradients summed over micro-batches (float32, bfloat16, int8); seed that of the
+        stochastic rounding. Raises ValueError for a group whose keys make no sense.
+        """
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay} must not be negative, betas={betas} in [0, 1)"
+            )
+        self._seed = seed
+        self._weights: dict[Tensor, FullRankWeight] = {}
+        self._all_reduce: AllReduce | None = None
+        self._squared_norms: list[Tensor] = []
+        self.update_in_backward = False
+        self.is_last_micro_batch = True
+        """Set to False during the backward of all but the last micro-batch of an update."""
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "accumulator_dtype": accumulator_dtype,
+            "state_bits": self.state_bits,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; with a `rank` its weights are matrices under projection."""
+        if param_group.get("rank") is not None:
+            for key, value in (_LOW_RANK_DEFAULTS | {"quant": self.quant}).items():
+                param_group.setdefault(key, value)
+            if param_group["rotate_moments"] is None:
+                param_group["rotate_moments"] = param_group["subspace"] == "streaming"
+            self._check_low_rank(param_group)
+        super().add_param_group(param_group)
+        self._build_weights()
+
+    @staticmethod
+    def _check_low_rank(group: dict[str, Any]) -> None:
+        for key, choices in _CHOICES.items():
+            if group[key] not in choices:
+                raise ValueError(f"{key}={group[key]!r} is unknown: it must be one of {', '.join(map(str, choices))}")
+        for key in ("rank", "update_proj_gap", "quant_group_size", "queue_size"):
+            if int(group[key]) < 1:
+                raise ValueError(f"{key}={group[key]} must be at least 1")
+        if group["subspace"] == "streaming" and group["proj_type"] == "full":
+            raise ValueError("proj_type='full' needs subspace='svd': a streaming subspace has one side")
+
+    def _build_weights(self) -> None:
+        """One object a parameter, numbered in the order of the groups; the low-rank ones also among themselves.
+
+        Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
+        """
+        count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
+        index = place = 0
+        for group in self.param_groups:
+            kind = LowRankWeight if "rank" in group else FullRankWeight
+            for param in group["params"]:
+                weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
+                weight.bind(group, self.state[param], index, place, count)
+                index, place = index + 1, place + ("rank" in group)
+
+    # ---- the backward pass
+
+    def attach(self, model: nn.Module, update_in_backward: bool = False, all_reduce: AllReduce | None = None) -> None:
+        """Take every gradient as soon as the backward pass has it, and keep of a low-rank one the projection alone.
+
+        With `update_in_backward` each weight is updated there and then, so that its gradient lives only inside the
+        backward of its layer; `step` then has nothing left to do. `all_reduce` sums a tensor over the ranks of a
+        data-parallel run, in place. `.grad` stays None. Raises ValueError for a weight that the optimizer cannot train.
+        """
+        self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
+        for name, module in model.named_modules():
+            weight = self._weights.get(module.weight) if isinstance(module, LowRankLinear) else None
+            if weight is not None and isinstance(module, LowRankLinear):
+                weight.layer, weight.name = module, name
+                module.attach(weight).register_post_accumulate_grad_hook(self._anchor_hook(weight))
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        for param, weight in self._weights.items():
+            if weight.layer is None:
+                weight.name = names.get(param, weight.name)
+                param.register_post_accumulate_grad_hook(self._grad_hook(weight))
+            weight.check()
+
+    def _anchor_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
+        def hook(anchor: Tensor) -> None:
+            anchor.grad = None
+            self._gradient_ready(weight)
+
+        return hook
+
+    def _grad_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            assert param.grad is not None
+            grad, param.grad = param.grad, None
+            with torch.no_grad():
+                weight.accumulate_full(grad)
+            self._gradient_ready(weight)
+
+        return hook
+
+    @torch.no_grad()
+    def _gradient_ready(self, weight: FullRankWeight) -> None:
+        if self.is_last_micro_batch:
+            self._complete(weight)
+            if self.update_in_backward:
+                weight.update()
+
+    def _complete(self, weight: FullRankWeight) -> None:
+        weight.complete(self._all_reduce)
+        assert weight.grad is not None
+        self._squared_norms.append(torch.linalg.vector_norm(weight.grad, dtype=torch.float32).square())
+
+    # ---- the update
+
+    def grad_norm(self) -> Tensor:
+        """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
+        if not self._squared_norms:
+            return torch.zeros(())
+        return torch.stack(self._squared_norms).sum().sqrt()
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """Scale all gradients so that `grad_norm` is at most max_norm; RuntimeError where updates are already made."""
+        if self.update_in_backward:
+            raise RuntimeError("clip_grad_norm_ needs all gradients at once: attach with update_in_backward=False")
+        self._collect()
+        factor = (max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0)
+        for weight in self._weights.values():
+            if weight.grad is not None:
+                weight.grad = weight.grad * factor
+
+    def _collect(self) -> None:
+        """Take the `.grad` of parameters that no hook watches."""
+        for param, weight in self._weights.items():
+            if param.grad is not None and weight.grad is None:
+                weight.check()
+                weight.accumulate_full(param.grad)
+                self._complete(weight)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every weight that has a gradient and was not updated inside the backward pass."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._collect()
+        for weight in self._weights.values():
+            if weight.grad is not None:
+                weight.update()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        super().zero_grad(set_to_none)
+        self._squared_norms.clear()
+        for weight in self._weights.values():
+            weight.clear()
+
+    # ---- state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU."""
+        super().load_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, entries in state_dict["state"].items():
+            param = params[index]
+            self.state[param] = {
+                key: value.clone()
+                if value.device.type == "cpu" and key in _HOST_STATE
+                else value.to(param.device, copy=True)
+                for key, value in entries.items()
+            }
+        self._build_weights()
+
+    # ---- what the subspaces do
+
+    def low_rank_weights(self) -> Iterator[LowRankWeight]:
+        """The weights under projection, in order."""
+        return (weight for weight in self._weights.values() if isinstance(weight, LowRankWeight))
+
+    def subspace_metrics(self) -> dict[str, float | Tensor]:
+        """What the refreshes did: their number, the share that the lazy rule saved, and of the newest the similarity.
+
+        `subspace/similarity/<layer>` and `subspace/failures` are there for weights refreshed since the last call, as
+        tensors on the device, so that asking does not wait for it.
+        """
+        weights = list(self.low_rank_weights())
+        if not weights:
+            return {}
+        saved = sum(weight.schedule.saved for weight in weights)
+        made = sum(weight.schedule.refreshes for weight in weights)
+        metrics: dict[str, float | Tensor] = {
+            "subspace/refreshes": float(made),
+            "subspace/refreshes_saved_fraction": saved / max(1, saved + made),
+        }
+        refreshed = [weight for weight in weights if weight.similarity is not None]
+        if refreshed:
+            metrics["subspace/failures"] = torch.stack([weight.state["failures"] for weight in weights]).sum()
+        for weight in refreshed:
+            assert weight.similarity is not None
+            metrics[f"subspace/similarity/{weight.name}"] = weight.similarity
+            weight.similarity = None
+        return metrics
+
+
+_HOST_STATE = ("step", "schedule", "similarities")
+
+
+class GaLoreAdamW(LowRankAdamW):
+    """GaLore with float32 Adam states and float projections."""
+
+
+class GaLoreAdamW8bit(LowRankAdamW):
+    """GaLore with block-wise 8-bit Adam states."""
+
+    state_bits = 8
+
+
+class QGaLoreAdamW8bit(LowRankAdamW):
+    """Q-GaLore: 8-bit Adam states and INT4 projections; the INT8 weights are `qgalore.linear.LowRankLinear`."""
+
+    state_bits = 8
+    quant = True

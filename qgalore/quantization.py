@@ -1,0 +1,57 @@
+"""Group quantization: one value type for weights and projections in 8 or 4 bits.
+
+The format and its bounds are described in `qgalore.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qgalore import kernels
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A float matrix held as codes with a scale and a zero point for each group of a row."""
+
+    qdata: Tensor
+    """uint8, (rows, columns) at 8 bits, (rows, ceil(columns / 2)) at 4."""
+    scale: Tensor
+    """bfloat16, (rows, ceil(columns / group_size))."""
+    zero_point: Tensor
+    """bfloat16, like scale: the value of code 0."""
+    columns: int
+    """Columns of the matrix."""
+    bits: int
+    """8 or 4."""
+    group_size: int
+    """Values of a row that share a scale."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
+        return self.qdata.shape[0], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in (self.qdata, self.scale, self.zero_point))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (rows, columns) as a new tensor of `dtype`."""
+        return kernels.dequantize(
+            self.qdata, self.scale, self.zero_point, self.columns, self.bits, self.group_size, dtype
+        )
+
+
+def quantize(x: Tensor, bits: int = 8, group_size: int = 256, seed: int | None = None) -> QuantizedTensor:
+    """Quantize a float matrix to `bits` in groups of `group_size` along its rows.
+
+    Without a seed to the nearest code: |dequantized - x| <= scale / 2. With one stochastically: unbiased,
+    |dequantized - x| < scale, the same bits for the same seed on every device.
+    """
+    qdata, scale, zero_point = kernels.quantize(x, bits, group_size, seed)
+    return QuantizedTensor(qdata, scale, zero_point, x.shape[1], bits, group_size)

@@ -1,0 +1,128 @@
+"""Finding and changing the subspace of a gradient: bases as rows, projections, and Adam's moments in a new basis.
+
+A basis is (rank, d): `rank` nearly orthonormal rows that span the subspace of R^d. With the gradient G (m, n) of a
+weight (out_features, in_features), a left basis (d = m) gives the low-rank gradient R = left G (rank, n), a right one
+(d = n) R = G rightᵀ (m, rank); both together R = left G rightᵀ. GaLore (arXiv 2403.03507) writes P = leftᵀ or rightᵀ.
+
+Two ways to find it:
+- `fit_svd`: the top singular vectors of G, as GaLore does, in full or by a randomized range finder with two power
+  iterations (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4).
+- streaming: one step of subspace iteration a refresh, warm-started. `sketch` gives Y = G T, linear in G, so it can be
+  summed over micro-batches and ranks without ever forming G; `orthonormalize` turns it into a basis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHOLESKY_SHIFTS = (1e-4, 1e-6, 1e-6)
+_ORTHONORMAL_TOLERANCE = 1e-2
+
+
+def random_matrix(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """Standard normal (rows, columns) float32, drawn on the CPU so that every device gets the same values."""
+    generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    return torch.randn(rows, columns, generator=generator).to(device)
+
+
+def random_basis(rank: int, dimension: int, seed: int, device: torch.device) -> Tensor:
+    """A random orthonormal basis (rank, dimension), float32: where a subspace starts before any gradient is seen."""
+    matrix = random_matrix(dimension, rank, seed, torch.device("cpu"))
+    basis: Tensor = torch.linalg.qr(matrix)[0].T.contiguous()
+    return basis.to(device)
+
+
+def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """R = left G rightᵀ; None stands for the identity."""
+    rows = grad if left is None else left.to(grad.dtype) @ grad
+    return rows if right is None else rows @ right.to(grad.dtype).T
+
+
+def project_factors(grad_output: Tensor, input: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """R = left (gᵀx) rightᵀ from g (tokens, m) and x (tokens, n), in the cheaper order.
+
+    One-sided, `(g leftᵀ)ᵀ x` and `gᵀ(x rightᵀ)` take 2 T r (m + n) operations and no full gradient, against
+    2 T m n + 2 m n r: they win but for a rank close to the full one.
+    """
+    tokens, m, n = *grad_output.shape, input.shape[1]
+    basis = left if right is None else right
+    assert basis is not None
+    rank = basis.shape[0]
+    if tokens * rank * (m + n) >= tokens * m * n + m * n * rank:
+        return project(grad_output.T @ input, left, right)
+    if left is not None:
+        grad_output = grad_output @ left.to(grad_output.dtype).T
+    if right is not None:
+        input = input @ right.to(input.dtype).T
+    return grad_output.T @ input
+
+
+def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis (rank, d) of the rows of `sketch`, and a flag on the device: did it work.
+
+    Cholesky-QR three times in float32, with scaled rows and a shift that is larger the first time (Fukaya et al.,
+    "Shifted Cholesky QR", SIAM J. Sci. Comput. 2020): orthonormal to 1e-4 for any condition number, where two passes
+    fail beyond 1e6, which the sketches of real gradients exceed. A row that is all zero is taken from `old_basis`
+    (rank, d). Where the result is not orthonormal, as with a non-finite sketch, the old basis is kept. Nothing here
+    waits for the device.
+    """
+    basis = sketch.float()
+    for shift in _CHOLESKY_SHIFTS:
+        norm = basis.norm(dim=1, keepdim=True)
+        basis = torch.where(norm > 0, basis / norm.clamp_min(1e-30), old_basis)
+        gram = basis @ basis.T
+        gram.diagonal().add_(shift)
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        basis = torch.linalg.solve_triangular(factor, basis, upper=False)
+    error = (basis @ basis.T - torch.eye(basis.shape[0], device=basis.device)).abs().amax()
+    worked = error < _ORTHONORMAL_TOLERANCE  # False for a NaN
+    return torch.where(worked, basis, old_basis), worked
+
+
+def fit_svd(grad: Tensor, rank: int, side: str, seed: int | None = None) -> Tensor | None:
+    """The top `rank` left or right singular vectors of G as rows (rank, d), float32; None if that failed.
+
+    With a seed by a randomized range finder. It fails for a non-finite gradient or where the solver does not converge.
+    """
+    if not bool(grad.isfinite().all()):
+        return None
+    matrix = grad.float() if side == "left" else grad.float().T  # (d, other)
+    try:
+        vectors: Tensor
+        if seed is None:
+            vectors = torch.linalg.svd(matrix, full_matrices=False)[0]
+        else:
+            extra = min(rank + 8, min(matrix.shape))
+            q = torch.linalg.qr(matrix @ random_matrix(matrix.shape[1], extra, seed, grad.device))[0]
+            for _ in range(2):
+                q = torch.linalg.qr(matrix.T @ q)[0]
+                q = torch.linalg.qr(matrix @ q)[0]
+            vectors = q @ torch.linalg.svd(q.T @ matrix, full_matrices=False)[0]
+    except RuntimeError as error:  # LinAlgError is one, and so is what a solver of the device's library raises
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None
+    return vectors[:, :rank].T.contiguous()
+
+
+def similarity(new: Tensor, old: Tensor) -> Tensor:
+    """‖new oldᵀ‖²_F / rank in [0, 1]: the mean squared cosine of the angles between two subspaces.
+
+    It sees neither the signs nor the order of the basis vectors; two random subspaces have rank / d. The norms of
+    quantized bases, which are not quite 1, are divided out.
+    """
+    overlap = (new @ old.T).square().sum() * new.shape[0]
+    return overlap / (new.square().sum() * old.square().sum())
+
+
+def rotate_moments(exp_avg: Tensor, exp_avg_sq: Tensor, new: Tensor, old: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Adam's moments in a new basis: m <- C m and v <- (C ∘ C) v with C = new oldᵀ, on the side of the basis.
+
+    For a right basis the moments are (m, rank) and C acts from the right. C ∘ C treats the old coordinates as
+    uncorrelated.
+    """
+    change = new @ old.T  # (rank, rank)
+    if side == "left":
+        return change @ exp_avg, change.square() @ exp_avg_sq
+    return exp_avg @ change.T, exp_avg_sq @ change.square().T
