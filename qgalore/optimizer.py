@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from qgalore.full_rank_weight import AllReduce, FullRankWeight
 from qgalore.linear import LowRankLinear
-from qgalore.weights import AllReduce, FullRankWeight, LowRankWeight
+from qgalore.low_rank_weight import LowRankWeight
 
 _LOW_RANK_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,

@@ -1,11 +1,13 @@
 """The one door to the arithmetic: checks arguments, chooses an implementation, and is all that the library calls.
 
-`QGALORE_KERNELS` chooses: `reference` is plain PyTorch, on any device; `auto` (default) takes the fastest that the
-device has. Both give the same bits for everything that is stored.
+`QGALORE_KERNELS` chooses: `reference` is plain PyTorch, on any device; `triton` the Triton kernels (on the CPU only
+with `TRITON_INTERPRET=1`, for tests); `auto`, the default, Triton on CUDA where it is installed. Both give the same
+bits for everything that is stored.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -13,15 +15,17 @@ from torch import Tensor
 
 from qgalore.kernels import reference
 
-_IMPLEMENTATIONS = ("auto", "reference")
+_IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 
-def implementation() -> str:
-    """The implementation in use: only `reference` so far. Raises ValueError for an unknown `QGALORE_KERNELS`."""
+def _use_triton(device: torch.device) -> bool:
+    """Whether kernels run in Triton on this device; raises ValueError for an unknown `QGALORE_KERNELS`."""
     chosen = os.environ.get("QGALORE_KERNELS", "auto")
     if chosen not in _IMPLEMENTATIONS:
         raise ValueError(f"QGALORE_KERNELS={chosen!r} is unknown: it must be one of {', '.join(_IMPLEMENTATIONS)}")
-    return "reference"
+    if chosen == "auto":
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return chosen == "triton"
 
 
 def _check_matrix(x: Tensor, name: str) -> None:
@@ -36,6 +40,18 @@ def _check_format(bits: int, group_size: int) -> None:
         raise ValueError(f"group_size must be positive, not {group_size}")
 
 
+def random_bits16(rows: int, columns: int, seed: int, row_start: int, device: torch.device) -> Tensor:
+    """16 random bits for each element of a matrix, from its position and a 64-bit seed: (rows, columns) int32.
+
+    `row_start` is the number of the first row in the matrix that the seed belongs to.
+    """
+    if _use_triton(device):
+        from qgalore.kernels import random_bits
+
+        return random_bits.random_bits16(rows, columns, seed, row_start, device)
+    return reference.random_bits16(rows, columns, seed, row_start, device)
+
+
 def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a float matrix (rows, columns): stored codes, scale, zero point.
 
@@ -44,7 +60,8 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     """
     _check_matrix(x, "x")
     _check_format(bits, group_size)
-    codes, scale, zero_point = reference.quantize_groups(x, bits, group_size, seed)
+    random = None if seed is None else random_bits16(x.shape[0], x.shape[1], seed, 0, x.device)
+    codes, scale, zero_point = reference.quantize_groups(x, bits, group_size, random)
     return (reference.pack_int4(codes) if bits == 4 else codes), scale, zero_point
 
 
@@ -111,7 +128,8 @@ def update_quantized_(
         weight = dequantize(qdata[rows], scale[rows], zero_point[rows], columns, bits, group_size, torch.float32)
         full = reference.project_back_rows(direction, left, right, start, stop)
         weight.mul_(decay).sub_(full, alpha=step_size)
-        codes, scale[rows], zero_point[rows] = reference.quantize_groups(weight, bits, group_size, seed, start)
+        random = None if seed is None else random_bits16(stop - start, columns, seed, start, weight.device)
+        codes, scale[rows], zero_point[rows] = reference.quantize_groups(weight, bits, group_size, random)
         qdata[rows] = reference.pack_int4(codes) if bits == 4 else codes
 
 
@@ -137,7 +155,8 @@ def update_float_(
         full = reference.project_back_rows(direction, left, right, start, stop)
         value = matrix[start:stop].float().mul(decay).sub_(full, alpha=step_size)
         if seed is not None and weight.dtype == torch.bfloat16:
-            value = reference.round_stochastic_bfloat16(value, seed, row_start + start)
+            random = random_bits16(stop - start, matrix.shape[1], seed, row_start + start, weight.device)
+            value = reference.round_stochastic_bfloat16(value, random)
         matrix[start:stop] = value
 
 

@@ -49,7 +49,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def random_bits16(rows: int, columns: int, seed: int, row_start: int, device: torch.device) -> Tensor:
-    """Random integers in [0, 2^16) for the elements of a matrix, from position and seed: (rows, columns) int64.
+    """Random integers in [0, 2^16) for the elements of a matrix, from position and seed: (rows, columns) int32.
+
+    `row_start` is the number of the first row in the matrix that the seed belongs to.
 
     Element (i, j) takes half-word j % 8 of the Philox call with counter (j // 8, row_start + i, 0, 0), low ones first.
     """
@@ -59,7 +61,7 @@ def random_bits16(rows: int, columns: int, seed: int, row_start: int, device: to
     zero = torch.zeros((), device=device, dtype=torch.int64).expand(rows, calls)
     words = torch.stack(philox((c0, c1, zero, zero), seed), dim=-1)  # (rows, calls, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, calls, 4, 2)
-    return halves.reshape(rows, calls * 8)[:, :columns]
+    return halves.reshape(rows, calls * 8)[:, :columns].to(torch.int32)
 
 
 def _round_down_to_bfloat16(x: Tensor) -> Tensor:
@@ -89,16 +91,14 @@ def _spread(per_group: Tensor, columns: int, group_size: int) -> Tensor:
     return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def quantize_groups(
-    x: Tensor, bits: int, group_size: int, seed: int | None, row_start: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_groups(x: Tensor, bits: int, group_size: int, random: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (rows, columns) uint8 (one a byte), scale and zero point (rows, groups) bfloat16 of the float matrix x.
 
-    Nearest rounding without a seed: |value - x| <= scale / 2. Stochastic with one: the expected value is x,
-    |value - x| < scale. `row_start` is the number of x's first row in the matrix that the seed belongs to.
+    Nearest rounding without random bits: |value - x| <= scale / 2. Stochastic with 16 of them for each value, as
+    `random_bits16` gives them: the expected value is x, |value - x| < scale.
     """
     x = x.float()
-    rows, columns = x.shape
+    columns = x.shape[1]
     levels = (1 << bits) - 1
     low, high = _group_bounds(x, group_size)
     zero_point = _round_down_to_bfloat16(low)
@@ -108,11 +108,11 @@ def quantize_groups(
     scale = torch.where(exact > 0, scale.clamp_min(_SMALLEST_NORMAL), 0.0)
     step = _spread(torch.where(scale > 0, scale, 1.0), columns, group_size)
     position = (x - _spread(zero_point, columns, group_size)) / step
-    if seed is None:
+    if random is None:
         codes = (position + 0.5).floor_()
     else:
         codes = position.floor()
-        threshold = (random_bits16(rows, columns, seed, row_start, x.device).float() + 0.5) * 2.0**-16
+        threshold = (random.float() + 0.5) * 2.0**-16
         codes += threshold < position - codes
     return codes.clamp_(0, levels).to(torch.uint8), scale.bfloat16(), zero_point.bfloat16()
 
@@ -136,10 +136,9 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
 
 
-def round_stochastic_bfloat16(x: Tensor, seed: int, row_start: int = 0) -> Tensor:
-    """A float32 matrix (rows, columns) rounded to bfloat16 up or down so that the expected value is x."""
+def round_stochastic_bfloat16(x: Tensor, random: Tensor) -> Tensor:
+    """float32 x rounded to bfloat16 up or down, by 16 random bits a value, so that the expected value is x."""
     bits = x.contiguous().view(torch.int32)
-    random = random_bits16(x.shape[0], x.shape[1], seed, row_start, x.device).to(torch.int32)
     rounded = ((bits + random) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
 

@@ -1,0 +1,134 @@
+"""One weight followed through an update under plain AdamW: its gradient, its moments and its new value.
+
+The order is the same for `LowRankWeight`: `accumulate` or `accumulate_full` once a micro-batch; `complete` when the
+last one is in, which sums over the ranks; then `update`, which is the first to touch moments, basis or weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgalore import adam, kernels
+from qgalore.accumulator import GradientAccumulator
+from qgalore.linear import LowRankLinear
+from qgalore.seeding import mix_seed
+
+AllReduce = Callable[[Tensor], None]
+"""Sums a tensor over all ranks, in place."""
+
+ROUNDING, ACCUMULATION = range(2)
+"""What random numbers are for; `LowRankWeight` goes on counting."""
+
+
+class FullRankWeight:
+    """A weight under plain AdamW: embeddings, head, norms, and every weight of an ordinary Adam run."""
+
+    def __init__(self, param: Tensor, seed: int) -> None:
+        """seed: that of the run, from which with the step and the index all rounding is seeded."""
+        self.param, self.seed = param, seed
+        self.layer: LowRankLinear | None = None
+        self.name = ""
+        self.grad: Tensor | None = None
+        self._additions = 0
+
+    def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
+        """Take up hyperparameters and state: index numbers the weights, place the low-rank ones among `count`."""
+        self.group, self.state, self.index = group, state, index
+        self.name = self.name or str(index)
+        self._sum = self._accumulator()
+
+    def _accumulator(self) -> GradientAccumulator:
+        return GradientAccumulator(getattr(torch, self.group["accumulator_dtype"]))
+
+    def check(self) -> None:
+        """Raise ValueError where the weight cannot be trained as its group says."""
+        if self.layer is None and not self.param.is_floating_point():
+            raise ValueError(
+                f"parameter {self.name} is quantized and no LowRankLinear of the model holds it: "
+                "call attach(model) with the model whose parameters the optimizer was given"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight, whatever its storage."""
+        if self.layer is None:
+            return self.param.shape
+        return torch.Size((self.layer.out_features, self.layer.in_features))
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return int(self.state["step"]) if "step" in self.state else 0
+
+    def _seed(self, purpose: int, *parts: int) -> int:
+        return mix_seed(self.seed, self.step, self.index, purpose, *parts)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.grad = None
+        self._sum.clear()
+
+    def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
+        """Add the gradient of one micro-batch, given as factors (`qgalore.linear.GradientTap`)."""
+        self._add(self._sum, grad_output.T @ input)
+
+    def accumulate_full(self, grad: Tensor) -> None:
+        """Add the gradient of one micro-batch."""
+        self._add(self._sum, grad)
+
+    def _add(self, accumulator: GradientAccumulator, grad: Tensor) -> None:
+        self._additions = 0 if accumulator.empty else self._additions + 1
+        accumulator.add(grad, self._seed(ACCUMULATION, self._additions))
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any micro-batch of this update has reached the weight."""
+        return not self._sum.empty
+
+    def complete(self, all_reduce: AllReduce | None) -> None:
+        """Turn the sums of this rank into the gradient of the update, over all ranks, in `self.grad`."""
+        self.grad = self._sum.take()
+        if all_reduce is not None:
+            self.grad = self.grad.float()
+            all_reduce(self.grad)
+
+    def _advance(self) -> int:
+        if not self.state:
+            self._init_state()
+        self.state["step"] += 1
+        return self.step
+
+    def _init_state(self) -> None:
+        self.state["step"] = torch.zeros((), dtype=torch.int64)
+        adam.init_moments(self.state, self._gradient_shape(), self.group["state_bits"], self.param.device)
+
+    def _gradient_shape(self) -> torch.Size:
+        return self.shape
+
+    def update(self) -> None:
+        """One AdamW step on the weight; consumes the gradient."""
+        assert self.grad is not None
+        rounding = self._seed(ROUNDING)
+        step, group = self._advance(), self.group
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            self.grad = self.grad.add(self.param.float(), alpha=group["weight_decay"])
+        if self.layer is not None:
+            direction = adam.adam_step(self.state, self.grad, step, group["betas"], group["eps"])
+            self.layer.update_(direction, None, None, group["lr"], self._decay, rounding)
+        else:
+            # In parts, so that no float32 copy of a whole embedding is made.
+            for start, stop in adam.row_parts(self.state, self.param.shape):
+                state = adam.rows_of(self.state, start, stop)
+                direction = adam.adam_step(state, self.grad[start:stop], step, group["betas"], group["eps"])
+                rows = self.param.data[start:stop]
+                kernels.update_float_(rows, direction, None, None, group["lr"], self._decay, rounding, start)
+        self.grad = None
+
+    @property
+    def _decay(self) -> float:
+        group = self.group
+        return 1.0 - group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
