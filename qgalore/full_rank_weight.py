@@ -1,7 +1,8 @@
 """One weight followed through an update under plain AdamW: its gradient, its moments and its new value.
 
 The order is the same for `LowRankWeight`: `accumulate` or `accumulate_full` once a micro-batch; `complete` when the
-last one is in, which sums over the ranks; then `update`, which is the first to touch moments, basis or weight.
+last one is in, which sums over the ranks; `hold` where the update is not made at once; then `update`, which is the
+first to touch moments, basis or weight.
 """
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ class FullRankWeight:
         self.param, self.seed = param, seed
         self.layer: LowRankLinear | None = None
         self.name = ""
-        self.grad: Tensor | None = None
         self._additions = 0
 
     def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
         """Take up hyperparameters and state: index numbers the weights, place the low-rank ones among `count`."""
         self.group, self.state, self.index = group, state, index
         self.name = self.name or str(index)
-        self._sum = self._accumulator()
+        self._sum, self._held = self._accumulator(), self._accumulator()
 
     def _accumulator(self) -> GradientAccumulator:
         return GradientAccumulator(getattr(torch, self.group["accumulator_dtype"]))
@@ -69,8 +69,8 @@ class FullRankWeight:
 
     def clear(self) -> None:
         """Forget the gradient."""
-        self.grad = None
         self._sum.clear()
+        self._held.clear()
 
     def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
         """Add the gradient of one micro-batch, given as factors (`qgalore.linear.GradientTap`)."""
@@ -84,17 +84,26 @@ class FullRankWeight:
         self._additions = 0 if accumulator.empty else self._additions + 1
         accumulator.add(grad, self._seed(ACCUMULATION, self._additions))
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether any micro-batch of this update has reached the weight."""
-        return not self._sum.empty
-
-    def complete(self, all_reduce: AllReduce | None) -> None:
-        """Turn the sums of this rank into the gradient of the update, over all ranks, in `self.grad`."""
-        self.grad = self._sum.take()
+    def complete(self, all_reduce: AllReduce | None) -> Tensor:
+        """The gradient of the update from the sum of this rank's micro-batches: summed over all ranks."""
+        grad = self._sum.take()
         if all_reduce is not None:
-            self.grad = self.grad.float()
-            all_reduce(self.grad)
+            grad = grad.float()
+            all_reduce(grad)
+        return grad
+
+    @property
+    def holds_gradient(self) -> bool:
+        """Whether a complete gradient waits for the update."""
+        return not self._held.empty
+
+    def hold(self, grad: Tensor) -> None:
+        """Keep the complete gradient until the update, in the accumulator's dtype."""
+        self._held.add(grad, self._seed(ACCUMULATION, -1))
+
+    def release(self) -> Tensor:
+        """The gradient that `hold` kept."""
+        return self._held.take()
 
     def _advance(self) -> int:
         if not self.state:
@@ -109,26 +118,29 @@ class FullRankWeight:
     def _gradient_shape(self) -> torch.Size:
         return self.shape
 
-    def update(self) -> None:
-        """One AdamW step on the weight; consumes the gradient."""
-        assert self.grad is not None
+    def update(self, grad: Tensor, factor: Tensor | None = None) -> None:
+        """One AdamW step on the weight with factor * grad (clipping); grad is what `complete` gave."""
         rounding = self._seed(ROUNDING)
         step, group = self._advance(), self.group
-        if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            self.grad = self.grad.add(self.param.float(), alpha=group["weight_decay"])
         if self.layer is not None:
-            direction = adam.adam_step(self.state, self.grad, step, group["betas"], group["eps"])
+            direction = adam.adam_step(self.state, scaled(grad, factor), step, group["betas"], group["eps"])
             self.layer.update_(direction, None, None, group["lr"], self._decay, rounding)
-        else:
-            # In parts, so that no float32 copy of a whole embedding is made.
-            for start, stop in adam.row_parts(self.state, self.param.shape):
-                state = adam.rows_of(self.state, start, stop)
-                direction = adam.adam_step(state, self.grad[start:stop], step, group["betas"], group["eps"])
-                rows = self.param.data[start:stop]
-                kernels.update_float_(rows, direction, None, None, group["lr"], self._decay, rounding, start)
-        self.grad = None
+            return
+        l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+        # In parts, so that no float32 copy of a whole embedding is made.
+        for start, stop in adam.row_parts(self.state, self.param.shape):
+            weight, part = self.param.data[start:stop], scaled(grad[start:stop], factor)
+            part = part.add(weight, alpha=l2) if l2 else part
+            state = adam.rows_of(self.state, start, stop)
+            direction = adam.adam_step(state, part, step, group["betas"], group["eps"])
+            kernels.update_float_(weight, direction, None, None, group["lr"], self._decay, rounding, start)
 
     @property
     def _decay(self) -> float:
         group = self.group
         return 1.0 - group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+
+
+def scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """factor * grad in float32; None stands for 1."""
+    return grad.float() if factor is None else grad.float() * factor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import GradientAccumulator
-from qgalore.full_rank_weight import ROUNDING, AllReduce, FullRankWeight
+from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, AllReduce, FullRankWeight, scaled
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.subspace_schedule import RefreshSchedule
 
@@ -185,11 +185,6 @@ class LowRankWeight(FullRankWeight):
             self._test_matrices[side] = test / test.norm(dim=1, keepdim=True).clamp_min(1e-30)
         return self._test_matrices[side]
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether any micro-batch of this update has reached the weight."""
-        return not (self._sum.empty and self._full.empty)
-
     def clear(self) -> None:
         """Forget the gradient."""
         super().clear()
@@ -198,22 +193,24 @@ class LowRankWeight(FullRankWeight):
         self._test_matrices.clear()
         self._next_bases = None
 
-    def complete(self, all_reduce: AllReduce | None) -> None:
-        """The projected gradient of the update, float32, in `self.grad`; new bases are ready but not yet taken."""
+    def complete(self, all_reduce: AllReduce | None) -> Tensor:
+        """The projected gradient of the update, over all ranks; new bases are ready but not yet taken."""
         if self._full.empty:
-            super().complete(all_reduce)
+            grad = super().complete(all_reduce)
         else:
             full = self._full.take()
             if all_reduce is not None:
+                full = full.float()
                 all_reduce(full)
             self._next_bases = self._fit(full)
             bases = {side: self._decode(basis) for side, basis in self._next_bases.items()}
-            self.grad = subspace.project(full, bases.get("left"), bases.get("right"))
+            grad = subspace.project(full.float(), bases.get("left"), bases.get("right"))
         if all_reduce is not None:
             for sketch in self._sketches.values():
-                value = sketch.take()
+                value = sketch.take().float()
                 all_reduce(value)
-                sketch.add(value, 0)
+                sketch.add(value, self._seed(ACCUMULATION, -2))
+        return grad
 
     def _fit(self, full: Tensor) -> dict[str, Tensor | QuantizedTensor]:
         """The SVD bases of a full gradient; the old ones where it fails."""
@@ -234,15 +231,14 @@ class LowRankWeight(FullRankWeight):
 
     # ---- the update
 
-    def update(self) -> None:
-        """One AdamW step in the subspace, and the refresh where one is due; consumes the gradient."""
-        assert self.grad is not None
+    def update(self, grad: Tensor, factor: Tensor | None = None) -> None:
+        """One AdamW step in the subspace with factor * grad (clipping), and the refresh where one is due."""
         rounding, update_step = self._seed(ROUNDING), self.step
         sketches = {side: sketch.take() for side, sketch in self._sketches.items()}
         if self._next_bases is not None:
             self._take_fitted_bases(self._next_bases, update_step)
         step, group = self._advance(), self.group
-        direction = adam.adam_step(self.state, self.grad, step, group["betas"], group["eps"])
+        direction = adam.adam_step(self.state, scaled(grad, factor), step, group["betas"], group["eps"])
         left, right, step_size = self.basis("left"), self.basis("right"), group["lr"] * group["scale"]
         if self.layer is not None:
             self.layer.update_(direction, left, right, step_size, self._decay, rounding)

@@ -89,6 +89,8 @@ class LowRankAdamW(Optimizer):
         self._weights: dict[Tensor, FullRankWeight] = {}
         self._all_reduce: AllReduce | None = None
         self._squared_norms: list[Tensor] = []
+        self._clip_factor: Tensor | None = None
+        self._stepped = False
         self.update_in_backward = False
         self.is_last_micro_batch = True
         """Set to False during the backward of all but the last micro-batch of an update."""
@@ -182,13 +184,17 @@ class LowRankAdamW(Optimizer):
     def _gradient_ready(self, weight: FullRankWeight) -> None:
         if self.is_last_micro_batch:
             self._complete(weight)
-            if self.update_in_backward:
-                weight.update()
 
     def _complete(self, weight: FullRankWeight) -> None:
-        weight.complete(self._all_reduce)
-        assert weight.grad is not None
-        self._squared_norms.append(torch.linalg.vector_norm(weight.grad, dtype=torch.float32).square())
+        if self._stepped:
+            self._squared_norms.clear()
+            self._stepped = False
+        grad = weight.complete(self._all_reduce)
+        self._squared_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
+        if self.update_in_backward:
+            weight.update(grad)
+        else:
+            weight.hold(grad)
 
     # ---- the update
 
@@ -198,20 +204,21 @@ class LowRankAdamW(Optimizer):
             return torch.zeros(())
         return torch.stack(self._squared_norms).sum().sqrt()
 
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> None:
-        """Scale all gradients so that `grad_norm` is at most max_norm; RuntimeError where updates are already made."""
+        """Let `step` scale all gradients so that `grad_norm` is at most max_norm.
+
+        Raises RuntimeError where the updates are made inside the backward pass.
+        """
         if self.update_in_backward:
             raise RuntimeError("clip_grad_norm_ needs all gradients at once: attach with update_in_backward=False")
         self._collect()
-        factor = (max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0)
-        for weight in self._weights.values():
-            if weight.grad is not None:
-                weight.grad = weight.grad * factor
+        self._clip_factor = (max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0)
 
     def _collect(self) -> None:
         """Take the `.grad` of parameters that no hook watches."""
         for param, weight in self._weights.items():
-            if param.grad is not None and weight.grad is None:
+            if param.grad is not None and not weight.holds_gradient:
                 weight.check()
                 weight.accumulate_full(param.grad)
                 self._complete(weight)
@@ -225,14 +232,14 @@ class LowRankAdamW(Optimizer):
                 loss = closure()
         self._collect()
         for weight in self._weights.values():
-            if weight.grad is not None:
-                weight.update()
+            if weight.holds_gradient:
+                weight.update(weight.release(), self._clip_factor)
+        self._clip_factor, self._stepped = None, True
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
-        self._squared_norms.clear()
         for weight in self._weights.values():
             weight.clear()
 

@@ -1,0 +1,109 @@
+"""The processes of a run: who this one is, and the few things that they say to each other.
+
+Data parallelism needs no wrapper around the model. Every rank computes its micro-batches, the optimizer sums each
+complete gradient (the projected one where it is low-rank) over the ranks, and all ranks then make the same update, with
+the same random bits, on the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peft_pretraining.errors import UserError
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=10)
+
+
+def world_size_of_launch() -> int:
+    """Ranks that the launcher started: `WORLD_SIZE` of torchrun, 1 for plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the run's."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that reports and saves."""
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def gradient_all_reduce(self) -> Callable[[Tensor], None] | None:
+        """`all_reduce`, or None for one rank."""
+        return self.all_reduce if self.world_size > 1 else None
+
+    def sum_on_host(self, value: int) -> int:
+        """The sum of an integer over all ranks, without touching the accelerator."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(total)
+        return int(total)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, on every rank; a UserError there is raised on all."""
+        outcome: list[object] = [None]
+        if self.is_main:
+            try:
+                outcome = [make()]
+            except UserError as error:
+                outcome = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_processes(device: str) -> Processes:
+    """Choose this rank's device (`auto`, `cpu`, `cuda`) and join the other ranks; raises UserError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or auto")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, world_size = int(os.environ.get("RANK", "0")), world_size_of_launch()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc_per_node started rank {local_rank} of this machine, "
+                f"which has {torch.cuda.device_count()} CUDA devices: start at most one rank a device"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+    if world_size > 1:
+        # Host integers go over gloo, so that counting tokens never waits for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=_TIMEOUT)
+    return Processes(rank, world_size, chosen)

@@ -1,0 +1,56 @@
+"""What `--dry_run` prints: the resolved configuration, the model's size and the planned memory."""
+
+from __future__ import annotations
+
+from peft_pretraining.args import GROUPS, RunArgs
+from peft_pretraining.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from peft_pretraining.model_config import LlamaConfig
+
+_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def describe(args: RunArgs) -> str:
+    """The text of `--dry_run`; nothing is built and nothing is written."""
+    config = LlamaConfig.from_json(args.model.model_config)
+    updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
+    lines = [f"warning: {warning}" for warning in args.warnings]
+    for group in GROUPS:
+        lines.append(f"{group}:")
+        lines += [f"  --{name} {value}" for name, value in vars(getattr(args, group)).items()]
+    lines += [
+        f"model: {config.parameter_count() / 1e6:,.1f} M parameters, {config.num_hidden_layers} layers, "
+        f"width {config.hidden_size}",
+        f"run: {updates:,} updates of {args.batch.total_batch_size} sequences of {args.batch.max_length} tokens "
+        f"({tokens:,}), {updates * tokens / 1e9:,.2f} billion tokens, on {args.world_size} rank(s)",
+        plan(args, config).table(),
+    ]
+    return "\n".join(lines)
+
+
+def plan(args: RunArgs, config: LlamaConfig) -> MemoryPlan:
+    """The planned memory of one rank of this run."""
+    optimizer, quantization, subspace = args.optimizer, args.quantization, args.subspace
+    stored = quantization.weight_quant and not quantization.simulation
+    return plan_memory(
+        config,
+        MemorySettings(
+            batch_size=args.batch.batch_size,
+            max_length=args.batch.max_length,
+            dtype_bytes=_DTYPE_BYTES[args.model.dtype],
+            grad_accum_steps=args.batch.gradient_accumulation,
+            grad_accum_dtype=optimizer.grad_accum_dtype,
+            per_layer=optimizer.per_layer,
+            activation_checkpointing=args.model.activation_checkpointing,
+            rank=subspace.rank if optimizer.is_low_rank else None,
+            proj_type=subspace.proj_type,
+            proj_bits=quantization.proj_bits if quantization.proj_quant else None,
+            proj_group_size=quantization.proj_group_size,
+            update_proj_gap=subspace.update_proj_gap,
+            svd=subspace.subspace == "svd",
+            weight_bits=quantization.weight_bits if stored else None,
+            weight_group_size=quantization.weight_group_size,
+            state_bits=8 if "8bit" in optimizer.optimizer else 32,
+            states={"sgd": int(optimizer.beta1 > 0), "adafactor": int(optimizer.beta1 > 0)}.get(optimizer.optimizer, 2),
+            factored=optimizer.optimizer == "adafactor",
+        ),
+    )

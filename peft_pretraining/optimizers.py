@@ -1,0 +1,192 @@
+"""Optimizers by name: the one place where the names of `--optimizer` are matched.
+
+Every optimizer that comes out of here has the same few methods (`TrainingOptimizer`), so the training loop has no
+branch on its kind. The Adam family is one class of `qgalore`, since it rounds bfloat16 weights stochastically:
+torch's AdamW on bfloat16 weights loses every update smaller than 1/512 of a weight. On float32 weights the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.arg_groups import OptimizerArgs, QuantizationArgs, SubspaceArgs
+from peft_pretraining.model import low_rank_names
+from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
+
+AllReduce = Callable[[Tensor], None]
+
+_ADAM_FAMILY = {
+    "adam": GaLoreAdamW,
+    "adamw": GaLoreAdamW,
+    "adam8bit": GaLoreAdamW8bit,
+    "galore_adamw": GaLoreAdamW,
+    "galore_adamw8bit": GaLoreAdamW8bit,
+    "galore_adamw8bit_per_layer": GaLoreAdamW8bit,
+    "q_galore_adamw8bit": QGaLoreAdamW8bit,
+    "q_galore_adamw8bit_per_layer": QGaLoreAdamW8bit,
+}
+
+
+class TrainingOptimizer(Protocol):
+    """What the training loop needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    is_last_micro_batch: bool
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the whole gradient of the update, over all ranks."""
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """Scale the gradients so that their norm is at most max_norm."""
+
+    def step(self) -> Any:
+        """Update what the backward pass has not updated already."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as tensors and plain values."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state up again."""
+
+    def subspace_metrics(self) -> dict[str, float | Tensor]:
+        """Metrics of the low-rank subspaces, if there are any."""
+
+
+class LibraryOptimizer:
+    """An optimizer of another library: its gradients are summed over the ranks when the last micro-batch is in."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, all_reduce: AllReduce | None) -> None:
+        """Watches the parameters of `optimizer` with hooks if there is something to sum."""
+        self._optimizer, self._norm = optimizer, torch.zeros(())
+        self.param_groups = optimizer.param_groups
+        self.is_last_micro_batch = True
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+        if all_reduce is not None:
+            for param in self._parameters():
+                param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            if self.is_last_micro_batch and param.grad is not None:
+                all_reduce(param.grad)
+
+        return hook
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient before clipping; read it before `zero_grad`."""
+        grads = [param.grad for param in self._parameters() if param.grad is not None]
+        return torch.nn.utils.get_total_norm(grads) if grads else self._norm
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """See `TrainingOptimizer`."""
+        torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+
+    def subspace_metrics(self) -> dict[str, float | Tensor]:
+        """No subspaces."""
+        return {}
+
+
+def weight_format(quantization: QuantizationArgs) -> WeightFormat:
+    """How the decoder's matrices are stored."""
+    return WeightFormat(
+        bits=quantization.weight_bits if quantization.weight_quant else None,
+        group_size=quantization.weight_group_size,
+        stochastic_rounding=quantization.stochastic_round or not quantization.weight_quant,
+        simulate=quantization.simulation,
+    )
+
+
+def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs) -> Callable[[nn.Module, str], None]:
+    """For `build_model`: turns each decoder matrix into its stored form as soon as it exists."""
+    format = weight_format(quantization)
+
+    def convert(model: nn.Module, name: str) -> None:
+        linear = model.get_submodule(name)
+        if optimizer.is_low_rank and isinstance(linear, nn.Linear) and name.startswith("model.layers."):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(linear, format))
+
+    return convert
+
+
+def build_optimizer(
+    model: nn.Module,
+    args: OptimizerArgs,
+    quantization: QuantizationArgs,
+    subspace: SubspaceArgs,
+    seed: int,
+    all_reduce: AllReduce | None = None,
+) -> TrainingOptimizer:
+    """The optimizer of `--optimizer`, attached to the model.
+
+    Two param groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices. all_reduce sums
+    a tensor over the ranks in place; None for one rank.
+    """
+    groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
+    groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
+    if args.optimizer in ("sgd", "adafactor"):
+        return LibraryOptimizer(_library_optimizer(args, groups), all_reduce)
+    if args.is_low_rank:
+        groups[1] |= _low_rank_keys(quantization, subspace)
+    optimizer = _ADAM_FAMILY[args.optimizer](
+        groups,
+        lr=args.lr,
+        betas=(args.adam_beta1, args.beta2),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        decoupled_weight_decay=args.optimizer != "adam",
+        accumulator_dtype=args.grad_accum_dtype,
+        seed=seed,
+    )
+    # Between micro-batches all gradients exist anyway, so a clipped run updates after the last one at no memory.
+    in_backward = args.per_layer and not args.grad_clipping
+    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce)
+    return optimizer
+
+
+def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> dict[str, Any]:
+    return {
+        "rank": subspace.rank,
+        "update_proj_gap": subspace.update_proj_gap,
+        "scale": subspace.galore_scale,
+        "proj_type": subspace.proj_type,
+        "quant": quantization.proj_quant,
+        "quant_n_bit": quantization.proj_bits,
+        "quant_group_size": quantization.proj_group_size,
+        "cos_threshold": subspace.cos_threshold,
+        "gamma_proj": subspace.gamma_proj,
+        "queue_size": subspace.queue_size,
+        "subspace": subspace.subspace,
+        "svd_method": subspace.svd_method,
+        "rotate_moments": subspace.rotates_moments,
+        "max_update_proj_gap": subspace.max_update_proj_gap,
+    }
+
+
+def _library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.beta1, weight_decay=args.weight_decay)
+    from transformers.optimization import Adafactor
+
+    # With a learning rate of the run's own, as GaLore's and Q-GaLore's Adafactor baseline has it.
+    adafactor: torch.optim.Optimizer = Adafactor(
+        groups,
+        lr=args.lr,
+        beta1=args.beta1 or None,
+        weight_decay=args.weight_decay,
+        relative_step=False,
+        scale_parameter=False,
+        warmup_init=False,
+    )
+    return adafactor
