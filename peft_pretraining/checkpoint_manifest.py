@@ -1,0 +1,115 @@
+"""The manifest of a checkpoint: which files it has, how long they are and what their SHA-256 is.
+
+It is written last, so a directory without one was never finished. It covers itself: its bytes must be exactly those
+that its own contents are written as, and its body carries its own hash.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from peft_pretraining.tensor_file import hash_file
+
+MANIFEST = "manifest.json"
+_FORMAT = "q-galore checkpoint"
+_VERSION = 1
+_REQUIRED = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json")
+_OPTIONAL = ("state.safetensors",)
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+
+class DamagedError(Exception):
+    """Why a directory is no valid checkpoint, as the end of a sentence without its full stop."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Sizes and hashes by file name; `aliases` are names that share another name's tensor, by file."""
+
+    update_step: int
+    files: dict[str, tuple[int, str]]
+    aliases: dict[str, dict[str, str]]
+
+
+def write_manifest(
+    file: BinaryIO, update_step: int, files: dict[str, tuple[int, str]], aliases: dict[str, dict[str, str]]
+) -> None:
+    """Write the manifest of files that are complete and synced."""
+    listed = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()}
+    body = {"format": _FORMAT, "version": _VERSION, "update_step": update_step, "files": listed, "aliases": aliases}
+    file.write(_encode(body))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest alone; raises DamagedError or OSError."""
+    if not folder.is_dir():
+        raise DamagedError(_not_a_directory(folder))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise DamagedError(
+            f"it holds {', '.join(pickles)}, a pickle, which could run code on loading; "
+            "only safetensors and JSON are read: give a checkpoint that run_pretrain.py wrote"
+        )
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(_no_manifest(folder)) from None
+    try:
+        body: dict[str, Any] = json.loads(data)
+        version = body.get("version")
+        if body["format"] == _FORMAT and isinstance(version, int) and version > _VERSION:
+            raise DamagedError(f"its format has version {version}; this program reads up to {_VERSION}: update it")
+        del body["sha256"]
+        if data != _encode(body) or body["format"] != _FORMAT:
+            raise ValueError
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+        manifest = Manifest(body["update_step"], files, body["aliases"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"its {MANIFEST} is damaged: take an older checkpoint") from None
+    unknown = [name for name in files if name not in _REQUIRED + _OPTIONAL]
+    missing = [name for name in _REQUIRED if name not in files]
+    if unknown or missing:
+        raise DamagedError(f"its {MANIFEST} lists other files than a checkpoint has ({', '.join(unknown + missing)})")
+    return manifest
+
+
+def verify(folder: Path, hashes: bool) -> Manifest:
+    """Check manifest, presence and sizes of all files and, if asked, their hashes; raises DamagedError or OSError."""
+    manifest = read_manifest(folder)
+    for name, (size, _) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{name} is missing: take an older checkpoint")
+        if path.stat().st_size != size:
+            raise DamagedError(f"{name} has {path.stat().st_size} bytes instead of {size}: take an older checkpoint")
+    if hashes:
+        for name, (_, sha256) in manifest.files.items():
+            if hash_file(folder / name) != sha256:
+                raise DamagedError(f"{name} is damaged, its SHA-256 differs: take an older checkpoint")
+    return manifest
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _no_manifest(folder: Path) -> str:
+    if any(path.is_dir() for path in folder.glob("step_*")):
+        return (
+            f"it holds checkpoints but is none: give one of its step_... directories, or auto with --save_dir {folder}"
+        )
+    return f"it has no {MANIFEST}: it was not finished, or is no checkpoint of run_pretrain.py"
+
+
+def _not_a_directory(folder: Path) -> str:
+    if not folder.exists():
+        return "there is no such directory: give a step_... directory, or auto for the newest in --save_dir"
+    if folder.suffix in _PICKLES:
+        return (
+            "it is a pickle, which could run code on loading; "
+            "only directories of safetensors and JSON that run_pretrain.py wrote are read"
+        )
+    return "it is a file: give a step_... directory that run_pretrain.py wrote"

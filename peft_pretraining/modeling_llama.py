@@ -1,0 +1,175 @@
+"""LLaMA for pretraining: a causal language model and nothing else.
+
+Method: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020), grouped-query
+attention (Ainslie et al. 2023), as put together in LLaMA (Touvron et al. 2023). Parameter names are those of
+transformers' LlamaForCausalLM, so a state dict fits both; the arithmetic agrees with it within rounding.
+
+Numbers: norms, rotations, softmax and loss are computed in float32 and rounded once; everything else has the
+parameters' dtype. There are no buffers: the rotary tables are computed in each forward, a few small kernels, so no cast
+of the model can round them and a model built on the meta device has nothing left to fill in.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_pretraining.model_config import LlamaConfig
+
+IGNORE_INDEX = -100
+
+
+class LlamaOutput(NamedTuple):
+    """What a forward gives: logits without labels, the summed loss with them."""
+
+    logits: Tensor | None  # (B, L, vocab_size)
+    loss_sum: Tensor | None  # () float32, nats summed over the target tokens
+
+
+class LlamaRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 inside."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The fused operator keeps only x and one float32 a token for the backward; written out, it would keep
+        # several float32 copies of x.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position times frequency, each (length, 1, head_dim / 2) float32."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 1.0 / theta**exponent)
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + head_dim / 2]) of x (B, L, heads, head_dim) by the angles of their positions."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention; `num_key_value_heads` keys and values are shared by groups of query heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        query = config.num_attention_heads * config.head_dim
+        key_value = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        query = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, L, heads, head_dim)
+        key = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, L, kv_heads, head_dim)
+        value = self.v_proj(x).view(heads)
+        # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
+        )
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return mixed
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class LlamaModel(nn.Module):
+    """Embeddings, decoder layers, final norm: token ids (B, L) to hidden states (B, L, hidden_size)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        # No padding_idx: it would stop one row from training, silently so where a tokenizer uses that id for text.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.embed_tokens(input_ids)
+        cos, sin = rotary_tables(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                # There is no dropout, so the random state need not be kept for the second forward.
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class LlamaForCausalLM(nn.Module):
+    """LLaMA with a language-model head, tied to the embeddings if the config says so."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def gradient_checkpointing_enable(self) -> None:
+        """From now on keep one activation a layer and compute the others again in the backward pass."""
+        self.model.gradient_checkpointing = True
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LlamaOutput:
+        """input_ids, labels (B, L); without labels the logits, with them the float32 sum of the loss.
+
+        labels are not shifted yet: the target of position i is labels[:, i + 1], and -100 is not a target.
+        """
+        return head_output(self.model(input_ids), self.lm_head, labels)
+
+
+def head_output(hidden: Tensor, lm_head: nn.Module, labels: Tensor | None) -> LlamaOutput:
+    """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
+    logits: Tensor = lm_head(hidden)
+    if labels is None:
+        return LlamaOutput(logits, None)
+    # Shifting the labels instead of cutting the logits saves a copy of the largest tensor of the run.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    loss_sum = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return LlamaOutput(None, loss_sum)

@@ -1,0 +1,146 @@
+"""Trees of tensors and plain values on disk: one safetensors file for the tensors, JSON for everything else.
+
+A training state is a nest of dicts, lists, tuples, numbers, strings and tensors. `split_tree` takes the tensors out,
+which leaves something that JSON holds exactly, and `join_tree` puts them back: types, integer keys, tuples and
+non-finite floats survive. Nothing here can run code on load, unlike a pickle.
+
+The safetensors file is written here, tensor by tensor: the library's own writer copies all tensors into memory first,
+which a 7B state on a small machine does not survive, and a hash of what was meant to be written can be taken on the
+way. Format: https://github.com/huggingface/safetensors (8 bytes length, JSON header, data).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_CHUNK_BYTES = 1 << 24
+
+
+class HashingFile:
+    """A binary file that remembers the size and SHA-256 of everything written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """The hash so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; at most one tensor at a time is copied to the CPU."""
+    # Wide types first keeps every tensor aligned to its size, which readers that map the file need.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, dict[str, object]] = {}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPE_NAMES or tensor.layout is not torch.strided:
+            raise TypeError(f"tensor {name} is {tensor.dtype}, {tensor.layout}: safetensors has no such type")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        if flat.numel():
+            data = flat.view(torch.uint8).numpy().data
+            for start in range(0, len(data), _CHUNK_BYTES):
+                file.write(data[start : start + _CHUNK_BYTES])
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    from safetensors.torch import load_file
+
+    return dict(load_file(path, device=str(device)))
+
+
+def split_tree(tree: object, tensors: dict[str, Tensor], at: str = "") -> Any:
+    """Move the tensors of `tree` into `tensors`, named by their place, and return the JSON-able rest.
+
+    Raises TypeError, naming the place, for anything but dict, list, tuple, str, int, float, bool, None and Tensor.
+    """
+    if tree is None or isinstance(tree, bool | str):
+        return tree
+    if type(tree) is int or (type(tree) is float and math.isfinite(tree)):
+        return tree
+    if type(tree) is float:
+        return {"$float": repr(tree)}
+    if isinstance(tree, Tensor):
+        name = at or "tensor"
+        while name in tensors:  # as for the keys 1 and "1" of one dict
+            name += "'"
+        tensors[name] = tree.detach()
+        return {"$tensor": name}
+    if type(tree) is list or type(tree) is tuple:
+        items = [split_tree(item, tensors, f"{at}/{index}" if at else str(index)) for index, item in enumerate(tree)]
+        return items if type(tree) is list else {"$tuple": items}
+    if isinstance(tree, dict):
+        pairs = [(key, split_tree(value, tensors, f"{at}/{key}" if at else str(key))) for key, value in tree.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key in tree):
+            return dict(pairs)
+        return {"$dict": [[split_tree(key, {}, f"{at} key"), value] for key, value in pairs]}
+    raise TypeError(f"{at or 'the state'} is a {type(tree).__name__}: a checkpoint holds tensors and plain values only")
+
+
+def join_tree(rest: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `split_tree`; raises ValueError or KeyError if the two parts do not belong together."""
+    if isinstance(rest, list):
+        return [join_tree(item, tensors) for item in rest]
+    if not isinstance(rest, dict):
+        return rest
+    mark: str = next(iter(rest)) if len(rest) == 1 else ""
+    value: Any = rest.get(mark)
+    if mark == "$float":
+        return float(value)
+    if mark == "$tensor":
+        return tensors[value]
+    if mark == "$tuple":
+        return tuple(join_tree(item, tensors) for item in value)
+    if mark == "$dict":
+        return {join_tree(key, tensors): join_tree(item, tensors) for key, item in value}
+    if mark.startswith("$"):
+        raise ValueError(f"unknown mark {mark}")
+    return {key: join_tree(item, tensors) for key, item in rest.items()}

@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""Write a checkpoint of run_pretrain.py as a float model that `AutoModelForCausalLM.from_pretrained` loads.
+
+    python scripts/export_hf.py checkpoints/run/step_00010000 exported --tokenizer path/to/tokenizer
+
+Quantized matrices become code * scale + zero_point, so the exported model computes what the trained one did. The
+directory appears by one rename, when it is complete.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout that is not installed
+
+from peft_pretraining.checkpoint import Checkpoint, load_checkpoint
+from peft_pretraining.errors import UserError
+from peft_pretraining.model_config import read_config_json
+from qgalore import QuantizedTensor
+
+SHARD_BYTES = 4_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a step_... directory that run_pretrain.py wrote")
+    parser.add_argument("output", type=Path, help="directory to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json to copy into the export")
+    parser.add_argument("--model_config", type=Path, help="the model's config.json (default: the one of the run)")
+    return parser.parse_args(argv)
+
+
+def export(
+    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None = None, model_config: Path | None = None
+) -> None:
+    """Write the model of `checkpoint` to `output`; raises UserError and leaves nothing behind where that fails."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already: give a new directory.")
+    loaded = load_checkpoint(checkpoint)
+    config = run_config(loaded, model_config)
+    temporary = output.with_name(f".tmp_{output.name}_{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        tied = bool(config.get("tie_word_embeddings"))
+        write_weights(float_tensors(loaded, getattr(torch, dtype), tied), temporary)
+        write_config(config, dtype, temporary)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, config, temporary)
+        if output.is_dir():
+            output.rmdir()
+        temporary.rename(output)
+    except OSError as error:
+        raise UserError(f"{output} could not be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def run_config(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
+    """The model's config.json: the one that is given, the one kept in the checkpoint, or the run's file."""
+    kept = checkpoint.state.get("model_config_contents")
+    if given is None and isinstance(kept, dict):
+        return dict(kept)
+    path = given or Path(str(checkpoint.state.get("model_config", "")))
+    if not path.is_file():
+        raise UserError(
+            f"{checkpoint.path} names the model config {path}, which is not here: give it as --model_config."
+        )
+    return read_config_json(path)
+
+
+def float_tensors(checkpoint: Checkpoint, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """The state dict of a float model, one tensor at a time; a tied head is left to the embeddings."""
+    tensors = checkpoint.model_tensors
+    for name, tensor in tensors.items():
+        if name.endswith((".weight_scale", ".weight_zero_point")) or (tied and name == "lm_head.weight"):
+            continue
+        if tensor.is_floating_point():
+            yield name, tensor.to(dtype)
+        else:
+            yield name, dequantized(name, checkpoint, dtype)
+
+
+def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+    """One quantized matrix in float; bits and group size are those of the run and must fit its shapes."""
+    tensors, state = checkpoint.model_tensors, checkpoint.state
+    codes, scale, zero_point = tensors[name], tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
+    bits, group_size = state.get("weight_bits"), state.get("weight_group_size")
+    if scale is None or zero_point is None or bits not in (4, 8) or not isinstance(group_size, int):
+        raise UserError(f"{checkpoint.path}: {name} is quantized, but its scales, bits or group size are not there.")
+    columns = original_columns(name, checkpoint, codes.shape[1], bits)
+    if scale.shape != (codes.shape[0], math.ceil(columns / group_size)):
+        raise UserError(
+            f"{checkpoint.path}: {name} has scales of shape {tuple(scale.shape)}, which do not fit "
+            f"{codes.shape[0]} x {columns} codes in groups of {group_size}."
+        )
+    return QuantizedTensor(codes, scale, zero_point, columns, bits, group_size).dequantize(dtype)
+
+
+def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int) -> int:
+    """Columns of a matrix from those of its codes: at 4 bits two share a byte, and the last byte may hold one."""
+    if bits == 8:
+        return stored
+    layer = name.rsplit(".", 3)[0]  # model.layers.N
+    if name.endswith("down_proj.weight"):
+        return int(checkpoint.model_tensors[f"{layer}.mlp.gate_proj.weight"].shape[0])
+    if name.endswith("o_proj.weight"):
+        return int(checkpoint.model_tensors[f"{layer}.self_attn.q_proj.weight"].shape[0])
+    return int(checkpoint.model_tensors["model.embed_tokens.weight"].shape[1])
+
+
+def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Safetensors in shards with an index, or one file if all fits."""
+    from safetensors.torch import save_file
+
+    shards: list[Path] = []
+    places: dict[str, int] = {}
+    pending: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal size
+        shards.append(folder / f"part-{len(shards)}.safetensors")
+        save_file(pending, shards[-1], metadata={"format": "pt"})
+        places.update(dict.fromkeys(pending, len(shards) - 1))
+        pending.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if pending and size + bytes_ > SHARD_BYTES:
+            flush()
+        pending[name] = tensor.contiguous()
+        size += bytes_
+        total += bytes_
+    flush()
+    if len(shards) == 1:
+        shards[0].rename(folder / "model.safetensors")
+        return
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    for shard, file_name in zip(shards, names, strict=True):
+        shard.rename(folder / file_name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in places.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_config(config: dict[str, Any], dtype: str, folder: Path) -> None:
+    """config.json with the dtype of the weights as they are written."""
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+
+
+def write_tokenizer(source: Path, config: dict[str, Any], folder: Path) -> None:
+    """Copy a tokenizer's files; a lone tokenizer.json gets the settings that transformers needs beside it."""
+    if source.is_dir():
+        found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+        if not found:
+            raise UserError(f"--tokenizer {source}: no tokenizer.json or the like in that folder.")
+        for file in found:
+            shutil.copyfile(file, folder / file.name)
+        return
+    if not source.is_file():
+        raise UserError(
+            f"--tokenizer {source}: no such file or folder; give a tokenizer.json or the folder that has one."
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(f"--tokenizer {source}: not a tokenizer.json ({error}).") from error
+    for role in ("eos_token", "pad_token", "bos_token"):
+        token = config.get(f"{role}_id")
+        if isinstance(token, int) and token < len(tokenizer):
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token))
+    tokenizer.save_pretrained(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program: 0, or 2 with a sentence."""
+    args = parse_args(argv)
+    try:
+        export(args.checkpoint, args.output, args.dtype, args.tokenizer, args.model_config)
+    except UserError as error:
+        print(f"export_hf.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

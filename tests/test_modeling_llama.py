@@ -1,0 +1,289 @@
+"""Our LLaMA: it agrees with transformers', trains under checkpointing and compilation, and starts alike everywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.model import HFCausalLM, build_model, build_on_meta, low_rank_names, materialize, parameter_count
+from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaRMSNorm, rotary_tables
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,  # large, so that every part of the model shows in the logits
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+}
+VARIANTS = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 2},
+    "one key": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "theta": {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+    "old theta": {"rope_theta": 250.0},
+    "wide heads": {"head_dim": 12},
+}
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    path = folder / "tiny.json"
+    path.write_text(json.dumps({**TINY, **changes}))
+    return path
+
+
+def tokens(batch: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(tmp_path: Path, variant: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = write_config(tmp_path, **VARIANTS[variant])
+    ours = build_model(path, dtype=torch.float32, seed=3)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(str(path)))
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    logits = ours(tokens()).logits
+    expected = theirs(tokens()).logits
+    assert logits is not None and expected.std() > 0.3
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_logits_are_near_float32(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    exact = build_model(path, dtype=torch.float32, seed=3)
+    rounded = build_model(path, dtype=torch.bfloat16, seed=3)
+    exact.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})
+    difference = (rounded(tokens()).logits.float() - exact(tokens()).logits).abs().max()
+    # A dozen roundings to 8 bits on values of size 3 at most.
+    assert 0 < difference < 0.15
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}])
+def test_hf_adapter_is_the_same_model(tmp_path: Path, changes: dict[str, object]) -> None:
+    pytest.importorskip("transformers")
+    path = write_config(tmp_path, **changes)
+    labels = tokens()
+    labels[1, 9:] = -100
+    results = []
+    for use_hf in (False, True):
+        model = build_model(path, use_hf, torch.float32, seed=5, activation_checkpointing=use_hf)
+        loss = model(tokens(), labels).loss_sum
+        loss.backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((loss, grads, model.state_dict(), low_rank_names(model), parameter_count(model)))
+    ours, theirs = results
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    assert list(ours[2]) == list(theirs[2]) and ours[3:] == theirs[3:]
+    for name, value in ours[2].items():
+        assert torch.equal(value, theirs[2][name]), name
+    for name, grad in ours[1].items():
+        torch.testing.assert_close(grad, theirs[1][name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_loss_is_the_sum_over_shifted_targets(tmp_path: Path) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.float32, seed=1)
+    ids, labels = tokens(2, 6), tokens(2, 6)
+    labels[0, 3:] = -100
+    labels[:, 0] = 5  # the first label is nobody's target
+    output = model(ids, labels)
+    log_p = model(ids).logits.log_softmax(-1)
+    expected = -sum(log_p[b, i, labels[b, i + 1]] for b, last in ((0, 2), (1, 5)) for i in range(last))
+    assert output.loss_sum.dtype == torch.float32 and output.logits is None
+    torch.testing.assert_close(output.loss_sum, expected)
+
+
+def test_loss_without_any_target_is_zero(tmp_path: Path) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    loss = model(tokens(), torch.full((3, 17), -100)).loss_sum
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
+
+
+def test_right_padding_changes_nothing_before_it(tmp_path: Path) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    ids = tokens(2, 16)
+    padded = ids.clone()
+    padded[:, 10:] = 0
+    torch.testing.assert_close(model(ids).logits[:, :10], model(padded).logits[:, :10])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_gives_the_same_gradients(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = write_config(tmp_path, num_key_value_heads=3)
+    grads = []
+    for checkpointing in (False, True):
+        model = build_model(path, dtype=dtype, seed=2, activation_checkpointing=checkpointing)
+        model(tokens(), tokens()).loss_sum.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
+    saved = []
+    for checkpointing in (False, True):
+        model = build_model(write_config(tmp_path), dtype=torch.float32, activation_checkpointing=checkpointing)
+        sizes: list[int] = []
+        pack = lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(tokens(), tokens())
+        saved.append(sum(sizes))
+    assert saved[1] < saved[0] / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiles_without_a_graph_break(tmp_path: Path, checkpointing: bool) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.float32, activation_checkpointing=checkpointing)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(tokens(), tokens()).loss_sum
+    loss.backward()
+    torch.testing.assert_close(loss, model(tokens(), tokens()).loss_sum)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_every_parameter_gets_a_gradient(tmp_path: Path) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    model(tokens(8, 32), tokens(8, 32)).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_norm_is_computed_in_float32() -> None:
+    norm = LlamaRMSNorm(64, 1e-6).bfloat16()
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm(x), exact.bfloat16())
+
+
+def test_rotary_tables_stay_float32_whatever_the_model_is_cast_to(tmp_path: Path) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.float32).to(torch.bfloat16)
+    assert not list(model.buffers())
+    cos, sin = rotary_tables(64, 8, 10000.0, torch.device("cpu"))
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos[63, 0, 1], torch.tensor(63 * 10000 ** (-2 / 8)).cos())
+    torch.testing.assert_close(sin[63, 0, 0], torch.tensor(63.0).sin())
+
+
+def test_hf_rotary_frequencies_survive_the_build(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = build_model(write_config(tmp_path), True, torch.bfloat16)
+    assert isinstance(model, HFCausalLM)
+    assert all(buffer.dtype == torch.float32 and not buffer.is_meta for buffer in model.buffers())
+
+
+class TestMaterialize:
+    def test_values_depend_on_seed_and_name_only(self, tmp_path: Path) -> None:
+        path = write_config(tmp_path)
+        state = build_model(path, dtype=torch.float32, seed=7).state_dict()
+        longer = build_model(write_config(tmp_path, num_hidden_layers=4), dtype=torch.float32, seed=7).state_dict()
+        half = build_model(path, dtype=torch.bfloat16, seed=7).state_dict()
+        other = build_model(path, dtype=torch.float32, seed=8).state_dict()
+        for name, value in state.items():
+            assert torch.equal(value, longer[name]), name
+            assert torch.equal(value.bfloat16(), half[name]), name
+            assert torch.equal(value, other[name]) == name.endswith("norm.weight"), name
+        matrices = [value for value in state.values() if value.ndim == 2]
+        assert len({value.flatten()[:8].sum().item() for value in matrices}) == len(matrices)
+
+    def test_leaves_the_global_generator_alone(self, tmp_path: Path) -> None:
+        before = torch.get_rng_state()
+        build_model(write_config(tmp_path))
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_distribution_is_the_one_of_transformers(self, tmp_path: Path) -> None:
+        path = write_config(tmp_path, hidden_size=192, vocab_size=1000, initializer_range=0.02)
+        for name, value in build_model(path, dtype=torch.float32).state_dict().items():
+            if value.ndim == 1:
+                assert torch.equal(value, torch.ones_like(value)), name
+            else:
+                bound = 4 / value.numel() ** 0.5  # four standard errors
+                assert abs(value.mean() / 0.02) < bound, name
+                assert abs(value.std() / 0.02 - 1) < bound, name
+
+    def test_hook_sees_each_module_before_the_next_exists(self, tmp_path: Path) -> None:
+        model = build_on_meta(write_config(tmp_path))
+        seen: list[str] = []
+
+        def swap(whole: nn.Module, name: str) -> None:
+            module = whole.get_submodule(name)
+            assert not any(parameter.is_meta for parameter in module.parameters(recurse=False))
+            later = [n for n, p in whole.named_parameters() if not p.is_meta]
+            assert len(later) <= len(seen) + 1
+            seen.append(name)
+            if name.endswith("up_proj"):
+                parent, _, child = name.rpartition(".")
+                setattr(whole.get_submodule(parent), child, nn.Identity())
+
+        materialize(model, "cpu", torch.float32, 0, swap)
+        assert "model.embed_tokens" in seen and "lm_head" in seen and "model.layers.2.mlp.down_proj" in seen
+        assert isinstance(model.model.layers[1].mlp.up_proj, nn.Identity)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+
+    def test_a_replaced_module_leaves_no_float_weight_behind(self, tmp_path: Path) -> None:
+        import weakref
+
+        alive: list[weakref.ref[torch.Tensor]] = []
+
+        def swap(whole: nn.Module, name: str) -> None:
+            assert sum(reference() is not None for reference in alive) == 0
+            if name.endswith("_proj"):
+                alive.append(weakref.ref(whole.get_submodule(name).weight))
+                parent, _, child = name.rpartition(".")
+                setattr(whole.get_submodule(parent), child, nn.Identity())
+
+        build_model(write_config(tmp_path), on_module=swap)
+        assert len(alive) == 21
+
+    @pytest.mark.parametrize("use_hf", [False, True])
+    def test_tied_head_stays_tied(self, tmp_path: Path, use_hf: bool) -> None:
+        if use_hf:
+            pytest.importorskip("transformers")
+        model = build_model(write_config(tmp_path, tie_word_embeddings=True), use_hf)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        config = LlamaConfig.from_json(tmp_path / "tiny.json")
+        assert parameter_count(model) == config.parameter_count()
+
+
+def test_low_rank_names_are_the_decoder_matrices(tmp_path: Path) -> None:
+    path = write_config(tmp_path, num_key_value_heads=2)
+    model = build_on_meta(path)
+    shapes = LlamaConfig.from_json(path).matrix_shapes()
+    names = low_rank_names(model)
+    assert sorted(names) == sorted(f"model.layers.{i}.{name}" for i in range(3) for name in shapes)
+    for name in names:
+        assert tuple(model.get_submodule(name).weight.shape) == shapes[name.split(".", 3)[3]]
+
+
+def test_low_rank_names_refuses_other_models() -> None:
+    with pytest.raises(TypeError, match=r"no model\.layers"):
+        low_rank_names(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "no-such-model"}, {"hidden_size": "48"}, {"hidden_size": 47}, {"num_hidden_layers": 0}]
+)
+def test_hf_model_reports_what_transformers_refuses(tmp_path: Path, changes: dict[str, object]) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=r"tiny\.json: (transformers refuses it|it has no layers)"):
+        build_on_meta(write_config(tmp_path, **changes), use_hf_model=True)
+
+
+def test_own_model_is_picked_by_default(tmp_path: Path) -> None:
+    assert isinstance(build_on_meta(write_config(tmp_path)), LlamaForCausalLM)
