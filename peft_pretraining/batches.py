@@ -1,0 +1,45 @@
+"""What the loaders hand out: micro-batches of token ids with their labels.
+
+A row is a sequence of ids of known length, padded on the right. Padding needs no attention mask, because a causal model
+never looks to the right, and no token of its own, because labels are masked by length: any id serves.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass, on the CPU. The model shifts the labels itself."""
+
+    input_ids: torch.Tensor  # (batch_size, max_length) int64
+    labels: torch.Tensor  # (batch_size, max_length) int64, IGNORED_LABEL where there is padding
+    target_tokens: int
+    """Labels that count: those after the first column (nothing predicts a row's first token) that are not ignored."""
+    tokens: int
+    """Ids that are not padding."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one rank computes in one update step."""
+
+    micro_batches: list[MicroBatch]
+    target_tokens: int
+    """Of this rank, over all its micro-batches; the loss is divided by the sum of this over the ranks."""
+    tokens: int
+    """Of this rank, without padding."""
+
+
+def make_micro_batch(rows: NDArray[np.int32], lengths: NDArray[np.int64]) -> MicroBatch:
+    """Micro-batch of `rows` (batch_size, max_length); the first `lengths` (batch_size,) ids of each are not padding."""
+    input_ids = torch.from_numpy(rows.astype(np.int64))
+    labels = input_ids.clone()
+    labels[torch.arange(rows.shape[1]) >= torch.from_numpy(lengths)[:, None]] = IGNORED_LABEL
+    target_tokens = int(np.maximum(lengths - 1, 0).sum())
+    return MicroBatch(input_ids, labels, target_tokens, int(lengths.sum()))

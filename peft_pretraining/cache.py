@@ -1,0 +1,41 @@
+"""Derived files that are made once and shared by all runs and ranks of a user: the pydocs text and its tokenizer."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from peft_pretraining.errors import UserError
+
+
+def cache_dir() -> Path:
+    """Where derived files are kept: $QGALORE_CACHE, else the user's cache directory."""
+    if path := os.environ.get("QGALORE_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qgalore"
+
+
+def publish(path: Path, content: bytes) -> bytes:
+    """Write `content` to `path` unless another process did first; returns what lies there then.
+
+    Atomic: a reader sees the whole file or none. Raises UserError if the directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        try:
+            # The first of several ranks wins, and all of them use its file.
+            os.link(temporary, path)
+        except FileExistsError:
+            return path.read_bytes()
+        except OSError:
+            # Some file systems know no hard links.
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache file {path} ({error}): set QGALORE_CACHE to a directory with space."
+        ) from error
+    return content

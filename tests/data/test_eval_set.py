@@ -1,0 +1,78 @@
+"""Validation: the same batches for any number of ranks, in the order of the files, capped."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_pretraining.batches import IGNORED_LABEL, MicroBatch
+from peft_pretraining.errors import UserError
+from peft_pretraining.eval_set import build_eval_set
+from peft_pretraining.sources import MemorySource
+from peft_pretraining.tokenizer import Tokenizer
+from tests.data.collect import documents_of
+
+
+def batches(tokenizer: Tokenizer, world_size: int = 1, **arguments: Any) -> dict[int, MicroBatch]:
+    """All batches by number, of all ranks."""
+    merged: dict[int, MicroBatch] = {}
+    defaults = {"dataset": "test", "packing": "pad", "max_length": 48, "eval_batch_size": 4, "eval_tokens": 0}
+    for rank in range(world_size):
+        own = list(build_eval_set(tokenizer=tokenizer, rank=rank, world_size=world_size, **(defaults | arguments)))
+        assert all(number % world_size == rank for number, _ in own)
+        merged.update(own)
+    return dict(sorted(merged.items()))
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+@pytest.mark.parametrize("eval_tokens", [0, 300])
+def test_any_number_of_ranks(tokenizer: Tokenizer, c4_dir: Path, packing: str, eval_tokens: int) -> None:
+    arguments = {"dataset": str(c4_dir), "packing": packing, "eval_tokens": eval_tokens}
+    one = batches(tokenizer, 1, **arguments)
+    for world_size in (2, 3, 16):
+        several = batches(tokenizer, world_size, **arguments)
+        assert list(several) == list(one) == list(range(len(one)))
+        assert all(torch.equal(several[k].labels, one[k].labels) for k in one)
+    targets = sum(batch.target_tokens for batch in one.values())
+    assert targets == sum(int((batch.labels[:, 1:] != IGNORED_LABEL).sum()) for batch in one.values())
+    if eval_tokens:
+        assert eval_tokens <= targets < eval_tokens + 48
+
+
+def test_order_labels_and_the_last_batch(tokenizer: Tokenizer, c4_dir: Path) -> None:
+    all_batches = list(batches(tokenizer, dataset=str(c4_dir)).values())
+    assert documents_of(tokenizer, [batch.labels for batch in all_batches]) == list(range(195, 225))
+    assert [len(batch.input_ids) for batch in all_batches] == [4] * 7 + [2]
+    for batch in all_batches:
+        padding = batch.labels == IGNORED_LABEL
+        assert torch.equal(batch.input_ids[~padding], batch.labels[~padding])
+        assert (batch.input_ids[padding] == tokenizer.pad_token_id).all()
+        assert (padding[:, 1:] >= padding[:, :-1]).all()  # on the right only
+        ends = (~padding).sum(dim=1) - 1
+        assert (batch.input_ids.gather(1, ends[:, None]) == tokenizer.eos_token_id).all()
+
+
+def test_a_second_pass_is_the_first_and_reads_nothing(tokenizer: Tokenizer) -> None:
+    source = MemorySource("memory", ["one two three", "four five"])
+    arguments: dict[str, Any] = {"packing": "pad", "max_length": 16, "eval_batch_size": 2, "eval_tokens": 0}
+    eval_set = build_eval_set(dataset="test", tokenizer=tokenizer, source=source, **arguments)
+    first = list(eval_set)
+    source.documents.clear()
+    second = list(eval_set)
+    assert torch.equal(first[0][1].labels, second[0][1].labels)
+
+
+def test_empty_validation(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="validation set is empty"):
+        batches(tokenizer, source=MemorySource("memory", [" "]))
+
+
+def test_long_documents_are_cut(tokenizer: Tokenizer) -> None:
+    text = "word " * 500
+    (batch,) = batches(tokenizer, source=MemorySource("memory", [text])).values()
+    (whole,) = tokenizer.encode([text])
+    assert batch.input_ids[0].tolist() == [*whole[:47], tokenizer.eos_token_id]
+    packed = batches(tokenizer, source=MemorySource("memory", [text]), packing="pack")
+    flat = [i for b in packed.values() for i in b.labels.flatten().tolist() if i != IGNORED_LABEL]
+    assert flat == [*whole, tokenizer.eos_token_id]

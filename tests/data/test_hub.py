@@ -1,0 +1,138 @@
+"""Streaming from the hub goes on after every network fault, with the documents of a quiet run."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining import hub
+from peft_pretraining.errors import UserError
+from peft_pretraining.eval_set import build_eval_set
+from peft_pretraining.hub import HubFiles, RetryPolicy
+from peft_pretraining.sources import GzipShards, open_source
+from peft_pretraining.tokenizer import Tokenizer
+from tests.data.collect import close, documents_of, global_rows, loaders
+from tests.data.conftest import write_shard
+from tests.data.hub_server import HubServer
+
+QUICK = RetryPolicy(attempts=8, first_pause_seconds=0.01, longest_pause_seconds=0.05, timeout_seconds=0.3)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of the test take several requests each."""
+    monkeypatch.setattr(hub, "CHUNK_BYTES", 500)
+
+
+@pytest.fixture
+def server(c4_dir: Path) -> Iterator[HubServer]:
+    served = HubServer(c4_dir)
+    yield served
+    served.close()
+
+
+def remote(server: HubServer, folder: Path, split: str = "train", retry: RetryPolicy = QUICK) -> GzipShards:
+    files = tuple(sorted(f"en/{path.name}" for path in folder.glob(f"en/*{split}*")))
+    return GzipShards("c4", files, "test", None, HubFiles(endpoint=server.endpoint, retry=retry))
+
+
+@pytest.mark.parametrize("faults", [
+    [], ["refuse"] * 3, ["stall"] * 2, ["cut"] * 3, ["500", "502", "503", "504"], ["429"] * 3, ["garbage"], ["moved"],
+    ["", "cut", "503", "", "refuse", "", "", "stall", "429", "moved", "500", "", "cut"] * 3,
+])  # fmt: skip
+def test_faults_do_not_change_the_bits(
+    tokenizer: Tokenizer, c4_dir: Path, server: HubServer, faults: list[str]
+) -> None:
+    local = loaders(1, tokenizer=tokenizer, dataset=str(c4_dir))
+    expected = global_rows(local, 15)
+    server.faults = list(faults)
+    ranks = loaders(1, tokenizer=tokenizer, source=remote(server, c4_dir))
+    assert torch.equal(torch.stack(global_rows(ranks, 15)), torch.stack(expected))
+    assert not server.faults
+    close([*local, *ranks])
+
+
+def test_faults_in_a_resumed_validation(tokenizer: Tokenizer, c4_dir: Path, server: HubServer) -> None:
+    def rows(source: GzipShards) -> torch.Tensor:
+        batches = build_eval_set(dataset="c4", tokenizer=tokenizer, packing="pad", max_length=48, eval_batch_size=5,
+                                 eval_tokens=0, source=source)  # fmt: skip
+        return torch.cat([batch.labels for _, batch in batches])
+
+    quiet = rows(remote(server, c4_dir, "validation"))
+    server.faults = ["cut", "500", "", "stall"]
+    assert torch.equal(rows(remote(server, c4_dir, "validation")), quiet)
+    assert documents_of(tokenizer, [quiet]) == list(range(195, 225))
+
+
+def test_the_layout_of_c4_on_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The names and the address that --dataset c4 asks for."""
+    folder = tmp_path / "hub" / "en"
+    folder.mkdir(parents=True)
+    for shard in range(8):
+        write_shard(folder / f"c4-validation.{shard:05d}-of-00008.json.gz", range(shard * 3, shard * 3 + 3))
+    server = HubServer(folder.parent)
+    eval_set = build_eval_set(
+        dataset="c4", tokenizer=tokenizer, packing="pad", max_length=48, eval_batch_size=5, eval_tokens=0,
+        endpoint=server.endpoint, retry=QUICK,
+    )  # fmt: skip
+    assert documents_of(tokenizer, [batch.labels for _, batch in eval_set]) == list(range(24))
+    server.close()
+    assert all(path.startswith(f"/datasets/allenai/c4/resolve/{hub.C4_REVISION}/en/") for path in server.paths)
+    source = open_source("c4", "train")
+    assert isinstance(source, GzipShards)
+    assert source.files[17] == "en/c4-train.00017-of-01024.json.gz"
+    assert source.shards == 1024
+
+
+def test_a_hub_that_stays_away_is_an_error_with_a_sentence(
+    tokenizer: Tokenizer, c4_dir: Path, server: HubServer
+) -> None:
+    server.faults = ["503"] * 1000
+    ranks = loaders(1, tokenizer=tokenizer, source=remote(server, c4_dir))
+    with pytest.raises(UserError, match=r"could not be read after 8 tries \(HTTP status 503\)"):
+        ranks[0].next_update()
+    close(ranks)
+
+
+def test_nobody_listens(tokenizer: Tokenizer, c4_dir: Path, server: HubServer) -> None:
+    server.close()
+    ranks = loaders(1, tokenizer=tokenizer, source=remote(server, c4_dir))
+    with pytest.raises(UserError, match="Check the network"):
+        ranks[0].next_update()
+    close(ranks)
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404"])
+def test_a_final_answer_is_not_asked_again(tokenizer: Tokenizer, c4_dir: Path, server: HubServer, status: str) -> None:
+    server.faults = [status]
+    source = remote(server, c4_dir)
+    with pytest.raises(UserError, match=f"HTTP status {status}"):
+        next(source.read(0, 1, 0, 0))
+    assert server.requests == 1
+
+
+def test_closing_ends_a_long_pause(tokenizer: Tokenizer, c4_dir: Path, server: HubServer) -> None:
+    from peft_pretraining.dataloader import build_train_loader
+
+    server.faults = ["503"] * 1000
+    loader = build_train_loader(
+        dataset="c4", tokenizer=tokenizer, packing="pad", max_length=32, batch_size=1, grad_accum_steps=1, seed=0,
+        endpoint=server.endpoint, retry=RetryPolicy(first_pause_seconds=60),
+    )  # fmt: skip
+    loader.start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 3
+    assert server.requests >= 1
+
+
+def test_pauses_grow_with_jitter_and_obey_the_server() -> None:
+    policy = RetryPolicy(first_pause_seconds=1, longest_pause_seconds=60)
+    for attempt in range(12):
+        whole = min(60.0, 2.0**attempt)
+        assert whole / 2 <= policy.pause_seconds(attempt, None) <= whole
+    assert policy.pause_seconds(0, "30") >= 30
+    assert policy.pause_seconds(0, "999999") <= 120

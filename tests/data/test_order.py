@@ -1,0 +1,195 @@
+"""The global order: each document once an epoch, the same for any number of ranks, workers and stops."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from peft_pretraining.batches import IGNORED_LABEL
+from peft_pretraining.dataloader import merge_states
+from peft_pretraining.errors import UserError
+from peft_pretraining.lanes import deal_units
+from peft_pretraining.sources import MemorySource
+from peft_pretraining.tokenizer import Tokenizer
+from tests.data.collect import close, documents_of, global_rows, loaders
+
+DOCUMENTS = 311
+
+
+def run(
+    tokenizer: Tokenizer, source: Any, updates: int, world_size: int = 1, state: Any = None, **arguments: Any
+) -> Any:
+    """(global batches, merged state after them as it comes back from JSON)."""
+    ranks = loaders(world_size, tokenizer=tokenizer, source=source, **arguments)
+    for loader in ranks:
+        if state is not None:
+            loader.load_state_dict(state)
+    batches = global_rows(ranks, updates)
+    merged = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
+    close(ranks)
+    return batches, merged
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_document_is_read_once_an_epoch(tokenizer: Tokenizer, source: MemorySource, world_size: int) -> None:
+    # 311 documents in 8 lanes: a lane of 38 or 39. 38 rounds of 8 are 19 updates of 16.
+    batches, _ = run(tokenizer, source, 19, world_size)
+    first = Counter(documents_of(tokenizer, batches))
+    assert max(first.values()) == 1
+    assert len(first) == 304
+    batches, _ = run(tokenizer, source, 39, world_size)
+    counts = Counter(documents_of(tokenizer, batches))
+    assert set(counts) == set(range(DOCUMENTS))
+    assert max(counts.values()) <= 3
+    # Lane by lane: each finishes its documents before it begins again.
+    rows = documents_of(tokenizer, batches)
+    for lane in range(8):
+        own = rows[lane::8]
+        size = len(set(own))
+        assert size in (38, 39)
+        assert len(set(own[:size])) == size
+        assert set(own[size : 2 * size]) <= set(own[:size])
+        assert own[size : size + 8] != own[:8]
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 4), (4, 2)])
+def test_a_resumed_order_is_the_uninterrupted_one(
+    tokenizer: Tokenizer, source: MemorySource, packing: str, before: int, after: int
+) -> None:
+    whole, _ = run(tokenizer, source, 48, packing=packing)
+    state = None
+    batches = []
+    # Stops in the middle of blocks, of units and of documents, and on both sides of an epoch's end.
+    for count, world_size in ((1, before), (6, after), (13, before), (2, after), (26, before)):
+        more, state = run(tokenizer, source, count, world_size, state, packing=packing)
+        batches += more
+    assert torch.equal(torch.stack(whole), torch.stack(batches))
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+def test_workers_do_not_change_the_order(tokenizer: Tokenizer, source: MemorySource, packing: str) -> None:
+    inline, inline_state = run(tokenizer, source, 12, packing=packing, workers=0)
+    for workers in (1, 3, 8, 100):
+        batches, state = run(tokenizer, source, 12, packing=packing, workers=workers)
+        assert torch.equal(torch.stack(inline), torch.stack(batches))
+        assert state == inline_state
+
+
+def test_a_global_batch_that_is_no_multiple_of_the_lanes(tokenizer: Tokenizer, source: MemorySource) -> None:
+    sixteens, _ = run(tokenizer, source, 9)
+    twelves, state = run(tokenizer, source, 6, global_batch=12, world_size=2)
+    rest, _ = run(tokenizer, source, 6, global_batch=12, world_size=1, state=state)
+    assert torch.equal(torch.cat(sixteens), torch.cat([*twelves, *rest]))
+
+
+def test_the_seed_decides_the_order(tokenizer: Tokenizer, source: MemorySource) -> None:
+    first, _ = run(tokenizer, source, 4, seed=3)
+    second, _ = run(tokenizer, source, 4, seed=4)
+    assert documents_of(tokenizer, first) != documents_of(tokenizer, second)
+
+
+def test_the_order_is_frozen(tokenizer: Tokenizer, source: MemorySource) -> None:
+    """A change of these numbers changes what a resumed run sees: raise the loader's state format with it."""
+    batches, _ = run(tokenizer, source, 1)
+    assert documents_of(tokenizer, batches) == [90, 113, 37, 94, 55, 30, 64, 87, 66, 65, 13, 118, 79, 102, 88, 15]
+
+
+def test_packing_conserves_tokens(tokenizer: Tokenizer, source: MemorySource) -> None:
+    batches, _ = run(tokenizer, source, 40, packing="pack", max_length=16)
+    rows = torch.cat(batches)
+    assert IGNORED_LABEL not in rows
+    encoded = {tuple(ids): i for i, ids in enumerate(tokenizer.encode(source.documents))}
+    for lane in range(8):
+        stream = rows[lane::8].flatten().tolist()
+        documents: list[list[int]] = [[]]
+        for token in stream:
+            if token == tokenizer.eos_token_id:
+                documents.append([])
+            else:
+                documents[-1].append(token)
+        # The last one is cut by the end of the last row.
+        numbers = [encoded[tuple(ids)] for ids in documents[:-1]]
+        assert len(numbers) > 20
+        size = len(set(numbers))
+        assert len(set(numbers[:size])) == size
+
+
+def test_prefetched_updates_are_not_in_the_state(tokenizer: Tokenizer, source: MemorySource) -> None:
+    (loader,) = loaders(1, tokenizer=tokenizer, source=source)
+    begin = loader.state_dict()
+    assert begin["sequence"] == 0
+    loader.next_update()
+    state = loader.state_dict()
+    assert state["sequence"] == 16
+    assert sum(position["document"] for position in state["lanes"].values()) == 16
+    loader.close()
+
+
+def test_state_size(tokenizer: Tokenizer, source: MemorySource) -> None:
+    _, state = run(tokenizer, source, 3, data_lanes=64, shuffle_buffer=64)
+    assert len(json.dumps(state)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [({"seed": 9}, "--seed"), ({"max_length": 32}, "--max_length"), ({"packing": "pack"}, "--packing"),
+     ({"shuffle_buffer": 6}, "--shuffle_buffer"), ({"data_lanes": 16}, "--data_lanes"),
+     ({"source": MemorySource("other", [f"text {i}" for i in range(200)])}, "--dataset")],
+)  # fmt: skip
+def test_resume_with_another_order_is_refused(
+    tokenizer: Tokenizer, source: MemorySource, change: dict[str, Any], flag: str
+) -> None:
+    _, state = run(tokenizer, source, 1)
+    with pytest.raises(UserError, match=flag):
+        run(tokenizer, change.pop("source", source), 1, state=state, **change)
+
+
+def test_a_state_of_one_rank_of_two_is_refused(tokenizer: Tokenizer, source: MemorySource) -> None:
+    ranks = loaders(2, tokenizer=tokenizer, source=source)
+    global_rows(ranks, 1)
+    state = ranks[0].state_dict()
+    close(ranks)
+    with pytest.raises(UserError, match="states of all ranks"):
+        run(tokenizer, source, 1, state=state)
+
+
+def test_ranks_that_do_not_divide_the_lanes_are_refused(tokenizer: Tokenizer, source: MemorySource) -> None:
+    with pytest.raises(UserError, match="--data_lanes 8 cannot be shared by 3 processes"):
+        loaders(3, global_batch=24, tokenizer=tokenizer, source=source)
+
+
+def test_ranks_that_do_not_divide_what_was_read_are_refused(tokenizer: Tokenizer, source: MemorySource) -> None:
+    _, state = run(tokenizer, source, 1, global_batch=2, grad_accum_steps=1)
+    with pytest.raises(UserError, match="2 sequences"):
+        run(tokenizer, source, 1, world_size=4, global_batch=16, state=state)
+
+
+def test_fewer_documents_than_lanes_are_refused(tokenizer: Tokenizer) -> None:
+    few = MemorySource("few", ["one text", "another text"])
+    with pytest.raises(UserError, match="--data_lanes"):
+        run(tokenizer, few, 1)
+    batches, _ = run(tokenizer, few, 1, data_lanes=1)
+    assert len(torch.unique(batches[0], dim=0)) == 2
+
+
+def test_an_empty_dataset_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="no document"):
+        run(tokenizer, MemorySource("nothing", ["", "  \n"]), 1, data_lanes=1)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 7, 64])
+@pytest.mark.parametrize("shards", [1, 3, 8, 64, 65, 200, 1024])
+def test_units_are_dealt_evenly(shards: int, lanes: int) -> None:
+    dealt = deal_units(shards, lanes, seed=1)
+    units = [unit for lane in dealt for unit in lane]
+    assert len(set(units)) == len(units)
+    for shard in range(shards):
+        parts = [unit for unit in units if unit.shard == shard]
+        assert sorted(unit.part for unit in parts) == list(range(parts[0].slices))
+    sizes = [len(lane) for lane in dealt]
+    assert max(sizes) - min(sizes) <= min(sizes) / 8
+    if shards == 1024:
+        assert units[0].slices == 1

@@ -1,0 +1,149 @@
+"""Token ids from files: every window once an epoch, types by sidecar or suffix, and what the script writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peft_pretraining.dataloader import merge_states
+from peft_pretraining.errors import UserError
+from peft_pretraining.eval_set import build_eval_set
+from peft_pretraining.token_files import is_token_dataset, open_token_files
+from peft_pretraining.tokenizer import Tokenizer
+from scripts.tokenize_dataset import main as tokenize_dataset
+from scripts.tokenize_dataset import parse_count
+from tests.data.collect import close, global_rows, loaders
+
+LENGTH = 8
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """Three train files of 50, 3 and 70 windows with some ids to spare, the ids counting up; and validation."""
+    counts = np.arange(2000, dtype=np.uint32)
+    for name, start, stop in (
+        ("train-0", 0, 405),
+        ("train-1", 405, 429),
+        ("train-2", 429, 990),
+        ("validation", 1000, 1101),
+    ):
+        counts[start:stop].astype("<u4").tofile(tmp_path / f"{name}.uint32")
+    return tmp_path
+
+
+def run(dataset: Path, updates: int, world_size: int = 1, state: Any = None, **arguments: Any) -> Any:
+    arguments = {"max_length": LENGTH, "tokenizer": None} | arguments
+    ranks = loaders(world_size, dataset=str(dataset), **arguments)
+    for loader in ranks:
+        if state:
+            loader.load_state_dict(state)
+    rows = torch.cat(global_rows(ranks, updates))
+    state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
+    close(ranks)
+    return rows, state
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_window_is_read_once_an_epoch(tokens: Path, world_size: int) -> None:
+    rows, _ = run(tokens, 46, world_size)  # 123 windows in 8 lanes of 15 or 16, six epochs
+    assert (rows.diff(dim=1) == 1).all()
+    windows = {*range(0, 400, LENGTH), *range(405, 429, LENGTH), *range(429, 989, LENGTH)}
+    assert set(rows[:, 0].tolist()) == windows
+    for lane in range(8):
+        own = rows[lane::8, 0].tolist()
+        size = len(set(own))
+        assert size in (15, 16)
+        epochs = [own[i : i + size] for i in range(0, len(own) - size, size)]
+        assert all(len(set(numbers)) == size for numbers in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_resume_on_other_ranks_and_workers(tokens: Path) -> None:
+    whole, _ = run(tokens, 20)
+    first, state = run(tokens, 7, 2, workers=0)
+    second, state = run(tokens, 6, 1, state)
+    third, _ = run(tokens, 7, 4, state, workers=3)
+    assert torch.equal(whole, torch.cat([first, second, third]))
+
+
+def test_types(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    path.write_bytes(np.arange(600, dtype="<u2").tobytes())
+    assert is_token_dataset(str(path))
+    assert is_token_dataset(str(tmp_path))
+    with pytest.raises(UserError, match=r"type of its ids is unknown.*train.bin.json"):
+        open_token_files(str(path), "train")
+    (tmp_path / "train.bin.json").write_text('{"dtype": "uint16"}')
+    assert open_token_files(str(tmp_path), "train").vocab_size() == 600
+    (tmp_path / "train.bin.json").write_text('{"dtype": "uint16", "vocab_size": 32000}')
+    assert open_token_files(str(tmp_path), "train").vocab_size() == 32000
+    (tmp_path / "train.bin.json").write_text("{")
+    with pytest.raises(UserError, match="not a JSON object"):
+        open_token_files(str(tmp_path), "train")
+    path.write_bytes(b"abc")
+    (tmp_path / "train.bin.json").write_text('{"dtype": "uint16"}')
+    with pytest.raises(UserError, match="3 bytes are no whole number of uint16"):
+        open_token_files(str(tmp_path), "train")
+    with pytest.raises(UserError, match="no file validation"):
+        open_token_files(str(tmp_path), "validation")
+
+
+def test_a_single_file_holds_out_its_end_or_uses_the_file_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "my-train.t5.uint16"
+    np.arange(5000, dtype="<u2").tofile(path)
+    assert open_token_files(str(path), "train").tokens == 4950
+    assert open_token_files(str(path), "validation").files[0].ids.tolist() == list(range(4950, 5000))
+    np.arange(30, dtype="<u2").tofile(tmp_path / "my-validation.t5.uint16")
+    assert open_token_files(str(path), "train").tokens == 5000
+    assert open_token_files(str(path), "validation").tokens == 30
+
+
+def test_too_few_ids(tokens: Path) -> None:
+    with pytest.raises(UserError, match=r"--data_lanes 128"):
+        run(tokens, 1, data_lanes=128)
+
+
+def test_validation_windows_and_their_shorter_end(tokens: Path) -> None:
+    arguments: dict[str, Any] = {"dataset": str(tokens), "tokenizer": None, "packing": "pack", "max_length": LENGTH}
+    batches = dict(build_eval_set(**arguments, eval_batch_size=5, eval_tokens=0))
+    labels = torch.cat([batch.labels for batch in batches.values()])
+    assert labels[labels >= 0].tolist() == list(range(1000, 1101))
+    # 12 rows of 8 ids and one of 5; the first id of each is no target.
+    assert [batch.target_tokens for batch in batches.values()] == [35, 35, 7 + 7 + 4]
+
+
+def test_the_script_writes_what_the_loader_reads(tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer) -> None:
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(file)
+    out = tmp_path / "tokens"
+    assert tokenize_dataset(["--dataset", str(c4_dir), "--tokenizer", str(file), "--output_dir", str(out)]) == 0
+    settings = json.loads((out / "train.bin.json").read_text())
+    assert settings["documents"] == 195
+    assert settings["dtype"] == "uint16"
+    assert settings["vocab_size"] == tokenizer.vocab_size
+    assert settings["tokens"] == open_token_files(str(out), "train").tokens
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "packing": "pack",
+        "max_length": 32,
+        "eval_batch_size": 4,
+        "eval_tokens": 0,
+    }
+    from_text = dict(build_eval_set(dataset=str(c4_dir), **common))
+    from_ids = dict(build_eval_set(dataset=str(out), **common))
+    assert from_text.keys() == from_ids.keys()
+    assert all(torch.equal(from_text[k].labels, from_ids[k].labels) for k in from_text)
+    capped = ["--dataset", str(c4_dir), "--tokenizer", str(file), "--output_dir", str(out), "--max_tokens", "0.5K"]
+    assert tokenize_dataset(capped) == 0
+    assert 500 <= open_token_files(str(out), "train").tokens < 550
+
+
+def test_the_script_refuses_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenize_dataset(["--dataset", str(tmp_path), "--tokenizer", "/none", "--output_dir", str(tmp_path)]) == 2
+    assert "--tokenizer /none" in capsys.readouterr().err
+    assert parse_count("1.5B") == 1_500_000_000
+    with pytest.raises(UserError, match="--max_tokens"):
+        parse_count("many")
