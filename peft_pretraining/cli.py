@@ -1,0 +1,245 @@
+"""Command-line flags generated from frozen dataclasses.
+
+Every field of a group is one flag of the same name. Its type and limits come from the annotation
+(`Annotated[int, Flag("updates", at_least=0)]`), its default from the field, and its help from the docstring under the
+field. argparse lays out the help and splits the command line; values are converted here, so that every problem of a
+command line is collected and none hides another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_COUNT = re.compile(r"(\d+\.?\d*|\.\d+)([KMBT]?)", re.IGNORECASE)
+_COUNT_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What an annotation says about a flag beyond its type: its unit, its limits, how its text is read."""
+
+    unit: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str | int, ...] = ()
+    parse: Callable[[str], Any] | None = None
+    auto: str = ""
+    """The default in words, where the default's value (0, "" or None) means that it is worked out."""
+
+
+@dataclass(frozen=True)
+class FlagSpec:
+    """One flag, as read from a field of a group."""
+
+    name: str
+    group: type
+    kind: type
+    optional: bool
+    default: Any  # dataclasses.MISSING for a required flag
+    help: str
+    flag: Flag
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag stands alone on the command line."""
+        return self.kind is bool
+
+    @property
+    def default_text(self) -> str:
+        """The default as the help shows it."""
+        if self.default is dataclasses.MISSING:
+            return "required"
+        if self.flag.auto:
+            return f"default: {self.flag.auto}"
+        if self.is_switch:
+            return f"default: {'on' if self.default else 'off'}"
+        if self.flag.parse is parse_count:
+            return f"default: {format_count(self.default)}"
+        return f"default: {self.default if self.default != '' else 'none'}"
+
+
+@dataclass(frozen=True)
+class ParsedFlags:
+    """The values that a command line gives, by flag name, and what is wrong with it."""
+
+    values: dict[str, Any]
+    problems: list[str]
+    unreadable: set[str]
+    """Flags whose value is missing or wrong: no check can judge a combination that they are part of."""
+
+
+def parse_count(text: str) -> int:
+    """A whole number with an optional suffix K, M, B or T (powers of 1000), such as 5000, 100M or 1.1B."""
+    match = _COUNT.fullmatch(text.strip().replace("_", ""))
+    if match is None:
+        raise ValueError("a number with an optional suffix K, M, B or T, such as 5000, 100M or 1.1B")
+    return round(float(match[1]) * _COUNT_SUFFIX[match[2].upper()])
+
+
+def format_count(count: int) -> str:
+    """The shortest form that `parse_count` reads back as the same number: 10000000 is 10M."""
+    for suffix in ("T", "B", "M", "K"):
+        if count and count % _COUNT_SUFFIX[suffix] == 0:
+            return f"{count // _COUNT_SUFFIX[suffix]}{suffix}"
+    return str(count)
+
+
+@cache
+def read_specs(group: type) -> tuple[FlagSpec, ...]:
+    """The flags of one dataclass group, in the order of its fields."""
+    hints = get_type_hints(group, include_extras=True)
+    texts = _field_docstrings(group)
+    specs = []
+    for field in dataclasses.fields(group):
+        hint, flag = hints[field.name], Flag()
+        if get_origin(hint) is Annotated:
+            hint, flag = get_args(hint)[0], get_args(hint)[1]
+        optional = isinstance(hint, UnionType) and NoneType in get_args(hint)
+        kind = next(kind for kind in get_args(hint) if kind is not NoneType) if optional else hint
+        specs.append(FlagSpec(field.name, group, kind, optional, field.default, texts[field.name], flag))
+    return tuple(specs)
+
+
+def _field_docstrings(group: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for node, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            assert isinstance(following, ast.Expr), f"{group.__name__}.{node.target.id} has no docstring"
+            texts[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
+    return texts
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=118)
+
+
+def build_parser(groups: Mapping[str, type], description: str, usage: str) -> argparse.ArgumentParser:
+    """The parser whose `--help` shows `groups` (title -> dataclass) with a type, unit and default for every flag."""
+    parser = argparse.ArgumentParser(
+        description=description, usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
+    for title, group in groups.items():
+        section = parser.add_argument_group(title, inspect.getdoc(group))
+        for spec in read_specs(group):
+            text = f"{spec.help} ({spec.default_text})".replace("%", "%%")
+            name, default = f"--{spec.name}", argparse.SUPPRESS
+            if spec.is_switch and spec.optional:
+                section.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
+            elif spec.is_switch:
+                section.add_argument(name, action="store_true", default=default, help=text)
+            else:
+                metavar = "{" + ",".join(map(str, spec.flag.choices)) + "}" if spec.flag.choices else None
+                section.add_argument(name, default=default, help=text, metavar=metavar or spec.flag.unit.upper())
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type], argv: Sequence[str]) -> ParsedFlags:
+    """Read `argv`; flags that are not given are absent from the values, problems are sentences that name the flag."""
+    specs = {spec.name: spec for group in groups.values() for spec in read_specs(group)}
+    tokens, problems = _pair_flags_with_values(argv, specs)
+    namespace, unknown = parser.parse_known_args(tokens)
+    problems += _describe_unknown(unknown, specs)
+    values: dict[str, Any] = {}
+    for name, raw in vars(namespace).items():
+        try:
+            values[name] = raw if specs[name].is_switch else _convert(specs[name], raw)
+        except ValueError as error:
+            problems.append(str(error))
+    named = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
+    required = {name for name, spec in specs.items() if spec.default is dataclasses.MISSING}
+    for name in sorted(required - named):
+        problems.append(f"--{name} is missing: {specs[name].help[0].lower()}{specs[name].help[1:]}")
+    return ParsedFlags(values, problems, unreadable=(required | named & specs.keys()) - values.keys())
+
+
+def _pair_flags_with_values(argv: Sequence[str], specs: Mapping[str, FlagSpec]) -> tuple[list[str], list[str]]:
+    """Write `--flag value` as `--flag=value`, so that argparse takes -1e-3 for a number; name flags without a value."""
+    tokens: list[str] = []
+    problems: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        spec = specs.get(token.removeprefix("--")) if token.startswith("--") else None
+        if spec is None or spec.is_switch:
+            name, _, value = token.partition("=")
+            given = specs.get(name.removeprefix("--"))
+            if value and given is not None and given.is_switch:
+                problems.append(f"{name} is a switch and takes no value: write {name} alone, not {token}")
+            else:
+                tokens.append(token)
+        elif rest and (not rest[0].startswith("-") or _NUMBER.fullmatch(rest[0])):
+            tokens.append(f"{token}={rest.pop(0)}")
+        else:
+            problems.append(f"{token} has no value: write {token} {spec.flag.unit.upper() or 'VALUE'}")
+    return tokens, problems
+
+
+def _describe_unknown(unknown: Sequence[str], specs: Mapping[str, FlagSpec]) -> list[str]:
+    problems = []
+    after_unknown_flag = False
+    for token in unknown:
+        if not token.startswith("-"):
+            # The value of an unknown flag is no problem of its own.
+            if not after_unknown_flag:
+                problems.append(f"{token!r} belongs to no flag: every value follows its flag, as in --lr 0.01")
+            after_unknown_flag = False
+            continue
+        name = token.split("=")[0]
+        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), specs, n=1, cutoff=0.6)
+        advice = f"did you mean --{nearest[0]}?" if nearest else "--help lists them all"
+        problems.append(f"{name} is no flag of this program: {advice}")
+        after_unknown_flag = "=" not in token
+    return problems
+
+
+def _convert(spec: FlagSpec, raw: str) -> Any:
+    """The value of a flag's text. Raises ValueError with a sentence that names the flag."""
+    flag = spec.flag
+    if flag.choices:
+        return _choose(spec, raw)
+    try:
+        value = flag.parse(raw) if flag.parse else spec.kind(raw)
+    except ValueError as error:
+        right = str(error) if flag.parse else {int: "a whole number", float: "a number"}.get(spec.kind, "text")
+        raise ValueError(f"--{spec.name} is {raw!r}, it must be {right}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{spec.name} is {raw!r}, it must be a finite number")
+    limits = [
+        ("at least", flag.at_least, lambda limit: value >= limit),
+        ("more than", flag.above, lambda limit: value > limit),
+        ("at most", flag.at_most, lambda limit: value <= limit),
+        ("less than", flag.below, lambda limit: value < limit),
+    ]
+    if not all(limit is None or holds(limit) for _, limit, holds in limits):
+        allowed = " and ".join(f"{word} {limit:g}" for word, limit, _ in limits if limit is not None)
+        raise ValueError(f"--{spec.name} is {raw}, it must be {allowed}{f' ({flag.unit})' if flag.unit else ''}")
+    return value
+
+
+def _choose(spec: FlagSpec, raw: str) -> Any:
+    text = spec.flag.parse(raw) if spec.flag.parse else raw
+    for choice in spec.flag.choices:
+        if str(choice) == text:
+            return choice
+    names = [str(choice) for choice in spec.flag.choices]
+    nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.6)
+    advice = f" (did you mean {nearest[0]}?)" if nearest else ""
+    raise ValueError(f"--{spec.name} is {raw!r}, it must be one of {', '.join(names)}{advice}")

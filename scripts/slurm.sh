@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=q-galore
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+# A recipe as a SLURM job that goes on by itself after its time limit: three minutes before it, the run saves and ends,
+# and the job queues itself again. Options of sbatch win over those above.
+#
+#   sbatch [--nodes 8 --gpus-per-node 8 ...] scripts/slurm.sh scripts/pretrain_c4/llama_60m.sh [METHOD] [flags]
+set -uo pipefail
+
+export NNODES="${SLURM_NNODES:-1}"
+MASTER_ADDR="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}" | head -n 1)"
+export MASTER_ADDR
+
+requeue=""
+end_run() {
+    requeue=1
+    # torchrun passes SIGTERM on to the ranks, which save and end; it would not pass on SIGUSR1.
+    kill -TERM "$run"
+}
+trap end_run USR1
+
+srun bash "$@" &
+run=$!
+status=0
+# A signal ends `wait` before the run has ended.
+while kill -0 "$run" 2>/dev/null; do
+    wait "$run"
+    status=$?
+done
+
+if [[ -n "$requeue" ]]; then
+    echo "time is nearly over: job $SLURM_JOB_ID queues itself again and continues from the newest checkpoint"
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,366 @@
+"""The command line: frozen, complete, and clear about what is wrong with it.
+
+Renew the frozen list with `python -m tests.test_args > tests/golden/command_line.txt`.
+"""
+
+import dataclasses
+import re
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.args import GROUPS, RunArgs, parse_args
+from peft_pretraining.cli import FlagSpec, format_count, parse_count, read_specs
+from peft_pretraining.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
+CONFIG = str(Path(__file__).parent.parent / "configs" / "llama_60m.json")
+REQUIRED = ["--model_config", CONFIG, "--batch_size", "8"]
+
+# The flags of the official run_pretrain.py, with what they are when they are left out.
+OFFICIAL_DEFAULTS = {
+    "use_hf_model": False,
+    "continue_from": "",
+    "gradient_accumulation": 1,
+    "total_batch_size": 8,
+    "max_length": 256,
+    "optimizer": "adam",
+    "lr": 1e-4,
+    "scheduler": "cosine",
+    "min_lr_ratio": 0.1,
+    "activation_checkpointing": False,
+    "weight_decay": 0.0,
+    "warmup_steps": 1000,
+    "eval_every": 5000,
+    "num_training_steps": 10000,
+    "max_train_tokens": 0,
+    "save_every": 10000,
+    "save_dir": "",
+    "tags": "",
+    "name": "test",
+    "dtype": "bfloat16",
+    "workers": 8,
+    "seed": 0,
+    "project": "test",
+    "unset_wandb": False,
+    "grad_clipping": 0.0,
+    "beta1": 0.0,
+    "beta2": 0.95,
+    "rank": 128,
+    "update_proj_gap": 50,
+    "galore_scale": 1.0,
+    "proj_type": "std",
+    "proj_quant": False,
+    "proj_bits": 4,
+    "proj_group_size": 256,
+    "weight_quant": False,
+    "weight_bits": 8,
+    "weight_group_size": 256,
+    "stochastic_round": False,
+    "simulation": False,
+    "cos_threshold": 0.4,
+    "gamma_proj": 2,
+    "queue_size": 5,
+    "single_gpu": False,
+}
+OPTIMIZERS = [
+    "Adam",
+    "adamw",
+    "sgd",
+    "adafactor",
+    "adam8bit",
+    "galore_adamw",
+    "galore_adamw8bit",
+    "galore_adamw8bit_per_layer",
+    "q_galore_adamw8bit",
+    "q_galore_adamw8bit_per_layer",
+]
+
+
+def specs() -> list[FlagSpec]:
+    return [spec for group in GROUPS.values() for spec in read_specs(group)]
+
+
+def command_line() -> str:
+    """One line a flag: group, name, type, choices, default."""
+    lines = []
+    for title, group in GROUPS.items():
+        for spec in read_specs(group):
+            kind = spec.kind.__name__ + (" or none" if spec.optional else "")
+            choices = f" {{{','.join(map(str, spec.flag.choices))}}}" if spec.flag.choices else ""
+            unit = f" [{spec.flag.unit}]" if spec.flag.unit else ""
+            default = "required" if spec.default is dataclasses.MISSING else repr(spec.default)
+            lines.append(f"{title}: --{spec.name} {kind}{choices}{unit} = {default}")
+    return "\n".join(lines) + "\n"
+
+
+def parse(text: str = "", world_size: int = 1) -> RunArgs:
+    return parse_args([*REQUIRED, *text.split()], world_size)
+
+
+def refusal(argv: list[str], world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_args(argv, world_size)
+    return str(caught.value)
+
+
+def test_command_line_is_frozen() -> None:
+    assert command_line() == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_every_flag_of_the_official_code_keeps_its_default() -> None:
+    values = parse().to_dict()
+    assert len(OFFICIAL_DEFAULTS) + len(("model_config", "batch_size")) == 45
+    assert {name: values[name] for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS
+
+
+def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [spec.name for spec in specs()]
+    assert len(names) == len(set(names))
+    for spec in specs():
+        assert spec.is_switch or spec.flag.choices or spec.flag.unit, f"--{spec.name} has no unit"
+        assert len(spec.help) > 15 and spec.help.endswith("."), f"--{spec.name}: {spec.help!r}"
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for title in GROUPS:
+        assert f"{title}:" in text
+    for spec in specs():
+        assert re.search(rf"--{spec.name}\b", text)
+        assert f"{spec.help} ({spec.default_text})" in text
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_names_in_any_case(name: str) -> None:
+    assert parse(f"--optimizer {name}").optimizer.optimizer == name.lower()
+    assert parse(f"--optimizer {name.upper()}").optimizer.optimizer == name.lower()
+
+
+def test_optimizer_kinds() -> None:
+    kinds = {name.lower(): parse(f"--optimizer {name}").optimizer for name in OPTIMIZERS}
+    assert [name for name, args in kinds.items() if args.is_low_rank] == [name for name in kinds if "galore" in name]
+    assert [name for name, args in kinds.items() if args.is_q_galore] == [name for name in kinds if name[0] == "q"]
+    assert [name for name, args in kinds.items() if args.per_layer] == [name for name in kinds if "layer" in name]
+
+
+def test_beta1_of_zero_is_the_usual_momentum() -> None:
+    assert parse().optimizer.adam_beta1 == 0.9
+    assert parse("--beta1 0.8").optimizer.adam_beta1 == 0.8
+
+
+def test_full_rank_lr_defaults_to_lr() -> None:
+    assert parse("--lr 0.02").optimizer.peak_full_rank_lr == 0.02
+    assert parse("--lr 0.02 --full_rank_lr 0").optimizer.peak_full_rank_lr == 0
+
+
+def test_moments_rotate_by_default_only_when_streaming() -> None:
+    galore = "--optimizer galore_adamw"
+    assert not parse(galore).subspace.rotates_moments
+    assert parse(f"{galore} --rotate_moments").subspace.rotates_moments
+    assert parse(f"{galore} --subspace streaming").subspace.rotates_moments
+    assert not parse(f"{galore} --subspace streaming --no-rotate_moments").subspace.rotates_moments
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "expected"),
+    [
+        ("", 1, (1, 8)),
+        ("", 4, (1, 32)),
+        ("--gradient_accumulation 3", 2, (3, 48)),
+        ("--total_batch_size 512", 1, (64, 512)),
+        ("--total_batch_size 512", 8, (8, 512)),
+        ("--total_batch_size 64 --gradient_accumulation 4", 2, (4, 64)),
+    ],
+)
+def test_total_batch_is_honoured(text: str, world_size: int, expected: tuple[int, int]) -> None:
+    batch = parse(text, world_size).batch
+    assert (batch.gradient_accumulation, batch.total_batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "updates"),
+    [("5000", 3), ("4096", 2), ("4097", 3), ("1M", 489), ("1.1B", 537110), ("0.5k", 1), ("2048", 1)],
+)
+def test_max_train_tokens_counts_tokens_and_rounds_up(text: str, updates: int) -> None:
+    args = parse(f"--max_train_tokens {text} --num_training_steps 7 --warmup_steps 0")
+    assert args.tokens_per_update == 8 * 256
+    assert args.schedule.num_training_steps == updates
+    assert any("--max_train_tokens replaces --num_training_steps" in warning for warning in args.warnings)
+
+
+def test_counts_read_back() -> None:
+    for count in (1, 999, 1000, 1500, 10_000_000, 13_100_000_000):
+        assert parse_count(format_count(count)) == count
+    assert parse_count("100m") == 100_000_000
+    assert parse_count("1_000") == 1000
+
+
+def test_derived_defaults() -> None:
+    args = parse("--update_proj_gap 30")
+    assert args.subspace.max_update_proj_gap == 240
+    assert args.evaluation.eval_batch_size == 8
+    assert args.evaluation.eval_tokens == 10_000_000
+    assert parse("--unset_wandb").logging.resolved_wandb_mode == "off"
+    assert parse("--tags a,b,,c").logging.tag_list == ["a", "b", "c"]
+    assert parse("--dtype bf16").model.dtype == "bfloat16"
+
+
+def test_save_dir(tmp_path: Path) -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    assert parse().save_dir(now) == Path("checkpoints/llama_60m-adam-20260102-030405")
+    assert parse("--save_dir out").save_dir(now) == Path("out")
+    checkpoint = tmp_path / "step_00000010"
+    checkpoint.mkdir()
+    assert parse(f"--continue_from {checkpoint}").save_dir(now) == tmp_path
+    assert parse(f"--continue_from {tmp_path}").save_dir(now) == tmp_path
+
+
+def test_later_flags_win_and_values_may_be_glued_on() -> None:
+    args = parse("--lr 0.1 --lr=0.2 --beta1=0.5")
+    assert (args.optimizer.lr, args.optimizer.beta1) == (0.2, 0.5)
+
+
+def test_every_value_survives_in_the_dictionary() -> None:
+    assert set(parse().to_dict()) == {spec.name for spec in specs()}
+
+
+# Official scripts pass these together, so they must go on working.
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--optimizer q_galore_adamw8bit --weight_quant --stochastic_round --simulation --proj_quant",
+        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --single_gpu "
+        "--activation_checkpointing --grad_clipping 1.0 --total_batch_size 512",
+        "--optimizer q_galore_adamw8bit --weight_quant --stochastic_round --proj_quant --grad_clipping 1.0",
+        "--optimizer galore_adamw8bit --galore_scale 0.25 --rank 256 --update_proj_gap 200",
+        "--optimizer galore_adamw8bit --proj_quant",
+        "--optimizer q_galore_adamw8bit",
+        "--optimizer galore_adamw --proj_type full",
+        "--optimizer Adam --warmup_steps 0 --grad_clipping 1",
+        "--rank 512 --optimizer galore_adamw",
+        "--scheduler cosine_restarts",
+        "--scheduler linear --min_lr_ratio 0",
+    ],
+)
+def test_combinations_that_work(text: str) -> None:
+    assert parse(text).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("--rank 64 --optimizer adamw", "--rank change nothing: --optimizer adamw has no subspace"),
+        ("--num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
+        ("--restart_cycles 2", "--restart_cycles changes nothing: --scheduler cosine has no restarts"),
+    ],
+)
+def test_warnings(text: str, warning: str) -> None:
+    (found,) = parse(text).warnings
+    assert warning in found
+
+
+BAD_VALUES = [
+    ("--lr abc", "--lr is 'abc', it must be a number"),
+    ("--lr nan", "--lr is 'nan', it must be a finite number"),
+    ("--lr -1e-3", "--lr is -1e-3, it must be more than 0 (rate)"),
+    ("--lr 0", "--lr is 0, it must be more than 0"),
+    ("--rank 1.5", "--rank is '1.5', it must be a whole number"),
+    ("--rank 0", "--rank is 0, it must be at least 1 (dimensions)"),
+    ("--beta2 1", "--beta2 is 1, it must be more than 0 and less than 1"),
+    ("--min_lr_ratio 1.5", "--min_lr_ratio is 1.5, it must be at least 0 and at most 1"),
+    ("--optimizer adma", "--optimizer is 'adma', it must be one of adam, adamw"),
+    ("--optimizer adma", "did you mean adam?"),
+    ("--dtype float16", "--dtype is 'float16', it must be one of bfloat16, float32"),
+    ("--weight_bits 2", "--weight_bits is '2', it must be one of 8, 4"),
+    ("--max_train_tokens 3Q", "--max_train_tokens is '3Q', it must be a number with an optional suffix K, M, B or T"),
+    ("--eval_tokens 0", "--eval_tokens is 0, it must be at least 1 (tokens)"),
+    ("--lr", "--lr has no value: write --lr RATE"),
+    ("--lr --rank 4", "--lr has no value: write --lr RATE"),
+    ("--single_gpu=yes", "--single_gpu is a switch and takes no value: write --single_gpu alone"),
+    ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
+    ("--learning_rat 3", "--learning_rat is no flag of this program"),
+    ("--warmup 5", "--warmup is no flag of this program: did you mean --warmup_steps?"),
+    ("--xyzzy 5", "--xyzzy is no flag of this program: --help lists them all"),
+    ("stray", "'stray' belongs to no flag"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_VALUES)
+def test_bad_values(text: str, message: str) -> None:
+    assert message in refusal([*REQUIRED, *text.split()])
+
+
+GALORE = "--optimizer galore_adamw"
+BAD_COMBINATIONS = [
+    ("--total_batch_size 20", 1, "--total_batch_size 20 is no multiple of --batch_size 8 x 1 rank = 8: the nearest"),
+    ("--total_batch_size 20", 2, "--batch_size 8 x 2 ranks = 16: the nearest that work are 16 or 32"),
+    ("--total_batch_size 8", 2, "--total_batch_size 8 is less than --batch_size 8 x 2 ranks = 16: give at least 16"),
+    ("--total_batch_size 32 --gradient_accumulation 2", 1, "give --gradient_accumulation 4"),
+    ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
+    (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),
+    ("--optimizer q_galore_adamw8bit --stochastic_round", 1, "--stochastic_round is about quantized weights"),
+    ("--optimizer q_galore_adamw8bit --simulation", 1, "--simulation is about quantized weights: add --weight_quant"),
+    ("--proj_quant", 1, "--proj_quant cannot work with --optimizer adam, which has no projections"),
+    ("--single_gpu", 2, "--single_gpu runs one process, torchrun started 2: use --nproc_per_node 1"),
+    (f"{GALORE} --subspace streaming --proj_type full", 1, "--proj_type full projects both sides"),
+    (f"{GALORE} --subspace streaming --svd_method randomized", 1, "--svd_method randomized is for --subspace svd"),
+    (f"{GALORE} --max_update_proj_gap 10", 1, "--max_update_proj_gap 10 is less than --update_proj_gap 50"),
+    (f"{GALORE} --rank 513", 1, "--rank is 513"),
+    (f"{GALORE} --rank 513", 1, "give at most 512"),
+    ("--max_length 1025", 1, "--max_length is 1025"),
+    ("--optimizer galore_adamw8bit_per_layer --grad_clipping 1", 1, "the global norm needs all gradients at once"),
+    ("--optimizer q_galore_adamw8bit_per_layer --grad_clipping 1", 1, "or q_galore_adamw8bit"),
+    ("--grad_accum_dtype int8", 1, "--grad_accum_dtype int8 is for low-rank gradients"),
+    ("--data_lanes 10", 4, "--data_lanes 10 is not divisible by the 4 ranks"),
+    ("--data_lanes 10", 4, "a new run with --data_lanes 12"),
+    ("--dataset nowhere/c4", 1, "--dataset nowhere/c4 is neither c4 nor pydocs nor a file or folder that exists"),
+    ("--tokenizer ./nowhere", 1, "--tokenizer ./nowhere does not exist"),
+    ("--unset_wandb --wandb_mode online", 1, "--unset_wandb and --wandb_mode online contradict each other"),
+    ("--continue_from auto", 1, "--continue_from auto looks for checkpoints in --save_dir: give --save_dir"),
+    ("--continue_from nowhere", 1, "--continue_from nowhere does not exist"),
+    (
+        "--scheduler cosine_restarts --warmup_steps 0 --num_training_steps 3",
+        1,
+        "--restart_cycles 4 is more than the 3 updates after the warm-up: give at most 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "world_size", "message"), BAD_COMBINATIONS)
+def test_combinations_that_cannot_work(text: str, world_size: int, message: str) -> None:
+    assert message in refusal([*REQUIRED, *text.split()], world_size)
+
+
+def test_missing_required_flags() -> None:
+    text = refusal([])
+    assert "--model_config is missing" in text
+    assert "--batch_size is missing" in text
+    assert "2 problems" in text
+
+
+def test_missing_and_broken_model_config(tmp_path: Path) -> None:
+    def refused(path: Path) -> str:
+        return refusal(["--model_config", str(path), "--batch_size", "8"])
+
+    assert str(tmp_path / "none.json") in refused(tmp_path / "none.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{", encoding="utf-8")
+    assert str(broken) in refused(broken)
+    broken.write_text('{"hidden_size": 64}', encoding="utf-8")
+    assert "intermediate_size" in refused(broken)
+
+
+def test_all_problems_at_once_and_none_that_follows_from_another() -> None:
+    given = "--lr x --optimizer adm --weight_quant --single_gpu --bogus 1"
+    text = refusal([*REQUIRED, *given.split()], world_size=2)
+    assert "4 problems" in text
+    for part in ("--lr is 'x'", "--optimizer is 'adm'", "--single_gpu", "--bogus"):
+        assert part in text
+    # Whether --weight_quant fits cannot be known while --optimizer is unreadable.
+    assert "--weight_quant" not in text
+
+
+if __name__ == "__main__":
+    print(command_line(), end="")

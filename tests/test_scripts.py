@@ -1,0 +1,281 @@
+"""Every shipped script: valid shell, flags that parse, the paper's recipe, and a plot that draws."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.args import RunArgs, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("pretrain_c4", "single_gpu")
+    for path in (ROOT / "scripts" / folder).glob("*.sh")
+)
+METHODS = ["q_galore", "q_galore_simulation", "q_galore_streaming", "galore", "galore8bit", "adamw", "adam8bit"]
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> str:
+    """A launcher that prints its arguments and the environment's method instead of training."""
+    path = tmp_path / "stub.py"
+    path.write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))\n", encoding="utf-8")
+    return f"{sys.executable} -S {path}"
+
+
+def run_script(script: str, *arguments: str, launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {key: value for key, value in os.environ.items() if key not in ("METHOD", "SAVE_DIR", "NPROC", "VENV")}
+    return subprocess.run(
+        ["bash", str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd="/",
+        env={**variables, "NO_SETUP": "1", "LAUNCHER": launcher, **environment},
+        check=False,
+    )
+
+
+def parsed(script: str, *arguments: str, launcher: str, world_size: int = 1, **environment: str) -> RunArgs:
+    """What run_pretrain.py would read from a script's command."""
+    done = run_script(script, *arguments, launcher=launcher, **environment)
+    assert done.returncode == 0, done.stderr
+    program, *argv = json.loads(done.stdout.splitlines()[-1])
+    assert program == "run_pretrain.py"
+    return parse_args(argv, world_size)
+
+
+@pytest.fixture(autouse=True)
+def _in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the scripts name configs relative to the project
+
+
+def test_there_is_a_recipe_for_every_row_of_the_paper() -> None:
+    names = {Path(script).stem for script in RECIPES}
+    assert names == {f"llama_{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {"llama_7b_galore"}
+
+
+@pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh")))
+def test_shell_syntax(script: str) -> None:
+    done = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_recipes_parse_without_warnings(script: str, stub: str) -> None:
+    args = parsed(script, "--dry_run", launcher=stub)
+    assert args.warnings == ()
+    assert args.runtime.dry_run
+    assert (args.batch.total_batch_size, args.batch.max_length, args.data.dataset) == (512, 256, "c4")
+    assert args.checkpoint.save_dir and args.checkpoint.continue_from == "auto"
+
+
+@pytest.mark.parametrize("script", ["scripts/pretrain_c4/llama_60m.sh", "scripts/single_gpu/llama_7b.sh"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_parse(script: str, method: str, stub: str) -> None:
+    if method == "galore" and "single_gpu" in script:
+        done = run_script(script, method, launcher=stub)
+        assert done.returncode == 1 and "use galore8bit" in done.stderr
+        return
+    by_argument = parsed(script, method, launcher=stub)
+    assert by_argument == parsed(script, launcher=stub, METHOD=method)
+    assert by_argument.warnings == ()
+    optimizer = by_argument.optimizer
+    assert optimizer.is_low_rank == ("galore" in method)
+    assert optimizer.per_layer == ("galore" in method and "single_gpu" in script)
+    assert by_argument.quantization.weight_quant == method.startswith("q_galore")
+    assert by_argument.quantization.simulation == (method == "q_galore_simulation")
+    assert method in by_argument.checkpoint.save_dir
+
+
+# arXiv 2407.08296: lr, rank, interval, updates, micro-batch, GPUs.
+PAPER = {
+    "pretrain_c4/llama_60m": (0.015, 128, 200, 10_000, 256, 1),
+    "pretrain_c4/llama_130m": (0.015, 256, 200, 20_000, 256, 1),
+    "pretrain_c4/llama_350m": (0.01, 256, 200, 60_000, 128, 4),
+    "pretrain_c4/llama_1b": (0.01, 512, 200, 100_000, 16, 8),
+    "pretrain_c4/llama_7b": (0.004, 1024, 500, 150_000, 8, 64),
+    "single_gpu/llama_7b": (0.004, 1024, 500, 150_000, 16, 1),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_are_the_papers(name: str, stub: str) -> None:
+    lr, rank, interval, updates, micro_batch, gpus = PAPER[name]
+    args = parsed(f"scripts/{name}.sh", launcher=stub, world_size=gpus)
+    assert (args.optimizer.lr, args.subspace.rank, args.subspace.update_proj_gap) == (lr, rank, interval)
+    assert (args.schedule.num_training_steps, args.schedule.warmup_steps) == (updates, updates // 10)
+    assert (args.batch.batch_size, args.batch.total_batch_size) == (micro_batch, 512)
+    assert args.batch.gradient_accumulation == 512 // (micro_batch * gpus)
+    assert (args.schedule.scheduler, args.schedule.min_lr_ratio) == ("cosine", 0.1)
+    assert (args.subspace.galore_scale, args.optimizer.weight_decay, args.optimizer.beta2) == (0.25, 0, 0.95)
+    assert (args.subspace.cos_threshold, args.subspace.gamma_proj, args.subspace.queue_size) == (0.4, 2, 5)
+    assert args.optimizer.grad_clipping == (1.0 if "7b" in name else 0.0)
+    assert args.model.activation_checkpointing == ("single_gpu" in name)
+    quantization = args.quantization
+    assert (quantization.weight_bits, quantization.proj_bits) == (8, 4)
+    assert quantization.weight_quant and quantization.proj_quant and quantization.stochastic_round
+    assert not quantization.simulation
+
+
+def test_arguments_are_passed_on_and_win(stub: str) -> None:
+    script = "scripts/pretrain_c4/llama_60m.sh"
+    args = parsed(script, "adamw", "--lr", "0.5", "--tags", "two words", "--save_dir", "here", launcher=stub)
+    assert (args.optimizer.optimizer, args.optimizer.lr) == ("adamw", 0.5)
+    assert (args.logging.tags, args.checkpoint.save_dir) == ("two words", "here")
+    assert parsed(script, launcher=stub, SAVE_DIR="there").checkpoint.save_dir == "there"
+
+
+def test_unknown_method_is_a_sentence(stub: str) -> None:
+    done = run_script("scripts/pretrain_c4/llama_60m.sh", "qgalore", launcher=stub)
+    assert done.returncode == 1
+    assert "METHOD is 'qgalore', it must be one of: q_galore " in done.stderr
+
+
+def test_galore_counterpart_shares_the_recipe(stub: str) -> None:
+    args = parsed("scripts/single_gpu/llama_7b_galore.sh", launcher=stub)
+    assert args == parsed("scripts/single_gpu/llama_7b.sh", "galore8bit", launcher=stub)
+    assert args.optimizer.optimizer == "galore_adamw8bit_per_layer"
+
+
+def test_torchrun_gets_the_processes(tmp_path: Path) -> None:
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    torchrun.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = "scripts/pretrain_c4/llama_7b.sh"
+    one = run_script(script, launcher="", NPROC="4", PATH=path)
+    assert one.stdout.startswith("--nproc_per_node 4 --standalone run_pretrain.py --model_config configs/llama_7b.json")
+    many = run_script(script, launcher="", NPROC="8", NNODES="8", MASTER_ADDR="first", PATH=path)
+    assert many.stdout.startswith("--nproc_per_node 8 --nnodes 8 --rdzv_backend c10d")
+    assert "--rdzv_endpoint first:29500 run_pretrain.py" in many.stdout
+    single = run_script("scripts/single_gpu/llama_7b.sh", launcher="", NPROC="4", PATH=path)
+    assert single.stdout.startswith("--nproc_per_node 1 --standalone")
+
+
+def test_quickstart_parses(stub: str) -> None:
+    args = parsed("scripts/quickstart.sh", "--dry_run", "--seed", "3", launcher=stub)
+    assert args.warnings == ()
+    assert (args.data.dataset, args.optimizer.optimizer) == ("pydocs", "q_galore_adamw8bit_per_layer")
+    assert args.quantization.weight_quant and args.quantization.proj_quant
+    assert args.runtime.seed == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "run_pretrain.py").exists(), reason="run_pretrain.py is not there")
+@pytest.mark.parametrize("script", [*RECIPES, "scripts/quickstart.sh"])
+def test_dry_run(script: str, tmp_path: Path) -> None:
+    save_dir = tmp_path / "run"
+    done = run_script(script, "--dry_run", "--save_dir", str(save_dir), "--device", "cpu", launcher=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert "llama_" in done.stdout
+    assert not save_dir.exists(), "a dry run writes nothing"
+
+
+SLURM_RUN = """
+trap 'echo saved; exit 1' TERM
+echo "$NNODES $MASTER_ADDR $1"
+[ "$1" = short ] && exit 3
+touch "$STARTED"
+while :; do sleep 0.1; done
+"""
+
+
+def start_slurm(tmp_path: Path, argument: str) -> "subprocess.Popen[str]":
+    """scripts/slurm.sh with stand-ins for SLURM's programs and for the recipe."""
+    tools = {"srun": '#!/bin/sh\nexec "$@"\n', "scontrol": '#!/bin/sh\necho "$2" "$1"\n'}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "recipe.sh").write_text(SLURM_RUN, encoding="utf-8")
+    job = {
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "first",
+        "SLURM_NNODES": "2",
+        "STARTED": str(tmp_path / "started"),
+    }
+    return subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "slurm.sh"), str(tmp_path / "recipe.sh"), argument],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+
+
+def test_slurm_job_that_ends_is_not_queued_again(tmp_path: Path) -> None:
+    job = start_slurm(tmp_path, "short")
+    output, _ = job.communicate(timeout=30)
+    assert output == "2 hostnames show short\n"
+    assert job.returncode == 3
+
+
+def test_slurm_job_saves_and_queues_itself_again(tmp_path: Path) -> None:
+    job = start_slurm(tmp_path, "long")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=30)
+    lines = output.splitlines()
+    assert lines[1] == "saved" and "continues from the newest checkpoint" in lines[2]
+    assert lines[3] == "42 requeue"
+    assert job.returncode == 0
+
+
+def test_old_python_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n', encoding="utf-8")
+    old.chmod(0o755)
+    command = f"source {ROOT}/scripts/env.sh; setup_environment train"
+    environment = {**os.environ, "PYTHON": str(old), "VENV": str(tmp_path / "venv"), "NO_SETUP": ""}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "Python 3.11 or newer is needed" in done.stderr and "3.8.1" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def write_metrics(save_dir: Path, with_subspaces: bool) -> None:
+    with (save_dir / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for step in range(1, 31):
+            line = {"update_step": step, "train/loss": 9.0 / step, "train/lr": 0.01 * step}
+            if with_subspaces and step % 5 == 0:
+                line |= {f"subspace/similarity/model.layers.{layer}.mlp.up_proj": step / 30 for layer in range(3)}
+            file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"update_step": 30, "eval/loss": 2.0}) + "\n")
+
+
+@pytest.mark.parametrize("with_subspaces", [True, False])
+def test_plot_draws_a_png(tmp_path: Path, with_subspaces: bool) -> None:
+    pytest.importorskip("matplotlib")
+    from scripts.plot_run import main
+
+    write_metrics(tmp_path, with_subspaces)
+    assert main([str(tmp_path)]) == 0
+    picture = (tmp_path / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_plot_of_nothing_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from scripts.plot_run import main
+
+    assert main([str(tmp_path)]) == 2
+    assert "must be the --save_dir of a run" in capsys.readouterr().err
+
+
+def test_similarity_map_averages_over_bins() -> None:
+    pytest.importorskip("matplotlib")
+    from scripts.plot_run import COLUMNS, similarity_map
+
+    name = "subspace/similarity/a"
+    lines = [{"update_step": step, name: step / 600} for step in range(0, 600, 5)]
+    table = similarity_map([*lines, {"update_step": 599}], ["a", "b"])
+    assert table.shape == (2, COLUMNS)
+    assert table[0, 0] == pytest.approx((0 + 5) / 2 / 600)
+    assert (table[1] != table[1]).all()  # nan where nothing was refreshed
