@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from peft_pretraining.args import RunArgs, parse_args
-from peft_pretraining.checkpoint import check_compatible, check_model_tensors, save_checkpoint
+from peft_pretraining.checkpoint import check_compatible, check_model_tensors, load_checkpoint, save_checkpoint
 from peft_pretraining.dataloader import TrainLoader, build_train_loader, merge_states
 from peft_pretraining.deferred_metrics import DeferredMetrics
 from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
@@ -29,6 +29,7 @@ from peft_pretraining.evaluation import evaluate
 from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
 from peft_pretraining.metrics import MetricsLogger
 from peft_pretraining.model import CausalLM, build_model, parameter_count
+from peft_pretraining.model_config import read_config_json
 from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter
 from peft_pretraining.resume import choose_checkpoint
 from peft_pretraining.signals import StopRequest
@@ -44,8 +45,8 @@ from peft_pretraining.tokenizer import check_vocabulary, load_tokenizer
 
 # What must be the same for a resumed run to equal an uninterrupted one.
 FIXED_BY_CHECKPOINT = (
-    "model_config", "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant",
-    "weight_bits", "weight_group_size", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "seed",
+    "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
+    "weight_group_size", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "seed",
 )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         tokenizer = load_tokenizer(data.tokenizer, data.dataset)
     common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
+    common["damaged_limit"] = data.damaged_limit
     loader = build_train_loader(
         **common, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=data.workers,
@@ -120,7 +122,7 @@ class Run:
         self.loader, self.eval_set = build_data(args, processes)
         self.model, self.optimizer = build(args, processes)
         check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
-        self.update_step = self.tokens = 0
+        self.update_step = self.tokens = self.skipped_in_a_row = 0
         run_id = self.resume()
         self.logger = MetricsLogger(
             self.save_dir, args.to_dict(), rank=processes.rank, wandb_mode=args.logging.resolved_wandb_mode,
@@ -143,7 +145,8 @@ class Run:
         checkpoint = choose_checkpoint(self.args.checkpoint.continue_from, self.save_dir, self.processes)
         if checkpoint is None:
             return None
-        check_compatible(checkpoint, {name: self.args.to_dict()[name] for name in FIXED_BY_CHECKPOINT})
+        state = self.checkpoint_state()
+        check_compatible(checkpoint, {name: state[name] for name in (*FIXED_BY_CHECKPOINT, "model_config_contents")})
         check_model_tensors(checkpoint, self.model.state_dict())
         self.model.load_state_dict(checkpoint.model_tensors)
         self.optimizer.load_state_dict(checkpoint.optimizer_state)
@@ -152,37 +155,46 @@ class Run:
         run_id: str | None = checkpoint.state["wandb_run_id"]
         return run_id
 
-    def save(self, data_state: dict[str, Any]) -> None:
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint records of the run beside weights and optimizer state, but for where it stands."""
+        return {**self.args.to_dict(), "model_config_contents": read_config_json(self.args.model.model_config)}
+
+    def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
-        data = merge_states(self.processes.gather(data_state))
-        state = {**self.args.to_dict(), "data": data, "tokens": self.tokens, "wandb_run_id": self.logger.run_id}
+        self.flush_metrics()
+        state = self.checkpoint_state()
+        state |= {"data": merge_states(self.processes.gather(data_state))}
+        state |= {"tokens": self.tokens, "wandb_run_id": self.logger.run_id}
 
         def write() -> Path:
             self.logger.sync()
             model_tensors, optimizer_state = self.model.state_dict(), self.optimizer.state_dict()
             keep = self.args.checkpoint.keep_checkpoints
-            return save_checkpoint(self.save_dir, self.update_step, model_tensors, optimizer_state, state, keep)
+            path = save_checkpoint(self.save_dir, self.update_step, model_tensors, optimizer_state, state, keep)
+            return load_checkpoint(path).path if read_back else path
 
-        path = self.processes.from_main(write)
-        self.logger.say(f"saved {path}")
+        self.logger.say(f"saved {self.processes.from_main(write)}")
 
     # ---- the loop
 
     def train(self) -> None:
         """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
-        args, total = self.args, self.args.schedule.num_training_steps
+        args = self.args
         parameters = parameter_count(self.model)
         self.logger.say(f"{parameters / 1e6:.1f} M parameters on {self.processes.world_size} x {self.processes.device}")
         for warning in args.warnings:
             self.logger.say(f"warning: {warning}")
-        first = self.update_step
+        first, total = self.update_step, self.args.schedule.num_training_steps
         for self.update_step in itertools.count(first):
             last = self.update_step == total
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
-            if self.update_step > first or first == 0 or last:
+            if self.update_step > first or last:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
+            elif first == 0 and args.checkpoint.save_every:
+                # A run that cannot save, or cannot read what it saved, says so before it has anything to lose.
+                self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
                 break
         self.loader.close()
@@ -211,12 +223,14 @@ class Run:
         if args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(args.optimizer.grad_clipping)
         self.optimizer.step()
-        grad_norm = self.optimizer.grad_norm()
+        metrics = {"train/grad_norm": self.optimizer.grad_norm(), "train/skipped": self.optimizer.skipped()}
         self.optimizer.zero_grad()
         self.processes.all_reduce(loss)
         self.tokens += self.processes.sum_on_host(update.tokens)
         self.meter.finish_update(args.tokens_per_update, self.loader.wait_seconds - waited)
-        self.log_update({"train/loss": loss, "train/grad_norm": grad_norm, "train/tokens": float(self.tokens)})
+        self.log_update({"train/loss": loss, "train/tokens": float(self.tokens), **metrics})
+        if is_due(self.update_step + 1, args.runtime.check_replicas):
+            self.processes.check_replicas(self.model.state_dict(), self.update_step + 1)
         return True
 
     def lr_multiplier(self) -> float:
@@ -245,8 +259,6 @@ class Run:
     def log_update(self, metrics: dict[str, Any]) -> None:
         """Hand in the metrics of this update, and write those of the one before, whose values are there by now."""
         done = self.update_step + 1
-        if done % self.args.logging.log_every:
-            return
         low_rank, full_rank = self.optimizer.param_groups[1], self.optimizer.param_groups[0]
         metrics |= {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
         metrics |= self.optimizer.subspace_metrics() | self.meter.report() | memory_metrics(self.processes.device)
@@ -258,9 +270,19 @@ class Run:
 
     def write_metrics(self, pending: tuple[int, dict[str, float]] | None) -> None:
         """Log metrics that are complete, with the perplexity of the training loss."""
-        if pending is not None:
-            update_step, metrics = pending
+        if pending is None:
+            return
+        update_step, metrics = pending
+        if update_step % self.args.logging.log_every == 0:
             self.logger.log(update_step, metrics | {"train/perplexity": math.exp(min(metrics["train/loss"], 700.0))})
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["train/skipped"] else 0
+        limit = self.args.runtime.max_skipped_updates
+        if self.skipped_in_a_row > limit:
+            raise UserError(
+                f"--max_skipped_updates {limit}: {self.skipped_in_a_row} updates in a row had a loss or gradient that "
+                f"is not finite, up to update {update_step}. The newest checkpoint in {self.save_dir} is from before "
+                "them: resume from it with a lower --lr, with --grad_clipping 1.0 or with --dtype float32"
+            )
 
     def evaluate_if_due(self, last: bool) -> None:
         """Evaluate at the interval asked for and at the end."""

@@ -54,6 +54,8 @@ class DataArgs:
     """Documents in the shuffle buffer of each lane; 1 keeps a shard's own order."""
     workers: Annotated[int, Flag("threads", at_least=0)] = 8
     """Threads a rank that read and tokenise ahead, 0 does it between updates; never changes the order."""
+    damaged_limit: Annotated[int, Flag("places", at_least=0)] = 100
+    """Damaged lines and cut-off shards that a rank skips and counts before the run stops."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def list_checkpoints(save_dir: str | Path) -> list[Path]:
         # ".replaced_step_..." sorts before "step_...", which then takes its place.
         for path in sorted(folder.iterdir()):
             if _STEP.fullmatch(path.name) and path.is_dir():
-                found[_step_of(path)] = path
+                found[step_of(path)] = path
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -63,7 +63,8 @@ def list_checkpoints(save_dir: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The number of updates that a checkpoint directory's name gives."""
     return int(path.name.rpartition("_")[2])
 
 
@@ -73,17 +74,17 @@ def prune(save_dir: str | Path, keep: int, just_written: Path) -> list[Path]:
     Damaged ones do not count, so that they cannot push out a good one; checkpoints of later steps, which an earlier
     attempt may have left, are not touched.
     """
-    newest = _step_of(just_written)
-    earlier = [path for path in list_checkpoints(save_dir) if _step_of(path) < newest]
+    newest = step_of(just_written)
+    earlier = [path for path in list_checkpoints(save_dir) if step_of(path) < newest]
     whole = [path for path in earlier if _looks_whole(path)]
     if len(whole) < keep:
         return []
-    oldest_kept = _step_of(whole[1 - keep]) if keep > 1 else newest
-    doomed = [path for path in earlier if _step_of(path) < oldest_kept]
+    oldest_kept = step_of(whole[1 - keep]) if keep > 1 else newest
+    doomed = [path for path in earlier if step_of(path) < oldest_kept]
     for path in doomed:
         # Renamed first: a crash half-way through deleting must not leave what looks like a checkpoint.
         with contextlib.suppress(OSError):
-            grave = path.with_name(f"{_TEMPORARY}step_{_step_of(path):08d}_pruned")
+            grave = path.with_name(f"{_TEMPORARY}step_{step_of(path):08d}_pruned")
             path.rename(grave)
             shutil.rmtree(grave)
     return doomed
@@ -96,9 +97,9 @@ def set_aside_later(save_dir: str | Path, update_step: int) -> list[Path]:
     """
     renamed = []
     for path in list_checkpoints(save_dir):
-        if _step_of(path) > update_step:
+        if step_of(path) > update_step:
             number = 0
-            while (new := path.with_name(f"abandoned_{number}_step_{_step_of(path):08d}")).exists():
+            while (new := path.with_name(f"abandoned_{number}_step_{step_of(path):08d}")).exists():
                 number += 1
             try:
                 renamed.append(path.rename(new))

@@ -7,8 +7,9 @@ the same random bits, on the same weights.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -80,10 +81,26 @@ class Processes:
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
 
+    def check_replicas(self, tensors: Mapping[str, Tensor], update_step: int) -> None:
+        """Compare a hash of every tensor over all ranks; raises UserError that names those which differ."""
+        digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+        differing = sorted({name for other in self.gather(digests) for name in other if other[name] != digests[name]})
+        if any(self.gather(bool(differing))):
+            named = ", ".join(differing[:5]) or "tensors of another rank"
+            raise UserError(
+                f"--check_replicas: after {update_step} updates the ranks hold different weights ({named}): a device "
+                "or its link computes wrongly. Resume with --continue_from auto on other machines"
+            )
+
     def close(self) -> None:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
 
 
 def start_processes(device: str) -> Processes:

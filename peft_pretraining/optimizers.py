@@ -44,7 +44,10 @@ class TrainingOptimizer(Protocol):
         """Scale the gradients so that their norm is at most max_norm."""
 
     def step(self) -> Any:
-        """Update what the backward pass has not updated already."""
+        """Update what the backward pass has not updated already; nothing where the gradient is not finite."""
+
+    def skipped(self) -> Tensor:
+        """Whether the last update was skipped, as a bool on the device."""
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -64,10 +67,10 @@ class LibraryOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer, all_reduce: AllReduce | None) -> None:
         """Watches the parameters of `optimizer` with hooks if there is something to sum."""
-        self._optimizer, self._norm = optimizer, torch.zeros(())
+        self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self.param_groups = optimizer.param_groups
         self.is_last_micro_batch = True
-        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+        self.zero_grad = optimizer.zero_grad
         self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
         if all_reduce is not None:
             for param in self._parameters():
@@ -86,7 +89,17 @@ class LibraryOptimizer:
     def grad_norm(self) -> Tensor:
         """Norm of the gradient before clipping; read it before `zero_grad`."""
         grads = [param.grad for param in self._parameters() if param.grad is not None]
-        return torch.nn.utils.get_total_norm(grads) if grads else self._norm
+        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+    def step(self) -> None:
+        """See `TrainingOptimizer`; waits for the device, since these libraries cannot skip on it."""
+        self._skipped = ~self.grad_norm().isfinite()
+        if not self._skipped:
+            self._optimizer.step()
+
+    def skipped(self) -> Tensor:
+        """See `TrainingOptimizer`."""
+        return self._skipped
 
     def clip_grad_norm_(self, max_norm: float) -> None:
         """See `TrainingOptimizer`."""

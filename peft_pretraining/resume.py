@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_pretraining.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, set_aside_later
+from peft_pretraining.checkpoint_folder import step_of
 from peft_pretraining.distributed import Processes
 
 
@@ -22,14 +23,11 @@ def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) 
             path, refusals = find_checkpoint(save_dir)
             for refusal in refusals:
                 print(refusal, flush=True)
-            return path
-        load_checkpoint(continue_from)
-        return Path(continue_from)
+        else:
+            path = load_checkpoint(continue_from).path
+        if path is not None and path.parent == save_dir:
+            set_aside_later(save_dir, step_of(path))
+        return path
 
     path = processes.from_main(choose)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path, check=False)
-    if processes.is_main and path.parent == save_dir:
-        set_aside_later(save_dir, checkpoint.update_step)
-    return checkpoint
+    return None if path is None else load_checkpoint(path, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qgalore import kernels
 from qgalore.quantization import QuantizedTensor, quantize
 
 
@@ -25,10 +26,16 @@ class GradientAccumulator:
 
     def add(self, grad: Tensor, seed: int) -> None:
         """Add a gradient; a first one is kept as it is, without a copy. seed is for the rounding at int8."""
-        if self._sum is not None:
-            grad = self._value(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
-        packs = self.dtype == torch.int8 and grad.dim() == 2
-        self._sum = quantize(grad, bits=8, group_size=256, seed=seed) if packs else grad
+        if isinstance(self._sum, QuantizedTensor):
+            q = self._sum
+            kernels.update_quantized_(
+                q.qdata, q.scale, q.zero_point, grad, None, None, q.columns, q.bits, q.group_size, -1.0, 1.0, seed
+            )
+        elif self._sum is not None:
+            self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
+        else:
+            packs = self.dtype == torch.int8 and grad.dim() == 2
+            self._sum = quantize(grad, bits=8, group_size=256, seed=seed) if packs else grad
 
     def take(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone; the accumulator is empty afterwards."""
@@ -36,10 +43,6 @@ class GradientAccumulator:
         value = self._sum.dequantize() if isinstance(self._sum, QuantizedTensor) else self._sum
         self._sum = None
         return value
-
-    def _value(self, dtype: torch.dtype) -> Tensor:
-        assert self._sum is not None
-        return self._sum.dequantize(dtype) if isinstance(self._sum, QuantizedTensor) else self._sum.to(dtype)
 
     def clear(self) -> None:
         """Forget the sum."""

@@ -21,6 +21,9 @@ from qgalore.seeding import mix_seed
 AllReduce = Callable[[Tensor], None]
 """Sums a tensor over all ranks, in place."""
 
+HOST_STATE = ("step", "schedule", "similarities")
+"""What of a weight's state lives on the CPU."""
+
 ROUNDING, ACCUMULATION = range(2)
 """What random numbers are for; `LowRankWeight` goes on counting."""
 
@@ -117,6 +120,28 @@ class FullRankWeight:
 
     def _gradient_shape(self) -> torch.Size:
         return self.shape
+
+    def update_unless(self, skip: Tensor, grad: Tensor, factor: Tensor | None = None) -> None:
+        """`update`, taken back on the device, to the bit, where the flag `skip` is true; it counts."""
+        if not self.state:
+            self._init_state()
+        weight, before = self._weight_tensors(), self._device_state()
+        copies = [tensor.clone() for tensor in weight]
+        before = {key: value.clone() for key, value in before.items()}
+        self.update(grad, factor)
+        for tensor, copy in zip(weight, copies, strict=True):
+            tensor.copy_(torch.where(skip, copy, tensor))
+        for key, value in before.items():
+            self.state[key] = torch.where(skip, value, self.state[key])
+
+    def _weight_tensors(self) -> list[Tensor]:
+        if self.layer is None:
+            return [self.param.data]
+        tensors = [self.layer.weight.data, self.layer.weight_scale, self.layer.weight_zero_point]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _device_state(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.state.items() if key not in HOST_STATE}
 
     def update(self, grad: Tensor, factor: Tensor | None = None) -> None:
         """One AdamW step on the weight with factor * grad (clipping); grad is what `complete` gave."""

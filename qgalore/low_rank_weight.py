@@ -282,7 +282,7 @@ class LowRankWeight(FullRankWeight):
         if worked is None:
             write()
             return
-        before = {key: value.clone() for key, value in self.state.items() if value.device == worked.device}
+        before = {key: value.clone() for key, value in self._device_state().items()}
         write()
         for key, value in before.items():
             self.state[key] = torch.where(worked, self.state[key], value)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qgalore.full_rank_weight import AllReduce, FullRankWeight
+from qgalore.full_rank_weight import HOST_STATE, AllReduce, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
 
@@ -91,6 +91,7 @@ class LowRankAdamW(Optimizer):
         self._squared_norms: list[Tensor] = []
         self._clip_factor: Tensor | None = None
         self._stepped = False
+        self._skip: Tensor | None = None
         self.update_in_backward = False
         self.is_last_micro_batch = True
         """Set to False during the backward of all but the last micro-batch of an update."""
@@ -188,11 +189,14 @@ class LowRankAdamW(Optimizer):
     def _complete(self, weight: FullRankWeight) -> None:
         if self._stepped:
             self._squared_norms.clear()
-            self._stepped = False
+            self._stepped, self._skip = False, None
         grad = weight.complete(self._all_reduce)
         self._squared_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
         if self.update_in_backward:
-            weight.update(grad)
+            # A loss that is not finite shows in the first gradient of the backward pass, the head's.
+            broken = ~self._squared_norms[-1].isfinite()
+            self._skip = broken if self._skip is None else self._skip | broken
+            weight.update_unless(self._skip, grad)
         else:
             weight.hold(grad)
 
@@ -231,11 +235,22 @@ class LowRankAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._collect()
+        if not self.update_in_backward:
+            self._skip = ~self.grad_norm().isfinite()
         for weight in self._weights.values():
             if weight.holds_gradient:
-                weight.update(weight.release(), self._clip_factor)
+                assert self._skip is not None
+                weight.update_unless(self._skip, weight.release(), self._clip_factor)
         self._clip_factor, self._stepped = None, True
         return loss
+
+    def skipped(self) -> Tensor:
+        """Whether the last update was skipped because its gradient was not finite: a bool on the device, ().
+
+        Weights, moments and bases are then as they were. An update inside the backward pass is skipped from the first
+        gradient on that is not finite; what came before it in the pass is kept.
+        """
+        return torch.zeros((), dtype=torch.bool) if self._skip is None else self._skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -253,7 +268,7 @@ class LowRankAdamW(Optimizer):
             param = params[index]
             self.state[param] = {
                 key: value.clone()
-                if value.device.type == "cpu" and key in _HOST_STATE
+                if value.device.type == "cpu" and key in HOST_STATE
                 else value.to(param.device, copy=True)
                 for key, value in entries.items()
             }
@@ -288,9 +303,6 @@ class LowRankAdamW(Optimizer):
             metrics[f"subspace/similarity/{weight.name}"] = weight.similarity
             weight.similarity = None
         return metrics
-
-
-_HOST_STATE = ("step", "schedule", "similarities")
 
 
 class GaLoreAdamW(LowRankAdamW):

@@ -60,9 +60,12 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     """
     _check_matrix(x, "x")
     _check_format(bits, group_size)
-    random = None if seed is None else random_bits16(x.shape[0], x.shape[1], seed, 0, x.device)
-    codes, scale, zero_point = reference.quantize_groups(x, bits, group_size, random)
-    return (reference.pack_int4(codes) if bits == 4 else codes), scale, zero_point
+    parts = []
+    for start, stop in reference.row_chunks(*x.shape):
+        random = None if seed is None else random_bits16(stop - start, x.shape[1], seed, start, x.device)
+        codes, scale, zero_point = reference.quantize_groups(x[start:stop], bits, group_size, random)
+        parts.append((reference.pack_int4(codes) if bits == 4 else codes, scale, zero_point))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def dequantize(

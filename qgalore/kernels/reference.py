@@ -7,7 +7,7 @@ code 0:
     value = code * scale + zero_point
 
 Scale and zero point are bfloat16, rounded before the codes are computed: the zero point down and the scale up, so that
-the codes cover the group and nothing is clamped by more than 1/64 of a step. Since a code has at most 8 significant
+the codes cover the group and nothing is clamped. Since a code has at most 8 significant
 bits and so has the scale, `code * scale` is exact in float32: a fused multiply-add gives the same bits as a product
 followed by a sum, and a kernel can be held to `torch.equal`.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _SMALLEST_NORMAL = 2.0**-126
 _BFLOAT16_MAX = 3.3895313892515355e38
-_SCALE_TOLERANCE = 1.0 - 2.0**-14
+_HALF_ULP = 2.0**-24
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -104,7 +104,9 @@ def quantize_groups(x: Tensor, bits: int, group_size: int, random: Tensor | None
     zero_point = _round_down_to_bfloat16(low)
     # Halved, so that a group which spans the whole float32 range does not overflow.
     exact = (high * 0.5 - zero_point * 0.5) / (levels * 0.5)
-    scale = _round_up_to_bfloat16(exact * _SCALE_TOLERANCE)
+    # Less by what float32 cannot tell: else the rounding of a dequantized end would widen the group at every update.
+    slack = torch.maximum(high.abs(), zero_point.abs()) * (_HALF_ULP / levels) + exact * (4 * _HALF_ULP)
+    scale = _round_up_to_bfloat16((exact - slack).clamp_min(0.0))
     scale = torch.where(exact > 0, scale.clamp_min(_SMALLEST_NORMAL), 0.0)
     step = _spread(torch.where(scale > 0, scale, 1.0), columns, group_size)
     position = (x - _spread(zero_point, columns, group_size)) / step
@@ -169,13 +171,20 @@ def _map_midpoints(signed: bool, device: torch.device) -> Tensor:
 
 
 def quantize_blocks(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes like x in uint8 and the largest magnitude of each block of the flattened x, (blocks,) float32."""
+    """Codes like x in uint8 and the largest magnitude of each block of the flattened x, (blocks,) float32.
+
+    The nearest code of `dynamic_map`, but an unsigned value above zero never becomes zero.
+    """
     flat = x.reshape(-1).float()
     blocks = -(-flat.numel() // block_size)
     padded = torch.nn.functional.pad(flat, (0, blocks * block_size - flat.numel())).view(blocks, block_size)
     absmax = padded.abs().amax(dim=1)
     scaled = padded / torch.where(absmax > 0, absmax, 1.0)[:, None]
-    codes = torch.bucketize(scaled, _map_midpoints(signed, x.device), out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(scaled, _map_midpoints(signed, x.device), out_int32=True)
+    if not signed:
+        # A second moment that became zero would make the next direction m / sqrt((1 - beta2) g^2), without bound.
+        codes = torch.maximum(codes, (scaled > 0).to(torch.int32))
+    codes = codes.to(torch.uint8)
     return codes.view(-1)[: flat.numel()].view(x.shape), absmax
 
 
