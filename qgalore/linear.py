@@ -126,12 +126,15 @@ class LowRankLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features) in the dtype of input."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
         if self.tap is None or self.anchor is None:
             return F.linear(input, self.dequantized_weight(input.dtype), self.bias)
         output: Tensor = _low_rank_linear(
             input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number
         )
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
     @torch.no_grad()
     def update_(
@@ -191,7 +194,7 @@ def _low_rank_linear_backward(
     # The anchor's gradient is an output, so that no compiler may drop a call whose input gradient is not needed.
     module, anchor_grad = _layers[layer], grad_output.new_zeros((), dtype=torch.float32)
     if module.tap is not None:
-        module.tap.accumulate(grad_output.flatten(0, -2), input.flatten(0, -2))
+        module.tap.accumulate(grad_output.reshape(-1, module.out_features), input.reshape(-1, module.in_features))
     if not need_input_gradient:
         return grad_output.new_empty(0), anchor_grad
     return grad_output @ module.dequantized_weight(grad_output.dtype), anchor_grad

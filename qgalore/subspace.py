@@ -76,7 +76,7 @@ def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:
         factor, _ = torch.linalg.cholesky_ex(gram)
         basis = torch.linalg.solve_triangular(factor, basis, upper=False)
     error = (basis @ basis.T - torch.eye(basis.shape[0], device=basis.device)).abs().amax()
-    worked = error < _ORTHONORMAL_TOLERANCE  # False for a NaN
+    worked = (error < _ORTHONORMAL_TOLERANCE) & sketch.isfinite().all()
     return torch.where(worked, basis, old_basis), worked
 
 
