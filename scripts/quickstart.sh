@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$PROJECT_DIR"
 
 MODEL=9m
-UPDATES=300
+UPDATES=150
 BATCH_SIZE=8   # sequences an update
 MAX_LENGTH=128 # tokens a sequence
 LR=0.01
@@ -55,7 +55,7 @@ cat <<TEXT
      curves.png     loss, learning rate and subspace similarities
 == next
      bash scripts/quickstart.sh --subspace streaming         the same without SVD and without full gradients
-     bash scripts/quickstart.sh --num_training_steps 3000    ten times as long
+     bash scripts/quickstart.sh --num_training_steps 1500    ten times as long
      source .venv/bin/activate; python run_pretrain.py --help    every flag
      bash scripts/pretrain_c4/llama_60m.sh                   the paper's 60M recipe on C4, one GPU
      bash scripts/single_gpu/llama_7b.sh                     7B on one GPU of 16 GB
