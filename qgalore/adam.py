@@ -56,7 +56,7 @@ def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, in
 
 def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Views of the moments of rows start:stop, a range of `row_parts`."""
-    moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+    moments = {name: torch.atleast_1d(state[name]) for name in ("exp_avg", "exp_avg_sq")}
     columns = moments["exp_avg"].shape[1:].numel()
     views = {name: value[start:stop] for name, value in moments.items()}
     for name in moments:

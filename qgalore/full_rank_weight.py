@@ -54,6 +54,8 @@ class FullRankWeight:
                 f"parameter {self.name} is quantized and no LowRankLinear of the model holds it: "
                 "call attach(model) with the model whose parameters the optimizer was given"
             )
+        if self.layer is None and not self.param.is_contiguous():
+            raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
 
     @property
     def shape(self) -> torch.Size:
@@ -94,6 +96,11 @@ class FullRankWeight:
             grad = grad.float()
             all_reduce(grad)
         return grad
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a micro-batch has reached the weight since the last complete gradient."""
+        return not self._sum.empty
 
     @property
     def holds_gradient(self) -> bool:
@@ -153,8 +160,9 @@ class FullRankWeight:
             return
         l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         # In parts, so that no float32 copy of a whole embedding is made.
-        for start, stop in adam.row_parts(self.state, self.param.shape):
-            weight, part = self.param.data[start:stop], scaled(grad[start:stop], factor)
+        param, grad = torch.atleast_1d(self.param.data), torch.atleast_1d(grad)
+        for start, stop in adam.row_parts(self.state, param.shape):
+            weight, part = param[start:stop], scaled(grad[start:stop], factor)
             part = part.add(weight, alpha=l2) if l2 else part
             state = adam.rows_of(self.state, start, stop)
             direction = adam.adam_step(state, part, step, group["betas"], group["eps"])

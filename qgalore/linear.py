@@ -83,6 +83,8 @@ class LowRankLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, format: WeightFormat) -> LowRankLinear:
         """The same layer with its weight in `format`; the bias is shared."""
         layer = cls(linear.weight, linear.bias, format)
+        if layer.weight.is_floating_point():
+            layer.weight.requires_grad_(linear.weight.requires_grad)
         layer.train(linear.training)
         return layer
 
@@ -141,6 +143,8 @@ class LowRankLinear(nn.Module):
         self, direction: Tensor, left: Tensor | None, right: Tensor | None, step_size: float, decay: float, seed: int
     ) -> None:
         """W <- round(decay * W - step_size * leftᵀ N right), in place; `qgalore.kernels` has the shapes."""
+        if step_size == 0 and decay == 1:
+            return  # a learning rate of 0 leaves every bit: requantizing would move the grid
         rounding = seed if self.format.stochastic_rounding else None
         quantized = self.quantized_weight
         if quantized is not None:

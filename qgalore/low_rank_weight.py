@@ -185,6 +185,11 @@ class LowRankWeight(FullRankWeight):
             self._test_matrices[side] = test / test.norm(dim=1, keepdim=True).clamp_min(1e-30)
         return self._test_matrices[side]
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a micro-batch has reached the weight since the last complete gradient."""
+        return not (self._sum.empty and self._full.empty)
+
     def clear(self) -> None:
         """Forget the gradient."""
         super().clear()

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
 
 from qgalore.full_rank_weight import HOST_STATE, AllReduce, FullRankWeight
 from qgalore.linear import LowRankLinear
@@ -90,6 +91,7 @@ class LowRankAdamW(Optimizer):
         self._all_reduce: AllReduce | None = None
         self._squared_norms: list[Tensor] = []
         self._clip_factor: Tensor | None = None
+        self._hooks: list[RemovableHandle] = []
         self._stepped = False
         self._skip: Tensor | None = None
         self.update_in_backward = False
@@ -108,13 +110,20 @@ class LowRankAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with a `rank` its weights are matrices under projection."""
-        if param_group.get("rank") is not None:
+        if param_group.get("rank") is None:
+            param_group.pop("rank", None)
+        else:
             for key, value in (_LOW_RANK_DEFAULTS | {"quant": self.quant}).items():
                 param_group.setdefault(key, value)
             if param_group["rotate_moments"] is None:
                 param_group["rotate_moments"] = param_group["subspace"] == "streaming"
             self._check_low_rank(param_group)
         super().add_param_group(param_group)
+        if "rank" in param_group and param_group["weight_decay"] and not param_group["decoupled_weight_decay"]:
+            raise ValueError(
+                "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie in "
+                "the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
+            )
         self._build_weights()
 
     @staticmethod
@@ -151,6 +160,7 @@ class LowRankAdamW(Optimizer):
         backward of its layer; `step` then has nothing left to do. `all_reduce` sums a tensor over the ranks of a
         data-parallel run, in place. `.grad` stays None. Raises ValueError for a weight that the optimizer cannot train.
         """
+        self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
         for name, module in model.named_modules():
             weight = self._weights.get(module.weight) if isinstance(module, LowRankLinear) else None
@@ -161,8 +171,19 @@ class LowRankAdamW(Optimizer):
         for param, weight in self._weights.items():
             if weight.layer is None:
                 weight.name = names.get(param, weight.name)
-                param.register_post_accumulate_grad_hook(self._grad_hook(weight))
+                if param.requires_grad:
+                    self._hooks.append(param.register_post_accumulate_grad_hook(self._grad_hook(weight)))
             weight.check()
+
+    def detach(self) -> None:
+        """Undo `attach`: gradients arrive in `.grad` again. Call it before another optimizer takes the model."""
+        self.update_in_backward, self._all_reduce = False, None
+        for weight in self._weights.values():
+            if weight.layer is not None:
+                weight.layer.attach(None)
+                weight.layer = None
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _anchor_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
         def hook(anchor: Tensor) -> None:
@@ -220,11 +241,14 @@ class LowRankAdamW(Optimizer):
         self._clip_factor = (max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0)
 
     def _collect(self) -> None:
-        """Take the `.grad` of parameters that no hook watches."""
+        """Take the `.grad` of parameters that no hook watches, and what only an early micro-batch has reached."""
         for param, weight in self._weights.items():
-            if param.grad is not None and not weight.holds_gradient:
-                weight.check()
+            weight.check()
+            if weight.holds_gradient:
+                continue
+            if param.grad is not None:
                 weight.accumulate_full(param.grad)
+            if weight.accumulates:
                 self._complete(weight)
 
     @torch.no_grad()
@@ -255,6 +279,9 @@ class LowRankAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
+        self._clip_factor = None
+        if not self._stepped:  # an update that was given up; after a step `grad_norm` can still be read
+            self._squared_norms.clear()
         for weight in self._weights.values():
             weight.clear()
 
@@ -267,10 +294,7 @@ class LowRankAdamW(Optimizer):
         for index, entries in state_dict["state"].items():
             param = params[index]
             self.state[param] = {
-                key: value.clone()
-                if value.device.type == "cpu" and key in HOST_STATE
-                else value.to(param.device, copy=True)
-                for key, value in entries.items()
+                key: value.to("cpu" if key in HOST_STATE else param.device, copy=True) for key, value in entries.items()
             }
         self._build_weights()
 
@@ -297,7 +321,9 @@ class LowRankAdamW(Optimizer):
         }
         refreshed = [weight for weight in weights if weight.similarity is not None]
         if refreshed:
-            metrics["subspace/failures"] = torch.stack([weight.state["failures"] for weight in weights]).sum()
+            metrics["subspace/failures"] = torch.stack(
+                [weight.state["failures"] for weight in weights if weight.state]
+            ).sum()
         for weight in refreshed:
             assert weight.similarity is not None
             metrics[f"subspace/similarity/{weight.name}"] = weight.similarity

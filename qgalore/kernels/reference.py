@@ -102,7 +102,7 @@ def quantize_groups(x: Tensor, bits: int, group_size: int, random: Tensor | None
     levels = (1 << bits) - 1
     low, high = _group_bounds(x, group_size)
     zero_point = _round_down_to_bfloat16(low)
-    # Halved, so that a group which spans the whole float32 range does not overflow.
+    # Halved, so that the range of a group up to 3.4e38 does not overflow; a wider one dequantizes to infinity.
     exact = (high * 0.5 - zero_point * 0.5) / (levels * 0.5)
     # Less by what float32 cannot tell: else the rounding of a dequantized end would widen the group at every update.
     slack = torch.maximum(high.abs(), zero_point.abs()) * (_HALF_ULP / levels) + exact * (4 * _HALF_ULP)

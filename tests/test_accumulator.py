@@ -1,0 +1,87 @@
+"""Sums of gradients over micro-batches in float32, bfloat16 and 8 bits."""
+
+import pytest
+import torch
+
+from qgalore.accumulator import GradientAccumulator
+
+
+def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (16, 300)) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+def total(accumulator: GradientAccumulator, parts: list[torch.Tensor]) -> torch.Tensor:
+    for seed, part in enumerate(parts):
+        accumulator.add(part.clone(), seed)
+    return accumulator.take()
+
+
+def test_float32_sum_is_exact_for_bfloat16_parts() -> None:
+    parts = grads(8, torch.bfloat16)
+    found = total(GradientAccumulator(torch.float32), parts)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, torch.stack(parts).double().sum(0).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_sum_is_kept_in_bfloat16() -> None:
+    parts = grads(4)
+    found = total(GradientAccumulator(torch.bfloat16), parts)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), torch.stack(parts).sum(0), atol=0.06)
+
+
+def test_int8_sum_is_unbiased() -> None:
+    parts = grads(3)
+    expected = torch.stack(parts).sum(0)
+    errors = []
+    for trial in range(100):
+        accumulator = GradientAccumulator(torch.int8)
+        for number, part in enumerate(parts):
+            accumulator.add(part.clone(), 10 * trial + number)
+        errors.append(accumulator.take() - expected)
+    step = 12.0 / 255  # the range of a group of sums, about
+    stacked = torch.stack(errors)
+    assert 0.1 * step < float(stacked.std()) < 2 * step
+    assert abs(float(stacked.mean())) < 0.005 * step
+    assert float(stacked.mean(0).abs().mean()) < 0.2 * step
+
+
+def test_int8_keeps_a_byte_a_value() -> None:
+    accumulator = GradientAccumulator(torch.int8)
+    for part in grads(2):
+        accumulator.add(part, 0)
+    held = accumulator._sum
+    assert not isinstance(held, torch.Tensor) and held is not None
+    assert held.nbytes < 1.1 * 16 * 300
+
+
+def test_a_vector_is_summed_exactly_at_int8() -> None:
+    parts = grads(3, shape=(50,))
+    found = total(GradientAccumulator(torch.int8), parts)
+    assert torch.allclose(found, torch.stack(parts).sum(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_it_is_empty_until_added_to_and_after_taking(dtype: torch.dtype) -> None:
+    accumulator = GradientAccumulator(dtype)
+    assert accumulator.empty
+    accumulator.add(grads(1)[0], 0)
+    assert not accumulator.empty
+    accumulator.take()
+    assert accumulator.empty
+    accumulator.add(grads(1)[0], 0)
+    accumulator.clear()
+    assert accumulator.empty
+
+
+def test_a_gradient_that_comes_alone_is_not_copied() -> None:
+    grad = grads(1, torch.bfloat16)[0]
+    accumulator = GradientAccumulator(torch.float32)
+    accumulator.add(grad, 0)
+    assert accumulator.take() is grad
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or int8, not in torch\.float16"):
+        GradientAccumulator(torch.float16)

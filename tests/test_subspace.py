@@ -1,0 +1,211 @@
+"""Bases and projections: orthonormalisation, the SVD, similarity, rotated moments, streaming."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qgalore import subspace
+
+CPU = torch.device("cpu")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(rank: int, d: int, seed: int = 0) -> Tensor:
+    return subspace.random_basis(rank, d, seed, CPU)
+
+
+def projector(basis: Tensor) -> Tensor:
+    basis = basis.double()
+    return basis.T @ basis
+
+
+def with_spectrum(spectrum: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
+    """A matrix (m, n) with these singular values."""
+    k = spectrum.numel()
+    left, right = orthonormal(k, m, seed).double(), orthonormal(k, n, seed + 1).double()
+    return (left.T * spectrum.double() @ right).float()
+
+
+# ---- start and projection
+
+
+def test_random_basis_is_orthonormal_and_seeded() -> None:
+    basis = orthonormal(8, 40)
+    assert torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-5)
+    assert torch.equal(basis, orthonormal(8, 40))
+    assert not torch.equal(basis, orthonormal(8, 40, seed=1))
+    torch.manual_seed(5)
+    assert torch.equal(basis, orthonormal(8, 40)), "no global generator"
+
+
+@pytest.mark.parametrize("sides", ["left", "right", "both"])
+@pytest.mark.parametrize("tokens", [3, 500])
+def test_projection_from_factors_is_that_of_the_gradient(tokens: int, sides: str) -> None:
+    g, x = normal(tokens, 24), normal(tokens, 40, seed=1)
+    left = orthonormal(5, 24) if sides != "right" else None
+    right = orthonormal(5, 40) if sides != "left" else None
+    expected = (g.T @ x).double()
+    expected = expected if left is None else left.double() @ expected
+    expected = expected if right is None else expected @ right.double().T
+    for found in (subspace.project(g.T @ x, left, right), subspace.project_factors(g, x, left, right)):
+        assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+# ---- orthonormalize
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e9, 1e12])
+def test_basis_is_orthonormal_for_any_condition(condition: float) -> None:
+    rank, d = 12, 64
+    spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), rank, dtype=torch.float64)
+    sketch = with_spectrum(spectrum, rank, d)
+    basis, worked = subspace.orthonormalize(sketch, orthonormal(rank, d, seed=9))
+    assert bool(worked)
+    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-3)
+    # What the sketch says above the noise of float32 lies in the span, with the same weight or more.
+    residual = sketch.double() - sketch.double() @ projector(basis)
+    assert residual.norm() < 2e-5 * sketch.double().norm()
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_span_is_that_of_the_sketch(condition: float) -> None:
+    sketch = with_spectrum(torch.logspace(0, -torch.tensor(condition).log10().item(), 8), 8, 50)
+    basis, worked = subspace.orthonormalize(sketch, orthonormal(8, 50, seed=9))
+    exact = torch.linalg.qr(sketch.double().T)[0].T
+    assert bool(worked)
+    assert (projector(basis) - projector(exact)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e10])
+def test_size_of_the_sketch_does_not_matter(size: float) -> None:
+    rows = normal(6, 30) * torch.logspace(0, 4, 6)[:, None]
+    basis, worked = subspace.orthonormalize(rows * size, orthonormal(6, 30, seed=9))
+    expected, _ = subspace.orthonormalize(rows, orthonormal(6, 30, seed=9))
+    assert bool(worked)
+    assert float(subspace.similarity(basis, expected)) > 0.999
+
+
+def test_a_sketch_of_lower_rank_is_filled_up() -> None:
+    sketch = normal(8, 3) @ normal(3, 40, seed=1)
+    basis, worked = subspace.orthonormalize(sketch, orthonormal(8, 40, seed=9))
+    assert not bool(worked) or torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-2)
+    if bool(worked):
+        assert (sketch - sketch @ projector(basis).float()).norm() < 1e-3 * sketch.norm()
+
+
+def test_rows_without_a_sketch_come_from_the_old_basis() -> None:
+    old, sketch = orthonormal(6, 40, seed=9), normal(6, 40)
+    sketch[2] = 0.0
+    basis, worked = subspace.orthonormalize(sketch, old)
+    assert bool(worked)
+    assert torch.allclose(basis @ basis.T, torch.eye(6), atol=1e-3)
+    assert (old[2] - old[2] @ projector(basis).float()).norm() < 1e-3
+    nothing, worked = subspace.orthonormalize(torch.zeros(6, 40), old)
+    assert bool(worked) and torch.allclose(nothing, old, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_old_basis_is_kept_for_a_sketch_that_is_not_finite(bad: float) -> None:
+    old, sketch = orthonormal(6, 40, seed=9), normal(6, 40)
+    sketch[3, 7] = bad
+    basis, worked = subspace.orthonormalize(sketch, old)
+    assert not bool(worked)
+    assert torch.equal(basis, old)
+
+
+# ---- the SVD
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["full", "randomized"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("m", "n"), [(24, 40), (40, 24), (32, 32)])
+def test_svd_finds_the_top_subspace(m: int, n: int, side: str, seed: int | None) -> None:
+    spectrum = torch.cat((torch.linspace(10, 5, 6), torch.linspace(1, 0.1, 18)))
+    grad = with_spectrum(spectrum, m, n)
+    basis = subspace.fit_svd(grad, 6, side, seed)
+    assert basis is not None and basis.shape == (6, m if side == "left" else n)
+    assert torch.allclose(basis @ basis.T, torch.eye(6), atol=1e-4)
+    U, _, Vh = torch.linalg.svd(grad.double())
+    exact = U[:, :6].T if side == "left" else Vh[:6]
+    assert (projector(basis) - projector(exact)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["full", "randomized"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_svd_of_a_gradient_that_is_not_finite_is_none(bad: float, seed: int | None) -> None:
+    grad = normal(24, 40)
+    grad[1, 2] = bad
+    assert subspace.fit_svd(grad, 4, "left", seed) is None
+
+
+def test_svd_takes_rank_up_to_the_whole_side() -> None:
+    for seed in (None, 3):
+        basis = subspace.fit_svd(normal(12, 40), 12, "left", seed)
+        assert basis is not None
+        assert torch.allclose(basis @ basis.T, torch.eye(12), atol=1e-4)
+
+
+# ---- similarity
+
+
+def test_similarity_sees_neither_signs_nor_order_nor_rotation() -> None:
+    basis = orthonormal(6, 64)
+    rotation = torch.linalg.qr(normal(6, 6, seed=4))[0]
+    signs = torch.tensor([1.0, -1, 1, -1, -1, 1])[:, None]
+    for same in (basis, -basis, basis * signs, basis.flip(0), rotation @ basis):
+        assert float(subspace.similarity(same, basis)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_similarity_of_other_subspaces() -> None:
+    eye = torch.eye(64)
+    assert float(subspace.similarity(eye[:6], eye[6:12])) == 0.0
+    assert float(subspace.similarity(eye[:6], eye[3:9])) == pytest.approx(0.5)
+    random = [float(subspace.similarity(orthonormal(16, 128, s), orthonormal(16, 128, s + 50))) for s in range(20)]
+    assert sum(random) / 20 == pytest.approx(16 / 128, rel=0.05)
+
+
+def test_similarity_divides_out_the_length_of_quantized_rows() -> None:
+    basis = orthonormal(6, 64)
+    assert float(subspace.similarity(1.05 * basis, 0.9 * basis)) == pytest.approx(1.0, abs=1e-5)
+
+
+# ---- rotated moments
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rotating_into_the_same_basis_is_the_identity(side: str) -> None:
+    basis = orthonormal(6, 40)
+    shape = (6, 9) if side == "left" else (9, 6)
+    first, second = normal(*shape), normal(*shape, seed=1).square()
+    rotated = subspace.rotate_moments(first, second, basis, basis, side)
+    assert torch.allclose(rotated[0], first, atol=1e-5) and torch.allclose(rotated[1], second, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rotation_follows_its_definition(side: str) -> None:
+    old, new = orthonormal(5, 12, 1), orthonormal(5, 12, 2)
+    shape = (5, 7) if side == "left" else (7, 5)
+    first, second = normal(*shape), normal(*shape, seed=1).square()
+    change = new @ old.T
+    rotated = subspace.rotate_moments(first, second, new, old, side)
+    for i in range(5):
+        for j in range(7):
+            at = (i, j) if side == "left" else (j, i)
+            pairs: list[Any] = [((k, j) if side == "left" else (j, k), change[i, k]) for k in range(5)]
+            assert rotated[0][at] == pytest.approx(sum(float(c * first[where]) for where, c in pairs), abs=1e-5)
+            assert rotated[1][at] == pytest.approx(sum(float(c * c * second[where]) for where, c in pairs), abs=1e-5)
+
+
+def test_rotated_moment_is_the_old_direction_seen_in_the_new_basis() -> None:
+    # A momentum that lies in both subspaces gives the same full-size direction before and after.
+    shared = orthonormal(3, 30)
+    rotation = torch.linalg.qr(normal(3, 3, seed=8))[0]
+    first = normal(3, 9)
+    new = rotation @ shared
+    rotated, _ = subspace.rotate_moments(first, first.square(), new, shared, "left")
+    assert torch.allclose(new.T @ rotated, shared.T @ first, atol=1e-5)

@@ -1,0 +1,145 @@
+"""When subspaces are refreshed: staggering, the lazy rule, counts."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from qgalore.subspace_schedule import RefreshSchedule
+
+
+def schedules(count: int, interval: int) -> list[RefreshSchedule]:
+    return [RefreshSchedule(base_interval=interval, index=index, count=count) for index in range(count)]
+
+
+def refreshes(weights: list[RefreshSchedule], updates: int) -> list[list[int]]:
+    """For each update the numbers of the weights refreshed in it."""
+    found = []
+    for update_step in range(updates):
+        due = [k for k, weight in enumerate(weights) if weight.due(update_step)]
+        for k in due:
+            weights[k].record(update_step, None)
+        found.append(due)
+    return found
+
+
+@pytest.mark.parametrize(("count", "interval"), [(56, 200), (56, 50), (200, 50), (7, 200), (224, 500), (1, 10)])
+def test_no_update_refreshes_many(count: int, interval: int) -> None:
+    found = refreshes(schedules(count, interval), 8 + 4 * interval)
+    first, later = found[:8], found[8:]
+    # The first refreshes are spread over eight updates; a few second ones fall among them.
+    assert max(map(len, first)) <= -(-count // 8) + -(-count // interval)
+    assert max(map(len, later)) <= -(-count // interval)
+    assert sorted({k for due in first for k in due}) == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "interval"), [(56, 200), (200, 50), (5, 3), (9, 1)])
+def test_every_weight_is_refreshed_every_interval(count: int, interval: int) -> None:
+    found = refreshes(schedules(count, interval), 8 + 5 * interval)
+    for k in range(count):
+        times = [update for update, due in enumerate(found) if k in due]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        assert times[0] < min(8, interval)
+        assert gaps[0] <= interval
+        assert all(gap == interval for gap in gaps[1:])
+
+
+def test_a_late_update_still_finds_its_refresh() -> None:
+    weight = RefreshSchedule(base_interval=10, index=0, count=1)
+    weight.record(0, None)
+    assert not weight.due(weight.next_refresh - 1)
+    assert weight.due(weight.next_refresh) and weight.due(weight.next_refresh + 3)
+
+
+# ---- the lazy rule
+
+
+def lazy(**changes: float) -> RefreshSchedule:
+    weight = RefreshSchedule(base_interval=100, index=0, count=1, lazy=True, threshold=0.4, gamma=2, queue_size=3)
+    for name, value in changes.items():
+        setattr(weight, name, value)
+    weight.record(0, None)  # the first basis has nothing to be compared with
+    return weight
+
+
+def feed(weight: RefreshSchedule, similarities: list[float | None]) -> list[int]:
+    """Refresh with these similarities when due; returns the interval after each."""
+    intervals = []
+    for similarity in similarities:
+        weight.record(weight.next_refresh, similarity)
+        intervals.append(weight.interval)
+    return intervals
+
+
+def test_interval_grows_after_a_full_window_and_the_window_is_cleared() -> None:
+    assert feed(lazy(), [0.9] * 7) == [100, 100, 200, 200, 200, 400, 400]
+
+
+def test_interval_counts_from_the_refresh() -> None:
+    weight = lazy()
+    feed(weight, [0.9] * 2)
+    at = weight.next_refresh
+    weight.record(at, 0.9)
+    assert weight.next_refresh == at + 200
+
+
+def test_unsimilar_subspaces_keep_the_interval() -> None:
+    assert feed(lazy(), [0.3, 0.39, 0.2] * 5) == [100] * 15
+
+
+def test_the_window_slides_over_the_last_refreshes() -> None:
+    # Means over three: 0.3, 0.367, then 0.433 is above the threshold.
+    assert feed(lazy(), [0.3, 0.3, 0.3, 0.5, 0.5]) == [100, 100, 100, 100, 200]
+
+
+def test_unknown_similarity_does_not_count() -> None:
+    weight = lazy()
+    assert feed(weight, [0.9, None, 0.9, None]) == [100] * 4
+    assert feed(weight, [0.9]) == [200]
+
+
+@pytest.mark.parametrize(("cap", "largest"), [(0, 800), (300, 300), (50, 100)])
+def test_interval_has_a_cap(cap: int, largest: int) -> None:
+    weight = RefreshSchedule(
+        base_interval=100, index=0, count=1, lazy=True, threshold=0.4, gamma=2, queue_size=1, max_interval=cap
+    )
+    intervals = feed(weight, [1.0] * 12)
+    assert intervals[-1] == largest and max(intervals) == largest
+
+
+def test_without_the_lazy_rule_nothing_grows() -> None:
+    weight = RefreshSchedule(base_interval=100, index=0, count=1, lazy=False, queue_size=1)
+    assert feed(weight, [1.0] * 6) == [100] * 6
+    assert weight.saved == 0
+
+
+def test_saved_refreshes_are_counted() -> None:
+    weight = lazy(queue_size=1)
+    # Intervals 200, 400, 800, 800: 1 + 3 + 7 + 7 refreshes that a fixed interval would have made between.
+    assert feed(weight, [1.0] * 4) == [200, 400, 800, 800]
+    assert weight.saved == 18
+    assert weight.refreshes == 5
+
+
+def test_a_schedule_goes_on_from_its_state() -> None:
+    def pattern(update: int) -> float:
+        return 0.3 + 0.4 * (update % 3)
+
+    def run(weight: RefreshSchedule, start: int, stop: int) -> list[int]:
+        made = []
+        for update in range(start, stop):
+            if weight.due(update):
+                weight.record(update, pattern(update))
+                made.append(update)
+        return made
+
+    def new() -> RefreshSchedule:
+        return RefreshSchedule(base_interval=7, index=3, count=5, lazy=True, queue_size=2, gamma=2)
+
+    whole, half, again = new(), new(), new()
+    expected = run(whole, 0, 300)
+    made = run(half, 0, 90)
+    for field in ("interval", "next_refresh", "refreshes", "saved", "window"):
+        setattr(again, field, getattr(half, field))
+    assert made + run(again, 90, 300) == expected
+    assert dataclasses.asdict(again) == dataclasses.asdict(whole)
