@@ -121,8 +121,8 @@ class LowRankAdamW(Optimizer):
         super().add_param_group(param_group)
         if "rank" in param_group and param_group["weight_decay"] and not param_group["decoupled_weight_decay"]:
             raise ValueError(
-                "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie in "
-                "the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
+                "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie "
+                "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
             )
         self._build_weights()
 
