@@ -139,10 +139,10 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
             "update: the global norm needs all gradients at once, and each is used and freed inside the backward pass. "
             f"Use a smaller --batch_size with the same --total_batch_size, --grad_clipping 0, or {name[:-10]}"
         )
-    if optimizer.grad_accum_dtype != "float32" and not optimizer.is_low_rank:
+    if optimizer.grad_accum_dtype != "float32" and name in ("sgd", "adafactor"):
         problems.append(
-            f"--grad_accum_dtype {optimizer.grad_accum_dtype} is for low-rank gradients: --optimizer {name} has none, "
-            "use float32 or a galore optimizer"
+            f"--grad_accum_dtype {optimizer.grad_accum_dtype} cannot work with --optimizer {name}, whose gradients add up "
+            "in the weights' own --dtype: leave it out or use another optimizer"
         )
     return problems
 

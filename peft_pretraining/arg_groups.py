@@ -98,7 +98,7 @@ class OptimizerArgs:
     grad_clipping: Annotated[float, Flag("norm", at_least=0)] = 0.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
     grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
-    """Data type in which low-rank gradients add up over micro-batches."""
+    """Data type in which gradients add up over micro-batches (sgd and adafactor: the weights' own)."""
 
     @property
     def is_low_rank(self) -> bool:

@@ -312,7 +312,7 @@ BAD_COMBINATIONS = [
     ("--max_length 1025", 1, "--max_length is 1025"),
     ("--optimizer galore_adamw8bit_per_layer --grad_clipping 1", 1, "the global norm needs all gradients at once"),
     ("--optimizer q_galore_adamw8bit_per_layer --grad_clipping 1", 1, "or q_galore_adamw8bit"),
-    ("--grad_accum_dtype int8", 1, "--grad_accum_dtype int8 is for low-rank gradients"),
+    ("--optimizer sgd --grad_accum_dtype int8", 1, "--grad_accum_dtype int8 cannot work with --optimizer sgd"),
     ("--data_lanes 10", 4, "--data_lanes 10 is not divisible by the 4 ranks"),
     ("--data_lanes 10", 4, "a new run with --data_lanes 12"),
     ("--dataset nowhere/c4", 1, "--dataset nowhere/c4 is neither c4 nor pydocs nor a file or folder that exists"),
