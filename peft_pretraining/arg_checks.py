@@ -141,8 +141,8 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
         )
     if optimizer.grad_accum_dtype != "float32" and name in ("sgd", "adafactor"):
         problems.append(
-            f"--grad_accum_dtype {optimizer.grad_accum_dtype} cannot work with --optimizer {name}, whose gradients add up "
-            "in the weights' own --dtype: leave it out or use another optimizer"
+            f"--grad_accum_dtype {optimizer.grad_accum_dtype} cannot work with --optimizer {name}, whose gradients add "
+            "up in the weights' own --dtype: leave it out or use another optimizer"
         )
     return problems
 
