@@ -31,7 +31,7 @@ from peft_pretraining.metrics import MetricsLogger
 from peft_pretraining.model import CausalLM, build_model, parameter_count
 from peft_pretraining.model_config import read_config_json
 from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter
-from peft_pretraining.resume import choose_checkpoint
+from peft_pretraining.resume import choose_checkpoint, take_over
 from peft_pretraining.signals import StopRequest
 from peft_pretraining.throughput import (
     ThroughputMeter,
@@ -43,6 +43,7 @@ from peft_pretraining.throughput import (
 from peft_pretraining.token_files import is_token_dataset
 from peft_pretraining.tokenizer import check_vocabulary, load_tokenizer
 
+STOP_MARKER = "STOPPED"
 # What must be the same for a resumed run to equal an uninterrupted one.
 FIXED_BY_CHECKPOINT = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
@@ -56,7 +57,8 @@ def run(argv: Sequence[str] | None) -> None:
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import describe
 
-        print(describe(args))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(args))
         return
     stop = StopRequest()
     processes = start_processes(args.runtime.device)
@@ -149,9 +151,18 @@ class Run:
         check_compatible(checkpoint, {name: state[name] for name in (*FIXED_BY_CHECKPOINT, "model_config_contents")})
         check_model_tensors(checkpoint, self.model.state_dict())
         self.model.load_state_dict(checkpoint.model_tensors)
+        given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint.optimizer_state)
+        for group, values in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(values)  # this command's learning rates hold, not those of the checkpoint
         self.loader.load_state_dict(checkpoint.state["data"])
         self.update_step, self.tokens = checkpoint.update_step, checkpoint.state["tokens"]
+        if self.update_step > self.args.schedule.num_training_steps:
+            raise UserError(
+                f"--num_training_steps {self.args.schedule.num_training_steps}: {checkpoint.path} is after "
+                f"{self.update_step} updates already; give at least that many, or an older checkpoint"
+            )
+        take_over(checkpoint, self.save_dir, self.processes)
         run_id: str | None = checkpoint.state["wandb_run_id"]
         return run_id
 
@@ -185,10 +196,12 @@ class Run:
         for warning in args.warnings:
             self.logger.say(f"warning: {warning}")
         first, total = self.update_step, self.args.schedule.num_training_steps
+        if self.processes.is_main:
+            (self.save_dir / STOP_MARKER).unlink(missing_ok=True)
         for self.update_step in itertools.count(first):
             last = self.update_step == total
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
-            if self.update_step > first or last:
+            if self.update_step > first:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
@@ -251,7 +264,7 @@ class Run:
         self.flush_metrics()
         self.save(data_before)
         if self.processes.is_main:
-            (self.save_dir / "STOPPED").write_text(f"{self.stop.signal_name} after {self.update_step} updates\n")
+            (self.save_dir / STOP_MARKER).write_text(f"{self.stop.signal_name} after {self.update_step} updates\n")
         self.logger.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     # ---- what a person sees

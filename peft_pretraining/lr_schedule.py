@@ -37,7 +37,9 @@ def lr_multiplier(
 class HasParamGroups(Protocol):
     """What has the param groups of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters with their hyperparameters."""
 
 
 def set_learning_rate(optimizer: HasParamGroups, multiplier: float) -> None:

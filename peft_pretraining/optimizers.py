@@ -34,8 +34,11 @@ _ADAM_FAMILY = {
 class TrainingOptimizer(Protocol):
     """What the training loop needs of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
     is_last_micro_batch: bool
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters with their hyperparameters."""
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
@@ -68,13 +71,22 @@ class LibraryOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, all_reduce: AllReduce | None) -> None:
         """Watches the parameters of `optimizer` with hooks if there is something to sum."""
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
-        self.param_groups = optimizer.param_groups
+        self._norm: Tensor | None = None
         self.is_last_micro_batch = True
-        self.zero_grad = optimizer.zero_grad
         self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
         if all_reduce is not None:
             for param in self._parameters():
                 param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The library's groups; loading a state replaces them."""
+        return self._optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        """See `TrainingOptimizer`."""
+        self._optimizer.zero_grad()
+        self._norm = None
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -88,6 +100,8 @@ class LibraryOptimizer:
 
     def grad_norm(self) -> Tensor:
         """Norm of the gradient before clipping; read it before `zero_grad`."""
+        if self._norm is not None:
+            return self._norm
         grads = [param.grad for param in self._parameters() if param.grad is not None]
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
@@ -103,7 +117,7 @@ class LibraryOptimizer:
 
     def clip_grad_norm_(self, max_norm: float) -> None:
         """See `TrainingOptimizer`."""
-        torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """No subspaces."""

@@ -100,7 +100,8 @@ class LowRankWeight(FullRankWeight):
         group = self.group
         if group["quant"]:
             return quantize(basis, group["quant_n_bit"], group["quant_group_size"])
-        return basis.to(self._basis_dtype)
+        # A solver may leave columns contiguous; a loaded basis would then not multiply to the same bits.
+        return basis.to(self._basis_dtype).contiguous()
 
     @property
     def _basis_dtype(self) -> torch.dtype:

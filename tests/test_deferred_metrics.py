@@ -1,0 +1,66 @@
+"""Metrics come out one update later, in order, complete, and as they were when they were handed in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_pretraining.deferred_metrics import DeferredMetrics
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def test_what_goes_in_comes_out_one_later_and_in_order() -> None:
+    deferred, out = DeferredMetrics(), []
+    for step in range(1, 6):
+        out.append(deferred.exchange(step, {"loss": torch.tensor(step / 2), "lr": 0.1 * step}))
+    assert out == [None] + [(step, {"loss": step / 2, "lr": 0.1 * step}) for step in range(1, 5)]
+    assert deferred.take() == (5, {"loss": 2.5, "lr": 0.5})
+    assert deferred.take() is None
+    assert deferred.exchange(6, {"loss": 1.0}) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_kind_of_value(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    deferred = DeferredMetrics()
+    tensors = {
+        "float32": torch.tensor(1.25, device=device),
+        "bfloat16": torch.tensor(2.5, dtype=torch.bfloat16, device=device),
+        "count": torch.tensor(7, device=device),
+        "flag": torch.tensor(True, device=device),
+        "nan": torch.tensor(float("inf"), device=device),
+        "with_grad": torch.tensor(3.0, device=device, requires_grad=True) * 2,
+    }
+    deferred.exchange(3, {"first": 0.5, **tensors, "last": 4.0})
+    taken = deferred.take()
+    assert taken is not None
+    step, values = taken
+    assert step == 3
+    assert values == {
+        "first": 0.5, "float32": 1.25, "bfloat16": 2.5, "count": 7.0, "flag": 1.0, "nan": float("inf"),
+        "with_grad": 6.0, "last": 4.0,
+    }  # fmt: skip
+    assert all(type(value) is float for value in values.values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_value_is_that_of_the_moment(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    deferred, loss = DeferredMetrics(), torch.tensor(1.0, device=device)
+    metrics = {"loss": loss}
+    deferred.exchange(1, metrics)
+    loss += 1  # the next update reuses the tensor
+    metrics["loss"] = loss
+    assert deferred.exchange(2, metrics) == (1, {"loss": 1.0})
+    assert deferred.take() == (2, {"loss": 2.0})
+
+
+def test_without_tensors_or_without_anything() -> None:
+    deferred = DeferredMetrics()
+    assert deferred.take() is None
+    deferred.exchange(1, {"lr": 0.5})
+    assert deferred.exchange(2, {}) == (1, {"lr": 0.5})
+    assert deferred.take() == (2, {})

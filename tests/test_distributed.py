@@ -1,0 +1,110 @@
+"""What the processes of a run say to each other, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
+from peft_pretraining.errors import UserError
+from tests.small_run import on_ranks
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return start_processes("cpu")
+
+
+def test_plain_python_is_one_rank(alone: Processes) -> None:
+    assert (alone.rank, alone.world_size, alone.device.type, alone.is_main) == (0, 1, "cpu", True)
+    assert world_size_of_launch() == 1 and not torch.distributed.is_initialized()
+    tensor = torch.ones(3)
+    alone.all_reduce(tensor)
+    assert torch.equal(tensor, torch.ones(3))
+    assert alone.gradient_all_reduce() is None
+    assert alone.sum_on_host(7) == 7 and alone.gather("x") == ["x"] and alone.from_main(lambda: 5) == 5
+    alone.check_replicas({"weight": tensor}, 1)
+    alone.close()
+
+
+def test_what_fails_on_the_main_rank_fails(alone: Processes) -> None:
+    def fail() -> int:
+        raise UserError("a sentence")
+
+    with pytest.raises(UserError, match="a sentence"):
+        alone.from_main(fail)
+
+
+def test_the_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert world_size_of_launch() == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_auto_takes_the_cpu_where_there_is_nothing_else(alone: Processes) -> None:
+    assert start_processes("auto").device.type == "cpu"
+    with pytest.raises(UserError, match="--device cuda: no CUDA device is visible"):
+        start_processes("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(UserError, match=r"--nproc_per_node started rank \d+ of this machine"):
+        start_processes("auto")
+
+
+def talk(folder: str) -> int:
+    """One of several ranks: says everything that can be said and writes down what it heard."""
+    processes = start_processes("cpu")
+    rank = processes.rank
+    heard: dict[str, object] = {"is_main": processes.is_main, "size": processes.world_size}
+    tensor = torch.full((2,), float(rank + 1))
+    reduce = processes.gradient_all_reduce()
+    assert reduce is not None
+    reduce(tensor)
+    heard["sum"] = tensor.tolist()
+    heard["host_sum"] = processes.sum_on_host(10**12 + rank)
+    heard["gathered"] = processes.gather({"rank": rank, "list": [rank] * rank})
+    heard["from_main"] = processes.from_main(lambda: f"said by {rank}")
+
+    def fail() -> int:
+        raise UserError(f"refused by {rank}")
+
+    try:
+        processes.from_main(fail)
+    except UserError as error:
+        heard["refusal"] = str(error)
+    codes = torch.arange(6, dtype=torch.uint8).reshape(2, 3).T  # not contiguous
+    processes.check_replicas({"codes": codes, "empty": torch.empty(0), "scale": torch.ones(1).bfloat16()}, 4)
+    broken = {"same": codes, "other": torch.tensor([0.0, -0.0][rank == processes.world_size - 1])}
+    try:
+        processes.check_replicas(broken, 9)
+    except UserError as error:
+        heard["replicas"] = str(error)
+    processes.close()
+    assert not torch.distributed.is_initialized()
+    (Path(folder) / str(rank)).write_text(json.dumps(heard))
+    return 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_agree(tmp_path: Path, ranks: int) -> None:
+    assert on_ranks(ranks, talk, str(tmp_path)) == [0] * ranks
+    heard = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(ranks)]
+    total = ranks * (ranks + 1) / 2
+    for rank, each in enumerate(heard):
+        assert each["is_main"] == (rank == 0) and each["size"] == ranks
+        assert each["sum"] == [total, total]
+        assert each["host_sum"] == ranks * 10**12 + ranks * (ranks - 1) // 2, "beyond what float32 counts exactly"
+        assert each["gathered"] == [{"rank": r, "list": [r] * r} for r in range(ranks)]
+        assert each["from_main"] == "said by 0" and each["refusal"] == "refused by 0"
+        assert "--check_replicas: after 9 updates" in each["replicas"]
+    # Minus zero is another bit pattern, on the last rank alone.
+    assert "(other)" in heard[-1]["replicas"] and "same" not in heard[-1]["replicas"]

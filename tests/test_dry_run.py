@@ -1,0 +1,106 @@
+"""`--dry_run`: what a command would do and take, without doing or taking any of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.args import parse_args
+from peft_pretraining.model import build_on_meta, parameter_count
+from peft_pretraining.model_config import LlamaConfig
+from tests.small_run import SmallRun, flags_of
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path)
+
+
+def dry_run(small: SmallRun, capsys: pytest.CaptureFixture[str], **flags: object) -> str:
+    capsys.readouterr()
+    assert small.main("run", dry_run=True, **flags) == 0
+    return capsys.readouterr().out
+
+
+def test_prints_every_flag_with_its_resolved_value(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = flags_of("q_galore_adamw8bit_per_layer") | {"batch_size": 2, "max_train_tokens": "1.1K"}
+    text = dry_run(small, capsys, **flags)
+    args = parse_args(small.argv("run", flags))
+    pairs = (line.strip().partition(" ") for line in text.splitlines() if line.startswith("  --"))
+    shown = {name.removeprefix("--"): value for name, _, value in pairs}
+    assert shown == {name: str(value) for name, value in args.to_dict().items()} | {"dry_run": "True"}
+    # Worked out, not given: 4 micro-batches of 2; 5 updates of 256 tokens reach 1100; the cap of the interval.
+    assert shown["gradient_accumulation"] == "4" and shown["num_training_steps"] == "5"
+    assert shown["max_update_proj_gap"] == "24"
+    assert "5 updates of 8 sequences of 32 tokens (256)" in text
+    assert "warning: --max_train_tokens replaces --num_training_steps" in text
+
+
+def test_size_and_memory(small: SmallRun, capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    config = root / "configs" / "llama_60m.json"
+    text = dry_run(small, capsys, model_config=config, max_length=256)
+    count = parameter_count(build_on_meta(config))
+    assert f"model: {count / 1e6:.1f} M parameters" in text
+    # Float32 weights and two float32 moments.
+    gigabytes = {
+        line.rsplit(None, 2)[0].strip(): float(line.split()[-2]) for line in text.splitlines() if line.endswith(" GB")
+    }
+    assert gigabytes["weights and optimizer states"] == pytest.approx(12 * count / 1e9, abs=0.002)
+    assert gigabytes["peak"] > gigabytes["weights and optimizer states"]
+
+
+def test_q_galore_takes_less_than_adam(small: SmallRun, capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    def peak(**flags: object) -> float:
+        config = root / "configs" / "llama_1b.json"
+        flags = {"model_config": config, "dtype": "bfloat16", "batch_size": 1, "total_batch_size": 1} | flags
+        (line,) = [line for line in dry_run(small, capsys, **flags).splitlines() if line.strip().startswith("peak")]
+        return float(line.split()[-2])
+
+    q_galore = flags_of("q_galore_adamw8bit_per_layer") | {"rank": 512}
+    assert peak(**q_galore) < 0.5 * peak(optimizer="adam8bit") < peak(optimizer="adam8bit") < peak(optimizer="adamw")
+
+
+def test_writes_nothing_and_needs_no_data(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    before = sorted(tmp_path.rglob("*"))
+    assert "model: " in dry_run(small, capsys, dataset="c4", save_dir=None)
+    assert "model: " in dry_run(small, capsys, save_dir=tmp_path / "new" / "folder")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_13b_is_planned_in_an_instant(small: SmallRun, capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    config = root / "configs" / "llama_13b.json"
+    dry_run(small, capsys)  # what is imported once
+    begin = time.process_time()
+    text = dry_run(small, capsys, model_config=config, dtype="bfloat16", **flags_of("q_galore_adamw8bit_per_layer"))
+    assert time.process_time() - begin < 2.0
+    assert f"{LlamaConfig.from_json(config).parameter_count() / 1e6:,.1f} M parameters" in text
+
+
+def test_refuses_what_the_run_would_refuse(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert small.main("run", dry_run=True, total_batch_size=7) == 2
+    assert "--total_batch_size 7" in capsys.readouterr().err
+
+
+def test_joins_no_process_group_and_is_printed_once(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    texts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        texts.append(dry_run(small, capsys, batch_size=4))
+    assert not torch.distributed.is_initialized()
+    assert "on 2 rank(s)" in texts[0]
+    assert texts[1] == ""
+
+
+def test_needs_no_cuda_for_a_cuda_run(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device cuda" in dry_run(small, capsys, device="cuda")

@@ -1,0 +1,384 @@
+"""A run that stops and goes on ends with the bits of one that was never stopped; what cannot go on is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import run_pretrain
+from peft_pretraining.checkpoint import save_checkpoint
+from peft_pretraining.metrics import METRICS_FILE, read_metrics
+from tests.small_run import (
+    CONFIG,
+    OPTIMIZERS,
+    Result,
+    SmallRun,
+    assert_same_bits,
+    assert_same_run,
+    flags_of,
+    token_stream,
+    write_text,
+)
+
+Q_GALORE_PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_6_updates_and_6_more_are_12(small: SmallRun, optimizer: str) -> None:
+    flags = flags_of(optimizer) | {"num_training_steps": 12, "eval_every": 4}
+    whole = small.run("whole", **flags)
+    stopped = small.stop("parts", 6, **flags)
+    assert stopped.checkpoint().update_step == 6 and len(stopped.train_lines) == 6
+    resumed = small.run("parts", **flags, continue_from=stopped.checkpoints[-1])
+    assert_same_run(whole, resumed)
+    assert [line["update_step"] for line in resumed.lines if "eval/loss" in line] == [4, 8, 12]
+
+
+LAZY = {"subspace": "svd", "queue_size": 1, "cos_threshold": 0.0, "update_proj_gap": 2}
+MODES: dict[str, dict[str, object]] = {
+    "streaming": Q_GALORE_PER_LAYER | {"subspace": "streaming"},
+    "lazy": Q_GALORE_PER_LAYER | LAZY,
+    "both_sides": flags_of("galore_adamw8bit") | {"proj_type": "full"},
+    "randomized": flags_of("galore_adamw") | {"svd_method": "randomized", "rotate_moments": True},
+    "bfloat16": Q_GALORE_PER_LAYER | {"dtype": "bfloat16", "grad_accum_dtype": "int8"},
+    "simulation": Q_GALORE_PER_LAYER | {"simulation": True},
+    "int4": Q_GALORE_PER_LAYER | {"weight_bits": 4},
+    "clipping": flags_of("q_galore_adamw8bit_per_layer") | {"grad_clipping": 0.5},
+    "momentum": flags_of("sgd") | {"beta1": 0.9},
+    "adafactor_momentum": flags_of("adafactor") | {"beta1": 0.9},
+    "hf": flags_of("adamw") | {"use_hf_model": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_goes_on_in_the_middle_of_its_intervals(small: SmallRun, mode: str) -> None:
+    flags = MODES[mode] | {"num_training_steps": 7}
+    whole = small.run("whole", **flags)
+    for at in (3, 5):
+        small.stop("parts", at, **flags, continue_from="auto")
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+    if mode == "lazy":
+        assert whole.train_lines[-1]["subspace/refreshes_saved_fraction"] > 0, "no interval grew"
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "galore_adamw8bit", "q_galore_adamw8bit_per_layer"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_stop_between_micro_batches_undoes_the_update_that_was_begun(
+    small: SmallRun, optimizer: str, at: int
+) -> None:
+    flags = flags_of(optimizer) | {"batch_size": 2, "num_training_steps": 5}
+    whole = small.run("whole", **flags)
+    stopped = small.stop("parts", at, micro_batch=3, **flags)
+    assert stopped.checkpoint().update_step == at
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+
+
+def test_text_goes_on_where_it_was(small: SmallRun) -> None:
+    flags = {"num_training_steps": 9} | write_text(small.folder / "text") | {"packing": "pack", "workers": 2}
+    whole = small.run("whole", **flags)
+    small.stop("parts", 5, **flags)
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+
+
+def test_a_run_that_was_killed_goes_on_from_its_newest_checkpoint(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies right after a checkpoint is on the disk: what led to it must be on the disk, too."""
+    # No evaluation writes the pending metrics out before.
+    flags = Q_GALORE_PER_LAYER | {"save_every": 3}
+    whole = small.run("whole", **flags)
+
+    def save_and_die(save_dir: Path, update_step: int, *rest: object) -> Path:
+        path = save_checkpoint(save_dir, update_step, *rest)  # type: ignore[arg-type]
+        if update_step == 6:
+            raise InterruptedError
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain, "save_checkpoint", save_and_die)
+        with pytest.raises(InterruptedError):
+            small.main("parts", **flags)
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+
+
+def test_a_run_that_was_killed_between_checkpoints_does_its_updates_again(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = flags_of("galore_adamw8bit_per_layer") | {"save_every": 3, "eval_every": 2}
+    whole = small.run("whole", **flags)
+
+    def die(run: run_pretrain.Run) -> bool:
+        if run.update_step == 5:
+            raise InterruptedError
+        return update(run)
+
+    update = run_pretrain.Run.update
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretrain.Run, "update", die)
+        with pytest.raises(InterruptedError):
+            small.main("parts", **flags)
+    assert len(small.result("parts").train_lines) > 3
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+
+
+# ---- which checkpoint
+
+
+def test_auto_takes_the_newest_whole_one_and_says_what_it_refused(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_of("galore_adamw8bit") | {"save_every": 2, "keep_checkpoints": 0}
+    whole = small.run("whole", **flags)
+    small.copy("whole", "parts")
+    for step in (6, 8):
+        file = small.folder / "parts" / f"step_{step:08d}" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    capsys.readouterr()
+    resumed = small.run("parts", **flags, continue_from="auto")
+    captured = capsys.readouterr()
+    for step in (6, 8):
+        assert f"step_{step:08d}" in captured.out + captured.err
+    assert "SHA-256 differs" in captured.out + captured.err
+    assert_same_run(whole, resumed)
+
+
+def test_auto_without_a_checkpoint_starts_afresh(small: SmallRun) -> None:
+    assert_same_run(
+        small.run("plain", num_training_steps=3), small.run("auto", num_training_steps=3, continue_from="auto")
+    )
+
+
+def test_going_back_sets_later_checkpoints_aside(small: SmallRun) -> None:
+    flags = {"num_training_steps": 6, "save_every": 2, "keep_checkpoints": 0}
+    whole = small.run("whole", **flags)
+    small.copy("whole", "parts")
+    resumed = small.run("parts", **flags, continue_from=small.folder / "parts" / "step_00000002")
+    assert_same_run(whole, resumed)
+    names = sorted(path.name for path in resumed.save_dir.iterdir() if path.name.startswith("abandoned"))
+    assert [name.rpartition("step_")[2] for name in names] == ["00000004", "00000006"]
+
+
+def test_a_folder_has_one_name_or_another(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later checkpoints are set aside also where --save_dir and --continue_from spell the folder differently."""
+    small.run("run", num_training_steps=4, save_every=2)
+    monkeypatch.chdir(small.folder)
+    flags = {"num_training_steps": 4, "save_every": 2, "save_dir": Path("run")}
+    small.stop("run", 3, **flags, continue_from=small.folder / "run" / "step_00000002")
+    assert small.result("run").checkpoint().update_step == 3
+
+
+def test_a_checkpoint_alone_says_where_the_run_lies(small: SmallRun) -> None:
+    whole = small.run("whole", num_training_steps=4)
+    stopped = small.stop("parts", 2, num_training_steps=4)
+    resumed = small.run("parts", num_training_steps=4, save_dir=None, continue_from=stopped.checkpoints[-1])
+    assert_same_run(whole, resumed)
+
+
+def test_a_branch_in_another_folder_leaves_the_first_run_alone(small: SmallRun) -> None:
+    trunk = small.run("trunk", num_training_steps=6, save_every=2)
+    before = files(trunk.save_dir)
+    branch = small.run("branch", num_training_steps=6, continue_from=trunk.save_dir / "step_00000002")
+    assert files(trunk.save_dir) == before
+    assert branch.train_lines == [line for line in trunk.train_lines if line["update_step"] > 2]
+    assert_same_bits(branch.checkpoint().model_tensors, trunk.checkpoint().model_tensors)
+
+
+def test_a_branch_into_the_folder_of_another_run_is_refused(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = small.run("trunk", num_training_steps=4, save_every=2)
+    small.run("run", num_training_steps=3, seed=1)
+    flags = {"num_training_steps": 4, "continue_from": trunk.save_dir / "step_00000002"}
+    assert f"--save_dir {small.folder / 'run'}" in refusal(small, capsys, **flags)
+
+
+def test_a_moved_run_goes_on(small: SmallRun) -> None:
+    whole = small.run("whole", **Q_GALORE_PER_LAYER, num_training_steps=6)
+    small.stop("parts", 3, **Q_GALORE_PER_LAYER, num_training_steps=6)
+    for name in ("small.json", "tokens", "parts"):
+        place = small.folder / "elsewhere" / name
+        place.parent.mkdir(exist_ok=True)
+        shutil.move(small.folder / name, place)
+    moved = small.folder / "elsewhere"
+    flags = Q_GALORE_PER_LAYER | {"model_config": moved / "small.json", "dataset": moved / "tokens"}
+    resumed = small.run("elsewhere/parts", **flags, num_training_steps=6, continue_from="auto")
+    assert_same_run(whole, resumed)
+
+
+# ---- nothing is done twice, nothing is lost
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "q_galore_adamw8bit_per_layer"])
+def test_continuing_a_run_that_has_ended_changes_nothing(small: SmallRun, optimizer: str) -> None:
+    flags = flags_of(optimizer) | {"num_training_steps": 4, "eval_every": 2}
+    whole = small.run("whole", **flags)
+    small.copy("whole", "again")
+    for _ in range(2):
+        assert_same_run(whole, small.run("again", **flags, continue_from="auto"))
+
+
+def test_a_stop_after_an_evaluation_does_not_repeat_it(small: SmallRun) -> None:
+    flags = {"num_training_steps": 6, "eval_every": 3, "save_every": 3}
+    whole = small.run("whole", **flags)
+    small.stop("parts", 3, **flags)
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+
+
+def test_metrics_that_are_logged_now_and_then(small: SmallRun) -> None:
+    flags = flags_of("galore_adamw") | {"log_every": 3, "num_training_steps": 8}
+    whole = small.run("whole", **flags)
+    small.stop("parts", 4, **flags)
+    assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
+
+
+def test_a_run_can_be_made_longer(small: SmallRun) -> None:
+    short = small.run("run", num_training_steps=3)
+    longer = small.run("run", num_training_steps=5, continue_from="auto")
+    assert longer.checkpoint().update_step == 5
+    assert [line["update_step"] for line in longer.train_lines] == [1, 2, 3, 4, 5]
+    assert longer.losses[:3] == short.losses[:3]
+
+
+def test_the_marker_of_a_stop_goes_when_the_run_goes_on(small: SmallRun) -> None:
+    flags = {"num_training_steps": 4}
+    stopped = small.stop("run", 2, number=signal.SIGUSR1, **flags)
+    assert (stopped.save_dir / "STOPPED").read_text() == "SIGUSR1 after 2 updates\n"
+    small.run("run", **flags, continue_from="auto")
+    assert not (stopped.save_dir / "STOPPED").exists(), "whoever looks for it would queue an ended run again"
+
+
+def test_a_new_run_does_not_destroy_the_one_in_its_folder(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    first = small.run("run", num_training_steps=4, save_every=2)
+    before = files(first.save_dir)
+    assert small.main("run", num_training_steps=3, seed=1) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--save_dir" in message and "--continue_from auto" in message
+    assert files(first.save_dir) == before
+
+
+# ---- what the flags of the second command say
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "adamw", "galore_adamw8bit_per_layer"])
+def test_learning_rates_of_the_second_command_hold(small: SmallRun, optimizer: str) -> None:
+    flags = flags_of(optimizer) | {"num_training_steps": 6, "scheduler": "linear", "min_lr_ratio": 0.4}
+    small.stop("run", 3, **flags)
+    resumed = small.run("run", **flags | {"lr": 0.003, "full_rank_lr": 0.001}, continue_from="auto")
+    shares = [1 - 0.6 * k / 6 for k in range(6)]
+    lines = resumed.train_lines
+    assert [line["train/lr"] for line in lines[:3]] == pytest.approx([float(flags["lr"]) * s for s in shares[:3]])  # type: ignore[arg-type]
+    assert [line["train/lr"] for line in lines[3:]] == pytest.approx([0.003 * s for s in shares[3:]])
+    assert [line["train/full_rank_lr"] for line in lines[3:]] == pytest.approx([0.001 * s for s in shares[3:]])
+
+
+def test_the_rate_that_is_logged_is_the_one_in_use(small: SmallRun) -> None:
+    flags = flags_of("sgd") | {"num_training_steps": 6}
+    before = small.stop("run", 2, **flags).weights()
+    resumed = small.run("run", **flags | {"lr": 1e-30}, continue_from="auto")
+    assert max(line["train/lr"] for line in resumed.train_lines[2:]) <= 1e-30
+    assert_same_bits(resumed.weights(), before)
+
+
+# ---- refusals
+
+
+def refusal(small: SmallRun, capsys: pytest.CaptureFixture[str], **flags: object) -> str:
+    """The message of a continuation that must be refused, and must have left everything as it was."""
+    before = files(small.folder / "run")
+    capsys.readouterr()
+    assert small.main("run", **flags) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    assert files(small.folder / "run") == before, "a refused continuation changed the run's folder"
+    return captured.err.strip().splitlines()[-1]
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "optimizer": ({"optimizer": "galore_adamw"}, "optimizer is 'galore_adamw' here and 'galore_adamw8bit' there"),
+    "rank": ({"rank": 16}, "rank is 16 here and 32 there"),
+    "proj_type": ({"proj_type": "left"}, "proj_type is 'left' here and 'std' there"),
+    "subspace": ({"subspace": "streaming"}, "subspace is 'streaming' here and 'svd' there"),
+    "seed": ({"seed": 1}, "seed is 1 here and 0 there"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype is 'bfloat16' here and 'float32' there"),
+    "batch": ({"total_batch_size": 16}, "total_batch_size is 16 here and 8 there"),
+    "projections": ({"proj_quant": True}, "proj_quant is True here and False there"),
+    "hf": ({"use_hf_model": True}, "use_hf_model is True here and False there"),
+    "length": ({"max_length": 16}, "--max_length is 16 but was 32"),
+    "lanes": ({"data_lanes": 4}, "--data_lanes is 4 but was 8"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    small = SmallRun(tmp_path_factory.mktemp("ended"))
+    small.run("run", **flags_of("galore_adamw8bit"), num_training_steps=3, save_every=1)
+    return small
+
+
+@pytest.mark.parametrize("difference", REFUSED)
+@pytest.mark.parametrize("source", ["step_00000002", "auto"])
+def test_a_checkpoint_of_another_run_is_refused(
+    ended: SmallRun, capsys: pytest.CaptureFixture[str], difference: str, source: str
+) -> None:
+    changed, expected = REFUSED[difference]
+    flags = flags_of("galore_adamw8bit") | {"num_training_steps": 5} | changed
+    place = source if source == "auto" else ended.folder / "run" / source
+    message = refusal(ended, capsys, **flags, continue_from=place)
+    assert message.startswith("run_pretrain.py: ") and expected in message
+
+
+def test_another_model_or_data_set_is_refused(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    small.run("run", num_training_steps=2, save_every=1)
+    flags = {"num_training_steps": 4, "continue_from": small.folder / "run" / "step_00000001"}
+    other = small.folder / "other.json"
+    other.write_text(json.dumps(CONFIG | {"intermediate_size": 96}))
+    message = refusal(small, capsys, **flags, model_config=other)
+    assert "--continue_from" in message and "step_00000001" in message
+    (small.data / "train.uint16").write_bytes(token_stream(40_000, seed=9).tobytes())
+    assert "--dataset" in refusal(small, capsys, **flags)
+
+
+def test_a_run_cannot_become_shorter_than_it_is(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.run("run", num_training_steps=4)
+    monkeypatch.setattr(run_pretrain.Run, "update", lambda run: pytest.fail(f"update {run.update_step} of 2"))
+    message = refusal(small, capsys, num_training_steps=2, continue_from="auto")
+    assert "--num_training_steps 2" in message and "4 updates" in message
+
+
+def test_a_damaged_checkpoint_is_a_sentence(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    small.run("run", num_training_steps=2, save_every=1)
+    path = small.folder / "run" / "step_00000001"
+    (path / "optimizer.safetensors").write_bytes(b"\0" * 10)
+    message = refusal(small, capsys, num_training_steps=4, continue_from=path)
+    assert "optimizer.safetensors has 10 bytes" in message and "take an older checkpoint" in message
+
+
+def test_what_a_checkpoint_records(small: SmallRun) -> None:
+    checkpoint = small.run("run", **Q_GALORE_PER_LAYER, num_training_steps=2).checkpoint()
+    state = checkpoint.state
+    assert state["tokens"] == 2 * 256 and state["optimizer"] == "q_galore_adamw8bit_per_layer"
+    assert state["data"]["sequence"] == 16 and len(state["data"]["lanes"]) == 8
+    assert {path.suffix for path in checkpoint.path.iterdir()} == {".json", ".safetensors"}
+    assert (checkpoint.path.parent / METRICS_FILE).is_file() and len(read_metrics(checkpoint.path.parent)) == 3
+    assert isinstance(Result(checkpoint.path.parent).checkpoint().optimizer_state["param_groups"], list)

@@ -1,0 +1,94 @@
+"""A signal ends a run in good order: the state is saved, a marker and a last line say so, and the exit code is 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.signals import StopRequest
+from tests.small_run import SmallRun, assert_same_run, flags_of, restored_process, start
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    with restored_process():
+        yield
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered(number: signal.Signals) -> None:
+    stop = StopRequest()
+    assert not stop.requested and stop.signal_name is None
+    os.kill(os.getpid(), number)
+    assert stop.requested and stop.signal_name == number.name
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.requested
+
+
+def test_a_second_signal_of_a_launcher_does_not_break_the_save() -> None:
+    stop = StopRequest()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert stop.requested
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_saves_and_marks(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    stopped = small.stop("run", 2, micro_batch=2, number=number, **flags_of("galore_adamw8bit_per_layer"))
+    assert [path.name for path in stopped.checkpoints] == ["step_00000002"]
+    assert (stopped.save_dir / "STOPPED").read_text() == f"{number.name} after 2 updates\n"
+    assert len(stopped.train_lines) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line == "stopped after 2 updates; --continue_from auto goes on from here"
+
+
+def test_a_signal_in_the_last_update_still_stops(small: SmallRun) -> None:
+    whole = small.run("whole", num_training_steps=3)
+    stopped = small.stop("parts", 2, micro_batch=2, num_training_steps=3)
+    assert stopped.checkpoint().update_step == 2 and (stopped.save_dir / "STOPPED").is_file()
+    assert_same_run(whole, small.run("parts", num_training_steps=3, continue_from="auto"))
+
+
+def test_the_program_ends_with_0_in_time_and_goes_on(small: SmallRun) -> None:
+    flags = flags_of("galore_adamw8bit_per_layer") | {"num_training_steps": 400, "continue_from": "auto"}
+    process = start(small.argv("run", flags))
+    metrics = small.folder / "run" / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, text
+    assert time.monotonic() - begin < 20, "torchrun and SLURM give 30 seconds"
+    stopped = small.result("run")
+    updates = stopped.checkpoint().update_step
+    assert 3 <= updates < 400 and len(stopped.train_lines) == updates
+    last_line = text.strip().splitlines()[-1]
+    assert last_line == f"stopped after {updates} updates; --continue_from auto goes on from here"
+    assert "Traceback" not in text
+    # The learning rate depends on the length of the run, so a comparison has to stop in the same way.
+    resumed = small.stop("run", updates + 2, **flags)
+    assert_same_run(small.stop("whole", updates + 2, **flags), resumed)
