@@ -22,7 +22,7 @@ from peft_pretraining.args import RunArgs, parse_args
 from peft_pretraining.checkpoint import check_compatible, check_model_tensors, load_checkpoint, save_checkpoint
 from peft_pretraining.dataloader import TrainLoader, build_train_loader, merge_states
 from peft_pretraining.deferred_metrics import DeferredMetrics
-from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
+from peft_pretraining.distributed import Processes, is_lost_rank, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
 from peft_pretraining.eval_set import EvalSet, build_eval_set
 from peft_pretraining.evaluation import evaluate
@@ -263,8 +263,9 @@ class Run:
         self.optimizer.zero_grad()
         self.flush_metrics()
         self.save(data_before)
+        signal_name = next(name for name in self.processes.gather(self.stop.signal_name) if name)
         if self.processes.is_main:
-            (self.save_dir / STOP_MARKER).write_text(f"{self.stop.signal_name} after {self.update_step} updates\n")
+            (self.save_dir / STOP_MARKER).write_text(f"{signal_name} after {self.update_step} updates\n")
         self.logger.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     # ---- what a person sees
@@ -314,12 +315,17 @@ def is_due(update_step: int, interval: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0 if it ran or stopped in good order, 2 for what the user can put right."""
+    """The program: 0 if it ran or stopped in good order, 1 if a rank was lost, 2 for what the user can mend."""
     try:
         run(argv)
     except UserError as error:
         print(f"run_pretrain.py: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        print(f"run_pretrain.py: another rank has ended or cannot be reached ({error})", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

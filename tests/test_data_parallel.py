@@ -1,0 +1,162 @@
+"""Two ranks compute what one rank computes, go on from each other's checkpoints, and end together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import run_pretrain
+from tests.small_run import Result, SmallRun, assert_same_run, flags_of, on_ranks, write_text
+
+Q_GALORE_PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
+CASES: dict[str, dict[str, object]] = {
+    "adamw": flags_of("adamw"),
+    "sgd": flags_of("sgd") | {"grad_clipping": 0.5},
+    "galore_adamw8bit": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},
+    "galore_adamw8bit_per_layer": flags_of("galore_adamw8bit_per_layer"),
+    "q_galore_adamw8bit_per_layer": Q_GALORE_PER_LAYER,
+    "streaming": Q_GALORE_PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8"},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path)
+
+
+def assert_close(two: Result, one: Result, tolerance: float) -> None:
+    """The same run up to the order of float32 sums; tokens and evaluation batches are exactly the same."""
+    assert two.losses == pytest.approx(one.losses, abs=tolerance)
+    assert two.losses[0] == pytest.approx(one.losses[0], rel=1e-6)
+    for name in ("train/tokens", "train/lr"):
+        assert [line[name] for line in two.train_lines] == [line[name] for line in one.train_lines]
+    assert two.train_lines[0]["train/grad_norm"] == pytest.approx(one.train_lines[0]["train/grad_norm"], rel=1e-3)
+    assert two.eval_loss == pytest.approx(one.eval_loss, abs=tolerance)
+    assert two.lines[-1]["eval/tokens"] == one.lines[-1]["eval/tokens"]
+    assert two.checkpoint().state["data"] == one.checkpoint().state["data"]
+
+
+def assert_close_weights(two: Result, one: Result, share: float) -> None:
+    """Weights differ by little of what training changed."""
+    start_weights, ours, theirs = one.weights(0), two.weights(), one.weights()
+    for name, weight in theirs.items():
+        moved = (weight - start_weights[name]).norm()
+        assert (ours[name] - weight).norm() < share * moved, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one(small: SmallRun, case: str) -> None:
+    flags = CASES[case] | {"num_training_steps": 5, "check_replicas": 1, "save_every": 5}
+    one = small.run("one", **flags)
+    two = small.run_on(2, "two", **flags)
+    rounded = "q_galore" in str(flags["optimizer"])
+    assert_close(two, one, 5e-3 if rounded else 5e-4)
+    assert_close_weights(two, one, 0.2 if rounded else 0.05)
+    assert two.checkpoint().model_tensors.keys() == one.checkpoint().model_tensors.keys()
+
+
+def test_rows_of_unequal_length_weigh_the_same_on_two_ranks(small: SmallRun) -> None:
+    flags = flags_of("adamw") | write_text(small.folder / "text") | {"num_training_steps": 4}
+    assert_close(small.run_on(2, "two", **flags), small.run("one", **flags), 5e-4)
+
+
+@pytest.mark.parametrize("case", ["adamw", "q_galore_adamw8bit_per_layer"])
+def test_the_number_of_ranks_may_change_at_a_resume(small: SmallRun, case: str) -> None:
+    flags = CASES[case] | {"num_training_steps": 6, "check_replicas": 1}
+    whole = small.run("whole", **flags)
+    small.stop("parts", 2, **flags)
+    with_stop = flags | {"continue_from": "auto"}
+    assert on_ranks(2, stop_after, 4, small.argv("parts", with_stop | {"batch_size": 2})) == [0, 0]
+    assert small.result("parts").checkpoint().update_step == 4
+    assert_close(small.run("parts", **with_stop), whole, 5e-3)
+
+
+def stop_after(update_step: int, argv: list[str]) -> int:
+    """A rank of a run in which only the last rank gets the signal, in the middle of an update."""
+    update = run_pretrain.Run.update
+
+    def update_with_signal(run: run_pretrain.Run) -> bool:
+        if run.update_step == update_step and run.processes.rank == run.processes.world_size - 1:
+            run.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        return update(run)
+
+    run_pretrain.Run.update = update_with_signal  # type: ignore[method-assign]
+    return run_pretrain.main(argv)
+
+
+@pytest.mark.parametrize("case", ["sgd", "galore_adamw8bit_per_layer", "q_galore_adamw8bit_per_layer"])
+def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_has_the_same_bits(small: SmallRun, case: str) -> None:
+    flags = CASES[case] | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2}
+    whole = small.run_on(2, "whole", **flags)
+    argv = small.argv("parts", flags | {"continue_from": "auto"})
+    assert on_ranks(2, stop_after, 3, argv) == [0, 0]
+    stopped = small.result("parts")
+    assert (stopped.save_dir / "STOPPED").read_text() == "SIGTERM after 3 updates\n"
+    assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
+    assert_same_run(whole, small.result("parts"))
+
+
+def break_replica(argv: list[str]) -> int:
+    """A rank of a run in which one weight of rank 1 changes by itself after two updates."""
+    update = run_pretrain.Run.update
+
+    def update_and_break(run: run_pretrain.Run) -> bool:
+        if run.update_step == 2 and run.processes.rank == 1:
+            next(run.model.parameters()).data[3, 3] += 1e-6
+        return update(run)
+
+    run_pretrain.Run.update = update_and_break  # type: ignore[method-assign]
+    return run_pretrain.main(argv)
+
+
+def test_replicas_that_differ_are_found(small: SmallRun) -> None:
+    flags = flags_of("adamw") | {"num_training_steps": 6, "batch_size": 4, "save_every": 3, "check_replicas": 3}
+    log = small.folder / "log"
+    assert on_ranks(2, break_replica, small.argv("checked", flags), log=log) == [2, 2]
+    message = next(line for line in log.read_text().splitlines() if line.startswith("run_pretrain.py: "))
+    assert "--check_replicas: after 3 updates" in message and "model.embed_tokens.weight" in message
+    assert [path.name for path in small.result("checked").checkpoints] == ["step_00000000"]
+
+
+# ---- torchrun itself
+
+
+def wait_for_updates(save_dir: Path, updates: int, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+    """Return when that many updates are in metrics.jsonl."""
+    end, metrics = time.monotonic() + seconds, save_dir / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("train/loss") < updates:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "the run makes no progress"
+        time.sleep(0.02)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks that torchrun started, in their order."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # a process may end meanwhile
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher.pid and b"run_pretrain.py" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return sorted(found)
+
+
+def test_ranks_that_cannot_share_the_lanes(small: SmallRun) -> None:
+    log = small.folder / "log"
+    assert on_ranks(2, run_pretrain.main, small.argv("odd", {"data_lanes": 7}), log=log) == [2, 2]
+    assert "--data_lanes 7 is not divisible by the 2 ranks" in log.read_text()
+
+
+def test_a_refusal_on_the_first_rank_ends_all(small: SmallRun) -> None:
+    (small.folder / "file").write_text("in the way")
+    begin, log = time.monotonic(), small.folder / "log"
+    codes = on_ranks(2, run_pretrain.main, small.argv("file/run", {"batch_size": 2}), log=log)
+    assert time.monotonic() - begin < 60, "the other rank waited for the first one"
+    assert codes[0] == 2 and codes[1] != 0
+    assert "run_pretrain.py: " in log.read_text() and str(small.folder / "file" / "run") in log.read_text()
