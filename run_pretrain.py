@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -31,7 +32,7 @@ from peft_pretraining.metrics import MetricsLogger
 from peft_pretraining.model import CausalLM, build_model, parameter_count
 from peft_pretraining.model_config import read_config_json
 from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter
-from peft_pretraining.resume import choose_checkpoint, take_over
+from peft_pretraining.resume import choose_checkpoint, from_newest_checkpoint, take_over
 from peft_pretraining.signals import StopRequest
 from peft_pretraining.throughput import (
     ThroughputMeter,
@@ -44,6 +45,7 @@ from peft_pretraining.token_files import is_token_dataset
 from peft_pretraining.tokenizer import check_vocabulary, load_tokenizer
 
 STOP_MARKER = "STOPPED"
+PARTLY_MADE = "train/partly_made"
 # What must be the same for a resumed run to equal an uninterrupted one.
 FIXED_BY_CHECKPOINT = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
@@ -64,9 +66,38 @@ def run(argv: Sequence[str] | None) -> None:
     processes = start_processes(args.runtime.device)
     try:
         make_reproducible()
-        Run(args, processes, stop).train()
+        args = args.in_folder(processes.from_main(lambda: args.save_dir(datetime.now())))
+        left_out: set[int] = set()
+        while (update_step := train(args, processes, stop, left_out)) is not None:
+            left_out.add(update_step)
+            args = from_newest_checkpoint(args, processes)
+            gc.collect()  # a model and its hooks refer to each other
     finally:
         processes.close()
+
+
+class PartlyMadeUpdateError(Exception):
+    """The gradient of an update was found not to be finite when some weights had been updated already."""
+
+    def __init__(self, update_step: int) -> None:
+        super().__init__(update_step)
+        self.update_step = update_step
+
+
+def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> int | None:
+    """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
+    run = Run(args, processes, stop, left_out)
+    try:
+        run.train()
+        return None
+    except PartlyMadeUpdateError as error:
+        run.logger.say(
+            f"update {error.update_step + 1}: a gradient further down was not finite after weights above it had been "
+            "updated; going back to the newest checkpoint to leave that update out"
+        )
+        return error.update_step
+    finally:
+        run.close()
 
 
 def make_reproducible() -> None:
@@ -117,10 +148,10 @@ def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimi
 class Run:
     """A training run: what it is made of, and its loop."""
 
-    def __init__(self, args: RunArgs, processes: Processes, stop: StopRequest) -> None:
-        """Build everything and, where asked, take up a checkpoint."""
-        self.args, self.processes, self.stop = args, processes, stop
-        self.save_dir = processes.from_main(lambda: args.save_dir(datetime.now()))
+    def __init__(self, args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> None:
+        """Build everything and, where asked, take up a checkpoint; the updates in left_out will change nothing."""
+        self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
+        self.save_dir = Path(args.checkpoint.save_dir)
         self.loader, self.eval_set = build_data(args, processes)
         self.model, self.optimizer = build(args, processes)
         check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
@@ -157,6 +188,7 @@ class Run:
             group.update(values)  # this command's learning rates hold, not those of the checkpoint
         self.loader.load_state_dict(checkpoint.state["data"])
         self.update_step, self.tokens = checkpoint.update_step, checkpoint.state["tokens"]
+        self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
         if self.update_step > self.args.schedule.num_training_steps:
             raise UserError(
                 f"--num_training_steps {self.args.schedule.num_training_steps}: {checkpoint.path} is after "
@@ -175,7 +207,8 @@ class Run:
         self.flush_metrics()
         state = self.checkpoint_state()
         state |= {"data": merge_states(self.processes.gather(data_state))}
-        state |= {"tokens": self.tokens, "wandb_run_id": self.logger.run_id}
+        state |= {"tokens": self.tokens, "skipped_in_a_row": self.skipped_in_a_row}
+        state |= {"wandb_run_id": self.logger.run_id}
 
         def write() -> Path:
             self.logger.sync()
@@ -210,8 +243,11 @@ class Run:
                 self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
                 break
+
+    def close(self) -> None:
+        """End the loader's threads, close the metrics."""
         self.loader.close()
-        self.logger.close()
+        self.logger.close(failed=sys.exc_info()[0] is not None)
 
     def update(self) -> bool:
         """One update; False where a stop was asked for, with everything as it was before the update."""
@@ -231,14 +267,19 @@ class Run:
             labels = micro_batch.labels.to(self.processes.device, non_blocking=True)
             # Divided by the targets of the whole update, so that how it is split cannot change the gradient.
             micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
-            micro_loss.backward()
             loss += micro_loss.detach()
+            if self.optimizer.is_last_micro_batch:
+                # The loss of the update is known before the first weight can be touched.
+                self.processes.all_reduce(loss)
+                broken = ~loss.isfinite()
+                self.optimizer.skip_update_if(torch.ones_like(broken) if self.update_step in self.left_out else broken)
+            micro_loss.backward()
         if args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(args.optimizer.grad_clipping)
         self.optimizer.step()
         metrics = {"train/grad_norm": self.optimizer.grad_norm(), "train/skipped": self.optimizer.skipped()}
+        metrics |= {PARTLY_MADE: self.optimizer.partly_made()}
         self.optimizer.zero_grad()
-        self.processes.all_reduce(loss)
         self.tokens += self.processes.sum_on_host(update.tokens)
         self.meter.finish_update(args.tokens_per_update, self.loader.wait_seconds - waited)
         self.log_update({"train/loss": loss, "train/tokens": float(self.tokens), **metrics})
@@ -287,6 +328,8 @@ class Run:
         if pending is None:
             return
         update_step, metrics = pending
+        if metrics.pop(PARTLY_MADE):
+            raise PartlyMadeUpdateError(update_step - 1)
         if update_step % self.args.logging.log_every == 0:
             self.logger.log(update_step, metrics | {"train/perplexity": math.exp(min(metrics["train/loss"], 700.0))})
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["train/skipped"] else 0

@@ -85,6 +85,12 @@ class RunArgs:
         stem = Path(self.model.model_config).stem
         return Path("checkpoints") / f"{stem}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
 
+    def in_folder(self, save_dir: Path, continue_from: str | None = None) -> RunArgs:
+        """These arguments with the run's folder made explicit, and another `--continue_from` where one is given."""
+        source = self.checkpoint.continue_from if continue_from is None else continue_from
+        checkpoint = dataclasses.replace(self.checkpoint, save_dir=str(save_dir), continue_from=source)
+        return dataclasses.replace(self, checkpoint=checkpoint)
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved values by flag name."""
         return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}

@@ -49,8 +49,14 @@ class TrainingOptimizer(Protocol):
     def step(self) -> Any:
         """Update what the backward pass has not updated already; nothing where the gradient is not finite."""
 
+    def skip_update_if(self, flag: Tensor) -> None:
+        """Change nothing in this update where flag, a bool on the device that all ranks share, is true."""
+
     def skipped(self) -> Tensor:
         """Whether the last update was skipped, as a bool on the device."""
+
+    def partly_made(self) -> Tensor:
+        """Whether it was skipped too late, after some weights had been updated; as a bool on the device."""
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -71,6 +77,7 @@ class LibraryOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, all_reduce: AllReduce | None) -> None:
         """Watches the parameters of `optimizer` with hooks if there is something to sum."""
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
+        self._skip: Tensor | None = None
         self._norm: Tensor | None = None
         self.is_last_micro_batch = True
         self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
@@ -86,7 +93,7 @@ class LibraryOptimizer:
     def zero_grad(self) -> None:
         """See `TrainingOptimizer`."""
         self._optimizer.zero_grad()
-        self._norm = None
+        self._norm = self._skip = None
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -108,12 +115,22 @@ class LibraryOptimizer:
     def step(self) -> None:
         """See `TrainingOptimizer`; waits for the device, since these libraries cannot skip on it."""
         self._skipped = ~self.grad_norm().isfinite()
+        if self._skip is not None:
+            self._skipped = self._skipped | self._skip
         if not self._skipped:
             self._optimizer.step()
+
+    def skip_update_if(self, flag: Tensor) -> None:
+        """See `TrainingOptimizer`."""
+        self._skip = flag
 
     def skipped(self) -> Tensor:
         """See `TrainingOptimizer`."""
         return self._skipped
+
+    def partly_made(self) -> Tensor:
+        """Never: the whole gradient is known before the update."""
+        return torch.zeros((), dtype=torch.bool)
 
     def clip_grad_norm_(self, max_norm: float) -> None:
         """See `TrainingOptimizer`."""

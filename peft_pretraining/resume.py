@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft_pretraining.args import RunArgs
 from peft_pretraining.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, set_aside_later
 from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
@@ -35,6 +36,13 @@ def take_over(checkpoint: Checkpoint, save_dir: Path, processes: Processes) -> N
     """Rename checkpoints later than the one a run goes on from, so that `auto` never mixes two courses of it."""
     if checkpoint.path.resolve().parent == save_dir.resolve():
         processes.from_main(lambda: set_aside_later(save_dir, checkpoint.update_step) and None)
+
+
+def from_newest_checkpoint(args: RunArgs, processes: Processes) -> RunArgs:
+    """The arguments of a run that has to go back: to the newest checkpoint in its folder, else to where it began."""
+    save_dir = Path(args.checkpoint.save_dir)
+    has_one = processes.from_main(lambda: bool(list_checkpoints(save_dir)))
+    return args.in_folder(save_dir, "auto" if has_one else None)
 
 
 def _refuse_another_run(continue_from: str, save_dir: Path) -> None:

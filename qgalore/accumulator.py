@@ -37,10 +37,19 @@ class GradientAccumulator:
             packs = self.dtype == torch.int8 and grad.dim() == 2
             self._sum = quantize(grad, bits=8, group_size=256, seed=seed) if packs else grad
 
-    def take(self) -> Tensor:
-        """The sum, in float32 or the dtype of a gradient that came alone; the accumulator is empty afterwards."""
+    def value(self) -> Tensor:
+        """The sum, in float32 or the dtype of a gradient that came alone."""
         assert self._sum is not None
-        value = self._sum.dequantize() if isinstance(self._sum, QuantizedTensor) else self._sum
+        return self._sum.dequantize() if isinstance(self._sum, QuantizedTensor) else self._sum
+
+    def replace(self, value: Tensor, seed: int) -> None:
+        """Forget the sum and keep `value` instead, in the accumulator's dtype; seed is for the rounding at int8."""
+        self._sum = None
+        self.add(value.to(self.dtype) if self.dtype == torch.bfloat16 else value, seed)
+
+    def take(self) -> Tensor:
+        """`value`; the accumulator is empty afterwards."""
+        value = self.value()
         self._sum = None
         return value
 

@@ -1,8 +1,8 @@
 """One weight followed through an update under plain AdamW: its gradient, its moments and its new value.
 
 The order is the same for `LowRankWeight`: `accumulate` or `accumulate_full` once a micro-batch; `complete` when the
-last one is in, which sums over the ranks; `hold` where the update is not made at once; then `update`, which is the
-first to touch moments, basis or weight.
+last one is in, which sums over the ranks and holds the sum; `release` takes it for `update`, which is the first to
+touch moments, basis or weight.
 """
 
 from __future__ import annotations
@@ -90,12 +90,16 @@ class FullRankWeight:
         accumulator.add(grad, self._seed(ACCUMULATION, self._additions))
 
     def complete(self, all_reduce: AllReduce | None) -> Tensor:
-        """The gradient of the update from the sum of this rank's micro-batches: summed over all ranks."""
-        grad = self._sum.take()
+        """The gradient of the update from the sum of this rank's micro-batches: summed over all ranks.
+
+        The weight holds it, in the accumulator's dtype, until `release`.
+        """
+        self._sum, self._held = self._held, self._sum
         if all_reduce is not None:
-            grad = grad.float()
+            grad = self._held.take().float()
             all_reduce(grad)
-        return grad
+            self._held.replace(grad, self._seed(ACCUMULATION, -1))
+        return self._held.value()
 
     @property
     def accumulates(self) -> bool:
@@ -107,12 +111,8 @@ class FullRankWeight:
         """Whether a complete gradient waits for the update."""
         return not self._held.empty
 
-    def hold(self, grad: Tensor) -> None:
-        """Keep the complete gradient until the update, in the accumulator's dtype."""
-        self._held.add(grad, self._seed(ACCUMULATION, -1))
-
     def release(self) -> Tensor:
-        """The gradient that `hold` kept."""
+        """The complete gradient, which is not held any longer."""
         return self._held.take()
 
     def _advance(self) -> int:

@@ -211,6 +211,7 @@ class LowRankWeight(FullRankWeight):
             self._next_bases = self._fit(full)
             bases = {side: self._decode(basis) for side, basis in self._next_bases.items()}
             grad = subspace.project(full.float(), bases.get("left"), bases.get("right"))
+            self._held.replace(grad, self._seed(ACCUMULATION, -1))
         if all_reduce is not None:
             for sketch in self._sketches.values():
                 value = sketch.take().float()

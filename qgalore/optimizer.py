@@ -92,8 +92,9 @@ class LowRankAdamW(Optimizer):
         self._squared_norms: list[Tensor] = []
         self._clip_factor: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
-        self._stepped = False
+        self._stepped = self._sums = False
         self._skip: Tensor | None = None
+        self._first_skip: Tensor | None = None
         self.update_in_backward = False
         self.is_last_micro_batch = True
         """Set to False during the backward of all but the last micro-batch of an update."""
@@ -157,8 +158,10 @@ class LowRankAdamW(Optimizer):
         """Take every gradient as soon as the backward pass has it, and keep of a low-rank one the projection alone.
 
         With `update_in_backward` each weight is updated there and then, so that its gradient lives only inside the
-        backward of its layer; `step` then has nothing left to do. `all_reduce` sums a tensor over the ranks of a
-        data-parallel run, in place. `.grad` stays None. Raises ValueError for a weight that the optimizer cannot train.
+        backward of its layer; `step` then has nothing left to do. Over several micro-batches the sums of all gradients
+        exist anyway: updating before `step` would save nothing, so it is left to `step`, which knows them all.
+        `all_reduce` sums a tensor over the ranks of a data-parallel run, in place. `.grad` stays None. Raises
+        ValueError for a weight that the optimizer cannot train.
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
@@ -206,20 +209,23 @@ class LowRankAdamW(Optimizer):
     def _gradient_ready(self, weight: FullRankWeight) -> None:
         if self.is_last_micro_batch:
             self._complete(weight)
+        else:
+            self._sums = True
 
-    def _complete(self, weight: FullRankWeight) -> None:
+    def _begin_update(self) -> None:
         if self._stepped:
             self._squared_norms.clear()
-            self._stepped, self._skip = False, None
+            self._stepped, self._skip, self._first_skip = False, None, None
+
+    def _complete(self, weight: FullRankWeight) -> None:
+        self._begin_update()
         grad = weight.complete(self._all_reduce)
         self._squared_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
-        if self.update_in_backward:
-            # A loss that is not finite shows in the first gradient of the backward pass, the head's.
-            broken = ~self._squared_norms[-1].isfinite()
-            self._skip = broken if self._skip is None else self._skip | broken
-            weight.update_unless(self._skip, grad)
-        else:
-            weight.hold(grad)
+        if self.update_in_backward and not self._sums:
+            self.skip_update_if(~self._squared_norms[-1].isfinite())
+            assert self._skip is not None
+            self._first_skip = self._skip if self._first_skip is None else self._first_skip
+            weight.update_unless(self._skip, weight.release())
 
     # ---- the update
 
@@ -259,29 +265,47 @@ class LowRankAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._collect()
-        if not self.update_in_backward:
-            self._skip = ~self.grad_norm().isfinite()
+        self.skip_update_if(~self.grad_norm().isfinite())
         for weight in self._weights.values():
             if weight.holds_gradient:
                 assert self._skip is not None
                 weight.update_unless(self._skip, weight.release(), self._clip_factor)
-        self._clip_factor, self._stepped = None, True
+        self._clip_factor, self._stepped, self._sums = None, True, False
         return loss
 
-    def skipped(self) -> Tensor:
-        """Whether the last update was skipped because its gradient was not finite: a bool on the device, ().
+    @torch.no_grad()
+    def skip_update_if(self, flag: Tensor) -> None:
+        """Leave everything as it is in this update where flag, a bool (), is true, as for a loss that is not finite.
 
-        Weights, moments and bases are then as they were. An update inside the backward pass is skipped from the first
-        gradient on that is not finite; what came before it in the pass is kept.
+        Call it before the backward pass of the last micro-batch, with the same flag on all ranks.
+        """
+        self._begin_update()
+        self._skip = flag if self._skip is None else self._skip | flag
+
+    def skipped(self) -> Tensor:
+        """Whether the last update was skipped because of a gradient or flag that was not finite: a bool, ().
+
+        Weights, moments and bases are then as they were, unless it was `partly_made`.
         """
         return torch.zeros((), dtype=torch.bool) if self._skip is None else self._skip
+
+    def partly_made(self) -> Tensor:
+        """Whether the last update was skipped too late: a bool, ().
+
+        That can be where each weight is updated as soon as its gradient is there, if the gradients of upper layers are
+        finite and one further down is not. The state is then of no update: go back to a checkpoint.
+        """
+        if self._first_skip is None:
+            return torch.zeros((), dtype=torch.bool)
+        return self.skipped() & ~self._first_skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
-        self._clip_factor = None
+        self._clip_factor, self._sums = None, False
         if not self._stepped:  # an update that was given up; after a step `grad_norm` can still be read
             self._squared_norms.clear()
+            self._skip = self._first_skip = None
         for weight in self._weights.values():
             weight.clear()
 
