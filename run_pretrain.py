@@ -63,7 +63,7 @@ def run(argv: Sequence[str] | None) -> None:
             print(describe(args))
         return
     stop = StopRequest()
-    processes = start_processes(args.runtime.device)
+    processes = start_processes(args.runtime.device, stop)
     try:
         make_reproducible()
         args = args.in_folder(processes.from_main(lambda: args.save_dir(datetime.now())))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +19,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.signals import StopRequest
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)
@@ -109,8 +114,8 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
 
 
-def start_processes(device: str) -> Processes:
-    """Choose this rank's device (`auto`, `cpu`, `cuda`) and join the other ranks; raises UserError."""
+def start_processes(device: str, stop: StopRequest) -> Processes:
+    """Choose this rank's device (`auto`, `cpu`, `cuda`) and join the other ranks; raises UserError, also on a stop."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or auto")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -128,5 +133,49 @@ def start_processes(device: str) -> Processes:
         chosen = torch.device("cpu")
     if world_size > 1:
         # Host integers go over gloo, so that counting tokens never waits for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        store = _meet(rank, world_size, stop)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     return Processes(rank, world_size, chosen)
+
+
+def _meet(rank: int, world_size: int, stop: StopRequest) -> Store:
+    """A part of the launcher's store that only the processes of this start know.
+
+    torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), and a process that finds the
+    address of a dead predecessor there fails to connect. So rank 0 invents a name for the part, and every other rank
+    asks for it under a name of its own: no answer can be meant for anybody else.
+    """
+    store: Store = next(rendezvous("env://", rank, world_size, timeout=_TIMEOUT))[0]
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"ask/{rank}", own)
+        _poll(lambda: store.check([f"answer/{own}"]), stop)
+        part = store.get(f"answer/{own}").decode()
+        store.set(f"{part}/{rank}", "")
+        return PrefixStore(part, store)
+    absent = set(range(1, world_size))
+
+    def all_there() -> bool:
+        for other in sorted(absent):
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
+            if store.check([f"{own}/{other}"]):
+                absent.remove(other)
+        return not absent
+
+    _poll(all_there, stop)
+    return PrefixStore(own, store)
+
+
+def _poll(done: Callable[[], bool], stop: StopRequest) -> None:
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
+    while not done():
+        if stop.requested:
+            raise UserError(f"{stop.signal_name} came while this rank waited for the others to start; nothing was done")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"not all {world_size_of_launch()} ranks started within {_TIMEOUT.total_seconds() / 60:.0f} minutes: "
+                "start torchrun on all machines, with the same --nnodes and the same rendezvous"
+            )
+        time.sleep(0.02)

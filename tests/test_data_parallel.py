@@ -12,17 +12,27 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
-from tests.small_run import Result, SmallRun, assert_same_run, flags_of, on_ranks, write_text
+from tests.small_run import (
+    OPTIMIZERS,
+    TORCHRUN,
+    Result,
+    SmallRun,
+    assert_same_run,
+    flags_of,
+    on_ranks,
+    start,
+    write_text,
+)
 
 Q_GALORE_PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
-CASES: dict[str, dict[str, object]] = {
-    "adamw": flags_of("adamw"),
-    "sgd": flags_of("sgd") | {"grad_clipping": 0.5},
-    "galore_adamw8bit": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},
-    "galore_adamw8bit_per_layer": flags_of("galore_adamw8bit_per_layer"),
-    "q_galore_adamw8bit_per_layer": Q_GALORE_PER_LAYER,
+CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZERS} | {
+    "clipping": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},
+    "sgd_clipping": flags_of("sgd") | {"grad_clipping": 0.5},
     "streaming": Q_GALORE_PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8"},
 }
+# How far two ranks may end from one, as a share of the way that a weight went: sums have another order, stochastic
+# rounding then falls another way, and an INT8 sum over ranks is rounded once more.
+SHARES = {"q_galore_adamw8bit": 0.2, "q_galore_adamw8bit_per_layer": 0.2, "streaming": 0.3}
 
 
 @pytest.fixture
@@ -55,9 +65,8 @@ def test_two_ranks_are_one(small: SmallRun, case: str) -> None:
     flags = CASES[case] | {"num_training_steps": 5, "check_replicas": 1, "save_every": 5}
     one = small.run("one", **flags)
     two = small.run_on(2, "two", **flags)
-    rounded = "q_galore" in str(flags["optimizer"])
-    assert_close(two, one, 5e-3 if rounded else 5e-4)
-    assert_close_weights(two, one, 0.2 if rounded else 0.05)
+    assert_close(two, one, 5e-3 if case in SHARES else 5e-4)
+    assert_close_weights(two, one, SHARES.get(case, 0.05))
     assert two.checkpoint().model_tensors.keys() == one.checkpoint().model_tensors.keys()
 
 
@@ -90,7 +99,7 @@ def stop_after(update_step: int, argv: list[str]) -> int:
     return run_pretrain.main(argv)
 
 
-@pytest.mark.parametrize("case", ["sgd", "galore_adamw8bit_per_layer", "q_galore_adamw8bit_per_layer"])
+@pytest.mark.parametrize("case", [*OPTIMIZERS, "streaming"])
 def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_has_the_same_bits(small: SmallRun, case: str) -> None:
     flags = CASES[case] | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2}
     whole = small.run_on(2, "whole", **flags)
@@ -145,6 +154,29 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
             if parent == launcher.pid and b"run_pretrain.py" in (path / "cmdline").read_bytes():
                 found.append(int(path.name))
     return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+def test_torchrun_starts_a_killed_rank_again_and_ends_in_good_order(small: SmallRun) -> None:
+    """A rank is killed, all start again by themselves, then SIGTERM; the same command ends with undisturbed bits."""
+    flags = flags_of("adamw") | {"num_training_steps": 60, "batch_size": 4, "save_every": 10}
+    whole = small.run_on(2, "whole", **flags)
+    argv, save_dir = small.argv("run", flags | {"continue_from": "auto"}), small.folder / "run"
+    process = start(argv, (*TORCHRUN, "--max-restarts", "1"))
+    wait_for_updates(save_dir, 14, process)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    wait_for_updates(save_dir, 34, process)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert "run_pretrain.py: " in text, "the rank that was left says in a sentence why it ends"
+    assert 'run_pretrain.py", line' not in text, "and not in a traceback"
+    updates = small.result("run").checkpoint().update_step
+    assert 34 <= updates < 60
+    assert (save_dir / "STOPPED").read_text() == f"SIGTERM after {updates} updates\n"
+    assert f"stopped after {updates} updates; --continue_from auto goes on from here" in text
+    assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
+    assert_same_run(whole, small.result("run"))
 
 
 def test_ranks_that_cannot_share_the_lanes(small: SmallRun) -> None:

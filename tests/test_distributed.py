@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from peft_pretraining import distributed
 from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
-from tests.small_run import on_ranks
+from peft_pretraining.signals import StopRequest
+from tests.small_run import on_ranks, restored_process
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    with restored_process():
+        yield
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Processes:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    return start_processes("cpu")
+    return start_processes("cpu", StopRequest())
 
 
 def test_plain_python_is_one_rank(alone: Processes) -> None:
@@ -47,9 +60,9 @@ def test_the_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_auto_takes_the_cpu_where_there_is_nothing_else(alone: Processes) -> None:
-    assert start_processes("auto").device.type == "cpu"
+    assert start_processes("auto", StopRequest()).device.type == "cpu"
     with pytest.raises(UserError, match="--device cuda: no CUDA device is visible"):
-        start_processes("cuda")
+        start_processes("cuda", StopRequest())
 
 
 @pytest.mark.gpu
@@ -57,12 +70,12 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else(alone: Processes) -> Non
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     with pytest.raises(UserError, match=r"--nproc_per_node started rank \d+ of this machine"):
-        start_processes("auto")
+        start_processes("auto", StopRequest())
 
 
 def talk(folder: str) -> int:
     """One of several ranks: says everything that can be said and writes down what it heard."""
-    processes = start_processes("cpu")
+    processes = start_processes("cpu", StopRequest())
     rank = processes.rank
     heard: dict[str, object] = {"is_main": processes.is_main, "size": processes.world_size}
     tensor = torch.full((2,), float(rank + 1))
@@ -108,3 +121,43 @@ def test_several_ranks_agree(tmp_path: Path, ranks: int) -> None:
         assert "--check_replicas: after 9 updates" in each["replicas"]
     # Minus zero is another bit pattern, on the last rank alone.
     assert "(other)" in heard[-1]["replicas"] and "same" not in heard[-1]["replicas"]
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> torch.distributed.TCPStore:
+    """A store that outlives the ranks, as torchrun's over its restarts."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    return store
+
+
+def test_a_start_sees_nothing_of_the_starts_before(launcher: torch.distributed.TCPStore) -> None:
+    """Whichever rank is first, and although ranks of earlier starts asked and were answered."""
+    launcher.set("ask/2", "a rank that was killed while it waited")
+    stop = StopRequest()
+    for attempt in range(6):
+        with ThreadPoolExecutor(3) as ranks:
+            order = [(attempt + i) % 3 for i in range(3)]
+            met = {rank: ranks.submit(distributed._meet, rank, 3, stop) for rank in order}
+            stores = {rank: each.result(timeout=30) for rank, each in met.items()}
+        assert not stores[0].check(["address"]), "left by the start before"
+        stores[2].set("address", f"of attempt {attempt}")
+        assert stores[0].get("address") == stores[1].get("address") == f"of attempt {attempt}".encode()
+
+
+def test_ranks_that_do_not_come(launcher: torch.distributed.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_TIMEOUT", timedelta(seconds=1.2))
+    for rank in (0, 1):
+        with pytest.raises(UserError, match="not all 3 ranks started within 0 minutes: start torchrun on all machines"):
+            distributed._meet(rank, 3, StopRequest())
+
+
+def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPStore) -> None:
+    for rank in (0, 1):
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(UserError, match="SIGTERM came while this rank waited for the others"):
+            distributed._meet(rank, 3, stop)
