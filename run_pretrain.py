@@ -73,7 +73,8 @@ def run(argv: Sequence[str] | None) -> None:
             args = from_newest_checkpoint(args, processes)
             gc.collect()  # a model and its hooks refer to each other
     finally:
-        processes.close()
+        if not is_lost_rank(sys.exc_info()[1]):  # taking leave would wait for it
+            processes.close()
 
 
 class PartlyMadeUpdateError(Exception):
@@ -368,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_lost_rank(error):
             raise
         print(f"run_pretrain.py: another rank has ended or cannot be reached ({error})", file=sys.stderr, flush=True)
-        return 1
+        os._exit(1)  # an ordinary end would wait for what the device still expects of that rank
     return 0
 
 

@@ -34,10 +34,11 @@ def world_size_of_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
+def is_lost_rank(error: BaseException | None) -> bool:
     """Whether an error of a collective means that another rank has gone; gloo raises bare RuntimeErrors."""
     signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Timed out waiting")
-    return world_size_of_launch() > 1 and any(sign in str(error) for sign in signs)
+    several = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
+    return several and any(sign in str(error) for sign in signs)
 
 
 @dataclass(frozen=True)

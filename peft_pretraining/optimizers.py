@@ -130,7 +130,7 @@ class LibraryOptimizer:
 
     def partly_made(self) -> Tensor:
         """Never: the whole gradient is known before the update."""
-        return torch.zeros((), dtype=torch.bool)
+        return torch.zeros_like(self._skipped)
 
     def clip_grad_norm_(self, max_norm: float) -> None:
         """See `TrainingOptimizer`."""

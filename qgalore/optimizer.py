@@ -295,9 +295,8 @@ class LowRankAdamW(Optimizer):
         That can be where each weight is updated as soon as its gradient is there, if the gradients of upper layers are
         finite and one further down is not. The state is then of no update: go back to a checkpoint.
         """
-        if self._first_skip is None:
-            return torch.zeros((), dtype=torch.bool)
-        return self.skipped() & ~self._first_skip
+        skipped = self.skipped()
+        return torch.zeros_like(skipped) if self._first_skip is None else skipped & ~self._first_skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

@@ -295,6 +295,17 @@ def start(argv: Sequence[str], launcher: Sequence[str] = ()) -> subprocess.Popen
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks that torchrun started, in their order."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # a process may end meanwhile
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher.pid and b"run_pretrain.py" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return sorted(found)
+
+
 def on_ranks(ranks: int, function: Callable[..., int | None], *args: Any, log: Path | None = None) -> list[int | None]:
     """Call a function on several ranks, as torchrun would start them; returns the exit codes.
 

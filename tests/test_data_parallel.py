@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from tests.small_run import (
     assert_same_run,
     flags_of,
     on_ranks,
+    ranks_of,
     start,
     write_text,
 )
@@ -143,17 +143,6 @@ def wait_for_updates(save_dir: Path, updates: int, process: subprocess.Popen[str
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "the run makes no progress"
         time.sleep(0.02)
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks that torchrun started, in their order."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # a process may end meanwhile
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher.pid and b"run_pretrain.py" in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-    return sorted(found)
 
 
 @pytest.mark.slow

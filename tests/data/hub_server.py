@@ -76,8 +76,12 @@ class HubServer:
             return
         self._send(handler, fault)
 
+    def find(self, name: str) -> Path:
+        """Where the file `name` of the repository lies."""
+        return self.folder / name
+
     def _send(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
-        path = self.folder / handler.path.partition("/resolve/")[2].partition("/")[2]
+        path = self.find(handler.path.partition("/resolve/")[2].partition("/")[2])
         if not path.is_file():
             handler.send_response(404)
             handler.send_header("Content-Length", "0")

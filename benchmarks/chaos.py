@@ -1,0 +1,486 @@
+"""Kills a small run again and again, fills its disk, damages its checkpoints and its network, and compares the bits.
+
+    python -m benchmarks.chaos --kills 220 --seed 0 --out benchmarks/results/chaos.csv
+
+The run is `run_pretrain.py`, started as a user would start it, on one rank and with torchrun on two. It is broken by
+one fault after another and each time started again with the same command, until it ends by itself. Then weights,
+optimizer state, order of the data and metrics of its newest checkpoints are compared with those of a run that nobody
+disturbed.
+One row for each setting and kind of fault: how many were made, and how many of them lie in runs that ended with the
+same bits. Whatever else goes wrong, such as a start that fails, makes the program end with 1.
+
+Kills are SIGKILL: by the clock, from outside; or at a named moment, from inside (`chaos_inside/sitecustomize.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from peft_pretraining.checkpoint import list_checkpoints, load_checkpoint
+from peft_pretraining.checkpoint_manifest import read_manifest
+from peft_pretraining.metrics import deterministic_metrics, read_metrics
+from tests.data.hub_server import HubServer
+from tests.small_run import ROOT, TORCHRUN, SmallRun, environment, flags_of, ranks_of, write_text
+
+STARTED = "parameters on"
+"""What the run says when it has been built and its first update begins."""
+LONGEST_SECONDS = 180.0
+LONGEST_CHAIN = 8
+SCHEDULE: dict[str, object] = {
+    "num_training_steps": 14,
+    "save_every": 3,
+    "eval_every": 5,
+    "keep_checkpoints": 2,
+    "continue_from": "auto",
+    "workers": 2,
+    "packing": "pack",
+    "check_replicas": 7,
+}
+
+
+class Setting(NamedTuple):
+    """A run to be disturbed."""
+
+    name: str
+    ranks: int
+    flags: Mapping[str, object]
+    from_hub: bool = False
+
+
+PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
+STREAMING = flags_of("q_galore_adamw8bit") | {"subspace": "streaming", "grad_accum_dtype": "int8"}
+SETTINGS = (
+    Setting("q_galore_per_layer", 1, PER_LAYER | {"batch_size": 8}),
+    Setting("q_galore_streaming", 1, STREAMING | {"batch_size": 4}, from_hub=True),
+    Setting("galore8bit", 1, flags_of("galore_adamw8bit") | {"batch_size": 2}),
+    Setting("q_galore_per_layer", 2, PER_LAYER | {"batch_size": 4}),
+    Setting("q_galore_streaming", 2, STREAMING | {"batch_size": 2}, from_hub=True),
+)
+
+# (file, function, largest number of the call) by what the program is doing then.
+MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
+    "kill inside an update": [
+        ("low_rank_weight.py", "update", 60), ("full_rank_weight.py", "update", 40), ("adam.py", "adam_step", 90),
+        ("linear.py", "update_", 60), ("low_rank_weight.py", "_change_basis", 20), ("optimizer.py", "step", 12),
+        ("low_rank_weight.py", "accumulate", 90),
+    ],
+    "kill inside a save": [
+        # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.
+        ("checkpoint.py", "_synced_file", 24), ("tensor_file.py", "write", 60),
+        ("checkpoint_folder.py", "put_in_place", 3),
+        ("checkpoint_folder.py", "sync_directory", 6), ("checkpoint_folder.py", "remove_leftovers", 3),
+        ("checkpoint_manifest.py", "write_manifest", 3), ("metrics.py", "sync", 3),
+    ],
+    "kill while pruning": [
+        ("checkpoint_folder.py", "prune", 3), ("shutil.py", "rmtree", 6), ("shutil.py", "_rmtree_safe_fd", 6),
+    ],
+    "kill while reading data": [
+        ("lanes.py", "take", 60), ("dataloader.py", "next_update", 10), ("dataloader.py", "_fill", 30),
+        ("sources.py", "read", 90),
+    ],
+    "kill while starting or resuming": [
+        ("resume.py", "choose_checkpoint", 1), ("checkpoint.py", "load_checkpoint", 1), ("resume.py", "take_over", 1),
+        ("metrics.py", "truncate_after", 2), ("dataloader.py", "load_state_dict", 1),
+        ("optimizer.py", "load_state_dict", 1), ("model.py", "build_model", 1),
+    ],
+    "kill while evaluating or logging": [("evaluation.py", "evaluate", 2), ("metrics.py", "_append", 9)],
+}  # fmt: skip
+BY_THE_CLOCK, ONE_RANK, RESTART = "kill by the clock", "kill of one rank", "kill of one rank, torchrun restarts"
+FULL_DISK, FLIPPED, CUT, NETWORK = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint", "network"
+STOPPED = "SIGTERM, SIGINT or SIGUSR1"
+KILLS = (*MOMENTS, BY_THE_CLOCK, ONE_RANK, RESTART)
+FAULTS = (FULL_DISK, FLIPPED, CUT, STOPPED)
+SEVERAL_RANKS_ONLY = (ONE_RANK, RESTART)
+NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage")
+
+
+class Hub(HubServer):
+    """C4 on the hub with all its 1,024 shards, which are the few in a folder over and over."""
+
+    def find(self, name: str) -> Path:
+        """See `HubServer`."""
+        shards = sorted((self.folder / "en").glob(f"{name.partition('/')[2].partition('.')[0]}.*"))
+        number = name.partition(".")[2].partition("-")[0]
+        return shards[int(number) % len(shards)] if number.isdigit() and shards else self.folder / name
+
+
+@dataclass
+class Report:
+    """What was done, and what went wrong."""
+
+    made: Counter[tuple[str, int, str]] = field(default_factory=Counter)
+    same_bits: Counter[tuple[str, int, str]] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        """SIGKILLs made."""
+        return sum(count for (_, _, kind), count in self.made.items() if kind in KILLS)
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        """For the table."""
+        for setting, ranks, kind in sorted(self.made):
+            count = self.made[setting, ranks, kind], self.same_bits[setting, ranks, kind]
+            yield {"setting": setting, "ranks": ranks, "fault": kind, "made": count[0], "same_bits": count[1]}
+
+
+class Ending(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    output: str
+    killed: bool
+
+
+class Chaos:
+    """The runs of one setting, and the faults that are made in them."""
+
+    def __init__(self, setting: Setting, folder: Path, report: Report, rng: random.Random) -> None:
+        """Makes model and data in `folder`, and the run that nobody disturbs."""
+        self.setting, self.folder, self.report, self.rng = setting, folder, report, rng
+        folder.mkdir(parents=True)
+        self.small = SmallRun(folder)
+        text = write_text(folder / "en", documents=600)
+        self.hub = Hub(folder) if setting.from_hub else None
+        self.flags = SCHEDULE | text | {"dataset": "c4" if self.hub else folder} | setting.flags
+        self.chains = 0
+        begin = time.monotonic()
+        ending = self.start("undisturbed")
+        self.seconds = time.monotonic() - begin
+        if ending.code:
+            raise SystemExit(f"the undisturbed run failed:\n{ending.output}")
+        self.expected = fingerprint(folder / "undisturbed")
+
+    # ---- one start of the command
+
+    def start(
+        self,
+        name: str,
+        act: Callable[[subprocess.Popen[str], Path], bool] | None = None,
+        restarts: int = 0,
+        **variables: str,
+    ) -> Ending:
+        """Run the command to its end; `act` may do something to it from outside and says whether it did."""
+        argv = self.small.argv(name, self.flags)
+        launcher = (*TORCHRUN, f"--max-restarts={restarts}") if self.setting.ranks > 1 else ()
+        log, marks = self.folder / f"{name}.log", self.folder / f"{name}.marks"
+        marks.unlink(missing_ok=True)
+        inside = {"PYTHONPATH": f"{ROOT / 'benchmarks' / 'chaos_inside'}", "CHAOS_LOG": str(marks)}
+        inside |= {"HF_ENDPOINT": self.hub.endpoint} if self.hub else {}
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, str(ROOT / "run_pretrain.py"), *argv],
+                cwd=ROOT, env=environment(**inside, **variables), stdout=output, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            acted = act is not None and act(process, log)
+            try:
+                process.wait(LONGEST_SECONDS)
+            except subprocess.TimeoutExpired:
+                kill_all(process)
+                self.report.failures.append(f"{self.setting.name}: did not end in {LONGEST_SECONDS} s: {variables}")
+        return Ending(process.wait(), log.read_text(), acted or marks.exists())
+
+    def wait_for_start(self, process: subprocess.Popen[str], log: Path) -> None:
+        """Return when the run has been built, or has ended."""
+        while process.poll() is None and STARTED not in log.read_text():
+            time.sleep(0.01)
+
+    # ---- faults
+
+    def disturb(self, kind: str, save_dir: Path) -> bool:
+        """One fault of this kind, and the run until it ends; whether it could be made. Notes what must not happen."""
+        name, rng = save_dir.name, self.rng
+        if kind in MOMENTS:
+            file, function, most = rng.choice(MOMENTS[kind])
+            moment = f"{file}:{function}:{rng.choice(('call', 'return'))}:{rng.randint(1, most)}"
+            ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rng.randrange(self.setting.ranks)))
+            return self.survive_kill(ending)
+        if kind in (BY_THE_CLOCK, ONE_RANK, RESTART):
+            return self.survive_kill(self.start(name, self.killer(kind), restarts=int(kind == RESTART)))
+        if kind == STOPPED:
+            return self.stop_in_good_order(save_dir)
+        if kind == FULL_DISK:
+            return self.fill_disk(save_dir)
+        return self.damage(kind, save_dir)
+
+    def survive_kill(self, ending: Ending) -> bool:
+        """Whether a process was killed; without one the run must have ended well."""
+        if not ending.killed:
+            self.expect(ending.code == 0, "ended badly although nothing was done to it", ending)
+        return ending.killed
+
+    def killer(self, kind: str) -> Callable[[subprocess.Popen[str], Path], bool]:
+        """Kills all processes, or one rank, at a random moment: of the whole time or of the updates alone."""
+        building = self.rng.random() < 0.2
+        share = self.rng.random()
+
+        def act(process: subprocess.Popen[str], log: Path) -> bool:
+            if not building or kind != BY_THE_CLOCK:
+                self.wait_for_start(process, log)
+            time.sleep(share * self.seconds * (0.6 if building else 0.35))
+            if process.poll() is not None:
+                return False
+            if kind == BY_THE_CLOCK:
+                kill_all(process)
+                return True
+            ranks = ranks_of(process)
+            if ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.rng.choice(ranks), signal.SIGKILL)
+                    return True
+            return False
+
+        return act
+
+    def stop_in_good_order(self, save_dir: Path) -> bool:
+        """A signal after which the run saves and says so."""
+        number = self.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        if self.setting.ranks > 1:
+            number = signal.SIGTERM  # what torchrun passes on
+        delay = self.rng.random() * self.seconds * 0.3
+
+        def act(process: subprocess.Popen[str], log: Path) -> bool:
+            self.wait_for_start(process, log)
+            time.sleep(delay)
+            process.send_signal(number)
+            return True
+
+        ending = self.start(save_dir.name, act)
+        stopped = (save_dir / "STOPPED").exists()
+        said = "--continue_from auto goes on from here" in ending.output
+        self.expect(stopped == said, "left a marker without saying so, or said so without one", ending)
+        return stopped
+
+    def fill_disk(self, save_dir: Path) -> bool:
+        """A disk that fills up: a real one where this process may mount one, else a limit on the size of files."""
+        room = self.rng.randint(0, 600_000)
+        ballast = save_dir / "ballast"
+        if save_dir.is_mount():
+            fill(ballast, room)
+            ending = self.start(save_dir.name)
+            ballast.unlink()
+        else:
+            ending = self.start(save_dir.name, CHAOS_FILE_LIMIT=str(room // 2))
+        if ending.code == 0:
+            return False
+        self.expect("run_pretrain.py: " in ending.output, "did not say that the disk is full", ending)
+        self.expect('run_pretrain.py", line' not in ending.output, "a traceback for a full disk", ending)
+        return True
+
+    def damage(self, kind: str, save_dir: Path) -> bool:
+        """Flip a byte or cut a file of the newest checkpoint, which must then be refused."""
+        found = list_checkpoints(save_dir)
+        if not found:
+            return False
+        file = self.rng.choice(sorted(found[-1].iterdir()))
+        content = bytearray(file.read_bytes())
+        if kind == FLIPPED:
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        else:
+            del content[self.rng.randrange(len(content)) :]
+        file.write_bytes(content)
+        ending = self.start(save_dir.name)
+        self.expect(ending.code == 0, f"could not go on beside a damaged {file.name}", ending)
+        self.expect(f"{found[-1]} refused" in ending.output, f"took a checkpoint with a damaged {file.name}", ending)
+        return True
+
+    def break_network(self) -> int:
+        """Let the hub answer its next requests with faults; how many."""
+        if self.hub is None:
+            return 0
+        self.hub.faults = [self.rng.choice(NETWORK_FAULTS) for _ in range(self.rng.randrange(3))]
+        return len(self.hub.faults)
+
+    def mend_network(self) -> int:
+        """No more faults; how many were left."""
+        if self.hub is None:
+            return 0
+        left, self.hub.faults = len(self.hub.faults), []
+        return left
+
+    def expect(self, right: bool, what: str, ending: Ending) -> None:
+        """Note a failure."""
+        if not right:
+            name = f"{self.setting.name}, {self.setting.ranks} ranks"
+            self.report.failures.append(f"{name}: {what} (exit code {ending.code})\n{ending.output[-3000:]}")
+
+    # ---- a run from its beginning to its end, through several faults
+
+    def chain(self, deck: list[str]) -> None:
+        """One run, disturbed by faults off the deck until it has ended or has had enough; then compared."""
+        self.chains += 1
+        save_dir = self.folder / f"run_{self.chains}"
+        made: Counter[str] = Counter()
+        with small_disk(save_dir):
+            for _ in range(LONGEST_CHAIN):
+                kind = pick(deck, save_dir)
+                if kind is None:
+                    break
+                faults = self.break_network()
+                if self.disturb(kind, save_dir):
+                    made[kind] += 1
+                else:
+                    deck.insert(0, kind)
+                if faults := faults - self.mend_network():
+                    made[NETWORK] += faults
+            ending = self.start(save_dir.name)
+            self.expect(ending.code == 0, "could not be continued", ending)
+            while damaged := pick([kind for kind in deck if kind in (FLIPPED, CUT)], save_dir):
+                # Also of a run that has ended: it does its last updates again.
+                deck.remove(damaged)
+                made[damaged] += self.disturb(damaged, save_dir)
+                if sum(made.values()) >= LONGEST_CHAIN:
+                    break
+            same = ending.code == 0 and fingerprint(save_dir) == self.expected
+            self.expect(same, f"other bits after {dict(made)}", ending)
+            shutil.rmtree(save_dir, ignore_errors=True)
+        for kind, count in made.items():
+            key = self.setting.name, self.setting.ranks, kind
+            self.report.made[key] += count
+            self.report.same_bits[key] += count * same
+        print(
+            f"{self.setting.name} x{self.setting.ranks}: {dict(made)} {'same bits' if same else 'OTHER BITS'}",
+            flush=True,
+        )
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """As if the machine lost its power: launcher and ranks."""
+    for pid in [process.pid, *ranks_of(process)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """The folder, on a file system of its own of 16 MB where this process may mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") is not None and not subprocess.run(mount, capture_output=True).returncode
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def fill(file: Path, room: int) -> None:
+    """Write a file that leaves about `room` bytes of its disk."""
+    with file.open("wb") as ballast, contextlib.suppress(OSError):
+        free = os.statvfs(file.parent).f_bavail * os.statvfs(file.parent).f_frsize
+        ballast.write(bytes(max(0, free - room)))
+
+
+def pick(deck: list[str], save_dir: Path) -> str | None:
+    """Take the next kind off the deck that can be made now; None if there is none."""
+    for index in reversed(range(len(deck))):
+        if list_checkpoints(save_dir) if deck[index] in (FLIPPED, CUT) else not ended(save_dir):
+            return deck.pop(index)
+    return None
+
+
+def ended(save_dir: Path) -> bool:
+    """Whether the run has made its last checkpoint."""
+    found = list_checkpoints(save_dir)
+    return bool(found) and found[-1].name.endswith(f"{SCHEDULE['num_training_steps']:08d}")
+
+
+def fingerprint(save_dir: Path) -> dict[str, Any]:
+    """All that must be the same: hashes of weights and optimizer state, the rest of the state, and the metrics."""
+    result: dict[str, Any] = {"metrics": [deterministic_metrics(line) for line in read_metrics(save_dir)]}
+    for path in list_checkpoints(save_dir):
+        state = load_checkpoint(path).state
+        hashes = {name: entry for name, entry in read_manifest(path).files.items() if not name.startswith("state")}
+        result[path.name] = {k: v for k, v in state.items() if k != "save_dir"} | hashes
+    return result
+
+
+def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[str]:
+    """A shuffled deck with this many kills and other faults, each kind about equally often."""
+    kinds = [kind for kind in KILLS if ranks > 1 or kind not in SEVERAL_RANKS_ONLY]
+    deck = [kinds[i % len(kinds)] for i in range(kills)] + [FAULTS[i % len(FAULTS)] for i in range(faults)]
+    rng.shuffle(deck)
+    return deck
+
+
+def disturb_all(folder: Path, settings: Sequence[Setting], kills: int, faults: int, seed: int) -> Report:
+    """Every setting in turn, two runs at a time where they have one rank."""
+    report = Report()
+
+    def of(setting: Setting, number: int) -> None:
+        rng = random.Random(f"{seed}/{number}")
+        chaos = Chaos(setting, folder / str(number), report, rng)
+        deck = deal(kills // len(settings), faults // len(settings), setting.ranks, rng)
+        try:
+            while deck:
+                chaos.chain(deck)
+        finally:
+            if chaos.hub is not None:
+                chaos.hub.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda pair: of(*pair), [(s, i) for i, s in enumerate(settings) if s.ranks == 1]))
+    for number, setting in enumerate(settings):
+        if setting.ranks > 1:
+            of(setting, number)
+    return report
+
+
+def main() -> int:
+    """The command line; 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=220, help="SIGKILLs, over all settings")
+    parser.add_argument("--faults", type=int, default=80, help="other faults than kills and the network's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="CSV file for the table")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
+        report = disturb_all(Path(folder), SETTINGS, args.kills, args.faults, args.seed)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    machine = {
+        "seed": args.seed,
+        "commit": commit.strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    rows = [row | machine for row in report.rows()]
+    if args.out is not None and rows:
+        with args.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    for failure in report.failures:
+        print(f"FAILURE: {failure}\n")
+    made, same = sum(report.made.values()), sum(report.same_bits.values())
+    survived = sum(count for (_, _, kind), count in report.same_bits.items() if kind in KILLS)
+    print(
+        f"{survived} of {report.kills} kills survived with identical bits, {same} of {made} faults of all kinds; ",
+        end="",
+    )
+    print(f"{len(report.failures)} failures; {(time.monotonic() - begin) / 60:.0f} minutes")
+    return int(bool(report.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
