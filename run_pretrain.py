@@ -20,7 +20,13 @@ from typing import Any
 import torch
 
 from peft_pretraining.args import RunArgs, parse_args
-from peft_pretraining.checkpoint import check_compatible, check_model_tensors, load_checkpoint, save_checkpoint
+from peft_pretraining.checkpoint import (
+    check_compatible,
+    check_model_tensors,
+    hold_folder,
+    load_checkpoint,
+    save_checkpoint,
+)
 from peft_pretraining.dataloader import TrainLoader, build_train_loader, merge_states
 from peft_pretraining.deferred_metrics import DeferredMetrics
 from peft_pretraining.distributed import Processes, is_lost_rank, start_processes, world_size_of_launch
@@ -67,6 +73,8 @@ def run(argv: Sequence[str] | None) -> None:
     try:
         make_reproducible()
         args = args.in_folder(processes.from_main(lambda: args.save_dir(datetime.now())))
+        held: list[object] = []  # until the process ends
+        processes.from_main(lambda: held.append(hold_folder(args.checkpoint.save_dir)))
         left_out: set[int] = set()
         while (update_step := train(args, processes, stop, left_out)) is not None:
             left_out.add(update_step)
@@ -255,12 +263,16 @@ class Run:
         args, data_before = self.args, self.loader.state_dict()
         self.meter.start_update()
         waited = self.loader.wait_seconds
-        update = self.loader.next_update()
+        update = self.loader.next_update(give_up=lambda: self.stop.requested)
+        if not self.processes.all_on_host(update is not None):
+            self.end_early(data_before)
+            return False
+        assert update is not None
         target_tokens = self.processes.sum_on_host(update.target_tokens)
         set_learning_rate(self.optimizer, self.lr_multiplier())
         loss = torch.zeros((), device=self.processes.device)
         for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
-            if self.processes.sum_on_host(int(self.stop.requested)):
+            if not self.processes.all_on_host(not self.stop.requested):
                 self.end_early(data_before)
                 return False
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)

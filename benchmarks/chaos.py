@@ -9,6 +9,9 @@ disturbed.
 One row for each setting and kind of fault: how many were made, and how many of them lie in runs that ended with the
 same bits. Whatever else goes wrong, such as a start that fails, makes the program end with 1.
 
+One start in ten, and every restart by torchrun, is the user's command; the others are the same ranks forked from a
+process that has loaded torch.
+
 Kills are SIGKILL: by the clock, from outside; or at a named moment, from inside (`chaos_inside/sitecustomize.py`).
 """
 
@@ -20,6 +23,7 @@ import csv
 import os
 import platform
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -31,19 +35,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from peft_pretraining.checkpoint import list_checkpoints, load_checkpoint
 from peft_pretraining.checkpoint_manifest import read_manifest
 from peft_pretraining.metrics import deterministic_metrics, read_metrics
-from tests.data.hub_server import HubServer
-from tests.small_run import ROOT, TORCHRUN, SmallRun, environment, flags_of, ranks_of, write_text
+from tests.data.hub_server import C4Hub
+from tests.small_run import ROOT, TORCHRUN, SmallRun, environment, flags_of, ranks_of, start_ranks, write_text
 
 STARTED = "parameters on"
 """What the run says when it has been built and its first update begins."""
 LONGEST_SECONDS = 180.0
+SHARE_OF_COMMANDS = 0.1
 LONGEST_CHAIN = 8
 SCHEDULE: dict[str, object] = {
     "num_training_steps": 14,
@@ -113,16 +118,6 @@ SEVERAL_RANKS_ONLY = (ONE_RANK, RESTART)
 NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage")
 
 
-class Hub(HubServer):
-    """C4 on the hub with all its 1,024 shards, which are the few in a folder over and over."""
-
-    def find(self, name: str) -> Path:
-        """See `HubServer`."""
-        shards = sorted((self.folder / "en").glob(f"{name.partition('/')[2].partition('.')[0]}.*"))
-        number = name.partition(".")[2].partition("-")[0]
-        return shards[int(number) % len(shards)] if number.isdigit() and shards else self.folder / name
-
-
 @dataclass
 class Report:
     """What was done, and what went wrong."""
@@ -151,6 +146,95 @@ class Ending(NamedTuple):
     killed: bool
 
 
+class Run(Protocol):
+    """Processes that compute one run."""
+
+    def poll(self) -> int | None:
+        """The exit code when all have ended."""
+
+    def pids(self) -> list[int]:
+        """The ranks, in their order."""
+
+    def kill(self, pids: list[int]) -> None:
+        """SIGKILL."""
+
+    def signal(self, number: int) -> None:
+        """Ask for a stop as its user or a scheduler would."""
+
+
+class Command:
+    """`python run_pretrain.py`, or torchrun."""
+
+    def __init__(self, ranks: int, argv: list[str], log: Path, variables: dict[str, str], restarts: int) -> None:
+        launcher = (*TORCHRUN, f"--max-restarts={restarts}") if ranks > 1 else ()
+        inside = {"PYTHONPATH": str(ROOT / "benchmarks" / "chaos_inside")} | variables
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, str(ROOT / "run_pretrain.py"), *argv],
+                cwd=ROOT, env=environment(**inside), stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.ranks = ranks
+
+    def poll(self) -> int | None:
+        """See `Run`."""
+        return self.process.poll()
+
+    def pids(self) -> list[int]:
+        """See `Run`."""
+        return ranks_of(self.process) if self.ranks > 1 else [self.process.pid]
+
+    def kill(self, pids: list[int]) -> None:
+        """See `Run`; with all ranks the launcher goes, too, as if the machine lost its power."""
+        for pid in [self.process.pid, *pids] if pids == self.pids() else pids:
+            kill(pid, signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """See `Run`; SIGTERM is what torchrun passes on."""
+        kill(self.process.pid, signal.SIGTERM if self.ranks > 1 else number)
+
+
+class Forked:
+    """The ranks alone, forked from a process that has loaded torch."""
+
+    def __init__(self, ranks: int, argv: list[str], log: Path, variables: dict[str, str]) -> None:
+        self.processes = start_ranks(ranks, forked_run, argv, log=log, **variables)
+
+    def poll(self) -> int | None:
+        """See `Run`."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def pids(self) -> list[int]:
+        """See `Run`."""
+        return [process.pid for process in self.processes if process.pid]
+
+    def kill(self, pids: list[int]) -> None:
+        """See `Run`."""
+        for pid in pids:
+            kill(pid, signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """See `Run`; one rank gets it."""
+        kill(self.pids()[-1], number)
+
+
+def kill(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def forked_run(argv: list[str]) -> int:
+    """A rank of `Forked`: the program, after `chaos_inside` has done what the environment asks for."""
+    runpy.run_path(str(ROOT / "benchmarks" / "chaos_inside" / "sitecustomize.py"))["arm"]()
+    import run_pretrain
+
+    return run_pretrain.main(argv)
+
+
+Act = Callable[[Run, Path], bool]
+
+
 class Chaos:
     """The runs of one setting, and the faults that are made in them."""
 
@@ -160,49 +244,48 @@ class Chaos:
         folder.mkdir(parents=True)
         self.small = SmallRun(folder)
         text = write_text(folder / "en", documents=600)
-        self.hub = Hub(folder) if setting.from_hub else None
+        self.hub = C4Hub(folder) if setting.from_hub else None
         self.flags = SCHEDULE | text | {"dataset": "c4" if self.hub else folder} | setting.flags
         self.chains = 0
+        self.start("warm_up")
         begin = time.monotonic()
         ending = self.start("undisturbed")
         self.seconds = time.monotonic() - begin
+        """How long a run takes that is not the first."""
         if ending.code:
             raise SystemExit(f"the undisturbed run failed:\n{ending.output}")
         self.expected = fingerprint(folder / "undisturbed")
 
     # ---- one start of the command
 
-    def start(
-        self,
-        name: str,
-        act: Callable[[subprocess.Popen[str], Path], bool] | None = None,
-        restarts: int = 0,
-        **variables: str,
-    ) -> Ending:
-        """Run the command to its end; `act` may do something to it from outside and says whether it did."""
-        argv = self.small.argv(name, self.flags)
-        launcher = (*TORCHRUN, f"--max-restarts={restarts}") if self.setting.ranks > 1 else ()
-        log, marks = self.folder / f"{name}.log", self.folder / f"{name}.marks"
-        marks.unlink(missing_ok=True)
-        inside = {"PYTHONPATH": f"{ROOT / 'benchmarks' / 'chaos_inside'}", "CHAOS_LOG": str(marks)}
-        inside |= {"HF_ENDPOINT": self.hub.endpoint} if self.hub else {}
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, *launcher, str(ROOT / "run_pretrain.py"), *argv],
-                cwd=ROOT, env=environment(**inside, **variables), stdout=output, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
-            acted = act is not None and act(process, log)
-            try:
-                process.wait(LONGEST_SECONDS)
-            except subprocess.TimeoutExpired:
-                kill_all(process)
-                self.report.failures.append(f"{self.setting.name}: did not end in {LONGEST_SECONDS} s: {variables}")
-        return Ending(process.wait(), log.read_text(), acted or marks.exists())
+    def start(self, name: str, act: Act | None = None, launcher: bool = False, **variables: str) -> Ending:
+        """Run the command to its end; `act` may do something to it from outside and says whether it did.
 
-    def wait_for_start(self, process: subprocess.Popen[str], log: Path) -> None:
-        """Return when the run has been built, or has ended."""
-        while process.poll() is None and STARTED not in log.read_text():
+        With `launcher`, and now and then without, it is the user's command, with torchrun where there are two ranks;
+        else the ranks are forked from a process that has loaded torch, which saves most of the time.
+        """
+        argv = self.small.argv(name, self.flags)
+        log, marks = self.folder / f"{name}.log", self.folder / f"{name}.marks"
+        for file in (log, marks):
+            file.unlink(missing_ok=True)
+        variables |= {"CHAOS_LOG": str(marks)} | ({"HF_ENDPOINT": self.hub.endpoint} if self.hub else {})
+        if launcher or self.rng.random() < SHARE_OF_COMMANDS:
+            run: Run = Command(self.setting.ranks, argv, log, variables, restarts=int(launcher))
+        else:
+            run = Forked(self.setting.ranks, argv, log, variables)
+        acted = act is not None and act(run, log)
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while (code := run.poll()) is None:
             time.sleep(0.01)
+            if time.monotonic() > deadline:
+                run.kill(run.pids())
+                self.report.failures.append(f"{self.setting.name}: did not end in {LONGEST_SECONDS} s: {variables}")
+        return Ending(code, log.read_text() if log.exists() else "", acted or marks.exists())
+
+    def wait_for_start(self, run: Run, log: Path) -> None:
+        """Return when the run has been built, or has ended."""
+        while run.poll() is None and not (log.exists() and STARTED in log.read_text()):
+            time.sleep(0.005)
 
     # ---- faults
 
@@ -215,7 +298,7 @@ class Chaos:
             ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rng.randrange(self.setting.ranks)))
             return self.survive_kill(ending)
         if kind in (BY_THE_CLOCK, ONE_RANK, RESTART):
-            return self.survive_kill(self.start(name, self.killer(kind), restarts=int(kind == RESTART)))
+            return self.survive_kill(self.start(name, self.killer(kind), launcher=kind == RESTART))
         if kind == STOPPED:
             return self.stop_in_good_order(save_dir)
         if kind == FULL_DISK:
@@ -228,40 +311,31 @@ class Chaos:
             self.expect(ending.code == 0, "ended badly although nothing was done to it", ending)
         return ending.killed
 
-    def killer(self, kind: str) -> Callable[[subprocess.Popen[str], Path], bool]:
+    def killer(self, kind: str) -> Act:
         """Kills all processes, or one rank, at a random moment: of the whole time or of the updates alone."""
-        building = self.rng.random() < 0.2
-        share = self.rng.random()
+        whole_time, share = self.rng.random() < 0.2, self.rng.random()
 
-        def act(process: subprocess.Popen[str], log: Path) -> bool:
-            if not building or kind != BY_THE_CLOCK:
-                self.wait_for_start(process, log)
-            time.sleep(share * self.seconds * (0.6 if building else 0.35))
-            if process.poll() is not None:
+        def act(run: Run, log: Path) -> bool:
+            if not whole_time or kind != BY_THE_CLOCK:
+                self.wait_for_start(run, log)
+            time.sleep(share * self.seconds)
+            pids = run.pids()
+            if run.poll() is not None or not pids:
                 return False
-            if kind == BY_THE_CLOCK:
-                kill_all(process)
-                return True
-            ranks = ranks_of(process)
-            if ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.rng.choice(ranks), signal.SIGKILL)
-                    return True
-            return False
+            run.kill(pids if kind == BY_THE_CLOCK else [self.rng.choice(pids)])
+            return True
 
         return act
 
     def stop_in_good_order(self, save_dir: Path) -> bool:
         """A signal after which the run saves and says so."""
         number = self.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-        if self.setting.ranks > 1:
-            number = signal.SIGTERM  # what torchrun passes on
-        delay = self.rng.random() * self.seconds * 0.3
+        delay = self.rng.random() * self.seconds
 
-        def act(process: subprocess.Popen[str], log: Path) -> bool:
-            self.wait_for_start(process, log)
+        def act(run: Run, log: Path) -> bool:
+            self.wait_for_start(run, log)
             time.sleep(delay)
-            process.send_signal(number)
+            run.signal(number)
             return True
 
         ending = self.start(save_dir.name, act)
@@ -350,8 +424,11 @@ class Chaos:
                 made[damaged] += self.disturb(damaged, save_dir)
                 if sum(made.values()) >= LONGEST_CHAIN:
                     break
-            same = ending.code == 0 and fingerprint(save_dir) == self.expected
-            self.expect(same, f"other bits after {dict(made)}", ending)
+            different = (
+                differences(fingerprint(save_dir), self.expected) if ending.code == 0 else ["nothing to compare"]
+            )
+            self.expect(not different, f"other bits of {different} after {dict(made)}", ending)
+            same = not different
             shutil.rmtree(save_dir, ignore_errors=True)
         for kind, count in made.items():
             key = self.setting.name, self.setting.ranks, kind
@@ -361,13 +438,6 @@ class Chaos:
             f"{self.setting.name} x{self.setting.ranks}: {dict(made)} {'same bits' if same else 'OTHER BITS'}",
             flush=True,
         )
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """As if the machine lost its power: launcher and ranks."""
-    for pid in [process.pid, *ranks_of(process)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -411,8 +481,15 @@ def fingerprint(save_dir: Path) -> dict[str, Any]:
     for path in list_checkpoints(save_dir):
         state = load_checkpoint(path).state
         hashes = {name: entry for name, entry in read_manifest(path).files.items() if not name.startswith("state")}
-        result[path.name] = {k: v for k, v in state.items() if k != "save_dir"} | hashes
+        values = {k: v for k, v in state.items() if k != "save_dir"} | hashes
+        result |= {f"{path.name}/{name}": value for name, value in values.items()}
+    result["newest"] = list_checkpoints(save_dir)[-1].name
     return result
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints; a stop may have left a checkpoint that the other run does not have."""
+    return [name for name in one.keys() & other.keys() if one[name] != other[name]]
 
 
 def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[str]:

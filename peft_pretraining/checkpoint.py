@@ -27,6 +27,7 @@ from torch import Tensor
 from peft_pretraining.checkpoint_folder import (
     checkpoint_path,
     find_checkpoint,
+    hold_folder,
     list_checkpoints,
     prune,
     put_in_place,
@@ -44,6 +45,7 @@ __all__ = [
     "check_compatible",
     "check_model_tensors",
     "find_checkpoint",
+    "hold_folder",
     "list_checkpoints",
     "load_checkpoint",
     "save_checkpoint",

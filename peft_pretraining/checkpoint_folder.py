@@ -7,16 +7,44 @@ went on from an older one.
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import IO
 
 from peft_pretraining.checkpoint_manifest import DamagedError, verify
 from peft_pretraining.errors import UserError
 
 _STEP = re.compile(r"(\.replaced_)?step_\d{8,}")
-_TEMPORARY, _REPLACED = ".tmp_", ".replaced_"
+_TEMPORARY, _REPLACED, _LOCK = ".tmp_", ".replaced_", ".lock"
+
+
+def hold_folder(save_dir: str | Path) -> IO[str] | None:
+    """Make a run's folder this process's own until it ends, however it ends, or the file returned is closed.
+
+    Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError where another process has
+    it or it cannot be made. None on a file system that has no locks.
+    """
+    path = Path(save_dir) / _LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(
+            f"--save_dir {save_dir}: {path} cannot be written ({error.strerror}); "
+            "give a --save_dir that is a writable directory"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--save_dir {save_dir}: another process is running there; stop it first or give another --save_dir"
+        ) from None
+    except OSError:
+        return None
+    return file
 
 
 def checkpoint_path(folder: Path, update_step: int) -> Path:

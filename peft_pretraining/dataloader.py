@@ -35,6 +35,7 @@ SHUFFLE_BUFFER = 64
 DAMAGED_LIMIT = 100
 _STATE_FORMAT = 1
 _JOIN_SECONDS = 5.0
+_LOOK_UP_SECONDS = 0.5
 
 LaneState = dict[str, int]
 LaneFactory = Callable[[int, LaneState | None], Lane]
@@ -135,11 +136,16 @@ class TrainLoader:
             self._threads.append(thread)
             thread.start()
 
-    def next_update(self) -> Update:
-        """The next update's micro-batches of this rank. Raises what went wrong in a worker, UserError as a rule."""
+    def next_update(self, give_up: Callable[[], bool] = lambda: False) -> Update | None:
+        """The next update's micro-batches of this rank; None if `give_up` becomes true while they are waited for.
+
+        Raises what went wrong in a worker, UserError as a rule.
+        """
         wait_start = time.perf_counter()
-        prepared = self._receive() if self._workers else self._prepare_here()
+        prepared = self._receive(give_up) if self._workers else self._prepare_here()
         self.wait_seconds += time.perf_counter() - wait_start
+        if prepared is None:
+            return None
         self._states.update(prepared.states)
         size = self.layout.batch_size
         micro_batches = [
@@ -215,7 +221,7 @@ class TrainLoader:
         self._sequence += self.layout.global_batch_size
         return prepared
 
-    def _receive(self) -> _Prepared:
+    def _receive(self, give_up: Callable[[], bool]) -> _Prepared | None:
         self.start()
         with self._changed:
             while not ((ready := self._prepared.get(self._sequence)) and not ready.pending):
@@ -223,7 +229,9 @@ class TrainLoader:
                     raise self._error
                 if self._stop.is_set():
                     raise RuntimeError("the loader is closed")
-                self._changed.wait()
+                if give_up():
+                    return None
+                self._changed.wait(_LOOK_UP_SECONDS)
             del self._prepared[self._sequence]
             self._sequence += self.layout.global_batch_size
             self._changed.notify_all()
@@ -308,6 +316,8 @@ def build_train_loader(
     def make_lane(lane: int, state: LaneState | None) -> Lane:
         return TextLane(documents, units[lane], row_format, lane, seed, shuffle_buffer, damage, state)
 
+    if dataset == "c4":
+        workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
     return TrainLoader(
         layout, make_lane, order, workers=workers, vocab_size=tokenizer.vocab_size, damage=damage, stop=stop
     )

@@ -71,6 +71,10 @@ class Processes:
         dist.all_reduce(total)
         return int(total)
 
+    def all_on_host(self, flag: bool) -> bool:
+        """Whether the flag is true on every rank, without touching the accelerator."""
+        return self.sum_on_host(int(flag)) == self.world_size
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
         if self.world_size == 1:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -307,7 +308,21 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 def on_ranks(ranks: int, function: Callable[..., int | None], *args: Any, log: Path | None = None) -> list[int | None]:
-    """Call a function on several ranks, as torchrun would start them; returns the exit codes.
+    """Call a function on several ranks, as torchrun would start them; returns the exit codes."""
+    processes = start_ranks(ranks, function, *args, log=log)
+    end = time.monotonic() + 120.0
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def start_ranks(
+    ranks: int, function: Callable[..., int | None], *args: Any, log: Path | None = None, **variables: str
+) -> list[ForkServerProcess]:
+    """The same without waiting for their end, with more variables in their environment.
 
     The ranks are forked from one process that has loaded torch, and what torch loads at its first optimizer: that saves
     five seconds a rank. What they print goes to the file `log`.
@@ -319,16 +334,11 @@ def on_ranks(ranks: int, function: Callable[..., int | None], *args: Any, log: P
         port = free.getsockname()[1]
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)]
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [context.Process(target=_rank, args=(place | master, log, function, args)) for place in places]
+    common = master | variables
+    processes = [context.Process(target=_rank, args=(place | common, log, function, args)) for place in places]
     for process in processes:
         process.start()
-    end = time.monotonic() + 120.0
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
+    return processes
 
 
 def _rank(

@@ -78,7 +78,7 @@ def test_two_gpus_are_one(small: SmallRun, case: str) -> None:
     flags |= {"scheduler": "linear", "min_lr_ratio": 1.0}  # whose rates do not depend on the end
     one, whole = small.run("one", **flags), small.run_on(2, "whole", **flags)
     # A basis depends on the last bits of a gradient where singular values lie close together.
-    assert_close(whole, one, 2e-2 if "galore" in str(flags["optimizer"]) else 1e-3)
+    assert_close(whole, one, 4e-2 if "galore" in str(flags["optimizer"]) else 1e-3)
     small.run_on(2, "parts", **flags | {"num_training_steps": 3})
     parts = small.run_on(2, "parts", **flags | {"continue_from": "auto"})
     assert_same_run(whole, parts)

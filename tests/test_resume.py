@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from tests.small_run import (
     assert_same_bits,
     assert_same_run,
     flags_of,
+    start_ranks,
     token_stream,
     write_text,
 )
@@ -273,6 +276,38 @@ def test_a_new_run_does_not_destroy_the_one_in_its_folder(small: SmallRun, capsy
     message = capsys.readouterr().err.splitlines()[-1]
     assert "--save_dir" in message and "--continue_from auto" in message
     assert files(first.save_dir) == before
+
+
+def test_two_runs_in_one_folder_at_a_time_are_refused(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would delete each other's unfinished checkpoints. A run that was killed holds nothing."""
+    flags = {"num_training_steps": 4000, "save_every": 2, "continue_from": "auto"}
+    (first,) = start_ranks(1, run_pretrain.main, small.argv("run", flags), log=small.folder / "log")
+    end = time.monotonic() + 60
+    while not small.result("run").checkpoints:
+        assert first.is_alive() and time.monotonic() < end, (small.folder / "log").read_text()
+        time.sleep(0.02)
+    assert small.main("run", **flags) == 2
+    assert f"--save_dir {small.folder / 'run'}: another process is running there" in capsys.readouterr().err
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    small.stop("run", small.result("run").checkpoint().update_step + 1, **flags)
+
+
+def test_a_run_that_cannot_read_its_first_checkpoint_says_so_at_once(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a disk that loses what it has acknowledged."""
+
+    def save_and_lose(*args: Any) -> Path:
+        path = save_checkpoint(*args)
+        (path / "optimizer.json").write_bytes(b"lost")
+        return path
+
+    monkeypatch.setattr(run_pretrain, "save_checkpoint", save_and_lose)
+    assert small.main("run", save_every=1000) == 2
+    assert "step_00000000: optimizer.json has 4 bytes instead of" in capsys.readouterr().err
+    assert small.result("run").lines == [], "it trained for nothing"
 
 
 # ---- what the flags of the second command say

@@ -6,12 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
+import run_pretrain
 from peft_pretraining.signals import StopRequest
-from tests.small_run import SmallRun, assert_same_run, flags_of, restored_process, start
+from tests.data.hub_server import C4Hub
+from tests.small_run import SmallRun, assert_same_run, flags_of, restored_process, start, start_ranks, write_text
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -92,3 +95,40 @@ def test_the_program_ends_with_0_in_time_and_goes_on(small: SmallRun) -> None:
     # The learning rate depends on the length of the run, so a comparison has to stop in the same way.
     resumed = small.stop("run", updates + 2, **flags)
     assert_same_run(small.stop("whole", updates + 2, **flags), resumed)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_a_network_outage_stops_in_time(small: SmallRun, ranks: int) -> None:
+    """The run waits for data between two tries: it saves what it has, and goes on when the hub is back."""
+    hub = C4Hub(small.folder)
+    flags = write_text(small.folder / "en") | {"dataset": "c4", "workers": 0, "num_training_steps": 12}
+    flags |= {"continue_from": "auto", "save_every": 4, "batch_size": 8 // ranks, "shuffle_buffer": 1}
+    argv, log = small.argv("run", flags), small.folder / "log"
+
+    def begin() -> list[ForkServerProcess]:
+        return start_ranks(ranks, run_pretrain.main, argv, log=log, HF_ENDPOINT=hub.endpoint)
+
+    def codes(processes: list[ForkServerProcess]) -> list[int | None]:
+        for process in processes:
+            process.join(60)
+        return [process.exitcode for process in processes]
+
+    try:
+        hub.faults = ["503"] * 10_000
+        processes = begin()
+        end = time.monotonic() + 60
+        while len(hub.paths) < 3 * ranks or not (small.folder / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < end and all(process.is_alive() for process in processes), log.read_text()
+            time.sleep(0.02)
+        time.sleep(1.0)
+        sent = time.monotonic()
+        for process in processes:
+            os.kill(process.pid or 0, signal.SIGTERM)
+        assert codes(processes) == [0] * ranks, log.read_text()
+        assert time.monotonic() - sent < 20, "torchrun and SLURM give 30 seconds"
+        assert (small.folder / "run" / "STOPPED").read_text() == "SIGTERM after 0 updates\n"
+        hub.faults = []
+        assert codes(begin()) == [0] * ranks
+        assert small.result("run").checkpoint().update_step == 12
+    finally:
+        hub.close()

@@ -14,26 +14,35 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-_moment, _limit = os.environ.get("CHAOS_MOMENT"), os.environ.get("CHAOS_FILE_LIMIT")
-_is_rank = any(word.endswith("run_pretrain.py") for word in sys.orig_argv) and (
-    "torch.distributed.run" not in sys.orig_argv
-    and os.environ.get("RANK", "0") == os.environ.get("CHAOS_RANK", "0")
-    and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-)
-if _is_rank and _limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(_limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-if _is_rank and _moment:
-    _file, _function, _event, _count = _moment.split(":")
-    _left = int(_count)
 
-    def _watch(frame: FrameType, event: str, arg: object) -> None:
-        global _left
+def arm() -> None:
+    """Do what the environment asks for, if it asks this process."""
+    rank = os.environ.get("RANK", "0") == os.environ.get("CHAOS_RANK", "0")
+    if not rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    if limit := os.environ.get("CHAOS_FILE_LIMIT"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    if moment := os.environ.get("CHAOS_MOMENT"):
+        die_at(moment)
+
+
+def die_at(moment: str) -> None:
+    """Kill this process at a named moment, in whatever thread."""
+    file, function, event, count = moment.split(":")
+    left = int(count)
+
+    def watch(frame: FrameType, what: str, argument: object) -> None:
+        nonlocal left
         code = frame.f_code
-        if event == _event and code.co_name == _function and code.co_filename.endswith("/" + _file):
-            _left -= 1
-            if _left == 0:
-                Path(os.environ["CHAOS_LOG"]).write_text(f"{_moment}\n")
+        if what == event and code.co_name == function and code.co_filename.endswith("/" + file):
+            left -= 1
+            if left == 0:
+                Path(os.environ["CHAOS_LOG"]).write_text(f"{moment}\n")
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.setprofile(_watch)
-    sys.setprofile(_watch)
+    threading.setprofile(watch)
+    sys.setprofile(watch)
+
+
+if any(word.endswith("run_pretrain.py") for word in sys.orig_argv) and "torch.distributed.run" not in sys.orig_argv:
+    arm()

@@ -69,6 +69,19 @@ def test_a_resumed_order_is_the_uninterrupted_one(
     assert torch.equal(torch.stack(whole), torch.stack(batches))
 
 
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (4, 1), (1, 2), (2, 4)])
+def test_every_document_is_read_once_over_a_resume(
+    tokenizer: Tokenizer, source: MemorySource, ranks: tuple[int, int]
+) -> None:
+    """On the same or another number of ranks: none twice, none lost, with full shuffle buffers at the stop."""
+    batches, state = run(tokenizer, source, 7, ranks[0])
+    more, _ = run(tokenizer, source, 12, ranks[1], state)
+    counts = Counter(documents_of(tokenizer, batches + more))
+    assert max(counts.values()) == 1 and len(counts) == 304
+    last, _ = run(tokenizer, source, 32, ranks[1], state)
+    assert set(documents_of(tokenizer, batches + last)) == set(range(DOCUMENTS))
+
+
 @pytest.mark.parametrize("packing", ["pad", "pack"])
 def test_workers_do_not_change_the_order(tokenizer: Tokenizer, source: MemorySource, packing: str) -> None:
     inline, inline_state = run(tokenizer, source, 12, packing=packing, workers=0)
