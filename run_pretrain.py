@@ -214,6 +214,8 @@ class Run:
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
         self.flush_metrics()
+        # That of the next update, whether or not a stop came after it was set.
+        set_learning_rate(self.optimizer, self.lr_multiplier())
         state = self.checkpoint_state()
         state |= {"data": merge_states(self.processes.gather(data_state))}
         state |= {"tokens": self.tokens, "skipped_in_a_row": self.skipped_in_a_row}

@@ -93,6 +93,16 @@ def test_a_stop_between_micro_batches_undoes_the_update_that_was_begun(
     assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
 
 
+def test_a_checkpoint_is_the_same_whether_a_stop_or_the_interval_asked_for_it(small: SmallRun) -> None:
+    """Although a stop comes when the next update has begun."""
+    flags = Q_GALORE_PER_LAYER | {"batch_size": 2, "num_training_steps": 6}
+    planned = small.run("planned", **flags, save_every=3).checkpoint(3)
+    stopped = small.stop("stopped", 3, micro_batch=2, **flags).checkpoint()
+    assert_same_bits(planned.optimizer_state, stopped.optimizer_state)
+    assert_same_bits(planned.model_tensors, stopped.model_tensors)
+    assert planned.state["data"] == stopped.state["data"] and planned.state["tokens"] == stopped.state["tokens"]
+
+
 def test_text_goes_on_where_it_was(small: SmallRun) -> None:
     flags = {"num_training_steps": 9} | write_text(small.folder / "text") | {"packing": "pack", "workers": 2}
     whole = small.run("whole", **flags)

@@ -1,0 +1,42 @@
+"""A short run of `benchmarks/chaos.py`: kills and other faults on one rank and on two, and the same bits at the end."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chaos
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("q_galore_per_layer", 1), ("q_galore_streaming", 2)])
+def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
+    (setting,) = (each for each in chaos.SETTINGS if (each.name, each.ranks) == (name, ranks))
+    report = chaos.disturb_all(tmp_path / "chaos", [setting], kills=9 - 2 * ranks, faults=4, seed=1)
+    assert report.failures == []
+    assert report.kills == 9 - 2 * ranks
+    assert report.same_bits == report.made
+    kinds = {kind for _, _, kind in report.made}
+    assert {chaos.FLIPPED, chaos.CUT, chaos.FULL_DISK, chaos.STOPPED} <= kinds
+    assert (chaos.NETWORK in kinds) == setting.from_hub
+
+
+def test_another_bit_is_noticed(tmp_path: Path) -> None:
+    """The comparison itself: against a run whose loss was larger in its last digit."""
+    report = chaos.Report()
+    subject = chaos.Chaos(chaos.SETTINGS[0], tmp_path / "chaos", report, random.Random(3))
+    subject.expected["metrics"][0]["train/loss"] += 1e-6
+    subject.chain([chaos.CUT])
+    assert ["other bits of ['metrics']" in failure for failure in report.failures] == [True]
+    assert sum(report.made.values()) == 1 and sum(report.same_bits.values()) == 0
+
+
+def test_a_moment_that_is_never_reached_is_no_kill(tmp_path: Path) -> None:
+    report = chaos.Report()
+    subject = chaos.Chaos(chaos.SETTINGS[0], tmp_path / "chaos", report, random.Random(3))
+    assert not subject.start("run", CHAOS_MOMENT="checkpoint.py:save_checkpoint:call:999").killed
+    ending = subject.start("other", CHAOS_MOMENT="checkpoint.py:save_checkpoint:call:2")
+    assert ending.killed and ending.code == -9
+    assert [path.name for path in chaos.list_checkpoints(subject.folder / "other")] == ["step_00000000"]
