@@ -13,6 +13,7 @@
 # Other variables that a user may set:
 #   NPROC     processes on this machine (default: the recipe's GPUs, or as many as there are)
 #   NNODES    machines (default 1); with more, MASTER_ADDR names the first one, and every machine runs the same command
+#   MAX_RESTARTS  times that several processes start again after one was lost (default 3)
 #   SAVE_DIR  folder of the run (default: checkpoints/<recipe>-<method>); the same command again continues there
 #   LAUNCHER  what starts run_pretrain.py instead of torchrun, such as LAUNCHER=python
 #
@@ -99,6 +100,8 @@ pretrain() {
         local nodes="${NNODES:-1}"
         NPROC="${NPROC:-$(count_processes $((GPUS / nodes > 0 ? GPUS / nodes : 1)))}"
         launcher=(torchrun --nproc_per_node "$NPROC")
+        # After a lost rank all start again and continue from the newest checkpoint.
+        if ((NPROC * nodes > 1)); then launcher+=(--max-restarts "${MAX_RESTARTS:-3}"); fi
         if ((nodes > 1)); then
             launcher+=(--nnodes "$nodes" --rdzv_backend c10d --rdzv_id "$name"
                 --rdzv_endpoint "${MASTER_ADDR:?names the first machine when NNODES is more than 1}:${MASTER_PORT:-29500}")

@@ -151,9 +151,9 @@ def test_torchrun_gets_the_processes(tmp_path: Path) -> None:
     path = f"{tmp_path}:{os.environ['PATH']}"
     script = "scripts/pretrain_c4/llama_7b.sh"
     one = run_script(script, launcher="", NPROC="4", PATH=path)
-    assert one.stdout.startswith("--nproc_per_node 4 --standalone run_pretrain.py --model_config configs/llama_7b.json")
-    many = run_script(script, launcher="", NPROC="8", NNODES="8", MASTER_ADDR="first", PATH=path)
-    assert many.stdout.startswith("--nproc_per_node 8 --nnodes 8 --rdzv_backend c10d")
+    assert one.stdout.startswith("--nproc_per_node 4 --max-restarts 3 --standalone run_pretrain.py --model_config")
+    many = run_script(script, launcher="", NPROC="8", NNODES="8", MASTER_ADDR="first", MAX_RESTARTS="9", PATH=path)
+    assert many.stdout.startswith("--nproc_per_node 8 --max-restarts 9 --nnodes 8 --rdzv_backend c10d")
     assert "--rdzv_endpoint first:29500 run_pretrain.py" in many.stdout
     single = run_script("scripts/single_gpu/llama_7b.sh", launcher="", NPROC="4", PATH=path)
     assert single.stdout.startswith("--nproc_per_node 1 --standalone")
