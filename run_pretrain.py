@@ -9,54 +9,31 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from peft_pretraining.args import RunArgs, parse_args
-from peft_pretraining.checkpoint import (
-    check_compatible,
-    check_model_tensors,
-    hold_folder,
-    load_checkpoint,
-    save_checkpoint,
-)
-from peft_pretraining.dataloader import TrainLoader, build_train_loader, merge_states
-from peft_pretraining.deferred_metrics import DeferredMetrics
+from peft_pretraining.checkpoint import hold_folder
+from peft_pretraining.dataloader import TrainLoader, build_train_loader
 from peft_pretraining.distributed import Processes, is_lost_rank, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
 from peft_pretraining.eval_set import EvalSet, build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
-from peft_pretraining.metrics import MetricsLogger
 from peft_pretraining.model import CausalLM, build_model, parameter_count
-from peft_pretraining.model_config import read_config_json
 from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter
-from peft_pretraining.resume import choose_checkpoint, from_newest_checkpoint, take_over
+from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
+from peft_pretraining.run_metrics import PartlyMadeUpdateError, RunMetrics
 from peft_pretraining.signals import StopRequest
-from peft_pretraining.throughput import (
-    ThroughputMeter,
-    matmul_parameters,
-    memory_metrics,
-    peak_flops,
-    train_flops_per_token,
-)
 from peft_pretraining.token_files import is_token_dataset
 from peft_pretraining.tokenizer import check_vocabulary, load_tokenizer
 
 STOP_MARKER = "STOPPED"
-PARTLY_MADE = "train/partly_made"
-# What must be the same for a resumed run to equal an uninterrupted one.
-FIXED_BY_CHECKPOINT = (
-    "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
-    "weight_group_size", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "seed",
-)  # fmt: skip
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -85,14 +62,6 @@ def run(argv: Sequence[str] | None) -> None:
             processes.close()
 
 
-class PartlyMadeUpdateError(Exception):
-    """The gradient of an update was found not to be finite when some weights had been updated already."""
-
-    def __init__(self, update_step: int) -> None:
-        super().__init__(update_step)
-        self.update_step = update_step
-
-
 def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> int | None:
     """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
     run = Run(args, processes, stop, left_out)
@@ -100,7 +69,7 @@ def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[
         run.train()
         return None
     except PartlyMadeUpdateError as error:
-        run.logger.say(
+        run.metrics.say(
             f"update {error.update_step + 1}: a gradient further down was not finite after weights above it had been "
             "updated; going back to the newest checkpoint to leave that update out"
         )
@@ -160,111 +129,45 @@ class Run:
     def __init__(self, args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> None:
         """Build everything and, where asked, take up a checkpoint; the updates in left_out will change nothing."""
         self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
-        self.save_dir = Path(args.checkpoint.save_dir)
         self.loader, self.eval_set = build_data(args, processes)
         self.model, self.optimizer = build(args, processes)
         check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
-        self.update_step = self.tokens = self.skipped_in_a_row = 0
-        run_id = self.resume()
-        self.logger = MetricsLogger(
-            self.save_dir, args.to_dict(), rank=processes.rank, wandb_mode=args.logging.resolved_wandb_mode,
-            project=args.logging.project, name=args.logging.name, tags=args.logging.tag_list, run_id=run_id,
-            total_updates=args.schedule.num_training_steps, start_update=self.update_step,
-        )  # fmt: skip
-        self.logger.truncate_after(self.update_step)
-        config = self.model.config
-        flops = train_flops_per_token(
-            matmul_parameters(self.model), config.num_hidden_layers, config.hidden_size, args.batch.max_length
-        )
-        peak = peak_flops(torch.cuda.get_device_name()) if processes.device.type == "cuda" else None
-        self.meter = ThroughputMeter(flops, peak and peak * processes.world_size)
-        self.deferred = DeferredMetrics()
+        self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
+        self.position = self.checkpoints.restore()
+        self.metrics = RunMetrics(args, processes, self.model, self.position)
+        self.marker = self.checkpoints.save_dir / STOP_MARKER
 
-    # ---- resume and save
-
-    def resume(self) -> str | None:
-        """Take up the checkpoint of `--continue_from`, if there is one; returns the wandb id of its run."""
-        checkpoint = choose_checkpoint(self.args.checkpoint.continue_from, self.save_dir, self.processes)
-        if checkpoint is None:
-            return None
-        state = self.checkpoint_state()
-        check_compatible(checkpoint, {name: state[name] for name in (*FIXED_BY_CHECKPOINT, "model_config_contents")})
-        check_model_tensors(checkpoint, self.model.state_dict())
-        self.model.load_state_dict(checkpoint.model_tensors)
-        given = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint.optimizer_state)
-        for group, values in zip(self.optimizer.param_groups, given, strict=True):
-            group.update(values)  # this command's learning rates hold, not those of the checkpoint
-        self.loader.load_state_dict(checkpoint.state["data"])
-        self.update_step, self.tokens = checkpoint.update_step, checkpoint.state["tokens"]
-        self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
-        if self.update_step > self.args.schedule.num_training_steps:
-            raise UserError(
-                f"--num_training_steps {self.args.schedule.num_training_steps}: {checkpoint.path} is after "
-                f"{self.update_step} updates already; give at least that many, or an older checkpoint"
-            )
-        take_over(checkpoint, self.save_dir, self.processes)
-        run_id: str | None = checkpoint.state["wandb_run_id"]
-        return run_id
-
-    def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint records of the run beside weights and optimizer state, but for where it stands."""
-        return {**self.args.to_dict(), "model_config_contents": read_config_json(self.args.model.model_config)}
-
-    def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
-        """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
-        self.flush_metrics()
-        # That of the next update, whether or not a stop came after it was set.
-        set_learning_rate(self.optimizer, self.lr_multiplier())
-        state = self.checkpoint_state()
-        state |= {"data": merge_states(self.processes.gather(data_state))}
-        state |= {"tokens": self.tokens, "skipped_in_a_row": self.skipped_in_a_row}
-        state |= {"wandb_run_id": self.logger.run_id}
-
-        def write() -> Path:
-            self.logger.sync()
-            model_tensors, optimizer_state = self.model.state_dict(), self.optimizer.state_dict()
-            keep = self.args.checkpoint.keep_checkpoints
-            path = save_checkpoint(self.save_dir, self.update_step, model_tensors, optimizer_state, state, keep)
-            return load_checkpoint(path).path if read_back else path
-
-        self.logger.say(f"saved {self.processes.from_main(write)}")
-
-    # ---- the loop
+    @property
+    def update_step(self) -> int:
+        """Updates made."""
+        return self.position.update_step
 
     def train(self) -> None:
         """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
-        args = self.args
-        parameters = parameter_count(self.model)
-        self.logger.say(f"{parameters / 1e6:.1f} M parameters on {self.processes.world_size} x {self.processes.device}")
-        for warning in args.warnings:
-            self.logger.say(f"warning: {warning}")
-        first, total = self.update_step, self.args.schedule.num_training_steps
+        size, ranks = parameter_count(self.model) / 1e6, self.processes.world_size
+        self.metrics.say(f"{size:.1f} M parameters on {ranks} x {self.processes.device}")
+        for warning in self.args.warnings:
+            self.metrics.say(f"warning: {warning}")
         if self.processes.is_main:
-            (self.save_dir / STOP_MARKER).unlink(missing_ok=True)
-        for self.update_step in itertools.count(first):
+            self.marker.unlink(missing_ok=True)
+        first, total = self.update_step, self.args.schedule.num_training_steps
+        for self.position.update_step in itertools.count(first):
             last = self.update_step == total
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
             if self.update_step > first:
                 self.evaluate_if_due(last)
-                if last or is_due(self.update_step, args.checkpoint.save_every):
+                if last or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
-            elif first == 0 and args.checkpoint.save_every:
+            elif first == 0 and self.args.checkpoint.save_every:
                 # A run that cannot save, or cannot read what it saved, says so before it has anything to lose.
                 self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
-                break
-
-    def close(self) -> None:
-        """End the loader's threads, close the metrics."""
-        self.loader.close()
-        self.logger.close(failed=sys.exc_info()[0] is not None)
+                return
 
     def update(self) -> bool:
         """One update; False where a stop was asked for, with everything as it was before the update."""
-        args, data_before = self.args, self.loader.state_dict()
-        self.meter.start_update()
-        waited = self.loader.wait_seconds
+        data_before = self.loader.state_dict()
+        self.metrics.start_update(self.loader.wait_seconds)
         update = self.loader.next_update(give_up=lambda: self.stop.requested)
         if not self.processes.all_on_host(update is not None):
             self.end_early(data_before)
@@ -289,21 +192,20 @@ class Run:
                 broken = ~loss.isfinite()
                 self.optimizer.skip_update_if(torch.ones_like(broken) if self.update_step in self.left_out else broken)
             micro_loss.backward()
-        if args.optimizer.grad_clipping:
-            self.optimizer.clip_grad_norm_(args.optimizer.grad_clipping)
+        if self.args.optimizer.grad_clipping:
+            self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        metrics = {"train/grad_norm": self.optimizer.grad_norm(), "train/skipped": self.optimizer.skipped()}
-        metrics |= {PARTLY_MADE: self.optimizer.partly_made()}
+        self.position.tokens += self.processes.sum_on_host(update.tokens)
+        done = self.update_step + 1
+        metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
+        self.metrics.finish_update(done, metrics, self.optimizer, self.loader.wait_seconds)
         self.optimizer.zero_grad()
-        self.tokens += self.processes.sum_on_host(update.tokens)
-        self.meter.finish_update(args.tokens_per_update, self.loader.wait_seconds - waited)
-        self.log_update({"train/loss": loss, "train/tokens": float(self.tokens), **metrics})
-        if is_due(self.update_step + 1, args.runtime.check_replicas):
-            self.processes.check_replicas(self.model.state_dict(), self.update_step + 1)
+        if is_due(done, self.args.runtime.check_replicas):
+            self.processes.check_replicas(self.model.state_dict(), done)
         return True
 
     def lr_multiplier(self) -> float:
-        """The share of the peak learning rate for this update."""
+        """The share of the peak learning rate for the next update."""
         schedule = self.args.schedule
         return lr_multiplier(
             self.update_step,
@@ -314,57 +216,34 @@ class Run:
             restart_cycles=schedule.restart_cycles,
         )
 
+    def evaluate_if_due(self, last: bool) -> None:
+        """Evaluate at the interval asked for and at the end."""
+        if last or is_due(self.update_step, self.args.evaluation.eval_every):
+            self.metrics.flush()
+            result = evaluate(self.model, self.eval_set, self.processes.device, self.processes.gather)
+            self.metrics.evaluation(self.update_step, result)
+
+    def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
+        """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
+        self.metrics.flush()
+        # That of the next update, whether or not a stop came after it was set.
+        set_learning_rate(self.optimizer, self.lr_multiplier())
+        path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
+        self.metrics.say(f"saved {path}")
+
     def end_early(self, data_before: dict[str, Any]) -> None:
         """Save the state before the update that was begun, and leave a marker."""
         self.optimizer.zero_grad()
-        self.flush_metrics()
         self.save(data_before)
         signal_name = next(name for name in self.processes.gather(self.stop.signal_name) if name)
         if self.processes.is_main:
-            (self.save_dir / STOP_MARKER).write_text(f"{signal_name} after {self.update_step} updates\n")
-        self.logger.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
+            self.marker.write_text(f"{signal_name} after {self.update_step} updates\n")
+        self.metrics.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
-    # ---- what a person sees
-
-    def log_update(self, metrics: dict[str, Any]) -> None:
-        """Hand in the metrics of this update, and write those of the one before, whose values are there by now."""
-        done = self.update_step + 1
-        low_rank, full_rank = self.optimizer.param_groups[1], self.optimizer.param_groups[0]
-        metrics |= {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
-        metrics |= self.optimizer.subspace_metrics() | self.meter.report() | memory_metrics(self.processes.device)
-        self.write_metrics(self.deferred.exchange(done, metrics))
-
-    def flush_metrics(self) -> None:
-        """Write the metrics that are still pending."""
-        self.write_metrics(self.deferred.take())
-
-    def write_metrics(self, pending: tuple[int, dict[str, float]] | None) -> None:
-        """Log metrics that are complete, with the perplexity of the training loss."""
-        if pending is None:
-            return
-        update_step, metrics = pending
-        if metrics.pop(PARTLY_MADE):
-            raise PartlyMadeUpdateError(update_step - 1)
-        if update_step % self.args.logging.log_every == 0:
-            self.logger.log(update_step, metrics | {"train/perplexity": math.exp(min(metrics["train/loss"], 700.0))})
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["train/skipped"] else 0
-        limit = self.args.runtime.max_skipped_updates
-        if self.skipped_in_a_row > limit:
-            raise UserError(
-                f"--max_skipped_updates {limit}: {self.skipped_in_a_row} updates in a row had a loss or gradient that "
-                f"is not finite, up to update {update_step}. The newest checkpoint in {self.save_dir} is from before "
-                "them: resume from it with a lower --lr, with --grad_clipping 1.0 or with --dtype float32"
-            )
-
-    def evaluate_if_due(self, last: bool) -> None:
-        """Evaluate at the interval asked for and at the end."""
-        evaluation = self.args.evaluation
-        if not (last or is_due(self.update_step, evaluation.eval_every)):
-            return
-        self.flush_metrics()
-        result = evaluate(self.model, self.eval_set, self.processes.device, self.processes.gather)
-        self.logger.log(self.update_step, {f"eval/{name}": float(value) for name, value in result._asdict().items()})
-        self.logger.say(f"update {self.update_step}: perplexity {result.perplexity:.3f} on {result.tokens} tokens")
+    def close(self) -> None:
+        """End the loader's threads, close the metrics."""
+        self.loader.close()
+        self.metrics.close(failed=sys.exc_info()[0] is not None)
 
 
 def is_due(update_step: int, interval: int) -> bool:

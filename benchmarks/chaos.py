@@ -103,9 +103,9 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
         ("sources.py", "read", 90),
     ],
     "kill while starting or resuming": [
-        ("resume.py", "choose_checkpoint", 1), ("checkpoint.py", "load_checkpoint", 1), ("resume.py", "take_over", 1),
-        ("metrics.py", "truncate_after", 2), ("dataloader.py", "load_state_dict", 1),
-        ("optimizer.py", "load_state_dict", 1), ("model.py", "build_model", 1),
+        ("run_checkpoints.py", "choose_checkpoint", 1), ("checkpoint.py", "load_checkpoint", 1),
+        ("run_checkpoints.py", "take_over", 1), ("metrics.py", "truncate_after", 2),
+        ("dataloader.py", "load_state_dict", 1), ("optimizer.py", "load_state_dict", 1), ("model.py", "build_model", 1),
     ],
     "kill while evaluating or logging": [("evaluation.py", "evaluate", 2), ("metrics.py", "_append", 9)],
 }  # fmt: skip

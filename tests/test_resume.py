@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import run_pretrain
+from peft_pretraining import run_checkpoints
 from peft_pretraining.checkpoint import save_checkpoint
 from peft_pretraining.metrics import METRICS_FILE, read_metrics
 from tests.small_run import (
@@ -125,7 +126,7 @@ def test_a_run_that_was_killed_goes_on_from_its_newest_checkpoint(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_pretrain, "save_checkpoint", save_and_die)
+        patch.setattr(run_checkpoints, "save_checkpoint", save_and_die)
         with pytest.raises(InterruptedError):
             small.main("parts", **flags)
     assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
@@ -314,7 +315,7 @@ def test_a_run_that_cannot_read_its_first_checkpoint_says_so_at_once(
         (path / "optimizer.json").write_bytes(b"lost")
         return path
 
-    monkeypatch.setattr(run_pretrain, "save_checkpoint", save_and_lose)
+    monkeypatch.setattr(run_checkpoints, "save_checkpoint", save_and_lose)
     assert small.main("run", save_every=1000) == 2
     assert "step_00000000: optimizer.json has 4 bytes instead of" in capsys.readouterr().err
     assert small.result("run").lines == [], "it trained for nothing"
