@@ -248,10 +248,15 @@ class Chaos:
         self.flags = SCHEDULE | text | {"dataset": "c4" if self.hub else folder} | setting.flags
         self.chains = 0
         self.start("warm_up")
-        begin = time.monotonic()
-        ending = self.start("undisturbed")
-        self.seconds = time.monotonic() - begin
-        """How long a run takes that is not the first."""
+        marks = [time.monotonic()]
+
+        def note_start(run: Run, log: Path) -> bool:
+            self.wait_for_start(run, log)
+            marks.append(time.monotonic())
+            return False
+
+        ending = self.start("undisturbed", note_start)
+        self.building_seconds, self.training_seconds = marks[1] - marks[0], time.monotonic() - marks[1]
         if ending.code:
             raise SystemExit(f"the undisturbed run failed:\n{ending.output}")
         self.expected = fingerprint(folder / "undisturbed")
@@ -316,9 +321,9 @@ class Chaos:
         whole_time, share = self.rng.random() < 0.2, self.rng.random()
 
         def act(run: Run, log: Path) -> bool:
-            if not whole_time or kind != BY_THE_CLOCK:
+            if not whole_time:
                 self.wait_for_start(run, log)
-            time.sleep(share * self.seconds)
+            time.sleep(share * (self.training_seconds + whole_time * self.building_seconds))
             pids = run.pids()
             if run.poll() is not None or not pids:
                 return False
@@ -330,7 +335,7 @@ class Chaos:
     def stop_in_good_order(self, save_dir: Path) -> bool:
         """A signal after which the run saves and says so."""
         number = self.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-        delay = self.rng.random() * self.seconds
+        delay = self.rng.random() * self.training_seconds
 
         def act(run: Run, log: Path) -> bool:
             self.wait_for_start(run, log)
