@@ -211,5 +211,9 @@ def _run_problems(args: RunArgs) -> list[str]:
     if source == "auto" and not args.checkpoint.save_dir:
         problems.append("--continue_from auto looks for checkpoints in --save_dir: give --save_dir")
     if source not in ("", "auto") and not Path(source).is_dir():
-        problems.append(f"--continue_from {source} does not exist: give a checkpoint's folder, or auto")
+        fault = "is a file" if Path(source).exists() else "does not exist"
+        problems.append(
+            f"--continue_from {source} {fault}: give a folder step_... that run_pretrain.py wrote (safetensors and "
+            "JSON; a pickle, which could run code, is never read), or auto"
+        )
     return problems

@@ -320,6 +320,7 @@ BAD_COMBINATIONS = [
     ("--unset_wandb --wandb_mode online", 1, "--unset_wandb and --wandb_mode online contradict each other"),
     ("--continue_from auto", 1, "--continue_from auto looks for checkpoints in --save_dir: give --save_dir"),
     ("--continue_from nowhere", 1, "--continue_from nowhere does not exist"),
+    (f"--continue_from {__file__}", 1, f"--continue_from {__file__} is a file: give a folder step_..."),
     (
         "--scheduler cosine_restarts --warmup_steps 0 --num_training_steps 3",
         1,
