@@ -18,11 +18,22 @@ export NNODES="${SLURM_NNODES:-1}"
 MASTER_ADDR="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}" | head -n 1)"
 export MASTER_ADDR
 
+# SIGUSR1 to the ranks of this job on this machine, which is enough: one rank that hears it stops all. They then have the
+# whole three minutes; torchrun would pass on SIGTERM alone and kill them 30 seconds later, in the middle of a long save.
+signal_ranks() {
+    local pid found=1
+    for pid in $(pgrep -u "$(id -u)" -f 'python[^ ]*( -u)? [^ ]*run_pretrain\.py'); do
+        if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "SLURM_JOB_ID=$SLURM_JOB_ID"; then
+            kill -USR1 "$pid" && found=0
+        fi
+    done
+    return "$found"
+}
+
 requeue=""
 end_run() {
     requeue=1
-    # torchrun passes SIGTERM on to the ranks, which save and end; it would not pass on SIGUSR1.
-    kill -TERM "$run"
+    signal_ranks || kill -TERM "$run"
 }
 trap end_run USR1
 

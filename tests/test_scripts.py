@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.args import RunArgs, parse_args
+from tests.small_run import TORCHRUN, SmallRun
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(
@@ -187,13 +189,13 @@ while :; do sleep 0.1; done
 """
 
 
-def start_slurm(tmp_path: Path, argument: str) -> "subprocess.Popen[str]":
+def start_slurm(tmp_path: Path, argument: str, recipe: str = SLURM_RUN) -> "subprocess.Popen[str]":
     """scripts/slurm.sh with stand-ins for SLURM's programs and for the recipe."""
     tools = {"srun": '#!/bin/sh\nexec "$@"\n', "scontrol": '#!/bin/sh\necho "$2" "$1"\n'}
     for name, text in tools.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "recipe.sh").write_text(SLURM_RUN, encoding="utf-8")
+    (tmp_path / "recipe.sh").write_text(recipe, encoding="utf-8")
     job = {
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NODELIST": "first",
@@ -226,6 +228,25 @@ def test_slurm_job_saves_and_queues_itself_again(tmp_path: Path) -> None:
     assert lines[1] == "saved" and "continues from the newest checkpoint" in lines[2]
     assert lines[3] == "42 requeue"
     assert job.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+def test_slurm_lets_the_ranks_themselves_stop(tmp_path: Path) -> None:
+    """Two real ranks under torchrun, which would give them 30 seconds only."""
+    small = SmallRun(tmp_path)
+    argv = small.argv("run", {"batch_size": 4, "num_training_steps": 4000, "continue_from": "auto"})
+    recipe = shlex.join([sys.executable, *TORCHRUN, str(ROOT / "run_pretrain.py"), *argv])
+    job = start_slurm(tmp_path, "long", recipe=f"touch $STARTED; exec {recipe}")
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    updates = small.result("run").checkpoint().update_step
+    assert (tmp_path / "run" / "STOPPED").read_text() == f"SIGUSR1 after {updates} updates\n"
+    assert output.splitlines()[-1] == "42 requeue" and job.returncode == 0
 
 
 def test_old_python_is_refused_with_a_sentence(tmp_path: Path) -> None:
