@@ -18,12 +18,9 @@ Kills are SIGKILL: by the clock, from outside; or at a named moment, from inside
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import os
 import platform
 import random
-import runpy
 import shutil
 import signal
 import subprocess
@@ -35,21 +32,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.chaos_runs import Command, Forked, Run, fill, small_disk
 from peft_pretraining.checkpoint import list_checkpoints, load_checkpoint
 from peft_pretraining.checkpoint_manifest import read_manifest
 from peft_pretraining.metrics import deterministic_metrics, read_metrics
 from tests.data.hub_server import C4Hub
-from tests.small_run import ROOT, TORCHRUN, SmallRun, environment, flags_of, ranks_of, start_ranks, write_text
+from tests.small_run import ROOT, SmallRun, flags_of, write_text
 
 STARTED = "parameters on"
 """What the run says when it has been built and its first update begins."""
 LONGEST_SECONDS = 180.0
 SHARE_OF_COMMANDS = 0.1
 LONGEST_CHAIN = 8
+LONGEST_IDLE = 40
+"""Runs in a row in which no fault could be made."""
+EVENTS = ("call", "return")
 SCHEDULE: dict[str, object] = {
     "num_training_steps": 14,
     "save_every": 3,
@@ -115,7 +116,17 @@ STOPPED = "SIGTERM, SIGINT or SIGUSR1"
 KILLS = (*MOMENTS, BY_THE_CLOCK, ONE_RANK, RESTART)
 FAULTS = (FULL_DISK, FLIPPED, CUT, STOPPED)
 SEVERAL_RANKS_ONLY = (ONE_RANK, RESTART)
+SAVE, PRUNE = "kill inside a save", "kill while pruning"
+FILES = ("manifest.json", "model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json")
 NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage")
+
+
+class Fault(NamedTuple):
+    """What is done to a run."""
+
+    kind: str
+    where: str = ""
+    """A moment, as chaos_inside has it, or a file of the newest checkpoint; by lot where it is empty."""
 
 
 @dataclass
@@ -144,92 +155,6 @@ class Ending(NamedTuple):
     code: int
     output: str
     killed: bool
-
-
-class Run(Protocol):
-    """Processes that compute one run."""
-
-    def poll(self) -> int | None:
-        """The exit code when all have ended."""
-
-    def pids(self) -> list[int]:
-        """The ranks, in their order."""
-
-    def kill(self, pids: list[int]) -> None:
-        """SIGKILL."""
-
-    def signal(self, number: int) -> None:
-        """Ask for a stop as its user or a scheduler would."""
-
-
-class Command:
-    """`python run_pretrain.py`, or torchrun."""
-
-    def __init__(self, ranks: int, argv: list[str], log: Path, variables: dict[str, str], restarts: int) -> None:
-        launcher = (*TORCHRUN, f"--max-restarts={restarts}") if ranks > 1 else ()
-        inside = {"PYTHONPATH": str(ROOT / "benchmarks" / "chaos_inside")} | variables
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, str(ROOT / "run_pretrain.py"), *argv],
-                cwd=ROOT, env=environment(**inside), stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.ranks = ranks
-
-    def poll(self) -> int | None:
-        """See `Run`."""
-        return self.process.poll()
-
-    def pids(self) -> list[int]:
-        """See `Run`."""
-        return ranks_of(self.process) if self.ranks > 1 else [self.process.pid]
-
-    def kill(self, pids: list[int]) -> None:
-        """See `Run`; with all ranks the launcher goes, too, as if the machine lost its power."""
-        for pid in [self.process.pid, *pids] if pids == self.pids() else pids:
-            kill(pid, signal.SIGKILL)
-
-    def signal(self, number: int) -> None:
-        """See `Run`; SIGTERM is what torchrun passes on."""
-        kill(self.process.pid, signal.SIGTERM if self.ranks > 1 else number)
-
-
-class Forked:
-    """The ranks alone, forked from a process that has loaded torch."""
-
-    def __init__(self, ranks: int, argv: list[str], log: Path, variables: dict[str, str]) -> None:
-        self.processes = start_ranks(ranks, forked_run, argv, log=log, **variables)
-
-    def poll(self) -> int | None:
-        """See `Run`."""
-        codes = [process.exitcode for process in self.processes]
-        return None if None in codes else next((code for code in codes if code), 0)
-
-    def pids(self) -> list[int]:
-        """See `Run`."""
-        return [process.pid for process in self.processes if process.pid]
-
-    def kill(self, pids: list[int]) -> None:
-        """See `Run`."""
-        for pid in pids:
-            kill(pid, signal.SIGKILL)
-
-    def signal(self, number: int) -> None:
-        """See `Run`; one rank gets it."""
-        kill(self.pids()[-1], number)
-
-
-def kill(pid: int, number: int) -> None:
-    """Send a signal to a process that may have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def forked_run(argv: list[str]) -> int:
-    """A rank of `Forked`: the program, after `chaos_inside` has done what the environment asks for."""
-    runpy.run_path(str(ROOT / "benchmarks" / "chaos_inside" / "sitecustomize.py"))["arm"]()
-    import run_pretrain
-
-    return run_pretrain.main(argv)
 
 
 Act = Callable[[Run, Path], bool]
@@ -294,13 +219,14 @@ class Chaos:
 
     # ---- faults
 
-    def disturb(self, kind: str, save_dir: Path) -> bool:
-        """One fault of this kind, and the run until it ends; whether it could be made. Notes what must not happen."""
-        name, rng = save_dir.name, self.rng
+    def disturb(self, fault: Fault, save_dir: Path) -> bool:
+        """One fault, and the run until it ends; whether it could be made. Notes what must not happen."""
+        kind, name, rng = fault.kind, save_dir.name, self.rng
         if kind in MOMENTS:
             file, function, most = rng.choice(MOMENTS[kind])
-            moment = f"{file}:{function}:{rng.choice(('call', 'return'))}:{rng.randint(1, most)}"
-            ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rng.randrange(self.setting.ranks)))
+            moment = fault.where or f"{file}:{function}:{rng.choice(EVENTS)}:{rng.randint(1, most)}"
+            rank = 0 if kind in (SAVE, PRUNE) else rng.randrange(self.setting.ranks)
+            ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rank))
             return self.survive_kill(ending)
         if kind in (BY_THE_CLOCK, ONE_RANK, RESTART):
             return self.survive_kill(self.start(name, self.killer(kind), launcher=kind == RESTART))
@@ -308,7 +234,7 @@ class Chaos:
             return self.stop_in_good_order(save_dir)
         if kind == FULL_DISK:
             return self.fill_disk(save_dir)
-        return self.damage(kind, save_dir)
+        return self.damage(fault, save_dir)
 
     def survive_kill(self, ending: Ending) -> bool:
         """Whether a process was killed; without one the run must have ended well."""
@@ -365,14 +291,14 @@ class Chaos:
         self.expect('run_pretrain.py", line' not in ending.output, "a traceback for a full disk", ending)
         return True
 
-    def damage(self, kind: str, save_dir: Path) -> bool:
+    def damage(self, fault: Fault, save_dir: Path) -> bool:
         """Flip a byte or cut a file of the newest checkpoint, which must then be refused."""
         found = list_checkpoints(save_dir)
         if not found:
             return False
-        file = self.rng.choice(sorted(found[-1].iterdir()))
+        file = found[-1] / (fault.where or self.rng.choice(FILES))
         content = bytearray(file.read_bytes())
-        if kind == FLIPPED:
+        if fault.kind == FLIPPED:
             content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
         else:
             del content[self.rng.randrange(len(content)) :]
@@ -404,29 +330,29 @@ class Chaos:
 
     # ---- a run from its beginning to its end, through several faults
 
-    def chain(self, deck: list[str]) -> None:
+    def chain(self, deck: list[Fault]) -> None:
         """One run, disturbed by faults off the deck until it has ended or has had enough; then compared."""
         self.chains += 1
         save_dir = self.folder / f"run_{self.chains}"
         made: Counter[str] = Counter()
         with small_disk(save_dir):
             for _ in range(LONGEST_CHAIN):
-                kind = pick(deck, save_dir)
-                if kind is None:
+                fault = pick(deck, save_dir)
+                if fault is None:
                     break
                 faults = self.break_network()
-                if self.disturb(kind, save_dir):
-                    made[kind] += 1
+                if self.disturb(fault, save_dir):
+                    made[fault.kind] += 1
                 else:
-                    deck.insert(0, kind)
+                    deck.insert(0, fault)
                 if faults := faults - self.mend_network():
                     made[NETWORK] += faults
             ending = self.start(save_dir.name)
             self.expect(ending.code == 0, "could not be continued", ending)
-            while damaged := pick([kind for kind in deck if kind in (FLIPPED, CUT)], save_dir):
+            while damaged := pick([fault for fault in deck if fault.kind in (FLIPPED, CUT)], save_dir):
                 # Also of a run that has ended: it does its last updates again.
                 deck.remove(damaged)
-                made[damaged] += self.disturb(damaged, save_dir)
+                made[damaged.kind] += self.disturb(damaged, save_dir)
                 if sum(made.values()) >= LONGEST_CHAIN:
                     break
             different = (
@@ -445,31 +371,10 @@ class Chaos:
         )
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """The folder, on a file system of its own of 16 MB where this process may mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    mounted = shutil.which("mount") is not None and not subprocess.run(mount, capture_output=True).returncode
-    try:
-        yield
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
-        folder.rmdir()
-
-
-def fill(file: Path, room: int) -> None:
-    """Write a file that leaves about `room` bytes of its disk."""
-    with file.open("wb") as ballast, contextlib.suppress(OSError):
-        free = os.statvfs(file.parent).f_bavail * os.statvfs(file.parent).f_frsize
-        ballast.write(bytes(max(0, free - room)))
-
-
-def pick(deck: list[str], save_dir: Path) -> str | None:
-    """Take the next kind off the deck that can be made now; None if there is none."""
+def pick(deck: list[Fault], save_dir: Path) -> Fault | None:
+    """Take the next fault off the deck that can be made now; None if there is none."""
     for index in reversed(range(len(deck))):
-        if list_checkpoints(save_dir) if deck[index] in (FLIPPED, CUT) else not ended(save_dir):
+        if list_checkpoints(save_dir) if deck[index].kind in (FLIPPED, CUT) else not ended(save_dir):
             return deck.pop(index)
     return None
 
@@ -497,34 +402,46 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [name for name in one.keys() & other.keys() if one[name] != other[name]]
 
 
-def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[str]:
-    """A shuffled deck with this many kills and other faults, each kind about equally often."""
+def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[Fault]:
+    """A shuffled deck with this many kills and other faults, each kind about equally often, their places by lot."""
     kinds = [kind for kind in KILLS if ranks > 1 or kind not in SEVERAL_RANKS_ONLY]
     deck = [kinds[i % len(kinds)] for i in range(kills)] + [FAULTS[i % len(FAULTS)] for i in range(faults)]
     rng.shuffle(deck)
-    return deck
+    return [Fault(kind) for kind in deck]
 
 
-def disturb_all(folder: Path, settings: Sequence[Setting], kills: int, faults: int, seed: int) -> Report:
-    """Every setting in turn, two runs at a time where they have one rank."""
+def every_place() -> list[Fault]:
+    """A kill before, between and after all steps of a save, and a flipped byte and a cut in every file."""
+    # A context manager: called and left before a file is written, and again when it is, to sync it.
+    steps = [f"checkpoint.py:_synced_file:{event}:{n}" for n in range(1, 2 * len(FILES) + 1) for event in EVENTS]
+    names = ("remove_leftovers", "put_in_place", "sync_directory", "prune")
+    steps += [f"checkpoint_folder.py:{name}:{event}:1" for name in names for event in EVENTS]
+    return [Fault(SAVE, step) for step in steps] + [Fault(kind, file) for kind in (FLIPPED, CUT) for file in FILES]
+
+
+def disturb_all(folder: Path, settings: Sequence[Setting], decks: Sequence[list[Fault]], seed: int) -> Report:
+    """Every setting in turn with its deck, two runs at a time where they have one rank."""
     report = Report()
 
-    def of(setting: Setting, number: int) -> None:
-        rng = random.Random(f"{seed}/{number}")
-        chaos = Chaos(setting, folder / str(number), report, rng)
-        deck = deal(kills // len(settings), faults // len(settings), setting.ranks, rng)
+    def of(number: int) -> None:
+        setting, deck = settings[number], decks[number]
+        chaos = Chaos(setting, folder / str(number), report, random.Random(f"{seed}/{number}"))
+        idle = 0
         try:
-            while deck:
+            while deck and idle < LONGEST_IDLE:
+                left = len(deck)
                 chaos.chain(deck)
+                idle = 0 if len(deck) < left else idle + 1
         finally:
             if chaos.hub is not None:
                 chaos.hub.close()
+        report.failures += [f"{setting.name}, {setting.ranks} ranks: {fault} could never be made" for fault in deck]
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pair: of(*pair), [(s, i) for i, s in enumerate(settings) if s.ranks == 1]))
+        list(pool.map(of, [number for number, setting in enumerate(settings) if setting.ranks == 1]))
     for number, setting in enumerate(settings):
         if setting.ranks > 1:
-            of(setting, number)
+            of(number)
     return report
 
 
@@ -533,14 +450,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=220, help="SIGKILLs, over all settings")
     parser.add_argument("--faults", type=int, default=80, help="other faults than kills and the network's")
+    parser.add_argument(
+        "--every-place", action="store_true", help="all steps of a save and all files, instead of by lot"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file for the table")
     args = parser.parse_args()
     begin = time.monotonic()
+    rng, count = random.Random(args.seed), len(SETTINGS)
+    if args.every_place:
+        settings: Sequence[Setting] = [setting for setting in SETTINGS if setting.name == "q_galore_per_layer"]
+        decks = [every_place() for _ in settings]
+    else:
+        settings = SETTINGS
+        decks = [deal(args.kills // count, args.faults // count, setting.ranks, rng) for setting in settings]
     with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
-        report = disturb_all(Path(folder), SETTINGS, args.kills, args.faults, args.seed)
+        report = disturb_all(Path(folder), settings, decks, args.seed)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     machine = {
+        "places": "every one" if args.every_place else "by lot",
         "seed": args.seed,
         "commit": commit.strip(),
         "torch": torch.__version__,

@@ -14,7 +14,8 @@ from benchmarks import chaos
 @pytest.mark.parametrize(("name", "ranks"), [("q_galore_per_layer", 1), ("q_galore_streaming", 2)])
 def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
     (setting,) = (each for each in chaos.SETTINGS if (each.name, each.ranks) == (name, ranks))
-    report = chaos.disturb_all(tmp_path / "chaos", [setting], kills=9 - 2 * ranks, faults=4, seed=1)
+    deck = chaos.deal(9 - 2 * ranks, 4, ranks, random.Random(1))
+    report = chaos.disturb_all(tmp_path / "chaos", [setting], [deck], seed=1)
     assert report.failures == []
     assert report.kills == 9 - 2 * ranks
     assert report.same_bits == report.made
@@ -28,7 +29,7 @@ def test_another_bit_is_noticed(tmp_path: Path) -> None:
     report = chaos.Report()
     subject = chaos.Chaos(chaos.SETTINGS[0], tmp_path / "chaos", report, random.Random(3))
     subject.expected["metrics"][0]["train/loss"] += 1e-6
-    subject.chain([chaos.CUT])
+    subject.chain([chaos.Fault(chaos.CUT)])
     assert ["other bits of ['metrics']" in failure for failure in report.failures] == [True]
     assert sum(report.made.values()) == 1 and sum(report.same_bits.values()) == 0
 
@@ -40,3 +41,10 @@ def test_a_moment_that_is_never_reached_is_no_kill(tmp_path: Path) -> None:
     ending = subject.start("other", CHAOS_MOMENT="checkpoint.py:save_checkpoint:call:2")
     assert ending.killed and ending.code == -9
     assert [path.name for path in chaos.list_checkpoints(subject.folder / "other")] == ["step_00000000"]
+
+
+def test_a_fault_that_cannot_be_made_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "LONGEST_IDLE", 1)
+    deck = [chaos.Fault(chaos.SAVE, "checkpoint.py:no_such_function:call:1")]
+    report = chaos.disturb_all(tmp_path / "chaos", chaos.SETTINGS[:1], [deck], seed=1)
+    assert ["could never be made" in failure for failure in report.failures] == [True] and report.kills == 0
