@@ -1,4 +1,4 @@
-"""How `benchmarks/chaos.py` starts, signals and kills a run, and the small disk that it gives it."""
+"""How `benchmarks/chaos.py` starts, signals and kills a run, the disk that it gives it, and what it compares."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from benchmarks.chaos_faults import SCHEDULE
+from peft_pretraining.checkpoint import list_checkpoints, load_checkpoint
+from peft_pretraining.checkpoint_manifest import read_manifest
+from peft_pretraining.metrics import deterministic_metrics, read_metrics
 from tests.small_run import ROOT, TORCHRUN, environment, ranks_of, start_ranks
 
 
@@ -121,3 +125,29 @@ def fill(file: Path, room: int) -> None:
     with file.open("wb") as ballast, contextlib.suppress(OSError):
         free = os.statvfs(file.parent).f_bavail * os.statvfs(file.parent).f_frsize
         ballast.write(bytes(max(0, free - room)))
+
+
+# ---- what a run left
+
+
+def ended(save_dir: Path) -> bool:
+    """Whether the run has made its last checkpoint."""
+    found = list_checkpoints(save_dir)
+    return bool(found) and found[-1].name.endswith(f"{SCHEDULE['num_training_steps']:08d}")
+
+
+def fingerprint(save_dir: Path) -> dict[str, Any]:
+    """All that must be the same: hashes of weights and optimizer state, the rest of the state, and the metrics."""
+    result: dict[str, Any] = {"metrics": [deterministic_metrics(line) for line in read_metrics(save_dir)]}
+    for path in list_checkpoints(save_dir):
+        state = load_checkpoint(path).state
+        hashes = {name: entry for name, entry in read_manifest(path).files.items() if not name.startswith("state")}
+        values = {k: v for k, v in state.items() if k != "save_dir"} | hashes
+        result |= {f"{path.name}/{name}": value for name, value in values.items()}
+    result["newest"] = list_checkpoints(save_dir)[-1].name
+    return result
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints; a stop may have left a checkpoint that the other run does not have."""
+    return [name for name in one.keys() & other.keys() if one[name] != other[name]]

@@ -32,22 +32,12 @@ import torch
 from torch import Tensor
 
 import run_pretrain
+from peft_pretraining.arg_groups import FULL_RANK_OPTIMIZERS, GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
 from peft_pretraining.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from peft_pretraining.metrics import deterministic_metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIMIZERS = (
-    "adam",
-    "adamw",
-    "sgd",
-    "adafactor",
-    "adam8bit",
-    "galore_adamw",
-    "galore_adamw8bit",
-    "galore_adamw8bit_per_layer",
-    "q_galore_adamw8bit",
-    "q_galore_adamw8bit_per_layer",
-)
+OPTIMIZERS = (*FULL_RANK_OPTIMIZERS, *GALORE_OPTIMIZERS, *Q_GALORE_OPTIMIZERS)
 VOCAB = 256
 CONFIG = {
     "vocab_size": VOCAB,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos
+from benchmarks import chaos, chaos_faults
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [("q_galore_per_layer", 1), ("q_galore_streaming", 2)])
 def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
-    (setting,) = (each for each in chaos.SETTINGS if (each.name, each.ranks) == (name, ranks))
+    (setting,) = (each for each in chaos_faults.SETTINGS if (each.name, each.ranks) == (name, ranks))
     deck = chaos.deal(9 - 2 * ranks, 4, ranks, random.Random(1))
     report = chaos.disturb_all(tmp_path / "chaos", [setting], [deck], seed=1)
     assert report.failures == []

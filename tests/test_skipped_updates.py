@@ -46,9 +46,10 @@ def spoil(net: Any, where: str, at_micro_batch: int) -> None:
 
 @pytest.mark.parametrize("where", ["embed", "head"])
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_nothing_is_touched_inside_the_backward_pass(where: str, subspace: str, accumulation: int) -> None:
-    net, optimizer = build("qgalore8bit", "int8", update_in_backward=True, subspace=subspace)
+@pytest.mark.parametrize(("accumulation", "sums"), [(1, "float32"), (3, "float32"), (3, "bfloat16"), (3, "int8")])
+def test_nothing_is_touched_inside_the_backward_pass(where: str, subspace: str, accumulation: int, sums: str) -> None:
+    options = {"accumulator_dtype": sums}
+    net, optimizer = build("qgalore8bit", "int8", update_in_backward=True, subspace=subspace, options=options)
     for update in range(3):
         backward(net, optimizer, update, accumulation)
         optimizer.step()

@@ -1,0 +1,104 @@
+"""What `benchmarks/chaos.py` disturbs and how: the runs, the kinds of faults, the moments, the decks they come from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tests.small_run import flags_of
+
+EVENTS = ("call", "return")
+SCHEDULE: dict[str, object] = {
+    "num_training_steps": 14,
+    "save_every": 3,
+    "eval_every": 5,
+    "keep_checkpoints": 2,
+    "continue_from": "auto",
+    "workers": 2,
+    "packing": "pack",
+    "check_replicas": 7,
+}
+
+
+class Setting(NamedTuple):
+    """A run to be disturbed."""
+
+    name: str
+    ranks: int
+    flags: Mapping[str, object]
+    from_hub: bool = False
+
+
+PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
+STREAMING = flags_of("q_galore_adamw8bit") | {"subspace": "streaming", "grad_accum_dtype": "int8"}
+SETTINGS = (
+    Setting("q_galore_per_layer", 1, PER_LAYER | {"batch_size": 8}),
+    Setting("q_galore_streaming", 1, STREAMING | {"batch_size": 4}, from_hub=True),
+    Setting("galore8bit", 1, flags_of("galore_adamw8bit") | {"batch_size": 2}),
+    Setting("q_galore_per_layer", 2, PER_LAYER | {"batch_size": 4}),
+    Setting("q_galore_streaming", 2, STREAMING | {"batch_size": 2}, from_hub=True),
+)
+
+# (file, function, largest number of the call) by what the program is doing then.
+MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
+    "kill inside an update": [
+        ("low_rank_weight.py", "update", 60), ("full_rank_weight.py", "update", 40), ("adam.py", "adam_step", 90),
+        ("linear.py", "update_", 60), ("low_rank_weight.py", "_change_basis", 20), ("optimizer.py", "step", 12),
+        ("low_rank_weight.py", "accumulate", 90),
+    ],
+    "kill inside a save": [
+        # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.
+        ("checkpoint.py", "_synced_file", 24), ("tensor_file.py", "write", 60),
+        ("checkpoint_folder.py", "put_in_place", 3),
+        ("checkpoint_folder.py", "sync_directory", 6), ("checkpoint_folder.py", "remove_leftovers", 3),
+        ("checkpoint_manifest.py", "write_manifest", 3), ("metrics.py", "sync", 3),
+    ],
+    "kill while pruning": [
+        ("checkpoint_folder.py", "prune", 3), ("shutil.py", "rmtree", 6), ("shutil.py", "_rmtree_safe_fd", 6),
+    ],
+    "kill while reading data": [
+        ("lanes.py", "take", 60), ("dataloader.py", "next_update", 10), ("dataloader.py", "_fill", 30),
+        ("sources.py", "read", 90),
+    ],
+    "kill while starting or resuming": [
+        ("run_checkpoints.py", "choose_checkpoint", 1), ("checkpoint.py", "load_checkpoint", 1),
+        ("run_checkpoints.py", "take_over", 1), ("metrics.py", "truncate_after", 2),
+        ("dataloader.py", "load_state_dict", 1), ("optimizer.py", "load_state_dict", 1), ("model.py", "build_model", 1),
+    ],
+    "kill while evaluating or logging": [("evaluation.py", "evaluate", 2), ("metrics.py", "_append", 9)],
+}  # fmt: skip
+BY_THE_CLOCK, ONE_RANK, RESTART = "kill by the clock", "kill of one rank", "kill of one rank, torchrun restarts"
+FULL_DISK, FLIPPED, CUT, NETWORK = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint", "network"
+STOPPED = "SIGTERM, SIGINT or SIGUSR1"
+KILLS = (*MOMENTS, BY_THE_CLOCK, ONE_RANK, RESTART)
+FAULTS = (FULL_DISK, FLIPPED, CUT, STOPPED)
+SEVERAL_RANKS_ONLY = (ONE_RANK, RESTART)
+SAVE, PRUNE = "kill inside a save", "kill while pruning"
+FILES = ("manifest.json", "model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json")
+NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage")
+
+
+class Fault(NamedTuple):
+    """What is done to a run."""
+
+    kind: str
+    where: str = ""
+    """A moment, as chaos_inside has it, or a file of the newest checkpoint; by lot where it is empty."""
+
+
+def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[Fault]:
+    """A shuffled deck with this many kills and other faults, each kind about equally often, their places by lot."""
+    kinds = [kind for kind in KILLS if ranks > 1 or kind not in SEVERAL_RANKS_ONLY]
+    deck = [kinds[i % len(kinds)] for i in range(kills)] + [FAULTS[i % len(FAULTS)] for i in range(faults)]
+    rng.shuffle(deck)
+    return [Fault(kind) for kind in deck]
+
+
+def every_place() -> list[Fault]:
+    """A kill before, between and after all steps of a save, and a flipped byte and a cut in every file."""
+    # A context manager: called and left before a file is written, and again when it is, to sync it.
+    steps = [f"checkpoint.py:_synced_file:{event}:{n}" for n in range(1, 2 * len(FILES) + 1) for event in EVENTS]
+    names = ("remove_leftovers", "put_in_place", "sync_directory", "prune")
+    steps += [f"checkpoint_folder.py:{name}:{event}:1" for name in names for event in EVENTS]
+    return [Fault(SAVE, step) for step in steps] + [Fault(kind, file) for kind in (FLIPPED, CUT) for file in FILES]
