@@ -25,7 +25,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.eval_set import EvalSet, build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
-from peft_pretraining.model import CausalLM, build_model, parameter_count
+from peft_pretraining.model import CausalLM, build_model, compile_for, parameter_count
 from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter
 from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.run_metrics import PartlyMadeUpdateError, RunMetrics
@@ -117,6 +117,7 @@ def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimi
         args.model.activation_checkpointing,
         on_module=low_rank_converter(args.optimizer, args.quantization),
     )
+    compile_for(model, args.model.compile, processes.device)
     optimizer = build_optimizer(
         model, args.optimizer, args.quantization, args.subspace, args.runtime.seed, processes.gradient_all_reduce()
     )

@@ -35,6 +35,8 @@ class ModelArgs:
     """Data type of float weights and activations."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
+    """Compile the decoder layers with torch.compile; auto: on a CUDA GPU, for the project's own LLaMA."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ the same weights; a few threads draw ahead, about 100 M values a second and core
 """
 
 import hashlib
+import importlib.util
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -93,6 +94,13 @@ def build_model(
     if activation_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def compile_for(model: CausalLM, choice: str, device: torch.device) -> None:
+    """Compile the decoder layers where `choice` is "on", or "auto" and it pays: our own LLaMA on a CUDA GPU."""
+    pays = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if isinstance(model, LlamaForCausalLM) and (choice == "on" or (choice == "auto" and pays)):
+        model.compile_layers()
 
 
 def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> CausalLM:

@@ -9,13 +9,15 @@ parameters' dtype. There are no buffers: the rotary tables are computed in each 
 of the model can round them and a model built on the meta device has nothing left to fill in.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 from peft_pretraining.model_config import LlamaConfig
 
 IGNORE_INDEX = -100
@@ -106,8 +108,16 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # There is no dropout, so the random state need not be kept for the second forward.
+            out: Tensor = checkpoint(self._run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self._run(x, cos, sin)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -123,18 +133,15 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.compiled_layer: Callable[..., Tensor] | None = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
         cos, sin = rotary_tables(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        # Batches of training have one shape; an evaluation's may have others, each of which would be compiled.
+        compiled = self.compiled_layer if torch.is_grad_enabled() else None
         for layer in self.layers:
-            if recompute:
-                # There is no dropout, so the random state need not be kept for the second forward.
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, cos, sin)
+            x = layer(x, cos, sin) if compiled is None else compiled(layer, x, cos, sin)
         out: Tensor = self.norm(x)
         return out
 
@@ -152,7 +159,21 @@ class LlamaForCausalLM(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """From now on keep one activation a layer and compute the others again in the backward pass."""
-        self.model.gradient_checkpointing = True
+        for layer in self.model.layers:
+            assert isinstance(layer, LlamaDecoderLayer)
+            layer.gradient_checkpointing = True
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """From now on run training through `torch.compile`, one decoder layer at a time.
+
+        The layers share their code, so one compilation serves them all and takes seconds for any depth. Checkpointing
+        is inside it: only what a gradient needs is computed again.
+        """
+        # Same seed, same bits: no choice between kernels by how fast they happen to run.
+        options: dict[str, Any] = {"deterministic": True} if backend == "inductor" else {}
+        self.model.compiled_layer = torch.compile(
+            LlamaDecoderLayer.forward, fullgraph=True, dynamic=False, backend=backend, options=options
+        )
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LlamaOutput:
         """input_ids, labels (B, L); without labels the logits, with them the float32 sum of the loss.
@@ -162,14 +183,11 @@ class LlamaForCausalLM(nn.Module):
         return head_output(self.model(input_ids), self.lm_head, labels)
 
 
-def head_output(hidden: Tensor, lm_head: nn.Module, labels: Tensor | None) -> LlamaOutput:
+def head_output(hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None) -> LlamaOutput:
     """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
-    logits: Tensor = lm_head(hidden)
     if labels is None:
-        return LlamaOutput(logits, None)
-    # Shifting the labels instead of cutting the logits saves a copy of the largest tensor of the run.
+        return LlamaOutput(lm_head(hidden), None)
+    # Shifting the labels instead of cutting the hidden states saves a copy.
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    loss_sum = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), IGNORE_INDEX)
     return LlamaOutput(None, loss_sum)

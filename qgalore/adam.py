@@ -67,22 +67,31 @@ def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor
     return views
 
 
-def adam_step(state: dict[str, Tensor], grad: Tensor, step: int, betas: tuple[float, float], eps: float) -> Tensor:
-    """The direction N = m_hat / (sqrt(v_hat) + eps), float32 like grad, after moving the moments in place.
+def adam_step(
+    state: dict[str, Tensor],
+    grad: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The direction N = m_hat / (sqrt(v_hat) + eps) like grad, in dtype, after moving the moments in place.
 
-    step counts from 1.
+    The gradient is factor * grad; step counts from 1. Where the flag `skip` is true the moments stay as they are.
     """
-    grad = grad.float()
-    if "exp_avg_absmax" not in state:
-        return kernels.adam_direction(grad, state["exp_avg"], state["exp_avg_sq"], step, betas, eps)
-    return kernels.adam_step_8bit(
+    return kernels.adam_step(
         grad,
         state["exp_avg"],
-        state["exp_avg_absmax"],
+        state.get("exp_avg_absmax"),
         state["exp_avg_sq"],
-        state["exp_avg_sq_absmax"],
+        state.get("exp_avg_sq_absmax"),
         step,
         betas,
         eps,
         BLOCK_SIZE,
+        factor,
+        skip,
+        dtype,
     )

@@ -128,53 +128,46 @@ class FullRankWeight:
     def _gradient_shape(self) -> torch.Size:
         return self.shape
 
-    def update_unless(self, skip: Tensor, grad: Tensor, factor: Tensor | None = None) -> None:
-        """`update`, taken back on the device, to the bit, where the flag `skip` is true; it counts."""
+    def _skipped_on_host(self, skip: Tensor | None) -> bool:
+        """Whether the host can see that the update is to be skipped; then all that happens is that it counts.
+
+        On an accelerator the flag goes to the kernels, so that nothing waits for the device.
+        """
+        if skip is None or skip.device.type != "cpu" or not skip:
+            return False
         if not self.state:
             self._init_state()
-        if skip.device.type == "cpu":
-            # Nothing to wait for: the host knows the flag, and the copies below would cost a tenth of an update.
-            if not skip:
-                self.update(grad, factor)
-            else:
-                self._advance()
-                self.clear()
-            return
-        weight, before = self._weight_tensors(), self._device_state()
-        copies = [tensor.clone() for tensor in weight]
-        before = {key: value.clone() for key, value in before.items()}
-        self.update(grad, factor)
-        for tensor, copy in zip(weight, copies, strict=True):
-            tensor.copy_(torch.where(skip, copy, tensor))
-        for key, value in before.items():
-            self.state[key] = torch.where(skip, value, self.state[key])
-
-    def _weight_tensors(self) -> list[Tensor]:
-        if self.layer is None:
-            return [self.param.data]
-        tensors = [self.layer.weight.data, self.layer.weight_scale, self.layer.weight_zero_point]
-        return [tensor for tensor in tensors if tensor is not None]
+        self._advance()
+        self.clear()
+        return True
 
     def _device_state(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.state.items() if key not in HOST_STATE}
 
-    def update(self, grad: Tensor, factor: Tensor | None = None) -> None:
-        """One AdamW step on the weight with factor * grad (clipping); grad is what `complete` gave."""
+    def update(self, grad: Tensor, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """One AdamW step on the weight with factor * grad (clipping); grad is what `complete` gave.
+
+        Where the flag `skip` is true weight and state stay as they are, to the bit, but the update counts.
+        """
+        if self._skipped_on_host(skip):
+            return
+        skip = None if skip is None or skip.device.type == "cpu" else skip
         rounding = self._seed(ROUNDING)
         step, group = self._advance(), self.group
         if self.layer is not None:
-            direction = adam.adam_step(self.state, scaled(grad, factor), step, group["betas"], group["eps"])
-            self.layer.update_(direction, None, None, group["lr"], self._decay, rounding)
+            direction = adam.adam_step(self.state, grad, step, group["betas"], group["eps"], factor, skip)
+            self.layer.update_(direction, None, None, group["lr"], self._decay, rounding, skip)
             return
         l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         # In parts, so that no float32 copy of a whole embedding is made.
         param, grad = torch.atleast_1d(self.param.data), torch.atleast_1d(grad)
         for start, stop in adam.row_parts(self.state, param.shape):
-            weight, part = param[start:stop], scaled(grad[start:stop], factor)
-            part = part.add(weight, alpha=l2) if l2 else part
+            weight, part, scale = param[start:stop], grad[start:stop], factor
+            if l2:
+                part, scale = scaled(part, factor).add(weight, alpha=l2), None
             state = adam.rows_of(self.state, start, stop)
-            direction = adam.adam_step(state, part, step, group["betas"], group["eps"])
-            kernels.update_float_(weight, direction, None, None, group["lr"], self._decay, rounding, start)
+            direction = adam.adam_step(state, part, step, group["betas"], group["eps"], scale, skip)
+            kernels.update_float_(weight, direction, None, None, group["lr"], self._decay, rounding, start, skip)
 
     @property
     def _decay(self) -> float:

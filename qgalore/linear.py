@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgalore import kernels
+from qgalore.alignment import empty_with_aligned_rows, matrix_product, with_aligned_rows
 from qgalore.quantization import QuantizedTensor, quantize
 
 
@@ -89,12 +90,13 @@ class LowRankLinear(nn.Module):
         return layer
 
     def _register(self) -> None:
-        self._number = next(_layer_numbers)
-        _layers[self._number] = self
+        # A tensor on the CPU, since a compiler would compile a number of Python anew for each layer.
+        self._number = torch.tensor(next(_layer_numbers))
+        _layers[int(self._number)] = self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another layer: it has its own number and no optimizer.
-        return self.__dict__ | {"tap": None, "anchor": None, "_number": -1}
+        return self.__dict__ | {"tap": None, "anchor": None, "_number": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -116,31 +118,47 @@ class LowRankLinear(nn.Module):
         )
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out_features, in_features) in `dtype`; the parameter itself where it already is that."""
-        quantized = self.quantized_weight
-        return self.weight.to(dtype) if quantized is None else quantized.dequantize(dtype)
+        """The weight (out_features, in_features) in `dtype`, with aligned rows; the parameter itself where it is that."""
+        if self.weight_scale is None or self.weight_zero_point is None:
+            return with_aligned_rows(self.weight.to(dtype))
+        format = self.format
+        assert format.bits is not None
+        shape = (self.out_features, self.in_features)
+        out = empty_with_aligned_rows(shape, self.weight.new_empty(0, dtype=dtype))
+        return kernels.dequantize(
+            self.weight, self.weight_scale, self.weight_zero_point, self.in_features, format.bits, format.group_size,
+            dtype, out,
+        )  # fmt: skip
 
     def attach(self, tap: GradientTap | None) -> Tensor:
         """Hang a tap on the layer (None takes it off) and return the anchor, a leaf whose hook ends the gradient."""
         self.tap = tap
-        self.anchor = torch.zeros((), device=self.weight.device, requires_grad=True)
-        return self.anchor
+        anchor = torch.zeros((), device=self.weight.device, requires_grad=True)
+        self.anchor = None if tap is None else anchor
+        return anchor
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features) -> (..., out_features) in the dtype of input."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        if self.tap is None or self.anchor is None:
+        if self.anchor is None:
             return F.linear(input, self.dequantized_weight(input.dtype), self.bias)
-        output: Tensor = _low_rank_linear(
+        output: Tensor = torch.ops.qgalore.low_rank_linear(
             input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number
         )
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     @torch.no_grad()
     def update_(
-        self, direction: Tensor, left: Tensor | None, right: Tensor | None, step_size: float, decay: float, seed: int
+        self,
+        direction: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        step_size: float,
+        decay: float,
+        seed: int,
+        skip: Tensor | None = None,
     ) -> None:
         """W <- round(decay * W - step_size * leftᵀ N right), in place; `qgalore.kernels` has the shapes."""
         if step_size == 0 and decay == 1:
@@ -150,14 +168,16 @@ class LowRankLinear(nn.Module):
         if quantized is not None:
             kernels.update_quantized_(
                 quantized.qdata, quantized.scale, quantized.zero_point, direction, left, right, quantized.columns,
-                quantized.bits, quantized.group_size, step_size, decay, rounding,
+                quantized.bits, quantized.group_size, step_size, decay, rounding, skip,
             )  # fmt: skip
         elif self.format.simulate:
             full = kernels.project_back(direction, left, right)
-            value = self.weight.float().mul(decay).sub_(full, alpha=step_size)
-            self.weight.copy_(self._to_grid(value, rounding))
+            value = self._to_grid(self.weight.float().mul(decay).sub_(full * step_size), rounding)
+            self.weight.copy_(value if skip is None else torch.where(skip, self.weight, value))
         else:
-            kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding)
+            kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding, skip=skip)
+        # A kernel of ours writes behind autograd's back; a backward through the old weight must still be refused.
+        torch.autograd.graph.increment_version(self.weight)
 
     def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
         assert self.format.bits is not None
@@ -178,55 +198,79 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
         setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(linear, format))
 
 
-@torch.library.custom_op("qgalore::low_rank_linear", mutates_args=())
-def _low_rank_linear(
-    input: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, anchor: Tensor, layer: int
+# Defined at the lower level of torch.library: `custom_op` checks each call's tensors for aliases, which costs half a
+# millisecond a layer.
+_library = torch.library.Library("qgalore", "DEF")
+_library.define(
+    "low_rank_linear(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer)"
+    " -> Tensor"
+)
+_library.define(
+    "low_rank_linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point,"
+    " Tensor layer, bool need_input_gradient) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "low_rank_linear", "CompositeExplicitAutograd")
+def _forward(
+    input: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, anchor: Tensor, layer: Tensor
 ) -> Tensor:
-    return F.linear(input, _layers[layer].dequantized_weight(input.dtype))
+    module = _layers[int(layer)]
+    rows = with_aligned_rows(input).view(-1, module.in_features)
+    return _shaped_like(matrix_product(rows, module.dequantized_weight(input.dtype).T), input)
 
 
-@torch.library.custom_op("qgalore::low_rank_linear_backward", mutates_args=())
-def _low_rank_linear_backward(
+@torch.library.impl(_library, "low_rank_linear_backward", "CompositeExplicitAutograd")
+def _backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
-    layer: int,
+    layer: Tensor,
     need_input_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    # The anchor's gradient is an output, so that no compiler may drop a call whose input gradient is not needed.
-    module, anchor_grad = _layers[layer], grad_output.new_zeros((), dtype=torch.float32)
+    # The anchor's gradient is an output, so that no compiler may drop a call whose input gradient is not needed; its
+    # value is never read.
+    module, anchor_grad = _layers[int(layer)], grad_output.new_empty((), dtype=torch.float32)
+    grad_rows = with_aligned_rows(grad_output).view(-1, module.out_features)
+    grad_input = grad_output.new_empty(0)
+    if need_input_gradient:
+        grad_input = _shaped_like(matrix_product(grad_rows, module.dequantized_weight(grad_output.dtype)), input)
     if module.tap is not None:
-        module.tap.accumulate(grad_output.reshape(-1, module.out_features), input.reshape(-1, module.in_features))
-    if not need_input_gradient:
-        return grad_output.new_empty(0), anchor_grad
-    return grad_output @ module.dequantized_weight(grad_output.dtype), anchor_grad
+        module.tap.accumulate(grad_rows, with_aligned_rows(input).view(-1, module.in_features))
+    return grad_input, anchor_grad
 
 
-@_low_rank_linear.register_fake
+def _shaped_like(rows: Tensor, x: Tensor) -> Tensor:
+    """rows (T, N) with the leading dimensions of x (..., K)."""
+    return rows.unflatten(0, x.shape[:-1]) if x.dim() > 2 else rows
+
+
+@torch.library.register_fake("qgalore::low_rank_linear")
 def _(input: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[0])
+    return empty_with_aligned_rows((*input.shape[:-1], weight.shape[0]), input)
 
 
-@_low_rank_linear_backward.register_fake
+@torch.library.register_fake("qgalore::low_rank_linear_backward")
 def _(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     anchor_grad = grad_output.new_empty((), dtype=torch.float32)
-    return torch.empty_like(input) if rest[-1] else grad_output.new_empty(0), anchor_grad
+    return empty_with_aligned_rows(input.shape, grad_output) if rest[-1] else grad_output.new_empty(0), anchor_grad
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, scale, zero_point, _, layer = inputs
     # The weight is saved too: autograd then refuses a backward through a weight that was changed in between.
-    ctx.save_for_backward(input, weight, scale, zero_point)
-    ctx.layer = layer
+    ctx.save_for_backward(input, weight, scale, zero_point, layer)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, scale, zero_point = ctx.saved_tensors
+def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, scale, zero_point, layer = ctx.saved_tensors
     need = ctx.needs_input_grad[0]
-    grad, anchor_grad = _low_rank_linear_backward(grad_output, input, weight, scale, zero_point, ctx.layer, need)
+    grad, anchor_grad = torch.ops.qgalore.low_rank_linear_backward(
+        grad_output, input, weight, scale, zero_point, layer, need
+    )
     return grad if need else None, None, None, None, anchor_grad, None
 
 
-_low_rank_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("qgalore::low_rank_linear", _autograd_backward, setup_context=_setup_context)

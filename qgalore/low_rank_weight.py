@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import GradientAccumulator
-from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, AllReduce, FullRankWeight, scaled
+from qgalore.alignment import with_aligned_rows
+from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, AllReduce, FullRankWeight
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.subspace_schedule import RefreshSchedule
 
@@ -31,6 +32,7 @@ class LowRankWeight(FullRankWeight):
         self._test_matrices: dict[str, Tensor] = {}
         self._next_bases: dict[str, Tensor | QuantizedTensor] | None = None
         self._fit_failed = False
+        self._factor_dtype = torch.float32
 
     def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
         """See `FullRankWeight`; the schedule of refreshes is rebuilt from the state."""
@@ -144,6 +146,7 @@ class LowRankWeight(FullRankWeight):
 
     def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
         """Add the projected gradient of one micro-batch from its factors; the full one only where an SVD is due."""
+        self._factor_dtype = grad_output.dtype
         if self._needs_full_gradient:
             self._add(self._full, grad_output.T @ input)
             return
@@ -157,6 +160,7 @@ class LowRankWeight(FullRankWeight):
 
     def accumulate_full(self, grad: Tensor) -> None:
         """The same from a full gradient (m, n), which is not kept."""
+        self._factor_dtype = grad.dtype
         if self._needs_full_gradient:
             self._add(self._full, grad)
             return
@@ -238,61 +242,72 @@ class LowRankWeight(FullRankWeight):
 
     # ---- the update
 
-    def update(self, grad: Tensor, factor: Tensor | None = None) -> None:
-        """One AdamW step in the subspace with factor * grad (clipping), and the refresh where one is due."""
+    def update(self, grad: Tensor, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """One AdamW step in the subspace with factor * grad (clipping), and the refresh where one is due.
+
+        The direction is projected back in the dtype of the layer's activations, with products summed in float32.
+        """
+        if self._skipped_on_host(skip):
+            return
+        skip = None if skip is None or skip.device.type == "cpu" else skip
         rounding, update_step = self._seed(ROUNDING), self.step
         sketches = {side: sketch.take() for side, sketch in self._sketches.items()}
         if self._next_bases is not None:
-            self._take_fitted_bases(self._next_bases, update_step)
-        step, group = self._advance(), self.group
-        direction = adam.adam_step(self.state, scaled(grad, factor), step, group["betas"], group["eps"])
-        left, right, step_size = self.basis("left"), self.basis("right"), group["lr"] * group["scale"]
+            self._take_fitted_bases(self._next_bases, update_step, skip)
+        step, group, dtype = self._advance(), self.group, self._factor_dtype
+        direction = adam.adam_step(self.state, grad, step, group["betas"], group["eps"], factor, skip, dtype)
+        direction = with_aligned_rows(direction)
+        bases, step_size = (self.basis("left", dtype), self.basis("right", dtype)), group["lr"] * group["scale"]
         if self.layer is not None:
-            self.layer.update_(direction, left, right, step_size, self._decay, rounding)
+            self.layer.update_(direction, *bases, step_size, self._decay, rounding, skip)
         else:
-            kernels.update_float_(self.param.data, direction, left, right, step_size, self._decay, rounding)
+            kernels.update_float_(self.param.data, direction, *bases, step_size, self._decay, rounding, skip=skip)
         for side, sketch in sketches.items():
-            self._refresh_from_sketch(side, sketch)
+            self._refresh_from_sketch(side, sketch, skip)
         if sketches:
             self._record(update_step)
         self.clear()
 
-    def _take_fitted_bases(self, bases: dict[str, Tensor | QuantizedTensor], update_step: int) -> None:
-        similarities = [self._change_basis(side, basis, None) for side, basis in bases.items()]
+    def _take_fitted_bases(
+        self, bases: dict[str, Tensor | QuantizedTensor], update_step: int, skip: Tensor | None
+    ) -> None:
+        wanted = None if skip is None else ~skip
+        similarities = [self._change_basis(side, basis, wanted) for side, basis in bases.items()]
         self.similarity = torch.stack(similarities).mean()
         self.state["failures"] += self._fit_failed
         self._record(update_step)
 
-    def _refresh_from_sketch(self, side: str, sketch: Tensor) -> None:
+    def _refresh_from_sketch(self, side: str, sketch: Tensor, skip: Tensor | None = None) -> None:
         old = self.basis(side)
         assert old is not None
         basis, worked = subspace.orthonormalize(sketch, old)
-        self.similarity = self._change_basis(side, self._encode(basis), worked)
-        self.state["failures"] += ~worked
+        wanted = worked if skip is None else worked & ~skip
+        self.similarity = self._change_basis(side, self._encode(basis), wanted)
+        self.state["failures"] += ~worked if skip is None else ~worked & ~skip
 
-    def _change_basis(self, side: str, encoded: Tensor | QuantizedTensor, worked: Tensor | None) -> Tensor:
+    def _change_basis(self, side: str, encoded: Tensor | QuantizedTensor, wanted: Tensor | None) -> Tensor:
         """Put a new basis into the state and rotate the moments into it if asked; returns the similarity with the old.
 
-        Where the flag `worked` on the device says no, basis and moments stay as they are, to the bit.
+        Where the flag `wanted` on the device says no, basis and moments stay as they are, to the bit.
         """
         new, old = self._decode(encoded), self.basis(side)
         assert old is not None
         if self.group["rotate_moments"]:
             moments = adam.read_moments(self.state)
             rotated = subspace.rotate_moments(*moments, new, old, side)
-            self._write_where(worked, lambda: adam.write_moments(self.state, *rotated))
-        self._write_where(worked, lambda: self._store(side, encoded))
+            self._write_where(wanted, lambda: adam.write_moments(self.state, *rotated))
+        self._write_where(wanted, lambda: self._store(side, encoded))
         return subspace.similarity(new, old)
 
-    def _write_where(self, worked: Tensor | None, write: Callable[[], None]) -> None:
-        """Let `write` change the state, and take the change back on the device where `worked` is false."""
-        if worked is None:
+    def _write_where(self, wanted: Tensor | None, write: Callable[[], None]) -> None:
+        """Let `write` change the state, and take the change back on the device where `wanted` is false."""
+        if wanted is None:
             write()
             return
         before = {key: value.clone() for key, value in self._device_state().items()}
         write()
         for key, value in before.items():
-            self.state[key] = torch.where(worked, self.state[key], value)
+            self.state[key] = torch.where(wanted, self.state[key], value)
 
     def _record(self, update_step: int) -> None:
         assert self.similarity is not None

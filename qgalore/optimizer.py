@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
+from qgalore import kernels
 from qgalore.full_rank_weight import HOST_STATE, AllReduce, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
@@ -220,12 +221,11 @@ class LowRankAdamW(Optimizer):
     def _complete(self, weight: FullRankWeight) -> None:
         self._begin_update()
         grad = weight.complete(self._all_reduce)
-        self._squared_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
+        squared_norm, self._skip = kernels.check_gradient(grad, self._skip)
+        self._squared_norms.append(squared_norm)
         if self.update_in_backward and not self._sums:
-            self.skip_update_if(~self._squared_norms[-1].isfinite())
-            assert self._skip is not None
             self._first_skip = self._skip if self._first_skip is None else self._first_skip
-            weight.update_unless(self._skip, weight.release())
+            weight.update(weight.release(), skip=self._skip)
 
     # ---- the update
 
@@ -265,11 +265,11 @@ class LowRankAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._collect()
-        self.skip_update_if(~self.grad_norm().isfinite())
-        for weight in self._weights.values():
-            if weight.holds_gradient:
-                assert self._skip is not None
-                weight.update_unless(self._skip, weight.release(), self._clip_factor)
+        waiting = [weight for weight in self._weights.values() if weight.holds_gradient]
+        if waiting:
+            self.skip_update_if(~self.grad_norm().isfinite())
+        for weight in waiting:
+            weight.update(weight.release(), self._clip_factor, self._skip)
         self._clip_factor, self._stepped, self._sums = None, True, False
         return loss
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qgalore.alignment import matrix_product
+
 _CHOLESKY_SHIFTS = (1e-4, 1e-6, 1e-6)
 _ORTHONORMAL_TOLERANCE = 1e-2
 
@@ -39,23 +41,37 @@ def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return rows if right is None else rows @ right.to(grad.dtype).T
 
 
-def project_factors(grad_output: Tensor, input: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R = left (gᵀx) rightᵀ from g (tokens, m) and x (tokens, n), in the cheaper order.
+_OPERATIONS_PER_VALUE = 500
+"""Operations that a GPU's tensor cores make in the time in which its memory moves one bfloat16 value (H100: 500)."""
 
-    One-sided, `(g leftᵀ)ᵀ x` and `gᵀ(x rightᵀ)` take 2 T r (m + n) operations and no full gradient, against
-    2 T m n + 2 m n r: they win but for a rank close to the full one.
+
+def _product_cost(rows: int, inner: int, columns: int) -> float:
+    """Time of a matrix product in values moved: bound by arithmetic or by memory, whichever is slower."""
+    return max(2 * rows * inner * columns / _OPERATIONS_PER_VALUE, rows * inner + inner * columns + rows * columns)
+
+
+def projects_directly(tokens: int, m: int, n: int, rank: int, side: str) -> bool:
+    """Whether one-sided R is cheaper by `(g leftᵀ)ᵀ x` or `gᵀ(x rightᵀ)` than by the full gradient gᵀx.
+
+    Directly it takes 2 T r (m + n) operations against 2 T m n + 2 m n r, but g and x are read and a (T, r) matrix is
+    written and read: for small matrices under many tokens memory decides, and the full gradient is small then.
     """
-    tokens, m, n = *grad_output.shape, input.shape[1]
-    basis = left if right is None else right
+    projected = n if side == "right" else m
+    direct = _product_cost(tokens, projected, rank) + _product_cost(m + n - projected, tokens, rank)
+    return direct < _product_cost(m, tokens, n) + _product_cost(m + n - projected, projected, rank)
+
+
+def project_factors(grad_output: Tensor, input: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """R = left (gᵀx) rightᵀ from g (tokens, m) and x (tokens, n), in the cheaper order."""
+    basis, side = (left, "left") if right is None else (right, "right")
     assert basis is not None
-    rank = basis.shape[0]
-    if tokens * rank * (m + n) >= tokens * m * n + m * n * rank:
-        return project(grad_output.T @ input, left, right)
+    if not projects_directly(grad_output.shape[0], grad_output.shape[1], input.shape[1], basis.shape[0], side):
+        return project(matrix_product(grad_output.T, input), left, right).contiguous()
     if left is not None:
         grad_output = grad_output @ left.to(grad_output.dtype).T
     if right is not None:
         input = input @ right.to(input.dtype).T
-    return grad_output.T @ input
+    return matrix_product(grad_output.T, input).contiguous()
 
 
 def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,13 @@ bits for everything that is stored.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +23,25 @@ from qgalore.kernels import reference
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 
-def _use_triton(device: torch.device) -> bool:
+def use_triton(device: torch.device) -> bool:
     """Whether kernels run in Triton on this device; raises ValueError for an unknown `QGALORE_KERNELS`."""
     chosen = os.environ.get("QGALORE_KERNELS", "auto")
+    if chosen == "auto":
+        return device.type == "cuda" and _triton_is_installed()
     if chosen not in _IMPLEMENTATIONS:
         raise ValueError(f"QGALORE_KERNELS={chosen!r} is unknown: it must be one of {', '.join(_IMPLEMENTATIONS)}")
-    if chosen == "auto":
-        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return chosen == "triton"
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_module(name: str) -> Any:
+    """A Triton file of this package; they are imported where they are used, since Triton may be absent."""
+    return importlib.import_module(f"qgalore.kernels.{name}")
 
 
 def _check_matrix(x: Tensor, name: str) -> None:
@@ -40,16 +56,21 @@ def _check_format(bits: int, group_size: int) -> None:
         raise ValueError(f"group_size must be positive, not {group_size}")
 
 
-def random_bits16(rows: int, columns: int, seed: int, row_start: int, device: torch.device) -> Tensor:
-    """16 random bits for each element of a matrix, from its position and a 64-bit seed: (rows, columns) int32.
+def _triton_or_none(device: torch.device, name: str) -> Any:
+    """The Triton file `name` where kernels run in Triton, else None."""
+    return _triton_module(name) if use_triton(device) else None
 
-    `row_start` is the number of the first row in the matrix that the seed belongs to.
-    """
-    if _use_triton(device):
-        from qgalore.kernels import random_bits
 
-        return random_bits.random_bits16(rows, columns, seed, row_start, device)
-    return reference.random_bits16(rows, columns, seed, row_start, device)
+@contextlib.contextmanager
+def _taken_back_if(skip: Tensor | None, *tensors: Tensor | None) -> Iterator[None]:
+    """Let the body write to tensors, and take it back on the device where the flag is true."""
+    if skip is None:
+        yield
+        return
+    before = [(tensor, tensor.clone()) for tensor in tensors if tensor is not None]
+    yield
+    for tensor, copy in before:
+        tensor.copy_(torch.where(skip, copy, tensor))
 
 
 def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,51 +81,89 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     """
     _check_matrix(x, "x")
     _check_format(bits, group_size)
+    triton = _triton_or_none(x.device, "group_quantization")
+    if triton is not None and triton.can_handle(bits, group_size):
+        return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
     parts = []
-    for start, stop in reference.row_chunks(*x.shape):
-        random = None if seed is None else random_bits16(stop - start, x.shape[1], seed, start, x.device)
+    for start, stop in row_chunks(*x.shape):
+        random = _random_bits(stop - start, x.shape[1], seed, start, x.device)
         codes, scale, zero_point = reference.quantize_groups(x[start:stop], bits, group_size, random)
         parts.append((reference.pack_int4(codes) if bits == 4 else codes, scale, zero_point))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, columns: int, bits: int, group_size: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    columns: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`."""
+    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`; into `out`, of any row stride."""
     _check_matrix(qdata, "qdata")
     _check_format(bits, group_size)
+    triton = _triton_or_none(qdata.device, "group_quantization")
+    if triton is not None and triton.can_handle(bits, group_size):
+        return triton.dequantize(qdata, scale, zero_point, columns, bits, group_size, dtype, out)  # type: ignore[no-any-return]
     codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata
-    return reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
+    value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
+    return value if out is None else out.copy_(value)
 
 
-def adam_step_8bit(
+def check_gradient(grad: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """‖grad‖², () float32, and a flag, () bool: it is not finite, or `skip` is true."""
+    triton = _triton_or_none(grad.device, "gradient_check")
+    if triton is not None:
+        return triton.check_gradient(grad, skip)  # type: ignore[no-any-return]
+    squared_norm = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+    broken = ~squared_norm.isfinite()
+    return squared_norm, broken if skip is None else broken | skip
+
+
+def adam_step(
     grad: Tensor,
     exp_avg: Tensor,
-    exp_avg_absmax: Tensor,
+    exp_avg_absmax: Tensor | None,
     exp_avg_sq: Tensor,
-    exp_avg_sq_absmax: Tensor,
+    exp_avg_sq_absmax: Tensor | None,
     step: int,
     betas: tuple[float, float],
     eps: float,
     block_size: int,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One step of block-wise 8-bit Adam: moves the four state tensors in place and returns the direction, float32.
+    """One step of Adam with the gradient factor * grad: moves the moments in place and returns the direction in dtype.
 
-    grad float32 of any shape; exp_avg, exp_avg_sq uint8 like grad; the absmax tensors (ceil(numel / block_size),)
-    float32; step counts from 1.
+    grad float of any shape; exp_avg, exp_avg_sq uint8 like grad with absmax tensors (ceil(numel / block_size),)
+    float32, or float32 without; step counts from 1. Where the flag `skip` is true the moments stay and the direction
+    is undefined.
     """
-    first = reference.dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
-    second = reference.dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
-    direction = reference.adam_direction(grad, first, second, step, betas, eps)
-    for value, signed, codes, absmax in (
-        (first, True, exp_avg, exp_avg_absmax),
-        (second, False, exp_avg_sq, exp_avg_sq_absmax),
-    ):
-        new_codes, new_absmax = reference.quantize_blocks(value, signed, block_size)
-        codes.copy_(new_codes)
-        absmax.copy_(new_absmax)
-    return direction
+    triton = _triton_or_none(grad.device, "adam")
+    if triton is not None:
+        return triton.adam_step(  # type: ignore[no-any-return]
+            grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, step, betas, eps, block_size, factor, skip,
+            dtype,
+        )  # fmt: skip
+    grad = grad.float() if factor is None else grad.float() * factor
+    with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
+        if exp_avg_absmax is None or exp_avg_sq_absmax is None:
+            return reference.adam_direction(grad, exp_avg, exp_avg_sq, step, betas, eps).to(dtype)
+        first = reference.dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
+        second = reference.dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
+        direction = reference.adam_direction(grad, first, second, step, betas, eps)
+        for value, signed, codes, absmax in (
+            (first, True, exp_avg, exp_avg_absmax),
+            (second, False, exp_avg_sq, exp_avg_sq_absmax),
+        ):
+            new_codes, new_absmax = reference.quantize_blocks(value, signed, block_size)
+            codes.copy_(new_codes)
+            absmax.copy_(new_absmax)
+    return direction.to(dtype)
 
 
 def update_quantized_(
@@ -120,20 +179,40 @@ def update_quantized_(
     step_size: float,
     decay: float,
     seed: int | None,
+    skip: Tensor | None = None,
 ) -> None:
     """W <- quantize(decay * W - step_size * leftᵀ N right) in place on the stored codes, scale and zero point.
 
-    direction N is float32, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
-    None. Float32 inside, one rounding: nearest without a seed, stochastic with one.
+    direction N is float, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
+    None. Products accumulate in float32, and there is one rounding: nearest without a seed, stochastic with one. Where
+    the flag `skip` is true nothing changes.
     """
-    for start, stop in reference.row_chunks(qdata.shape[0], columns):
-        rows = slice(start, stop)
-        weight = dequantize(qdata[rows], scale[rows], zero_point[rows], columns, bits, group_size, torch.float32)
-        full = reference.project_back_rows(direction, left, right, start, stop)
-        weight.mul_(decay).sub_(full, alpha=step_size)
-        random = None if seed is None else random_bits16(stop - start, columns, seed, start, weight.device)
-        codes, scale[rows], zero_point[rows] = reference.quantize_groups(weight, bits, group_size, random)
-        qdata[rows] = reference.pack_int4(codes) if bits == 4 else codes
+    triton = _triton_or_none(qdata.device, "group_quantization")
+    if triton is not None and not triton.can_handle(bits, group_size):
+        triton = None
+    one_side = (left is None) != (right is None)
+    if triton is not None and one_side and _triton_module("low_rank_update").can_handle(group_size):
+        a, b = (direction, right) if left is None else (left.T, direction)
+        assert b is not None
+        _triton_module("low_rank_update").low_rank_update_(
+            qdata, scale, zero_point, a, b, columns, bits, group_size, step_size, decay, seed, skip
+        )
+        return
+    for start, stop in row_chunks(qdata.shape[0], columns):
+        part = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
+        if left is None and right is None:
+            full = direction[start:stop]
+        else:
+            full = reference.project_back_rows(direction, left, right, start, stop)
+        if triton is not None:
+            triton.update_(*part, full, columns, bits, group_size, step_size, decay, seed, start, skip)
+            continue
+        with _taken_back_if(skip, *part):
+            weight = dequantize(*part, columns, bits, group_size, torch.float32)
+            weight.mul_(decay).sub_(full.float() * step_size)
+            random = _random_bits(stop - start, columns, seed, start, weight.device)
+            codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
+            part[0].copy_(reference.pack_int4(codes) if bits == 4 else codes)
 
 
 def update_float_(
@@ -145,28 +224,37 @@ def update_float_(
     decay: float,
     seed: int | None,
     row_start: int = 0,
+    skip: Tensor | None = None,
 ) -> None:
     """W <- round(decay * W - step_size * leftᵀ N right) in place on a float tensor, float32 inside.
 
     With a seed a bfloat16 weight is rounded stochastically, since a nearest rounding loses every update below 1/512
     of the weight; other dtypes round to nearest. A vector is a matrix of one row; `row_start` is the number of the
-    first row in the matrix that the seed belongs to.
+    first row in the matrix that the seed belongs to. Where the flag `skip` is true nothing changes.
     """
     matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
     direction = direction if left is not None or right is not None else direction.view(matrix.shape)
-    for start, stop in reference.row_chunks(*matrix.shape):
+    triton = _triton_or_none(weight.device, "float_update")
+    for start, stop in row_chunks(*matrix.shape):
         full = reference.project_back_rows(direction, left, right, start, stop)
-        value = matrix[start:stop].float().mul(decay).sub_(full, alpha=step_size)
-        if seed is not None and weight.dtype == torch.bfloat16:
-            random = random_bits16(stop - start, matrix.shape[1], seed, row_start + start, weight.device)
-            value = reference.round_stochastic_bfloat16(value, random)
-        matrix[start:stop] = value
+        if triton is not None:
+            triton.update_float_(matrix[start:stop], full, step_size, decay, seed, row_start + start, skip)
+            continue
+        with _taken_back_if(skip, matrix[start:stop]):
+            value = matrix[start:stop].float().mul(decay).sub_(full * step_size)
+            if seed is not None and weight.dtype == torch.bfloat16:
+                random = _random_bits(stop - start, matrix.shape[1], seed, row_start + start, weight.device)
+                assert random is not None
+                value = reference.round_stochastic_bfloat16(value, random)
+            matrix[start:stop] = value
+
+
+def _random_bits(rows: int, columns: int, seed: int | None, row_start: int, device: torch.device) -> Tensor | None:
+    return None if seed is None else reference.random_bits16(rows, columns, seed, row_start, device)
 
 
 def project_back(direction: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """leftᵀ N right, float32: N itself where both bases are None."""
-    if left is None and right is None:
-        return direction
     rows = direction.shape[0] if left is None else left.shape[1]
     return reference.project_back_rows(direction, left, right, 0, rows)
 

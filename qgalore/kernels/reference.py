@@ -103,7 +103,7 @@ def quantize_groups(x: Tensor, bits: int, group_size: int, random: Tensor | None
     low, high = _group_bounds(x, group_size)
     zero_point = _round_down_to_bfloat16(low)
     # Halved, so that the range of a group up to 3.4e38 does not overflow; a wider one dequantizes to infinity.
-    exact = (high * 0.5 - zero_point * 0.5) / (levels * 0.5)
+    exact = (high * 0.5 - zero_point * 0.5) * (2.0 / levels)
     # Less by what float32 cannot tell: else the rounding of a dequantized end would widen the group at every update.
     slack = torch.maximum(high.abs(), zero_point.abs()) * (_HALF_ULP / levels) + exact * (4 * _HALF_ULP)
     scale = _round_up_to_bfloat16((exact - slack).clamp_min(0.0))
@@ -179,7 +179,9 @@ def quantize_blocks(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, T
     blocks = -(-flat.numel() // block_size)
     padded = torch.nn.functional.pad(flat, (0, blocks * block_size - flat.numel())).view(blocks, block_size)
     absmax = padded.abs().amax(dim=1)
-    scaled = padded / torch.where(absmax > 0, absmax, 1.0)[:, None]
+    # The reciprocal of the smallest numbers is infinite: such a block counts as zero.
+    inverse = torch.where(absmax >= _SMALLEST_NORMAL, 1.0 / absmax, 0.0)
+    scaled = padded * inverse[:, None]
     codes = torch.bucketize(scaled, _map_midpoints(signed, x.device), out_int32=True)
     if not signed:
         # A second moment that became zero would make the next direction m / sqrt((1 - beta2) g^2), without bound.
@@ -197,18 +199,21 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: i
 def adam_direction(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """N = m_hat / (sqrt(v_hat) + eps) after moving the float32 moments m, v in place towards grad (Kingma & Ba)."""
+    """N = m_hat / (sqrt(v_hat) + eps) after moving the float32 moments m, v in place towards grad (Kingma & Ba).
+
+    Each product and sum is rounded by itself (no fused multiply-add), so that a kernel can give the same bits.
+    """
     beta1, beta2 = betas
-    exp_avg.lerp_(grad, 1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    denominator = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
-    return (exp_avg / (1.0 - beta1**step)).div_(denominator)
+    exp_avg.mul_(beta1).add_(grad * (1.0 - beta1))
+    exp_avg_sq.mul_(beta2).add_((grad * grad).mul_(1.0 - beta2))
+    denominator = (exp_avg_sq * (1.0 / (1.0 - beta2**step))).sqrt_().add_(eps)
+    return (exp_avg * (1.0 / (1.0 - beta1**step))).div_(denominator)
 
 
 def project_back_rows(direction: Tensor, left: Tensor | None, right: Tensor | None, start: int, stop: int) -> Tensor:
     """Rows start:stop of leftᵀ N right, the full-size direction, float32; None stands for the identity."""
-    rows = direction[start:stop] if left is None else left[:, start:stop].T @ direction  # float32
-    return rows if right is None else rows @ right
+    rows = direction[start:stop].float() if left is None else left[:, start:stop].float().T @ direction.float()
+    return rows if right is None else rows @ right.float()
 
 
 def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:

@@ -307,4 +307,4 @@ def test_bad_arguments_are_named() -> None:
 def test_an_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QGALORE_KERNELS", "fastest")
     with pytest.raises(ValueError, match="'fastest' is unknown: it must be one of auto, reference, triton"):
-        kernels.random_bits16(1, 1, 0, 0, torch.device("cpu"))
+        kernels.use_triton(torch.device("cpu"))

@@ -1,0 +1,271 @@
+"""Time and memory of a training update: ours, torch's AdamW, and other projects' optimizers on the same model and data.
+
+    python -m benchmarks.compare --models 60m,1b --methods adamw_compiled,galore_torch,q_galore
+    python -m benchmarks.compare --models 7b --methods q_galore_checkpointing --grad_accum 2 --cap_gib 16
+
+Every measurement is a process of its own: a few updates to warm up (compilation, tuning, first subspaces), then timed
+ones, each between two waits for the device. One that fails, out of memory for example, is a row with its error, and the
+others go on. Rows go to `benchmarks/results/compare.csv`, a table is printed last. Peaks are in GB (10^9 bytes); those
+whose names begin with `run_` count the warm-up too, and with it the peers' SVDs. Ratios are to `adamw_compiled` of the
+same model in the same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is
+true, all SVDs fall into the warm-up; ours refreshes its subspaces during the timed updates as in a run.
+
+The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass. The
+peers' packages and what is adapted in them: `compare_peers.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+
+from benchmarks.compare_methods import CHECKPOINTING, LENGTH, METHODS, Setting
+from benchmarks.quality import ROOT, append_row, commit
+from peft_pretraining.errors import UserError
+from peft_pretraining.model_config import read_config_json
+from peft_pretraining.throughput import memory_metrics
+
+Row = dict[str, object]
+
+BASELINE = "adamw_compiled"
+DEFAULT_METHODS = "adamw_compiled,adamw,adam8bit_bitsandbytes,galore_torch,apollo_torch,q_galore_torch,q_galore"
+MICRO_BATCHES: Mapping[str, int] = {"60m": 256, "130m": 128, "350m": 64, "1b": 16, "7b": 16, "13b": 8}
+RANKS: Mapping[str, int] = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024, "13b": 1024}
+COLUMNS = (
+    *("model", "method", "tokens_per_second", "speed_ratio", "peak_gb", "memory_ratio", "reserved_gb"),
+    *("run_peak_gb", "run_reserved_gb", "seconds_median", "seconds_mean", "warmup_seconds"),
+    *("micro_batch", "grad_accum", "length", "rank", "warmup_updates", "updates", "compiled", "svd_excluded"),
+    *("first_loss", "last_loss", "cap_gib", "flags", "libraries", "device", "torch", "commit", "note", "error"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program: 0 if all was measured, failures included; 2 for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(argv)
+    try:
+        models, methods = check_names(args)
+        if args.one:
+            print(json.dumps(measure(args.one, models[0], args)))
+            return 0
+    except UserError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    rows = compare(models, methods, Path(args.results), lambda *names: in_own_process(*names, argv, args.timeout))
+    print(table(rows))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="compare", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="60m,130m,350m,1b", help="names of configs, separated by commas")
+    parser.add_argument("--methods", default=DEFAULT_METHODS, help=f"of {', '.join(METHODS)}, or with {CHECKPOINTING}")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
+    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches an update; ours sums them in INT8")
+    parser.add_argument("--warmup", type=int, default=5, help="updates before the timed ones")
+    parser.add_argument("--updates", type=int, default=10, help="timed updates")
+    parser.add_argument("--no_compile", action="store_true", help="compile nothing")
+    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py for q_galore, in one string")
+    parser.add_argument("--cap_gib", type=float, help="device memory in GiB that a process may take")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and token ids")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that a measurement may take")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results/compare.csv"), help="CSV to append to")
+    parser.add_argument("--note", default="", help="what to remember of the circumstances")
+    parser.add_argument("--one", metavar="METHOD", help="measure this in this process and print its row as JSON")
+    return parser
+
+
+def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The models and methods asked for; raises UserError for a name that does not exist."""
+    models, methods = args.models.split(","), ([args.one] if args.one else args.methods.split(","))
+    for model in models:
+        if not config_path(model).is_file():
+            known = sorted(path.stem.removeprefix("llama_") for path in (ROOT / "configs").glob("llama_*.json"))
+            raise UserError(f"--models {model}: there is no such config; there are {', '.join(known)}")
+    for method in methods:
+        if method.removesuffix(CHECKPOINTING) not in METHODS:
+            flag, names = "--one" if args.one else "--methods", ", ".join(METHODS)
+            raise UserError(f"{flag} {method}: there is no such method; there are {names}, each also {CHECKPOINTING}")
+    if args.one and len(models) > 1:
+        raise UserError(f"--models {args.models}: with --one give a single model")
+    return models, methods
+
+
+def config_path(model: str) -> Path:
+    """The configuration of a model by its name."""
+    return ROOT / "configs" / f"llama_{model}.json"
+
+
+# ---- all measurements
+
+
+def compare(
+    models: Sequence[str], methods: Sequence[str], results: Path, measure_one: Callable[[str, str], Row]
+) -> list[Row]:
+    """Measure every method on every model, append a row for each to `results` at once, and return the rows."""
+    rows = []
+    for model in models:
+        baseline: Row = {}
+        # What the others are compared with comes first; otherwise in the order asked for.
+        for method in sorted(methods, key=lambda name: name != BASELINE):
+            row = measure_one(method, model)
+            if method == BASELINE:
+                baseline = row
+            row |= ratios(row, baseline)
+            append_row(results, row)
+            print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
+            rows.append(row)
+    return rows
+
+
+def ratios(row: Row, baseline: Row) -> Row:
+    """Speed and memory as multiples of the baseline's; empty where either is not known."""
+    found: Row = {}
+    for name, column in (("speed_ratio", "tokens_per_second"), ("memory_ratio", "peak_gb")):
+        if row.get(column) and baseline.get(column):
+            found[name] = round(row[column] / baseline[column], 3)  # type: ignore[operator]
+    return found
+
+
+def in_own_process(method: str, model: str, argv: Sequence[str], timeout: float) -> Row:
+    """The row of one measurement, made by a process of its own; what goes wrong there is in its `error`."""
+    command = [sys.executable, "-m", "benchmarks.compare", *argv, "--models", model, "--one", method]
+    row: Row = dict.fromkeys(COLUMNS, "") | {"model": model, "method": method, "commit": commit()}
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return row | {"error": f"took longer than --timeout {timeout:g} seconds"}
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        row |= json.loads(lines[-1])
+    else:
+        row["error"] = f"exit code {done.returncode}: {(done.stderr.splitlines() or [''])[-1][:300]}"
+    if row["error"]:
+        print(done.stderr[-3000:], file=sys.stderr, flush=True)
+    return row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown."""
+    head = ["model", "micro-batch", "method", "compiled", "tokens/s", "x AdamW", "peak GB", "x AdamW", "reserved GB"]
+    head += ["warm-up s"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in rows:
+        batch = f"{row['grad_accum']} x {row['micro_batch']}" if row["grad_accum"] != 1 else row["micro_batch"]
+        cells = [row["model"], batch, row["method"], {True: "yes", False: "no"}.get(row["compiled"], "")]
+        if row["error"]:
+            cells += [str(row["error"]).replace("|", "/")[:120]]
+        else:
+            cells += [f"{row['tokens_per_second']:,}", row["speed_ratio"], row["peak_gb"], row["memory_ratio"]]
+            cells += [row["reserved_gb"], row["warmup_seconds"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (len(head) - len(cells)))
+    return "\n".join(lines)
+
+
+# ---- one measurement
+
+
+def measure(method: str, model: str, args: argparse.Namespace) -> Row:
+    """One row, without its ratios, measured in this process; an exception becomes its `error`."""
+    use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    setting = Setting(
+        config=config_path(model),
+        rank=RANKS.get(model) or read_config_json(config_path(model))["hidden_size"] // 4,
+        micro_batch=args.batch_size or MICRO_BATCHES.get(model, 16),
+        grad_accum=args.grad_accum,
+        checkpointing=method.endswith(CHECKPOINTING),
+        compile=not args.no_compile,
+        extra=args.extra,
+        seed=args.seed,
+        device=torch.device("cuda", 0) if use_cuda else torch.device("cpu"),
+    )
+    row: Row = dict.fromkeys(COLUMNS, "") | {
+        "model": model,
+        "method": method,
+        "micro_batch": setting.micro_batch,
+        "grad_accum": setting.grad_accum,
+        "length": LENGTH,
+        "rank": setting.rank,
+        "warmup_updates": args.warmup,
+        "updates": args.updates,
+        "cap_gib": args.cap_gib or "",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "note": args.note,
+    }
+    try:
+        return row | timed(method, setting, args)
+    except Exception as error:  # whatever another project's code raises
+        traceback.print_exc()
+        return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
+    """Train, and give what was measured."""
+    device = setting.device
+    if device.type == "cuda" and args.cap_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total), device)
+    training = METHODS[method.removesuffix(CHECKPOINTING)](setting)
+    warmup_seconds, losses = time_updates(training.update, args.warmup, device)
+    before = memory_metrics(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, more_losses = time_updates(training.update, args.updates, device)
+    after = memory_metrics(device)
+    losses += more_losses
+    tokens = setting.grad_accum * setting.micro_batch * LENGTH
+    peaks = {}
+    for column, key in (("peak_gb", "memory/peak_gb"), ("reserved_gb", "memory/reserved_gb")):
+        if key in after:
+            peaks |= {column: round(after[key], 3), f"run_{column}": round(max(before[key], after[key]), 3)}
+    return peaks | {
+        "tokens_per_second": round(tokens / statistics.median(seconds)),
+        "seconds_median": round(statistics.median(seconds), 5),
+        "seconds_mean": round(statistics.mean(seconds), 5),
+        "warmup_seconds": round(sum(warmup_seconds), 2),
+        "compiled": counters["stats"]["unique_graphs"] > 0,
+        "svd_excluded": training.svd_excluded,
+        "first_loss": round(losses[0], 4),
+        "last_loss": round(losses[-1], 4),
+        "flags": training.flags,
+        "libraries": training.libraries,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+    }
+
+
+def time_updates(
+    update: Callable[[], torch.Tensor], count: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds and loss of each of `count` updates."""
+    seconds, losses = [], []
+    for _ in range(count):
+        wait_for(device)
+        start = time.perf_counter()
+        losses.append(update())
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds, [float(loss) for loss in losses]
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

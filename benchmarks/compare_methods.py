@@ -1,0 +1,222 @@
+"""The trainings that `benchmarks/compare.py` times: ours, plain AdamW, and the peers of `compare_peers.py`.
+
+All train the same LLaMA from the same initial weights on the same token ids with the same loss, the mean over the
+targets of an update; so their first losses agree, up to the rounding of INT8 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import run_pretrain
+from benchmarks import compare_peers
+from peft_pretraining.args import parse_args
+from peft_pretraining.distributed import Processes
+from peft_pretraining.errors import UserError
+from peft_pretraining.lr_schedule import set_learning_rate
+from peft_pretraining.model import OnModule, build_model
+from peft_pretraining.modeling_llama import IGNORE_INDEX
+
+LENGTH = 256
+CHECKPOINTING = "_checkpointing"  # at the end of a method's name
+ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how."""
+
+    config: Path
+    rank: int
+    micro_batch: int  # sequences
+    grad_accum: int  # micro-batches
+    checkpointing: bool
+    compile: bool  # what can be compiled
+    extra: str  # more flags for ours
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to begin."""
+
+    update: Callable[[], Tensor]  # makes one update and gives its loss
+    flags: str = ""
+    svd_excluded: bool = False  # the first update has the only SVDs
+    libraries: str = ""
+
+
+class Steps(Protocol):
+    """What an optimizer is used for here."""
+
+    def step(self) -> Any:
+        """Update the weights."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
+def token_ids(setting: Setting, vocab_size: int) -> Tensor:
+    """Random token ids of an update, (grad_accum, micro_batch, LENGTH)."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    shape = (setting.grad_accum, setting.micro_batch, LENGTH)
+    return torch.randint(vocab_size, shape, generator=generator).to(setting.device)
+
+
+# ---- ours
+
+
+def q_galore_flags(setting: Setting) -> list[str]:
+    """The command line of `run_pretrain.py` for this setting."""
+    flags = ["--model_config", str(setting.config), "--device", setting.device.type, "--seed", str(setting.seed)]
+    flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
+    flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
+    flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
+    flags += ["--rank", str(setting.rank), "--galore_scale", "0.25"]
+    flags += ["--subspace", "streaming", "--update_proj_gap", "200"]
+    if setting.grad_accum > 1:
+        flags += ["--grad_accum_dtype", "int8"]
+    if setting.checkpointing:
+        flags += ["--activation_checkpointing"]
+    if not setting.compile:
+        flags += ["--compile", "off"]
+    return flags + setting.extra.split()
+
+
+def q_galore(setting: Setting) -> Training:
+    """Ours, as `run_pretrain.py` trains: its model, its optimizer, its order of calls, its deterministic kernels."""
+    flags = q_galore_flags(setting)
+    args = parse_args(flags)
+    run_pretrain.make_reproducible()
+    model, optimizer = run_pretrain.build(args, Processes(0, 1, setting.device))
+    batches = token_ids(setting, model.config.vocab_size)
+    target_tokens = batches.numel() // LENGTH * (LENGTH - 1)
+
+    def update() -> Tensor:
+        set_learning_rate(optimizer, 1.0)
+        loss = torch.zeros((), device=setting.device)
+        for micro_step, input_ids in enumerate(batches, start=1):
+            optimizer.is_last_micro_batch = micro_step == len(batches)
+            micro_loss = model(input_ids, input_ids).loss_sum / target_tokens
+            loss += micro_loss.detach()
+            if optimizer.is_last_micro_batch:
+                optimizer.skip_update_if(~loss.isfinite())
+            micro_loss.backward()
+        if args.optimizer.grad_clipping:
+            optimizer.clip_grad_norm_(args.optimizer.grad_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return Training(update, flags=" ".join(flags[2:]))
+
+
+# ---- others
+
+
+def others(
+    setting: Setting,
+    make_optimizer: Callable[..., Steps],
+    compile_model: bool,
+    on_module: OnModule | None = None,
+    packages: tuple[str, ...] = (),
+    svd_excluded: bool = False,
+) -> Training:
+    """Our LLaMA with all its logits at once, as other code has them, and the optimizer of somebody else."""
+    model = build_model(
+        setting.config,
+        device=setting.device,
+        seed=setting.seed,
+        activation_checkpointing=setting.checkpointing,
+        on_module=on_module,
+    )
+    optimizer = make_optimizer(model, setting.rank, **ADAM)
+    batches = token_ids(setting, model.config.vocab_size)
+    loss_of = mean_loss(model)
+    if compile_model and setting.compile:
+        loss_of = torch.compile(loss_of)
+
+    def update() -> Tensor:
+        loss = torch.zeros((), device=setting.device)
+        for input_ids in batches:
+            micro_loss = loss_of(input_ids) / len(batches)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return Training(update, svd_excluded=svd_excluded, libraries=compare_peers.versions(*packages))
+
+
+def mean_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The mean cross-entropy in float32 of token ids (B, LENGTH), the last of which have no target."""
+
+    def loss_of(input_ids: Tensor) -> Tensor:
+        logits = model(input_ids).logits  # (B, LENGTH, vocab_size)
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+    return loss_of
+
+
+def adamw(setting: Setting, compile_model: bool = False) -> Training:
+    """torch's fused AdamW on bfloat16 weights and states."""
+
+    def make(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **adam)
+
+    return others(setting, make, compile_model)
+
+
+def adamw_compiled(setting: Setting) -> Training:
+    """The same with model and loss compiled."""
+    return adamw(setting, compile_model=True)
+
+
+def adam8bit_bitsandbytes(setting: Setting) -> Training:
+    """bitsandbytes' 8-bit Adam, model and loss compiled."""
+    return others(setting, compare_peers.adam8bit, True, packages=("bitsandbytes",))
+
+
+def galore_torch(setting: Setting) -> Training:
+    """galore-torch's GaLoreAdamW8bit, model and loss compiled."""
+    return others(setting, compare_peers.galore, True, packages=("galore-torch", "bitsandbytes"), svd_excluded=True)
+
+
+def apollo_torch(setting: Setting) -> Training:
+    """apollo-torch's APOLLOAdamW, model and loss compiled; it makes no SVD."""
+    return others(setting, compare_peers.apollo, True, packages=("apollo-torch",))
+
+
+def q_galore_torch(setting: Setting, make: Callable[..., Steps] = compare_peers.q_galore) -> Training:
+    """q-galore-torch's QGaLoreAdamW8bit over INT8 weights, eager: gradients leave autograd inside its layers."""
+    packages = ("q-galore-torch", "bitsandbytes")
+    return others(setting, make, False, compare_peers.convert_to_int8, packages, svd_excluded=True)
+
+
+def q_galore_torch_per_layer(setting: Setting) -> Training:
+    """The same with its updates inside the backward pass; embeddings, head and norms do not train there."""
+    if setting.grad_accum > 1:
+        raise UserError("--grad_accum: q_galore_torch_per_layer updates at every micro-batch; leave the flag out")
+    return q_galore_torch(setting, compare_peers.QGaLorePerLayer)
+
+
+METHODS: Mapping[str, Callable[[Setting], Training]] = {
+    "adamw_compiled": adamw_compiled,
+    "adamw": adamw,
+    "adam8bit_bitsandbytes": adam8bit_bitsandbytes,
+    "galore_torch": galore_torch,
+    "apollo_torch": apollo_torch,
+    "q_galore_torch": q_galore_torch,
+    "q_galore_torch_per_layer": q_galore_torch_per_layer,
+    "q_galore": q_galore,
+}

@@ -1,0 +1,134 @@
+"""Adam's step on a gradient of any shape, in Triton: block-wise 8-bit or float32 moments.
+
+    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g²,  N = (m / c1) / (sqrt(v / c2) + eps)
+
+Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
+float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
+inside; the direction uses the moments before they are rounded to 8 bits, and is the only value whose division and square
+root are not rounded to the last bit.
+
+The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
+lowest code of that interval, in which at most one border between two codes lies; one comparison with it decides.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels import reference
+from qgalore.kernels.triton_tiles import to_float
+
+# Intervals of |x|: seven bits of mantissa for each exponent from 2^-24 to below 1, and 1 itself.
+_FIRST_INTERVAL = (127 - 24) << 7
+_INTERVALS = 24 * 128 + 1
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of the codes and borders between them, (256,) float32; the lowest code of each interval, int32."""
+    values = reference.dynamic_map(signed, torch.device("cpu"))
+    middle = (values[:-1] + values[1:]) / 2
+    bits = (torch.arange(_INTERVALS, dtype=torch.int32) + _FIRST_INTERVAL) << 16
+    low, high = bits.view(torch.float32).clone(), (bits + 0xFFFF).view(torch.float32)
+    low[0], high[-1] = 0.0, 1.0
+    starts = [torch.bucketize(low, middle), torch.bucketize(-high, middle)]
+    ends = [torch.bucketize(high, middle), torch.bucketize(-low, middle)]
+    start, end = torch.cat(starts), torch.cat(ends)
+    assert bool((end - start <= 1).all()), "two borders between codes in one interval"
+    borders = torch.cat((middle, torch.tensor([float("inf")])))
+    return values.to(device), borders.to(device), start.to(torch.int32).to(device)
+
+
+@triton.jit
+def _code(x, borders, starts, SIGNED: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest code of x in [-1, 1]."""
+    interval = (tl.abs(x).to(tl.int32, bitcast=True) >> 16) - FIRST
+    interval = tl.minimum(tl.maximum(interval, 0), INTERVALS - 1)
+    if SIGNED:
+        interval += tl.where(x < 0, INTERVALS, 0)
+    low = tl.load(starts + interval)
+    code = low + (tl.load(borders + low) < x).to(tl.int32)
+    if not SIGNED:
+        code = tl.maximum(code, (x > 0).to(tl.int32))
+    return code
+
+
+@triton.jit
+def _inverse(absmax):  # type: ignore[no-untyped-def]
+    smallest_normal = 1.1754943508222875e-38
+    return tl.where(absmax >= smallest_normal, tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax), 0.0)
+
+
+@triton.jit(do_not_specialize=["numel", "beta1", "rest1", "beta2", "rest2", "inverse1", "inverse2", "eps"])
+def _adam_kernel(  # type: ignore[no-untyped-def]
+    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, skip, map1, borders1, starts1, map2,
+    borders2, starts2, numel, beta1, rest1, beta2, rest2, inverse1, inverse2, eps, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    HAS_SKIP: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP:
+        if tl.load(skip):
+            return
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
+    start = program * (BLOCKS * BLOCK)
+    mask = at < numel - start
+    if WIDTH > BLOCK:
+        mask = mask & (tl.arange(0, WIDTH)[None, :] < BLOCK)
+    exp_avg += start
+    exp_avg_sq += start
+    g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
+    if HAS_FACTOR:
+        g *= tl.load(factor)
+    first = tl.load(exp_avg + at, mask=mask, other=0)
+    second = tl.load(exp_avg_sq + at, mask=mask, other=0)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    present = block * BLOCK < numel
+    if QUANTIZED:
+        first_absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
+        second_absmax = tl.load(exp_avg_sq_absmax + block, mask=present, other=0)[:, None]
+        first = tl.load(map1 + first.to(tl.int32)) * first_absmax
+        second = tl.load(map2 + second.to(tl.int32)) * second_absmax
+    first = first * beta1 + g * rest1
+    second = second * beta2 + (g * g) * rest2
+    direction = (first * inverse1) / (tl.sqrt(second * inverse2) + eps)
+    tl.store(out + start + at, to_float(direction, out.dtype.element_ty), mask=mask)
+    if QUANTIZED:
+        first, second = tl.where(mask, first, 0.0), tl.where(mask, second, 0.0)
+        first_absmax = tl.max(tl.abs(first), axis=1)
+        second_absmax = tl.max(second, axis=1)
+        tl.store(exp_avg_absmax + block, first_absmax, mask=present)
+        tl.store(exp_avg_sq_absmax + block, second_absmax, mask=present)
+        first *= _inverse(first_absmax)[:, None]
+        second *= _inverse(second_absmax)[:, None]
+        first = _code(first, borders1, starts1, True, FIRST, INTERVALS).to(tl.uint8)
+        second = _code(second, borders2, starts2, False, FIRST, INTERVALS).to(tl.uint8)
+    tl.store(exp_avg + at, first, mask=mask)
+    tl.store(exp_avg_sq + at, second, mask=mask)
+
+
+def adam_step(
+    grad: Tensor, exp_avg: Tensor, exp_avg_absmax: Tensor | None, exp_avg_sq: Tensor, exp_avg_sq_absmax: Tensor | None,
+    step: int, betas: tuple[float, float], eps: float, block_size: int, factor: Tensor | None, skip: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See `qgalore.kernels.adam_step`."""
+    grad = grad.contiguous()
+    direction = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    quantized = exp_avg_absmax is not None
+    width = triton.next_power_of_2(block_size)
+    blocks = max(1, 2048 // width)
+    tables = (*_tables(True, grad.device), *_tables(False, grad.device)) if quantized else (None,) * 6
+    beta1, beta2 = betas
+    _adam_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
+        grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, direction, factor, skip, *tables, grad.numel(),
+        beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step), eps,
+        BLOCK=block_size, WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factor is not None,
+        HAS_SKIP=skip is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False, num_warps=8,
+    )  # fmt: skip
+    return direction

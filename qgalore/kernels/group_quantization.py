@@ -1,0 +1,132 @@
+"""Group quantization in Triton: `dequantize`, `quantize` and an update of a quantized matrix, group by group.
+
+    dequantize:  out = code * scale + zero_point
+    quantize:    (codes, scale, zero_point) of x
+    update:      (codes, scale, zero_point) of decay * W - step_size * N
+
+Layout: qdata (rows, columns) uint8, or (rows, ceil(columns / 2)) at 4 bits; scale and zero point (rows, groups)
+bfloat16; the float operand (rows, columns) with any strides. One program handles one group of BLOCK_ROWS rows. Values
+are float32 inside and rounded once; the bits are those of `reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.triton_tiles import load_codes, quantize_group, store_codes, to_float
+
+
+@triton.jit
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
+    qdata, scale, zero_point, out, rows, columns, q_stride, out_stride, groups, GROUP: tl.constexpr, G: tl.constexpr,
+    M: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
+    group = tl.program_id(1)
+    start = group * GROUP
+    end = tl.minimum(start + GROUP, columns)
+    row_mask = row < rows
+    codes = load_codes(qdata, row, q_stride, row_mask, start, end, G, BITS).to(tl.float32)
+    factor = tl.load(scale + row * groups + group, mask=row_mask, other=0).to(tl.float32)
+    offset = tl.load(zero_point + row * groups + group, mask=row_mask, other=0).to(tl.float32)
+    column = start + tl.arange(0, G)[None, :]
+    value = codes * factor + offset
+    tl.store(out + row * out_stride + column, to_float(value, out.dtype.element_ty), mask=row_mask & (column < end))
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
+def _update_kernel(  # type: ignore[no-untyped-def]
+    qdata, scale, zero_point, x, skip, rows, columns, q_stride, groups, x_row, x_column, seed_low, seed_high, row_start,
+    step_size, decay, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP:
+        if tl.load(skip):
+            return
+    row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
+    group = tl.program_id(1)
+    start = group * GROUP
+    end = tl.minimum(start + GROUP, columns)
+    column = start + tl.arange(0, G)[None, :]
+    row_mask = row < rows
+    mask = row_mask & (column < end)
+    value = tl.load(x + row * x_row + column * x_column, mask=mask, other=0).to(tl.float32)
+    at = row * groups + group
+    if UPDATE:
+        codes = load_codes(qdata, row, q_stride, row_mask, start, end, G, BITS).to(tl.float32)
+        factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
+        offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
+        value = (codes * factor + offset) * decay - value * step_size
+    number = (row_start + row).to(tl.int32)
+    codes, factor, offset = quantize_group(value, mask, number, start, seed_low, seed_high, G, BITS, STOCHASTIC)
+    store_codes(qdata, codes, row, q_stride, row_mask, start, end, G, BITS)
+    tl.store(scale + at, factor[:, None].to(tl.bfloat16), mask=row_mask)
+    tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)
+
+
+def block_of_group(group_size: int) -> tuple[int, int]:
+    """(rows, columns) of a program's tile: one group, and rows for about 2,048 values."""
+    columns = max(16, triton.next_power_of_2(group_size))
+    return max(1, 2048 // columns), columns
+
+
+def can_handle(bits: int, group_size: int) -> bool:
+    """Whether a group is whole bytes and whole calls of the random generator, and fits a tile."""
+    return group_size % 8 == 0 and group_size <= 4096 and (bits == 8 or group_size % 2 == 0)
+
+
+def dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, columns: int, bits: int, group_size: int, dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """See `qgalore.kernels.dequantize`."""
+    rows = qdata.shape[0]
+    if out is None:
+        out = torch.empty(rows, columns, dtype=dtype, device=qdata.device)
+    block_rows, block_columns = block_of_group(group_size)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
+    _dequantize_kernel[grid](
+        qdata, scale, zero_point, out, rows, columns, qdata.stride(0), out.stride(0), scale.stride(0),
+        GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def quantize(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qgalore.kernels.quantize`."""
+    rows, columns = x.shape
+    groups = triton.cdiv(columns, group_size)
+    qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
+    zero_point = torch.empty_like(scale)
+    _launch(qdata, scale, zero_point, x, columns, bits, group_size, 0.0, 0.0, seed, 0, None, update=False)
+    return qdata, scale, zero_point
+
+
+def update_(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, full: Tensor, columns: int, bits: int, group_size: int,
+    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None,
+) -> None:  # fmt: skip
+    """W <- quantize(decay * W - step_size * full) for rows row_start: of a matrix, in place."""
+    _launch(
+        qdata, scale, zero_point, full, columns, bits, group_size, step_size, decay, seed, row_start, skip, update=True
+    )
+
+
+def _launch(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
+    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, update: bool,
+) -> None:  # fmt: skip
+    rows = qdata.shape[0]
+    block_rows, block_columns = block_of_group(group_size)
+    number = seed or 0
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
+    _update_kernel[grid](
+        qdata, scale, zero_point, x, skip, rows, columns, qdata.stride(0), scale.stride(0), x.stride(0), x.stride(1),
+        number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start, step_size, decay, GROUP=group_size,
+        G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None, UPDATE=update, HAS_SKIP=skip is not None,
+        enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""What several Triton kernels share: random bits, group quantization and stochastic rounding of one tile.
+
+A tile is (M, G): M rows and one group of G columns, so that the group's smallest and largest value are found inside
+it. G is a power of two; a group that is shorter, or the ragged last one of a row, is masked. All arithmetic is float32,
+in the order of `reference`, and must be compiled with `enable_fp_fusion=False`: then the bits are the same.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def random_bits16(row, start, seed_low, seed_high, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(M, G) uint32 of 16 random bits as in `reference.random_bits16`; row (M, 1) int32, start a multiple of 8."""
+    call = start // 8 + tl.arange(0, G // 8)[None, :]
+    counter = call + row * 0
+    zero = counter * 0
+    low, high = seed_low.to(tl.uint32).to(tl.uint64), seed_high.to(tl.uint32).to(tl.uint64)
+    w0, w1, w2, w3 = tl.philox((high << 32) | low, counter, row + zero, zero, zero)
+    w0, w1 = w0.to(tl.uint32, bitcast=True), w1.to(tl.uint32, bitcast=True)
+    w2, w3 = w2.to(tl.uint32, bitcast=True), w3.to(tl.uint32, bitcast=True)
+    # Half-word k = 4 a + 2 b + c of a call comes from word 2 a + b; a join adds the innermost dimension.
+    low_halves = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high_halves = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    return tl.reshape(tl.join(low_halves, high_halves), (counter.shape[0], G))
+
+
+@triton.jit
+def _round_down_to_bfloat16(x):  # type: ignore[no-untyped-def]
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits + 0xFFFF, bits) & -0x10000
+    value = bits.to(tl.float32, bitcast=True)
+    largest = 3.3895313892515355e38
+    return tl.maximum(tl.minimum(value, largest), -largest)
+
+
+@triton.jit
+def _round_up_to_bfloat16(x):  # type: ignore[no-untyped-def]
+    return ((x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_group(x, mask, row, start, seed_low, seed_high, G: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Codes (M, G) int32, scale and zero point (M,) float32 of the group x (M, G): `reference.quantize_groups`."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    low = tl.min(tl.where(mask, x, float("inf")), axis=1)
+    high = tl.max(tl.where(mask, x, float("-inf")), axis=1)
+    zero_point = _round_down_to_bfloat16(low)
+    exact = (high * 0.5 - zero_point * 0.5) * (2.0 / LEVELS)
+    half_ulp = 5.9604644775390625e-08
+    slack = tl.maximum(tl.abs(high), tl.abs(zero_point)) * (half_ulp / LEVELS) + exact * (4 * half_ulp)
+    scale = _round_up_to_bfloat16(tl.maximum(exact - slack, 0.0))
+    scale = tl.where(exact > 0, tl.maximum(scale, 1.1754943508222875e-38), 0.0)
+    step = tl.where(scale > 0, scale, 1.0)
+    position = tl.div_rn(x - zero_point[:, None], tl.broadcast_to(step[:, None], x.shape))
+    if STOCHASTIC:
+        below = tl.floor(position)
+        threshold = (random_bits16(row, start, seed_low, seed_high, G).to(tl.float32) + 0.5) * 1.52587890625e-05
+        codes = below + (threshold < position - below).to(tl.float32)
+    else:
+        codes = tl.floor(position + 0.5)
+    return tl.minimum(tl.maximum(codes, 0.0), 1.0 * LEVELS).to(tl.int32), scale, zero_point
+
+
+@triton.jit
+def load_codes(qdata, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes (M, G) int32 of columns start:end; row and row_mask (M, 1). At 4 bits `start` must be even."""
+    if BITS == 8:
+        column = start + tl.arange(0, G)[None, :]
+        return tl.load(qdata + row * stride + column, mask=row_mask & (column < end), other=0).to(tl.int32)
+    byte = start // 2 + tl.arange(0, G // 2)[None, :]
+    packed = tl.load(qdata + row * stride + byte, mask=row_mask & (2 * byte < end), other=0).to(tl.int32)
+    return tl.reshape(tl.join(packed & 15, packed >> 4), (packed.shape[0], G))
+
+
+@triton.jit
+def store_codes(qdata, codes, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write codes (M, G) int32 to columns start:end, at 4 bits two a byte, even columns in the low half."""
+    column = start + tl.arange(0, G)[None, :]
+    if BITS == 8:
+        tl.store(qdata + row * stride + column, codes.to(tl.uint8), mask=row_mask & (column < end))
+    else:
+        pairs = tl.reshape(tl.where(column < end, codes, 0), (codes.shape[0], G // 2, 2))
+        even, odd = tl.split(pairs)
+        byte = start // 2 + tl.arange(0, G // 2)[None, :]
+        tl.store(qdata + row * stride + byte, (even | (odd << 4)).to(tl.uint8), mask=row_mask & (2 * byte < end))
+
+
+@triton.jit
+def round_stochastic_bfloat16(x, random):  # type: ignore[no-untyped-def]
+    """float32 x rounded up or down to bfloat16 by 16 random bits: `reference.round_stochastic_bfloat16`."""
+    bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
+    rounded = bits.to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x).to(tl.bfloat16)
+
+
+@triton.jit
+def to_float(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
+    if TYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), rounded, x)
+    return x.to(TYPE)

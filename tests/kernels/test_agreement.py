@@ -1,0 +1,271 @@
+"""Every Triton kernel against its plain PyTorch reference, through the door: bit for bit where a matrix is stored.
+
+On a GPU the checks run as they are. Without one they run in Triton's interpreter, all in one process of its own, since
+Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qgalore import adam, kernels
+from qgalore.kernels import reference
+
+SEEDS = (None, 0, 0x299F31D0A4093822, (1 << 64) - 1)
+# Rows, columns, group: whole groups, a ragged last group, groups that are no power of two, odd columns, one column.
+SHAPES = [(5, 512, 256), (3, 1376, 256), (9, 85, 64), (4, 301, 256), (2, 97, 40), (3, 1, 128)]
+GROUP = 256
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(run: Callable[[], object]) -> Iterator[object]:
+    """What `run` gives with the reference and with Triton."""
+    before = os.environ.get("QGALORE_KERNELS")
+    try:
+        for implementation in ("reference", "triton"):
+            os.environ["QGALORE_KERNELS"] = implementation
+            yield run()
+    finally:
+        os.environ.pop("QGALORE_KERNELS", None)
+        if before is not None:
+            os.environ["QGALORE_KERNELS"] = before
+
+
+def same(expected: object, found: object) -> bool:
+    if isinstance(expected, Tensor):
+        return isinstance(found, Tensor) and expected.dtype == found.dtype and torch.equal(expected, found)
+    assert isinstance(expected, tuple) and isinstance(found, tuple)
+    return all(same(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def matrices(rows: int, columns: int, device: torch.device) -> Iterator[Tensor]:
+    """Ordinary, one-signed, huge, tiny, constant and mixed groups."""
+    x = normal(rows, columns).to(device)
+    yield x
+    yield x.abs() + 3
+    yield x * 1e37
+    yield x * 1e-37
+    yield torch.full_like(x, -2.5)
+    yield (x**7).bfloat16()
+
+
+def check_quantize(device: torch.device) -> None:
+    for rows, columns, group in SHAPES:
+        for x in matrices(rows, columns, device):
+            for bits in (8, 4):
+                for seed in SEEDS:
+                    expected, found = both(lambda: kernels.quantize(x, bits, group, seed))  # noqa: B023
+                    assert same(expected, found), (rows, columns, group, bits, seed)
+
+
+def check_quantize_strided(device: torch.device) -> None:
+    x = normal(300, 7).to(device).T
+    expected, found = both(lambda: kernels.quantize(x, 8, GROUP, 5))
+    assert same(expected, found)
+    x = normal(7, 600).to(device)[:, ::2]
+    expected, found = both(lambda: kernels.quantize(x, 4, GROUP, 5))
+    assert same(expected, found)
+
+
+def check_dequantize(device: torch.device) -> None:
+    for rows, columns, group in SHAPES:
+        for bits in (8, 4):
+            stored = kernels.quantize(normal(rows, columns).to(device), bits, group)
+            for dtype in (torch.float32, torch.bfloat16):
+                expected, found = both(lambda: kernels.dequantize(*stored, columns, bits, group, dtype))  # noqa: B023
+                assert same(expected, found), (rows, columns, group, bits, dtype)
+
+
+def check_add_to_quantized(device: torch.device) -> None:
+    for rows, columns, group in SHAPES:
+        for bits in (8, 4):
+            for dtype in (torch.float32, torch.bfloat16):
+                for seed in (None, 7 << 40):
+                    stored = kernels.quantize(normal(rows, columns).to(device), bits, group)
+                    add = normal(rows, columns, seed=1).to(device, dtype)
+
+                    def run() -> object:
+                        weight = tuple(tensor.clone() for tensor in stored)  # noqa: B023
+                        kernels.update_quantized_(*weight, add, None, None, columns, bits, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                        return weight
+
+                    expected, found = both(run)
+                    assert same(expected, found), (rows, columns, group, bits, dtype, seed)
+
+
+def whole_numbers(*shape: int, seed: int) -> Tensor:
+    """Small whole numbers: their products and sums are exact in float32 whatever the order."""
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def operand_types(device: torch.device) -> tuple[torch.dtype, ...]:
+    # The interpreter multiplies the bit patterns of bfloat16.
+    return (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
+
+
+def check_low_rank_update(device: torch.device) -> None:
+    for rows, columns, rank in ((65, 300, 5), (16, 256, 64), (130, 97, 130)):
+        for side in ("left", "right"):
+            for bits in (8, 4):
+                for dtype in operand_types(device):
+                    basis = whole_numbers(rank, rows if side == "left" else columns, seed=1).to(device, dtype)
+                    shape = (rank, columns) if side == "left" else (rows, rank)
+                    direction = whole_numbers(*shape, seed=2).to(device, dtype)
+                    bases = (basis, None) if side == "left" else (None, basis)
+                    stored = kernels.quantize(normal(rows, columns).to(device), bits, 128)
+                    for seed in (None, 11):
+
+                        def run() -> object:
+                            weight = tuple(tensor.clone() for tensor in stored)  # noqa: B023
+                            kernels.update_quantized_(*weight, direction, *bases, columns, bits, 128, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                            return weight
+
+                        expected, found = both(run)
+                        assert same(expected, found), (rows, columns, rank, side, bits, dtype, seed)
+
+
+def check_float_update(device: torch.device) -> None:
+    for shape in ((5, 700), (3, 33), (4000,)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for seed in (None, 3):
+
+                def run() -> object:
+                    weight = normal(*shape).to(device, dtype)  # noqa: B023
+                    kernels.update_float_(weight, normal(*shape, seed=1).to(device), None, None, 1e-3, 0.99, seed, 2)  # noqa: B023 # fmt: skip
+                    return weight
+
+                expected, found = both(run)
+                assert same(expected, found), (shape, dtype, seed)
+
+
+def check_adam(device: torch.device) -> None:
+    for shape in ((64, 128), (37, 131), (5,), (4099,)):
+        for bits in (8, 32):
+            for factor in (None, torch.tensor(0.3, device=device)):
+
+                def run() -> object:
+                    state: dict[str, Tensor] = {}
+                    adam.init_moments(state, torch.Size(shape), bits, device)  # noqa: B023
+                    for step in range(1, 4):
+                        # Over many orders of magnitude: every part of the 8-bit map is used.
+                        grad = (normal(*shape, seed=step) ** 5).to(device)  # noqa: B023
+                        direction = adam.adam_step(state, grad, step, (0.9, 0.99), 1e-8, factor=factor)  # noqa: B023
+                    return direction, *(state[key] for key in sorted(state))
+
+                (expected, *moments), (found, *found_moments) = both(run)  # type: ignore[misc]
+                assert same(tuple(moments), tuple(found_moments)), (shape, bits, factor)
+                # Neither the kernel's square root nor PyTorch's own on a CPU is always the nearest.
+                assert torch.allclose(found, expected, rtol=1e-6, atol=0), (shape, bits, factor)
+
+
+def check_skipping(device: torch.device) -> None:
+    for skipped in (True, False):
+        flag = torch.tensor(skipped, device=device)
+        start = kernels.quantize(normal(20, 300).to(device), 8, GROUP)
+        low, full = normal(4, 300).to(device), normal(20, 300, seed=1).to(device)
+        basis = normal(4, 20).to(device)
+        floats, grad = normal(20, 300, seed=2).to(device), normal(64, 64).to(device)
+        state: dict[str, Tensor] = {}
+        adam.init_moments(state, grad.shape, 8, device)
+        before = {key: value.clone() for key, value in state.items()}
+        for direction, left in ((low, basis), (full, None)):
+            weight = tuple(tensor.clone() for tensor in start)
+            kernels.update_quantized_(*weight, direction, left, None, 300, 8, GROUP, 0.1, 1.0, 1, skip=flag)
+            assert same(weight, start) == skipped
+        updated = floats.clone()
+        kernels.update_float_(updated, full, None, None, 0.1, 1.0, 1, skip=flag)
+        assert same(updated, floats) == skipped
+        adam.adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=flag)
+        assert same(tuple(state.values()), tuple(before.values())) == skipped
+
+
+def check_gradient(device: torch.device) -> None:
+    for shape in ((3,), (300, 500)):
+        for value in (None, float("inf"), float("nan")):
+            for skip in (None, torch.tensor(True, device=device), torch.tensor(False, device=device)):
+                grad = normal(*shape).to(device)
+                if value is not None:
+                    grad.view(-1)[-1] = value
+                (norm, flag), (found_norm, found_flag) = both(lambda: kernels.check_gradient(grad, skip))  # type: ignore[misc]  # noqa: B023
+                assert found_norm.shape == () and bool(found_flag) == bool(flag)
+                assert bool(flag) == (value is not None or (skip is not None and bool(skip)))
+                if value is None:
+                    assert torch.allclose(found_norm, norm, rtol=1e-5)
+                else:
+                    assert not found_norm.isfinite()
+
+
+def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
+    """A projection back of real numbers: sums in another order, so a code may differ by one, rarely."""
+    dtype = operand_types(device)[-1]
+    direction, basis = normal(32, 600).to(device, dtype), (normal(32, 100, seed=1) / 10).to(device, dtype)
+    stored = kernels.quantize(normal(100, 600, seed=2).to(device), 8, GROUP)
+
+    def run() -> object:
+        weight = tuple(tensor.clone() for tensor in stored)
+        kernels.update_quantized_(*weight, direction, basis, None, 600, 8, GROUP, 0.01, 1.0, 5)
+        return weight
+
+    expected, found = both(run)
+    assert isinstance(expected, tuple) and isinstance(found, tuple)
+    difference = (expected[0].int() - found[0].int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+    assert torch.equal(expected[1], found[1]) or torch.allclose(expected[1].float(), found[1].float(), rtol=2**-7)
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in dict(globals()).items() if name.startswith("check_")}
+
+
+def run_all() -> None:
+    """Run every check on the CPU, in the interpreter; print the failures as JSON."""
+    torch.set_num_threads(1)
+    failures = {}
+    for name, check in CHECKS.items():
+        try:
+            check(torch.device("cpu"))
+        except Exception as error:
+            failures[name] = repr(error)[:2000]
+    print(json.dumps({"ran": list(CHECKS), "failures": failures}))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    program = "from tests.kernels.test_agreement import run_all; run_all()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ran"] == list(CHECKS)
+    failures: dict[str, str] = result["failures"]
+    return failures
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_the_interpreter(name: str, interpreted: dict[str, str]) -> None:
+    assert name not in interpreted, interpreted[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_a_gpu(name: str) -> None:
+    CHECKS[name](torch.device("cuda"))
+
+
+def test_the_reference_is_what_a_cpu_runs() -> None:
+    assert not kernels.use_triton(torch.device("cpu"))
+    assert kernels.row_chunks is reference.row_chunks

@@ -1,0 +1,124 @@
+"""`benchmarks/compare.py`: ratios and table, a real measurement on the CPU, and what goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compare
+from benchmarks.compare_methods import METHODS, Setting, q_galore_flags
+from peft_pretraining.args import parse_args
+from tests.small_run import restored_process
+
+SMALLEST = ["--models", "9m", "--device", "cpu", "--batch_size", "1", "--updates", "1"]
+
+
+def fake_row(method: str, model: str) -> compare.Row:
+    """What a measurement gives; `adamw` fails."""
+    row: compare.Row = dict.fromkeys(compare.COLUMNS, "") | {"model": model, "method": method, "micro_batch": 4}
+    if method == "adamw":
+        return row | {"grad_accum": 2, "error": "OutOfMemoryError: 1 | 2"}
+    fast = {"adamw_compiled": 3000, "q_galore": 2000, "q_galore_checkpointing": 1000}[method]
+    small = {"adamw_compiled": 8.0, "q_galore": 4.0, "q_galore_checkpointing": 2.0}[method]
+    return row | {"grad_accum": 1, "tokens_per_second": fast, "peak_gb": small, "compiled": True, "device": model}
+
+
+def test_ratios_are_to_the_compiled_adamw_of_the_same_model(tmp_path: Path) -> None:
+    results, asked = tmp_path / "new" / "compare.csv", []
+
+    def measure(method: str, model: str) -> compare.Row:
+        asked.append((model, method))
+        slower = {"tokens_per_second": 1500} if (method, model) == ("adamw_compiled", "1b") else {}
+        return fake_row(method, model) | slower
+
+    methods = ["q_galore", "adamw", "adamw_compiled", "q_galore_checkpointing"]
+    rows = compare.compare(["60m", "1b"], methods, results, measure)
+    first = ["adamw_compiled", "q_galore", "adamw", "q_galore_checkpointing"]
+    assert asked == [(model, method) for model in ("60m", "1b") for method in first]
+    with results.open() as file:
+        written = list(csv.DictReader(file))
+    assert [tuple(row) for row in written] == [compare.COLUMNS] * 8
+    assert [row["speed_ratio"] for row in written] == ["1.0", "0.667", "", "0.333", "1.0", "1.333", "", "0.667"]
+    assert [row["memory_ratio"] for row in written] == ["1.0", "0.5", "", "0.25"] * 2
+    assert [row["error"] for row in written if row["error"]] == ["OutOfMemoryError: 1 | 2"] * 2
+    lines = compare.table(rows).splitlines()
+    assert len(lines) == 2 + 8 and {line.count("|") for line in lines} == {11}
+    assert lines[3] == "| 60m | 4 | q_galore | yes | 2,000 | 0.667 | 4.0 | 0.5 |  |  |"
+    assert lines[4].startswith("| 60m | 2 x 4 | adamw |  | OutOfMemoryError: 1 / 2 |")
+
+
+def test_no_ratio_without_a_baseline(tmp_path: Path) -> None:
+    (row,) = compare.compare(["60m"], ["q_galore"], tmp_path / "compare.csv", fake_row)
+    assert row["speed_ratio"] == row["memory_ratio"] == ""
+
+
+def test_real_measurements_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ours and of AdamW: the same first loss says that they train the same model on the same data."""
+    rows = {}
+    for method in ("q_galore", "adamw"):
+        with restored_process():
+            assert compare.main([*SMALLEST, "--warmup", "0", "--one", method]) == 0
+        rows[method] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for method, row in rows.items():
+        assert row["error"] == "" and row["method"] == method and tuple(row) == compare.COLUMNS
+        assert row["tokens_per_second"] == pytest.approx(256 / row["seconds_median"], rel=0.01)
+        assert row["seconds_median"] > 0 and row["peak_gb"] > 0.05
+        assert row["device"] and row["commit"] and row["rank"] == 32
+    assert "--subspace streaming" in rows["q_galore"]["flags"]
+    assert rows["q_galore"]["first_loss"] == pytest.approx(rows["adamw"]["first_loss"], abs=0.005)
+
+
+def test_a_measurement_that_fails_is_a_row_with_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "compare.csv"
+    argv = [*SMALLEST, "--methods", "q_galore", "--extra", "--rank 4096", "--results", str(results)]
+    assert compare.main(argv) == 0
+    with results.open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["error"].startswith("UserError: --rank is 4096")
+    assert row["tokens_per_second"] == "" and row["micro_batch"] == "1"
+    assert "UserError: --rank is 4096" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--models", "60m,5m"], "--models 5m: there is no such config; there are 100m, 130m,"),
+        (["--methods", "adamw,sgd"], "--methods sgd: there is no such method; there are adamw_compiled, adamw,"),
+        (["--models", "9m", "--one", "sgd"], "--one sgd: there is no such method"),
+        (["--models", "9m,60m", "--one", "adamw"], "--models 9m,60m: with --one give a single model"),
+    ],
+)
+def test_names_that_do_not_exist(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(argv) == 2
+    assert f"compare: {expected}" in capsys.readouterr().err
+
+
+def test_flags_of_ours() -> None:
+    setting = Setting(
+        config=compare.config_path("60m"),
+        rank=128,
+        micro_batch=4,
+        grad_accum=2,
+        checkpointing=True,
+        compile=False,
+        extra="--update_proj_gap 50 --beta2 0.99",
+        seed=3,
+        device=torch.device("cpu"),
+    )
+    args = parse_args(q_galore_flags(setting))
+    assert (args.batch.batch_size, args.batch.gradient_accumulation, args.batch.max_length) == (4, 2, 256)
+    assert args.optimizer.per_layer and args.optimizer.grad_accum_dtype == "int8" and args.optimizer.beta2 == 0.99
+    assert args.model.activation_checkpointing and args.model.compile == "off"
+    assert args.quantization.weight_quant and args.quantization.proj_quant and args.quantization.stochastic_round
+    assert (args.subspace.subspace, args.subspace.rank, args.subspace.update_proj_gap) == ("streaming", 128, 50)
+
+
+def test_every_default_exists() -> None:
+    assert set(compare.DEFAULT_METHODS.split(",")) <= set(METHODS)
+    assert compare.BASELINE in METHODS
+    assert set(compare.MICRO_BATCHES) == set(compare.RANKS)
+    assert all(compare.config_path(model).is_file() for model in compare.RANKS)
