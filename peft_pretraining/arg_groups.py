@@ -37,6 +37,8 @@ class ModelArgs:
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
     """Compile the decoder layers with torch.compile; auto: on a CUDA GPU, for the project's own LLaMA."""
+    cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
+    """Replay the compiled layers from CUDA graphs where each weight is updated inside the backward pass."""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,8 @@ def start_processes(device: str, stop: StopRequest) -> Processes:
             )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
+        # CUDA graphs cannot be captured on the default stream, nor beside work of autograd that has begun on it.
+        torch.cuda.set_stream(torch.cuda.Stream(chosen))
     else:
         chosen = torch.device("cpu")
     if world_size > 1:

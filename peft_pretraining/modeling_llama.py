@@ -134,14 +134,19 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compiled_layer: Callable[..., Tensor] | None = None
+        self.run_layers: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """Runs all layers in training instead of a loop over them, if set."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
         cos, sin = rotary_tables(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
         # Batches of training have one shape; an evaluation's may have others, each of which would be compiled.
-        compiled = self.compiled_layer if torch.is_grad_enabled() else None
-        for layer in self.layers:
-            x = layer(x, cos, sin) if compiled is None else compiled(layer, x, cos, sin)
+        training = torch.is_grad_enabled()
+        if training and self.run_layers is not None:
+            x = self.run_layers(x, cos, sin)
+        else:
+            for layer in self.layers:
+                x = self.compiled_layer(layer, x, cos, sin) if training and self.compiled_layer else layer(x, cos, sin)
         out: Tensor = self.norm(x)
         return out
 

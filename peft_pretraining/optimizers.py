@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from peft_pretraining.arg_groups import OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.model import low_rank_names
+from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaMLP
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
+from qgalore.kernels import use_triton
+from qgalore.layer_graphs import LayerGraphs
+from qgalore.optimizer import LowRankAdamW
 
 AllReduce = Callable[[Tensor], None]
 
@@ -159,7 +163,10 @@ def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs)
         linear = model.get_submodule(name)
         if optimizer.is_low_rank and isinstance(linear, nn.Linear) and name.startswith("model.layers."):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(linear, format))
+            layer = LowRankLinear.from_linear(linear, format)
+            # Between the three matrices of our own MLP a ragged width stays padded: nothing is copied there.
+            layer.pads_output = isinstance(model.get_submodule(parent), LlamaMLP) and child != "down_proj"
+            setattr(model.get_submodule(parent), child, layer)
 
     return convert
 
@@ -197,6 +204,22 @@ def build_optimizer(
     in_backward = args.per_layer and not args.grad_clipping
     optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce)
     return optimizer
+
+
+def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
+    """Let the decoder layers run from CUDA graphs where that is possible and pays.
+
+    That is where they are compiled, on a CUDA GPU, and all their weights are updated by Triton kernels inside the
+    backward pass. In every other case nothing changes.
+    """
+    if not isinstance(model, LlamaForCausalLM) or not isinstance(optimizer, LowRankAdamW):
+        return
+    run, device = model.model.compiled_layer, next(model.parameters()).device
+    matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
+    if run is None or device.type != "cuda" or not use_triton(device) or not optimizer.update_in_backward:
+        return
+    if matrices and not any(layer.format.simulate or layer.format.group_size % 8 for layer in matrices):
+        model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
 
 def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _VALUES_A_THREAD = 16
 
 
 @triton.jit
-def _softmax_gradient_kernel(  # type: ignore[no-untyped-def]
+def _softmax_gradient_kernel(
     logits,
     targets,
     losses,

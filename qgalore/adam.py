@@ -76,10 +76,12 @@ def adam_step(
     factor: Tensor | None = None,
     skip: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """The direction N = m_hat / (sqrt(v_hat) + eps) like grad, in dtype, after moving the moments in place.
 
     The gradient is factor * grad; step counts from 1. Where the flag `skip` is true the moments stay as they are.
+    `numbers` as in `qgalore.kernels.adam_step`.
     """
     return kernels.adam_step(
         grad,
@@ -94,4 +96,5 @@ def adam_step(
         factor,
         skip,
         dtype,
+        numbers,
     )

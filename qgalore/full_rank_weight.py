@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore import adam, kernels
+from qgalore import adam, kernels, subspace
 from qgalore.accumulator import GradientAccumulator
 from qgalore.linear import LowRankLinear
 from qgalore.seeding import mix_seed
@@ -36,6 +36,8 @@ class FullRankWeight:
         self.param, self.seed = param, seed
         self.layer: LowRankLinear | None = None
         self.name = ""
+        self.numbers: Tensor | None = None
+        """While CUDA graphs run the update: where its kernels read seed and rates (`qgalore.kernels.numbers_row`)."""
         self._additions = 0
 
     def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
@@ -79,7 +81,7 @@ class FullRankWeight:
 
     def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
         """Add the gradient of one micro-batch, given as factors (`qgalore.linear.GradientTap`)."""
-        self._add(self._sum, grad_output.T @ input)
+        self._add(self._sum, subspace.gradient(grad_output, input, (self.shape[0], self.shape[1])))
 
     def accumulate_full(self, grad: Tensor) -> None:
         """Add the gradient of one micro-batch."""
@@ -155,8 +157,10 @@ class FullRankWeight:
         rounding = self._seed(ROUNDING)
         step, group = self._advance(), self.group
         if self.layer is not None:
-            direction = adam.adam_step(self.state, grad, step, group["betas"], group["eps"], factor, skip)
-            self.layer.update_(direction, None, None, group["lr"], self._decay, rounding, skip)
+            direction = adam.adam_step(
+                self.state, grad, step, group["betas"], group["eps"], factor, skip, numbers=self.numbers
+            )
+            self.layer.update_(direction, None, None, group["lr"], self._decay, rounding, skip, self.numbers)
             return
         l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         # In parts, so that no float32 copy of a whole embedding is made.
@@ -166,8 +170,31 @@ class FullRankWeight:
             if l2:
                 part, scale = scaled(part, factor).add(weight, alpha=l2), None
             state = adam.rows_of(self.state, start, stop)
-            direction = adam.adam_step(state, part, step, group["betas"], group["eps"], scale, skip)
-            kernels.update_float_(weight, direction, None, None, group["lr"], self._decay, rounding, start, skip)
+            direction = adam.adam_step(
+                state, part, step, group["betas"], group["eps"], scale, skip, numbers=self.numbers
+            )
+            kernels.update_float_(
+                weight, direction, None, None, group["lr"], self._decay, rounding, start, skip, self.numbers
+            )
+
+    @property
+    def changes_subspace(self) -> bool:
+        """Whether the next update also refreshes a subspace."""
+        return False
+
+    @property
+    def _step_size(self) -> float:
+        return float(self.group["lr"])
+
+    def numbers_of_update(self) -> list[int]:
+        """What `numbers` has to hold for the next update."""
+        group = self.group
+        return kernels.numbers_row(self._seed(ROUNDING), self._step_size, self._decay, self.step + 1, group["betas"])
+
+    def count_replayed_update(self) -> None:
+        """Keep the host's account of an update that a CUDA graph has made."""
+        self._advance()
+        self.clear()
 
     @property
     def _decay(self) -> float:

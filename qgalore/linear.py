@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgalore import kernels
-from qgalore.alignment import empty_with_aligned_rows, matrix_product, with_aligned_rows
+from qgalore.padding import padded_width, with_padded_columns
 from qgalore.quantization import QuantizedTensor, quantize
 
 
@@ -32,7 +32,10 @@ class GradientTap(Protocol):
     """What receives the factors of a weight gradient during the backward pass."""
 
     def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
-        """Take grad_output (tokens, out_features) and input (tokens, in_features); the gradient is their product."""
+        """Take grad_output (tokens, out_features) and input (tokens, in_features): the gradient is their product.
+
+        Either may be wider, with columns of zeros (`qgalore.padding`).
+        """
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class LowRankLinear(nn.Module):
             self.register_buffer("weight_zero_point", quantized.zero_point)
         self.tap: GradientTap | None = None
         self.anchor: Tensor | None = None
+        self.pads_output = False
+        """Give (..., padded_width(out_features)), with zeros at the end: for a following layer that takes it so."""
         self._register()
 
     @classmethod
@@ -118,17 +123,25 @@ class LowRankLinear(nn.Module):
         )
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out_features, in_features) in `dtype`, with aligned rows; the parameter itself where it is that."""
-        if self.weight_scale is None or self.weight_zero_point is None:
-            return with_aligned_rows(self.weight.to(dtype))
-        format = self.format
-        assert format.bits is not None
-        shape = (self.out_features, self.in_features)
-        out = empty_with_aligned_rows(shape, self.weight.new_empty(0, dtype=dtype))
-        return kernels.dequantize(
-            self.weight, self.weight_scale, self.weight_zero_point, self.in_features, format.bits, format.group_size,
-            dtype, out,
-        )  # fmt: skip
+        """The weight (out_features, in_features) in `dtype`; the parameter itself where it already is that."""
+        quantized = self.quantized_weight
+        return self.weight.to(dtype) if quantized is None else quantized.dequantize(dtype)
+
+    def padded_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype` with zeros up to the padded width on both sides."""
+        rows, columns = padded_width(self.out_features), padded_width(self.in_features)
+        if (rows, columns) == (self.out_features, self.in_features):
+            return self.dequantized_weight(dtype)
+        padded = torch.empty(rows, columns, dtype=dtype, device=self.weight.device)
+        padded[self.out_features :].zero_()
+        padded[:, self.in_features :].zero_()
+        inside = padded[: self.out_features, : self.in_features]
+        quantized = self.quantized_weight
+        if quantized is None:
+            inside.copy_(self.weight)
+        else:
+            quantized.dequantize(dtype, inside)
+        return padded
 
     def attach(self, tap: GradientTap | None) -> Tensor:
         """Hang a tap on the layer (None takes it off) and return the anchor, a leaf whose hook ends the gradient."""
@@ -138,16 +151,27 @@ class LowRankLinear(nn.Module):
         return anchor
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (..., in_features) -> (..., out_features) in the dtype of input."""
+        """input (..., in_features), or as wide as it is padded -> (..., out_features) in the dtype of input."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         if self.anchor is None:
-            return F.linear(input, self.dequantized_weight(input.dtype), self.bias)
-        output: Tensor = torch.ops.qgalore.low_rank_linear(
-            input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number
-        )
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+            output = self._product(input)
+        else:
+            output = torch.ops.qgalore.low_rank_linear(
+                input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number, self._width
+            )
+        if self.bias is None:
+            return output
+        return output + F.pad(self.bias.to(output.dtype), (0, self._width - self.out_features))
+
+    @property
+    def _width(self) -> int:
+        return padded_width(self.out_features) if self.pads_output else self.out_features
+
+    def _product(self, input: Tensor) -> Tensor:
+        output = with_padded_columns(input) @ self.padded_weight(input.dtype).T
+        return output if output.shape[-1] == self._width else output[..., : self._width].contiguous()
 
     @torch.no_grad()
     def update_(
@@ -159,25 +183,28 @@ class LowRankLinear(nn.Module):
         decay: float,
         seed: int,
         skip: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         """W <- round(decay * W - step_size * leftᵀ N right), in place; `qgalore.kernels` has the shapes."""
-        if step_size == 0 and decay == 1:
+        if step_size == 0 and decay == 1 and numbers is None:
             return  # a learning rate of 0 leaves every bit: requantizing would move the grid
         rounding = seed if self.format.stochastic_rounding else None
         quantized = self.quantized_weight
         if quantized is not None:
             kernels.update_quantized_(
                 quantized.qdata, quantized.scale, quantized.zero_point, direction, left, right, quantized.columns,
-                quantized.bits, quantized.group_size, step_size, decay, rounding, skip,
+                quantized.bits, quantized.group_size, step_size, decay, rounding, skip, numbers,
             )  # fmt: skip
         elif self.format.simulate:
             full = kernels.project_back(direction, left, right)
             value = self._to_grid(self.weight.float().mul(decay).sub_(full * step_size), rounding)
             self.weight.copy_(value if skip is None else torch.where(skip, self.weight, value))
         else:
-            kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding, skip=skip)
-        # A kernel of ours writes behind autograd's back; a backward through the old weight must still be refused.
-        torch.autograd.graph.increment_version(self.weight)
+            kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding, 0, skip, numbers)
+        if numbers is None:
+            # A kernel of ours writes behind autograd's back; a backward through the old weight must be refused. Not so
+            # where CUDA graphs run the same backward again and again.
+            torch.autograd.graph.increment_version(self.weight)
 
     def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
         assert self.format.bits is not None
@@ -202,8 +229,8 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
 # millisecond a layer.
 _library = torch.library.Library("qgalore", "DEF")
 _library.define(
-    "low_rank_linear(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer)"
-    " -> Tensor"
+    "low_rank_linear(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer,"
+    " int width) -> Tensor"
 )
 _library.define(
     "low_rank_linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point,"
@@ -213,11 +240,15 @@ _library.define(
 
 @torch.library.impl(_library, "low_rank_linear", "CompositeExplicitAutograd")
 def _forward(
-    input: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, anchor: Tensor, layer: Tensor
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    anchor: Tensor,
+    layer: Tensor,
+    width: int,
 ) -> Tensor:
-    module = _layers[int(layer)]
-    rows = with_aligned_rows(input).view(-1, module.in_features)
-    return _shaped_like(matrix_product(rows, module.dequantized_weight(input.dtype).T), input)
+    return _layers[int(layer)]._product(input)
 
 
 @torch.library.impl(_library, "low_rank_linear_backward", "CompositeExplicitAutograd")
@@ -233,33 +264,31 @@ def _backward(
     # The anchor's gradient is an output, so that no compiler may drop a call whose input gradient is not needed; its
     # value is never read.
     module, anchor_grad = _layers[int(layer)], grad_output.new_empty((), dtype=torch.float32)
-    grad_rows = with_aligned_rows(grad_output).view(-1, module.out_features)
+    grad_output = with_padded_columns(grad_output)
     grad_input = grad_output.new_empty(0)
     if need_input_gradient:
-        grad_input = _shaped_like(matrix_product(grad_rows, module.dequantized_weight(grad_output.dtype)), input)
+        grad_input = grad_output @ module.padded_weight(grad_output.dtype)
+        if grad_input.shape[-1] != input.shape[-1]:
+            grad_input = grad_input[..., : input.shape[-1]].contiguous()
     if module.tap is not None:
-        module.tap.accumulate(grad_rows, with_aligned_rows(input).view(-1, module.in_features))
+        input = with_padded_columns(input)
+        module.tap.accumulate(grad_output.reshape(-1, grad_output.shape[-1]), input.reshape(-1, input.shape[-1]))
     return grad_input, anchor_grad
 
 
-def _shaped_like(rows: Tensor, x: Tensor) -> Tensor:
-    """rows (T, N) with the leading dimensions of x (..., K)."""
-    return rows.unflatten(0, x.shape[:-1]) if x.dim() > 2 else rows
-
-
 @torch.library.register_fake("qgalore::low_rank_linear")
-def _(input: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return empty_with_aligned_rows((*input.shape[:-1], weight.shape[0]), input)
+def _(input: Tensor, *rest: Any) -> Tensor:
+    return input.new_empty(*input.shape[:-1], rest[-1])
 
 
 @torch.library.register_fake("qgalore::low_rank_linear_backward")
 def _(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     anchor_grad = grad_output.new_empty((), dtype=torch.float32)
-    return empty_with_aligned_rows(input.shape, grad_output) if rest[-1] else grad_output.new_empty(0), anchor_grad
+    return grad_output.new_empty(input.shape) if rest[-1] else grad_output.new_empty(0), anchor_grad
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, scale, zero_point, _, layer = inputs
+    input, weight, scale, zero_point, _, layer, _ = inputs
     # The weight is saved too: autograd then refuses a backward through a weight that was changed in between.
     ctx.save_for_backward(input, weight, scale, zero_point, layer)
 
@@ -270,7 +299,7 @@ def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ..
     grad, anchor_grad = torch.ops.qgalore.low_rank_linear_backward(
         grad_output, input, weight, scale, zero_point, layer, need
     )
-    return grad if need else None, None, None, None, anchor_grad, None
+    return grad if need else None, None, None, None, anchor_grad, None, None
 
 
 torch.library.register_autograd("qgalore::low_rank_linear", _autograd_backward, setup_context=_setup_context)

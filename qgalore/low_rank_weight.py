@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import GradientAccumulator
-from qgalore.alignment import with_aligned_rows
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, AllReduce, FullRankWeight
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.subspace_schedule import RefreshSchedule
@@ -80,6 +79,10 @@ class LowRankWeight(FullRankWeight):
         rank = self.group["rank"]
         return torch.Size((rank if "left" in self.sides else m, rank if "right" in self.sides else n))
 
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.shape[0], self.shape[1]
+
     def _init_state(self) -> None:
         self.check()
         super()._init_state()
@@ -110,12 +113,17 @@ class LowRankWeight(FullRankWeight):
         return self.param.dtype if self.param.is_floating_point() else torch.float32
 
     def _store(self, side: str, basis: Tensor | QuantizedTensor) -> None:
-        if isinstance(basis, QuantizedTensor):
-            self.state[f"{side}_basis"] = basis.qdata
-            self.state[f"{side}_basis_scale"] = basis.scale
-            self.state[f"{side}_basis_zero_point"] = basis.zero_point
-        else:
-            self.state[f"{side}_basis"] = basis
+        """Keep a basis: in the tensors of the one before, if there is one, since CUDA graphs know those."""
+        parts = {f"{side}_basis": basis} if isinstance(basis, Tensor) else {
+            f"{side}_basis": basis.qdata,
+            f"{side}_basis_scale": basis.scale,
+            f"{side}_basis_zero_point": basis.zero_point,
+        }  # fmt: skip
+        for key, part in parts.items():
+            if key in self.state:
+                self.state[key].copy_(part)
+            else:
+                self.state[key] = part
 
     def _stored(self, side: str) -> Tensor | QuantizedTensor:
         stored, scale = self.state[f"{side}_basis"], self.state.get(f"{side}_basis_scale")
@@ -137,6 +145,15 @@ class LowRankWeight(FullRankWeight):
     # ---- the gradient
 
     @property
+    def changes_subspace(self) -> bool:
+        """See `FullRankWeight`."""
+        return self._refresh_due
+
+    @property
+    def _step_size(self) -> float:
+        return float(self.group["lr"] * self.group["scale"])
+
+    @property
     def _refresh_due(self) -> bool:
         return self.schedule.due(self.step)
 
@@ -148,15 +165,17 @@ class LowRankWeight(FullRankWeight):
         """Add the projected gradient of one micro-batch from its factors; the full one only where an SVD is due."""
         self._factor_dtype = grad_output.dtype
         if self._needs_full_gradient:
-            self._add(self._full, grad_output.T @ input)
+            self._add(self._full, subspace.gradient(grad_output, input, self._matrix_shape))
             return
         left, right = self.basis("left", grad_output.dtype), self.basis("right", grad_output.dtype)
-        self._add(self._sum, subspace.project_factors(grad_output, input, left, right))
+        self._add(self._sum, subspace.project_factors(grad_output, input, self._matrix_shape, left, right))
         if self._refresh_due:
             for side in self.sides:
                 test = self._test_matrix(side).to(grad_output.dtype)
+                d = self._matrix_shape[0 if side == "left" else 1]
                 first, second = (input, grad_output) if side == "left" else (grad_output, input)
-                self._add(self._sketch(side), (first @ test.T).T @ second)
+                first = first[:, : test.shape[1]] @ test.T
+                self._add(self._sketch(side), subspace.gradient(first, second, (test.shape[0], d)))
 
     def accumulate_full(self, grad: Tensor) -> None:
         """The same from a full gradient (m, n), which is not kept."""
@@ -255,13 +274,14 @@ class LowRankWeight(FullRankWeight):
         if self._next_bases is not None:
             self._take_fitted_bases(self._next_bases, update_step, skip)
         step, group, dtype = self._advance(), self.group, self._factor_dtype
-        direction = adam.adam_step(self.state, grad, step, group["betas"], group["eps"], factor, skip, dtype)
-        direction = with_aligned_rows(direction)
-        bases, step_size = (self.basis("left", dtype), self.basis("right", dtype)), group["lr"] * group["scale"]
+        direction = adam.adam_step(
+            self.state, grad, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
+        )
+        how = (self.basis("left", dtype), self.basis("right", dtype), self._step_size, self._decay, rounding)
         if self.layer is not None:
-            self.layer.update_(direction, *bases, step_size, self._decay, rounding, skip)
+            self.layer.update_(direction, *how, skip, self.numbers)
         else:
-            kernels.update_float_(self.param.data, direction, *bases, step_size, self._decay, rounding, skip=skip)
+            kernels.update_float_(self.param.data, direction, *how, 0, skip, self.numbers)
         for side, sketch in sketches.items():
             self._refresh_from_sketch(side, sketch, skip)
         if sketches:
@@ -307,7 +327,7 @@ class LowRankWeight(FullRankWeight):
         before = {key: value.clone() for key, value in self._device_state().items()}
         write()
         for key, value in before.items():
-            self.state[key] = torch.where(wanted, self.state[key], value)
+            self.state[key].copy_(torch.where(wanted, self.state[key], value))
 
     def _record(self, update_step: int) -> None:
         assert self.similarity is not None

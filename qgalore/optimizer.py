@@ -35,6 +35,7 @@ from qgalore import kernels
 from qgalore.full_rank_weight import HOST_STATE, AllReduce, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
+from qgalore.update_checks import UpdateChecks
 
 _LOW_RANK_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,
@@ -90,13 +91,13 @@ class LowRankAdamW(Optimizer):
         self._seed = seed
         self._weights: dict[Tensor, FullRankWeight] = {}
         self._all_reduce: AllReduce | None = None
-        self._squared_norms: list[Tensor] = []
         self._clip_factor: Tensor | None = None
         self._hooks: list[RemovableHandle] = []
         self._stepped = self._sums = False
-        self._skip: Tensor | None = None
-        self._first_skip: Tensor | None = None
+        self._checks: UpdateChecks | None = None
         self.update_in_backward = False
+        self.states_replaced = 0
+        """How often other tensors have taken the place of the state's: CUDA graphs of before are then void."""
         self.is_last_micro_batch = True
         """Set to False during the backward of all but the last micro-batch of an update."""
         defaults = {
@@ -192,7 +193,7 @@ class LowRankAdamW(Optimizer):
     def _anchor_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
         def hook(anchor: Tensor) -> None:
             anchor.grad = None
-            self._gradient_ready(weight)
+            self.gradient_ready(weight)
 
         return hook
 
@@ -202,38 +203,54 @@ class LowRankAdamW(Optimizer):
             grad, param.grad = param.grad, None
             with torch.no_grad():
                 weight.accumulate_full(grad)
-            self._gradient_ready(weight)
+            self.gradient_ready(weight)
 
         return hook
 
     @torch.no_grad()
-    def _gradient_ready(self, weight: FullRankWeight) -> None:
+    def gradient_ready(self, weight: FullRankWeight) -> None:
+        """A backward pass has added all that it has to the gradient of a weight; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
             self._complete(weight)
         else:
             self._sums = True
 
-    def _begin_update(self) -> None:
-        if self._stepped:
-            self._squared_norms.clear()
-            self._stepped, self._skip, self._first_skip = False, None, None
+    @property
+    def updates_at_once(self) -> bool:
+        """Whether each weight is updated as soon as the backward pass that goes on has its gradient."""
+        return self.update_in_backward and self.is_last_micro_batch and not self._sums
+
+    @property
+    def sums_over_ranks(self) -> bool:
+        """Whether gradients are summed over the ranks of a data-parallel run."""
+        return self._all_reduce is not None
+
+    def _update_checks(self) -> UpdateChecks:
+        """The checks of the update that is being made, cleared at its beginning."""
+        if self._checks is None or self._checks.count != len(self._weights):
+            self._checks = UpdateChecks(len(self._weights), next(iter(self._weights)).device)
+        elif self._stepped:
+            self._checks.clear()
+        self._stepped = False
+        return self._checks
 
     def _complete(self, weight: FullRankWeight) -> None:
-        self._begin_update()
+        checks = self._update_checks()
         grad = weight.complete(self._all_reduce)
-        squared_norm, self._skip = kernels.check_gradient(grad, self._skip)
-        self._squared_norms.append(squared_norm)
-        if self.update_in_backward and not self._sums:
-            self._first_skip = self._skip if self._first_skip is None else self._first_skip
-            weight.update(weight.release(), skip=self._skip)
+        kernels.check_gradient_(grad, checks.squared_norms[weight.index], checks.skip)
+        if self.updates_at_once:
+            checks.remember_first()
+            weight.update(weight.release(), skip=checks.skip)
+
+    def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
+        """The weights among the parameters of a module, in its order."""
+        return [self._weights[param] for param in module.parameters() if param in self._weights]
 
     # ---- the update
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
-        if not self._squared_norms:
-            return torch.zeros(())
-        return torch.stack(self._squared_norms).sum().sqrt()
+        return torch.zeros(()) if self._checks is None else self._checks.squared_norms.sum().sqrt()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> None:
@@ -269,7 +286,7 @@ class LowRankAdamW(Optimizer):
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
         for weight in waiting:
-            weight.update(weight.release(), self._clip_factor, self._skip)
+            weight.update(weight.release(), self._clip_factor, self._update_checks().skip)
         self._clip_factor, self._stepped, self._sums = None, True, False
         return loss
 
@@ -279,15 +296,14 @@ class LowRankAdamW(Optimizer):
 
         Call it before the backward pass of the last micro-batch, with the same flag on all ranks.
         """
-        self._begin_update()
-        self._skip = flag if self._skip is None else self._skip | flag
+        self._update_checks().skip.logical_or_(flag)
 
     def skipped(self) -> Tensor:
         """Whether the last update was skipped because of a gradient or flag that was not finite: a bool, ().
 
         Weights, moments and bases are then as they were, unless it was `partly_made`.
         """
-        return torch.zeros((), dtype=torch.bool) if self._skip is None else self._skip
+        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.skip.clone()
 
     def partly_made(self) -> Tensor:
         """Whether the last update was skipped too late: a bool, ().
@@ -295,16 +311,14 @@ class LowRankAdamW(Optimizer):
         That can be where each weight is updated as soon as its gradient is there, if the gradients of upper layers are
         finite and one further down is not. The state is then of no update: go back to a checkpoint.
         """
-        skipped = self.skipped()
-        return torch.zeros_like(skipped) if self._first_skip is None else skipped & ~self._first_skip
+        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.came_late()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
         self._clip_factor, self._sums = None, False
-        if not self._stepped:  # an update that was given up; after a step `grad_norm` can still be read
-            self._squared_norms.clear()
-            self._skip = self._first_skip = None
+        if self._checks is not None and not self._stepped:
+            self._checks.clear()  # an update that was given up; after a step `grad_norm` can still be read
         for weight in self._weights.values():
             weight.clear()
 
@@ -313,6 +327,7 @@ class LowRankAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU."""
         super().load_state_dict(state_dict)
+        self.states_replaced += 1
         params = [param for group in self.param_groups for param in group["params"]]
         for index, entries in state_dict["state"].items():
             param = params[index]

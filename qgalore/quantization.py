@@ -40,10 +40,10 @@ class QuantizedTensor:
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in (self.qdata, self.scale, self.zero_point))
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (rows, columns) as a new tensor of `dtype`."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The matrix (rows, columns) in `dtype`, in `out` where that is given."""
         return kernels.dequantize(
-            self.qdata, self.scale, self.zero_point, self.columns, self.bits, self.group_size, dtype
+            self.qdata, self.scale, self.zero_point, self.columns, self.bits, self.group_size, dtype, out
         )
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgalore.alignment import matrix_product
-
 _CHOLESKY_SHIFTS = (1e-4, 1e-6, 1e-6)
 _ORTHONORMAL_TOLERANCE = 1e-2
 
@@ -61,17 +59,25 @@ def projects_directly(tokens: int, m: int, n: int, rank: int, side: str) -> bool
     return direct < _product_cost(m, tokens, n) + _product_cost(m + n - projected, projected, rank)
 
 
-def project_factors(grad_output: Tensor, input: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R = left (gᵀx) rightᵀ from g (tokens, m) and x (tokens, n), in the cheaper order."""
-    basis, side = (left, "left") if right is None else (right, "right")
+def gradient(grad_output: Tensor, input: Tensor, shape: tuple[int, int]) -> Tensor:
+    """gᵀx (m, n) from g (tokens, m) and x (tokens, n), either of which may have columns of zeros at the end."""
+    return (grad_output.T @ input)[: shape[0], : shape[1]].contiguous()
+
+
+def project_factors(
+    grad_output: Tensor, input: Tensor, shape: tuple[int, int], left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """R = left (gᵀx) rightᵀ from the factors of a gradient of `shape` (m, n) as in `gradient`, in the cheaper order."""
+    (m, n), (basis, side) = shape, (left, "left") if right is None else (right, "right")
     assert basis is not None
-    if not projects_directly(grad_output.shape[0], grad_output.shape[1], input.shape[1], basis.shape[0], side):
-        return project(matrix_product(grad_output.T, input), left, right).contiguous()
+    rank = basis.shape[0]
+    if not projects_directly(grad_output.shape[0], m, n, rank, side):
+        return project(gradient(grad_output, input, shape), left, right)
     if left is not None:
-        grad_output = grad_output @ left.to(grad_output.dtype).T
+        grad_output, m = grad_output[:, :m] @ left.to(grad_output.dtype).T, rank
     if right is not None:
-        input = input @ right.to(input.dtype).T
-    return matrix_product(grad_output.T, input).contiguous()
+        input, n = input[:, :n] @ right.to(input.dtype).T, rank
+    return gradient(grad_output, input, (m, n))
 
 
 def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,9 @@ def test_gradients_are_those_of_a_float_layer(shape: tuple[int, ...], bias: bool
     module(x).square().sum().backward()
     F.linear(other_x, weight, other_bias).square().sum().backward()
     assert tap.grad is not None and weight.grad is not None and x.grad is not None and other_x.grad is not None
-    assert torch.allclose(tap.grad, weight.grad, atol=1e-4)
+    # The factors may come with columns of zeros.
+    assert torch.allclose(tap.grad[:10, :21], weight.grad, atol=1e-4)
+    assert tap.grad[10:].count_nonzero() == tap.grad[:, 21:].count_nonzero() == 0
     assert torch.allclose(x.grad, other_x.grad, atol=1e-4)
     assert module.weight.grad is None
     if bias:

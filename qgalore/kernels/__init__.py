@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,14 +114,14 @@ def dequantize(
     return value if out is None else out.copy_(value)
 
 
-def check_gradient(grad: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """‖grad‖², () float32, and a flag, () bool: it is not finite, or `skip` is true."""
+def check_gradient_(grad: Tensor, squared_norm: Tensor, skip: Tensor) -> None:
+    """Write ‖grad‖² into squared_norm, () float32, and true into skip, () bool, where it is not finite."""
     triton = _triton_or_none(grad.device, "gradient_check")
     if triton is not None:
-        return triton.check_gradient(grad, skip)  # type: ignore[no-any-return]
-    squared_norm = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-    broken = ~squared_norm.isfinite()
-    return squared_norm, broken if skip is None else broken | skip
+        triton.check_gradient_(grad, squared_norm, skip)
+        return
+    squared_norm.copy_(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
+    skip.logical_or_(~squared_norm.isfinite())
 
 
 def adam_step(
@@ -136,19 +137,21 @@ def adam_step(
     factor: Tensor | None = None,
     skip: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """One step of Adam with the gradient factor * grad: moves the moments in place and returns the direction in dtype.
 
     grad float of any shape; exp_avg, exp_avg_sq uint8 like grad with absmax tensors (ceil(numel / block_size),)
     float32, or float32 without; step counts from 1. Where the flag `skip` is true the moments stay and the direction
-    is undefined.
+    is undefined. With `numbers` (see `numbers_row`) the step's come from there.
     """
     triton = _triton_or_none(grad.device, "adam")
     if triton is not None:
         return triton.adam_step(  # type: ignore[no-any-return]
             grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, step, betas, eps, block_size, factor, skip,
-            dtype,
+            dtype, numbers,
         )  # fmt: skip
+    _no_numbers(numbers)
     grad = grad.float() if factor is None else grad.float() * factor
     with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
         if exp_avg_absmax is None or exp_avg_sq_absmax is None:
@@ -180,12 +183,14 @@ def update_quantized_(
     decay: float,
     seed: int | None,
     skip: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """W <- quantize(decay * W - step_size * leftᵀ N right) in place on the stored codes, scale and zero point.
 
     direction N is float, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
     None. Products accumulate in float32, and there is one rounding: nearest without a seed, stochastic with one. Where
-    the flag `skip` is true nothing changes.
+    the flag `skip` is true nothing changes. With `numbers` (see `numbers_row`) step size,
+    decay and seed come from there.
     """
     triton = _triton_or_none(qdata.device, "group_quantization")
     if triton is not None and not triton.can_handle(bits, group_size):
@@ -194,8 +199,10 @@ def update_quantized_(
     if triton is not None and one_side and _triton_module("low_rank_update").can_handle(group_size):
         a, b = (direction, right) if left is None else (left.T, direction)
         assert b is not None
+        if b.shape[1] % 16:  # rows at any address would be loaded one value at a time
+            b = torch.nn.functional.pad(b, (0, -b.shape[1] % 16))
         _triton_module("low_rank_update").low_rank_update_(
-            qdata, scale, zero_point, a, b, columns, bits, group_size, step_size, decay, seed, skip
+            qdata, scale, zero_point, a, b, columns, bits, group_size, step_size, decay, seed, skip, numbers
         )
         return
     for start, stop in row_chunks(qdata.shape[0], columns):
@@ -205,8 +212,9 @@ def update_quantized_(
         else:
             full = reference.project_back_rows(direction, left, right, start, stop)
         if triton is not None:
-            triton.update_(*part, full, columns, bits, group_size, step_size, decay, seed, start, skip)
+            triton.update_(*part, full, columns, bits, group_size, step_size, decay, seed, start, skip, numbers)
             continue
+        _no_numbers(numbers)
         with _taken_back_if(skip, *part):
             weight = dequantize(*part, columns, bits, group_size, torch.float32)
             weight.mul_(decay).sub_(full.float() * step_size)
@@ -225,12 +233,14 @@ def update_float_(
     seed: int | None,
     row_start: int = 0,
     skip: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """W <- round(decay * W - step_size * leftᵀ N right) in place on a float tensor, float32 inside.
 
     With a seed a bfloat16 weight is rounded stochastically, since a nearest rounding loses every update below 1/512
     of the weight; other dtypes round to nearest. A vector is a matrix of one row; `row_start` is the number of the
-    first row in the matrix that the seed belongs to. Where the flag `skip` is true nothing changes.
+    first row in the matrix that the seed belongs to. Where the flag `skip` is true nothing changes. With
+    `numbers` (see `numbers_row`) step size, decay and seed come from there.
     """
     matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
     direction = direction if left is not None or right is not None else direction.view(matrix.shape)
@@ -238,8 +248,9 @@ def update_float_(
     for start, stop in row_chunks(*matrix.shape):
         full = reference.project_back_rows(direction, left, right, start, stop)
         if triton is not None:
-            triton.update_float_(matrix[start:stop], full, step_size, decay, seed, row_start + start, skip)
+            triton.update_float_(matrix[start:stop], full, step_size, decay, seed, row_start + start, skip, numbers)
             continue
+        _no_numbers(numbers)
         with _taken_back_if(skip, matrix[start:stop]):
             value = matrix[start:stop].float().mul(decay).sub_(full * step_size)
             if seed is not None and weight.dtype == torch.bfloat16:
@@ -247,6 +258,21 @@ def update_float_(
                 assert random is not None
                 value = reference.round_stochastic_bfloat16(value, random)
             matrix[start:stop] = value
+
+
+def numbers_row(seed: int, step_size: float, decay: float, step: int, betas: tuple[float, float]) -> list[int]:
+    """The numbers of one weight's update as six 32-bit integers, floats by their bits, for a row of a tensor.
+
+    Kernels that read them from the device, (6,) int32, can be replayed from a CUDA graph in later updates.
+    """
+    halves = (seed & 0xFFFFFFFF, seed >> 32)
+    floats = (step_size, decay, 1.0 / (1.0 - betas[0] ** step), 1.0 / (1.0 - betas[1] ** step))
+    return list(struct.unpack("<6i", struct.pack("<2I4f", *halves, *floats)))
+
+
+def _no_numbers(numbers: Tensor | None) -> None:
+    if numbers is not None:
+        raise ValueError("only Triton kernels read the numbers of an update from the device")
 
 
 def _random_bits(rows: int, columns: int, seed: int | None, row_start: int, device: torch.device) -> Tensor | None:

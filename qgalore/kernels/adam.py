@@ -4,7 +4,8 @@
 
 Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
 float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
-inside; the direction uses the moments before they are rounded to 8 bits, and is the only value whose division and square
+inside; the direction uses the moments before they are rounded to 8 bits,
+and is the only value whose division and square
 root are not rounded to the last bit.
 
 The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
@@ -45,7 +46,7 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _code(x, borders, starts, SIGNED: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _code(x, borders, starts, SIGNED: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr):
     """The nearest code of x in [-1, 1]."""
     interval = (tl.abs(x).to(tl.int32, bitcast=True) >> 16) - FIRST
     interval = tl.minimum(tl.maximum(interval, 0), INTERVALS - 1)
@@ -59,21 +60,25 @@ def _code(x, borders, starts, SIGNED: tl.constexpr, FIRST: tl.constexpr, INTERVA
 
 
 @triton.jit
-def _inverse(absmax):  # type: ignore[no-untyped-def]
+def _inverse(absmax):
     smallest_normal = 1.1754943508222875e-38
     return tl.where(absmax >= smallest_normal, tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax), 0.0)
 
 
 @triton.jit(do_not_specialize=["numel", "beta1", "rest1", "beta2", "rest2", "inverse1", "inverse2", "eps"])
-def _adam_kernel(  # type: ignore[no-untyped-def]
-    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, skip, map1, borders1, starts1, map2,
+def _adam_kernel(
+    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, skip, numbers, map1, borders1, starts1,
+    map2,
     borders2, starts2, numel, beta1, rest1, beta2, rest2, inverse1, inverse2, eps, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    HAS_SKIP: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
+    if HAS_NUMBERS:
+        inverse1 = tl.load(numbers + 4).to(tl.float32, bitcast=True)
+        inverse2 = tl.load(numbers + 5).to(tl.float32, bitcast=True)
     program = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
     start = program * (BLOCKS * BLOCK)
@@ -115,7 +120,7 @@ def _adam_kernel(  # type: ignore[no-untyped-def]
 def adam_step(
     grad: Tensor, exp_avg: Tensor, exp_avg_absmax: Tensor | None, exp_avg_sq: Tensor, exp_avg_sq_absmax: Tensor | None,
     step: int, betas: tuple[float, float], eps: float, block_size: int, factor: Tensor | None, skip: Tensor | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, numbers: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `qgalore.kernels.adam_step`."""
     grad = grad.contiguous()
@@ -126,9 +131,11 @@ def adam_step(
     tables = (*_tables(True, grad.device), *_tables(False, grad.device)) if quantized else (None,) * 6
     beta1, beta2 = betas
     _adam_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
-        grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, direction, factor, skip, *tables, grad.numel(),
+        grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, direction, factor, skip, numbers, *tables,
+        grad.numel(),
         beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step), eps,
         BLOCK=block_size, WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factor is not None,
-        HAS_SKIP=skip is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False, num_warps=8,
+        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS,
+        enable_fp_fusion=False, num_warps=8,
     )  # fmt: skip
     return direction

@@ -16,12 +16,18 @@ from qgalore.kernels.triton_tiles import random_bits16, round_stochastic_bfloat1
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
-def _update_float_kernel(  # type: ignore[no-untyped-def]
-    weight, direction, skip, rows, columns, seed_low, seed_high, row_start, step_size, decay, M: tl.constexpr,
-    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr,
+def _update_float_kernel(
+    weight, direction, skip, numbers, rows, columns, seed_low, seed_high, row_start, step_size, decay, M: tl.constexpr,
+    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
+            return
+    if HAS_NUMBERS:
+        seed_low, seed_high = tl.load(numbers), tl.load(numbers + 1)
+        step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+        if (step_size == 0.0) & (decay == 1.0):
             return
     row = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     start = tl.program_id(1) * BLOCK
@@ -39,7 +45,7 @@ def _update_float_kernel(  # type: ignore[no-untyped-def]
 
 def update_float_(
     weight: Tensor, direction: Tensor, step_size: float, decay: float, seed: int | None, row_start: int,
-    skip: Tensor | None,
+    skip: Tensor | None, numbers: Tensor | None,
 ) -> None:  # fmt: skip
     """W <- round(decay * W - step_size * N) in place; both (rows, columns) and contiguous."""
     rows, columns = weight.shape
@@ -47,7 +53,8 @@ def update_float_(
     block_rows = max(1, 2048 // block)
     number = seed or 0
     _update_float_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block))](
-        weight, direction, skip, rows, columns, number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start, step_size,
+        weight, direction, skip, numbers, rows, columns, number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start,
+        step_size,
         decay, M=block_rows, BLOCK=block, STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
-        HAS_SKIP=skip is not None, enable_fp_fusion=False,
+        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, enable_fp_fusion=False,
     )  # fmt: skip

@@ -15,7 +15,7 @@ _PROGRAMS = 1024
 
 
 @triton.jit(do_not_specialize=["numel"])
-def _partial_sums_kernel(grad, sums, numel, STEPS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _partial_sums_kernel(grad, sums, numel, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     start = tl.program_id(0).to(tl.int64) * STEPS * BLOCK + tl.arange(0, BLOCK)
     for step in range(STEPS):
@@ -26,27 +26,20 @@ def _partial_sums_kernel(grad, sums, numel, STEPS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _finish_kernel(sums, norm, skip_in, skip_out, count, HAS_SKIP: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _finish_kernel(sums, squared_norm, skip, count, WIDTH: tl.constexpr):
     at = tl.arange(0, WIDTH)
     total = tl.sum(tl.load(sums + at, mask=at < count, other=0.0), axis=0)
-    tl.store(norm, total)
-    broken = (total < float("inf")) == 0
-    if HAS_SKIP:
-        broken = broken | (tl.load(skip_in) != 0)
-    tl.store(skip_out, broken)
+    tl.store(squared_norm, total)
+    if (total < float("inf")) == 0:
+        tl.store(skip, 1)
 
 
-def check_gradient(grad: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `qgalore.kernels.check_gradient`."""
+def check_gradient_(grad: Tensor, squared_norm: Tensor, skip: Tensor) -> None:
+    """See `qgalore.kernels.check_gradient_`."""
     grad = grad.contiguous()
     block = 2048
     steps = triton.next_power_of_2(max(1, triton.cdiv(grad.numel(), block * _PROGRAMS)))
     programs = max(1, triton.cdiv(grad.numel(), block * steps))
     sums = torch.empty(programs, dtype=torch.float32, device=grad.device)
-    norm = torch.empty((), dtype=torch.float32, device=grad.device)
-    flag = torch.empty((), dtype=torch.bool, device=grad.device)
     _partial_sums_kernel[(programs,)](grad, sums, grad.numel(), STEPS=steps, BLOCK=block, num_warps=8)
-    _finish_kernel[(1,)](
-        sums, norm, skip, flag, programs, HAS_SKIP=skip is not None, WIDTH=triton.next_power_of_2(programs)
-    )
-    return norm, flag
+    _finish_kernel[(1,)](sums, squared_norm, skip.view(torch.uint8), programs, WIDTH=triton.next_power_of_2(programs))

@@ -20,7 +20,7 @@ from qgalore.kernels.triton_tiles import load_codes, quantize_group, store_codes
 
 
 @triton.jit
-def _dequantize_kernel(  # type: ignore[no-untyped-def]
+def _dequantize_kernel(
     qdata, scale, zero_point, out, rows, columns, q_stride, out_stride, groups, GROUP: tl.constexpr, G: tl.constexpr,
     M: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -38,13 +38,20 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
-def _update_kernel(  # type: ignore[no-untyped-def]
-    qdata, scale, zero_point, x, skip, rows, columns, q_stride, groups, x_row, x_column, seed_low, seed_high, row_start,
+def _update_kernel(
+    qdata, scale, zero_point, x, skip, numbers, rows, columns, q_stride, groups, x_row, x_column, seed_low, seed_high,
+    row_start,
     step_size, decay, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
+    STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
+            return
+    if HAS_NUMBERS:
+        seed_low, seed_high = tl.load(numbers), tl.load(numbers + 1)
+        step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+        if (step_size == 0.0) & (decay == 1.0):
             return
     row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
     group = tl.program_id(1)
@@ -102,31 +109,47 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[T
     qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
     zero_point = torch.empty_like(scale)
-    _launch(qdata, scale, zero_point, x, columns, bits, group_size, 0.0, 0.0, seed, 0, None, update=False)
+    _launch(qdata, scale, zero_point, x, columns, bits, group_size, 0.0, 0.0, seed, 0, None, None, update=False)
     return qdata, scale, zero_point
 
 
 def update_(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, full: Tensor, columns: int, bits: int, group_size: int,
-    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None,
+    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, numbers: Tensor | None,
 ) -> None:  # fmt: skip
     """W <- quantize(decay * W - step_size * full) for rows row_start: of a matrix, in place."""
     _launch(
-        qdata, scale, zero_point, full, columns, bits, group_size, step_size, decay, seed, row_start, skip, update=True
+        qdata,
+        scale,
+        zero_point,
+        full,
+        columns,
+        bits,
+        group_size,
+        step_size,
+        decay,
+        seed,
+        row_start,
+        skip,
+        numbers,
+        update=True,
     )
 
 
 def _launch(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
-    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, update: bool,
+    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, numbers: Tensor | None,
+    update: bool,
 ) -> None:  # fmt: skip
     rows = qdata.shape[0]
     block_rows, block_columns = block_of_group(group_size)
     number = seed or 0
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
     _update_kernel[grid](
-        qdata, scale, zero_point, x, skip, rows, columns, qdata.stride(0), scale.stride(0), x.stride(0), x.stride(1),
+        qdata, scale, zero_point, x, skip, numbers, rows, columns, qdata.stride(0), scale.stride(0), x.stride(0),
+        x.stride(1),
         number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start, step_size, decay, GROUP=group_size,
-        G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None, UPDATE=update, HAS_SKIP=skip is not None,
+        G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None, UPDATE=update,
+        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None,
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -18,13 +18,20 @@ from qgalore.kernels.triton_tiles import load_codes, quantize_group, store_codes
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step_size", "decay"])
-def _low_rank_update_kernel(  # type: ignore[no-untyped-def]
-    qdata, scale, zero_point, a, b, skip, rows, columns, q_stride, groups, a_row, a_rank, b_rank, b_column,
+def _low_rank_update_kernel(
+    qdata, scale, zero_point, a, b, skip, numbers, rows, columns, q_stride, groups, a_row, a_rank, b_rank, b_column,
     seed_low, seed_high, step_size, decay, RANK: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    K: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
+            return
+    if HAS_NUMBERS:
+        seed_low, seed_high = tl.load(numbers), tl.load(numbers + 1)
+        step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
+        decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+        if (step_size == 0.0) & (decay == 1.0):
             return
     # Neighbouring programs share the rows of B: a group's K x G block of it stays in the cache.
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -65,7 +72,7 @@ def can_handle(group_size: int) -> bool:
 
 def low_rank_update_(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, a: Tensor, b: Tensor, columns: int, bits: int, group_size: int,
-    step_size: float, decay: float, seed: int | None, skip: Tensor | None,
+    step_size: float, decay: float, seed: int | None, skip: Tensor | None, numbers: Tensor | None,
 ) -> None:  # fmt: skip
     """W <- quantize(decay * W - step_size * a b) in place; a (rows, rank), b (rank, columns) of one dtype."""
     rows, rank = a.shape
@@ -73,8 +80,9 @@ def low_rank_update_(
     block_rows = 64
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
     _low_rank_update_kernel[grid](
-        qdata, scale, zero_point, a, b, skip, rows, columns, qdata.stride(0), scale.stride(0), *a.stride(),
+        qdata, scale, zero_point, a, b, skip, numbers, rows, columns, qdata.stride(0), scale.stride(0), *a.stride(),
         *b.stride(), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, step_size, decay, RANK=rank, GROUP=group_size,
         G=group_size, M=block_rows, K=64 if a.element_size() == 2 else 32, BITS=bits, STOCHASTIC=seed is not None,
-        HAS_SKIP=skip is not None, PRECISION="ieee", enable_fp_fusion=False, num_warps=8, num_stages=3,
+        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, PRECISION="ieee", enable_fp_fusion=False,
+        num_warps=8, num_stages=3,
     )  # fmt: skip

@@ -108,8 +108,9 @@ def quantize_groups(x: Tensor, bits: int, group_size: int, random: Tensor | None
     slack = torch.maximum(high.abs(), zero_point.abs()) * (_HALF_ULP / levels) + exact * (4 * _HALF_ULP)
     scale = _round_up_to_bfloat16((exact - slack).clamp_min(0.0))
     scale = torch.where(exact > 0, scale.clamp_min(_SMALLEST_NORMAL), 0.0)
-    step = _spread(torch.where(scale > 0, scale, 1.0), columns, group_size)
-    position = (x - _spread(zero_point, columns, group_size)) / step
+    # One division a group instead of one a value; of a scale of at least 2^-126 the inverse is finite.
+    inverse = _spread(1.0 / torch.where(scale > 0, scale, 1.0), columns, group_size)
+    position = (x - _spread(zero_point, columns, group_size)) * inverse
     if random is None:
         codes = (position + 0.5).floor_()
     else:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def random_bits16(row, start, seed_low, seed_high, G: tl.constexpr):  # type: ignore[no-untyped-def]
+def random_bits16(row, start, seed_low, seed_high, G: tl.constexpr):
     """(M, G) uint32 of 16 random bits as in `reference.random_bits16`; row (M, 1) int32, start a multiple of 8."""
     call = start // 8 + tl.arange(0, G // 8)[None, :]
     counter = call + row * 0
@@ -28,7 +28,7 @@ def random_bits16(row, start, seed_low, seed_high, G: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _round_down_to_bfloat16(x):  # type: ignore[no-untyped-def]
+def _round_down_to_bfloat16(x):
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits + 0xFFFF, bits) & -0x10000
     value = bits.to(tl.float32, bitcast=True)
@@ -37,12 +37,14 @@ def _round_down_to_bfloat16(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _round_up_to_bfloat16(x):  # type: ignore[no-untyped-def]
+def _round_up_to_bfloat16(x):
     return ((x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def quantize_group(x, mask, row, start, seed_low, seed_high, G: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def quantize_group(
+    x, mask, row, start, seed_low, seed_high, G: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
+):
     """Codes (M, G) int32, scale and zero point (M,) float32 of the group x (M, G): `reference.quantize_groups`."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     low = tl.min(tl.where(mask, x, float("inf")), axis=1)
@@ -54,7 +56,7 @@ def quantize_group(x, mask, row, start, seed_low, seed_high, G: tl.constexpr, BI
     scale = _round_up_to_bfloat16(tl.maximum(exact - slack, 0.0))
     scale = tl.where(exact > 0, tl.maximum(scale, 1.1754943508222875e-38), 0.0)
     step = tl.where(scale > 0, scale, 1.0)
-    position = tl.div_rn(x - zero_point[:, None], tl.broadcast_to(step[:, None], x.shape))
+    position = (x - zero_point[:, None]) * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, None]
     if STOCHASTIC:
         below = tl.floor(position)
         threshold = (random_bits16(row, start, seed_low, seed_high, G).to(tl.float32) + 0.5) * 1.52587890625e-05
@@ -65,7 +67,7 @@ def quantize_group(x, mask, row, start, seed_low, seed_high, G: tl.constexpr, BI
 
 
 @triton.jit
-def load_codes(qdata, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_codes(qdata, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):
     """Codes (M, G) int32 of columns start:end; row and row_mask (M, 1). At 4 bits `start` must be even."""
     if BITS == 8:
         column = start + tl.arange(0, G)[None, :]
@@ -76,7 +78,7 @@ def load_codes(qdata, row, stride, row_mask, start, end, G: tl.constexpr, BITS: 
 
 
 @triton.jit
-def store_codes(qdata, codes, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_codes(qdata, codes, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):
     """Write codes (M, G) int32 to columns start:end, at 4 bits two a byte, even columns in the low half."""
     column = start + tl.arange(0, G)[None, :]
     if BITS == 8:
@@ -89,7 +91,7 @@ def store_codes(qdata, codes, row, stride, row_mask, start, end, G: tl.constexpr
 
 
 @triton.jit
-def round_stochastic_bfloat16(x, random):  # type: ignore[no-untyped-def]
+def round_stochastic_bfloat16(x, random):
     """float32 x rounded up or down to bfloat16 by 16 random bits: `reference.round_stochastic_bfloat16`."""
     bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
     rounded = bits.to(tl.float32, bitcast=True)
@@ -97,7 +99,7 @@ def round_stochastic_bfloat16(x, random):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def to_float(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def to_float(x, TYPE: tl.constexpr):
     """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
     if TYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)

@@ -1,0 +1,164 @@
+"""What decides the memory of a run, and the bytes of every tensor that lasts longer than one backward pass.
+
+All sizes are exact: of the weights, projections, optimizer states and sums of gradients of one rank. Only the sums for
+refreshes of subspaces are a bound. `memory_plan.py` adds what comes and goes.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+_BLOCK = 256  # values that share a float32 absmax in an 8-bit state
+_MIN_8BIT = 4096  # smaller weights keep float32 states
+_ACCUMULATOR_GROUP = 256  # values that share a scale and a zero point in an INT8 gradient accumulator
+_ACCUMULATOR_BYTES = {"float32": 4, "bfloat16": 2}
+_FIRST_REFRESH_SPREAD = 8  # updates over which the first refreshes of all subspaces are spread
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What besides the model's shape decides the memory; names and meanings are the flags'."""
+
+    batch_size: int
+    """Sequences a micro-batch of this rank."""
+    max_length: int
+    """Tokens a sequence."""
+    dtype_bytes: int = 2
+    """Bytes a float weight or activation: 2 for bfloat16, 4 for float32."""
+    cuda: bool = False
+    """The run is on a CUDA GPU, whose libraries take workspaces."""
+    compiled: bool = False
+    """torch.compile runs the decoder layers."""
+    cuda_graphs: bool = False
+    """CUDA graphs replay the compiled layers; activations and what a layer's backward pass takes then stay."""
+    grad_accum_steps: int = 1
+    """Micro-batches an update."""
+    grad_accum_dtype: str = "float32"
+    """float32, bfloat16 or int8: sums of gradients between micro-batches."""
+    per_layer: bool = False
+    """Updates inside the backward pass."""
+    activation_checkpointing: bool = False
+    """Keep one activation a layer and recompute the others."""
+    rank: int | None = None
+    """Dimension of the subspace of the decoder matrices; None trains them in full."""
+    proj_type: str = "std"
+    """std, reverse_std, left, right or full."""
+    proj_bits: int | None = None
+    """8 or 4: bits of a projection; None keeps it float."""
+    proj_group_size: int = 256
+    """Values of a basis vector that share a scale."""
+    update_proj_gap: int = 200
+    """Updates between two refreshes of a subspace, over which those of all matrices are spread."""
+    svd: bool = True
+    """Subspaces come from the full gradient of one matrix at a time; False: from a sketch (streaming)."""
+    weight_bits: int | None = None
+    """8 or 4: bits of a decoder weight; None keeps it float (as --simulation does)."""
+    weight_group_size: int = 256
+    """Weights of a row that share a scale."""
+    state_bits: int = 32
+    """8 (block-wise), 16 or 32 bits a value of an optimizer state."""
+    states: int = 2
+    """Optimizer states of the weights' size: 2 for Adam, 1 for momentum, 0 for none."""
+    factored: bool = False
+    """Adafactor: of a matrix one value a row and one a column instead."""
+
+    @property
+    def gradients_live_in_backward(self) -> bool:
+        """Whether each gradient is used up inside the backward pass of its layer."""
+        return self.per_layer and self.grad_accum_steps == 1
+
+
+def sides(shape: Shape, s: MemorySettings) -> tuple[str, ...]:
+    """The sides of a matrix that are projected."""
+    longer, shorter = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
+    one = {"std": longer, "reverse_std": shorter, "left": "left", "right": "right"}
+    return (one[s.proj_type],) if s.proj_type in one else ("left", "right")
+
+
+def gradient_shape(shape: Shape, s: MemorySettings) -> Shape:
+    """Of what the optimizer sees: (rank, in), (out, rank), (rank, rank), or the matrix's own."""
+    if s.rank is None:
+        return shape
+    projected = sides(shape, s)
+    return (s.rank if "left" in projected else shape[0], s.rank if "right" in projected else shape[1])
+
+
+def basis_values(shape: Shape, s: MemorySettings) -> int:
+    """Values of all bases of a matrix."""
+    return 0 if s.rank is None else s.rank * sum(shape[0 if side == "left" else 1] for side in sides(shape, s))
+
+
+def weight_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Of a decoder matrix as it is stored."""
+    if s.weight_bits is None:
+        return math.prod(shape) * s.dtype_bytes
+    return _quantized_bytes(*shape, s.weight_bits, s.weight_group_size)
+
+
+def projection_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Of the bases of a matrix as they are stored."""
+    if s.rank is None:
+        return 0
+    if s.proj_bits is not None:
+        lengths = [shape[0 if side == "left" else 1] for side in sides(shape, s)]
+        return sum(_quantized_bytes(s.rank, length, s.proj_bits, s.proj_group_size) for length in lengths)
+    # A float basis has the dtype of a float weight, and is float32 beside integer weights.
+    return basis_values(shape, s) * (s.dtype_bytes if s.weight_bits is None else 4)
+
+
+def state_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Of the optimizer's states for a gradient of this shape."""
+    if s.factored and len(shape) == 2:
+        return 4 * sum(shape)
+    values = math.prod(shape)
+    if has_8bit_states(shape, s):
+        return s.states * (values + 4 * math.ceil(values / _BLOCK))
+    return s.states * values * (s.state_bits // 8 if s.state_bits != 8 else 4)
+
+
+def has_8bit_states(shape: Shape, s: MemorySettings) -> bool:
+    """Whether the states of a gradient of this shape are held in 8 bits."""
+    return s.state_bits == 8 and math.prod(shape) >= _MIN_8BIT
+
+
+def gradient_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
+    """Of gradients that wait for their update: all, but where each update happens in its layer's backward pass."""
+    return 0 if s.gradients_live_in_backward else sum(sum_bytes(shape, s) for shape in shapes)
+
+
+def sum_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Of a sum over all micro-batches of an update; a gradient that comes alone keeps its own dtype."""
+    if s.grad_accum_dtype == "int8" and len(shape) == 2:
+        return _quantized_bytes(*shape, 8, _ACCUMULATOR_GROUP)
+    alone = s.grad_accum_steps == 1
+    return math.prod(shape) * (s.dtype_bytes if alone else _ACCUMULATOR_BYTES.get(s.grad_accum_dtype, 4))
+
+
+def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> int:
+    """Of all that is summed for the subspaces that are due in one update, at most.
+
+    That is a sketch (rank, side) beside the float32 matrix it is made with, or in svd mode from the second refresh on
+    a full gradient. Where an update ends with the one backward pass of each layer, nothing of it outlives that.
+    """
+    if s.rank is None or s.gradients_live_in_backward:
+        return 0
+
+    def due(spread: int) -> int:
+        return math.ceil(layers * len(matrices) / max(1, min(spread, s.update_proj_gap)))
+
+    def sketch(shape: Shape, side: str) -> int:
+        own, other = (0, 1) if side == "left" else (1, 0)
+        assert s.rank is not None
+        return sum_bytes((s.rank, shape[own]), s) + 4 * s.rank * shape[other]
+
+    sketches = max(sum(sketch(shape, side) for side in sides(shape, s)) for shape in matrices)
+    full = max(sum_bytes(shape, s) for shape in matrices)
+    # The first refreshes, always from sketches, can meet the second ones of a short interval.
+    return due(_FIRST_REFRESH_SPREAD) * sketches + due(s.update_proj_gap) * (full if s.svd else sketches)
+
+
+def _quantized_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """Codes, and a bfloat16 scale and zero point a group; groups and packed bytes do not straddle rows."""
+    return rows * (math.ceil(columns * bits / 8) + 4 * math.ceil(columns / group_size))

@@ -1,0 +1,123 @@
+"""The floors: counts by hand on a tiny model, and what must hold for any."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import compare, floor
+from benchmarks.floor import Ceilings, Pass, Setting, adamw, all_passes, product, q_galore, seconds
+from peft_pretraining.model_config import LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+TINY = Setting(CONFIG, micro_batch=2, rank=4, length=4)
+TOKENS = 8
+DECODER, HEAD = 4 * 16 * 16 + 3 * 16 * 32, 64 * 16  # values
+SCORES = 2 * 2 * (1 + 2 + 3 + 4)  # sequences, heads, positions that attend to positions
+TARGETS = [s for model in floor.TARGETS for s in floor.settings(model)]
+METHODS = (q_galore, adamw)
+
+
+def operations(passes: list[Pass]) -> float:
+    return sum(p.operations for p in passes)
+
+
+def test_full_training_takes_six_operations_a_weight_and_token() -> None:
+    attention = 7 * 2 * 8 * SCORES  # two products forward and five backward over a head of 8
+    assert operations(all_passes(adamw(TINY))) == 6 * TOKENS * (DECODER + HEAD) + attention
+
+
+def test_checkpointing_computes_again_all_but_down_proj() -> None:
+    update = adamw(replace(TINY, checkpointing=True))
+    assert operations(update.pop(floor.RECOMPUTE)) == 2 * TOKENS * (DECODER - 16 * 32) + 2 * 2 * 8 * SCORES
+    assert update == adamw(TINY)
+
+
+def test_a_product_reads_its_operands_and_writes_its_result() -> None:
+    assert product(2, 3, 5) == (2 * 2 * 3 * 5, 2 * (2 * 3 + 3 * 5 + 2 * 5))
+
+
+def test_a_quantized_row_has_two_numbers_a_group() -> None:
+    assert floor.quantized_bytes(3, 257, 8) == 3 * (257 + 2 * 4)
+    assert floor.quantized_bytes(3, 257, 4) == 3 * (129 + 2 * 4)
+
+
+def test_adamw_moves_seven_bfloat16_values_a_weight() -> None:
+    update = adamw(TINY)
+    assert sum(p.nbytes for p in update[floor.ADAM] + update[floor.TABLES]) == 14 * (DECODER + 2 * HEAD)
+
+
+def test_our_update_of_a_matrix_by_hand() -> None:
+    # q_proj is (16, 16): its gradient is (16, 4), its basis (4, 16); one group a row.
+    grad, states = 2 * 16 * 4, 16 * 4 + 4  # bytes
+    assert floor.adam8bit(16, 4, grad_accum=1, result_bytes=2) == [(0, grad), (0, grad + 2 * 2 * states + 2 * 16 * 4)]
+    assert floor.project_back(TINY, 16, 16) == (2 * 16 * 16 * 4, 2 * 4 * (16 + 16) + 2 * 16 * (16 + 4))
+    # Three sums in INT8: three gradients read, the sum written three times and read twice.
+    assert floor.int8_sums(16, 4, 3) == [(0, 3 * grad + 5 * 16 * (4 + 4))]
+    assert floor.int8_sums(16, 4, 1) == []
+
+
+def test_passes_run_one_after_another_and_each_takes_the_longer_of_its_times() -> None:
+    assert seconds([Pass(10, 1), Pass(1, 30)], Ceilings(1, 2)) == 10 + 15
+
+
+@pytest.mark.parametrize("s", TARGETS)
+def test_checkpointing_takes_longer(s: Setting) -> None:
+    for method in METHODS:
+        with_it, without = (seconds(all_passes(method(replace(s, checkpointing=c))), Ceilings()) for c in (True, False))
+        assert with_it > without
+
+
+@pytest.mark.parametrize("s", TARGETS)
+def test_projected_gradients_take_fewer_operations_than_full_ones(s: Setting) -> None:
+    assert operations(q_galore(s)[floor.WEIGHT_GRADIENTS]) < operations(adamw(s)[floor.WEIGHT_GRADIENTS])
+
+
+def test_direct_projection_by_formula() -> None:
+    s = floor.settings("7b")[0]  # large enough that every matrix is projected directly
+    sides = 4 * (4096 + 4096) + 3 * (11008 + 4096)
+    assert operations(q_galore(s)[floor.WEIGHT_GRADIENTS]) == 32 * 2 * 4096 * 1024 * sides
+
+
+def test_micro_batches_share_an_update() -> None:
+    for method in METHODS:
+        one, four = (seconds(all_passes(method(replace(TARGETS[0], grad_accum=n))), Ceilings()) for n in (1, 4))
+        assert one < four
+        assert floor.SUMS not in method(TARGETS[0])
+    one, many = floor.settings("7b")
+    assert seconds(all_passes(q_galore(many)), Ceilings()) < 32 * seconds(all_passes(q_galore(one)), Ceilings())
+
+
+def test_the_loss_in_chunks_multiplies_as_much_and_moves_more() -> None:
+    s = TARGETS[0]
+    chunked, whole = floor.chunked_head(s), floor.whole_head(s)
+    assert len(chunked) > len(floor.chunked_head(TINY))
+    assert operations(chunked) == operations(whole)
+    products = [sum(p.nbytes for p in passes if p.operations) for passes in (chunked, whole)]
+    assert products[0] > products[1]
+
+
+def test_targets_are_those_that_are_measured() -> None:
+    for model, targets in floor.TARGETS.items():
+        assert {target[:2] for target in targets} == {(compare.MICRO_BATCHES[model], compare.RANKS[model])}
+
+
+def test_the_program_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    def floors(*argv: str) -> list[float]:
+        assert floor.main(["--models", "60m,7b", *argv]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.startswith("| component") for line in lines) == 3
+        return [float(line.split("|")[6].replace(",", "")) for line in lines if line.startswith(("| 60M", "| 7B"))]
+
+    slow, fast = floors(), floors("--tflops", "1580", "--tbps", "6")
+    assert len(slow) == 4
+    assert fast == pytest.approx([time / 2 for time in slow], abs=0.11)
+    with pytest.raises(SystemExit):
+        floor.main(["--models", "61m"])

@@ -1,0 +1,109 @@
+"""The engine around the decoder layers: one compilation for all, and CUDA graphs that give the bits of plain calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+import run_pretrain
+from peft_pretraining.args import parse_args
+from peft_pretraining.modeling_llama import LlamaForCausalLM
+from qgalore.layer_graphs import LayerGraphs
+from tests.small_run import CONFIG
+
+
+class OneRank:
+    """What `run_pretrain.build` asks of the processes of a run."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def gradient_all_reduce(self) -> None:
+        return None
+
+
+PER_LAYER = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --rank 8"
+STREAMING = f"{PER_LAYER} --subspace streaming"
+CASES = {
+    "streaming": STREAMING,
+    "checkpointing": f"{STREAMING} --activation_checkpointing",
+    "svd": PER_LAYER,
+    "other side": f"{STREAMING} --proj_type reverse_std",
+    "int4": f"{STREAMING} --weight_bits 4",
+    "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
+}
+
+
+def trained(folder: Path, device: str, flags: str, updates: int = 9) -> tuple[list[float], str, LlamaForCausalLM]:
+    """Losses, a hash of all weights and states, and the model after some updates; the sixth is skipped."""
+    config = folder / "model.json"
+    config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 3, "intermediate_size": 85}))
+    argv = f"--model_config {config} --dataset {folder} --batch_size 4 --num_training_steps 100 --wandb_mode off"
+    argv += f" --save_dir {folder}/run --update_proj_gap 3 --max_length 32 --device {device} {flags}"
+    args = parse_args(argv.split(), 1)
+    model, optimizer = run_pretrain.build(args, OneRank(device))  # type: ignore[arg-type]
+    assert isinstance(model, LlamaForCausalLM)
+    losses = []
+    for step in range(updates):
+        ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(step)).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, step / 4)
+        loss = model(ids, ids).loss_sum / ids.numel()
+        assert loss is not None
+        optimizer.skip_update_if(torch.tensor(step == 5, device=device))
+        loss.backward()
+        optimizer.step()
+        assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.partly_made())
+        assert float(optimizer.grad_norm()) > 0
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    digest = hashlib.sha256()
+    states = (value for state in optimizer.state_dict()["state"].values() for value in state.values())
+    for tensor in (*model.state_dict().values(), *states):
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return losses, digest.hexdigest(), model
+
+
+@pytest.mark.parametrize("case", ["streaming", "checkpointing", "float weights"])
+def test_one_compilation_serves_all_layers_and_changes_nothing(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = trained(tmp_path, "cpu", f"{CASES[case]} --compile off --dtype float32", 4)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers = LlamaForCausalLM.compile_layers
+    # Without a C++ compiler: the same graphs, not lowered to machine code.
+    monkeypatch.setattr(LlamaForCausalLM, "compile_layers", lambda model: compile_layers(model, "aot_eager"))
+    compiled = trained(tmp_path, "cpu", f"{CASES[case]} --compile on --dtype float32", 4)
+    assert compiled[:2] == plain[:2]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
+    model = trained(tmp_path, "cpu", CASES["streaming"], 1)[2].model
+    assert model.compiled_layer is None and model.run_layers is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
+    run_pretrain.make_reproducible()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            plain = trained(tmp_path, "cuda", f"{CASES[case]} --cuda_graphs off")
+            replayed = trained(tmp_path, "cuda", CASES[case])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert replayed[:2] == plain[:2]
+    assert plain[2].model.run_layers is None
+    graphs = replayed[2].model.run_layers
+    assert isinstance(graphs, LayerGraphs) and graphs.replays
