@@ -96,6 +96,8 @@ def q_galore(setting: Setting) -> Training:
     flags = q_galore_flags(setting)
     args = parse_args(flags)
     run_pretrain.make_reproducible()
+    if setting.device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(setting.device))  # as a run does, for CUDA graphs
     model, optimizer = run_pretrain.build(args, Processes(0, 1, setting.device))
     batches = token_ids(setting, model.config.vocab_size)
     target_tokens = batches.numel() // LENGTH * (LENGTH - 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from peft_pretraining.args import GROUPS, RunArgs
-from peft_pretraining.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from peft_pretraining.lasting_memory import MemorySettings
+from peft_pretraining.memory_plan import MemoryPlan, plan_memory
 from peft_pretraining.model_config import LlamaConfig
 
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -28,29 +29,46 @@ def describe(args: RunArgs) -> str:
 
 
 def plan(args: RunArgs, config: LlamaConfig) -> MemoryPlan:
-    """The planned memory of one rank of this run."""
+    """The planned memory of one rank of this run; on a CUDA GPU unless `--device cpu` is given."""
+    return plan_memory(config, memory_settings(args))
+
+
+def memory_settings(args: RunArgs) -> MemorySettings:
+    """What of the flags decides the memory."""
     optimizer, quantization, subspace = args.optimizer, args.quantization, args.subspace
     stored = quantization.weight_quant and not quantization.simulation
-    return plan_memory(
-        config,
-        MemorySettings(
-            batch_size=args.batch.batch_size,
-            max_length=args.batch.max_length,
-            dtype_bytes=_DTYPE_BYTES[args.model.dtype],
-            grad_accum_steps=args.batch.gradient_accumulation,
-            grad_accum_dtype=optimizer.grad_accum_dtype,
-            per_layer=optimizer.per_layer,
-            activation_checkpointing=args.model.activation_checkpointing,
-            rank=subspace.rank if optimizer.is_low_rank else None,
-            proj_type=subspace.proj_type,
-            proj_bits=quantization.proj_bits if quantization.proj_quant else None,
-            proj_group_size=quantization.proj_group_size,
-            update_proj_gap=subspace.update_proj_gap,
-            svd=subspace.subspace == "svd",
-            weight_bits=quantization.weight_bits if stored else None,
-            weight_group_size=quantization.weight_group_size,
-            state_bits=8 if "8bit" in optimizer.optimizer else 32,
-            states={"sgd": int(optimizer.beta1 > 0), "adafactor": int(optimizer.beta1 > 0)}.get(optimizer.optimizer, 2),
-            factored=optimizer.optimizer == "adafactor",
-        ),
+    of_library = optimizer.optimizer in ("sgd", "adafactor")
+    cuda = args.runtime.device != "cpu"
+    compiled = not args.model.use_hf_model and (args.model.compile == "on" or (args.model.compile == "auto" and cuda))
+    return MemorySettings(
+        batch_size=args.batch.batch_size,
+        max_length=args.batch.max_length,
+        ranks=args.world_size,
+        dtype_bytes=_DTYPE_BYTES[args.model.dtype],
+        cuda=cuda,
+        compiled=compiled,
+        cuda_graphs=compiled and cuda and _replays_layers(args),
+        grad_accum_steps=args.batch.gradient_accumulation,
+        grad_accum_dtype=args.model.dtype if of_library else optimizer.grad_accum_dtype,
+        per_layer=optimizer.per_layer,
+        activation_checkpointing=args.model.activation_checkpointing,
+        rank=subspace.rank if optimizer.is_low_rank else None,
+        proj_type=subspace.proj_type,
+        proj_bits=quantization.proj_bits if quantization.proj_quant else None,
+        proj_group_size=quantization.proj_group_size,
+        update_proj_gap=subspace.update_proj_gap,
+        svd=subspace.subspace == "svd",
+        weight_bits=quantization.weight_bits if stored else None,
+        weight_group_size=quantization.weight_group_size,
+        state_bits=8 if "8bit" in optimizer.optimizer else 32,
+        states=int(optimizer.beta1 > 0) if of_library else 2,
+        factored=optimizer.optimizer == "adafactor",
     )
+
+
+def _replays_layers(args: RunArgs) -> bool:
+    """Whether compiled layers run from CUDA graphs: `qgalore.layer_graphs` has the conditions."""
+    quantization = args.quantization
+    fits = not (quantization.weight_quant and quantization.simulation) and quantization.weight_group_size % 8 == 0
+    alone = args.batch.gradient_accumulation == args.world_size == 1
+    return args.model.cuda_graphs == "auto" and args.optimizer.per_layer and alone and fits

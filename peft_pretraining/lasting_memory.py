@@ -25,6 +25,8 @@ class MemorySettings:
     """Sequences a micro-batch of this rank."""
     max_length: int
     """Tokens a sequence."""
+    ranks: int = 1
+    """Processes that sum their gradients."""
     dtype_bytes: int = 2
     """Bytes a float weight or activation: 2 for bfloat16, 4 for float32."""
     cuda: bool = False
@@ -94,7 +96,7 @@ def weight_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of a decoder matrix as it is stored."""
     if s.weight_bits is None:
         return math.prod(shape) * s.dtype_bytes
-    return _quantized_bytes(*shape, s.weight_bits, s.weight_group_size)
+    return _quantized_bytes(shape[0], shape[1], s.weight_bits, s.weight_group_size)
 
 
 def projection_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -129,10 +131,10 @@ def gradient_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
 
 
 def sum_bytes(shape: Shape, s: MemorySettings) -> int:
-    """Of a sum over all micro-batches of an update; a gradient that comes alone keeps its own dtype."""
+    """Of a sum over the micro-batches and ranks of an update; a gradient that comes alone keeps its own dtype."""
     if s.grad_accum_dtype == "int8" and len(shape) == 2:
-        return _quantized_bytes(*shape, 8, _ACCUMULATOR_GROUP)
-    alone = s.grad_accum_steps == 1
+        return _quantized_bytes(shape[0], shape[1], 8, _ACCUMULATOR_GROUP)
+    alone = s.grad_accum_steps == s.ranks == 1
     return math.prod(shape) * (s.dtype_bytes if alone else _ACCUMULATOR_BYTES.get(s.grad_accum_dtype, 4))
 
 

@@ -1,31 +1,62 @@
 """The memory that a run needs on one device, by component, worked out before anything is built.
 
-Pure arithmetic on the model's shapes. What stays for the whole run (weights, projections, moments, accumulators) is
-exact to the byte. What comes and goes is the tensors that autograd saves plus the largest of the passing peaks, with
-PyTorch's fused attention and norms as they run on a GPU; measured peaks also hold the allocator's rounding and the
-libraries' workspaces. All ranks need the same.
+Pure arithmetic on the model's shapes. What stays for the whole run (weights, projections, moments, sums of gradients)
+is exact to the byte. What comes and goes is the tensors that autograd saves plus the largest of the passing peaks: for
+each phase of an update the tensors that are alive at its worst moment, counted in the code that makes them, with
+PyTorch's fused attention and norms as they run on a GPU. Of compiled layers they are those of the code that inductor
+makes. All ranks need the same.
+
+Measured peaks are up to one per cent higher: PyTorch's allocator leaves up to 1 MiB of a block unused, and the tensors
+that are smaller than a matrix's side are not counted one by one.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from peft_pretraining.lasting_memory import (
+    MemorySettings,
+    Shape,
+    basis_values,
+    gradient_bytes,
+    gradient_shape,
+    has_8bit_states,
+    projection_bytes,
+    refresh_bytes,
+    sides,
+    state_bytes,
+    weight_bytes,
+)
+from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
+from qgalore.padding import padded_width
+from qgalore.subspace import projects_directly
 
-_BLOCK = 256  # values that share a float32 absmax in an 8-bit state
-_MIN_8BIT = 4096  # smaller weights keep float32 states
-_ACCUMULATOR_GROUP = 256  # values that share a scale and a zero point in an INT8 gradient accumulator
-_ACCUMULATOR_BYTES = {"float32": 4, "bfloat16": 2}
+_GRADIENTS, _REFRESHES = "gradients", "for refreshes of subspaces (at most)"
+_WORKSPACES = 2 * (32 << 20)
+"""cuBLAS takes 8 times 4 MiB, as `run_pretrain.py` sets CUBLAS_WORKSPACE_CONFIG, for each thread that multiplies: that
+of the forward pass and autograd's."""
+_HEAD_COLUMNS = 64  # the logits of a token are padded to a multiple
+_ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
+_INDUCTOR_ROW, _INDUCTOR_MIN_COLUMNS = 128, 1024  # inductor aligns longer rows of what it keeps to this many bytes
+_READ_8BIT_MOMENTS = 20
+"""Bytes a value: both moments in float32 (8), and while the second is read its codes as int32 and as int64 (12)."""
+_ROTATE_8BIT_MOMENTS = 39
+"""Bytes a value: both moments in float32 before (8) and after (8); to take the change back, their codes (2); to write
+the second its padded copy, scaled values, codes, least codes and the larger of the two (20), and the first's codes."""
+_ROTATE_FLOAT_MOMENTS = 20  # both moments after (8) and before (8), and the one of the two that is chosen (4)
+_CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by component: `lasting` stays for the run; of the phases in `passing` only the largest counts."""
+    """Bytes by component: `lasting` and `overhead` stay; of the phases in `passing` only the largest counts."""
 
     lasting: dict[str, int]
     passing: dict[str, int]
     activations: int
-    """What the backward pass keeps of the forward one; the first two phases include it."""
+    """What the backward pass keeps of the forward one; the phases of the backward pass include it."""
+    overhead: dict[str, int] = field(default_factory=dict)
+    """What the way of running takes on a GPU: workspaces, and memory that CUDA graphs hold."""
 
     @property
     def weights_and_states_bytes(self) -> int:
@@ -35,7 +66,7 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """The planned peak."""
-        return sum(self.lasting.values()) + max(self.passing.values())
+        return sum(self.lasting.values()) + sum(self.overhead.values()) + max(self.passing.values())
 
     def table(self) -> str:
         """The plan as text, in GB (10^9 bytes)."""
@@ -45,58 +76,12 @@ class MemoryPlan:
 
         largest = max(self.passing, key=lambda name: self.passing[name])
         lines = ["Planned memory of one rank", "kept during the run:"]
-        lines += [line(name, size) for name, size in self.lasting.items() if size]
+        lines += [line(name, size) for name, size in (self.lasting | self.overhead).items() if size]
         lines += ["passing, of which the largest (*) counts:"]
         lines += [line(f"{name}{' *' if name == largest else ''}", size) for name, size in self.passing.items()]
         lines += [line("of these, activations", self.activations), "together:"]
         lines += [line("weights and optimizer states", self.weights_and_states_bytes), line("peak", self.peak_bytes)]
         return "\n".join(lines)
-
-
-_GRADIENTS, _REFRESHES = "gradients", "for refreshes of subspaces (at most)"
-_FIRST_REFRESH_SPREAD = 8  # updates over which the first refreshes of all subspaces are spread
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """What besides the model's shape decides the memory; names and meanings are the flags'."""
-
-    batch_size: int
-    """Sequences a micro-batch of this rank."""
-    max_length: int
-    """Tokens a sequence."""
-    dtype_bytes: int = 2
-    """Bytes a float weight or activation: 2 for bfloat16, 4 for float32."""
-    grad_accum_steps: int = 1
-    """Micro-batches an update."""
-    grad_accum_dtype: str = "float32"
-    """float32, bfloat16 or int8: sums of gradients between micro-batches."""
-    per_layer: bool = False
-    """Updates inside the backward pass."""
-    activation_checkpointing: bool = False
-    """Keep one activation a layer and recompute the others."""
-    rank: int | None = None
-    """Dimension of the subspace of the decoder matrices; None trains them in full."""
-    proj_type: str = "std"
-    """std, reverse_std, left, right or full."""
-    proj_bits: int | None = None
-    """8 or 4: bits of a projection; None keeps it float."""
-    proj_group_size: int = 256
-    """Values of a basis vector that share a scale."""
-    update_proj_gap: int = 200
-    """Updates between two refreshes of a subspace, over which those of all matrices are spread."""
-    svd: bool = True
-    """Subspaces come from the full gradient of one matrix at a time; False: from a sketch (streaming)."""
-    weight_bits: int | None = None
-    """8 or 4: bits of a decoder weight; None keeps it float (as --simulation does)."""
-    weight_group_size: int = 256
-    """Weights of a row that share a scale."""
-    state_bits: int = 32
-    """8 (block-wise), 16 or 32 bits a value of an optimizer state."""
-    states: int = 2
-    """Optimizer states of the weights' size: 2 for Adam, 1 for momentum, 0 for none."""
-    factored: bool = False
-    """Adafactor: of a matrix one value a row and one a column instead."""
 
 
 def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
@@ -106,146 +91,197 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
     table = (config.vocab_size, config.hidden_size)
     tables = [table] if config.tie_word_embeddings else [table, table]
     norms = [(config.hidden_size,)] * (2 * layers + 1)
-    rest: list[tuple[int, ...]] = [*tables, *norms]
-    low_rank = [_gradient_shape(shape, s) for shape in matrices]
-    tokens = s.batch_size * s.max_length
-    boundary = tokens * config.hidden_size * s.dtype_bytes
-    saved = layer_activation_bytes(config, s.batch_size, s.max_length, s.dtype_bytes)
-    ends = 2 * boundary + 8 * tokens  # the last layer's output, its norm, the token ids
-    kept = layers * (boundary if s.activation_checkpointing else saved) + ends
+    rest: list[Shape] = [*tables, *norms]
+    low_rank = [gradient_shape(shape, s) for shape in matrices]
     lasting = {
-        "decoder weights": layers * sum(_weight_bytes(shape, s) for shape in matrices),
+        "decoder weights": layers * sum(weight_bytes(shape, s) for shape in matrices),
         "embeddings, head, norms": s.dtype_bytes * sum(map(math.prod, rest)),
-        "projections": layers * sum(_projection_bytes(shape, s) for shape in matrices),
-        "optimizer states, decoder": layers * sum(_state_bytes(shape, s) for shape in low_rank),
-        "optimizer states, embeddings, head, norms": sum(_state_bytes(shape, s) for shape in rest),
-        _GRADIENTS: layers * _gradient_bytes(low_rank, s) + _gradient_bytes(rest, s),
-        _REFRESHES: _refresh_bytes(matrices, layers, s),
+        "projections": layers * sum(projection_bytes(shape, s) for shape in matrices),
+        "optimizer states, decoder": layers * sum(state_bytes(shape, s) for shape in low_rank),
+        "optimizer states, embeddings, head, norms": sum(state_bytes(shape, s) for shape in rest),
+        _GRADIENTS: layers * gradient_bytes(low_rank, s) + gradient_bytes(rest, s),
+        _REFRESHES: refresh_bytes(matrices, layers, s),
     }
-    return MemoryPlan(lasting, _passing(config, s, kept, saved), kept)
+    kept = _kept_activation_bytes(config, s)
+    overhead = {"workspaces of cuBLAS": _WORKSPACES} if s.cuda else {}
+    if s.cuda_graphs:
+        # Two gradients between layers have places of their own.
+        overhead["memory of CUDA graphs"] = 2 * _hidden_bytes(config, s) + _in_layer_backward_bytes(config, s, False)
+    return MemoryPlan(lasting, _passing(config, s, kept), kept, overhead)
 
 
-def layer_activation_bytes(config: LlamaConfig, batch_size: int, length: int, dtype_bytes: int) -> int:
+# ---- activations
+
+
+def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     """What autograd keeps of one decoder layer between forward and backward.
 
-    Each norm: its input, its output (which the linears save once for all) and one float32 a token. Attention: rotated
-    queries and keys, values, output (shared with o_proj's input) and the float32 log-sum-exp of each head; the rotation
-    itself saves only its tables. MLP: gate (input of silu), up, silu(gate) (factor of the product), product.
+    Each norm: its input, its output (which the linears save once for all) and one float32 a token; of the second one's
+    input a compiled layer keeps the part that attention added. Attention: rotated queries and keys, values, output
+    (shared with o_proj's input) and the float32 log-sum-exp of each head; the rotation itself saves only its tables.
+    MLP: gate (input of silu), up, and the product; uncompiled also silu(gate), its factor. What a product of matrices
+    reads in the backward pass the compiler saves and does not compute again.
     """
-    tokens = batch_size * length
-    query = config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
-    values = 4 * config.hidden_size + 2 * query + 2 * key_value + 4 * config.intermediate_size
-    return tokens * (values * dtype_bytes + 4 * (2 + config.num_attention_heads))
+    tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
+    width = _mlp_width(config, s)
+    product = width
+    if s.compiled and width > _INDUCTOR_MIN_COLUMNS:
+        product = _multiple(width, _INDUCTOR_ROW // s.dtype_bytes)
+    mlp = 2 * width + product + (0 if s.compiled else width)
+    values = 4 * config.hidden_size + 2 * query + 2 * key_value + mlp
+    return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads))
 
 
-def _passing(config: LlamaConfig, s: MemorySettings, kept: int, saved: int) -> dict[str, int]:
-    """The three moments that can be the peak.
+def _kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Of all layers; then the last one's output, one float32 a token of the norm, the ids and the labels."""
+    hidden = _hidden_bytes(config, s)
+    layer = hidden if s.activation_checkpointing else layer_activation_bytes(config, s)
+    return config.num_hidden_layers * layer + hidden + (4 + 8 + 8) * s.batch_size * s.max_length
 
-    At the loss all activations are alive and beside them, in float32, the log-probabilities, their gradient and the
-    logits' gradient. In the backward pass of the last layer's MLP the loss is gone, and beside what that layer saved
-    (again, under checkpointing) are the gradients of gate, up and product. At an update outside the backward pass the
-    activations are gone; in per-layer mode the matrices are updated in the second phase, the head before it.
-    """
-    tokens = s.batch_size * s.max_length
-    largest = max(map(math.prod, config.matrix_shapes().values()))
-    table = config.vocab_size * config.hidden_size
-    dense = largest * s.dtype_bytes if s.weight_bits is not None else 0
-    gradients = tokens * s.dtype_bytes * (3 * config.intermediate_size + 2 * config.hidden_size)
-    recomputed = saved if s.activation_checkpointing else 0
-    # float32: the update of the largest matrix and at a refresh its full gradient; of a table gradient and update.
-    of_matrix = largest * (4 if s.rank is not None and not s.svd else 8)
-    of_table = table * (8 if _lives_in_backward_only(s) else 4)
-    return {
-        "activations and loss": kept + 3 * 4 * tokens * config.vocab_size,
-        "activations and backward of one layer": kept
-        + recomputed
-        + gradients
-        + dense
-        + (of_matrix if s.per_layer else 0),
-        "update of the largest weight": kept + of_table if s.per_layer else max(of_matrix, of_table),
+
+def _hidden_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    return s.batch_size * s.max_length * config.hidden_size * s.dtype_bytes
+
+
+def _mlp_width(config: LlamaConfig, s: MemorySettings) -> int:
+    return config.intermediate_size if s.rank is None else padded_width(config.intermediate_size)
+
+
+def _attention_widths(config: LlamaConfig) -> tuple[int, int]:
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
+def _multiple(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+# ---- phases
+
+
+def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int]:
+    """The moments that can be the peak, in the order in which an update comes to them."""
+    hidden, table = _hidden_bytes(config, s), config.vocab_size * config.hidden_size
+    shapes = list(config.matrix_shapes().values())
+    layer = hidden if s.activation_checkpointing else layer_activation_bytes(config, s)
+    # What is held of the head's gradient while it is used up: by its update, or by the sum over micro-batches.
+    of_table = _table_update_bytes(config, s) if s.gradients_live_in_backward else _float32_sum_bytes(table, s)
+    phases = {
+        "activations and loss": kept + _loss_bytes(config, s),
+        "activations and gradient of the head": kept + hidden + table * s.dtype_bytes + of_table,
     }
+    # The gradient of the last layer's output takes the place of that output, which graphs keep.
+    stays = kept + (hidden if s.cuda_graphs else 0)
+    if not s.cuda_graphs:
+        phases["activations and backward of one layer"] = stays + _in_layer_backward_bytes(config, s, False)
+    if s.rank is not None:
+        phases["activations and backward with a refresh"] = stays + _in_layer_backward_bytes(config, s, True)
+    updates = max(_update_bytes(shape, s) for shape in shapes)
+    if s.gradients_live_in_backward:
+        gradients = sum(s.dtype_bytes * math.prod(gradient_shape(shape, s)) for shape in shapes)
+        rest = stays - (0 if s.cuda_graphs else layer)
+        phases["activations and updates of one layer"] = rest + hidden + gradients + updates
+    else:
+        gradients = max(_float32_sum_bytes(math.prod(gradient_shape(shape, s)), s) for shape in shapes)
+        of_table = _float32_sum_bytes(table, s) + _table_update_bytes(config, s)
+        phases["update of the largest weight"] = max(gradients + updates, of_table)
+    return phases
 
 
-def _lives_in_backward_only(s: MemorySettings) -> bool:
-    return s.per_layer and s.grad_accum_steps == 1
+def _loss_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """The final norm's output and its gradient, a chunk of logits, and the gradient of the head.
 
-
-def _sides(shape: tuple[int, ...], s: MemorySettings) -> tuple[str, ...]:
-    longer, shorter = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
-    one = {"std": longer, "reverse_std": shorter, "left": "left", "right": "right"}
-    return (one[s.proj_type],) if s.proj_type in one else ("left", "right")
-
-
-def _gradient_shape(shape: tuple[int, int], s: MemorySettings) -> tuple[int, ...]:
-    """Of what the optimizer sees: (rank, in), (out, rank) or (rank, rank)."""
-    if s.rank is None:
-        return shape
-    sides = _sides(shape, s)
-    return (s.rank if "left" in sides else shape[0], s.rank if "right" in sides else shape[1])
-
-
-def _quantized_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """Codes, and a bfloat16 scale and zero point a group; groups and packed bytes do not straddle rows."""
-    return rows * (math.ceil(columns * bits / 8) + 4 * math.ceil(columns / group_size))
-
-
-def _weight_bytes(shape: tuple[int, int], s: MemorySettings) -> int:
-    if s.weight_bits is None:
-        return math.prod(shape) * s.dtype_bytes
-    return _quantized_bytes(*shape, s.weight_bits, s.weight_group_size)
-
-
-def _projection_bytes(shape: tuple[int, int], s: MemorySettings) -> int:
-    if s.rank is None:
-        return 0
-    lengths = [shape[0 if side == "left" else 1] for side in _sides(shape, s)]
-    if s.proj_bits is not None:
-        return sum(_quantized_bytes(s.rank, length, s.proj_bits, s.proj_group_size) for length in lengths)
-    # A float basis has the dtype of a float weight, and is float32 beside integer weights.
-    return s.rank * sum(lengths) * (s.dtype_bytes if s.weight_bits is None else 4)
-
-
-def _state_bytes(shape: tuple[int, ...], s: MemorySettings) -> int:
-    if s.factored and len(shape) == 2:
-        return 4 * sum(shape)
-    values = math.prod(shape)
-    if s.state_bits == 8 and values >= _MIN_8BIT:
-        return s.states * (values + 4 * math.ceil(values / _BLOCK))
-    return s.states * values * (s.state_bits // 8 if s.state_bits != 8 else 4)
-
-
-def _gradient_bytes(shapes: Iterable[tuple[int, ...]], s: MemorySettings) -> int:
-    """Gradients that wait for their update: all of them, but where each update happens in its layer's backward.
-
-    Without per-layer updates all are complete, in float32, before the first update; with them they only ever are sums.
+    Over several chunks the latter is summed in float32 and then rounded, beside the chunk. A token also has a target
+    and a float32 loss.
     """
-    if _lives_in_backward_only(s):
-        return 0
-    if not s.per_layer:
-        return 4 * sum(map(math.prod, shapes))
-    return sum(_sum_bytes(shape, s) for shape in shapes)
+    tokens, table = s.batch_size * s.max_length, config.vocab_size * config.hidden_size
+    row = _multiple(config.vocab_size, _HEAD_COLUMNS) * s.dtype_bytes
+    chunks = token_chunks(tokens, row)
+    in_float32 = len(chunks) > 1 and s.dtype_bytes < 4
+    head = table * (s.dtype_bytes + (4 if in_float32 else 0))
+    return 2 * _hidden_bytes(config, s) + row * max(stop - start for start, stop in chunks) + head + (8 + 4) * tokens
 
 
-def _sum_bytes(shape: tuple[int, ...], s: MemorySettings) -> int:
-    """A sum over three micro-batches or more; the first gradient alone is kept in its own dtype."""
-    if s.grad_accum_dtype == "int8" and len(shape) == 2:
-        return _quantized_bytes(*shape, 8, _ACCUMULATOR_GROUP)
-    return math.prod(shape) * _ACCUMULATOR_BYTES.get(s.grad_accum_dtype, 4)
+def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool) -> int:
+    """Inside the backward pass of a layer, beside what is kept and the gradient of the layer's output.
 
-
-def _refresh_bytes(matrices: list[tuple[int, int]], layers: int, s: MemorySettings) -> int:
-    """Sketches (rank, side), or in svd mode from the second refresh on full gradients, of the subspaces that are due.
-
-    Where an update ends with the one backward pass of each layer, they do not outlive it.
+    down_proj: the gradient of the product, and the dequantized weight or what projecting takes. SwiGLU: the gradients
+    of product, gate and up; a compiled layer writes one over a tensor that it has saved, unless its backward pass is
+    run again and again. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's input, of
+    queries, keys and values, and those of the queries in float32; the MLP's tensors are gone by then.
     """
-    if s.rank is None or _lives_in_backward_only(s):
-        return 0
+    tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
+    hidden, wide = _hidden_bytes(config, s), tokens * _mlp_width(config, s) * s.dtype_bytes
+    shape = (config.hidden_size, config.intermediate_size)
+    rows, columns = map(padded_width, shape)
+    dense = rows * columns * s.dtype_bytes if s.weight_bits is not None else 0
+    projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
+    attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query)
+    saved = layer_activation_bytes(config, s) - hidden if s.activation_checkpointing else 0
+    if s.cuda_graphs and not s.activation_checkpointing:
+        steps = (wide + max(dense, projecting), 3 * wide, attention)
+    else:
+        at_swiglu = 0 if s.compiled else 2 * wide
+        steps = (wide + max(dense, projecting), at_swiglu, attention - 3 * wide - hidden)
+    return saved + max(steps)
 
-    def due(spread: int) -> int:
-        return math.ceil(layers * len(matrices) / max(1, min(spread, s.update_proj_gap)))
 
-    sketch = max(_sum_bytes((s.rank, shape[side == "right"]), s) for shape in matrices for side in _sides(shape, s))
-    full = max(_sum_bytes(shape, s) for shape in matrices)
-    # The first refreshes, always from sketches, can meet the second ones of a short interval.
-    return due(_FIRST_REFRESH_SPREAD) * sketch + due(s.update_proj_gap) * (full if s.svd else sketch)
+def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
+    """What makes the gradient of one matrix: basis, projected gradient, and a projected factor or the full gradient."""
+    full = math.prod(shape) * s.dtype_bytes
+    if s.rank is None:
+        return full
+    tokens, projected = s.batch_size * s.max_length, sides(shape, s)
+    direct = projects_directly(tokens, shape[0], shape[1], s.rank, projected[0])
+    between = len(projected) * tokens * s.rank * s.dtype_bytes if direct else full
+    return _held_in_projecting_bytes(shape, s) + between
+
+
+def _held_in_projecting_bytes(shape: Shape, s: MemorySettings) -> int:
+    return s.dtype_bytes * (_basis_copy_values(shape, s) + math.prod(gradient_shape(shape, s)))
+
+
+def _basis_copy_values(shape: Shape, s: MemorySettings) -> int:
+    """Values of bases that have to be converted to the activations' dtype."""
+    return basis_values(shape, s) if s.proj_bits is not None or s.weight_bits is not None else 0
+
+
+def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
+    """A sketch: momentum, test matrix in float32 and again, its product with a factor; or the full gradient (svd)."""
+    assert s.rank is not None
+    values, tokens = math.prod(gradient_shape(shape, s)), s.batch_size * s.max_length
+    copied = s.dtype_bytes if s.dtype_bytes < 4 else 0
+    sketching = values * (4 + copied) + s.dtype_bytes * (tokens * s.rank + basis_values(shape, s))
+    if s.svd:  # the first refresh is from a sketch with random numbers
+        return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
+    reading = values * (_READ_8BIT_MOMENTS if has_8bit_states(gradient_shape(shape, s), s) else 4)
+    return _held_in_projecting_bytes(shape, s) + max(reading, sketching)
+
+
+def _update_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Beside a matrix's gradient: the direction and the bases, and what the refresh takes when one is due.
+
+    By SVD that is the gradient in float32 twice, and singular vectors; the solver's workspace is not counted.
+    """
+    if s.rank is None:
+        return min(_ROW_CHUNK, 4 * math.prod(shape))
+    values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
+    update = s.dtype_bytes * (values + _basis_copy_values(shape, s))
+    if s.weight_bits is None or len(sides(shape, s)) == 2:
+        update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
+    if s.svd:
+        return max(update, 4 * (2 * math.prod(shape) + min(shape) * sum(shape)))
+    rotated = _ROTATE_8BIT_MOMENTS if has_8bit_states(gradient_shape(shape, s), s) else _ROTATE_FLOAT_MOMENTS
+    sketch = 4 * values + s.dtype_bytes * bases  # with the matrix that it was made with
+    return update + sketch + rotated * values + _CHANGE_BASIS * bases + 4 * s.rank**2
+
+
+def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """The float32 direction: of some rows, unless a block of an 8-bit state straddles them."""
+    whole = 4 * config.vocab_size * config.hidden_size
+    ragged = s.state_bits == 8 and config.hidden_size % 256 != 0
+    return whole if ragged else min(whole, _ROW_CHUNK)
+
+
+def _float32_sum_bytes(values: int, s: MemorySettings) -> int:
+    """An INT8 sum is taken out in float32."""
+    return 4 * values if s.grad_accum_dtype == "int8" else 0

@@ -218,6 +218,8 @@ def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
     matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
     if run is None or device.type != "cuda" or not use_triton(device) or not optimizer.update_in_backward:
         return
+    if any(group["accumulator_dtype"] == "int8" for group in optimizer.param_groups):
+        return  # sums in 8 bits are rounded with seeds of the host
     if matrices and not any(layer.format.simulate or layer.format.group_size % 8 for layer in matrices):
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 

@@ -91,16 +91,19 @@ class FullRankWeight:
         self._additions = 0 if accumulator.empty else self._additions + 1
         accumulator.add(grad, self._seed(ACCUMULATION, self._additions))
 
-    def complete(self, all_reduce: AllReduce | None) -> Tensor:
-        """The gradient of the update from the sum of this rank's micro-batches: summed over all ranks.
+    def parts_to_sum(self) -> list[Tensor]:
+        """What `complete` needs the sum of over the ranks, float32; the weight does not keep it."""
+        return [self._sum.take().float()]
+
+    def complete(self, summed: list[Tensor] | None = None) -> Tensor:
+        """The gradient of the update, from this rank's micro-batches or from `parts_to_sum` summed over the ranks.
 
         The weight holds it, in the accumulator's dtype, until `release`.
         """
-        self._sum, self._held = self._held, self._sum
-        if all_reduce is not None:
-            grad = self._held.take().float()
-            all_reduce(grad)
-            self._held.replace(grad, self._seed(ACCUMULATION, -1))
+        if summed is None:
+            self._sum, self._held = self._held, self._sum
+        else:
+            self._held.replace(summed[0], self._seed(ACCUMULATION, -1))
         return self._held.value()
 
     @property

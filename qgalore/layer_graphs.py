@@ -15,6 +15,7 @@ any time; the activations lie at fixed addresses, and no more of them than one f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,20 +44,15 @@ class LayerGraphs:
         # The retained backward passes of a compiled layer must not write over what they have saved.
         torch._functorch.config.donated_buffer = False
         self._layers, self._run, self._optimizer = list(layers), run, optimizer
-        self._weights = [optimizer.weights_of(layer) for layer in self._layers]
         self._steps = 0
         self._states_replaced = optimizer.states_replaced
         self._captured: _CapturedStack | None = None
 
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x through all layers; `constants` are further arguments of each, the same in all steps of one shape."""
-        if self._can_replay(x):
-            if self._captured is None or self._states_replaced != self._optimizer.states_replaced:
-                self._captured, self._states_replaced = None, self._optimizer.states_replaced
-                self._captured = _CapturedStack(self._layers, self._run, self._optimizer, self._weights, x, constants)
-            out: Tensor = _Replay.apply(x, self._captured)
+        if torch.is_grad_enabled() and x.requires_grad and self._optimizer.updates_at_once:
+            out: Tensor = _Step.apply(x, self._stack_for(x, constants))
             return out
-        self._steps += torch.is_grad_enabled()
         for layer in self._layers:
             x = self._run(layer, x, *constants)
         return x
@@ -66,21 +62,25 @@ class LayerGraphs:
         """Whether graphs have been captured."""
         return self._captured is not None
 
-    def _can_replay(self, x: Tensor) -> bool:
-        if self._steps < _ORDINARY_STEPS or not (torch.is_grad_enabled() and x.requires_grad):
-            return False
-        if self._captured is not None and self._captured.shape != x.shape:
-            return False
-        if torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device):
-            return False
-        return self._optimizer.updates_at_once and not self._optimizer.sums_over_ranks
+    def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
+        self._steps += 1
+        if self._states_replaced != self._optimizer.states_replaced:
+            self._captured, self._states_replaced = None, self._optimizer.states_replaced
+        if self._captured is not None and self._captured.shape == x.shape:
+            return self._captured
+        arguments = (self._layers, self._run, self._optimizer, constants)
+        on_default = torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
+        if self._captured is not None or self._steps <= _ORDINARY_STEPS or on_default:
+            return _Stack(*arguments)
+        self._captured = _CapturedStack(*arguments, x)
+        return self._captured
 
 
-class _Replay(torch.autograd.Function):
-    """The captured stack as one node of autograd's graph."""
+class _Step(torch.autograd.Function):
+    """All layers as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: _CapturedStack) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stack: _Stack) -> Tensor:
         ctx.stack = stack
         return stack.forward(x)
 
@@ -89,7 +89,51 @@ class _Replay(torch.autograd.Function):
         return ctx.stack.backward(grad_output), None
 
 
-class _CapturedStack:
+class _Stack:
+    """The layers for one step, run from Python in the order in which the graphs have it."""
+
+    def __init__(
+        self, layers: list[nn.Module], run: RunLayer, optimizer: LowRankAdamW, constants: tuple[Tensor, ...]
+    ) -> None:
+        self._layers, self._run, self._optimizer, self._constants = layers, run, optimizer, constants
+        self._weights = [optimizer.weights_of(layer) for layer in layers]
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last layer."""
+        self._inputs.append(x.detach().requires_grad_())
+        self._run_forward()
+        return self._outputs[-1].detach()
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the first layer's input; all weights of all layers are updated on the way."""
+        self._inputs.pop()
+        for weights in reversed(self._weights):
+            grad = self._run_backward(weights, self._inputs.pop(), self._outputs.pop(), grad)
+        return grad
+
+    def _run_forward(self) -> None:
+        with torch.enable_grad():
+            for layer in self._layers:
+                self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
+                self._inputs.append(self._outputs[-1].detach().requires_grad_())
+
+    def _run_backward(
+        self, weights: list[FullRankWeight], x: Tensor, out: Tensor, grad: Tensor, keep: bool = False
+    ) -> Tensor:
+        """The gradient of one layer's input, and the updates of its weights; `keep` what the layer has saved."""
+        own = [weight for weight in weights if weight.layer is None]
+        inputs = [x, *(weight.param for weight in own)]
+        grad, *own_grads = torch.autograd.grad(out, inputs, grad, retain_graph=keep)
+        with torch.no_grad():
+            for weight, own_grad in zip(own, own_grads, strict=True):
+                weight.accumulate_full(own_grad)
+            self._optimizer.gradients_ready(weights)
+        return grad
+
+
+class _CapturedStack(_Stack):
     """The graphs for inputs of one shape."""
 
     def __init__(
@@ -97,30 +141,21 @@ class _CapturedStack:
         layers: list[nn.Module],
         run: RunLayer,
         optimizer: LowRankAdamW,
-        weights: list[list[FullRankWeight]],
-        x: Tensor,
         constants: tuple[Tensor, ...],
+        x: Tensor,
     ) -> None:
+        super().__init__(layers, run, optimizer, constants)
         self.shape = x.shape
-        self._optimizer, self._weights = optimizer, weights
-        self._constants = constants  # kept, since the graphs read them
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
         # Gradients between two layers, in turn: layer i reads one and writes the other.
         self._grads = [torch.empty_like(x), torch.empty_like(x)]
-        count = sum(map(len, weights))
+        count = sum(map(len, self._weights))
         self._numbers = torch.zeros(count, 6, dtype=torch.int32, device=x.device)
-        self._inputs: list[Tensor] = [torch.empty_like(x).requires_grad_()]
-        self._outputs: list[Tensor] = []
-        self._forward_graph = self._capture(lambda: self._run_forward(layers, run))
+        self._inputs.append(torch.empty_like(x).requires_grad_())
+        self._forward_graph = self._capture(self._run_forward)
         self._backward_graphs: list[torch.cuda.CUDAGraph | None] = [None] * len(layers)
-
-    def _run_forward(self, layers: list[nn.Module], run: RunLayer) -> None:
-        with torch.enable_grad():
-            for layer in layers:
-                self._outputs.append(run(layer, self._inputs[-1], *self._constants))
-                self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
@@ -129,19 +164,20 @@ class _CapturedStack:
         self._forward_graph.replay()
         return self._outputs[-1].detach()
 
-    def backward(self, grad_output: Tensor) -> Tensor:
-        """The gradient of the first layer's input; all weights of all layers are updated on the way."""
+    def backward(self, grad: Tensor) -> Tensor:
+        """See `_Stack`; layers in which a subspace is refreshed run from Python."""
         count = len(self._weights)
         self._write_numbers()
-        self._grads[count % 2].copy_(grad_output)
+        self._grads[count % 2].copy_(grad)
         for index in reversed(range(count)):
             weights = self._weights[index]
             if any(weight.changes_subspace for weight in weights):
-                self._run_backward(index)
+                self._run_layer_backward(index)
                 continue
             graph = self._backward_graphs[index]
             if graph is None:
-                graph = self._backward_graphs[index] = self._capture(lambda: self._run_backward(index))  # noqa: B023
+                graph = self._capture(functools.partial(self._run_layer_backward, index))
+                self._backward_graphs[index] = graph
             else:
                 for weight in weights:
                     weight.count_replayed_update()
@@ -149,19 +185,9 @@ class _CapturedStack:
         self._numbers_in_use(False)
         return self._grads[0]
 
-    def _run_backward(self, index: int) -> None:
-        """The backward pass of one layer and the updates of its weights, in Python."""
-        own = [weight for weight in self._weights[index] if weight.layer is None]
-        inputs = [self._inputs[index], *(weight.param for weight in own)]
-        grad, *own_grads = torch.autograd.grad(
-            self._outputs[index], inputs, self._grads[(index + 1) % 2], retain_graph=True
-        )
-        with torch.no_grad():
-            self._grads[index % 2].copy_(grad)
-            for weight, own_grad in zip(own, own_grads, strict=True):
-                weight.accumulate_full(own_grad)
-            for weight in self._weights[index]:
-                self._optimizer.gradient_ready(weight)
+    def _run_layer_backward(self, index: int) -> None:
+        given, wanted = self._grads[(index + 1) % 2], self._grads[index % 2]
+        wanted.copy_(self._run_backward(self._weights[index], self._inputs[index], self._outputs[index], given, True))
 
     def _write_numbers(self) -> None:
         rows = [weight.numbers_of_update() for weights in self._weights for weight in weights]

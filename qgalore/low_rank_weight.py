@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import GradientAccumulator
-from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, AllReduce, FullRankWeight
+from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.subspace_schedule import RefreshSchedule
 
@@ -222,23 +222,23 @@ class LowRankWeight(FullRankWeight):
         self._test_matrices.clear()
         self._next_bases = None
 
-    def complete(self, all_reduce: AllReduce | None) -> Tensor:
-        """The projected gradient of the update, over all ranks; new bases are ready but not yet taken."""
-        if self._full.empty:
-            grad = super().complete(all_reduce)
-        else:
-            full = self._full.take()
-            if all_reduce is not None:
-                full = full.float()
-                all_reduce(full)
+    def parts_to_sum(self) -> list[Tensor]:
+        """See `FullRankWeight`: the projected or full gradient, then the sketches."""
+        gradient = self._sum if self._full.empty else self._full
+        return [part.take().float() for part in (gradient, *self._sketches.values())]
+
+    def complete(self, summed: list[Tensor] | None = None) -> Tensor:
+        """The projected gradient of the update; new bases are ready but not yet taken."""
+        if self._needs_full_gradient:
+            full = self._full.take() if summed is None else summed[0]
             self._next_bases = self._fit(full)
             bases = {side: self._decode(basis) for side, basis in self._next_bases.items()}
             grad = subspace.project(full.float(), bases.get("left"), bases.get("right"))
             self._held.replace(grad, self._seed(ACCUMULATION, -1))
-        if all_reduce is not None:
-            for sketch in self._sketches.values():
-                value = sketch.take().float()
-                all_reduce(value)
+        else:
+            grad = super().complete(summed)
+        if summed is not None:
+            for sketch, value in zip(self._sketches.values(), summed[1:], strict=True):
                 sketch.add(value, self._seed(ACCUMULATION, -2))
         return grad
 

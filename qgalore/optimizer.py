@@ -23,7 +23,8 @@ autograd cannot give a gradient, train at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,7 +194,7 @@ class LowRankAdamW(Optimizer):
     def _anchor_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
         def hook(anchor: Tensor) -> None:
             anchor.grad = None
-            self.gradient_ready(weight)
+            self.gradients_ready([weight])
 
         return hook
 
@@ -203,15 +204,15 @@ class LowRankAdamW(Optimizer):
             grad, param.grad = param.grad, None
             with torch.no_grad():
                 weight.accumulate_full(grad)
-            self.gradient_ready(weight)
+            self.gradients_ready([weight])
 
         return hook
 
     @torch.no_grad()
-    def gradient_ready(self, weight: FullRankWeight) -> None:
-        """A backward pass has added all that it has to the gradient of a weight; the hooks of `attach` call it."""
+    def gradients_ready(self, weights: Sequence[FullRankWeight]) -> None:
+        """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self._complete(weight)
+            self._complete(weights)
         else:
             self._sums = True
 
@@ -219,11 +220,6 @@ class LowRankAdamW(Optimizer):
     def updates_at_once(self) -> bool:
         """Whether each weight is updated as soon as the backward pass that goes on has its gradient."""
         return self.update_in_backward and self.is_last_micro_batch and not self._sums
-
-    @property
-    def sums_over_ranks(self) -> bool:
-        """Whether gradients are summed over the ranks of a data-parallel run."""
-        return self._all_reduce is not None
 
     def _update_checks(self) -> UpdateChecks:
         """The checks of the update that is being made, cleared at its beginning."""
@@ -234,13 +230,16 @@ class LowRankAdamW(Optimizer):
         self._stepped = False
         return self._checks
 
-    def _complete(self, weight: FullRankWeight) -> None:
-        checks = self._update_checks()
-        grad = weight.complete(self._all_reduce)
-        kernels.check_gradient_(grad, checks.squared_norms[weight.index], checks.skip)
-        if self.updates_at_once:
-            checks.remember_first()
-            weight.update(weight.release(), skip=checks.skip)
+    def _complete(self, weights: Sequence[FullRankWeight]) -> None:
+        checks, at_once = self._update_checks(), self.updates_at_once
+        summed: Iterable[list[Tensor] | None] = itertools.repeat(None, len(weights))
+        if self._all_reduce is not None:
+            summed = sum_over_ranks([weight.parts_to_sum() for weight in weights], self._all_reduce)
+        for weight, parts in zip(weights, summed, strict=True):
+            kernels.check_gradient_(weight.complete(parts), checks.squared_norms[weight.index], checks.skip)
+            if at_once:
+                checks.remember_first()
+                weight.update(weight.release(), skip=checks.skip)
 
     def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
         """The weights among the parameters of a module, in its order."""
@@ -272,7 +271,7 @@ class LowRankAdamW(Optimizer):
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
             if weight.accumulates:
-                self._complete(weight)
+                self._complete([weight])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -367,6 +366,15 @@ class LowRankAdamW(Optimizer):
             metrics[f"subspace/similarity/{weight.name}"] = weight.similarity
             weight.similarity = None
         return metrics
+
+
+def sum_over_ranks(parts: list[list[Tensor]], all_reduce: AllReduce) -> list[list[Tensor]]:
+    """The sums over the ranks of float32 tensors, sent as one message; the same shape of lists, other tensors."""
+    flat = [part for several in parts for part in several]
+    message = flat[0] if len(flat) == 1 else torch.cat([part.flatten() for part in flat])
+    all_reduce(message)
+    pieces = iter(message.flatten().split([part.numel() for part in flat]))
+    return [[next(pieces).view(part.shape) for part in several] for several in parts]
 
 
 class GaLoreAdamW(LowRankAdamW):

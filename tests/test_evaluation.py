@@ -26,11 +26,13 @@ class Bigram(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.tensor(self.rows).log())
+        self.head = nn.Linear(4, 4, bias=False)
+        self.head.weight.data.copy_(torch.eye(4))
         self.modes: list[tuple[bool, bool]] = []
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> LlamaOutput:
         self.modes.append((self.training, torch.is_grad_enabled()))
-        return head_output(self.table[input_ids], nn.Identity(), labels)
+        return head_output(self.table[input_ids], self.head, labels)
 
 
 def batches() -> list[tuple[int, MicroBatch]]:

@@ -127,7 +127,7 @@ def adam_step(
     direction = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     quantized = exp_avg_absmax is not None
     width = triton.next_power_of_2(block_size)
-    blocks = max(1, 2048 // width)
+    blocks = max(1, 512 // width)
     tables = (*_tables(True, grad.device), *_tables(False, grad.device)) if quantized else (None,) * 6
     beta1, beta2 = betas
     _adam_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
@@ -136,6 +136,6 @@ def adam_step(
         beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step), eps,
         BLOCK=block_size, WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factor is not None,
         HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS,
-        enable_fp_fusion=False, num_warps=8,
+        enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
     return direction

@@ -84,5 +84,5 @@ def low_rank_update_(
         *b.stride(), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, step_size, decay, RANK=rank, GROUP=group_size,
         G=group_size, M=block_rows, K=64 if a.element_size() == 2 else 32, BITS=bits, STOCHASTIC=seed is not None,
         HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, PRECISION="ieee", enable_fp_fusion=False,
-        num_warps=8, num_stages=3,
+        num_warps=4, num_stages=4,
     )  # fmt: skip
