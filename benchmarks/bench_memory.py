@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench_memory: it measures the memory of a CUDA GPU, and PyTorch finds none here", file=sys.stderr)
         return 2
     cells = [cell for cell in CELLS if cell.model in models]
-    rows = bench(cells, Path(args.results), lambda cell: measure(cell, args))
+    rows = bench(cells, Path(args.results), lambda cell: measure(cell, args), args.extra)
     print(table(rows))
     return 0
 
@@ -100,28 +100,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def bench(cells: Sequence[Cell], results: Path, measure_one: Callable[[Cell], Row]) -> list[Row]:
+def bench(cells: Sequence[Cell], results: Path, measure_one: Callable[[Cell], Row], extra: str = "") -> list[Row]:
     """Plan and measure every cell, append a row for each to `results` at once, and return the rows."""
     rows = []
     for cell in cells:
-        measured = measure_one(cell)
-        rows.append(row_of(cell, planned(cell, str(measured["flags"])), measured))
-        append_row(results, rows[-1])
-        print(json.dumps({name: value for name, value in rows[-1].items() if value != ""}), flush=True)
+        row = row_of(cell, planned(cell, extra), measure_one(cell))
+        append_row(results, row)
+        print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
+        rows.append(row)
     return rows
 
 
 # ---- the plan
 
 
-def planned(cell: Cell, flags: str) -> MemoryPlan:
-    """The plan of the command that was run, whose flags are without the model's; of a run that failed, the cell's."""
-    config = config_path(cell.model)
-    argv = ["--model_config", str(config), *flags.split()] if flags else q_galore_flags(setting_of(cell))
-    return plan(parse_args(argv), LlamaConfig.from_json(config))
+def planned(cell: Cell, extra: str = "") -> MemoryPlan:
+    """The plan of the command that is run, to whose flags `extra` is added."""
+    return plan(parse_args(q_galore_flags(setting_of(cell, extra))), LlamaConfig.from_json(config_path(cell.model)))
 
 
-def setting_of(cell: Cell, extra: str = "") -> Setting:
+def setting_of(cell: Cell, extra: str) -> Setting:
     """The cell as `compare.py` describes it."""
     return Setting(
         config=config_path(cell.model),

@@ -67,8 +67,8 @@ def memory_settings(args: RunArgs) -> MemorySettings:
 
 
 def _replays_layers(args: RunArgs) -> bool:
-    """Whether compiled layers run from CUDA graphs: `qgalore.layer_graphs` has the conditions."""
-    quantization = args.quantization
+    """Whether compiled layers run from CUDA graphs: `optimizers.replay_layers` and `qgalore.layer_graphs` decide."""
+    quantization, optimizer = args.quantization, args.optimizer
     fits = not (quantization.weight_quant and quantization.simulation) and quantization.weight_group_size % 8 == 0
-    alone = args.batch.gradient_accumulation == args.world_size == 1
-    return args.model.cuda_graphs == "auto" and args.optimizer.per_layer and alone and fits
+    at_once = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype != "int8"
+    return args.model.cuda_graphs == "auto" and at_once and fits

@@ -153,7 +153,7 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
     def sketch(shape: Shape, side: str) -> int:
         own, other = (0, 1) if side == "left" else (1, 0)
         assert s.rank is not None
-        return sum_bytes((s.rank, shape[own]), s) + 4 * s.rank * shape[other]
+        return sum_bytes((s.rank, shape[own]), s) + s.dtype_bytes * s.rank * shape[other]
 
     sketches = max(sum(sketch(shape, side) for side in sides(shape, s)) for shape in matrices)
     full = max(sum_bytes(shape, s) for shape in matrices)

@@ -38,8 +38,8 @@ of the forward pass and autograd's."""
 _HEAD_COLUMNS = 64  # the logits of a token are padded to a multiple
 _ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
 _INDUCTOR_ROW, _INDUCTOR_MIN_COLUMNS = 128, 1024  # inductor aligns longer rows of what it keeps to this many bytes
-_READ_8BIT_MOMENTS = 20
-"""Bytes a value: both moments in float32 (8), and while the second is read its codes as int32 and as int64 (12)."""
+_READ_8BIT_MOMENTS = 12
+"""Bytes a value: both moments in float32 (8), and while the second is read its codes as int32 (4)."""
 _ROTATE_8BIT_MOMENTS = 39
 """Bytes a value: both moments in float32 before (8) and after (8); to take the change back, their codes (2); to write
 the second its padded copy, scaled values, codes, least codes and the larger of the two (20), and the first's codes."""
@@ -163,8 +163,8 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     hidden, table = _hidden_bytes(config, s), config.vocab_size * config.hidden_size
     shapes = list(config.matrix_shapes().values())
     layer = hidden if s.activation_checkpointing else layer_activation_bytes(config, s)
-    # What is held of the head's gradient while it is used up: by its update, or by the sum over micro-batches.
-    of_table = _table_update_bytes(config, s) if s.gradients_live_in_backward else _float32_sum_bytes(table, s)
+    # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
+    of_table = _float32_copy_bytes(table, s) + (_table_update_bytes(config, s) if s.gradients_live_in_backward else 0)
     phases = {
         "activations and loss": kept + _loss_bytes(config, s),
         "activations and gradient of the head": kept + hidden + table * s.dtype_bytes + of_table,
@@ -177,12 +177,13 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
         phases["activations and backward with a refresh"] = stays + _in_layer_backward_bytes(config, s, True)
     updates = max(_update_bytes(shape, s) for shape in shapes)
     if s.gradients_live_in_backward:
-        gradients = sum(s.dtype_bytes * math.prod(gradient_shape(shape, s)) for shape in shapes)
+        values = sum(math.prod(gradient_shape(shape, s)) for shape in shapes)
+        gradients = _float32_copy_bytes(values, s) or s.dtype_bytes * values
         rest = stays - (0 if s.cuda_graphs else layer)
         phases["activations and updates of one layer"] = rest + hidden + gradients + updates
     else:
-        gradients = max(_float32_sum_bytes(math.prod(gradient_shape(shape, s)), s) for shape in shapes)
-        of_table = _float32_sum_bytes(table, s) + _table_update_bytes(config, s)
+        gradients = max(_float32_copy_bytes(math.prod(gradient_shape(shape, s)), s) for shape in shapes)
+        of_table = _float32_copy_bytes(table, s) + _table_update_bytes(config, s)
         phases["update of the largest weight"] = max(gradients + updates, of_table)
     return phases
 
@@ -282,6 +283,7 @@ def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return whole if ragged else min(whole, _ROW_CHUNK)
 
 
-def _float32_sum_bytes(values: int, s: MemorySettings) -> int:
-    """An INT8 sum is taken out in float32."""
-    return 4 * values if s.grad_accum_dtype == "int8" else 0
+def _float32_copy_bytes(values: int, s: MemorySettings) -> int:
+    """A gradient leaves an INT8 sum, and goes to the other ranks, in float32."""
+    in_float32 = s.dtype_bytes == 4 or (s.grad_accum_dtype == "float32" and s.grad_accum_steps > 1)
+    return 4 * values if s.grad_accum_dtype == "int8" or (s.ranks > 1 and not in_float32) else 0

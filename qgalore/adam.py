@@ -19,9 +19,11 @@ MIN_8BIT_NUMEL = 4096
 def init_moments(state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
     """Put zero moments for a gradient of `shape` into `state`: exp_avg, exp_avg_sq and, at 8 bits, their absmax."""
     if bits == 8 and shape.numel() >= MIN_8BIT_NUMEL:
-        zeros = torch.zeros(shape, device=device)
+        blocks = -(-shape.numel() // BLOCK_SIZE)
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-            state[name], state[f"{name}_absmax"] = kernels.quantize_blocks(zeros, signed, BLOCK_SIZE)
+            zero = int(kernels.quantize_blocks(torch.zeros(1), signed, BLOCK_SIZE)[0])
+            state[name] = torch.full(shape, zero, dtype=torch.uint8, device=device)
+            state[f"{name}_absmax"] = torch.zeros(blocks, device=device)
     else:
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros(shape, device=device)

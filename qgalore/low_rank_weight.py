@@ -171,7 +171,7 @@ class LowRankWeight(FullRankWeight):
         self._add(self._sum, subspace.project_factors(grad_output, input, self._matrix_shape, left, right))
         if self._refresh_due:
             for side in self.sides:
-                test = self._test_matrix(side).to(grad_output.dtype)
+                test = self._test_matrix(side, grad_output.dtype)
                 d = self._matrix_shape[0 if side == "left" else 1]
                 first, second = (input, grad_output) if side == "left" else (grad_output, input)
                 first = first[:, : test.shape[1]] @ test.T
@@ -186,14 +186,14 @@ class LowRankWeight(FullRankWeight):
         self._add(self._sum, subspace.project(grad, self.basis("left", grad.dtype), self.basis("right", grad.dtype)))
         if self._refresh_due:
             for side in self.sides:
-                test = self._test_matrix(side).to(grad.dtype)
+                test = self._test_matrix(side, grad.dtype)
                 self._add(self._sketch(side), test @ (grad.T if side == "left" else grad))
 
     def _sketch(self, side: str) -> GradientAccumulator:
         return self._sketches.setdefault(side, self._accumulator())
 
-    def _test_matrix(self, side: str) -> Tensor:
-        """What the gradient is multiplied with to sketch its range: (rank, other side), float32.
+    def _test_matrix(self, side: str, dtype: torch.dtype) -> Tensor:
+        """What the gradient is multiplied with to sketch its range: (rank, other side) in dtype.
 
         The momentum, each row scaled to unit length: an average of recent projected gradients, so the sketch is one
         step of subspace iteration on the gradients' covariance. At first, and where both sides are projected, random.
@@ -206,8 +206,8 @@ class LowRankWeight(FullRankWeight):
             else:
                 momentum = adam.read_moments(self.state)[0]
                 test = momentum if side == "left" else momentum.T
-            self._test_matrices[side] = test / test.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        return self._test_matrices[side]
+            self._test_matrices[side] = (test / test.norm(dim=1, keepdim=True).clamp_min(1e-30)).to(dtype)
+        return self._test_matrices[side].to(dtype)
 
     @property
     def accumulates(self) -> bool:

@@ -14,6 +14,8 @@ from benchmarks.bench_memory import CELLS, COLUMNS, COMPONENTS, Cell
 from benchmarks.compare_methods import Setting, Training, q_galore_flags
 from peft_pretraining.args import parse_args
 from peft_pretraining.dry_run import memory_settings
+from peft_pretraining.memory_plan import plan_memory
+from peft_pretraining.model_config import LlamaConfig
 
 FAILED = Cell("7b", 4, 1024)
 
@@ -23,9 +25,8 @@ def fake_row(cell: Cell) -> compare.Row:
     row: compare.Row = dict.fromkeys(compare.COLUMNS, "") | {"model": cell.model, "cap_gib": 16.0, "commit": "abc"}
     if cell == FAILED:
         return row | {"error": "OutOfMemoryError: 1 | 2"}
-    flags = " ".join(q_galore_flags(bench_memory.setting_of(cell))[2:])
     peaks = {"peak_gb": 2.0, "run_peak_gb": 2.5, "reserved_gb": 3.0, "run_reserved_gb": 3.5}
-    return row | peaks | {"flags": flags, "device": "H100", "micro_batch": 99, "rank": 99}
+    return row | peaks | {"device": "H100", "micro_batch": 99, "rank": 99}
 
 
 def test_rows_and_table(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_rows_and_table(tmp_path: Path) -> None:
         written = list(csv.DictReader(file))
     assert [tuple(row) for row in written] == [COLUMNS] * 3
     for cell, row in zip(cells, written, strict=True):
-        plan = bench_memory.planned(cell, "")
+        plan = bench_memory.planned(cell)
         assert float(row["planned_peak_gb"]) == pytest.approx(plan.peak_bytes / 1e9, abs=6e-4)
         assert (row["micro_batch"], row["rank"]) == (str(cell.micro_batch), str(cell.rank))
         parts = sum(int(row[name]) for name in COMPONENTS if name != "of these, activations")
@@ -64,7 +65,7 @@ def test_what_is_planned_is_what_runs(cell: Cell, monkeypatch: pytest.MonkeyPatc
         trained.append(setting)
         return Training(lambda: torch.zeros(()), flags=" ".join(q_galore_flags(setting)[2:]))
 
-    monkeypatch.setitem(compare.METHODS, "q_galore", train)  # type: ignore[misc]
+    monkeypatch.setitem(compare.METHODS, "q_galore", train)
     args = argparse.Namespace(extra="", note="", cap_gib=None)
     argv = [*bench_memory.compare_argv(cell, args), "--models", cell.model, "--one", bench_memory.method_of(cell)]
     # The device of the flags is asked for below: here there need not be one.
@@ -73,8 +74,8 @@ def test_what_is_planned_is_what_runs(cell: Cell, monkeypatch: pytest.MonkeyPatc
     (setting,) = trained
     assert row["error"] == "" and (options.warmup, options.updates) == (bench_memory.WARMUP, bench_memory.UPDATES)
     on_gpu = str(row["flags"]).replace("--device cpu", "--device cuda")
-    assert bench_memory.planned(cell, on_gpu) == bench_memory.planned(cell, "")
     run = memory_settings(parse_args(["--model_config", str(setting.config), *on_gpu.split()]))
+    assert bench_memory.planned(cell) == plan_memory(LlamaConfig.from_json(setting.config), run)
     assert (run.batch_size, run.max_length, run.rank) == (cell.micro_batch, 256, cell.rank)
     assert (run.grad_accum_steps, run.activation_checkpointing) == (cell.grad_accum, cell.checkpointing)
     assert (run.weight_bits, run.proj_bits, run.state_bits, run.svd) == (8, 4, 8, False)
@@ -85,9 +86,8 @@ def test_more_flags_reach_run_and_plan() -> None:
     args = bench_memory.build_parser().parse_args(["--extra", "--compile off", "--cap_gib", "16"])
     options = compare.build_parser().parse_args(bench_memory.compare_argv(CELLS[0], args))
     assert options.extra.split() == ["--rank", "128", "--compile", "off"] and options.cap_gib == 16
-    flags = " ".join(q_galore_flags(bench_memory.setting_of(CELLS[0], options.extra))[2:])
-    plan, compiled = bench_memory.planned(CELLS[0], flags), bench_memory.planned(CELLS[0], "")
-    assert plan.activations > compiled.activations
+    eager, compiled = bench_memory.planned(CELLS[0], args.extra), bench_memory.planned(CELLS[0])
+    assert eager.activations > compiled.activations
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
@@ -105,5 +105,5 @@ def test_models_without_cells_are_named(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_components_are_those_of_the_plan() -> None:
-    plan = bench_memory.planned(CELLS[0], "")
+    plan = bench_memory.planned(CELLS[0])
     assert set(plan.lasting) <= set(COMPONENTS) and set(plan.overhead) <= set(COMPONENTS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peft_pretraining.args import parse_args
+from peft_pretraining.dry_run import memory_settings
 from peft_pretraining.model import build_on_meta, parameter_count
 from peft_pretraining.model_config import LlamaConfig
 from tests.small_run import SmallRun, flags_of
@@ -61,6 +62,28 @@ def test_q_galore_takes_less_than_adam(small: SmallRun, capsys: pytest.CaptureFi
 
     q_galore = flags_of("q_galore_adamw8bit_per_layer") | {"rank": 512}
     assert peak(**q_galore) < 0.5 * peak(optimizer="adam8bit") < peak(optimizer="adam8bit") < peak(optimizer="adamw")
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled", "graphs"),
+    [
+        ({"device": "cuda"}, True, True),
+        ({"device": "auto"}, True, True),
+        ({"device": "cpu"}, False, False),
+        ({"device": "cpu", "compile": "on"}, True, False),
+        ({"device": "cuda", "compile": "off"}, False, False),
+        ({"device": "cuda", "use_hf_model": True}, False, False),
+        ({"device": "cuda", "cuda_graphs": "off"}, True, False),
+        ({"device": "cuda", "simulation": True}, True, False),
+        ({"device": "cuda", "batch_size": 2}, True, False),  # two micro-batches
+        ({"device": "cuda", "grad_accum_dtype": "int8"}, True, False),
+        ({"device": "cuda", "optimizer": "q_galore_adamw8bit"}, True, False),
+    ],
+)
+def test_how_the_layers_run(small: SmallRun, flags: dict[str, object], compiled: bool, graphs: bool) -> None:
+    given = flags_of("q_galore_adamw8bit_per_layer") | {"batch_size": 4, "total_batch_size": 4} | flags
+    settings = memory_settings(parse_args(small.argv("run", given)))
+    assert (settings.cuda, settings.compiled, settings.cuda_graphs) == (flags["device"] != "cpu", compiled, graphs)
 
 
 def test_writes_nothing_and_needs_no_data(

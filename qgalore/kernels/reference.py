@@ -193,8 +193,13 @@ def quantize_blocks(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, T
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
     """The float32 values of `quantize_blocks`, shaped like codes."""
-    value = dynamic_map(signed, codes.device)[codes.view(-1).to(torch.int32)]
-    return (value * absmax.repeat_interleave(block_size)[: value.numel()]).view(codes.shape)
+    # Eight bytes a value at the most: moments are read while much else is in memory.
+    value = dynamic_map(signed, codes.device).index_select(0, codes.reshape(-1).int())
+    whole = value.numel() // block_size
+    value[: whole * block_size].view(whole, block_size).mul_(absmax[:whole, None])
+    if whole < absmax.numel():
+        value[whole * block_size :].mul_(absmax[whole])
+    return value.view(codes.shape)
 
 
 def adam_direction(
