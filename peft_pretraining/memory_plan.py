@@ -164,7 +164,8 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     shapes = list(config.matrix_shapes().values())
     layer = hidden if s.activation_checkpointing else layer_activation_bytes(config, s)
     # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
-    of_table = _float32_copy_bytes(table, s) + (_table_update_bytes(config, s) if s.gradients_live_in_backward else 0)
+    copied = _table_copy_bytes(table, s)
+    of_table = copied + (_table_update_bytes(config, s) if s.gradients_live_in_backward else 0)
     phases = {
         "activations and loss": kept + _loss_bytes(config, s),
         "activations and gradient of the head": kept + hidden + table * s.dtype_bytes + of_table,
@@ -183,7 +184,7 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
         phases["activations and updates of one layer"] = rest + hidden + gradients + updates
     else:
         gradients = max(_float32_copy_bytes(math.prod(gradient_shape(shape, s)), s) for shape in shapes)
-        of_table = _float32_copy_bytes(table, s) + _table_update_bytes(config, s)
+        of_table = copied + _table_update_bytes(config, s)
         phases["update of the largest weight"] = max(gradients + updates, of_table)
     return phases
 
@@ -287,3 +288,9 @@ def _float32_copy_bytes(values: int, s: MemorySettings) -> int:
     """A gradient leaves an INT8 sum, and goes to the other ranks, in float32."""
     in_float32 = s.dtype_bytes == 4 or (s.grad_accum_dtype == "float32" and s.grad_accum_steps > 1)
     return 4 * values if s.grad_accum_dtype == "int8" or (s.ranks > 1 and not in_float32) else 0
+
+
+def _table_copy_bytes(table: int, s: MemorySettings) -> int:
+    """The same for a table of that many values, of which one rank's INT8 sum is read in rows."""
+    whole = _float32_copy_bytes(table, s)
+    return min(_ROW_CHUNK, whole) if s.ranks == 1 else whole

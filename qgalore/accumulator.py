@@ -8,6 +8,22 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.quantization import QuantizedTensor, quantize
 
+Gradient = Tensor | QuantizedTensor
+"""A gradient in a float dtype, or a sum of gradients in INT8."""
+
+
+def dense(gradient: Gradient) -> Tensor:
+    """The gradient in a float dtype."""
+    return gradient if isinstance(gradient, Tensor) else gradient.dequantize()
+
+
+def rows_of_gradient(gradient: Gradient, start: int, stop: int) -> Tensor:
+    """Rows start:stop of a gradient, in a float dtype."""
+    if isinstance(gradient, QuantizedTensor):
+        return gradient.rows(start, stop).dequantize()
+    rows: Tensor = torch.atleast_1d(gradient)[start:stop]
+    return rows
+
 
 class GradientAccumulator:
     """The running sum of one gradient matrix or vector; empty until the first `add` of an update."""
@@ -17,7 +33,7 @@ class GradientAccumulator:
         if dtype not in (torch.float32, torch.bfloat16, torch.int8):
             raise ValueError(f"a gradient accumulates in float32, bfloat16 or int8, not in {dtype}")
         self.dtype = dtype
-        self._sum: Tensor | QuantizedTensor | None = None
+        self._sum: Gradient | None = None
 
     @property
     def empty(self) -> bool:
@@ -39,8 +55,24 @@ class GradientAccumulator:
 
     def value(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone."""
+        return dense(self._held)
+
+    def check_(self, squared_norm: Tensor, skip: Tensor) -> None:
+        """`kernels.check_gradient_` of the sum; an INT8 one is never whole in float32."""
+        held = self._held
+        if isinstance(held, Tensor):
+            kernels.check_gradient_(held, squared_norm, skip)
+            return
+        chunks = kernels.row_chunks(*held.shape)
+        norms = squared_norm.new_zeros(len(chunks))
+        for norm, (start, stop) in zip(norms, chunks, strict=True):
+            kernels.check_gradient_(held.rows(start, stop).dequantize(), norm, skip)
+        squared_norm.copy_(norms.sum())
+
+    @property
+    def _held(self) -> Gradient:
         assert self._sum is not None
-        return self._sum.dequantize() if isinstance(self._sum, QuantizedTensor) else self._sum
+        return self._sum
 
     def replace(self, value: Tensor, seed: int) -> None:
         """Forget the sum and keep `value` instead, in the accumulator's dtype; seed is for the rounding at int8."""
@@ -49,9 +81,12 @@ class GradientAccumulator:
 
     def take(self) -> Tensor:
         """`value`; the accumulator is empty afterwards."""
-        value = self.value()
-        self._sum = None
-        return value
+        return dense(self.take_as_held())
+
+    def take_as_held(self) -> Gradient:
+        """The sum as it is held; the accumulator is empty afterwards."""
+        held, self._sum = self._held, None
+        return held
 
     def clear(self) -> None:
         """Forget the sum."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels, subspace
-from qgalore.accumulator import GradientAccumulator
+from qgalore.accumulator import Gradient, GradientAccumulator, dense, rows_of_gradient
 from qgalore.linear import LowRankLinear
 from qgalore.seeding import mix_seed
 
@@ -95,16 +95,19 @@ class FullRankWeight:
         """What `complete` needs the sum of over the ranks, float32; the weight does not keep it."""
         return [self._sum.take().float()]
 
-    def complete(self, summed: list[Tensor] | None = None) -> Tensor:
-        """The gradient of the update, from this rank's micro-batches or from `parts_to_sum` summed over the ranks.
+    def complete(self, summed: list[Tensor] | None = None) -> None:
+        """Hold the gradient of the update until `release`, in the accumulator's dtype.
 
-        The weight holds it, in the accumulator's dtype, until `release`.
+        It is made of this rank's micro-batches, or of `parts_to_sum` summed over the ranks.
         """
         if summed is None:
             self._sum, self._held = self._held, self._sum
         else:
             self._held.replace(summed[0], self._seed(ACCUMULATION, -1))
-        return self._held.value()
+
+    def check_gradient_(self, squared_norm: Tensor, skip: Tensor) -> None:
+        """`kernels.check_gradient_` of the complete gradient."""
+        self._held.check_(squared_norm, skip)
 
     @property
     def accumulates(self) -> bool:
@@ -116,9 +119,9 @@ class FullRankWeight:
         """Whether a complete gradient waits for the update."""
         return not self._held.empty
 
-    def release(self) -> Tensor:
+    def release(self) -> Gradient:
         """The complete gradient, which is not held any longer."""
-        return self._held.take()
+        return self._held.take_as_held()
 
     def _advance(self) -> int:
         if not self.state:
@@ -149,8 +152,8 @@ class FullRankWeight:
     def _device_state(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.state.items() if key not in HOST_STATE}
 
-    def update(self, grad: Tensor, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """One AdamW step on the weight with factor * grad (clipping); grad is what `complete` gave.
+    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """One AdamW step on the weight with factor * grad (clipping); grad is what `release` gave.
 
         Where the flag `skip` is true weight and state stay as they are, to the bit, but the update counts.
         """
@@ -161,15 +164,15 @@ class FullRankWeight:
         step, group = self._advance(), self.group
         if self.layer is not None:
             direction = adam.adam_step(
-                self.state, grad, step, group["betas"], group["eps"], factor, skip, numbers=self.numbers
+                self.state, dense(grad), step, group["betas"], group["eps"], factor, skip, numbers=self.numbers
             )
             self.layer.update_(direction, None, None, group["lr"], self._decay, rounding, skip, self.numbers)
             return
         l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         # In parts, so that no float32 copy of a whole embedding is made.
-        param, grad = torch.atleast_1d(self.param.data), torch.atleast_1d(grad)
+        param = torch.atleast_1d(self.param.data)
         for start, stop in adam.row_parts(self.state, param.shape):
-            weight, part, scale = param[start:stop], grad[start:stop], factor
+            weight, part, scale = param[start:stop], rows_of_gradient(grad, start, stop), factor
             if l2:
                 part, scale = scaled(part, factor).add(weight, alpha=l2), None
             state = adam.rows_of(self.state, start, stop)

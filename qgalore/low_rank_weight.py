@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels, subspace
-from qgalore.accumulator import GradientAccumulator
+from qgalore.accumulator import Gradient, GradientAccumulator, dense
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.subspace_schedule import RefreshSchedule
@@ -227,8 +227,8 @@ class LowRankWeight(FullRankWeight):
         gradient = self._sum if self._full.empty else self._full
         return [part.take().float() for part in (gradient, *self._sketches.values())]
 
-    def complete(self, summed: list[Tensor] | None = None) -> Tensor:
-        """The projected gradient of the update; new bases are ready but not yet taken."""
+    def complete(self, summed: list[Tensor] | None = None) -> None:
+        """See `FullRankWeight`; of a full gradient the projection is held, and new bases are ready but not taken."""
         if self._needs_full_gradient:
             full = self._full.take() if summed is None else summed[0]
             self._next_bases = self._fit(full)
@@ -236,11 +236,10 @@ class LowRankWeight(FullRankWeight):
             grad = subspace.project(full.float(), bases.get("left"), bases.get("right"))
             self._held.replace(grad, self._seed(ACCUMULATION, -1))
         else:
-            grad = super().complete(summed)
+            super().complete(summed)
         if summed is not None:
             for sketch, value in zip(self._sketches.values(), summed[1:], strict=True):
                 sketch.add(value, self._seed(ACCUMULATION, -2))
-        return grad
 
     def _fit(self, full: Tensor) -> dict[str, Tensor | QuantizedTensor]:
         """The SVD bases of a full gradient; the old ones where it fails."""
@@ -261,7 +260,7 @@ class LowRankWeight(FullRankWeight):
 
     # ---- the update
 
-    def update(self, grad: Tensor, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
+    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """One AdamW step in the subspace with factor * grad (clipping), and the refresh where one is due.
 
         The direction is projected back in the dtype of the layer's activations, with products summed in float32.
@@ -275,7 +274,7 @@ class LowRankWeight(FullRankWeight):
             self._take_fitted_bases(self._next_bases, update_step, skip)
         step, group, dtype = self._advance(), self.group, self._factor_dtype
         direction = adam.adam_step(
-            self.state, grad, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
+            self.state, dense(grad), step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
         )
         how = (self.basis("left", dtype), self.basis("right", dtype), self._step_size, self._decay, rounding)
         if self.layer is not None:

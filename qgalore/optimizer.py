@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from qgalore import kernels
 from qgalore.full_rank_weight import HOST_STATE, AllReduce, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
@@ -236,7 +235,8 @@ class LowRankAdamW(Optimizer):
         if self._all_reduce is not None:
             summed = sum_over_ranks([weight.parts_to_sum() for weight in weights], self._all_reduce)
         for weight, parts in zip(weights, summed, strict=True):
-            kernels.check_gradient_(weight.complete(parts), checks.squared_norms[weight.index], checks.skip)
+            weight.complete(parts)
+            weight.check_gradient_(checks.squared_norms[weight.index], checks.skip)
             if at_once:
                 checks.remember_first()
                 weight.update(weight.release(), skip=checks.skip)

@@ -35,6 +35,11 @@ class QuantizedTensor:
         """(rows, columns) of the matrix."""
         return self.qdata.shape[0], self.columns
 
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """A view of rows start:stop."""
+        parts = (self.qdata[start:stop], self.scale[start:stop], self.zero_point[start:stop])
+        return QuantizedTensor(*parts, self.columns, self.bits, self.group_size)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from qgalore.accumulator import GradientAccumulator
+from qgalore.accumulator import GradientAccumulator, rows_of_gradient
+from qgalore.kernels import reference
+from qgalore.quantization import QuantizedTensor
 
 
 def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (16, 300)) -> list[torch.Tensor]:
@@ -85,3 +87,30 @@ def test_a_gradient_that_comes_alone_is_not_copied() -> None:
 def test_another_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"float32, bfloat16 or int8, not in torch\.float16"):
         GradientAccumulator(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 5 * 300)
+    accumulator = GradientAccumulator(getattr(torch, dtype))
+    for seed, part in enumerate(grads(3)):
+        accumulator.add(part, seed)
+    whole = accumulator.value()
+    squared_norm, skip = torch.zeros(()), torch.tensor(False)
+    accumulator.check_(squared_norm, skip)
+    assert torch.allclose(squared_norm, whole.float().square().sum(), rtol=1e-5) and not skip
+    held = accumulator.take_as_held()
+    assert accumulator.empty and isinstance(held, QuantizedTensor) == (dtype == "int8")
+    assert torch.equal(torch.cat([rows_of_gradient(held, 0, 7), rows_of_gradient(held, 7, 16)]), whole)
+
+
+@pytest.mark.parametrize("row", [0, 15])
+def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 5 * 300)
+    accumulator = GradientAccumulator(torch.int8)
+    (part,) = grads(1)
+    part[row, 3] = float("inf")
+    accumulator.add(part, 0)
+    squared_norm, skip = torch.zeros(()), torch.tensor(False)
+    accumulator.check_(squared_norm, skip)
+    assert skip and not squared_norm.isfinite()

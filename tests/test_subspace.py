@@ -209,3 +209,20 @@ def test_rotated_moment_is_the_old_direction_seen_in_the_new_basis() -> None:
     new = rotation @ shared
     rotated, _ = subspace.rotate_moments(first, first.square(), new, shared, "left")
     assert torch.allclose(new.T @ rotated, shared.T @ first, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "m", "n", "rank", "direct"),
+    [
+        # Where the two differ on an H100 (benchmarks of the first study): many tokens over a small matrix, and a rank
+        # near the full one, are cheaper by way of the full gradient.
+        (65536, 512, 512, 128, False),
+        (65536, 1376, 512, 128, True),
+        (4096, 4096, 4096, 1024, True),
+        (4096, 11008, 4096, 1024, True),
+        (65536, 4096, 4096, 4000, False),
+    ],
+)
+def test_the_cheaper_order_is_chosen_by_shape(tokens: int, m: int, n: int, rank: int, direct: bool) -> None:
+    assert subspace.projects_directly(tokens, m, n, rank, "right") == direct
+    assert subspace.projects_directly(tokens, n, m, rank, "left") == direct
