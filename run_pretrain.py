@@ -115,6 +115,7 @@ def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimi
         processes.device,
         args.runtime.seed,
         args.model.activation_checkpointing,
+        args.model.checkpoint_every,
         on_module=low_rank_converter(args.optimizer, args.quantization),
     )
     compile_for(model, args.model.compile, processes.device)

@@ -35,6 +35,7 @@ _LOW_RANK_FLAGS = (
 def find_problems(args: RunArgs) -> list[str]:
     """Every combination in `args` (batch sizes resolved) that cannot work."""
     return [
+        *_checkpointing_problems(args),
         *_model_problems(args),
         *_batch_problems(args),
         *_data_problems(args),
@@ -65,6 +66,20 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
     return warnings
+
+
+def _checkpointing_problems(args: RunArgs) -> list[str]:
+    model = args.model
+    if model.checkpoint_every == 1:
+        return []
+    if not model.activation_checkpointing:
+        return [f"--checkpoint_every {model.checkpoint_every} needs --activation_checkpointing: nothing is recomputed"]
+    if model.use_hf_model:
+        return [
+            f"--checkpoint_every {model.checkpoint_every} is for the project's own LLaMA: transformers' recomputes "
+            "every layer; leave --checkpoint_every or --use_hf_model out"
+        ]
+    return []
 
 
 def _model_problems(args: RunArgs) -> list[str]:

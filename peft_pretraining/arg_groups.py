@@ -35,6 +35,9 @@ class ModelArgs:
     """Data type of float weights and activations."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
+    """With --activation_checkpointing recompute only every so many layers: 2 for half of the memory's saving at half of
+    its price in time."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
     """Compile the decoder layers with torch.compile; auto: on a CUDA GPU, for the project's own LLaMA."""
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"

@@ -52,6 +52,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         grad_accum_dtype=args.model.dtype if of_library else optimizer.grad_accum_dtype,
         per_layer=optimizer.per_layer,
         activation_checkpointing=args.model.activation_checkpointing,
+        checkpoint_every=args.model.checkpoint_every,
         rank=subspace.rank if optimizer.is_low_rank else None,
         proj_type=subspace.proj_type,
         proj_bits=quantization.proj_bits if quantization.proj_quant else None,

@@ -43,6 +43,8 @@ class MemorySettings:
     """Updates inside the backward pass."""
     activation_checkpointing: bool = False
     """Keep one activation a layer and recompute the others."""
+    checkpoint_every: int = 1
+    """With checkpointing: only in every so many layers, the first of all included."""
     rank: int | None = None
     """Dimension of the subspace of the decoder matrices; None trains them in full."""
     proj_type: str = "std"

@@ -134,9 +134,15 @@ def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
 
 def _kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     """Of all layers; then the last one's output, one float32 a token of the norm, the ids and the labels."""
-    hidden = _hidden_bytes(config, s)
-    layer = hidden if s.activation_checkpointing else layer_activation_bytes(config, s)
-    return config.num_hidden_layers * layer + hidden + (4 + 8 + 8) * s.batch_size * s.max_length
+    hidden, layers = _hidden_bytes(config, s), config.num_hidden_layers
+    recomputed = math.ceil(layers / s.checkpoint_every) if s.activation_checkpointing else 0
+    of_layers = recomputed * hidden + (layers - recomputed) * layer_activation_bytes(config, s)
+    return of_layers + hidden + (4 + 8 + 8) * s.batch_size * s.max_length
+
+
+def _recomputes_last_layer(config: LlamaConfig, s: MemorySettings) -> bool:
+    """Whether the layer whose backward pass comes first, when all others are still kept, is a checkpointed one."""
+    return s.activation_checkpointing and (config.num_hidden_layers - 1) % s.checkpoint_every == 0
 
 
 def _hidden_bytes(config: LlamaConfig, s: MemorySettings) -> int:
@@ -162,7 +168,7 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     """The moments that can be the peak, in the order in which an update comes to them."""
     hidden, table = _hidden_bytes(config, s), config.vocab_size * config.hidden_size
     shapes = list(config.matrix_shapes().values())
-    layer = hidden if s.activation_checkpointing else layer_activation_bytes(config, s)
+    layer = hidden if _recomputes_last_layer(config, s) else layer_activation_bytes(config, s)
     # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
     copied = _table_copy_bytes(table, s)
     of_table = copied + (_table_update_bytes(config, s) if s.gradients_live_in_backward else 0)
@@ -218,8 +224,9 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
     dense = rows * columns * s.dtype_bytes if s.weight_bits is not None else 0
     projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
     attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query)
-    saved = layer_activation_bytes(config, s) - hidden if s.activation_checkpointing else 0
-    if s.cuda_graphs and not s.activation_checkpointing:
+    recomputes = _recomputes_last_layer(config, s)
+    saved = layer_activation_bytes(config, s) - hidden if recomputes else 0
+    if s.cuda_graphs and not recomputes:
         steps = (wide + max(dense, projecting), 3 * wide, attention)
     else:
         at_swiglu = 0 if s.compiled else 2 * wide

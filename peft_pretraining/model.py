@@ -62,8 +62,10 @@ class HFCausalLM(nn.Module):
         with torch.device("cpu"):
             self.model.rotary_emb = type(self.model.rotary_emb)(config=config)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """From now on keep one activation a layer and compute the others again in the backward pass."""
+    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+        """As `LlamaForCausalLM.gradient_checkpointing_enable`, for every layer; else ValueError."""
+        if every != 1:
+            raise ValueError(f"transformers' model recomputes every layer, not every {every}")
         arguments = {"use_reentrant": False, "preserve_rng_state": False}
         if hasattr(self.model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
             self.model.activation_checkpointing_enable(arguments)
@@ -86,13 +88,14 @@ def build_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     activation_checkpointing: bool = False,
+    checkpoint_every: int = 1,
     on_module: OnModule | None = None,
 ) -> CausalLM:
     """A freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
     model = build_on_meta(config_path, use_hf_model)
     materialize(model, device, dtype, seed, on_module, std=model.config.initializer_range)
     if activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(checkpoint_every)
     return model.train()
 
 

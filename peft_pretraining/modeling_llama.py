@@ -162,11 +162,11 @@ class LlamaForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def gradient_checkpointing_enable(self) -> None:
-        """From now on keep one activation a layer and compute the others again in the backward pass."""
-        for layer in self.model.layers:
+    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+        """From now on keep one activation of every so many layers and compute the others again in the backward pass."""
+        for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, LlamaDecoderLayer)
-            layer.gradient_checkpointing = True
+            layer.gradient_checkpointing = index % every == 0
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """From now on run training through `torch.compile`, one decoder layer at a time.

@@ -298,6 +298,8 @@ BAD_COMBINATIONS = [
     ("--total_batch_size 20", 2, "--batch_size 8 x 2 ranks = 16: the nearest that work are 16 or 32"),
     ("--total_batch_size 8", 2, "--total_batch_size 8 is less than --batch_size 8 x 2 ranks = 16: give at least 16"),
     ("--total_batch_size 32 --gradient_accumulation 2", 1, "give --gradient_accumulation 4"),
+    ("--checkpoint_every 2", 1, "--checkpoint_every 2 needs --activation_checkpointing"),
+    ("--checkpoint_every 2 --activation_checkpointing --use_hf_model", 1, "transformers' recomputes every layer"),
     ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),
     ("--optimizer q_galore_adamw8bit --stochastic_round", 1, "--stochastic_round is about quantized weights"),

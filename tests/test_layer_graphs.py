@@ -35,6 +35,7 @@ STREAMING = f"{PER_LAYER} --subspace streaming"
 CASES = {
     "streaming": STREAMING,
     "checkpointing": f"{STREAMING} --activation_checkpointing",
+    "every second checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_every 2",
     "svd": PER_LAYER,
     "other side": f"{STREAMING} --proj_type reverse_std",
     "int4": f"{STREAMING} --weight_bits 4",

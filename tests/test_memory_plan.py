@@ -374,3 +374,17 @@ def test_largest_model_takes_no_time_and_table_adds_up(root: Path) -> None:
     assert figures["peak"] == pytest.approx(kept + largest, abs=0.01)
     assert figures["peak"] == pytest.approx(plan.peak_bytes / 1e9, abs=1e-3)
     assert all(value > 0 for value in plan.passing.values())
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+def test_checkpointing_some_layers_lies_between_all_and_none(layers: int) -> None:
+    config = dataclasses.replace(CONFIG, num_hidden_layers=layers)
+    settings = MemorySettings(8, 64, compiled=True, cuda=True)
+    none, every, some = (
+        plan_memory(config, dataclasses.replace(settings, activation_checkpointing=on, checkpoint_every=n))
+        for on, n in ((False, 1), (True, 1), (True, 2))
+    )
+    recomputed = -(-layers // 2)
+    saved = (none.activations - every.activations) // layers
+    assert some.activations == none.activations - recomputed * saved
+    assert every.peak_bytes < some.peak_bytes < none.peak_bytes

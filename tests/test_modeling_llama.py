@@ -129,23 +129,25 @@ def test_right_padding_changes_nothing_before_it(tmp_path: Path) -> None:
 def test_checkpointing_gives_the_same_gradients(tmp_path: Path, dtype: torch.dtype) -> None:
     path = write_config(tmp_path, num_key_value_heads=3)
     grads = []
-    for checkpointing in (False, True):
-        model = build_model(path, dtype=dtype, seed=2, activation_checkpointing=checkpointing)
+    for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
+        model = build_model(path, False, dtype, seed=2, activation_checkpointing=checkpointing, checkpoint_every=every)
         model(tokens(), tokens()).loss_sum.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
     saved = []
-    for checkpointing in (False, True):
-        model = build_model(write_config(tmp_path), dtype=torch.float32, activation_checkpointing=checkpointing)
+    path = write_config(tmp_path, num_hidden_layers=4)
+    for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
+        model = build_model(path, dtype=torch.float32, activation_checkpointing=checkpointing, checkpoint_every=every)
         sizes: list[int] = []
         pack = lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1]  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             model(tokens(), tokens())
         saved.append(sum(sizes))
     assert saved[1] < saved[0] / 2
+    assert abs(saved[2] - (saved[0] + saved[1]) / 2) < 0.02 * saved[0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
