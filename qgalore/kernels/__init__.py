@@ -205,19 +205,21 @@ def update_quantized_(
             qdata, scale, zero_point, a, b, columns, bits, group_size, step_size, decay, seed, skip, numbers
         )
         return
+    if triton is not None and left is None and right is None:
+        triton.update_(
+            qdata, scale, zero_point, direction, columns, bits, group_size, step_size, decay, seed, 0, skip, numbers
+        )
+        return
     for start, stop in row_chunks(qdata.shape[0], columns):
         part = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
-        if left is None and right is None:
-            full = direction[start:stop]
-        else:
-            full = reference.project_back_rows(direction, left, right, start, stop)
+        full = reference.project_back_rows(direction, left, right, start, stop)
         if triton is not None:
             triton.update_(*part, full, columns, bits, group_size, step_size, decay, seed, start, skip, numbers)
             continue
         _no_numbers(numbers)
         with _taken_back_if(skip, *part):
             weight = dequantize(*part, columns, bits, group_size, torch.float32)
-            weight.mul_(decay).sub_(full.float() * step_size)
+            weight.mul_(decay).sub_(full * step_size)
             random = _random_bits(stop - start, columns, seed, start, weight.device)
             codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
             part[0].copy_(reference.pack_int4(codes) if bits == 4 else codes)
@@ -245,6 +247,9 @@ def update_float_(
     matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
     direction = direction if left is not None or right is not None else direction.view(matrix.shape)
     triton = _triton_or_none(weight.device, "float_update")
+    if triton is not None and left is None and right is None:
+        triton.update_float_(matrix, direction, step_size, decay, seed, row_start, skip, numbers)
+        return
     for start, stop in row_chunks(*matrix.shape):
         full = reference.project_back_rows(direction, left, right, start, stop)
         if triton is not None:
