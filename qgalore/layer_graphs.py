@@ -36,10 +36,10 @@ class LayerGraphs:
     """Runs layers one after the other; from the third training step of one shape on by CUDA graphs."""
 
     def __init__(self, layers: Sequence[nn.Module], run: RunLayer, optimizer: LowRankAdamW) -> None:
-        """layers are on one CUDA device, and `optimizer` is attached to them.
+        """layers are on one device, and `optimizer` is attached to them.
 
         Nothing can be captured on CUDA's default stream: without a `torch.cuda.set_stream` before `attach` and the
-        first step, the layers run as without graphs.
+        first step, the layers run as without graphs, and so they do on another device.
         """
         # The retained backward passes of a compiled layer must not write over what they have saved.
         torch._functorch.config.donated_buffer = False
@@ -69,11 +69,14 @@ class LayerGraphs:
         if self._captured is not None and self._captured.shape == x.shape:
             return self._captured
         arguments = (self._layers, self._run, self._optimizer, constants)
-        on_default = torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
-        if self._captured is not None or self._steps <= _ORDINARY_STEPS or on_default:
+        if self._captured is not None or self._steps <= _ORDINARY_STEPS or not _can_capture(x.device):
             return _Stack(*arguments)
         self._captured = _CapturedStack(*arguments, x)
         return self._captured
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 class _Step(torch.autograd.Function):

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import run_pretrain
 from peft_pretraining.args import parse_args
 from peft_pretraining.modeling_llama import LlamaForCausalLM
 from qgalore.layer_graphs import LayerGraphs
+from qgalore.optimizer import LowRankAdamW
 from tests.small_run import CONFIG
 
 
@@ -86,6 +88,27 @@ def test_one_compilation_serves_all_layers_and_changes_nothing(
     compiled = trained(tmp_path, "cpu", f"{CASES[case]} --compile on --dtype float32", 4)
     assert compiled[:2] == plain[:2]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"{CASES[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", flags)
+    calls = []
+
+    def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
+        def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
+            calls.append(layer)
+            out: Tensor = layer(*inputs)
+            return out
+
+        model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
+
+    monkeypatch.setattr(run_pretrain, "replay_layers", layer_by_layer)
+    assert trained(tmp_path, "cpu", flags)[:2] == plain[:2]
+    assert len(calls) == 3 * 9
 
 
 def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
