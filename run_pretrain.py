@@ -185,8 +185,8 @@ class Run:
                 self.end_early(data_before)
                 return False
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
-            input_ids = micro_batch.input_ids.to(self.processes.device, non_blocking=True)
-            labels = micro_batch.labels.to(self.processes.device, non_blocking=True)
+            input_ids = self.processes.to_device(micro_batch.input_ids)
+            labels = self.processes.to_device(micro_batch.labels)
             # Divided by the targets of the whole update, so that how it is split cannot change the gradient.
             micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
             loss += micro_loss.detach()

@@ -54,6 +54,12 @@ class Processes:
         """Whether this is the rank that reports and saves."""
         return self.rank == 0
 
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy of a CPU tensor on the device, for which neither the device nor the host waits."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum a tensor over all ranks, in place."""
         if self.world_size > 1:

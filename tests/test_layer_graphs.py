@@ -45,8 +45,13 @@ CASES = {
 }
 
 
-def trained(folder: Path, device: str, flags: str, updates: int = 9) -> tuple[list[float], str, LlamaForCausalLM]:
-    """Losses, a hash of all weights and states, and the model after some updates; the sixth is skipped."""
+def trained(
+    folder: Path, device: str, flags: str, updates: int = 9, waits_from: int = 99
+) -> tuple[list[float], str, LlamaForCausalLM]:
+    """Losses, a hash of all weights and states, and the model after some updates; the sixth is skipped.
+
+    From update `waits_from` on it is an error to wait for the device inside an update.
+    """
     config = folder / "model.json"
     config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 3, "intermediate_size": 85}))
     argv = f"--model_config {config} --dataset {folder} --batch_size 4 --num_training_steps 100 --wandb_mode off"
@@ -57,13 +62,18 @@ def trained(folder: Path, device: str, flags: str, updates: int = 9) -> tuple[li
     losses = []
     for step in range(updates):
         ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(step)).to(device)
+        flag = torch.tensor(step == 5, device=device)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(1.0, step / 4)
+        if step >= waits_from:
+            torch.cuda.set_sync_debug_mode("error")
         loss = model(ids, ids).loss_sum / ids.numel()
         assert loss is not None
-        optimizer.skip_update_if(torch.tensor(step == 5, device=device))
+        optimizer.skip_update_if(flag)
         loss.backward()
         optimizer.step()
+        if step >= waits_from:
+            torch.cuda.set_sync_debug_mode("default")
         assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.partly_made())
         assert float(optimizer.grad_norm()) > 0
         optimizer.zero_grad()
@@ -131,3 +141,12 @@ def test_graphs_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
     assert plain[2].model.run_layers is None
     graphs = replayed[2].model.run_layers
     assert isinstance(graphs, LayerGraphs) and graphs.replays
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_nothing_waits_for_the_device_in_a_steady_update(graphs: str, tmp_path: Path) -> None:
+    # From the tenth update on every subspace has had its first refresh, from random numbers of the host.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        trained(tmp_path, "cuda", f"{CASES['streaming']} --cuda_graphs {graphs}", 20, waits_from=14)
