@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qgalore.subspace_schedule import first_refresh_spread
+
 Shape = tuple[int, ...]
 
 _BLOCK = 256  # values that share a float32 absmax in an 8-bit state
 _MIN_8BIT = 4096  # smaller weights keep float32 states
 _ACCUMULATOR_GROUP = 256  # values that share a scale and a zero point in an INT8 gradient accumulator
 _ACCUMULATOR_BYTES = {"float32": 4, "bfloat16": 2}
-_FIRST_REFRESH_SPREAD = 8  # updates over which the first refreshes of all subspaces are spread
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,10 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
     if s.rank is None or s.gradients_live_in_backward:
         return 0
 
+    count = layers * len(matrices)
+
     def due(spread: int) -> int:
-        return math.ceil(layers * len(matrices) / max(1, min(spread, s.update_proj_gap)))
+        return math.ceil(count / max(1, min(spread, s.update_proj_gap)))
 
     def sketch(shape: Shape, side: str) -> int:
         own, other = (0, 1) if side == "left" else (1, 0)
@@ -160,7 +163,8 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
     sketches = max(sum(sketch(shape, side) for side in sides(shape, s)) for shape in matrices)
     full = max(sum_bytes(shape, s) for shape in matrices)
     # The first refreshes, always from sketches, can meet the second ones of a short interval.
-    return due(_FIRST_REFRESH_SPREAD) * sketches + due(s.update_proj_gap) * (full if s.svd else sketches)
+    first = due(first_refresh_spread(count, s.update_proj_gap))
+    return first * sketches + due(s.update_proj_gap) * (full if s.svd else sketches)
 
 
 def _quantized_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:

@@ -1,7 +1,7 @@
 """When a subspace is refreshed: interval, staggering and the lazy layer-wise rule. Plain Python, one object a weight.
 
-Staggering: weight k of N is first refreshed in one of the first eight updates and then at an offset of k / N of the
-interval, so that an update refreshes a few weights and never all: no stall, and no moment at which all full gradients
+Staggering: weight k of N is first refreshed in one of the first updates, eight or more, and then at an offset of k / N
+of the interval, so that an update refreshes a few weights and never all: no stall, and no moment at which all full gradients
 or sketches exist.
 
 The lazy rule of Q-GaLore (arXiv 2407.08296, section 3.3): when the subspace of a layer has changed little over
@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_FIRST_REFRESH_SPREAD = 8
+_LEAST_SPREAD, _MOST_AT_ONCE = 8, 14
+
+
+def first_refresh_spread(count: int, base_interval: int) -> int:
+    """Updates over which the first refreshes of `count` weights are spread.
+
+    Eight, or as many as keep it to two layers of a LLaMA an update: each needs a sketch until the update is made.
+    """
+    return min(max(_LEAST_SPREAD, -(-count // _MOST_AT_ONCE)), base_interval)
 
 
 @dataclass
@@ -48,7 +56,7 @@ class RefreshSchedule:
         self.max_interval = self.max_interval or 8 * self.base_interval
         if not self.interval:
             self.interval = self.base_interval
-            self.next_refresh = self.index % min(_FIRST_REFRESH_SPREAD, self.base_interval)
+            self.next_refresh = self.index % first_refresh_spread(self.count, self.base_interval)
 
     def due(self, update_step: int) -> bool:
         """Whether the weight is refreshed in this update."""

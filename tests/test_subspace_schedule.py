@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from qgalore.subspace_schedule import RefreshSchedule
+from qgalore.subspace_schedule import RefreshSchedule, first_refresh_spread
 
 
 def schedules(count: int, interval: int) -> list[RefreshSchedule]:
@@ -25,12 +25,20 @@ def refreshes(weights: list[RefreshSchedule], updates: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("count", "interval"), [(56, 200), (56, 50), (200, 50), (7, 200), (224, 500), (1, 10)])
 def test_no_update_refreshes_many(count: int, interval: int) -> None:
-    found = refreshes(schedules(count, interval), 8 + 4 * interval)
-    first, later = found[:8], found[8:]
-    # The first refreshes are spread over eight updates; a few second ones fall among them.
-    assert max(map(len, first)) <= -(-count // 8) + -(-count // interval)
+    spread = first_refresh_spread(count, interval)
+    found = refreshes(schedules(count, interval), spread + 4 * interval)
+    first, later = found[:spread], found[spread:]
+    # A few second refreshes fall among the first.
+    assert max(map(len, first)) <= -(-count // spread) + -(-count // interval)
     assert max(map(len, later)) <= -(-count // interval)
     assert sorted({k for due in first for k in due}) == list(range(count))
+
+
+def test_first_refreshes_take_eight_updates_or_more_for_large_models() -> None:
+    # 60M, 130M, 350M, 7B, 13B, and intervals that are shorter.
+    cases = [(56, 200, 8), (84, 200, 8), (168, 200, 12), (224, 500, 16), (280, 200, 20), (224, 10, 10), (56, 1, 1)]
+    for count, interval, spread in cases:
+        assert first_refresh_spread(count, interval) == spread
 
 
 @pytest.mark.parametrize(("count", "interval"), [(56, 200), (200, 50), (5, 3), (9, 1)])
@@ -39,7 +47,7 @@ def test_every_weight_is_refreshed_every_interval(count: int, interval: int) -> 
     for k in range(count):
         times = [update for update, due in enumerate(found) if k in due]
         gaps = [after - before for before, after in itertools.pairwise(times)]
-        assert times[0] < min(8, interval)
+        assert times[0] < first_refresh_spread(count, interval)
         assert gaps[0] <= interval
         assert all(gap == interval for gap in gaps[1:])
 
