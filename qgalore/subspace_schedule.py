@@ -1,8 +1,8 @@
 """When a subspace is refreshed: interval, staggering and the lazy layer-wise rule. Plain Python, one object a weight.
 
 Staggering: weight k of N is first refreshed in one of the first updates, eight or more, and then at an offset of k / N
-of the interval, so that an update refreshes a few weights and never all: no stall, and no moment at which all full gradients
-or sketches exist.
+of the interval, so that an update refreshes a few weights and never all: no stall, and no moment at which all full
+gradients or sketches exist.
 
 The lazy rule of Q-GaLore (arXiv 2407.08296, section 3.3): when the subspace of a layer has changed little over
 `queue_size` refreshes in a row, its interval is multiplied by `gamma`. Change is measured by
