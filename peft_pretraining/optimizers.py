@@ -17,7 +17,7 @@ from peft_pretraining.arg_groups import OptimizerArgs, QuantizationArgs, Subspac
 from peft_pretraining.model import low_rank_names
 from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaMLP
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
-from qgalore.kernels import use_triton
+from qgalore.kernels import reads_numbers
 from qgalore.layer_graphs import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
 
@@ -216,11 +216,11 @@ def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
         return
     run, device = model.model.compiled_layer, next(model.parameters()).device
     matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
-    if run is None or device.type != "cuda" or not use_triton(device) or not optimizer.update_in_backward:
+    if run is None or device.type != "cuda" or not optimizer.update_in_backward:
         return
     if any(group["accumulator_dtype"] == "int8" for group in optimizer.param_groups):
         return  # sums in 8 bits are rounded with seeds of the host
-    if matrices and not any(layer.format.simulate or layer.format.group_size % 8 for layer in matrices):
+    if matrices and all(not x.format.simulate and reads_numbers(device, x.format.group_size) for x in matrices):
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
 

@@ -136,30 +136,26 @@ class FullRankWeight:
     def _gradient_shape(self) -> torch.Size:
         return self.shape
 
-    def _skipped_on_host(self, skip: Tensor | None) -> bool:
-        """Whether the host can see that the update is to be skipped; then all that happens is that it counts.
-
-        On an accelerator the flag goes to the kernels, so that nothing waits for the device.
-        """
-        if skip is None or skip.device.type != "cpu" or not skip:
-            return False
-        if not self.state:
-            self._init_state()
-        self._advance()
-        self.clear()
-        return True
-
     def _device_state(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.state.items() if key not in HOST_STATE}
 
     def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """One AdamW step on the weight with factor * grad (clipping); grad is what `release` gave.
 
-        Where the flag `skip` is true weight and state stay as they are, to the bit, but the update counts.
+        Where the flag `skip` is true weight and state stay as they are, to the bit, but the update counts. On an
+        accelerator the flag goes to the kernels, so that nothing waits for the device.
         """
-        if self._skipped_on_host(skip):
-            return
-        skip = None if skip is None or skip.device.type == "cpu" else skip
+        if not self.state:
+            self._init_state()
+        on_host = skip is not None and skip.device.type == "cpu"
+        if on_host and skip:
+            self._advance()
+            self.clear()
+        else:
+            self._update(grad, factor, None if on_host else skip)
+
+    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> None:
+        """`update` with a flag on the device only."""
         rounding = self._seed(ROUNDING)
         step, group = self._advance(), self.group
         if self.layer is not None:

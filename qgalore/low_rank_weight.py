@@ -147,19 +147,15 @@ class LowRankWeight(FullRankWeight):
     @property
     def changes_subspace(self) -> bool:
         """See `FullRankWeight`."""
-        return self._refresh_due
+        return self.schedule.due(self.step)
 
     @property
     def _step_size(self) -> float:
         return float(self.group["lr"] * self.group["scale"])
 
     @property
-    def _refresh_due(self) -> bool:
-        return self.schedule.due(self.step)
-
-    @property
     def _needs_full_gradient(self) -> bool:
-        return self._refresh_due and self.group["subspace"] == "svd" and self.schedule.refreshes > 0
+        return self.changes_subspace and self.group["subspace"] == "svd" and self.schedule.refreshes > 0
 
     def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
         """Add the projected gradient of one micro-batch from its factors; the full one only where an SVD is due."""
@@ -169,7 +165,7 @@ class LowRankWeight(FullRankWeight):
             return
         left, right = self.basis("left", grad_output.dtype), self.basis("right", grad_output.dtype)
         self._add(self._sum, subspace.project_factors(grad_output, input, self._matrix_shape, left, right))
-        if self._refresh_due:
+        if self.changes_subspace:
             for side in self.sides:
                 test = self._test_matrix(side, grad_output.dtype)
                 d = self._matrix_shape[0 if side == "left" else 1]
@@ -184,7 +180,7 @@ class LowRankWeight(FullRankWeight):
             self._add(self._full, grad)
             return
         self._add(self._sum, subspace.project(grad, self.basis("left", grad.dtype), self.basis("right", grad.dtype)))
-        if self._refresh_due:
+        if self.changes_subspace:
             for side in self.sides:
                 test = self._test_matrix(side, grad.dtype)
                 self._add(self._sketch(side), test @ (grad.T if side == "left" else grad))
@@ -224,7 +220,7 @@ class LowRankWeight(FullRankWeight):
 
     def parts_to_sum(self) -> list[Tensor]:
         """See `FullRankWeight`: the projected or full gradient, then the sketches."""
-        gradient = self._sum if self._full.empty else self._full
+        gradient = self._full if self._needs_full_gradient else self._sum
         return [part.take().float() for part in (gradient, *self._sketches.values())]
 
     def complete(self, summed: list[Tensor] | None = None) -> None:
@@ -260,14 +256,11 @@ class LowRankWeight(FullRankWeight):
 
     # ---- the update
 
-    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """One AdamW step in the subspace with factor * grad (clipping), and the refresh where one is due.
+    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> None:
+        """The step in the subspace, and the refresh where one is due.
 
         The direction is projected back in the dtype of the layer's activations, with products summed in float32.
         """
-        if self._skipped_on_host(skip):
-            return
-        skip = None if skip is None or skip.device.type == "cpu" else skip
         rounding, update_step = self._seed(ROUNDING), self.step
         sketches = {side: sketch.take() for side, sketch in self._sketches.items()}
         if self._next_bases is not None:

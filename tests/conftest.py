@@ -27,3 +27,11 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is absent: it holds real C4 samples that the project may not redistribute")
     return path
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """One body of a test for the CPU and for a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device(request.param)

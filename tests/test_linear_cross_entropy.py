@@ -23,13 +23,6 @@ CHUNK_BYTES = [module.CHUNK_BYTES, 5000, 1]
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    return torch.device(request.param)
-
-
 def problem(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,13 +19,6 @@ CASES = [(1, 1, 1), (3, 2, 64), (7, 33, 64), (9, 257, 257), (2, 8192, 8192), (3,
 TOLERANCES = {torch.float64: (1e-12, 1e-14), torch.float32: (1e-5, 1e-7), torch.bfloat16: (2**-7, 1e-7)}
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    return torch.device(request.param)
-
-
 def problem(
     rows: int, columns: int, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

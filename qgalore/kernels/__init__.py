@@ -83,7 +83,7 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     _check_matrix(x, "x")
     _check_format(bits, group_size)
     triton = _triton_or_none(x.device, "group_quantization")
-    if triton is not None and triton.can_handle(bits, group_size):
+    if triton is not None and triton.can_handle(group_size):
         return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
     parts = []
     for start, stop in row_chunks(*x.shape):
@@ -107,7 +107,7 @@ def dequantize(
     _check_matrix(qdata, "qdata")
     _check_format(bits, group_size)
     triton = _triton_or_none(qdata.device, "group_quantization")
-    if triton is not None and triton.can_handle(bits, group_size):
+    if triton is not None and triton.can_handle(group_size):
         return triton.dequantize(qdata, scale, zero_point, columns, bits, group_size, dtype, out)  # type: ignore[no-any-return]
     codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata
     value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
@@ -193,7 +193,7 @@ def update_quantized_(
     decay and seed come from there.
     """
     triton = _triton_or_none(qdata.device, "group_quantization")
-    if triton is not None and not triton.can_handle(bits, group_size):
+    if triton is not None and not triton.can_handle(group_size):
         triton = None
     one_side = (left is None) != (right is None)
     if triton is not None and one_side and _triton_module("low_rank_update").can_handle(group_size):
@@ -275,6 +275,12 @@ def numbers_row(seed: int, step_size: float, decay: float, step: int, betas: tup
     return list(struct.unpack("<6i", struct.pack("<2I4f", *halves, *floats)))
 
 
+def reads_numbers(device: torch.device, group_size: int) -> bool:
+    """Whether updates on this device can take their numbers from it, of weights in groups of that size."""
+    triton = _triton_or_none(device, "group_quantization")
+    return triton is not None and bool(triton.can_handle(group_size))
+
+
 def _no_numbers(numbers: Tensor | None) -> None:
     if numbers is not None:
         raise ValueError("only Triton kernels read the numbers of an update from the device")
@@ -293,4 +299,3 @@ def project_back(direction: Tensor, left: Tensor | None, right: Tensor | None) -
 row_chunks = reference.row_chunks
 quantize_blocks = reference.quantize_blocks
 dequantize_blocks = reference.dequantize_blocks
-adam_direction = reference.adam_direction

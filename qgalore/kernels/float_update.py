@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton_tiles import random_bits16, round_stochastic_bfloat16, to_float
+from qgalore.kernels.triton_tiles import random_bits16, read_numbers, round_stochastic_bfloat16, to_float
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
@@ -24,9 +24,7 @@ def _update_float_kernel(
         if tl.load(skip):
             return
     if HAS_NUMBERS:
-        seed_low, seed_high = tl.load(numbers), tl.load(numbers + 1)
-        step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
-        decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+        seed_low, seed_high, step_size, decay = read_numbers(numbers)
         if (step_size == 0.0) & (decay == 1.0):
             return
     row = tl.program_id(0) * M + tl.arange(0, M)[:, None]

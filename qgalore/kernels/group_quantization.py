@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton_tiles import load_codes, quantize_group, store_codes, to_float
+from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_numbers, store_codes, to_float
 
 
 @triton.jit
@@ -48,9 +48,7 @@ def _update_kernel(
         if tl.load(skip):
             return
     if HAS_NUMBERS:
-        seed_low, seed_high = tl.load(numbers), tl.load(numbers + 1)
-        step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
-        decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+        seed_low, seed_high, step_size, decay = read_numbers(numbers)
         if (step_size == 0.0) & (decay == 1.0):
             return
     row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
@@ -80,9 +78,9 @@ def block_of_group(group_size: int) -> tuple[int, int]:
     return max(1, 2048 // columns), columns
 
 
-def can_handle(bits: int, group_size: int) -> bool:
+def can_handle(group_size: int) -> bool:
     """Whether a group is whole bytes and whole calls of the random generator, and fits a tile."""
-    return group_size % 8 == 0 and group_size <= 4096 and (bits == 8 or group_size % 2 == 0)
+    return group_size % 8 == 0 and group_size <= 4096
 
 
 def dequantize(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton_tiles import load_codes, quantize_group, store_codes
+from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_numbers, store_codes
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step_size", "decay"])
@@ -28,9 +28,7 @@ def _low_rank_update_kernel(
         if tl.load(skip):
             return
     if HAS_NUMBERS:
-        seed_low, seed_high = tl.load(numbers), tl.load(numbers + 1)
-        step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
-        decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+        seed_low, seed_high, step_size, decay = read_numbers(numbers)
         if (step_size == 0.0) & (decay == 1.0):
             return
     # Neighbouring programs share the rows of B: a group's K x G block of it stays in the cache.

@@ -91,6 +91,14 @@ def store_codes(qdata, codes, row, stride, row_mask, start, end, G: tl.constexpr
 
 
 @triton.jit
+def read_numbers(numbers):
+    """Both words of the seed, step size and decay from `qgalore.kernels.numbers_row` on the device."""
+    step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
+    decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+    return tl.load(numbers), tl.load(numbers + 1), step_size, decay
+
+
+@triton.jit
 def round_stochastic_bfloat16(x, random):
     """float32 x rounded up or down to bfloat16 by 16 random bits: `reference.round_stochastic_bfloat16`."""
     bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000

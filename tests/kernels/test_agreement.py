@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels
-from qgalore.kernels import reference
 
 SEEDS = (None, 0, 0x299F31D0A4093822, (1 << 64) - 1)
 # Rows, columns, group: whole groups, a ragged last group, groups that are no power of two, odd columns, one column.
@@ -272,6 +271,13 @@ def test_on_a_gpu(name: str) -> None:
     CHECKS[name](torch.device("cuda"))
 
 
-def test_the_reference_is_what_a_cpu_runs() -> None:
+def test_a_cpu_runs_the_reference() -> None:
     assert not kernels.use_triton(torch.device("cpu"))
-    assert kernels.row_chunks is reference.row_chunks
+    assert not kernels.reads_numbers(torch.device("cpu"), GROUP)
+
+
+def test_only_groups_that_fit_a_tile_read_numbers_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    for group_size, expected in ((256, True), (40, True), (12, False), (8192, False)):
+        assert kernels.reads_numbers(torch.device("cpu"), group_size) == expected
