@@ -852,3 +852,18 @@ def test_the_same_seed_gives_the_same_bits(name: str) -> None:
         nets.append(net)
     assert_same(nets[0], nets[1])
     assert any(not torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[2].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("subspace", ["streaming", "svd"])
+def test_states_stay_in_their_tensors_over_refreshes(subspace: str) -> None:
+    # CUDA graphs know the tensors by their addresses.
+    weight = nn.Parameter(torch.zeros(30, 50))
+    optimizer = QGaLoreAdamW8bit([{"params": [weight], "rank": 5, "subspace": subspace, "update_proj_gap": 2}], lr=1e-3)
+    (low_rank,) = optimizer.low_rank_weights()
+    places: list[dict[str, int]] = []
+    for seed in range(6):
+        weight.grad = torch.randn(30, 50, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+        places.append({key: value.data_ptr() for key, value in low_rank._device_state().items()})
+    assert low_rank.schedule.refreshes > 2
+    assert all(place == places[0] for place in places)
