@@ -7,6 +7,7 @@ the same random bits, on the same weights.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -65,9 +66,9 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
-    def gradient_all_reduce(self) -> Callable[[Tensor], None] | None:
-        """`all_reduce`, or None for one rank."""
-        return self.all_reduce if self.world_size > 1 else None
+    def gradient_all_reduce(self) -> Callable[[Tensor], dist.Work | None] | None:
+        """What begins `all_reduce` and gives what to wait for; None for one rank."""
+        return functools.partial(dist.all_reduce, async_op=True) if self.world_size > 1 else None
 
     def sum_on_host(self, value: int) -> int:
         """The sum of an integer over all ranks, without touching the accelerator."""

@@ -20,8 +20,7 @@ from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bi
 from qgalore.kernels import reads_numbers
 from qgalore.layer_graphs import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
-
-AllReduce = Callable[[Tensor], None]
+from qgalore.rank_sum import AllReduce
 
 _ADAM_FAMILY = {
     "adam": GaLoreAdamW,
@@ -104,8 +103,8 @@ class LibraryOptimizer:
 
     def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
         def hook(param: Tensor) -> None:
-            if self.is_last_micro_batch and param.grad is not None:
-                all_reduce(param.grad)
+            if self.is_last_micro_batch and param.grad is not None and (waiting := all_reduce(param.grad)) is not None:
+                waiting.wait()
 
         return hook
 

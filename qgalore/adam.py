@@ -5,6 +5,8 @@ The arithmetic and its sources are in `qgalore.kernels.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,38 +16,57 @@ BLOCK_SIZE = 256
 """Values that share an absmax in an 8-bit state, as in bitsandbytes."""
 MIN_8BIT_NUMEL = 4096
 """Smaller weights keep float32 moments, as in bitsandbytes: a norm's 8-bit states would save nothing."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
+_PART = 1 << 20  # values that are read or written at a time
+
+
+def make_tables(bits: int, device: torch.device) -> None:
+    """Make what reading and writing moments of so many bits keeps on the device, so that it is not made in between."""
+    if bits == 8:
+        for signed in _SIGNED.values():
+            kernels.quantize_blocks(torch.zeros(1, device=device), signed, BLOCK_SIZE)
 
 
 def init_moments(state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
     """Put zero moments for a gradient of `shape` into `state`: exp_avg, exp_avg_sq and, at 8 bits, their absmax."""
     if bits == 8 and shape.numel() >= MIN_8BIT_NUMEL:
         blocks = -(-shape.numel() // BLOCK_SIZE)
-        for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        for name, signed in _SIGNED.items():
             zero = int(kernels.quantize_blocks(torch.zeros(1), signed, BLOCK_SIZE)[0])
             state[name] = torch.full(shape, zero, dtype=torch.uint8, device=device)
             state[f"{name}_absmax"] = torch.zeros(blocks, device=device)
     else:
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             state[name] = torch.zeros(shape, device=device)
 
 
-def read_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """exp_avg and exp_avg_sq in float32; the state's own tensors where they are float32."""
-    if "exp_avg_absmax" not in state:
-        return state["exp_avg"], state["exp_avg_sq"]
-    first = kernels.dequantize_blocks(state["exp_avg"], state["exp_avg_absmax"], True, BLOCK_SIZE)
-    return first, kernels.dequantize_blocks(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False, BLOCK_SIZE)
+def read_moment(state: dict[str, Tensor], name: str) -> Tensor:
+    """exp_avg or exp_avg_sq in float32; the state's own tensor where that is float32."""
+    codes = state[name]
+    if f"{name}_absmax" not in state:
+        return codes
+    value = torch.empty(codes.shape, device=codes.device)
+    for part, part_codes, absmax in _flat_parts(value, codes, state[f"{name}_absmax"]):
+        part.copy_(kernels.dequantize_blocks(part_codes, absmax, _SIGNED[name], BLOCK_SIZE))
+    return value
 
 
-def write_moments(state: dict[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Replace the moments in place by float32 values of the same shape."""
-    for name, value, signed in (("exp_avg", exp_avg, True), ("exp_avg_sq", exp_avg_sq, False)):
-        if f"{name}_absmax" in state:
-            codes, absmax = kernels.quantize_blocks(value, signed, BLOCK_SIZE)
-            state[name].copy_(codes)
-            state[f"{name}_absmax"].copy_(absmax)
-        else:
-            state[name].copy_(value)
+def write_moment(state: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Replace exp_avg or exp_avg_sq in place by float32 values of the same shape."""
+    if f"{name}_absmax" not in state:
+        state[name].copy_(value)
+        return
+    for part, codes, absmax in _flat_parts(value.contiguous(), state[name], state[f"{name}_absmax"]):
+        new_codes, new_absmax = kernels.quantize_blocks(part, _SIGNED[name], BLOCK_SIZE)
+        codes.copy_(new_codes)
+        absmax.copy_(new_absmax)
+
+
+def _flat_parts(value: Tensor, codes: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Flat views of float32 values, their codes and absmax, in parts of whole blocks: a part's copies are small."""
+    parts = (tensor.view(-1).split(_PART) for tensor in (value, codes))
+    return zip(*parts, absmax.split(_PART // BLOCK_SIZE), strict=True)
 
 
 def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, int]]:
@@ -58,7 +79,7 @@ def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, in
 
 def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Views of the moments of rows start:stop, a range of `row_parts`."""
-    moments = {name: torch.atleast_1d(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+    moments = {name: torch.atleast_1d(state[name]) for name in MOMENTS}
     columns = moments["exp_avg"].shape[1:].numel()
     views = {name: value[start:stop] for name, value in moments.items()}
     for name in moments:

@@ -7,7 +7,6 @@ touch moments, basis or weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +16,6 @@ from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, rows_of_gradient
 from qgalore.linear import LowRankLinear
 from qgalore.seeding import mix_seed
-
-AllReduce = Callable[[Tensor], None]
-"""Sums a tensor over all ranks, in place."""
 
 HOST_STATE = ("step", "schedule", "similarities")
 """What of a weight's state lives on the CPU."""
@@ -45,6 +41,7 @@ class FullRankWeight:
         self.group, self.state, self.index = group, state, index
         self.name = self.name or str(index)
         self._sum, self._held = self._accumulator(), self._accumulator()
+        adam.make_tables(group["state_bits"], self.param.device)
 
     def _accumulator(self) -> GradientAccumulator:
         return GradientAccumulator(getattr(torch, self.group["accumulator_dtype"]))
@@ -131,13 +128,12 @@ class FullRankWeight:
 
     def _init_state(self) -> None:
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        adam.init_moments(self.state, self._gradient_shape(), self.group["state_bits"], self.param.device)
+        adam.init_moments(self.state, self.gradient_shape, self.group["state_bits"], self.param.device)
 
-    def _gradient_shape(self) -> torch.Size:
+    @property
+    def gradient_shape(self) -> torch.Size:
+        """Of the gradient that reaches Adam."""
         return self.shape
-
-    def _device_state(self) -> dict[str, Tensor]:
-        return {key: value for key, value in self.state.items() if key not in HOST_STATE}
 
     def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """One AdamW step on the weight with factor * grad (clipping); grad is what `release` gave.

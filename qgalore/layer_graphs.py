@@ -11,19 +11,23 @@ pass from Python that time, over what the graph of the forward pass has saved.
 
 The autograd graphs of the captured forward passes are kept, so that a layer's backward pass can be captured or run at
 any time; the activations lie at fixed addresses, and no more of them than one forward pass needs.
+
+On several ranks the sum of a layer's gradients is under way while the layer below runs its backward pass: the updates
+of a layer are part of the graph of the layer below.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgalore.full_rank_weight import FullRankWeight
 from qgalore.optimizer import LowRankAdamW
+from qgalore.rank_sum import RankSum
 
 _ORDINARY_STEPS = 2
 """Steps without graphs, in which kernels are compiled and libraries set up."""
@@ -62,6 +66,13 @@ class LayerGraphs:
         """Whether graphs have been captured."""
         return self._captured is not None
 
+    def memory(self) -> contextlib.AbstractContextManager[None]:
+        """Within it this thread allocates in the memory of the graphs, which nobody else needs between two replays.
+
+        Only for what is gone before the backward pass of the layers begins: a replay writes over it.
+        """
+        return contextlib.nullcontext() if self._captured is None else self._captured.memory()
+
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
@@ -93,7 +104,11 @@ class _Step(torch.autograd.Function):
 
 
 class _Stack:
-    """The layers for one step, run from Python in the order in which the graphs have it."""
+    """The layers for one step, run from Python in the order in which the graphs have it.
+
+    Stage i of the backward pass is that of layer i, and the updates of layer i + `lag`. The lag is 0 on one rank, and 1
+    on several, whose sum of the gradients of layer i + 1 takes place in between.
+    """
 
     def __init__(
         self, layers: list[nn.Module], run: RunLayer, optimizer: LowRankAdamW, constants: tuple[Tensor, ...]
@@ -102,6 +117,9 @@ class _Stack:
         self._weights = [optimizer.weights_of(layer) for layer in layers]
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
+        self._messages: list[RankSum | None] = [None] * len(layers)
+        self._lag = int(optimizer.sums_over_ranks)
+        self._grad = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer."""
@@ -112,9 +130,13 @@ class _Stack:
     def backward(self, grad: Tensor) -> Tensor:
         """The gradient of the first layer's input; all weights of all layers are updated on the way."""
         self._inputs.pop()
-        for weights in reversed(self._weights):
-            grad = self._run_backward(weights, self._inputs.pop(), self._outputs.pop(), grad)
-        return grad
+        self._grad = grad
+        for stage in self._stages():
+            self._run_stage(stage)
+        return self._grad
+
+    def _stages(self) -> Iterator[int]:
+        return reversed(range(-self._lag, len(self._layers)))
 
     def _run_forward(self) -> None:
         with torch.enable_grad():
@@ -122,18 +144,36 @@ class _Stack:
                 self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
-    def _run_backward(
-        self, weights: list[FullRankWeight], x: Tensor, out: Tensor, grad: Tensor, keep: bool = False
-    ) -> Tensor:
-        """The gradient of one layer's input, and the updates of its weights; `keep` what the layer has saved."""
-        own = [weight for weight in weights if weight.layer is None]
-        inputs = [x, *(weight.param for weight in own)]
-        grad, *own_grads = torch.autograd.grad(out, inputs, grad, retain_graph=keep)
+    def _run_stage(self, stage: int) -> None:
+        updated = stage + self._lag
+        updates = updated < len(self._layers)
+        message = self._messages[updated] if updates and self._lag else None
+        if message is not None:
+            message.start()
+        if stage >= 0:
+            self._backward_of_layer(stage)
+            self._messages[stage] = self._optimizer.message_of(self._weights[stage], self._buffer_of(stage))
+        if updates:
+            self._optimizer.complete(self._weights[updated], message)
+
+    def _backward_of_layer(self, index: int) -> None:
+        """From the gradient of the layer's output to that of its input, which takes its place."""
+        self._grad = self._gradient(index, self._grad)
+        self._inputs[index] = self._outputs[index] = torch.empty(0)  # what the layer has saved is needed no longer
+
+    def _gradient(self, index: int, grad: Tensor, keep: bool = False) -> Tensor:
+        """The gradient of a layer's input; its weights take theirs. `keep` what the layer has saved."""
+        own = [weight for weight in self._weights[index] if weight.layer is None]
+        inputs = [self._inputs[index], *(weight.param for weight in own)]
+        grad, *own_grads = torch.autograd.grad(self._outputs[index], inputs, grad, retain_graph=keep)
         with torch.no_grad():
             for weight, own_grad in zip(own, own_grads, strict=True):
                 weight.accumulate_full(own_grad)
-            self._optimizer.gradients_ready(weights)
         return grad
+
+    def _buffer_of(self, index: int) -> Tensor | None:
+        """A place for the layer's message to the other ranks; None for any."""
+        return None
 
 
 class _CapturedStack(_Stack):
@@ -154,11 +194,25 @@ class _CapturedStack(_Stack):
         self._pool: Any = torch.cuda.graph_pool_handle()
         # Gradients between two layers, in turn: layer i reads one and writes the other.
         self._grads = [torch.empty_like(x), torch.empty_like(x)]
+        self._buffers = self._message_buffers(x.device)
+        self._sent: list[RankSum | None] = [None] * len(layers)
+        """The message that a layer's graph makes."""
         count = sum(map(len, self._weights))
         self._numbers = torch.zeros(count, 6, dtype=torch.int32, device=x.device)
         self._inputs.append(torch.empty_like(x).requires_grad_())
         self._forward_graph = self._capture(self._run_forward)
-        self._backward_graphs: list[torch.cuda.CUDAGraph | None] = [None] * len(layers)
+        self._stage_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """See `LayerGraphs`."""
+        device = self._numbers.device.index
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device, self._pool)
+        try:
+            yield
+        finally:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
@@ -169,28 +223,41 @@ class _CapturedStack(_Stack):
 
     def backward(self, grad: Tensor) -> Tensor:
         """See `_Stack`; layers in which a subspace is refreshed run from Python."""
-        count = len(self._weights)
         self._write_numbers()
-        self._grads[count % 2].copy_(grad)
-        for index in reversed(range(count)):
-            weights = self._weights[index]
-            if any(weight.changes_subspace for weight in weights):
-                self._run_layer_backward(index)
+        self._grads[len(self._layers) % 2].copy_(grad)
+        for stage in self._stages():
+            updated = stage + self._lag
+            layers = {index for index in (stage, updated) if 0 <= index < len(self._layers)}
+            if any(weight.changes_subspace for index in layers for weight in self._weights[index]):
+                with self.memory():
+                    self._run_stage(stage)
                 continue
-            graph = self._backward_graphs[index]
+            graph = self._stage_graphs.get(stage)
             if graph is None:
-                graph = self._capture(functools.partial(self._run_layer_backward, index))
-                self._backward_graphs[index] = graph
+                graph = self._stage_graphs[stage] = self._capture(functools.partial(self._run_stage, stage))
+                if stage >= 0:
+                    self._sent[stage] = self._messages[stage]
             else:
-                for weight in weights:
-                    weight.count_replayed_update()
+                if stage >= 0:
+                    self._messages[stage] = self._sent[stage]
+                if updated in layers:
+                    for weight in self._weights[updated]:
+                        weight.count_replayed_update()
             graph.replay()
         self._numbers_in_use(False)
         return self._grads[0]
 
-    def _run_layer_backward(self, index: int) -> None:
+    def _backward_of_layer(self, index: int) -> None:
         given, wanted = self._grads[(index + 1) % 2], self._grads[index % 2]
-        wanted.copy_(self._run_backward(self._weights[index], self._inputs[index], self._outputs[index], given, True))
+        wanted.copy_(self._gradient(index, given, keep=True))
+
+    def _message_buffers(self, device: torch.device) -> list[Tensor]:
+        """Two places for the messages of the layers in turn, none on one rank."""
+        sizes = [sum(weight.gradient_shape.numel() for weight in weights) for weights in self._weights]
+        return [torch.empty(max(sizes), device=device) for _ in range(2)] if self._lag else []
+
+    def _buffer_of(self, index: int) -> Tensor | None:
+        return self._buffers[index % 2] if self._buffers else None
 
     def _write_numbers(self) -> None:
         rows = [weight.numbers_of_update() for weights in self._weights for weight in weights]

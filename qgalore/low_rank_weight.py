@@ -6,6 +6,7 @@ a sketch of the full gradient (streaming) or the full gradient itself (svd).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ class LowRankWeight(FullRankWeight):
         """See `FullRankWeight`; the schedule of refreshes is rebuilt from the state."""
         super().bind(group, state, index, place, count)
         self._full = self._accumulator()
+        # A place of its own: what a refresh allocates may be memory that CUDA graphs write over.
+        self._newest_similarity = torch.zeros((), device=self.param.device)
         self._sketches: dict[str, GradientAccumulator] = {}
         self.schedule = RefreshSchedule(
             base_interval=group["update_proj_gap"],
@@ -74,7 +77,9 @@ class LowRankWeight(FullRankWeight):
         by_type = {"std": (longer,), "reverse_std": (shorter,), "left": ("left",), "right": ("right",)}
         return by_type.get(proj_type, ("left", "right"))
 
-    def _gradient_shape(self) -> torch.Size:
+    @property
+    def gradient_shape(self) -> torch.Size:
+        """See `FullRankWeight`."""
         m, n = self.shape
         rank = self.group["rank"]
         return torch.Size((rank if "left" in self.sides else m, rank if "right" in self.sides else n))
@@ -200,7 +205,7 @@ class LowRankWeight(FullRankWeight):
                 seed, other = self._seed(_TEST_MATRIX, m if side == "left" else n), n if side == "left" else m
                 test = subspace.random_matrix(self.group["rank"], other, seed, self.param.device)
             else:
-                momentum = adam.read_moments(self.state)[0]
+                momentum = adam.read_moment(self.state, "exp_avg")
                 test = momentum if side == "left" else momentum.T
             self._test_matrices[side] = (test / test.norm(dim=1, keepdim=True).clamp_min(1e-30)).to(dtype)
         return self._test_matrices[side].to(dtype)
@@ -285,7 +290,7 @@ class LowRankWeight(FullRankWeight):
     ) -> None:
         wanted = None if skip is None else ~skip
         similarities = [self._change_basis(side, basis, wanted) for side, basis in bases.items()]
-        self.similarity = torch.stack(similarities).mean()
+        self.similarity = self._newest_similarity.copy_(torch.stack(similarities).mean())
         self.state["failures"] += self._fit_failed
         self._record(update_step)
 
@@ -294,7 +299,7 @@ class LowRankWeight(FullRankWeight):
         assert old is not None
         basis, worked = subspace.orthonormalize(sketch, old)
         wanted = worked if skip is None else worked & ~skip
-        self.similarity = self._change_basis(side, self._encode(basis), wanted)
+        self.similarity = self._newest_similarity.copy_(self._change_basis(side, self._encode(basis), wanted))
         self.state["failures"] += ~worked if skip is None else ~worked & ~skip
 
     def _change_basis(self, side: str, encoded: Tensor | QuantizedTensor, wanted: Tensor | None) -> Tensor:
@@ -305,18 +310,20 @@ class LowRankWeight(FullRankWeight):
         new, old = self._decode(encoded), self.basis(side)
         assert old is not None
         if self.group["rotate_moments"]:
-            moments = adam.read_moments(self.state)
-            rotated = subspace.rotate_moments(*moments, new, old, side)
-            self._write_where(wanted, lambda: adam.write_moments(self.state, *rotated))
-        self._write_where(wanted, lambda: self._store(side, encoded))
+            # One after the other: the second is read when the first has been written.
+            for power, name in enumerate(adam.MOMENTS, start=1):
+                rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
+                self._write_where(wanted, name, functools.partial(adam.write_moment, self.state, name, rotated))
+        self._write_where(wanted, f"{side}_basis", lambda: self._store(side, encoded))
         return subspace.similarity(new, old)
 
-    def _write_where(self, wanted: Tensor | None, write: Callable[[], None]) -> None:
-        """Let `write` change the state, and take the change back on the device where `wanted` is false."""
+    def _write_where(self, wanted: Tensor | None, name: str, write: Callable[[], None]) -> None:
+        """Let `write` change what is `name` in the state, and take that back on the device where `wanted` is false."""
         if wanted is None:
             write()
             return
-        before = {key: value.clone() for key, value in self._device_state().items()}
+        keys = (name, f"{name}_absmax", f"{name}_scale", f"{name}_zero_point")
+        before = {key: self.state[key].clone() for key in keys if key in self.state}
         write()
         for key, value in before.items():
             self.state[key].copy_(torch.where(wanted, self.state[key], value))

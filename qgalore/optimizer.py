@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from qgalore.full_rank_weight import HOST_STATE, AllReduce, FullRankWeight
+from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
+from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.update_checks import UpdateChecks
 
 _LOW_RANK_DEFAULTS: dict[str, Any] = {
@@ -162,8 +163,8 @@ class LowRankAdamW(Optimizer):
         With `update_in_backward` each weight is updated there and then, so that its gradient lives only inside the
         backward of its layer; `step` then has nothing left to do. Over several micro-batches the sums of all gradients
         exist anyway: updating before `step` would save nothing, so it is left to `step`, which knows them all.
-        `all_reduce` sums a tensor over the ranks of a data-parallel run, in place. `.grad` stays None. Raises
-        ValueError for a weight that the optimizer cannot train.
+        `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.rank_sum.AllReduce`). `.grad` stays
+        None. Raises ValueError for a weight that the optimizer cannot train.
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
@@ -230,10 +231,30 @@ class LowRankAdamW(Optimizer):
         return self._checks
 
     def _complete(self, weights: Sequence[FullRankWeight]) -> None:
+        message = self.message_of(weights)
+        if message is not None:
+            message.start()
+        self.complete(weights, message)
+
+    @property
+    def sums_over_ranks(self) -> bool:
+        """Whether gradients have to be summed over several ranks."""
+        return self._all_reduce is not None
+
+    @torch.no_grad()
+    def message_of(self, weights: Sequence[FullRankWeight], buffer: Tensor | None = None) -> RankSum | None:
+        """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `RankSum`."""
+        if self._all_reduce is None:
+            return None
+        return RankSum([weight.parts_to_sum() for weight in weights], self._all_reduce, buffer)
+
+    @torch.no_grad()
+    def complete(self, weights: Sequence[FullRankWeight], message: RankSum | None) -> None:
+        """Take the gradients of an update, from `message_of` where there is a message; update where that is due."""
         checks, at_once = self._update_checks(), self.updates_at_once
         summed: Iterable[list[Tensor] | None] = itertools.repeat(None, len(weights))
-        if self._all_reduce is not None:
-            summed = sum_over_ranks([weight.parts_to_sum() for weight in weights], self._all_reduce)
+        if message is not None:
+            summed = message.summed()
         for weight, parts in zip(weights, summed, strict=True):
             weight.complete(parts)
             weight.check_gradient_(checks.squared_norms[weight.index], checks.skip)
@@ -366,15 +387,6 @@ class LowRankAdamW(Optimizer):
             metrics[f"subspace/similarity/{weight.name}"] = weight.similarity
             weight.similarity = None
         return metrics
-
-
-def sum_over_ranks(parts: list[list[Tensor]], all_reduce: AllReduce) -> list[list[Tensor]]:
-    """The sums over the ranks of float32 tensors, sent as one message; the same shape of lists, other tensors."""
-    flat = [part for several in parts for part in several]
-    message = flat[0] if len(flat) == 1 else torch.cat([part.flatten() for part in flat])
-    all_reduce(message)
-    pieces = iter(message.flatten().split([part.numel() for part in flat]))
-    return [[next(pieces).view(part.shape) for part in several] for several in parts]
 
 
 class GaLoreAdamW(LowRankAdamW):

@@ -138,13 +138,11 @@ def similarity(new: Tensor, old: Tensor) -> Tensor:
     return overlap / (new.square().sum() * old.square().sum())
 
 
-def rotate_moments(exp_avg: Tensor, exp_avg_sq: Tensor, new: Tensor, old: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """Adam's moments in a new basis: m <- C m and v <- (C ∘ C) v with C = new oldᵀ, on the side of the basis.
+def rotate_moment(moment: Tensor, new: Tensor, old: Tensor, side: str, power: int) -> Tensor:
+    """One of Adam's moments in a new basis: m <- C m and v <- (C ∘ C) v with C = new oldᵀ, on the side of the basis.
 
-    For a right basis the moments are (m, rank) and C acts from the right. C ∘ C treats the old coordinates as
-    uncorrelated.
+    power: 1 for m, 2 for v. For a right basis the moments are (m, rank) and C acts from the right. C ∘ C treats the old
+    coordinates as uncorrelated.
     """
-    change = new @ old.T  # (rank, rank)
-    if side == "left":
-        return change @ exp_avg, change.square() @ exp_avg_sq
-    return exp_avg @ change.T, exp_avg_sq @ change.square().T
+    change = (new @ old.T).pow_(power)  # (rank, rank)
+    return change @ moment if side == "left" else moment @ change.T

@@ -81,7 +81,9 @@ def talk(folder: str) -> int:
     tensor = torch.full((2,), float(rank + 1))
     reduce = processes.gradient_all_reduce()
     assert reduce is not None
-    reduce(tensor)
+    waiting = reduce(tensor)
+    assert waiting is not None
+    waiting.wait()
     heard["sum"] = tensor.tolist()
     heard["host_sum"] = processes.sum_on_host(10**12 + rank)
     heard["gathered"] = processes.gather({"rank": rank, "list": [rank] * rank})

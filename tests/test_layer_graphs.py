@@ -17,6 +17,7 @@ from peft_pretraining.args import parse_args
 from peft_pretraining.modeling_llama import LlamaForCausalLM
 from qgalore.layer_graphs import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
+from qgalore.rank_sum import AllReduce
 from tests.small_run import CONFIG
 
 
@@ -25,11 +26,12 @@ class OneRank:
 
     rank, world_size = 0, 1
 
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: str, sums: bool) -> None:
+        self.device, self._sums = torch.device(device), sums
 
-    def gradient_all_reduce(self) -> None:
-        return None
+    def gradient_all_reduce(self) -> AllReduce | None:
+        """The sum over one rank, in the order of work of several, if asked for."""
+        return (lambda _: None) if self._sums else None
 
 
 PER_LAYER = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --rank 8"
@@ -46,7 +48,7 @@ CASES = {
 
 
 def trained(
-    folder: Path, device: str, flags: str, updates: int = 9, waits_from: int = 99
+    folder: Path, device: str, flags: str, updates: int = 9, waits_from: int = 99, sums: bool = False
 ) -> tuple[list[float], str, LlamaForCausalLM]:
     """Losses, a hash of all weights and states, and the model after some updates; the sixth is skipped.
 
@@ -57,7 +59,7 @@ def trained(
     argv = f"--model_config {config} --dataset {folder} --batch_size 4 --num_training_steps 100 --wandb_mode off"
     argv += f" --save_dir {folder}/run --update_proj_gap 3 --max_length 32 --device {device} {flags}"
     args = parse_args(argv.split(), 1)
-    model, optimizer = run_pretrain.build(args, OneRank(device))  # type: ignore[arg-type]
+    model, optimizer = run_pretrain.build(args, OneRank(device, sums))  # type: ignore[arg-type]
     assert isinstance(model, LlamaForCausalLM)
     losses = []
     for step in range(updates):
@@ -100,12 +102,13 @@ def test_one_compilation_serves_all_layers_and_changes_nothing(
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("sums", [False, True], ids=["one rank", "several"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = f"{CASES[case]} --dtype float32"
-    plain = trained(tmp_path, "cpu", flags)
+    plain = trained(tmp_path, "cpu", flags, sums=sums)
     calls = []
 
     def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
@@ -117,7 +120,7 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
     monkeypatch.setattr(run_pretrain, "replay_layers", layer_by_layer)
-    assert trained(tmp_path, "cpu", flags)[:2] == plain[:2]
+    assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == plain[:2]
     assert len(calls) == 3 * 9
 
 
@@ -128,13 +131,14 @@ def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("sums", [False, True], ids=["one rank", "several"])
 @pytest.mark.parametrize("case", CASES)
-def test_graphs_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
+def test_graphs_give_the_bits_of_plain_calls(case: str, sums: bool, tmp_path: Path) -> None:
     run_pretrain.make_reproducible()
     try:
         with torch.cuda.stream(torch.cuda.Stream()):
-            plain = trained(tmp_path, "cuda", f"{CASES[case]} --cuda_graphs off")
-            replayed = trained(tmp_path, "cuda", CASES[case])
+            plain = trained(tmp_path, "cuda", f"{CASES[case]} --cuda_graphs off", sums=sums)
+            replayed = trained(tmp_path, "cuda", CASES[case], sums=sums)
     finally:
         torch.use_deterministic_algorithms(False)
     assert replayed[:2] == plain[:2]

@@ -1,0 +1,48 @@
+"""The gradients of several weights on their way to be summed over the ranks, as one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Waiting(Protocol):
+    """A sum that has been started, such as `torch.distributed.Work`."""
+
+    def wait(self) -> object:
+        """Until it is there; on a GPU its stream waits, not the host."""
+
+
+AllReduce = Callable[[Tensor], Waiting | None]
+"""Sums a tensor over all ranks, in place; what it returns, if anything, is to be waited for."""
+
+
+class RankSum:
+    """Float32 tensors that are sent together: made, then `start`ed, then `summed`; other work may come in between."""
+
+    def __init__(self, parts: list[list[Tensor]], all_reduce: AllReduce, buffer: Tensor | None = None) -> None:
+        """parts: some tensors of each weight. The message is made in `buffer`, flat, if it has just its size."""
+        self._all_reduce = all_reduce
+        self._waiting: Waiting | None = None
+        flat = [part for several in parts for part in several]
+        self._shapes = [[part.shape for part in several] for several in parts]
+        self._sizes = [part.numel() for part in flat]
+        if buffer is not None and buffer.numel() == sum(self._sizes):
+            self.message = torch.cat([part.flatten() for part in flat], out=buffer)
+        else:
+            self.message = flat[0].flatten() if len(flat) == 1 else torch.cat([part.flatten() for part in flat])
+
+    def start(self) -> None:
+        """Send the message; what is launched afterwards does not wait for it."""
+        self._waiting = self._all_reduce(self.message)
+
+    def summed(self) -> list[list[Tensor]]:
+        """The sums, in the shape of the parts, as views of the message; later work waits for them."""
+        if self._waiting is not None:
+            self._waiting.wait()
+            self._waiting = None
+        pieces = iter(self.message.split(self._sizes))
+        return [[next(pieces).view(shape) for shape in shapes] for shapes in self._shapes]
