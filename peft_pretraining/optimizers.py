@@ -208,17 +208,15 @@ def build_optimizer(
 def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
     """Let the decoder layers run from CUDA graphs where that is possible and pays.
 
-    That is where they are compiled, on a CUDA GPU, and all their weights are updated by Triton kernels inside the
-    backward pass. In every other case nothing changes.
+    That is where they are compiled, on a CUDA GPU, and Triton kernels update all their weights. In every other case
+    nothing changes.
     """
     if not isinstance(model, LlamaForCausalLM) or not isinstance(optimizer, LowRankAdamW):
         return
     run, device = model.model.compiled_layer, next(model.parameters()).device
     matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
-    if run is None or device.type != "cuda" or not optimizer.update_in_backward:
+    if run is None or device.type != "cuda":
         return
-    if any(group["accumulator_dtype"] == "int8" for group in optimizer.param_groups):
-        return  # sums in 8 bits are rounded with seeds of the host
     if matrices and all(not x.format.simulate and reads_numbers(device, x.format.group_size) for x in matrices):
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 

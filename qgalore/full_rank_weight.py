@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels, subspace
-from qgalore.accumulator import Gradient, GradientAccumulator, dense, rows_of_gradient
+from qgalore.accumulator import Gradient, GradientAccumulator, dense, rows_of_gradient, zeros
 from qgalore.linear import LowRankLinear
 from qgalore.seeding import mix_seed
 
@@ -34,6 +34,8 @@ class FullRankWeight:
         self.name = ""
         self.numbers: Tensor | None = None
         """While CUDA graphs run the update: where its kernels read seed and rates (`qgalore.kernels.numbers_row`)."""
+        self.numbers_of_sums: Tensor | None = None
+        """The same while they sum gradients."""
         self._additions = 0
 
     def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
@@ -43,8 +45,13 @@ class FullRankWeight:
         self._sum, self._held = self._accumulator(), self._accumulator()
         adam.make_tables(group["state_bits"], self.param.device)
 
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.group["accumulator_dtype"])
+        return dtype
+
     def _accumulator(self) -> GradientAccumulator:
-        return GradientAccumulator(getattr(torch, self.group["accumulator_dtype"]))
+        return GradientAccumulator(self._sum_dtype)
 
     def check(self) -> None:
         """Raise ValueError where the weight cannot be trained as its group says."""
@@ -86,7 +93,19 @@ class FullRankWeight:
 
     def _add(self, accumulator: GradientAccumulator, grad: Tensor) -> None:
         self._additions = 0 if accumulator.empty else self._additions + 1
-        accumulator.add(grad, self._seed(ACCUMULATION, self._additions))
+        accumulator.add(grad, self._seed(ACCUMULATION, self._additions), self.numbers_of_sums)
+
+    def fix_sum(self) -> None:
+        """Give the sum of gradients a place of its own, as CUDA graphs need it.
+
+        From then on every update begins with `begin_sum`.
+        """
+        self._sum.place = self._held.place = zeros(self.gradient_shape, self._sum_dtype, self.param.device)
+
+    def begin_sum(self) -> None:
+        """Start the sum of an update from zero."""
+        self._sum.begin()
+        self._additions = -1
 
     def parts_to_sum(self) -> list[Tensor]:
         """What `complete` needs the sum of over the ranks, float32; the weight does not keep it."""
@@ -188,6 +207,15 @@ class FullRankWeight:
         """What `numbers` has to hold for the next update."""
         group = self.group
         return kernels.numbers_row(self._seed(ROUNDING), self._step_size, self._decay, self.step + 1, group["betas"])
+
+    def numbers_of_next_sum(self) -> list[int]:
+        """What `numbers_of_sums` has to hold for the next micro-batch."""
+        seed = self._seed(ACCUMULATION, self._additions + 1)
+        return kernels.numbers_row(seed, -1.0, 1.0, 1, self.group["betas"])
+
+    def count_replayed_sum(self) -> None:
+        """Keep the host's account of a gradient that a CUDA graph has added."""
+        self._additions += 1
 
     def count_replayed_update(self) -> None:
         """Keep the host's account of an update that a CUDA graph has made."""

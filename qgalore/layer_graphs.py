@@ -4,9 +4,12 @@ A step through a LLaMA with low-rank weights is about a hundred kernels a layer.
 sooner than Python can ask for them. Here the forward pass of all layers is one graph, and each layer has another for
 its backward pass together with the updates of its weights, which happen as soon as their gradients are there.
 
+Where the update waits, for more micro-batches or for the norm of all gradients, a layer's graph adds its gradients to
+sums that have their fixed places, and the optimizer updates from Python.
+
 Nothing is computed otherwise: the graphs are captured from the ordinary code, and hold the same kernels in the same
-order. What changes from update to update (seeds, learning rates, bias corrections) is read from a table on the device,
-one row a weight, written before each backward pass. A layer in which a subspace is to be refreshed runs its backward
+order. What changes from step to step (seeds, learning rates, bias corrections) is read from a table on the device, one
+row a weight, written before each backward pass. A layer in which a subspace is to be refreshed runs its backward
 pass from Python that time, over what the graph of the forward pass has saved.
 
 The autograd graphs of the captured forward passes are kept, so that a layer's backward pass can be captured or run at
@@ -20,12 +23,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qgalore.full_rank_weight import FullRankWeight
 from qgalore.optimizer import LowRankAdamW
 from qgalore.rank_sum import RankSum
 
@@ -54,7 +59,7 @@ class LayerGraphs:
 
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x through all layers; `constants` are further arguments of each, the same in all steps of one shape."""
-        if torch.is_grad_enabled() and x.requires_grad and self._optimizer.updates_at_once:
+        if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _Step.apply(x, self._stack_for(x, constants))
             return out
         for layer in self._layers:
@@ -69,18 +74,22 @@ class LayerGraphs:
     def memory(self) -> contextlib.AbstractContextManager[None]:
         """Within it this thread allocates in the memory of the graphs, which nobody else needs between two replays.
 
-        Only for what is gone before the backward pass of the layers begins: a replay writes over it.
+        Only for what is gone before the backward pass of the layers begins, since a replay writes over it; other memory
+        where gradients may stay.
         """
-        return contextlib.nullcontext() if self._captured is None else self._captured.memory()
+        if self._captured is None or not self._optimizer.keeps_no_gradient:
+            return contextlib.nullcontext()
+        return self._captured.memory()
 
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
             self._captured, self._states_replaced = None, self._optimizer.states_replaced
-        if self._captured is not None and self._captured.shape == x.shape:
+        if self._captured is not None and self._captured.serves(x):
             return self._captured
         arguments = (self._layers, self._run, self._optimizer, constants)
-        if self._captured is not None or self._steps <= _ORDINARY_STEPS or not _can_capture(x.device):
+        late = self._steps <= _ORDINARY_STEPS or self._optimizer.has_sums
+        if self._captured is not None or late or not _can_capture(x.device):
             return _Stack(*arguments)
         self._captured = _CapturedStack(*arguments, x)
         return self._captured
@@ -106,8 +115,8 @@ class _Step(torch.autograd.Function):
 class _Stack:
     """The layers for one step, run from Python in the order in which the graphs have it.
 
-    Stage i of the backward pass is that of layer i, and the updates of layer i + `lag`. The lag is 0 on one rank, and 1
-    on several, whose sum of the gradients of layer i + 1 takes place in between.
+    Stage i of the backward pass is that of layer i, and the updates of layer i + `lag` if they are made at once. The
+    lag is 0 on one rank, and 1 on several, whose sum of the gradients of layer i + 1 takes place in between.
     """
 
     def __init__(
@@ -118,7 +127,8 @@ class _Stack:
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
         self._messages: list[RankSum | None] = [None] * len(layers)
-        self._lag = int(optimizer.sums_over_ranks)
+        self._at_once = optimizer.updates_at_once
+        self._lag = int(self._at_once and optimizer.sums_over_ranks)
         self._grad = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,6 +143,7 @@ class _Stack:
         self._grad = grad
         for stage in self._stages():
             self._run_stage(stage)
+            self._finish_stage(stage)
         return self._grad
 
     def _stages(self) -> Iterator[int]:
@@ -145,6 +156,9 @@ class _Stack:
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def _run_stage(self, stage: int) -> None:
+        if not self._at_once:
+            self._backward_of_layer(stage)
+            return
         updated = stage + self._lag
         updates = updated < len(self._layers)
         message = self._messages[updated] if updates and self._lag else None
@@ -155,6 +169,11 @@ class _Stack:
             self._messages[stage] = self._optimizer.message_of(self._weights[stage], self._buffer_of(stage))
         if updates:
             self._optimizer.complete(self._weights[updated], message)
+
+    def _finish_stage(self, stage: int) -> None:
+        """What is never part of a graph."""
+        if not self._at_once:
+            self._optimizer.gradients_ready(self._weights[stage])
 
     def _backward_of_layer(self, index: int) -> None:
         """From the gradient of the layer's output to that of its input, which takes its place."""
@@ -188,7 +207,7 @@ class _CapturedStack(_Stack):
         x: Tensor,
     ) -> None:
         super().__init__(layers, run, optimizer, constants)
-        self.shape = x.shape
+        self._shape = x.shape
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
@@ -200,8 +219,17 @@ class _CapturedStack(_Stack):
         count = sum(map(len, self._weights))
         self._numbers = torch.zeros(count, 6, dtype=torch.int32, device=x.device)
         self._inputs.append(torch.empty_like(x).requires_grad_())
+        for weight in itertools.chain(*self._weights):
+            if weight.layer is not None:
+                weight.layer.checks_version = False
+            if not self._at_once:
+                weight.fix_sum()
         self._forward_graph = self._capture(self._run_forward)
         self._stage_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether the graphs are those of a step like the one that begins."""
+        return self._shape == x.shape and self._at_once == self._optimizer.updates_at_once
 
     @contextlib.contextmanager
     def memory(self) -> Iterator[None]:
@@ -216,6 +244,9 @@ class _CapturedStack(_Stack):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
+        if not self._at_once and not self._optimizer.has_sums:
+            for weight in itertools.chain(*self._weights):
+                weight.begin_sum()
         # Through .data: autograd would take the write for a change of what the backward passes have saved.
         self._inputs[0].data.copy_(x)
         self._forward_graph.replay()
@@ -231,21 +262,28 @@ class _CapturedStack(_Stack):
             if any(weight.changes_subspace for index in layers for weight in self._weights[index]):
                 with self.memory():
                     self._run_stage(stage)
-                continue
-            graph = self._stage_graphs.get(stage)
-            if graph is None:
-                graph = self._stage_graphs[stage] = self._capture(functools.partial(self._run_stage, stage))
-                if stage >= 0:
-                    self._sent[stage] = self._messages[stage]
             else:
-                if stage >= 0:
-                    self._messages[stage] = self._sent[stage]
-                if updated in layers:
-                    for weight in self._weights[updated]:
-                        weight.count_replayed_update()
-            graph.replay()
+                self._replay_stage(stage, self._weights[updated] if updated in layers else [])
+            self._finish_stage(stage)
         self._numbers_in_use(False)
         return self._grads[0]
+
+    def _replay_stage(self, stage: int, weights: list[FullRankWeight]) -> None:
+        """A stage by its graph, which adds to the gradients of `weights` or updates them."""
+        graph = self._stage_graphs.get(stage)
+        if graph is None:
+            graph = self._stage_graphs[stage] = self._capture(functools.partial(self._run_stage, stage))
+            if stage >= 0:
+                self._sent[stage] = self._messages[stage]
+        else:
+            if stage >= 0:
+                self._messages[stage] = self._sent[stage]
+            for weight in weights:
+                if self._at_once:
+                    weight.count_replayed_update()
+                else:
+                    weight.count_replayed_sum()
+        graph.replay()
 
     def _backward_of_layer(self, index: int) -> None:
         given, wanted = self._grads[(index + 1) % 2], self._grads[index % 2]
@@ -260,16 +298,22 @@ class _CapturedStack(_Stack):
         return self._buffers[index % 2] if self._buffers else None
 
     def _write_numbers(self) -> None:
-        rows = [weight.numbers_of_update() for weights in self._weights for weight in weights]
+        weights = itertools.chain(*self._weights)
+        if self._at_once:
+            rows = [weight.numbers_of_update() for weight in weights]
+        else:
+            rows = [weight.numbers_of_next_sum() for weight in weights]
         # A new pinned buffer each time: the copy may still be under way when the next one is written.
         self._numbers.copy_(torch.tensor(rows, dtype=torch.int32).pin_memory(), non_blocking=True)
         self._numbers_in_use(True)
 
     def _numbers_in_use(self, used: bool) -> None:
         rows = self._numbers.unbind() if used else [None] * len(self._numbers)
-        weights = (weight for weights in self._weights for weight in weights)
-        for weight, row in zip(weights, rows, strict=True):
-            weight.numbers = row
+        for weight, row in zip(itertools.chain(*self._weights), rows, strict=True):
+            if self._at_once:
+                weight.numbers = row
+            else:
+                weight.numbers_of_sums = row
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of what `work` launches; nothing of it has run yet."""

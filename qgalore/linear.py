@@ -81,6 +81,8 @@ class LowRankLinear(nn.Module):
             self.register_buffer("weight_zero_point", quantized.zero_point)
         self.tap: GradientTap | None = None
         self.anchor: Tensor | None = None
+        self.checks_version = True
+        """Let autograd refuse a backward pass through a weight that was updated in between; CUDA graphs need it off."""
         self.pads_output = False
         """Give (..., padded_width(out_features)), with zeros at the end: for a following layer that takes it so."""
         self._register()
@@ -201,9 +203,8 @@ class LowRankLinear(nn.Module):
             self.weight.copy_(value if skip is None else torch.where(skip, self.weight, value))
         else:
             kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding, 0, skip, numbers)
-        if numbers is None:
-            # A kernel of ours writes behind autograd's back; a backward through the old weight must be refused. Not so
-            # where CUDA graphs run the same backward again and again.
+        if self.checks_version:
+            # A kernel of ours writes behind autograd's back.
             torch.autograd.graph.increment_version(self.weight)
 
     def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels, subspace
-from qgalore.accumulator import Gradient, GradientAccumulator, dense
+from qgalore.accumulator import Gradient, GradientAccumulator, dense, zeros
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.subspace_schedule import RefreshSchedule
@@ -190,6 +190,20 @@ class LowRankWeight(FullRankWeight):
                 test = self._test_matrix(side, grad.dtype)
                 self._add(self._sketch(side), test @ (grad.T if side == "left" else grad))
 
+    def begin_sum(self) -> None:
+        """See `FullRankWeight`; what a refresh sums beside the gradient has a place then, too."""
+        super().begin_sum()
+        if not self.changes_subspace:
+            return
+        device = self.param.device
+        if self._needs_full_gradient:
+            self._full.place = zeros(self.shape, self._sum_dtype, device)
+            return
+        for side in self.sides:
+            test = self._test_matrix(side, self._factor_dtype)
+            shape = torch.Size((test.shape[0], self.shape[0 if side == "left" else 1]))
+            self._sketches[side] = GradientAccumulator(self._sum_dtype, zeros(shape, self._sum_dtype, device))
+
     def _sketch(self, side: str) -> GradientAccumulator:
         return self._sketches.setdefault(side, self._accumulator())
 
@@ -218,7 +232,7 @@ class LowRankWeight(FullRankWeight):
     def clear(self) -> None:
         """Forget the gradient."""
         super().clear()
-        self._full.clear()
+        self._full = self._accumulator()
         self._sketches.clear()
         self._test_matrices.clear()
         self._next_bases = None

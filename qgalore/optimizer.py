@@ -219,7 +219,22 @@ class LowRankAdamW(Optimizer):
     @property
     def updates_at_once(self) -> bool:
         """Whether each weight is updated as soon as the backward pass that goes on has its gradient."""
-        return self.update_in_backward and self.is_last_micro_batch and not self._sums
+        return self.update_in_backward and self.takes_whole_gradients
+
+    @property
+    def takes_whole_gradients(self) -> bool:
+        """Whether the backward pass that goes on, or comes next, is the only one of its update."""
+        return self.is_last_micro_batch and not self._sums
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether the update that goes on has had a micro-batch already."""
+        return self._sums
+
+    @property
+    def keeps_no_gradient(self) -> bool:
+        """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
+        return self.updates_at_once or all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
 
     def _update_checks(self) -> UpdateChecks:
         """The checks of the update that is being made, cleared at its beginning."""
