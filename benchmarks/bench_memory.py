@@ -126,7 +126,7 @@ def setting_of(cell: Cell, extra: str) -> Setting:
         rank=cell.rank,
         micro_batch=cell.micro_batch,
         grad_accum=cell.grad_accum,
-        checkpointing=cell.checkpointing,
+        checkpoint_every=int(cell.checkpointing),
         compile=True,
         extra=extra,
         seed=0,

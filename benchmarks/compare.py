@@ -6,12 +6,13 @@
 Every measurement is a process of its own: a few updates to warm up (compilation, tuning, first subspaces), then timed
 ones, each between two waits for the device. One that fails, out of memory for example, is a row with its error, and the
 others go on. Rows go to `benchmarks/results/compare.csv`, a table is printed last. Peaks are in GB (10^9 bytes); those
-whose names begin with `run_` count the warm-up too, and with it the peers' SVDs. Ratios are to `adamw_compiled` of the
+whose names begin with `run_` count the warm-up too, and with it the peers' SVDs and what CUDA graphs write to inside,
+which PyTorch counts only while they are captured. Ratios, of memory of the `run_` peaks, are to `adamw_compiled` of the
 same model in the same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is
 true, all SVDs fall into the warm-up; ours refreshes its subspaces during the timed updates as in a run.
 
-The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass. The
-peers' packages and what is adapted in them: `compare_peers.py`.
+The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass, or with
+`_checkpointing2` every second one. The peers' packages and what is adapted in them: `compare_peers.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.compare_methods import CHECKPOINTING, LENGTH, METHODS, Setting
+from benchmarks.compare_methods import CHECKPOINTING, LENGTH, METHODS, Setting, split_method
 from benchmarks.quality import ROOT, append_row, commit
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import read_config_json
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default=DEFAULT_METHODS, help=f"of {', '.join(METHODS)}, or with {CHECKPOINTING}")
     parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
     parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches an update; ours sums them in INT8")
-    parser.add_argument("--warmup", type=int, default=5, help="updates before the timed ones")
+    parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
     parser.add_argument("--updates", type=int, default=10, help="timed updates")
     parser.add_argument("--no_compile", action="store_true", help="compile nothing")
     parser.add_argument("--extra", default="", help="more flags of run_pretrain.py for q_galore, in one string")
@@ -96,7 +97,7 @@ def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             known = sorted(path.stem.removeprefix("llama_") for path in (ROOT / "configs").glob("llama_*.json"))
             raise UserError(f"--models {model}: there is no such config; there are {', '.join(known)}")
     for method in methods:
-        if method.removesuffix(CHECKPOINTING) not in METHODS:
+        if split_method(method)[0] not in METHODS:
             flag, names = "--one" if args.one else "--methods", ", ".join(METHODS)
             raise UserError(f"{flag} {method}: there is no such method; there are {names}, each also {CHECKPOINTING}")
     if args.one and len(models) > 1:
@@ -134,7 +135,7 @@ def compare(
 def ratios(row: Row, baseline: Row) -> Row:
     """Speed and memory as multiples of the baseline's; empty where either is not known."""
     found: Row = {}
-    for name, column in (("speed_ratio", "tokens_per_second"), ("memory_ratio", "peak_gb")):
+    for name, column in (("speed_ratio", "tokens_per_second"), ("memory_ratio", "run_peak_gb")):
         if row.get(column) and baseline.get(column):
             found[name] = round(row[column] / baseline[column], 3)  # type: ignore[operator]
     return found
@@ -169,8 +170,8 @@ def table(rows: Sequence[Row]) -> str:
         if row["error"]:
             cells += [str(row["error"]).replace("|", "/")[:120]]
         else:
-            cells += [f"{row['tokens_per_second']:,}", row["speed_ratio"], row["peak_gb"], row["memory_ratio"]]
-            cells += [row["reserved_gb"], row["warmup_seconds"]]
+            cells += [f"{row['tokens_per_second']:,}", row["speed_ratio"], row["run_peak_gb"], row["memory_ratio"]]
+            cells += [row["run_reserved_gb"], row["warmup_seconds"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (len(head) - len(cells)))
     return "\n".join(lines)
 
@@ -186,7 +187,7 @@ def measure(method: str, model: str, args: argparse.Namespace) -> Row:
         rank=RANKS.get(model) or read_config_json(config_path(model))["hidden_size"] // 4,
         micro_batch=args.batch_size or MICRO_BATCHES.get(model, 16),
         grad_accum=args.grad_accum,
-        checkpointing=method.endswith(CHECKPOINTING),
+        checkpoint_every=split_method(method)[1],
         compile=not args.no_compile,
         extra=args.extra,
         seed=args.seed,
@@ -219,7 +220,7 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
     if device.type == "cuda" and args.cap_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total), device)
-    training = METHODS[method.removesuffix(CHECKPOINTING)](setting)
+    training = METHODS[split_method(method)[0]](setting)
     warmup_seconds, losses = time_updates(training.update, args.warmup, device)
     before = memory_metrics(device)
     if device.type == "cuda":

@@ -25,7 +25,7 @@ from peft_pretraining.model import OnModule, build_model
 from peft_pretraining.modeling_llama import IGNORE_INDEX
 
 LENGTH = 256
-CHECKPOINTING = "_checkpointing"  # at the end of a method's name
+CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
 
 
@@ -37,7 +37,7 @@ class Setting:
     rank: int
     micro_batch: int  # sequences
     grad_accum: int  # micro-batches
-    checkpointing: bool
+    checkpoint_every: int  # of so many layers one is recomputed; 0: none
     compile: bool  # what can be compiled
     extra: str  # more flags for ours
     seed: int
@@ -64,6 +64,12 @@ class Steps(Protocol):
         """Forget the gradients."""
 
 
+def split_method(name: str) -> tuple[str, int]:
+    """A method's name without what says how many layers are recomputed, and `Setting.checkpoint_every`."""
+    method, checkpointing, every = name.partition(CHECKPOINTING)
+    return (method, int(every or 1)) if checkpointing and (every or "1").isdecimal() else (name, 0)
+
+
 def token_ids(setting: Setting, vocab_size: int) -> Tensor:
     """Random token ids of an update, (grad_accum, micro_batch, LENGTH)."""
     generator = torch.Generator().manual_seed(setting.seed)
@@ -84,8 +90,8 @@ def q_galore_flags(setting: Setting) -> list[str]:
     flags += ["--subspace", "streaming", "--update_proj_gap", "200"]
     if setting.grad_accum > 1:
         flags += ["--grad_accum_dtype", "int8"]
-    if setting.checkpointing:
-        flags += ["--activation_checkpointing"]
+    if setting.checkpoint_every:
+        flags += ["--activation_checkpointing", "--checkpoint_every", str(setting.checkpoint_every)]
     if not setting.compile:
         flags += ["--compile", "off"]
     return flags + setting.extra.split()
@@ -137,7 +143,8 @@ def others(
         setting.config,
         device=setting.device,
         seed=setting.seed,
-        activation_checkpointing=setting.checkpointing,
+        activation_checkpointing=setting.checkpoint_every > 0,
+        checkpoint_every=max(1, setting.checkpoint_every),
         on_module=on_module,
     )
     optimizer = make_optimizer(model, setting.rank, **ADAM)

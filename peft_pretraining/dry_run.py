@@ -71,5 +71,6 @@ def _replays_layers(args: RunArgs) -> bool:
     """Whether compiled layers run from CUDA graphs: `optimizers.replay_layers` and `qgalore.layer_graphs` decide."""
     quantization, optimizer = args.quantization, args.optimizer
     fits = not (quantization.weight_quant and quantization.simulation) and quantization.weight_group_size % 8 == 0
-    at_once = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype != "int8"
-    return args.model.cuda_graphs == "auto" and at_once and fits
+    at_once = optimizer.per_layer and args.batch.gradient_accumulation == 1
+    packs = at_once and optimizer.grad_accum_dtype == "int8"
+    return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits and not packs

@@ -35,7 +35,7 @@ class MemorySettings:
     compiled: bool = False
     """torch.compile runs the decoder layers."""
     cuda_graphs: bool = False
-    """CUDA graphs replay the compiled layers; activations and what a layer's backward pass takes then stay."""
+    """CUDA graphs replay the compiled layers; activations then stay, and a backward pass writes over none of them."""
     grad_accum_steps: int = 1
     """Micro-batches an update."""
     grad_accum_dtype: str = "float32"
@@ -144,7 +144,7 @@ def sum_bytes(shape: Shape, s: MemorySettings) -> int:
 def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> int:
     """Of all that is summed for the subspaces that are due in one update, at most.
 
-    That is a sketch (rank, side) beside the float32 matrix it is made with, or in svd mode from the second refresh on
+    That is a sketch (rank, side) beside the matrix it is made with, or in svd mode from the second refresh on
     a full gradient. Where an update ends with the one backward pass of each layer, nothing of it outlives that.
     """
     if s.rank is None or s.gradients_live_in_backward:

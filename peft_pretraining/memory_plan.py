@@ -4,7 +4,8 @@ Pure arithmetic on the model's shapes. What stays for the whole run (weights, pr
 is exact to the byte. What comes and goes is the tensors that autograd saves plus the largest of the passing peaks: for
 each phase of an update the tensors that are alive at its worst moment, counted in the code that makes them, with
 PyTorch's fused attention and norms as they run on a GPU. Of compiled layers they are those of the code that inductor
-makes. All ranks need the same.
+makes. CUDA graphs have memory of their own, which between replays the loss and refreshes from Python take: their
+phases are as without graphs, over activations that stay. All ranks need the same.
 
 Measured peaks are up to one per cent higher: PyTorch's allocator leaves up to 1 MiB of a block unused, and the tensors
 that are smaller than a matrix's side are not counted one by one.
@@ -37,13 +38,14 @@ _WORKSPACES = 2 * (32 << 20)
 of the forward pass and autograd's."""
 _HEAD_COLUMNS = 64  # the logits of a token are padded to a multiple
 _ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
-_INDUCTOR_ROW, _INDUCTOR_MIN_COLUMNS = 128, 1024  # inductor aligns longer rows of what it keeps to this many bytes
-_READ_8BIT_MOMENTS = 12
-"""Bytes a value: both moments in float32 (8), and while the second is read its codes as int32 (4)."""
-_ROTATE_8BIT_MOMENTS = 39
-"""Bytes a value: both moments in float32 before (8) and after (8); to take the change back, their codes (2); to write
-the second its padded copy, scaled values, codes, least codes and the larger of the two (20), and the first's codes."""
-_ROTATE_FLOAT_MOMENTS = 20  # both moments after (8) and before (8), and the one of the two that is chosen (4)
+_MOMENT_PART = 1 << 20  # values of an 8-bit moment that are read or written at a time
+_READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float32 values
+_WRITE_8BIT_PART = 20
+"""Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
+_ROTATE_MOMENTS = 12
+"""Bytes a value: of the second moment what is read and what is made of it (8), beside what was made of the first (4).
+A float32 moment is not read; when it is written there are the new values, the old ones and those of them chosen."""
+_WRITE_8BIT_MOMENT = 5  # bytes a value: what is written (4), and to take it back the codes of before (1)
 _CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
 
 
@@ -105,8 +107,7 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
     kept = _kept_activation_bytes(config, s)
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if s.cuda else {}
     if s.cuda_graphs:
-        # Two gradients between layers have places of their own.
-        overhead["memory of CUDA graphs"] = 2 * _hidden_bytes(config, s) + _in_layer_backward_bytes(config, s, False)
+        overhead["memory of CUDA graphs"] = _held_by_graphs_bytes(config, s)
     return MemoryPlan(lasting, _passing(config, s, kept), kept, overhead)
 
 
@@ -116,19 +117,15 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
 def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     """What autograd keeps of one decoder layer between forward and backward.
 
-    Each norm: its input, its output (which the linears save once for all) and one float32 a token; of the second one's
-    input a compiled layer keeps the part that attention added. Attention: rotated queries and keys, values, output
-    (shared with o_proj's input) and the float32 log-sum-exp of each head; the rotation itself saves only its tables.
-    MLP: gate (input of silu), up, and the product; uncompiled also silu(gate), its factor. What a product of matrices
-    reads in the backward pass the compiler saves and does not compute again.
+    Each norm: its input and one float32 a token; of the second one's input a compiled layer keeps the part that
+    attention added. Attention: rotated queries and keys, values, output (shared with o_proj's input) and the float32
+    log-sum-exp of each head; the rotation itself saves only its tables. MLP: gate (input of silu) and up. Uncompiled
+    also the output of each norm, which the linears save once for all, silu(gate) and the product; a compiled layer
+    computes these again.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
-    width = _mlp_width(config, s)
-    product = width
-    if s.compiled and width > _INDUCTOR_MIN_COLUMNS:
-        product = _multiple(width, _INDUCTOR_ROW // s.dtype_bytes)
-    mlp = 2 * width + product + (0 if s.compiled else width)
-    values = 4 * config.hidden_size + 2 * query + 2 * key_value + mlp
+    again = 0 if s.compiled else 2 * config.hidden_size + 2 * _mlp_width(config, s)
+    values = 2 * config.hidden_size + 2 * query + 2 * key_value + 2 * _mlp_width(config, s) + again
     return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads))
 
 
@@ -168,7 +165,6 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     """The moments that can be the peak, in the order in which an update comes to them."""
     hidden, table = _hidden_bytes(config, s), config.vocab_size * config.hidden_size
     shapes = list(config.matrix_shapes().values())
-    layer = hidden if _recomputes_last_layer(config, s) else layer_activation_bytes(config, s)
     # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
     copied = _table_copy_bytes(table, s)
     of_table = copied + (_table_update_bytes(config, s) if s.gradients_live_in_backward else 0)
@@ -178,21 +174,53 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     }
     # The gradient of the last layer's output takes the place of that output, which graphs keep.
     stays = kept + (hidden if s.cuda_graphs else 0)
-    if not s.cuda_graphs:
-        phases["activations and backward of one layer"] = stays + _in_layer_backward_bytes(config, s, False)
-    if s.rank is not None:
-        phases["activations and backward with a refresh"] = stays + _in_layer_backward_bytes(config, s, True)
-    updates = max(_update_bytes(shape, s) for shape in shapes)
-    if s.gradients_live_in_backward:
-        values = sum(math.prod(gradient_shape(shape, s)) for shape in shapes)
-        gradients = _float32_copy_bytes(values, s) or s.dtype_bytes * values
-        rest = stays - (0 if s.cuda_graphs else layer)
-        phases["activations and updates of one layer"] = rest + hidden + gradients + updates
-    else:
+    # A tied head's gradient waits for that of the embeddings.
+    waits = table * s.dtype_bytes if config.tie_word_embeddings else 0
+    own = _graphs_have_own_memory(config, s)
+    phases |= {name: stays + waits + (0 if own else size) for name, size in _beside_activations(config, s).items()}
+    if waits:
+        phases["gradients of head and embeddings"] = (stays if s.cuda_graphs else hidden) + 2 * waits + of_table
+    if not s.gradients_live_in_backward:
         gradients = max(_float32_copy_bytes(math.prod(gradient_shape(shape, s)), s) for shape in shapes)
         of_table = copied + _table_update_bytes(config, s)
-        phases["update of the largest weight"] = max(gradients + updates, of_table)
+        phases["update of the largest weight"] = max(gradients + _largest_update_bytes(config, s), of_table)
     return phases
+
+
+def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """What nothing else uses: two gradients between layers and, over ranks, two messages of a layer's gradients."""
+    held = 2 * _hidden_bytes(config, s)
+    if s.ranks > 1:
+        values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
+        held += 2 * 4 * (values + 2 * config.hidden_size)  # with the gradients of the norms
+    if _graphs_have_own_memory(config, s):
+        held += max(_beside_activations(config, s).values())
+    return held
+
+
+def _graphs_have_own_memory(config: LlamaConfig, s: MemorySettings) -> bool:
+    """Whether the loss cannot take the memory of the layers' backward pass: a tied head's gradient outlives it."""
+    return s.cuda_graphs and config.tie_word_embeddings
+
+
+def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int]:
+    """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
+    moments = {"activations and backward of one layer": _in_layer_backward_bytes(config, s, False)}
+    if s.rank is not None:
+        moments["activations and backward with a refresh"] = _in_layer_backward_bytes(config, s, True)
+    if s.gradients_live_in_backward:
+        values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
+        gradients, updates = _float32_copy_bytes(values, s) or s.dtype_bytes * values, _largest_update_bytes(config, s)
+        if not s.cuda_graphs:
+            # The layer has given up what it saved, and there is the gradient of its input.
+            hidden = _hidden_bytes(config, s)
+            saved = hidden if _recomputes_last_layer(config, s) else layer_activation_bytes(config, s)
+            together = hidden - saved + gradients + updates
+        else:
+            # Over ranks the gradients are copied to a message that has a place of its own, and updates read that.
+            together = max(gradients, updates) if s.ranks > 1 else gradients + updates
+        moments["activations and updates of one layer"] = together
+    return moments
 
 
 def _loss_bytes(config: LlamaConfig, s: MemorySettings) -> int:
@@ -212,26 +240,45 @@ def _loss_bytes(config: LlamaConfig, s: MemorySettings) -> int:
 def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool) -> int:
     """Inside the backward pass of a layer, beside what is kept and the gradient of the layer's output.
 
+    It is the most where a layer is computed again. By then the layers above it have given up what they had saved, but
+    not to graphs.
+    """
+    plain = _plain_backward_bytes(config, s, refresh, retained=s.cuda_graphs)
+    if not s.activation_checkpointing:
+        return plain
+    hidden, layer = _hidden_bytes(config, s), layer_activation_bytes(config, s)
+    # A compiled layer has both norms' outputs since the second forward pass.
+    again = layer - hidden + (2 * hidden if s.compiled else 0)
+    gone = 0 if s.cuda_graphs else (config.num_hidden_layers - 1) % s.checkpoint_every * layer
+    again += _plain_backward_bytes(config, s, refresh, retained=False) - gone
+    return again if s.checkpoint_every == 1 else max(again, plain)
+
+
+def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, retained: bool) -> int:
+    """The same of a layer that has kept its activations.
+
     down_proj: the gradient of the product, and the dequantized weight or what projecting takes. SwiGLU: the gradients
-    of product, gate and up; a compiled layer writes one over a tensor that it has saved, unless its backward pass is
-    run again and again. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's input, of
-    queries, keys and values, and those of the queries in float32; the MLP's tensors are gone by then.
+    of product, gate and up. up_proj: the gradients of gate and up, the norm's output and its gradient, and again a
+    weight or a projection. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's input,
+    of queries, keys and values, and those of the queries in float32. A compiled layer computes the product anew first,
+    and the output of the attention's norm together with the gradient of the other. It writes one gradient over what it
+    has saved, and the MLP's tensors are gone when attention comes: unless the pass is retained, to be run again. The
+    projected gradients made so far are there all along.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
     hidden, wide = _hidden_bytes(config, s), tokens * _mlp_width(config, s) * s.dtype_bytes
     shape = (config.hidden_size, config.intermediate_size)
     rows, columns = map(padded_width, shape)
     dense = rows * columns * s.dtype_bytes if s.weight_bits is not None else 0
-    projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
-    attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query)
-    recomputes = _recomputes_last_layer(config, s)
-    saved = layer_activation_bytes(config, s) - hidden if recomputes else 0
-    if s.cuda_graphs and not recomputes:
-        steps = (wide + max(dense, projecting), 3 * wide, attention)
-    else:
-        at_swiglu = 0 if s.compiled else 2 * wide
-        steps = (wide + max(dense, projecting), at_swiglu, attention - 3 * wide - hidden)
-    return saved + max(steps)
+    multiplying = max(dense, _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s))
+    made = s.dtype_bytes * math.prod(gradient_shape(shape, s)) if s.gradients_live_in_backward else 0
+    attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query) + 3 * made
+    if not s.compiled:
+        return max(wide + multiplying, 2 * wide, attention - 3 * wide - hidden)
+    attention += hidden
+    if not retained:
+        return max(2 * wide + multiplying, attention - 2 * wide)
+    return max(2 * wide + multiplying, 3 * wide, 2 * (wide + hidden) + multiplying + made, attention)
 
 
 def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -255,15 +302,17 @@ def _basis_copy_values(shape: Shape, s: MemorySettings) -> int:
 
 
 def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
-    """A sketch: momentum, test matrix in float32 and again, its product with a factor; or the full gradient (svd)."""
+    """A sketch: momentum in float32, scaled, and rounded; that and its product with a factor; or the full gradient."""
     assert s.rank is not None
     values, tokens = math.prod(gradient_shape(shape, s)), s.batch_size * s.max_length
     copied = s.dtype_bytes if s.dtype_bytes < 4 else 0
-    sketching = values * (4 + copied) + s.dtype_bytes * (tokens * s.rank + basis_values(shape, s))
+    sketching = s.dtype_bytes * (values + tokens * s.rank + basis_values(shape, s))
     if s.svd:  # the first refresh is from a sketch with random numbers
+        sketching = max(sketching, (8 + copied) * values)
         return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
-    reading = values * (_READ_8BIT_MOMENTS if has_8bit_states(gradient_shape(shape, s), s) else 4)
-    return _held_in_projecting_bytes(shape, s) + max(reading, sketching)
+    read = 4 * values if has_8bit_states(gradient_shape(shape, s), s) else 0
+    reading = read + (_READ_8BIT_PART * min(values, _MOMENT_PART) if read else 0)
+    return _held_in_projecting_bytes(shape, s) + max(reading, read + (4 + copied) * values, sketching)
 
 
 def _update_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -279,9 +328,17 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
     if s.svd:
         return max(update, 4 * (2 * math.prod(shape) + min(shape) * sum(shape)))
-    rotated = _ROTATE_8BIT_MOMENTS if has_8bit_states(gradient_shape(shape, s), s) else _ROTATE_FLOAT_MOMENTS
-    sketch = 4 * values + s.dtype_bytes * bases  # with the matrix that it was made with
-    return update + sketch + rotated * values + _CHANGE_BASIS * bases + 4 * s.rank**2
+    rotated = _ROTATE_MOMENTS * values
+    if has_8bit_states(gradient_shape(shape, s), s):
+        part = min(values, _MOMENT_PART)
+        reading = (_ROTATE_MOMENTS - 4) * values + _READ_8BIT_PART * part
+        rotated = max(rotated, reading, _WRITE_8BIT_MOMENT * values + _WRITE_8BIT_PART * part)
+    sketch = s.dtype_bytes * (values + bases)  # with the matrix that it was made with
+    return update + sketch + rotated + _CHANGE_BASIS * bases + 4 * s.rank**2
+
+
+def _largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    return max(_update_bytes(shape, s) for shape in config.matrix_shapes().values())
 
 
 def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:

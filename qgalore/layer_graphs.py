@@ -88,8 +88,10 @@ class LayerGraphs:
         if self._captured is not None and self._captured.serves(x):
             return self._captured
         arguments = (self._layers, self._run, self._optimizer, constants)
-        late = self._steps <= _ORDINARY_STEPS or self._optimizer.has_sums
-        if self._captured is not None or late or not _can_capture(x.device):
+        begins = self._steps > _ORDINARY_STEPS and not self._optimizer.has_sums
+        # A gradient that is updated with at once is packed, if at all, with a seed of the host.
+        packs = self._optimizer.updates_at_once and self._optimizer.sums_in_int8
+        if self._captured is not None or packs or not begins or not _can_capture(x.device):
             return _Stack(*arguments)
         self._captured = _CapturedStack(*arguments, x)
         return self._captured

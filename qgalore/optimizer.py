@@ -234,7 +234,12 @@ class LowRankAdamW(Optimizer):
     @property
     def keeps_no_gradient(self) -> bool:
         """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
-        return self.updates_at_once or all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
+        return self.updates_at_once or self.sums_in_int8
+
+    @property
+    def sums_in_int8(self) -> bool:
+        """Whether sums of gradients have 8 bits a value."""
+        return all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
 
     def _update_checks(self) -> UpdateChecks:
         """The checks of the update that is being made, cleared at its beginning."""

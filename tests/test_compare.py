@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import compare
-from benchmarks.compare_methods import METHODS, Setting, q_galore_flags
+from benchmarks.compare_methods import METHODS, Setting, q_galore_flags, split_method
 from peft_pretraining.args import parse_args
 from tests.small_run import restored_process
 
@@ -24,7 +24,7 @@ def fake_row(method: str, model: str) -> compare.Row:
         return row | {"grad_accum": 2, "error": "OutOfMemoryError: 1 | 2"}
     fast = {"adamw_compiled": 3000, "q_galore": 2000, "q_galore_checkpointing": 1000}[method]
     small = {"adamw_compiled": 8.0, "q_galore": 4.0, "q_galore_checkpointing": 2.0}[method]
-    return row | {"grad_accum": 1, "tokens_per_second": fast, "peak_gb": small, "compiled": True, "device": model}
+    return row | {"grad_accum": 1, "tokens_per_second": fast, "run_peak_gb": small, "compiled": True, "device": model}
 
 
 def test_ratios_are_to_the_compiled_adamw_of_the_same_model(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_flags_of_ours() -> None:
         rank=128,
         micro_batch=4,
         grad_accum=2,
-        checkpointing=True,
+        checkpoint_every=2,
         compile=False,
         extra="--update_proj_gap 50 --beta2 0.99",
         seed=3,
@@ -112,9 +112,22 @@ def test_flags_of_ours() -> None:
     args = parse_args(q_galore_flags(setting))
     assert (args.batch.batch_size, args.batch.gradient_accumulation, args.batch.max_length) == (4, 2, 256)
     assert args.optimizer.per_layer and args.optimizer.grad_accum_dtype == "int8" and args.optimizer.beta2 == 0.99
-    assert args.model.activation_checkpointing and args.model.compile == "off"
+    assert args.model.activation_checkpointing and args.model.checkpoint_every == 2 and args.model.compile == "off"
     assert args.quantization.weight_quant and args.quantization.proj_quant and args.quantization.stochastic_round
     assert (args.subspace.subspace, args.subspace.rank, args.subspace.update_proj_gap) == ("streaming", 128, 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("q_galore", ("q_galore", 0)),
+        ("q_galore_checkpointing", ("q_galore", 1)),
+        ("adamw_checkpointing2", ("adamw", 2)),
+        ("adamw_checkpointing_2", ("adamw_checkpointing_2", 0)),
+    ],
+)
+def test_the_end_of_a_name_says_how_many_layers_are_recomputed(name: str, parts: tuple[str, int]) -> None:
+    assert split_method(name) == parts
 
 
 def test_every_default_exists() -> None:

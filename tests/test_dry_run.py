@@ -75,9 +75,11 @@ def test_q_galore_takes_less_than_adam(small: SmallRun, capsys: pytest.CaptureFi
         ({"device": "cuda", "use_hf_model": True}, False, False),
         ({"device": "cuda", "cuda_graphs": "off"}, True, False),
         ({"device": "cuda", "simulation": True}, True, False),
-        ({"device": "cuda", "batch_size": 2}, True, False),  # two micro-batches
+        ({"device": "cuda", "batch_size": 2}, True, True),  # two micro-batches
+        ({"device": "cuda", "batch_size": 2, "grad_accum_dtype": "int8"}, True, True),
         ({"device": "cuda", "grad_accum_dtype": "int8"}, True, False),
-        ({"device": "cuda", "optimizer": "q_galore_adamw8bit"}, True, False),
+        ({"device": "cuda", "optimizer": "q_galore_adamw8bit"}, True, True),
+        ({"device": "cuda", "optimizer": "adamw8bit"}, True, False),
     ],
 )
 def test_how_the_layers_run(small: SmallRun, flags: dict[str, object], compiled: bool, graphs: bool) -> None:
