@@ -104,6 +104,26 @@ def check_add_to_quantized(device: torch.device) -> None:
                     assert same(expected, found), (rows, columns, group, bits, dtype, seed)
 
 
+# Rows of real matrices, each one group, as products in INT8 want them: ragged, and up to the longest.
+LONG_ROWS = (2048, 2736, 4096, 5461, 11008, 13824)
+
+
+def check_groups_of_a_whole_row(device: torch.device) -> None:
+    for columns in LONG_ROWS:
+        group, x, add = -(-columns // 8) * 8, normal(2, columns).to(device), normal(2, columns, seed=1).to(device)
+        for seed in (None, 11):
+            expected, found = both(lambda: kernels.quantize(x, 8, group, seed))  # noqa: B023
+            assert same(expected, found), (columns, seed)
+            assert isinstance(found, tuple) and found[1].shape == (2, 1)
+
+            def run() -> object:
+                weight = tuple(tensor.clone() for tensor in found)  # noqa: B023
+                kernels.update_quantized_(*weight, add, None, None, columns, 8, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                return *weight, kernels.dequantize(*weight, columns, 8, group, torch.bfloat16)  # noqa: B023
+
+            assert same(*both(run)), (columns, seed)
+
+
 def whole_numbers(*shape: int, seed: int) -> Tensor:
     """Small whole numbers: their products and sums are exact in float32 whatever the order."""
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -279,5 +299,5 @@ def test_a_cpu_runs_the_reference() -> None:
 def test_only_groups_that_fit_a_tile_read_numbers_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    for group_size, expected in ((256, True), (40, True), (12, False), (8192, False)):
+    for group_size, expected in ((256, True), (40, True), (12, False), (5464, True), (13824, True), (16392, False)):
         assert kernels.reads_numbers(torch.device("cpu"), group_size) == expected
