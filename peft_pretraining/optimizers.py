@@ -152,6 +152,7 @@ def weight_format(quantization: QuantizationArgs) -> WeightFormat:
         group_size=quantization.weight_group_size,
         stochastic_rounding=quantization.stochastic_round or not quantization.weight_quant,
         simulate=quantization.simulation,
+        int8_products=quantization.int8_products,
     )
 
 
@@ -220,7 +221,7 @@ def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
         return
     if any(group["accumulator_dtype"] == "int8" for group in optimizer.param_groups):
         return  # sums in 8 bits are rounded with seeds of the host
-    if matrices and all(not x.format.simulate and reads_numbers(device, x.format.group_size) for x in matrices):
+    if matrices and all(not x.format.simulate and reads_numbers(device, x.group_size) for x in matrices):
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,18 @@ class WeightFormat:
     """Round updates up or down at random, unbiased; else to nearest."""
     simulate: bool = False
     """Fake quantization: keep a float weight whose values lie on the quantized grid."""
+    int8_products: bool = False
+    """Quantize activations as they come and multiply in INT8: 8 bits, a row is one group and group_size has no say."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for products in INT8 of a weight that is not stored in 8 bits."""
+        if self.int8_products and (self.bits != 8 or self.simulate):
+            stored = "a simulated weight" if self.simulate else f"bits={self.bits}"
+            raise ValueError(f"int8_products multiplies the codes of an 8-bit weight: it cannot work with {stored}")
+
+    def group_size_of(self, columns: int) -> int:
+        """Values that share a scale in a row of so many columns; for a whole row a multiple of 8, as kernels want."""
+        return -(-columns // 8) * 8 if self.int8_products else self.group_size
 
 
 _layer_numbers = itertools.count()
@@ -63,7 +75,7 @@ class LowRankLinear(nn.Module):
         """weight: float, (out_features, in_features), stored as `format` says."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.format = format
+        self.format, self.group_size = format, format.group_size_of(weight.shape[1])
         self.bias: nn.Parameter | None
         self.weight_scale: Tensor | None
         self.weight_zero_point: Tensor | None
@@ -75,7 +87,7 @@ class LowRankLinear(nn.Module):
             if format.simulate:
                 self.weight.data.copy_(self._to_grid(weight.detach(), seed=None))
         else:
-            quantized = quantize(weight.detach(), format.bits, format.group_size)
+            quantized = quantize(weight.detach(), format.bits, self.group_size)
             self.weight = nn.Parameter(quantized.qdata, requires_grad=False)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
@@ -119,7 +131,7 @@ class LowRankLinear(nn.Module):
             self.weight_zero_point,
             self.in_features,
             self.format.bits,
-            self.format.group_size,
+            self.group_size,
         )
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
@@ -170,8 +182,21 @@ class LowRankLinear(nn.Module):
         return padded_width(self.out_features) if self.pads_output else self.out_features
 
     def _product(self, input: Tensor) -> Tensor:
+        if self.format.int8_products:
+            return self._int8(kernels.int8_linear, input, self._width)
         output = with_padded_columns(input) @ self.padded_weight(input.dtype).T
         return output if output.shape[-1] == self._width else output[..., : self._width].contiguous()
+
+    def input_gradient(self, grad_output: Tensor, width: int) -> Tensor:
+        """grad_output (..., padded out_features) times the weight: (..., width), zeros beyond in_features."""
+        if self.format.int8_products:
+            return self._int8(kernels.int8_linear_backward, grad_output, width)
+        grad_input = grad_output @ self.padded_weight(grad_output.dtype)
+        return grad_input if grad_input.shape[-1] == width else grad_input[..., :width].contiguous()
+
+    def _int8(self, product: Callable[..., Tensor], x: Tensor, width: int) -> Tensor:
+        weight = (self.weight, self.weight_scale, self.weight_zero_point)
+        return product(x.reshape(-1, x.shape[-1]), *weight, width).view(*x.shape[:-1], width)
 
     @torch.no_grad()
     def update_(
@@ -208,7 +233,7 @@ class LowRankLinear(nn.Module):
 
     def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
         assert self.format.bits is not None
-        return quantize(value, self.format.bits, self.format.group_size, seed).dequantize(self.weight.dtype)
+        return quantize(value, self.format.bits, self.group_size, seed).dequantize(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""
@@ -267,9 +292,7 @@ def _backward(
     grad_output = with_padded_columns(grad_output)
     grad_input = grad_output.new_empty(0)
     if need_input_gradient:
-        grad_input = grad_output @ module.padded_weight(grad_output.dtype)
-        if grad_input.shape[-1] != input.shape[-1]:
-            grad_input = grad_input[..., : input.shape[-1]].contiguous()
+        grad_input = module.input_gradient(grad_output, input.shape[-1])
     if module.tap is not None:
         input = with_padded_columns(input)
         module.tap.accumulate(grad_output.reshape(-1, grad_output.shape[-1]), input.reshape(-1, input.shape[-1]))

@@ -19,6 +19,7 @@ from peft_pretraining.model import low_rank_names
 from qgalore import LowRankLinear
 from tests.small_run import (
     CONFIG,
+    INT8_PRODUCTS,
     LOW_RANK,
     OPTIMIZERS,
     Q_GALORE,
@@ -88,6 +89,9 @@ def test_updates_inside_the_backward_pass_are_the_same_updates(small: SmallRun, 
 VARIANTS: dict[str, dict[str, object]] = {
     "simulation": Q_GALORE_PER_LAYER | {"simulation": True},
     "int4_weights": Q_GALORE_PER_LAYER | {"weight_bits": 4},
+    "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS,
+    "int8_products_bfloat16": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
+    "hf_int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"use_hf_model": True},
     "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": None},
     "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": None, "stochastic_round": None},
     "int8_projections": Q_GALORE_PER_LAYER | {"proj_bits": 8},

@@ -145,7 +145,9 @@ def _int8_linear(
     _check_matrix(qdata, "qdata")
     read, given = qdata.shape if backward else reversed(qdata.shape)
     if scale.shape != (qdata.shape[0], 1) or zero_point.shape != scale.shape:
-        raise ValueError(f"scale and zero_point must be {(qdata.shape[0], 1)}, one group a row, not {tuple(scale.shape)}")
+        raise ValueError(
+            f"scale and zero_point must be {(qdata.shape[0], 1)}, one group a row, not {tuple(scale.shape)}"
+        )
     if x.shape[1] < read or width < given:
         raise ValueError(f"{tuple(x.shape)} -> {width} columns do not fit a weight of shape {tuple(qdata.shape)}")
     if read > _LONGEST_INT8_SUM:
