@@ -103,6 +103,16 @@ def _int8_matmul_kernel(
     tl.store(at, to_float(value, out.dtype.element_ty), mask=row_mask & (column < width)[None, :])
 
 
+def tile(rows: int) -> tuple[int, int, int, int, int]:
+    """Rows, columns and depth of a program's tile, its warps and stages, for so many rows; the depth divides 128.
+
+    Fixed instead of tried out, so that a run launches the same kernels every time. 56 KiB of shared memory, 64 on
+    Hopper: consumer cards have 99.
+    """
+    block_rows = min(128, max(16, triton.next_power_of_2(rows)))
+    return block_rows, 128, 64, 8 if block_rows == 128 else 4, 4
+
+
 def can_handle(rows: int, columns: int) -> bool:
     """Whether a row of activations, of either side of a weight of this shape, fits a tile."""
     return max(rows, columns) <= _LONGEST_ROW
@@ -149,12 +159,12 @@ def _multiply(
         depth, columns, code_columns, strides = qdata.shape[1], outputs, outputs, (qdata.stride(1), qdata.stride(0))
     else:
         depth, columns, code_columns, strides = outputs, inputs, qdata.shape[1], (qdata.stride(0), qdata.stride(1))
-    block_rows, block_columns, block_depth = min(128, max(16, triton.next_power_of_2(rows))), 128, 64
+    block_rows, block_columns, block_depth, warps, stages = tile(rows)
     grid = (triton.cdiv(rows, block_rows) * triton.cdiv(width, block_columns),)
     _int8_matmul_kernel[grid](
         a, qdata, row_scale, row_sum, scale, zero_point, out, rows, columns, code_columns, width, a.stride(0),
-        *strides, DEPTH=depth, M=block_rows, N=block_columns, K=block_depth, NEIGHBOURS=8,
-        SCALES_COLUMNS=forward, enable_fp_fusion=False, num_warps=8 if block_rows == 128 else 4, num_stages=4,
+        *strides, DEPTH=depth, M=block_rows, N=block_columns, K=block_depth, NEIGHBOURS=8, SCALES_COLUMNS=forward,
+        enable_fp_fusion=False, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
