@@ -121,6 +121,16 @@ def test_variants_train_every_parameter(small: SmallRun, variant: str) -> None:
     assert min(shares.values()) > 0.5, shares
 
 
+def test_products_in_int8_follow_the_float_ones_and_are_others(small: SmallRun) -> None:
+    flags = Q_GALORE_PER_LAYER | {"weight_group_size": None, "num_training_steps": 6}
+    rounded, plain = small.run("rounded", **flags, int8_products=True), small.run("plain", **flags)
+    differences = [abs(a - b) for a, b in zip(rounded.losses, plain.losses, strict=True)]
+    assert differences[0] > 0, "the flag reached no layer"
+    assert max(differences) < 0.02, (rounded.losses, plain.losses)
+    state = rounded.checkpoint().model_tensors
+    assert state["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
+
+
 def test_storage_of_weights_and_projections(small: SmallRun) -> None:
     name, hidden = "model.layers.0.self_attn.q_proj.weight", 64
     for bits, columns in ((8, hidden), (4, hidden // 2)):
