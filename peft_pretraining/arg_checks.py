@@ -41,6 +41,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_data_problems(args),
         *_optimizer_problems(args),
         *_quantization_problems(args),
+        *_int8_products_problems(args),
         *_subspace_problems(args),
         *_run_problems(args),
     ]
@@ -173,13 +174,36 @@ def _quantization_problems(args: RunArgs) -> list[str]:
     if not quantization.weight_quant:
         problems += [
             f"--{flag} is about quantized weights: add --weight_quant or leave it out"
-            for flag in ("stochastic_round", "simulation")
+            for flag in ("stochastic_round", "simulation", "int8_products")
             if getattr(quantization, flag)
         ]
     if quantization.proj_quant and not args.optimizer.is_low_rank:
         problems.append(
             f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "
             "optimizer, or leave --proj_quant out"
+        )
+    return problems
+
+
+def _int8_products_problems(args: RunArgs) -> list[str]:
+    quantization = args.quantization
+    if not quantization.int8_products:
+        return []
+    problems = []
+    if quantization.weight_bits != 8:
+        problems.append(
+            f"--int8_products multiplies weights in 8 bits, not in --weight_bits {quantization.weight_bits}: use "
+            "--weight_bits 8 or leave --int8_products out"
+        )
+    if quantization.simulation:
+        problems.append(
+            "--int8_products multiplies stored integers, and --simulation stores float weights: leave one out"
+        )
+    # The default cannot be told from the same number on the command line, where the recipes have it.
+    if quantization.weight_group_size != type(quantization).weight_group_size:
+        problems.append(
+            f"--weight_group_size {quantization.weight_group_size} cannot work with --int8_products, which wants one "
+            "scale for each row of a weight: leave one out"
         )
     return problems
 

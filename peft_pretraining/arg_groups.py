@@ -143,6 +143,9 @@ class QuantizationArgs:
     """Bits in which a weight is stored."""
     weight_group_size: Annotated[int, Flag("weights", at_least=2)] = 256
     """Neighbours in a row that share a scale and a zero point."""
+    int8_products: bool = False
+    """Round activations to INT8 as they come and multiply the layers' weights in INT8, forward and for the gradients of
+    their inputs; a whole row of a weight then shares its scale, and weight_group_size has no say."""
     stochastic_round: bool = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False

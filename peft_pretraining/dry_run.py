@@ -61,6 +61,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         svd=subspace.subspace == "svd",
         weight_bits=quantization.weight_bits if stored else None,
         weight_group_size=quantization.weight_group_size,
+        int8_products=quantization.int8_products,
         state_bits=8 if "8bit" in optimizer.optimizer else 32,
         states=int(optimizer.beta1 > 0) if of_library else 2,
         factored=optimizer.optimizer == "adafactor",

@@ -62,6 +62,8 @@ class MemorySettings:
     """8 or 4: bits of a decoder weight; None keeps it float (as --simulation does)."""
     weight_group_size: int = 256
     """Weights of a row that share a scale."""
+    int8_products: bool = False
+    """Products with 8-bit weights in INT8: activations are rounded for each, and a whole row shares its scale."""
     state_bits: int = 32
     """8 (block-wise), 16 or 32 bits a value of an optimizer state."""
     states: int = 2
@@ -99,7 +101,7 @@ def weight_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of a decoder matrix as it is stored."""
     if s.weight_bits is None:
         return math.prod(shape) * s.dtype_bytes
-    return _quantized_bytes(shape[0], shape[1], s.weight_bits, s.weight_group_size)
+    return _quantized_bytes(shape[0], shape[1], s.weight_bits, shape[1] if s.int8_products else s.weight_group_size)
 
 
 def projection_bytes(shape: Shape, s: MemorySettings) -> int:

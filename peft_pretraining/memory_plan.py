@@ -257,7 +257,7 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
 def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, retained: bool) -> int:
     """The same of a layer that has kept its activations.
 
-    down_proj: the gradient of the product, and the dequantized weight or what projecting takes. SwiGLU: the gradients
+    down_proj: the gradient of the product, and what multiplying or projecting takes. SwiGLU: the gradients
     of product, gate and up. up_proj: the gradients of gate and up, the norm's output and its gradient, and again a
     weight or a projection. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's input,
     of queries, keys and values, and those of the queries in float32. A compiled layer computes the product anew first,
@@ -268,9 +268,8 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
     hidden, wide = _hidden_bytes(config, s), tokens * _mlp_width(config, s) * s.dtype_bytes
     shape = (config.hidden_size, config.intermediate_size)
-    rows, columns = map(padded_width, shape)
-    dense = rows * columns * s.dtype_bytes if s.weight_bits is not None else 0
-    multiplying = max(dense, _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s))
+    projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
+    multiplying = max(_multiplying_bytes(shape, s), projecting)
     made = s.dtype_bytes * math.prod(gradient_shape(shape, s)) if s.gradients_live_in_backward else 0
     attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query) + 3 * made
     if not s.compiled:
@@ -279,6 +278,21 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     if not retained:
         return max(2 * wide + multiplying, attention - 2 * wide)
     return max(2 * wide + multiplying, 3 * wide, 2 * (wide + hidden) + multiplying + made, attention)
+
+
+def _multiplying_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Beside the factors of an input's gradient and the result: the dequantized weight; or codes, and the weight's own
+    where its rows have to be moved to even addresses."""
+    if s.weight_bits is None:
+        return 0
+    if s.int8_products:
+        return _codes_bytes(shape[0], s) + (shape[0] * _multiple(shape[1], 16) if shape[1] % 16 else 0)
+    return math.prod(map(padded_width, shape)) * s.dtype_bytes
+
+
+def _codes_bytes(columns: int, s: MemorySettings) -> int:
+    """Activations of so many columns in INT8, with a scale and a sum a row; nothing without products in INT8."""
+    return s.batch_size * s.max_length * (_multiple(columns, 128) + 8) if s.int8_products else 0
 
 
 def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -324,7 +338,7 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         return min(_ROW_CHUNK, 4 * math.prod(shape))
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     update = s.dtype_bytes * (values + _basis_copy_values(shape, s))
-    if s.weight_bits is None or len(sides(shape, s)) == 2:
+    if s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
         update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
     if s.svd:
         return max(update, 4 * (2 * math.prod(shape) + min(shape) * sum(shape)))

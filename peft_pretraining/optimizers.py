@@ -151,6 +151,7 @@ def weight_format(quantization: QuantizationArgs) -> WeightFormat:
         group_size=quantization.weight_group_size,
         stochastic_rounding=quantization.stochastic_round or not quantization.weight_quant,
         simulate=quantization.simulation,
+        int8_products=quantization.int8_products,
     )
 
 
@@ -217,7 +218,7 @@ def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
     matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
     if run is None or device.type != "cuda":
         return
-    if matrices and all(not x.format.simulate and reads_numbers(device, x.format.group_size) for x in matrices):
+    if matrices and all(not x.format.simulate and reads_numbers(device, x.group_size) for x in matrices):
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from peft_pretraining.optimizers import TrainingOptimizer
 # What must be the same for a resumed run to equal an uninterrupted one.
 _FIXED = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
-    "weight_group_size", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "seed",
-    "model_config_contents",
+    "weight_group_size", "int8_products", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace",
+    "seed", "model_config_contents",
 )  # fmt: skip
+# Flags that came later: what a checkpoint that does not know them was made with.
+_OLD_VALUES = {"int8_products": False}
 
 
 @dataclass
@@ -68,6 +70,7 @@ class RunCheckpoints:
         if checkpoint is None:
             return Position()
         described = self._describe()
+        checkpoint = replace(checkpoint, state=_OLD_VALUES | checkpoint.state)
         check_compatible(checkpoint, {name: described[name] for name in _FIXED})
         check_model_tensors(checkpoint, self._model.state_dict())
         self._model.load_state_dict(checkpoint.model_tensors)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,18 @@ class WeightFormat:
     """Round updates up or down at random, unbiased; else to nearest."""
     simulate: bool = False
     """Fake quantization: keep a float weight whose values lie on the quantized grid."""
+    int8_products: bool = False
+    """Quantize activations as they come and multiply in INT8: 8 bits, a row is one group and group_size has no say."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for products in INT8 of a weight that is not stored in 8 bits."""
+        if self.int8_products and (self.bits != 8 or self.simulate):
+            stored = "a simulated weight" if self.simulate else f"bits={self.bits}"
+            raise ValueError(f"int8_products multiplies the codes of an 8-bit weight: it cannot work with {stored}")
+
+    def group_size_of(self, columns: int) -> int:
+        """Values that share a scale in a row of so many columns; for a whole row a multiple of 8, as kernels want."""
+        return -(-columns // 8) * 8 if self.int8_products else self.group_size
 
 
 _layer_numbers = itertools.count()
@@ -63,7 +75,7 @@ class LowRankLinear(nn.Module):
         """weight: float, (out_features, in_features), stored as `format` says."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.format = format
+        self.format, self.group_size = format, format.group_size_of(weight.shape[1])
         self.bias: nn.Parameter | None
         self.weight_scale: Tensor | None
         self.weight_zero_point: Tensor | None
@@ -75,7 +87,7 @@ class LowRankLinear(nn.Module):
             if format.simulate:
                 self.weight.data.copy_(self._to_grid(weight.detach(), seed=None))
         else:
-            quantized = quantize(weight.detach(), format.bits, format.group_size)
+            quantized = quantize(weight.detach(), format.bits, self.group_size)
             self.weight = nn.Parameter(quantized.qdata, requires_grad=False)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
@@ -121,7 +133,7 @@ class LowRankLinear(nn.Module):
             self.weight_zero_point,
             self.in_features,
             self.format.bits,
-            self.format.group_size,
+            self.group_size,
         )
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
@@ -160,7 +172,7 @@ class LowRankLinear(nn.Module):
         if self.anchor is None:
             output = self._product(input)
         else:
-            output = torch.ops.qgalore.low_rank_linear(
+            output = torch.ops.qgalore.low_rank_linear_product(
                 input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number, self._width
             )
         if self.bias is None:
@@ -172,8 +184,21 @@ class LowRankLinear(nn.Module):
         return padded_width(self.out_features) if self.pads_output else self.out_features
 
     def _product(self, input: Tensor) -> Tensor:
+        if self.format.int8_products:
+            return self._int8(kernels.int8_linear, input, self._width)
         output = with_padded_columns(input) @ self.padded_weight(input.dtype).T
         return output if output.shape[-1] == self._width else output[..., : self._width].contiguous()
+
+    def input_gradient(self, grad_output: Tensor, width: int) -> Tensor:
+        """grad_output (..., padded out_features) times the weight: (..., width), zeros beyond in_features."""
+        if self.format.int8_products:
+            return self._int8(kernels.int8_linear_backward, grad_output, width)
+        grad_input = grad_output @ self.padded_weight(grad_output.dtype)
+        return grad_input if grad_input.shape[-1] == width else grad_input[..., :width].contiguous()
+
+    def _int8(self, product: Callable[..., Tensor], x: Tensor, width: int) -> Tensor:
+        weight = (self.weight, self.weight_scale, self.weight_zero_point)
+        return product(x.reshape(-1, x.shape[-1]), *weight, width).view(*x.shape[:-1], width)
 
     @torch.no_grad()
     def update_(
@@ -209,7 +234,7 @@ class LowRankLinear(nn.Module):
 
     def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
         assert self.format.bits is not None
-        return quantize(value, self.format.bits, self.format.group_size, seed).dequantize(self.weight.dtype)
+        return quantize(value, self.format.bits, self.group_size, seed).dequantize(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""
@@ -227,19 +252,22 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
 
 
 # Defined at the lower level of torch.library: `custom_op` checks each call's tensors for aliases, which costs half a
-# millisecond a layer.
+# millisecond a layer. Another backward pass needs another name of the product: torch keeps compiled ones on disk, and
+# finds them by the forward pass alone.
 _library = torch.library.Library("qgalore", "DEF")
 _library.define(
-    "low_rank_linear(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer,"
+    "low_rank_linear_product(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer,"
     " int width) -> Tensor"
 )
+# In two, so that the input can be freed before the gradient of its size is made.
+_library.define("low_rank_linear_tap(Tensor grad_output, Tensor input, Tensor layer) -> Tensor")
 _library.define(
-    "low_rank_linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point,"
-    " Tensor layer, bool need_input_gradient) -> (Tensor, Tensor)"
+    "low_rank_linear_input_gradient(Tensor grad_output, Tensor weight, Tensor? scale, Tensor? zero_point,"
+    " Tensor layer, int width) -> Tensor"
 )
 
 
-@torch.library.impl(_library, "low_rank_linear", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "low_rank_linear_product", "CompositeExplicitAutograd")
 def _forward(
     input: Tensor,
     weight: Tensor,
@@ -252,40 +280,36 @@ def _forward(
     return _layers[int(layer)]._product(input)
 
 
-@torch.library.impl(_library, "low_rank_linear_backward", "CompositeExplicitAutograd")
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    layer: Tensor,
-    need_input_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    # The anchor's gradient is an output, so that no compiler may drop a call whose input gradient is not needed; its
-    # value is never read.
-    module, anchor_grad = _layers[int(layer)], grad_output.new_empty((), dtype=torch.float32)
-    grad_output = with_padded_columns(grad_output)
-    grad_input = grad_output.new_empty(0)
-    if need_input_gradient:
-        grad_input = grad_output @ module.padded_weight(grad_output.dtype)
-        if grad_input.shape[-1] != input.shape[-1]:
-            grad_input = grad_input[..., : input.shape[-1]].contiguous()
-    if module.tap is not None:
-        input = with_padded_columns(input)
-        module.tap.accumulate(grad_output.reshape(-1, grad_output.shape[-1]), input.reshape(-1, input.shape[-1]))
-    return grad_input, anchor_grad
+@torch.library.impl(_library, "low_rank_linear_tap", "CompositeExplicitAutograd")
+def _tap(grad_output: Tensor, input: Tensor, layer: Tensor) -> Tensor:
+    # The anchor's gradient is an output, so that no compiler may drop the call; its value is never read.
+    tap, anchor_grad = _layers[int(layer)].tap, grad_output.new_empty((), dtype=torch.float32)
+    if tap is not None:
+        factors = (with_padded_columns(factor) for factor in (grad_output, input))
+        tap.accumulate(*(factor.reshape(-1, factor.shape[-1]) for factor in factors))
+    return anchor_grad
 
 
-@torch.library.register_fake("qgalore::low_rank_linear")
+@torch.library.impl(_library, "low_rank_linear_input_gradient", "CompositeExplicitAutograd")
+def _input_gradient(
+    grad_output: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, layer: Tensor, width: int
+) -> Tensor:
+    return _layers[int(layer)].input_gradient(with_padded_columns(grad_output), width)
+
+
+@torch.library.register_fake("qgalore::low_rank_linear_product")
 def _(input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(*input.shape[:-1], rest[-1])
 
 
-@torch.library.register_fake("qgalore::low_rank_linear_backward")
-def _(grad_output: Tensor, input: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    anchor_grad = grad_output.new_empty((), dtype=torch.float32)
-    return grad_output.new_empty(input.shape) if rest[-1] else grad_output.new_empty(0), anchor_grad
+@torch.library.register_fake("qgalore::low_rank_linear_tap")
+def _(grad_output: Tensor, *rest: object) -> Tensor:
+    return grad_output.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("qgalore::low_rank_linear_input_gradient")
+def _(grad_output: Tensor, *rest: Any) -> Tensor:
+    return grad_output.new_empty(*grad_output.shape[:-1], rest[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -296,11 +320,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, scale, zero_point, layer = ctx.saved_tensors
-    need = ctx.needs_input_grad[0]
-    grad, anchor_grad = torch.ops.qgalore.low_rank_linear_backward(
-        grad_output, input, weight, scale, zero_point, layer, need
-    )
-    return grad if need else None, None, None, None, anchor_grad, None, None
+    anchor_grad, grad = torch.ops.qgalore.low_rank_linear_tap(grad_output, input, layer), None
+    if ctx.needs_input_grad[0]:
+        grad = torch.ops.qgalore.low_rank_linear_input_gradient(
+            grad_output, weight, scale, zero_point, layer, input.shape[-1]
+        )
+    return grad, None, None, None, anchor_grad, None, None
 
 
-torch.library.register_autograd("qgalore::low_rank_linear", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("qgalore::low_rank_linear_product", _autograd_backward, setup_context=_setup_context)

@@ -109,6 +109,8 @@ def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor
     if scale is None or zero_point is None or bits not in (4, 8) or not isinstance(group_size, int):
         raise UserError(f"{checkpoint.path}: {name} is quantized, but its scales, bits or group size are not there.")
     columns = original_columns(name, checkpoint, codes.shape[1], bits)
+    if state.get("int8_products"):
+        group_size = columns  # one group a row, whatever the flag says
     if scale.shape != (codes.shape[0], math.ceil(columns / group_size)):
         raise UserError(
             f"{checkpoint.path}: {name} has scales of shape {tuple(scale.shape)}, which do not fit "

@@ -78,6 +78,7 @@ Q_GALORE: Mapping[str, object] = {
     "stochastic_round": True,
     "proj_quant": True,
 }
+INT8_PRODUCTS: Mapping[str, object] = {"int8_products": True, "weight_group_size": None}
 # The largest steps that are safe for each; what a test of learning needs.
 LEARNING_RATES = {"sgd": 1.0}
 
@@ -162,7 +163,6 @@ class Result:
     def weights(self, update_step: int | None = None) -> dict[str, Tensor]:
         """The model's float tensors, quantized ones dequantized."""
         tensors = self.checkpoint(update_step).model_tensors
-        group_size = 48
         values = {}
         for name, tensor in tensors.items():
             scale, zero_point = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
@@ -170,6 +170,7 @@ class Result:
                 values[name] = tensor
             elif scale is not None and zero_point is not None:
                 columns = tensor.shape[1]
+                group_size = columns if scale.shape[1] == 1 else 48
                 wide = [t.float().repeat_interleave(group_size, 1)[:, :columns] for t in (scale, zero_point)]
                 values[name] = tensor.float() * wide[0] + wide[1]
         return values

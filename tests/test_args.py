@@ -237,6 +237,7 @@ def test_every_value_survives_in_the_dictionary() -> None:
         "--optimizer galore_adamw8bit --galore_scale 0.25 --rank 256 --update_proj_gap 200",
         "--optimizer galore_adamw8bit --proj_quant",
         "--optimizer q_galore_adamw8bit",
+        "--optimizer q_galore_adamw8bit --weight_quant --weight_group_size 256 --stochastic_round --int8_products",
         "--optimizer galore_adamw --proj_type full",
         "--optimizer Adam --warmup_steps 0 --grad_clipping 1",
         "--rank 512 --optimizer galore_adamw",
@@ -292,7 +293,8 @@ def test_bad_values(text: str, message: str) -> None:
     assert message in refusal([*REQUIRED, *text.split()])
 
 
-GALORE = "--optimizer galore_adamw"
+GALORE, Q_GALORE = "--optimizer galore_adamw", "--optimizer q_galore_adamw8bit"
+INT8_PRODUCTS = f"{Q_GALORE} --weight_quant --int8_products"
 BAD_COMBINATIONS = [
     ("--total_batch_size 20", 1, "--total_batch_size 20 is no multiple of --batch_size 8 x 1 rank = 8: the nearest"),
     ("--total_batch_size 20", 2, "--batch_size 8 x 2 ranks = 16: the nearest that work are 16 or 32"),
@@ -304,6 +306,10 @@ BAD_COMBINATIONS = [
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),
     ("--optimizer q_galore_adamw8bit --stochastic_round", 1, "--stochastic_round is about quantized weights"),
     ("--optimizer q_galore_adamw8bit --simulation", 1, "--simulation is about quantized weights: add --weight_quant"),
+    (f"{Q_GALORE} --int8_products", 1, "--int8_products is about quantized weights: add --weight_quant"),
+    (f"{INT8_PRODUCTS} --weight_bits 4", 1, "not in --weight_bits 4: use --weight_bits 8 or leave --int8_products out"),
+    (f"{INT8_PRODUCTS} --simulation", 1, "--simulation stores float weights: leave one out"),
+    (f"{INT8_PRODUCTS} --weight_group_size 128", 1, "--weight_group_size 128 cannot work with --int8_products"),
     ("--proj_quant", 1, "--proj_quant cannot work with --optimizer adam, which has no projections"),
     ("--single_gpu", 2, "--single_gpu runs one process, torchrun started 2: use --nproc_per_node 1"),
     (f"{GALORE} --subspace streaming --proj_type full", 1, "--proj_type full projects both sides"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.small_run import (
+    INT8_PRODUCTS,
     OPTIMIZERS,
     TORCHRUN,
     SmallRun,
@@ -26,6 +27,7 @@ PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
 CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZERS} | {
     "streaming": PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8"},
     "bfloat16": PER_LAYER | {"dtype": "bfloat16"},
+    "int8_products": PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "checkpointing": PER_LAYER | {"dtype": "bfloat16", "activation_checkpointing": True},
     "clipping": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},
 }

@@ -12,7 +12,7 @@ from peft_pretraining.args import parse_args
 from peft_pretraining.dry_run import memory_settings
 from peft_pretraining.model import build_on_meta, parameter_count
 from peft_pretraining.model_config import LlamaConfig
-from tests.small_run import SmallRun, flags_of
+from tests.small_run import INT8_PRODUCTS, SmallRun, flags_of
 
 
 @pytest.fixture
@@ -75,11 +75,12 @@ def test_q_galore_takes_less_than_adam(small: SmallRun, capsys: pytest.CaptureFi
         ({"device": "cuda", "use_hf_model": True}, False, False),
         ({"device": "cuda", "cuda_graphs": "off"}, True, False),
         ({"device": "cuda", "simulation": True}, True, False),
+        ({"device": "cuda"} | INT8_PRODUCTS, True, True),
         ({"device": "cuda", "batch_size": 2}, True, True),  # two micro-batches
         ({"device": "cuda", "batch_size": 2, "grad_accum_dtype": "int8"}, True, True),
         ({"device": "cuda", "grad_accum_dtype": "int8"}, True, False),
         ({"device": "cuda", "optimizer": "q_galore_adamw8bit"}, True, True),
-        ({"device": "cuda", "optimizer": "adamw8bit"}, True, False),
+        ({"device": "cuda", "weight_group_size": 20}, True, False),
     ],
 )
 def test_how_the_layers_run(small: SmallRun, flags: dict[str, object], compiled: bool, graphs: bool) -> None:

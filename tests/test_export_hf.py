@@ -97,6 +97,19 @@ def test_bfloat16_export_has_the_trained_model_to_the_bit(tmp_path: Path, script
     assert difference < 0.15  # the rotation rounds elsewhere
 
 
+def test_weights_of_products_in_int8_are_read_as_one_group_a_row(tmp_path: Path, script: ModuleType) -> None:
+    write_run(tmp_path)
+    model = build_model(tmp_path / "model.json", dtype=torch.bfloat16, seed=4)
+    convert_linears(model, low_rank_names(model), WeightFormat(bits=8, int8_products=True))
+    flags = {"weight_bits": 8, "weight_group_size": 16, "int8_products": True}
+    state = {"model_config": str(tmp_path / "model.json")} | flags
+    checkpoint = save_checkpoint(tmp_path / "quantized", 7, model.state_dict(), {}, state)
+    script.export(checkpoint, tmp_path / "out", "bfloat16")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name in low_rank_names(model):
+        assert torch.equal(exported[f"{name}.weight"], model.get_submodule(name).dequantized_weight(torch.bfloat16))
+
+
 def test_shards(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     model, checkpoint = write_run(tmp_path)
     monkeypatch.setattr(script, "SHARD_BYTES", 20_000)

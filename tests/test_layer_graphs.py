@@ -45,6 +45,7 @@ CASES = {
     "every second checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_every 2",
     "svd": PER_LAYER,
     "other side": f"{STREAMING} --proj_type reverse_std",
+    "products in int8": f"{STREAMING} --int8_products",
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
     "in step": STREAMING.replace("_per_layer", ""),

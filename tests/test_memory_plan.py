@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.memory_plan import (
+    _multiplying_bytes,
     _refresh_in_backward_bytes,
     _update_bytes,
     layer_activation_bytes,
@@ -45,6 +46,12 @@ CASES = {
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=4, weight_group_size=64),
     ),
+    "q-galore, products in INT8": (
+        QGaLoreAdamW8bit,
+        MemorySettings(
+            2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, weight_group_size=64, int8_products=True
+        ),
+    ),
     "q-galore 8-bit projection": (
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=8, proj_group_size=64),
@@ -76,7 +83,8 @@ def built(config: LlamaConfig, settings: MemorySettings) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     materialize(model, "cpu", torch.float32 if settings.dtype_bytes == 4 else torch.bfloat16, 0)
-    convert_linears(model, low_rank_names(model), WeightFormat(settings.weight_bits, settings.weight_group_size))
+    format = WeightFormat(settings.weight_bits, settings.weight_group_size, int8_products=settings.int8_products)
+    convert_linears(model, low_rank_names(model), format)
     return model
 
 
@@ -320,6 +328,19 @@ def test_plan_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int, 
     settings = dataclasses.replace(Q_GALORE, batch_size=batch, rank=rank, cuda_graphs=graphs, **checkpointing)
     plan = plan_memory(llama(root, name), settings)
     assert plan.peak_bytes / 1e9 == pytest.approx(MEASURED[case], rel=0.01)
+
+
+def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
+    config, plain = llama(root, "1b"), dataclasses.replace(Q_GALORE, batch_size=16, rank=512)
+    before, after = plan_memory(config, plain), plan_memory(config, dataclasses.replace(plain, int8_products=True))
+    assert after.lasting["decoder weights"] < before.lasting["decoder weights"]
+    tokens, rows, columns = 16 * 256, 2048, 5461
+    # The gradient of down_proj's output in INT8 with two numbers a token, and its codes with rows of 5472 bytes.
+    assert _multiplying_bytes((rows, columns), plain) == rows * 5472 * 2
+    assert (
+        _multiplying_bytes((rows, columns), dataclasses.replace(plain, int8_products=True))
+        == tokens * (rows + 8) + rows * 5472
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -42,9 +42,12 @@ def trained(pads: bool, format: WeightFormat, rank: int | None, proj_type: str) 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
 @pytest.mark.parametrize("rank", [4, None])
-@pytest.mark.parametrize("bits", [8, 4, None])
-def test_padding_between_two_layers_changes_nothing(bits: int | None, rank: int | None, proj_type: str) -> None:
-    format = WeightFormat(bits=bits)
+@pytest.mark.parametrize(
+    "format",
+    [WeightFormat(bits=8), WeightFormat(bits=4), WeightFormat(), WeightFormat(bits=8, int8_products=True)],
+    ids=["8", "4", "float", "int8 products"],
+)
+def test_padding_between_two_layers_changes_nothing(format: WeightFormat, rank: int | None, proj_type: str) -> None:
     for plain, padded in zip(*(trained(p, format, rank, proj_type) for p in (False, True)), strict=True):
         assert plain.shape == padded.shape
         assert torch.allclose(plain, padded, atol=1e-5)

@@ -17,6 +17,7 @@ from peft_pretraining.checkpoint import save_checkpoint
 from peft_pretraining.metrics import METRICS_FILE, read_metrics
 from tests.small_run import (
     CONFIG,
+    INT8_PRODUCTS,
     OPTIMIZERS,
     Result,
     SmallRun,
@@ -64,6 +65,7 @@ MODES: dict[str, dict[str, object]] = {
     "bfloat16": Q_GALORE_PER_LAYER | {"dtype": "bfloat16", "grad_accum_dtype": "int8"},
     "simulation": Q_GALORE_PER_LAYER | {"simulation": True},
     "int4": Q_GALORE_PER_LAYER | {"weight_bits": 4},
+    "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "clipping": flags_of("q_galore_adamw8bit_per_layer") | {"grad_clipping": 0.5},
     "momentum": flags_of("sgd") | {"beta1": 0.9},
     "adafactor_momentum": flags_of("adafactor") | {"beta1": 0.9},
@@ -390,6 +392,25 @@ def test_a_checkpoint_of_another_run_is_refused(
     place = source if source == "auto" else ended.folder / "run" / source
     message = refusal(ended, capsys, **flags, continue_from=place)
     assert message.startswith("run_pretrain.py: ") and expected in message
+
+
+def test_products_in_int8_are_refused_elsewhere_and_older_checkpoints_had_none(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = Q_GALORE_PER_LAYER | {"weight_group_size": None, "num_training_steps": 2}
+    describe = run_checkpoints.RunCheckpoints._describe
+
+    def describe_as_before(checkpoints: Any) -> dict[str, Any]:
+        return {name: value for name, value in describe(checkpoints).items() if name != "int8_products"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_checkpoints.RunCheckpoints, "_describe", describe_as_before)
+        patch.setattr(run_checkpoints, "_FIXED", ())
+        small.run("run", **flags)
+    longer = flags | {"num_training_steps": 4, "continue_from": "auto"}
+    message = refusal(small, capsys, **longer, int8_products=True)
+    assert "int8_products is True here and False there" in message
+    assert len(small.run("run", **longer).losses) == 4
 
 
 def test_another_model_or_data_set_is_refused(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

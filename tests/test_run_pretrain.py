@@ -19,6 +19,7 @@ from peft_pretraining.model import low_rank_names
 from qgalore import LowRankLinear
 from tests.small_run import (
     CONFIG,
+    INT8_PRODUCTS,
     LOW_RANK,
     OPTIMIZERS,
     Q_GALORE,
@@ -88,6 +89,9 @@ def test_updates_inside_the_backward_pass_are_the_same_updates(small: SmallRun, 
 VARIANTS: dict[str, dict[str, object]] = {
     "simulation": Q_GALORE_PER_LAYER | {"simulation": True},
     "int4_weights": Q_GALORE_PER_LAYER | {"weight_bits": 4},
+    "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS,
+    "int8_products_bfloat16": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
+    "hf_int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"use_hf_model": True},
     "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": None},
     "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": None, "stochastic_round": None},
     "int8_projections": Q_GALORE_PER_LAYER | {"proj_bits": 8},
@@ -115,6 +119,16 @@ def test_variants_train_every_parameter(small: SmallRun, variant: str) -> None:
     shares = changed_shares(result, 0, 10)
     assert len(shares) == 3 + 9
     assert min(shares.values()) > 0.5, shares
+
+
+def test_products_in_int8_follow_the_float_ones_and_are_others(small: SmallRun) -> None:
+    flags = Q_GALORE_PER_LAYER | {"weight_group_size": None, "num_training_steps": 6}
+    rounded, plain = small.run("rounded", **flags, int8_products=True), small.run("plain", **flags)
+    differences = [abs(a - b) for a, b in zip(rounded.losses, plain.losses, strict=True)]
+    assert differences[0] > 0, "the flag reached no layer"
+    assert max(differences) < 0.02, (rounded.losses, plain.losses)
+    state = rounded.checkpoint().model_tensors
+    assert state["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
 
 
 def test_storage_of_weights_and_projections(small: SmallRun) -> None:

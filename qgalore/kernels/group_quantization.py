@@ -72,15 +72,23 @@ def _update_kernel(
     tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)
 
 
+_LARGEST_GROUP = 16384
+
+
 def block_of_group(group_size: int) -> tuple[int, int]:
     """(rows, columns) of a program's tile: one group, and rows for about 2,048 values."""
     columns = max(16, triton.next_power_of_2(group_size))
     return max(1, 2048 // columns), columns
 
 
+def warps_of_block(rows: int, columns: int) -> int:
+    """Warps for a tile: at most 32 values a thread, from four warps up, so that a long group stays in registers."""
+    return max(4, rows * columns // 1024)
+
+
 def can_handle(group_size: int) -> bool:
     """Whether a group is whole bytes and whole calls of the random generator, and fits a tile."""
-    return group_size % 8 == 0 and group_size <= 4096
+    return group_size % 8 == 0 and group_size <= _LARGEST_GROUP
 
 
 def dequantize(
@@ -96,6 +104,7 @@ def dequantize(
     _dequantize_kernel[grid](
         qdata, scale, zero_point, out, rows, columns, qdata.stride(0), out.stride(0), scale.stride(0),
         GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
+        num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip
     return out
 
@@ -149,5 +158,5 @@ def _launch(
         number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start, step_size, decay, GROUP=group_size,
         G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None, UPDATE=update,
         HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip

@@ -104,6 +104,26 @@ def check_add_to_quantized(device: torch.device) -> None:
                     assert same(expected, found), (rows, columns, group, bits, dtype, seed)
 
 
+# Rows of real matrices, each one group, as products in INT8 want them: ragged, and up to the longest.
+LONG_ROWS = (2048, 2736, 4096, 5461, 11008, 13824)
+
+
+def check_groups_of_a_whole_row(device: torch.device) -> None:
+    for columns in LONG_ROWS:
+        group, x, add = -(-columns // 8) * 8, normal(2, columns).to(device), normal(2, columns, seed=1).to(device)
+        for seed in (None, 11):
+            expected, found = both(lambda: kernels.quantize(x, 8, group, seed))  # noqa: B023
+            assert same(expected, found), (columns, seed)
+            assert isinstance(found, tuple) and found[1].shape == (2, 1)
+
+            def run() -> object:
+                weight = tuple(tensor.clone() for tensor in found)  # noqa: B023
+                kernels.update_quantized_(*weight, add, None, None, columns, 8, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                return *weight, kernels.dequantize(*weight, columns, 8, group, torch.bfloat16)  # noqa: B023
+
+            assert same(*both(run)), (columns, seed)
+
+
 def whole_numbers(*shape: int, seed: int) -> Tensor:
     """Small whole numbers: their products and sums are exact in float32 whatever the order."""
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -147,6 +167,75 @@ def check_float_update(device: torch.device) -> None:
 
                 expected, found = both(run)
                 assert same(expected, found), (shape, dtype, seed)
+
+
+# Tokens, inputs, outputs: whole tiles, ragged ones, more than one step along the sum, one token, one column.
+INT8_SHAPES = [(130, 64, 136), (3, 341, 21), (17, 200, 300), (1, 5461, 3), (5, 1, 4)]
+
+
+def activations(tokens: int, columns: int, device: torch.device) -> Iterator[Tensor]:
+    """Ordinary ones and rounded ones, with a row of zeros, a huge and a tiny one, and an outlier."""
+    x = normal(tokens, columns).to(device)
+    x[0, -1] = 90.0
+    if tokens > 4:
+        # No subnormal numbers, which the interpreter reads wrongly in bfloat16.
+        x[1], x[2], x[3] = 0.0, x[2] * 1e30, x[3].sign() * 1e-37
+    yield x
+    yield x.bfloat16()
+
+
+def strided(x: Tensor, wider: int) -> Tensor:
+    """x as a view of something wider that holds NaN elsewhere, with its columns far apart."""
+    held = torch.full((x.shape[1] + wider, x.shape[0] + 3), float("nan"), dtype=x.dtype, device=x.device).T
+    held[: x.shape[0], : x.shape[1]] = x
+    return held[: x.shape[0]]
+
+
+def check_int8_linear(device: torch.device) -> None:
+    for tokens, inputs, outputs in INT8_SHAPES:
+        stored = kernels.quantize(normal(outputs, inputs, seed=1).to(device), 8, -(-inputs // 8) * 8)
+        for x in activations(tokens, inputs, device):
+            for width in (outputs, outputs + 11):
+                expected, found = both(lambda: kernels.int8_linear(x, *stored, width))  # noqa: B023
+                assert isinstance(found, Tensor) and found.shape == (tokens, width) and found.dtype == x.dtype
+                assert same(expected, found), (tokens, inputs, outputs, width, x.dtype)
+                assert found[:, outputs:].count_nonzero() == 0
+            again, found = both(lambda: kernels.int8_linear(strided(x, 2), *stored, outputs))  # noqa: B023
+            assert same(again, found) and same(again, expected[:, :outputs].contiguous())  # type: ignore[index]
+
+
+def check_int8_linear_backward(device: torch.device) -> None:
+    for tokens, inputs, outputs in INT8_SHAPES:
+        stored = kernels.quantize(normal(outputs, inputs, seed=1).to(device), 8, -(-inputs // 8) * 8)
+        # The sum of float32 numbers is exact where they are whole; offsets become so by their zero points.
+        whole = (stored[0], torch.ones_like(stored[1]), stored[2].sign() * 3 - 128)
+        for x in activations(tokens, outputs, device):
+            grad = strided(x, 2)
+            for width in (inputs, inputs + 11):
+                expected, found = both(lambda: kernels.int8_linear_backward(grad, *stored, width))  # noqa: B023
+                assert isinstance(expected, Tensor) and isinstance(found, Tensor)
+                assert found.shape == (tokens, width) and found[:, inputs:].count_nonzero() == 0
+                # Half a unit of the last place where float32 sums in another order make it round the other way.
+                offset = stored[2].float() + 128 * stored[1].float()
+                magnitude = (x.float().abs() @ offset.abs()) * 1e-6 + expected.float().abs() * torch.finfo(x.dtype).eps
+                assert ((found.float() - expected.float()).abs() <= magnitude).all(), (tokens, inputs, outputs)
+            exact = whole_numbers(tokens, outputs, seed=2).to(device, x.dtype)
+            assert same(*both(lambda: kernels.int8_linear_backward(exact, *whole, inputs)))  # noqa: B023
+
+
+def check_int8_products_that_are_not_finite(device: torch.device) -> None:
+    for value in (float("inf"), float("nan")):
+        stored = kernels.quantize(normal(40, 30, seed=1).to(device), 8, 32)
+        x, grad = normal(5, 30).to(device), normal(5, 40).to(device)
+        x[2, 7] = grad[2, 7] = value
+        for run in (
+            lambda: kernels.int8_linear(x, *stored, 40),  # noqa: B023
+            lambda: kernels.int8_linear_backward(grad, *stored, 30),  # noqa: B023
+        ):
+            for found in both(run):
+                assert isinstance(found, Tensor)
+                finite = found.isfinite()
+                assert not finite[2].any() and finite.sum() == found.numel() - found.shape[1]
 
 
 def check_adam(device: torch.device) -> None:
@@ -279,5 +368,5 @@ def test_a_cpu_runs_the_reference() -> None:
 def test_only_groups_that_fit_a_tile_read_numbers_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    for group_size, expected in ((256, True), (40, True), (12, False), (8192, False)):
+    for group_size, expected in ((256, True), (40, True), (12, False), (5464, True), (13824, True), (16392, False)):
         assert kernels.reads_numbers(torch.device("cpu"), group_size) == expected

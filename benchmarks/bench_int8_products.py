@@ -1,0 +1,182 @@
+"""Time and memory of a linear layer's products, forward and for the gradient of its input: in INT8 and in bfloat16.
+
+    python -m benchmarks.bench_int8_products [--models 60m,1b] [--results FILE] [--tile 128,256,128,8,3]
+
+Shapes are those of the models' matrices with the tokens of a micro-batch of `benchmarks/compare.py`. Methods:
+
+- int8: `--int8_products`, activations rounded and multiplied by the weight as it is stored;
+- int8, products alone: the same without rounding the activations;
+- torch._int_mm: PyTorch's product of signed INT8 matrices into int32 and nothing else, where it takes the shape;
+- bfloat16, dequantized: what a layer with an INT8 weight does without the flag;
+- bfloat16, products alone: the same with a weight that is bfloat16 already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality import ROOT, append_row, commit
+from qgalore import LowRankLinear, WeightFormat, kernels
+
+# Tokens, and (inputs, outputs) of the attention's matrices, of gate and up, and of down.
+SHAPES = {
+    "60m": (65536, ((512, 512), (512, 1376), (1376, 512))),
+    "1b": (4096, ((2048, 2048), (2048, 5461), (5461, 2048))),
+    "7b": (4096, ((4096, 4096), (4096, 11008), (11008, 4096))),
+}
+CALLS = 10  # in one graph
+OPERATIONS = ("forward", "input gradient")
+COLUMNS = ("model", "op", "tokens", "inputs", "outputs", "method", "ms", "tops", "peak_gb")
+
+Product = Callable[[], Tensor]
+
+
+def layer_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
+    """A layer's own products, as in training."""
+    return lambda: layer._product(x), lambda: layer.input_gradient(grad, x.shape[-1])
+
+
+def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
+    """Those of our kernel with activations that are rounded beforehand."""
+    from qgalore.kernels import int8_matmul
+
+    quantized = layer.quantized_weight
+    assert quantized is not None
+    weight = (quantized.qdata, quantized.scale, quantized.zero_point)
+    rounded_x = int8_matmul._quantize_rows(x, layer.in_features, None, None)
+    rounded_grad = int8_matmul._quantize_rows(grad, layer.out_features, *weight[1:])
+    return (
+        lambda: int8_matmul._multiply(rounded_x, *weight, grad.shape[1], x.dtype, forward=True),
+        lambda: int8_matmul._multiply(rounded_grad, *weight, x.shape[1], x.dtype, forward=False),
+    )
+
+
+def torch_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product] | None:
+    """PyTorch's, of signed codes; None where it does not take the shape."""
+    if layer.in_features % 8 or layer.out_features % 8:
+        return None
+    codes = (layer.weight ^ 128).view(torch.int8)
+    other_way = codes.T.contiguous()
+    rounded_x, rounded_grad = (kernels.reference.quantize_rows(t.float())[0] for t in (x, grad))
+    return lambda: torch._int_mm(rounded_x, codes.T), lambda: torch._int_mm(rounded_grad, other_way.T)
+
+
+def bfloat16_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
+    """With the dequantized weight, which is made beforehand."""
+    weight = layer.padded_weight(torch.bfloat16)
+    return lambda: x @ weight.T, lambda: grad @ weight
+
+
+def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dict[str, tuple[Product, Product] | None]:
+    """By name, both products over the same weight and activations; ragged sides padded as in our model."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(outputs, inputs, device=device, generator=generator) * 0.02
+    rounded = LowRankLinear(weight, None, WeightFormat(bits=8, int8_products=True))
+    ordinary = LowRankLinear(weight, None, WeightFormat(bits=8))
+    rounded.pads_output = ordinary.pads_output = True
+    rows, columns = ordinary.padded_weight(torch.bfloat16).shape
+    x, grad = (torch.randn(tokens, width, device=device, generator=generator).bfloat16() for width in (columns, rows))
+    x[:, inputs:], grad[:, outputs:] = 0.0, 0.0
+    return {
+        "int8": layer_products(rounded, x, grad),
+        "int8, products alone": int8_products_alone(rounded, x, grad),
+        "torch._int_mm": torch_products(rounded, x, grad),
+        "bfloat16, dequantized": layer_products(ordinary, x, grad),
+        "bfloat16, products alone": bfloat16_products(ordinary, x, grad),
+    }
+
+
+@torch.no_grad()
+def measure(product: Product, repeats: int) -> dict[str, float]:
+    """Median milliseconds as a CUDA graph runs it, without Python, and the peak beyond what was there before in GB."""
+    for _ in range(3):
+        product()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    product()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            product()
+    for _ in range(repeats + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / CALLS)
+    return {"ms": round(statistics.median(times[1:]), 4), "peak_gb": round(peak, 4)}
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    return "\n".join(lines + [f"| {' | '.join(str(row[column]) for column in COLUMNS)} |" for row in rows])
+
+
+def use_tile(numbers: tuple[int, int, int, int, int]) -> None:
+    """Let our kernel use these sizes for many rows: rows, columns, depth, warps, stages."""
+    from qgalore.kernels import int8_matmul
+
+    usual = int8_matmul.tile
+    int8_matmul.tile = lambda rows: numbers if rows >= 128 else usual(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure every method at the shapes asked for, one row each, and print them as a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(SHAPES), help="names, separated by commas")
+    parser.add_argument("--repeats", type=int, default=20, help="timed replays of ten calls")
+    parser.add_argument("--tile", default="", help="rows,columns,depth,warps,stages of our kernel instead of its own")
+    parser.add_argument(
+        "--results", default=str(ROOT / "benchmarks/results/int8_products.csv"), help="CSV to append to"
+    )
+    parser.add_argument("--note", default="", help="what to remember of the circumstances")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.models.split(",") if name not in SHAPES]
+    if unknown:
+        parser.error(f"--models: {unknown[0]} is none of {', '.join(SHAPES)}")
+    numbers = [int(text) for text in args.tile.split(",") if text.isdecimal()]
+    if args.tile and (len(numbers) != 5 or not numbers[2] or 128 % numbers[2]):
+        parser.error(f"--tile: {args.tile} is not rows,columns,depth,warps,stages with a depth that divides 128")
+    if not torch.cuda.is_available():
+        print("bench_int8_products needs a CUDA GPU, and there is none here", file=sys.stderr)
+        return 2
+    if not kernels.use_triton(torch.device("cuda")):
+        print("bench_int8_products needs Triton, and QGALORE_KERNELS must not be reference", file=sys.stderr)
+        return 2
+    if numbers:
+        use_tile((numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]))
+    import triton
+
+    circumstances = {"tile": args.tile, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    circumstances |= {"triton": triton.__version__, "commit": commit(), "note": args.note}
+    rows: list[dict[str, object]] = []
+    for model in args.models.split(","):
+        tokens, matrices = SHAPES[model]
+        for inputs, outputs in matrices:
+            for method, products in methods(inputs, outputs, tokens).items():
+                for op, product in zip(OPERATIONS, products or (), strict=bool(products)):
+                    row: dict[str, object] = {"model": model, "op": op, "tokens": tokens, "inputs": inputs}
+                    measured = measure(product, args.repeats)
+                    tops = round(2 * tokens * inputs * outputs / measured["ms"] / 1e9, 1)
+                    row |= {"outputs": outputs, "method": method, "ms": measured["ms"], "tops": tops}
+                    row |= {"peak_gb": measured["peak_gb"], **circumstances}
+                    append_row(Path(args.results), row)
+                    rows.append(row)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
