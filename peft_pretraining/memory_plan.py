@@ -12,7 +12,7 @@ that are smaller than a matrix's side are not counted one by one.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_pretraining.lasting_memory import (
     MemorySettings,
@@ -101,7 +101,7 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
         "projections": layers * sum(projection_bytes(shape, s) for shape in matrices),
         "optimizer states, decoder": layers * sum(state_bytes(shape, s) for shape in low_rank),
         "optimizer states, embeddings, head, norms": sum(state_bytes(shape, s) for shape in rest),
-        _GRADIENTS: layers * gradient_bytes(low_rank, s) + gradient_bytes(rest, s),
+        _GRADIENTS: layers * gradient_bytes(low_rank, s) + gradient_bytes(rest, replace(s, cuda_graphs=False)),
         _REFRESHES: refresh_bytes(matrices, layers, s),
     }
     kept = _kept_activation_bytes(config, s)
@@ -188,9 +188,9 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
 
 
 def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """What nothing else uses: two gradients between layers and, over ranks, two messages of a layer's gradients."""
-    held = 2 * _hidden_bytes(config, s)
-    if s.ranks > 1:
+    """What nothing else uses: a gradient between layers and, over ranks, two messages of a layer's gradients."""
+    held = _hidden_bytes(config, s)
+    if s.ranks > 1 and s.gradients_live_in_backward:
         values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
         held += 2 * 4 * (values + 2 * config.hidden_size)  # with the gradients of the norms
     if _graphs_have_own_memory(config, s):
@@ -199,8 +199,9 @@ def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
 
 
 def _graphs_have_own_memory(config: LlamaConfig, s: MemorySettings) -> bool:
-    """Whether the loss cannot take the memory of the layers' backward pass: a tied head's gradient outlives it."""
-    return s.cuda_graphs and config.tie_word_embeddings
+    """Whether the loss cannot take the memory of the layers' backward pass, since the head's gradient outlives it."""
+    used_up = s.gradients_live_in_backward or s.grad_accum_dtype == "int8"
+    return s.cuda_graphs and (config.tie_word_embeddings or not used_up)
 
 
 def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int]:
@@ -257,13 +258,13 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
 def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, retained: bool) -> int:
     """The same of a layer that has kept its activations.
 
-    down_proj: the gradient of the product, and what multiplying or projecting takes. SwiGLU: the gradients
-    of product, gate and up. up_proj: the gradients of gate and up, the norm's output and its gradient, and again a
-    weight or a projection. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's input,
-    of queries, keys and values, and those of the queries in float32. A compiled layer computes the product anew first,
-    and the output of the attention's norm together with the gradient of the other. It writes one gradient over what it
-    has saved, and the MLP's tensors are gone when attention comes: unless the pass is retained, to be run again. The
-    projected gradients made so far are there all along.
+    down_proj: the product or its gradient, and what multiplying or projecting takes (uncompiled, both). SwiGLU: the
+    gradients of product, gate and up. up_proj: the gradients of gate and up, the norm's output and its gradient, and
+    again a weight or a projection. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's
+    input, of queries, keys and values, and those of the queries in float32. A compiled layer computes the product anew
+    first, and the output of the attention's norm together with the gradient of the other. It writes one gradient over
+    what it has saved, and the MLP's tensors are gone when attention comes: unless the pass is retained, to be run
+    again. The projected gradients made so far are there all along.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
     hidden, wide = _hidden_bytes(config, s), tokens * _mlp_width(config, s) * s.dtype_bytes
@@ -276,8 +277,8 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
         return max(wide + multiplying, 2 * wide, attention - 3 * wide - hidden)
     attention += hidden
     if not retained:
-        return max(2 * wide + multiplying, attention - 2 * wide)
-    return max(2 * wide + multiplying, 3 * wide, 2 * (wide + hidden) + multiplying + made, attention)
+        return max(wide + multiplying, attention - 2 * wide)
+    return max(wide + multiplying, 3 * wide, 2 * (wide + hidden) + multiplying + made, attention)
 
 
 def _multiplying_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -316,23 +317,22 @@ def _basis_copy_values(shape: Shape, s: MemorySettings) -> int:
 
 
 def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
-    """A sketch: momentum in float32, scaled, and rounded; that and its product with a factor; or the full gradient."""
+    """A sketch: momentum in float32, and scaled; that and its product with a factor; or the full gradient."""
     assert s.rank is not None
     values, tokens = math.prod(gradient_shape(shape, s)), s.batch_size * s.max_length
-    copied = s.dtype_bytes if s.dtype_bytes < 4 else 0
     sketching = s.dtype_bytes * (values + tokens * s.rank + basis_values(shape, s))
     if s.svd:  # the first refresh is from a sketch with random numbers
-        sketching = max(sketching, (8 + copied) * values)
+        sketching = max(sketching, (4 + s.dtype_bytes) * values)
         return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
     read = 4 * values if has_8bit_states(gradient_shape(shape, s), s) else 0
     reading = read + (_READ_8BIT_PART * min(values, _MOMENT_PART) if read else 0)
-    return _held_in_projecting_bytes(shape, s) + max(reading, read + (4 + copied) * values, sketching)
+    return _held_in_projecting_bytes(shape, s) + max(reading, read + s.dtype_bytes * values, sketching)
 
 
 def _update_bytes(shape: Shape, s: MemorySettings) -> int:
     """Beside a matrix's gradient: the direction and the bases, and what the refresh takes when one is due.
 
-    By SVD that is the gradient in float32 twice, and singular vectors; the solver's workspace is not counted.
+    By SVD that is the gradient in float32 and float64, and eigenvectors; the solver's workspace is not counted.
     """
     if s.rank is None:
         return min(_ROW_CHUNK, 4 * math.prod(shape))
@@ -341,7 +341,7 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
     if s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
         update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
     if s.svd:
-        return max(update, 4 * (2 * math.prod(shape) + min(shape) * sum(shape)))
+        return max(update, 12 * math.prod(shape) + 24 * min(shape) ** 2)
     rotated = _ROTATE_MOMENTS * values
     if has_8bit_states(gradient_shape(shape, s), s):
         part = min(values, _MOMENT_PART)

@@ -213,8 +213,6 @@ class _CapturedStack(_Stack):
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
-        # Gradients between two layers, in turn: layer i reads one and writes the other.
-        self._grads = [torch.empty_like(x), torch.empty_like(x)]
         self._buffers = self._message_buffers(x.device)
         self._sent: list[RankSum | None] = [None] * len(layers)
         """The message that a layer's graph makes."""
@@ -227,6 +225,11 @@ class _CapturedStack(_Stack):
             if not self._at_once:
                 weight.fix_sum()
         self._forward_graph = self._capture(self._run_forward)
+        # Gradients between two layers, in turn: layer i reads one and writes the other. The first takes the place of
+        # the last layer's output, which nobody needs by then.
+        self._grads = [self._outputs[-1].data, torch.empty_like(x)]
+        if len(layers) % 2:
+            self._grads.reverse()
         self._stage_graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def serves(self, x: Tensor) -> bool:

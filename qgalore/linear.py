@@ -256,8 +256,8 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
 # finds them by the forward pass alone.
 _library = torch.library.Library("qgalore", "DEF")
 _library.define(
-    "low_rank_linear_product(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer,"
-    " int width) -> Tensor"
+    "low_rank_linear_product(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor,"
+    " Tensor layer, int width) -> Tensor"
 )
 # In two, so that the input can be freed before the gradient of its size is made.
 _library.define("low_rank_linear_tap(Tensor grad_output, Tensor input, Tensor layer) -> Tensor")

@@ -221,7 +221,8 @@ class LowRankWeight(FullRankWeight):
             else:
                 momentum = adam.read_moment(self.state, "exp_avg")
                 test = momentum if side == "left" else momentum.T
-            self._test_matrices[side] = (test / test.norm(dim=1, keepdim=True).clamp_min(1e-30)).to(dtype)
+            norms, scaled = test.norm(dim=1, keepdim=True).clamp_min(1e-30), torch.empty_like(test, dtype=dtype)
+            self._test_matrices[side] = torch.div(test, norms, out=scaled)  # rounded once
         return self._test_matrices[side].to(dtype)
 
     @property
@@ -328,6 +329,7 @@ class LowRankWeight(FullRankWeight):
             for power, name in enumerate(adam.MOMENTS, start=1):
                 rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
                 self._write_where(wanted, name, functools.partial(adam.write_moment, self.state, name, rotated))
+                del rotated
         self._write_where(wanted, f"{side}_basis", lambda: self._store(side, encoded))
         return subspace.similarity(new, old)
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_LEAST_SPREAD, _MOST_AT_ONCE = 8, 14
+_LEAST_SPREAD, _MOST_AT_ONCE = 8, 7
 
 
 def first_refresh_spread(count: int, base_interval: int) -> int:
     """Updates over which the first refreshes of `count` weights are spread.
 
-    Eight, or as many as keep it to two layers of a LLaMA an update: each needs a sketch until the update is made.
+    Eight, or as many as keep it to one layer of a LLaMA an update: each needs a sketch until the update is made.
     """
     return min(max(_LEAST_SPREAD, -(-count // _MOST_AT_ONCE)), base_interval)
 

@@ -36,7 +36,7 @@ def test_no_update_refreshes_many(count: int, interval: int) -> None:
 
 def test_first_refreshes_take_eight_updates_or_more_for_large_models() -> None:
     # 60M, 130M, 350M, 7B, 13B, and intervals that are shorter.
-    cases = [(56, 200, 8), (84, 200, 8), (168, 200, 12), (224, 500, 16), (280, 200, 20), (224, 10, 10), (56, 1, 1)]
+    cases = [(56, 200, 8), (84, 200, 12), (168, 200, 24), (224, 500, 32), (280, 200, 40), (224, 10, 10), (56, 1, 1)]
     for count, interval, spread in cases:
         assert first_refresh_spread(count, interval) == spread
 
