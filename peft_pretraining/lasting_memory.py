@@ -136,13 +136,10 @@ def gradient_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
 
 
 def sum_bytes(shape: Shape, s: MemorySettings) -> int:
-    """Of a sum over the micro-batches and ranks of an update.
-
-    A gradient that comes alone keeps its own dtype, but where CUDA graphs add it to a sum.
-    """
+    """Of a sum over the micro-batches and ranks of an update; a gradient that comes alone keeps its own dtype."""
     if s.grad_accum_dtype == "int8" and len(shape) == 2:
         return _quantized_bytes(shape[0], shape[1], 8, _ACCUMULATOR_GROUP)
-    alone = s.grad_accum_steps == s.ranks == 1 and not s.cuda_graphs
+    alone = s.grad_accum_steps == s.ranks == 1
     return math.prod(shape) * (s.dtype_bytes if alone else _ACCUMULATOR_BYTES.get(s.grad_accum_dtype, 4))
 
 

@@ -12,7 +12,7 @@ that are smaller than a matrix's side are not counted one by one.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from peft_pretraining.lasting_memory import (
     MemorySettings,
@@ -101,7 +101,7 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
         "projections": layers * sum(projection_bytes(shape, s) for shape in matrices),
         "optimizer states, decoder": layers * sum(state_bytes(shape, s) for shape in low_rank),
         "optimizer states, embeddings, head, norms": sum(state_bytes(shape, s) for shape in rest),
-        _GRADIENTS: layers * gradient_bytes(low_rank, s) + gradient_bytes(rest, replace(s, cuda_graphs=False)),
+        _GRADIENTS: layers * gradient_bytes(low_rank, s) + gradient_bytes(rest, s),
         _REFRESHES: refresh_bytes(matrices, layers, s),
     }
     kept = _kept_activation_bytes(config, s)

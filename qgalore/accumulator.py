@@ -105,11 +105,13 @@ class GradientAccumulator:
 
     def replace(self, value: Tensor, seed: int) -> None:
         """Forget the sum and keep `value` instead, in the accumulator's dtype; seed is for the rounding at int8."""
+        value = value.to(self.dtype) if self.dtype == torch.bfloat16 else value
         if isinstance(self.place, Tensor):
-            self._sum = self.place.copy_(value)  # which may be a view of it
+            # Which the value may be a view of.
+            self._sum = self.place.copy_(value) if self.place.dtype == value.dtype else value
             return
         self._sum = None
-        self.add(value.to(self.dtype) if self.dtype == torch.bfloat16 else value, seed)
+        self.add(value, seed)
 
     def take(self) -> Tensor:
         """`value`; the accumulator is empty afterwards."""

@@ -95,12 +95,14 @@ class FullRankWeight:
         self._additions = 0 if accumulator.empty else self._additions + 1
         accumulator.add(grad, self._seed(ACCUMULATION, self._additions), self.numbers_of_sums)
 
-    def fix_sum(self) -> None:
+    def fix_sum(self, alone: torch.dtype | None = None) -> None:
         """Give the sum of gradients a place of its own, as CUDA graphs need it.
 
-        From then on every update begins with `begin_sum`.
+        alone: the dtype of gradients that come alone, which is kept but where sums are in INT8. From then on every
+        update begins with `begin_sum`.
         """
-        self._sum.place = self._held.place = zeros(self.gradient_shape, self._sum_dtype, self.param.device)
+        dtype = self._sum_dtype if alone is None or self._sum_dtype == torch.int8 else alone
+        self._sum.place = self._held.place = zeros(self.gradient_shape, dtype, self.param.device)
 
     def begin_sum(self) -> None:
         """Start the sum of an update from zero."""

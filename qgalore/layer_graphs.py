@@ -223,7 +223,8 @@ class _CapturedStack(_Stack):
             if weight.layer is not None:
                 weight.layer.checks_version = False
             if not self._at_once:
-                weight.fix_sum()
+                # A gradient that comes alone keeps its dtype, as it does without graphs.
+                weight.fix_sum(x.dtype if optimizer.takes_whole_gradients else None)
         self._forward_graph = self._capture(self._run_forward)
         # Gradients between two layers, in turn: layer i reads one and writes the other. The first takes the place of
         # the last layer's output, which nobody needs by then.
@@ -270,14 +271,15 @@ class _CapturedStack(_Stack):
             else:
                 self._replay_stage(stage, self._weights[updated] if updated in layers else [])
             self._finish_stage(stage)
-        self._numbers_in_use(False)
         return self._grads[0]
 
     def _replay_stage(self, stage: int, weights: list[FullRankWeight]) -> None:
         """A stage by its graph, which adds to the gradients of `weights` or updates them."""
         graph = self._stage_graphs.get(stage)
         if graph is None:
+            self._numbers_in_use(True)
             graph = self._stage_graphs[stage] = self._capture(functools.partial(self._run_stage, stage))
+            self._numbers_in_use(False)
             if stage >= 0:
                 self._sent[stage] = self._messages[stage]
         else:
@@ -310,9 +312,9 @@ class _CapturedStack(_Stack):
             rows = [weight.numbers_of_next_sum() for weight in weights]
         # A new pinned buffer each time: the copy may still be under way when the next one is written.
         self._numbers.copy_(torch.tensor(rows, dtype=torch.int32).pin_memory(), non_blocking=True)
-        self._numbers_in_use(True)
 
     def _numbers_in_use(self, used: bool) -> None:
+        """Let what is launched read the table, or again take the numbers of the host."""
         rows = self._numbers.unbind() if used else [None] * len(self._numbers)
         for weight, row in zip(itertools.chain(*self._weights), rows, strict=True):
             if self._at_once:
