@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -145,8 +146,11 @@ def in_own_process(method: str, model: str, argv: Sequence[str], timeout: float)
     """The row of one measurement, made by a process of its own; what goes wrong there is in its `error`."""
     command = [sys.executable, "-m", "benchmarks.compare", *argv, "--models", model, "--one", method]
     row: Row = dict.fromkeys(COLUMNS, "") | {"model": model, "method": method, "commit": commit()}
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as a run has it
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         return row | {"error": f"took longer than --timeout {timeout:g} seconds"}
     lines = done.stdout.splitlines()

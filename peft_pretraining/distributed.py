@@ -140,6 +140,9 @@ def start_processes(device: str, stop: StopRequest) -> Processes:
                 f"which has {torch.cuda.device_count()} CUDA devices: start at most one rank a device"
             )
         chosen = torch.device("cuda", local_rank)
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            # Read at the first allocation. Free pieces can be joined then, which a card that is nearly full needs.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(chosen)
         # CUDA graphs cannot be captured on the default stream, nor beside work of autograd that has begun on it.
         torch.cuda.set_stream(torch.cuda.Stream(chosen))

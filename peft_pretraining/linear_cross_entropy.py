@@ -98,7 +98,8 @@ def _loss_and_gradients(
     weight_grad = None
     if needs_weight:
         # A single chunk needs no sum, and a large head no float32 copy.
-        weight_grad = weight.new_zeros(weight.shape, dtype=losses.dtype if len(chunks) > 1 else weight.dtype)
+        alone = len(chunks) == 1
+        weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
     for start, stop in chunks:
         padded = buffer[: stop - start]  # (chunk, width)
         logits = padded[:, :vocabulary]  # (chunk, vocabulary)
@@ -108,7 +109,9 @@ def _loss_and_gradients(
         )
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[start:stop])
-        if weight_grad is not None:
+        if weight_grad is not None and len(chunks) == 1:
+            torch.mm(logits.T, hidden, out=weight_grad)
+        elif weight_grad is not None:
             _add_product_(weight_grad, logits.T, hidden[start:stop])
     return losses.sum(), hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
 

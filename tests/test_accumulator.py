@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qgalore.accumulator import GradientAccumulator, rows_of_gradient
+from qgalore.accumulator import GradientAccumulator, dense, rows_of_gradient, zeros
 from qgalore.kernels import reference
 from qgalore.quantization import QuantizedTensor
 
@@ -114,3 +114,38 @@ def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.
     squared_norm, skip = torch.zeros(()), torch.tensor(False)
     accumulator.check_(squared_norm, skip)
     assert skip and not squared_norm.isfinite()
+
+
+@pytest.mark.parametrize("shape", [(16, 300), (300,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_sum_in_a_place_has_the_same_bits_and_stays_there(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Also from the second update on, over whatever the first has left there."""
+    place = zeros(torch.Size(shape), dtype, torch.device("cpu"))
+    fixed = GradientAccumulator(dtype, place)
+    for update in range(2):
+        parts = [part * (update + 1) for part in grads(3, torch.bfloat16, shape)]
+        for seed, part in enumerate(parts):
+            fixed.add(part.clone(), seed)
+        held = fixed.take_as_held()
+        assert held is place and fixed.empty
+        assert torch.equal(dense(held), total(GradientAccumulator(dtype), parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_sum_over_ranks_takes_the_place_of_the_sum(dtype: torch.dtype) -> None:
+    place, plain = zeros(torch.Size((16, 300)), dtype, torch.device("cpu")), GradientAccumulator(dtype)
+    fixed = GradientAccumulator(dtype, place)
+    value, other = grads(2)
+    fixed.add(other, 0)
+    for accumulator in (fixed, plain):
+        accumulator.replace(value.clone(), 1)
+    assert torch.equal(fixed.value(), plain.value()) and fixed.take_as_held() is place
+    # A view of the sum itself, and a gradient of more bits than the place has.
+    fixed.add(other, 0)
+    sum_itself = fixed.value()
+    fixed.replace(sum_itself, 1)
+    alone = GradientAccumulator(torch.float32, zeros(torch.Size((16, 300)), torch.bfloat16, torch.device("cpu")))
+    alone.replace(value, 0)
+    assert torch.equal(alone.take(), value)
+    if dtype != torch.int8:
+        assert torch.equal(fixed.take(), sum_itself)

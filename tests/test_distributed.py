@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -71,6 +73,22 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     with pytest.raises(UserError, match=r"--nproc_per_node started rank \d+ of this machine"):
         start_processes("auto", StopRequest())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_segments_of_device_memory_can_grow() -> None:
+    """In a process of its own: the allocator reads its settings once."""
+    code = """
+import torch
+from peft_pretraining.distributed import start_processes
+from peft_pretraining.signals import StopRequest
+start_processes("cuda", StopRequest())
+kept = torch.zeros(1 << 20, device="cuda")
+assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+"""
+    environment = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def talk(folder: str) -> int:
