@@ -26,7 +26,13 @@ from peft_pretraining.eval_set import EvalSet, build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
 from peft_pretraining.model import CausalLM, build_model, compile_for, parameter_count
-from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter, replay_layers
+from peft_pretraining.optimizers import (
+    TrainingOptimizer,
+    build_optimizer,
+    low_rank_converter,
+    replay_layers,
+    replays_layers,
+)
 from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.run_metrics import PartlyMadeUpdateError, RunMetrics
 from peft_pretraining.signals import StopRequest
@@ -122,7 +128,7 @@ def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimi
     optimizer = build_optimizer(
         model, args.optimizer, args.quantization, args.subspace, args.runtime.seed, processes.gradient_all_reduce()
     )
-    if args.model.cuda_graphs == "auto":
+    if replays_layers(args):
         replay_layers(model, optimizer)
     return model, optimizer
 

@@ -6,6 +6,7 @@ from peft_pretraining.args import GROUPS, RunArgs
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.memory_plan import MemoryPlan, plan_memory
 from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.optimizers import replays_layers
 
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -47,7 +48,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         dtype_bytes=_DTYPE_BYTES[args.model.dtype],
         cuda=cuda,
         compiled=compiled,
-        cuda_graphs=compiled and cuda and _replays_layers(args),
+        cuda_graphs=compiled and cuda and replays_layers(args),
         grad_accum_steps=args.batch.gradient_accumulation,
         grad_accum_dtype=args.model.dtype if of_library else optimizer.grad_accum_dtype,
         per_layer=optimizer.per_layer,
@@ -66,12 +67,3 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         states=int(optimizer.beta1 > 0) if of_library else 2,
         factored=optimizer.optimizer == "adafactor",
     )
-
-
-def _replays_layers(args: RunArgs) -> bool:
-    """Whether compiled layers run from CUDA graphs: `optimizers.replay_layers` and `qgalore.layer_graphs` decide."""
-    quantization, optimizer = args.quantization, args.optimizer
-    fits = not (quantization.weight_quant and quantization.simulation) and quantization.weight_group_size % 8 == 0
-    at_once = optimizer.per_layer and args.batch.gradient_accumulation == 1
-    packs = at_once and optimizer.grad_accum_dtype == "int8"
-    return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits and not packs

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.arg_groups import OptimizerArgs, QuantizationArgs, SubspaceArgs
+from peft_pretraining.args import RunArgs
 from peft_pretraining.model import low_rank_names
 from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaMLP
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
@@ -206,19 +207,26 @@ def build_optimizer(
     return optimizer
 
 
-def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
-    """Let the decoder layers run from CUDA graphs where that is possible and pays.
+def replays_layers(args: RunArgs) -> bool:
+    """Whether these flags let compiled decoder layers run from CUDA graphs on a GPU with Triton.
 
-    That is where they are compiled, on a CUDA GPU, and Triton kernels update all their weights. In every other case
-    nothing changes.
+    All that changes from step to step must be read from the device: not so for fake quantization, for groups that
+    Triton's kernels cannot take, and for a gradient that is packed into 8 bits without a sum.
     """
+    optimizer, quantization = args.optimizer, args.quantization
+    fake = quantization.weight_quant and quantization.simulation
+    packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
+    fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
+    return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
+
+
+def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
+    """Let the decoder layers run from CUDA graphs where they are compiled, on a CUDA GPU, and Triton updates them."""
     if not isinstance(model, LlamaForCausalLM) or not isinstance(optimizer, LowRankAdamW):
         return
     run, device = model.model.compiled_layer, next(model.parameters()).device
     matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
-    if run is None or device.type != "cuda":
-        return
-    if matrices and all(not x.format.simulate and reads_numbers(device, x.group_size) for x in matrices):
+    if run is not None and device.type == "cuda" and all(reads_numbers(device, x.group_size) for x in matrices):
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
 

@@ -1,20 +1,7 @@
 """Q-GaLore and GaLore as ordinary optimizers: AdamW on projected gradients, with updates inside the backward if asked.
 
 A param group with a `rank` is low-rank: its gradients are projected (GaLore, arXiv 2403.03507; Q-GaLore, arXiv
-2407.08296). A group without one is plain AdamW. The keys are those that users of q-galore-torch know:
-
-| key | meaning | default |
-| --- | --- | --- |
-| rank | dimension of the subspace | |
-| update_proj_gap | updates between refreshes of a subspace | 200 |
-| scale | multiplier of the low-rank update (galore_scale, alpha) | 0.25 |
-| proj_type | std, reverse_std, left, right, full: the side that is projected; full: both | std |
-| quant, quant_n_bit, quant_group_size | hold the projection in 4 or 8 bits, in groups | by class, 4, 256 |
-| cos_threshold, gamma_proj, queue_size | the lazy layer-wise rule; gamma_proj 1 turns it off | 0.4, 2, 5 |
-| max_update_proj_gap | cap of the lazy interval; 0: 8 times the gap | 0 |
-| subspace | svd, or streaming: `qgalore.subspace` has both | svd |
-| svd_method | full or randomized | full |
-| rotate_moments | rotate Adam's moments into a new basis; None: where streaming | None |
+2407.08296); `qgalore.param_groups` has its keys. A group without one is plain AdamW.
 
 Alone, such an optimizer reads `.grad` like any other. `attach(model)` lets it take each gradient as soon as the
 backward has it: only the projected gradient is kept, also over several micro-batches, and quantized weights, which
@@ -35,33 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
+from qgalore.param_groups import complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.update_checks import UpdateChecks
 
-_LOW_RANK_DEFAULTS: dict[str, Any] = {
-    "update_proj_gap": 200,
-    "scale": 0.25,
-    "proj_type": "std",
-    "quant_n_bit": 4,
-    "quant_group_size": 256,
-    "cos_threshold": 0.4,
-    "gamma_proj": 2,
-    "queue_size": 5,
-    "subspace": "svd",
-    "svd_method": "full",
-    "rotate_moments": None,
-    "max_update_proj_gap": 0,
-}
-_CHOICES = {
-    "proj_type": ("std", "reverse_std", "left", "right", "full"),
-    "subspace": ("svd", "streaming"),
-    "svd_method": ("full", "randomized"),
-    "quant_n_bit": (4, 8),
-}
-
 
 class LowRankAdamW(Optimizer):
-    """AdamW with projected gradients for the param groups that have a `rank`; see the module's table."""
+    """AdamW with projected gradients for the param groups that have a `rank`; see `qgalore.param_groups`."""
 
     state_bits = 32
     """Bits of Adam's states: 32 (float32) or 8 (block-wise)."""
@@ -117,11 +84,7 @@ class LowRankAdamW(Optimizer):
         if param_group.get("rank") is None:
             param_group.pop("rank", None)
         else:
-            for key, value in (_LOW_RANK_DEFAULTS | {"quant": self.quant}).items():
-                param_group.setdefault(key, value)
-            if param_group["rotate_moments"] is None:
-                param_group["rotate_moments"] = param_group["subspace"] == "streaming"
-            self._check_low_rank(param_group)
+            complete_low_rank(param_group, self.quant)
         super().add_param_group(param_group)
         if "rank" in param_group and param_group["weight_decay"] and not param_group["decoupled_weight_decay"]:
             raise ValueError(
@@ -129,17 +92,6 @@ class LowRankAdamW(Optimizer):
                 "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
             )
         self._build_weights()
-
-    @staticmethod
-    def _check_low_rank(group: dict[str, Any]) -> None:
-        for key, choices in _CHOICES.items():
-            if group[key] not in choices:
-                raise ValueError(f"{key}={group[key]!r} is unknown: it must be one of {', '.join(map(str, choices))}")
-        for key in ("rank", "update_proj_gap", "quant_group_size", "queue_size"):
-            if int(group[key]) < 1:
-                raise ValueError(f"{key}={group[key]} must be at least 1")
-        if group["subspace"] == "streaming" and group["proj_type"] == "full":
-            raise ValueError("proj_type='full' needs subspace='svd': a streaming subspace has one side")
 
     def _build_weights(self) -> None:
         """One object a parameter, numbered in the order of the groups; the low-rank ones also among themselves.

@@ -1,4 +1,20 @@
-"""Which parameters of a model are low-rank, and the param groups of an optimizer made of them."""
+"""Which parameters of a model are low-rank, and the param groups of an optimizer made of them.
+
+The keys of a low-rank group are those that users of q-galore-torch know:
+
+| key | meaning | default |
+| --- | --- | --- |
+| rank | dimension of the subspace | |
+| update_proj_gap | updates between refreshes of a subspace | 200 |
+| scale | multiplier of the low-rank update (galore_scale, alpha) | 0.25 |
+| proj_type | std, reverse_std, left, right, full: the side that is projected; full: both | std |
+| quant, quant_n_bit, quant_group_size | hold the projection in 4 or 8 bits, in groups | by class, 4, 256 |
+| cos_threshold, gamma_proj, queue_size | the lazy layer-wise rule; gamma_proj 1 turns it off | 0.4, 2, 5 |
+| max_update_proj_gap | cap of the lazy interval; 0: 8 times the gap | 0 |
+| subspace | svd, or streaming: `qgalore.subspace` has both | svd |
+| svd_method | full or randomized | full |
+| rotate_moments | rotate Adam's moments into a new basis; None: where streaming | None |
+"""
 
 from __future__ import annotations
 
@@ -8,6 +24,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from qgalore.linear import LowRankLinear
+
+_LOW_RANK_DEFAULTS: dict[str, Any] = {
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "quant_n_bit": 4,
+    "quant_group_size": 256,
+    "cos_threshold": 0.4,
+    "gamma_proj": 2,
+    "queue_size": 5,
+    "subspace": "svd",
+    "svd_method": "full",
+    "rotate_moments": None,
+    "max_update_proj_gap": 0,
+}
+_CHOICES = {
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "subspace": ("svd", "streaming"),
+    "svd_method": ("full", "randomized"),
+    "quant_n_bit": (4, 8),
+}
 
 
 def linear_names(model: nn.Module, targets: Iterable[str] = ("self_attn", "mlp")) -> list[str]:
@@ -23,7 +60,7 @@ def linear_names(model: nn.Module, targets: Iterable[str] = ("self_attn", "mlp")
 def low_rank_param_groups(model: nn.Module, names: Iterable[str], **low_rank: Any) -> list[dict[str, Any]]:
     """Two param groups: all parameters but the weights of the named linear layers; those weights, with `low_rank`.
 
-    low_rank holds the keys of `qgalore.optimizer`'s table, `rank` among them. A parameter that needs no gradient is
+    low_rank holds keys of the table above, `rank` among them. A parameter that needs no gradient is
     left out, unless it is the integer weight of a `LowRankLinear`.
     """
     weights: list[Tensor] = [model.get_submodule(name).get_parameter("weight") for name in names]
@@ -31,3 +68,19 @@ def low_rank_param_groups(model: nn.Module, names: Iterable[str], **low_rank: An
     quantized = {module.weight for module in model.modules() if isinstance(module, LowRankLinear)}
     rest = [p for p in model.parameters() if p not in chosen and (p.requires_grad or p in quantized)]
     return [{"params": rest}, {"params": weights, **low_rank}]
+
+
+def complete_low_rank(group: dict[str, Any], quant: bool) -> None:
+    """Fill in the keys that a low-rank group lacks, `quant` among them; raises ValueError for what makes no sense."""
+    for key, value in (_LOW_RANK_DEFAULTS | {"quant": quant}).items():
+        group.setdefault(key, value)
+    if group["rotate_moments"] is None:
+        group["rotate_moments"] = group["subspace"] == "streaming"
+    for key, choices in _CHOICES.items():
+        if group[key] not in choices:
+            raise ValueError(f"{key}={group[key]!r} is unknown: it must be one of {', '.join(map(str, choices))}")
+    for key in ("rank", "update_proj_gap", "quant_group_size", "queue_size"):
+        if int(group[key]) < 1:
+            raise ValueError(f"{key}={group[key]} must be at least 1")
+    if group["subspace"] == "streaming" and group["proj_type"] == "full":
+        raise ValueError("proj_type='full' needs subspace='svd': a streaming subspace has one side")
