@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +20,11 @@ from torch._dynamo.utils import counters
 import run_pretrain
 from peft_pretraining.args import parse_args
 from peft_pretraining.modeling_llama import LlamaForCausalLM
-from qgalore import layer_graphs
+from qgalore import kernels, layer_graphs
 from qgalore.accumulator import Gradient
-from qgalore.layer_graphs import LayerGraphs, _Stack
+from qgalore.full_rank_weight import FullRankWeight
+from qgalore.layer_graphs import LayerGraphs, _CapturedStack, _Stack
+from qgalore.low_rank_weight import LowRankWeight
 from qgalore.optimizer import LowRankAdamW
 from qgalore.rank_sum import AllReduce
 from tests.small_run import CONFIG
@@ -56,7 +62,7 @@ CASES = {
 }
 
 SUMMED = [("streaming", True), ("int8 sums", True)]
-"""Cases that run on several ranks, too, where that takes long."""
+"""Cases that are tried as on several ranks, too."""
 
 
 def trained(
@@ -122,8 +128,7 @@ def test_one_compilation_serves_all_layers_and_changes_nothing(
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("sums", [False, True], ids=["one rank", "several"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "sums"), [*((case, False) for case in CASES), *SUMMED])
 def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
     case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,8 +149,10 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
     assert len(calls) % (3 * 9) == 0 and calls
 
 
-@pytest.mark.parametrize("sums", [False, True], ids=["one rank", "several"])
-@pytest.mark.parametrize("case", [case for case in CASES if "sums" in case or case in ("in step", "clipping")])
+@pytest.mark.parametrize(
+    ("case", "sums"),
+    [*((case, False) for case in CASES if "sums" in case or case in ("in step", "clipping")), ("int8 sums", True)],
+)
 def test_sums_in_fixed_places_have_the_same_bits(
     case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +184,109 @@ def test_sums_in_fixed_places_have_the_same_bits(
     monkeypatch.setattr(layer_graphs, "_Stack", Fixed)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == plain[:2]
     assert len(places) == 7 and all(found == places[0] for found in places)
+
+
+class EmulatedGraph:
+    """Runs again what was captured, as a graph would, but from Python and so with the host's account of it."""
+
+    def __init__(self, stack: EmulatedStack, work: Callable[[], None]) -> None:
+        self.stack, self.work, self.replays = stack, work, 0
+
+    def replay(self) -> None:
+        """The first time `work` has already run, when it was captured."""
+        self.replays += 1
+        if self.replays > 1:
+            before = list(self.stack._messages)  # a graph makes no objects
+            self.stack._numbers_in_use(True)
+            self.work()
+            self.stack._numbers_in_use(False)
+            self.stack._messages = before
+
+
+class EmulatedStack(_CapturedStack):
+    """The stack of graphs on a CPU: its order, its table of numbers, its places and messages."""
+
+    def _capture(self, work: Callable[[], None]) -> Any:
+        work()
+        return EmulatedGraph(self, work)
+
+    def _run_forward(self) -> None:
+        del self._inputs[1:], self._outputs[:]
+        super()._run_forward()
+
+    def _replay_stage(self, stage: int, weights: list[FullRankWeight]) -> None:
+        of_layer = self._weights[stage] if stage >= 0 else []
+        assert not any(weight.changes_subspace for weight in (*of_layer, *weights)), "a graph refreshes nothing"
+        super()._replay_stage(stage, weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What has run at the capture saw no input.
+        self._forward_graph.replays += 1  # type: ignore[attr-defined]
+        return super().forward(x)
+
+    def memory(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let runs on the CPU go as from graphs; what reads the table must find the numbers of a plain call there.
+
+    Returns a list that gets an entry for each such reading.
+    """
+    readings = []
+
+    def reading(name: str, used: slice, numbers_of: Callable[[dict[str, Any]], list[int]]) -> None:
+        function = getattr(kernels, name)
+        signature = inspect.signature(function)
+
+        def read(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            numbers = given.arguments.pop("numbers")
+            if numbers is not None:
+                assert numbers.tolist()[used] == numbers_of(given.arguments)[used]
+                readings.append(1)
+            return function(**given.arguments)
+
+        monkeypatch.setattr(kernels, name, read)
+
+    def of_update(given: dict[str, Any]) -> list[int]:
+        # Where nothing is rounded at random the table's seed is not read.
+        return kernels.numbers_row(given["seed"], given["step_size"], given["decay"], 1, (0.9, 0.99))
+
+    reading("update_quantized_", slice(0, 4), of_update)
+    reading("update_float_", slice(0, 4), of_update)
+    reading("adam_step", slice(4, 6), lambda given: kernels.numbers_row(0, 0.0, 0.0, given["step"], given["betas"]))
+
+    def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
+        model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
+
+    monkeypatch.setattr(run_pretrain, "replays_layers", lambda _: True)
+    monkeypatch.setattr(run_pretrain, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(layer_graphs, "_CapturedStack", EmulatedStack)
+    monkeypatch.setattr(layer_graphs, "_can_capture", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    for kind in (FullRankWeight, LowRankWeight):
+        for name in ("count_replayed_update", "count_replayed_sum"):
+            monkeypatch.setattr(kind, name, lambda _: None)
+    return readings
+
+
+@pytest.mark.parametrize(("case", "sums"), [*((case, False) for case in CASES), *SUMMED])
+def test_emulated_graphs_give_the_bits_of_plain_calls(
+    case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"{CASES[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", flags, sums=sums)
+    readings = emulate_graphs(monkeypatch)
+    emulated = trained(tmp_path, "cpu", flags, sums=sums)
+    assert emulated[:2] == plain[:2]
+    graphs = emulated[2].model.run_layers
+    assert isinstance(graphs, LayerGraphs) and graphs.replays
+    float_sums = "--gradient_accumulation" in flags and "int8" not in flags.split("--grad_accum_dtype")[-1]
+    waits = float_sums or "_per_layer" not in flags
+    assert bool(readings) == (not waits), "float sums need no numbers, and waiting updates those of the host"
 
 
 def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
