@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.quality import ROOT, append_row, commit
+from benchmarks.rows import ROOT, append_row, commit
 from qgalore import LowRankLinear, WeightFormat, kernels
 
 # Tokens, and (inputs, outputs) of the attention's matrices, of gate and up, and of down.

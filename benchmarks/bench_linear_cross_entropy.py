@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality import ROOT, append_row, commit
+from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 
 SHAPES = {

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.compare import Row, config_path, in_own_process
 from benchmarks.compare_methods import CHECKPOINTING, Setting, q_galore_flags
-from benchmarks.quality import ROOT, append_row
+from benchmarks.rows import ROOT, append_row
 from peft_pretraining.args import parse_args
 from peft_pretraining.dry_run import plan
 from peft_pretraining.memory_plan import MemoryPlan

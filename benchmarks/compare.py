@@ -33,7 +33,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from benchmarks.compare_methods import CHECKPOINTING, LENGTH, METHODS, Setting, split_method
-from benchmarks.quality import ROOT, append_row, commit
+from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import read_config_json
 from peft_pretraining.throughput import memory_metrics

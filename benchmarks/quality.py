@@ -1,10 +1,12 @@
 """Perplexity of named settings on a fixed token set: each is trained by the real `run_pretrain.py`.
 
-    python benchmarks/quality.py --tokens DIR [--settings adamw_tuned,q_galore_streaming] [--updates 800]
+    python -m benchmarks.quality --tokens DIR --settings adamw_tuned,q_galore_streaming --seeds 0,1,2 --parallel 3
+    python -m benchmarks.quality --plot frontier.png
 
 DIR holds `train.uint16` and `validation.uint16` (`scripts/tokenize_dataset.py` writes such a folder). One row a run
-goes to `benchmarks/results/quality.csv`. The setting: LLaMA-60M, 65,536 tokens an update, sequences of 256, cosine to
-10 % after 10 % of warm-up, clipping at 1.
+goes to `benchmarks/results/quality.csv`, with the perplexity on DIR's validation tokens, by which settings are chosen,
+and on those of `--c4_tokens`, which is only reported. Bytes are those of the plan (`--dry_run`). The setting:
+LLaMA-60M, 65,536 tokens an update, sequences of 256, cosine to 10 % after 10 % of warm-up, clipping at 1.
 """
 
 from __future__ import annotations
@@ -12,15 +14,27 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+
+import run_pretrain
+from benchmarks.rows import ROOT, append_row, commit
+from peft_pretraining.args import RunArgs, parse_args
+from peft_pretraining.checkpoint import load_checkpoint
+from peft_pretraining.checkpoint_folder import list_checkpoints
+from peft_pretraining.distributed import Processes
+from peft_pretraining.dry_run import plan
+from peft_pretraining.eval_set import build_eval_set
+from peft_pretraining.evaluation import evaluate
+from peft_pretraining.model_config import LlamaConfig
 
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", "--weight_quant", "--stochastic_round", "--proj_quant"]
 LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update_proj_gap", "200"]
@@ -38,54 +52,102 @@ SETTINGS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """Train the settings asked for, one after the other, and append a row for each."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train the settings asked for with every seed, and append a row for each run as soon as it has ended."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.settings.split(",")) - set(SETTINGS))
+    if unknown:
+        parser.error(f"--settings {','.join(unknown)}: there are {', '.join(SETTINGS)}")
+    if not args.tokens and not args.plot:
+        parser.error("--tokens is missing: a folder with train and validation token files (or give --plot alone)")
+    if args.tokens:
+        runs = [(name, int(seed)) for name in args.settings.split(",") for seed in args.seeds.split(",")]
+        with ThreadPoolExecutor(args.parallel) as pool:
+            for done in as_completed([pool.submit(measure, name, seed, args) for name, seed in runs]):
+                print(json.dumps(done.result()), flush=True)
+                append_row(Path(args.results), done.result())
+    if args.plot:
+        plot(Path(args.results), Path(args.plot))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", required=True, help="folder with train and validation token files")
+    parser.add_argument("--tokens", help="folder with train and validation token files")
+    parser.add_argument("--c4_tokens", help="folder with the validation tokens of C4, which are only reported")
     parser.add_argument("--settings", default=",".join(SETTINGS), help="names, separated by commas")
     parser.add_argument("--model", default="60m", help="name of a config")
     parser.add_argument("--updates", type=int, default=800, help="updates a run")
-    parser.add_argument("--batch_size", type=int, default=256, help="sequences of 256 tokens in a micro-batch")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and rounding")
+    parser.add_argument("--sequences", type=int, default=256, help="sequences of 256 tokens an update")
+    parser.add_argument("--batch_size", type=int, default=256, help="sequences in a micro-batch")
+    parser.add_argument("--seeds", default="0", help="seeds of weights, data order and rounding, separated by commas")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/quality.csv"), help="CSV to append to")
+    parser.add_argument("--plot", help="draw perplexity against bytes, of all rows in --results, into this file")
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     parser.add_argument("--extra", default="", help="more flags for every run, in one string")
-    args = parser.parse_args()
-    for name in args.settings.split(","):
-        row = measure(name, args)
-        print(json.dumps(row), flush=True)
-        append_row(Path(args.results), row)
+    return parser
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+def flags_of_run(name: str, seed: int, args: argparse.Namespace) -> list[str]:
+    """The command line of `run_pretrain.py`, without its folder."""
+    flags = ["--model_config", str(ROOT / f"configs/llama_{args.model}.json"), "--dataset", args.tokens]
+    flags += ["--max_length", "256", "--batch_size", str(args.batch_size), "--total_batch_size", str(args.sequences)]
+    flags += ["--seed", str(seed), "--num_training_steps", str(args.updates), "--device", args.device]
+    flags += ["--warmup_steps", str(args.updates // 10), "--grad_clipping", "1.0"]
+    return [*flags, "--wandb_mode", "off", "--save_every", "0", *SETTINGS[name], *args.extra.split()]
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
     """Train one setting and read its metrics."""
-    flags = ["--model_config", f"configs/llama_{args.model}.json", "--dataset", args.tokens, "--max_length", "256"]
-    flags += ["--batch_size", str(args.batch_size), "--total_batch_size", "256", "--seed", str(args.seed)]
-    flags += ["--num_training_steps", str(args.updates), "--warmup_steps", str(args.updates // 10)]
-    flags += [
-        "--grad_clipping",
-        "1.0",
-        "--wandb_mode",
-        "off",
-        "--save_every",
-        "0",
-        *SETTINGS[name],
-        *args.extra.split(),
-    ]
+    flags = flags_of_run(name, seed, args)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "run_pretrain.py", *flags, "--save_dir", folder]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        seconds = time.perf_counter() - start
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return summarize(name, args, lines, time.perf_counter() - start)
+        run = parse_args([*flags, "--save_dir", folder, "--compile", "off"])
+        c4 = round(perplexity_on(args.c4_tokens, run), 3) if args.c4_tokens else ""
+    row = summarize(name, seed, args, lines, seconds) | {"c4_perplexity": c4}
+    return row | planned_bytes(run)
 
 
-def summarize(name: str, args: argparse.Namespace, lines: list[dict[str, float]], seconds: float) -> dict[str, object]:
+def perplexity_on(tokens: str, run: RunArgs) -> float:
+    """Of the newest checkpoint of a run, on the validation tokens of another folder."""
+    use_cuda = run.runtime.device == "cuda" or (run.runtime.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if use_cuda else "cpu")
+    model, _ = run_pretrain.build(run, Processes(0, 1, device))
+    model.load_state_dict(load_checkpoint(list_checkpoints(Path(run.checkpoint.save_dir))[-1]).model_tensors)
+    eval_set = build_eval_set(
+        dataset=tokens, tokenizer=None, packing=run.data.packing, max_length=run.batch.max_length,
+        eval_batch_size=run.evaluation.eval_batch_size, eval_tokens=run.evaluation.eval_tokens,
+    )  # fmt: skip
+    return evaluate(model, eval_set, device).perplexity
+
+
+def planned_bytes(run: RunArgs) -> dict[str, float]:
+    """GB of what stays during a run: weights; projections and optimizer states; gradients that wait for the update."""
+    lasting = plan(run, LlamaConfig.from_json(run.model.model_config)).lasting
+    first_words = {
+        "weights_gb": ("decoder weights", "embeddings"),
+        "states_gb": ("projections", "optimizer states"),
+        "gradients_gb": ("gradients",),
+    }
+    return {
+        column: round(sum(size for name, size in lasting.items() if name.startswith(words)) / 1e9, 4)
+        for column, words in first_words.items()
+    }
+
+
+def summarize(
+    name: str, seed: int, args: argparse.Namespace, lines: list[dict[str, float]], seconds: float
+) -> dict[str, object]:
     """One row of results from the lines of a metrics.jsonl."""
-    import torch
-
     train = [line for line in lines if "train/loss" in line]
     speeds = sorted(line["throughput/tokens_per_second"] for line in train)
     last, evaluation = train[-1], lines[-1]
@@ -94,7 +156,7 @@ def summarize(name: str, args: argparse.Namespace, lines: list[dict[str, float]]
         "flags": " ".join(SETTINGS[name] + args.extra.split()),
         "model": args.model,
         "updates": args.updates,
-        "seed": args.seed,
+        "seed": seed,
         "perplexity": round(evaluation["eval/perplexity"], 3),
         "perplexity_official": round(evaluation["eval/perplexity_official"], 3),
         "eval_tokens": int(evaluation["eval/tokens"]),
@@ -111,25 +173,27 @@ def summarize(name: str, args: argparse.Namespace, lines: list[dict[str, float]]
     }
 
 
-def commit() -> str:
-    """The commit measured, from git or, for a copy without a repository, from the variable COMMIT."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
+def plot(results: Path, picture: Path) -> None:
+    """Perplexity against the bytes of weights, states and gradients: a point a setting, its seeds' mean and range."""
+    from matplotlib import pyplot
 
-
-def append_row(path: Path, row: dict[str, object]) -> None:
-    """Append a row to a CSV file, with a header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    with results.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["weights_gb"]:
+                size = sum(float(row[name]) for name in ("weights_gb", "states_gb", "gradients_gb"))
+                key = (row["model"], row["updates"], row["setting"], row["flags"])
+                groups.setdefault(key, []).append((size, float(row["perplexity"])))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for (model, updates, setting, _), points in groups.items():
+        (size, *_), found = zip(*points, strict=True)
+        mean = sum(found) / len(found)
+        axes.errorbar(size, mean, yerr=[[mean - min(found)], [max(found) - mean]], fmt="o", capsize=3)
+        axes.annotate(f"{setting} ({model}, {updates})", (size, mean), fontsize=7)
+    axes.set_xlabel("weights, optimizer states and gradients, GB")
+    axes.set_ylabel("perplexity")
+    figure.savefig(picture, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
