@@ -47,11 +47,11 @@ def test_rows_and_table(tmp_path: Path) -> None:
         assert (row["cap_gib"], row["commit"]) == ("16.0", "abc")
     peaks = [row["peak_gb"] for row in written]
     assert peaks == ["2.0", "2.0", ""] and written[2]["ratio"] == ""
-    assert float(written[0]["ratio"]) == pytest.approx(2.0 / float(written[0]["planned_peak_gb"]), abs=1e-3)
+    assert float(written[0]["ratio"]) == pytest.approx(2.5 / float(written[0]["planned_peak_gb"]), abs=1e-3)
     assert int(written[1]["gradients"]) > 0 == int(written[0]["gradients"])
     lines = bench_memory.table(rows).splitlines()
     assert len(lines) == 2 + 3 and {line.count("|") for line in lines} == {11}
-    assert lines[2].startswith("| 60m | 128 | 256 | yes |") and "| 2.0 |" in lines[2] and "| 3.0 | 2.5 |" in lines[2]
+    assert lines[2].startswith("| 60m | 128 | 256 | yes |") and "| 2.5 | " in lines[2] and "| 3.5 | 2.0 |" in lines[2]
     assert lines[3].startswith("| 60m | 128 | 4 x 64 | no |")
     assert "| OutOfMemoryError: 1 / 2 |" in lines[4]
 
