@@ -28,10 +28,10 @@ from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
 from peft_pretraining.model import CausalLM, build_model, compile_for, parameter_count
 from peft_pretraining.optimizers import (
     TrainingOptimizer,
+    allows_graphs,
     build_optimizer,
     low_rank_converter,
     replay_layers,
-    replays_layers,
 )
 from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.run_metrics import PartlyMadeUpdateError, RunMetrics
@@ -128,7 +128,7 @@ def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimi
     optimizer = build_optimizer(
         model, args.optimizer, args.quantization, args.subspace, args.runtime.seed, processes.gradient_all_reduce()
     )
-    if replays_layers(args):
+    if allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
 

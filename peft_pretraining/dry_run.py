@@ -6,7 +6,7 @@ from peft_pretraining.args import GROUPS, RunArgs
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.memory_plan import MemoryPlan, plan_memory
 from peft_pretraining.model_config import LlamaConfig
-from peft_pretraining.optimizers import replays_layers
+from peft_pretraining.optimizers import allows_graphs
 
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -48,7 +48,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         dtype_bytes=_DTYPE_BYTES[args.model.dtype],
         cuda=cuda,
         compiled=compiled,
-        cuda_graphs=compiled and cuda and replays_layers(args),
+        cuda_graphs=compiled and cuda and allows_graphs(args),
         grad_accum_steps=args.batch.gradient_accumulation,
         grad_accum_dtype=args.model.dtype if of_library else optimizer.grad_accum_dtype,
         per_layer=optimizer.per_layer,

@@ -8,13 +8,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qgalore.accumulator import GROUP_SIZE
+from qgalore.adam import BLOCK_SIZE, MIN_8BIT_NUMEL
 from qgalore.subspace_schedule import first_refresh_spread
 
 Shape = tuple[int, ...]
 
-_BLOCK = 256  # values that share a float32 absmax in an 8-bit state
-_MIN_8BIT = 4096  # smaller weights keep float32 states
-_ACCUMULATOR_GROUP = 256  # values that share a scale and a zero point in an INT8 gradient accumulator
 _ACCUMULATOR_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -121,13 +120,13 @@ def state_bytes(shape: Shape, s: MemorySettings) -> int:
         return 4 * sum(shape)
     values = math.prod(shape)
     if has_8bit_states(shape, s):
-        return s.states * (values + 4 * math.ceil(values / _BLOCK))
+        return s.states * (values + 4 * math.ceil(values / BLOCK_SIZE))
     return s.states * values * (s.state_bits // 8 if s.state_bits != 8 else 4)
 
 
 def has_8bit_states(shape: Shape, s: MemorySettings) -> bool:
     """Whether the states of a gradient of this shape are held in 8 bits."""
-    return s.state_bits == 8 and math.prod(shape) >= _MIN_8BIT
+    return s.state_bits == 8 and math.prod(shape) >= MIN_8BIT_NUMEL
 
 
 def gradient_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
@@ -138,7 +137,7 @@ def gradient_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
 def sum_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of a sum over the micro-batches and ranks of an update; a gradient that comes alone keeps its own dtype."""
     if s.grad_accum_dtype == "int8" and len(shape) == 2:
-        return _quantized_bytes(shape[0], shape[1], 8, _ACCUMULATOR_GROUP)
+        return _quantized_bytes(shape[0], shape[1], 8, GROUP_SIZE)
     alone = s.grad_accum_steps == s.ranks == 1
     return math.prod(shape) * (s.dtype_bytes if alone else _ACCUMULATOR_BYTES.get(s.grad_accum_dtype, 4))
 

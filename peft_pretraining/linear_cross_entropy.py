@@ -95,10 +95,9 @@ def _loss_and_gradients(
     buffer = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), width)
     losses = hidden.new_empty(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,)
     hidden_grad = hidden.new_empty(hidden.shape) if needs_hidden else None
-    weight_grad = None
+    weight_grad, alone = None, len(chunks) == 1
     if needs_weight:
         # A single chunk needs no sum, and a large head no float32 copy.
-        alone = len(chunks) == 1
         weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
     for start, stop in chunks:
         padded = buffer[: stop - start]  # (chunk, width)
@@ -109,7 +108,7 @@ def _loss_and_gradients(
         )
         if hidden_grad is not None:
             torch.mm(logits, weight, out=hidden_grad[start:stop])
-        if weight_grad is not None and len(chunks) == 1:
+        if weight_grad is not None and alone:
             torch.mm(logits.T, hidden, out=weight_grad)
         elif weight_grad is not None:
             _add_product_(weight_grad, logits.T, hidden[start:stop])

@@ -29,6 +29,7 @@ from peft_pretraining.lasting_memory import (
 )
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
+from qgalore.adam import MOMENT_PART
 from qgalore.padding import padded_width
 from qgalore.subspace import projects_directly
 
@@ -38,13 +39,11 @@ _WORKSPACES = 2 * (32 << 20)
 of the forward pass and autograd's."""
 _HEAD_COLUMNS = 64  # the logits of a token are padded to a multiple
 _ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
-_MOMENT_PART = 1 << 20  # values of an 8-bit moment that are read or written at a time
 _READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float32 values
 _WRITE_8BIT_PART = 20
 """Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
-_ROTATE_MOMENTS = 12
-"""Bytes a value: of the second moment what is read and what is made of it (8), beside what was made of the first (4).
-A float32 moment is not read; when it is written there are the new values, the old ones and those of them chosen."""
+_ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
+_WRITE_FLOAT_MOMENT = 12  # bytes a value: the new values, the old ones, and those of them that are chosen
 _WRITE_8BIT_MOMENT = 5  # bytes a value: what is written (4), and to take it back the codes of before (1)
 _CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
 
@@ -325,7 +324,7 @@ def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
         sketching = max(sketching, (4 + s.dtype_bytes) * values)
         return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
     read = 4 * values if has_8bit_states(gradient_shape(shape, s), s) else 0
-    reading = read + (_READ_8BIT_PART * min(values, _MOMENT_PART) if read else 0)
+    reading = read + (_READ_8BIT_PART * min(values, MOMENT_PART) if read else 0)
     return _held_in_projecting_bytes(shape, s) + max(reading, read + s.dtype_bytes * values, sketching)
 
 
@@ -342,11 +341,11 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
     if s.svd:
         return max(update, 12 * math.prod(shape) + 24 * min(shape) ** 2)
-    rotated = _ROTATE_MOMENTS * values
+    rotated = _WRITE_FLOAT_MOMENT * values
     if has_8bit_states(gradient_shape(shape, s), s):
-        part = min(values, _MOMENT_PART)
-        reading = (_ROTATE_MOMENTS - 4) * values + _READ_8BIT_PART * part
-        rotated = max(rotated, reading, _WRITE_8BIT_MOMENT * values + _WRITE_8BIT_PART * part)
+        part = min(values, MOMENT_PART)
+        writing = _WRITE_8BIT_MOMENT * values + _WRITE_8BIT_PART * part
+        rotated = max(_ROTATE_MOMENT * values, 4 * values + _READ_8BIT_PART * part, writing)
     sketch = s.dtype_bytes * (values + bases)  # with the matrix that it was made with
     return update + sketch + rotated + _CHANGE_BASIS * bases + 4 * s.rank**2
 

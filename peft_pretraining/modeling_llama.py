@@ -185,7 +185,7 @@ class LlamaForCausalLM(nn.Module):
         is inside it: only what a gradient needs is computed again.
         """
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
-        # memory and two per cent of the speed.
+        # memory and 1 to 4 % of the speed.
         torch._functorch.config.ban_recompute_materialized_backward = False
         # Same seed, same bits: no choice between kernels by how fast they happen to run.
         options: dict[str, Any] = {"deterministic": True} if backend == "inductor" else {}

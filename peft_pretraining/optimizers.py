@@ -207,7 +207,7 @@ def build_optimizer(
     return optimizer
 
 
-def replays_layers(args: RunArgs) -> bool:
+def allows_graphs(args: RunArgs) -> bool:
     """Whether these flags let compiled decoder layers run from CUDA graphs on a GPU with Triton.
 
     All that changes from step to step must be read from the device: not so for fake quantization, for groups that

@@ -11,8 +11,8 @@ from qgalore.quantization import QuantizedTensor, quantize
 Gradient = Tensor | QuantizedTensor
 """A gradient in a float dtype, or a sum of gradients in INT8."""
 
-
-_GROUP_SIZE = 256
+GROUP_SIZE = 256
+"""Values that share a scale and a zero point in an INT8 sum."""
 
 
 def dense(gradient: Gradient) -> Tensor:
@@ -32,7 +32,7 @@ def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Gradie
     """A sum of nothing; int8 matrices in groups, int8 vectors in float32."""
     if dtype != torch.int8 or len(shape) != 2:
         return torch.zeros(shape, dtype=torch.float32 if dtype == torch.int8 else dtype, device=device)
-    return quantize(torch.zeros(shape, device=device), bits=8, group_size=_GROUP_SIZE)
+    return quantize(torch.zeros(shape, device=device), bits=8, group_size=GROUP_SIZE)
 
 
 class GradientAccumulator:
@@ -80,7 +80,7 @@ class GradientAccumulator:
             self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
         else:
             packs = self.dtype == torch.int8 and grad.dim() == 2
-            self._sum = quantize(grad, bits=8, group_size=_GROUP_SIZE, seed=seed) if packs else grad
+            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, seed=seed) if packs else grad
 
     def value(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone."""

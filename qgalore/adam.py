@@ -18,14 +18,14 @@ MIN_8BIT_NUMEL = 4096
 """Smaller weights keep float32 moments, as in bitsandbytes: a norm's 8-bit states would save nothing."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-_PART = 1 << 20  # values that are read or written at a time
+MOMENT_PART = 1 << 20
+"""Values of an 8-bit moment that are read or written at a time."""
 
 
-def make_tables(bits: int, device: torch.device) -> None:
-    """Make what reading and writing moments of so many bits keeps on the device, so that it is not made in between."""
-    if bits == 8:
-        for signed in _SIGNED.values():
-            kernels.quantize_blocks(torch.zeros(1, device=device), signed, BLOCK_SIZE)
+def make_tables(device: torch.device) -> None:
+    """Make what reading and writing 8-bit moments keeps on the device, before memory that does not last is in use."""
+    for signed in _SIGNED.values():
+        kernels.quantize_blocks(torch.zeros(1, device=device), signed, BLOCK_SIZE)
 
 
 def init_moments(state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
@@ -65,8 +65,8 @@ def write_moment(state: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _flat_parts(value: Tensor, codes: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Flat views of float32 values, their codes and absmax, in parts of whole blocks: a part's copies are small."""
-    parts = (tensor.view(-1).split(_PART) for tensor in (value, codes))
-    return zip(*parts, absmax.split(_PART // BLOCK_SIZE), strict=True)
+    parts = (tensor.view(-1).split(MOMENT_PART) for tensor in (value, codes))
+    return zip(*parts, absmax.split(MOMENT_PART // BLOCK_SIZE), strict=True)
 
 
 def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, int]]:

@@ -43,7 +43,6 @@ class FullRankWeight:
         self.group, self.state, self.index = group, state, index
         self.name = self.name or str(index)
         self._sum, self._held = self._accumulator(), self._accumulator()
-        adam.make_tables(group["state_bits"], self.param.device)
 
     @property
     def _sum_dtype(self) -> torch.dtype:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgalore import adam
 from qgalore.full_rank_weight import FullRankWeight
 from qgalore.optimizer import LowRankAdamW
 from qgalore.rank_sum import RankSum
@@ -213,6 +214,7 @@ class _CapturedStack(_Stack):
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
+        adam.make_tables(x.device)  # which `memory` must not hold
         self._buffers = self._message_buffers(x.device)
         self._sent: list[RankSum | None] = [None] * len(layers)
         """The message that a layer's graph makes."""
@@ -239,7 +241,7 @@ class _CapturedStack(_Stack):
 
     @contextlib.contextmanager
     def memory(self) -> Iterator[None]:
-        """See `LayerGraphs`."""
+        """See `LayerGraphs`; `torch.cuda.use_mem_pool` for the pool of graphs, which is a number and no MemPool."""
         device = self._numbers.device.index
         torch._C._cuda_beginAllocateCurrentThreadToPool(device, self._pool)
         try:

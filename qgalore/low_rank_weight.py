@@ -233,7 +233,8 @@ class LowRankWeight(FullRankWeight):
     def clear(self) -> None:
         """Forget the gradient."""
         super().clear()
-        self._full = self._accumulator()
+        self._full.clear()
+        self._full.place = None
         self._sketches.clear()
         self._test_matrices.clear()
         self._next_bases = None

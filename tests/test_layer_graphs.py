@@ -223,7 +223,7 @@ def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
         model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
 
-    monkeypatch.setattr(run_pretrain, "replays_layers", lambda _: True)
+    monkeypatch.setattr(run_pretrain, "allows_graphs", lambda _: True)
     monkeypatch.setattr(run_pretrain, "replay_layers", layer_by_layer)
     monkeypatch.setattr(layer_graphs, "_CapturedStack", EmulatedStack)
     monkeypatch.setattr(layer_graphs, "_can_capture", lambda _: True)
