@@ -246,6 +246,7 @@ def test_emulated_graphs_give_the_bits_of_plain_calls(
     assert emulated[:2] == plain[:2]
     graphs = emulated[2].model.run_layers
     assert isinstance(graphs, LayerGraphs) and graphs.replays
+    assert all(weight._full.place is None for weight in graphs._optimizer.low_rank_weights()), "none is kept"
     float_sums = "--gradient_accumulation" in flags and "int8" not in flags.split("--grad_accum_dtype")[-1]
     waits = float_sums or "_per_layer" not in flags
     assert bool(readings) == (not waits), "float sums need no numbers, and waiting updates those of the host"
