@@ -191,7 +191,7 @@ def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     held = _hidden_bytes(config, s)
     if s.ranks > 1 and s.gradients_live_in_backward:
         values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
-        held += 2 * 4 * (values + 2 * config.hidden_size)  # with the gradients of the norms
+        held += 2 * s.dtype_bytes * (values + 2 * config.hidden_size)  # with the gradients of the norms
     if _graphs_have_own_memory(config, s):
         held += max(_beside_activations(config, s).values())
     return held
@@ -362,9 +362,8 @@ def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
 
 
 def _float32_copy_bytes(values: int, s: MemorySettings) -> int:
-    """A gradient leaves an INT8 sum, and goes to the other ranks, in float32."""
-    in_float32 = s.dtype_bytes == 4 or (s.grad_accum_dtype == "float32" and s.grad_accum_steps > 1)
-    return 4 * values if s.grad_accum_dtype == "int8" or (s.ranks > 1 and not in_float32) else 0
+    """A gradient leaves an INT8 sum, also for the other ranks, in float32."""
+    return 4 * values if s.grad_accum_dtype == "int8" else 0
 
 
 def _table_copy_bytes(table: int, s: MemorySettings) -> int:

@@ -109,8 +109,8 @@ class FullRankWeight:
         self._additions = -1
 
     def parts_to_sum(self) -> list[Tensor]:
-        """What `complete` needs the sum of over the ranks, float32; the weight does not keep it."""
-        return [self._sum.take().float()]
+        """What `complete` needs the sum of over the ranks, in the dtype it has (INT8 sums: float32); not kept here."""
+        return [self._sum.take()]
 
     def complete(self, summed: list[Tensor] | None = None) -> None:
         """Hold the gradient of the update until `release`, in the accumulator's dtype.

@@ -215,7 +215,7 @@ class _CapturedStack(_Stack):
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
         adam.make_tables(x.device)  # which `memory` must not hold
-        self._buffers = self._message_buffers(x.device)
+        self._buffers = self._message_buffers(x)
         self._sent: list[RankSum | None] = [None] * len(layers)
         """The message that a layer's graph makes."""
         count = sum(map(len, self._weights))
@@ -298,10 +298,10 @@ class _CapturedStack(_Stack):
         given, wanted = self._grads[(index + 1) % 2], self._grads[index % 2]
         wanted.copy_(self._gradient(index, given, keep=True))
 
-    def _message_buffers(self, device: torch.device) -> list[Tensor]:
-        """Two places for the messages of the layers in turn, none on one rank."""
+    def _message_buffers(self, x: Tensor) -> list[Tensor]:
+        """Two places for the messages of the layers in turn, in the dtype of one micro-batch; none on one rank."""
         sizes = [sum(weight.gradient_shape.numel() for weight in weights) for weights in self._weights]
-        return [torch.empty(max(sizes), device=device) for _ in range(2)] if self._lag else []
+        return [x.new_empty(max(sizes)) for _ in range(2)] if self._lag else []
 
     def _buffer_of(self, index: int) -> Tensor | None:
         return self._buffers[index % 2] if self._buffers else None

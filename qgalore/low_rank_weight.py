@@ -242,7 +242,7 @@ class LowRankWeight(FullRankWeight):
     def parts_to_sum(self) -> list[Tensor]:
         """See `FullRankWeight`: the projected or full gradient, then the sketches."""
         gradient = self._full if self._needs_full_gradient else self._sum
-        return [part.take().float() for part in (gradient, *self._sketches.values())]
+        return [part.take() for part in (gradient, *self._sketches.values())]
 
     def complete(self, summed: list[Tensor] | None = None) -> None:
         """See `FullRankWeight`; of a full gradient the projection is held, and new bases are ready but not taken."""

@@ -21,10 +21,17 @@ AllReduce = Callable[[Tensor], Waiting | None]
 
 
 class RankSum:
-    """Float32 tensors that are sent together: made, then `start`ed, then `summed`; other work may come in between."""
+    """Tensors that are sent together: made, then `start`ed, then `summed`; other work may come in between.
+
+    They are summed in the dtype that all can be held in: bfloat16 gradients of one micro-batch in bfloat16, half the
+    bytes of float32, sums over micro-batches in float32.
+    """
 
     def __init__(self, parts: list[list[Tensor]], all_reduce: AllReduce, buffer: Tensor | None = None) -> None:
-        """parts: some tensors of each weight. The message is made in `buffer`, flat, if it has just its size."""
+        """parts: some tensors of each weight. The message is made in `buffer`, flat, if it has just its size.
+
+        It then has the buffer's dtype.
+        """
         self._all_reduce = all_reduce
         self._waiting: Waiting | None = None
         flat = [part for several in parts for part in several]
