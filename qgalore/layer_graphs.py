@@ -82,6 +82,12 @@ class LayerGraphs:
             return contextlib.nullcontext()
         return self._captured.memory()
 
+    def close(self) -> None:
+        """Give up the graphs. NCCL waits for those that hold its sums, forever, when a process takes its leave."""
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
+
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
@@ -234,6 +240,11 @@ class _CapturedStack(_Stack):
         if len(layers) % 2:
             self._grads.reverse()
         self._stage_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def close(self) -> None:
+        """Let nothing be left of the graphs, whoever still refers to them."""
+        for graph in (self._forward_graph, *self._stage_graphs.values()):
+            graph.reset()
 
     def serves(self, x: Tensor) -> bool:
         """Whether the graphs are those of a step like the one that begins."""

@@ -26,7 +26,7 @@ from qgalore.layer_graphs import LayerGraphs, _CapturedStack
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.optimizer import LowRankAdamW
 from qgalore.rank_sum import AllReduce
-from tests.small_run import CONFIG
+from tests.small_run import CONFIG, SmallRun, flags_of
 
 
 class OneRank:
@@ -148,11 +148,21 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
     assert len(calls) % (3 * 9) == 0 and calls
 
 
+MADE: list[EmulatedGraph] = []
+LIVING: list[EmulatedGraph] = []
+
+
 class EmulatedGraph:
     """Runs again what was captured, as a graph would, but from Python and so with the host's account of it."""
 
     def __init__(self, stack: EmulatedStack, work: Callable[[], None]) -> None:
         self.stack, self.work, self.replays = stack, work, 0
+        MADE.append(self)
+        LIVING.append(self)
+
+    def reset(self) -> None:
+        """As that of a graph."""
+        LIVING.remove(self)
 
     def replay(self) -> None:
         """The first time `work` has already run, when it was captured."""
@@ -250,6 +260,21 @@ def test_emulated_graphs_give_the_bits_of_plain_calls(
     float_sums = "--gradient_accumulation" in flags and "int8" not in flags.split("--grad_accum_dtype")[-1]
     waits = float_sums or "_per_layer" not in flags
     assert bool(readings) == (not waits), "float sums need no numbers, and waiting updates those of the host"
+
+
+def test_a_run_leaves_no_graph_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that take leave of each other over NCCL would wait for it."""
+    emulate_graphs(monkeypatch)
+    small = SmallRun(tmp_path)
+    for ending, error in (("in order", None), ("in an error", ZeroDivisionError)):
+        MADE.clear()
+        LIVING.clear()
+        with pytest.raises(error) if error else contextlib.nullcontext(), monkeypatch.context() as patch:
+            if error:
+                patch.setattr(run_pretrain.Run, "evaluate_if_due", lambda run, last: 1 / (run.update_step < 12))
+            flags = flags_of("q_galore_adamw8bit_per_layer") | {"num_training_steps": 12, "update_proj_gap": 50}
+            small.run(ending, **flags | {"dtype": "float32"})
+        assert len(MADE) > 1 and not LIVING
 
 
 def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
