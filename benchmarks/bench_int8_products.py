@@ -4,8 +4,8 @@
 
 Shapes are those of the models' matrices with the tokens of a micro-batch of `benchmarks/compare.py`. Methods:
 
-- int8: `--int8_products`, activations rounded and multiplied by the weight as it is stored;
-- int8, products alone: the same without rounding the activations;
+- int8: `--int8_products`, activations rounded, the weight's codes made signed, and both multiplied;
+- int8, products alone: the last of these;
 - torch._int_mm: PyTorch's product of signed INT8 matrices into int32 and nothing else, where it takes the shape;
 - bfloat16, dequantized: what a layer with an INT8 weight does without the flag;
 - bfloat16, products alone: the same with a weight that is bfloat16 already.
@@ -49,12 +49,13 @@ def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[
 
     quantized = layer.quantized_weight
     assert quantized is not None
-    weight = (quantized.qdata, quantized.scale, quantized.zero_point)
+    scales = (quantized.scale, quantized.zero_point)
+    signed, turned = (int8_matmul._signed(quantized.qdata, turns) for turns in (False, True))
     rounded_x = int8_matmul._quantize_rows(x, layer.in_features, None, None)
-    rounded_grad = int8_matmul._quantize_rows(grad, layer.out_features, *weight[1:])
+    rounded_grad = int8_matmul._quantize_rows(grad, layer.out_features, *scales)
     return (
-        lambda: int8_matmul._multiply(rounded_x, *weight, grad.shape[1], x.dtype, forward=True),
-        lambda: int8_matmul._multiply(rounded_grad, *weight, x.shape[1], x.dtype, forward=False),
+        lambda: int8_matmul._multiply(rounded_x, signed, *scales, grad.shape[1], x.dtype, forward=True),
+        lambda: int8_matmul._multiply(rounded_grad, turned, *scales, x.shape[1], x.dtype, forward=False),
     )
 
 
@@ -129,7 +130,7 @@ def use_tile(numbers: tuple[int, int, int, int, int]) -> None:
     from qgalore.kernels import int8_matmul
 
     usual = int8_matmul.tile
-    int8_matmul.tile = lambda rows: numbers if rows >= 128 else usual(rows)
+    int8_matmul.tile = lambda rows, memory: numbers if rows >= 128 else usual(rows, memory)
 
 
 def main(argv: list[str] | None = None) -> int:

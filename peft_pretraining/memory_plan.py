@@ -281,12 +281,11 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
 
 
 def _multiplying_bytes(shape: Shape, s: MemorySettings) -> int:
-    """Beside the factors of an input's gradient and the result: the dequantized weight; or codes, and the weight's own
-    where its rows have to be moved to even addresses."""
+    """Beside the factors of an input's gradient and the result: the dequantized weight, or codes of both factors."""
     if s.weight_bits is None:
         return 0
     if s.int8_products:
-        return _codes_bytes(shape[0], s) + (shape[0] * _multiple(shape[1], 16) if shape[1] % 16 else 0)
+        return _codes_bytes(shape[0], s) + _multiple(shape[0], 128) * shape[1]
     return math.prod(map(padded_width, shape)) * s.dtype_bytes
 
 

@@ -333,11 +333,11 @@ def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
     before, after = plan_memory(config, plain), plan_memory(config, dataclasses.replace(plain, int8_products=True))
     assert after.lasting["decoder weights"] < before.lasting["decoder weights"]
     tokens, rows, columns = 16 * 256, 2048, 5461
-    # The gradient of down_proj's output in INT8 with two numbers a token, and its codes with rows of 5472 bytes.
+    # The gradient of down_proj's output in INT8 with two numbers a token, and the weight's turned round.
     assert _multiplying_bytes((rows, columns), plain) == rows * 5472 * 2
     assert (
         _multiplying_bytes((rows, columns), dataclasses.replace(plain, int8_products=True))
-        == tokens * (rows + 8) + rows * 5472
+        == tokens * (rows + 8) + rows * columns
     )
 
 

@@ -1,20 +1,21 @@
-"""Products of a layer in INT8 tensor cores, in Triton: activations are quantized a row, weights are read as stored.
+"""Products of a layer in INT8 tensor cores, in Triton: activations are quantized a row, weights multiplied as codes.
 
     forward:   y = x Wᵀ = a (s (q kᵀ) + o Σ q)         q, a: codes and scale of a row of x
     backward:  gx = g W = b (h k) + Σ g o              h, b: codes and scale of a row of g s
 
-with W = s k + o a row, k = code - 128 signed, o = zero point + 128 s. Two kernels. The first quantizes rows and gives
-the sum that the offsets o need: Σ q, or Σ g o. The second multiplies codes into int32, exactly, and applies the rest
-in float32 to the result, which is rounded once.
+with W = s k + o a row, k = code - 128 signed, o = zero point + 128 s. Three kernels. The first quantizes rows and gives
+the sum that the offsets o need: Σ q, or Σ g o. The second makes the weight's codes signed and turns them, where the
+product wants it, so that both factors are contiguous along the sum: tensor cores take INT8 in no other order. The third
+multiplies codes into int32, exactly, and applies the rest in float32 to the result, which is rounded once.
 
-Layout: x or g (rows, columns) float with any strides; its codes int8 (rows, columns padded with zeros to a multiple of
-128), row-major; scale and sum float32 a row. The weight's codes uint8 (out, in), rows at any distance, are made signed
-in registers and read either way round: contiguous along the sum forward, across it backward. Output (rows, width) in
-the float type asked for, zeros beyond the matrix's own columns.
+Layout: x or g (rows, columns) float with any strides; its codes int8 (rows, depth), row-major; scale and sum float32 a
+row. The weight's codes uint8 (out, in), rows at any distance; signed int8 (out, depth), or (in, depth) backward. depth
+is that of the sum, padded with zeros to a multiple of 128. Output (rows, width) in the float type asked for, zeros
+beyond the matrix's own columns.
 
-One program quantizes one tile of whole rows, and one multiplies a tile of the output, in an order in which neighbours
-share rows of the left factor and columns of the right one. Tile sizes follow from the number of rows alone and change
-no bit: sums of integers have no order.
+One program quantizes one tile of whole rows, one signs a square of codes, and one multiplies a tile of the output, in
+an order in which neighbours share rows of the left factor and columns of the right one. Tile sizes follow from the
+number of rows and the GPU alone and change no bit: sums of integers have no order.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor, dtype, empty, float32, int8
-from torch.nn.functional import pad
+from triton.runtime import driver
 
 from qgalore.kernels.group_quantization import block_of_group, warps_of_block
 from qgalore.kernels.triton_tiles import to_float
 
 _LONGEST_ROW = 16384
-_CODE_COLUMNS = 128  # codes of activations are padded to a multiple: whole steps of every tile
+_DEPTH = 128  # codes are padded to a multiple along the sum: whole steps of every tile
+_SQUARE = 64  # codes of a weight that a program signs, each way
 
 
 @triton.jit
@@ -63,32 +65,40 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
+def _signed_kernel(codes, signed, rows, columns, row_stride, depth, TURNS: tl.constexpr, S: tl.constexpr):
+    row = (tl.program_id(0) * S + tl.arange(0, S)).to(tl.int64)
+    column = tl.program_id(1) * S + tl.arange(0, S)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    code = tl.load(codes + row[:, None] * row_stride + column[None, :], mask=inside, other=128) ^ 128
+    if TURNS:
+        at, code = signed + column[:, None].to(tl.int64) * depth + row[None, :], tl.trans(code)
+        tl.store(at, code.to(tl.int8, bitcast=True), mask=(column < columns)[:, None] & (row < depth)[None, :])
+    else:
+        at = signed + row[:, None] * depth + column[None, :]
+        tl.store(at, code.to(tl.int8, bitcast=True), mask=(row < rows)[:, None] & (column < depth)[None, :])
+
+
+@triton.jit
 def _int8_matmul_kernel(
-    a, codes, row_scale, row_sum, scale, zero_point, out, rows, columns, code_columns, width, a_stride, code_depth,
-    code_column, DEPTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, NEIGHBOURS: tl.constexpr,
-    SCALES_COLUMNS: tl.constexpr,
+    a, b, row_scale, row_sum, scale, zero_point, out, rows, columns, width, DEPTH: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, NEIGHBOURS: tl.constexpr, SCALES_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # NEIGHBOURS tiles below each other are computed before the next column of tiles, so that both factors are cached.
     row_tiles, column_tiles = tl.cdiv(rows, M), tl.cdiv(width, N)
     band = tl.program_id(0) // (NEIGHBOURS * column_tiles)
     in_band = tl.minimum(row_tiles - band * NEIGHBOURS, NEIGHBOURS)
     place = tl.program_id(0) % (NEIGHBOURS * column_tiles)
-    row = ((band * NEIGHBOURS + place % in_band) * M + tl.arange(0, M)).to(tl.int64)
+    row = (band * NEIGHBOURS + place % in_band) * M + tl.arange(0, M)
     column = place // in_band * N + tl.arange(0, N)
     k = tl.arange(0, K)
-    a_at = a + row[:, None] * a_stride + k[None, :]
-    code_at = codes + k[:, None].to(tl.int64) * code_depth + column[None, :].to(tl.int64) * code_column
-    row_mask, code_mask = (row < rows)[:, None], (column < code_columns)[None, :]
+    # What is beyond an end is read from the beginning, and not stored: the loop needs no masks.
+    a_at = a + (row % rows)[:, None].to(tl.int64) * DEPTH + k[None, :]
+    b_at = b + (column % columns)[None, :].to(tl.int64) * DEPTH + k[:, None]
     product = tl.zeros((M, N), dtype=tl.int32)
-    for done in range(0, DEPTH, K):
-        left = tl.load(a_at, mask=row_mask, other=0)
-        mask = code_mask
-        if DEPTH % K:
-            mask = code_mask & (k < DEPTH - done)[:, None]
-        right = (tl.load(code_at, mask=mask, other=128) ^ 128).to(tl.int8, bitcast=True)
-        product = tl.dot(left, right, product, out_dtype=tl.int32)
+    for _ in range(0, DEPTH, K):
+        product = tl.dot(tl.load(a_at), tl.load(b_at), product, out_dtype=tl.int32)
         a_at += K
-        code_at += K * code_depth
+        b_at += K
     value = product.to(tl.float32)
     factor = tl.load(row_scale + row, mask=row < rows, other=0.0)[:, None]
     total = tl.load(row_sum + row, mask=row < rows, other=0.0)[:, None]
@@ -99,16 +109,18 @@ def _int8_matmul_kernel(
     else:
         value = factor * value + total
     value = tl.where((column < columns)[None, :], value, 0.0)
-    at = out + row[:, None] * width + column[None, :]
-    tl.store(at, to_float(value, out.dtype.element_ty), mask=row_mask & (column < width)[None, :])
+    at = out + row[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(at, to_float(value, out.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
 
 
-def tile(rows: int) -> tuple[int, int, int, int, int]:
+def tile(rows: int, shared_memory: int) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a program's tile, its warps and stages, for so many rows; the depth divides 128.
 
-    Fixed instead of tried out, so that a run launches the same kernels every time. 56 KiB of shared memory, 64 on
-    Hopper: consumer cards have 99.
+    Fixed instead of tried out, so that a run launches the same kernels every time. shared_memory: bytes that a program
+    can have; consumer cards have 99 KiB.
     """
+    if rows >= 128 and shared_memory >= 3 * (128 + 256) * 128:
+        return 128, 256, 128, 8, 3
     block_rows = min(128, max(16, triton.next_power_of_2(rows)))
     return block_rows, 128, 64, 8 if block_rows == 128 else 4, 4
 
@@ -121,53 +133,69 @@ def can_handle(rows: int, columns: int) -> bool:
 def int8_linear(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:
     """See `qgalore.kernels.int8_linear`."""
     quantized = _quantize_rows(x, qdata.shape[1], None, None)
-    return _multiply(quantized, qdata, scale, zero_point, width, x.dtype, forward=True)
+    return _multiply(quantized, _signed(qdata, turns=False), scale, zero_point, width, x.dtype, forward=True)
 
 
 def int8_linear_backward(grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:
     """See `qgalore.kernels.int8_linear_backward`."""
     quantized = _quantize_rows(grad, qdata.shape[0], scale, zero_point)
-    return _multiply(quantized, qdata, scale, zero_point, width, grad.dtype, forward=False)
+    return _multiply(quantized, _signed(qdata, turns=True), scale, zero_point, width, grad.dtype, forward=False)
 
 
 def _quantize_rows(
     x: Tensor, columns: int, scale: Tensor | None, zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (rows, padded columns) int8, scale and sum (rows,) float32 of the first columns of x."""
-    rows, width = x.shape[0], _up(columns, _CODE_COLUMNS)
-    codes = empty(rows, width, dtype=int8, device=x.device)
+    """Codes (rows, depth) int8, scale and sum (rows,) float32 of the first columns of x."""
+    rows, depth = x.shape[0], _depth(columns)
+    codes = empty(rows, depth, dtype=int8, device=x.device)
     row_scale, row_sum = empty(2, rows, dtype=float32, device=x.device)
-    block_rows, block_columns = block_of_group(width)
+    block_rows, block_columns = block_of_group(depth)
     _quantize_rows_kernel[(triton.cdiv(rows, block_rows),)](
-        x, scale, zero_point, codes, row_scale, row_sum, rows, columns, *x.stride(), width, G=block_columns,
+        x, scale, zero_point, codes, row_scale, row_sum, rows, columns, *x.stride(), depth, G=block_columns,
         M=block_rows, FOLDS_SCALE=scale is not None, enable_fp_fusion=False,
         num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip
     return codes, row_scale, row_sum
 
 
+def _signed(qdata: Tensor, turns: bool) -> Tensor:
+    """Codes (out, in) as signed ones, (out, depth) or `turns` (in, depth)."""
+    if qdata.stride(1) != 1:
+        qdata = qdata.contiguous()
+    rows, columns = qdata.shape
+    depth = _depth(rows if turns else columns)
+    covered = (depth, columns) if turns else (rows, depth)
+    signed = empty(columns if turns else rows, depth, dtype=int8, device=qdata.device)
+    _signed_kernel[(triton.cdiv(covered[0], _SQUARE), triton.cdiv(covered[1], _SQUARE))](
+        qdata, signed, rows, columns, qdata.stride(0), depth, TURNS=turns, S=_SQUARE, num_warps=4
+    )
+    return signed
+
+
 def _multiply(
-    quantized: tuple[Tensor, Tensor, Tensor], qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int,
+    quantized: tuple[Tensor, Tensor, Tensor], signed: Tensor, scale: Tensor, zero_point: Tensor, width: int,
     type: dtype, forward: bool,
 ) -> Tensor:  # fmt: skip
     a, row_scale, row_sum = quantized
-    rows, (outputs, inputs) = a.shape[0], qdata.shape
-    if qdata.stride(0) % 16 or qdata.stride(1) != 1:  # rows at any address would be loaded one value at a time
-        qdata = pad(qdata, (0, -inputs % 16))
+    (rows, depth), columns = a.shape, signed.shape[0]
     out = empty(rows, width, dtype=type, device=a.device)
-    if forward:
-        depth, columns, code_columns, strides = qdata.shape[1], outputs, outputs, (qdata.stride(1), qdata.stride(0))
-    else:
-        depth, columns, code_columns, strides = outputs, inputs, qdata.shape[1], (qdata.stride(0), qdata.stride(1))
-    block_rows, block_columns, block_depth, warps, stages = tile(rows)
+    block_rows, block_columns, block_depth, warps, stages = tile(rows, _shared_memory(a))
     grid = (triton.cdiv(rows, block_rows) * triton.cdiv(width, block_columns),)
     _int8_matmul_kernel[grid](
-        a, qdata, row_scale, row_sum, scale, zero_point, out, rows, columns, code_columns, width, a.stride(0),
-        *strides, DEPTH=depth, M=block_rows, N=block_columns, K=block_depth, NEIGHBOURS=8, SCALES_COLUMNS=forward,
-        enable_fp_fusion=False, num_warps=warps, num_stages=stages,
+        a, signed, row_scale, row_sum, scale, zero_point, out, rows, columns, width, DEPTH=depth, M=block_rows,
+        N=block_columns, K=block_depth, NEIGHBOURS=8, SCALES_COLUMNS=forward, enable_fp_fusion=False, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+def _shared_memory(tensor: Tensor) -> int:
+    """Bytes of shared memory that a program can have; 0 in the interpreter."""
+    if tensor.device.type != "cuda":
+        return 0
+    properties: dict[str, int] = driver.active.utils.get_device_properties(tensor.device.index)
+    return properties["max_shared_mem"]
+
+
+def _depth(size: int) -> int:
+    return -(-size // _DEPTH) * _DEPTH
