@@ -130,7 +130,7 @@ def use_tile(numbers: tuple[int, int, int, int, int]) -> None:
     from qgalore.kernels import int8_matmul
 
     usual = int8_matmul.tile
-    int8_matmul.tile = lambda rows, memory: numbers if rows >= 128 else usual(rows, memory)
+    int8_matmul.tile = lambda rows: numbers if rows >= 128 else usual(rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -172,7 +172,7 @@ class LowRankLinear(nn.Module):
         if self.anchor is None:
             output = self._product(input)
         else:
-            output = torch.ops.qgalore.low_rank_linear_product(
+            output = torch.ops.qgalore.low_rank_linear_forward(
                 input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number, self._width
             )
         if self.bias is None:
@@ -256,18 +256,19 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
 # finds them by the forward pass alone.
 _library = torch.library.Library("qgalore", "DEF")
 _library.define(
-    "low_rank_linear_product(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor,"
+    "low_rank_linear_forward(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor,"
     " Tensor layer, int width) -> Tensor"
 )
-# In two, so that the input can be freed before the gradient of its size is made.
+# In two, so that the input can be freed before the gradient of its size is made: which needs what the tap returns, or a
+# compiler would make both from what the layer computes again.
 _library.define("low_rank_linear_tap(Tensor grad_output, Tensor input, Tensor layer) -> Tensor")
 _library.define(
     "low_rank_linear_input_gradient(Tensor grad_output, Tensor weight, Tensor? scale, Tensor? zero_point,"
-    " Tensor layer, int width) -> Tensor"
+    " Tensor layer, Tensor tapped, int width) -> Tensor"
 )
 
 
-@torch.library.impl(_library, "low_rank_linear_product", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "low_rank_linear_forward", "CompositeExplicitAutograd")
 def _forward(
     input: Tensor,
     weight: Tensor,
@@ -292,12 +293,18 @@ def _tap(grad_output: Tensor, input: Tensor, layer: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "low_rank_linear_input_gradient", "CompositeExplicitAutograd")
 def _input_gradient(
-    grad_output: Tensor, weight: Tensor, scale: Tensor | None, zero_point: Tensor | None, layer: Tensor, width: int
+    grad_output: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    layer: Tensor,
+    tapped: Tensor,
+    width: int,
 ) -> Tensor:
     return _layers[int(layer)].input_gradient(with_padded_columns(grad_output), width)
 
 
-@torch.library.register_fake("qgalore::low_rank_linear_product")
+@torch.library.register_fake("qgalore::low_rank_linear_forward")
 def _(input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(*input.shape[:-1], rest[-1])
 
@@ -323,9 +330,9 @@ def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ..
     anchor_grad, grad = torch.ops.qgalore.low_rank_linear_tap(grad_output, input, layer), None
     if ctx.needs_input_grad[0]:
         grad = torch.ops.qgalore.low_rank_linear_input_gradient(
-            grad_output, weight, scale, zero_point, layer, input.shape[-1]
+            grad_output, weight, scale, zero_point, layer, anchor_grad, input.shape[-1]
         )
     return grad, None, None, None, anchor_grad, None, None
 
 
-torch.library.register_autograd("qgalore::low_rank_linear_product", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("qgalore::low_rank_linear_forward", _autograd_backward, setup_context=_setup_context)

@@ -15,7 +15,7 @@ beyond the matrix's own columns.
 
 One program quantizes one tile of whole rows, one signs a square of codes, and one multiplies a tile of the output, in
 an order in which neighbours share rows of the left factor and columns of the right one. Tile sizes follow from the
-number of rows and the GPU alone and change no bit: sums of integers have no order.
+number of rows alone and change no bit: sums of integers have no order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor, dtype, empty, float32, int8
-from triton.runtime import driver
 
 from qgalore.kernels.group_quantization import block_of_group, warps_of_block
 from qgalore.kernels.triton_tiles import to_float
@@ -113,16 +112,15 @@ def _int8_matmul_kernel(
     tl.store(at, to_float(value, out.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
 
 
-def tile(rows: int, shared_memory: int) -> tuple[int, int, int, int, int]:
+def tile(rows: int) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a program's tile, its warps and stages, for so many rows; the depth divides 128.
 
-    Fixed instead of tried out, so that a run launches the same kernels every time. shared_memory: bytes that a program
-    can have; consumer cards have 99 KiB.
+    Fixed instead of tried out, so that a run launches the same kernels every time. The largest take 96 KiB of shared
+    memory; consumer cards have 99.
     """
-    if rows >= 128 and shared_memory >= 3 * (128 + 256) * 128:
-        return 128, 256, 128, 8, 3
-    block_rows = min(128, max(16, triton.next_power_of_2(rows)))
-    return block_rows, 128, 64, 8 if block_rows == 128 else 4, 4
+    if rows >= 128:
+        return 128, 128, 128, 8, 3
+    return max(16, triton.next_power_of_2(rows)), 128, 64, 4, 4
 
 
 def can_handle(rows: int, columns: int) -> bool:
@@ -179,7 +177,7 @@ def _multiply(
     a, row_scale, row_sum = quantized
     (rows, depth), columns = a.shape, signed.shape[0]
     out = empty(rows, width, dtype=type, device=a.device)
-    block_rows, block_columns, block_depth, warps, stages = tile(rows, _shared_memory(a))
+    block_rows, block_columns, block_depth, warps, stages = tile(rows)
     grid = (triton.cdiv(rows, block_rows) * triton.cdiv(width, block_columns),)
     _int8_matmul_kernel[grid](
         a, signed, row_scale, row_sum, scale, zero_point, out, rows, columns, width, DEPTH=depth, M=block_rows,
@@ -187,14 +185,6 @@ def _multiply(
         num_stages=stages,
     )  # fmt: skip
     return out
-
-
-def _shared_memory(tensor: Tensor) -> int:
-    """Bytes of shared memory that a program can have; 0 in the interpreter."""
-    if tensor.device.type != "cuda":
-        return 0
-    properties: dict[str, int] = driver.active.utils.get_device_properties(tensor.device.index)
-    return properties["max_shared_mem"]
 
 
 def _depth(size: int) -> int:
