@@ -145,8 +145,8 @@ def sum_bytes(shape: Shape, s: MemorySettings) -> int:
 def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> int:
     """Of all that is summed for the subspaces that are due in one update, at most.
 
-    That is a sketch (rank, side) beside the matrix it is made with, or in svd mode from the second refresh on
-    a full gradient. Where an update ends with the one backward pass of each layer, nothing of it outlives that.
+    That is a sketch (rank, side), or in svd mode from the second refresh on a full gradient. Where an update ends with
+    the one backward pass of each layer, nothing of it outlives that.
     """
     if s.rank is None or s.gradients_live_in_backward:
         return 0
@@ -157,9 +157,8 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
         return math.ceil(count / max(1, min(spread, s.update_proj_gap)))
 
     def sketch(shape: Shape, side: str) -> int:
-        own, other = (0, 1) if side == "left" else (1, 0)
         assert s.rank is not None
-        return sum_bytes((s.rank, shape[own]), s) + s.dtype_bytes * s.rank * shape[other]
+        return sum_bytes((s.rank, shape[0 if side == "left" else 1]), s)
 
     sketches = max(sum(sketch(shape, side) for side in sides(shape, s)) for shape in matrices)
     full = max(sum_bytes(shape, s) for shape in matrices)

@@ -345,7 +345,7 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         part = min(values, MOMENT_PART)
         writing = _WRITE_8BIT_MOMENT * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + _READ_8BIT_PART * part, writing)
-    sketch = s.dtype_bytes * (values + bases)  # with the matrix that it was made with
+    sketch = s.dtype_bytes * bases
     return update + sketch + rotated + _CHANGE_BASIS * bases + 4 * s.rank**2
 
 

@@ -29,7 +29,6 @@ class LowRankWeight(FullRankWeight):
         """See `FullRankWeight`."""
         super().__init__(param, seed)
         self.similarity: Tensor | None = None
-        self._test_matrices: dict[str, Tensor] = {}
         self._next_bases: dict[str, Tensor | QuantizedTensor] | None = None
         self._fit_failed = False
         self._factor_dtype = torch.float32
@@ -200,8 +199,7 @@ class LowRankWeight(FullRankWeight):
             self._full.place = zeros(self.shape, self._sum_dtype, device)
             return
         for side in self.sides:
-            test = self._test_matrix(side, self._factor_dtype)
-            shape = torch.Size((test.shape[0], self.shape[0 if side == "left" else 1]))
+            shape = torch.Size((self.group["rank"], self.shape[0 if side == "left" else 1]))
             self._sketches[side] = GradientAccumulator(self._sum_dtype, zeros(shape, self._sum_dtype, device))
 
     def _sketch(self, side: str) -> GradientAccumulator:
@@ -213,17 +211,15 @@ class LowRankWeight(FullRankWeight):
         The momentum, each row scaled to unit length: an average of recent projected gradients, so the sketch is one
         step of subspace iteration on the gradients' covariance. At first, and where both sides are projected, random.
         """
-        if side not in self._test_matrices:
-            m, n = self.shape
-            if self.schedule.refreshes == 0 or len(self.sides) == 2:
-                seed, other = self._seed(_TEST_MATRIX, m if side == "left" else n), n if side == "left" else m
-                test = subspace.random_matrix(self.group["rank"], other, seed, self.param.device)
-            else:
-                momentum = adam.read_moment(self.state, "exp_avg")
-                test = momentum if side == "left" else momentum.T
-            norms, scaled = test.norm(dim=1, keepdim=True).clamp_min(1e-30), torch.empty_like(test, dtype=dtype)
-            self._test_matrices[side] = torch.div(test, norms, out=scaled)  # rounded once
-        return self._test_matrices[side].to(dtype)
+        m, n = self.shape
+        if self.schedule.refreshes == 0 or len(self.sides) == 2:
+            seed, other = self._seed(_TEST_MATRIX, m if side == "left" else n), n if side == "left" else m
+            test = subspace.random_matrix(self.group["rank"], other, seed, self.param.device)
+        else:
+            momentum = adam.read_moment(self.state, "exp_avg")
+            test = momentum if side == "left" else momentum.T
+        norms, scaled = test.norm(dim=1, keepdim=True).clamp_min(1e-30), torch.empty_like(test, dtype=dtype)
+        return torch.div(test, norms, out=scaled)  # rounded once
 
     @property
     def accumulates(self) -> bool:
@@ -236,7 +232,6 @@ class LowRankWeight(FullRankWeight):
         self._full.clear()
         self._full.place = None
         self._sketches.clear()
-        self._test_matrices.clear()
         self._next_bases = None
 
     def parts_to_sum(self) -> list[Tensor]:

@@ -13,24 +13,30 @@ Two ways to find it:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-_CHOLESKY_SHIFTS = (1e-4, 1e-6, 1e-6)
+_CHOLESKY_SHIFTS = (1e-4, 1e-6, 1e-6, 1e-6)
 _ORTHONORMAL_TOLERANCE = 1e-2
 
 
 def random_matrix(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """Standard normal (rows, columns) float32, drawn on the CPU so that every device gets the same values."""
+    """Uniform in +-sqrt(3), so of variance 1, (rows, columns) float32: the same values on every device.
+
+    Bytes are drawn, on the CPU and eight at a time: a test matrix needs no more, and 7B has 3 billion such numbers.
+    """
     generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-    return torch.randn(rows, columns, generator=generator).to(device)
+    words = torch.empty(-(-rows * columns // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    values = words.view(torch.uint8)[: rows * columns].to(device).float()
+    return values.sub_(127.5).mul_(math.sqrt(12 / (256**2 - 1))).view(rows, columns)
 
 
 def random_basis(rank: int, dimension: int, seed: int, device: torch.device) -> Tensor:
     """A random orthonormal basis (rank, dimension), float32: where a subspace starts before any gradient is seen."""
-    matrix = random_matrix(dimension, rank, seed, torch.device("cpu"))
-    basis: Tensor = torch.linalg.qr(matrix)[0].T.contiguous()
-    return basis.to(device)
+    matrix = random_matrix(rank, dimension, seed, device)
+    return orthonormalize(matrix, matrix)[0]
 
 
 def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -83,11 +89,11 @@ def project_factors(
 def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis (rank, d) of the rows of `sketch`, and a flag on the device: did it work.
 
-    Cholesky-QR three times in float32, with scaled rows and a shift that is larger the first time (Fukaya et al.,
-    "Shifted Cholesky QR", SIAM J. Sci. Comput. 2020): orthonormal to 1e-4 for any condition number, where two passes
-    fail beyond 1e6, which the sketches of real gradients exceed. A row that is all zero is taken from `old_basis`
-    (rank, d). Where the result is not orthonormal, as with a non-finite sketch, the old basis is kept. Nothing here
-    waits for the device.
+    Cholesky-QR four times in float32, with scaled rows and a shift that is larger the first time (Fukaya et al.,
+    "Shifted Cholesky QR", SIAM J. Sci. Comput. 2020): orthonormal to 1e-5 for any condition number, where two passes
+    fail beyond 1e6, which the sketches of real gradients exceed, and three now and then beyond 1e9. A row that is all
+    zero is taken from `old_basis` (rank, d). Where the result is not orthonormal, as with a non-finite sketch, the old
+    basis is kept. Nothing here waits for the device.
     """
     basis = sketch.float()
     for shift in _CHOLESKY_SHIFTS:
@@ -130,17 +136,16 @@ def fit_svd(grad: Tensor, rank: int, side: str, seed: int | None = None) -> Tens
 def _left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The top `rank` left singular vectors of M (d, other) as columns (d, rank), float32.
 
-    They are eigenvectors of M Mᵀ, which float64 holds as exactly as float32 holds M. On a GPU that is an order of
-    magnitude faster than an SVD, whose first result in a process was seen to differ from all later ones.
+    They are eigenvectors of M Mᵀ, which float64 holds as exactly as float32 holds M, squares included. On a GPU that
+    is an order of magnitude faster than an SVD, whose first result in a process was seen to differ from all later ones.
     """
     rows, columns = matrix.shape
     if rows > columns:
         q, triangle = torch.linalg.qr(matrix)
         vectors: Tensor = q @ _left_singular_vectors(triangle, rank)
         return vectors
-    # Scaled, so that the squares of very small and large gradients are in range.
-    scaled = matrix.double() / matrix.abs().amax().clamp_min(1e-30)
-    vectors = torch.linalg.eigh(scaled @ scaled.T)[1]
+    matrix = matrix.double()
+    vectors = torch.linalg.eigh(matrix @ matrix.T)[1]
     return vectors.flip(1)[:, :rank].float()
 
 

@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def orthonormal(rank: int, d: int, seed: int = 0) -> Tensor:
-    return subspace.random_basis(rank, d, seed, CPU)
+    return torch.linalg.qr(normal(d, rank, seed=seed))[0].T.contiguous()
 
 
 def projector(basis: Tensor) -> Tensor:
@@ -34,13 +34,24 @@ def with_spectrum(spectrum: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
 # ---- start and projection
 
 
-def test_random_basis_is_orthonormal_and_seeded() -> None:
-    basis = orthonormal(8, 40)
-    assert torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-5)
-    assert torch.equal(basis, orthonormal(8, 40))
-    assert not torch.equal(basis, orthonormal(8, 40, seed=1))
+@pytest.mark.parametrize(("rank", "d"), [(8, 40), (8, 8), (1, 3)])
+def test_random_basis_is_orthonormal_and_seeded(rank: int, d: int) -> None:
+    basis = subspace.random_basis(rank, d, 0, CPU)
+    assert basis.shape == (rank, d) and torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-5)
+    assert torch.equal(basis, subspace.random_basis(rank, d, 0, CPU))
+    assert not torch.equal(basis, subspace.random_basis(rank, d, 1, CPU))
     torch.manual_seed(5)
-    assert torch.equal(basis, orthonormal(8, 40)), "no global generator"
+    assert torch.equal(basis, subspace.random_basis(rank, d, 0, CPU)), "no global generator"
+
+
+def test_random_matrix_has_mean_0_and_variance_1() -> None:
+    """In each place of the words that it is drawn in, and for sizes that no word divides."""
+    matrix = subspace.random_matrix(500, 800, 3, CPU)
+    places = matrix.view(-1, 8)
+    assert (places.mean(0).abs() < 0.02).all() and ((places.var(0) - 1).abs() < 0.02).all()
+    assert matrix.unique().numel() == 256
+    odd = subspace.random_matrix(3, 7, 3, CPU)
+    assert odd.shape == (3, 7) and torch.equal(odd, subspace.random_matrix(3, 7, 3, CPU))
 
 
 @pytest.mark.parametrize("sides", ["left", "right", "both"])
@@ -66,7 +77,7 @@ def test_basis_is_orthonormal_for_any_condition(condition: float) -> None:
     sketch = with_spectrum(spectrum, rank, d)
     basis, worked = subspace.orthonormalize(sketch, orthonormal(rank, d, seed=9))
     assert bool(worked)
-    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-3)
+    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-5)
     # What the sketch says above the noise of float32 lies in the span, with the same weight or more.
     residual = sketch.double() - sketch.double() @ projector(basis)
     assert residual.norm() < 2e-5 * sketch.double().norm()
