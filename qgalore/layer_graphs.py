@@ -178,6 +178,7 @@ class _Stack:
             self._messages[stage] = self._optimizer.message_of(self._weights[stage], self._buffer_of(stage))
         if updates:
             self._optimizer.complete(self._weights[updated], message)
+            self._messages[updated] = None
 
     def _finish_stage(self, stage: int) -> None:
         """What is never part of a graph."""

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qgalore.full_rank_weight import FullRankWeight
 from qgalore.layer_graphs import LayerGraphs, _CapturedStack
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.optimizer import LowRankAdamW
-from qgalore.rank_sum import AllReduce
+from qgalore.rank_sum import AllReduce, RankSum
 from tests.small_run import CONFIG, SmallRun, flags_of
 
 
@@ -260,6 +261,26 @@ def test_emulated_graphs_give_the_bits_of_plain_calls(
     float_sums = "--gradient_accumulation" in flags and "int8" not in flags.split("--grad_accum_dtype")[-1]
     waits = float_sums or "_per_layer" not in flags
     assert bool(readings) == (not waits), "float sums need no numbers, and waiting updates those of the host"
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_no_message_outlives_its_updates(captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is made while the other is under way, and graphs have two places for them."""
+    emulate_graphs(monkeypatch)
+    monkeypatch.setattr(layer_graphs, "_can_capture", lambda _: captures)
+    message_of, alive, most = LowRankAdamW.message_of, weakref.WeakSet[RankSum](), []
+
+    def watched(optimizer: LowRankAdamW, weights: list[FullRankWeight], buffer: Tensor | None = None) -> RankSum | None:
+        message = message_of(optimizer, weights, buffer)
+        assert message is not None
+        if buffer is None or message.message.data_ptr() != buffer.data_ptr():
+            alive.add(message)
+        most.append(len(alive))
+        return message
+
+    monkeypatch.setattr(LowRankAdamW, "message_of", watched)
+    trained(tmp_path, "cpu", f"{CASES['streaming']} --dtype float32", sums=True)
+    assert max(most) == 2 and not alive
 
 
 def test_a_run_leaves_no_graph_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
