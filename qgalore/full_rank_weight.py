@@ -206,8 +206,9 @@ class FullRankWeight:
 
     def numbers_of_update(self) -> list[int]:
         """What `numbers` has to hold for the next update."""
-        group = self.group
-        return kernels.numbers_row(self._seed(ROUNDING), self._step_size, self._decay, self.step + 1, group["betas"])
+        step, group = self.step, self.group
+        rounding = mix_seed(self.seed, step, self.index, ROUNDING)
+        return kernels.numbers_row(rounding, self._step_size, self._decay, step + 1, group["betas"])
 
     def numbers_of_next_sum(self) -> list[int]:
         """What `numbers_of_sums` has to hold for the next micro-batch."""
@@ -219,9 +220,8 @@ class FullRankWeight:
         self._additions += 1
 
     def count_replayed_update(self) -> None:
-        """Keep the host's account of an update that a CUDA graph has made."""
-        self._advance()
-        self.clear()
+        """Keep the host's account of an update that a CUDA graph has made: it holds no gradient of it."""
+        self.state["step"] += 1
 
     @property
     def _decay(self) -> float:

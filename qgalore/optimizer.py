@@ -258,7 +258,8 @@ class LowRankAdamW(Optimizer):
     def _collect(self) -> None:
         """Take the `.grad` of parameters that no hook watches, and what only an early micro-batch has reached."""
         for param, weight in self._weights.items():
-            weight.check()
+            if weight.layer is None:  # others were looked at when they were attached
+                weight.check()
             if weight.holds_gradient:
                 continue
             if param.grad is not None:
