@@ -38,17 +38,28 @@ from peft_pretraining.model_config import LlamaConfig
 
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", "--weight_quant", "--stochastic_round", "--proj_quant"]
 LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update_proj_gap", "200"]
+STREAMING = ["--subspace", "streaming", "--update_proj_gap", "20"]
+PER_LAYER = ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"]
+LIMITED = [*Q_GALORE, *LOW_RANK, *STREAMING, *PER_LAYER, "--norm_growth", "1.01"]
 SETTINGS: dict[str, list[str]] = {
     "adamw": ["--optimizer", "adamw", "--lr", "1e-3"],
     "adamw_tuned": ["--optimizer", "adamw", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
     "adamw_tuned_beta2_999": ["--optimizer", "adamw", "--lr", "1e-3", "--full_rank_lr", "1e-2", "--beta2", "0.999"],
+    "muon": ["--optimizer", "muon", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
     "adam8bit_tuned": ["--optimizer", "adam8bit", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
     "galore_svd": ["--optimizer", "galore_adamw8bit", *LOW_RANK],
     "q_galore_svd": [*Q_GALORE, *LOW_RANK],
     "q_galore_per_layer": [*Q_GALORE, *LOW_RANK, "--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"],
     "q_galore_svd_nearest": [*[flag for flag in Q_GALORE if flag != "--stochastic_round"], *LOW_RANK],
     "q_galore_streaming": [*Q_GALORE, *LOW_RANK, "--subspace", "streaming", "--update_proj_gap", "50"],
-    "q_galore_streaming_20": [*Q_GALORE, *LOW_RANK, "--subspace", "streaming", "--update_proj_gap", "20"],
+    "q_galore_streaming_20": [*Q_GALORE, *LOW_RANK, *STREAMING],
+    "q_galore_layer": [*Q_GALORE, *LOW_RANK, *STREAMING, *PER_LAYER],
+    "q_galore_limited": LIMITED,
+    "q_galore_fira": [*LIMITED, "--residual", "fira"],
+    "q_galore_apollo": [*LIMITED, "--residual", "apollo"],
+    "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
+    "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
+    "q_galore_random_directions": [*LIMITED, "--sketch_random", "0.25"],
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft_pretraining.arg_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import LlamaConfig, read_config_json
 
@@ -28,6 +29,9 @@ _LOW_RANK_FLAGS = (
     "cos_threshold",
     "gamma_proj",
     "queue_size",
+    "sketch_random",
+    "direction",
+    "residual",
     "rotate_moments",
 )
 
@@ -155,11 +159,18 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
             "update: the global norm needs all gradients at once, and each is used and freed inside the backward pass. "
             f"Use a smaller --batch_size with the same --total_batch_size, --grad_clipping 0, or {name[:-10]}"
         )
-    if optimizer.grad_accum_dtype != "float32" and name in ("sgd", "adafactor"):
+    if optimizer.grad_accum_dtype != "float32" and name in LIBRARY_OPTIMIZERS:
         problems.append(
             f"--grad_accum_dtype {optimizer.grad_accum_dtype} cannot work with --optimizer {name}, whose gradients add "
             "up in the weights' own --dtype: leave it out or use another optimizer"
         )
+    if 0 < optimizer.norm_growth < 1:
+        problems.append(
+            f"--norm_growth {optimizer.norm_growth:g} would let gradients only shrink: give 1 or more, such as 1.01, "
+            "or 0 for no limit"
+        )
+    if optimizer.norm_growth and name in LIBRARY_OPTIMIZERS:
+        problems.append(f"--norm_growth cannot work with --optimizer {name}: use --grad_clipping, or leave it out")
     return problems
 
 
@@ -218,8 +229,22 @@ def _subspace_problems(args: RunArgs) -> list[str]:
             "--proj_type full projects both sides, and --subspace streaming follows one: use --subspace svd, or "
             "--proj_type std, reverse_std, left or right"
         )
+    if subspace.sketch_random and subspace.subspace != "streaming":
+        problems.append(
+            f"--sketch_random {subspace.sketch_random:g} is about the sketches of --subspace streaming: add that, or "
+            "leave it out"
+        )
     if subspace.subspace == "streaming" and subspace.svd_method == "randomized":
         problems.append("--svd_method randomized is for --subspace svd: --subspace streaming needs no SVD")
+    if subspace.residual != "none" and subspace.proj_type == "full":
+        problems.append(
+            f"--residual {subspace.residual} scales across one projected side, and --proj_type full has two: use std, "
+            "reverse_std, left or right"
+        )
+    if subspace.residual == "apollo" and subspace.direction != "adam":
+        problems.append(
+            "--residual apollo takes its scales from Adam: leave --direction orthogonal out, or use --residual fira"
+        )
     if subspace.max_update_proj_gap < subspace.update_proj_gap:
         problems.append(
             f"--max_update_proj_gap {subspace.max_update_proj_gap} is less than --update_proj_gap "

@@ -12,7 +12,8 @@ from typing import Annotated
 
 from peft_pretraining.cli import Flag, parse_count
 
-FULL_RANK_OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "adam8bit")
+LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
+FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 
@@ -96,16 +97,19 @@ class OptimizerArgs:
     weight_decay: Annotated[float, Flag("rate", at_least=0)] = 0.0
     """Decoupled weight decay a unit of learning rate; for adam it is added to the gradient instead."""
     beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0
-    """Decay an update of the first moment; 0 is the optimizer's usual momentum: 0.9 for Adam, none for sgd and
-    adafactor."""
+    """Decay an update of the first moment; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
+    matrices, none for sgd and adafactor."""
     beta2: Annotated[float, Flag("ratio", above=0, below=1)] = 0.95
     """Decay an update of the second moment, the same in every mode."""
     adam_eps: Annotated[float, Flag("number", above=0)] = 1e-8
     """Number added to the root of Adam's second moment."""
     grad_clipping: Annotated[float, Flag("norm", at_least=0)] = 0.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
+    norm_growth: Annotated[float, Flag("factor", at_least=0)] = 0.0
+    """Largest factor by which the norm of each weight's gradient grows from update to update, such as 1.01; 0 sets no
+    limit. It also works inside the backward pass, where grad_clipping cannot."""
     grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
-    """Data type in which gradients add up over micro-batches (sgd and adafactor: the weights' own)."""
+    """Data type in which gradients add up over micro-batches (sgd, adafactor and muon: the weights' own)."""
 
     @property
     def is_low_rank(self) -> bool:
@@ -183,6 +187,13 @@ class SubspaceArgs:
     """Lazy rule: factor by which the interval grows; 1 keeps it."""
     queue_size: Annotated[int, Flag("refreshes", at_least=1)] = 5
     """Lazy rule: successive refreshes that must all be similar."""
+    sketch_random: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.0
+    """Streaming: share of a sketch that is made with random directions instead of the momentum."""
+    direction: Annotated[str, Flag(choices=("adam", "orthogonal"))] = "adam"
+    """Step inside the subspace: Adam's, or the orthogonalised momentum (Muon), which has no second moment."""
+    residual: Annotated[str, Flag(choices=("none", "fira", "apollo"))] = "none"
+    """What the projection leaves out of the last micro-batch's gradient: not used, added to the update at the size that
+    Adam gives the rest (fira), or used so in place of the projected update (apollo)."""
     rotate_moments: Annotated[bool | None, Flag(auto="on for streaming, off for svd as in the paper")] = None
     """Rotate Adam's moments into the new basis at a refresh."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft_pretraining.arg_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.args import GROUPS, RunArgs
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.memory_plan import MemoryPlan, plan_memory
@@ -38,7 +39,10 @@ def memory_settings(args: RunArgs) -> MemorySettings:
     """What of the flags decides the memory."""
     optimizer, quantization, subspace = args.optimizer, args.quantization, args.subspace
     stored = quantization.weight_quant and not quantization.simulation
-    of_library = optimizer.optimizer in ("sgd", "adafactor")
+    of_library = optimizer.optimizer in LIBRARY_OPTIMIZERS
+    states = int(optimizer.beta1 > 0) if optimizer.optimizer in ("sgd", "adafactor") else 2
+    one = optimizer.optimizer == "muon" or (optimizer.is_low_rank and subspace.direction == "orthogonal")
+    decoder_states = 1 if one else states
     cuda = args.runtime.device != "cpu"
     compiled = not args.model.use_hf_model and (args.model.compile == "on" or (args.model.compile == "auto" and cuda))
     return MemorySettings(
@@ -64,6 +68,8 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         weight_group_size=quantization.weight_group_size,
         int8_products=quantization.int8_products,
         state_bits=8 if "8bit" in optimizer.optimizer else 32,
-        states=int(optimizer.beta1 > 0) if of_library else 2,
+        states=states,
+        decoder_states=decoder_states,
+        residual=optimizer.is_low_rank and subspace.residual != "none",
         factored=optimizer.optimizer == "adafactor",
     )

@@ -67,6 +67,10 @@ class MemorySettings:
     """8 (block-wise), 16 or 32 bits a value of an optimizer state."""
     states: int = 2
     """Optimizer states of the weights' size: 2 for Adam, 1 for momentum, 0 for none."""
+    decoder_states: int = 2
+    """The same of the decoder matrices."""
+    residual: bool = False
+    """The last micro-batch's full gradient of a matrix is kept until its update."""
     factored: bool = False
     """Adafactor: of a matrix one value a row and one a column instead."""
 
@@ -114,19 +118,25 @@ def projection_bytes(shape: Shape, s: MemorySettings) -> int:
     return basis_values(shape, s) * (s.dtype_bytes if s.weight_bits is None else 4)
 
 
-def state_bytes(shape: Shape, s: MemorySettings) -> int:
+def state_bytes(shape: Shape, s: MemorySettings, decoder: bool = False) -> int:
     """Of the optimizer's states for a gradient of this shape."""
+    states = s.decoder_states if decoder else s.states
     if s.factored and len(shape) == 2:
         return 4 * sum(shape)
     values = math.prod(shape)
     if has_8bit_states(shape, s):
-        return s.states * (values + 4 * math.ceil(values / BLOCK_SIZE))
-    return s.states * values * (s.state_bits // 8 if s.state_bits != 8 else 4)
+        return states * (values + 4 * math.ceil(values / BLOCK_SIZE))
+    return states * values * (s.state_bits // 8 if s.state_bits != 8 else 4)
 
 
 def has_8bit_states(shape: Shape, s: MemorySettings) -> bool:
     """Whether the states of a gradient of this shape are held in 8 bits."""
     return s.state_bits == 8 and math.prod(shape) >= MIN_8BIT_NUMEL
+
+
+def residual_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
+    """Of full gradients (m, n) that are kept for their residuals until the update."""
+    return s.dtype_bytes * sum(map(math.prod, shapes)) if s.residual else 0
 
 
 def gradient_bytes(shapes: Iterable[Shape], s: MemorySettings) -> int:
@@ -138,7 +148,7 @@ def sum_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of a sum over the micro-batches and ranks of an update; a gradient that comes alone keeps its own dtype."""
     if s.grad_accum_dtype == "int8" and len(shape) == 2:
         return _quantized_bytes(shape[0], shape[1], 8, GROUP_SIZE)
-    alone = s.grad_accum_steps == s.ranks == 1
+    alone = s.grad_accum_steps == 1
     return math.prod(shape) * (s.dtype_bytes if alone else _ACCUMULATOR_BYTES.get(s.grad_accum_dtype, 4))
 
 

@@ -23,6 +23,7 @@ from peft_pretraining.lasting_memory import (
     has_8bit_states,
     projection_bytes,
     refresh_bytes,
+    residual_bytes,
     sides,
     state_bytes,
     weight_bytes,
@@ -94,13 +95,14 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
     norms = [(config.hidden_size,)] * (2 * layers + 1)
     rest: list[Shape] = [*tables, *norms]
     low_rank = [gradient_shape(shape, s) for shape in matrices]
+    waiting = 0 if s.gradients_live_in_backward else residual_bytes(matrices, s)
     lasting = {
         "decoder weights": layers * sum(weight_bytes(shape, s) for shape in matrices),
         "embeddings, head, norms": s.dtype_bytes * sum(map(math.prod, rest)),
         "projections": layers * sum(projection_bytes(shape, s) for shape in matrices),
-        "optimizer states, decoder": layers * sum(state_bytes(shape, s) for shape in low_rank),
+        "optimizer states, decoder": layers * sum(state_bytes(shape, s, decoder=True) for shape in low_rank),
         "optimizer states, embeddings, head, norms": sum(state_bytes(shape, s) for shape in rest),
-        _GRADIENTS: layers * gradient_bytes(low_rank, s) + gradient_bytes(rest, s),
+        _GRADIENTS: layers * (gradient_bytes(low_rank, s) + waiting) + gradient_bytes(rest, s),
         _REFRESHES: refresh_bytes(matrices, layers, s),
     }
     kept = _kept_activation_bytes(config, s)
@@ -211,6 +213,7 @@ def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int
     if s.gradients_live_in_backward:
         values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
         gradients, updates = _float32_copy_bytes(values, s) or s.dtype_bytes * values, _largest_update_bytes(config, s)
+        gradients += residual_bytes(config.matrix_shapes().values(), s)
         if not s.cuda_graphs:
             # The layer has given up what it saved, and there is the gradient of its input.
             hidden = _hidden_bytes(config, s)
@@ -271,6 +274,7 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
     multiplying = max(_multiplying_bytes(shape, s), projecting)
     made = s.dtype_bytes * math.prod(gradient_shape(shape, s)) if s.gradients_live_in_backward else 0
+    made += residual_bytes([shape], s) if s.gradients_live_in_backward else 0
     attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query) + 3 * made
     if not s.compiled:
         return max(wide + multiplying, 2 * wide, attention - 3 * wide - hidden)
@@ -300,7 +304,7 @@ def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
     if s.rank is None:
         return full
     tokens, projected = s.batch_size * s.max_length, sides(shape, s)
-    direct = projects_directly(tokens, shape[0], shape[1], s.rank, projected[0])
+    direct = not s.residual and projects_directly(tokens, shape[0], shape[1], s.rank, projected[0])
     between = len(projected) * tokens * s.rank * s.dtype_bytes if direct else full
     return _held_in_projecting_bytes(shape, s) + between
 
@@ -336,7 +340,9 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         return min(_ROW_CHUNK, 4 * math.prod(shape))
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     update = s.dtype_bytes * (values + _basis_copy_values(shape, s))
-    if s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
+    if s.residual:  # the whole direction, and what is added to it
+        update += 2 * s.dtype_bytes * math.prod(shape)
+    elif s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
         update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
     if s.svd:
         return max(update, 12 * math.prod(shape) + 24 * min(shape) ** 2)

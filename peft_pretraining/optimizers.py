@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.arg_groups import OptimizerArgs, QuantizationArgs, SubspaceArgs
+from peft_pretraining.arg_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.args import RunArgs
 from peft_pretraining.model import low_rank_names
 from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaMLP
@@ -78,7 +78,7 @@ class TrainingOptimizer(Protocol):
 class LibraryOptimizer:
     """An optimizer of another library: its gradients are summed over the ranks when the last micro-batch is in."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, all_reduce: AllReduce | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | OptimizerPair, all_reduce: AllReduce | None) -> None:
         """Watches the parameters of `optimizer` with hooks if there is something to sum."""
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self._skip: Tensor | None = None
@@ -145,6 +145,48 @@ class LibraryOptimizer:
         return {}
 
 
+class OptimizerPair:
+    """Two optimizers of other parameters that look like one."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        """Parameters are numbered through in this order."""
+        self._both = (first, second)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of both."""
+        return [group for optimizer in self._both for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._both:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        """An update of all parameters."""
+        for optimizer in self._both:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of one optimizer."""
+        first, second = (optimizer.state_dict() for optimizer in self._both)
+        count = sum(len(group["params"]) for group in first["param_groups"])
+        state = first["state"] | {count + index: value for index, value in second["state"].items()}
+        moved = [group | {"params": [count + index for index in group["params"]]} for group in second["param_groups"]]
+        return {"state": state, "param_groups": first["param_groups"] + moved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        groups, start = list(state_dict["param_groups"]), 0
+        for optimizer in self._both:
+            own = [groups.pop(0) for _ in optimizer.param_groups]
+            stop = start + sum(len(group["params"]) for group in own)
+            state = {key - start: value for key, value in state_dict["state"].items() if start <= key < stop}
+            own = [group | {"params": [index - start for index in group["params"]]} for group in own]
+            optimizer.load_state_dict({"state": state, "param_groups": own})
+            start = stop
+
+
 def weight_format(quantization: QuantizationArgs) -> WeightFormat:
     """How the decoder's matrices are stored."""
     return WeightFormat(
@@ -187,7 +229,7 @@ def build_optimizer(
     """
     groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
-    if args.optimizer in ("sgd", "adafactor"):
+    if args.optimizer in LIBRARY_OPTIMIZERS:
         return LibraryOptimizer(_library_optimizer(args, groups), all_reduce)
     if args.is_low_rank:
         groups[1] |= _low_rank_keys(quantization, subspace)
@@ -199,6 +241,7 @@ def build_optimizer(
         weight_decay=args.weight_decay,
         decoupled_weight_decay=args.optimizer != "adam",
         accumulator_dtype=args.grad_accum_dtype,
+        norm_growth=args.norm_growth,
         seed=seed,
     )
     # Between micro-batches all gradients exist anyway, so a clipped run updates after the last one at no memory.
@@ -211,12 +254,15 @@ def allows_graphs(args: RunArgs) -> bool:
     """Whether these flags let compiled decoder layers run from CUDA graphs on a GPU with Triton.
 
     All that changes from step to step must be read from the device: not so for fake quantization, for groups that
-    Triton's kernels cannot take, and for a gradient that is packed into 8 bits without a sum.
+    Triton's kernels cannot take, for a gradient that is packed into 8 bits without a sum, and for a residual that waits
+    for its update.
     """
     optimizer, quantization = args.optimizer, args.quantization
+    waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
     fake = quantization.weight_quant and quantization.simulation
     packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
+    fits = fits and not (waits and args.subspace.residual != "none")
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 
@@ -253,12 +299,25 @@ def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> di
         "svd_method": subspace.svd_method,
         "rotate_moments": subspace.rotates_moments,
         "max_update_proj_gap": subspace.max_update_proj_gap,
+        "direction": subspace.direction,
+        "residual": subspace.residual,
+        "sketch_random": subspace.sketch_random,
     }
 
 
-def _library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | OptimizerPair:
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.beta1, weight_decay=args.weight_decay)
+    if args.optimizer == "muon":
+        rest, matrices = groups
+        betas, momentum = (args.adam_beta1, args.beta2), args.beta1 or 0.95
+        return OptimizerPair(
+            torch.optim.AdamW([rest], betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay),
+            # Its rates are comparable with Adam's then.
+            torch.optim.Muon(
+                [matrices], momentum=momentum, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+        )
     from transformers.optimization import Adafactor
 
     # With a learning rate of the run's own, as GaLore's and Q-GaLore's Adafactor baseline has it.

@@ -29,10 +29,10 @@ from peft_pretraining.optimizers import TrainingOptimizer
 _FIXED = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
     "weight_group_size", "int8_products", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace",
-    "seed", "model_config_contents",
+    "direction", "seed", "model_config_contents",
 )  # fmt: skip
 # Flags that came later: what a checkpoint that does not know them was made with.
-_OLD_VALUES = {"int8_products": False}
+_OLD_VALUES = {"int8_products": False, "direction": "adam"}
 
 
 @dataclass

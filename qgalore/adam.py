@@ -28,16 +28,20 @@ def make_tables(device: torch.device) -> None:
         kernels.quantize_blocks(torch.zeros(1, device=device), signed, BLOCK_SIZE)
 
 
-def init_moments(state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
-    """Put zero moments for a gradient of `shape` into `state`: exp_avg, exp_avg_sq and, at 8 bits, their absmax."""
-    if bits == 8 and shape.numel() >= MIN_8BIT_NUMEL:
-        blocks = -(-shape.numel() // BLOCK_SIZE)
-        for name, signed in _SIGNED.items():
-            zero = int(kernels.quantize_blocks(torch.zeros(1), signed, BLOCK_SIZE)[0])
+def init_moments(
+    state: dict[str, Tensor],
+    shape: torch.Size,
+    bits: int,
+    device: torch.device,
+    names: tuple[str, ...] = MOMENTS,
+) -> None:
+    """Put zero moments for a gradient of `shape` into `state`: those named and, at 8 bits, their absmax."""
+    for name in names:
+        if bits == 8 and shape.numel() >= MIN_8BIT_NUMEL:
+            zero = int(kernels.quantize_blocks(torch.zeros(1), _SIGNED[name], BLOCK_SIZE)[0])
             state[name] = torch.full(shape, zero, dtype=torch.uint8, device=device)
-            state[f"{name}_absmax"] = torch.zeros(blocks, device=device)
-    else:
-        for name in MOMENTS:
+            state[f"{name}_absmax"] = torch.zeros(-(-shape.numel() // BLOCK_SIZE), device=device)
+        else:
             state[name] = torch.zeros(shape, device=device)
 
 
@@ -52,15 +56,19 @@ def read_moment(state: dict[str, Tensor], name: str) -> Tensor:
     return value
 
 
-def write_moment(state: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Replace exp_avg or exp_avg_sq in place by float32 values of the same shape."""
+def write_moment(state: dict[str, Tensor], name: str, value: Tensor, skip: Tensor | None = None) -> None:
+    """Replace exp_avg or exp_avg_sq in place by float32 values of the same shape, unless the flag `skip` is true."""
+
+    def write(place: Tensor, new: Tensor) -> None:
+        place.copy_(new if skip is None else torch.where(skip, place, new))
+
     if f"{name}_absmax" not in state:
-        state[name].copy_(value)
+        write(state[name], value)
         return
     for part, codes, absmax in _flat_parts(value.contiguous(), state[name], state[f"{name}_absmax"]):
         new_codes, new_absmax = kernels.quantize_blocks(part, _SIGNED[name], BLOCK_SIZE)
-        codes.copy_(new_codes)
-        absmax.copy_(new_absmax)
+        write(codes, new_codes)
+        write(absmax, new_absmax)
 
 
 def _flat_parts(value: Tensor, codes: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

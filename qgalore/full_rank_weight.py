@@ -126,6 +126,23 @@ class FullRankWeight:
         """`kernels.check_gradient_` of the complete gradient."""
         self._held.check_(squared_norm, skip)
 
+    def limit_growth(self, squared_norm: Tensor, skip: Tensor) -> Tensor | None:
+        """The factor, (), that lets the gradient's norm grow by `norm_growth` at most from update to update.
+
+        After Fira's limiter (Chen et al., arXiv 2410.01623). None where no limit is set. squared_norm and skip are
+        those of `check_gradient_`; a skipped update leaves no trace.
+        """
+        growth: float = self.group["norm_growth"]
+        if not growth:
+            return None
+        if not self.state:
+            self._init_state()
+        before = self.state.setdefault("limited_norm", torch.zeros((), device=self.param.device))
+        norm = squared_norm.sqrt()
+        limited = torch.where(before > 0, torch.minimum(norm, growth * before), norm)
+        before.copy_(torch.where(skip, before, limited))
+        return limited / norm.clamp_min(1e-30)
+
     @property
     def accumulates(self) -> bool:
         """Whether a micro-batch has reached the weight since the last complete gradient."""
@@ -148,12 +165,23 @@ class FullRankWeight:
 
     def _init_state(self) -> None:
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        adam.init_moments(self.state, self.gradient_shape, self.group["state_bits"], self.param.device)
+        device = self.param.device
+        adam.init_moments(self.state, self.gradient_shape, self.group["state_bits"], device, self._moments)
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        """Names of the moments that the state holds."""
+        return adam.MOMENTS
 
     @property
     def gradient_shape(self) -> torch.Size:
         """Of the gradient that reaches Adam."""
         return self.shape
+
+    @property
+    def values_to_sum(self) -> int:
+        """Of `parts_to_sum` in an update without a refresh."""
+        return self.gradient_shape.numel()
 
     def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
         """One AdamW step on the weight with factor * grad (clipping); grad is what `release` gave.

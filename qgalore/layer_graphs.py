@@ -312,7 +312,7 @@ class _CapturedStack(_Stack):
 
     def _message_buffers(self, x: Tensor) -> list[Tensor]:
         """Two places for the messages of the layers in turn, in the dtype of one micro-batch; none on one rank."""
-        sizes = [sum(weight.gradient_shape.numel() for weight in weights) for weights in self._weights]
+        sizes = [sum(weight.values_to_sum for weight in weights) for weights in self._weights]
         return [x.new_empty(max(sizes)) for _ in range(2)] if self._lag else []
 
     def _buffer_of(self, index: int) -> Tensor | None:

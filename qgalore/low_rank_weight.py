@@ -16,7 +16,9 @@ from torch import Tensor
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, zeros
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
+from qgalore.orthogonal import orthogonal_step
 from qgalore.quantization import QuantizedTensor, quantize
+from qgalore.residual import full_direction
 from qgalore.subspace_schedule import RefreshSchedule
 
 _START, _TEST_MATRIX, _RANGE_FINDER = range(2, 5)
@@ -30,6 +32,8 @@ class LowRankWeight(FullRankWeight):
         super().__init__(param, seed)
         self.similarity: Tensor | None = None
         self._next_bases: dict[str, Tensor | QuantizedTensor] | None = None
+        self._last_full: Tensor | None = None
+        self._fulls = 0
         self._fit_failed = False
         self._factor_dtype = torch.float32
 
@@ -82,6 +86,19 @@ class LowRankWeight(FullRankWeight):
         m, n = self.shape
         rank = self.group["rank"]
         return torch.Size((rank if "left" in self.sides else m, rank if "right" in self.sides else n))
+
+    @property
+    def values_to_sum(self) -> int:
+        """See `FullRankWeight`."""
+        return super().values_to_sum + (self.shape.numel() if self._has_residual else 0)
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return adam.MOMENTS[:1] if self.group["direction"] == "orthogonal" else adam.MOMENTS
+
+    @property
+    def _has_residual(self) -> bool:
+        return bool(self.group["residual"] != "none")
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
@@ -164,8 +181,8 @@ class LowRankWeight(FullRankWeight):
     def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
         """Add the projected gradient of one micro-batch from its factors; the full one only where an SVD is due."""
         self._factor_dtype = grad_output.dtype
-        if self._needs_full_gradient:
-            self._add(self._full, subspace.gradient(grad_output, input, self._matrix_shape))
+        if self._needs_full_gradient or self._has_residual:
+            self.accumulate_full(subspace.gradient(grad_output, input, self._matrix_shape))
             return
         left, right = self.basis("left", grad_output.dtype), self.basis("right", grad_output.dtype)
         self._add(self._sum, subspace.project_factors(grad_output, input, self._matrix_shape, left, right))
@@ -178,8 +195,10 @@ class LowRankWeight(FullRankWeight):
                 self._add(self._sketch(side), subspace.gradient(first, second, (test.shape[0], d)))
 
     def accumulate_full(self, grad: Tensor) -> None:
-        """The same from a full gradient (m, n), which is not kept."""
+        """The same from a full gradient (m, n), which is kept only for a residual, and then the last one."""
         self._factor_dtype = grad.dtype
+        if self._has_residual:
+            self._last_full, self._fulls = grad, self._fulls + 1
         if self._needs_full_gradient:
             self._add(self._full, grad)
             return
@@ -218,6 +237,11 @@ class LowRankWeight(FullRankWeight):
         else:
             momentum = adam.read_moment(self.state, "exp_avg")
             test = momentum if side == "left" else momentum.T
+            fresh = int(self.group["sketch_random"] * test.shape[0])
+            if fresh:
+                seed = self._seed(_TEST_MATRIX, test.shape[1])
+                random = subspace.random_matrix(fresh, test.shape[1], seed, self.param.device)
+                test = torch.cat([test[: test.shape[0] - fresh], random])
         norms, scaled = test.norm(dim=1, keepdim=True).clamp_min(1e-30), torch.empty_like(test, dtype=dtype)
         return torch.div(test, norms, out=scaled)  # rounded once
 
@@ -230,14 +254,16 @@ class LowRankWeight(FullRankWeight):
         """Forget the gradient."""
         super().clear()
         self._full.clear()
-        self._full.place = None
+        self._full.place = self._last_full = None
+        self._fulls = 0
         self._sketches.clear()
         self._next_bases = None
 
     def parts_to_sum(self) -> list[Tensor]:
-        """See `FullRankWeight`: the projected or full gradient, then the sketches."""
+        """See `FullRankWeight`: the projected or full gradient, then the sketches, and what a residual is made of."""
         gradient = self._full if self._needs_full_gradient else self._sum
-        return [part.take() for part in (gradient, *self._sketches.values())]
+        parts = [part.take() for part in (gradient, *self._sketches.values())]
+        return parts if self._last_full is None else [*parts, self._last_full]
 
     def complete(self, summed: list[Tensor] | None = None) -> None:
         """See `FullRankWeight`; of a full gradient the projection is held, and new bases are ready but not taken."""
@@ -250,6 +276,8 @@ class LowRankWeight(FullRankWeight):
         else:
             super().complete(summed)
         if summed is not None:
+            if self._has_residual:
+                *summed, self._last_full = summed
             for sketch, value in zip(self._sketches.values(), summed[1:], strict=True):
                 sketch.add(value, self._seed(ACCUMULATION, -2))
 
@@ -282,10 +310,18 @@ class LowRankWeight(FullRankWeight):
         if self._next_bases is not None:
             self._take_fitted_bases(self._next_bases, update_step, skip)
         step, group, dtype = self._advance(), self.group, self._factor_dtype
-        direction = adam.adam_step(
-            self.state, dense(grad), step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
-        )
-        how = (self.basis("left", dtype), self.basis("right", dtype), self._step_size, self._decay, rounding)
+        projected, left, right = dense(grad), self.basis("left", dtype), self.basis("right", dtype)
+        if group["direction"] == "orthogonal":
+            direction = orthogonal_step(self.state, projected, group["betas"][0], factor, skip, dtype)
+        else:
+            direction = adam.adam_step(
+                self.state, projected, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
+            )
+        if self._last_full is not None:
+            full = self._last_full.to(dtype) * max(1, self._fulls)
+            direction = full_direction(group["residual"], direction, projected, full, left, right)
+            left = right = None
+        how = (left, right, self._step_size, self._decay, rounding)
         if self.layer is not None:
             self.layer.update_(direction, *how, skip, self.numbers)
         else:
@@ -322,7 +358,7 @@ class LowRankWeight(FullRankWeight):
         assert old is not None
         if self.group["rotate_moments"]:
             # One after the other: the second is read when the first has been written.
-            for power, name in enumerate(adam.MOMENTS, start=1):
+            for power, name in enumerate(self._moments, start=1):
                 rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
                 self._write_where(wanted, name, functools.partial(adam.write_moment, self.state, name, rotated))
                 del rotated

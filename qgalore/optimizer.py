@@ -45,12 +45,14 @@ class LowRankAdamW(Optimizer):
         *,
         decoupled_weight_decay: bool = True,
         accumulator_dtype: str = "float32",
+        norm_growth: float = 0.0,
         seed: int = 0,
     ) -> None:
         """lr, betas, eps, weight_decay as in `torch.optim.AdamW` (`decoupled_weight_decay=False`: as in Adam).
 
-        accumulator_dtype is that of gradients summed over micro-batches (float32, bfloat16, int8); seed that of the
-        stochastic rounding. Raises ValueError for a group whose keys make no sense.
+        accumulator_dtype is that of gradients summed over micro-batches (float32, bfloat16, int8); norm_growth limits
+        how much the norm of each gradient may grow from one update to the next, such as 1.01 (0: no limit); seed is
+        that of the stochastic rounding. Raises ValueError for a group whose keys make no sense.
         """
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
@@ -75,6 +77,7 @@ class LowRankAdamW(Optimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "accumulator_dtype": accumulator_dtype,
+            "norm_growth": norm_growth,
             "state_bits": self.state_bits,
         }
         super().__init__(params, defaults)
@@ -232,7 +235,8 @@ class LowRankAdamW(Optimizer):
             weight.check_gradient_(checks.squared_norms[weight.index], checks.skip)
             if at_once:
                 checks.remember_first()
-                weight.update(weight.release(), skip=checks.skip)
+                factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
+                weight.update(weight.release(), factor, checks.skip)
 
     def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
         """The weights among the parameters of a module, in its order."""
@@ -279,7 +283,13 @@ class LowRankAdamW(Optimizer):
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
         for weight in waiting:
-            weight.update(weight.release(), self._clip_factor, self._update_checks().skip)
+            checks = self._update_checks()
+            factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
+            if factor is None or self._clip_factor is None:
+                factor = self._clip_factor if factor is None else factor
+            else:
+                factor = factor * self._clip_factor
+            weight.update(weight.release(), factor, checks.skip)
         self._clip_factor, self._stepped, self._sums = None, True, False
         return loss
 

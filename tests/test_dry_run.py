@@ -81,12 +81,30 @@ def test_q_galore_takes_less_than_adam(small: SmallRun, capsys: pytest.CaptureFi
         ({"device": "cuda", "grad_accum_dtype": "int8"}, True, False),
         ({"device": "cuda", "optimizer": "q_galore_adamw8bit"}, True, True),
         ({"device": "cuda", "weight_group_size": 20}, True, False),
+        ({"device": "cuda", "residual": "fira"}, True, True),
+        ({"device": "cuda", "residual": "fira", "batch_size": 2}, True, False),
     ],
 )
 def test_how_the_layers_run(small: SmallRun, flags: dict[str, object], compiled: bool, graphs: bool) -> None:
     given = flags_of("q_galore_adamw8bit_per_layer") | {"batch_size": 4, "total_batch_size": 4} | flags
     settings = memory_settings(parse_args(small.argv("run", given)))
     assert (settings.cuda, settings.compiled, settings.cuda_graphs) == (flags["device"] != "cpu", compiled, graphs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "states", "decoder_states"),
+    [
+        (flags_of("adamw"), 2, 2),
+        (flags_of("sgd"), 0, 0),
+        (flags_of("sgd") | {"beta1": 0.9}, 1, 1),
+        (flags_of("muon"), 2, 1),
+        (flags_of("q_galore_adamw8bit"), 2, 2),
+        (flags_of("q_galore_adamw8bit") | {"direction": "orthogonal"}, 2, 1),
+    ],
+)
+def test_states_that_are_counted(small: SmallRun, flags: dict[str, object], states: int, decoder_states: int) -> None:
+    settings = memory_settings(parse_args(small.argv("run", flags)))
+    assert (settings.states, settings.decoder_states) == (states, decoder_states)
 
 
 def test_writes_nothing_and_needs_no_data(

@@ -54,6 +54,9 @@ CASES = {
     "products in int8": f"{STREAMING} --int8_products",
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
+    "orthogonal": f"{STREAMING} --direction orthogonal",
+    "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",
+    "apollo, random directions": f"{STREAMING} --residual apollo --sketch_random 0.5",
     "in step": STREAMING.replace("_per_layer", ""),
     "clipping": f"{STREAMING} --grad_clipping 0.5".replace("_per_layer", ""),
     "sums": f"{STREAMING} --gradient_accumulation 3",
@@ -61,7 +64,7 @@ CASES = {
     "bfloat16 sums, svd": f"{PER_LAYER} --gradient_accumulation 2 --grad_accum_dtype bfloat16",
 }
 
-SUMMED = [("streaming", True), ("int8 sums", True)]
+SUMMED = [("streaming", True), ("int8 sums", True), ("fira, limited", True)]
 """Cases that are tried as on several ranks, too."""
 
 
@@ -305,9 +308,7 @@ def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize(
-    ("case", "sums"), [*((case, False) for case in CASES), ("streaming", True), ("int8 sums", True)]
-)
+@pytest.mark.parametrize(("case", "sums"), [*((case, False) for case in CASES), *SUMMED])
 def test_graphs_give_the_bits_of_plain_calls(case: str, sums: bool, tmp_path: Path) -> None:
     run_pretrain.make_reproducible()
     try:

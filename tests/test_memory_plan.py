@@ -58,6 +58,16 @@ CASES = {
     ),
 }
 CASES |= {
+    "q-galore, one moment": (
+        QGaLoreAdamW8bit,
+        MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, decoder_states=1),
+    ),
+    "q-galore, residual": (
+        QGaLoreAdamW8bit,
+        MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, residual=True),
+    ),
+}
+CASES |= {
     f"q-galore {kind}": (
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=25, state_bits=8, weight_bits=8, proj_bits=4, proj_type=kind),
@@ -98,11 +108,15 @@ def test_weights_and_states_are_exact(case: str, tied: bool) -> None:
     if settings.rank is not None:
         groups[1] |= {"rank": settings.rank, "proj_type": settings.proj_type, "quant": settings.proj_bits is not None}
         groups[1] |= {"quant_n_bit": settings.proj_bits or 4, "quant_group_size": settings.proj_group_size}
+        groups[1] |= {"direction": "adam" if settings.decoder_states == 2 else "orthogonal"}
+        groups[1] |= {"residual": "fira" if settings.residual else "none"}
     optimizer = kind(groups, lr=1e-3)
     optimizer.attach(model)
     tokens = torch.randint(0, 130, (2, 8), generator=torch.Generator().manual_seed(0))
     (model(tokens, tokens).loss_sum / 14).backward()
     gradients = sum(weight._held._sum.nbytes for weight in optimizer._weights.values())
+    if settings.residual:
+        gradients += sum(size(weight._last_full) for weight in optimizer.low_rank_weights())
     optimizer.step()
 
     decoder = {

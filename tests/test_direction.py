@@ -1,0 +1,153 @@
+"""Directions of a low-rank update other than Adam's, residuals of the projection, and the limit on growing norms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, low_rank_param_groups
+from qgalore.low_rank_weight import LowRankWeight
+from qgalore.orthogonal import RMS, orthogonalize
+from qgalore.residual import full_direction
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (16, 16)])
+def test_orthogonalized_matrices_have_singular_values_near_1(shape: tuple[int, int]) -> None:
+    matrix = normal(*shape)
+    u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonalize(matrix * 1e-6)
+    inner = u.T @ found @ vt.T
+    assert ((inner.diagonal() > 0.6) & (inner.diagonal() < 1.3)).all(), values
+    assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
+
+
+def trained(
+    shape: tuple[int, int] = (24, 40), kind: type[GaLoreAdamW] = GaLoreAdamW, **keys: object
+) -> tuple[nn.Linear, GaLoreAdamW, LowRankWeight]:
+    """A linear layer, its optimizer and weight."""
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
+    layer = model[0]
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.copy_(normal(*shape, seed=5))
+    growth = {"norm_growth": keys.pop("norm_growth", 0.0)}
+    groups = low_rank_param_groups(model, ["0"], rank=8, scale=0.5, subspace="streaming", **keys)
+    optimizer = kind([group for group in groups if group["params"]], lr=0.1, **growth)  # type: ignore[arg-type]
+    (weight,) = optimizer.low_rank_weights()
+    return layer, optimizer, weight
+
+
+def bases(weight: LowRankWeight) -> tuple[Tensor | None, Tensor | None]:
+    """As they are before a refresh."""
+    left, right = weight.basis("left"), weight.basis("right")
+    return None if left is None else left.clone(), None if right is None else right.clone()
+
+
+def update(layer: nn.Linear, optimizer: GaLoreAdamW, grad: Tensor) -> Tensor:
+    """One update with this gradient; what it took away from the weight."""
+    before = layer.weight.detach().clone()
+    layer.weight.grad = grad.clone()
+    optimizer.step()
+    optimizer.zero_grad()
+    return before - layer.weight.detach()
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdamW8bit])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_an_orthogonal_step_is_muons_in_the_subspace(shape: tuple[int, int], kind: type[GaLoreAdamW]) -> None:
+    layer, optimizer, weight = trained(shape, kind, direction="orthogonal", update_proj_gap=100)
+    for step in range(3):
+        grad = normal(*shape, seed=step)
+        left, right = bases(weight)
+        momentum = adam.read_moment(weight.state, "exp_avg").clone()  # in the newest basis
+        projected = grad if left is None else left @ grad
+        projected = projected if right is None else projected @ right.T
+        momentum = 0.9 * momentum + 0.1 * projected
+        taken = update(layer, optimizer, grad)
+        direction = orthogonalize(0.9 * momentum + 0.1 * projected) * RMS * max(projected.shape) ** 0.5
+        assert 0.15 < float(direction.square().mean().sqrt()) < 0.25
+        expected = direction if left is None else left.T @ direction
+        expected = expected if right is None else expected @ right
+        torch.testing.assert_close(taken, 0.1 * 0.5 * expected, rtol=1e-4, atol=1e-5)
+    assert "exp_avg" in weight.state and "exp_avg_sq" not in weight.state
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("residual", ["fira", "apollo"])
+def test_a_residual_has_adams_size_in_each_column(residual: str, side: str) -> None:
+    rank, m, n = 4, 12, 20
+    basis = torch.linalg.qr(normal(m if side == "left" else n, rank))[0].T
+    full, dim = normal(m, n, seed=1), 0 if side == "left" else 1
+    projected = basis @ full if side == "left" else full @ basis.T
+    direction = normal(*projected.shape, seed=2)
+    left, right = (basis, None) if side == "left" else (None, basis)
+    found = full_direction(residual, direction, projected, full, left, right)
+    scales = direction.norm(dim=dim, keepdim=True) / projected.norm(dim=dim, keepdim=True)
+    inside = basis.T @ projected if side == "left" else projected @ basis
+    back = basis.T @ direction if side == "left" else direction @ basis
+    expected = scales * full if residual == "apollo" else back + scales * (full - inside)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    none = full_direction(residual, torch.zeros_like(direction), torch.zeros_like(projected), full, left, right)
+    assert not none.any(), "nothing projected: no size to take"
+
+
+@pytest.mark.parametrize("residual", ["fira", "apollo"])
+def test_a_residual_reaches_the_weight(residual: str) -> None:
+    """An update moves the weight outside its subspace, unlike one without."""
+    for kind, outside in (("none", False), (residual, True)):
+        layer, optimizer, weight = trained(residual=kind)
+        left, _ = bases(weight)
+        assert left is not None
+        taken = update(layer, optimizer, normal(24, 40))
+        beyond = taken - left.T @ (left @ taken)
+        assert bool(beyond.norm() > 0.3 * taken.norm()) == outside
+        assert weight._last_full is None, "not kept"
+
+
+def test_the_residual_of_the_last_micro_batch_stands_for_all() -> None:
+    """Three equal micro-batches are one three times as large."""
+    grad = normal(24, 40)
+    layer, optimizer, weight = trained(residual="fira")
+    before = layer.weight.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            weight.accumulate_full(grad)
+    optimizer.step()
+    whole_layer, whole, _ = trained(residual="fira")
+    torch.testing.assert_close(before - layer.weight.detach(), update(whole_layer, whole, 3 * grad))
+
+
+def test_norms_grow_by_the_limit_at_most() -> None:
+    layer, optimizer, weight = trained(norm_growth=1.1, update_proj_gap=100)
+    direction = normal(24, 40)
+    update(layer, optimizer, direction)  # and the first refresh
+    first = float((weight.basis("left") @ direction).norm())
+    weight.state["limited_norm"].zero_()
+    weight.state["exp_avg"].zero_()
+    sizes, limited = [1.0, 5.0, 1.05, 0.1, float("nan"), 1.0], [1.0, 1.1, 1.05, 0.1, 0.1, 0.11]
+    mean = 0.0
+    for size, expected in zip(sizes, limited, strict=True):
+        update(layer, optimizer, direction * size)
+        assert float(weight.state["limited_norm"]) == pytest.approx(expected * first, rel=1e-5)
+        mean = 0.9 * mean + 0.1 * expected if size == size else mean
+    # What reached the moments was the limited gradient.
+    assert float(weight.state["exp_avg"].norm()) == pytest.approx(mean * first, rel=1e-4)
+
+
+def test_random_directions_enter_the_sketch() -> None:
+    """A share of the rows of the test matrix does not come from the momentum."""
+    tests = []
+    for share in (0.0, 0.25):
+        layer, optimizer, weight = trained(sketch_random=share, update_proj_gap=2)
+        for step in range(20):
+            update(layer, optimizer, normal(24, 40, seed=step))
+            if weight.schedule.refreshes:
+                break
+        tests.append(weight._test_matrix("left", torch.float32))
+    assert torch.equal(tests[0][:6], tests[1][:6]) and not torch.allclose(tests[0][6:], tests[1][6:])
+    torch.testing.assert_close(tests[1].norm(dim=1), torch.ones(8))
