@@ -57,6 +57,8 @@ SETTINGS: dict[str, list[str]] = {
     "q_galore_limited": LIMITED,
     "q_galore_fira": [*LIMITED, "--residual", "fira"],
     "q_galore_apollo": [*LIMITED, "--residual", "apollo"],
+    "q_galore_factored": [*LIMITED, "--direction", "factored"],
+    "q_galore_factored_double": [*LIMITED, "--direction", "factored", "--rank", "256"],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
     "q_galore_random_directions": [*LIMITED, "--sketch_random", "0.25"],

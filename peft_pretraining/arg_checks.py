@@ -241,7 +241,7 @@ def _subspace_problems(args: RunArgs) -> list[str]:
             f"--residual {subspace.residual} scales across one projected side, and --proj_type full has two: use std, "
             "reverse_std, left or right"
         )
-    if subspace.residual == "apollo" and subspace.direction != "adam":
+    if subspace.residual == "apollo" and subspace.direction == "orthogonal":
         problems.append(
             "--residual apollo takes its scales from Adam: leave --direction orthogonal out, or use --residual fira"
         )

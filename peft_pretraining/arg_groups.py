@@ -189,8 +189,9 @@ class SubspaceArgs:
     """Lazy rule: successive refreshes that must all be similar."""
     sketch_random: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.0
     """Streaming: share of a sketch that is made with random directions instead of the momentum."""
-    direction: Annotated[str, Flag(choices=("adam", "orthogonal"))] = "adam"
-    """Step inside the subspace: Adam's, or the orthogonalised momentum (Muon), which has no second moment."""
+    direction: Annotated[str, Flag(choices=("adam", "factored", "orthogonal"))] = "adam"
+    """Step inside the subspace: Adam's, Adam's with a second moment of a row and a column (Adafactor), or along the
+    orthogonalised momentum (Muon), without one."""
     residual: Annotated[str, Flag(choices=("none", "fira", "apollo"))] = "none"
     """What the projection leaves out of the last micro-batch's gradient: not used, added to the update at the size that
     Adam gives the rest (fira), or used so in place of the projected update (apollo)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, rows_of_gradient, zeros
+from qgalore.direction import DIRECTIONS, Direction
 from qgalore.linear import LowRankLinear
 from qgalore.seeding import mix_seed
 
@@ -165,13 +166,11 @@ class FullRankWeight:
 
     def _init_state(self) -> None:
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        device = self.param.device
-        adam.init_moments(self.state, self.gradient_shape, self.group["state_bits"], device, self._moments)
+        self._direction.init_state(self.state, self.gradient_shape, self.group["state_bits"], self.param.device)
 
     @property
-    def _moments(self) -> tuple[str, ...]:
-        """Names of the moments that the state holds."""
-        return adam.MOMENTS
+    def _direction(self) -> Direction:
+        return DIRECTIONS["adam"]
 
     @property
     def gradient_shape(self) -> torch.Size:

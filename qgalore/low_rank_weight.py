@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, zeros
+from qgalore.direction import DIRECTIONS, Direction
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
-from qgalore.orthogonal import orthogonal_step
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.residual import full_direction
 from qgalore.subspace_schedule import RefreshSchedule
@@ -93,8 +93,8 @@ class LowRankWeight(FullRankWeight):
         return super().values_to_sum + (self.shape.numel() if self._has_residual else 0)
 
     @property
-    def _moments(self) -> tuple[str, ...]:
-        return adam.MOMENTS[:1] if self.group["direction"] == "orthogonal" else adam.MOMENTS
+    def _direction(self) -> Direction:
+        return DIRECTIONS[self.group["direction"]]
 
     @property
     def _has_residual(self) -> bool:
@@ -311,12 +311,9 @@ class LowRankWeight(FullRankWeight):
             self._take_fitted_bases(self._next_bases, update_step, skip)
         step, group, dtype = self._advance(), self.group, self._factor_dtype
         projected, left, right = dense(grad), self.basis("left", dtype), self.basis("right", dtype)
-        if group["direction"] == "orthogonal":
-            direction = orthogonal_step(self.state, projected, group["betas"][0], factor, skip, dtype)
-        else:
-            direction = adam.adam_step(
-                self.state, projected, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
-            )
+        direction = self._direction.step(
+            self.state, projected, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
+        )
         if self._last_full is not None:
             full = self._last_full.to(dtype) * max(1, self._fulls)
             direction = full_direction(group["residual"], direction, projected, full, left, right)
@@ -358,7 +355,7 @@ class LowRankWeight(FullRankWeight):
         assert old is not None
         if self.group["rotate_moments"]:
             # One after the other: the second is read when the first has been written.
-            for power, name in enumerate(self._moments, start=1):
+            for name, power in self._direction.rotated(side):
                 rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
                 self._write_where(wanted, name, functools.partial(adam.write_moment, self.state, name, rotated))
                 del rotated

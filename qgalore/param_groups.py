@@ -10,7 +10,7 @@ The keys of a low-rank group are those that users of q-galore-torch know:
 | proj_type | std, reverse_std, left, right, full: the side that is projected; full: both | std |
 | quant, quant_n_bit, quant_group_size | hold the projection in 4 or 8 bits, in groups | by class, 4, 256 |
 | cos_threshold, gamma_proj, queue_size | the lazy layer-wise rule; gamma_proj 1 turns it off | 0.4, 2, 5 |
-| direction | adam, or orthogonal: `qgalore.orthogonal` | adam |
+| direction | adam, factored or orthogonal: `qgalore.direction` | adam |
 | residual | none, or what the projection leaves out: fira, apollo, as in `qgalore.residual` | none |
 | sketch_random | share of a streaming sketch that is made with random rows instead of the momentum | 0 |
 | max_update_proj_gap | cap of the lazy interval; 0: 8 times the gap | 0 |
@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qgalore.direction import DIRECTIONS
 from qgalore.linear import LowRankLinear
 
 _LOW_RANK_DEFAULTS: dict[str, Any] = {
@@ -50,7 +51,7 @@ _CHOICES = {
     "subspace": ("svd", "streaming"),
     "svd_method": ("full", "randomized"),
     "quant_n_bit": (4, 8),
-    "direction": ("adam", "orthogonal"),
+    "direction": tuple(DIRECTIONS),
     "residual": ("none", "fira", "apollo"),
 }
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, low_rank_param_groups
+from qgalore.direction import DIRECTIONS, ORTHOGONAL_RMS, factored_step, orthogonalize
 from qgalore.low_rank_weight import LowRankWeight
-from qgalore.orthogonal import RMS, orthogonalize
 from qgalore.residual import full_direction
 
 
@@ -69,12 +69,54 @@ def test_an_orthogonal_step_is_muons_in_the_subspace(shape: tuple[int, int], kin
         projected = projected if right is None else projected @ right.T
         momentum = 0.9 * momentum + 0.1 * projected
         taken = update(layer, optimizer, grad)
-        direction = orthogonalize(0.9 * momentum + 0.1 * projected) * RMS * max(projected.shape) ** 0.5
+        direction = orthogonalize(0.9 * momentum + 0.1 * projected) * ORTHOGONAL_RMS * max(projected.shape) ** 0.5
         assert 0.15 < float(direction.square().mean().sqrt()) < 0.25
         expected = direction if left is None else left.T @ direction
         expected = expected if right is None else expected @ right
         torch.testing.assert_close(taken, 0.1 * 0.5 * expected, rtol=1e-4, atol=1e-5)
     assert "exp_avg" in weight.state and "exp_avg_sq" not in weight.state
+
+
+def test_a_factored_second_moment_is_exact_for_products() -> None:
+    """Where squared gradients are rows times columns at each step, it gives Adam's direction."""
+    row, column = normal(8, 1).abs() + 0.1, normal(1, 20, seed=1).abs() + 0.1
+    state: dict[str, Tensor] = {}
+    full: dict[str, Tensor] = {}
+    DIRECTIONS["factored"].init_state(state, torch.Size((8, 20)), 32, torch.device("cpu"))
+    DIRECTIONS["adam"].init_state(full, torch.Size((8, 20)), 32, torch.device("cpu"))
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        "exp_avg": (8, 20), "exp_avg_sq_row": (8, 1), "exp_avg_sq_column": (1, 20),
+    }  # fmt: skip
+    for step in range(1, 5):
+        grad = normal(8, 20, seed=step).sign() * row * column * step
+        found = factored_step(state, grad, step, (0.9, 0.99), 1e-8)
+        expected = adam.adam_step(full, grad, step, (0.9, 0.99), 1e-8)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    before = {name: value.clone() for name, value in state.items()}
+    factored_step(state, normal(8, 20), 5, (0.9, 0.99), 1e-8, skip=torch.tensor(True))
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+    limited = factored_step(state, 4 * grad, 5, (0.9, 0.99), 1e-8, factor=torch.tensor(0.25), skip=torch.tensor(True))
+    torch.testing.assert_close(limited, factored_step(state, grad, 5, (0.9, 0.99), 1e-8, skip=torch.tensor(True)))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_a_factored_moment_rotates_with_its_basis(shape: tuple[int, int]) -> None:
+    layer, optimizer, weight = trained(shape, direction="factored", update_proj_gap=100)
+    left, right = bases(weight)
+    grad = normal(*shape)
+    projected = left @ grad if left is not None else grad @ right.T  # type: ignore[union-attr]
+    squares = 0.001 * projected.square()
+    update(layer, optimizer, grad)
+    new_left, new_right = bases(weight)
+    if left is not None and new_left is not None:
+        expected = (new_left @ left.T).square() @ squares.mean(1, keepdim=True)
+        torch.testing.assert_close(weight.state["exp_avg_sq_row"], expected, rtol=1e-3, atol=1e-8)
+        torch.testing.assert_close(weight.state["exp_avg_sq_column"], squares.mean(0, keepdim=True))
+    else:
+        assert right is not None and new_right is not None
+        expected = squares.mean(0, keepdim=True) @ (new_right @ right.T).square().T
+        torch.testing.assert_close(weight.state["exp_avg_sq_column"], expected, rtol=1e-3, atol=1e-8)
+        torch.testing.assert_close(weight.state["exp_avg_sq_row"], squares.mean(1, keepdim=True))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

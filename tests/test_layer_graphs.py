@@ -55,6 +55,7 @@ CASES = {
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
     "orthogonal": f"{STREAMING} --direction orthogonal",
+    "factored": f"{STREAMING} --direction factored",
     "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",
     "apollo, random directions": f"{STREAMING} --residual apollo --sketch_random 0.5",
     "in step": STREAMING.replace("_per_layer", ""),

@@ -62,6 +62,12 @@ CASES |= {
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, decoder_states=1),
     ),
+    "q-galore, factored": (
+        QGaLoreAdamW8bit,
+        MemorySettings(
+            2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, decoder_states=1, second_moment_factored=True
+        ),
+    ),
     "q-galore, residual": (
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, residual=True),
@@ -108,7 +114,8 @@ def test_weights_and_states_are_exact(case: str, tied: bool) -> None:
     if settings.rank is not None:
         groups[1] |= {"rank": settings.rank, "proj_type": settings.proj_type, "quant": settings.proj_bits is not None}
         groups[1] |= {"quant_n_bit": settings.proj_bits or 4, "quant_group_size": settings.proj_group_size}
-        groups[1] |= {"direction": "adam" if settings.decoder_states == 2 else "orthogonal"}
+        one = "factored" if settings.second_moment_factored else "orthogonal"
+        groups[1] |= {"direction": "adam" if settings.decoder_states == 2 else one}
         groups[1] |= {"residual": "fira" if settings.residual else "none"}
     optimizer = kind(groups, lr=1e-3)
     optimizer.attach(model)
