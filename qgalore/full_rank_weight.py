@@ -138,8 +138,9 @@ class FullRankWeight:
             return None
         if not self.state:
             self._init_state()
-        before = self.state.setdefault("limited_norm", torch.zeros((), device=self.param.device))
-        norm = squared_norm.sqrt()
+        if "limited_norm" not in self.state:
+            self.state["limited_norm"] = torch.zeros((), device=self.param.device)
+        before, norm = self.state["limited_norm"], squared_norm.sqrt()
         limited = torch.where(before > 0, torch.minimum(norm, growth * before), norm)
         before.copy_(torch.where(skip, before, limited))
         return limited / norm.clamp_min(1e-30)
