@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from qgalore import GaLoreAdamW, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
@@ -366,3 +368,22 @@ def test_compiled_model_trains_the_same(backend: str, update_in_backward: bool) 
         ours, theirs = (net.get_submodule(name).dequantized_weight(torch.float32) for net in (model, compiled))
         assert (ours - theirs).abs().max() < 0.03
         assert float(((ours - theirs).abs() > 1e-5).float().mean()) < (0.0 if backend == "aot_eager" else 0.05) + 1e-9
+
+
+def test_a_compiled_input_gradient_waits_for_the_tap() -> None:
+    """Else a compiler may make, in one kernel, what the tap needs and what follows the gradient, and keep it all."""
+    module, graphs = layer("int8"), list[torch.fx.GraphModule]()
+    module.attach(Recorder())
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keep)
+    x = torch.randn(3, module.in_features, requires_grad=True)
+    torch.compile(module, backend=backend)(x).sum().backward()
+    (graph,) = graphs
+    calls = {node.target: node for node in graph.graph.nodes if node.op == "call_function"}
+    tap = calls[torch.ops.qgalore.low_rank_linear_tap.default]
+    gradient = calls[torch.ops.qgalore.low_rank_linear_input_gradient.default]
+    assert tap in gradient.all_input_nodes and x.grad is not None
