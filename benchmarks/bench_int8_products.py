@@ -22,15 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
 from qgalore import LowRankLinear, WeightFormat, kernels
 
-# Tokens, and (inputs, outputs) of the attention's matrices, of gate and up, and of down.
-SHAPES = {
-    "60m": (65536, ((512, 512), (512, 1376), (1376, 512))),
-    "1b": (4096, ((2048, 2048), (2048, 5461), (5461, 2048))),
-    "7b": (4096, ((4096, 4096), (4096, 11008), (11008, 4096))),
-}
+MODELS = ("60m", "1b", "7b")
 CALLS = 10  # in one graph
 OPERATIONS = ("forward", "input gradient")
 COLUMNS = ("model", "op", "tokens", "inputs", "outputs", "method", "ms", "tops", "peak_gb")
@@ -136,7 +132,7 @@ def use_tile(numbers: tuple[int, int, int, int, int]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure every method at the shapes asked for, one row each, and print them as a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(SHAPES), help="names, separated by commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--repeats", type=int, default=20, help="timed replays of ten calls")
     parser.add_argument("--tile", default="", help="rows,columns,depth,warps,stages of our kernel instead of its own")
     parser.add_argument(
@@ -144,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.models.split(",") if name not in SHAPES]
+    unknown = [name for name in args.models.split(",") if name not in MODELS]
     if unknown:
-        parser.error(f"--models: {unknown[0]} is none of {', '.join(SHAPES)}")
+        parser.error(f"--models: {unknown[0]} is none of {', '.join(MODELS)}")
     numbers = [int(text) for text in args.tile.split(",") if text.isdecimal()]
     if args.tile and (len(numbers) != 5 or not numbers[2] or 128 % numbers[2]):
         parser.error(f"--tile: {args.tile} is not rows,columns,depth,warps,stages with a depth that divides 128")
@@ -164,8 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     circumstances |= {"triton": triton.__version__, "commit": commit(), "note": args.note}
     rows: list[dict[str, object]] = []
     for model in args.models.split(","):
-        tokens, matrices = SHAPES[model]
-        for inputs, outputs in matrices:
+        tokens = models.tokens(model)
+        # Of the attention, of gate and up, and of down; each once.
+        for outputs, inputs in dict.fromkeys(models.config(model).matrix_shapes().values()):
             for method, products in methods(inputs, outputs, tokens).items():
                 for op, product in zip(OPERATIONS, products or (), strict=bool(products)):
                     row: dict[str, object] = {"model": model, "op": op, "tokens": tokens, "inputs": inputs}

@@ -18,16 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 
-SHAPES = {
-    "60m": (65536, 512, 32000),
-    "130m": (32768, 768, 32000),
-    "350m": (16384, 1024, 32000),
-    "1b": (4096, 2048, 32000),
-    "7b": (4096, 4096, 32000),
-}
+MODELS = ("60m", "130m", "350m", "1b", "7b")
 TFLOPS = 790e12
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -77,22 +72,23 @@ def measure(loss: Loss, shape: tuple[int, int, int], repeats: int) -> dict[str, 
 def main() -> int:
     """Measure every method at the shapes asked for, one row each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(SHAPES), help="names, separated by commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--repeats", type=int, default=20, help="timed passes")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/linear_cross_entropy.csv"))
     args = parser.parse_args()
-    unknown = [name for name in args.models.split(",") if name not in SHAPES]
+    unknown = [name for name in args.models.split(",") if name not in MODELS]
     if unknown:
-        parser.error(f"--models: {unknown[0]} is none of {', '.join(SHAPES)}")
+        parser.error(f"--models: {unknown[0]} is none of {', '.join(MODELS)}")
     if not torch.cuda.is_available():
         print("bench_linear_cross_entropy needs a CUDA GPU", file=sys.stderr)
         return 2
     for name in args.models.split(","):
-        tokens, width, vocabulary = SHAPES[name]
+        shape = models.tokens(name), models.config(name).hidden_size, models.config(name).vocab_size
+        tokens, width, vocabulary = shape
         floor = 3 * 2 * tokens * width * vocabulary / TFLOPS * 1e3
         for method, loss in methods().items():
             row = {"model": name, "tokens": tokens, "hidden_size": width, "vocabulary": vocabulary, "method": method}
-            row |= measure(loss, SHAPES[name], args.repeats)
+            row |= measure(loss, shape, args.repeats)
             row |= {"floor_ms": round(floor, 3), "device": torch.cuda.get_device_name(), "torch": torch.__version__}
             row |= {"commit": commit()}
             print(row, flush=True)

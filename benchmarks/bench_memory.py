@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare import Row, config_path, in_own_process
+from benchmarks.compare import Row, in_own_process
 from benchmarks.compare_methods import CHECKPOINTING, Setting, q_galore_flags
+from benchmarks.models import MICRO_BATCHES, RANKS, config, config_path
 from benchmarks.rows import ROOT, append_row
 from peft_pretraining.args import parse_args
 from peft_pretraining.dry_run import plan
 from peft_pretraining.memory_plan import MemoryPlan
-from peft_pretraining.model_config import LlamaConfig
 
 WARMUP, UPDATES = 35, 3  # 7B has its first refreshes in 32 updates
 
@@ -39,22 +39,21 @@ class Cell:
 
     model: str
     micro_batch: int
-    rank: int
     checkpointing: bool = False
     grad_accum: int = 1
 
+    @property
+    def rank(self) -> int:
+        """Of the subspaces."""
+        return RANKS[self.model]
+
 
 CELLS = (
-    Cell("60m", 256, 128),
-    Cell("60m", 256, 128, checkpointing=True),
-    Cell("60m", 64, 128, grad_accum=4),
-    Cell("130m", 128, 256),
-    Cell("350m", 64, 256),
-    Cell("1b", 16, 512),
-    Cell("1b", 16, 512, checkpointing=True),
-    Cell("7b", 16, 1024, checkpointing=True),
-    Cell("7b", 4, 1024),
-    Cell("7b", 16, 1024, checkpointing=True, grad_accum=3),
+    *(Cell(model, MICRO_BATCHES[model]) for model in ("60m", "130m", "350m", "1b")),
+    *(Cell(model, MICRO_BATCHES[model], checkpointing=True) for model in ("60m", "1b", "7b")),
+    Cell("60m", 64, grad_accum=4),
+    Cell("7b", 4),
+    Cell("7b", MICRO_BATCHES["7b"], checkpointing=True, grad_accum=3),
 )
 COMPONENTS = (
     *("decoder weights", "embeddings, head, norms", "projections", "optimizer states, decoder"),
@@ -116,7 +115,7 @@ def bench(cells: Sequence[Cell], results: Path, measure_one: Callable[[Cell], Ro
 
 def planned(cell: Cell, extra: str = "") -> MemoryPlan:
     """The plan of the command that is run, to whose flags `extra` is added."""
-    return plan(parse_args(q_galore_flags(setting_of(cell, extra))), LlamaConfig.from_json(config_path(cell.model)))
+    return plan(parse_args(q_galore_flags(setting_of(cell, extra))), config(cell.model))
 
 
 def setting_of(cell: Cell, extra: str) -> Setting:

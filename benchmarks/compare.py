@@ -26,13 +26,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.compare_methods import CHECKPOINTING, LENGTH, METHODS, Setting, split_method
+from benchmarks.compare_methods import CHECKPOINTING, METHODS, Setting, split_method
+from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import read_config_json
@@ -42,8 +43,6 @@ Row = dict[str, object]
 
 BASELINE = "adamw_compiled"
 DEFAULT_METHODS = "adamw_compiled,adamw,adam8bit_bitsandbytes,galore_torch,apollo_torch,q_galore_torch,q_galore"
-MICRO_BATCHES: Mapping[str, int] = {"60m": 256, "130m": 128, "350m": 64, "1b": 16, "7b": 16, "13b": 8}
-RANKS: Mapping[str, int] = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024, "13b": 1024}
 COLUMNS = (
     *("model", "method", "tokens_per_second", "speed_ratio", "peak_gb", "memory_ratio", "reserved_gb"),
     *("run_peak_gb", "run_reserved_gb", "seconds_median", "seconds_mean", "warmup_seconds"),
@@ -104,11 +103,6 @@ def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     if args.one and len(models) > 1:
         raise UserError(f"--models {args.models}: with --one give a single model")
     return models, methods
-
-
-def config_path(model: str) -> Path:
-    """The configuration of a model by its name."""
-    return ROOT / "configs" / f"llama_{model}.json"
 
 
 # ---- all measurements

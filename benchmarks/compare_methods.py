@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import run_pretrain
 from benchmarks import compare_peers
+from benchmarks.models import LENGTH
 from peft_pretraining.args import parse_args
 from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
@@ -24,7 +25,6 @@ from peft_pretraining.lr_schedule import set_learning_rate
 from peft_pretraining.model import OnModule, build_model
 from peft_pretraining.modeling_llama import IGNORE_INDEX
 
-LENGTH = 256
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
 

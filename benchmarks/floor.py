@@ -20,14 +20,13 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import models
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
 from qgalore.subspace import projects_directly
 
-ROOT = Path(__file__).resolve().parent.parent
 TFLOPS, TBPS = 790.0, 3.0
 """Measured on an H100: a large bfloat16 product, and a large copy, bytes read plus bytes written."""
 GROUP_SIZE = 256  # values of a row that share two bfloat16 numbers, and values of an 8-bit state that share a float32
@@ -323,7 +322,7 @@ def seconds(passes: Sequence[Pass], ceilings: Ceilings) -> float:
 
 def settings(model: str, float32_logits: bool = False) -> list[Setting]:
     """A model's targets, without and with checkpointing."""
-    config = LlamaConfig.from_json(ROOT / "configs" / f"llama_{model}.json")
+    config = models.config(model)
     return [
         Setting(config, *numbers, checkpointing=checkpointing, float32_logits=float32_logits)
         for numbers in TARGETS[model]

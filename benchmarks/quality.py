@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import run_pretrain
+from benchmarks.models import config_path
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.args import RunArgs, parse_args
 from peft_pretraining.checkpoint import load_checkpoint
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def flags_of_run(name: str, seed: int, args: argparse.Namespace) -> list[str]:
     """The command line of `run_pretrain.py`, without its folder."""
-    flags = ["--model_config", str(ROOT / f"configs/llama_{args.model}.json"), "--dataset", args.tokens]
+    flags = ["--model_config", str(config_path(args.model)), "--dataset", args.tokens]
     flags += ["--max_length", "256", "--batch_size", str(args.batch_size), "--total_batch_size", str(args.sequences)]
     flags += ["--seed", str(seed), "--num_training_steps", str(args.updates), "--device", args.device]
     flags += ["--warmup_steps", str(args.updates // 10), "--grad_clipping", "1.0"]

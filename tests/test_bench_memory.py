@@ -17,7 +17,7 @@ from peft_pretraining.dry_run import memory_settings
 from peft_pretraining.memory_plan import plan_memory
 from peft_pretraining.model_config import LlamaConfig
 
-FAILED = Cell("7b", 4, 1024)
+FAILED = Cell("7b", 4)
 
 
 def fake_row(cell: Cell) -> compare.Row:
@@ -31,7 +31,7 @@ def fake_row(cell: Cell) -> compare.Row:
 
 def test_rows_and_table(tmp_path: Path) -> None:
     results = tmp_path / "new" / "memory.csv"
-    cells = [Cell("60m", 256, 128, checkpointing=True), Cell("60m", 64, 128, grad_accum=4), FAILED]
+    cells = [Cell("60m", 256, checkpointing=True), Cell("60m", 64, grad_accum=4), FAILED]
     rows = bench_memory.bench(cells, results, fake_row)
     with results.open() as file:
         written = list(csv.DictReader(file))

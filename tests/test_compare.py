@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare
+from benchmarks import compare, models
 from benchmarks.compare_methods import METHODS, Setting, q_galore_flags, split_method
 from peft_pretraining.args import parse_args
 from tests.small_run import restored_process
@@ -99,7 +99,7 @@ def test_names_that_do_not_exist(argv: list[str], expected: str, capsys: pytest.
 
 def test_flags_of_ours() -> None:
     setting = Setting(
-        config=compare.config_path("60m"),
+        config=models.config_path("60m"),
         rank=128,
         micro_batch=4,
         grad_accum=2,
@@ -133,5 +133,5 @@ def test_the_end_of_a_name_says_how_many_layers_are_recomputed(name: str, parts:
 def test_every_default_exists() -> None:
     assert set(compare.DEFAULT_METHODS.split(",")) <= set(METHODS)
     assert compare.BASELINE in METHODS
-    assert set(compare.MICRO_BATCHES) == set(compare.RANKS)
-    assert all(compare.config_path(model).is_file() for model in compare.RANKS)
+    assert set(models.MICRO_BATCHES) == set(models.RANKS)
+    assert all(models.config_path(model).is_file() for model in models.RANKS)

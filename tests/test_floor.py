@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare, floor
+from benchmarks import floor, models
 from benchmarks.floor import Ceilings, Pass, Setting, adamw, all_passes, product, q_galore, seconds
 from peft_pretraining.model_config import LlamaConfig
 
@@ -106,7 +106,7 @@ def test_the_loss_in_chunks_multiplies_as_much_and_moves_more() -> None:
 
 def test_targets_are_those_that_are_measured() -> None:
     for model, targets in floor.TARGETS.items():
-        assert {target[:2] for target in targets} == {(compare.MICRO_BATCHES[model], compare.RANKS[model])}
+        assert {target[:2] for target in targets} == {(models.MICRO_BATCHES[model], models.RANKS[model])}
 
 
 def test_the_program_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,30 @@
+"""The models that the benchmarks use: their configurations, micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.rows import ROOT
+from peft_pretraining.model_config import LlamaConfig
+
+LENGTH = 256
+"""Tokens of a sequence."""
+MICRO_BATCHES: Mapping[str, int] = {"60m": 256, "130m": 128, "350m": 64, "1b": 16, "7b": 16, "13b": 8}
+"""Sequences."""
+RANKS: Mapping[str, int] = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024, "13b": 1024}
+
+
+def config_path(model: str) -> Path:
+    """The configuration of a model by its name."""
+    return ROOT / f"configs/llama_{model}.json"
+
+
+def config(model: str) -> LlamaConfig:
+    """What is in that file."""
+    return LlamaConfig.from_json(config_path(model))
+
+
+def tokens(model: str) -> int:
+    """Of a micro-batch."""
+    return MICRO_BATCHES[model] * LENGTH
