@@ -46,6 +46,7 @@ _WRITE_8BIT_PART = 20
 _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
 _WRITE_FLOAT_MOMENT = 12  # bytes a value: the new values, the old ones, and those of them that are chosen
 _WRITE_8BIT_MOMENT = 5  # bytes a value: what is written (4), and to take it back the codes of before (1)
+_DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
 _CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
 
 
@@ -340,6 +341,9 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         return min(_ROW_CHUNK, 4 * math.prod(shape))
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     update = s.dtype_bytes * (values + _basis_copy_values(shape, s))
+    if s.decoder_states == 1:
+        part = min(values, MOMENT_PART) if has_8bit_states(gradient_shape(shape, s), s) else 0
+        update += _DIRECTION * values + _WRITE_8BIT_PART * part
     if s.residual:  # the whole direction, and what is added to it
         update += 2 * s.dtype_bytes * math.prod(shape)
     elif s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:

@@ -69,10 +69,12 @@ def factored_step(
     momentum = torch.lerp(adam.read_moment(state, "exp_avg"), grad, 1 - betas[0])
     adam.write_moment(state, "exp_avg", momentum, skip)
     squares, means = grad.square(), []
+    del grad
     for name, across in zip(_FACTORS, (1, 0), strict=True):
         mean = torch.lerp(state[name], squares.mean(across, keepdim=True), 1 - betas[1])
         adam.write_moment(state, name, mean, skip)
         means.append(mean)
+    del squares
     row, column = means
     corrections: tuple[float | Tensor, ...]
     if numbers is None:
@@ -80,8 +82,7 @@ def factored_step(
     else:
         corrections = tuple(numbers.view(torch.float32)[4:6])
     size = (row * corrections[1] / row.mean().clamp_min(1e-30)).sqrt() * column.sqrt()
-    direction: Tensor = (momentum * corrections[0]).div_(size.add_(eps))
-    return direction.to(dtype)
+    return momentum.mul_(corrections[0]).div_(size.add_(eps)).to(dtype)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def orthogonal_step(
     momentum = torch.lerp(adam.read_moment(state, "exp_avg"), grad, 1 - betas[0])
     ahead = torch.lerp(momentum, grad, 1 - betas[0])
     adam.write_moment(state, "exp_avg", momentum, skip)
-    scale: float = ORTHOGONAL_RMS * max(grad.shape) ** 0.5
+    del grad, momentum
+    scale: float = ORTHOGONAL_RMS * max(ahead.shape) ** 0.5
     return (orthogonalize(ahead) * scale).to(dtype)
 
 

@@ -23,6 +23,7 @@ from peft_pretraining.model import low_rank_names, materialize
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.modeling_llama import LlamaForCausalLM
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
+from qgalore.direction import DIRECTIONS
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
 CONFIG = LlamaConfig.from_dict(
@@ -312,6 +313,22 @@ def test_refreshes_take_what_is_planned(state_bits: int) -> None:
     there = 4 * (128 * 2048 + 128 * 512 + 128 * 512)
     planned = _update_bytes((512, 2048), settings) - there
     assert 0.97 * after < planned < 1.05 * after
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_direction_of_one_moment_takes_what_is_planned(bits: int) -> None:
+    config, settings = CONFIG, MemorySettings(1, 8, rank=128, weight_bits=8, proj_bits=4, state_bits=bits, svd=False)
+    shape, values = (512, 4096), 128 * 4096
+    one = dataclasses.replace(settings, decoder_states=1, second_moment_factored=True)
+    planned = _update_bytes(shape, one) - _update_bytes(shape, settings)
+    state: dict[str, torch.Tensor] = {}
+    factored = DIRECTIONS["factored"]
+    factored.init_state(state, torch.Size((128, 4096)), bits, torch.device("cpu"))
+    grad = torch.randn(128, 4096).bfloat16()
+    factored.step(state, grad, 1, (0.9, 0.99), 1e-8, dtype=torch.bfloat16)  # which makes tables
+    taken = profiled_peak(lambda: factored.step(state, grad, 2, (0.9, 0.99), 1e-8, dtype=torch.bfloat16))
+    assert taken <= planned < (1.6 if bits == 8 else 1.01) * taken and values * 12 <= planned
+    assert plan_memory(config, one).weights_and_states_bytes < plan_memory(config, settings).weights_and_states_bytes
 
 
 def test_loss_counts_its_chunks(root: Path) -> None:
