@@ -65,7 +65,7 @@ def factored_step(
     numbers: Tensor | None = None,
 ) -> Tensor:
     """m_hat / (sqrt(v_hat) + eps) like grad, with v as a row and a column; arguments as in `qgalore.adam.adam_step`."""
-    grad = grad.float() if factor is None else grad.float() * factor
+    grad = adam.scaled(grad, factor)
     momentum = torch.lerp(adam.read_moment(state, "exp_avg"), grad, 1 - betas[0])
     adam.write_moment(state, "exp_avg", momentum, skip)
     squares, means = grad.square(), []
@@ -112,7 +112,7 @@ def orthogonal_step(
     numbers: Tensor | None = None,
 ) -> Tensor:
     """The orthogonalised Nesterov momentum like grad, of root mean square 0.2; arguments as in `adam.adam_step`."""
-    grad = grad.float() if factor is None else grad.float() * factor
+    grad = adam.scaled(grad, factor)
     momentum = torch.lerp(adam.read_moment(state, "exp_avg"), grad, 1 - betas[0])
     ahead = torch.lerp(momentum, grad, 1 - betas[0])
     adam.write_moment(state, "exp_avg", momentum, skip)

@@ -214,7 +214,7 @@ class FullRankWeight:
         for start, stop in adam.row_parts(self.state, param.shape):
             weight, part, scale = param[start:stop], rows_of_gradient(grad, start, stop), factor
             if l2:
-                part, scale = scaled(part, factor).add(weight, alpha=l2), None
+                part, scale = adam.scaled(part, factor).add(weight, alpha=l2), None
             state = adam.rows_of(self.state, start, stop)
             direction = adam.adam_step(
                 state, part, step, group["betas"], group["eps"], scale, skip, numbers=self.numbers
@@ -255,8 +255,3 @@ class FullRankWeight:
     def _decay(self) -> float:
         group = self.group
         return 1.0 - group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-
-
-def scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """factor * grad in float32; None stands for 1."""
-    return grad.float() if factor is None else grad.float() * factor

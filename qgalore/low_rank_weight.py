@@ -315,7 +315,8 @@ class LowRankWeight(FullRankWeight):
             self.state, projected, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
         )
         if self._last_full is not None:
-            full = self._last_full.to(dtype) * max(1, self._fulls)
+            full = self._last_full.to(dtype)
+            full = full if self._fulls <= 1 else full * self._fulls
             direction = full_direction(group["residual"], direction, projected, full, left, right)
             left = right = None
         how = (left, right, self._step_size, self._decay, rounding)
