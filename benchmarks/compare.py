@@ -11,6 +11,10 @@ which PyTorch counts only while they are captured. Ratios, of memory of the `run
 same model in the same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is
 true, all SVDs fall into the warm-up; ours refreshes its subspaces during the timed updates as in a run.
 
+With `--together N` so many processes get ready at once, which on a machine with many cores saves most of the time of
+such a comparison; for its timed updates each has the device to itself. Their memory has to fit side by side, and the
+seconds of a warm-up count what it waited for others.
+
 The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass, or with
 `_checkpointing2` every second one. The peers' packages and what is adapted in them: `compare_peers.py`.
 """
@@ -18,15 +22,19 @@ The name of any method may end in `_checkpointing`: each decoder layer is then r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -63,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    rows = compare(models, methods, Path(args.results), lambda *names: in_own_process(*names, argv, args.timeout))
-    print(table(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        turn = ["--turn", args.turn or f"{folder}/turn"]
+
+        def measure_one(method: str, model: str) -> Row:
+            return in_own_process(method, model, [*argv, *turn], args.timeout)
+
+        print(table(compare(models, methods, Path(args.results), measure_one, args.together)))
     return 0
 
 
@@ -85,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that a measurement may take")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/compare.csv"), help="CSV to append to")
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
+    parser.add_argument("--together", type=int, default=1, help="measurements that get ready at the same time")
+    parser.add_argument("--turn", help="lock file: who holds it times updates (default: one for each invocation)")
     parser.add_argument("--one", metavar="METHOD", help="measure this in this process and print its row as JSON")
     return parser
 
@@ -100,6 +115,8 @@ def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         if split_method(method)[0] not in METHODS:
             flag, names = "--one" if args.one else "--methods", ", ".join(METHODS)
             raise UserError(f"{flag} {method}: there is no such method; there are {names}, each also {CHECKPOINTING}")
+    if args.together < 1:
+        raise UserError(f"--together {args.together}: give a number of processes, at least 1")
     if args.one and len(models) > 1:
         raise UserError(f"--models {args.models}: with --one give a single model")
     return models, methods
@@ -109,18 +126,22 @@ def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def compare(
-    models: Sequence[str], methods: Sequence[str], results: Path, measure_one: Callable[[str, str], Row]
+    models: Sequence[str],
+    methods: Sequence[str],
+    results: Path,
+    measure_one: Callable[[str, str], Row],
+    together: int = 1,
 ) -> list[Row]:
     """Measure every method on every model, append a row for each to `results` at once, and return the rows."""
     rows = []
-    for model in models:
-        baseline: Row = {}
-        # What the others are compared with comes first; otherwise in the order asked for.
-        for method in sorted(methods, key=lambda name: name != BASELINE):
-            row = measure_one(method, model)
+    # What the others are compared with comes first; otherwise in the order asked for.
+    names = [(method, model) for model in models for method in sorted(methods, key=lambda name: name != BASELINE)]
+    baselines: dict[str, Row] = {}
+    with ThreadPoolExecutor(together) as threads:
+        for (method, model), row in zip(names, threads.map(lambda name: measure_one(*name), names), strict=True):
             if method == BASELINE:
-                baseline = row
-            row |= ratios(row, baseline)
+                baselines[model] = row
+            row |= ratios(row, baselines.get(model, {}))
             append_row(results, row)
             print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
             rows.append(row)
@@ -219,11 +240,19 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total), device)
     training = METHODS[split_method(method)[0]](setting)
-    warmup_seconds, losses = time_updates(training.update, args.warmup, device)
+
+    def update() -> torch.Tensor:
+        with turn(args.turn, alone=False):
+            loss = training.update()
+            wait_for(device)
+            return loss
+
+    warmup_seconds, losses = time_updates(update, args.warmup, device)
     before = memory_metrics(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, more_losses = time_updates(training.update, args.updates, device)
+    with turn(args.turn, alone=True):
+        seconds, more_losses = time_updates(training.update, args.updates, device)
     after = memory_metrics(device)
     losses += more_losses
     tokens = setting.grad_accum * setting.micro_batch * LENGTH
@@ -244,6 +273,17 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
         "libraries": training.libraries,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
     }
+
+
+@contextlib.contextmanager
+def turn(path: str | None, alone: bool) -> Iterator[None]:
+    """Wait until no other process that was given this lock file is in its turn alone, or, `alone`, in any turn."""
+    if path is None:
+        yield
+        return
+    with Path(path).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def time_updates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,37 @@ def test_ratios_are_to_the_compiled_adamw_of_the_same_model(tmp_path: Path) -> N
     assert lines[4].startswith("| 60m | 2 x 4 | adamw |  | OutOfMemoryError: 1 / 2 |")
 
 
+def test_measurements_get_ready_together_and_keep_their_order(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def measure(method: str, model: str) -> compare.Row:
+        both.wait()  # breaks unless two are under way at once
+        return fake_row(method, model)
+
+    methods = ["q_galore", "adamw_compiled"]
+    rows = compare.compare(["60m", "1b"], methods, tmp_path / "compare.csv", measure, together=2)
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (model, method) for model in ("60m", "1b") for method in reversed(methods)
+    ]
+    assert [row["speed_ratio"] for row in rows] == [1.0, 0.667] * 2
+
+
+def test_a_turn_alone_waits_for_all_others(tmp_path: Path) -> None:
+    path, entered = str(tmp_path / "turn"), threading.Event()
+
+    def alone() -> None:
+        with compare.turn(path, alone=True):
+            entered.set()
+
+    with compare.turn(path, alone=False):
+        with compare.turn(path, alone=False):  # shared with others that warm up
+            waiting = threading.Thread(target=alone)
+            waiting.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(20)
+    waiting.join()
+
+
 def test_no_ratio_without_a_baseline(tmp_path: Path) -> None:
     (row,) = compare.compare(["60m"], ["q_galore"], tmp_path / "compare.csv", fake_row)
     assert row["speed_ratio"] == row["memory_ratio"] == ""
@@ -89,6 +121,7 @@ def test_a_measurement_that_fails_is_a_row_with_its_error(tmp_path: Path, capsys
         (["--models", "60m,5m"], "--models 5m: there is no such config; there are 100m, 130m,"),
         (["--methods", "adamw,sgd"], "--methods sgd: there is no such method; there are adamw_compiled, adamw,"),
         (["--models", "9m", "--one", "sgd"], "--one sgd: there is no such method"),
+        (["--together", "0"], "--together 0: give a number of processes, at least 1"),
         (["--models", "9m,60m", "--one", "adamw"], "--models 9m,60m: with --one give a single model"),
     ],
 )
