@@ -80,14 +80,15 @@ def token_ids(setting: Setting, vocab_size: int) -> Tensor:
 # ---- ours
 
 
-def q_galore_flags(setting: Setting) -> list[str]:
-    """The command line of `run_pretrain.py` for this setting."""
+def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
+    """The command line of `run_pretrain.py` for this setting, with the streaming subspace whatever the recipe."""
     flags = ["--model_config", str(setting.config), "--device", setting.device.type, "--seed", str(setting.seed)]
     flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
     flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
     flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
-    flags += ["--rank", str(setting.rank), "--galore_scale", "0.25"]
-    flags += ["--subspace", "streaming", "--update_proj_gap", "200"]
+    flags += ["--recipe", recipe, "--subspace", "streaming", "--update_proj_gap", "200"]
+    if recipe == "paper":
+        flags += ["--rank", str(setting.rank), "--galore_scale", "0.25"]
     if setting.grad_accum > 1:
         flags += ["--grad_accum_dtype", "int8"]
     if setting.checkpoint_every:
@@ -97,9 +98,14 @@ def q_galore_flags(setting: Setting) -> list[str]:
     return flags + setting.extra.split()
 
 
-def q_galore(setting: Setting) -> Training:
+def q_galore_orthogonal(setting: Setting) -> Training:
+    """Ours by its own recipe; its rank is the recipe's."""
+    return q_galore(setting, "orthogonal")
+
+
+def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     """Ours, as `run_pretrain.py` trains: its model, its optimizer, its order of calls, its deterministic kernels."""
-    flags = q_galore_flags(setting)
+    flags = q_galore_flags(setting, recipe)
     args = parse_args(flags)
     run_pretrain.make_reproducible()
     if setting.device.type == "cuda":
@@ -228,4 +234,5 @@ METHODS: Mapping[str, Callable[[Setting], Training]] = {
     "q_galore_torch": q_galore_torch,
     "q_galore_torch_per_layer": q_galore_torch_per_layer,
     "q_galore": q_galore,
+    "q_galore_orthogonal": q_galore_orthogonal,
 }

@@ -37,7 +37,8 @@ from peft_pretraining.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.model_config import LlamaConfig
 
-Q_GALORE = ["--optimizer", "q_galore_adamw8bit", "--weight_quant", "--stochastic_round", "--proj_quant"]
+QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]
+Q_GALORE = ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--recipe", "paper"]
 LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update_proj_gap", "200"]
 STREAMING = ["--subspace", "streaming", "--update_proj_gap", "20"]
 PER_LAYER = ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"]
@@ -60,6 +61,8 @@ SETTINGS: dict[str, list[str]] = {
     "q_galore_apollo": [*LIMITED, "--residual", "apollo"],
     "q_galore_factored": [*LIMITED, "--direction", "factored"],
     "q_galore_factored_double": [*LIMITED, "--direction", "factored", "--rank", "256"],
+    "q_galore_recipe": ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--grad_clipping", "0"],
+    "q_galore_recipe_per_layer": ["--optimizer", "q_galore_adamw8bit_per_layer", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
     "q_galore_random_directions": [*LIMITED, "--sketch_random", "0.25"],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILT_IN_DATASETS = ("c4", "pydocs")
 _LOW_RANK_FLAGS = (
+    "recipe",
     "rank",
     "galore_scale",
     "proj_type",
@@ -243,7 +244,8 @@ def _subspace_problems(args: RunArgs) -> list[str]:
         )
     if subspace.residual == "apollo" and subspace.direction == "orthogonal":
         problems.append(
-            "--residual apollo takes its scales from Adam: leave --direction orthogonal out, or use --residual fira"
+            "--residual apollo takes its scales from Adam, not from --direction orthogonal: use --direction adam or "
+            "--residual fira"
         )
     if subspace.max_update_proj_gap < subspace.update_proj_gap:
         problems.append(

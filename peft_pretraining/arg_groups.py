@@ -15,6 +15,7 @@ from peft_pretraining.cli import Flag, parse_count
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
+RECIPES = ("paper", "orthogonal")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -90,6 +91,13 @@ class OptimizerArgs:
         str, Flag(choices=FULL_RANK_OPTIMIZERS + GALORE_OPTIMIZERS + Q_GALORE_OPTIMIZERS, parse=str.lower)
     ] = "adam"
     """Name of the optimizer, in any case; _per_layer updates each weight inside the backward pass."""
+    recipe: Annotated[
+        str,
+        Flag(choices=RECIPES, auto="orthogonal for q_galore optimizers; paper for others and beside flags of SVDs"),
+    ] = ""
+    """Values of the flags that are left out. paper: the official defaults, which this help shows. orthogonal:
+    --direction orthogonal, --subspace streaming, --update_proj_gap 20, --rank 7/16 of the model's width, --lr 0.01,
+    --full_rank_lr twice --lr, --galore_scale 0.5 and --norm_growth 1.01."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4
     """Peak learning rate."""
     full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None

@@ -31,6 +31,7 @@ from peft_pretraining.arg_groups import (
 )
 from peft_pretraining.cli import build_parser, parse_flags
 from peft_pretraining.errors import UserError
+from peft_pretraining.recipes import with_recipe
 
 GROUPS: Mapping[str, type] = {
     "model": ModelArgs,
@@ -103,10 +104,11 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
     """
     parser = build_parser(GROUPS, _DESCRIPTION, _USAGE)
     parsed = parse_flags(parser, GROUPS, sys.argv[1:] if argv is None else argv)
+    recipe = with_recipe(parsed.values)
     groups = {}
     for name, group in GROUPS.items():
         fields = dataclasses.fields(group)
-        values = {field.name: parsed.values[field.name] for field in fields if field.name in parsed.values}
+        values = {field.name: recipe[field.name] for field in fields if field.name in recipe}
         # A required flag that is missing or unreadable is among the problems already.
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)

@@ -96,7 +96,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     first, third, fifth = _COEFFICIENTS
     for _ in range(_STEPS):
         gram = x @ x.T
-        x = first * x + (third * gram + fifth * gram @ gram) @ x
+        even = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+        x = torch.addmm(x, even, x, beta=first)
     return x.T if tall else x
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained model in a few minutes, on a CPU or a GPU: sets up the environment, trains LLaMA-9M with
-# Q-GaLore (INT8 weights, INT4 projections, 8-bit states, per-layer updates) on Python's own documentation, evaluates,
-# saves, and draws the curves. Arguments are flags of run_pretrain.py and win over those below.
+# Q-GaLore by its default recipe (INT8 weights, INT4 projections, 8-bit momentum, per-layer updates) on Python's own
+# documentation, evaluates, saves, and draws the curves. Arguments are flags of run_pretrain.py and win over those below.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$PROJECT_DIR"
@@ -10,9 +10,6 @@ MODEL=9m
 UPDATES=150
 BATCH_SIZE=8   # sequences an update
 MAX_LENGTH=128 # tokens a sequence
-LR=0.01
-RANK=32
-UPDATE_PROJ_GAP=20 # updates
 # Most CPUs compute float32 faster than bfloat16.
 if has_nvidia_gpu; then DTYPE=bfloat16; else DTYPE=float32; fi
 SAVE_DIR="${SAVE_DIR:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}"
@@ -36,7 +33,6 @@ ${LAUNCHER:-torchrun --standalone --nproc_per_node "${NPROC:-1}"} run_pretrain.p
     --dataset pydocs --packing pack --dtype "$DTYPE" \
     --batch_size "$BATCH_SIZE" --total_batch_size "$BATCH_SIZE" --max_length "$MAX_LENGTH" \
     --optimizer q_galore_adamw8bit_per_layer \
-    --lr "$LR" --rank "$RANK" --galore_scale 0.25 --update_proj_gap "$UPDATE_PROJ_GAP" \
     --weight_quant --stochastic_round --proj_quant \
     --num_training_steps "$UPDATES" --warmup_steps "$((UPDATES / 10))" \
     --eval_every "$((UPDATES / 2))" --eval_tokens 50K --save_every "$((UPDATES / 2))" \
@@ -54,7 +50,7 @@ cat <<TEXT
      metrics.jsonl  every metric of every update
      curves.png     loss, learning rate and subspace similarities
 == next
-     bash scripts/quickstart.sh --subspace streaming         the same without SVD and without full gradients
+     bash scripts/quickstart.sh --recipe paper --lr 0.01 --rank 32 --galore_scale 0.25    the paper's algorithm
      bash scripts/quickstart.sh --num_training_steps 1500    ten times as long
      source .venv/bin/activate; python run_pretrain.py --help    every flag
      bash scripts/pretrain_c4/llama_60m.sh                   the paper's 60M recipe on C4, one GPU

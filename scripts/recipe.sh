@@ -3,9 +3,10 @@
 #   bash scripts/pretrain_c4/llama_60m.sh [METHOD] [flags of run_pretrain.py]
 #
 # METHOD (also as a variable of the environment):
-#   q_galore             INT8 weights, INT4 projections, 8-bit Adam (default)
+#   q_galore             INT8 weights, INT4 projections, 8-bit Adam: the paper's algorithm, --recipe paper (default)
 #   q_galore_simulation  the same with fake quantization of the weights
 #   q_galore_streaming   q_galore with the streaming subspace instead of SVD
+#   q_galore_orthogonal  this project's own, --recipe orthogonal: better perplexity at the same bytes (docs/quality.md)
 #   galore               GaLore with float32 Adam states
 #   galore8bit           GaLore with 8-bit Adam
 #   adamw, adam8bit      full rank
@@ -24,7 +25,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-METHODS="q_galore q_galore_simulation q_galore_streaming galore galore8bit adamw adam8bit"
+METHODS="q_galore q_galore_simulation q_galore_streaming q_galore_orthogonal galore galore8bit adamw adam8bit"
 EXTRA_FLAGS=()
 PER_LAYER=""
 
@@ -48,15 +49,21 @@ choose_method() {
         --lr "$LR" --rank "$RANK" --galore_scale 0.25 --update_proj_gap "$UPDATE_PROJ_GAP"
         --cos_threshold 0.4 --gamma_proj 2 --queue_size 5
     )
-    local q_galore=(
-        --optimizer "q_galore_adamw8bit$suffix" "${low_rank[@]}"
+    local quantized=(
+        --optimizer "q_galore_adamw8bit$suffix"
         --weight_quant --weight_bits 8 --weight_group_size 256 --stochastic_round
         --proj_quant --proj_bits 4 --proj_group_size 256
     )
+    local q_galore=("${quantized[@]}" --recipe paper "${low_rank[@]}")
     case "$METHOD" in
         q_galore) METHOD_FLAGS=("${q_galore[@]}") ;;
         q_galore_simulation) METHOD_FLAGS=("${q_galore[@]}" --simulation) ;;
         q_galore_streaming) METHOD_FLAGS=("${q_galore[@]}" --subspace streaming) ;;
+        q_galore_orthogonal)
+            METHOD_FLAGS=("${quantized[@]}" --recipe orthogonal --lr "$LR")
+            # Sums over micro-batches grow with the rank: one GPU has no room for the recipe's.
+            if [[ -n "$suffix" ]]; then METHOD_FLAGS+=(--rank "$RANK"); fi
+            ;;
         galore)
             [[ -z "$suffix" ]] || fail "METHOD galore keeps float32 states, which this script has no room for: use galore8bit"
             METHOD_FLAGS=(--optimizer galore_adamw "${low_rank[@]}")

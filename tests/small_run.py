@@ -73,11 +73,14 @@ DEFAULTS: Mapping[str, object] = {
 }
 LOW_RANK: Mapping[str, object] = {"rank": 32, "update_proj_gap": 3, "proj_group_size": 48}
 Q_GALORE: Mapping[str, object] = {
+    "recipe": "paper",
     "weight_quant": True,
     "weight_group_size": 48,
     "stochastic_round": True,
     "proj_quant": True,
 }
+RECIPE: Mapping[str, object] = {"recipe": None, "rank": None, "lr": None}
+"""Beside the flags of a q_galore optimizer: its default recipe decides."""
 INT8_PRODUCTS: Mapping[str, object] = {"int8_products": True, "weight_group_size": None}
 # The largest steps that are safe for each; what a test of learning needs.
 LEARNING_RATES = {"sgd": 1.0}

@@ -326,7 +326,7 @@ BAD_COMBINATIONS = [
     (f"{GALORE} --norm_growth 0.9", 1, "--norm_growth 0.9 would let gradients only shrink: give 1 or more"),
     (f"{GALORE} --sketch_random 0.5", 1, "--sketch_random 0.5 is about the sketches of --subspace streaming"),
     (f"{GALORE} --residual fira --proj_type full", 1, "--residual fira scales across one projected side"),
-    (f"{GALORE} --residual apollo --direction orthogonal", 1, "--residual apollo takes its scales from Adam"),
+    (f"{GALORE} --residual apollo --direction orthogonal", 1, "--residual apollo takes its scales from Adam, not from"),
     ("--data_lanes 10", 4, "--data_lanes 10 is not divisible by the 4 ranks"),
     ("--data_lanes 10", 4, "a new run with --data_lanes 12"),
     ("--dataset nowhere/c4", 1, "--dataset nowhere/c4 is neither c4 nor pydocs nor a file or folder that exists"),

@@ -13,6 +13,7 @@ import torch
 from tests.small_run import (
     INT8_PRODUCTS,
     OPTIMIZERS,
+    RECIPE,
     TORCHRUN,
     SmallRun,
     assert_same_run,
@@ -26,6 +27,7 @@ from tests.test_skipped_updates import Fault, assert_same_training, outcome
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
 CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZERS} | {
     "streaming": PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8"},
+    "recipe": PER_LAYER | RECIPE | {"dtype": "bfloat16"},
     "bfloat16": PER_LAYER | {"dtype": "bfloat16"},
     "int8_products": PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "checkpointing": PER_LAYER | {"dtype": "bfloat16", "activation_checkpointing": True},

@@ -13,6 +13,7 @@ import pytest
 import run_pretrain
 from tests.small_run import (
     OPTIMIZERS,
+    RECIPE,
     TORCHRUN,
     Result,
     SmallRun,
@@ -29,11 +30,12 @@ CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZE
     "clipping": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},
     "sgd_clipping": flags_of("sgd") | {"grad_clipping": 0.5},
     "streaming": Q_GALORE_PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8"},
+    "recipe": Q_GALORE_PER_LAYER | RECIPE,
     "fira": Q_GALORE_PER_LAYER | {"subspace": "streaming", "residual": "fira", "norm_growth": 1.01},
 }
 # How far two ranks may end from one, as a share of the way that a weight went: sums have another order, stochastic
 # rounding then falls another way, and an INT8 sum over ranks is rounded once more.
-SHARES = {"q_galore_adamw8bit": 0.2, "q_galore_adamw8bit_per_layer": 0.2, "streaming": 0.3, "fira": 0.3}
+SHARES = {"q_galore_adamw8bit": 0.2, "q_galore_adamw8bit_per_layer": 0.2, "streaming": 0.3, "recipe": 0.3, "fira": 0.3}
 
 
 @pytest.fixture

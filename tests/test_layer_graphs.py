@@ -43,7 +43,8 @@ class OneRank:
         return (lambda _: None) if self._sums else None
 
 
-PER_LAYER = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --rank 8"
+QUANTIZED = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant"
+PER_LAYER = f"{QUANTIZED} --rank 8 --recipe paper"
 STREAMING = f"{PER_LAYER} --subspace streaming"
 CASES = {
     "streaming": STREAMING,
@@ -54,7 +55,7 @@ CASES = {
     "products in int8": f"{STREAMING} --int8_products",
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
-    "orthogonal": f"{STREAMING} --direction orthogonal",
+    "recipe": QUANTIZED,
     "factored": f"{STREAMING} --direction factored",
     "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",
     "apollo, random directions": f"{STREAMING} --residual apollo --sketch_random 0.5",

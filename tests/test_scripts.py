@@ -20,7 +20,16 @@ RECIPES = sorted(
     for folder in ("pretrain_c4", "single_gpu")
     for path in (ROOT / "scripts" / folder).glob("*.sh")
 )
-METHODS = ["q_galore", "q_galore_simulation", "q_galore_streaming", "galore", "galore8bit", "adamw", "adam8bit"]
+METHODS = [
+    "q_galore",
+    "q_galore_simulation",
+    "q_galore_streaming",
+    "q_galore_orthogonal",
+    "galore",
+    "galore8bit",
+    "adamw",
+    "adam8bit",
+]
 
 
 @pytest.fixture

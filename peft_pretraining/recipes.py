@@ -1,0 +1,58 @@
+"""Recipes: the values of flags that a command line leaves out, found by the study in `docs/quality.md`.
+
+- paper: the algorithm of arXiv 2407.08296 with the official defaults: subspaces by SVD, Adam's moments.
+- orthogonal: the streaming subspace and Muon's orthogonalised momentum in it. There is no second moment, so seven
+  sixteenths of the width take the bytes of the paper's quarter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft_pretraining.arg_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs
+from peft_pretraining.errors import UserError
+from peft_pretraining.model_config import LlamaConfig
+
+_ORTHOGONAL: Mapping[str, Any] = {
+    "lr": 1e-2,
+    "galore_scale": 0.5,
+    "norm_growth": 1.01,
+    "subspace": "streaming",
+    "update_proj_gap": 20,
+    "direction": "orthogonal",
+}
+_OF_SVD = {"svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
+"""Flags that have a meaning with subspaces by SVD alone, so that a command line that gives one is the paper's."""
+_FULL_RANK_LR = 2.0
+"""Learning rate of embeddings, head and norms, as a multiple of `--lr`."""
+
+
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the flags that were given, by name, and those of the recipe for flags that were not.
+
+    Without `recipe` among them the recipe goes by the optimizer, and official command lines keep the paper's.
+    """
+    optimizer = given.get("optimizer", OptimizerArgs.optimizer)
+    papers = optimizer not in Q_GALORE_OPTIMIZERS or given.get("proj_type") == "full" or _OF_SVD & given.keys()
+    name = given.get("recipe") or ("paper" if papers else "orthogonal")
+    values = {**given, "recipe": name}
+    if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:
+        return values
+    values = {**_ORTHOGONAL, **values}
+    values.setdefault("full_rank_lr", _FULL_RANK_LR * values["lr"])
+    rank = _rank_of(given.get("model_config", ""))
+    if rank:
+        values.setdefault("rank", rank)
+    return values
+
+
+def _rank_of(model_config: str) -> int | None:
+    """Seven sixteenths of the model's width, in eights, but no more than the narrowest matrix has; None if unknown."""
+    try:
+        config = LlamaConfig.from_json(model_config)
+    except UserError:  # which the checks report
+        return None
+    narrowest = min(min(shape) for shape in config.matrix_shapes().values())
+    rank = config.hidden_size * 7 // 16
+    return min(narrowest, rank // 8 * 8 or rank)

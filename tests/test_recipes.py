@@ -1,0 +1,123 @@
+"""Recipes: what they give to the flags that are left out, and which command lines they leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.arg_groups import OptimizerArgs, SubspaceArgs
+from peft_pretraining.args import RunArgs, parse_args
+from peft_pretraining.errors import UserError
+from tests.small_run import ROOT
+
+Q_GALORE = "--optimizer q_galore_adamw8bit"
+
+
+def parse(flags: str, model: str = "60m") -> RunArgs:
+    model_config = str(ROOT / f"configs/llama_{model}.json")
+    return parse_args(["--model_config", model_config, "--dataset", "pydocs", "--batch_size", "4", *flags.split()])
+
+
+def chosen(args: RunArgs) -> dict[str, object]:
+    """What a recipe has a say in."""
+    values = args.to_dict()
+    names = ("recipe", "lr", "full_rank_lr", "galore_scale", "norm_growth", "rank", "subspace", "update_proj_gap")
+    return {name: values[name] for name in (*names, "direction")}
+
+
+ORTHOGONAL = {
+    "recipe": "orthogonal",
+    "lr": 0.01,
+    "full_rank_lr": 0.02,
+    "galore_scale": 0.5,
+    "norm_growth": 1.01,
+    "rank": 224,
+    "subspace": "streaming",
+    "update_proj_gap": 20,
+    "direction": "orthogonal",
+}
+OFFICIAL = {
+    "recipe": "paper",
+    "lr": 1e-4,
+    "full_rank_lr": None,
+    "galore_scale": 1.0,
+    "norm_growth": 0.0,
+    "rank": 128,
+    "subspace": "svd",
+    "update_proj_gap": 50,
+    "direction": "adam",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (Q_GALORE, ORTHOGONAL),
+        (f"{Q_GALORE}_per_layer", ORTHOGONAL),
+        ("--optimizer galore_adamw8bit --recipe orthogonal", ORTHOGONAL),
+        ("--optimizer galore_adamw8bit", OFFICIAL),
+        (f"{Q_GALORE} --recipe paper", OFFICIAL),
+        (f"{Q_GALORE} --cos_threshold 0.4", OFFICIAL),
+        (f"{Q_GALORE} --gamma_proj 2 --queue_size 5", OFFICIAL),
+        (f"{Q_GALORE} --svd_method full", OFFICIAL),
+        (f"{Q_GALORE} --max_update_proj_gap 400", OFFICIAL),
+        (f"{Q_GALORE} --proj_type full", OFFICIAL),
+        (f"{Q_GALORE} --proj_type std", ORTHOGONAL),
+        ("--optimizer adamw", OFFICIAL),
+        ("--optimizer adamw --recipe orthogonal", OFFICIAL | {"recipe": "orthogonal"}),
+    ],
+)
+def test_the_recipe_of_a_command_line(flags: str, expected: dict[str, object]) -> None:
+    assert chosen(parse(flags)) == expected
+
+
+def test_official_defaults_are_those_of_the_flags() -> None:
+    defaults = dataclasses.asdict(OptimizerArgs()) | dataclasses.asdict(SubspaceArgs())
+    assert {name: defaults[name] for name in OFFICIAL} == OFFICIAL | {"recipe": ""}
+
+
+def test_what_is_given_wins_over_the_recipe() -> None:
+    given = "--lr 0.003 --galore_scale 0.25 --rank 64 --direction adam --update_proj_gap 200 --norm_growth 0"
+    expected = {"lr": 0.003, "full_rank_lr": 0.006, "galore_scale": 0.25, "rank": 64, "direction": "adam"}
+    expected |= {"update_proj_gap": 200, "norm_growth": 0.0}
+    assert chosen(parse(f"{Q_GALORE} {given}")) == ORTHOGONAL | expected
+    assert parse(f"{Q_GALORE} --full_rank_lr 0.001").optimizer.full_rank_lr == 0.001
+
+
+@pytest.mark.parametrize(("model", "rank"), [("9m", 56), ("130m", 336), ("350m", 448), ("1b", 896), ("7b", 1792)])
+def test_the_rank_follows_the_width(model: str, rank: int) -> None:
+    assert parse(Q_GALORE, model).subspace.rank == rank
+
+
+def test_the_rank_fits_the_narrowest_matrix(tmp_path: Path) -> None:
+    """Of keys and values that several queries share."""
+    config = json.loads((ROOT / "configs/llama_60m.json").read_text()) | {"num_key_value_heads": 2}
+    path = tmp_path / "grouped.json"
+    path.write_text(json.dumps(config))
+    args = parse_args(["--model_config", str(path), "--dataset", "pydocs", "--batch_size", "4", *Q_GALORE.split()])
+    assert args.subspace.rank == 128
+
+
+def test_a_recipe_that_does_not_exist() -> None:
+    expected = "--recipe is 'papers', it must be one of paper, orthogonal (did you mean paper?)"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        parse(f"{Q_GALORE} --recipe papers")
+
+
+def test_the_bytes_of_the_paper() -> None:
+    """Projections and states of the recipe take no more than those of the paper's rank, a quarter of the width."""
+    from peft_pretraining.dry_run import plan
+    from peft_pretraining.model_config import LlamaConfig
+
+    def states(flags: str, model: str) -> int:
+        quantized = "--weight_quant --stochastic_round --proj_quant"
+        args = parse(f"{Q_GALORE}_per_layer {quantized} {flags}", model)
+        lasting = plan(args, LlamaConfig.from_json(args.model.model_config)).lasting
+        return sum(size for name, size in lasting.items() if name in ("projections", "optimizer states, decoder"))
+
+    for model, rank in (("60m", 128), ("130m", 192), ("350m", 256), ("1b", 512), ("7b", 1024)):
+        assert 0.9 < states("", model) / states(f"--recipe paper --rank {rank}", model) <= 1.0
