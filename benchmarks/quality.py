@@ -37,6 +37,7 @@ from peft_pretraining.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.model_config import LlamaConfig
 
+BYTES = ("weights_gb", "states_gb", "gradients_gb")
 QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--recipe", "paper"]
 LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update_proj_gap", "200"]
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(json.dumps(done.result()), flush=True)
                 append_row(Path(args.results), done.result())
     if args.plot:
-        plot(Path(args.results), Path(args.plot))
+        plot(Path(args.results), Path(args.plot), args.model, args.updates)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,7 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/quality.csv"), help="CSV to append to")
-    parser.add_argument("--plot", help="draw perplexity against bytes, of all rows in --results, into this file")
+    parser.add_argument(
+        "--plot",
+        help="draw perplexity against bytes of --model into this file",
+    )
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     parser.add_argument("--extra", default="", help="more flags for every run, in one string")
     return parser
@@ -190,26 +194,38 @@ def summarize(
     }
 
 
-def plot(results: Path, picture: Path) -> None:
-    """Perplexity against the bytes of weights, states and gradients: a point a setting, its seeds' mean and range."""
+def plot(results: Path, picture: Path, model: str, updates: int) -> None:
+    """Perplexity of all settings against the bytes of weights, states and gradients.
+
+    A point is the mean of a setting's seeds with the same flags, a line their range. The best flags of a setting, by
+    their mean, are in the legend; others are grey.
+    """
     from matplotlib import pyplot
 
-    groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    runs: dict[tuple[str, str], list[dict[str, str]]] = {}
     with results.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["weights_gb"]:
-                size = sum(float(row[name]) for name in ("weights_gb", "states_gb", "gradients_gb"))
-                key = (row["model"], row["updates"], row["setting"], row["flags"])
-                groups.setdefault(key, []).append((size, float(row["perplexity"])))
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for (model, updates, setting, _), points in groups.items():
-        (size, *_), found = zip(*points, strict=True)
-        mean = sum(found) / len(found)
-        axes.errorbar(size, mean, yerr=[[mean - min(found)], [max(found) - mean]], fmt="o", capsize=3)
-        axes.annotate(f"{setting} ({model}, {updates})", (size, mean), fontsize=7)
+            if (row["model"], row["updates"]) == (model, str(updates)):
+                runs.setdefault((row["setting"], row["flags"]), []).append(row)
+    points: list[tuple[float, float, str, list[float]]] = []
+    for (setting, _), rows in runs.items():
+        sizes = [[float(row[name]) for name in BYTES] for row in rows if row["weights_gb"]]
+        found = [float(row["perplexity"]) for row in rows]
+        if sizes:
+            points.append((sum(found) / len(found), sum(sizes[0]), setting, found))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    named: set[str] = set()
+    for mean, size, setting, found in sorted(points):
+        best = setting not in named
+        named.add(setting)
+        label = f"{setting}: {mean:.1f}" + (f" ({len(found)} seeds)" if len(found) > 1 else "")
+        style = {"label": label, "zorder": 3} if best else {"color": "lightgrey"}
+        spread = [[mean - min(found)], [max(found) - mean]]
+        axes.errorbar(size, mean, yerr=spread, fmt="o" if best else ".", capsize=3, **style)
     axes.set_xlabel("weights, optimizer states and gradients, GB")
-    axes.set_ylabel("perplexity")
-    figure.savefig(picture, bbox_inches="tight")
+    axes.set_ylabel(f"perplexity, {model}, {updates} updates")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(picture, bbox_inches="tight", dpi=120)
     pyplot.close(figure)
 
 

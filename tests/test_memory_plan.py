@@ -345,14 +345,22 @@ def test_loss_counts_its_chunks(root: Path) -> None:
         assert plan.passing["activations and loss"] == expected
 
 
-MEASURED = {  # GB on an H200 with CUDA graphs, streaming subspaces, sequences of 256 (compare.csv, engine_steps.csv)
+MEASURED = {  # GB with CUDA graphs, streaming subspaces, sequences of 256, on an H100 or H200 (compare.csv)
     # model, rank, micro-batch, layers of which one is checkpointed, micro-batches an update (summed in INT8)
-    ("60m", 128, 256, 0, 1): 7.245,
-    ("130m", 256, 128, 0, 1): 8.02,
+    ("60m", 128, 256, 0, 1): 7.244,
+    ("60m", 128, 256, 2, 1): 4.968,
+    ("60m", 128, 256, 1, 1): 2.173,
+    ("130m", 256, 128, 0, 1): 7.946,
+    ("130m", 256, 128, 2, 1): 5.197,
+    ("130m", 256, 128, 1, 1): 2.066,
     ("350m", 256, 64, 0, 1): 10.573,
+    ("350m", 256, 64, 2, 1): 6.497,
+    ("350m", 256, 64, 1, 1): 2.318,
     ("1b", 512, 16, 0, 1): 7.57,
     ("1b", 512, 16, 2, 1): 5.48,
     ("1b", 512, 16, 1, 1): 3.391,
+    ("7b", 1024, 16, 1, 1): 13.277,
+    ("7b", 1024, 16, 1, 32): 15.189,
 }
 
 
@@ -364,7 +372,7 @@ def test_plan_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int, 
         checkpoint_every=max(every, 1), grad_accum_steps=steps, grad_accum_dtype="int8" if steps > 1 else "float32",
     )  # fmt: skip
     plan = plan_memory(llama(root, name), settings)
-    assert plan.peak_bytes / 1e9 == pytest.approx(MEASURED[case], rel=0.01)
+    assert plan.peak_bytes / 1e9 == pytest.approx(MEASURED[case], rel=0.01, abs=0.05)
 
 
 def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
