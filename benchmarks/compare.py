@@ -277,13 +277,24 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
 
 @contextlib.contextmanager
 def turn(path: str | None, alone: bool) -> Iterator[None]:
-    """Wait until no other process that was given this lock file is in its turn alone, or, `alone`, in any turn."""
+    """Wait until no other process that was given this lock file is in its turn alone, or, `alone`, in any turn.
+
+    Who waits for a turn alone holds the door shut, so that it comes soon.
+    """
     if path is None:
         yield
         return
-    with Path(path).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    with Path(f"{path}.door").open("w") as door, Path(path).open("w") as room:
+        fcntl.flock(door, kind)
+        fcntl.flock(room, kind)
+        if not alone:
+            fcntl.flock(door, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:  # closing is not enough where a child process has the files, too
+            fcntl.flock(room, fcntl.LOCK_UN)
+            fcntl.flock(door, fcntl.LOCK_UN)
 
 
 def time_updates(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,38 @@ def test_a_turn_alone_waits_for_all_others(tmp_path: Path) -> None:
         assert not entered.wait(0.2)
     assert entered.wait(20)
     waiting.join()
+
+
+def test_who_waits_for_a_turn_alone_is_next(tmp_path: Path) -> None:
+    path, order = str(tmp_path / "turn"), []
+
+    def take(name: str, alone: bool) -> None:
+        with compare.turn(path, alone):
+            order.append(name)
+
+    with compare.turn(path, alone=False):
+        first = threading.Thread(target=take, args=("alone", True))
+        first.start()
+        wait_until_held(f"{path}.door")
+        second = threading.Thread(target=take, args=("shared", False))
+        second.start()
+        time.sleep(0.1)
+        assert order == []  # the second could share with this turn, but for the first
+    first.join(20)
+    second.join(20)
+    assert order == ["alone", "shared"]
+
+
+def wait_until_held(path: str) -> None:
+    """Until another has the lock of a file."""
+    for _ in range(1000):
+        with Path(path).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"nobody holds {path}")
 
 
 def test_no_ratio_without_a_baseline(tmp_path: Path) -> None:
