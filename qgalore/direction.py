@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qgalore import adam
+from qgalore import adam, kernels
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that Muon applies to the singular values: steep at 0, and near 1 between 0.7 and 1.2."""
@@ -86,12 +86,12 @@ def factored_step(
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of M = U S Vᵀ (rows, columns), with singular values between 0.7 and 1.2, in bfloat16 on a GPU.
+    """About U Vᵀ of M = U S Vᵀ (rows, columns), with singular values between 0.7 and 1.2, in M's dtype.
 
     Directions whose singular value is below a thousandth of the largest stay smaller.
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = (matrix.T if tall else matrix).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x: Tensor = matrix.T if tall else matrix
     x = x / x.norm().clamp_min(1e-30)
     first, third, fifth = _COEFFICIENTS
     for _ in range(_STEPS):
@@ -113,11 +113,9 @@ def orthogonal_step(
     numbers: Tensor | None = None,
 ) -> Tensor:
     """The orthogonalised Nesterov momentum like grad, of root mean square 0.2; arguments as in `adam.adam_step`."""
-    grad = adam.scaled(grad, factor)
-    momentum = torch.lerp(adam.read_moment(state, "exp_avg"), grad, 1 - betas[0])
-    ahead = torch.lerp(momentum, grad, 1 - betas[0])
-    adam.write_moment(state, "exp_avg", momentum, skip)
-    del grad, momentum
+    beta, momentum, absmax = betas[0], state["exp_avg"], state.get("exp_avg_absmax")
+    type = torch.bfloat16 if grad.is_cuda else torch.float32
+    ahead = kernels.momentum_step(grad, momentum, absmax, beta, adam.BLOCK_SIZE, factor, skip, type)
     scale: float = ORTHOGONAL_RMS * max(ahead.shape) ** 0.5
     return (orthogonalize(ahead) * scale).to(dtype)
 

@@ -214,6 +214,36 @@ def adam_step(
     return direction.to(dtype)
 
 
+def momentum_step(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_absmax: Tensor | None,
+    beta: float,
+    block_size: int,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Move a momentum in place towards the gradient factor * grad; returns Nesterov's, once more ahead, in dtype.
+
+    grad float of any shape; exp_avg uint8 like grad with an absmax tensor (ceil(numel / block_size),) float32, or
+    float32 without. Where the flag `skip` is true the momentum stays and what is returned is undefined.
+    """
+    triton = _triton_or_none(grad.device, "adam")
+    if triton is not None:
+        return triton.momentum_step(grad, exp_avg, exp_avg_absmax, beta, block_size, factor, skip, dtype)  # type: ignore[no-any-return]
+    grad = grad.float() if factor is None else grad.float() * factor
+    with _taken_back_if(skip, exp_avg, exp_avg_absmax):
+        if exp_avg_absmax is None:
+            return reference.nesterov_momentum(grad, exp_avg, beta).to(dtype)
+        momentum = reference.dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
+        ahead = reference.nesterov_momentum(grad, momentum, beta)
+        codes, absmax = reference.quantize_blocks(momentum, True, block_size)
+        exp_avg.copy_(codes)
+        exp_avg_absmax.copy_(absmax)
+    return ahead.to(dtype)
+
+
 def update_quantized_(
     qdata: Tensor,
     scale: Tensor,

@@ -1,12 +1,12 @@
-"""Adam's step on a gradient of any shape, in Triton: block-wise 8-bit or float32 moments.
+"""Adam's step, and one of momentum alone, on a gradient of any shape, in Triton: block-wise 8-bit or float32 moments.
 
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g²,  N = (m / c1) / (sqrt(v / c2) + eps)
+    m <- beta m + (1 - beta) g,  N = beta m + (1 - beta) g
 
 Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
 float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
-inside; the direction uses the moments before they are rounded to 8 bits,
-and is the only value whose division and square
-root are not rounded to the last bit.
+inside; the direction uses the moments before they are rounded to 8 bits, and Adam's is the only value whose division
+and square root are not rounded to the last bit.
 
 The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
 lowest code of that interval, in which at most one border between two codes lies; one comparison with it decides.
@@ -115,6 +115,61 @@ def _adam_kernel(
         second = _code(second, borders2, starts2, False, FIRST, INTERVALS).to(tl.uint8)
     tl.store(exp_avg + at, first, mask=mask)
     tl.store(exp_avg_sq + at, second, mask=mask)
+
+
+@triton.jit(do_not_specialize=["numel", "beta", "rest"])
+def _momentum_kernel(
+    grad, exp_avg, exp_avg_absmax, out, factor, skip, map, borders, starts, numel, beta, rest, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    HAS_SKIP: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP:
+        if tl.load(skip):
+            return
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
+    start = program * (BLOCKS * BLOCK)
+    mask = at < numel - start
+    if WIDTH > BLOCK:
+        mask = mask & (tl.arange(0, WIDTH)[None, :] < BLOCK)
+    exp_avg += start
+    g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
+    if HAS_FACTOR:
+        g *= tl.load(factor)
+    momentum = tl.load(exp_avg + at, mask=mask, other=0)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    present = block * BLOCK < numel
+    if QUANTIZED:
+        absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
+        momentum = tl.load(map + momentum.to(tl.int32)) * absmax
+    momentum = momentum * beta + g * rest
+    tl.store(out + start + at, to_float(momentum * beta + g * rest, out.dtype.element_ty), mask=mask)
+    if QUANTIZED:
+        momentum = tl.where(mask, momentum, 0.0)
+        absmax = tl.max(tl.abs(momentum), axis=1)
+        tl.store(exp_avg_absmax + block, absmax, mask=present)
+        momentum *= _inverse(absmax)[:, None]
+        momentum = _code(momentum, borders, starts, True, FIRST, INTERVALS).to(tl.uint8)
+    tl.store(exp_avg + at, momentum, mask=mask)
+
+
+def momentum_step(
+    grad: Tensor, exp_avg: Tensor, exp_avg_absmax: Tensor | None, beta: float, block_size: int, factor: Tensor | None,
+    skip: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See `qgalore.kernels.momentum_step`."""
+    grad = grad.contiguous()
+    ahead = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    quantized = exp_avg_absmax is not None
+    width = triton.next_power_of_2(block_size)
+    blocks = max(1, 512 // width)
+    tables = _tables(True, grad.device) if quantized else (None,) * 3
+    _momentum_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
+        grad, exp_avg, exp_avg_absmax, ahead, factor, skip, *tables, grad.numel(), beta, 1.0 - beta, BLOCK=block_size,
+        WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factor is not None, HAS_SKIP=skip is not None,
+        FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False, num_warps=4,
+    )  # fmt: skip
+    return ahead
 
 
 def adam_step(

@@ -275,6 +275,13 @@ def adam_direction(
     return (exp_avg * (1.0 / (1.0 - beta1**step))).div_(denominator)
 
 
+def nesterov_momentum(grad: Tensor, exp_avg: Tensor, beta: float) -> Tensor:
+    """beta m + (1 - beta) g after moving the float32 momentum m so in place; rounded as in `adam_direction`."""
+    step = grad * (1.0 - beta)
+    exp_avg.mul_(beta).add_(step)
+    return (exp_avg * beta).add_(step)
+
+
 def project_back_rows(direction: Tensor, left: Tensor | None, right: Tensor | None, start: int, stop: int) -> Tensor:
     """Rows start:stop of leftᵀ N right, the full-size direction, float32; None stands for the identity."""
     rows = direction[start:stop].float() if left is None else left[:, start:stop].float().T @ direction.float()

@@ -258,6 +258,24 @@ def check_adam(device: torch.device) -> None:
                 assert torch.allclose(found, expected, rtol=1e-6, atol=0), (shape, bits, factor)
 
 
+def check_momentum(device: torch.device) -> None:
+    for shape in ((64, 128), (37, 131), (5,), (4099,)):
+        for bits, dtype in ((8, torch.bfloat16), (32, torch.float32)):
+            for factor in (None, torch.tensor(0.3, device=device)):
+
+                def run() -> object:
+                    state: dict[str, Tensor] = {}
+                    adam.init_moments(state, torch.Size(shape), bits, device, ("exp_avg",))  # noqa: B023
+                    for step in range(1, 4):
+                        grad = (normal(*shape, seed=step) ** 5).to(device)  # noqa: B023
+                        momentum = state["exp_avg"], state.get("exp_avg_absmax")
+                        ahead = kernels.momentum_step(grad, *momentum, 0.9, 256, factor, dtype=dtype)  # noqa: B023
+                    return ahead, *(state[key] for key in sorted(state))
+
+                expected, found = both(run)
+                assert same(expected, found), (shape, bits, factor)
+
+
 def check_skipping(device: torch.device) -> None:
     for skipped in (True, False):
         flag = torch.tensor(skipped, device=device)
@@ -277,6 +295,9 @@ def check_skipping(device: torch.device) -> None:
         assert same(updated, floats) == skipped
         adam.adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=flag)
         assert same(tuple(state.values()), tuple(before.values())) == skipped
+        momentum, absmax = before["exp_avg"].clone(), before["exp_avg_absmax"].clone()
+        kernels.momentum_step(grad, momentum, absmax, 0.9, adam.BLOCK_SIZE, skip=flag)
+        assert same((momentum, absmax), (before["exp_avg"], before["exp_avg_absmax"])) == skipped
 
 
 def check_gradient_norm(device: torch.device) -> None:
