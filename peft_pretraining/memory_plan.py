@@ -347,7 +347,8 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
     if s.residual:  # the whole direction, and what is added to it
         update += 2 * s.dtype_bytes * math.prod(shape)
     elif s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
-        update += 4 * (values + bases) + min(_ROW_CHUNK, 4 * math.prod(shape))
+        on_tensor_cores = s.cuda and s.dtype_bytes == 2 and len(sides(shape, s)) == 1
+        update += (0 if on_tensor_cores else 4 * (values + bases)) + min(_ROW_CHUNK, 4 * math.prod(shape))
     if s.svd:
         return max(update, 12 * math.prod(shape) + 24 * min(shape) ** 2)
     rotated = _WRITE_FLOAT_MOMENT * values
