@@ -463,3 +463,15 @@ def test_checkpointing_some_layers_lies_between_all_and_none(layers: int) -> Non
     saved = (none.activations - every.activations) // layers
     assert some.activations == none.activations - recomputed * saved
     assert every.peak_bytes < some.peak_bytes < none.peak_bytes
+
+
+def test_an_update_on_tensor_cores_makes_no_float32_factors() -> None:
+    """Of bfloat16 weights on a GPU; on a CPU, and where all is float32, direction and basis are copied."""
+    shape, rank = (512, 1376), 128
+    floats = MemorySettings(2, 256, rank=rank, state_bits=8, svd=False, cuda=True)
+    values, bases = rank * 1376, rank * 512
+    on_gpu, on_cpu = (_update_bytes(shape, dataclasses.replace(floats, cuda=cuda)) for cuda in (True, False))
+    assert on_cpu - on_gpu == 4 * (values + bases)
+    assert floats.dtype_bytes == 2
+    in_float32 = dataclasses.replace(floats, dtype_bytes=4)
+    assert _update_bytes(shape, in_float32) == _update_bytes(shape, dataclasses.replace(in_float32, cuda=False))
