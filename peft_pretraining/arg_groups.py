@@ -93,7 +93,10 @@ class OptimizerArgs:
     """Name of the optimizer, in any case; _per_layer updates each weight inside the backward pass."""
     recipe: Annotated[
         str,
-        Flag(choices=RECIPES, auto="orthogonal for q_galore optimizers; paper for others and beside flags of SVDs"),
+        Flag(
+            choices=RECIPES,
+            auto="orthogonal for q_galore optimizers; paper for others, or beside galore_scale or SVDs",
+        ),
     ] = ""
     """Values of the flags that are left out. paper: the official defaults, which this help shows. orthogonal:
     --direction orthogonal, --subspace streaming, --update_proj_gap 20, --rank 7/16 of the model's width, --lr 0.01,

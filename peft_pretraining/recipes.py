@@ -22,8 +22,9 @@ _ORTHOGONAL: Mapping[str, Any] = {
     "update_proj_gap": 20,
     "direction": "orthogonal",
 }
-_OF_SVD = {"svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
-"""Flags that have a meaning with subspaces by SVD alone, so that a command line that gives one is the paper's."""
+_PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
+"""Flags of subspaces by SVD, and the scale, which all official command lines set: one that gives such a flag is tuned
+for the paper's algorithm."""
 _FULL_RANK_LR = 2.0
 """Learning rate of embeddings, head and norms, as a multiple of `--lr`."""
 
@@ -34,7 +35,7 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     Without `recipe` among them the recipe goes by the optimizer, and official command lines keep the paper's.
     """
     optimizer = given.get("optimizer", OptimizerArgs.optimizer)
-    papers = optimizer not in Q_GALORE_OPTIMIZERS or given.get("proj_type") == "full" or _OF_SVD & given.keys()
+    papers = optimizer not in Q_GALORE_OPTIMIZERS or given.get("proj_type") == "full" or _PAPERS & given.keys()
     name = given.get("recipe") or ("paper" if papers else "orthogonal")
     values = {**given, "recipe": name}
     if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:

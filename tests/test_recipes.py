@@ -62,6 +62,8 @@ OFFICIAL = {
         ("--optimizer galore_adamw8bit", OFFICIAL),
         (f"{Q_GALORE} --recipe paper", OFFICIAL),
         (f"{Q_GALORE} --cos_threshold 0.4", OFFICIAL),
+        (f"{Q_GALORE} --galore_scale 0.25", OFFICIAL | {"galore_scale": 0.25}),
+        (f"{Q_GALORE} --galore_scale 0.25 --recipe orthogonal", ORTHOGONAL | {"galore_scale": 0.25}),
         (f"{Q_GALORE} --gamma_proj 2 --queue_size 5", OFFICIAL),
         (f"{Q_GALORE} --svd_method full", OFFICIAL),
         (f"{Q_GALORE} --max_update_proj_gap 400", OFFICIAL),
@@ -81,11 +83,21 @@ def test_official_defaults_are_those_of_the_flags() -> None:
 
 
 def test_what_is_given_wins_over_the_recipe() -> None:
-    given = "--lr 0.003 --galore_scale 0.25 --rank 64 --direction adam --update_proj_gap 200 --norm_growth 0"
+    given = "--recipe orthogonal --lr 0.003 --galore_scale 0.25 --rank 64 --direction adam --update_proj_gap 200"
+    given += " --norm_growth 0"
     expected = {"lr": 0.003, "full_rank_lr": 0.006, "galore_scale": 0.25, "rank": 64, "direction": "adam"}
     expected |= {"update_proj_gap": 200, "norm_growth": 0.0}
     assert chosen(parse(f"{Q_GALORE} {given}")) == ORTHOGONAL | expected
     assert parse(f"{Q_GALORE} --full_rank_lr 0.001").optimizer.full_rank_lr == 0.001
+
+
+def test_the_official_command_for_7b_runs_the_papers_algorithm() -> None:
+    """That of the official README, with what it leaves out."""
+    flags = "--lr 0.004 --galore_scale 0.25 --rank 1024 --update_proj_gap 500 --total_batch_size 512 --weight_decay 0"
+    flags += " --activation_checkpointing --num_training_steps 150000 --warmup_steps 15000 --grad_clipping 1.0"
+    flags += " --dtype bfloat16 --eval_every 1000 --single_gpu --proj_quant --weight_quant --stochastic_round"
+    expected = {"lr": 0.004, "galore_scale": 0.25, "rank": 1024, "update_proj_gap": 500}
+    assert chosen(parse(f"--optimizer q_galore_adamw8bit_per_layer {flags}", "7b")) == OFFICIAL | expected
 
 
 @pytest.mark.parametrize(("model", "rank"), [("9m", 56), ("130m", 336), ("350m", 448), ("1b", 896), ("7b", 1792)])
