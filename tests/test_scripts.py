@@ -105,6 +105,22 @@ def test_methods_parse(script: str, method: str, stub: str) -> None:
     assert method in by_argument.checkpoint.save_dir
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name.startswith("q_galore")])
+def test_the_recipe_is_said(method: str, stub: str) -> None:
+    """On the command line, whatever the defaults are."""
+    argv = json.loads(run_script("scripts/pretrain_c4/llama_60m.sh", method, launcher=stub).stdout.splitlines()[-1])
+    recipe = "orthogonal" if method == "q_galore_orthogonal" else "paper"
+    assert argv[argv.index("--recipe") + 1] == recipe
+    args = parse_args(argv[1:])
+    assert (args.optimizer.recipe, args.optimizer.lr) == (recipe, 0.015)
+    assert (args.subspace.direction == "orthogonal", args.subspace.rank) == (
+        recipe != "paper",
+        224 if recipe != "paper" else 128,
+    )
+    one_gpu = parsed("scripts/single_gpu/llama_7b.sh", method, launcher=stub)
+    assert one_gpu.subspace.rank == 1024, "sums over micro-batches of a higher rank do not fit"
+
+
 # arXiv 2407.08296: lr, rank, interval, updates, micro-batch, GPUs.
 PAPER = {
     "pretrain_c4/llama_60m": (0.015, 128, 200, 10_000, 256, 1),
