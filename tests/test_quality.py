@@ -84,3 +84,27 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"has not the columns of this row \(b, c\)"):
         append_row(path, {"a": 3, "c": 4})
     assert path.read_text() == "a,b\n1,x\n2,y\n"
+
+
+def test_the_plot_names_the_best_of_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    results = tmp_path / "quality.csv"
+    columns = ("model", "updates", "setting", "flags", "seed", "perplexity", *quality.BYTES)
+    rows = [
+        ("60m", 800, "a", "--lr 1", 0, 50.0, 1, 2, 0), ("60m", 800, "a", "--lr 2", 0, 48.0, 1, 2, 0),
+        ("60m", 800, "b", "", 0, 50.0, "", "", ""), ("60m", 800, "b", "", 1, 52.0, 3, 1, 1),
+        ("130m", 800, "a", "--lr 2", 0, 40.0, 1, 2, 0), ("60m", 3200, "c", "", 0, 30.0, 1, 2, 0),
+        ("60m", 800, "old", "", 0, 45.0, "", "", ""),
+    ]  # fmt: skip
+    results.write_text("\n".join(",".join(map(str, row)) for row in [columns, *rows]) + "\n")
+    drawn: list[tuple[float, float, object]] = []
+    plain = Axes.errorbar
+
+    def errorbar(axes: Axes, x: float, y: float, **style: object) -> object:
+        drawn.append((x, y, style.get("label")))
+        return plain(axes, x, y, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    quality.plot(results, tmp_path / "plot.png", "60m", 800)
+    assert drawn == [(3.0, 48.0, "a: 48.0"), (3.0, 50.0, None), (5.0, 51.0, "b: 51.0 (2 seeds)")]
