@@ -15,8 +15,8 @@ from peft_pretraining.cli import Flag, parse_count
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
-RECIPES = ("paper", "orthogonal")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
+RECIPES = ("paper", "orthogonal")
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 

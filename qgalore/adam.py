@@ -98,11 +98,6 @@ def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor
     return views
 
 
-def scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """factor * grad in float32; None stands for 1."""
-    return grad.float() if factor is None else grad.float() * factor
-
-
 def adam_step(
     state: dict[str, Tensor],
     grad: Tensor,

@@ -65,7 +65,7 @@ def factored_step(
     numbers: Tensor | None = None,
 ) -> Tensor:
     """m_hat / (sqrt(v_hat) + eps) like grad, with v as a row and a column; arguments as in `qgalore.adam.adam_step`."""
-    grad = adam.scaled(grad, factor)
+    grad = kernels.scaled(grad, factor)
     momentum = torch.lerp(adam.read_moment(state, "exp_avg"), grad, 1 - betas[0])
     adam.write_moment(state, "exp_avg", momentum, skip)
     squares, means = grad.square(), []

@@ -214,7 +214,7 @@ class FullRankWeight:
         for start, stop in adam.row_parts(self.state, param.shape):
             weight, part, scale = param[start:stop], rows_of_gradient(grad, start, stop), factor
             if l2:
-                part, scale = adam.scaled(part, factor).add(weight, alpha=l2), None
+                part, scale = kernels.scaled(part, factor).add(weight, alpha=l2), None
             state = adam.rows_of(self.state, start, stop)
             direction = adam.adam_step(
                 state, part, step, group["betas"], group["eps"], scale, skip, numbers=self.numbers

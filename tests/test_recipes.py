@@ -11,6 +11,7 @@ import pytest
 
 from peft_pretraining.arg_groups import OptimizerArgs, SubspaceArgs
 from peft_pretraining.args import RunArgs, parse_args
+from peft_pretraining.cli import read_specs
 from peft_pretraining.errors import UserError
 from tests.small_run import ROOT
 
@@ -112,6 +113,14 @@ def test_the_rank_fits_the_narrowest_matrix(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     args = parse_args(["--model_config", str(path), "--dataset", "pydocs", "--batch_size", "4", *Q_GALORE.split()])
     assert args.subspace.rank == 128
+
+
+def test_the_help_has_the_values_of_the_recipe() -> None:
+    (spec,) = (spec for spec in read_specs(OptimizerArgs) if spec.name == "recipe")
+    for name, value in ORTHOGONAL.items():
+        if name not in ("recipe", "rank", "full_rank_lr"):
+            assert f"--{name} {value}" in spec.help
+    assert "--rank 7/16" in spec.help and "--full_rank_lr twice --lr" in spec.help
 
 
 def test_a_recipe_that_does_not_exist() -> None:

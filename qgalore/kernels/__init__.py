@@ -197,7 +197,7 @@ def adam_step(
             dtype, numbers,
         )  # fmt: skip
     _no_numbers(numbers)
-    grad = grad.float() if factor is None else grad.float() * factor
+    grad = scaled(grad, factor)
     with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
         if exp_avg_absmax is None or exp_avg_sq_absmax is None:
             return reference.adam_direction(grad, exp_avg, exp_avg_sq, step, betas, eps).to(dtype)
@@ -232,7 +232,7 @@ def momentum_step(
     triton = _triton_or_none(grad.device, "adam")
     if triton is not None:
         return triton.momentum_step(grad, exp_avg, exp_avg_absmax, beta, block_size, factor, skip, dtype)  # type: ignore[no-any-return]
-    grad = grad.float() if factor is None else grad.float() * factor
+    grad = scaled(grad, factor)
     with _taken_back_if(skip, exp_avg, exp_avg_absmax):
         if exp_avg_absmax is None:
             return reference.nesterov_momentum(grad, exp_avg, beta).to(dtype)
@@ -372,5 +372,6 @@ def project_back(direction: Tensor, left: Tensor | None, right: Tensor | None) -
 
 
 row_chunks = reference.row_chunks
+scaled = reference.scaled
 quantize_blocks = reference.quantize_blocks
 dequantize_blocks = reference.dequantize_blocks

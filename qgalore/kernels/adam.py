@@ -65,6 +65,19 @@ def _inverse(absmax):
     return tl.where(absmax >= smallest_normal, tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax), 0.0)
 
 
+@triton.jit
+def _blocks(numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """A program's first value, the places of its values from there and which exist; its blocks and which exist."""
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
+    start = program * (BLOCKS * BLOCK)
+    mask = at < numel - start
+    if WIDTH > BLOCK:
+        mask = mask & (tl.arange(0, WIDTH)[None, :] < BLOCK)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    return start, at, mask, block, block * BLOCK < numel
+
+
 @triton.jit(do_not_specialize=["numel", "beta1", "rest1", "beta2", "rest2", "inverse1", "inverse2", "eps"])
 def _adam_kernel(
     grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, skip, numbers, map1, borders1, starts1,
@@ -79,12 +92,7 @@ def _adam_kernel(
     if HAS_NUMBERS:
         inverse1 = tl.load(numbers + 4).to(tl.float32, bitcast=True)
         inverse2 = tl.load(numbers + 5).to(tl.float32, bitcast=True)
-    program = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
-    start = program * (BLOCKS * BLOCK)
-    mask = at < numel - start
-    if WIDTH > BLOCK:
-        mask = mask & (tl.arange(0, WIDTH)[None, :] < BLOCK)
+    start, at, mask, block, present = _blocks(numel, BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     exp_avg_sq += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
@@ -92,8 +100,6 @@ def _adam_kernel(
         g *= tl.load(factor)
     first = tl.load(exp_avg + at, mask=mask, other=0)
     second = tl.load(exp_avg_sq + at, mask=mask, other=0)
-    block = program * BLOCKS + tl.arange(0, BLOCKS)
-    present = block * BLOCK < numel
     if QUANTIZED:
         first_absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
         second_absmax = tl.load(exp_avg_sq_absmax + block, mask=present, other=0)[:, None]
@@ -126,19 +132,12 @@ def _momentum_kernel(
     if HAS_SKIP:
         if tl.load(skip):
             return
-    program = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
-    start = program * (BLOCKS * BLOCK)
-    mask = at < numel - start
-    if WIDTH > BLOCK:
-        mask = mask & (tl.arange(0, WIDTH)[None, :] < BLOCK)
+    start, at, mask, block, present = _blocks(numel, BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
         g *= tl.load(factor)
     momentum = tl.load(exp_avg + at, mask=mask, other=0)
-    block = program * BLOCKS + tl.arange(0, BLOCKS)
-    present = block * BLOCK < numel
     if QUANTIZED:
         absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
         momentum = tl.load(map + momentum.to(tl.int32)) * absmax
@@ -153,6 +152,12 @@ def _momentum_kernel(
     tl.store(exp_avg + at, momentum, mask=mask)
 
 
+def _shape(block_size: int) -> tuple[int, int]:
+    """Width of a block in a program, and blocks of a program."""
+    width = triton.next_power_of_2(block_size)
+    return width, max(1, 512 // width)
+
+
 def momentum_step(
     grad: Tensor, exp_avg: Tensor, exp_avg_absmax: Tensor | None, beta: float, block_size: int, factor: Tensor | None,
     skip: Tensor | None, dtype: torch.dtype,
@@ -161,8 +166,7 @@ def momentum_step(
     grad = grad.contiguous()
     ahead = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     quantized = exp_avg_absmax is not None
-    width = triton.next_power_of_2(block_size)
-    blocks = max(1, 512 // width)
+    width, blocks = _shape(block_size)
     tables = _tables(True, grad.device) if quantized else (None,) * 3
     _momentum_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
         grad, exp_avg, exp_avg_absmax, ahead, factor, skip, *tables, grad.numel(), beta, 1.0 - beta, BLOCK=block_size,
@@ -181,8 +185,7 @@ def adam_step(
     grad = grad.contiguous()
     direction = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     quantized = exp_avg_absmax is not None
-    width = triton.next_power_of_2(block_size)
-    blocks = max(1, 512 // width)
+    width, blocks = _shape(block_size)
     tables = (*_tables(True, grad.device), *_tables(False, grad.device)) if quantized else (None,) * 6
     beta1, beta2 = betas
     _adam_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](

@@ -261,6 +261,11 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: i
     return value.view(codes.shape)
 
 
+def scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """factor * grad in float32; None stands for 1."""
+    return grad.float() if factor is None else grad.float() * factor
+
+
 def adam_direction(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
 ) -> Tensor:
