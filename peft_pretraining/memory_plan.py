@@ -31,6 +31,7 @@ from peft_pretraining.lasting_memory import (
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
 from qgalore.adam import MOMENT_PART
+from qgalore.direction import VALUES_TOGETHER
 from qgalore.padding import padded_width
 from qgalore.subspace import projects_directly
 
@@ -47,6 +48,7 @@ _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what i
 _WRITE_FLOAT_MOMENT = 12  # bytes a value: the new values, the old ones, and those of them that are chosen
 _WRITE_8BIT_MOMENT = 5  # bytes a value: what is written (4), and to take it back the codes of before (1)
 _DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
+_SQUARES = 8  # matrices that one call of the kernel orthogonalizes
 _CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
 
 
@@ -361,7 +363,20 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
 
 
 def _largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    return max(_update_bytes(shape, s) for shape in config.matrix_shapes().values())
+    largest = max(_update_bytes(shape, s) for shape in config.matrix_shapes().values())
+    one_by_one = not s.cuda or s.rank is None or s.decoder_states != 1 or s.second_moment_factored
+    return largest if one_by_one else max(largest, _directions_bytes(config, s))
+
+
+def _directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Orthogonal directions of several matrices: momenta, two buffers, the result, and two squares a matrix.
+
+    Matrices wait until they are enough, those of one layer where the updates are made inside its backward pass.
+    """
+    layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
+    sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
+    values = min(layers * sum(sizes), VALUES_TOGETHER + max(sizes))
+    return s.dtype_bytes * (4 * values + 2 * min(_SQUARES, layers * len(sizes)) * (s.rank or 0) ** 2)
 
 
 def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:

@@ -12,7 +12,7 @@ All move their moments in place and keep them, to the bit, where the flag `skip`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,17 +25,24 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
+VALUES_TOGETHER = 1 << 24
+"""Momenta wait until there are more than so many values, and are then made directions of at once."""
 
 
 class Direction(NamedTuple):
     """How a direction is made and what it keeps."""
 
     step: Callable[..., Tensor]
-    """step(state, grad, step, betas, eps, factor, skip, dtype, numbers) -> direction, as `qgalore.adam.adam_step`."""
+    """step(state, grad, step, betas, eps, factor, skip, dtype, numbers) -> direction, as `qgalore.adam.adam_step`.
+
+    Or, where there is `together`, what that makes directions of.
+    """
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
     factors: bool = False
     """Whether the second moment is a row and a column."""
+    together: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+    """Makes the directions of several weights of one rank at once, which is faster than one after another."""
 
     def init_state(self, state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
         """Put zero moments into `state`, as `qgalore.adam.init_moments`."""
@@ -85,23 +92,7 @@ def factored_step(
     return momentum.mul_(corrections[0]).div_(size.add_(eps)).to(dtype)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of M = U S Vᵀ (rows, columns), with singular values between 0.7 and 1.2, in M's dtype.
-
-    Directions whose singular value is below a thousandth of the largest stay smaller.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(1e-30)
-    first, third, fifth = _COEFFICIENTS
-    for _ in range(_STEPS):
-        gram = x @ x.T
-        even = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
-        x = torch.addmm(x, even, x, beta=first)
-    return x.T if tall else x
-
-
-def orthogonal_step(
+def nesterov_step(
     state: dict[str, Tensor],
     grad: Tensor,
     step: int,
@@ -112,16 +103,20 @@ def orthogonal_step(
     dtype: torch.dtype = torch.float32,
     numbers: Tensor | None = None,
 ) -> Tensor:
-    """The orthogonalised Nesterov momentum like grad, of root mean square 0.2; arguments as in `adam.adam_step`."""
-    beta, momentum, absmax = betas[0], state["exp_avg"], state.get("exp_avg_absmax")
+    """Nesterov's momentum like grad, in bfloat16 on a GPU; arguments as in `adam.adam_step`."""
     type = torch.bfloat16 if grad.is_cuda else torch.float32
-    ahead = kernels.momentum_step(grad, momentum, absmax, beta, adam.BLOCK_SIZE, factor, skip, type)
-    scale: float = ORTHOGONAL_RMS * max(ahead.shape) ** 0.5
-    return (orthogonalize(ahead) * scale).to(dtype)
+    momentum, absmax = state["exp_avg"], state.get("exp_avg_absmax")
+    return kernels.momentum_step(grad, momentum, absmax, betas[0], adam.BLOCK_SIZE, factor, skip, type)
+
+
+def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonalised, of root mean square 0.2."""
+    found = kernels.orthogonalize(momenta, _COEFFICIENTS, _STEPS)
+    return [x * (ORTHOGONAL_RMS * max(x.shape) ** 0.5) for x in found]
 
 
 DIRECTIONS = {
     "adam": Direction(adam.adam_step, adam.MOMENTS),
     "factored": Direction(factored_step, adam.MOMENTS[:1], factors=True),
-    "orthogonal": Direction(orthogonal_step, adam.MOMENTS[:1]),
+    "orthogonal": Direction(nesterov_step, adam.MOMENTS[:1], together=orthogonal_directions),
 }

@@ -167,10 +167,11 @@ class FullRankWeight:
 
     def _init_state(self) -> None:
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        self._direction.init_state(self.state, self.gradient_shape, self.group["state_bits"], self.param.device)
+        self.direction.init_state(self.state, self.gradient_shape, self.group["state_bits"], self.param.device)
 
     @property
-    def _direction(self) -> Direction:
+    def direction(self) -> Direction:
+        """How the step is made of the gradient."""
         return DIRECTIONS["adam"]
 
     @property
@@ -183,8 +184,10 @@ class FullRankWeight:
         """Of `parts_to_sum` in an update without a refresh."""
         return self.gradient_shape.numel()
 
-    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """One AdamW step on the weight with factor * grad (clipping); grad is what `release` gave.
+    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> Tensor | None:
+        """One step on the weight with factor * grad (clipping); grad is what `release` gave.
+
+        Gives what `Direction.together` makes the direction of for `finish_update`; None if the update has been made.
 
         Where the flag `skip` is true weight and state stay as they are, to the bit, but the update counts. On an
         accelerator the flag goes to the kernels, so that nothing waits for the device.
@@ -195,10 +198,14 @@ class FullRankWeight:
         if on_host and skip:
             self._advance()
             self.clear()
-        else:
-            self._update(grad, factor, None if on_host else skip)
+            return None
+        return self._update(grad, factor, None if on_host else skip)
 
-    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> None:
+    def finish_update(self, direction: Tensor) -> None:
+        """The rest of an `update` that waits for its direction."""
+        raise RuntimeError(f"no update of {self.name} waits for a direction")
+
+    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> Tensor | None:
         """`update` with a flag on the device only."""
         rounding = self._seed(ROUNDING)
         step, group = self._advance(), self.group
@@ -207,7 +214,7 @@ class FullRankWeight:
                 self.state, dense(grad), step, group["betas"], group["eps"], factor, skip, numbers=self.numbers
             )
             self.layer.update_(direction, None, None, group["lr"], self._decay, rounding, skip, self.numbers)
-            return
+            return None
         l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         # In parts, so that no float32 copy of a whole embedding is made.
         param = torch.atleast_1d(self.param.data)
@@ -222,6 +229,7 @@ class FullRankWeight:
             kernels.update_float_(
                 weight, direction, None, None, group["lr"], self._decay, rounding, start, skip, self.numbers
             )
+        return None
 
     @property
     def changes_subspace(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ from qgalore.subspace_schedule import RefreshSchedule
 _START, _TEST_MATRIX, _RANGE_FINDER = range(2, 5)
 
 
+class _BegunUpdate(NamedTuple):
+    """What an update has to know again when its direction is there."""
+
+    step: int
+    rounding: int
+    projected: Tensor | None
+    sketches: dict[str, Tensor]
+    skip: Tensor | None
+
+
 class LowRankWeight(FullRankWeight):
     """A weight matrix whose gradient is projected onto a subspace (GaLore, Q-GaLore)."""
 
@@ -35,6 +45,7 @@ class LowRankWeight(FullRankWeight):
         self._last_full: Tensor | None = None
         self._fulls = 0
         self._fit_failed = False
+        self._begun: _BegunUpdate | None = None
         self._factor_dtype = torch.float32
 
     def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
@@ -93,7 +104,8 @@ class LowRankWeight(FullRankWeight):
         return super().values_to_sum + (self.shape.numel() if self._has_residual else 0)
 
     @property
-    def _direction(self) -> Direction:
+    def direction(self) -> Direction:
+        """See `FullRankWeight`."""
         return DIRECTIONS[self.group["direction"]]
 
     @property
@@ -300,21 +312,34 @@ class LowRankWeight(FullRankWeight):
 
     # ---- the update
 
-    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> None:
-        """The step in the subspace, and the refresh where one is due.
-
-        The direction is projected back in the dtype of the layer's activations, with products summed in float32.
-        """
+    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> Tensor | None:
+        """The step in the subspace, up to its direction where several weights' are made together."""
         rounding, update_step = self._seed(ROUNDING), self.step
         sketches = {side: sketch.take() for side, sketch in self._sketches.items()}
         if self._next_bases is not None:
             self._take_fitted_bases(self._next_bases, update_step, skip)
-        step, group, dtype = self._advance(), self.group, self._factor_dtype
-        projected, left, right = dense(grad), self.basis("left", dtype), self.basis("right", dtype)
-        direction = self._direction.step(
-            self.state, projected, step, group["betas"], group["eps"], factor, skip, dtype, self.numbers
+        step, group, projected = self._advance(), self.group, dense(grad)
+        direction = self.direction.step(
+            self.state, projected, step, group["betas"], group["eps"], factor, skip, self._factor_dtype, self.numbers
         )
-        if self._last_full is not None:
+        kept = None if self._last_full is None else projected  # a residual is made of both
+        self._begun = _BegunUpdate(update_step, rounding, kept, sketches, skip)
+        del projected, kept
+        if self.direction.together is not None:
+            return direction
+        self.finish_update(direction)
+        return None
+
+    def finish_update(self, direction: Tensor) -> None:
+        """Project the direction back and add it; then the refresh where one is due.
+
+        That happens in the dtype of the layer's activations, with products summed in float32.
+        """
+        assert self._begun is not None, f"no update of {self.name} waits for a direction"
+        update_step, rounding, projected, sketches, skip = self._begun
+        self._begun, group, dtype = None, self.group, self._factor_dtype
+        direction, left, right = direction.to(dtype), self.basis("left", dtype), self.basis("right", dtype)
+        if self._last_full is not None and projected is not None:
             full = self._last_full.to(dtype)
             full = full if self._fulls <= 1 else full * self._fulls
             direction = full_direction(group["residual"], direction, projected, full, left, right)
@@ -356,7 +381,7 @@ class LowRankWeight(FullRankWeight):
         assert old is not None
         if self.group["rotate_moments"]:
             # One after the other: the second is read when the first has been written.
-            for name, power in self._direction.rotated(side):
+            for name, power in self.direction.rotated(side):
                 rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
                 self._write_where(wanted, name, functools.partial(adam.write_moment, self.state, name, rotated))
                 del rotated

@@ -19,12 +19,25 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
+from qgalore.direction import VALUES_TOGETHER, Direction
 from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.param_groups import complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.update_checks import UpdateChecks
+
+
+def _finish(waiting: list[tuple[FullRankWeight, Tensor]]) -> None:
+    """Make the directions that updates wait for, those of one kind and rank at once, and finish; then none waits."""
+    alike: dict[tuple[Direction, int], list[tuple[FullRankWeight, Tensor]]] = {}
+    for weight, values in waiting:
+        alike.setdefault((weight.direction, min(values.shape)), []).append((weight, values))
+    waiting.clear()
+    for (kind, _), started in alike.items():
+        assert kind.together is not None
+        for (weight, _), direction in zip(started, kind.together([values for _, values in started]), strict=True):
+            weight.finish_update(direction)
 
 
 class LowRankAdamW(Optimizer):
@@ -233,10 +246,25 @@ class LowRankAdamW(Optimizer):
         for weight, parts in zip(weights, summed, strict=True):
             weight.complete(parts)
             weight.check_gradient_(checks.squared_norms[weight.index], checks.skip)
-            if at_once:
-                checks.remember_first()
-                factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
-                weight.update(weight.release(), factor, checks.skip)
+        if at_once:
+            checks.remember_first()
+            self._update(weights, checks)
+
+    def _update(self, weights: Sequence[FullRankWeight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
+        """Update weights whose gradients are complete and checked; `clip` is a factor of all of them."""
+        waiting: list[tuple[FullRankWeight, Tensor]] = []
+        for weight in weights:
+            factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
+            if factor is None or clip is None:
+                factor = clip if factor is None else factor
+            else:
+                factor = factor * clip
+            started = weight.update(weight.release(), factor, checks.skip)
+            if started is not None:
+                waiting.append((weight, started))
+            if sum(values.numel() for _, values in waiting) > VALUES_TOGETHER:
+                _finish(waiting)
+        _finish(waiting)
 
     def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
         """The weights among the parameters of a module, in its order."""
@@ -282,14 +310,7 @@ class LowRankAdamW(Optimizer):
         waiting = [weight for weight in self._weights.values() if weight.holds_gradient]
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
-        for weight in waiting:
-            checks = self._update_checks()
-            factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
-            if factor is None or self._clip_factor is None:
-                factor = self._clip_factor if factor is None else factor
-            else:
-                factor = factor * self._clip_factor
-            weight.update(weight.release(), factor, checks.skip)
+            self._update(waiting, self._update_checks(), self._clip_factor)
         self._clip_factor, self._stepped, self._sums = None, True, False
         return loss
 

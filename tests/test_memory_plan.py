@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from peft_pretraining.lasting_memory import MemorySettings
+from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.memory_plan import (
+    _directions_bytes,
     _multiplying_bytes,
     _refresh_in_backward_bytes,
     _update_bytes,
@@ -23,7 +24,7 @@ from peft_pretraining.model import low_rank_names, materialize
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.modeling_llama import LlamaForCausalLM
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.direction import DIRECTIONS
+from qgalore.direction import DIRECTIONS, orthogonal_directions
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
 CONFIG = LlamaConfig.from_dict(
@@ -329,6 +330,20 @@ def test_a_direction_of_one_moment_takes_what_is_planned(bits: int) -> None:
     taken = profiled_peak(lambda: factored.step(state, grad, 2, (0.9, 0.99), 1e-8, dtype=torch.bfloat16))
     assert taken <= planned < (1.6 if bits == 8 else 1.01) * taken and values * 12 <= planned
     assert plan_memory(config, one).weights_and_states_bytes < plan_memory(config, settings).weights_and_states_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_orthogonal_directions_take_what_is_planned(root: Path) -> None:
+    config, settings = llama(root, "60m"), dataclasses.replace(Q_GALORE, rank=224, cuda=True, decoder_states=1)
+    shapes = [gradient_shape(shape, settings) for shape in config.matrix_shapes().values()]
+    momenta = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    orthogonal_directions(momenta)
+    taken = torch.cuda.max_memory_allocated() - before
+    planned = _directions_bytes(config, settings) - 2 * sum(momentum.numel() for momentum in momenta)
+    assert 0.9 * planned < taken < 1.1 * planned
 
 
 def test_loss_counts_its_chunks(root: Path) -> None:

@@ -287,6 +287,19 @@ def nesterov_momentum(grad: Tensor, exp_avg: Tensor, beta: float) -> Tensor:
     return (exp_avg * beta).add_(step)
 
 
+def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """`steps` of the odd polynomial a x + b x³ + c x⁵ on the singular values of matrix / |matrix|, in its dtype."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x: Tensor = matrix.T if tall else matrix
+    x = x / x.norm().clamp_min(1e-30)
+    first, third, fifth = coefficients
+    for _ in range(steps):
+        gram = x @ x.T
+        even = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+        x = torch.addmm(x, even, x, beta=first)
+    return x.T if tall else x
+
+
 def project_back_rows(direction: Tensor, left: Tensor | None, right: Tensor | None, start: int, stop: int) -> Tensor:
     """Rows start:stop of leftᵀ N right, the full-size direction, float32; None stands for the identity."""
     if left is None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -274,6 +275,21 @@ def check_momentum(device: torch.device) -> None:
 
                 expected, found = both(run)
                 assert same(expected, found), (shape, bits, factor)
+
+
+def check_newton_schulz(device: torch.device) -> None:
+    """To the last bits of the dtype; and what a matrix becomes does not depend on its neighbours."""
+    coefficients, dtype = (3.4445, -4.7750, 2.0315), operand_types(device)[-1]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for shapes in ([(24, 40)], [(70, 24), (24, 24), (24, 130)], [(96, 200)] * 9):
+        matrices = [(normal(*shape, seed=i) * 10.0 ** (i - 2)).to(device, dtype) for i, shape in enumerate(shapes)]
+        expected, found = both(lambda: tuple(kernels.orthogonalize(matrices, coefficients, 5)))  # noqa: B023
+        assert isinstance(expected, tuple) and isinstance(found, tuple)
+        for matrix, one, other in zip(matrices, expected, found, strict=True):
+            assert one.shape == other.shape == matrix.shape
+            assert (one.float() - other.float()).norm() <= tolerance * one.float().norm(), shapes
+        with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
+            assert torch.equal(kernels.orthogonalize(matrices[-1:], coefficients, 5)[0], found[-1])
 
 
 def check_skipping(device: torch.device) -> None:
