@@ -81,13 +81,14 @@ def token_ids(setting: Setting, vocab_size: int) -> Tensor:
 
 
 def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
-    """The command line of `run_pretrain.py` for this setting, with the streaming subspace whatever the recipe."""
+    """The command line of `run_pretrain.py` for this setting; the paper's recipe with the streaming subspace."""
     flags = ["--model_config", str(setting.config), "--device", setting.device.type, "--seed", str(setting.seed)]
     flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
     flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
     flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
-    flags += ["--recipe", recipe, "--subspace", "streaming", "--update_proj_gap", "200"]
+    flags += ["--recipe", recipe]
     if recipe == "paper":
+        flags += ["--subspace", "streaming", "--update_proj_gap", "200"]
         flags += ["--rank", str(setting.rank), "--galore_scale", "0.25"]
     if setting.grad_accum > 1:
         flags += ["--grad_accum_dtype", "int8"]
