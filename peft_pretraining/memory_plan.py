@@ -369,14 +369,14 @@ def _largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
 
 
 def _directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """Orthogonal directions of several matrices: momenta, two buffers, the result, and two squares a matrix.
+    """Orthogonal directions of several matrices: momenta, two buffers, and two squares a matrix.
 
     Matrices wait until they are enough, those of one layer where the updates are made inside its backward pass.
     """
     layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
     sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
     values = min(layers * sum(sizes), VALUES_TOGETHER + max(sizes))
-    return s.dtype_bytes * (4 * values + 2 * min(_SQUARES, layers * len(sizes)) * (s.rank or 0) ** 2)
+    return s.dtype_bytes * (3 * values + 2 * min(_SQUARES, layers * len(sizes)) * (s.rank or 0) ** 2)
 
 
 def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:

@@ -117,7 +117,7 @@ def _apply_kernel(
 
 def tile(rows: int) -> tuple[int, int, int, int, int]:
     """Rows and columns of a tile, columns or rows that are summed at a time, warps, stages."""
-    return (64, 64, 64, 4, 4) if rows <= 512 else (128, 128, 64, 8, 3)
+    return (64, 64, 64, 4, 4) if rows <= 512 else (128, 128, 64, 4, 3)
 
 
 def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int) -> list[Tensor]:
