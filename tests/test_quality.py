@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,25 +87,52 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
     assert path.read_text() == "a,b\n1,x\n2,y\n"
 
 
-def test_the_plot_names_the_best_of_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ROWS = [
+    ("60m", 800, "adamw", "--lr 1", 0, 50.0, 5, 2, 0), ("60m", 800, "adamw", "--lr 2", 0, 48.0, 5, 2, 0),
+    ("60m", 800, "muon", "", 0, 90.0, 3, 1, 1), ("60m", 800, "muon", "", 1, 52.0, 3, 1, 1),
+    ("60m", 800, "muon", "", 0, 50.0, 3, 1, 1), ("60m", 800, "muon", "--rank 64", 0, 60.0, 1, 1, 1),
+    ("60m", 800, "muon", "--rank 64 --rank 8 --weight_bits 4", 0, 70.0, 1, 0, 1),
+    ("60m", 800, "muon", "--rank 9", 0, 71.0, 1, 1, 1), ("60m", 800, "muon", "--lr 9", 0, 49.0, "", "", ""),
+    ("130m", 800, "adamw", "--lr 2", 0, 40.0, 1, 2, 0), ("60m", 3200, "adamw", "", 0, 30.0, 1, 2, 0),
+    ("60m", 800, "old", "", 0, 45.0, 1, 1, 1),
+]  # fmt: skip
+
+
+def rows_to_plot(path: Path) -> Path:
+    columns = ("model", "updates", "setting", "flags", "seed", "perplexity", *quality.BYTES)
+    path.write_text("\n".join(",".join(map(str, row)) for row in [columns, *ROWS]) + "\n")
+    return path
+
+
+def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> None:
+    points = quality.read_points(rows_to_plot(tmp_path / "quality.csv"), "60m", 800, ["adamw", "muon"])
+    assert [(point.mean, point.size, point.setting, point.rank) for point in points] == [
+        (48.0, 7.0, "adamw", ""),
+        (50.0, 7.0, "adamw", ""),
+        (51.0, 5.0, "muon", ""),
+        (60.0, 3.0, "muon", "rank 64"),
+        (70.0, 2.0, "muon", "rank 8, INT4 weights"),
+        (71.0, 3.0, "muon", "rank 9"),
+    ]
+    assert points[2].seeds == [50.0, 52.0]
+    assert [point.mean for point in quality.frontier(points)] == [70.0, 60.0, 51.0, 48.0]
+
+
+def test_the_plot_draws_the_frontier_of_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
-    results = tmp_path / "quality.csv"
-    columns = ("model", "updates", "setting", "flags", "seed", "perplexity", *quality.BYTES)
-    rows = [
-        ("60m", 800, "a", "--lr 1", 0, 50.0, 1, 2, 0), ("60m", 800, "a", "--lr 2", 0, 48.0, 1, 2, 0),
-        ("60m", 800, "b", "", 0, 50.0, "", "", ""), ("60m", 800, "b", "", 1, 52.0, 3, 1, 1),
-        ("130m", 800, "a", "--lr 2", 0, 40.0, 1, 2, 0), ("60m", 3200, "c", "", 0, 30.0, 1, 2, 0),
-        ("60m", 800, "old", "", 0, 45.0, "", "", ""),
-    ]  # fmt: skip
-    results.write_text("\n".join(",".join(map(str, row)) for row in [columns, *rows]) + "\n")
-    drawn: list[tuple[float, float, object]] = []
+    drawn: list[tuple[object, object, object]] = []
     plain = Axes.errorbar
 
-    def errorbar(axes: Axes, x: float, y: float, **style: object) -> object:
-        drawn.append((x, y, style.get("label")))
+    def errorbar(axes: Axes, x: list[float], y: list[float], **style: Any) -> object:
+        drawn.append((x, y, style["label"]))
         return plain(axes, x, y, **style)
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
+    results = rows_to_plot(tmp_path / "quality.csv")
     quality.plot(results, tmp_path / "plot.png", "60m", 800)
-    assert drawn == [(3.0, 48.0, "a: 48.0"), (3.0, 50.0, None), (5.0, 51.0, "b: 51.0 (2 seeds)")]
+    # Twice, for the two parts of the axis; 70 is beyond the top.
+    top = 1.35 * 48
+    assert drawn[::2] == [([7.0], [48.0], "adamw: 48.0"), ([2.0, 3.0, 5.0], [top, 60.0, 51.0], "muon: 51.0 (2 seeds)")]
+    with pytest.raises(SystemExit, match="no run of --model 60m over --updates 7"):
+        quality.plot(results, tmp_path / "plot.png", "60m", 7)
