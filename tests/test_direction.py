@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, low_rank_param_groups
+from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, kernels, low_rank_param_groups
 from qgalore.direction import DIRECTIONS, factored_step, orthogonal_directions
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.residual import full_direction
@@ -76,6 +78,50 @@ def test_an_orthogonal_step_is_muons_in_the_subspace(shape: tuple[int, int], kin
         expected = expected if right is None else expected @ right
         torch.testing.assert_close(taken, 0.1 * 0.5 * expected, rtol=1e-4, atol=1e-5)
     assert "exp_avg" in weight.state and "exp_avg_sq" not in weight.state
+
+
+def test_directions_are_made_together_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights of one rank, and each weight gets its own: what comes out does not depend on how many wait."""
+    shapes, ranks = [(24, 40), (40, 24), (24, 24), (40, 24)], [8, 8, 6, 8]
+    values = [rank * max(shape) for rank, shape in zip(ranks, shapes, strict=True)]
+    calls: list[list[int]] = []
+    plain = kernels.orthogonalize
+
+    def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int) -> list[Tensor]:
+        calls.append([matrix.numel() for matrix in matrices])
+        return plain(matrices, coefficients, steps)
+
+    monkeypatch.setattr(kernels, "orthogonalize", orthogonalize)
+
+    def trained_weights(limit: int) -> list[Tensor]:
+        monkeypatch.setattr("qgalore.optimizer.VALUES_TOGETHER", limit)
+        layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
+        for index, layer in enumerate(layers):
+            layer.weight.data.copy_(normal(*shapes[index], seed=index))  # type: ignore[operator, union-attr]
+        keys: dict[str, object] = {"subspace": "streaming", "direction": "orthogonal", "update_proj_gap": 2}
+        groups: list[dict[str, object]] = [
+            {"params": [layer.weight], "rank": rank, "scale": 0.5, **keys}
+            for layer, rank in zip(layers, ranks, strict=True)
+        ]
+        optimizer = GaLoreAdamW(groups, lr=0.1)
+        for step in range(3):
+            for index, layer in enumerate(layers):
+                layer.weight.grad = normal(*shapes[index], seed=10 * step + index)
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [layer.weight.detach() for layer in layers]  # type: ignore[operator, union-attr]
+
+    together = trained_weights(1 << 24)
+    assert calls == 3 * [[values[0], values[1], values[3]], [values[2]]]
+    calls.clear()
+    in_two = trained_weights(values[0])
+    assert calls == 3 * [[values[0], values[1]], [values[2]], [values[3]]]
+    calls.clear()
+    alone = trained_weights(0)
+    assert calls == 3 * [[count] for count in values]
+    for one, other, third in zip(together, in_two, alone, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
 
 
 def test_a_factored_second_moment_is_exact_for_products() -> None:
