@@ -213,10 +213,12 @@ def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int
     moments = {"activations and backward of one layer": _in_layer_backward_bytes(config, s, False)}
     if s.rank is not None:
         moments["activations and backward with a refresh"] = _in_layer_backward_bytes(config, s, True)
+        moments["activations and backward with a refresh"] += _other_sketches_bytes(config, s)
     if s.gradients_live_in_backward:
         values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
         gradients, updates = _float32_copy_bytes(values, s) or s.dtype_bytes * values, _largest_update_bytes(config, s)
         gradients += residual_bytes(config.matrix_shapes().values(), s)
+        updates += _other_sketches_bytes(config, s)
         if not s.cuda_graphs:
             # The layer has given up what it saved, and there is the gradient of its input.
             hidden = _hidden_bytes(config, s)
@@ -332,6 +334,15 @@ def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
     read = 4 * values if has_8bit_states(gradient_shape(shape, s), s) else 0
     reading = read + (_READ_8BIT_PART * min(values, MOMENT_PART) if read else 0)
     return _held_in_projecting_bytes(shape, s) + max(reading, read + s.dtype_bytes * values, sketching)
+
+
+def _other_sketches_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Where graphs run a layer and several of its matrices are due: what waits for the end of its backward pass."""
+    if s.rank is None or s.svd or not (s.cuda_graphs and s.gradients_live_in_backward):
+        return 0
+    shapes = list(config.matrix_shapes().values())
+    due = min(len(shapes), math.ceil(config.num_hidden_layers * len(shapes) / s.update_proj_gap))
+    return (due - 1) * s.dtype_bytes * max(basis_values(shape, s) for shape in shapes)
 
 
 def _update_bytes(shape: Shape, s: MemorySettings) -> int:

@@ -13,8 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.memory_plan import (
+    _beside_activations,
     _directions_bytes,
     _multiplying_bytes,
+    _other_sketches_bytes,
     _refresh_in_backward_bytes,
     _update_bytes,
     layer_activation_bytes,
@@ -388,6 +390,29 @@ def test_plan_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int, 
     )  # fmt: skip
     plan = plan_memory(llama(root, name), settings)
     assert plan.peak_bytes / 1e9 == pytest.approx(MEASURED[case], rel=0.01, abs=0.05)
+
+
+def test_plan_of_the_default_recipe_agrees_with_a_measured_peak(root: Path) -> None:
+    """60M, micro-batch 256, rank 224, refreshed every 20 updates: an H100."""
+    settings = dataclasses.replace(
+        Q_GALORE, batch_size=256, rank=224, cuda_graphs=True, decoder_states=1, update_proj_gap=20
+    )
+    assert plan_memory(llama(root, "60m"), settings).peak_bytes / 1e9 == pytest.approx(7.246, rel=0.01)
+
+
+def test_sketches_of_a_layer_wait_together_where_graphs_run_it(root: Path) -> None:
+    """56 matrices: of a layer's seven three are due in one update with an interval of 20, one with 56, all with 5."""
+    config, graphs = llama(root, "60m"), dataclasses.replace(Q_GALORE, cuda_graphs=True)
+    for interval, others in ((20, 2), (56, 0), (200, 0), (5, 6)):
+        settings = dataclasses.replace(graphs, update_proj_gap=interval)
+        assert _other_sketches_bytes(config, settings) == others * 128 * 512 * 2
+        assert _other_sketches_bytes(config, dataclasses.replace(settings, cuda_graphs=False)) == 0
+        assert _other_sketches_bytes(config, dataclasses.replace(settings, svd=True)) == 0
+    seldom, often = (
+        _beside_activations(config, dataclasses.replace(graphs, batch_size=1, update_proj_gap=gap)) for gap in (56, 5)
+    )
+    name = "activations and backward with a refresh"
+    assert often[name] - seldom[name] == 6 * 128 * 512 * 2
 
 
 def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
