@@ -24,6 +24,7 @@ from qgalore.kernels.triton_tiles import to_float
 
 TOGETHER = 8
 """Matrices of one call."""
+_ENDS = [f"e{index}" for index in range(TOGETHER)]
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def _store_both(out, value, i, j, rows):
     tl.store(at, tl.trans(value), mask=(j < rows)[:, None] & (i < rows)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ENDS)
 def _gram_kernel(
     x, gram, rows, width, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):
@@ -91,7 +92,7 @@ def _polynomial_kernel(gram, even, scale, rows, third, fifth, T: tl.constexpr, K
     _store_both(even + which * rows * rows, value, i, j, rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ENDS)
 def _apply_kernel(
     x, even, scale, out, rows, width, first, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, SCALES: tl.constexpr,
