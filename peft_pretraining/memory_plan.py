@@ -14,6 +14,14 @@ that are smaller than a matrix's side are not counted one by one.
 import math
 from dataclasses import dataclass, field
 
+from peft_pretraining.activation_memory import (
+    attention_widths,
+    hidden_bytes,
+    kept_activation_bytes,
+    layer_activation_bytes,
+    mlp_width,
+    recomputes_last_layer,
+)
 from peft_pretraining.lasting_memory import (
     MemorySettings,
     Shape,
@@ -45,8 +53,8 @@ _READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the floa
 _WRITE_8BIT_PART = 20
 """Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
 _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
-_WRITE_FLOAT_MOMENT = 12  # bytes a value: the new values, the old ones, and those of them that are chosen
-_WRITE_8BIT_MOMENT = 5  # bytes a value: what is written (4), and to take it back the codes of before (1)
+_WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
+_WRITE_8BIT_MOMENT = 4  # bytes a value: what is written
 _DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
 _SQUARES = 8  # matrices that one call of the kernel orthogonalizes
 _CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
@@ -108,58 +116,11 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
         _GRADIENTS: layers * (gradient_bytes(low_rank, s) + waiting) + gradient_bytes(rest, s),
         _REFRESHES: refresh_bytes(matrices, layers, s),
     }
-    kept = _kept_activation_bytes(config, s)
+    kept = kept_activation_bytes(config, s)
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if s.cuda else {}
     if s.cuda_graphs:
         overhead["memory of CUDA graphs"] = _held_by_graphs_bytes(config, s)
     return MemoryPlan(lasting, _passing(config, s, kept), kept, overhead)
-
-
-# ---- activations
-
-
-def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """What autograd keeps of one decoder layer between forward and backward.
-
-    Each norm: its input and one float32 a token; of the second one's input a compiled layer keeps the part that
-    attention added. Attention: rotated queries and keys, values, output (shared with o_proj's input) and the float32
-    log-sum-exp of each head; the rotation itself saves only its tables. MLP: gate (input of silu) and up. Uncompiled
-    also the output of each norm, which the linears save once for all, silu(gate) and the product; a compiled layer
-    computes these again.
-    """
-    tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
-    again = 0 if s.compiled else 2 * config.hidden_size + 2 * _mlp_width(config, s)
-    values = 2 * config.hidden_size + 2 * query + 2 * key_value + 2 * _mlp_width(config, s) + again
-    return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads))
-
-
-def _kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """Of all layers; then the last one's output, one float32 a token of the norm, the ids and the labels."""
-    hidden, layers = _hidden_bytes(config, s), config.num_hidden_layers
-    recomputed = math.ceil(layers / s.checkpoint_every) if s.activation_checkpointing else 0
-    of_layers = recomputed * hidden + (layers - recomputed) * layer_activation_bytes(config, s)
-    return of_layers + hidden + (4 + 8 + 8) * s.batch_size * s.max_length
-
-
-def _recomputes_last_layer(config: LlamaConfig, s: MemorySettings) -> bool:
-    """Whether the layer whose backward pass comes first, when all others are still kept, is a checkpointed one."""
-    return s.activation_checkpointing and (config.num_hidden_layers - 1) % s.checkpoint_every == 0
-
-
-def _hidden_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    return s.batch_size * s.max_length * config.hidden_size * s.dtype_bytes
-
-
-def _mlp_width(config: LlamaConfig, s: MemorySettings) -> int:
-    return config.intermediate_size if s.rank is None else padded_width(config.intermediate_size)
-
-
-def _attention_widths(config: LlamaConfig) -> tuple[int, int]:
-    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-
-
-def _multiple(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 # ---- phases
@@ -167,7 +128,7 @@ def _multiple(size: int, unit: int) -> int:
 
 def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int]:
     """The moments that can be the peak, in the order in which an update comes to them."""
-    hidden, table = _hidden_bytes(config, s), config.vocab_size * config.hidden_size
+    hidden, table = hidden_bytes(config, s), config.vocab_size * config.hidden_size
     shapes = list(config.matrix_shapes().values())
     # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
     copied = _table_copy_bytes(table, s)
@@ -193,7 +154,7 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
 
 def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     """What nothing else uses: a gradient between layers and, over ranks, two messages of a layer's gradients."""
-    held = _hidden_bytes(config, s)
+    held = hidden_bytes(config, s)
     if s.ranks > 1 and s.gradients_live_in_backward:
         values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
         held += 2 * s.dtype_bytes * (values + 2 * config.hidden_size)  # with the gradients of the norms
@@ -221,8 +182,8 @@ def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int
         updates += _other_sketches_bytes(config, s)
         if not s.cuda_graphs:
             # The layer has given up what it saved, and there is the gradient of its input.
-            hidden = _hidden_bytes(config, s)
-            saved = hidden if _recomputes_last_layer(config, s) else layer_activation_bytes(config, s)
+            hidden = hidden_bytes(config, s)
+            saved = hidden if recomputes_last_layer(config, s) else layer_activation_bytes(config, s)
             together = hidden - saved + gradients + updates
         else:
             # Over ranks the gradients are copied to a message that has a place of its own, and updates read that.
@@ -242,7 +203,7 @@ def _loss_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     chunks = token_chunks(tokens, row)
     in_float32 = len(chunks) > 1 and s.dtype_bytes < 4
     head = table * (s.dtype_bytes + (4 if in_float32 else 0))
-    return 2 * _hidden_bytes(config, s) + row * max(stop - start for start, stop in chunks) + head + (8 + 4) * tokens
+    return 2 * hidden_bytes(config, s) + row * max(stop - start for start, stop in chunks) + head + (8 + 4) * tokens
 
 
 def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool) -> int:
@@ -254,7 +215,7 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
     plain = _plain_backward_bytes(config, s, refresh, retained=s.cuda_graphs)
     if not s.activation_checkpointing:
         return plain
-    hidden, layer = _hidden_bytes(config, s), layer_activation_bytes(config, s)
+    hidden, layer = hidden_bytes(config, s), layer_activation_bytes(config, s)
     # A compiled layer has both norms' outputs since the second forward pass.
     again = layer - hidden + (2 * hidden if s.compiled else 0)
     gone = 0 if s.cuda_graphs else (config.num_hidden_layers - 1) % s.checkpoint_every * layer
@@ -273,8 +234,8 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     what it has saved, and the MLP's tensors are gone when attention comes: unless the pass is retained, to be run
     again. The projected gradients made so far are there all along.
     """
-    tokens, query, key_value = s.batch_size * s.max_length, *_attention_widths(config)
-    hidden, wide = _hidden_bytes(config, s), tokens * _mlp_width(config, s) * s.dtype_bytes
+    tokens, query, key_value = s.batch_size * s.max_length, *attention_widths(config)
+    hidden, wide = hidden_bytes(config, s), tokens * mlp_width(config, s) * s.dtype_bytes
     shape = (config.hidden_size, config.intermediate_size)
     projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
     multiplying = max(_multiplying_bytes(shape, s), projecting)
@@ -406,3 +367,7 @@ def _table_copy_bytes(table: int, s: MemorySettings) -> int:
     """The same for a table of that many values, of which one rank's INT8 sum is read in rows."""
     whole = _float32_copy_bytes(table, s)
     return min(_ROW_CHUNK, whole) if s.ranks == 1 else whole
+
+
+def _multiple(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

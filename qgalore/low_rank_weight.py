@@ -6,8 +6,6 @@ a sketch of the full gradient (streaming) or the full gradient itself (svd).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -145,8 +143,11 @@ class LowRankWeight(FullRankWeight):
     def _basis_dtype(self) -> torch.dtype:
         return self.param.dtype if self.param.is_floating_point() else torch.float32
 
-    def _store(self, side: str, basis: Tensor | QuantizedTensor) -> None:
-        """Keep a basis: in the tensors of the one before, if there is one, since CUDA graphs know those."""
+    def _store(self, side: str, basis: Tensor | QuantizedTensor, wanted: Tensor | None = None) -> None:
+        """Keep a basis, unless the flag `wanted` on the device says no.
+
+        It goes into the tensors of the one before, if there is one, since CUDA graphs know those.
+        """
         parts = {f"{side}_basis": basis} if isinstance(basis, Tensor) else {
             f"{side}_basis": basis.qdata,
             f"{side}_basis_scale": basis.scale,
@@ -154,7 +155,8 @@ class LowRankWeight(FullRankWeight):
         }  # fmt: skip
         for key, part in parts.items():
             if key in self.state:
-                self.state[key].copy_(part)
+                place = self.state[key]
+                place.copy_(part if wanted is None else torch.where(wanted, part, place))
             else:
                 self.state[key] = part
 
@@ -383,21 +385,10 @@ class LowRankWeight(FullRankWeight):
             # One after the other: the second is read when the first has been written.
             for name, power in self.direction.rotated(side):
                 rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
-                self._write_where(wanted, name, functools.partial(adam.write_moment, self.state, name, rotated))
+                adam.write_moment(self.state, name, rotated, None if wanted is None else ~wanted)
                 del rotated
-        self._write_where(wanted, f"{side}_basis", lambda: self._store(side, encoded))
+        self._store(side, encoded, wanted)
         return subspace.similarity(new, old)
-
-    def _write_where(self, wanted: Tensor | None, name: str, write: Callable[[], None]) -> None:
-        """Let `write` change what is `name` in the state, and take that back on the device where `wanted` is false."""
-        if wanted is None:
-            write()
-            return
-        keys = (name, f"{name}_absmax", f"{name}_scale", f"{name}_zero_point")
-        before = {key: self.state[key].clone() for key in keys if key in self.state}
-        write()
-        for key, value in before.items():
-            self.state[key].copy_(torch.where(wanted, self.state[key], value))
 
     def _record(self, update_step: int) -> None:
         assert self.similarity is not None

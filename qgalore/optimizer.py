@@ -19,25 +19,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from qgalore.direction import VALUES_TOGETHER, Direction
 from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
 from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.param_groups import complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.update_checks import UpdateChecks
-
-
-def _finish(waiting: list[tuple[FullRankWeight, Tensor]]) -> None:
-    """Make the directions that updates wait for, those of one kind and rank at once, and finish; then none waits."""
-    alike: dict[tuple[Direction, int], list[tuple[FullRankWeight, Tensor]]] = {}
-    for weight, values in waiting:
-        alike.setdefault((weight.direction, min(values.shape)), []).append((weight, values))
-    waiting.clear()
-    for (kind, _), started in alike.items():
-        assert kind.together is not None
-        for (weight, _), direction in zip(started, kind.together([values for _, values in started]), strict=True):
-            weight.finish_update(direction)
+from qgalore.weight_updates import update_weights
 
 
 class LowRankAdamW(Optimizer):
@@ -248,23 +236,7 @@ class LowRankAdamW(Optimizer):
             weight.check_gradient_(checks.squared_norms[weight.index], checks.skip)
         if at_once:
             checks.remember_first()
-            self._update(weights, checks)
-
-    def _update(self, weights: Sequence[FullRankWeight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
-        """Update weights whose gradients are complete and checked; `clip` is a factor of all of them."""
-        waiting: list[tuple[FullRankWeight, Tensor]] = []
-        for weight in weights:
-            factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
-            if factor is None or clip is None:
-                factor = clip if factor is None else factor
-            else:
-                factor = factor * clip
-            started = weight.update(weight.release(), factor, checks.skip)
-            if started is not None:
-                waiting.append((weight, started))
-            if sum(values.numel() for _, values in waiting) > VALUES_TOGETHER:
-                _finish(waiting)
-        _finish(waiting)
+            update_weights(weights, checks)
 
     def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
         """The weights among the parameters of a module, in its order."""
@@ -310,7 +282,7 @@ class LowRankAdamW(Optimizer):
         waiting = [weight for weight in self._weights.values() if weight.holds_gradient]
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
-            self._update(waiting, self._update_checks(), self._clip_factor)
+            update_weights(waiting, self._update_checks(), self._clip_factor)
         self._clip_factor, self._stepped, self._sums = None, True, False
         return loss
 

@@ -94,7 +94,7 @@ def test_directions_are_made_together_up_to_a_size(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels, "orthogonalize", orthogonalize)
 
     def trained_weights(limit: int) -> list[Tensor]:
-        monkeypatch.setattr("qgalore.optimizer.VALUES_TOGETHER", limit)
+        monkeypatch.setattr("qgalore.weight_updates.VALUES_TOGETHER", limit)
         layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
         for index, layer in enumerate(layers):
             layer.weight.data.copy_(normal(*shapes[index], seed=index))  # type: ignore[operator, union-attr]

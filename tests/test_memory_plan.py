@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from peft_pretraining.activation_memory import layer_activation_bytes
 from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.memory_plan import (
@@ -19,7 +20,6 @@ from peft_pretraining.memory_plan import (
     _other_sketches_bytes,
     _refresh_in_backward_bytes,
     _update_bytes,
-    layer_activation_bytes,
     plan_memory,
 )
 from peft_pretraining.model import low_rank_names, materialize

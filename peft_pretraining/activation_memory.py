@@ -1,0 +1,50 @@
+"""What the backward pass keeps of the forward one: what autograd saves, counted in the code that makes it."""
+
+import math
+
+from peft_pretraining.lasting_memory import MemorySettings
+from peft_pretraining.model_config import LlamaConfig
+from qgalore.padding import padded_width
+
+
+def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """What autograd keeps of one decoder layer between forward and backward.
+
+    Each norm: its input and one float32 a token; of the second one's input a compiled layer keeps the part that
+    attention added. Attention: rotated queries and keys, values, output (shared with o_proj's input) and the float32
+    log-sum-exp of each head; the rotation itself saves only its tables. MLP: gate (input of silu) and up. Uncompiled
+    also the output of each norm, which the linears save once for all, silu(gate) and the product; a compiled layer
+    computes these again.
+    """
+    tokens, query, key_value = s.batch_size * s.max_length, *attention_widths(config)
+    again = 0 if s.compiled else 2 * config.hidden_size + 2 * mlp_width(config, s)
+    values = 2 * config.hidden_size + 2 * query + 2 * key_value + 2 * mlp_width(config, s) + again
+    return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads))
+
+
+def kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Of all layers; then the last one's output, one float32 a token of the norm, the ids and the labels."""
+    hidden, layers = hidden_bytes(config, s), config.num_hidden_layers
+    recomputed = math.ceil(layers / s.checkpoint_every) if s.activation_checkpointing else 0
+    of_layers = recomputed * hidden + (layers - recomputed) * layer_activation_bytes(config, s)
+    return of_layers + hidden + (4 + 8 + 8) * s.batch_size * s.max_length
+
+
+def recomputes_last_layer(config: LlamaConfig, s: MemorySettings) -> bool:
+    """Whether the layer whose backward pass comes first, when all others are still kept, is a checkpointed one."""
+    return s.activation_checkpointing and (config.num_hidden_layers - 1) % s.checkpoint_every == 0
+
+
+def hidden_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Of the hidden states between two layers."""
+    return s.batch_size * s.max_length * config.hidden_size * s.dtype_bytes
+
+
+def mlp_width(config: LlamaConfig, s: MemorySettings) -> int:
+    """Of the MLP's activations, which low-rank layers pad."""
+    return config.intermediate_size if s.rank is None else padded_width(config.intermediate_size)
+
+
+def attention_widths(config: LlamaConfig) -> tuple[int, int]:
+    """Of all queries of a token, and of all keys or values."""
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
