@@ -228,6 +228,19 @@ def test_norms_grow_by_the_limit_at_most() -> None:
     assert float(weight.state["exp_avg"].norm()) == pytest.approx(mean * first, rel=1e-4)
 
 
+def test_norms_are_limited_and_clipped_at_once() -> None:
+    layer, optimizer, weight = trained(norm_growth=1.1, update_proj_gap=100)
+    direction = normal(24, 40)
+    update(layer, optimizer, direction)  # and the first refresh
+    norm = float((weight.basis("left") @ direction).norm())
+    weight.state["limited_norm"].fill_(norm)
+    weight.state["exp_avg"].zero_()
+    layer.weight.grad = 5 * direction
+    optimizer.clip_grad_norm_(2.5 * norm)  # to a half, before any limit
+    optimizer.step()
+    assert float(weight.state["exp_avg"].norm()) == pytest.approx(0.1 * 1.1 * norm * 0.5, rel=1e-4)
+
+
 def test_random_directions_enter_the_sketch() -> None:
     """A share of the rows of the test matrix does not come from the momentum."""
     tests = []

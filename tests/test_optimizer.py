@@ -650,20 +650,27 @@ def test_a_failed_svd_keeps_the_basis_and_is_counted(
     assert weight.schedule.refreshes == 2 and not weight.schedule.due(weight.step)
 
 
-def test_a_failed_refresh_keeps_the_moments_to_the_bit() -> None:
+@pytest.mark.parametrize("kind", [GaLoreAdamW, QGaLoreAdamW8bit])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_refresh_that_failed_or_is_skipped_keeps_moments_and_basis_to_the_bit(
+    kind: type[GaLoreAdamW], fails: bool
+) -> None:
     weight = nn.Parameter(torch.zeros(30, 50))
-    optimizer = GaLoreAdamW([{"params": [weight], "rank": 5, "subspace": "streaming"}], lr=1e-3)
+    optimizer = kind([{"params": [weight], "rank": 5, "subspace": "streaming"}], lr=1e-3)
     (low_rank,) = optimizer.low_rank_weights()
     for seed in range(3):
         weight.grad = torch.randn(30, 50, generator=torch.Generator().manual_seed(seed))
         optimizer.step()
     before = {key: value.clone() for key, value in low_rank.state.items()}
-    sketch = torch.randn(5, 30)
-    sketch[2, 3] = float("nan")
-    low_rank._refresh_from_sketch("left", sketch)
+    sketch = torch.randn(5, 30, generator=torch.Generator().manual_seed(3))
+    if fails:
+        sketch[2, 3] = float("nan")
+    low_rank._refresh_from_sketch("left", sketch, skip=None if fails else torch.tensor(True))
     for key, value in before.items():
-        expected = value + 1 if key == "failures" else value
+        expected = value + 1 if key == "failures" and fails else value
         assert torch.equal(low_rank.state[key], expected), key
+    low_rank._refresh_from_sketch("left", torch.randn(5, 30), skip=torch.tensor(False))
+    assert all(not torch.equal(low_rank.state[key], before[key]) for key in ("left_basis", "exp_avg"))
 
 
 def test_moments_are_rotated_where_asked() -> None:
