@@ -40,6 +40,7 @@ from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
 from qgalore.adam import MOMENT_PART
 from qgalore.direction import VALUES_TOGETHER
+from qgalore.kernels import MATRICES_TOGETHER
 from qgalore.padding import padded_width
 from qgalore.subspace import projects_directly
 
@@ -56,7 +57,6 @@ _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what i
 _WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
 _WRITE_8BIT_MOMENT = 4  # bytes a value: what is written
 _DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
-_SQUARES = 8  # matrices that one call of the kernel orthogonalizes
 _CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
 
 
@@ -348,7 +348,7 @@ def _directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
     sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
     values = min(layers * sum(sizes), VALUES_TOGETHER + max(sizes))
-    return s.dtype_bytes * (3 * values + 2 * min(_SQUARES, layers * len(sizes)) * (s.rank or 0) ** 2)
+    return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * (s.rank or 0) ** 2)
 
 
 def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:

@@ -22,6 +22,8 @@ from torch import Tensor
 from qgalore.kernels import reference
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
+MATRICES_TOGETHER = 8
+"""Matrices that one call of a kernel orthogonalizes."""
 
 
 def use_triton(device: torch.device) -> bool:
@@ -255,7 +257,7 @@ def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, 
         return [reference.orthogonalize(matrix, coefficients, steps) for matrix in matrices]
     found: list[Tensor] = []
     while len(found) < len(matrices):
-        found += triton.orthogonalize(matrices[len(found) : len(found) + triton.TOGETHER], coefficients, steps)
+        found += triton.orthogonalize(matrices[len(found) : len(found) + MATRICES_TOGETHER], coefficients, steps)
     return found
 
 

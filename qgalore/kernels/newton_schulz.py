@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qgalore.kernels import MATRICES_TOGETHER
 from qgalore.kernels.triton_tiles import to_float
 
-TOGETHER = 8
-"""Matrices of one call."""
-_ENDS = [f"e{index}" for index in range(TOGETHER)]
+_ENDS = [f"e{index}" for index in range(MATRICES_TOGETHER)]
 
 
 @triton.jit
@@ -122,7 +121,7 @@ def tile(rows: int) -> tuple[int, int, int, int, int]:
 
 
 def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int) -> list[Tensor]:
-    """See `qgalore.kernels.orthogonalize`; at most `TOGETHER` matrices whose shorter sides are equal."""
+    """See `qgalore.kernels.orthogonalize`; at most `MATRICES_TOGETHER` matrices whose shorter sides are equal."""
     device, rows = matrices[0].device, min(matrices[0].shape)
     size, columns, depth, warps, stages = tile(rows)
     ends: list[int] = []
@@ -130,10 +129,10 @@ def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, 
         ends.append((ends[-1] if ends else 0) + triton.cdiv(max(matrix.shape), columns))
     width, count = ends[-1] * columns, len(matrices)
     x = torch.zeros(rows, width, dtype=matrices[0].dtype, device=device)
-    views = [x_of(x, start * columns, matrix) for start, matrix in zip([0, *ends], matrices, strict=False)]
-    for view, matrix in zip(views, matrices, strict=True):
-        view.copy_(matrix)
-    ends += [ends[-1]] * (TOGETHER - count)
+    starts = [end * columns for end in [0, *ends[:-1]]]
+    for start, matrix in zip(starts, matrices, strict=True):
+        _place(x, start, matrix).copy_(matrix)
+    ends += [ends[-1]] * (MATRICES_TOGETHER - count)
     out = torch.empty_like(x)
     gram, even = torch.empty(2, count, rows, rows, dtype=matrices[0].dtype, device=device)
     scale = torch.empty(0, device=device)
@@ -153,10 +152,10 @@ def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, 
             x, even, scale, out, rows, width, first, *ends, T=size, K=depth, C=columns, SCALES=step == 0, **how
         )
         x, out = out, x
-    return [x_of(x, start * columns, matrix) for start, matrix in zip([0, *ends], matrices, strict=False)]
+    return [_place(x, start, matrix) for start, matrix in zip(starts, matrices, strict=True)]
 
 
-def x_of(x: Tensor, start: int, matrix: Tensor) -> Tensor:
+def _place(x: Tensor, start: int, matrix: Tensor) -> Tensor:
     """The place of a matrix in a buffer, in the shape of the matrix."""
     tall = matrix.shape[0] > matrix.shape[1]
     view = x[:, start : start + max(matrix.shape)]
