@@ -99,7 +99,7 @@ class OptimizerArgs:
         ),
     ] = ""
     """Values of the flags that are left out. paper: the official defaults, which this help shows. orthogonal:
-    --direction orthogonal, --subspace streaming, --update_proj_gap 20, --rank 7/16 of the model's width, --lr 0.01,
+    --direction orthogonal, --subspace streaming, --update_proj_gap 200, --rank 7/16 of the model's width, --lr 0.01,
     --full_rank_lr twice --lr, --galore_scale 0.5 and --norm_growth 1.01."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4
     """Peak learning rate."""

@@ -55,9 +55,8 @@ _WRITE_8BIT_PART = 20
 """Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
 _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
 _WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
-_WRITE_8BIT_MOMENT = 4  # bytes a value: what is written
 _DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
-_CHANGE_BASIS = 16  # bytes a value: a basis in float32, old and new, each in two places
+_ORTHONORMALIZE = 4  # times a basis: the old one, that with the sketch, and a step's operand and result
 
 
 @dataclass(frozen=True)
@@ -328,10 +327,11 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
     rotated = _WRITE_FLOAT_MOMENT * values
     if has_8bit_states(gradient_shape(shape, s), s):
         part = min(values, MOMENT_PART)
-        writing = _WRITE_8BIT_MOMENT * values + _WRITE_8BIT_PART * part
+        writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + _READ_8BIT_PART * part, writing)
-    sketch = s.dtype_bytes * bases
-    return update + sketch + rotated + _CHANGE_BASIS * bases + 4 * s.rank**2
+    finding = s.dtype_bytes * (_ORTHONORMALIZE * bases + 2 * s.rank**2)
+    changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * s.rank**2 + rotated  # the new basis, before and quantized
+    return update + s.dtype_bytes * bases + max(finding, changing)
 
 
 def _largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:

@@ -19,7 +19,7 @@ _ORTHOGONAL: Mapping[str, Any] = {
     "galore_scale": 0.5,
     "norm_growth": 1.01,
     "subspace": "streaming",
-    "update_proj_gap": 20,
+    "update_proj_gap": 200,
     "direction": "orthogonal",
 }
 _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}

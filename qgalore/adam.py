@@ -57,7 +57,7 @@ def read_moment(state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def write_moment(state: dict[str, Tensor], name: str, value: Tensor, skip: Tensor | None = None) -> None:
-    """Replace exp_avg or exp_avg_sq in place by float32 values of the same shape, unless the flag `skip` is true."""
+    """Replace exp_avg or exp_avg_sq in place by float values of the same shape, unless the flag `skip` is true."""
 
     def write(place: Tensor, new: Tensor) -> None:
         place.copy_(new if skip is None else torch.where(skip, place, new))
@@ -66,7 +66,7 @@ def write_moment(state: dict[str, Tensor], name: str, value: Tensor, skip: Tenso
         write(state[name], value)
         return
     for part, codes, absmax in _flat_parts(value.contiguous(), state[name], state[f"{name}_absmax"]):
-        new_codes, new_absmax = kernels.quantize_blocks(part, _SIGNED[name], BLOCK_SIZE)
+        new_codes, new_absmax = kernels.quantize_blocks(part.float(), _SIGNED[name], BLOCK_SIZE)
         write(codes, new_codes)
         write(absmax, new_absmax)
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from qgalore import adam, kernels
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the odd polynomial that Muon applies to the singular values: steep at 0, and near 1 between 0.7 and 1.2."""
-_STEPS = 5
+_POLYNOMIALS = ((3.4445, -4.7750, 2.0315),) * 5
+"""Muon's, by which singular values above a thousandth of the largest come to lie between 0.7 and 1.2."""
 ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
 VALUES_TOGETHER = 1 << 24
@@ -111,7 +110,7 @@ def nesterov_step(
 
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
     """Orthogonalised, of root mean square 0.2."""
-    found = kernels.orthogonalize(momenta, _COEFFICIENTS, _STEPS)
+    found = kernels.orthogonalize(momenta, _POLYNOMIALS)
     return [x * (ORTHOGONAL_RMS * max(x.shape) ** 0.5) for x in found]
 
 

@@ -174,8 +174,7 @@ class LowRankWeight(FullRankWeight):
             return None
         if not self.state:
             self._init_state()
-        stored = self._stored(side)
-        return stored.dequantize(dtype) if isinstance(stored, QuantizedTensor) else stored.to(dtype)
+        return self._decode(self._stored(side), dtype)
 
     # ---- the gradient
 
@@ -302,15 +301,12 @@ class LowRankWeight(FullRankWeight):
         for side in self.sides:
             seed = self._seed(_RANGE_FINDER) if self.group["svd_method"] == "randomized" else None
             fitted = subspace.fit_svd(full, self.group["rank"], side, seed)
-            if fitted is None:
-                self._fit_failed = True
-                bases[side] = self._stored(side)
-            else:
-                bases[side] = self._encode(fitted)
+            self._fit_failed |= fitted is None
+            bases[side] = self._stored(side) if fitted is None else self._encode(fitted)
         return bases
 
-    def _decode(self, basis: Tensor | QuantizedTensor) -> Tensor:
-        return basis.dequantize() if isinstance(basis, QuantizedTensor) else basis.float()
+    def _decode(self, basis: Tensor | QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return basis.dequantize(dtype) if isinstance(basis, QuantizedTensor) else basis.to(dtype)
 
     # ---- the update
 
@@ -367,9 +363,7 @@ class LowRankWeight(FullRankWeight):
         self._record(update_step)
 
     def _refresh_from_sketch(self, side: str, sketch: Tensor, skip: Tensor | None = None) -> None:
-        old = self.basis(side)
-        assert old is not None
-        basis, worked = subspace.orthonormalize(sketch, old)
+        basis, worked = subspace.orthonormalize(sketch, self._decode(self._stored(side), self._factor_dtype))
         wanted = worked if skip is None else worked & ~skip
         self.similarity = self._newest_similarity.copy_(self._change_basis(side, self._encode(basis), wanted))
         self.state["failures"] += ~worked if skip is None else ~worked & ~skip
@@ -379,16 +373,18 @@ class LowRankWeight(FullRankWeight):
 
         Where the flag `wanted` on the device says no, basis and moments stay as they are, to the bit.
         """
-        new, old = self._decode(encoded), self.basis(side)
-        assert old is not None
+        new, old = (self._decode(basis, self._factor_dtype) for basis in (encoded, self._stored(side)))
+        change = new @ old.T
+        similarity = subspace.similarity(new, old, change)
+        del new, old
         if self.group["rotate_moments"]:
             # One after the other: the second is read when the first has been written.
             for name, power in self.direction.rotated(side):
-                rotated = subspace.rotate_moment(adam.read_moment(self.state, name), new, old, side, power)
+                rotated = subspace.rotate_moment(adam.read_moment(self.state, name), change, side, power)
                 adam.write_moment(self.state, name, rotated, None if wanted is None else ~wanted)
                 del rotated
         self._store(side, encoded, wanted)
-        return subspace.similarity(new, old)
+        return similarity
 
     def _record(self, update_step: int) -> None:
         assert self.similarity is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, kernels, low_rank_param_groups
+from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, low_rank_param_groups
 from qgalore.direction import DIRECTIONS, factored_step, orthogonal_directions
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.residual import full_direction
@@ -80,18 +80,17 @@ def test_an_orthogonal_step_is_muons_in_the_subspace(shape: tuple[int, int], kin
     assert "exp_avg" in weight.state and "exp_avg_sq" not in weight.state
 
 
-def test_directions_are_made_together_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directions_are_made_notedup_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the weights of one rank, and each weight gets its own: what comes out does not depend on how many wait."""
     shapes, ranks = [(24, 40), (40, 24), (24, 24), (40, 24)], [8, 8, 6, 8]
     values = [rank * max(shape) for rank, shape in zip(ranks, shapes, strict=True)]
     calls: list[list[int]] = []
-    plain = kernels.orthogonalize
 
-    def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int) -> list[Tensor]:
-        calls.append([matrix.numel() for matrix in matrices])
-        return plain(matrices, coefficients, steps)
+    def noted(momenta: Sequence[Tensor]) -> list[Tensor]:
+        calls.append([momentum.numel() for momentum in momenta])
+        return orthogonal_directions(momenta)
 
-    monkeypatch.setattr(kernels, "orthogonalize", orthogonalize)
+    monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(together=noted))
 
     def trained_weights(limit: int) -> list[Tensor]:
         monkeypatch.setattr("qgalore.weight_updates.VALUES_TOGETHER", limit)

@@ -279,8 +279,9 @@ def profiled_peak(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])
-def test_refreshes_take_what_is_planned(state_bits: int) -> None:
-    """The temporary tensors of a refresh, which are the same on every device."""
+@pytest.mark.parametrize(("matrix", "columns"), [("down_proj", 2048), ("o_proj", 512)])
+def test_refreshes_take_what_is_planned(matrix: str, columns: int, state_bits: int) -> None:
+    """The temporary tensors of a refresh: of a wide matrix most are for its moments, of a square one for its basis."""
     config = dataclasses.replace(
         CONFIG, hidden_size=512, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=8,
         num_key_value_heads=8, head_dim=64,
@@ -302,19 +303,20 @@ def test_refreshes_take_what_is_planned(state_bits: int) -> None:
         (model(tokens, tokens).loss_sum / 7).backward()
         optimizer.step()
         optimizer.zero_grad()
-    (weight,) = [weight for weight in optimizer.low_rank_weights() if weight.name.endswith("down_proj")]
-    grad, x = torch.randn(8, 512), torch.randn(8, 2048)
+    (weight,) = [weight for weight in optimizer.low_rank_weights() if matrix in weight.name]
+    side = weight.sides[0]
+    grad, x = torch.randn(8, 512), torch.randn(8, columns)
     with torch.no_grad():
         weight.accumulate(grad, x)
-        sketch = weight._sketches["left"].take()
+        sketch = weight._sketches[side].take()
         weight.clear()
         in_backward = profiled_peak(lambda: weight.accumulate(grad, x))
-        after = profiled_peak(lambda: weight._refresh_from_sketch("left", sketch))
-    planned = _refresh_in_backward_bytes((512, 2048), settings)
+        after = profiled_peak(lambda: weight._refresh_from_sketch(side, sketch))
+    planned = _refresh_in_backward_bytes((512, columns), settings)
     assert in_backward <= planned < 1.1 * in_backward
     # The update before the refresh, and what the refresh finds: direction, basis and sketch.
-    there = 4 * (128 * 2048 + 128 * 512 + 128 * 512)
-    planned = _update_bytes((512, 2048), settings) - there
+    there = 4 * (128 * columns + 128 * 512 + 128 * 512)
+    planned = _update_bytes((512, columns), settings) - there
     assert 0.97 * after < planned < 1.05 * after
 
 

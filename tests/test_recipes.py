@@ -38,7 +38,7 @@ ORTHOGONAL = {
     "norm_growth": 1.01,
     "rank": 224,
     "subspace": "streaming",
-    "update_proj_gap": 20,
+    "update_proj_gap": 200,
     "direction": "orthogonal",
 }
 OFFICIAL = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgalore import subspace
+from qgalore import kernels, subspace
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def orthonormal(rank: int, d: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(normal(d, rank, seed=seed))[0].T.contiguous()
+
+
+def similarity(new: Tensor, old: Tensor) -> Tensor:
+    return subspace.similarity(new, old, new @ old.T)
 
 
 def projector(basis: Tensor) -> Tensor:
@@ -77,19 +81,44 @@ def test_basis_is_orthonormal_for_any_condition(condition: float) -> None:
     sketch = with_spectrum(spectrum, rank, d)
     basis, worked = subspace.orthonormalize(sketch, orthonormal(rank, d, seed=9))
     assert bool(worked)
-    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-5)
-    # What the sketch says above the noise of float32 lies in the span, with the same weight or more.
+    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=2e-4)
+    # What the sketch says above a thousandth of its size lies in the span.
     residual = sketch.double() - sketch.double() @ projector(basis)
-    assert residual.norm() < 2e-5 * sketch.double().norm()
+    assert residual.norm() < 4e-3 * sketch.double().norm()
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
-def test_span_is_that_of_the_sketch(condition: float) -> None:
-    sketch = with_spectrum(torch.logspace(0, -torch.tensor(condition).log10().item(), 8), 8, 50)
-    basis, worked = subspace.orthonormalize(sketch, orthonormal(8, 50, seed=9))
-    exact = torch.linalg.qr(sketch.double().T)[0].T
+def test_basis_is_the_one_closest_to_the_sketch(condition: float) -> None:
+    old, sketch = (
+        orthonormal(8, 50, seed=9),
+        with_spectrum(torch.logspace(0, -torch.tensor(condition).log10().item(), 8), 8, 50),
+    )
+    basis, worked = subspace.orthonormalize(sketch, old)
+    u, _, vt = torch.linalg.svd((sketch / sketch.norm() + old / 1000).double(), full_matrices=False)
     assert bool(worked)
-    assert (projector(basis) - projector(exact)).abs().max() < 1e-3
+    assert (basis - u @ vt).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(12, 64), (96, 200)])
+def test_rounding_to_bfloat16_leaves_the_basis_nearly_orthonormal(shape: tuple[int, int]) -> None:
+    """In which a GPU makes it."""
+    sketch = with_spectrum(torch.logspace(0, -6, shape[0]), *shape)
+    mixed = sketch / sketch.norm() + orthonormal(*shape, seed=9) / 1000
+    (basis,) = kernels.orthogonalize([mixed.bfloat16()], subspace._POLYNOMIALS)
+    values = torch.linalg.svdvals(basis.float())
+    assert float(values.min()) > 0.99 and float(values.max()) < 1.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("condition", [1e2, 1e12])
+def test_basis_is_nearly_orthonormal_on_a_gpu(condition: float) -> None:
+    spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), 224)
+    sketch, old = with_spectrum(spectrum, 224, 512), orthonormal(224, 512, seed=9)
+    basis, worked = subspace.orthonormalize(sketch.cuda().bfloat16(), old.cuda())
+    assert bool(worked)
+    assert (basis.float() @ basis.float().T - torch.eye(224, device="cuda")).abs().max() < 0.02
+    assert float(similarity(basis.float().cpu(), subspace.orthonormalize(sketch, old)[0])) > 0.98
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e10])
@@ -98,15 +127,18 @@ def test_size_of_the_sketch_does_not_matter(size: float) -> None:
     basis, worked = subspace.orthonormalize(rows * size, orthonormal(6, 30, seed=9))
     expected, _ = subspace.orthonormalize(rows, orthonormal(6, 30, seed=9))
     assert bool(worked)
-    assert float(subspace.similarity(basis, expected)) > 0.999
+    assert float(similarity(basis, expected)) > 0.999
 
 
-def test_a_sketch_of_lower_rank_is_filled_up() -> None:
-    sketch = normal(8, 3) @ normal(3, 40, seed=1)
-    basis, worked = subspace.orthonormalize(sketch, orthonormal(8, 40, seed=9))
-    assert not bool(worked) or torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-2)
-    if bool(worked):
-        assert (sketch - sketch @ projector(basis).float()).norm() < 1e-3 * sketch.norm()
+def test_a_sketch_of_lower_rank_is_filled_up_from_the_old_basis() -> None:
+    coefficients, rows, old = normal(8, 3), normal(3, 40, seed=1), orthonormal(8, 40, seed=9)
+    basis, worked = subspace.orthonormalize(coefficients @ rows, old)
+    assert bool(worked) and torch.allclose(basis @ basis.T, torch.eye(8), atol=2e-3)
+    assert (rows - rows @ projector(basis).float()).norm() < 5e-3 * rows.norm()
+    silent = torch.linalg.svd(coefficients.T)[2][3:]  # combinations of which the sketch says nothing
+    rest = silent @ old
+    rest = rest - rest @ torch.linalg.pinv(rows) @ rows
+    assert (rest - rest @ projector(basis).float()).norm() < 5e-3 * rest.norm()
 
 
 def test_rows_without_a_sketch_come_from_the_old_basis() -> None:
@@ -169,20 +201,20 @@ def test_similarity_sees_neither_signs_nor_order_nor_rotation() -> None:
     rotation = torch.linalg.qr(normal(6, 6, seed=4))[0]
     signs = torch.tensor([1.0, -1, 1, -1, -1, 1])[:, None]
     for same in (basis, -basis, basis * signs, basis.flip(0), rotation @ basis):
-        assert float(subspace.similarity(same, basis)) == pytest.approx(1.0, abs=1e-5)
+        assert float(similarity(same, basis)) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_similarity_of_other_subspaces() -> None:
     eye = torch.eye(64)
-    assert float(subspace.similarity(eye[:6], eye[6:12])) == 0.0
-    assert float(subspace.similarity(eye[:6], eye[3:9])) == pytest.approx(0.5)
-    random = [float(subspace.similarity(orthonormal(16, 128, s), orthonormal(16, 128, s + 50))) for s in range(20)]
+    assert float(similarity(eye[:6], eye[6:12])) == 0.0
+    assert float(similarity(eye[:6], eye[3:9])) == pytest.approx(0.5)
+    random = [float(similarity(orthonormal(16, 128, s), orthonormal(16, 128, s + 50))) for s in range(20)]
     assert sum(random) / 20 == pytest.approx(16 / 128, rel=0.05)
 
 
 def test_similarity_divides_out_the_length_of_quantized_rows() -> None:
     basis = orthonormal(6, 64)
-    assert float(subspace.similarity(1.05 * basis, 0.9 * basis)) == pytest.approx(1.0, abs=1e-5)
+    assert float(similarity(1.05 * basis, 0.9 * basis)) == pytest.approx(1.0, abs=1e-5)
 
 
 # ---- rotated moments
@@ -193,7 +225,7 @@ def test_rotating_into_the_same_basis_is_the_identity(side: str) -> None:
     basis = orthonormal(6, 40)
     shape = (6, 9) if side == "left" else (9, 6)
     first, second = normal(*shape), normal(*shape, seed=1).square()
-    rotated = [subspace.rotate_moment(m, basis, basis, side, power) for power, m in ((1, first), (2, second))]
+    rotated = [subspace.rotate_moment(m, basis @ basis.T, side, power) for power, m in ((1, first), (2, second))]
     assert torch.allclose(rotated[0], first, atol=1e-5) and torch.allclose(rotated[1], second, atol=1e-5)
 
 
@@ -203,7 +235,7 @@ def test_rotation_follows_its_definition(side: str) -> None:
     shape = (5, 7) if side == "left" else (7, 5)
     first, second = normal(*shape), normal(*shape, seed=1).square()
     change = new @ old.T
-    rotated = [subspace.rotate_moment(m, new, old, side, power) for power, m in ((1, first), (2, second))]
+    rotated = [subspace.rotate_moment(m, change, side, power) for power, m in ((1, first), (2, second))]
     for i in range(5):
         for j in range(7):
             at = (i, j) if side == "left" else (j, i)
@@ -218,7 +250,7 @@ def test_rotated_moment_is_the_old_direction_seen_in_the_new_basis() -> None:
     rotation = torch.linalg.qr(normal(3, 3, seed=8))[0]
     first = normal(3, 9)
     new = rotation @ shared
-    rotated = subspace.rotate_moment(first, new, shared, "left", 1)
+    rotated = subspace.rotate_moment(first, new @ shared.T, "left", 1)
     assert torch.allclose(new.T @ rotated, shared.T @ first, atol=1e-5)
 
 

@@ -246,18 +246,18 @@ def momentum_step(
     return ahead.to(dtype)
 
 
-def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int) -> list[Tensor]:
-    """About U Vᵀ of each M = U S Vᵀ, by `steps` of Newton-Schulz; matrices of any shapes with one shorter side.
+def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+    """About U Vᵀ of each M = U S Vᵀ by Newton-Schulz iteration; matrices of any shapes with one shorter side.
 
-    With Muon's polynomial and five steps singular values come to lie between 0.7 and 1.2; directions whose singular
-    value is below a thousandth of the largest stay smaller.
+    Step after step the singular values of M / |M| (Frobenius) go through an odd polynomial a x + b x³ + c x⁵, of which
+    `polynomials` are (a, b, c).
     """
     triton = _triton_or_none(matrices[0].device, "newton_schulz")
     if triton is None:
-        return [reference.orthogonalize(matrix, coefficients, steps) for matrix in matrices]
+        return [reference.orthogonalize(matrix, polynomials) for matrix in matrices]
     found: list[Tensor] = []
     while len(found) < len(matrices):
-        found += triton.orthogonalize(matrices[len(found) : len(found) + MATRICES_TOGETHER], coefficients, steps)
+        found += triton.orthogonalize(matrices[len(found) : len(found) + MATRICES_TOGETHER], polynomials)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Muon's Newton-Schulz steps on several matrices X (rows, columns) at once, in Triton; sums in float32.
+"""Newton-Schulz steps on several matrices X (rows, columns) at once, in Triton; sums in float32.
 
     A = X Xᵀ,    B = b s² A + c s⁴ A A,    X <- s (a X + B X)
 
@@ -120,7 +120,7 @@ def tile(rows: int) -> tuple[int, int, int, int, int]:
     return (64, 64, 64, 4, 4) if rows <= 512 else (128, 128, 64, 4, 3)
 
 
-def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int) -> list[Tensor]:
+def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize`; at most `MATRICES_TOGETHER` matrices whose shorter sides are equal."""
     device, rows = matrices[0].device, min(matrices[0].shape)
     size, columns, depth, warps, stages = tile(rows)
@@ -138,9 +138,8 @@ def orthogonalize(matrices: Sequence[Tensor], coefficients: tuple[float, float, 
     scale = torch.empty(0, device=device)
     across = triton.cdiv(rows, size)
     below = across * (across + 1) // 2
-    first, third, fifth = coefficients
     how = {"num_warps": warps, "num_stages": stages}
-    for step in range(steps):
+    for step, (first, third, fifth) in enumerate(polynomials):
         _gram_kernel[(below, count)](x, gram, rows, width, *ends, T=size, K=depth, C=columns, **how)
         if step == 0:
             trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32)

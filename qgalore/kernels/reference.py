@@ -24,6 +24,7 @@ Block-wise 8-bit Adam follows Dettmers et al., "8-bit Optimizers via Block-wise 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -287,13 +288,12 @@ def nesterov_momentum(grad: Tensor, exp_avg: Tensor, beta: float) -> Tensor:
     return (exp_avg * beta).add_(step)
 
 
-def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """`steps` of the odd polynomial a x + b x³ + c x⁵ on the singular values of matrix / |matrix|, in its dtype."""
+def orthogonalize(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Odd polynomials a x + b x³ + c x⁵ of the singular values of matrix / |matrix|, in its dtype."""
     tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = matrix.T if tall else matrix
     x = x / x.norm().clamp_min(1e-30)
-    first, third, fifth = coefficients
-    for _ in range(steps):
+    for first, third, fifth in polynomials:
         gram = x @ x.T
         even = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
         x = torch.addmm(x, even, x, beta=first)
