@@ -56,7 +56,7 @@ _WRITE_8BIT_PART = 20
 _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
 _WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
 _DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
-_ORTHONORMALIZE = 4  # times a basis: the old one, that with the sketch, and a step's operand and result
+_ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         part = min(values, MOMENT_PART)
         writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + _READ_8BIT_PART * part, writing)
-    finding = s.dtype_bytes * (_ORTHONORMALIZE * bases + 2 * s.rank**2)
+    finding = (s.dtype_bytes + _ORTHONORMALIZE) * bases + 8 * s.rank**2
     changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * s.rank**2 + rotated  # the new basis, before and quantized
     return update + s.dtype_bytes * bases + max(finding, changing)
 
