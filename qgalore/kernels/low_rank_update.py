@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_numbers, store_codes
+from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_numbers, shared_memory, store_codes
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step_size", "decay"])
@@ -82,5 +82,5 @@ def low_rank_update_(
         *b.stride(), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, step_size, decay, RANK=rank, GROUP=group_size,
         G=group_size, M=block_rows, K=64 if a.element_size() == 2 else 32, BITS=bits, STOCHASTIC=seed is not None,
         HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, PRECISION="ieee", enable_fp_fusion=False,
-        num_warps=4, num_stages=4,
+        num_warps=4, num_stages=4 if shared_memory(a.device) >= 1 << 17 else 3,
     )  # fmt: skip

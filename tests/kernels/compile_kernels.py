@@ -1,0 +1,103 @@
+"""Compile every Triton kernel as the door launches it, for a compute capability whose GPU need not be there.
+
+    python tests/kernels/compile_kernels.py 86 101376
+
+prints a JSON object: the most bytes of shared memory that each kernel takes, by its name. The second number is what a
+program can have on such a card. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["QGALORE_KERNELS"] = "triton"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from qgalore import kernels
+from qgalore.kernels import low_rank_update
+
+TAKEN: dict[str, int] = {}
+
+
+class CardThatIsNotThere:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        """The card to compile for."""
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The only one."""
+        return 0
+
+
+def compile_only(capability: int, shared_memory: int) -> None:
+    """From now on launches compile, and note in `TAKEN` what the kernel takes."""
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
+        return kernel
+
+    driver.set_active(CardThatIsNotThere(capability))
+    JITFunction.run = compiled
+    low_rank_update.shared_memory = lambda device: shared_memory
+
+
+def launch_all() -> None:
+    """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32."""
+    bf16, tokens, width, hidden, rank = torch.bfloat16, 256, 4096, 11008, 1024
+
+    def zeros(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    skip, factor = torch.zeros((), dtype=torch.bool), torch.ones(())
+    numbers = torch.tensor(kernels.numbers_row(5, 0.1, 1.0, 1, (0.9, 0.99)), dtype=torch.int32)
+    for bits, dtype, side in ((8, bf16, "left"), (8, torch.float32, "right"), (4, bf16, "right"), (4, bf16, "")):
+        stored = kernels.quantize(zeros(width, width), bits, 256, 5)
+        kernels.dequantize(*stored, width, bits, 256, bf16)
+        wide, tall = zeros(rank, width, dtype=dtype), zeros(width, rank, dtype=dtype)
+        direction = {"left": wide, "right": tall, "": zeros(width, width)}[side]
+        bases = (wide if side == "left" else None, wide if side == "right" else None)
+        kernels.update_quantized_(*stored, direction, *bases, width, bits, 256, 0.1, 1.0, 5, skip, numbers)
+    kernels.quantize(zeros(16, hidden), 8, 13824, 5)  # a group a row
+    kernels.update_float_(zeros(width, width), zeros(width, width), None, None, 0.1, 1.0, 5, 0, skip, numbers)
+    kernels.check_gradient_(zeros(rank, width), torch.zeros(()), skip)
+    for dtype in (torch.uint8, torch.float32):
+        moments = [zeros(rank, width, dtype=dtype) for _ in range(2)]
+        absmax = [zeros(rank * width // 256, dtype=torch.float32) if dtype == torch.uint8 else None for _ in range(2)]
+        grad = zeros(rank, width)
+        kernels.adam_step(
+            grad, moments[0], absmax[0], moments[1], absmax[1], 1, (0.9, 0.99), 1e-8, 256, factor, skip, bf16, numbers
+        )
+        kernels.momentum_step(grad, moments[0], absmax[0], 0.9, 256, factor, skip, bf16)
+    for rank in (224, 1792):
+        kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5)
+    weight = zeros(hidden, width, dtype=torch.uint8), zeros(hidden, 1), zeros(hidden, 1)
+    for rows in (tokens, 40):
+        kernels.int8_linear(zeros(rows, width), *weight, hidden)
+        kernels.int8_linear_backward(zeros(rows, hidden), *weight, width)
+
+
+if __name__ == "__main__":
+    compile_only(int(sys.argv[1]), int(sys.argv[2]))
+    launch_all()
+    print(json.dumps(TAKEN))

@@ -1,0 +1,32 @@
+"""Every Triton kernel compiles, and fits, for cards that nobody tests on: ahead of time, without a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CARDS = {  # compute capability: bytes of shared memory that a program can have there
+    "RTX 30": (86, 99 << 10),
+    "RTX 50": (120, 99 << 10),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_kernel_compiles_and_fits_a_consumer_card(card: str, root: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    capability, limit = CARDS[card]
+    program = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(program), str(capability), str(limit)]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    taken: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    launched = {
+        name for file in (root / "qgalore" / "kernels").glob("*.py")
+        for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }  # fmt: skip
+    assert set(taken) == launched
+    assert {name: size for name, size in taken.items() if size > limit} == {}
