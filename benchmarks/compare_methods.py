@@ -7,7 +7,7 @@ targets of an update; so their first losses agree, up to the rounding of INT8 we
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,9 @@ from peft_pretraining.args import parse_args
 from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
 from peft_pretraining.lr_schedule import set_learning_rate
-from peft_pretraining.model import OnModule, build_model
+from peft_pretraining.model import CausalLM, OnModule, build_model
 from peft_pretraining.modeling_llama import IGNORE_INDEX
+from peft_pretraining.optimizers import TrainingOptimizer
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
@@ -106,14 +107,19 @@ def q_galore_orthogonal(setting: Setting) -> Training:
 
 def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     """Ours, as `run_pretrain.py` trains: its model, its optimizer, its order of calls, its deterministic kernels."""
-    flags = q_galore_flags(setting, recipe)
-    args = parse_args(flags)
     run_pretrain.make_reproducible()
     if setting.device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(setting.device))  # as a run does, for CUDA graphs
-    model, optimizer = run_pretrain.build(args, Processes(0, 1, setting.device))
-    batches = token_ids(setting, model.config.vocab_size)
-    target_tokens = batches.numel() // LENGTH * (LENGTH - 1)
+    return train_ours(setting, recipe, Processes(0, 1, setting.device))[0]
+
+
+def train_ours(setting: Setting, recipe: str, processes: Processes) -> tuple[Training, CausalLM, TrainingOptimizer]:
+    """The same among the processes of a run, each with token ids of its own; also the model and its optimizer."""
+    flags = q_galore_flags(setting, recipe)
+    args = parse_args(flags)
+    model, optimizer = run_pretrain.build(args, processes)
+    batches = token_ids(replace(setting, seed=setting.seed + processes.rank), model.config.vocab_size)
+    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * processes.world_size
 
     def update() -> Tensor:
         set_learning_rate(optimizer, 1.0)
@@ -123,6 +129,7 @@ def q_galore(setting: Setting, recipe: str = "paper") -> Training:
             micro_loss = model(input_ids, input_ids).loss_sum / target_tokens
             loss += micro_loss.detach()
             if optimizer.is_last_micro_batch:
+                processes.all_reduce(loss)
                 optimizer.skip_update_if(~loss.isfinite())
             micro_loss.backward()
         if args.optimizer.grad_clipping:
@@ -131,7 +138,7 @@ def q_galore(setting: Setting, recipe: str = "paper") -> Training:
         optimizer.zero_grad()
         return loss
 
-    return Training(update, flags=" ".join(flags[2:]))
+    return Training(update, flags=" ".join(flags[2:])), model, optimizer
 
 
 # ---- others

@@ -1,0 +1,106 @@
+"""The share of a training update that is spent on refreshing subspaces.
+
+    python -m benchmarks.bench_refresh --models 60m,130m,350m,1b
+    python -m benchmarks.bench_refresh --models 7b --methods q_galore_checkpointing,q_galore_orthogonal_checkpointing
+
+The same training makes blocks of updates in turn with the refreshes of its schedule and without any, the schedule put
+off. Updates of a block follow one another without waiting for the device, as in a run. The share is what the blocks
+with refreshes take longer, of their time; a block is at least as long as it takes to meet a few refreshes. Rows go to
+`benchmarks/results/refresh.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import run_pretrain
+from benchmarks.compare import Row, seconds_in_a_row
+from benchmarks.compare_methods import CHECKPOINTING, Setting, split_method, train_ours
+from benchmarks.models import MICRO_BATCHES, RANKS, config_path
+from benchmarks.rows import ROOT, append_row, commit
+from peft_pretraining.distributed import Processes, start_processes
+from peft_pretraining.signals import StopRequest
+from qgalore.optimizer import LowRankAdamW
+from qgalore.subspace_schedule import first_refresh_spread
+
+RECIPES = {"q_galore": "paper", "q_galore_orthogonal": "orthogonal"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="bench_refresh", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="60m,130m,350m,1b", help="names of configs, separated by commas")
+    parser.add_argument("--methods", default="q_galore", help=f"of {', '.join(RECIPES)}, each also {CHECKPOINTING}")
+    parser.add_argument("--updates", type=int, default=40, help="updates of a block")
+    parser.add_argument("--blocks", type=int, default=5, help="pairs of blocks")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results/refresh.csv"), help="CSV to append to")
+    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py, in one string")
+    parser.add_argument("--note", default="", help="what to remember of the circumstances")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.methods.split(",") if split_method(name)[0] not in RECIPES]
+    if unknown:
+        parser.error(f"--methods {','.join(unknown)}: there are {', '.join(RECIPES)}, each also {CHECKPOINTING}")
+    processes = start_processes(args.device, StopRequest())
+    run_pretrain.make_reproducible()
+    for model in args.models.split(","):
+        for method in args.methods.split(","):
+            row = measure(model, method, args, processes)
+            print(json.dumps(row), flush=True)
+            append_row(Path(args.results), row)
+    return 0
+
+
+def measure(model: str, method: str, args: argparse.Namespace, processes: Processes) -> Row:
+    """One row."""
+    name, every = split_method(method)
+    device, micro_batch = processes.device, args.batch_size or MICRO_BATCHES.get(model, 16)
+    setting = Setting(
+        config_path(model), RANKS.get(model, 32), micro_batch, 1, every, device.type == "cuda", args.extra, 0, device
+    )
+    training, llama, optimizer = train_ours(setting, RECIPES[name], processes)
+    assert isinstance(optimizer, LowRankAdamW)
+    schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
+    interval = schedules[0].base_interval
+    # With all first refreshes, and the steps before CUDA graphs.
+    seconds_in_a_row(training.update, first_refresh_spread(len(schedules), interval) + 3, device)
+    with_refreshes, without = [], []
+    before = sum(schedule.refreshes for schedule in schedules)
+    for _ in range(args.blocks):
+        with_refreshes.append(seconds_in_a_row(training.update, args.updates, device))
+        made = sum(schedule.refreshes for schedule in schedules) - before
+        for schedule in schedules:
+            schedule.next_refresh += args.updates
+        without.append(seconds_in_a_row(training.update, args.updates, device))
+        assert sum(schedule.refreshes for schedule in schedules) - before == made, "a refresh that was put off"
+    run_pretrain.stop_replaying(llama)
+    pairs = [1 - without_any / some for some, without_any in zip(with_refreshes, without, strict=True)]
+    return {
+        "model": model,
+        "method": method,
+        "micro_batch": setting.micro_batch,
+        "interval": interval,
+        "refreshes_an_update": round(made / args.blocks / args.updates, 3),
+        "update_ms": round(1e3 * statistics.mean(with_refreshes), 2),
+        "without_refreshes_ms": round(1e3 * statistics.mean(without), 2),
+        "refresh_share": round(1 - statistics.mean(without) / statistics.mean(with_refreshes), 4),
+        "shares_of_pairs": " ".join(f"{share:.4f}" for share in pairs),
+        "updates": 2 * args.blocks * args.updates,
+        "flags": training.flags,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "note": args.note,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

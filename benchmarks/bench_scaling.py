@@ -1,0 +1,125 @@
+"""Speed on several GPUs as a multiple of the speed on one.
+
+    torchrun --standalone --nproc_per_node 2 -m benchmarks.bench_scaling --models 350m,7b
+
+Every rank first trains alone, all of them at the same time and without a word to each other; then they train together,
+each on as many sequences as before. Updates follow one another without waiting for the device, as in a run. `ratio` is
+the speed together over the mean of the speeds alone; `ratio_to_slowest` takes the slowest GPU, since together all keep
+step with it. `message_mb` is what a rank sends in an update without a refresh, `gradient_mb` what it would be with full
+gradients. Replicas are compared at the end. Rows go to `benchmarks/results/scaling.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import run_pretrain
+from benchmarks.compare import Row, seconds_in_a_row
+from benchmarks.compare_methods import CHECKPOINTING, Setting, split_method, train_ours
+from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
+from benchmarks.rows import ROOT, append_row, commit
+from peft_pretraining.distributed import Processes, start_processes
+from peft_pretraining.signals import StopRequest
+from peft_pretraining.throughput import memory_metrics
+from qgalore.optimizer import LowRankAdamW
+
+METHODS = {"60m": "q_galore", "130m": "q_galore", "350m": "q_galore", "1b": "q_galore"}
+"""The others are checkpointed."""
+_BYTES = 2
+"""Of a value in a message: bfloat16, in which the gradients of one micro-batch come."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program, one process a GPU."""
+    parser = argparse.ArgumentParser(prog="bench_scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="350m,7b", help="names of configs, separated by commas")
+    parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
+    parser.add_argument("--updates", type=int, default=12, help="timed updates")
+    parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results/scaling.csv"), help="CSV to append to")
+    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py, in one string")
+    parser.add_argument("--note", default="", help="what to remember of the circumstances")
+    args = parser.parse_args(argv)
+    processes = start_processes(args.device, StopRequest())
+    run_pretrain.make_reproducible()
+    for model in args.models.split(","):
+        row = measure(model, args, processes)
+        if processes.is_main:
+            print(json.dumps(row), flush=True)
+            append_row(Path(args.results), row)
+    processes.close()
+    return 0
+
+
+def measure(model: str, args: argparse.Namespace, processes: Processes) -> Row:
+    """One row, on every rank."""
+    method = METHODS.get(model, f"q_galore{CHECKPOINTING}")
+    device, every = processes.device, split_method(method)[1]
+    rank, micro_batch = RANKS.get(model, 32), args.batch_size or MICRO_BATCHES.get(model, 16)
+    setting = Setting(config_path(model), rank, micro_batch, 1, every, device.type == "cuda", args.extra, 0, device)
+    alone = processes.gather(train(setting, Processes(0, 1, device), args))
+    together = processes.gather(train(setting, processes, args))
+    seconds = max(row["seconds"] for row in together)
+    tokens = processes.world_size * micro_batch * LENGTH
+    single = [micro_batch * LENGTH / row["seconds"] for row in alone]
+    return {
+        "model": model,
+        "method": method,
+        "micro_batch": micro_batch,
+        "gpus": processes.world_size,
+        "tokens_per_second": round(tokens / seconds),
+        "alone_tokens_per_second": " ".join(str(round(speed)) for speed in single),
+        "ratio": round(tokens / seconds / statistics.mean(single), 3),
+        "ratio_to_slowest": round(tokens / seconds / min(single), 3),
+        "update_ms": round(1e3 * seconds, 2),
+        "peak_gb": max(row["peak_gb"] for row in together),
+        "alone_peak_gb": max(row["peak_gb"] for row in alone),
+        "message_mb": round(together[0]["message_mb"], 1),
+        "gradient_mb": round(together[0]["gradient_mb"], 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+        "note": args.note,
+    }
+
+
+def train(setting: Setting, processes: Processes, args: argparse.Namespace) -> dict[str, float]:
+    """Train among these processes, compare the replicas, and give what was measured."""
+    device = setting.device
+    training, model, optimizer = train_ours(setting, "paper", processes)
+    assert isinstance(optimizer, LowRankAdamW)
+    matrices = len(list(optimizer.low_rank_weights()))
+    warmup = args.warmup if args.warmup is not None else max(12, matrices // 7 + 3)
+    seconds_in_a_row(training.update, warmup, device)
+    seconds = statistics.median(
+        seconds_in_a_row(training.update, args.updates, device) for _ in range(max(1, args.repeats))
+    )
+    processes.check_replicas(model.state_dict(), warmup + args.repeats * args.updates)
+    weights = optimizer.weights_of(model)
+    found = {
+        "seconds": seconds,
+        "peak_gb": round(memory_metrics(device).get("memory/peak_gb", 0.0), 3),
+        "message_mb": _BYTES * sum(weight.values_to_sum for weight in weights) / 1e6,
+        "gradient_mb": _BYTES * sum(weight.shape.numel() for weight in weights) / 1e6,
+    }
+    run_pretrain.stop_replaying(model)
+    del training, model, optimizer, weights
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
