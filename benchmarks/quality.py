@@ -63,15 +63,11 @@ SETTINGS: dict[str, list[str]] = {
     "q_galore_layer": [*Q_GALORE, *LOW_RANK, *STREAMING, *PER_LAYER],
     "q_galore_limited": LIMITED,
     "q_galore_fira": [*LIMITED, "--residual", "fira"],
-    "q_galore_apollo": [*LIMITED, "--residual", "apollo"],
-    "q_galore_factored": [*LIMITED, "--direction", "factored"],
-    "q_galore_factored_double": [*LIMITED, "--direction", "factored", "--rank", "256"],
     "q_galore_recipe": ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_per_layer": ["--optimizer", "q_galore_adamw8bit_per_layer", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_float": ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
-    "q_galore_random_directions": [*LIMITED, "--sketch_random", "0.25"],
 }  # fmt: skip
 
 
