@@ -63,15 +63,11 @@ SETTINGS: dict[str, list[str]] = {
     "q_galore_layer": [*Q_GALORE, *LOW_RANK, *STREAMING, *PER_LAYER],
     "q_galore_limited": LIMITED,
     "q_galore_fira": [*LIMITED, "--residual", "fira"],
-    "q_galore_apollo": [*LIMITED, "--residual", "apollo"],
-    "q_galore_factored": [*LIMITED, "--direction", "factored"],
-    "q_galore_factored_double": [*LIMITED, "--direction", "factored", "--rank", "256"],
     "q_galore_recipe": ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_per_layer": ["--optimizer", "q_galore_adamw8bit_per_layer", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_float": ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
-    "q_galore_random_directions": [*LIMITED, "--sketch_random", "0.25"],
 }  # fmt: skip
 
 
@@ -79,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train the settings asked for with every seed, and append a row for each run as soon as it has ended."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.settings.split(",")) - set(SETTINGS))
+    drawn_only = removed_settings(Path(args.results)) if args.plot and not args.tokens else []
+    unknown = sorted(set(args.settings.split(",")) - {*SETTINGS, *drawn_only})
     if unknown:
-        parser.error(f"--settings {','.join(unknown)}: there are {', '.join(SETTINGS)}")
+        parser.error(f"--settings {','.join(unknown)}: there are {', '.join([*SETTINGS, *drawn_only])}")
     if not args.tokens and not args.plot:
         parser.error("--tokens is missing: a folder with train and validation token files (or give --plot alone)")
     if args.tokens:
@@ -99,7 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", help="folder with train and validation token files")
     parser.add_argument("--c4_tokens", help="folder with the validation tokens of C4, which are only reported")
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="names, separated by commas")
+    parser.add_argument(
+        "--settings",
+        default=",".join(SETTINGS),
+        help="names, separated by commas; for --plot alone also those of rows whose setting is gone",
+    )
     parser.add_argument("--model", default="60m", help="name of a config")
     parser.add_argument("--updates", type=int, default=800, help="updates a run")
     parser.add_argument("--sequences", type=int, default=256, help="sequences of 256 tokens an update")
@@ -210,6 +211,12 @@ class Point(NamedTuple):
     rank: str
     """And the bits of weights, if they are not 8; what the flags say of both."""
     seeds: list[float]
+
+
+def removed_settings(results: Path) -> list[str]:
+    """Names that a results file has rows of and `SETTINGS` has not."""
+    with results.open(newline="") as file:
+        return [name for name in dict.fromkeys(row["setting"] for row in csv.DictReader(file)) if name not in SETTINGS]
 
 
 def read_points(results: Path, model: str, updates: int, settings: Sequence[str]) -> list[Point]:

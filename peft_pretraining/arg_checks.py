@@ -30,7 +30,6 @@ _LOW_RANK_FLAGS = (
     "cos_threshold",
     "gamma_proj",
     "queue_size",
-    "sketch_random",
     "direction",
     "residual",
     "rotate_moments",
@@ -230,22 +229,12 @@ def _subspace_problems(args: RunArgs) -> list[str]:
             "--proj_type full projects both sides, and --subspace streaming follows one: use --subspace svd, or "
             "--proj_type std, reverse_std, left or right"
         )
-    if subspace.sketch_random and subspace.subspace != "streaming":
-        problems.append(
-            f"--sketch_random {subspace.sketch_random:g} is about the sketches of --subspace streaming: add that, or "
-            "leave it out"
-        )
     if subspace.subspace == "streaming" and subspace.svd_method == "randomized":
         problems.append("--svd_method randomized is for --subspace svd: --subspace streaming needs no SVD")
     if subspace.residual != "none" and subspace.proj_type == "full":
         problems.append(
             f"--residual {subspace.residual} scales across one projected side, and --proj_type full has two: use std, "
             "reverse_std, left or right"
-        )
-    if subspace.residual == "apollo" and subspace.direction == "orthogonal":
-        problems.append(
-            "--residual apollo takes its scales from Adam, not from --direction orthogonal: use --direction adam or "
-            "--residual fira"
         )
     if subspace.max_update_proj_gap < subspace.update_proj_gap:
         problems.append(

@@ -198,14 +198,11 @@ class SubspaceArgs:
     """Lazy rule: factor by which the interval grows; 1 keeps it."""
     queue_size: Annotated[int, Flag("refreshes", at_least=1)] = 5
     """Lazy rule: successive refreshes that must all be similar."""
-    sketch_random: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.0
-    """Streaming: share of a sketch that is made with random directions instead of the momentum."""
-    direction: Annotated[str, Flag(choices=("adam", "factored", "orthogonal"))] = "adam"
-    """Step inside the subspace: Adam's, Adam's with a second moment of a row and a column (Adafactor), or along the
-    orthogonalised momentum (Muon), without one."""
-    residual: Annotated[str, Flag(choices=("none", "fira", "apollo"))] = "none"
-    """What the projection leaves out of the last micro-batch's gradient: not used, added to the update at the size that
-    Adam gives the rest (fira), or used so in place of the projected update (apollo)."""
+    direction: Annotated[str, Flag(choices=("adam", "orthogonal"))] = "adam"
+    """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment."""
+    residual: Annotated[str, Flag(choices=("none", "fira"))] = "none"
+    """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
+    that Adam gives the rest (fira)."""
     rotate_moments: Annotated[bool | None, Flag(auto="on for streaming, off for svd as in the paper")] = None
     """Rotate Adam's moments into the new basis at a refresh."""
 

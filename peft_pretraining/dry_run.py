@@ -41,7 +41,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
     stored = quantization.weight_quant and not quantization.simulation
     of_library = optimizer.optimizer in LIBRARY_OPTIMIZERS
     states = int(optimizer.beta1 > 0) if optimizer.optimizer in ("sgd", "adafactor") else 2
-    one = optimizer.optimizer == "muon" or (optimizer.is_low_rank and subspace.direction != "adam")
+    one = optimizer.optimizer == "muon" or (optimizer.is_low_rank and subspace.direction == "orthogonal")
     decoder_states = 1 if one else states
     cuda = args.runtime.device != "cpu"
     compiled = not args.model.use_hf_model and (args.model.compile == "on" or (args.model.compile == "auto" and cuda))
@@ -70,7 +70,6 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         state_bits=8 if "8bit" in optimizer.optimizer else 32,
         states=states,
         decoder_states=decoder_states,
-        second_moment_factored=optimizer.is_low_rank and subspace.direction == "factored",
         residual=optimizer.is_low_rank and subspace.residual != "none",
         factored=optimizer.optimizer == "adafactor",
     )

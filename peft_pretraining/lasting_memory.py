@@ -69,8 +69,6 @@ class MemorySettings:
     """Optimizer states of the weights' size: 2 for Adam, 1 for momentum, 0 for none."""
     decoder_states: int = 2
     """The same of the decoder matrices."""
-    second_moment_factored: bool = False
-    """That of the decoder matrices is a float32 row and column, beside `decoder_states`."""
     residual: bool = False
     """The last micro-batch's full gradient of a matrix is kept until its update."""
     factored: bool = False
@@ -125,10 +123,10 @@ def state_bytes(shape: Shape, s: MemorySettings, decoder: bool = False) -> int:
     states = s.decoder_states if decoder else s.states
     if s.factored and len(shape) == 2:
         return 4 * sum(shape)
-    values, factors = math.prod(shape), 4 * sum(shape) if decoder and s.second_moment_factored else 0
+    values = math.prod(shape)
     if has_8bit_states(shape, s):
-        return states * (values + 4 * math.ceil(values / BLOCK_SIZE)) + factors
-    return states * values * (s.state_bits // 8 if s.state_bits != 8 else 4) + factors
+        return states * (values + 4 * math.ceil(values / BLOCK_SIZE))
+    return states * values * (s.state_bits // 8 if s.state_bits != 8 else 4)
 
 
 def has_8bit_states(shape: Shape, s: MemorySettings) -> bool:

@@ -55,7 +55,7 @@ _WRITE_8BIT_PART = 20
 """Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
 _ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
 _WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
-_DIRECTION = 12  # bytes a value: gradient, momentum before and after, where no kernel of its own makes the direction
+_DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that looking ahead, where no kernel makes it
 _ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
 
 
@@ -336,7 +336,7 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
 
 def _largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     largest = max(_update_bytes(shape, s) for shape in config.matrix_shapes().values())
-    one_by_one = not s.cuda or s.rank is None or s.decoder_states != 1 or s.second_moment_factored
+    one_by_one = not s.cuda or s.rank is None or s.decoder_states != 1
     return largest if one_by_one else max(largest, _directions_bytes(config, s))
 
 

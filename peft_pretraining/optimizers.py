@@ -301,7 +301,6 @@ def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> di
         "max_update_proj_gap": subspace.max_update_proj_gap,
         "direction": subspace.direction,
         "residual": subspace.residual,
-        "sketch_random": subspace.sketch_random,
     }
 
 

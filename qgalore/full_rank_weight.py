@@ -167,7 +167,8 @@ class FullRankWeight:
 
     def _init_state(self) -> None:
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        self.direction.init_state(self.state, self.gradient_shape, self.group["state_bits"], self.param.device)
+        bits, device = self.group["state_bits"], self.param.device
+        adam.init_moments(self.state, self.gradient_shape, bits, device, self.direction.moments)
 
     @property
     def direction(self) -> Direction:

@@ -250,11 +250,6 @@ class LowRankWeight(FullRankWeight):
         else:
             momentum = adam.read_moment(self.state, "exp_avg")
             test = momentum if side == "left" else momentum.T
-            fresh = int(self.group["sketch_random"] * test.shape[0])
-            if fresh:
-                seed = self._seed(_TEST_MATRIX, test.shape[1])
-                random = subspace.random_matrix(fresh, test.shape[1], seed, self.param.device)
-                test = torch.cat([test[: test.shape[0] - fresh], random])
         norms, scaled = test.norm(dim=1, keepdim=True).clamp_min(1e-30), torch.empty_like(test, dtype=dtype)
         return torch.div(test, norms, out=scaled)  # rounded once
 
@@ -335,12 +330,12 @@ class LowRankWeight(FullRankWeight):
         """
         assert self._begun is not None, f"no update of {self.name} waits for a direction"
         update_step, rounding, projected, sketches, skip = self._begun
-        self._begun, group, dtype = None, self.group, self._factor_dtype
+        self._begun, dtype = None, self._factor_dtype
         direction, left, right = direction.to(dtype), self.basis("left", dtype), self.basis("right", dtype)
         if self._last_full is not None and projected is not None:
             full = self._last_full.to(dtype)
             full = full if self._fulls <= 1 else full * self._fulls
-            direction = full_direction(group["residual"], direction, projected, full, left, right)
+            direction = full_direction(direction, projected, full, left, right)
             left = right = None
         how = (left, right, self._step_size, self._decay, rounding)
         if self.layer is not None:
@@ -379,7 +374,7 @@ class LowRankWeight(FullRankWeight):
         del new, old
         if self.group["rotate_moments"]:
             # One after the other: the second is read when the first has been written.
-            for name, power in self.direction.rotated(side):
+            for power, name in enumerate(self.direction.moments, start=1):
                 rotated = subspace.rotate_moment(adam.read_moment(self.state, name), change, side, power)
                 adam.write_moment(self.state, name, rotated, None if wanted is None else ~wanted)
                 del rotated

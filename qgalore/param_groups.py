@@ -10,9 +10,8 @@ The keys of a low-rank group are those that users of q-galore-torch know:
 | proj_type | std, reverse_std, left, right, full: the side that is projected; full: both | std |
 | quant, quant_n_bit, quant_group_size | hold the projection in 4 or 8 bits, in groups | by class, 4, 256 |
 | cos_threshold, gamma_proj, queue_size | the lazy layer-wise rule; gamma_proj 1 turns it off | 0.4, 2, 5 |
-| direction | adam, factored or orthogonal: `qgalore.direction` | adam |
-| residual | none, or what the projection leaves out: fira, apollo, as in `qgalore.residual` | none |
-| sketch_random | share of a streaming sketch that is made with random rows instead of the momentum | 0 |
+| direction | adam or orthogonal: `qgalore.direction` | adam |
+| residual | none, or what the projection leaves out: fira, as in `qgalore.residual` | none |
 | max_update_proj_gap | cap of the lazy interval; 0: 8 times the gap | 0 |
 | subspace | svd, or streaming: `qgalore.subspace` has both | svd |
 | svd_method | full or randomized | full |
@@ -44,7 +43,6 @@ _LOW_RANK_DEFAULTS: dict[str, Any] = {
     "max_update_proj_gap": 0,
     "direction": "adam",
     "residual": "none",
-    "sketch_random": 0.0,
 }
 _CHOICES = {
     "proj_type": ("std", "reverse_std", "left", "right", "full"),
@@ -52,7 +50,7 @@ _CHOICES = {
     "svd_method": ("full", "randomized"),
     "quant_n_bit": (4, 8),
     "direction": tuple(DIRECTIONS),
-    "residual": ("none", "fira", "apollo"),
+    "residual": ("none", "fira"),
 }
 
 
@@ -95,5 +93,3 @@ def complete_low_rank(group: dict[str, Any], quant: bool) -> None:
         raise ValueError("proj_type='full' needs subspace='svd': a streaming subspace has one side")
     if group["residual"] != "none" and group["proj_type"] == "full":
         raise ValueError(f"residual={group['residual']!r} scales across one projected side: proj_type='full' has two")
-    if not 0 <= group["sketch_random"] <= 1:
-        raise ValueError(f"sketch_random={group['sketch_random']} is a share: it must lie between 0 and 1")

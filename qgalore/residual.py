@@ -1,8 +1,7 @@
 """What the projection leaves out of a gradient, brought back into the update at the size that Adam gives the rest.
 
 Fira (Chen et al., arXiv 2410.01623) adds to the low-rank update of a weight the residual of its gradient, each column
-scaled by what Adam did to the same column of the projected gradient. APOLLO (Zhu et al., arXiv 2412.05270) scales the
-columns of the whole gradient so and leaves the low-rank update out. Here columns are those across the projected side.
+scaled by what Adam did to the same column of the projected gradient. Here columns are those across the projected side.
 """
 
 from __future__ import annotations
@@ -13,20 +12,18 @@ from qgalore import subspace
 
 
 def full_direction(
-    kind: str, direction: Tensor, projected: Tensor, full: Tensor, left: Tensor | None, right: Tensor | None
+    direction: Tensor, projected: Tensor, full: Tensor, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """The direction (m, n) of a whole weight, in the dtype of `full`.
 
-    kind: fira or apollo. direction: Adam's, like `projected`, the gradient that it was given, (rank, n) with a left
-    basis or (m, rank) with a right one. full: the gradient (m, n), or of several micro-batches the last one's, scaled
-    as if it were the mean of all.
+    direction: Adam's, like `projected`, the gradient that it was given, (rank, n) with a left basis or (m, rank) with a
+    right one. full: the gradient (m, n), or of several micro-batches the last one's, scaled as if it were the mean of
+    all.
     """
     side = 0 if right is None else 1
     norms = [part.float().norm(dim=side, keepdim=True) for part in (direction, projected)]
     scales = norms[0] / norms[1].clamp_min(1e-30)  # zero where nothing was projected
     scaled: Tensor = full * scales.to(full.dtype)
-    if kind == "apollo":
-        return scaled
     basis = left if right is None else right
     assert basis is not None
     inside = direction.to(full.dtype) - subspace.project(scaled, left, right)

@@ -100,7 +100,6 @@ def test_how_the_layers_run(small: SmallRun, flags: dict[str, object], compiled:
         (flags_of("muon"), 2, 1),
         (flags_of("q_galore_adamw8bit"), 2, 2),
         (flags_of("q_galore_adamw8bit") | {"direction": "orthogonal"}, 2, 1),
-        (flags_of("q_galore_adamw8bit") | {"direction": "factored"}, 2, 1),
     ],
 )
 def test_states_that_are_counted(small: SmallRun, flags: dict[str, object], states: int, decoder_states: int) -> None:

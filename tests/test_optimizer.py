@@ -612,6 +612,15 @@ def trained_weight(**group: Any) -> tuple[nn.Parameter, LowRankAdamW, LowRankWei
     return parameter, optimizer, weight
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sketch_is_made_with_the_momentum_in_rows_of_unit_length(side: str) -> None:
+    _, _, weight = trained_weight(subspace="streaming", proj_type=side)
+    momentum = adam.read_moment(weight.state, "exp_avg")
+    momentum = momentum if side == "left" else momentum.T
+    expected = momentum / momentum.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(weight._test_matrix(side, torch.float32), expected)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("quant", [False, True])
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])

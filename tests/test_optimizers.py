@@ -86,7 +86,7 @@ def test_the_flags_of_the_subspace_arrive(small: SmallRun) -> None:
         "update_proj_gap": 7, "max_update_proj_gap": 21, "cos_threshold": 0.7, "gamma_proj": 3, "queue_size": 2,
         "subspace": "svd", "svd_method": "randomized", "rotate_moments": True, "betas": (0.8, 0.9), "eps": 1e-6,
         "weight_decay": 0.1, "accumulator_dtype": "bfloat16", "state_bits": 8, "norm_growth": 1.1,
-        "direction": "orthogonal", "residual": "fira", "sketch_random": 0.0,
+        "direction": "orthogonal", "residual": "fira",
     }  # fmt: skip
     assert {name: group[name] for name in expected} == expected
 

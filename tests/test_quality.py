@@ -69,6 +69,9 @@ def test_every_setting_parses(name: str, tmp_path: Path) -> None:
     ("argv", "sentence"),
     [
         (["--tokens", "x", "--settings", "adamw,sgdw"], "--settings sgdw: there are adamw, adamw_tuned,"),
+        (["--tokens", "x", "--plot", "y", "--settings", "q_galore_streaming_20_polar"], "_polar: there are adamw,"),
+        (["--plot", "y", "--settings", "sgdw"], "--settings sgdw: there are adamw, adamw_tuned,"),
+        (["--plot", "y", "--settings", "sgdw"], ", q_galore_streaming_20_polar"),
         ([], "--tokens is missing: a folder with train and validation token files"),
     ],
 )
@@ -118,17 +121,25 @@ def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> 
     assert [point.mean for point in quality.frontier(points)] == [70.0, 60.0, 51.0, 48.0]
 
 
-def test_the_plot_draws_the_frontier_of_each_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, object, object]]:
+    """The points and the label of each line that a plot draws."""
     from matplotlib.axes import Axes
 
-    drawn: list[tuple[object, object, object]] = []
+    lines: list[tuple[object, object, object]] = []
     plain = Axes.errorbar
 
     def errorbar(axes: Axes, x: list[float], y: list[float], **style: Any) -> object:
-        drawn.append((x, y, style["label"]))
+        lines.append((x, y, style["label"]))
         return plain(axes, x, y, **style)
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
+    return lines
+
+
+def test_the_plot_draws_the_frontier_of_each_setting(
+    tmp_path: Path, drawn: list[tuple[object, object, object]]
+) -> None:
     results = rows_to_plot(tmp_path / "quality.csv")
     quality.plot(results, tmp_path / "plot.png", "60m", 800)
     # Twice, for the two parts of the axis; 70 is beyond the top.
@@ -136,3 +147,11 @@ def test_the_plot_draws_the_frontier_of_each_setting(tmp_path: Path, monkeypatch
     assert drawn[::2] == [([7.0], [48.0], "adamw: 48.0"), ([2.0, 3.0, 5.0], [top, 60.0, 51.0], "muon: 51.0 (2 seeds)")]
     with pytest.raises(SystemExit, match="no run of --model 60m over --updates 7"):
         quality.plot(results, tmp_path / "plot.png", "60m", 7)
+
+
+def test_rows_of_settings_that_are_gone_can_be_drawn(
+    tmp_path: Path, drawn: list[tuple[object, object, object]]
+) -> None:
+    argv = ["--plot", str(tmp_path / "plot.png"), "--results", str(rows_to_plot(tmp_path / "quality.csv"))]
+    quality.main([*argv, "--settings", "old"])
+    assert drawn == [([3.0], [45.0], "old: 45.0")] and (tmp_path / "plot.png").is_file()

@@ -68,7 +68,6 @@ MODES: dict[str, dict[str, object]] = {
     "int4": Q_GALORE_PER_LAYER | {"weight_bits": 4},
     "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "recipe": Q_GALORE_PER_LAYER | RECIPE,
-    "factored": Q_GALORE_PER_LAYER | {"subspace": "streaming", "direction": "factored"},
     "fira": Q_GALORE_PER_LAYER | {"subspace": "streaming", "residual": "fira", "norm_growth": 1.01},
     "clipping": flags_of("q_galore_adamw8bit_per_layer") | {"grad_clipping": 0.5},
     "muon": flags_of("muon") | {"lr": 1e-2},
