@@ -32,7 +32,6 @@ from peft_pretraining.optimizers import (
     build_optimizer,
     low_rank_converter,
     replay_layers,
-    stop_replaying,
 )
 from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.run_metrics import PartlyMadeUpdateError, RunMetrics
@@ -252,12 +251,9 @@ class Run:
         self.metrics.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     def close(self) -> None:
-        """End the loader's threads, close the metrics, give up CUDA graphs."""
-        error = sys.exc_info()[1]
+        """End the loader's threads and close the metrics."""
         self.loader.close()
-        self.metrics.close(failed=error is not None)
-        if not is_lost_rank(error):  # for whose part in a sum the device may be waiting
-            stop_replaying(self.model)
+        self.metrics.close(failed=sys.exc_info()[1] is not None)
 
 
 def is_due(update_step: int, interval: int) -> bool:

@@ -66,7 +66,7 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
     setting = Setting(
         config_path(model), RANKS.get(model, 32), micro_batch, 1, every, device.type == "cuda", args.extra, 0, device
     )
-    training, llama, optimizer = train_ours(setting, RECIPES[name], processes)
+    training, _, optimizer = train_ours(setting, RECIPES[name], processes)
     assert isinstance(optimizer, LowRankAdamW)
     schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
     interval = schedules[0].base_interval
@@ -81,7 +81,6 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
             schedule.next_refresh += args.updates
         without.append(seconds_in_a_row(training.update, args.updates, device))
         assert sum(schedule.refreshes for schedule in schedules) - before == made, "a refresh that was put off"
-    run_pretrain.stop_replaying(llama)
     pairs = [1 - without_any / some for some, without_any in zip(with_refreshes, without, strict=True)]
     return {
         "model": model,

@@ -112,7 +112,6 @@ def train(setting: Setting, processes: Processes, args: argparse.Namespace) -> d
         "message_mb": _BYTES * sum(weight.values_to_sum for weight in weights) / 1e6,
         "gradient_mb": _BYTES * sum(weight.shape.numel() for weight in weights) / 1e6,
     }
-    run_pretrain.stop_replaying(model)
     del training, model, optimizer, weights
     gc.collect()
     if device.type == "cuda":

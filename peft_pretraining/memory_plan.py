@@ -152,11 +152,17 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
 
 
 def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """What nothing else uses: a gradient between layers and, over ranks, two messages of a layer's gradients."""
+    """What nothing else uses: a gradient between layers and, over ranks, messages of a layer's gradients.
+
+    They are two in turn, and one with what a refresh needs: the sketches of a layer at first, or a full gradient.
+    """
     held = hidden_bytes(config, s)
     if s.ranks > 1 and s.gradients_live_in_backward:
-        values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
-        held += 2 * s.dtype_bytes * (values + 2 * config.hidden_size)  # with the gradients of the norms
+        shapes = config.matrix_shapes().values()
+        values = sum(math.prod(gradient_shape(shape, s)) for shape in shapes) + 2 * config.hidden_size  # of the norms
+        sketches = sum(basis_values(shape, s) for shape in shapes) if s.rank is not None else 0
+        refresh = max(sketches, max(map(math.prod, shapes)) if s.svd else 0)
+        held += s.dtype_bytes * (3 * values + refresh)
     if _graphs_have_own_memory(config, s):
         held += max(_beside_activations(config, s).values())
     return held

@@ -40,9 +40,6 @@ class LayerRunner(Protocol):
     def memory(self) -> AbstractContextManager[None]:
         """Within it, what is gone before the backward pass of the layers may take the memory of that pass."""
 
-    def close(self) -> None:
-        """Give up what is kept on the device from step to step."""
-
 
 class LlamaRMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in float32 inside."""

@@ -276,13 +276,6 @@ def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
 
-def stop_replaying(model: nn.Module) -> None:
-    """Undo `replay_layers`; graphs that hold sums over ranks must be gone before the processes take leave."""
-    if isinstance(model, LlamaForCausalLM) and model.model.run_layers is not None:
-        model.model.run_layers.close()
-        model.model.run_layers = None
-
-
 def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> dict[str, Any]:
     return {
         "rank": subspace.rank,

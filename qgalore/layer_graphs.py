@@ -15,8 +15,10 @@ pass from Python that time, over what the graph of the forward pass has saved.
 The autograd graphs of the captured forward passes are kept, so that a layer's backward pass can be captured or run at
 any time; the activations lie at fixed addresses, and no more of them than one forward pass needs.
 
-On several ranks the sum of a layer's gradients is under way while the layer below runs its backward pass: the updates
-of a layer are part of the graph of the layer below.
+On several ranks the sum of a layer's gradients is under way while the layer above is updated and the layer below runs
+its backward pass. Gradients and updates of a layer are then two graphs, and the sum is part of neither: all kernels of
+a graph are slower where another stream takes part in it, and NCCL waits for graphs that hold its sums, forever, when a
+process takes its leave.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import adam
-from qgalore.full_rank_weight import FullRankWeight
 from qgalore.optimizer import LowRankAdamW
 from qgalore.rank_sum import RankSum
 
@@ -82,12 +83,6 @@ class LayerGraphs:
             return contextlib.nullcontext()
         return self._captured.memory()
 
-    def close(self) -> None:
-        """Give up the graphs. NCCL waits for those that hold its sums, forever, when a process takes its leave."""
-        if self._captured is not None:
-            self._captured.close()
-            self._captured = None
-
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
@@ -121,12 +116,14 @@ class _Step(torch.autograd.Function):
         return ctx.stack.backward(grad_output), None
 
 
-class _Stack:
-    """The layers for one step, run from Python in the order in which the graphs have it.
+Memory = contextlib.AbstractContextManager[None]
+Work = Callable[[int, Memory], None]
+"""work(layer, memory) launches a part of the backward pass of a layer, which allocates in that memory."""
+_ANY_MEMORY: Memory = contextlib.nullcontext()
 
-    Stage i of the backward pass is that of layer i, and the updates of layer i + `lag` if they are made at once. The
-    lag is 0 on one rank, and 1 on several, whose sum of the gradients of layer i + 1 takes place in between.
-    """
+
+class _Stack:
+    """The layers for one step, run from Python in the order in which the graphs have it."""
 
     def __init__(
         self, layers: list[nn.Module], run: RunLayer, optimizer: LowRankAdamW, constants: tuple[Tensor, ...]
@@ -135,9 +132,10 @@ class _Stack:
         self._weights = [optimizer.weights_of(layer) for layer in layers]
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
-        self._messages: list[RankSum | None] = [None] * len(layers)
+        self._messages: dict[int, RankSum] = {}
+        """The gradients of layers on their way over the ranks."""
         self._at_once = optimizer.updates_at_once
-        self._lag = int(self._at_once and optimizer.sums_over_ranks)
+        self._sends = self._at_once and optimizer.sums_over_ranks
         self._grad = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,13 +148,8 @@ class _Stack:
         """The gradient of the first layer's input; all weights of all layers are updated on the way."""
         self._inputs.pop()
         self._grad = grad
-        for stage in self._stages():
-            self._run_stage(stage)
-            self._finish_stage(stage)
+        self._run_backward()
         return self._grad
-
-    def _stages(self) -> Iterator[int]:
-        return reversed(range(-self._lag, len(self._layers)))
 
     def _run_forward(self) -> None:
         with torch.enable_grad():
@@ -164,26 +157,41 @@ class _Stack:
                 self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
-    def _run_stage(self, stage: int) -> None:
-        if not self._at_once:
-            self._backward_of_layer(stage)
-            return
-        updated = stage + self._lag
-        updates = updated < len(self._layers)
-        message = self._messages[updated] if updates and self._lag else None
-        if message is not None:
-            message.start()
-        if stage >= 0:
-            self._backward_of_layer(stage)
-            self._messages[stage] = self._optimizer.message_of(self._weights[stage], self._buffer_of(stage))
-        if updates:
-            self._optimizer.complete(self._weights[updated], message)
-            self._messages[updated] = None
+    def _run_backward(self) -> None:
+        for index in reversed(range(len(self._layers))):
+            self._perform(self._gradients, index)
+            if self._sends:
+                self._messages[index].start()
+                self._finish(index + 1)
+            elif not self._at_once:
+                self._optimizer.gradients_ready(self._weights[index])
+        self._finish(0)
 
-    def _finish_stage(self, stage: int) -> None:
-        """What is never part of a graph."""
-        if not self._at_once:
-            self._optimizer.gradients_ready(self._weights[stage])
+    def _finish(self, index: int) -> None:
+        """Update a layer whose gradients are on their way, if they are."""
+        if index in self._messages:
+            self._messages[index].wait()
+            self._perform(self._updates, index)
+            del self._messages[index]
+
+    def _perform(self, work: Work, index: int) -> None:
+        work(index, _ANY_MEMORY)
+
+    def _gradients(self, index: int, memory: Memory) -> None:
+        """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
+        with memory:
+            self._backward_of_layer(index)
+            if self._at_once and not self._sends:
+                self._optimizer.complete(self._weights[index], None)
+        if self._sends:
+            # Not there: it is still needed when graphs write over their memory.
+            message = self._optimizer.message_of(self._weights[index], self._buffer_of(index))
+            assert message is not None
+            self._messages[index] = message
+
+    def _updates(self, index: int, memory: Memory) -> None:
+        with memory:
+            self._optimizer.complete(self._weights[index], self._messages[index])
 
     def _backward_of_layer(self, index: int) -> None:
         """From the gradient of the layer's output to that of its input, which takes its place."""
@@ -223,7 +231,7 @@ class _CapturedStack(_Stack):
         self._pool: Any = torch.cuda.graph_pool_handle()
         adam.make_tables(x.device)  # which `memory` must not hold
         self._buffers = self._message_buffers(x)
-        self._sent: list[RankSum | None] = [None] * len(layers)
+        self._sent: dict[int, RankSum] = {}
         """The message that a layer's graph makes."""
         count = sum(map(len, self._weights))
         self._numbers = torch.zeros(count, 6, dtype=torch.int32, device=x.device)
@@ -240,12 +248,7 @@ class _CapturedStack(_Stack):
         self._grads = [self._outputs[-1].data, torch.empty_like(x)]
         if len(layers) % 2:
             self._grads.reverse()
-        self._stage_graphs: dict[int, torch.cuda.CUDAGraph] = {}
-
-    def close(self) -> None:
-        """Let nothing be left of the graphs, whoever still refers to them."""
-        for graph in (self._forward_graph, *self._stage_graphs.values()):
-            graph.reset()
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def serves(self, x: Tensor) -> bool:
         """Whether the graphs are those of a step like the one that begins."""
@@ -276,35 +279,33 @@ class _CapturedStack(_Stack):
         """See `_Stack`; layers in which a subspace is refreshed run from Python."""
         self._write_numbers()
         self._grads[len(self._layers) % 2].copy_(grad)
-        for stage in self._stages():
-            updated = stage + self._lag
-            layers = {index for index in (stage, updated) if 0 <= index < len(self._layers)}
-            if any(weight.changes_subspace for index in layers for weight in self._weights[index]):
-                with self.memory():
-                    self._run_stage(stage)
-            else:
-                self._replay_stage(stage, self._weights[updated] if updated in layers else [])
-            self._finish_stage(stage)
+        self._run_backward()
         return self._grads[0]
 
-    def _replay_stage(self, stage: int, weights: list[FullRankWeight]) -> None:
-        """A stage by its graph, which adds to the gradients of `weights` or updates them."""
-        graph = self._stage_graphs.get(stage)
-        if graph is None:
-            self._numbers_in_use(True)
-            graph = self._stage_graphs[stage] = self._capture(functools.partial(self._run_stage, stage))
-            self._numbers_in_use(False)
-            if stage >= 0:
-                self._sent[stage] = self._messages[stage]
+    def _perform(self, work: Work, index: int) -> None:
+        if any(weight.changes_subspace for weight in self._weights[index]):
+            work(index, self.memory())
         else:
-            if stage >= 0:
-                self._messages[stage] = self._sent[stage]
-            for weight in weights:
+            self._replay(work, index)
+
+    def _replay(self, work: Work, index: int) -> None:
+        """A part of a layer's backward pass by its graph."""
+        key, only_sends = (work.__name__, index), self._sends and work == self._gradients
+        if key not in self._graphs:
+            self._numbers_in_use(True)
+            self._graphs[key] = self._capture(functools.partial(work, index, _ANY_MEMORY))
+            self._numbers_in_use(False)
+            if only_sends:
+                self._sent[index] = self._messages[index]
+        elif only_sends:
+            self._messages[index] = self._sent[index]
+        else:
+            for weight in self._weights[index]:
                 if self._at_once:
                     weight.count_replayed_update()
                 else:
                     weight.count_replayed_sum()
-        graph.replay()
+        self._graphs[key].replay()
 
     def _backward_of_layer(self, index: int) -> None:
         given, wanted = self._grads[(index + 1) % 2], self._grads[index % 2]
@@ -313,7 +314,7 @@ class _CapturedStack(_Stack):
     def _message_buffers(self, x: Tensor) -> list[Tensor]:
         """Two places for the messages of the layers in turn, in the dtype of one micro-batch; none on one rank."""
         sizes = [sum(weight.values_to_sum for weight in weights) for weights in self._weights]
-        return [x.new_empty(max(sizes)) for _ in range(2)] if self._lag else []
+        return [x.new_empty(max(sizes)) for _ in range(2)] if self._sends else []
 
     def _buffer_of(self, index: int) -> Tensor | None:
         return self._buffers[index % 2] if self._buffers else None

@@ -46,10 +46,14 @@ class RankSum:
         """Send the message; what is launched afterwards does not wait for it."""
         self._waiting = self._all_reduce(self.message)
 
-    def summed(self) -> list[list[Tensor]]:
-        """The sums, in the shape of the parts, as views of the message; later work waits for them."""
+    def wait(self) -> None:
+        """Let later work wait for the sums."""
         if self._waiting is not None:
             self._waiting.wait()
             self._waiting = None
+
+    def summed(self) -> list[list[Tensor]]:
+        """The sums, in the shape of the parts, as views of the message; later work waits for them."""
+        self.wait()
         pieces = iter(self.message.split(self._sizes))
         return [[next(pieces).view(shape) for shape in shapes] for shapes in self._shapes]

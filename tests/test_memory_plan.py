@@ -456,8 +456,9 @@ def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None
         assert plan.passing[backward] == ordinary.passing[backward] + hidden
     else:  # the gradients of gate and up are not written over what was saved
         assert plan.passing[backward] > plan.activations + 2 * (16 * 256 * 5461 * 2 + hidden)
-    # Four matrices of 2048 x 2048 and three of 2048 x 5461 at rank 128, and two norms: messages in bfloat16.
-    messages = 2 * 2 * (128 * (4 * 2048 + 3 * 5461) + 2 * 2048)
+    # Four matrices of 2048 x 2048 and three of 2048 x 5461 at rank 128, and two norms: two messages in bfloat16, and
+    # one with the sketches of seven matrices.
+    messages = 2 * (3 * (128 * (4 * 2048 + 3 * 5461) + 2 * 2048) + 128 * 7 * 2048)
     ranks = plan_memory(config, dataclasses.replace(graphs, ranks=2))
     assert ranks.overhead["memory of CUDA graphs"] == hidden + messages
 
