@@ -7,6 +7,7 @@ torch's AdamW on bfloat16 weights loses every update smaller than 1/512 of a wei
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -103,9 +104,14 @@ class LibraryOptimizer:
         return [param for group in self.param_groups for param in group["params"]]
 
     def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
+        optimizer = weakref.ref(self)  # a hook that held it would keep it, and the weights, forever
+
         def hook(param: Tensor) -> None:
-            if self.is_last_micro_batch and param.grad is not None and (waiting := all_reduce(param.grad)) is not None:
-                waiting.wait()
+            owner = optimizer()
+            if owner is not None and owner.is_last_micro_batch and param.grad is not None:
+                waiting = all_reduce(param.grad)
+                if waiting is not None:
+                    waiting.wait()
 
         return hook
 

@@ -11,6 +11,7 @@ autograd cannot give a gradient, train at all.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -128,13 +129,13 @@ class LowRankAdamW(Optimizer):
             weight = self._weights.get(module.weight) if isinstance(module, LowRankLinear) else None
             if weight is not None and isinstance(module, LowRankLinear):
                 weight.layer, weight.name = module, name
-                module.attach(weight).register_post_accumulate_grad_hook(self._anchor_hook(weight))
+                module.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
         names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         for param, weight in self._weights.items():
             if weight.layer is None:
                 weight.name = names.get(param, weight.name)
                 if param.requires_grad:
-                    self._hooks.append(param.register_post_accumulate_grad_hook(self._grad_hook(weight)))
+                    self._hooks.append(param.register_post_accumulate_grad_hook(self._hook(weight)))
             weight.check()
 
     def detach(self) -> None:
@@ -147,20 +148,24 @@ class LowRankAdamW(Optimizer):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _anchor_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
-        def hook(anchor: Tensor) -> None:
-            anchor.grad = None
-            self.gradients_ready([weight])
+    def _hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
+        """For the anchor of a layer, or for a parameter that autograd gives its gradient.
 
-        return hook
+        Python's garbage collector does not see what holds a hook: one that held its optimizer would keep it, and with
+        it every weight, for as long as the process lives.
+        """
+        optimizer, watched = weakref.ref(self), weakref.ref(weight)
 
-    def _grad_hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
-        def hook(param: Tensor) -> None:
-            assert param.grad is not None
-            grad, param.grad = param.grad, None
-            with torch.no_grad():
-                weight.accumulate_full(grad)
-            self.gradients_ready([weight])
+        def hook(tensor: Tensor) -> None:
+            owner, weight = optimizer(), watched()
+            if owner is None or weight is None:
+                return
+            grad, tensor.grad = tensor.grad, None
+            if weight.layer is None:
+                assert grad is not None
+                with torch.no_grad():
+                    weight.accumulate_full(grad)
+            owner.gradients_ready([weight])
 
         return hook
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -276,3 +278,17 @@ def test_gradients_do_not_outlive_the_update(small: SmallRun, name: str) -> None
     train(model, optimizer, range(1))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert optimizer.grad_norm().isfinite()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_keeps_the_weights_of_a_training_that_is_over(small: SmallRun, name: str) -> None:
+    """A run that goes back to its newest checkpoint builds another model and optimizer on the same device."""
+
+    def trained() -> list[weakref.ref[Any]]:
+        model, optimizer = build(small, lambda gradient: None, **flags_of(name))
+        train(model, optimizer, range(1))
+        return [weakref.ref(optimizer), *(weakref.ref(param) for param in model.parameters())]
+
+    left = trained()
+    gc.collect()
+    assert not [found for found in left if found() is not None]
