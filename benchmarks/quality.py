@@ -1,34 +1,46 @@
 """Perplexity of named settings on a fixed token set: each is trained by the real `run_pretrain.py`.
 
-    python -m benchmarks.quality --tokens DIR --settings adamw_tuned,q_galore_streaming --seeds 0,1,2 --parallel 3
+    python -m benchmarks.quality --tokens DIR --settings adamw_tuned,q_galore_streaming --seeds 0,1,2
+    python -m benchmarks.quality --tokens DIR --runs benchmarks/open_runs.txt --gpus 0,1 --parallel 2
     python -m benchmarks.quality --plot frontier.png
 
 DIR holds `train.uint16` and `validation.uint16` (`scripts/tokenize_dataset.py` writes such a folder). One row a run
 goes to `benchmarks/results/quality.csv`, with the perplexity on DIR's validation tokens, by which settings are chosen,
 and on those of `--c4_tokens`, which is only reported. Bytes are those of the plan (`--dry_run`). The setting:
 LLaMA-60M, 65,536 tokens an update, sequences of 256, cosine to 10 % after 10 % of warm-up, clipping at 1.
+
+Runs are made by workers, processes that train one run after the other: a start of PyTorch and a compilation take as
+long as a third of a run of 60M. A line of `--runs` has flags of this program that are added to those of the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import gc
+import io
 import json
+import os
 import platform
-import re
+import queue
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
+import torch._dynamo
 
 import run_pretrain
 from benchmarks.models import config_path
+from benchmarks.quality_plot import plot
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.args import RunArgs, parse_args
 from peft_pretraining.checkpoint import load_checkpoint
@@ -39,9 +51,6 @@ from peft_pretraining.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.model_config import LlamaConfig
 
-_HIGHEST = 1.35
-"""Perplexities that a picture has room for, as a multiple of the lowest."""
-BYTES = ("weights_gb", "states_gb", "gradients_gb")
 QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--recipe", "paper"]
 LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update_proj_gap", "200"]
@@ -71,24 +80,77 @@ SETTINGS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+class Run(NamedTuple):
+    """One training."""
+
+    setting: str
+    seed: int
+    argv: list[str]
+    """The flags of this program that it is made by."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the settings asked for with every seed, and append a row for each run as soon as it has ended."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     args = parser.parse_args(argv)
-    drawn_only = removed_settings(Path(args.results)) if args.plot and not args.tokens else []
-    unknown = sorted(set(args.settings.split(",")) - {*SETTINGS, *drawn_only})
-    if unknown:
-        parser.error(f"--settings {','.join(unknown)}: there are {', '.join([*SETTINGS, *drawn_only])}")
+    if args.worker:
+        answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+        work(sys.stdin, answers)
+        return
     if not args.tokens and not args.plot:
         parser.error("--tokens is missing: a folder with train and validation token files (or give --plot alone)")
+    runs = runs_of(argv, parser)
     if args.tokens:
-        runs = [(name, int(seed)) for name in args.settings.split(",") for seed in args.seeds.split(",")]
-        with ThreadPoolExecutor(args.parallel) as pool:
-            for done in as_completed([pool.submit(measure, name, seed, args) for name, seed in runs]):
-                print(json.dumps(done.result()), flush=True)
-                append_row(Path(args.results), done.result())
+        train(runs, args.gpus.split(",") * args.parallel, Path(args.results))
     if args.plot:
         plot(Path(args.results), Path(args.plot), args.model, args.updates, args.settings.split(","))
+
+
+def train(runs: Sequence[Run], gpus: Sequence[str], results: Path) -> None:
+    """Make the runs by a worker for each entry of `gpus`; raises SystemExit at the end if some have failed."""
+    idle: queue.Queue[Worker] = queue.Queue()
+    failures: list[str] = []
+
+    def made_by_any(run: Run) -> dict[str, object]:
+        worker = idle.get()
+        try:
+            return worker.row_of(run)
+        finally:
+            idle.put(worker)
+
+    with contextlib.ExitStack() as stack:
+        for gpu in gpus:
+            idle.put(stack.enter_context(Worker(gpu)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(gpus)))
+        for done in as_completed([pool.submit(made_by_any, run) for run in runs]):
+            row = done.result()
+            if "failed" in row:
+                failures.append(str(row["failed"]))
+                continue
+            print(json.dumps(row), flush=True)
+            append_row(results, row)
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+def runs_of(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Run]:
+    """What a command asks for, line by line if it has `--runs`; a name that does not exist ends the program."""
+    args = parser.parse_args(argv)
+    lines: list[list[str]] = [[]]
+    if args.runs:
+        lines = [flags for line in Path(args.runs).read_text().splitlines() if (flags := shlex.split(line, True))]
+    runs = []
+    for line in lines:
+        own = [*argv, *line]
+        args = parser.parse_args(own)
+        drawn_only = removed_settings(Path(args.results)) if args.plot and not args.tokens else []
+        unknown = sorted(set(args.settings.split(",")) - {*SETTINGS, *drawn_only})
+        if unknown:
+            parser.error(f"--settings {','.join(unknown)}: there are {', '.join([*SETTINGS, *drawn_only])}")
+        runs += [Run(name, int(seed), own) for name in args.settings.split(",") for seed in args.seeds.split(",")]
+    return runs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,7 +168,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=int, default=256, help="sequences of 256 tokens an update")
     parser.add_argument("--batch_size", type=int, default=256, help="sequences in a micro-batch")
     parser.add_argument("--seeds", default="0", help="seeds of weights, data order and rounding, separated by commas")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", help="file whose lines have more flags, one study each; # begins a comment")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each GPU")
+    parser.add_argument("--gpus", default="", help="numbers of the GPUs, separated by commas (default: the first)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/quality.csv"), help="CSV to append to")
     parser.add_argument(
@@ -127,21 +192,68 @@ def flags_of_run(name: str, seed: int, args: argparse.Namespace) -> list[str]:
     return [*flags, "--wandb_mode", "off", "--save_every", "0", *SETTINGS[name], *args.extra.split()]
 
 
-def measure(name: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
-    """Train one setting and read its metrics."""
-    flags = flags_of_run(name, seed, args)
+class Worker:
+    """A process that trains one run after another, on a GPU of its own choice if it is given none."""
+
+    def __init__(self, gpu: str = "") -> None:
+        """gpu: its number, or nothing."""
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        command = [sys.executable, "-m", "benchmarks.quality", "--worker"]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def row_of(self, run: Run) -> dict[str, object]:
+        """Train, and give the row, or `failed` with what the run printed."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(run) + "\n")
+            self._process.stdin.flush()
+        answer: dict[str, object] = json.loads(self._process.stdout.readline() or '{"failed": "its worker has ended"}')
+        if "failed" in answer:
+            answer["failed"] = f"{run.setting} with seed {run.seed} failed: {answer['failed']}"
+        return answer
+
+
+def work(asked: Iterable[str], answers: TextIO) -> None:
+    """Train what each line asks for and answer with a line; what a run prints is kept for the case that it fails."""
+    for line in asked:
+        run, printed = Run(*json.loads(line)), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                answer = measure(run)
+            except (Exception, SystemExit):
+                answer = {"failed": printed.getvalue()[-3000:] + traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+        torch._dynamo.reset()  # of another model it would compile the same function again, and that only a few times
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def measure(run: Run) -> dict[str, object]:
+    """Train and read the metrics."""
+    args = build_parser().parse_args(run.argv)
+    flags = flags_of_run(run.setting, run.seed, args)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [sys.executable, "run_pretrain.py", *flags, "--save_dir", folder]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        if run_pretrain.main([*flags, "--save_dir", folder]):
+            raise SystemExit("run_pretrain.py has refused it")
         seconds = time.perf_counter() - start
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        run = parse_args([*flags, "--save_dir", folder, "--compile", "off"])
-        c4 = round(perplexity_on(args.c4_tokens, run), 3) if args.c4_tokens else ""
-    row = summarize(name, seed, args, lines, seconds) | {"c4_perplexity": c4}
-    return row | planned_bytes(run)
+        of_run = parse_args([*flags, "--save_dir", folder, "--compile", "off"])
+        c4 = round(perplexity_on(args.c4_tokens, of_run), 3) if args.c4_tokens else ""
+    row = summarize(run.setting, run.seed, args, lines, seconds) | {"c4_perplexity": c4}
+    return row | planned_bytes(of_run)
 
 
 def perplexity_on(tokens: str, run: RunArgs) -> float:
@@ -200,92 +312,10 @@ def summarize(
     }
 
 
-class Point(NamedTuple):
-    """The runs of one setting with the same flags; of a seed that has run again the newest."""
-
-    mean: float
-    """Of the perplexities of its seeds."""
-    size: float
-    """GB of weights, states and gradients."""
-    setting: str
-    rank: str
-    """And the bits of weights, if they are not 8; what the flags say of both."""
-    seeds: list[float]
-
-
 def removed_settings(results: Path) -> list[str]:
     """Names that a results file has rows of and `SETTINGS` has not."""
     with results.open(newline="") as file:
         return [name for name in dict.fromkeys(row["setting"] for row in csv.DictReader(file)) if name not in SETTINGS]
-
-
-def read_points(results: Path, model: str, updates: int, settings: Sequence[str]) -> list[Point]:
-    """Those of a model and a length with known bytes, the best first."""
-    runs: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
-    with results.open(newline="") as file:
-        for row in csv.DictReader(file):
-            wanted = (row["model"], row["updates"]) == (model, str(updates)) and row["setting"] in settings
-            if wanted and row["weights_gb"]:
-                runs.setdefault((row["setting"], row["flags"]), {})[row["seed"]] = row
-    points = []
-    for (setting, flags), by_seed in runs.items():
-        rows = list(by_seed.values())
-        seeds = [float(row["perplexity"]) for row in rows]
-        told = [f"rank {rank}" for rank in re.findall(r"--rank (\d+)", flags)[-1:]]
-        told += ["INT4 weights"] * ("--weight_bits 4" in flags)
-        size = sum(float(rows[0][name]) for name in BYTES)
-        points.append(Point(sum(seeds) / len(seeds), size, setting, ", ".join(told), seeds))
-    return sorted(points)
-
-
-def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one undercuts in perplexity with as few bytes, by bytes."""
-    return sorted(
-        (point for point in points if all(other.mean >= point.mean or other.size > point.size for other in points)),
-        key=lambda point: point.size,
-    )
-
-
-def plot(results: Path, picture: Path, model: str, updates: int, settings: Sequence[str] = tuple(SETTINGS)) -> None:
-    """Perplexity of settings against the bytes of weights, states and gradients.
-
-    A point is the mean of a setting's seeds with the same flags, a bar their range. The frontier of a setting is a line
-    in its colour with the ranks; other flags are grey. The axis of bytes is cut where nothing is. What is too high for
-    the picture is at its top, with its perplexity.
-    """
-    from matplotlib import pyplot
-
-    points = read_points(results, model, updates, settings)
-    if not points:
-        raise SystemExit(f"{results} has no run of --model {model} over --updates {updates} with these --settings")
-    sizes = sorted({point.size for point in points})
-    gap = max(range(len(sizes)), key=lambda index: sizes[index] - sizes[max(0, index - 1)])
-    parts = [part for part in (sizes[:gap], sizes[gap:]) if part]
-    figure, axes = pyplot.subplots(
-        1, len(parts), sharey=True, squeeze=False, figsize=(9, 5), width_ratios=[3, 1][: len(parts)]
-    )
-    top = _HIGHEST * points[0].mean
-    for number, setting in enumerate(dict.fromkeys(point.setting for point in points)):
-        own = [point for point in points if point.setting == setting]
-        best = frontier(own)
-        label = f"{setting}: {own[0].mean:.1f}" + (f" ({len(own[0].seeds)} seeds)" if len(own[0].seeds) > 1 else "")
-        spread = [[p.mean - min(p.seeds) for p in best], [max(p.seeds) - p.mean for p in best]]
-        x, y = [p.size for p in best], [min(p.mean, top) for p in best]
-        others = [p for p in own if p not in best and p.mean <= top]
-        for part in axes[0]:
-            part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
-            part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
-            for p, height in zip(best, y, strict=True):
-                told = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
-                part.annotate(told, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
-    for part, within in zip(axes[0], parts, strict=True):
-        margin = 0.2 * (within[-1] - within[0]) or 0.02
-        part.set_xlim(within[0] - margin, within[-1] + margin)
-    axes[0][0].set_xlabel("weights, optimizer states and gradients, GB")
-    axes[0][0].set_ylabel(f"perplexity, {model}, {updates} updates")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(picture, bbox_inches="tight", dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import quality
-from benchmarks.rows import append_row
+from benchmarks import quality, quality_plot
+from benchmarks.rows import ROOT, append_row
 from peft_pretraining.args import parse_args
 
 SMALL = ["--model", "9m", "--updates", "2", "--sequences", "2", "--batch_size", "1", "--device", "cpu"]
@@ -34,15 +34,29 @@ def test_runs_give_rows_and_rows_a_picture(tmp_path: Path) -> None:
     bench, c4 = token_folder(tmp_path / "bench", 0), token_folder(tmp_path / "c4", 1)
     argv = ["--tokens", bench, *SMALL, "--settings", "q_galore_streaming", "--results", str(results)]
     argv += ["--extra=--rank 64 --eval_tokens 2000"]
-    quality.main([*argv, "--c4_tokens", c4, "--seeds", "0,1", "--parallel", "2"])
+    quality.main([*argv, "--c4_tokens", c4, "--seeds", "1,0"])
     # On the run's own validation tokens its checkpoint has the perplexity that the run gave.
-    quality.main([*argv, "--c4_tokens", bench, "--plot", str(picture)])
-    first, second, again = sorted(rows_of(results)[:2], key=lambda row: row["seed"]) + rows_of(results)[2:]
-    assert (first["seed"], second["seed"], again["seed"]) == ("0", "1", "0")
-    assert first["perplexity"] == again["perplexity"] != second["perplexity"]
+    runs = tmp_path / "runs.txt"
+    runs.write_text("# again\n--seeds 0\n\n--updates 3 --extra '--rank 32 --eval_tokens 2000'  # longer\n")
+    quality.main([*argv, "--c4_tokens", bench, "--plot", str(picture), "--runs", str(runs), "--parallel", "2"])
+    other, first, *rest = rows_of(results)
+    again, longer = sorted(rest, key=lambda row: row["updates"])
+    assert [row["seed"] for row in (other, first, again, longer)] == ["1", "0", "0", "0"]
+    assert first["perplexity"] == again["perplexity"] != other["perplexity"], "who trained before leaves no trace"
+    assert (longer["updates"], longer["flags"].split()[-4:]) == ("3", ["--rank", "32", "--eval_tokens", "2000"])
     assert float(again["c4_perplexity"]) == pytest.approx(float(again["perplexity"]), rel=1e-4)
     assert first["c4_perplexity"] != again["c4_perplexity"] and float(first["c4_perplexity"]) > 1000
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_fails_says_why_and_spoils_no_other(tmp_path: Path) -> None:
+    results, runs = tmp_path / "quality.csv", tmp_path / "runs.txt"
+    argv = ["--tokens", token_folder(tmp_path / "bench", 0), *SMALL, "--settings", "q_galore_streaming"]
+    runs.write_text("--extra '--rank 999'\n--extra '--rank 64 --eval_tokens 2000'\n")
+    with pytest.raises(SystemExit) as failure:
+        quality.main([*argv, "--results", str(results), "--runs", str(runs)])
+    assert "q_galore_streaming with seed 0 failed: " in str(failure.value) and "--rank is 999" in str(failure.value)
+    assert [row["flags"].split()[-3] for row in rows_of(results)] == ["64"]
 
 
 def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
@@ -63,6 +77,16 @@ def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
 def test_every_setting_parses(name: str, tmp_path: Path) -> None:
     args = quality.build_parser().parse_args(["--tokens", token_folder(tmp_path / "bench", 0)])
     parse_args([*quality.flags_of_run(name, 0, args), "--save_dir", str(tmp_path / "run")])
+
+
+def test_the_runs_that_are_open_parse(tmp_path: Path) -> None:
+    parser = quality.build_parser()
+    argv = ["--tokens", token_folder(tmp_path / "bench", 0), "--runs", str(ROOT / "benchmarks/open_runs.txt")]
+    runs = quality.runs_of(argv, parser)
+    assert len(runs) > len({run.setting for run in runs}) > 1
+    for run in runs:
+        flags = quality.flags_of_run(run.setting, run.seed, parser.parse_args(run.argv))
+        parse_args([*flags, "--save_dir", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize(
@@ -102,13 +126,13 @@ ROWS = [
 
 
 def rows_to_plot(path: Path) -> Path:
-    columns = ("model", "updates", "setting", "flags", "seed", "perplexity", *quality.BYTES)
+    columns = ("model", "updates", "setting", "flags", "seed", "perplexity", *quality_plot.BYTES)
     path.write_text("\n".join(",".join(map(str, row)) for row in [columns, *ROWS]) + "\n")
     return path
 
 
 def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> None:
-    points = quality.read_points(rows_to_plot(tmp_path / "quality.csv"), "60m", 800, ["adamw", "muon"])
+    points = quality_plot.read_points(rows_to_plot(tmp_path / "quality.csv"), "60m", 800, ["adamw", "muon"])
     assert [(point.mean, point.size, point.setting, point.rank) for point in points] == [
         (48.0, 7.0, "adamw", ""),
         (50.0, 7.0, "adamw", ""),
@@ -118,7 +142,7 @@ def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> 
         (71.0, 3.0, "muon", "rank 9"),
     ]
     assert points[2].seeds == [50.0, 52.0]
-    assert [point.mean for point in quality.frontier(points)] == [70.0, 60.0, 51.0, 48.0]
+    assert [point.mean for point in quality_plot.frontier(points)] == [70.0, 60.0, 51.0, 48.0]
 
 
 @pytest.fixture
@@ -141,12 +165,12 @@ def test_the_plot_draws_the_frontier_of_each_setting(
     tmp_path: Path, drawn: list[tuple[object, object, object]]
 ) -> None:
     results = rows_to_plot(tmp_path / "quality.csv")
-    quality.plot(results, tmp_path / "plot.png", "60m", 800)
+    quality_plot.plot(results, tmp_path / "plot.png", "60m", 800, ["adamw", "muon"])
     # Twice, for the two parts of the axis; 70 is beyond the top.
     top = 1.35 * 48
     assert drawn[::2] == [([7.0], [48.0], "adamw: 48.0"), ([2.0, 3.0, 5.0], [top, 60.0, 51.0], "muon: 51.0 (2 seeds)")]
     with pytest.raises(SystemExit, match="no run of --model 60m over --updates 7"):
-        quality.plot(results, tmp_path / "plot.png", "60m", 7)
+        quality_plot.plot(results, tmp_path / "plot.png", "60m", 7, ["adamw", "muon"])
 
 
 def test_rows_of_settings_that_are_gone_can_be_drawn(

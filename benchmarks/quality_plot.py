@@ -1,0 +1,95 @@
+"""The picture of the study of perplexity: a frontier of perplexity against bytes for each setting."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_HIGHEST = 1.35
+"""Perplexities that a picture has room for, as a multiple of the lowest."""
+BYTES = ("weights_gb", "states_gb", "gradients_gb")
+
+
+class Point(NamedTuple):
+    """The runs of one setting with the same flags; of a seed that has run again the newest."""
+
+    mean: float
+    """Of the perplexities of its seeds."""
+    size: float
+    """GB of weights, states and gradients."""
+    setting: str
+    rank: str
+    """And the bits of weights, if they are not 8; what the flags say of both."""
+    seeds: list[float]
+
+
+def read_points(results: Path, model: str, updates: int, settings: Sequence[str]) -> list[Point]:
+    """Those of a model and a length with known bytes, the best first."""
+    runs: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    with results.open(newline="") as file:
+        for row in csv.DictReader(file):
+            wanted = (row["model"], row["updates"]) == (model, str(updates)) and row["setting"] in settings
+            if wanted and row["weights_gb"]:
+                runs.setdefault((row["setting"], row["flags"]), {})[row["seed"]] = row
+    points = []
+    for (setting, flags), by_seed in runs.items():
+        rows = list(by_seed.values())
+        seeds = [float(row["perplexity"]) for row in rows]
+        told = [f"rank {rank}" for rank in re.findall(r"--rank (\d+)", flags)[-1:]]
+        told += ["INT4 weights"] * ("--weight_bits 4" in flags)
+        size = sum(float(rows[0][name]) for name in BYTES)
+        points.append(Point(sum(seeds) / len(seeds), size, setting, ", ".join(told), seeds))
+    return sorted(points)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one undercuts in perplexity with as few bytes, by bytes."""
+    return sorted(
+        (point for point in points if all(other.mean >= point.mean or other.size > point.size for other in points)),
+        key=lambda point: point.size,
+    )
+
+
+def plot(results: Path, picture: Path, model: str, updates: int, settings: Sequence[str]) -> None:
+    """Perplexity of settings against the bytes of weights, states and gradients.
+
+    A point is the mean of a setting's seeds with the same flags, a bar their range. The frontier of a setting is a line
+    in its colour with the ranks; other flags are grey. The axis of bytes is cut where nothing is. What is too high for
+    the picture is at its top, with its perplexity.
+    """
+    from matplotlib import pyplot
+
+    points = read_points(results, model, updates, settings)
+    if not points:
+        raise SystemExit(f"{results} has no run of --model {model} over --updates {updates} with these --settings")
+    sizes = sorted({point.size for point in points})
+    gap = max(range(len(sizes)), key=lambda index: sizes[index] - sizes[max(0, index - 1)])
+    parts = [part for part in (sizes[:gap], sizes[gap:]) if part]
+    figure, axes = pyplot.subplots(
+        1, len(parts), sharey=True, squeeze=False, figsize=(9, 5), width_ratios=[3, 1][: len(parts)]
+    )
+    top = _HIGHEST * points[0].mean
+    for number, setting in enumerate(dict.fromkeys(point.setting for point in points)):
+        own = [point for point in points if point.setting == setting]
+        best = frontier(own)
+        label = f"{setting}: {own[0].mean:.1f}" + (f" ({len(own[0].seeds)} seeds)" if len(own[0].seeds) > 1 else "")
+        spread = [[p.mean - min(p.seeds) for p in best], [max(p.seeds) - p.mean for p in best]]
+        x, y = [p.size for p in best], [min(p.mean, top) for p in best]
+        others = [p for p in own if p not in best and p.mean <= top]
+        for part in axes[0]:
+            part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
+            part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
+            for p, height in zip(best, y, strict=True):
+                told = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
+                part.annotate(told, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
+    for part, within in zip(axes[0], parts, strict=True):
+        margin = 0.2 * (within[-1] - within[0]) or 0.02
+        part.set_xlim(within[0] - margin, within[-1] + margin)
+    axes[0][0].set_xlabel("weights, optimizer states and gradients, GB")
+    axes[0][0].set_ylabel(f"perplexity, {model}, {updates} updates")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(picture, bbox_inches="tight", dpi=120)
+    pyplot.close(figure)
