@@ -297,7 +297,10 @@ class LowRankWeight(FullRankWeight):
             seed = self._seed(_RANGE_FINDER) if self.group["svd_method"] == "randomized" else None
             fitted = subspace.fit_svd(full, self.group["rank"], side, seed)
             self._fit_failed |= fitted is None
-            bases[side] = self._stored(side) if fitted is None else self._encode(fitted)
+            stored = self._stored(side)
+            bases[side] = (
+                stored if fitted is None else self._encode(subspace.with_signs_of(fitted, self._decode(stored)))
+            )
         return bases
 
     def _decode(self, basis: Tensor | QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -133,6 +133,15 @@ def fit_svd(grad: Tensor, rank: int, side: str, seed: int | None = None) -> Tens
     return vectors.T.contiguous()
 
 
+def with_signs_of(basis: Tensor, old_basis: Tensor) -> Tensor:
+    """The rows of `basis` (rank, d), turned so that none points away from the same row of the old basis.
+
+    A singular vector is one only up to its sign, which a solver's last bits decide. Moments that stay when the basis
+    changes belong to the old vectors: where a direction has stayed, so should its sign.
+    """
+    return torch.where((basis * old_basis).sum(1, keepdim=True) < 0, -basis, basis)
+
+
 def _left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The top `rank` left singular vectors of M (d, other) as columns (d, rank), float32.
 

@@ -612,6 +612,28 @@ def trained_weight(**group: Any) -> tuple[nn.Parameter, LowRankAdamW, LowRankWei
     return parameter, optimizer, weight
 
 
+@pytest.mark.parametrize("name", ["galore", "qgalore8bit"])
+def test_an_svd_with_other_signs_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments that are not rotated belong to the old vectors, whose signs a solver chooses anew each time."""
+    fit, calls = subspace.fit_svd, 0
+
+    def fit_svd(*args: Any) -> Tensor | None:
+        nonlocal calls
+        calls, basis = calls + 1, fit(*args)
+        signs = torch.randn(4, 1, generator=torch.Generator().manual_seed(calls)).sign()
+        return basis if basis is None or calls <= 3 else basis * signs
+
+    nets = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(subspace, "fit_svd", fit_svd)
+        net, optimizer = build(name, options={"lr": 0.01}, subspace="svd", rotate_moments=False)
+        train(net, optimizer, range(12))
+        nets.append(net)
+    assert calls > 6
+    assert_same(*nets)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_sketch_is_made_with_the_momentum_in_rows_of_unit_length(side: str) -> None:
     _, _, weight = trained_weight(subspace="streaming", proj_type=side)

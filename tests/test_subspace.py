@@ -158,6 +158,14 @@ def test_svd_of_a_gradient_that_is_not_finite_is_none(bad: float, seed: int | No
     assert subspace.fit_svd(grad, 4, "left", seed) is None
 
 
+def test_signs_are_those_of_the_old_rows() -> None:
+    old = orthonormal(4, 9)
+    new = (torch.tensor([[-1.0], [1.0], [-1.0], [1.0]]) * old + 0.1 * orthonormal(4, 9, 5)).contiguous()
+    turned = subspace.with_signs_of(new, old)
+    assert torch.equal(turned.abs(), new.abs()) and ((turned * old).sum(1) > 0.5).all()
+    assert torch.equal(subspace.with_signs_of(new, torch.zeros_like(old)), new), "where nothing is known they stay"
+
+
 def test_svd_takes_rank_up_to_the_whole_side() -> None:
     for seed in (None, 3):
         basis = subspace.fit_svd(normal(12, 40), 12, "left", seed)
