@@ -25,6 +25,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.eval_set import EvalSet, build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
+from peft_pretraining.memory_advice import out_of_memory, warning_of_memory
 from peft_pretraining.model import CausalLM, build_model, compile_for, parameter_count
 from peft_pretraining.optimizers import (
     TrainingOptimizer,
@@ -58,11 +59,16 @@ def run(argv: Sequence[str] | None) -> None:
         args = args.in_folder(processes.from_main(lambda: args.save_dir(datetime.now())))
         held: list[object] = []  # until the process ends
         processes.from_main(lambda: held.append(hold_folder(args.checkpoint.save_dir)))
+        warning = warning_of_memory(args, processes.device)
+        if warning is not None and processes.is_main:
+            print(f"warning: {warning}", file=sys.stderr)
         left_out: set[int] = set()
         while (update_step := train(args, processes, stop, left_out)) is not None:
             left_out.add(update_step)
             args = from_newest_checkpoint(args, processes)
             gc.collect()  # a model and its hooks refer to each other
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(args, processes.device)) from error
     finally:
         if not is_lost_rank(sys.exc_info()[1]):  # taking leave would wait for it
             processes.close()
