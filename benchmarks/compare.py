@@ -4,12 +4,13 @@
     python -m benchmarks.compare --models 7b --methods q_galore_checkpointing --grad_accum 2 --cap_gib 16
 
 Every measurement is a process of its own: a few updates to warm up (compilation, tuning, first subspaces), then timed
-ones, each between two waits for the device. One that fails, out of memory for example, is a row with its error, and the
-others go on. Rows go to `benchmarks/results/compare.csv`, a table is printed last. Peaks are in GB (10^9 bytes); those
-whose names begin with `run_` count the warm-up too, and with it the peers' SVDs and what CUDA graphs write to inside,
-which PyTorch counts only while they are captured. Ratios, of memory of the `run_` peaks, are to `adamw_compiled` of the
-same model in the same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is
-true, all SVDs fall into the warm-up; ours refreshes its subspaces during the timed updates as in a run.
+ones, each between two waits for the device, and as many in a row, as a run makes them (`in_a_row_`). One that fails,
+out of memory for example, is a row with its error, and the others go on. Rows go to `benchmarks/results/compare.csv`, a
+table is printed last. Peaks are in GB (10^9 bytes); those whose names begin with `run_` count the warm-up too, and with
+it the peers' SVDs and what CUDA graphs write to inside, which PyTorch counts only while they are captured. Ratios, of
+memory of the `run_` peaks, are to `adamw_compiled` of the same model in the same invocation. `compiled` says whether
+torch.compile compiled anything. Where `svd_excluded` is true, all SVDs fall into the warm-up; ours refreshes its
+subspaces during the timed updates as in a run.
 
 With `--together N` so many processes get ready at once, which on a machine with many cores saves most of the time of
 such a comparison; for its timed updates each has the device to itself. Their memory has to fit side by side, and the
@@ -54,6 +55,7 @@ DEFAULT_METHODS = "adamw_compiled,adamw,adam8bit_bitsandbytes,galore_torch,apoll
 COLUMNS = (
     *("model", "method", "tokens_per_second", "speed_ratio", "peak_gb", "memory_ratio", "reserved_gb"),
     *("run_peak_gb", "run_reserved_gb", "seconds_median", "seconds_mean", "warmup_seconds"),
+    *("in_a_row_tokens_per_second", "in_a_row_speed_ratio"),
     *("micro_batch", "grad_accum", "length", "rank", "warmup_updates", "updates", "compiled", "svd_excluded"),
     *("first_loss", "last_loss", "cap_gib", "flags", "libraries", "device", "torch", "commit", "note", "error"),
 )
@@ -151,7 +153,11 @@ def compare(
 def ratios(row: Row, baseline: Row) -> Row:
     """Speed and memory as multiples of the baseline's; empty where either is not known."""
     found: Row = {}
-    for name, column in (("speed_ratio", "tokens_per_second"), ("memory_ratio", "run_peak_gb")):
+    for name, column in (
+        ("speed_ratio", "tokens_per_second"),
+        ("in_a_row_speed_ratio", "in_a_row_tokens_per_second"),
+        ("memory_ratio", "run_peak_gb"),
+    ):
         if row.get(column) and baseline.get(column):
             found[name] = round(row[column] / baseline[column], 3)  # type: ignore[operator]
     return found
@@ -180,8 +186,8 @@ def in_own_process(method: str, model: str, argv: Sequence[str], timeout: float)
 
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
-    head = ["model", "micro-batch", "method", "compiled", "tokens/s", "x AdamW", "peak GB", "x AdamW", "reserved GB"]
-    head += ["warm-up s"]
+    head = ["model", "micro-batch", "method", "compiled", "tokens/s", "x AdamW", "in a row", "x AdamW"]
+    head += ["peak GB", "x AdamW", "reserved GB", "warm-up s"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         batch = f"{row['grad_accum']} x {row['micro_batch']}" if row["grad_accum"] != 1 else row["micro_batch"]
@@ -189,8 +195,9 @@ def table(rows: Sequence[Row]) -> str:
         if row["error"]:
             cells += [str(row["error"]).replace("|", "/")[:120]]
         else:
-            cells += [f"{row['tokens_per_second']:,}", row["speed_ratio"], row["run_peak_gb"], row["memory_ratio"]]
-            cells += [row["run_reserved_gb"], row["warmup_seconds"]]
+            cells += [f"{row['tokens_per_second']:,}", row["speed_ratio"]]
+            cells += [f"{row['in_a_row_tokens_per_second']:,}", row["in_a_row_speed_ratio"]]
+            cells += [row["run_peak_gb"], row["memory_ratio"], row["run_reserved_gb"], row["warmup_seconds"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (len(head) - len(cells)))
     return "\n".join(lines)
 
@@ -253,6 +260,7 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
         torch.cuda.reset_peak_memory_stats(device)
     with turn(args.turn, alone=True):
         seconds, more_losses = time_updates(training.update, args.updates, device)
+        in_a_row = seconds_in_a_row(training.update, args.updates, device)
     after = memory_metrics(device)
     losses += more_losses
     tokens = setting.grad_accum * setting.micro_batch * LENGTH
@@ -262,6 +270,7 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
             peaks |= {column: round(after[key], 3), f"run_{column}": round(max(before[key], after[key]), 3)}
     return peaks | {
         "tokens_per_second": round(tokens / statistics.median(seconds)),
+        "in_a_row_tokens_per_second": round(tokens / in_a_row),
         "seconds_median": round(statistics.median(seconds), 5),
         "seconds_mean": round(statistics.mean(seconds), 5),
         "warmup_seconds": round(sum(warmup_seconds), 2),

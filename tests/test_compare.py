@@ -27,7 +27,8 @@ def fake_row(method: str, model: str) -> compare.Row:
         return row | {"grad_accum": 2, "error": "OutOfMemoryError: 1 | 2"}
     fast = {"adamw_compiled": 3000, "q_galore": 2000, "q_galore_checkpointing": 1000}[method]
     small = {"adamw_compiled": 8.0, "q_galore": 4.0, "q_galore_checkpointing": 2.0}[method]
-    return row | {"grad_accum": 1, "tokens_per_second": fast, "run_peak_gb": small, "compiled": True, "device": model}
+    speeds = {"tokens_per_second": fast, "in_a_row_tokens_per_second": fast + 1000}
+    return row | speeds | {"grad_accum": 1, "run_peak_gb": small, "compiled": True, "device": model}
 
 
 def test_ratios_are_to_the_compiled_adamw_of_the_same_model(tmp_path: Path) -> None:
@@ -46,11 +47,12 @@ def test_ratios_are_to_the_compiled_adamw_of_the_same_model(tmp_path: Path) -> N
         written = list(csv.DictReader(file))
     assert [tuple(row) for row in written] == [compare.COLUMNS] * 8
     assert [row["speed_ratio"] for row in written] == ["1.0", "0.667", "", "0.333", "1.0", "1.333", "", "0.667"]
+    assert [row["in_a_row_speed_ratio"] for row in written] == ["1.0", "0.75", "", "0.5"] * 2
     assert [row["memory_ratio"] for row in written] == ["1.0", "0.5", "", "0.25"] * 2
     assert [row["error"] for row in written if row["error"]] == ["OutOfMemoryError: 1 | 2"] * 2
     lines = compare.table(rows).splitlines()
-    assert len(lines) == 2 + 8 and {line.count("|") for line in lines} == {11}
-    assert lines[3] == "| 60m | 4 | q_galore | yes | 2,000 | 0.667 | 4.0 | 0.5 |  |  |"
+    assert len(lines) == 2 + 8 and {line.count("|") for line in lines} == {13}
+    assert lines[3] == "| 60m | 4 | q_galore | yes | 2,000 | 0.667 | 3,000 | 0.75 | 4.0 | 0.5 |  |  |"
     assert lines[4].startswith("| 60m | 2 x 4 | adamw |  | OutOfMemoryError: 1 / 2 |")
 
 
@@ -132,7 +134,7 @@ def test_real_measurements_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> Non
     for method, row in rows.items():
         assert row["error"] == "" and row["method"] == method and tuple(row) == compare.COLUMNS
         assert row["tokens_per_second"] == pytest.approx(256 / row["seconds_median"], rel=0.01)
-        assert row["seconds_median"] > 0 and row["peak_gb"] > 0.05
+        assert row["seconds_median"] > 0 and row["peak_gb"] > 0.05 and row["in_a_row_tokens_per_second"] > 0
         assert row["device"] and row["commit"] and row["rank"] == 32
     assert "--subspace streaming" in rows["q_galore"]["flags"]
     assert rows["q_galore"]["first_loss"] == pytest.approx(rows["adamw"]["first_loss"], abs=0.005)
