@@ -81,7 +81,7 @@ class LowRankLinear(nn.Module):
         self.weight_zero_point: Tensor | None
         self.register_parameter("bias", bias)
         if format.bits is None or format.simulate:
-            self.weight = nn.Parameter(weight.detach())
+            self.weight = nn.Parameter(weight.detach().contiguous())
             self.register_buffer("weight_scale", None)
             self.register_buffer("weight_zero_point", None)
             if format.simulate:

@@ -267,6 +267,16 @@ def test_conversion_keeps_names_bias_and_mode() -> None:
     assert "in_features=4, out_features=8" in repr(model[0])
 
 
+@every_format
+def test_a_weight_may_lie_by_columns(storage: str) -> None:
+    linear = nn.Linear(21, 10)
+    plain = LowRankLinear.from_linear(copy.deepcopy(linear), FORMATS[storage])
+    linear.weight.data = linear.weight.data.T.contiguous().T
+    layer = LowRankLinear.from_linear(linear, FORMATS[storage])
+    for name, value in layer.state_dict().items():
+        assert value.is_contiguous() and torch.equal(value, plain.state_dict()[name]), name
+
+
 def test_only_linear_layers_are_converted() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
     with pytest.raises(TypeError, match=r"1 is a Tanh: only nn\.Linear"):
