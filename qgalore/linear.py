@@ -169,7 +169,7 @@ class LowRankLinear(nn.Module):
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        if self.anchor is None:
+        if self.anchor is None or self._frozen:
             output = self._product(input)
         else:
             output = torch.ops.qgalore.low_rank_linear_forward(
@@ -178,6 +178,11 @@ class LowRankLinear(nn.Module):
         if self.bias is None:
             return output
         return output + F.pad(self.bias.to(output.dtype), (0, self._width - self.out_features))
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether the weight is to stay as it is; of a quantized one autograd cannot tell."""
+        return self.weight.is_floating_point() and not self.weight.requires_grad
 
     @property
     def _width(self) -> int:

@@ -256,6 +256,24 @@ def test_every_parameter_changes_after_one_update(name: str, storage: str, subsp
             assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("after_attach", [False, True])
+@pytest.mark.parametrize("storage", ["plain", "float", "simulated"])
+def test_a_frozen_weight_stays_and_trains_when_it_is_free(storage: str, after_attach: bool) -> None:
+    net, optimizer = build(storage=storage, attach=False)
+    frozen = net.layers[0].self_attn.weight
+    if after_attach:
+        optimizer.attach(net)
+    frozen.requires_grad_(False)
+    if not after_attach:
+        optimizer.attach(net)
+    before = frozen.detach().clone()
+    train(net, optimizer, range(2))
+    assert torch.equal(frozen, before)
+    frozen.requires_grad_()
+    train(net, optimizer, range(2, 4))
+    assert not torch.equal(frozen, before)
+
+
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])
 @pytest.mark.parametrize(("name", "storage"), PAIRS)
 def test_every_mode_learns(name: str, storage: str, subspace: str) -> None:
