@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils.hooks import RemovableHandle
 
+from qgalore.attachment import Attachment
 from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
-from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.param_groups import complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
@@ -64,7 +63,7 @@ class LowRankAdamW(Optimizer):
         self._weights: dict[Tensor, FullRankWeight] = {}
         self._all_reduce: AllReduce | None = None
         self._clip_factor: Tensor | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = False
         self._checks: UpdateChecks | None = None
         self.update_in_backward = False
@@ -125,49 +124,22 @@ class LowRankAdamW(Optimizer):
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
-        for name, module in model.named_modules():
-            weight = self._weights.get(module.weight) if isinstance(module, LowRankLinear) else None
-            if weight is not None and isinstance(module, LowRankLinear):
-                weight.layer, weight.name = module, name
-                module.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
-        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-        for param, weight in self._weights.items():
-            if weight.layer is None:
-                weight.name = names.get(param, weight.name)
-                if param.requires_grad:
-                    self._hooks.append(param.register_post_accumulate_grad_hook(self._hook(weight)))
+        attachment = Attachment(model, self._weights, weakref.WeakMethod(self._gradient_ready))
+        self._detach = weakref.finalize(self, attachment.remove)
+        for weight in self._weights.values():
             weight.check()
 
     def detach(self) -> None:
-        """Undo `attach`: gradients arrive in `.grad` again. Call it before another optimizer takes the model."""
-        self.update_in_backward, self._all_reduce = False, None
-        for weight in self._weights.values():
-            if weight.layer is not None:
-                weight.layer.attach(None)
-                weight.layer = None
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Undo `attach`: gradients arrive in `.grad` again, as they do when the optimizer is gone.
 
-    def _hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
-        """For the anchor of a layer, or for a parameter that autograd gives its gradient.
-
-        Python's garbage collector does not see what holds a hook: one that held its optimizer would keep it, and with
-        it every weight, for as long as the process lives.
+        Call it before another optimizer takes the model.
         """
-        optimizer, watched = weakref.ref(self), weakref.ref(weight)
+        self.update_in_backward, self._all_reduce = False, None
+        if self._detach is not None:
+            self._detach()
 
-        def hook(tensor: Tensor) -> None:
-            owner, weight = optimizer(), watched()
-            if owner is None or weight is None:
-                return
-            grad, tensor.grad = tensor.grad, None
-            if weight.layer is None:
-                assert grad is not None
-                with torch.no_grad():
-                    weight.accumulate_full(grad)
-            owner.gradients_ready([weight])
-
-        return hook
+    def _gradient_ready(self, weight: FullRankWeight) -> None:
+        self.gradients_ready([weight])
 
     @torch.no_grad()
     def gradients_ready(self, weights: Sequence[FullRankWeight]) -> None:

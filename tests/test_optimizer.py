@@ -848,6 +848,36 @@ def test_attaching_again_changes_nothing() -> None:
     assert_same(once, twice)
 
 
+@pytest.mark.parametrize("storage", ["plain", "float", "int8"])
+def test_an_optimizer_that_is_gone_leaves_the_model_to_autograd(storage: str) -> None:
+    net, optimizer = build(storage=storage)
+    train(net, optimizer, range(1))
+    del optimizer
+    gc.collect()
+    net(batch(1)).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in net.parameters())
+    assert all(module.tap is None for module in net.modules() if isinstance(module, LowRankLinear))
+
+
+@pytest.mark.parametrize("storage", ["float", "int8"])
+def test_detaching_late_takes_nothing_from_the_next_optimizer(storage: str) -> None:
+    net, first = build(storage=storage)
+    second = GaLoreAdamW(low_rank_param_groups(net, linear_names(net), rank=4), lr=0.02)
+    second.attach(net)
+    first.detach()
+    before = values(net)
+    train(net, second, range(1))
+    assert all(not torch.equal(value, before[key]) for key, value in values(net).items())
+
+
+def test_two_attached_optimizers_are_told_of_each_other() -> None:
+    net, _first = build()
+    second = GaLoreAdamW(net.parameters())
+    second.attach(net)
+    with pytest.raises(RuntimeError, match=r"another optimizer has taken the gradient of .*detach"):
+        net(batch(0)).backward()
+
+
 def test_all_reduce_sees_projected_gradients_alone() -> None:
     seen: list[int] = []
 

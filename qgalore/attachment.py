@@ -1,0 +1,77 @@
+"""What an optimizer hangs on a model to take each gradient as soon as the backward pass has it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qgalore.full_rank_weight import FullRankWeight
+from qgalore.linear import LowRankLinear
+
+Ready = Callable[[FullRankWeight], None]
+"""What is called with a weight to whose gradient a backward pass has added all that it has."""
+
+
+class Attachment:
+    """Taps on layers and hooks on parameters, until `remove`.
+
+    Python's garbage collector does not see what holds a hook: one that held its optimizer would keep it, and with it
+    every weight, for as long as the process lives. So nothing here holds more than a weak reference.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[Tensor, FullRankWeight], ready: weakref.WeakMethod[Ready]
+    ) -> None:
+        """Hang a tap on each layer that holds one of `weights`, and a hook on every other one."""
+        self._ready = ready
+        self._taps: list[tuple[weakref.ref[LowRankLinear], weakref.ref[FullRankWeight]]] = []
+        self._hooks: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            weight = weights.get(module.weight) if isinstance(module, LowRankLinear) else None
+            if weight is not None and isinstance(module, LowRankLinear):
+                weight.layer, weight.name = module, name
+                module.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
+                self._taps.append((weakref.ref(module), weakref.ref(weight)))
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        for param, weight in weights.items():
+            if weight.layer is None:
+                weight.name = names.get(param, weight.name)
+                if param.requires_grad:
+                    self._hooks.append(param.register_post_accumulate_grad_hook(self._hook(weight)))
+
+    def remove(self) -> None:
+        """Let gradients arrive in `.grad` again; taps that another optimizer has hung up since stay."""
+        for layer_reference, weight_reference in self._taps:
+            layer, weight = layer_reference(), weight_reference()
+            if layer is not None and layer.tap is weight:
+                layer.attach(None)
+            if weight is not None:
+                weight.layer = None
+        self._taps.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
+        """For the anchor of a layer, or for a parameter that autograd gives its gradient."""
+        optimizer_is_ready, watched = self._ready, weakref.ref(weight)
+
+        def hook(tensor: Tensor) -> None:
+            ready, weight = optimizer_is_ready(), watched()
+            if ready is None or weight is None:
+                return
+            grad, tensor.grad = tensor.grad, None
+            if weight.layer is None:
+                if grad is None:
+                    raise RuntimeError(
+                        f"another optimizer has taken the gradient of {weight.name}: call its detach() before another "
+                        "one is attached to the model"
+                    )
+                with torch.no_grad():
+                    weight.accumulate_full(grad)
+            ready(weight)
+
+        return hook
