@@ -16,6 +16,25 @@ Ready = Callable[[FullRankWeight], None]
 """What is called with a weight to whose gradient a backward pass has added all that it has."""
 
 
+def _layers_of(model: nn.Module, weights: Mapping[Tensor, FullRankWeight]) -> dict[str, LowRankLinear]:
+    """The layers that hold one of `weights`, by name; raises ValueError where another module holds it, too."""
+    layers: dict[str, LowRankLinear] = {}
+    holders: dict[Tensor, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, param in module.named_parameters(recurse=False):
+            holders.setdefault(param, []).append(f"{name}.{key}".lstrip("."))
+        if isinstance(module, LowRankLinear) and module.weight in weights:
+            layers[name] = module
+    for layer in layers.values():
+        # A tap each, or a tap and autograd, would give it several gradients, each as the whole.
+        if len(holders[layer.weight]) > 1:
+            raise ValueError(
+                f"{' and '.join(holders[layer.weight])} are one parameter: a LowRankLinear cannot share its weight "
+                "with another module; use one layer in both places"
+            )
+    return layers
+
+
 class Attachment:
     """Taps on layers and hooks on parameters, until `remove`.
 
@@ -26,16 +45,18 @@ class Attachment:
     def __init__(
         self, model: nn.Module, weights: Mapping[Tensor, FullRankWeight], ready: weakref.WeakMethod[Ready]
     ) -> None:
-        """Hang a tap on each layer that holds one of `weights`, and a hook on every other one."""
+        """Hang a tap on each layer that holds one of `weights`, and a hook on every other one.
+
+        Raises ValueError for a weight of a layer that another module holds, too.
+        """
         self._ready = ready
         self._taps: list[tuple[weakref.ref[LowRankLinear], weakref.ref[FullRankWeight]]] = []
         self._hooks: list[RemovableHandle] = []
-        for name, module in model.named_modules():
-            weight = weights.get(module.weight) if isinstance(module, LowRankLinear) else None
-            if weight is not None and isinstance(module, LowRankLinear):
-                weight.layer, weight.name = module, name
-                module.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
-                self._taps.append((weakref.ref(module), weakref.ref(weight)))
+        for name, layer in _layers_of(model, weights).items():
+            weight = weights[layer.weight]
+            weight.layer, weight.name = layer, name
+            layer.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
+            self._taps.append((weakref.ref(layer), weakref.ref(weight)))
         names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         for param, weight in weights.items():
             if weight.layer is None:

@@ -247,13 +247,20 @@ class LowRankLinear(nn.Module):
 
 
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
-    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place; raises TypeError for others."""
+    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
+
+    Raises TypeError for other modules, ValueError for a weight that another module holds, too, such as an embedding.
+    """
     for name in names:
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(linear, format))
+        modules = list(model.modules())
+        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
+            raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
+        layer = LowRankLinear.from_linear(linear, format)
+        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
+            setattr(parent, child, layer)
 
 
 # Defined at the lower level of torch.library: `custom_op` checks each call's tensors for aliases, which costs half a
