@@ -65,6 +65,7 @@ class LowRankAdamW(Optimizer):
         self._clip_factor: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = False
+        self._completed: set[FullRankWeight] = set()
         self._checks: UpdateChecks | None = None
         self.update_in_backward = False
         self.states_replaced = 0
@@ -203,7 +204,18 @@ class LowRankAdamW(Optimizer):
 
     @torch.no_grad()
     def complete(self, weights: Sequence[FullRankWeight], message: RankSum | None) -> None:
-        """Take the gradients of an update, from `message_of` where there is a message; update where that is due."""
+        """Take the gradients of an update, from `message_of` where there is a message; update where that is due.
+
+        Raises RuntimeError for a weight whose gradient of this update has been taken already.
+        """
+        for weight in weights:
+            if weight in self._completed:
+                raise RuntimeError(
+                    f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
+                    "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
+                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums"
+                )
+            self._completed.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
         summed: Iterable[list[Tensor] | None] = itertools.repeat(None, len(weights))
         if message is not None:
@@ -261,6 +273,7 @@ class LowRankAdamW(Optimizer):
             self.skip_update_if(~self.grad_norm().isfinite())
             update_weights(waiting, self._update_checks(), self._clip_factor)
         self._clip_factor, self._stepped, self._sums = None, True, False
+        self._completed.clear()
         return loss
 
     @torch.no_grad()
@@ -290,6 +303,7 @@ class LowRankAdamW(Optimizer):
         """Forget all gradients."""
         super().zero_grad(set_to_none)
         self._clip_factor, self._sums = None, False
+        self._completed.clear()
         if self._checks is not None and not self._stepped:
             self._checks.clear()  # an update that was given up; after a step `grad_norm` can still be read
         for weight in self._weights.values():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qgalore import (
     GaLoreAdamW,
@@ -409,6 +410,31 @@ def test_sums_of_gradients_may_be_smaller(accumulator_dtype: str) -> None:
     expected, losses = train(*exact, range(8), 4), train(*small, range(8), 4)
     assert losses == pytest.approx(expected, rel=0.05)
     assert losses != expected
+
+
+@pytest.mark.parametrize("update_in_backward", [False, True])
+@pytest.mark.parametrize("storage", ["plain", "float", "int8"])
+def test_a_backward_pass_after_the_last_is_refused_and_not_lost(storage: str, update_in_backward: bool) -> None:
+    net, optimizer = build(storage=storage, update_in_backward=update_in_backward)
+    net(batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"head\.weight got another gradient .*is_last_micro_batch = False"):
+        net(batch(1)).backward()
+    optimizer.zero_grad()
+    train(net, optimizer, range(2))
+
+
+def test_a_layer_of_several_reentrant_checkpoints_gets_the_sum_of_its_gradients() -> None:
+    trained = []
+    for attach in (False, True):
+        net, optimizer = build(storage="float", attach=attach)
+        optimizer.is_last_micro_batch = False
+        x = net.embed(batch(0))
+        for _ in range(3):
+            x = checkpoint(net.layers[0], x, use_reentrant=True)
+        net.head(x).square().mean().backward()
+        optimizer.step()
+        trained.append(net)
+    assert_near(*trained, 1e-5)
 
 
 def test_a_weight_reached_in_an_early_micro_batch_alone_is_updated() -> None:
