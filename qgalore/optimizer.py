@@ -60,6 +60,21 @@ class LowRankAdamW(Optimizer):
                 f"lr={lr}, eps={eps}, weight_decay={weight_decay} must not be negative, betas={betas} in [0, 1)"
             )
         self._seed = seed
+        self._begin()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "accumulator_dtype": accumulator_dtype,
+            "norm_growth": norm_growth,
+            "state_bits": self.state_bits,
+        }
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """What an optimizer has beside its param groups and state: nothing yet."""
         self._weights: dict[Tensor, FullRankWeight] = {}
         self._all_reduce: AllReduce | None = None
         self._clip_factor: Tensor | None = None
@@ -72,17 +87,16 @@ class LowRankAdamW(Optimizer):
         """How often other tensors have taken the place of the state's: CUDA graphs of before are then void."""
         self.is_last_micro_batch = True
         """Set to False during the backward of all but the last micro-batch of an update."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "accumulator_dtype": accumulator_dtype,
-            "norm_growth": norm_growth,
-            "state_bits": self.state_bits,
-        }
-        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is attached to no model.
+        return super().__getstate__() | {"_seed": self._seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_weights" not in self.__dict__:  # a copy, and not `load_state_dict`
+            self._begin()
+            self._build_weights()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with a `rank` its weights are matrices under projection."""

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -605,6 +606,19 @@ def test_loaded_state_is_not_shared() -> None:
     train(other, again, range(3))
     for index, entries in saved["state"].items():
         assert all(torch.equal(value, before["state"][index][key]) for key, value in entries.items())
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_like_the_original(how: str, storage: str) -> None:
+    net, optimizer = build("qgalore8bit", storage, options={"seed": 3})
+    train(net, optimizer, range(3))
+    pair = (net, optimizer)
+    other, copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    copied.attach(other)
+    train(other, copied, range(3, 6))
+    train(net, optimizer, range(3, 6))
+    assert_same(other, net)
 
 
 def test_a_group_added_later_trains() -> None:
