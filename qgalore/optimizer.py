@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from qgalore.attachment import Attachment
 from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
 from qgalore.low_rank_weight import LowRankWeight
-from qgalore.param_groups import complete_low_rank
+from qgalore.param_groups import check_loaded_groups, complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.update_checks import UpdateChecks
 from qgalore.weight_updates import update_weights
@@ -326,7 +326,11 @@ class LowRankAdamW(Optimizer):
     # ---- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU."""
+        """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
+
+        Gradients on their way to an update are forgotten. Raises ValueError for a state of another optimizer or model.
+        """
+        check_loaded_groups(self.param_groups, state_dict["param_groups"], self.defaults)
         super().load_state_dict(state_dict)
         self.states_replaced += 1
         params = [param for group in self.param_groups for param in group["params"]]
@@ -336,6 +340,9 @@ class LowRankAdamW(Optimizer):
                 key: value.to("cpu" if key in HOST_STATE else param.device, copy=True) for key, value in entries.items()
             }
         self._build_weights()
+        for weight in self._weights.values():
+            if weight.layer is not None or weight.param.is_floating_point():
+                weight.check()
 
     # ---- what the subspaces do
 

@@ -608,6 +608,26 @@ def test_loaded_state_is_not_shared() -> None:
         assert all(torch.equal(value, before["state"][index][key]) for key, value in entries.items())
 
 
+@pytest.mark.parametrize("attach", [False, True])
+def test_a_state_of_something_else_is_refused(attach: bool) -> None:
+    _net, optimizer = build("qgalore8bit", attach=attach)
+
+    def without_ranks(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        return kind([{"params": group["params"]} for group in optimizer.param_groups])
+
+    for kind in (torch.optim.AdamW, GaLoreAdamW):
+        with pytest.raises(ValueError, match=r"group . is with.* rank, that of the state to load is without a rank"):
+            optimizer.load_state_dict(without_ranks(kind).state_dict())
+    with pytest.raises(ValueError, match="group 1 is without a rank, that of the state to load is with a rank"):
+        without_ranks(GaLoreAdamW).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="lacks accumulator_dtype, norm_growth"):
+        without_ranks(GaLoreAdamW).load_state_dict(without_ranks(torch.optim.AdamW).state_dict())
+    larger, saved = build("qgalore8bit", hidden=48)
+    train(larger, saved, range(1))
+    with pytest.raises(ValueError, match=r"is that of a gradient of shape .* another model"):
+        optimizer.load_state_dict(saved.state_dict())
+
+
 @pytest.mark.parametrize("storage", ["plain", "int8"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_like_the_original(how: str, storage: str) -> None:
