@@ -316,6 +316,10 @@ class LowRankAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Begin the update that goes on anew."""
         self._clip_factor, self._sums = None, False
         self._completed.clear()
         if self._checks is not None and not self._stepped:
@@ -340,6 +344,7 @@ class LowRankAdamW(Optimizer):
                 key: value.to("cpu" if key in HOST_STATE else param.device, copy=True) for key, value in entries.items()
             }
         self._build_weights()
+        self._give_up()
         for weight in self._weights.values():
             if weight.layer is not None or weight.param.is_floating_point():
                 weight.check()

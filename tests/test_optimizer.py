@@ -628,6 +628,26 @@ def test_a_state_of_something_else_is_refused(attach: bool) -> None:
         optimizer.load_state_dict(saved.state_dict())
 
 
+def test_a_loaded_state_forgets_the_gradients_of_before() -> None:
+    trained = []
+    for in_flight in (False, True):
+        net, optimizer = build(update_proj_gap=7)
+        train(net, optimizer, range(10))
+        weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+        if in_flight:
+            update = 10
+            while not any(weight.changes_subspace for weight in optimizer.low_rank_weights()):
+                train(net, optimizer, range(update, update + 1))
+                update += 1
+            assert update > 10
+            backward(net, optimizer, update)
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        train(net, optimizer, range(10, 14))
+        trained.append(net)
+    assert_same(*trained)
+
+
 @pytest.mark.parametrize("storage", ["plain", "int8"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_like_the_original(how: str, storage: str) -> None:
