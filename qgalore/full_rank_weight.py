@@ -47,7 +47,8 @@ class FullRankWeight:
 
     @property
     def _sum_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.group["accumulator_dtype"])
+        name: Any = self.group["accumulator_dtype"]
+        dtype: torch.dtype = getattr(torch, name, name)
         return dtype
 
     def _accumulator(self) -> GradientAccumulator:

@@ -911,6 +911,11 @@ def test_hyperparameters_out_of_range_are_refused(options: dict[str, Any]) -> No
         GaLoreAdamW([nn.Parameter(torch.ones(2, 2))], **options)
 
 
+def test_an_unknown_dtype_of_sums_is_named() -> None:
+    with pytest.raises(ValueError, match="accumulates in float32, bfloat16 or int8, not in flaot32"):
+        build(options={"accumulator_dtype": "flaot32"})
+
+
 def test_a_rank_of_none_is_no_rank() -> None:
     weight = nn.Parameter(torch.ones(4, 4))
     optimizer = GaLoreAdamW([{"params": [weight], "rank": None}], lr=0.1)
