@@ -17,10 +17,19 @@ Ready = Callable[[FullRankWeight], None]
 
 
 def _layers_of(model: nn.Module, weights: Mapping[Tensor, FullRankWeight]) -> dict[str, LowRankLinear]:
-    """The layers that hold one of `weights`, by name; raises ValueError where another module holds it, too."""
+    """The layers that hold one of `weights`, by name.
+
+    Raises ValueError where another module holds the same weight, and for a model in `DistributedDataParallel`.
+    """
     layers: dict[str, LowRankLinear] = {}
     holders: dict[Tensor, list[str]] = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            # It would sum the gradients that autograd gives alone, and overwrite scales by those of the first rank.
+            raise ValueError(
+                "DistributedDataParallel does not see the gradients that an attached optimizer takes: leave it out and "
+                "call attach(model, all_reduce=...)"
+            )
         for key, param in module.named_parameters(recurse=False):
             holders.setdefault(param, []).append(f"{name}.{key}".lstrip("."))
         if isinstance(module, LowRankLinear) and module.weight in weights:

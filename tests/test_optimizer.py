@@ -5,6 +5,7 @@ import gc
 import io
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -961,6 +962,17 @@ def test_two_attached_optimizers_are_told_of_each_other() -> None:
     second.attach(net)
     with pytest.raises(RuntimeError, match=r"another optimizer has taken the gradient of .*detach"):
         net(batch(0)).backward()
+
+
+def test_a_wrapper_that_would_not_sum_the_gradients_is_refused(tmp_path: Path) -> None:
+    net, optimizer = build(attach=False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(ValueError, match=r"DistributedDataParallel does not see .*all_reduce"):
+            optimizer.attach(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_all_reduce_sees_projected_gradients_alone() -> None:
