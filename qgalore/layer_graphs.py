@@ -86,7 +86,8 @@ class LayerGraphs:
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
-            self._captured, self._states_replaced = None, self._optimizer.states_replaced
+            # Ordinary steps come first again: a state that begins in a graph would begin anew with every replay.
+            self._captured, self._states_replaced, self._steps = None, self._optimizer.states_replaced, 1
         if self._captured is not None and self._captured.serves(x):
             return self._captured
         arguments = (self._layers, self._run, self._optimizer, constants)

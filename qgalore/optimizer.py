@@ -84,7 +84,7 @@ class LowRankAdamW(Optimizer):
         self._checks: UpdateChecks | None = None
         self.update_in_backward = False
         self.states_replaced = 0
-        """How often other tensors have taken the place of the state's: CUDA graphs of before are then void."""
+        """How often weights have taken up groups and state, and sums anew: CUDA graphs of before are then void."""
         self.is_last_micro_batch = True
         """Set to False during the backward of all but the last micro-batch of an update."""
 
@@ -117,6 +117,7 @@ class LowRankAdamW(Optimizer):
 
         Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
         """
+        self.states_replaced += 1
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = place = 0
         for group in self.param_groups:
@@ -336,7 +337,6 @@ class LowRankAdamW(Optimizer):
         """
         check_loaded_groups(self.param_groups, state_dict["param_groups"], self.defaults)
         super().load_state_dict(state_dict)
-        self.states_replaced += 1
         params = [param for group in self.param_groups for param in group["params"]]
         for index, entries in state_dict["state"].items():
             param = params[index]
