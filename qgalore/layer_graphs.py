@@ -109,11 +109,17 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: _Stack) -> Tensor:
-        ctx.stack = stack
-        return stack.forward(x)
+        out = stack.forward(x)
+        ctx.stack, ctx.number = stack, stack.forward_passes
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        if ctx.number != ctx.stack.forward_passes:
+            raise RuntimeError(
+                "layers in CUDA graphs keep the activations of their newest forward pass alone: make the backward pass "
+                "of each before the next one, or do without the graphs"
+            )
         return ctx.stack.backward(grad_output), None
 
 
@@ -138,9 +144,11 @@ class _Stack:
         self._at_once = optimizer.updates_at_once
         self._sends = self._at_once and optimizer.sums_over_ranks
         self._grad = torch.empty(0)
+        self.forward_passes = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer."""
+        self.forward_passes += 1
         self._inputs.append(x.detach().requires_grad_())
         self._run_forward()
         return self._outputs[-1].detach()
@@ -268,6 +276,7 @@ class _CapturedStack(_Stack):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
+        self.forward_passes += 1
         if not self._at_once and not self._optimizer.has_sums:
             for weight in itertools.chain(*self._weights):
                 weight.begin_sum()

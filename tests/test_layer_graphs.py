@@ -300,6 +300,28 @@ def test_no_message_outlives_its_updates(captures: bool, tmp_path: Path, monkeyp
     assert max(most) == 2 and not alive
 
 
+def test_two_forward_passes_at_once_go_without_graphs_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate_graphs(monkeypatch)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    optimizer = LowRankAdamW([parameter for layer in layers for parameter in layer.parameters()], lr=0.02)
+    optimizer.attach(nn.ModuleList(layers))
+    graphs = LayerGraphs(layers, lambda layer, x: layer(x), optimizer)
+    optimizer.is_last_micro_batch = False
+
+    def train(forward_passes: int) -> None:
+        outputs = [graphs(torch.randn(3, 6, requires_grad=True)) for _ in range(forward_passes)]
+        torch.cat(outputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train(2)
+    train(1)
+    assert graphs.replays
+    train(1)
+    with pytest.raises(RuntimeError, match="activations of their newest forward pass alone"):
+        train(2)
+
+
 @pytest.mark.parametrize("change", ["group", "state"])
 def test_graphs_are_void_after_another_group_or_state(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate_graphs(monkeypatch)
