@@ -47,7 +47,8 @@ class FullRankWeight:
 
     @property
     def _sum_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.group["accumulator_dtype"])
+        name: Any = self.group["accumulator_dtype"]
+        dtype: torch.dtype = getattr(torch, name, name)
         return dtype
 
     def _accumulator(self) -> GradientAccumulator:
@@ -62,6 +63,12 @@ class FullRankWeight:
             )
         if self.layer is None and not self.param.is_contiguous():
             raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
+        if "exp_avg" in self.state and self.state["exp_avg"].shape != self.gradient_shape:
+            shapes = tuple(self.state["exp_avg"].shape), tuple(self.gradient_shape)
+            raise ValueError(
+                f"the state of {self.name} is that of a gradient of shape {shapes[0]}, not {shapes[1]}: it was saved "
+                "for another model or other param groups"
+            )
 
     @property
     def shape(self) -> torch.Size:

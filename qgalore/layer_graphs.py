@@ -86,7 +86,8 @@ class LayerGraphs:
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> _Stack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
-            self._captured, self._states_replaced = None, self._optimizer.states_replaced
+            # Ordinary steps come first again: a state that begins in a graph would begin anew with every replay.
+            self._captured, self._states_replaced, self._steps = None, self._optimizer.states_replaced, 1
         if self._captured is not None and self._captured.serves(x):
             return self._captured
         arguments = (self._layers, self._run, self._optimizer, constants)
@@ -108,11 +109,17 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: _Stack) -> Tensor:
-        ctx.stack = stack
-        return stack.forward(x)
+        out = stack.forward(x)
+        ctx.stack, ctx.number = stack, stack.forward_passes
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        if ctx.number != ctx.stack.forward_passes:
+            raise RuntimeError(
+                "layers in CUDA graphs keep the activations of their newest forward pass alone: make the backward pass "
+                "of each before the next one, or do without the graphs"
+            )
         return ctx.stack.backward(grad_output), None
 
 
@@ -137,9 +144,11 @@ class _Stack:
         self._at_once = optimizer.updates_at_once
         self._sends = self._at_once and optimizer.sums_over_ranks
         self._grad = torch.empty(0)
+        self.forward_passes = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer."""
+        self.forward_passes += 1
         self._inputs.append(x.detach().requires_grad_())
         self._run_forward()
         return self._outputs[-1].detach()
@@ -267,6 +276,7 @@ class _CapturedStack(_Stack):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
+        self.forward_passes += 1
         if not self._at_once and not self._optimizer.has_sums:
             for weight in itertools.chain(*self._weights):
                 weight.begin_sum()

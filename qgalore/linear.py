@@ -81,7 +81,7 @@ class LowRankLinear(nn.Module):
         self.weight_zero_point: Tensor | None
         self.register_parameter("bias", bias)
         if format.bits is None or format.simulate:
-            self.weight = nn.Parameter(weight.detach())
+            self.weight = nn.Parameter(weight.detach().contiguous())
             self.register_buffer("weight_scale", None)
             self.register_buffer("weight_zero_point", None)
             if format.simulate:
@@ -169,7 +169,7 @@ class LowRankLinear(nn.Module):
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        if self.anchor is None:
+        if self.anchor is None or self._frozen:
             output = self._product(input)
         else:
             output = torch.ops.qgalore.low_rank_linear_forward(
@@ -178,6 +178,11 @@ class LowRankLinear(nn.Module):
         if self.bias is None:
             return output
         return output + F.pad(self.bias.to(output.dtype), (0, self._width - self.out_features))
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether the weight is to stay as it is; of a quantized one autograd cannot tell."""
+        return self.weight.is_floating_point() and not self.weight.requires_grad
 
     @property
     def _width(self) -> int:
@@ -242,13 +247,20 @@ class LowRankLinear(nn.Module):
 
 
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
-    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place; raises TypeError for others."""
+    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
+
+    Raises TypeError for other modules, ValueError for a weight that another module holds, too, such as an embedding.
+    """
     for name in names:
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(linear, format))
+        modules = list(model.modules())
+        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
+            raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
+        layer = LowRankLinear.from_linear(linear, format)
+        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
+            setattr(parent, child, layer)
 
 
 # Defined at the lower level of torch.library: `custom_op` checks each call's tensors for aliases, which costs half a

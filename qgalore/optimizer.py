@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils.hooks import RemovableHandle
 
+from qgalore.attachment import Attachment
 from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
-from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
-from qgalore.param_groups import complete_low_rank
+from qgalore.param_groups import check_loaded_groups, complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.update_checks import UpdateChecks
 from qgalore.weight_updates import update_weights
@@ -61,17 +60,7 @@ class LowRankAdamW(Optimizer):
                 f"lr={lr}, eps={eps}, weight_decay={weight_decay} must not be negative, betas={betas} in [0, 1)"
             )
         self._seed = seed
-        self._weights: dict[Tensor, FullRankWeight] = {}
-        self._all_reduce: AllReduce | None = None
-        self._clip_factor: Tensor | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._stepped = self._sums = False
-        self._checks: UpdateChecks | None = None
-        self.update_in_backward = False
-        self.states_replaced = 0
-        """How often other tensors have taken the place of the state's: CUDA graphs of before are then void."""
-        self.is_last_micro_batch = True
-        """Set to False during the backward of all but the last micro-batch of an update."""
+        self._begin()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -83,6 +72,31 @@ class LowRankAdamW(Optimizer):
             "state_bits": self.state_bits,
         }
         super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """What an optimizer has beside its param groups and state: nothing yet."""
+        self._weights: dict[Tensor, FullRankWeight] = {}
+        self._all_reduce: AllReduce | None = None
+        self._clip_factor: Tensor | None = None
+        self._detach: weakref.finalize[..., Any] | None = None
+        self._stepped = self._sums = False
+        self._completed: set[FullRankWeight] = set()
+        self._checks: UpdateChecks | None = None
+        self.update_in_backward = False
+        self.states_replaced = 0
+        """How often weights have taken up groups and state, and sums anew: CUDA graphs of before are then void."""
+        self.is_last_micro_batch = True
+        """Set to False during the backward of all but the last micro-batch of an update."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is attached to no model.
+        return super().__getstate__() | {"_seed": self._seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_weights" not in self.__dict__:  # a copy, and not `load_state_dict`
+            self._begin()
+            self._build_weights()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with a `rank` its weights are matrices under projection."""
@@ -103,6 +117,7 @@ class LowRankAdamW(Optimizer):
 
         Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
         """
+        self.states_replaced += 1
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = place = 0
         for group in self.param_groups:
@@ -125,49 +140,22 @@ class LowRankAdamW(Optimizer):
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
-        for name, module in model.named_modules():
-            weight = self._weights.get(module.weight) if isinstance(module, LowRankLinear) else None
-            if weight is not None and isinstance(module, LowRankLinear):
-                weight.layer, weight.name = module, name
-                module.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
-        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-        for param, weight in self._weights.items():
-            if weight.layer is None:
-                weight.name = names.get(param, weight.name)
-                if param.requires_grad:
-                    self._hooks.append(param.register_post_accumulate_grad_hook(self._hook(weight)))
+        attachment = Attachment(model, self._weights, weakref.WeakMethod(self._gradient_ready))
+        self._detach = weakref.finalize(self, attachment.remove)
+        for weight in self._weights.values():
             weight.check()
 
     def detach(self) -> None:
-        """Undo `attach`: gradients arrive in `.grad` again. Call it before another optimizer takes the model."""
-        self.update_in_backward, self._all_reduce = False, None
-        for weight in self._weights.values():
-            if weight.layer is not None:
-                weight.layer.attach(None)
-                weight.layer = None
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Undo `attach`: gradients arrive in `.grad` again, as they do when the optimizer is gone.
 
-    def _hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
-        """For the anchor of a layer, or for a parameter that autograd gives its gradient.
-
-        Python's garbage collector does not see what holds a hook: one that held its optimizer would keep it, and with
-        it every weight, for as long as the process lives.
+        Call it before another optimizer takes the model.
         """
-        optimizer, watched = weakref.ref(self), weakref.ref(weight)
+        self.update_in_backward, self._all_reduce = False, None
+        if self._detach is not None:
+            self._detach()
 
-        def hook(tensor: Tensor) -> None:
-            owner, weight = optimizer(), watched()
-            if owner is None or weight is None:
-                return
-            grad, tensor.grad = tensor.grad, None
-            if weight.layer is None:
-                assert grad is not None
-                with torch.no_grad():
-                    weight.accumulate_full(grad)
-            owner.gradients_ready([weight])
-
-        return hook
+    def _gradient_ready(self, weight: FullRankWeight) -> None:
+        self.gradients_ready([weight])
 
     @torch.no_grad()
     def gradients_ready(self, weights: Sequence[FullRankWeight]) -> None:
@@ -231,7 +219,18 @@ class LowRankAdamW(Optimizer):
 
     @torch.no_grad()
     def complete(self, weights: Sequence[FullRankWeight], message: RankSum | None) -> None:
-        """Take the gradients of an update, from `message_of` where there is a message; update where that is due."""
+        """Take the gradients of an update, from `message_of` where there is a message; update where that is due.
+
+        Raises RuntimeError for a weight whose gradient of this update has been taken already.
+        """
+        for weight in weights:
+            if weight in self._completed:
+                raise RuntimeError(
+                    f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
+                    "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
+                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums"
+                )
+            self._completed.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
         summed: Iterable[list[Tensor] | None] = itertools.repeat(None, len(weights))
         if message is not None:
@@ -289,6 +288,7 @@ class LowRankAdamW(Optimizer):
             self.skip_update_if(~self.grad_norm().isfinite())
             update_weights(waiting, self._update_checks(), self._clip_factor)
         self._clip_factor, self._stepped, self._sums = None, True, False
+        self._completed.clear()
         return loss
 
     @torch.no_grad()
@@ -317,7 +317,12 @@ class LowRankAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Begin the update that goes on anew."""
         self._clip_factor, self._sums = None, False
+        self._completed.clear()
         if self._checks is not None and not self._stepped:
             self._checks.clear()  # an update that was given up; after a step `grad_norm` can still be read
         for weight in self._weights.values():
@@ -326,9 +331,12 @@ class LowRankAdamW(Optimizer):
     # ---- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU."""
+        """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
+
+        Gradients on their way to an update are forgotten. Raises ValueError for a state of another optimizer or model.
+        """
+        check_loaded_groups(self.param_groups, state_dict["param_groups"], self.defaults)
         super().load_state_dict(state_dict)
-        self.states_replaced += 1
         params = [param for group in self.param_groups for param in group["params"]]
         for index, entries in state_dict["state"].items():
             param = params[index]
@@ -336,6 +344,10 @@ class LowRankAdamW(Optimizer):
                 key: value.to("cpu" if key in HOST_STATE else param.device, copy=True) for key, value in entries.items()
             }
         self._build_weights()
+        self._give_up()
+        for weight in self._weights.values():
+            if weight.layer is not None or weight.param.is_floating_point():
+                weight.check()
 
     # ---- what the subspaces do
 

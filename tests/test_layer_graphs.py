@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -297,6 +298,60 @@ def test_no_message_outlives_its_updates(captures: bool, tmp_path: Path, monkeyp
     monkeypatch.setattr(LowRankAdamW, "message_of", watched)
     trained(tmp_path, "cpu", f"{CASES['streaming']} --dtype float32", sums=True)
     assert max(most) == 2 and not alive
+
+
+def test_two_forward_passes_at_once_go_without_graphs_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate_graphs(monkeypatch)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    optimizer = LowRankAdamW([parameter for layer in layers for parameter in layer.parameters()], lr=0.02)
+    optimizer.attach(nn.ModuleList(layers))
+    graphs = LayerGraphs(layers, lambda layer, x: layer(x), optimizer)
+    optimizer.is_last_micro_batch = False
+
+    def train(forward_passes: int) -> None:
+        outputs = [graphs(torch.randn(3, 6, requires_grad=True)) for _ in range(forward_passes)]
+        torch.cat(outputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train(2)
+    train(1)
+    assert graphs.replays
+    train(1)
+    with pytest.raises(RuntimeError, match="activations of their newest forward pass alone"):
+        train(2)
+
+
+@pytest.mark.parametrize("change", ["group", "state"])
+def test_graphs_are_void_after_another_group_or_state(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate_graphs(monkeypatch)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    optimizer = LowRankAdamW([parameter for layer in layers for parameter in layer.parameters()], lr=0.02)
+    optimizer.attach(nn.ModuleList(layers), update_in_backward=change == "state")
+    graphs = LayerGraphs(layers, lambda layer, x: layer(x), optimizer)
+    empty = copy.deepcopy(optimizer.state_dict())
+    begins = []
+    init_state = FullRankWeight._init_state
+    monkeypatch.setattr(
+        FullRankWeight, "_init_state", lambda weight: begins.append(graphs.replays) or init_state(weight)
+    )
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            graphs(torch.randn(3, 6, requires_grad=True)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(4)
+    before = graphs._captured
+    assert before is not None
+    if change == "group":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    else:
+        optimizer.load_state_dict(empty)
+    train(3)
+    assert graphs._captured not in (before, None)
+    assert begins and not any(begins), "a state began in a graph"
 
 
 def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:

@@ -267,6 +267,41 @@ def test_conversion_keeps_names_bias_and_mode() -> None:
     assert "in_features=4, out_features=8" in repr(model[0])
 
 
+def test_a_layer_of_two_places_is_converted_in_both() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "other": nn.Sequential(nn.Linear(4, 4))})
+    model["second"] = model["other"][0] = model["first"]
+    convert_linears(model, ["first"], WeightFormat(bits=8))
+    assert isinstance(model["first"], LowRankLinear)
+    assert model["first"] is model["second"] is model["other"][0]
+
+
+def test_a_weight_of_two_modules_is_not_converted() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(ValueError, match=r"head\.weight is a parameter of another module"):
+        convert_linears(model, ["head"], WeightFormat())
+
+
+@pytest.mark.parametrize("tied", ["head", "embed"])
+def test_a_weight_of_a_layer_and_another_module_is_not_attached(tied: str) -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(4, 5), "head": nn.Linear(4, 5), "embed": nn.Embedding(5, 4)})
+    convert_linears(model, ["layer", "head"], WeightFormat())
+    model[tied].weight = model["layer"].weight
+    optimizer = GaLoreAdamW(model.parameters())
+    with pytest.raises(ValueError, match=rf"layer\.weight and {tied}\.weight are one parameter"):
+        optimizer.attach(model)
+
+
+@every_format
+def test_a_weight_may_lie_by_columns(storage: str) -> None:
+    linear = nn.Linear(21, 10)
+    plain = LowRankLinear.from_linear(copy.deepcopy(linear), FORMATS[storage])
+    linear.weight.data = linear.weight.data.T.contiguous().T
+    layer = LowRankLinear.from_linear(linear, FORMATS[storage])
+    for name, value in layer.state_dict().items():
+        assert value.is_contiguous() and torch.equal(value, plain.state_dict()[name]), name
+
+
 def test_only_linear_layers_are_converted() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
     with pytest.raises(TypeError, match=r"1 is a Tanh: only nn\.Linear"):

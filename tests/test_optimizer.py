@@ -4,12 +4,15 @@ import copy
 import gc
 import io
 import itertools
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qgalore import (
     GaLoreAdamW,
@@ -256,6 +259,24 @@ def test_every_parameter_changes_after_one_update(name: str, storage: str, subsp
             assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("after_attach", [False, True])
+@pytest.mark.parametrize("storage", ["plain", "float", "simulated"])
+def test_a_frozen_weight_stays_and_trains_when_it_is_free(storage: str, after_attach: bool) -> None:
+    net, optimizer = build(storage=storage, attach=False)
+    frozen = net.layers[0].self_attn.weight
+    if after_attach:
+        optimizer.attach(net)
+    frozen.requires_grad_(False)
+    if not after_attach:
+        optimizer.attach(net)
+    before = frozen.detach().clone()
+    train(net, optimizer, range(2))
+    assert torch.equal(frozen, before)
+    frozen.requires_grad_()
+    train(net, optimizer, range(2, 4))
+    assert not torch.equal(frozen, before)
+
+
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])
 @pytest.mark.parametrize(("name", "storage"), PAIRS)
 def test_every_mode_learns(name: str, storage: str, subspace: str) -> None:
@@ -391,6 +412,31 @@ def test_sums_of_gradients_may_be_smaller(accumulator_dtype: str) -> None:
     expected, losses = train(*exact, range(8), 4), train(*small, range(8), 4)
     assert losses == pytest.approx(expected, rel=0.05)
     assert losses != expected
+
+
+@pytest.mark.parametrize("update_in_backward", [False, True])
+@pytest.mark.parametrize("storage", ["plain", "float", "int8"])
+def test_a_backward_pass_after_the_last_is_refused_and_not_lost(storage: str, update_in_backward: bool) -> None:
+    net, optimizer = build(storage=storage, update_in_backward=update_in_backward)
+    net(batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"head\.weight got another gradient .*is_last_micro_batch = False"):
+        net(batch(1)).backward()
+    optimizer.zero_grad()
+    train(net, optimizer, range(2))
+
+
+def test_a_layer_of_several_reentrant_checkpoints_gets_the_sum_of_its_gradients() -> None:
+    trained = []
+    for attach in (False, True):
+        net, optimizer = build(storage="float", attach=attach)
+        optimizer.is_last_micro_batch = False
+        x = net.embed(batch(0))
+        for _ in range(3):
+            x = checkpoint(net.layers[0], x, use_reentrant=True)
+        net.head(x).square().mean().backward()
+        optimizer.step()
+        trained.append(net)
+    assert_near(*trained, 1e-5)
 
 
 def test_a_weight_reached_in_an_early_micro_batch_alone_is_updated() -> None:
@@ -561,6 +607,59 @@ def test_loaded_state_is_not_shared() -> None:
     train(other, again, range(3))
     for index, entries in saved["state"].items():
         assert all(torch.equal(value, before["state"][index][key]) for key, value in entries.items())
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_a_state_of_something_else_is_refused(attach: bool) -> None:
+    _net, optimizer = build("qgalore8bit", attach=attach)
+
+    def without_ranks(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        return kind([{"params": group["params"]} for group in optimizer.param_groups])
+
+    for kind in (torch.optim.AdamW, GaLoreAdamW):
+        with pytest.raises(ValueError, match=r"group . is with.* rank, that of the state to load is without a rank"):
+            optimizer.load_state_dict(without_ranks(kind).state_dict())
+    with pytest.raises(ValueError, match="group 1 is without a rank, that of the state to load is with a rank"):
+        without_ranks(GaLoreAdamW).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="lacks accumulator_dtype, norm_growth"):
+        without_ranks(GaLoreAdamW).load_state_dict(without_ranks(torch.optim.AdamW).state_dict())
+    larger, saved = build("qgalore8bit", hidden=48)
+    train(larger, saved, range(1))
+    with pytest.raises(ValueError, match=r"is that of a gradient of shape .* another model"):
+        optimizer.load_state_dict(saved.state_dict())
+
+
+def test_a_loaded_state_forgets_the_gradients_of_before() -> None:
+    trained = []
+    for in_flight in (False, True):
+        net, optimizer = build(update_proj_gap=7)
+        train(net, optimizer, range(10))
+        weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+        if in_flight:
+            update = 10
+            while not any(weight.changes_subspace for weight in optimizer.low_rank_weights()):
+                train(net, optimizer, range(update, update + 1))
+                update += 1
+            assert update > 10
+            backward(net, optimizer, update)
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        train(net, optimizer, range(10, 14))
+        trained.append(net)
+    assert_same(*trained)
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_like_the_original(how: str, storage: str) -> None:
+    net, optimizer = build("qgalore8bit", storage, options={"seed": 3})
+    train(net, optimizer, range(3))
+    pair = (net, optimizer)
+    other, copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    copied.attach(other)
+    train(other, copied, range(3, 6))
+    train(net, optimizer, range(3, 6))
+    assert_same(other, net)
 
 
 def test_a_group_added_later_trains() -> None:
@@ -813,6 +912,11 @@ def test_hyperparameters_out_of_range_are_refused(options: dict[str, Any]) -> No
         GaLoreAdamW([nn.Parameter(torch.ones(2, 2))], **options)
 
 
+def test_an_unknown_dtype_of_sums_is_named() -> None:
+    with pytest.raises(ValueError, match="accumulates in float32, bfloat16 or int8, not in flaot32"):
+        build(options={"accumulator_dtype": "flaot32"})
+
+
 def test_a_rank_of_none_is_no_rank() -> None:
     weight = nn.Parameter(torch.ones(4, 4))
     optimizer = GaLoreAdamW([{"params": [weight], "rank": None}], lr=0.1)
@@ -828,6 +932,47 @@ def test_attaching_again_changes_nothing() -> None:
     train(once, once_optimizer, range(3))
     train(twice, twice_optimizer, range(3))
     assert_same(once, twice)
+
+
+@pytest.mark.parametrize("storage", ["plain", "float", "int8"])
+def test_an_optimizer_that_is_gone_leaves_the_model_to_autograd(storage: str) -> None:
+    net, optimizer = build(storage=storage)
+    train(net, optimizer, range(1))
+    del optimizer
+    gc.collect()
+    net(batch(1)).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in net.parameters())
+    assert all(module.tap is None for module in net.modules() if isinstance(module, LowRankLinear))
+
+
+@pytest.mark.parametrize("storage", ["float", "int8"])
+def test_detaching_late_takes_nothing_from_the_next_optimizer(storage: str) -> None:
+    net, first = build(storage=storage)
+    second = GaLoreAdamW(low_rank_param_groups(net, linear_names(net), rank=4), lr=0.02)
+    second.attach(net)
+    first.detach()
+    before = values(net)
+    train(net, second, range(1))
+    assert all(not torch.equal(value, before[key]) for key, value in values(net).items())
+
+
+def test_two_attached_optimizers_are_told_of_each_other() -> None:
+    net, _first = build()
+    second = GaLoreAdamW(net.parameters())
+    second.attach(net)
+    with pytest.raises(RuntimeError, match=r"another optimizer has taken the gradient of .*detach"):
+        net(batch(0)).backward()
+
+
+def test_a_wrapper_that_would_not_sum_the_gradients_is_refused(tmp_path: Path) -> None:
+    net, optimizer = build(attach=False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(ValueError, match=r"DistributedDataParallel does not see .*all_reduce"):
+            optimizer.attach(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_all_reduce_sees_projected_gradients_alone() -> None:

@@ -87,7 +87,7 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     triton = _triton_or_none(x.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
         return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
-    parts = []
+    x, parts = x.contiguous(), []  # PyTorch would lay out the codes as x is, and kernels read them by rows
     for start, stop in row_chunks(*x.shape):
         random = _random_bits(stop - start, x.shape[1], seed, start, x.device)
         codes, scale, zero_point = reference.quantize_groups(x[start:stop], bits, group_size, random)
