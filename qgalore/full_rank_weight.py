@@ -61,6 +61,8 @@ class FullRankWeight:
                 f"parameter {self.name} is quantized and no LowRankLinear of the model holds it: "
                 "call attach(model) with the model whose parameters the optimizer was given"
             )
+        if self.param.dtype == torch.float64:
+            raise ValueError(f"parameter {self.name} is float64: updates are made in float32; convert the model to it")
         if self.layer is None and not self.param.is_contiguous():
             raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
         if "exp_avg" in self.state and self.state["exp_avg"].shape != self.gradient_shape:
@@ -96,6 +98,8 @@ class FullRankWeight:
 
     def accumulate_full(self, grad: Tensor) -> None:
         """Add the gradient of one micro-batch."""
+        if grad.layout != torch.strided:
+            raise ValueError(f"parameter {self.name} has a sparse gradient: use a layer with sparse=False")
         self._add(self._sum, grad)
 
     def _add(self, accumulator: GradientAccumulator, grad: Tensor) -> None:

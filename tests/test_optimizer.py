@@ -1050,3 +1050,14 @@ def test_states_stay_in_their_tensors_over_refreshes(subspace: str) -> None:
         places.append({key: value.data_ptr() for key, value in low_rank.state.items() if key not in HOST_STATE})
     assert low_rank.schedule.refreshes > 2
     assert all(place == places[0] for place in places)
+
+
+def test_what_it_cannot_train_is_refused_by_name() -> None:
+    double = nn.Linear(4, 4).double()
+    with pytest.raises(ValueError, match="parameter weight is float64: updates are made in float32"):
+        GaLoreAdamW(double.parameters()).attach(double)
+    table = nn.Embedding(5, 4, sparse=True)
+    optimizer = GaLoreAdamW(table.parameters())
+    optimizer.attach(table)
+    with pytest.raises(ValueError, match="parameter weight has a sparse gradient: use a layer with sparse=False"):
+        table(torch.tensor([1])).sum().backward()
