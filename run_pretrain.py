@@ -115,6 +115,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     )  # fmt: skip
     evaluation = args.evaluation
     eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
+    if data.dataset != "c4":  # the hub's has text, and would have to be waited for
+        processes.from_main(eval_set.check)
     return loader, eval_set
 
 
