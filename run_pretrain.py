@@ -115,6 +115,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     )  # fmt: skip
     evaluation = args.evaluation
     eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
+    if data.dataset != "c4":  # the hub's has text, and would have to be waited for
+        processes.from_main(eval_set.check)
     return loader, eval_set
 
 
@@ -162,11 +164,13 @@ class Run:
         """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
         size, ranks = parameter_count(self.model) / 1e6, self.processes.world_size
         self.metrics.say(f"{size:.1f} M parameters on {ranks} x {self.processes.device}")
+        first, total = self.update_step, self.args.schedule.num_training_steps
+        if first:
+            self.metrics.say(f"{first} of {total} updates are made already")
         for warning in self.args.warnings:
             self.metrics.say(f"warning: {warning}")
         if self.processes.is_main:
             self.marker.unlink(missing_ok=True)
-        first, total = self.update_step, self.args.schedule.num_training_steps
         for self.position.update_step in itertools.count(first):
             last = self.update_step == total
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.

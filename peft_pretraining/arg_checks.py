@@ -57,7 +57,11 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     if not args.optimizer.is_low_rank:
         idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given]
         if idle:
-            warnings.append(f"{', '.join(idle)} change nothing: --optimizer {args.optimizer.optimizer} has no subspace")
+            warnings.append(f"{_idle(idle)}: --optimizer {args.optimizer.optimizer} has no subspace")
+    for switch, kind in (("weight_quant", "weight"), ("proj_quant", "proj")):
+        idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
+        if idle and not getattr(args.quantization, switch):
+            warnings.append(f"{_idle(idle)} without --{switch}")
     schedule = args.schedule
     if schedule.warmup_steps >= schedule.num_training_steps:
         warnings.append(
@@ -71,6 +75,10 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
     return warnings
+
+
+def _idle(flags: list[str]) -> str:
+    return f"{', '.join(flags)} {'change' if len(flags) > 1 else 'changes'} nothing"
 
 
 def _checkpointing_problems(args: RunArgs) -> list[str]:

@@ -73,7 +73,9 @@ class BatchArgs:
 
     batch_size: Annotated[int, Flag("sequences", at_least=1)]
     """Sequences in a micro-batch of one rank."""
-    gradient_accumulation: Annotated[int, Flag("micro_batches", at_least=1, auto="total_batch_size / all ranks")] = 0
+    gradient_accumulation: Annotated[
+        int, Flag("micro_batches", at_least=1, auto="total_batch_size / (batch_size x ranks)")
+    ] = 0
     """Micro-batches a rank adds up before an update."""
     total_batch_size: Annotated[
         int, Flag("sequences", at_least=1, auto="batch_size x gradient_accumulation x ranks")

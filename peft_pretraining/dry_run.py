@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_pretraining.arg_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.args import GROUPS, RunArgs
+from peft_pretraining.errors import UserError
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.memory_plan import MemoryPlan, plan_memory
 from peft_pretraining.model_config import LlamaConfig
@@ -14,20 +15,33 @@ _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
-    config = LlamaConfig.from_json(args.model.model_config)
+    config = shape_of(args)
     updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
     lines = [f"warning: {warning}" for warning in args.warnings]
     for group in GROUPS:
         lines.append(f"{group}:")
         lines += [f"  --{name} {value}" for name, value in vars(getattr(args, group)).items()]
+    if config is not None:
+        lines.append(
+            f"model: {config.parameter_count() / 1e6:,.1f} M parameters, {config.num_hidden_layers} layers, "
+            f"width {config.hidden_size}"
+        )
     lines += [
-        f"model: {config.parameter_count() / 1e6:,.1f} M parameters, {config.num_hidden_layers} layers, "
-        f"width {config.hidden_size}",
         f"run: {updates:,} updates of {args.batch.total_batch_size} sequences of {args.batch.max_length} tokens "
         f"({tokens:,}), {updates * tokens / 1e9:,.2f} billion tokens, on {args.world_size} rank(s)",
-        plan(args, config).table(),
+        plan(args, config).table() if config is not None else "memory: not planned for what only transformers reads",
     ]
     return "\n".join(lines)
+
+
+def shape_of(args: RunArgs) -> LlamaConfig | None:
+    """The shape of the model to train; None where only transformers' class takes the configuration."""
+    try:
+        return LlamaConfig.from_json(args.model.model_config)
+    except UserError:
+        if args.model.use_hf_model:
+            return None
+        raise
 
 
 def plan(args: RunArgs, config: LlamaConfig) -> MemoryPlan:

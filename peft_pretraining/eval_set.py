@@ -61,6 +61,11 @@ class EvalSet:
                 padded[i, : len(row)] = row
             yield number, make_micro_batch(padded, np.array([len(row) for row in rows], np.int64))
 
+    def check(self) -> None:
+        """Look for the first row with a target; raises UserError as iterating would."""
+        if not any(len(row) > 1 for row in self._source()):
+            raise self._empty()
+
     def _read(self) -> dict[int, list[Row]]:
         batches: dict[int, list[Row]] = {}
         targets = count = 0
@@ -72,8 +77,11 @@ class EvalSet:
             if self._eval_tokens and targets >= self._eval_tokens:
                 break
         if not targets:
-            raise UserError(f"--dataset {self._name}: its validation set is empty: no text of two tokens or more.")
+            raise self._empty()
         return batches
+
+    def _empty(self) -> UserError:
+        return UserError(f"--dataset {self._name}: its validation set is empty: no text of two tokens or more.")
 
 
 def build_eval_set(

@@ -9,44 +9,49 @@ from typing import Any
 import torch
 
 from peft_pretraining.args import RunArgs
-from peft_pretraining.dry_run import plan
+from peft_pretraining.dry_run import plan, shape_of
 from peft_pretraining.model_config import LlamaConfig
 
 
 def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
     """A sentence for a run whose planned peak is above what is free on its CUDA device; None if it fits."""
-    if device.type != "cuda":
+    if device.type != "cuda" or (config := shape_of(args)) is None:
         return None
     free = torch.cuda.mem_get_info(device)[0]
-    return f"it may run out of memory: {_comparison(args, free)}" if _peak(args) > free else None
+    if plan(args, config).peak_bytes <= free:
+        return None
+    return f"it may run out of memory: {_comparison(args, config, free)}"
 
 
 def out_of_memory(args: RunArgs, device: torch.device) -> str:
     """The sentence for a run that found no memory on its CUDA device."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    return (
-        f"{device} has no memory left: {_comparison(args, total)}. Its checkpoints are whole: the same command with "
-        "--continue_from auto goes on from the newest"
-    )
+    save_dir, config = args.checkpoint.save_dir, shape_of(args)
+    # What other processes and CUDA itself hold was never there for this one.
+    available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    comparison = f": {_comparison(args, config, available)}" if config is not None else ""
+    text = f"{device} has no memory left{comparison}. With --save_dir {save_dir} --continue_from auto "
+    return f"{text}the same command, but for its --rank, goes on from the newest checkpoint"
 
 
-def _comparison(args: RunArgs, available: int) -> str:
-    text = f"the run is planned to take {_peak(args) / 1e9:.1f} GB of {available / 1e9:.1f} (--dry_run says for what)"
-    fitting = flags_that_fit(args, available)
+def _comparison(args: RunArgs, config: LlamaConfig, available: int) -> str:
+    peak = plan(args, config).peak_bytes
+    text = f"the run is planned to take {peak / 1e9:.1f} GB of {available / 1e9:.1f} (--dry_run says for what)"
+    if peak <= available:
+        return f"{text}, and took more; --activation_checkpointing or a smaller --batch_size takes less"
+    fitting = flags_that_fit(args, config, available)
     return f"{text}; each of these alone would fit: {', '.join(fitting)}" if fitting else text
 
 
-def flags_that_fit(args: RunArgs, available: int) -> list[str]:
-    """Changes of one flag each that bring the planned peak to at most `available` bytes, of each flag the smallest."""
+def flags_that_fit(args: RunArgs, config: LlamaConfig, available: int) -> list[str]:
+    """The smallest change of each kind that alone brings the planned peak to at most `available` bytes.
+
+    The total batch stays what it is.
+    """
     found: dict[str, str] = {}
     for flag, value, changed in _smaller(args):
-        if flag not in found and _peak(changed) <= available:
+        if flag not in found and plan(changed, config).peak_bytes <= available:
             found[flag] = f"{flag} {value}".strip()
     return list(found.values())
-
-
-def _peak(args: RunArgs) -> int:
-    return plan(args, LlamaConfig.from_json(args.model.model_config)).peak_bytes
 
 
 def _smaller(args: RunArgs) -> Iterator[tuple[str, object, RunArgs]]:
@@ -59,7 +64,8 @@ def _smaller(args: RunArgs) -> Iterator[tuple[str, object, RunArgs]]:
     size, accumulation = batch.batch_size, batch.gradient_accumulation
     while size % 2 == 0:
         size, accumulation = size // 2, accumulation * 2
-        yield "--batch_size", size, _with(args, "batch", batch_size=size, gradient_accumulation=accumulation)
+        value = f"{size} --gradient_accumulation {accumulation}"
+        yield "--batch_size", value, _with(args, "batch", batch_size=size, gradient_accumulation=accumulation)
     if optimizer.is_low_rank:
         for eighths in (7, 6, 5, 4, 3, 2, 1):
             rank = args.subspace.rank * eighths // 8

@@ -11,7 +11,8 @@ _LINE_SECONDS = 10.0
 class Progress:
     """Shows metrics of updates on standard error; a bar where that is a terminal and tqdm is there, else lines.
 
-    Lines come for the first and last update, for every evaluation, and at most every ten seconds in between.
+    Lines come for the first and last update, and at most every ten seconds in between. Of an evaluation the run itself
+    says a line.
     """
 
     def __init__(self, total_updates: int, start_update: int = 0, terminal: bool | None = None) -> None:
@@ -26,13 +27,14 @@ class Progress:
 
     def show(self, update_step: int, metrics: Mapping[str, float]) -> None:
         """Show the state after `update_step` updates."""
+        if self._bar is None and any(name.startswith("eval/") for name in metrics):
+            return
         self._shown |= {name: value for name, value in metrics.items() if name in _SHORT or name.startswith("eval/")}
         if self._bar is not None:
             self._bar.update(update_step - self._bar.n)
             self._bar.set_postfix_str(describe(self._shown), refresh=False)
             return
-        due = time.monotonic() - self._last_line >= _LINE_SECONDS
-        if due or update_step >= self._total or any(name.startswith("eval/") for name in metrics):
+        if time.monotonic() - self._last_line >= _LINE_SECONDS or update_step >= self._total:
             self._last_line = time.monotonic()
             left = f", {format_seconds(self._seconds_left(update_step))} left" if update_step < self._total else ""
             self.say(f"update {update_step}/{self._total}: {describe(self._shown)}{left}")

@@ -15,7 +15,9 @@
 set -uo pipefail
 
 export NNODES="${SLURM_NNODES:-1}"
-MASTER_ADDR="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?start this with sbatch}" | head -n 1)"
+# By itself: inside $(...) it would not end this script, and srun would start the recipe from where one logs in.
+: "${SLURM_JOB_NODELIST:?start this with sbatch}"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MASTER_ADDR
 
 # SIGUSR1 to the ranks of this job on this machine, which is enough: one rank that hears it stops all. They then have the

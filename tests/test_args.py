@@ -253,7 +253,13 @@ def test_combinations_that_work(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "warning"),
     [
-        ("--rank 64 --optimizer adamw", "--rank change nothing: --optimizer adamw has no subspace"),
+        ("--rank 64 --optimizer adamw", "--rank changes nothing: --optimizer adamw has no subspace"),
+        ("--rank 64 --svd_method full", "--rank, --svd_method change nothing: --optimizer adam has no subspace"),
+        (
+            "--weight_bits 4 --weight_group_size 64",
+            "--weight_bits, --weight_group_size change nothing without --weight_quant",
+        ),
+        ("--optimizer galore_adamw8bit --proj_bits 8", "--proj_bits changes nothing without --proj_quant"),
         ("--num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--restart_cycles 2", "--restart_cycles changes nothing: --scheduler cosine has no restarts"),
     ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +27,12 @@ RUNS = {  # flags of 7B: GB available, and what is advised
     "rank": (
         f"{Q_GALORE} --batch_size 16 --total_batch_size 512 --activation_checkpointing --grad_accum_dtype int8",
         15.9,
-        ["--batch_size 8", "--rank 1568"],
+        ["--batch_size 8 --gradient_accumulation 64", "--rank 1568"],
+    ),
+    "one micro-batch": (
+        "--optimizer adamw --batch_size 64",
+        130.0,
+        ["--activation_checkpointing", "--batch_size 32 --gradient_accumulation 2"],
     ),
     "hopeless": ("--optimizer adamw --batch_size 16", 24.0, []),
 }
@@ -46,12 +51,12 @@ def peak(args: RunArgs) -> int:
 def test_each_advice_fits_alone(run: str, root: Path) -> None:
     flags, available, expected = RUNS[run]
     args, limit = arguments(flags, root), int(available * 1e9)
-    advice = memory_advice.flags_that_fit(args, limit)
+    config = LlamaConfig.from_json(args.model.model_config)
+    advice = memory_advice.flags_that_fit(args, config, limit)
     assert peak(args) > limit and advice == expected
     for text in advice:
-        # The total batch stays what it was.
-        total = f"--total_batch_size {args.batch.total_batch_size}"
-        assert peak(arguments(f"{flags} {total} {text}", root)) <= limit
+        changed = arguments(f"{flags} {text}", root)
+        assert peak(changed) <= limit and changed.batch.total_batch_size == args.batch.total_batch_size
 
 
 def test_only_a_run_that_does_not_fit_is_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +72,38 @@ def test_only_a_run_that_does_not_fit_is_warned_of(root: Path, monkeypatch: pyte
     assert memory_advice.warning_of_memory(args, torch.device("cpu")) is None
 
 
+def fake_memory(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int) -> None:
+    """A device with `free` bytes beside the `reserved` ones that PyTorch holds."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+
+
+def test_out_of_memory_counts_what_this_run_could_have(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(RUNS["rank"][0], root)
+    fake_memory(monkeypatch, 10**8, peak(args) - 2 * 10**8)  # the rest of the 80 GiB is another process's
+    text = memory_advice.out_of_memory(args, CUDA)
+    assert "each of these alone would fit: " in text and "--rank 1568" in text
+    fake_memory(monkeypatch, 10**8, peak(args))
+    text = memory_advice.out_of_memory(args, CUDA)
+    assert "and took more" in text and "would fit" not in text
+
+
+def test_a_shape_that_only_transformers_reads_has_no_plan(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    raw = json.loads((root / "configs" / "llama_9m.json").read_text())
+    config.write_text(json.dumps(raw | {"attention_bias": True}))
+    flags = f"--model_config {config} --use_hf_model --batch_size 1 --optimizer adamw --dataset pydocs"
+    args = parse_args(flags.split())
+    fake_memory(monkeypatch, 0, 0)
+    assert memory_advice.warning_of_memory(args, CUDA) is None
+    assert "planned" not in memory_advice.out_of_memory(args, CUDA)
+    assert run_pretrain.main([*flags.split(), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "--use_hf_model True" in printed and "memory: not planned" in printed
+
+
 def test_a_run_without_memory_ends_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,11 +114,11 @@ def test_a_run_without_memory_ends_with_a_sentence(
 
     monkeypatch.setattr(run_pretrain.Run, "update", update)
     monkeypatch.setattr(run_pretrain, "warning_of_memory", lambda args, device: "too small")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**6))
+    fake_memory(monkeypatch, 0, 10**6)
     assert small.main("run") == 2
     printed = capsys.readouterr().err
     assert "warning: too small" in printed
     assert "run_pretrain.py: cpu has no memory left: the run is planned to take 0.0 GB of 0.0" in printed
-    assert "--continue_from auto goes on from the newest" in printed
+    assert f"--save_dir {tmp_path / 'run'} --continue_from auto the same command" in printed
     monkeypatch.undo()
     assert small.main("run", continue_from="auto") == 0

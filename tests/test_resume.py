@@ -286,6 +286,14 @@ def test_the_marker_of_a_stop_goes_when_the_run_goes_on(small: SmallRun) -> None
     assert not (stopped.save_dir / "STOPPED").exists(), "whoever looks for it would queue an ended run again"
 
 
+def test_a_resumed_run_says_what_is_done(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    small.run("run", num_training_steps=2)
+    assert "made already" not in capsys.readouterr().err
+    for updates in (2, 3):
+        small.run("run", num_training_steps=updates, continue_from="auto")
+        assert f"2 of {updates} updates are made already" in capsys.readouterr().err
+
+
 def test_a_new_run_does_not_destroy_the_one_in_its_folder(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     first = small.run("run", num_training_steps=4, save_every=2)
     before = files(first.save_dir)

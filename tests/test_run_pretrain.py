@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import run_pretrain
 from peft_pretraining.args import parse_args
 from peft_pretraining.distributed import Processes
-from peft_pretraining.metrics import read_metrics
+from peft_pretraining.metrics import METRICS_FILE, read_metrics
 from peft_pretraining.model import low_rank_names
 from qgalore import LowRankLinear
 from tests.small_run import (
@@ -415,6 +416,16 @@ def test_dataset_without_data(small: SmallRun, capsys: pytest.CaptureFixture[str
     (small.folder / "text" / "c4-train.00000-of-00001.json.gz").write_bytes(b"this is no gzip")
     message = refusal(small, capsys, **text)
     assert f"--dataset {text['dataset']}" in message and "damaged" in message
+
+
+def test_an_empty_validation_set_is_found_before_the_first_update(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_text(small.folder / "text")
+    with gzip.open(small.folder / "text" / "c4-validation.00000-of-00001.json.gz", "wt") as file:
+        file.write(json.dumps({"text": " "}) + "\n")
+    assert "its validation set is empty" in refusal(small, capsys, **text)
+    assert not (small.folder / "run" / METRICS_FILE).exists()
 
 
 def test_too_few_rows_for_the_lanes(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,7 +214,9 @@ while :; do sleep 0.1; done
 """
 
 
-def start_slurm(tmp_path: Path, argument: str, recipe: str = SLURM_RUN) -> "subprocess.Popen[str]":
+def start_slurm(
+    tmp_path: Path, argument: str, recipe: str = SLURM_RUN, nodes: str = "first"
+) -> "subprocess.Popen[str]":
     """scripts/slurm.sh with stand-ins for SLURM's programs and for the recipe."""
     tools = {"srun": '#!/bin/sh\nexec "$@"\n', "scontrol": '#!/bin/sh\necho "$2" "$1"\n'}
     for name, text in tools.items():
@@ -223,7 +225,7 @@ def start_slurm(tmp_path: Path, argument: str, recipe: str = SLURM_RUN) -> "subp
     (tmp_path / "recipe.sh").write_text(recipe, encoding="utf-8")
     job = {
         "SLURM_JOB_ID": "42",
-        "SLURM_JOB_NODELIST": "first",
+        "SLURM_JOB_NODELIST": nodes,
         "SLURM_NNODES": "2",
         "STARTED": str(tmp_path / "started"),
     }
@@ -233,6 +235,12 @@ def start_slurm(tmp_path: Path, argument: str, recipe: str = SLURM_RUN) -> "subp
         text=True,
         env={**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
+
+
+def test_slurm_script_without_a_job_starts_nothing(tmp_path: Path) -> None:
+    job = start_slurm(tmp_path, "short", nodes="")
+    output, _ = job.communicate(timeout=30)
+    assert output == "" and job.returncode not in (0, 3)
 
 
 def test_slurm_job_that_ends_is_not_queued_again(tmp_path: Path) -> None:
