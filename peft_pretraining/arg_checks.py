@@ -21,6 +21,7 @@ BUILT_IN_DATASETS = ("c4", "pydocs")
 _LOW_RANK_FLAGS = (
     "recipe",
     "rank",
+    "mlp_rank",
     "galore_scale",
     "proj_type",
     "subspace",
@@ -108,6 +109,8 @@ def _model_problems(args: RunArgs) -> list[str]:
     checks: list[Callable[[], None]] = [lambda: config.check_length(args.batch.max_length)]
     if args.optimizer.is_low_rank:
         checks.append(lambda: config.check_rank(args.subspace.rank))
+        if args.subspace.mlp_rank:
+            checks.append(lambda: config.check_rank(args.subspace.mlp_rank, "mlp_rank"))
     problems = []
     for check in checks:
         try:

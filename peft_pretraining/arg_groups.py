@@ -181,6 +181,8 @@ class SubspaceArgs:
 
     rank: Annotated[int, Flag("dimensions", at_least=1)] = 128
     """Dimensions of the subspace of each decoder matrix."""
+    mlp_rank: Annotated[int, Flag("dimensions", at_least=0, auto="rank")] = 0
+    """Dimension of the subspaces of the MLP's matrices, where it is to be another."""
     galore_scale: Annotated[float, Flag("factor", above=0)] = 1.0
     """Multiplier of the projected-back update (alpha in the papers)."""
     proj_type: Annotated[str, Flag(choices=("std", "reverse_std", "left", "right", "full"))] = "std"

@@ -73,6 +73,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         activation_checkpointing=args.model.activation_checkpointing,
         checkpoint_every=args.model.checkpoint_every,
         rank=subspace.rank if optimizer.is_low_rank else None,
+        mlp_rank=subspace.mlp_rank,
         proj_type=subspace.proj_type,
         proj_bits=quantization.proj_bits if quantization.proj_quant else None,
         proj_group_size=quantization.proj_group_size,

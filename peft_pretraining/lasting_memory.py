@@ -47,6 +47,9 @@ class MemorySettings:
     """With checkpointing: only in every so many layers, the first of all included."""
     rank: int | None = None
     """Dimension of the subspace of the decoder matrices; None trains them in full."""
+    mlp_rank: int = 0
+    """That of matrices with a side of `mlp_width`, the MLP's; 0 for the same."""
+    mlp_width: int = 0
     proj_type: str = "std"
     """std, reverse_std, left, right or full."""
     proj_bits: int | None = None
@@ -74,6 +77,11 @@ class MemorySettings:
     factored: bool = False
     """Adafactor: of a matrix one value a row and one a column instead."""
 
+    def rank_of(self, shape: Shape) -> int:
+        """Of the subspace of a decoder matrix."""
+        assert self.rank is not None
+        return self.mlp_rank if self.mlp_rank and self.mlp_width in shape else self.rank
+
     @property
     def gradients_live_in_backward(self) -> bool:
         """Whether each gradient is used up inside the backward pass of its layer."""
@@ -91,13 +99,13 @@ def gradient_shape(shape: Shape, s: MemorySettings) -> Shape:
     """Of what the optimizer sees: (rank, in), (out, rank), (rank, rank), or the matrix's own."""
     if s.rank is None:
         return shape
-    projected = sides(shape, s)
-    return (s.rank if "left" in projected else shape[0], s.rank if "right" in projected else shape[1])
+    projected, rank = sides(shape, s), s.rank_of(shape)
+    return (rank if "left" in projected else shape[0], rank if "right" in projected else shape[1])
 
 
 def basis_values(shape: Shape, s: MemorySettings) -> int:
     """Values of all bases of a matrix."""
-    return 0 if s.rank is None else s.rank * sum(shape[0 if side == "left" else 1] for side in sides(shape, s))
+    return 0 if s.rank is None else s.rank_of(shape) * sum(shape[0 if x == "left" else 1] for x in sides(shape, s))
 
 
 def weight_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -113,7 +121,7 @@ def projection_bytes(shape: Shape, s: MemorySettings) -> int:
         return 0
     if s.proj_bits is not None:
         lengths = [shape[0 if side == "left" else 1] for side in sides(shape, s)]
-        return sum(_quantized_bytes(s.rank, length, s.proj_bits, s.proj_group_size) for length in lengths)
+        return sum(_quantized_bytes(s.rank_of(shape), length, s.proj_bits, s.proj_group_size) for length in lengths)
     # A float basis has the dtype of a float weight, and is float32 beside integer weights.
     return basis_values(shape, s) * (s.dtype_bytes if s.weight_bits is None else 4)
 
@@ -167,8 +175,7 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
         return math.ceil(count / max(1, min(spread, s.update_proj_gap)))
 
     def sketch(shape: Shape, side: str) -> int:
-        assert s.rank is not None
-        return sum_bytes((s.rank, shape[0 if side == "left" else 1]), s)
+        return sum_bytes((s.rank_of(shape), shape[0 if side == "left" else 1]), s)
 
     sketches = max(sum(sketch(shape, side) for side in sides(shape, s)) for shape in matrices)
     full = max(sum_bytes(shape, s) for shape in matrices)

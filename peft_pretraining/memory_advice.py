@@ -58,7 +58,9 @@ def _smaller(args: RunArgs) -> Iterator[tuple[str, object, RunArgs]]:
     """Flags with values that take less, from little to much, and the arguments they would give."""
     batch, optimizer = args.batch, args.optimizer
     if not args.model.activation_checkpointing:
-        yield "--activation_checkpointing", "", _with(args, "model", activation_checkpointing=True)
+        yield "--activation_checkpointing", "", _with(args, "model", activation_checkpointing=True, checkpoint_every=1)
+    elif args.model.checkpoint_every > 1:
+        yield "--checkpoint_every", 1, _with(args, "model", checkpoint_every=1)
     if batch.gradient_accumulation > 1 and optimizer.grad_accum_dtype != "int8":
         yield "--grad_accum_dtype", "int8", _with(args, "optimizer", grad_accum_dtype="int8")
     size, accumulation = batch.batch_size, batch.gradient_accumulation

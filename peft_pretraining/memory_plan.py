@@ -12,7 +12,7 @@ that are smaller than a matrix's side are not counted one by one.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_pretraining.activation_memory import (
     attention_widths,
@@ -99,7 +99,7 @@ class MemoryPlan:
 def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
     """The memory of one rank; takes milliseconds for any model size."""
     matrices = list(config.matrix_shapes().values())
-    layers, s = config.num_hidden_layers, settings
+    layers, s = config.num_hidden_layers, replace(settings, mlp_width=config.intermediate_size)
     table = (config.vocab_size, config.hidden_size)
     tables = [table] if config.tie_word_embeddings else [table, table]
     norms = [(config.hidden_size,)] * (2 * layers + 1)
@@ -275,8 +275,8 @@ def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
     if s.rank is None:
         return full
     tokens, projected = s.batch_size * s.max_length, sides(shape, s)
-    direct = not s.residual and projects_directly(tokens, shape[0], shape[1], s.rank, projected[0])
-    between = len(projected) * tokens * s.rank * s.dtype_bytes if direct else full
+    direct = not s.residual and projects_directly(tokens, shape[0], shape[1], s.rank_of(shape), projected[0])
+    between = len(projected) * tokens * s.rank_of(shape) * s.dtype_bytes if direct else full
     return _held_in_projecting_bytes(shape, s) + between
 
 
@@ -291,9 +291,8 @@ def _basis_copy_values(shape: Shape, s: MemorySettings) -> int:
 
 def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
     """A sketch: momentum in float32, and scaled; that and its product with a factor; or the full gradient."""
-    assert s.rank is not None
     values, tokens = math.prod(gradient_shape(shape, s)), s.batch_size * s.max_length
-    sketching = s.dtype_bytes * (values + tokens * s.rank + basis_values(shape, s))
+    sketching = s.dtype_bytes * (values + tokens * s.rank_of(shape) + basis_values(shape, s))
     if s.svd:  # the first refresh is from a sketch with random numbers
         sketching = max(sketching, (4 + s.dtype_bytes) * values)
         return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
@@ -335,8 +334,9 @@ def _update_bytes(shape: Shape, s: MemorySettings) -> int:
         part = min(values, MOMENT_PART)
         writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + _READ_8BIT_PART * part, writing)
-    finding = (s.dtype_bytes + _ORTHONORMALIZE) * bases + 8 * s.rank**2
-    changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * s.rank**2 + rotated  # the new basis, before and quantized
+    squared = s.rank_of(shape) ** 2
+    finding = (s.dtype_bytes + _ORTHONORMALIZE) * bases + 8 * squared
+    changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
     return update + s.dtype_bytes * bases + max(finding, changing)
 
 
@@ -354,7 +354,8 @@ def _directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
     sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
     values = min(layers * sum(sizes), VALUES_TOGETHER + max(sizes))
-    return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * (s.rank or 0) ** 2)
+    largest = max(s.rank or 0, s.mlp_rank)
+    return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * largest**2)
 
 
 def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:

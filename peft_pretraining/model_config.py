@@ -137,13 +137,12 @@ class LlamaConfig:
                 f"raise vocab_size in the config or take a smaller tokenizer."
             )
 
-    def check_rank(self, rank: int) -> None:
+    def check_rank(self, rank: int, flag: str = "rank") -> None:
         """Refuse a rank that exceeds the smaller side of a decoder matrix."""
         name, shape = min(self.matrix_shapes().items(), key=lambda item: min(item[1]))
         if rank > min(shape):
-            raise UserError(
-                f"--rank is {rank}, but {name} of {self.source} is {shape[0]} x {shape[1]}: give at most {min(shape)}."
-            )
+            size = f"{shape[0]} x {shape[1]}"
+            raise UserError(f"--{flag} is {rank}, but {name} of {self.source} is {size}: give at most {min(shape)}.")
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:

@@ -230,8 +230,8 @@ def build_optimizer(
 ) -> TrainingOptimizer:
     """The optimizer of `--optimizer`, attached to the model.
 
-    Two param groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices. all_reduce sums
-    a tensor over the ranks in place; None for one rank.
+    Two param groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices. Those of the
+    MLP are a third where they have another rank. all_reduce sums a tensor over the ranks in place; None for one rank.
     """
     groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
@@ -239,6 +239,11 @@ def build_optimizer(
         return LibraryOptimizer(_library_optimizer(args, groups), all_reduce)
     if args.is_low_rank:
         groups[1] |= _low_rank_keys(quantization, subspace)
+        if subspace.mlp_rank:
+            mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
+            of_mlp = [param for param in groups[1]["params"] if param in mlp]
+            groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
+            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
     optimizer = _ADAM_FAMILY[args.optimizer](
         groups,
         lr=args.lr,

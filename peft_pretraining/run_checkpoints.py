@@ -27,12 +27,12 @@ from peft_pretraining.optimizers import TrainingOptimizer
 
 # What must be the same for a resumed run to equal an uninterrupted one.
 _FIXED = (
-    "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "proj_type", "weight_quant", "weight_bits",
-    "weight_group_size", "int8_products", "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace",
-    "direction", "seed", "model_config_contents",
+    "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "mlp_rank", "proj_type", "weight_quant",
+    "weight_bits", "weight_group_size", "int8_products", "simulation", "proj_quant", "proj_bits", "proj_group_size",
+    "subspace", "direction", "seed", "model_config_contents",
 )  # fmt: skip
 # Flags that came later: what a checkpoint that does not know them was made with.
-_OLD_VALUES = {"int8_products": False, "direction": "adam"}
+_OLD_VALUES = {"int8_products": False, "direction": "adam", "mlp_rank": 0}
 
 
 @dataclass

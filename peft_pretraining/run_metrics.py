@@ -78,7 +78,7 @@ class RunMetrics:
         To be called after `optimizer.step()`.
         """
         self._meter.finish_update(self._args.tokens_per_update, wait_seconds - self._waited)
-        full_rank, low_rank = optimizer.param_groups
+        full_rank, low_rank, *_ = optimizer.param_groups
         rates = {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
         outcome = {
             "train/grad_norm": optimizer.grad_norm(),

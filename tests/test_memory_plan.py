@@ -67,6 +67,10 @@ CASES |= {
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, decoder_states=1),
     ),
+    "q-galore, another rank of the MLP": (
+        QGaLoreAdamW8bit,
+        MemorySettings(2, 8, rank=24, mlp_rank=13, state_bits=8, weight_bits=8, proj_bits=4),
+    ),
     "q-galore, residual": (
         QGaLoreAdamW8bit,
         MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, residual=True),
@@ -115,6 +119,11 @@ def test_weights_and_states_are_exact(case: str, tied: bool) -> None:
         groups[1] |= {"quant_n_bit": settings.proj_bits or 4, "quant_group_size": settings.proj_group_size}
         groups[1] |= {"direction": "adam" if settings.decoder_states == 2 else "orthogonal"}
         groups[1] |= {"residual": "fira" if settings.residual else "none"}
+    if settings.mlp_rank:
+        of_mlp = [layer.weight for name, layer in model.named_modules() if name.endswith("_proj") and ".mlp." in name]
+        rest = [param for param in groups[1]["params"] if all(param is not weight for weight in of_mlp)]
+        groups.append(groups[1] | {"params": of_mlp, "rank": settings.mlp_rank})
+        groups[1]["params"] = rest
     optimizer = kind(groups, lr=1e-3)
     optimizer.attach(model)
     tokens = torch.randint(0, 130, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -225,7 +234,8 @@ def test_activations_are_what_autograd_saves(kind: str, kv_heads: int) -> None:
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable()
         groups = low_rank_param_groups(model, low_rank_names(model), rank=24)
-        QGaLoreAdamW8bit(groups).attach(model, update_in_backward=True)
+        optimizer = QGaLoreAdamW8bit(groups)
+        optimizer.attach(model, update_in_backward=True)
         if settings.compiled:
             # The partitioner of "inductor" without its code generator: what is saved is decided before that.
             model.compile_layers(backend="aot_eager_decomp_partition")

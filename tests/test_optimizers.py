@@ -73,6 +73,22 @@ def test_two_groups_hold_every_parameter_once(small: SmallRun, name: str) -> Non
     assert ("rank" in low_rank) == ("galore" in name) and "rank" not in full_rank
 
 
+def test_matrices_of_the_mlp_may_have_a_rank_of_their_own(small: SmallRun) -> None:
+    model, optimizer = build(small, **flags_of("q_galore_adamw8bit_per_layer") | {"rank": 24, "mlp_rank": 8})
+    _, attention, mlp = optimizer.param_groups
+    for group, part, rank in ((attention, "self_attn", 24), (mlp, "mlp", 8)):
+        names = [name for name in low_rank_names(model) if f".{part}." in name]
+        assert set(group["params"]) == {model.get_submodule(name).weight for name in names} and names
+        assert group["rank"] == rank
+    assert {key: value for key, value in attention.items() if key not in ("params", "rank")} == {
+        key: value for key, value in mlp.items() if key not in ("params", "rank")
+    }
+    train(model, optimizer, range(2))
+    for group in (attention, mlp):
+        for param in group["params"]:
+            assert group["rank"] in optimizer.state[param]["exp_avg"].shape  # type: ignore[attr-defined]
+
+
 def test_the_flags_of_the_subspace_arrive(small: SmallRun) -> None:
     flags = flags_of("q_galore_adamw8bit_per_layer") | {
         "rank": 16, "galore_scale": 0.25, "proj_type": "left", "proj_bits": 8, "proj_group_size": 24,

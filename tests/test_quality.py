@@ -119,7 +119,8 @@ ROWS = [
     ("60m", 800, "muon", "", 0, 90.0, 3, 1, 1), ("60m", 800, "muon", "", 1, 52.0, 3, 1, 1),
     ("60m", 800, "muon", "", 0, 50.0, 3, 1, 1), ("60m", 800, "muon", "--rank 64", 0, 60.0, 1, 1, 1),
     ("60m", 800, "muon", "--rank 64 --rank 8 --weight_bits 4", 0, 70.0, 1, 0, 1),
-    ("60m", 800, "muon", "--rank 9", 0, 71.0, 1, 1, 1), ("60m", 800, "muon", "--lr 9", 0, 49.0, "", "", ""),
+    ("60m", 800, "muon", "--rank 9 --mlp_rank 3", 0, 71.0, 1, 1, 1),
+    ("60m", 800, "muon", "--lr 9", 0, 49.0, "", "", ""),
     ("130m", 800, "adamw", "--lr 2", 0, 40.0, 1, 2, 0), ("60m", 3200, "adamw", "", 0, 30.0, 1, 2, 0),
     ("60m", 800, "old", "", 0, 45.0, 1, 1, 1),
 ]  # fmt: skip
@@ -139,7 +140,7 @@ def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> 
         (51.0, 5.0, "muon", ""),
         (60.0, 3.0, "muon", "rank 64"),
         (70.0, 2.0, "muon", "rank 8, INT4 weights"),
-        (71.0, 3.0, "muon", "rank 9"),
+        (71.0, 3.0, "muon", "rank 9 and 3"),
     ]
     assert points[2].seeds == [50.0, 52.0]
     assert [point.mean for point in quality_plot.frontier(points)] == [70.0, 60.0, 51.0, 48.0]

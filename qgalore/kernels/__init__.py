@@ -87,11 +87,13 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     triton = _triton_or_none(x.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
         return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
-    x, parts = x.contiguous(), []  # PyTorch would lay out the codes as x is, and kernels read them by rows
+    parts = []
     for start, stop in row_chunks(*x.shape):
         random = _random_bits(stop - start, x.shape[1], seed, start, x.device)
         codes, scale, zero_point = reference.quantize_groups(x[start:stop], bits, group_size, random)
-        parts.append((reference.pack_int4(codes) if bits == 4 else codes, scale, zero_point))
+        packed = reference.pack_int4(codes) if bits == 4 else codes
+        # PyTorch lays them out as x is, and kernels read rows.
+        parts.append(tuple(part.contiguous() for part in (packed, scale, zero_point)))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
