@@ -101,10 +101,11 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: str | Path, check: bool = True) -> Checkpoint:
+def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--continue_from") -> Checkpoint:
     """Read a checkpoint onto the CPU; raises UserError if it is absent, damaged or of another format.
 
-    `check=False` skips the hashes, for the ranks beside one that has checked them.
+    `check=False` skips the hashes, for the ranks beside one that has checked them. `asked_by` is what the user gave
+    the path to, for the message.
     """
     folder = Path(path)
     try:
@@ -115,9 +116,9 @@ def load_checkpoint(path: str | Path, check: bool = True) -> Checkpoint:
         optimizer = join_tree(json.loads((folder / "optimizer.json").read_bytes()), parts["optimizer.safetensors"])
         state = join_tree(json.loads((folder / "state.json").read_bytes()), parts.get("state.safetensors", {}))
     except DamagedError as error:
-        raise UserError(f"--continue_from {folder}: {error}.") from error
+        raise UserError(f"{asked_by} {folder}: {error}.") from error
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise UserError(f"--continue_from {folder}: cannot be read ({error!r}); take an older checkpoint.") from error
+        raise UserError(f"{asked_by} {folder}: cannot be read ({error!r}); take an older checkpoint.") from error
     return Checkpoint(parts["model.safetensors"], optimizer, state, folder, manifest.update_step)
 
 

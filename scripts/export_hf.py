@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout that is not installed
 
 from peft_pretraining.checkpoint import Checkpoint, load_checkpoint
+from peft_pretraining.checkpoint_folder import list_checkpoints
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import read_config_json
 from qgalore import QuantizedTensor
@@ -43,7 +44,9 @@ TOKENIZER_FILES = (
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a step_... directory that run_pretrain.py wrote")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a step_... directory that run_pretrain.py wrote, or a run: its newest"
+    )
     parser.add_argument("output", type=Path, help="directory to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights")
     parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json to copy into the export")
@@ -57,7 +60,7 @@ def export(
     """Write the model of `checkpoint` to `output`; raises UserError and leaves nothing behind where that fails."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: give a new directory.")
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(next(reversed(list_checkpoints(checkpoint)), checkpoint), asked_by="checkpoint")
     config = run_config(loaded, model_config)
     temporary = output.with_name(f".tmp_{output.name}_{os.getpid()}")
     try:

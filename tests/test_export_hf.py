@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,13 +167,24 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, script: ModuleType) -> No
         script.export(checkpoint, tmp_path / "run", "bfloat16")
     with pytest.raises(UserError, match="no such file or folder"):
         script.export(checkpoint, tmp_path / "out", "bfloat16", tmp_path / "absent")
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match=r"^checkpoint .*step_00000001: .*no such directory"):
         script.export(tmp_path / "run" / "step_00000001", tmp_path / "out", "bfloat16")
     wrong = {"model_config": str(tmp_path / "model.json"), "weight_bits": 8, "weight_group_size": 16}
     other = save_checkpoint(tmp_path / "run", 8, model.state_dict(), {}, wrong)
     with pytest.raises(UserError, match="do not fit 40 x 91 codes in groups of 16"):
         script.export(other, tmp_path / "out", "bfloat16")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_of_a_run_the_newest_checkpoint_is_taken(tmp_path: Path, script: ModuleType) -> None:
+    _, checkpoint = write_run(tmp_path)
+    older = checkpoint.with_name("step_00000001")
+    shutil.copytree(checkpoint, older)
+    (older / "model.safetensors").unlink()
+    script.export(checkpoint.parent, tmp_path / "of_run", "float32")
+    script.export(checkpoint, tmp_path / "of_step", "float32")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("of_run", "of_step"))
+    assert first == second
 
 
 def test_command_line(tmp_path: Path, root: Path) -> None:
