@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -286,5 +286,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; everything of a run is closed by now.
+
+    One of several ranks leaves at once. Threads that libraries have left behind can abort an ordinary end (seen once:
+    "terminate called without an active exception"), and torchrun would then take a run that is over for a failed one.
+    """
+    if world_size_of_launch() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

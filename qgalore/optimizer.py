@@ -142,6 +142,7 @@ class LowRankAdamW(Optimizer):
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
         attachment = Attachment(model, self._weights, weakref.WeakMethod(self._gradient_ready))
         self._detach = weakref.finalize(self, attachment.remove)
+        self._detach.atexit = False
         for weight in self._weights.values():
             weight.check()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_pretrain
 from peft_pretraining import distributed
 from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
@@ -181,3 +182,13 @@ def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPS
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="SIGTERM came while this rank waited for the others"):
             distributed._meet(rank, 3, stop)
+
+
+@pytest.mark.parametrize(("ranks", "at_once"), [("1", False), ("2", True)])
+def test_one_of_several_ranks_leaves_at_once(ranks: str, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr(run_pretrain.os, "_exit", left.append)
+    with pytest.raises(SystemExit) as end:
+        run_pretrain.leave(2)
+    assert end.value.code == 2 and left == ([2] if at_once else [])
