@@ -147,10 +147,7 @@ class LowRankAdamW(Optimizer):
             weight.check()
 
     def detach(self) -> None:
-        """Undo `attach`: gradients arrive in `.grad` again, as they do when the optimizer is gone.
-
-        Call it before another optimizer takes the model.
-        """
+        """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again."""
         self.update_in_backward, self._all_reduce = False, None
         if self._detach is not None:
             self._detach()
