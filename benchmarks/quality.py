@@ -288,7 +288,8 @@ def summarize(
 ) -> dict[str, object]:
     """One row of results from the lines of a metrics.jsonl."""
     train = [line for line in lines if "train/loss" in line]
-    speeds = sorted(line["throughput/tokens_per_second"] for line in train)
+    speed = "throughput/tokens_per_second"
+    speeds = sorted(line[speed] for line in train if speed in line) or [0.0]
     last, evaluation = train[-1], lines[-1]
     return {
         "setting": name,

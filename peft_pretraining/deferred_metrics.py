@@ -19,9 +19,9 @@ class DeferredMetrics:
         """Empty."""
         self._pending: tuple[int, dict[str, float], list[str], Tensor, torch.cuda.Event | None] | None = None
 
-    def exchange(self, update_step: int, metrics: Mapping[str, float | Tensor]) -> tuple[int, dict[str, float]] | None:
-        """Hand in an update's metrics, host floats and 0-dim device tensors, and get those handed in before."""
-        before = self.take()
+    def put(self, update_step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Hand in an update's metrics, host floats and 0-dim device tensors; those handed in before have been taken."""
+        assert self._pending is None, f"the metrics of update {self._pending[0]} have not been taken"
         names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
         floats = {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
         tensors = [value.float() for value in metrics.values() if isinstance(value, Tensor)]
@@ -31,7 +31,6 @@ class DeferredMetrics:
             values, event = host.copy_(values, non_blocking=True), torch.cuda.Event()
             event.record()
         self._pending = update_step, floats, names, values, event
-        return before
 
     def take(self) -> tuple[int, dict[str, float]] | None:
         """The metrics handed in last, as floats; waits for them. None if there are none."""

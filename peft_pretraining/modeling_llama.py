@@ -75,6 +75,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.cudnn_length = 0
         query = config.num_attention_heads * config.head_dim
         key_value = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
@@ -89,9 +90,11 @@ class LlamaAttention(nn.Module):
         key = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, L, kv_heads, head_dim)
         value = self.v_proj(x).view(heads)
         # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
-        )
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if torch.is_grad_enabled() and length <= self.cudnn_length and x.dtype == torch.bfloat16:
+            out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True)[0]
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
         mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         return mixed
 

@@ -77,6 +77,9 @@ class RunMetrics:
 
         To be called after `optimizer.step()`.
         """
+        # Waiting for the update before belongs to the time of this one, or a host that runs ahead would seem faster
+        # than the device.
+        before = self._deferred.take()
         self._meter.finish_update(self._args.tokens_per_update, wait_seconds - self._waited)
         full_rank, low_rank, *_ = optimizer.param_groups
         rates = {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
@@ -85,9 +88,12 @@ class RunMetrics:
             "train/skipped": optimizer.skipped(),
             _PARTLY_MADE: optimizer.partly_made(),
         }
-        measured = self._meter.report() | memory_metrics(self._processes.device)
-        everything = {**metrics, **rates, **outcome, **optimizer.subspace_metrics(), **measured}
-        self._write(self._deferred.exchange(update_step, everything))
+        speed, device = self._meter.report(), self._processes.device
+        if before is None and device.type == "cuda":
+            speed = {}  # of an update that waits for none before it the host knows no more than when it was launched
+        measured = speed | memory_metrics(device)
+        self._deferred.put(update_step, {**metrics, **rates, **outcome, **optimizer.subspace_metrics(), **measured})
+        self._write(before)
 
     def flush(self) -> None:
         """Write the metrics that are still pending."""

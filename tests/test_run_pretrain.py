@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 import run_pretrain
 from peft_pretraining.args import parse_args
+from peft_pretraining.deferred_metrics import DeferredMetrics
 from peft_pretraining.distributed import Processes
 from peft_pretraining.metrics import METRICS_FILE, read_metrics
 from peft_pretraining.model import low_rank_names
@@ -317,6 +319,20 @@ def test_log_every_thins_out_lines(small: SmallRun) -> None:
     all_lines = small.run("all", num_training_steps=7).train_lines
     thin = small.run("thin", num_training_steps=7, log_every=3).train_lines
     assert thin == [all_lines[2], all_lines[5]]
+
+
+def test_an_update_takes_as_long_as_the_device_does(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = DeferredMetrics.take
+
+    def from_a_slow_device(self: DeferredMetrics) -> tuple[int, dict[str, float]] | None:
+        pending = take(self)
+        time.sleep(0.5 if pending else 0.0)
+        return pending
+
+    monkeypatch.setattr(DeferredMetrics, "take", from_a_slow_device)
+    result = small.run("slow", num_training_steps=4, eval_every=0, save_every=0)
+    seconds = [line["time/update_seconds"] for line in read_metrics(result.save_dir) if "train/loss" in line]
+    assert all(value >= 0.5 for value in seconds[1:]), seconds
 
 
 def test_metrics_have_the_names_that_were_promised(tmp_path: Path) -> None:
