@@ -6,6 +6,7 @@ targets of an update; so their first losses agree, up to the rounding of INT8 we
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
 from peft_pretraining.lr_schedule import set_learning_rate
 from peft_pretraining.model import CausalLM, OnModule, build_model
-from peft_pretraining.modeling_llama import IGNORE_INDEX
+from peft_pretraining.modeling_llama import IGNORE_INDEX, LlamaForCausalLM, rotary_tables
 from peft_pretraining.optimizers import TrainingOptimizer
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
@@ -151,10 +152,12 @@ def others(
     on_module: OnModule | None = None,
     packages: tuple[str, ...] = (),
     svd_excluded: bool = False,
+    use_hf_model: bool = False,
 ) -> Training:
-    """Our LLaMA with all its logits at once, as other code has them, and the optimizer of somebody else."""
+    """A LLaMA with all its logits at once, as other code has them, and the optimizer of somebody else."""
     model = build_model(
         setting.config,
+        use_hf_model,
         device=setting.device,
         seed=setting.seed,
         activation_checkpointing=setting.checkpoint_every > 0,
@@ -164,6 +167,8 @@ def others(
     optimizer = make_optimizer(model, setting.rank, **ADAM)
     batches = token_ids(setting, model.config.vocab_size)
     loss_of = mean_loss(model)
+    if isinstance(model, LlamaForCausalLM):
+        model.model.run_layers = LayersInTurn(model)
     if compile_model and setting.compile:
         loss_of = torch.compile(loss_of)
 
@@ -180,6 +185,30 @@ def others(
     return Training(update, svd_excluded=svd_excluded, libraries=compare_peers.versions(*packages))
 
 
+class LayersInTurn:
+    """All layers of a LLaMA with rotary tables that are there before anything is compiled.
+
+    A compiler that sees how they are made has every kernel of the rotation make them again for each of its values: six
+    times the time of those kernels, 16 of the 60 ms of an update of 60M by AdamW.
+    """
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        """The model is on its device."""
+        config, device = model.config, model.lm_head.weight.device
+        self._layers = model.model.layers
+        self._tables = rotary_tables(LENGTH, config.head_dim, config.rope_theta, device)
+
+    def __call__(self, x: Tensor, *tables: Tensor) -> Tensor:
+        """x (B, LENGTH, hidden_size) through all layers; the tables given are not used."""
+        for layer in self._layers:
+            x = layer(x, *self._tables)
+        return x
+
+    def memory(self) -> contextlib.AbstractContextManager[None]:
+        """None of its own."""
+        return contextlib.nullcontext()
+
+
 def mean_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The mean cross-entropy in float32 of token ids (B, LENGTH), the last of which have no target."""
 
@@ -191,18 +220,24 @@ def mean_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return loss_of
 
 
-def adamw(setting: Setting, compile_model: bool = False) -> Training:
+def adamw(setting: Setting, compile_model: bool = False, use_hf_model: bool = False) -> Training:
     """torch's fused AdamW on bfloat16 weights and states."""
 
     def make(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **adam)
 
-    return others(setting, make, compile_model)
+    packages = ("transformers",) if use_hf_model else ()
+    return others(setting, make, compile_model, packages=packages, use_hf_model=use_hf_model)
 
 
 def adamw_compiled(setting: Setting) -> Training:
     """The same with model and loss compiled."""
     return adamw(setting, compile_model=True)
+
+
+def adamw_compiled_transformers(setting: Setting) -> Training:
+    """The same with the LLaMA of transformers in place of ours."""
+    return adamw(setting, compile_model=True, use_hf_model=True)
 
 
 def adam8bit_bitsandbytes(setting: Setting) -> Training:
@@ -235,6 +270,7 @@ def q_galore_torch_per_layer(setting: Setting) -> Training:
 
 METHODS: Mapping[str, Callable[[Setting], Training]] = {
     "adamw_compiled": adamw_compiled,
+    "adamw_compiled_transformers": adamw_compiled_transformers,
     "adamw": adamw,
     "adam8bit_bitsandbytes": adam8bit_bitsandbytes,
     "galore_torch": galore_torch,

@@ -155,7 +155,10 @@ def test_a_measurement_that_fails_is_a_row_with_its_error(tmp_path: Path, capsys
     ("argv", "expected"),
     [
         (["--models", "60m,5m"], "--models 5m: there is no such config; there are 100m, 130m,"),
-        (["--methods", "adamw,sgd"], "--methods sgd: there is no such method; there are adamw_compiled, adamw,"),
+        (
+            ["--methods", "adamw,sgd"],
+            "--methods sgd: there is no such method; there are adamw_compiled, adamw_compiled_transformers,",
+        ),
         (["--models", "9m", "--one", "sgd"], "--one sgd: there is no such method"),
         (["--together", "0"], "--together 0: give a number of processes, at least 1"),
         (["--models", "9m,60m", "--one", "adamw"], "--models 9m,60m: with --one give a single model"),
