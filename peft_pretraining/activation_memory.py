@@ -10,11 +10,10 @@ from qgalore.padding import padded_width
 def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     """What autograd keeps of one decoder layer between forward and backward.
 
-    Each norm: its input and one float32 a token; of the second one's input a compiled layer keeps the part that
-    attention added. Attention: rotated queries and keys, values, output (shared with o_proj's input) and the float32
-    log-sum-exp of each head; the rotation itself saves only its tables. MLP: gate (input of silu) and up. Uncompiled
-    also the output of each norm, which the linears save once for all, silu(gate) and the product; a compiled layer
-    computes these again.
+    Each norm: its input and one float32 a token. Attention: rotated queries and keys, values, output (shared with
+    o_proj's input) and the float32 log-sum-exp of each head; the rotation itself saves only its tables. MLP: gate
+    (input of silu) and up. Uncompiled also the output of each norm, which the linears save once for all, silu(gate) and
+    the product; a compiled layer computes these again.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *attention_widths(config)
     again = 0 if s.compiled else 2 * config.hidden_size + 2 * mlp_width(config, s)

@@ -217,27 +217,28 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
     It is the most where a layer is computed again. By then the layers above it have given up what they had saved, but
     not to graphs.
     """
-    plain = _plain_backward_bytes(config, s, refresh, retained=s.cuda_graphs)
+    plain = _plain_backward_bytes(config, s, refresh, recomputed=False)
     if not s.activation_checkpointing:
         return plain
     hidden, layer = hidden_bytes(config, s), layer_activation_bytes(config, s)
     # A compiled layer has both norms' outputs since the second forward pass.
     again = layer - hidden + (2 * hidden if s.compiled else 0)
     gone = 0 if s.cuda_graphs else (config.num_hidden_layers - 1) % s.checkpoint_every * layer
-    again += _plain_backward_bytes(config, s, refresh, retained=False) - gone
+    again += _plain_backward_bytes(config, s, refresh, recomputed=True) - gone
     return again if s.checkpoint_every == 1 else max(again, plain)
 
 
-def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, retained: bool) -> int:
-    """The same of a layer that has kept its activations.
+def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, recomputed: bool) -> int:
+    """The same of a layer that has kept its activations, or has just computed them again.
 
     down_proj: the product or its gradient, and what multiplying or projecting takes (uncompiled, both). SwiGLU: the
-    gradients of product, gate and up. up_proj: the gradients of gate and up, the norm's output and its gradient, and
-    again a weight or a projection. Attention: gradients of the inputs of gate and up, of the norm's input, of o_proj's
-    input, of queries, keys and values, and those of the queries in float32. A compiled layer computes the product anew
-    first, and the output of the attention's norm together with the gradient of the other. It writes one gradient over
-    what it has saved, and the MLP's tensors are gone when attention comes: unless the pass is retained, to be run
-    again. The projected gradients made so far are there all along.
+    gradients of product, gate and up, and the product itself, unless it was freed before. up_proj: the gradients of
+    gate and up, the norm's output and its gradient, and again a weight or a projection. Attention: gradients of the
+    inputs of gate and up, of the norm's input, of o_proj's input, of queries, keys and values, and those of the queries
+    in float32. A compiled layer computes the product anew first, and the output of the attention's norm together with
+    the gradient of the other. It writes one gradient over what it has saved, and the MLP's tensors are gone when
+    attention comes: unless graphs hold the layer, which runs again. The projected gradients made so far are there all
+    along.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *attention_widths(config)
     hidden, wide = hidden_bytes(config, s), tokens * mlp_width(config, s) * s.dtype_bytes
@@ -250,9 +251,11 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     if not s.compiled:
         return max(wide + multiplying, 2 * wide, attention - 3 * wide - hidden)
     attention += hidden
-    if not retained:
+    if recomputed:
         return max(wide + multiplying, attention - 2 * wide)
-    return max(wide + multiplying, 3 * wide, 2 * (wide + hidden) + multiplying + made, attention)
+    if not s.cuda_graphs:
+        return max(3 * wide, wide + multiplying, attention - 2 * wide)
+    return max(wide + multiplying, 4 * wide, 2 * (wide + hidden) + multiplying + made, attention)
 
 
 def _multiplying_bytes(shape: Shape, s: MemorySettings) -> int:

@@ -95,6 +95,9 @@ class LowRankLinear(nn.Module):
         self.anchor: Tensor | None = None
         self.checks_version = True
         """Let autograd refuse a backward pass through a weight that was updated in between; CUDA graphs need it off."""
+        self.frees_input = False
+        """Let the input be freed before its gradient is made; where a compiler computes it again, it would otherwise
+        make it together with what follows that gradient, which takes less time and more memory."""
         self.pads_output = False
         """Give (..., padded_width(out_features)), with zeros at the end: for a following layer that takes it so."""
         self._register()
@@ -173,8 +176,9 @@ class LowRankLinear(nn.Module):
             output = self._product(input)
         else:
             output = torch.ops.qgalore.low_rank_linear_forward(
-                input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number, self._width
-            )
+                input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number,
+                self.frees_input, self._width,
+            )  # fmt: skip
         if self.bias is None:
             return output
         return output + F.pad(self.bias.to(output.dtype), (0, self._width - self.out_features))
@@ -267,17 +271,17 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
 # millisecond a layer. Another backward pass needs another name of the product: torch keeps compiled ones on disk, and
 # finds them by the forward pass alone.
 _library = torch.library.Library("qgalore", "DEF")
-_library.define(
-    "low_rank_linear_forward(Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor,"
-    " Tensor layer, int width) -> Tensor"
-)
-# In two, so that the input can be freed before the gradient of its size is made: which needs what the tap returns, or a
-# compiler would make both from what the layer computes again.
-_library.define("low_rank_linear_tap(Tensor grad_output, Tensor input, Tensor layer) -> Tensor")
-_library.define(
-    "low_rank_linear_input_gradient(Tensor grad_output, Tensor weight, Tensor? scale, Tensor? zero_point,"
-    " Tensor layer, Tensor tapped, int width) -> Tensor"
-)
+# Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
+_FORWARD = """low_rank_linear_forward(
+    Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer, bool frees_input,
+    int width) -> Tensor"""
+# In two, so that the input can be freed before the gradient of its size is made, which then needs what the tap returns.
+_TAP = "low_rank_linear_tap(Tensor grad_output, Tensor input, Tensor layer) -> Tensor"
+_INPUT_GRADIENT = """low_rank_linear_input_gradient(
+    Tensor grad_output, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor layer, Tensor? tapped, int width
+    ) -> Tensor"""
+for _schema in (_FORWARD, _TAP, _INPUT_GRADIENT):
+    _library.define(" ".join(_schema.split()), tags=torch.Tag.flexible_layout)
 
 
 @torch.library.impl(_library, "low_rank_linear_forward", "CompositeExplicitAutograd")
@@ -288,6 +292,7 @@ def _forward(
     zero_point: Tensor | None,
     anchor: Tensor,
     layer: Tensor,
+    frees_input: bool,
     width: int,
 ) -> Tensor:
     return _layers[int(layer)]._product(input)
@@ -310,7 +315,7 @@ def _input_gradient(
     scale: Tensor | None,
     zero_point: Tensor | None,
     layer: Tensor,
-    tapped: Tensor,
+    tapped: Tensor | None,
     width: int,
 ) -> Tensor:
     return _layers[int(layer)].input_gradient(with_padded_columns(grad_output), width)
@@ -332,7 +337,7 @@ def _(grad_output: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, scale, zero_point, _, layer, _ = inputs
+    input, weight, scale, zero_point, _, layer, ctx.frees_input, _ = inputs
     # The weight is saved too: autograd then refuses a backward through a weight that was changed in between.
     ctx.save_for_backward(input, weight, scale, zero_point, layer)
 
@@ -341,10 +346,11 @@ def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ..
     input, weight, scale, zero_point, layer = ctx.saved_tensors
     anchor_grad, grad = torch.ops.qgalore.low_rank_linear_tap(grad_output, input, layer), None
     if ctx.needs_input_grad[0]:
+        tapped = anchor_grad if ctx.frees_input else None
         grad = torch.ops.qgalore.low_rank_linear_input_gradient(
-            grad_output, weight, scale, zero_point, layer, anchor_grad, input.shape[-1]
+            grad_output, weight, scale, zero_point, layer, tapped, input.shape[-1]
         )
-    return grad, None, None, None, anchor_grad, None, None
+    return grad, None, None, None, anchor_grad, None, None, None
 
 
 torch.library.register_autograd("qgalore::low_rank_linear_forward", _autograd_backward, setup_context=_setup_context)

@@ -405,9 +405,11 @@ def test_compiled_model_trains_the_same(backend: str, update_in_backward: bool) 
         assert float(((ours - theirs).abs() > 1e-5).float().mean()) < (0.0 if backend == "aot_eager" else 0.05) + 1e-9
 
 
-def test_a_compiled_input_gradient_waits_for_the_tap() -> None:
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_compiled_input_gradient_waits_for_the_tap_where_it_frees_the_input(frees: bool) -> None:
     """Else a compiler may make, in one kernel, what the tap needs and what follows the gradient, and keep it all."""
     module, graphs = layer("int8"), list[torch.fx.GraphModule]()
+    module.frees_input = frees
     module.attach(Recorder())
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -421,4 +423,4 @@ def test_a_compiled_input_gradient_waits_for_the_tap() -> None:
     calls = {node.target: node for node in graph.graph.nodes if node.op == "call_function"}
     tap = calls[torch.ops.qgalore.low_rank_linear_tap.default]
     gradient = calls[torch.ops.qgalore.low_rank_linear_input_gradient.default]
-    assert tap in gradient.all_input_nodes and x.grad is not None
+    assert (tap in gradient.all_input_nodes) == frees and x.grad is not None
