@@ -1,17 +1,30 @@
 """Our LLaMA: it agrees with transformers', trains under checkpointing and compilation, and starts alike everywhere."""
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import HFCausalLM, build_model, build_on_meta, low_rank_names, materialize, parameter_count
 from peft_pretraining.model_config import LlamaConfig
-from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaRMSNorm, rotary_tables
+from peft_pretraining.modeling_llama import (
+    LlamaAttention,
+    LlamaForCausalLM,
+    LlamaRMSNorm,
+    cudnn_length,
+    rotary_tables,
+)
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -174,13 +187,73 @@ def test_norm_is_computed_in_float32() -> None:
     assert torch.equal(norm(x), exact.bfloat16())
 
 
+def test_a_compiled_layer_keeps_the_sum_that_both_norms_read(tmp_path: Path) -> None:
+    """Not what attention adds, which takes as much memory and has to be added again at every use."""
+    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    kept: list[set[object]] = []
+
+    def outputs_of(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        kept.append({node.target for node in graph.graph.output_node().all_input_nodes})
+        return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+    partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=outputs_of, bw_compiler=outputs_of, partition_fn=partition)
+    model.compile_layers(backend)
+    model(tokens(), tokens()).loss_sum.backward()
+    assert torch.ops.peft_pretraining.kept_sum.default in kept[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("length", [256, 250, 32])
+def test_attention_of_a_compiled_layer_repeats_its_bits(head_dim: int, length: int) -> None:
+    config = LlamaConfig.from_json(ROOT / "configs/llama_60m.json")
+    config = dataclasses.replace(config, head_dim=head_dim, num_attention_heads=8, num_key_value_heads=8)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        attention = LlamaAttention(config).bfloat16()
+    x = torch.randn(64, length, config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tables = rotary_tables(length, head_dim, 1e4, x.device)
+    grad_output = torch.randn_like(x)
+
+    def gradients() -> list[torch.Tensor]:
+        out = attention(x, *tables)
+        return [out, *torch.autograd.grad(out, [x, *attention.parameters()], grad_output)]
+
+    expected = gradients()
+    attention.cudnn_length = cudnn_length(x.device, config)
+    if not attention.cudnn_length:
+        pytest.skip("cuDNN's attention is for Hopper alone")
+    found = gradients()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02 * float(theirs.abs().max()))
+    assert any(not torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), "not cuDNN's"
+    for _ in range(20):
+        assert all(map(torch.equal, gradients(), found))
+
+
+def test_cudnn_attends_only_where_its_bits_were_seen_to_repeat() -> None:
+    config = LlamaConfig.from_json(ROOT / "configs/llama_60m.json")
+    hopper, ampere = ("torch.cuda.get_device_capability", lambda device: (9, 0)), (8, 0)
+    cuda = torch.device("cuda", 0)
+    with mock.patch(*hopper):
+        assert cudnn_length(cuda, config) == 256
+        assert cudnn_length(cuda, dataclasses.replace(config, num_key_value_heads=4)) == 0
+        assert cudnn_length(cuda, dataclasses.replace(config, head_dim=80)) == 0
+    with mock.patch(hopper[0], lambda device: ampere):
+        assert cudnn_length(cuda, config) == 0
+    assert cudnn_length(torch.device("cpu"), config) == 0
+
+
 def test_rotary_tables_stay_float32_whatever_the_model_is_cast_to(tmp_path: Path) -> None:
     model = build_model(write_config(tmp_path), dtype=torch.float32).to(torch.bfloat16)
     assert not list(model.buffers())
     cos, sin = rotary_tables(64, 8, 10000.0, torch.device("cpu"))
     assert cos.dtype == sin.dtype == torch.float32
-    torch.testing.assert_close(cos[63, 0, 1], torch.tensor(63 * 10000 ** (-2 / 8)).cos())
-    torch.testing.assert_close(sin[63, 0, 0], torch.tensor(63.0).sin())
+    torch.testing.assert_close(cos[63, 0, 0, 1], torch.tensor(63 * 10000 ** (-2 / 8)).cos())
+    torch.testing.assert_close(sin[63, 0, :, 0], torch.tensor([-63.0, 63.0]).sin())
 
 
 def test_hf_rotary_frequencies_survive_the_build(tmp_path: Path) -> None:
