@@ -243,7 +243,7 @@ class _CapturedStack(_Stack):
         self._sent: dict[int, RankSum] = {}
         """The message that a layer's graph makes."""
         count = sum(map(len, self._weights))
-        self._numbers = torch.zeros(count, 6, dtype=torch.int32, device=x.device)
+        self._numbers = torch.zeros(count, 8, dtype=torch.int32, device=x.device)
         self._inputs.append(torch.empty_like(x).requires_grad_())
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:

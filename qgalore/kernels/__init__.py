@@ -8,43 +8,18 @@ bits for everything that is stored.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import importlib.util
-import os
-import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgalore.kernels import reference
-
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
-MATRICES_TOGETHER = 8
-"""Matrices that one call of a kernel orthogonalizes."""
-
-
-def use_triton(device: torch.device) -> bool:
-    """Whether kernels run in Triton on this device; raises ValueError for an unknown `QGALORE_KERNELS`."""
-    chosen = os.environ.get("QGALORE_KERNELS", "auto")
-    if chosen == "auto":
-        return device.type == "cuda" and _triton_is_installed()
-    if chosen not in _IMPLEMENTATIONS:
-        raise ValueError(f"QGALORE_KERNELS={chosen!r} is unknown: it must be one of {', '.join(_IMPLEMENTATIONS)}")
-    return chosen == "triton"
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _triton_module(name: str) -> Any:
-    """A Triton file of this package; they are imported where they are used, since Triton may be absent."""
-    return importlib.import_module(f"qgalore.kernels.{name}")
+from qgalore.kernels.implementation import triton_or_none
+from qgalore.kernels.implementation import use_triton as use_triton
+from qgalore.kernels.update_arguments import MATRICES_TOGETHER as MATRICES_TOGETHER
+from qgalore.kernels.update_arguments import AdamStep as AdamStep
+from qgalore.kernels.update_arguments import QuantizedUpdate as QuantizedUpdate
+from qgalore.kernels.update_arguments import numbers_row as numbers_row
 
 
 def _check_matrix(x: Tensor, name: str) -> None:
@@ -57,11 +32,6 @@ def _check_format(bits: int, group_size: int) -> None:
         raise ValueError(f"bits must be 4 or 8, not {bits}")
     if group_size < 1:
         raise ValueError(f"group_size must be positive, not {group_size}")
-
-
-def _triton_or_none(device: torch.device, name: str) -> Any:
-    """The Triton file `name` where kernels run in Triton, else None."""
-    return _triton_module(name) if use_triton(device) else None
 
 
 @contextlib.contextmanager
@@ -84,7 +54,7 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     """
     _check_matrix(x, "x")
     _check_format(bits, group_size)
-    triton = _triton_or_none(x.device, "group_quantization")
+    triton = triton_or_none(x.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
         return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
     parts = []
@@ -110,7 +80,7 @@ def dequantize(
     """The float matrix (rows, columns) of stored codes, rounded once to `dtype`; into `out`, of any row stride."""
     _check_matrix(qdata, "qdata")
     _check_format(bits, group_size)
-    triton = _triton_or_none(qdata.device, "group_quantization")
+    triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
         return triton.dequantize(qdata, scale, zero_point, columns, bits, group_size, dtype, out)  # type: ignore[no-any-return]
     codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata
@@ -156,7 +126,7 @@ def _int8_linear(
         raise ValueError(f"{tuple(x.shape)} -> {width} columns do not fit a weight of shape {tuple(qdata.shape)}")
     if read > _LONGEST_INT8_SUM:
         raise ValueError(f"a sum of {read} products in INT8 may overflow: at most {_LONGEST_INT8_SUM}")
-    triton = _triton_or_none(x.device, "int8_matmul")
+    triton = triton_or_none(x.device, "int8_matmul")
     if triton is not None and triton.can_handle(*qdata.shape) and x.shape[0]:
         return getattr(triton, name)(x, qdata, scale, zero_point, width)  # type: ignore[no-any-return]
     value: Tensor = getattr(reference, name)(x[:, :read], qdata, scale, zero_point).to(x.dtype)
@@ -165,7 +135,7 @@ def _int8_linear(
 
 def check_gradient_(grad: Tensor, squared_norm: Tensor, skip: Tensor) -> None:
     """Write ‖grad‖² into squared_norm, () float32, and true into skip, () bool, where it is not finite."""
-    triton = _triton_or_none(grad.device, "gradient_check")
+    triton = triton_or_none(grad.device, "gradient_check")
     if triton is not None:
         triton.check_gradient_(grad, squared_norm, skip)
         return
@@ -194,12 +164,11 @@ def adam_step(
     float32, or float32 without; step counts from 1. Where the flag `skip` is true the moments stay and the direction
     is undefined. With `numbers` (see `numbers_row`) the step's come from there.
     """
-    triton = _triton_or_none(grad.device, "adam")
+    triton = triton_or_none(grad.device, "adam")
     if triton is not None:
-        return triton.adam_step(  # type: ignore[no-any-return]
-            grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, step, betas, eps, block_size, factor, skip,
-            dtype, numbers,
-        )  # fmt: skip
+        moments = exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax
+        one = AdamStep(grad, *moments, step, betas, eps, factor, dtype, numbers)
+        return triton.adam_steps([one], block_size, skip)[0]  # type: ignore[no-any-return]
     _no_numbers(numbers)
     grad = scaled(grad, factor)
     with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
@@ -218,6 +187,14 @@ def adam_step(
     return direction.to(dtype)
 
 
+def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None = None) -> list[Tensor]:
+    """`adam_step` of several weights: in Triton one launch for those whose tensors and rates are of one kind."""
+    triton = triton_or_none(steps[0].grad.device, "adam")
+    if triton is not None:
+        return triton.adam_steps(steps, block_size, skip)  # type: ignore[no-any-return]
+    return [adam_step(*step[:8], block_size, step.factor, skip, step.dtype, step.numbers) for step in steps]
+
+
 def momentum_step(
     grad: Tensor,
     exp_avg: Tensor,
@@ -233,7 +210,7 @@ def momentum_step(
     grad float of any shape; exp_avg uint8 like grad with an absmax tensor (ceil(numel / block_size),) float32, or
     float32 without. Where the flag `skip` is true the momentum stays and what is returned is undefined.
     """
-    triton = _triton_or_none(grad.device, "adam")
+    triton = triton_or_none(grad.device, "adam")
     if triton is not None:
         return triton.momentum_step(grad, exp_avg, exp_avg_absmax, beta, block_size, factor, skip, dtype)  # type: ignore[no-any-return]
     grad = scaled(grad, factor)
@@ -254,7 +231,7 @@ def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float,
     Step after step the singular values of M / |M| (Frobenius) go through an odd polynomial a x + b x³ + c x⁵, of which
     `polynomials` are (a, b, c).
     """
-    triton = _triton_or_none(matrices[0].device, "newton_schulz")
+    triton = triton_or_none(matrices[0].device, "newton_schulz")
     if triton is None:
         return [reference.orthogonalize(matrix, polynomials) for matrix in matrices]
     found: list[Tensor] = []
@@ -286,18 +263,14 @@ def update_quantized_(
     the flag `skip` is true nothing changes. With `numbers` (see `numbers_row`) step size,
     decay and seed come from there.
     """
-    triton = _triton_or_none(qdata.device, "group_quantization")
+    triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and not triton.can_handle(group_size):
         triton = None
-    one_side = (left is None) != (right is None)
-    if triton is not None and one_side and _triton_module("low_rank_update").can_handle(group_size):
-        a, b = (direction, right) if left is None else (left.T, direction)
-        assert b is not None
-        if b.shape[1] % 16:  # rows at any address would be loaded one value at a time
-            b = torch.nn.functional.pad(b, (0, -b.shape[1] % 16))
-        _triton_module("low_rank_update").low_rank_update_(
-            qdata, scale, zero_point, a, b, columns, bits, group_size, step_size, decay, seed, skip, numbers
-        )
+    one = QuantizedUpdate(
+        qdata, scale, zero_point, direction, left, right, columns, bits, group_size, step_size, decay, seed, numbers
+    )
+    if _in_one_pass(one):
+        triton_or_none(qdata.device, "low_rank_update").low_rank_updates_([one], skip)
         return
     if triton is not None and left is None and right is None:
         triton.update_(
@@ -317,6 +290,23 @@ def update_quantized_(
             random = _random_bits(stop - start, columns, seed, start, weight.device)
             codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
             part[0].copy_(reference.pack_int4(codes) if bits == 4 else codes)
+
+
+def update_several_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:
+    """`update_quantized_` of several weights: in Triton one launch for those with one basis that are stored alike."""
+    one_pass = [update for update in updates if _in_one_pass(update)]
+    if one_pass:
+        triton_or_none(one_pass[0].qdata.device, "low_rank_update").low_rank_updates_(one_pass, skip)
+    for update in updates:
+        if not _in_one_pass(update):
+            update_quantized_(*update[:-1], skip, update.numbers)
+
+
+def _in_one_pass(update: QuantizedUpdate) -> bool:
+    """Whether a Triton kernel projects back, adds and requantizes."""
+    triton = triton_or_none(update.qdata.device, "low_rank_update")
+    one_side = (update.left is None) != (update.right is None)
+    return triton is not None and one_side and bool(triton.can_handle(update.group_size))
 
 
 def update_float_(
@@ -340,7 +330,7 @@ def update_float_(
     """
     matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
     direction = direction if left is not None or right is not None else direction.view(matrix.shape)
-    triton = _triton_or_none(weight.device, "float_update")
+    triton = triton_or_none(weight.device, "float_update")
     if triton is not None and left is None and right is None:
         triton.update_float_(matrix, direction, step_size, decay, seed, row_start, skip, numbers)
         return
@@ -359,19 +349,9 @@ def update_float_(
             matrix[start:stop] = value
 
 
-def numbers_row(seed: int, step_size: float, decay: float, step: int, betas: tuple[float, float]) -> list[int]:
-    """The numbers of one weight's update as six 32-bit integers, floats by their bits, for a row of a tensor.
-
-    Kernels that read them from the device, (6,) int32, can be replayed from a CUDA graph in later updates.
-    """
-    halves = (seed & 0xFFFFFFFF, seed >> 32)
-    floats = (step_size, decay, 1.0 / (1.0 - betas[0] ** step), 1.0 / (1.0 - betas[1] ** step))
-    return list(struct.unpack("<6i", struct.pack("<2I4f", *halves, *floats)))
-
-
 def reads_numbers(device: torch.device, group_size: int) -> bool:
     """Whether updates on this device can take their numbers from it, of weights in groups of that size."""
-    triton = _triton_or_none(device, "group_quantization")
+    triton = triton_or_none(device, "group_quantization")
     return triton is not None and bool(triton.can_handle(group_size))
 
 

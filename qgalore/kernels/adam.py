@@ -1,4 +1,4 @@
-"""Adam's step, and one of momentum alone, on a gradient of any shape, in Triton: block-wise 8-bit or float32 moments.
+"""Adam's step, and one of momentum alone, on gradients of any shape, in Triton: block-wise 8-bit or float32 moments.
 
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g²,  N = (m / c1) / (sqrt(v / c2) + eps)
     m <- beta m + (1 - beta) g,  N = beta m + (1 - beta) g
@@ -6,7 +6,8 @@
 Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
 float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
 inside; the direction uses the moments before they are rounded to 8 bits, and Adam's is the only value whose division
-and square root are not rounded to the last bit.
+and square root are not rounded to the last bit. Adam's steps of several weights are one launch: what belongs to one of
+them comes as a tuple of as many elements as there are weights.
 
 The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
 lowest code of that interval, in which at most one border between two codes lies; one comparison with it decides.
@@ -15,6 +16,8 @@ lowest code of that interval, in which at most one border between two codes lies
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels import reference
-from qgalore.kernels.triton_tiles import to_float
+from qgalore.kernels.triton_tiles import chosen, matrix_of_program, to_float
+from qgalore.kernels.update_arguments import AdamStep, launches
 
 # Intervals of |x|: seven bits of mantissa for each exponent from 2^-24 to below 1, and 1 itself.
 _FIRST_INTERVAL = (127 - 24) << 7
@@ -66,9 +70,9 @@ def _inverse(absmax):
 
 
 @triton.jit
-def _blocks(numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+def _blocks(program, numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
     """A program's first value, the places of its values from there and which exist; its blocks and which exist."""
-    program = tl.program_id(0).to(tl.int64)
+    program = program.to(tl.int64)
     at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
     start = program * (BLOCKS * BLOCK)
     mask = at < numel - start
@@ -78,29 +82,36 @@ def _blocks(numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexp
     return start, at, mask, block, block * BLOCK < numel
 
 
-@triton.jit(do_not_specialize=["numel", "beta1", "rest1", "beta2", "rest2", "inverse1", "inverse2", "eps"])
+@triton.jit(do_not_specialize=["beta1", "rest1", "beta2", "rest2", "eps"])
 def _adam_kernel(
-    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, skip, numbers, map1, borders1, starts1,
-    map2,
-    borders2, starts2, numel, beta1, rest1, beta2, rest2, inverse1, inverse2, eps, BLOCK: tl.constexpr,
+    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, numbers, numel, inverse1, inverse2, ends,
+    skip, map1, borders1, starts1, map2, borders2, starts2, beta1, rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
+    which, program = matrix_of_program(ends)
     if HAS_NUMBERS:
-        inverse1 = tl.load(numbers + 4).to(tl.float32, bitcast=True)
-        inverse2 = tl.load(numbers + 5).to(tl.float32, bitcast=True)
-    start, at, mask, block, present = _blocks(numel, BLOCK, WIDTH, BLOCKS)
+        row = chosen(which, numbers)
+        inverse1 = tl.load(row + 4).to(tl.float32, bitcast=True)
+        inverse2 = tl.load(row + 5).to(tl.float32, bitcast=True)
+    else:
+        inverse1, inverse2 = chosen(which, inverse1), chosen(which, inverse2)
+    grad, exp_avg, exp_avg_sq, out = (
+        chosen(which, grad), chosen(which, exp_avg), chosen(which, exp_avg_sq), chosen(which, out),
+    )  # fmt: skip
+    start, at, mask, block, present = _blocks(program, chosen(which, numel), BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     exp_avg_sq += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
-        g *= tl.load(factor)
+        g *= tl.load(chosen(which, factor))
     first = tl.load(exp_avg + at, mask=mask, other=0)
     second = tl.load(exp_avg_sq + at, mask=mask, other=0)
     if QUANTIZED:
+        exp_avg_absmax, exp_avg_sq_absmax = chosen(which, exp_avg_absmax), chosen(which, exp_avg_sq_absmax)
         first_absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
         second_absmax = tl.load(exp_avg_sq_absmax + block, mask=present, other=0)[:, None]
         first = tl.load(map1 + first.to(tl.int32)) * first_absmax
@@ -132,7 +143,7 @@ def _momentum_kernel(
     if HAS_SKIP:
         if tl.load(skip):
             return
-    start, at, mask, block, present = _blocks(numel, BLOCK, WIDTH, BLOCKS)
+    start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
@@ -176,24 +187,35 @@ def momentum_step(
     return ahead
 
 
-def adam_step(
-    grad: Tensor, exp_avg: Tensor, exp_avg_absmax: Tensor | None, exp_avg_sq: Tensor, exp_avg_sq_absmax: Tensor | None,
-    step: int, betas: tuple[float, float], eps: float, block_size: int, factor: Tensor | None, skip: Tensor | None,
-    dtype: torch.dtype, numbers: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """See `qgalore.kernels.adam_step`."""
-    grad = grad.contiguous()
-    direction = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    quantized = exp_avg_absmax is not None
+def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
+    """See `qgalore.kernels.adam_steps`."""
+
+    def kind(step: AdamStep) -> tuple[object, ...]:
+        formats = step.grad.dtype, step.exp_avg.dtype, step.dtype, step.betas, step.eps
+        return *formats, step.factor is None, step.numbers is None
+
+    directions = [torch.empty(step.grad.shape, dtype=step.dtype, device=step.grad.device) for step in steps]
+    for places in launches(steps, kind):
+        _launch([steps[place] for place in places], [directions[place] for place in places], block_size, skip)
+    return directions
+
+
+def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size: int, skip: Tensor | None) -> None:
+    """Steps of one kind."""
+    grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, counts, betas, epses, factors, _, numbers = zip(
+        *steps, strict=True
+    )
+    device, quantized, (beta1, beta2) = grads[0].device, absmaxes[0] is not None, betas[0]
     width, blocks = _shape(block_size)
-    tables = (*_tables(True, grad.device), *_tables(False, grad.device)) if quantized else (None,) * 6
-    beta1, beta2 = betas
-    _adam_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
-        grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, direction, factor, skip, numbers, *tables,
-        grad.numel(),
-        beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / (1.0 - beta1**step), 1.0 / (1.0 - beta2**step), eps,
-        BLOCK=block_size, WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factor is not None,
-        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS,
-        enable_fp_fusion=False, num_warps=4,
+    tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 6
+    ends = tuple(itertools.accumulate(triton.cdiv(grad.numel(), block_size * blocks) for grad in grads))
+    _adam_kernel[(ends[-1],)](
+        tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, exp_avg_sqs,
+        sq_absmaxes if quantized else None, tuple(directions), None if factors[0] is None else factors,
+        None if numbers[0] is None else numbers, tuple(grad.numel() for grad in grads),
+        tuple(1.0 / (1.0 - beta1**count) for count in counts), tuple(1.0 / (1.0 - beta2**count) for count in counts),
+        ends, skip, *tables, beta1, 1.0 - beta1, beta2, 1.0 - beta2, epses[0], BLOCK=block_size, WIDTH=width,
+        BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None, HAS_SKIP=skip is not None,
+        HAS_NUMBERS=numbers[0] is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False,
+        num_warps=4,
     )  # fmt: skip
-    return direction

@@ -1,61 +1,111 @@
-"""Project back, add and requantize in one pass, in Triton: a full-precision matrix is never written.
+"""Project back, add and requantize several weights in one pass, in Triton: a full-precision matrix is never written.
 
     W <- quantize(decay * W - step_size * A B),   A (rows, rank), B (rank, columns)
 
 A B is the full-size direction: with a left basis A = leftᵀ and B = N, with a right one A = N and B = right. Layout:
-A and B float (bfloat16 for the tensor cores, or float32) with any strides; qdata, scale and zero point as in
-`group_quantization`. One program computes M rows of one group of columns, products accumulate in float32; the group's
-new scale and zero point are found in the program, and its codes are written once, rounded stochastically.
+A and B float (bfloat16 for the tensor cores, or float32), the values of a row of B next to one another, those of a row
+or of a column of A; qdata, scale and zero point as in `group_quantization`. One program computes M rows of one group
+of columns of one weight, products accumulate in float32; the group's new scale and zero point are found in the program,
+and its codes are written once, rounded stochastically.
+
+What belongs to one weight comes as a tuple of as many elements as there are weights. What a weight becomes does not
+depend on the others of its launch.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_numbers, shared_memory, store_codes
+from qgalore.kernels.triton_tiles import (
+    chosen,
+    load_codes,
+    matrix_of_program,
+    quantize_group,
+    read_numbers,
+    shared_memory,
+    store_codes,
+)
+from qgalore.kernels.update_arguments import QuantizedUpdate, launches, seed_words
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step_size", "decay"])
-def _low_rank_update_kernel(
-    qdata, scale, zero_point, a, b, skip, numbers, rows, columns, q_stride, groups, a_row, a_rank, b_rank, b_column,
-    seed_low, seed_high, step_size, decay, RANK: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    K: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
+@triton.jit
+def _add_product(
+    product, a, b, row, column, rows, end, rank, a_stride, b_stride, BY_COLUMNS: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
+):  # fmt: skip
+    """product + A B at (M,) rows and (G,) columns, float32; nothing is added beyond `rows` and `end`."""
+    k = tl.arange(0, K)
+    if BY_COLUMNS:
+        a_at = a + row[:, None] + k[None, :] * a_stride
+        a_step = K * a_stride
+    else:
+        a_at = a + row[:, None] * a_stride + k[None, :]
+        a_step = K
+    b_at = b + k[:, None].to(tl.int64) * b_stride + column[None, :]
+    a_mask, b_mask = (row < rows)[:, None], (column < end)[None, :]
+    for done in range(0, rank, K):
+        inside = k < rank - done
+        a_tile = tl.load(a_at, mask=a_mask & inside[None, :], other=0.0)
+        b_tile = tl.load(b_at, mask=inside[:, None] & b_mask, other=0.0)
+        product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
+        a_at += a_step
+        b_at += K * b_stride
+    return product
+
+
+@triton.jit
+def _low_rank_update_kernel(
+    qdata, scale, zero_point, a, b, numbers, rows, columns, rank, q_stride, groups, a_stride, b_stride, a_by_columns,
+    seed_low, seed_high, step_size, decay, ends, skip, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, LAYOUTS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr,
+    HAS_NUMBERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
+    which, program = matrix_of_program(ends)
     if HAS_NUMBERS:
-        seed_low, seed_high, step_size, decay = read_numbers(numbers)
+        seed_low, seed_high, step_size, decay = read_numbers(chosen(which, numbers))
         if (step_size == 0.0) & (decay == 1.0):
             return
+    else:
+        seed_low, seed_high = chosen(which, seed_low) >> 1, chosen(which, seed_high) >> 1  # see `seed_words`
+        step_size, decay = chosen(which, step_size), chosen(which, decay)
+    rows, columns, rank = chosen(which, rows), chosen(which, columns), chosen(which, rank)
+    a, b, a_stride, b_stride = chosen(which, a), chosen(which, b), chosen(which, a_stride), chosen(which, b_stride)
     # Neighbouring programs share the rows of B: a group's K x G block of it stays in the cache.
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    group = tl.program_id(1)
+    row_blocks = tl.cdiv(rows, M)
+    row = ((program % row_blocks) * M + tl.arange(0, M)).to(tl.int64)
+    group = program // row_blocks
     start = group * GROUP
     end = tl.minimum(start + GROUP, columns)
     column = (start + tl.arange(0, G)).to(tl.int64)
-    k = tl.arange(0, K)
-    a_at = a + row[:, None] * a_row + k[None, :] * a_rank
-    b_at = b + k[:, None].to(tl.int64) * b_rank + column[None, :] * b_column
-    a_mask, b_mask = (row < rows)[:, None], (column < end)[None, :]
     product = tl.zeros((M, G), dtype=tl.float32)
-    for done in range(0, RANK, K):
-        inside = k < RANK - done
-        a_tile = tl.load(a_at, mask=a_mask & inside[None, :], other=0.0)
-        b_tile = tl.load(b_at, mask=inside[:, None] & b_mask, other=0.0)
-        product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
-        a_at += K * a_rank
-        b_at += K * b_rank
+    # One loop or the other has no steps: after a branch around them the tensor cores would wait for every product.
+    by_columns = 0 if LAYOUTS == "rows" else rank if LAYOUTS == "columns" else rank * chosen(which, a_by_columns)
+    if LAYOUTS != "columns":
+        product = _add_product(
+            product, a, b, row, column, rows, end, rank - by_columns, a_stride, b_stride, False, K, PRECISION
+        )
+    if LAYOUTS != "rows":
+        product = _add_product(
+            product, a, b, row, column, rows, end, by_columns, a_stride, b_stride, True, K, PRECISION
+        )
+    qdata, q_stride = chosen(which, qdata), chosen(which, q_stride)
     row_mask = (row < rows)[:, None]
     codes = load_codes(qdata, row[:, None], q_stride, row_mask, start, end, G, BITS).to(tl.float32)
-    at = row[:, None] * groups + group
+    at = row[:, None] * chosen(which, groups) + group
+    scale, zero_point = chosen(which, scale), chosen(which, zero_point)
     factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
     offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
     value = (codes * factor + offset) * decay - product * step_size
-    mask = row_mask & b_mask
+    mask = row_mask & (column < end)[None, :]
     number = row[:, None].to(tl.int32)
     new, factor, offset = quantize_group(value, mask, number, start, seed_low, seed_high, G, BITS, STOCHASTIC)
     store_codes(qdata, new, row[:, None], q_stride, row_mask, start, end, G, BITS)
@@ -68,12 +118,12 @@ def can_handle(group_size: int) -> bool:
     return group_size in (32, 64, 128, 256)
 
 
-def _tile(rows: int, groups: int, shared_memory: int) -> tuple[int, int, int]:
+def _tile(programs: int, shared_memory: int) -> tuple[int, int, int]:
     """Rows of a program, its warps and stages: small matrices want many programs, large ones large tiles.
 
-    Measured on an H100, which has room for 128 programs at a time; the bits are those of any other choice.
+    programs: those of all matrices of the launch with 64 rows each. Measured on an H100, which has room for 128 at a
+    time; the bits are those of any other choice.
     """
-    programs = triton.cdiv(rows, 64) * groups
     if programs <= 64:
         return 32, 8, 3
     if shared_memory < 1 << 17:
@@ -81,19 +131,47 @@ def _tile(rows: int, groups: int, shared_memory: int) -> tuple[int, int, int]:
     return (64, 8, 4) if programs <= 128 else (128, 8, 3)
 
 
-def low_rank_update_(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, a: Tensor, b: Tensor, columns: int, bits: int, group_size: int,
-    step_size: float, decay: float, seed: int | None, skip: Tensor | None, numbers: Tensor | None,
-) -> None:  # fmt: skip
-    """W <- quantize(decay * W - step_size * a b) in place; a (rows, rank), b (rank, columns) of one dtype."""
-    rows, rank = a.shape
-    number = seed or 0
-    block_rows, warps, stages = _tile(rows, triton.cdiv(columns, group_size), shared_memory(a.device))
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
-    _low_rank_update_kernel[grid](
-        qdata, scale, zero_point, a, b, skip, numbers, rows, columns, qdata.stride(0), scale.stride(0), *a.stride(),
-        *b.stride(), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, step_size, decay, RANK=rank, GROUP=group_size,
-        G=group_size, M=block_rows, K=64 if a.element_size() == 2 else 32, BITS=bits, STOCHASTIC=seed is not None,
-        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, PRECISION="ieee", enable_fp_fusion=False,
-        num_warps=warps, num_stages=stages,
+def _factors(update: QuantizedUpdate) -> tuple[Tensor, Tensor]:
+    """A and B of the kernel."""
+    a, b = (update.direction, update.right) if update.left is None else (update.left.T, update.direction)
+    assert b is not None
+    if b.shape[1] % 16:  # rows at any address would be loaded one value at a time
+        b = torch.nn.functional.pad(b, (0, -b.shape[1] % 16))
+    return a if 1 in a.stride() else a.contiguous(), b.contiguous()
+
+
+def low_rank_updates_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
+    """See `qgalore.kernels.update_several_quantized_`; of weights with one basis each."""
+
+    def kind(update: QuantizedUpdate) -> tuple[object, ...]:
+        formats = update.bits, update.group_size, update.direction.dtype
+        return *formats, update.seed is None, update.numbers is None
+
+    for places in launches(updates, kind):
+        _launch([updates[place] for place in places], skip)
+
+
+def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
+    """Weights that are stored and rounded alike."""
+    _, _, _, _, _, _, _, bits, group_size, _, _, seed, numbers = updates[0]
+    factors = [_factors(update) for update in updates]
+    a, b = zip(*factors, strict=True)
+    rows, groups = [len(x) for x in a], [triton.cdiv(update.columns, group_size) for update in updates]
+    by_columns = [x.stride(1) != 1 for x in a]
+    programs = sum(triton.cdiv(r, 64) * g for r, g in zip(rows, groups, strict=True))
+    block_rows, warps, stages = _tile(programs, shared_memory(a[0].device))
+    ends = list(itertools.accumulate(triton.cdiv(r, block_rows) * g for r, g in zip(rows, groups, strict=True)))
+    qdata, scale, zero_point = zip(*(update[:3] for update in updates), strict=True)
+    low, high = zip(*(seed_words(update.seed) for update in updates), strict=True)
+    _low_rank_update_kernel[(ends[-1],)](
+        qdata, scale, zero_point, a, b, None if numbers is None else tuple(update.numbers for update in updates),
+        tuple(rows), tuple(update.columns for update in updates), tuple(x.shape[1] for x in a),
+        tuple(x.stride(0) for x in qdata), tuple(x.stride(0) for x in scale),
+        tuple(x.stride(1 if turned else 0) for x, turned in zip(a, by_columns, strict=True)),
+        tuple(x.stride(0) for x in b), tuple(map(int, by_columns)), low, high,
+        tuple(float(update.step_size) for update in updates), tuple(float(update.decay) for update in updates),
+        tuple(ends), skip, GROUP=group_size, G=group_size, M=block_rows, K=64 if a[0].element_size() == 2 else 32,
+        BITS=bits, LAYOUTS="mixed" if len(set(by_columns)) == 2 else "columns" if by_columns[0] else "rows",
+        STOCHASTIC=seed is not None, HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, PRECISION="ieee",
+        enable_fp_fusion=False, num_warps=warps, num_stages=stages,
     )  # fmt: skip

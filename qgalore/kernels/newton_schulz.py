@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels import MATRICES_TOGETHER
 from qgalore.kernels.triton_tiles import to_float
+from qgalore.kernels.update_arguments import MATRICES_TOGETHER
 
 _ENDS = [f"e{index}" for index in range(MATRICES_TOGETHER)]
 

@@ -25,6 +25,30 @@ def shared_memory(device: torch.device) -> int:
 
 
 @triton.jit
+def chosen(which, values):
+    """The element of a tuple with a number that is known when the kernel runs; pointers keep their alignment."""
+    value = values[0]
+    for index in tl.static_range(1, len(values)):
+        value = tl.where(which == index, values[index], value)
+    return value
+
+
+@triton.jit
+def matrix_of_program(ends):
+    """The matrix that this program works on, and its number among the programs of that matrix.
+
+    ends: a tuple of the programs up to the end of each matrix.
+    """
+    program = tl.program_id(0)
+    which, start = program * 0, program * 0
+    for index in tl.static_range(len(ends) - 1):
+        behind = program >= ends[index]
+        which += behind.to(tl.int32)
+        start = tl.where(behind, ends[index], start)
+    return which, program - start
+
+
+@triton.jit
 def random_bits16(row, start, seed_low, seed_high, G: tl.constexpr):
     """(M, G) uint32 of 16 random bits as in `reference.random_bits16`; row (M, 1) int32, start a multiple of 8."""
     call = start // 8 + tl.arange(0, G // 8)[None, :]
