@@ -84,22 +84,21 @@ class GradientAccumulator:
 
     def value(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone."""
-        return dense(self._held)
+        return dense(self.held)
 
-    def check_(self, squared_norm: Tensor, skip: Tensor) -> None:
-        """`kernels.check_gradient_` of the sum; an INT8 one is never whole in float32."""
-        held = self._held
-        if isinstance(held, Tensor):
-            kernels.check_gradient_(held, squared_norm, skip)
-            return
+    def check_(self, squared_norms: Tensor, place: int, skip: Tensor) -> None:
+        """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
+        held = self.held
+        assert isinstance(held, QuantizedTensor)
         chunks = kernels.row_chunks(*held.shape)
-        norms = squared_norm.new_zeros(len(chunks))
-        for norm, (start, stop) in zip(norms, chunks, strict=True):
-            kernels.check_gradient_(held.rows(start, stop).dequantize(), norm, skip)
-        squared_norm.copy_(norms.sum())
+        norms = squared_norms.new_zeros(len(chunks))
+        for number, (start, stop) in enumerate(chunks):
+            kernels.check_gradients_([held.rows(start, stop).dequantize()], norms, [number], skip)
+        squared_norms[place] = norms.sum()
 
     @property
-    def _held(self) -> Gradient:
+    def held(self) -> Gradient:
+        """The sum as it is held."""
         assert self._sum is not None
         return self._sum
 
@@ -119,7 +118,7 @@ class GradientAccumulator:
 
     def take_as_held(self) -> Gradient:
         """The sum as it is held; the accumulator is empty afterwards."""
-        held, self._sum = self._held, None
+        held, self._sum = self.held, None
         return held
 
     def clear(self) -> None:

@@ -134,15 +134,16 @@ class FullRankWeight:
         else:
             self._held.replace(summed[0], self._seed(ACCUMULATION, -1))
 
-    def check_gradient_(self, squared_norm: Tensor, skip: Tensor) -> None:
-        """`kernels.check_gradient_` of the complete gradient."""
-        self._held.check_(squared_norm, skip)
+    @property
+    def complete_gradient(self) -> GradientAccumulator:
+        """The gradient of the update, until `release`."""
+        return self._held
 
     def limit_growth(self, squared_norm: Tensor, skip: Tensor) -> Tensor | None:
         """The factor, (), that lets the gradient's norm grow by `norm_growth` at most from update to update.
 
         After Fira's limiter (Chen et al., arXiv 2410.01623). None where no limit is set. squared_norm and skip are
-        those of `check_gradient_`; a skipped update leaves no trace.
+        those of `UpdateChecks`; a skipped update leaves no trace.
         """
         growth: float = self.group["norm_growth"]
         if not growth:

@@ -235,7 +235,7 @@ class LowRankAdamW(Optimizer):
             summed = message.summed()
         for weight, parts in zip(weights, summed, strict=True):
             weight.complete(parts)
-            weight.check_gradient_(checks.squared_norms[weight.index], checks.skip)
+        checks.check({weight.index: weight.complete_gradient for weight in weights})
         if at_once:
             checks.remember_first()
             update_weights(weights, checks)

@@ -5,8 +5,13 @@ The tensors stay where they are for the whole run and are written in place, so t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from qgalore import kernels
+from qgalore.accumulator import GradientAccumulator
 
 
 class UpdateChecks:
@@ -27,6 +32,14 @@ class UpdateChecks:
         for tensor in (self.squared_norms, self.skip, self._first_skip):
             tensor.zero_()
         self._remembers = False
+
+    def check(self, gradients: Mapping[int, GradientAccumulator]) -> None:
+        """Look at the complete gradients of weights, by their index."""
+        whole = {index: held for index, gradient in gradients.items() if isinstance(held := gradient.held, Tensor)}
+        kernels.check_gradients_(list(whole.values()), self.squared_norms, list(whole), self.skip)
+        for index, gradient in gradients.items():
+            if index not in whole:
+                gradient.check_(self.squared_norms, index, self.skip)
 
     def remember_first(self) -> None:
         """Keep `skip` as it is when the first weight of the update is written."""

@@ -6,6 +6,7 @@ import torch
 from qgalore.accumulator import GradientAccumulator, dense, rows_of_gradient, zeros
 from qgalore.kernels import reference
 from qgalore.quantization import QuantizedTensor
+from qgalore.update_checks import UpdateChecks
 
 
 def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (16, 300)) -> list[torch.Tensor]:
@@ -96,8 +97,10 @@ def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.Monke
     for seed, part in enumerate(grads(3)):
         accumulator.add(part, seed)
     whole = accumulator.value()
-    squared_norm, skip = torch.zeros(()), torch.tensor(False)
-    accumulator.check_(squared_norm, skip)
+    checks = UpdateChecks(2, torch.device("cpu"))
+    checks.check({1: accumulator})
+    skip, (nothing, squared_norm) = checks.skip, checks.squared_norms
+    assert nothing == 0
     assert torch.allclose(squared_norm, whole.float().square().sum(), rtol=1e-5) and not skip
     held = accumulator.take_as_held()
     assert accumulator.empty and isinstance(held, QuantizedTensor) == (dtype == "int8")
@@ -111,9 +114,9 @@ def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.
     (part,) = grads(1)
     part[row, 3] = float("inf")
     accumulator.add(part, 0)
-    squared_norm, skip = torch.zeros(()), torch.tensor(False)
-    accumulator.check_(squared_norm, skip)
-    assert skip and not squared_norm.isfinite()
+    checks = UpdateChecks(1, torch.device("cpu"))
+    checks.check({0: accumulator})
+    assert checks.skip and not checks.squared_norms.isfinite()
 
 
 @pytest.mark.parametrize("shape", [(16, 300), (300,)])

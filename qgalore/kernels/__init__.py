@@ -133,14 +133,15 @@ def _int8_linear(
     return value if width == given else torch.nn.functional.pad(value, (0, width - given))
 
 
-def check_gradient_(grad: Tensor, squared_norm: Tensor, skip: Tensor) -> None:
-    """Write ‖grad‖² into squared_norm, () float32, and true into skip, () bool, where it is not finite."""
-    triton = triton_or_none(grad.device, "gradient_check")
+def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+    """Write each ‖grad‖² to its place in squared_norms (n,) float32, and whether one is not finite into skip."""
+    triton = triton_or_none(skip.device, "gradient_check")
     if triton is not None:
-        triton.check_gradient_(grad, squared_norm, skip)
+        triton.check_gradients_(grads, squared_norms, places, skip)
         return
-    squared_norm.copy_(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
-    skip.logical_or_(~squared_norm.isfinite())
+    for grad, place in zip(grads, places, strict=True):
+        squared_norms[place] = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        skip.logical_or_(~squared_norms[place].isfinite())
 
 
 def adam_step(

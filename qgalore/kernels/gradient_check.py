@@ -1,45 +1,65 @@
-"""‖g‖² of a gradient and whether it is finite, in Triton: two launches for a matrix of any size.
+"""‖g‖² of gradients and whether they are finite, in Triton: two launches for several matrices of any size.
 
-Layout: g flat and contiguous, any float dtype. The first kernel leaves one float32 sum a program, the second adds them
-in a fixed order (no atomics: the same bits each time) and raises the flag where the sum is not finite.
+Layout: each g flat and contiguous, all of one float dtype. The first kernel leaves one float32 sum a program, the
+second adds those of a gradient in a fixed order (no atomics: the same bits each time, whatever the others are) and
+raises the flag where the sum is not finite.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 1024
+from qgalore.kernels.triton_tiles import chosen, matrix_of_program
+from qgalore.kernels.update_arguments import launches
+
+_BLOCK, _PROGRAMS = 2048, 1024
+_TOGETHER = 16  # gradients of a launch: those of a decoder layer
 
 
-@triton.jit(do_not_specialize=["numel"])
-def _partial_sums_kernel(grad, sums, numel, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["numel", "steps", "ends"])
+def _partial_sums_kernel(grads, sums, numel, steps, ends, BLOCK: tl.constexpr):
+    which, program = matrix_of_program(ends)
+    grad, numel, steps = chosen(which, grads), chosen(which, numel), chosen(which, steps)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    start = tl.program_id(0).to(tl.int64) * STEPS * BLOCK + tl.arange(0, BLOCK)
-    for step in range(STEPS):
+    start = program.to(tl.int64) * steps * BLOCK + tl.arange(0, BLOCK)
+    for step in range(steps):
         at = start + step * BLOCK
         value = tl.load(grad + at, mask=at < numel, other=0).to(tl.float32)
         total += value * value
     tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@triton.jit
-def _finish_kernel(sums, squared_norm, skip, count, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["places", "starts", "counts"])
+def _finish_kernel(sums, squared_norms, places, starts, counts, skip, WIDTH: tl.constexpr):
+    which = tl.program_id(0)
     at = tl.arange(0, WIDTH)
-    total = tl.sum(tl.load(sums + at, mask=at < count, other=0.0), axis=0)
-    tl.store(squared_norm, total)
+    values = tl.load(sums + chosen(which, starts) + at, mask=at < chosen(which, counts), other=0.0)
+    total = tl.sum(values, axis=0)
+    tl.store(squared_norms + chosen(which, places), total)
     if (total < float("inf")) == 0:
         tl.store(skip, 1)
 
 
-def check_gradient_(grad: Tensor, squared_norm: Tensor, skip: Tensor) -> None:
-    """See `qgalore.kernels.check_gradient_`."""
-    grad = grad.contiguous()
-    block = 2048
-    steps = triton.next_power_of_2(max(1, triton.cdiv(grad.numel(), block * _PROGRAMS)))
-    programs = max(1, triton.cdiv(grad.numel(), block * steps))
-    sums = torch.empty(programs, dtype=torch.float32, device=grad.device)
-    _partial_sums_kernel[(programs,)](grad, sums, grad.numel(), STEPS=steps, BLOCK=block, num_warps=8)
-    _finish_kernel[(1,)](sums, squared_norm, skip.view(torch.uint8), programs, WIDTH=triton.next_power_of_2(programs))
+def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+    """See `qgalore.kernels.check_gradients_`."""
+    for chosen_ones in launches(grads, lambda grad: grad.dtype, _TOGETHER):
+        _launch([grads[i].contiguous() for i in chosen_ones], squared_norms, [places[i] for i in chosen_ones], skip)
+
+
+def _launch(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+    """Gradients of one dtype."""
+    numel = tuple(grad.numel() for grad in grads)
+    steps = tuple(triton.next_power_of_2(max(1, triton.cdiv(count, _BLOCK * _PROGRAMS))) for count in numel)
+    counts = tuple(max(1, triton.cdiv(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
+    ends = tuple(itertools.accumulate(counts))
+    sums = torch.empty(ends[-1], dtype=torch.float32, device=grads[0].device)
+    _partial_sums_kernel[(ends[-1],)](tuple(grads), sums, numel, steps, ends, BLOCK=_BLOCK, num_warps=8)
+    _finish_kernel[(len(grads),)](
+        sums, squared_norms, tuple(places), (0, *ends[:-1]), counts, skip.view(torch.uint8), WIDTH=_PROGRAMS
+    )

@@ -49,13 +49,14 @@ class QuantizedUpdate(NamedTuple):
     numbers: Tensor | None = None
 
 
-def launches(items: Sequence[Item], key: Callable[[Item], Hashable]) -> list[list[int]]:
-    """The places of items by launch: those of one key, at most `MATRICES_TOGETHER`."""
+def launches(
+    items: Sequence[Item], key: Callable[[Item], Hashable], at_most: int = MATRICES_TOGETHER
+) -> list[list[int]]:
+    """The places of items by launch: those of one key, and not too many."""
     alike: dict[Hashable, list[int]] = {}
     for place, item in enumerate(items):
         alike.setdefault(key(item), []).append(place)
-    step = MATRICES_TOGETHER
-    return [places[start : start + step] for places in alike.values() for start in range(0, len(places), step)]
+    return [places[start : start + at_most] for places in alike.values() for start in range(0, len(places), at_most)]
 
 
 def numbers_row(seed: int, step_size: float, decay: float, step: int, betas: tuple[float, float]) -> list[int]:

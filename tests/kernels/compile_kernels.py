@@ -80,7 +80,7 @@ def launch_all() -> None:
         kernels.update_quantized_(*stored, direction, *bases, width, bits, 256, 0.1, 1.0, 5, skip, numbers)
     kernels.quantize(zeros(16, hidden), 8, 13824, 5)  # a group a row
     kernels.update_float_(zeros(width, width), zeros(width, width), None, None, 0.1, 1.0, 5, 0, skip, numbers)
-    kernels.check_gradient_(zeros(rank, width), torch.zeros(()), skip)
+    kernels.check_gradients_([zeros(rank, width)] * 7 + [zeros(width)] * 2, torch.zeros(9), range(9), skip)
     for dtype in (torch.uint8, torch.float32):
         moments = [zeros(rank, width, dtype=dtype) for _ in range(2)]
         absmax = [zeros(rank * width // 256, dtype=torch.float32) if dtype == torch.uint8 else None for _ in range(2)]

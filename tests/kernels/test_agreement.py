@@ -317,26 +317,28 @@ def check_skipping(device: torch.device) -> None:
         assert same((momentum, absmax), (before["exp_avg"], before["exp_avg_absmax"])) == skipped
 
 
-def check_gradient_norm(device: torch.device) -> None:
-    for shape in ((3,), (300, 500)):
-        for value in (None, float("inf"), float("nan")):
-            for skip in (True, False):
-                grad = normal(*shape).to(device)
-                if value is not None:
-                    grad.view(-1)[-1] = value
+def check_gradient_norms(device: torch.device) -> None:
+    for broken in (None, float("inf"), float("nan")):
+        for skip in (True, False):
+            grads = [normal(*shape, seed=i) for i, shape in enumerate([(3,), (300, 500), (64, 9000), (2, 3)])]
+            grads += [normal(40, 30, seed=9).bfloat16(), normal(700, seed=8)] * 9
+            grads = [grad.to(device) for grad in grads]
+            if broken is not None:
+                grads[1].view(-1)[-1] = broken
 
-                def run() -> object:
-                    norms, flag = torch.zeros(2, device=device), torch.tensor(skip, device=device)  # noqa: B023
-                    kernels.check_gradient_(grad, norms[1], flag)  # noqa: B023
-                    assert norms[0] == 0
-                    return norms[1], flag
+            def run(together: int, grads: list[Tensor] = grads, skip: bool = skip) -> object:
+                norms, flag = torch.full((len(grads) + 2,), 7.0, device=device), torch.tensor(skip, device=device)
+                for start in range(0, len(grads), together):
+                    part = slice(start, start + together)
+                    kernels.check_gradients_(grads[part], norms, range(len(grads), 0, -1)[part], flag)
+                return norms, flag
 
-                (norm, flag), (found_norm, found_flag) = both(run)  # type: ignore[misc]
-                assert bool(found_flag) == bool(flag) == (value is not None or skip)
-                if value is None:
-                    assert torch.allclose(found_norm, norm, rtol=1e-5)
-                else:
-                    assert not found_norm.isfinite()
+            (norms, flag), (found, found_flag) = both(lambda: run(99))  # type: ignore[misc]
+            assert bool(found_flag) == bool(flag) == (broken is not None or skip)
+            assert found[0] == found[-1] == 7
+            assert torch.allclose(found, norms, rtol=1e-5, equal_nan=True)
+            _, (alone, _) = both(lambda: run(1))  # type: ignore[misc]
+            assert same(found.nan_to_num(), alone.nan_to_num())
 
 
 def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
