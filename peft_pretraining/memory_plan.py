@@ -38,9 +38,15 @@ from peft_pretraining.lasting_memory import (
 )
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.update_memory import (
+    READ_8BIT_PART,
+    ROW_CHUNK,
+    basis_copy_values,
+    gradient_values,
+    largest_update_bytes,
+    updated_together,
+)
 from qgalore.adam import MOMENT_PART
-from qgalore.direction import VALUES_TOGETHER
-from qgalore.kernels import MATRICES_TOGETHER
 from qgalore.padding import padded_width
 from qgalore.subspace import projects_directly
 
@@ -49,14 +55,6 @@ _WORKSPACES = 2 * (32 << 20)
 """cuBLAS takes 8 times 4 MiB, as `run_pretrain.py` sets CUBLAS_WORKSPACE_CONFIG, for each thread that multiplies: that
 of the forward pass and autograd's."""
 _HEAD_COLUMNS = 64  # the logits of a token are padded to a multiple
-_ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
-_READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float32 values
-_WRITE_8BIT_PART = 20
-"""Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
-_ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
-_WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
-_DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that looking ahead, where no kernel makes it
-_ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,6 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
 def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int]:
     """The moments that can be the peak, in the order in which an update comes to them."""
     hidden, table = hidden_bytes(config, s), config.vocab_size * config.hidden_size
-    shapes = list(config.matrix_shapes().values())
     # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
     copied = _table_copy_bytes(table, s)
     of_table = copied + (_table_update_bytes(config, s) if s.gradients_live_in_backward else 0)
@@ -145,9 +142,9 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     if waits:
         phases["gradients of head and embeddings"] = (stays if s.cuda_graphs else hidden) + 2 * waits + of_table
     if not s.gradients_live_in_backward:
-        gradients = max(_float32_copy_bytes(math.prod(gradient_shape(shape, s)), s) for shape in shapes)
+        gradients = max(_float32_copy_bytes(gradient_values(group, s), s) for group in updated_together(config, s))
         of_table = copied + _table_update_bytes(config, s)
-        phases["update of the largest weight"] = max(gradients + _largest_update_bytes(config, s), of_table)
+        phases["update of the largest weight"] = max(gradients + largest_update_bytes(config, s), of_table)
     return phases
 
 
@@ -182,7 +179,7 @@ def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int
         moments["activations and backward with a refresh"] += _other_sketches_bytes(config, s)
     if s.gradients_live_in_backward:
         values = sum(math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values())
-        gradients, updates = _float32_copy_bytes(values, s) or s.dtype_bytes * values, _largest_update_bytes(config, s)
+        gradients, updates = _float32_copy_bytes(values, s) or s.dtype_bytes * values, largest_update_bytes(config, s)
         gradients += residual_bytes(config.matrix_shapes().values(), s)
         updates += _other_sketches_bytes(config, s)
         if not s.cuda_graphs:
@@ -284,12 +281,7 @@ def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
 
 
 def _held_in_projecting_bytes(shape: Shape, s: MemorySettings) -> int:
-    return s.dtype_bytes * (_basis_copy_values(shape, s) + math.prod(gradient_shape(shape, s)))
-
-
-def _basis_copy_values(shape: Shape, s: MemorySettings) -> int:
-    """Values of bases that have to be converted to the activations' dtype."""
-    return basis_values(shape, s) if s.proj_bits is not None or s.weight_bits is not None else 0
+    return s.dtype_bytes * (basis_copy_values(shape, s) + math.prod(gradient_shape(shape, s)))
 
 
 def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -300,7 +292,7 @@ def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
         sketching = max(sketching, (4 + s.dtype_bytes) * values)
         return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
     read = 4 * values if has_8bit_states(gradient_shape(shape, s), s) else 0
-    reading = read + (_READ_8BIT_PART * min(values, MOMENT_PART) if read else 0)
+    reading = read + (READ_8BIT_PART * min(values, MOMENT_PART) if read else 0)
     return _held_in_projecting_bytes(shape, s) + max(reading, read + s.dtype_bytes * values, sketching)
 
 
@@ -313,59 +305,11 @@ def _other_sketches_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return (due - 1) * s.dtype_bytes * max(basis_values(shape, s) for shape in shapes)
 
 
-def _update_bytes(shape: Shape, s: MemorySettings) -> int:
-    """Beside a matrix's gradient: the direction and the bases, and what the refresh takes when one is due.
-
-    By SVD that is the gradient in float32 and float64, and eigenvectors; the solver's workspace is not counted.
-    """
-    if s.rank is None:
-        return min(_ROW_CHUNK, 4 * math.prod(shape))
-    values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
-    update = s.dtype_bytes * (values + _basis_copy_values(shape, s))
-    if s.decoder_states == 1:
-        part = min(values, MOMENT_PART) if has_8bit_states(gradient_shape(shape, s), s) else 0
-        update += _DIRECTION * values + _WRITE_8BIT_PART * part
-    if s.residual:  # the whole direction, and what is added to it
-        update += 2 * s.dtype_bytes * math.prod(shape)
-    elif s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
-        on_tensor_cores = s.cuda and s.dtype_bytes == 2 and len(sides(shape, s)) == 1
-        update += (0 if on_tensor_cores else 4 * (values + bases)) + min(_ROW_CHUNK, 4 * math.prod(shape))
-    if s.svd:
-        return max(update, 12 * math.prod(shape) + 24 * min(shape) ** 2)
-    rotated = _WRITE_FLOAT_MOMENT * values
-    if has_8bit_states(gradient_shape(shape, s), s):
-        part = min(values, MOMENT_PART)
-        writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
-        rotated = max(_ROTATE_MOMENT * values, 4 * values + _READ_8BIT_PART * part, writing)
-    squared = s.rank_of(shape) ** 2
-    finding = (s.dtype_bytes + _ORTHONORMALIZE) * bases + 8 * squared
-    changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
-    return update + s.dtype_bytes * bases + max(finding, changing)
-
-
-def _largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    largest = max(_update_bytes(shape, s) for shape in config.matrix_shapes().values())
-    one_by_one = not s.cuda or s.rank is None or s.decoder_states != 1
-    return largest if one_by_one else max(largest, _directions_bytes(config, s))
-
-
-def _directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """Orthogonal directions of several matrices: momenta, two buffers, and two squares a matrix.
-
-    Matrices wait until they are enough, those of one layer where the updates are made inside its backward pass.
-    """
-    layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
-    sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
-    values = min(layers * sum(sizes), VALUES_TOGETHER + max(sizes))
-    largest = max(s.rank or 0, s.mlp_rank)
-    return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * largest**2)
-
-
 def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     """The float32 direction: of some rows, unless a block of an 8-bit state straddles them."""
     whole = 4 * config.vocab_size * config.hidden_size
     ragged = s.state_bits == 8 and config.hidden_size % 256 != 0
-    return whole if ragged else min(whole, _ROW_CHUNK)
+    return whole if ragged else min(whole, ROW_CHUNK)
 
 
 def _float32_copy_bytes(values: int, s: MemorySettings) -> int:
@@ -376,7 +320,7 @@ def _float32_copy_bytes(values: int, s: MemorySettings) -> int:
 def _table_copy_bytes(table: int, s: MemorySettings) -> int:
     """The same for a table of that many values, of which one rank's INT8 sum is read in rows."""
     whole = _float32_copy_bytes(table, s)
-    return min(_ROW_CHUNK, whole) if s.ranks == 1 else whole
+    return min(ROW_CHUNK, whole) if s.ranks == 1 else whole
 
 
 def _multiple(size: int, unit: int) -> int:

@@ -5,12 +5,14 @@ The arithmetic and its sources are in `qgalore.kernels.reference`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgalore import kernels
+from qgalore.accumulator import Gradient, dense
 
 BLOCK_SIZE = 256
 """Values that share an absmax in an 8-bit state, as in bitsandbytes."""
@@ -20,6 +22,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 MOMENT_PART = 1 << 20
 """Values of an 8-bit moment that are read or written at a time."""
+
+
+class GradientStep(NamedTuple):
+    """A gradient that is to move the moments of one weight; arguments as in `adam_step`."""
+
+    state: dict[str, Tensor]
+    grad: Gradient
+    step: int
+    betas: tuple[float, float]
+    eps: float
+    factor: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    numbers: Tensor | None = None
 
 
 def make_tables(device: torch.device) -> None:
@@ -129,3 +144,14 @@ def adam_step(
         dtype,
         numbers,
     )
+
+
+def adam_steps(steps: Sequence[GradientStep], skip: Tensor | None = None) -> list[Tensor]:
+    """`adam_step` of several weights at once."""
+    arguments = []
+    for state, grad, step, betas, eps, factor, dtype, numbers in steps:
+        moments = (state[name] for name in MOMENTS), (state.get(f"{name}_absmax") for name in MOMENTS)
+        (first, second), (first_absmax, second_absmax) = moments
+        rates = (step, betas, eps, factor, dtype, numbers)
+        arguments.append(kernels.AdamStep(dense(grad), first, first_absmax, second, second_absmax, *rates))
+    return kernels.adam_steps(arguments, BLOCK_SIZE, skip)

@@ -17,53 +17,56 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels
+from qgalore.accumulator import dense
+from qgalore.adam import GradientStep
 
 _POLYNOMIALS = ((3.4445, -4.7750, 2.0315),) * 5
 """Muon's, by which singular values above a thousandth of the largest come to lie between 0.7 and 1.2."""
 ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
-VALUES_TOGETHER = 1 << 24
-"""Momenta wait until there are more than so many values, and are then made directions of at once."""
 
 
 class Direction(NamedTuple):
-    """How a direction is made and what it keeps."""
+    """How directions are made and what they keep."""
 
-    step: Callable[..., Tensor]
-    """step(state, grad, step, betas, eps, factor, skip, dtype, numbers) -> direction, as `qgalore.adam.adam_step`.
-
-    Or, where there is `together`, what that makes directions of.
-    """
+    steps: Callable[[Sequence[GradientStep], Tensor | None], list[Tensor]]
+    """steps(gradients, skip) -> directions of several weights, whose moments it moves."""
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
-    together: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
-    """Makes the directions of several weights of one rank at once, which is faster than one after another."""
+    values_together: int
+    """Gradients wait until they have more values than so many, and are then made directions of at once.
+
+    That is faster for small matrices; of one large matrix there are enough values to fill a GPU.
+    """
 
 
-def nesterov_step(
-    state: dict[str, Tensor],
-    grad: Tensor,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    numbers: Tensor | None = None,
-) -> Tensor:
-    """Nesterov's momentum like grad, in bfloat16 on a GPU; arguments as in `adam.adam_step`."""
-    type = torch.bfloat16 if grad.is_cuda else torch.float32
+def nesterov_step(step: GradientStep, skip: Tensor | None = None) -> Tensor:
+    """Nesterov's momentum like the gradient, in bfloat16 on a GPU."""
+    state, grad = step.state, dense(step.grad)
+    dtype = torch.bfloat16 if grad.is_cuda else torch.float32
     momentum, absmax = state["exp_avg"], state.get("exp_avg_absmax")
-    return kernels.momentum_step(grad, momentum, absmax, betas[0], adam.BLOCK_SIZE, factor, skip, type)
+    return kernels.momentum_step(grad, momentum, absmax, step.betas[0], adam.BLOCK_SIZE, step.factor, skip, dtype)
 
 
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
-    """Orthogonalised, of root mean square 0.2."""
+    """Of momenta with one shorter side: orthogonalised, of root mean square 0.2."""
     found = kernels.orthogonalize(momenta, _POLYNOMIALS)
     return [x * (ORTHOGONAL_RMS * max(x.shape) ** 0.5) for x in found]
 
 
+def orthogonal_steps(steps: Sequence[GradientStep], skip: Tensor | None = None) -> list[Tensor]:
+    """The orthogonal directions of several weights, those of one rank at once."""
+    values = [nesterov_step(step, skip) for step in steps]
+    places: dict[int, list[int]] = {}
+    for place, momentum in enumerate(values):
+        places.setdefault(min(momentum.shape), []).append(place)
+    for alike in places.values():
+        for place, direction in zip(alike, orthogonal_directions([values[place] for place in alike]), strict=True):
+            values[place] = direction
+    return values
+
+
 DIRECTIONS = {
-    "adam": Direction(adam.adam_step, adam.MOMENTS),
-    "orthogonal": Direction(nesterov_step, adam.MOMENTS[:1], together=orthogonal_directions),
+    "adam": Direction(adam.adam_steps, adam.MOMENTS, values_together=3 << 20),
+    "orthogonal": Direction(orthogonal_steps, adam.MOMENTS[:1], values_together=1 << 24),
 }

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, rows_of_gradient, zeros
+from qgalore.adam import GradientStep
 from qgalore.direction import DIRECTIONS, Direction
+from qgalore.layer_update import LayerUpdate
 from qgalore.linear import LowRankLinear
 from qgalore.seeding import mix_seed
 
@@ -197,10 +199,11 @@ class FullRankWeight:
         """Of `parts_to_sum` in an update without a refresh."""
         return self.gradient_shape.numel()
 
-    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> Tensor | None:
+    def update(self, grad: Gradient, factor: Tensor | None = None, skip: Tensor | None = None) -> GradientStep | None:
         """One step on the weight with factor * grad (clipping); grad is what `release` gave.
 
-        Gives what `Direction.together` makes the direction of for `finish_update`; None if the update has been made.
+        Gives what `Direction.steps` makes the direction of, for `apply_direction` and `end_update`; None if the update
+        has been made.
 
         Where the flag `skip` is true weight and state stay as they are, to the bit, but the update counts. On an
         accelerator the flag goes to the kernels, so that nothing waits for the device.
@@ -214,11 +217,15 @@ class FullRankWeight:
             return None
         return self._update(grad, factor, None if on_host else skip)
 
-    def finish_update(self, direction: Tensor) -> None:
-        """The rest of an `update` that waits for its direction."""
+    def apply_direction(self, direction: Tensor) -> LayerUpdate | None:
+        """Let an `update` that waits move the weight; gives what `update_layers_` is to do before `end_update`."""
         raise RuntimeError(f"no update of {self.name} waits for a direction")
 
-    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> Tensor | None:
+    def end_update(self) -> None:
+        """What an `update` that waited does when its direction has been applied."""
+        raise RuntimeError(f"no update of {self.name} waits for its end")
+
+    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> GradientStep | None:
         """`update` with a flag on the device only."""
         rounding = self._seed(ROUNDING)
         step, group = self._advance(), self.group

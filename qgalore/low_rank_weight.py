@@ -13,8 +13,10 @@ from torch import Tensor
 
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, zeros
+from qgalore.adam import GradientStep
 from qgalore.direction import DIRECTIONS, Direction
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
+from qgalore.layer_update import LayerUpdate
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.residual import full_direction
 from qgalore.subspace_schedule import RefreshSchedule
@@ -308,48 +310,51 @@ class LowRankWeight(FullRankWeight):
 
     # ---- the update
 
-    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> Tensor | None:
-        """The step in the subspace, up to its direction where several weights' are made together."""
+    def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> GradientStep | None:
+        """The step in the subspace, up to what its direction is made of: several weights' are made together."""
         rounding, update_step = self._seed(ROUNDING), self.step
         sketches = {side: sketch.take() for side, sketch in self._sketches.items()}
         if self._next_bases is not None:
             self._take_fitted_bases(self._next_bases, update_step, skip)
-        step, group, projected = self._advance(), self.group, dense(grad)
-        direction = self.direction.step(
-            self.state, projected, step, group["betas"], group["eps"], factor, skip, self._factor_dtype, self.numbers
-        )
-        kept = None if self._last_full is None else projected  # a residual is made of both
-        self._begun = _BegunUpdate(update_step, rounding, kept, sketches, skip)
-        del projected, kept
-        if self.direction.together is not None:
-            return direction
-        self.finish_update(direction)
-        return None
+        projected = None if self._last_full is None else dense(grad)  # a residual is made of both
+        self._begun = _BegunUpdate(update_step, rounding, projected, sketches, skip)
+        step, betas, eps = self._advance(), self.group["betas"], self.group["eps"]
+        given = grad if projected is None else projected
+        return GradientStep(self.state, given, step, betas, eps, factor, self._factor_dtype, self.numbers)
 
-    def finish_update(self, direction: Tensor) -> None:
-        """Project the direction back and add it; then the refresh where one is due.
+    def apply_direction(self, direction: Tensor) -> LayerUpdate | None:
+        """Project the direction back and add it; of a quantized weight without a residual that is left to do.
 
-        That happens in the dtype of the layer's activations, with products summed in float32.
+        It happens in the dtype of the layer's activations, with products summed in float32.
         """
-        assert self._begun is not None, f"no update of {self.name} waits for a direction"
-        update_step, rounding, projected, sketches, skip = self._begun
-        self._begun, dtype = None, self._factor_dtype
+        begun, dtype = self._begun_update(), self._factor_dtype
         direction, left, right = direction.to(dtype), self.basis("left", dtype), self.basis("right", dtype)
-        if self._last_full is not None and projected is not None:
+        how = (self._step_size, self._decay, begun.rounding)
+        if self._last_full is not None and begun.projected is not None:
             full = self._last_full.to(dtype)
             full = full if self._fulls <= 1 else full * self._fulls
-            direction = full_direction(direction, projected, full, left, right)
+            direction = full_direction(direction, begun.projected, full, left, right)
             left = right = None
-        how = (left, right, self._step_size, self._decay, rounding)
+        elif self.layer is not None and self.layer.quantized_weight is not None:
+            return LayerUpdate(self.layer, direction, left, right, *how, self.numbers)
         if self.layer is not None:
-            self.layer.update_(direction, *how, skip, self.numbers)
+            self.layer.update_(direction, left, right, *how, begun.skip, self.numbers)
         else:
-            kernels.update_float_(self.param.data, direction, *how, 0, skip, self.numbers)
-        for side, sketch in sketches.items():
-            self._refresh_from_sketch(side, sketch, skip)
-        if sketches:
-            self._record(update_step)
+            kernels.update_float_(self.param.data, direction, left, right, *how, 0, begun.skip, self.numbers)
+        return None
+
+    def end_update(self) -> None:
+        """The refresh where one is due."""
+        begun, self._begun = self._begun_update(), None
+        for side, sketch in begun.sketches.items():
+            self._refresh_from_sketch(side, sketch, begun.skip)
+        if begun.sketches:
+            self._record(begun.step)
         self.clear()
+
+    def _begun_update(self) -> _BegunUpdate:
+        assert self._begun is not None, f"no update of {self.name} waits for a direction"
+        return self._begun
 
     def _take_fitted_bases(
         self, bases: dict[str, Tensor | QuantizedTensor], update_step: int, skip: Tensor | None

@@ -91,10 +91,10 @@ def test_directions_are_made_notedup_to_a_size(monkeypatch: pytest.MonkeyPatch) 
         calls.append([momentum.numel() for momentum in momenta])
         return orthogonal_directions(momenta)
 
-    monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(together=noted))
+    monkeypatch.setattr("qgalore.direction.orthogonal_directions", noted)
 
     def trained_weights(limit: int) -> list[Tensor]:
-        monkeypatch.setattr("qgalore.weight_updates.VALUES_TOGETHER", limit)
+        monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(values_together=limit))
         layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
         for index, layer in enumerate(layers):
             layer.weight.data.copy_(normal(*shapes[index], seed=index))  # type: ignore[operator, union-attr]

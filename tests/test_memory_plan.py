@@ -15,18 +15,23 @@ from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.memory_plan import (
     _beside_activations,
-    _directions_bytes,
     _multiplying_bytes,
     _other_sketches_bytes,
     _refresh_in_backward_bytes,
-    _update_bytes,
     plan_memory,
 )
 from peft_pretraining.model import low_rank_names, materialize
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.modeling_llama import LlamaForCausalLM
+from peft_pretraining.update_memory import (
+    directions_bytes,
+    largest_update_bytes,
+    refresh_of_subspace_bytes,
+    step_bytes,
+    updated_together,
+)
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.adam import init_moments
+from qgalore.adam import GradientStep, init_moments
 from qgalore.direction import DIRECTIONS, orthogonal_directions
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
@@ -318,9 +323,8 @@ def test_refreshes_take_what_is_planned(matrix: str, columns: int, state_bits: i
         after = profiled_peak(lambda: weight._refresh_from_sketch(side, sketch))
     planned = _refresh_in_backward_bytes((512, columns), settings)
     assert in_backward <= planned < 1.1 * in_backward
-    # The update before the refresh, and what the refresh finds: direction, basis and sketch.
-    there = 4 * (128 * columns + 128 * 512 + 128 * 512)
-    planned = _update_bytes((512, columns), settings) - there
+    sketch_bytes = 4 * 128 * 512  # which the refresh finds
+    planned = refresh_of_subspace_bytes((512, columns), settings) - sketch_bytes
     assert 0.97 * after < planned < 1.05 * after
 
 
@@ -328,13 +332,13 @@ def test_refreshes_take_what_is_planned(matrix: str, columns: int, state_bits: i
 def test_a_direction_of_one_moment_takes_what_is_planned(bits: int) -> None:
     config, settings = CONFIG, MemorySettings(1, 8, rank=128, weight_bits=8, proj_bits=4, state_bits=bits, svd=False)
     one = dataclasses.replace(settings, decoder_states=1)
-    planned = _update_bytes((512, 4096), one) - _update_bytes((512, 4096), settings)
+    planned = step_bytes((512, 4096), one) - step_bytes((512, 4096), settings)
     state: dict[str, torch.Tensor] = {}
     init_moments(state, torch.Size((128, 4096)), bits, torch.device("cpu"), DIRECTIONS["orthogonal"].moments)
     grad = torch.randn(128, 4096).bfloat16()
 
     def direct() -> None:
-        orthogonal_directions([DIRECTIONS["orthogonal"].step(state, grad, 1, (0.9, 0.99), 1e-8)])
+        DIRECTIONS["orthogonal"].steps([GradientStep(state, grad, 1, (0.9, 0.99), 1e-8)], None)
 
     direct()  # which makes tables
     taken = profiled_peak(direct)
@@ -353,7 +357,7 @@ def test_orthogonal_directions_take_what_is_planned(root: Path) -> None:
     before = torch.cuda.memory_allocated()
     orthogonal_directions(momenta)
     taken = torch.cuda.max_memory_allocated() - before
-    planned = _directions_bytes(config, settings) - 2 * sum(momentum.numel() for momentum in momenta)
+    planned = directions_bytes(config, settings) - 2 * sum(momentum.numel() for momentum in momenta)
     assert 0.9 * planned < taken < 1.1 * planned
 
 
@@ -533,8 +537,27 @@ def test_an_update_on_tensor_cores_makes_no_float32_factors() -> None:
     shape, rank = (512, 1376), 128
     floats = MemorySettings(2, 256, rank=rank, state_bits=8, svd=False, cuda=True)
     values, bases = rank * 1376, rank * 512
-    on_gpu, on_cpu = (_update_bytes(shape, dataclasses.replace(floats, cuda=cuda)) for cuda in (True, False))
+    on_gpu, on_cpu = (step_bytes(shape, dataclasses.replace(floats, cuda=cuda)) for cuda in (True, False))
     assert on_cpu - on_gpu == 4 * (values + bases)
     assert floats.dtype_bytes == 2
     in_float32 = dataclasses.replace(floats, dtype_bytes=4)
-    assert _update_bytes(shape, in_float32) == _update_bytes(shape, dataclasses.replace(in_float32, cuda=False))
+    assert step_bytes(shape, in_float32) == step_bytes(shape, dataclasses.replace(in_float32, cuda=False))
+
+
+def test_small_matrices_are_planned_together(root: Path) -> None:
+    """All seven of a layer of 350M, with their directions and bases at once; of 7B each alone."""
+    graphs = dataclasses.replace(Q_GALORE, rank=256, cuda_graphs=True)
+    small, large = llama(root, "350m"), llama(root, "7b")
+    assert [len(group) for group in updated_together(small, graphs)] == [7]
+    values, bases = 256 * (4 * 1024 + 3 * 2736), 256 * 7 * 1024
+    planned = largest_update_bytes(small, graphs)
+    assert planned == max(
+        2 * (values + bases), *(refresh_of_subspace_bytes(shape, graphs) for shape in small.matrix_shapes().values())
+    )
+    assert 2 * (values + bases) > max(step_bytes(shape, graphs) for shape in small.matrix_shapes().values())
+    # From Python weight by weight; where updates wait over the borders of layers.
+    assert {len(group) for group in updated_together(small, dataclasses.replace(graphs, cuda_graphs=False))} == {1}
+    waiting = [len(group) for group in updated_together(small, dataclasses.replace(graphs, per_layer=False))]
+    assert sum(waiting) == 7 * 24
+    for s in (graphs, dataclasses.replace(graphs, per_layer=False)):
+        assert {len(group) for group in updated_together(large, dataclasses.replace(s, rank=1024))} == {1}

@@ -1,0 +1,119 @@
+"""The memory that comes and goes while matrices are updated: steps, several at once, and refreshes of subspaces.
+
+Counted in the code that makes the tensors, as in `memory_plan.py`, which has the rest.
+"""
+
+import math
+
+from peft_pretraining.lasting_memory import (
+    MemorySettings,
+    Shape,
+    basis_values,
+    gradient_shape,
+    has_8bit_states,
+    sides,
+)
+from peft_pretraining.model_config import LlamaConfig
+from qgalore.adam import MOMENT_PART
+from qgalore.direction import DIRECTIONS
+from qgalore.kernels import MATRICES_TOGETHER
+
+ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
+READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float32 values
+_WRITE_8BIT_PART = 20
+"""Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
+_ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
+_WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
+_DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that looking ahead, where no kernel makes it
+_ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
+
+
+def largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Beside the gradients, of the matrices that are updated at once."""
+    shapes = config.matrix_shapes().values()
+    largest = max(_steps_bytes(group, s) for group in updated_together(config, s))
+    if s.rank is not None:
+        largest = max(largest, *(refresh_of_subspace_bytes(shape, s) for shape in shapes))
+        if s.cuda and s.decoder_states == 1:
+            largest = max(largest, directions_bytes(config, s))
+    return largest
+
+
+def updated_together(config: LlamaConfig, s: MemorySettings) -> list[list[Shape]]:
+    """The matrices of which Adam's steps are made at once (`qgalore.weight_updates`); others are made alone."""
+    shapes, groups = list(config.matrix_shapes().values()), list[list[Shape]]()
+    one_by_one = s.rank is None or s.decoder_states != 2 or (s.gradients_live_in_backward and not s.cuda_graphs)
+    limit = 0 if one_by_one else DIRECTIONS["adam"].values_together
+    for shape in shapes if s.gradients_live_in_backward else shapes * config.num_hidden_layers:
+        if not groups or gradient_values(groups[-1], s) > limit:
+            groups.append([])
+        groups[-1].append(shape)
+    return groups
+
+
+def _steps_bytes(shapes: list[Shape], s: MemorySettings) -> int:
+    """Steps made at once: all directions and, of quantized weights, all bases; what else it takes for one."""
+    bases = [s.dtype_bytes * basis_copy_values(shape, s) for shape in shapes]
+    if s.rank is None or s.weight_bits is None or s.residual:
+        bases = [0] * len(shapes)
+    directions = [s.dtype_bytes * gradient_values([shape], s) if s.rank is not None else 0 for shape in shapes]
+    there = list(map(sum, zip(directions, bases, strict=True)))
+    return sum(there) + max(step_bytes(shape, s) - own for shape, own in zip(shapes, there, strict=True))
+
+
+def step_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Beside a matrix's gradient: the direction and the bases, and what making and applying the direction takes."""
+    if s.rank is None:
+        return min(ROW_CHUNK, 4 * math.prod(shape))
+    values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
+    step = s.dtype_bytes * (values + basis_copy_values(shape, s))
+    if s.decoder_states == 1:
+        part = min(values, MOMENT_PART) if has_8bit_states(gradient_shape(shape, s), s) else 0
+        step += _DIRECTION * values + _WRITE_8BIT_PART * part
+    if s.residual:  # the whole direction, and what is added to it
+        step += 2 * s.dtype_bytes * math.prod(shape)
+    elif s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
+        on_tensor_cores = s.cuda and s.dtype_bytes == 2 and len(sides(shape, s)) == 1
+        step += (0 if on_tensor_cores else 4 * (values + bases)) + min(ROW_CHUNK, 4 * math.prod(shape))
+    return step
+
+
+def refresh_of_subspace_bytes(shape: Shape, s: MemorySettings) -> int:
+    """Beside a matrix's gradient before or after the step, when a refresh is due: the sketch and what is made of it.
+
+    By SVD that is the gradient in float32 and float64, and eigenvectors; the solver's workspace is not counted.
+    """
+    if s.svd:
+        return 12 * math.prod(shape) + 24 * min(shape) ** 2
+    values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
+    rotated = _WRITE_FLOAT_MOMENT * values
+    if has_8bit_states(gradient_shape(shape, s), s):
+        part = min(values, MOMENT_PART)
+        writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
+        rotated = max(_ROTATE_MOMENT * values, 4 * values + READ_8BIT_PART * part, writing)
+    squared = s.rank_of(shape) ** 2
+    finding = (s.dtype_bytes + _ORTHONORMALIZE) * bases + 8 * squared
+    changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
+    return s.dtype_bytes * bases + max(finding, changing)
+
+
+def directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+    """Orthogonal directions of several matrices: momenta, two buffers, and two squares a matrix.
+
+    Matrices wait until they are enough, those of one layer where the updates are made inside its backward pass.
+    """
+    layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
+    sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
+    values = min(layers * sum(sizes), DIRECTIONS["orthogonal"].values_together + max(sizes))
+    largest = max(s.rank or 0, s.mlp_rank)
+    return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * largest**2)
+
+
+def gradient_values(shapes: list[Shape], s: MemorySettings) -> int:
+    """Of all gradients that the optimizer sees of these matrices."""
+    return sum(math.prod(gradient_shape(shape, s)) for shape in shapes)
+
+
+def basis_copy_values(shape: Shape, s: MemorySettings) -> int:
+    """Values of bases that have to be converted to the activations' dtype."""
+    return basis_values(shape, s) if s.proj_bits is not None or s.weight_bits is not None else 0
