@@ -1,15 +1,28 @@
-"""Directions of a low-rank update other than Adam's, residuals of the projection, and the limit on growing norms."""
+"""Directions of low-rank updates, several updates at once, residuals of the projection, the limit on growing norms."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qgalore import GaLoreAdamW, GaLoreAdamW8bit, adam, low_rank_param_groups
+from qgalore import (
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    QGaLoreAdamW8bit,
+    WeightFormat,
+    adam,
+    convert_linears,
+    kernels,
+    low_rank_param_groups,
+)
 from qgalore.direction import DIRECTIONS, orthogonal_directions
+from qgalore.layer_update import LayerUpdate, update_layers_
+from qgalore.linear import LowRankLinear
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.residual import full_direction
 from qgalore.subspace import rotate_moment
@@ -122,6 +135,80 @@ def test_directions_are_made_notedup_to_a_size(monkeypatch: pytest.MonkeyPatch) 
     assert calls == 3 * [[count] for count in values]
     for one, other, third in zip(together, in_two, alone, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_small_quantized_weights_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as have no more values than a limit; what comes out does not depend on it."""
+    shapes = [(64, 96), (96, 64), (64, 64), (96, 64), (64, 64)]
+    values = [16 * max(shape) for shape in shapes]
+    calls: dict[str, list[int]] = {"adam_steps": [], "update_several_quantized_": []}
+    for name, counts in calls.items():
+        function = getattr(kernels, name)
+
+        def noted(given: Sequence[object], *rest: object, function: Any = function, counts: Any = counts) -> object:
+            counts.append(len(given))
+            return function(given, *rest)
+
+        monkeypatch.setattr(kernels, name, noted)
+
+    def trained_layers(limit: int, clip: float | None = None) -> list[Tensor]:
+        for counts in calls.values():
+            counts.clear()
+        monkeypatch.setitem(DIRECTIONS, "adam", DIRECTIONS["adam"]._replace(values_together=limit))
+        model = nn.ModuleDict({f"l{i}": nn.Linear(n, m, bias=False) for i, (m, n) in enumerate(shapes)})
+        for index, linear in enumerate(model.values()):
+            linear.weight.data.copy_(normal(*shapes[index], seed=index))
+        # One is float, and goes alone.
+        convert_linears(model, ["l0", "l1", "l2", "l3"], WeightFormat(8, 32))
+        groups = low_rank_param_groups(model, list(model), rank=16, subspace="streaming", update_proj_gap=2, scale=0.5)
+        optimizer = QGaLoreAdamW8bit([group for group in groups if group["params"]], lr=0.1)
+        optimizer.attach(model, update_in_backward=False)
+        for step in range(3):
+            for index, layer in enumerate(model.values()):
+                layer(normal(4, shapes[index][1], seed=10 * step + index)).square().sum().backward()
+            if clip is not None:
+                optimizer.clip_grad_norm_(clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [*model.state_dict().values(), *states]
+
+    for clip in (None, 1.0):
+        together = trained_layers(1 << 20, clip)
+        assert calls == {"adam_steps": 3 * [5], "update_several_quantized_": 3 * [4]}
+        in_two = trained_layers(values[0] + values[1], clip)
+        assert calls == {"adam_steps": 3 * [3, 2], "update_several_quantized_": 3 * [3, 1]}
+        alone = trained_layers(0, clip)
+        assert calls["adam_steps"] == 15 * [1]
+        for one, other, third in zip(together, in_two, alone, strict=True):
+            assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_updates_of_layers_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [LowRankLinear(normal(20, 64, seed=seed), None, WeightFormat(8, 32)) for seed in range(3)]
+    alone = copy.deepcopy(layers)
+    directions, bases = [normal(4, 64, seed=10 + i) for i in range(3)], [normal(4, 20, seed=20 + i) for i in range(3)]
+    how = [(0.1, 0.9, 5), (0.0, 1.0, 6), (0.2, 0.8, 7)]
+    updates = [
+        LayerUpdate(layer, direction, basis, None, *numbers, None)
+        for layer, direction, basis, numbers in zip(layers, directions, bases, how, strict=True)
+    ]
+    stays = layers[1].weight.clone()
+    update_layers_(updates)
+    for layer, direction, basis, numbers in zip(alone, directions, bases, how, strict=True):
+        layer.update_(direction, basis, None, *numbers)
+    for one, other in zip(layers, alone, strict=True):
+        assert all(torch.equal(one.state_dict()[key], value) for key, value in other.state_dict().items())
+    assert torch.equal(layers[1].weight, stays), "a learning rate of 0"
+    float_layer = LowRankLinear(normal(20, 64), None, WeightFormat())
+    with pytest.raises(ValueError, match="float"):
+        update_layers_([updates[0]._replace(layer=float_layer)])
+    # Autograd has to see what a kernel writes, unless CUDA graphs run the layer.
+    monkeypatch.setattr(kernels, "update_several_quantized_", lambda updates, skip: None)
+    layers[2].checks_version = False
+    before = [layer.weight._version for layer in layers]
+    update_layers_(updates)
+    assert [layer.weight._version > old for layer, old in zip(layers, before, strict=True)] == [True, False, False]
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])

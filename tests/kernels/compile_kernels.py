@@ -62,6 +62,23 @@ def compile_only(capability: int, shared_memory: int) -> None:
     low_rank_update.shared_memory = lambda device: shared_memory
 
 
+def several_at_once(skip: torch.Tensor, numbers: torch.Tensor) -> None:
+    """The updates of as many weights as one launch takes: of a layer of 350M and one more, with ragged ones of 60M."""
+    layer, ragged = [(1024, 1024)] * 5 + [(2736, 1024)] * 2 + [(1024, 2736)], [(512, 1376), (1376, 512)]
+    for shapes, rank, dtype, row in ((layer, 256, torch.bfloat16, numbers), (ragged, 112, torch.float32, None)):
+        updates, steps = [], []
+        for seed, (m, n) in enumerate(shapes):
+            stored = kernels.quantize(torch.zeros(m, n), 8, 256)
+            left = torch.zeros(rank, m, dtype=dtype) if m < n else None
+            right = torch.zeros(rank, n, dtype=dtype) if m >= n else None
+            grad = torch.zeros((m, rank) if m >= n else (rank, n), dtype=dtype)
+            updates.append(kernels.QuantizedUpdate(*stored, grad, left, right, n, 8, 256, 0.1, 1.0, seed, row))
+            moments = torch.zeros(grad.shape, dtype=torch.uint8), torch.zeros(-(-grad.numel() // 256))
+            steps.append(kernels.AdamStep(grad, *moments, *moments, 1, (0.9, 0.99), 1e-8, dtype=dtype, numbers=row))
+        kernels.update_several_quantized_(updates, skip)
+        kernels.adam_steps(steps, 256, skip)
+
+
 def launch_all() -> None:
     """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32."""
     bf16, tokens, width, hidden, rank = torch.bfloat16, 256, 4096, 11008, 1024
@@ -78,6 +95,7 @@ def launch_all() -> None:
         direction = {"left": wide, "right": tall, "": zeros(width, width)}[side]
         bases = (wide if side == "left" else None, wide if side == "right" else None)
         kernels.update_quantized_(*stored, direction, *bases, width, bits, 256, 0.1, 1.0, 5, skip, numbers)
+    several_at_once(skip, numbers)
     kernels.quantize(zeros(16, hidden), 8, 13824, 5)  # a group a row
     kernels.update_float_(zeros(width, width), zeros(width, width), None, None, 0.1, 1.0, 5, 0, skip, numbers)
     kernels.check_gradients_([zeros(rank, width)] * 7 + [zeros(width)] * 2, torch.zeros(9), range(9), skip)
