@@ -157,23 +157,27 @@ def check_low_rank_update(device: torch.device) -> None:
 
 
 def update_of(
-    rows: int, columns: int, rank: int, side: str, seed: int | None, device: torch.device, dtype: torch.dtype,
-    bits: int = 8, turned: bool = False,
+    rows: int, columns: int, rank: int, side: str, layout: str, seed: int | None, device: torch.device,
+    dtype: torch.dtype, bits: int = 8,
 ) -> kernels.QuantizedUpdate:  # fmt: skip
     """The update of a weight by whole numbers, which differ from those of another seed."""
     number = 0 if seed is None else seed % 97
     basis = whole_numbers(rank, rows if side == "left" else columns, seed=number).to(device, dtype)
     direction = whole_numbers(*((rank, columns) if side == "left" else (rows, rank)), seed=number + 1).to(device, dtype)
-    direction = direction.T.contiguous().T if turned else direction
+    if layout == "columns":
+        direction = direction.T.contiguous().T
+    elif layout == "apart":
+        direction = direction.repeat_interleave(2, dim=1)[:, ::2]
     stored = kernels.quantize(normal(rows, columns, seed=number).to(device), bits, 128)
     bases = (basis, None) if side == "left" else (None, basis)
     return kernels.QuantizedUpdate(*stored, direction, *bases, columns, bits, 128, 0.01 * (1 + number), 0.99, seed)
 
 
-# Rows, columns, rank, basis, direction's columns far apart: whole and ragged tiles, more than one block of rows.
+# Rows, columns, rank, basis, where a direction's values lie: whole and ragged tiles, more than one block of rows.
 TOGETHER = [
-    (65, 300, 5, "right", False), (16, 256, 64, "right", False), (130, 97, 130, "right", True),
-    (24, 131, 7, "left", False), (256, 128, 33, "left", False), (40, 512, 16, "right", False), (7, 7, 7, "left", True),
+    (65, 300, 5, "right", "rows"), (16, 256, 64, "right", "apart"), (130, 97, 130, "right", "columns"),
+    (24, 131, 7, "left", "rows"), (256, 128, 33, "left", "columns"), (40, 512, 16, "right", "rows"),
+    (7, 7, 7, "left", "apart"),
 ]  # fmt: skip
 
 
@@ -181,9 +185,9 @@ def check_several_low_rank_updates(device: torch.device) -> None:
     """Together as one after another, of each number of weights up to more than one launch takes."""
     for dtype in operand_types(device):
         kinds = [*TOGETHER, *TOGETHER[:2]]
-        updates = [update_of(*kind[:4], 11 + i, device, dtype, 8, kind[4]) for i, kind in enumerate(kinds)]
-        updates.append(update_of(33, 140, 9, "left", 3, device, dtype, bits=4))
-        updates.append(update_of(33, 140, 9, "right", None, device, dtype))
+        updates = [update_of(*kind, 11 + i, device, dtype) for i, kind in enumerate(kinds)]
+        updates.append(update_of(33, 140, 9, "left", "rows", 3, device, dtype, bits=4))
+        updates.append(update_of(33, 140, 9, "right", "rows", None, device, dtype))
         mixes = [updates[:1], updates[3:5], updates[:3], updates, updates[::-1]]
         for chosen in mixes:
 
@@ -210,7 +214,7 @@ def stored(update: kernels.QuantizedUpdate) -> dict[str, Tensor]:
 def check_several_updates_that_other_kernels_make(device: torch.device) -> None:
     """With two bases or none, and in groups that are no tile of the tensor cores, beside those that have one launch."""
     dtype = torch.float32
-    plain = update_of(65, 300, 5, "right", 3, device, dtype)
+    plain = update_of(65, 300, 5, "right", "rows", 3, device, dtype)
     full = whole_numbers(65, 300, seed=4).to(device)
     both_sides = plain._replace(
         direction=whole_numbers(4, 5, seed=4).to(device), left=whole_numbers(4, 65, seed=5).to(device)
@@ -244,7 +248,7 @@ def check_several_low_rank_updates_with_numbers_of_the_device(device: torch.devi
     given, table = table_of(len(TOGETHER), device)
     dtype = operand_types(device)[-1]
     updates = [
-        update_of(*kind[:4], i, device, dtype, turned=kind[4])._replace(
+        update_of(*kind, i, device, dtype)._replace(
             seed=int(numbers["seed"]), step_size=numbers["step_size"], decay=numbers["decay"]
         )
         for i, (kind, numbers) in enumerate(zip(TOGETHER, given, strict=True))
@@ -331,7 +335,7 @@ def check_several_skipped(device: torch.device) -> None:
     for skipped in (True, False):
         flag = torch.tensor(skipped, device=device)
         steps = [adam_step_of((64, 64 + i), i, device) for i in range(3)]
-        updates = [update_of(*kind[:4], 5 + i, device, torch.float32) for i, kind in enumerate(TOGETHER)]
+        updates = [update_of(*kind, 5 + i, device, torch.float32) for i, kind in enumerate(TOGETHER)]
         for implementation in ("reference", "triton"):
             moved = [copied(step) for step in steps]
             written = [update._replace(**stored(update)) for update in updates]
