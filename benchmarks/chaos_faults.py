@@ -43,9 +43,10 @@ SETTINGS = (
 # (file, function, largest number of the call) by what the program is doing then.
 MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     "kill inside an update": [
-        ("low_rank_weight.py", "update", 60), ("full_rank_weight.py", "update", 40), ("adam.py", "adam_step", 90),
-        ("linear.py", "update_", 60), ("low_rank_weight.py", "_change_basis", 20), ("optimizer.py", "step", 12),
-        ("low_rank_weight.py", "accumulate", 90),
+        ("full_rank_weight.py", "update", 60), ("adam.py", "adam_steps", 60), ("adam.py", "adam_step", 40),
+        ("low_rank_weight.py", "apply_direction", 60), ("layer_update.py", "update_layers_", 60),
+        ("low_rank_weight.py", "end_update", 60), ("low_rank_weight.py", "_change_basis", 20),
+        ("low_rank_weight.py", "accumulate", 90), ("optimizer.py", "step", 12),
     ],
     "kill inside a save": [
         # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.

@@ -1,8 +1,9 @@
 """‖g‖² of gradients and whether they are finite, in Triton: two launches for several matrices of any size.
 
-Layout: each g flat and contiguous, all of one float dtype. The first kernel leaves one float32 sum a program, the
-second adds those of a gradient in a fixed order (no atomics: the same bits each time, whatever the others are) and
-raises the flag where the sum is not finite.
+Layout: each g flat and contiguous, all of one float dtype. The first kernel leaves one float32 sum a program in the row
+of the gradient, the second adds a row in a fixed order (no atomics: the same bits each time, whatever the others are)
+and raises the flag where the sum is not finite. Rows have one width, since the order in which a program adds depends on
+what the compiler knows of the address.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _TOGETHER = 16  # gradients of a launch: those of a decoder layer
 
 
 @triton.jit(do_not_specialize=["numel", "steps", "ends"])
-def _partial_sums_kernel(grads, sums, numel, steps, ends, BLOCK: tl.constexpr):
+def _partial_sums_kernel(grads, sums, numel, steps, ends, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     which, program = matrix_of_program(ends)
     grad, numel, steps = chosen(which, grads), chosen(which, numel), chosen(which, steps)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -32,14 +33,14 @@ def _partial_sums_kernel(grads, sums, numel, steps, ends, BLOCK: tl.constexpr):
         at = start + step * BLOCK
         value = tl.load(grad + at, mask=at < numel, other=0).to(tl.float32)
         total += value * value
-    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+    tl.store(sums + which * WIDTH + program, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["places", "starts", "counts"])
-def _finish_kernel(sums, squared_norms, places, starts, counts, skip, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["places", "counts"])
+def _finish_kernel(sums, squared_norms, places, counts, skip, WIDTH: tl.constexpr):
     which = tl.program_id(0)
     at = tl.arange(0, WIDTH)
-    values = tl.load(sums + chosen(which, starts) + at, mask=at < chosen(which, counts), other=0.0)
+    values = tl.load(sums + which * WIDTH + at, mask=at < chosen(which, counts), other=0.0)
     total = tl.sum(values, axis=0)
     tl.store(squared_norms + chosen(which, places), total)
     if (total < float("inf")) == 0:
@@ -58,8 +59,8 @@ def _launch(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int
     steps = tuple(triton.next_power_of_2(max(1, triton.cdiv(count, _BLOCK * _PROGRAMS))) for count in numel)
     counts = tuple(max(1, triton.cdiv(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
     ends = tuple(itertools.accumulate(counts))
-    sums = torch.empty(ends[-1], dtype=torch.float32, device=grads[0].device)
-    _partial_sums_kernel[(ends[-1],)](tuple(grads), sums, numel, steps, ends, BLOCK=_BLOCK, num_warps=8)
-    _finish_kernel[(len(grads),)](
-        sums, squared_norms, tuple(places), (0, *ends[:-1]), counts, skip.view(torch.uint8), WIDTH=_PROGRAMS
+    sums = torch.empty(len(grads), _PROGRAMS, dtype=torch.float32, device=grads[0].device)
+    _partial_sums_kernel[(ends[-1],)](
+        tuple(grads), sums, numel, steps, ends, BLOCK=_BLOCK, WIDTH=_PROGRAMS, num_warps=8
     )
+    _finish_kernel[(len(grads),)](sums, squared_norms, tuple(places), counts, skip.view(torch.uint8), WIDTH=_PROGRAMS)

@@ -2,14 +2,16 @@
 
     python tests/kernels/compile_kernels.py 86 101376
 
-prints a JSON object: the most bytes of shared memory that each kernel takes, by its name. The second number is what a
-program can have on such a card. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
+prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
+layouts of what `check_gradients_` adds up, which decide the order of its sums. The second number is what a program can
+have on such a card. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from qgalore import kernels
 from qgalore.kernels import low_rank_update
 
 TAKEN: dict[str, int] = {}
+SUMS: dict[str, set[str]] = {"_partial_sums_kernel": set(), "_finish_kernel": set()}
 
 
 class CardThatIsNotThere:
@@ -55,6 +58,10 @@ def compile_only(capability: int, shared_memory: int) -> None:
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
+        if self.__name__ in SUMS:
+            code = kernel.asm["ttgir"]
+            (layout,) = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#\w+)>', code)
+            SUMS[self.__name__] |= set(re.findall(rf"{layout} = (#ttg.*)", code))
         return kernel
 
     driver.set_active(CardThatIsNotThere(capability))
@@ -98,7 +105,8 @@ def launch_all() -> None:
     several_at_once(skip, numbers)
     kernels.quantize(zeros(16, hidden), 8, 13824, 5)  # a group a row
     kernels.update_float_(zeros(width, width), zeros(width, width), None, None, 0.1, 1.0, 5, 0, skip, numbers)
-    kernels.check_gradients_([zeros(rank, width)] * 7 + [zeros(width)] * 2, torch.zeros(9), range(9), skip)
+    for grads in ([zeros(rank, width)] * 7 + [zeros(width)] * 2, [zeros(3)], [zeros(16)], [zeros(hidden, width)]):
+        kernels.check_gradients_(grads, torch.zeros(9), range(len(grads)), skip)
     for dtype in (torch.uint8, torch.float32):
         moments = [zeros(rank, width, dtype=dtype) for _ in range(2)]
         absmax = [zeros(rank * width // 256, dtype=torch.float32) if dtype == torch.uint8 else None for _ in range(2)]
@@ -118,4 +126,4 @@ def launch_all() -> None:
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]), int(sys.argv[2]))
     launch_all()
-    print(json.dumps(TAKEN))
+    print(json.dumps({"shared": TAKEN, "sums": {name: sorted(layouts) for name, layouts in SUMS.items()}}))
