@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,35 +19,13 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels
+from tests.kernels import several_weights
+from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
 
 SEEDS = (None, 0, 0x299F31D0A4093822, (1 << 64) - 1)
 # Rows, columns, group: whole groups, a ragged last group, groups that are no power of two, odd columns, one column.
 SHAPES = [(5, 512, 256), (3, 1376, 256), (9, 85, 64), (4, 301, 256), (2, 97, 40), (3, 1, 128)]
 GROUP = 256
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def both(run: Callable[[], object]) -> Iterator[object]:
-    """What `run` gives with the reference and with Triton."""
-    before = os.environ.get("QGALORE_KERNELS")
-    try:
-        for implementation in ("reference", "triton"):
-            os.environ["QGALORE_KERNELS"] = implementation
-            yield run()
-    finally:
-        os.environ.pop("QGALORE_KERNELS", None)
-        if before is not None:
-            os.environ["QGALORE_KERNELS"] = before
-
-
-def same(expected: object, found: object) -> bool:
-    if isinstance(expected, Tensor):
-        return isinstance(found, Tensor) and expected.dtype == found.dtype and torch.equal(expected, found)
-    assert isinstance(expected, tuple) and isinstance(found, tuple)
-    return all(same(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def matrices(rows: int, columns: int, device: torch.device) -> Iterator[Tensor]:
@@ -125,16 +103,6 @@ def check_groups_of_a_whole_row(device: torch.device) -> None:
             assert same(*both(run)), (columns, seed)
 
 
-def whole_numbers(*shape: int, seed: int) -> Tensor:
-    """Small whole numbers: their products and sums are exact in float32 whatever the order."""
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
-
-
-def operand_types(device: torch.device) -> tuple[torch.dtype, ...]:
-    # The interpreter multiplies the bit patterns of bfloat16.
-    return (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
-
-
 def check_low_rank_update(device: torch.device) -> None:
     for rows, columns, rank in ((65, 300, 5), (16, 256, 64), (130, 97, 130)):
         for side in ("left", "right"):
@@ -154,198 +122,6 @@ def check_low_rank_update(device: torch.device) -> None:
 
                         expected, found = both(run)
                         assert same(expected, found), (rows, columns, rank, side, bits, dtype, seed)
-
-
-def update_of(
-    rows: int, columns: int, rank: int, side: str, layout: str, seed: int | None, device: torch.device,
-    dtype: torch.dtype, bits: int = 8,
-) -> kernels.QuantizedUpdate:  # fmt: skip
-    """The update of a weight by whole numbers, which differ from those of another seed."""
-    number = 0 if seed is None else seed % 97
-    basis = whole_numbers(rank, rows if side == "left" else columns, seed=number).to(device, dtype)
-    direction = whole_numbers(*((rank, columns) if side == "left" else (rows, rank)), seed=number + 1).to(device, dtype)
-    if layout == "columns":
-        direction = direction.T.contiguous().T
-    elif layout == "apart":
-        direction = direction.repeat_interleave(2, dim=1)[:, ::2]
-    stored = kernels.quantize(normal(rows, columns, seed=number).to(device), bits, 128)
-    bases = (basis, None) if side == "left" else (None, basis)
-    return kernels.QuantizedUpdate(*stored, direction, *bases, columns, bits, 128, 0.01 * (1 + number), 0.99, seed)
-
-
-# Rows, columns, rank, basis, where a direction's values lie: whole and ragged tiles, more than one block of rows.
-TOGETHER = [
-    (65, 300, 5, "right", "rows"), (16, 256, 64, "right", "apart"), (130, 97, 130, "right", "columns"),
-    (24, 131, 7, "left", "rows"), (256, 128, 33, "left", "columns"), (40, 512, 16, "right", "rows"),
-    (7, 7, 7, "left", "apart"),
-]  # fmt: skip
-
-
-def check_several_low_rank_updates(device: torch.device) -> None:
-    """Together as one after another, of each number of weights up to more than one launch takes."""
-    for dtype in operand_types(device):
-        kinds = [*TOGETHER, *TOGETHER[:2]]
-        updates = [update_of(*kind, 11 + i, device, dtype) for i, kind in enumerate(kinds)]
-        updates.append(update_of(33, 140, 9, "left", "rows", 3, device, dtype, bits=4))
-        updates.append(update_of(33, 140, 9, "right", "rows", None, device, dtype))
-        mixes = [updates[:1], updates[3:5], updates[:3], updates, updates[::-1]]
-        for chosen in mixes:
-
-            def run(together: bool) -> object:
-                copies = [update._replace(**stored(update)) for update in chosen]  # noqa: B023
-                if together:
-                    kernels.update_several_quantized_(copies)
-                else:
-                    for copy in copies:
-                        kernels.update_quantized_(*copy[:-1])
-                return tuple(copy[:3] for copy in copies)
-
-            expected, found = both(lambda: run(True))
-            assert same(expected, found), [tuple(update.qdata.shape) for update in chosen]
-            assert not same(tuple(update[:3] for update in chosen), found)
-            assert same(*both(lambda: run(False))) and same(run(False), found)
-
-
-def stored(update: kernels.QuantizedUpdate) -> dict[str, Tensor]:
-    """A copy of what an update writes to."""
-    return {name: getattr(update, name).clone() for name in ("qdata", "scale", "zero_point")}
-
-
-def check_several_updates_that_other_kernels_make(device: torch.device) -> None:
-    """With two bases or none, and in groups that are no tile of the tensor cores, beside those that have one launch."""
-    dtype = torch.float32
-    plain = update_of(65, 300, 5, "right", "rows", 3, device, dtype)
-    full = whole_numbers(65, 300, seed=4).to(device)
-    both_sides = plain._replace(
-        direction=whole_numbers(4, 5, seed=4).to(device), left=whole_numbers(4, 65, seed=5).to(device)
-    )
-    wide = kernels.quantize(normal(65, 300).to(device), 8, 304)
-    row = plain._replace(qdata=wide[0], scale=wide[1], zero_point=wide[2], group_size=304)
-    updates = [both_sides, plain, plain._replace(direction=full, right=None), row]
-
-    def run() -> object:
-        copies = [update._replace(**stored(update)) for update in updates]
-        kernels.update_several_quantized_(copies)
-        return tuple(copy[:3] for copy in copies)
-
-    expected, found = both(run)
-    assert same(expected, found)
-    assert isinstance(found, tuple)
-    assert all(not same(new, old[:3]) for new, old in zip(found, updates, strict=True))
-
-
-def table_of(count: int, device: torch.device) -> tuple[list[dict[str, float]], Tensor]:
-    """Different numbers of updates, and the same as rows on the device."""
-    seeds = [(1 << 64) - 1 - 7919 * i if i % 2 else 3 * i for i in range(count)]
-    given = [
-        {"seed": seed, "step_size": 0.01 * i, "decay": 1 - 0.001 * i, "step": i + 1} for i, seed in enumerate(seeds)
-    ]
-    rows = [kernels.numbers_row(**numbers, betas=(0.9, 0.99)) for numbers in given]  # type: ignore[arg-type]
-    return given, torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def check_several_low_rank_updates_with_numbers_of_the_device(device: torch.device) -> None:
-    given, table = table_of(len(TOGETHER), device)
-    dtype = operand_types(device)[-1]
-    updates = [
-        update_of(*kind, i, device, dtype)._replace(
-            seed=int(numbers["seed"]), step_size=numbers["step_size"], decay=numbers["decay"]
-        )
-        for i, (kind, numbers) in enumerate(zip(TOGETHER, given, strict=True))
-    ]
-    expected = [update._replace(**stored(update)) for update in updates]
-    found = [
-        update._replace(**stored(update), seed=0, step_size=9.0, decay=9.0, numbers=row)
-        for update, row in zip(updates, table, strict=True)
-    ]
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="reference"):
-        kernels.update_several_quantized_(expected[1:])
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
-        kernels.update_several_quantized_(found)
-    # The first has a learning rate of 0, which leaves every bit.
-    assert all(same(one[:3], other[:3]) for one, other in zip(expected, found, strict=True))
-    assert same(updates[0][:3], found[0][:3]) and not same(updates[1][:3], found[1][:3])
-
-
-ADAM_SHAPES = [(64, 128), (37, 131), (4099,), (5,), (16, 256), (3, 7), (70, 100), (64, 64), (4097,), (1, 5000)]
-
-
-def adam_step_of(shape: tuple[int, ...], number: int, device: torch.device, factor: bool = False) -> kernels.AdamStep:
-    """A step on moments that have moved already; with other numbers each."""
-    state: dict[str, Tensor] = {}
-    adam.init_moments(state, torch.Size(shape), 8, device)
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="reference"):
-        adam.adam_step(state, (normal(*shape, seed=number) ** 5).to(device), 1, (0.9, 0.99), 1e-8)
-    grad = (normal(*shape, seed=number + 50) ** 5).to(device)
-    first, second = (
-        (state["exp_avg"], state.get("exp_avg_absmax")),
-        (state["exp_avg_sq"], state.get("exp_avg_sq_absmax")),
-    )
-    scale = torch.tensor(0.1 * (1 + number), device=device) if factor else None
-    return kernels.AdamStep(grad, *first, *second, number + 2, (0.9, 0.99), 1e-8, scale)
-
-
-def moments_of(step: kernels.AdamStep) -> tuple[Tensor, ...]:
-    return tuple(tensor for tensor in step[1:5] if isinstance(tensor, Tensor))
-
-
-def copied(step: kernels.AdamStep) -> kernels.AdamStep:
-    moments = [tensor.clone() if isinstance(tensor, Tensor) else None for tensor in step[1:5]]
-    return kernels.AdamStep(step.grad, *moments, *step[5:])  # type: ignore[arg-type]
-
-
-def check_several_adam_steps(device: torch.device) -> None:
-    """Together as one after another; some have 8-bit moments, some float32, factors, other rates or dtypes."""
-    steps = [adam_step_of(shape, i, device, factor=i % 4 == 1) for i, shape in enumerate(ADAM_SHAPES)]
-    alike = [adam_step_of((64, 64 + i), i, device) for i in range(9)]
-    odd = [steps[0]._replace(betas=(0.8, 0.9)), steps[4]._replace(dtype=torch.bfloat16), steps[6]._replace(eps=0.1)]
-    for chosen in (steps[:1], alike, [*steps, *odd]):
-
-        def run(together: bool) -> object:
-            copies = [copied(step) for step in chosen]  # noqa: B023
-            if together:
-                directions = kernels.adam_steps(copies, 256)
-            else:
-                directions = [
-                    kernels.adam_step(*step[:8], 256, step.factor, None, step.dtype, step.numbers) for step in copies
-                ]
-            return tuple(directions), tuple(moments_of(step) for step in copies)
-
-        (expected, moments), (found, found_moments) = both(lambda: run(True))  # type: ignore[misc]
-        assert same(moments, found_moments), [tuple(step.grad.shape) for step in chosen]
-        for step, one, other in zip(chosen, expected, found, strict=True):
-            assert one.shape == other.shape == step.grad.shape and one.dtype == other.dtype == step.dtype
-            assert torch.allclose(one.float(), other.float(), rtol=1e-6 if one.dtype == torch.float32 else 0.01, atol=0)
-        with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
-            assert same(run(False), (tuple(found), found_moments)), "what comes of a weight depends on the others"
-
-
-def check_several_adam_steps_with_numbers_of_the_device(device: torch.device) -> None:
-    given, table = table_of(7, device)
-    steps = [adam_step_of((64, 70 + i), i, device)._replace(step=int(given[i]["step"])) for i in range(7)]
-    expected = [copied(step) for step in steps]
-    found = [copied(step)._replace(step=100, numbers=row) for step, row in zip(steps, table, strict=True)]
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
-        directions = kernels.adam_steps(expected, 256)
-        assert same(tuple(directions), tuple(kernels.adam_steps(found, 256)))
-    assert same(tuple(map(moments_of, expected)), tuple(map(moments_of, found)))
-
-
-def check_several_skipped(device: torch.device) -> None:
-    for skipped in (True, False):
-        flag = torch.tensor(skipped, device=device)
-        steps = [adam_step_of((64, 64 + i), i, device) for i in range(3)]
-        updates = [update_of(*kind, 5 + i, device, torch.float32) for i, kind in enumerate(TOGETHER)]
-        for implementation in ("reference", "triton"):
-            moved = [copied(step) for step in steps]
-            written = [update._replace(**stored(update)) for update in updates]
-            with mock.patch.dict(os.environ, QGALORE_KERNELS=implementation):
-                kernels.adam_steps(moved, 256, flag)
-                kernels.update_several_quantized_(written, flag)
-            for before, after in zip(steps, moved, strict=True):
-                assert same(moments_of(before), moments_of(after)) == skipped
-            for old, new in zip(updates, written, strict=True):
-                assert same(old[:3], new[:3]) == skipped
 
 
 def check_float_update(device: torch.device) -> None:
@@ -551,7 +327,11 @@ def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
     assert torch.equal(expected[1], found[1]) or torch.allclose(expected[1].float(), found[1].float(), rtol=2**-7)
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in dict(globals()).items() if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in {**globals(), **vars(several_weights)}.items()
+    if name.startswith("check_")
+}
 
 
 def run_all() -> None:
