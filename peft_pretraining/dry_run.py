@@ -18,9 +18,10 @@ def describe(args: RunArgs) -> str:
     config = shape_of(args)
     updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
     lines = [f"warning: {warning}" for warning in args.warnings]
+    chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")
-        lines += [f"  --{name} {value}" for name, value in vars(getattr(args, group)).items()]
+        lines += [f"  --{name} {chosen.get(name, value)}" for name, value in vars(getattr(args, group)).items()]
     if config is not None:
         lines.append(
             f"model: {config.parameter_count() / 1e6:,.1f} M parameters, {config.num_hidden_layers} layers, "
@@ -32,6 +33,18 @@ def describe(args: RunArgs) -> str:
         plan(args, config).table() if config is not None else "memory: not planned for what only transformers reads",
     ]
     return "\n".join(lines)
+
+
+def _chosen_by_others(args: RunArgs) -> dict[str, object]:
+    """The values of flags that leave it to others what they mean."""
+    values: dict[str, object] = {
+        "full_rank_lr": args.optimizer.peak_full_rank_lr,
+        "rotate_moments": args.subspace.rotates_moments,
+        "wandb_mode": args.logging.resolved_wandb_mode,
+    }
+    if args.optimizer.optimizer not in ("sgd", "adafactor", "muon"):
+        values["beta1"] = args.optimizer.adam_beta1
+    return values
 
 
 def shape_of(args: RunArgs) -> LlamaConfig | None:
