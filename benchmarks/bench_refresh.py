@@ -22,9 +22,8 @@ import torch
 
 import run_pretrain
 from benchmarks.compare import Row, seconds_in_a_row
-from benchmarks.compare_methods import CHECKPOINTING, Setting, split_method, train_ours
-from benchmarks.models import MICRO_BATCHES, RANKS, config_path
-from benchmarks.rows import ROOT, append_row, commit
+from benchmarks.compare_methods import CHECKPOINTING, setting_of, split_method, train_ours, training_parser
+from benchmarks.rows import append_row, commit
 from peft_pretraining.distributed import Processes, start_processes
 from peft_pretraining.signals import StopRequest
 from qgalore.optimizer import LowRankAdamW
@@ -35,16 +34,10 @@ RECIPES = {"q_galore": "paper", "q_galore_orthogonal": "orthogonal"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
-    parser = argparse.ArgumentParser(prog="bench_refresh", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="60m,130m,350m,1b", help="names of configs, separated by commas")
+    parser = training_parser("bench_refresh", __doc__.splitlines()[0], "60m,130m,350m,1b", "refresh.csv")
     parser.add_argument("--methods", default="q_galore", help=f"of {', '.join(RECIPES)}, each also {CHECKPOINTING}")
     parser.add_argument("--updates", type=int, default=40, help="updates of a block")
     parser.add_argument("--blocks", type=int, default=5, help="pairs of blocks")
-    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--results", default=str(ROOT / "benchmarks/results/refresh.csv"), help="CSV to append to")
-    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py, in one string")
-    parser.add_argument("--note", default="", help="what to remember of the circumstances")
     args = parser.parse_args(argv)
     unknown = [name for name in args.methods.split(",") if split_method(name)[0] not in RECIPES]
     if unknown:
@@ -61,12 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(model: str, method: str, args: argparse.Namespace, processes: Processes) -> Row:
     """One row."""
-    name, every = split_method(method)
-    device, micro_batch = processes.device, args.batch_size or MICRO_BATCHES.get(model, 16)
-    setting = Setting(
-        config_path(model), RANKS.get(model, 32), micro_batch, 1, every, device.type == "cuda", args.extra, 0, device
-    )
-    training, _, optimizer = train_ours(setting, RECIPES[name], processes)
+    device = processes.device
+    setting = setting_of(model, method, args, device)
+    training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], processes)
     assert isinstance(optimizer, LowRankAdamW)
     schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
     interval = schedules[0].base_interval

@@ -23,9 +23,9 @@ import torch
 
 import run_pretrain
 from benchmarks.compare import Row, seconds_in_a_row
-from benchmarks.compare_methods import CHECKPOINTING, Setting, split_method, train_ours
-from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
-from benchmarks.rows import ROOT, append_row, commit
+from benchmarks.compare_methods import CHECKPOINTING, Setting, setting_of, train_ours, training_parser
+from benchmarks.models import LENGTH
+from benchmarks.rows import append_row, commit
 from peft_pretraining.distributed import Processes, start_processes
 from peft_pretraining.signals import StopRequest
 from peft_pretraining.throughput import memory_metrics
@@ -39,16 +39,10 @@ _BYTES = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program, one process a GPU."""
-    parser = argparse.ArgumentParser(prog="bench_scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="350m,7b", help="names of configs, separated by commas")
+    parser = training_parser("bench_scaling", __doc__.splitlines()[0], "350m,7b", "scaling.csv")
     parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
     parser.add_argument("--updates", type=int, default=12, help="timed updates")
     parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
-    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--results", default=str(ROOT / "benchmarks/results/scaling.csv"), help="CSV to append to")
-    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py, in one string")
-    parser.add_argument("--note", default="", help="what to remember of the circumstances")
     args = parser.parse_args(argv)
     processes = start_processes(args.device, StopRequest())
     run_pretrain.make_reproducible()
@@ -64,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(model: str, args: argparse.Namespace, processes: Processes) -> Row:
     """One row, on every rank."""
     method = METHODS.get(model, f"q_galore{CHECKPOINTING}")
-    device, every = processes.device, split_method(method)[1]
-    rank, micro_batch = RANKS.get(model, 32), args.batch_size or MICRO_BATCHES.get(model, 16)
-    setting = Setting(config_path(model), rank, micro_batch, 1, every, device.type == "cuda", args.extra, 0, device)
+    device = processes.device
+    setting = setting_of(model, method, args, device)
+    micro_batch = setting.micro_batch
     alone = processes.gather(train(setting, Processes(0, 1, device), args))
     together = processes.gather(train(setting, processes, args))
     seconds = max(row["seconds"] for row in together)

@@ -6,6 +6,7 @@ targets of an update; so their first losses agree, up to the rounding of INT8 we
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 import run_pretrain
 from benchmarks import compare_peers
-from benchmarks.models import LENGTH
+from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
+from benchmarks.rows import ROOT
 from peft_pretraining.args import parse_args
 from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
@@ -64,6 +66,33 @@ class Steps(Protocol):
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+
+
+def training_parser(program: str, description: str, models: str, results: str) -> argparse.ArgumentParser:
+    """The flags of a program that trains models by ours and appends a row for each to a file of results."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--models", default=models, help="names of configs, separated by commas")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results" / results), help="CSV to append to")
+    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py, in one string")
+    parser.add_argument("--note", default="", help="what to remember of the circumstances")
+    return parser
+
+
+def setting_of(model: str, method: str, args: argparse.Namespace, device: torch.device) -> Setting:
+    """What the flags of `training_parser` ask for of one model, with an update each micro-batch."""
+    return Setting(
+        config=config_path(model),
+        rank=RANKS.get(model, 32),
+        micro_batch=args.batch_size or MICRO_BATCHES.get(model, 16),
+        grad_accum=1,
+        checkpoint_every=split_method(method)[1],
+        compile=device.type == "cuda",
+        extra=args.extra,
+        seed=0,
+        device=device,
+    )
 
 
 def split_method(name: str) -> tuple[str, int]:
