@@ -78,7 +78,7 @@ def cudnn_length(device: torch.device, config: LlamaConfig) -> int:
     passes were equal there, and none of 512 tokens (cuDNN 9.19, head_dim 64 and 128).
     """
     grouped = config.num_key_value_heads != config.num_attention_heads
-    if device.type != "cuda" or grouped or config.head_dim not in (64, 128):
+    if device.type != "cuda" or grouped or config.head_dim not in (64, 128) or not torch.backends.cudnn.is_available():
         return 0
     return 256 if torch.cuda.get_device_capability(device) == (9, 0) else 0
 

@@ -5,7 +5,6 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -243,17 +242,21 @@ def test_attention_of_a_compiled_layer_repeats_its_bits(
     assert all(all(map(torch.equal, again, found)) for again in repeated)
 
 
-def test_cudnn_attends_only_where_its_bits_were_seen_to_repeat() -> None:
-    config = LlamaConfig.from_json(ROOT / "configs/llama_60m.json")
-    hopper, ampere = ("torch.cuda.get_device_capability", lambda device: (9, 0)), (8, 0)
-    cuda = torch.device("cuda", 0)
-    with mock.patch(*hopper):
-        assert cudnn_length(cuda, config) == 256
-        assert cudnn_length(cuda, dataclasses.replace(config, num_key_value_heads=4)) == 0
-        assert cudnn_length(cuda, dataclasses.replace(config, head_dim=80)) == 0
-    with mock.patch(hopper[0], lambda device: ampere):
-        assert cudnn_length(cuda, config) == 0
+def test_cudnn_attends_only_where_its_bits_were_seen_to_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(capability: tuple[int, int], has_cudnn: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: has_cudnn)
+
+    config, cuda = LlamaConfig.from_json(ROOT / "configs/llama_60m.json"), torch.device("cuda", 0)
+    machine((9, 0))
+    assert cudnn_length(cuda, config) == 256
+    assert cudnn_length(cuda, dataclasses.replace(config, num_key_value_heads=4)) == 0
+    assert cudnn_length(cuda, dataclasses.replace(config, head_dim=80)) == 0
     assert cudnn_length(torch.device("cpu"), config) == 0
+    machine((9, 0), has_cudnn=False)
+    assert cudnn_length(cuda, config) == 0
+    machine((8, 0))
+    assert cudnn_length(cuda, config) == 0
 
 
 def test_rotary_tables_stay_float32_whatever_the_model_is_cast_to(tmp_path: Path) -> None:
