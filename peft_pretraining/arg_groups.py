@@ -109,6 +109,8 @@ class OptimizerArgs:
     """Peak learning rate of embeddings, head and norms."""
     weight_decay: Annotated[float, Flag("rate", at_least=0)] = 0.0
     """Decoupled weight decay a unit of learning rate; for adam it is added to the gradient instead."""
+    full_rank_weight_decay: Annotated[float | None, Flag("rate", at_least=0, auto="weight_decay")] = None
+    """That of embeddings, head and norms."""
     beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0
     """Decay an update of the first moment; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
     matrices, none for sgd and adafactor."""
@@ -143,6 +145,11 @@ class OptimizerArgs:
     def adam_beta1(self) -> float:
         """Adam's beta1, where 0 stands for the usual 0.9."""
         return self.beta1 or 0.9
+
+    @property
+    def decay_of_full_rank(self) -> float:
+        """The weight decay of embeddings, head and norms."""
+        return self.weight_decay if self.full_rank_weight_decay is None else self.full_rank_weight_decay
 
     @property
     def peak_full_rank_lr(self) -> float:

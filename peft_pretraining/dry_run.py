@@ -39,6 +39,7 @@ def _chosen_by_others(args: RunArgs) -> dict[str, object]:
     """The values of flags that leave it to others what they mean."""
     values: dict[str, object] = {
         "full_rank_lr": args.optimizer.peak_full_rank_lr,
+        "full_rank_weight_decay": args.optimizer.decay_of_full_rank,
         "rotate_moments": args.subspace.rotates_moments,
         "wandb_mode": args.logging.resolved_wandb_mode,
     }

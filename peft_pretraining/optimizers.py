@@ -235,6 +235,7 @@ def build_optimizer(
     """
     groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
+    groups[0]["weight_decay"] = args.decay_of_full_rank
     if args.optimizer in LIBRARY_OPTIMIZERS:
         return LibraryOptimizer(_library_optimizer(args, groups), all_reduce)
     if args.is_low_rank:

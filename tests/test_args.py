@@ -156,6 +156,11 @@ def test_full_rank_lr_defaults_to_lr() -> None:
     assert parse("--lr 0.02 --full_rank_lr 0").optimizer.peak_full_rank_lr == 0
 
 
+def test_full_rank_weight_decay_defaults_to_weight_decay() -> None:
+    assert parse("--weight_decay 0.1").optimizer.decay_of_full_rank == 0.1
+    assert parse("--weight_decay 0.1 --full_rank_weight_decay 0").optimizer.decay_of_full_rank == 0
+
+
 def test_moments_rotate_by_default_only_when_streaming() -> None:
     galore = "--optimizer galore_adamw"
     assert not parse(galore).subspace.rotates_moments

@@ -33,8 +33,8 @@ def test_prints_every_flag_with_its_resolved_value(small: SmallRun, capsys: pyte
     pairs = (line.strip().partition(" ") for line in text.splitlines() if line.startswith("  --"))
     shown = {name.removeprefix("--"): value for name, _, value in pairs}
     # What a flag leaves to others is shown as they take it.
-    others = {"full_rank_lr": args.optimizer.lr, "beta1": 0.9, "rotate_moments": False, "wandb_mode": "off"}
-    others = {name: str(value) for name, value in others.items()} | {"dry_run": "True"}
+    others = {"full_rank_lr": args.optimizer.lr, "full_rank_weight_decay": 0.0, "beta1": 0.9, "rotate_moments": False}
+    others = {name: str(value) for name, value in others.items()} | {"wandb_mode": "off", "dry_run": "True"}
     assert shown == {name: str(value) for name, value in args.to_dict().items()} | others
     # Worked out, not given: 4 micro-batches of 2; 5 updates of 256 tokens reach 1100; the cap of the interval.
     assert shown["gradient_accumulation"] == "4" and shown["num_training_steps"] == "5"

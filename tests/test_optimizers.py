@@ -73,6 +73,22 @@ def test_two_groups_hold_every_parameter_once(small: SmallRun, name: str) -> Non
     assert ("rank" in low_rank) == ("galore" in name) and "rank" not in full_rank
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("sgd", "adam", "adafactor")])
+@pytest.mark.parametrize("decay", [None, 0.0, 0.5])
+def test_a_row_of_the_embeddings_that_no_token_reads_decays_as_asked(
+    small: SmallRun, name: str, decay: float | None
+) -> None:
+    rates = {"lr": 0.01, "full_rank_lr": 0.1, "weight_decay": 0.2}
+    own = {} if decay is None else {"full_rank_weight_decay": decay}
+    model, optimizer = build(small, **flags_of(name) | rates | own)
+    row = model.get_submodule("model.embed_tokens").weight[VOCAB - 1].clone()
+    assert VOCAB - 1 not in token_ids(0)
+    train(model, optimizer, range(1))
+    left = 1 - 0.1 * (0.2 if decay is None else decay)
+    torch.testing.assert_close(model.get_submodule("model.embed_tokens").weight[VOCAB - 1], row * left)
+    assert optimizer.param_groups[1]["weight_decay"] == 0.2
+
+
 def test_matrices_of_the_mlp_may_have_a_rank_of_their_own(small: SmallRun) -> None:
     model, optimizer = build(small, **flags_of("q_galore_adamw8bit_per_layer") | {"rank": 24, "mlp_rank": 8})
     _, attention, mlp = optimizer.param_groups
