@@ -36,16 +36,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.compare_methods import CHECKPOINTING, METHODS, Setting, split_method
-from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
+from benchmarks.compare_methods import CHECKPOINTING, METHODS, Setting, setting_of, split_method, training_parser
+from benchmarks.models import LENGTH, config_path
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.errors import UserError
-from peft_pretraining.model_config import read_config_json
 from peft_pretraining.throughput import memory_metrics
 
 Row = dict[str, object]
@@ -85,21 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="60m,130m,350m,1b", help="names of configs, separated by commas")
+    parser = training_parser("compare", __doc__.splitlines()[0], "60m,130m,350m,1b", "compare.csv")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help=f"of {', '.join(METHODS)}, or with {CHECKPOINTING}")
-    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
     parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches an update; ours sums them in INT8")
     parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
     parser.add_argument("--updates", type=int, default=10, help="timed updates")
     parser.add_argument("--no_compile", action="store_true", help="compile nothing")
-    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py for q_galore, in one string")
     parser.add_argument("--cap_gib", type=float, help="device memory in GiB that a process may take")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and token ids")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds that a measurement may take")
-    parser.add_argument("--results", default=str(ROOT / "benchmarks/results/compare.csv"), help="CSV to append to")
-    parser.add_argument("--note", default="", help="what to remember of the circumstances")
     parser.add_argument("--together", type=int, default=1, help="measurements that get ready at the same time")
     parser.add_argument("--turn", help="lock file: who holds it times updates (default: one for each invocation)")
     parser.add_argument("--one", metavar="METHOD", help="measure this in this process and print its row as JSON")
@@ -208,16 +202,12 @@ def table(rows: Sequence[Row]) -> str:
 def measure(method: str, model: str, args: argparse.Namespace) -> Row:
     """One row, without its ratios, measured in this process; an exception becomes its `error`."""
     use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    setting = Setting(
-        config=config_path(model),
-        rank=RANKS.get(model) or read_config_json(config_path(model))["hidden_size"] // 4,
-        micro_batch=args.batch_size or MICRO_BATCHES.get(model, 16),
+    device = torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+    setting = replace(
+        setting_of(model, method, args, device),
         grad_accum=args.grad_accum,
-        checkpoint_every=split_method(method)[1],
         compile=not args.no_compile,
-        extra=args.extra,
         seed=args.seed,
-        device=torch.device("cuda", 0) if use_cuda else torch.device("cpu"),
     )
     row: Row = dict.fromkeys(COLUMNS, "") | {
         "model": model,

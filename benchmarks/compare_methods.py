@@ -26,6 +26,7 @@ from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
 from peft_pretraining.lr_schedule import set_learning_rate
 from peft_pretraining.model import CausalLM, OnModule, build_model
+from peft_pretraining.model_config import read_config_json
 from peft_pretraining.modeling_llama import IGNORE_INDEX, LlamaForCausalLM, rotary_tables
 from peft_pretraining.optimizers import TrainingOptimizer
 
@@ -84,7 +85,7 @@ def setting_of(model: str, method: str, args: argparse.Namespace, device: torch.
     """What the flags of `training_parser` ask for of one model, with an update each micro-batch."""
     return Setting(
         config=config_path(model),
-        rank=RANKS.get(model, 32),
+        rank=RANKS.get(model) or read_config_json(config_path(model))["hidden_size"] // 4,
         micro_batch=args.batch_size or MICRO_BATCHES.get(model, 16),
         grad_accum=1,
         checkpoint_every=split_method(method)[1],

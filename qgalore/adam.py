@@ -129,21 +129,7 @@ def adam_step(
     The gradient is factor * grad; step counts from 1. Where the flag `skip` is true the moments stay as they are.
     `numbers` as in `qgalore.kernels.adam_step`.
     """
-    return kernels.adam_step(
-        grad,
-        state["exp_avg"],
-        state.get("exp_avg_absmax"),
-        state["exp_avg_sq"],
-        state.get("exp_avg_sq_absmax"),
-        step,
-        betas,
-        eps,
-        BLOCK_SIZE,
-        factor,
-        skip,
-        dtype,
-        numbers,
-    )
+    return adam_steps([GradientStep(state, grad, step, betas, eps, factor, dtype, numbers)], skip)[0]
 
 
 def adam_steps(steps: Sequence[GradientStep], skip: Tensor | None = None) -> list[Tensor]:

@@ -64,6 +64,11 @@ class WeightFormat:
         return -(-columns // 8) * 8 if self.int8_products else self.group_size
 
 
+def changes_nothing(step_size: float, decay: float, numbers: Tensor | None) -> bool:
+    """Whether an update leaves every bit, as with a learning rate of 0: requantizing would move the grid."""
+    return step_size == 0 and decay == 1 and numbers is None
+
+
 _layer_numbers = itertools.count()
 _layers: weakref.WeakValueDictionary[int, LowRankLinear] = weakref.WeakValueDictionary()
 
@@ -222,23 +227,45 @@ class LowRankLinear(nn.Module):
         numbers: Tensor | None = None,
     ) -> None:
         """W <- round(decay * W - step_size * leftᵀ N right), in place; `qgalore.kernels` has the shapes."""
-        if step_size == 0 and decay == 1 and numbers is None:
-            return  # a learning rate of 0 leaves every bit: requantizing would move the grid
+        if changes_nothing(step_size, decay, numbers):
+            return
         rounding = seed if self.format.stochastic_rounding else None
-        quantized = self.quantized_weight
-        if quantized is not None:
-            kernels.update_quantized_(
-                quantized.qdata, quantized.scale, quantized.zero_point, direction, left, right, quantized.columns,
-                quantized.bits, quantized.group_size, step_size, decay, rounding, skip, numbers,
-            )  # fmt: skip
+        if self.quantized_weight is not None:
+            update = self.quantized_update(direction, left, right, step_size, decay, seed, numbers)
+            kernels.update_several_quantized_([update], skip)
         elif self.format.simulate:
             full = kernels.project_back(direction, left, right)
             value = self._to_grid(self.weight.float().mul(decay).sub_(full * step_size), rounding)
             self.weight.copy_(value if skip is None else torch.where(skip, self.weight, value))
         else:
             kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding, 0, skip, numbers)
+        self.was_written()
+
+    def quantized_update(
+        self,
+        direction: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+        step_size: float,
+        decay: float,
+        seed: int,
+        numbers: Tensor | None = None,
+    ) -> kernels.QuantizedUpdate:
+        """`update_` for a kernel that updates several weights, after which `was_written` is due.
+
+        Raises ValueError where the weight is float.
+        """
+        weight = self.quantized_weight
+        if weight is None:
+            raise ValueError("the weight of a layer is float: LowRankLinear.update_ updates it")
+        return kernels.QuantizedUpdate(
+            weight.qdata, weight.scale, weight.zero_point, direction, left, right, weight.columns, weight.bits,
+            weight.group_size, step_size, decay, seed if self.format.stochastic_rounding else None, numbers,
+        )  # fmt: skip
+
+    def was_written(self) -> None:
+        """Tell autograd, behind whose back our kernels write."""
         if self.checks_version:
-            # A kernel of ours writes behind autograd's back.
             torch.autograd.graph.increment_version(self.weight)
 
     def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
