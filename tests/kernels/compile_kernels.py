@@ -3,7 +3,8 @@
     python tests/kernels/compile_kernels.py 86 101376
 
 prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
-layouts of what `check_gradients_` adds up, which decide the order of its sums. The second number is what a program can
+layouts of what `check_gradients_` adds up, which decide the order of its sums. "places": how many kernels it takes for
+norms at different places. The second number is what a program can
 have on such a card. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
 """
 
@@ -29,6 +30,7 @@ from qgalore import kernels
 from qgalore.kernels import low_rank_update
 
 TAKEN: dict[str, int] = {}
+MADE: set[str] = set()
 SUMS: dict[str, set[str]] = {"_partial_sums_kernel": set(), "_finish_kernel": set()}
 
 
@@ -58,6 +60,7 @@ def compile_only(capability: int, shared_memory: int) -> None:
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
+        MADE.add(kernel.hash)
         if self.__name__ in SUMS:
             code = kernel.asm["ttgir"]
             (layout,) = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#\w+)>', code)
@@ -123,7 +126,18 @@ def launch_all() -> None:
         kernels.int8_linear_backward(zeros(rows, hidden), *weight, width)
 
 
+def kernels_of_places() -> int:
+    """How many kernels check the gradients of layers whose norms have places of their own."""
+    MADE.clear()
+    for start in (0, 1, 5, 9, 16):
+        kernels.check_gradients_(
+            [torch.zeros(64, 64)] * 9, torch.zeros(32), range(start, start + 9), torch.zeros((), dtype=torch.bool)
+        )
+    return len(MADE)
+
+
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]), int(sys.argv[2]))
     launch_all()
-    print(json.dumps({"shared": TAKEN, "sums": {name: sorted(layouts) for name, layouts in SUMS.items()}}))
+    sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
+    print(json.dumps({"shared": TAKEN, "sums": sums, "places": kernels_of_places()}))
