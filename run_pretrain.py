@@ -130,6 +130,7 @@ def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimi
         args.runtime.seed,
         args.model.activation_checkpointing,
         args.model.checkpoint_every,
+        args.model.int8_activations,
         on_module=low_rank_converter(args.optimizer, args.quantization),
     )
     compile_for(model, args.model.compile, processes.device)

@@ -2,23 +2,28 @@
 
 import math
 
+from peft_pretraining.int8_activations import group_size_of
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.model_config import LlamaConfig
 from qgalore.padding import padded_width
 
 
-def layer_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def layer_activation_bytes(config: LlamaConfig, s: MemorySettings, recomputed: bool = False) -> int:
     """What autograd keeps of one decoder layer between forward and backward.
 
     Each norm: its input and one float32 a token. Attention: rotated queries and keys, values, output (shared with
     o_proj's input) and the float32 log-sum-exp of each head; the rotation itself saves only its tables. MLP: gate
     (input of silu) and up. Uncompiled also the output of each norm, which the linears save once for all, silu(gate) and
-    the product; a compiled layer computes these again.
+    the product; a compiled layer computes these again. Gate and up may be kept in INT8, but not when they are
+    `recomputed` for the backward pass that follows.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *attention_widths(config)
     again = 0 if s.compiled else 2 * config.hidden_size + 2 * mlp_width(config, s)
-    values = 2 * config.hidden_size + 2 * query + 2 * key_value + 2 * mlp_width(config, s) + again
-    return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads))
+    values = 2 * config.hidden_size + 2 * query + 2 * key_value + again
+    gate_and_up = 2 * tokens * mlp_width(config, s)
+    size = group_size_of(gate_and_up // 2) if s.int8_activations and s.compiled and not recomputed else None
+    of_mlp = gate_and_up * s.dtype_bytes if size is None else gate_and_up + gate_and_up // size * 2
+    return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads)) + of_mlp
 
 
 def kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:

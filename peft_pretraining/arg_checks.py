@@ -40,7 +40,7 @@ _LOW_RANK_FLAGS = (
 def find_problems(args: RunArgs) -> list[str]:
     """Every combination in `args` (batch sizes resolved) that cannot work."""
     return [
-        *_checkpointing_problems(args),
+        *_activation_problems(args),
         *_model_problems(args),
         *_batch_problems(args),
         *_data_problems(args),
@@ -63,6 +63,11 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
         if idle and not getattr(args.quantization, switch):
             warnings.append(f"{_idle(idle)} without --{switch}")
+    model = args.model
+    if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
+        warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
+    elif model.int8_activations and model.compile == "off":
+        warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
     schedule = args.schedule
     if schedule.warmup_steps >= schedule.num_training_steps:
         warnings.append(
@@ -82,18 +87,25 @@ def _idle(flags: list[str]) -> str:
     return f"{', '.join(flags)} {'change' if len(flags) > 1 else 'changes'} nothing"
 
 
-def _checkpointing_problems(args: RunArgs) -> list[str]:
-    model = args.model
+def _activation_problems(args: RunArgs) -> list[str]:
+    model, problems = args.model, []
+    if model.int8_activations and model.use_hf_model:
+        problems.append(
+            "--int8_activations is for the project's own LLaMA: transformers' keeps its activations as they are; leave "
+            "--int8_activations or --use_hf_model out"
+        )
     if model.checkpoint_every == 1:
-        return []
+        return problems
     if not model.activation_checkpointing:
-        return [f"--checkpoint_every {model.checkpoint_every} needs --activation_checkpointing: nothing is recomputed"]
-    if model.use_hf_model:
-        return [
+        problems.append(
+            f"--checkpoint_every {model.checkpoint_every} needs --activation_checkpointing: nothing is recomputed"
+        )
+    elif model.use_hf_model:
+        problems.append(
             f"--checkpoint_every {model.checkpoint_every} is for the project's own LLaMA: transformers' recomputes "
             "every layer; leave --checkpoint_every or --use_hf_model out"
-        ]
-    return []
+        )
+    return problems
 
 
 def _model_problems(args: RunArgs) -> list[str]:

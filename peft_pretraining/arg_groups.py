@@ -40,6 +40,8 @@ class ModelArgs:
     checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
     """With --activation_checkpointing recompute only every so many layers: 2 for half of the memory's saving at half of
     its price in time."""
+    int8_activations: bool = False
+    """Round gate and up of each MLP to INT8 in training, half of what a compiled layer keeps for its backward pass."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
     """Compile the decoder layers with torch.compile; auto: on a CUDA GPU, for the project's own LLaMA."""
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"

@@ -86,6 +86,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         per_layer=optimizer.per_layer,
         activation_checkpointing=args.model.activation_checkpointing,
         checkpoint_every=args.model.checkpoint_every,
+        int8_activations=args.model.int8_activations,
         rank=subspace.rank if optimizer.is_low_rank else None,
         mlp_rank=subspace.mlp_rank,
         proj_type=subspace.proj_type,

@@ -45,6 +45,8 @@ class MemorySettings:
     """Keep one activation a layer and recompute the others."""
     checkpoint_every: int = 1
     """With checkpointing: only in every so many layers, the first of all included."""
+    int8_activations: bool = False
+    """Layers that are not recomputed round gate and up of the MLP to INT8; compiled ones keep the codes."""
     rank: int | None = None
     """Dimension of the subspace of the decoder matrices; None trains them in full."""
     mlp_rank: int = 0

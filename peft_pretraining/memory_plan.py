@@ -219,7 +219,7 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
         return plain
     hidden, layer = hidden_bytes(config, s), layer_activation_bytes(config, s)
     # A compiled layer has both norms' outputs since the second forward pass.
-    again = layer - hidden + (2 * hidden if s.compiled else 0)
+    again = layer_activation_bytes(config, s, recomputed=True) - hidden + (2 * hidden if s.compiled else 0)
     gone = 0 if s.cuda_graphs else (config.num_hidden_layers - 1) % s.checkpoint_every * layer
     again += _plain_backward_bytes(config, s, refresh, recomputed=True) - gone
     return again if s.checkpoint_every == 1 else max(again, plain)
@@ -234,8 +234,8 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     inputs of gate and up, of the norm's input, of o_proj's input, of queries, keys and values, and those of the queries
     in float32. A compiled layer computes the product anew first, and the output of the attention's norm together with
     the gradient of the other. It writes one gradient over what it has saved, and the MLP's tensors are gone when
-    attention comes: unless graphs hold the layer, which runs again. The projected gradients made so far are there all
-    along.
+    attention comes: unless graphs hold the layer, which runs again, or it has saved codes in INT8. The projected
+    gradients made so far are there all along.
     """
     tokens, query, key_value = s.batch_size * s.max_length, *attention_widths(config)
     hidden, wide = hidden_bytes(config, s), tokens * mlp_width(config, s) * s.dtype_bytes
@@ -250,7 +250,7 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     attention += hidden
     if recomputed:
         return max(wide + multiplying, attention - 2 * wide)
-    if not s.cuda_graphs:
+    if not s.cuda_graphs and not s.int8_activations:
         return max(3 * wide, wide + multiplying, attention - 2 * wide)
     return max(wide + multiplying, 4 * wide, 2 * (wide + hidden) + multiplying + made, attention)
 

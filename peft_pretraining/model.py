@@ -89,6 +89,7 @@ def build_model(
     seed: int = 0,
     activation_checkpointing: bool = False,
     checkpoint_every: int = 1,
+    int8_activations: bool = False,
     on_module: OnModule | None = None,
 ) -> CausalLM:
     """A freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
@@ -96,6 +97,10 @@ def build_model(
     materialize(model, device, dtype, seed, on_module, std=model.config.initializer_range)
     if activation_checkpointing:
         model.gradient_checkpointing_enable(checkpoint_every)
+    if int8_activations:
+        if not isinstance(model, LlamaForCausalLM):
+            raise UserError("transformers' LLaMA keeps its activations as they are: build the project's own")
+        model.keep_int8_activations()
     return model.train()
 
 

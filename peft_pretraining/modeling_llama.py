@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_pretraining.int8_activations import swiglu_through_int8
 from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 from peft_pretraining.model_config import LlamaConfig
 
@@ -134,6 +135,11 @@ class LlamaAttention(nn.Module):
         return mixed
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -142,9 +148,11 @@ class LlamaMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.training_swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        activation = self.training_swiglu if torch.is_grad_enabled() else swiglu
+        out: Tensor = self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
@@ -220,6 +228,13 @@ class LlamaForCausalLM(nn.Module):
             for module in layer.modules():
                 if hasattr(module, "frees_input"):
                     module.frees_input = layer.gradient_checkpointing  # type: ignore[assignment]
+
+    def keep_int8_activations(self) -> None:
+        """From now on keep gate and up of each MLP in INT8 (`int8_activations`), but for what is recomputed anyway."""
+        for layer in self.model.layers:
+            assert isinstance(layer, LlamaDecoderLayer)
+            if not layer.gradient_checkpointing:
+                layer.mlp.training_swiglu = swiglu_through_int8
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """From now on run training through `torch.compile`, one decoder layer at a time.

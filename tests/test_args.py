@@ -267,6 +267,8 @@ def test_combinations_that_work(text: str) -> None:
         ("--optimizer galore_adamw8bit --proj_bits 8", "--proj_bits changes nothing without --proj_quant"),
         ("--num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--restart_cycles 2", "--restart_cycles changes nothing: --scheduler cosine has no restarts"),
+        ("--int8_activations --activation_checkpointing", "--int8_activations changes nothing: --activation_"),
+        ("--int8_activations --compile off", "--int8_activations rounds without saving memory: with --compile off"),
     ],
 )
 def test_warnings(text: str, warning: str) -> None:
@@ -314,6 +316,7 @@ BAD_COMBINATIONS = [
     ("--total_batch_size 32 --gradient_accumulation 2", 1, "give --gradient_accumulation 4"),
     ("--checkpoint_every 2", 1, "--checkpoint_every 2 needs --activation_checkpointing"),
     ("--checkpoint_every 2 --activation_checkpointing --use_hf_model", 1, "transformers' recomputes every layer"),
+    ("--int8_activations --use_hf_model", 1, "--int8_activations is for the project's own LLaMA"),
     ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),
     ("--optimizer q_galore_adamw8bit --stochastic_round", 1, "--stochastic_round is about quantized weights"),

@@ -61,6 +61,10 @@ CASES = {
     "streaming": STREAMING,
     "checkpointing": f"{STREAMING} --activation_checkpointing",
     "every second checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_every 2",
+    "int8 activations": f"{STREAMING} --int8_activations",
+    "int8 activations, every second recomputed": (
+        f"{STREAMING} --int8_activations --activation_checkpointing --checkpoint_every 2"
+    ),
     "svd": PER_LAYER,
     "other side": f"{STREAMING} --proj_type reverse_std",
     "products in int8": f"{STREAMING} --int8_products",

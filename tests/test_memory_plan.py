@@ -225,12 +225,15 @@ def test_per_layer_without_accumulation_keeps_no_gradients() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("kind", ["eager", "compiled", "checkpointed", "compiled and checkpointed"])
+@pytest.mark.parametrize(
+    "kind", ["eager", "compiled", "compiled, int8", "checkpointed", "compiled and checkpointed, int8"]
+)
 def test_activations_are_what_autograd_saves(kind: str, kv_heads: int) -> None:
     """The difference between three layers and two, so that what is shared between layers does not count."""
     settings = MemorySettings(
-        3, 16, dtype_bytes=4, compiled="compiled" in kind, activation_checkpointing="checkpointed" in kind
-    )
+        3, 16, dtype_bytes=4, compiled="compiled" in kind, activation_checkpointing="checkpointed" in kind,
+        int8_activations="int8" in kind,
+    )  # fmt: skip
 
     def saved_bytes(layers: int) -> int:
         torch.compiler.reset()
@@ -238,6 +241,8 @@ def test_activations_are_what_autograd_saves(kind: str, kv_heads: int) -> None:
         model = built(config, settings)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable()
+        if settings.int8_activations:
+            model.keep_int8_activations()
         groups = low_rank_param_groups(model, low_rank_names(model), rank=24)
         optimizer = QGaLoreAdamW8bit(groups)
         optimizer.attach(model, update_in_backward=True)
