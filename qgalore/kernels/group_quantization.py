@@ -64,9 +64,9 @@ def _update_kernel(
         codes = load_codes(qdata, row, q_stride, row_mask, start, end, G, BITS).to(tl.float32)
         factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
         offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
-        value = (codes * factor + offset) * decay - value * step_size
+        value = tl.fma(codes, factor, offset) * decay - value * step_size  # the first product is exact
     number = (row_start + row).to(tl.int32)
-    codes, factor, offset = quantize_group(value, mask, number, start, seed_low, seed_high, G, BITS, STOCHASTIC)
+    codes, factor, offset = quantize_group(value, number, start, end, seed_low, seed_high, G, BITS, STOCHASTIC)
     store_codes(qdata, codes, row, q_stride, row_mask, start, end, G, BITS)
     tl.store(scale + at, factor[:, None].to(tl.bfloat16), mask=row_mask)
     tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)

@@ -104,10 +104,9 @@ def _low_rank_update_kernel(
     scale, zero_point = chosen(which, scale), chosen(which, zero_point)
     factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
     offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
-    value = (codes * factor + offset) * decay - product * step_size
-    mask = row_mask & (column < end)[None, :]
+    value = tl.fma(codes, factor, offset) * decay - product * step_size  # the first product is exact
     number = row[:, None].to(tl.int32)
-    new, factor, offset = quantize_group(value, mask, number, start, seed_low, seed_high, G, BITS, STOCHASTIC)
+    new, factor, offset = quantize_group(value, number, start, end, seed_low, seed_high, G, BITS, STOCHASTIC)
     store_codes(qdata, new, row[:, None], q_stride, row_mask, start, end, G, BITS)
     tl.store(scale + at, factor[:, None].to(tl.bfloat16), mask=row_mask)
     tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)

@@ -222,7 +222,8 @@ def moved(size: float, updates: int, seeded: bool, device: torch.device) -> tupl
 @pytest.mark.parametrize("sign", [1, -1])
 def test_small_updates_add_up_under_stochastic_rounding(sign: int, device: torch.device) -> None:
     shares, _ = moved(sign * 0.02, 100, True, device)
-    assert 0.99 < float(shares.mean()) < 1.01
+    # A share of one value deviates by 1.4 where its group's grid moves along, the mean of 65,536 by 0.006.
+    assert 0.98 < float(shares.mean()) < 1.02
 
 
 def test_tiny_updates_add_up_inside_a_group(device: torch.device) -> None:

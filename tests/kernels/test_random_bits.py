@@ -5,24 +5,25 @@ import torch
 
 from qgalore.kernels import reference
 
-# The known answers of Random123, the authors' library: counter, key, output (kat_vectors, philox4x32 with 10 rounds).
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+ONES = (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2
+# The known answers of Random123, the authors' library: rounds, counter, key, output (kat_vectors, philox4x32).
 KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
+    (7, (0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (7, *ONES, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (7, *PI, (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    (10, (0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (10, *ONES, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (10, *PI, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+@pytest.mark.parametrize(("rounds", "counter", "key", "answer"), KNOWN_ANSWERS)
 def test_philox_gives_the_known_answers(
-    counter: tuple[int, ...], key: tuple[int, int], answer: tuple[int, ...], device: torch.device
+    rounds: int, counter: tuple[int, ...], key: tuple[int, int], answer: tuple[int, ...], device: torch.device
 ) -> None:
     c0, c1, c2, c3 = (torch.tensor([word], dtype=torch.int64, device=device) for word in counter)
-    words = reference.philox((c0, c1, c2, c3), key[0] | key[1] << 32)
+    words = reference.philox((c0, c1, c2, c3), key[0] | key[1] << 32, rounds)
     assert tuple(int(word) for word in words) == answer
 
 
