@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,22 @@ Basis = Tensor | QuantizedTensor
 
 class WeightWithBases(FullRankWeight):
     """A matrix of which one side or both are projected; `LowRankWeight` follows it through an update."""
+
+    def __init__(self, param: Tensor, seed: int) -> None:
+        """See `FullRankWeight`."""
+        super().__init__(param, seed)
+        self.held_bases: dict[str, Tensor] = {}
+        """What `basis` gives in one dtype, by side, made ahead by `qgalore.held_matrices`."""
+
+    def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
+        """See `FullRankWeight`."""
+        super().bind(group, state, index, place, count)
+        self.held_bases.clear()
+
+    def clear(self) -> None:
+        """Forget the gradient, and the bases that were held for it."""
+        super().clear()
+        self.held_bases.clear()
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -34,7 +52,13 @@ class WeightWithBases(FullRankWeight):
             return None
         if not self.state:
             self._init_state()
-        return self._decode(self._stored(side), dtype)
+        held = self.held_bases.get(side)
+        return held if held is not None and held.dtype == dtype else self._decode(self._stored(side), dtype)
+
+    def quantized_bases(self) -> dict[str, QuantizedTensor]:
+        """The stored bases (rank, d) by side: none where they are float, or before the first gradient."""
+        stored = {side: self._stored(side) for side in self.sides if f"{side}_basis" in self.state}
+        return {side: basis for side, basis in stored.items() if isinstance(basis, QuantizedTensor)}
 
     def _encode(self, basis: Tensor) -> Basis:
         group = self.group
@@ -55,6 +79,7 @@ class WeightWithBases(FullRankWeight):
 
         It goes into the tensors of the one before, if there is one, since CUDA graphs know those.
         """
+        self.held_bases.pop(side, None)
         parts = {f"{side}_basis": basis} if isinstance(basis, Tensor) else {
             f"{side}_basis": basis.qdata,
             f"{side}_basis_scale": basis.scale,
