@@ -8,9 +8,10 @@ Where the update waits, for more micro-batches or for the norm of all gradients,
 sums that have their fixed places, and the optimizer updates from Python.
 
 Nothing is computed otherwise: the graphs are captured from the ordinary code, and hold the same kernels in the same
-order, but that a layer's quantized matrices are dequantized together (`qgalore.held_matrices`). What changes from step to step (seeds, learning rates, bias corrections) is read from a table on the device, one
-row a weight, written before each backward pass. A layer in which a subspace is to be refreshed runs its backward
-pass from Python that time, over what the graph of the forward pass has saved.
+order, but that a layer's quantized matrices are dequantized together (`qgalore.held_matrices`). What changes from step
+to step (seeds, learning rates, bias corrections) is read from a table on the device, one row a weight, written before
+each backward pass. A layer in which a subspace is to be refreshed runs its backward pass from Python that time, over
+what the graph of the forward pass has saved.
 
 The autograd graphs of the captured forward passes are kept, so that a layer's backward pass can be captured or run at
 any time; the activations lie at fixed addresses, and no more of them than one forward pass needs.
