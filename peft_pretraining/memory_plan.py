@@ -22,6 +22,7 @@ from peft_pretraining.activation_memory import (
     mlp_width,
     recomputes_last_layer,
 )
+from peft_pretraining.held_memory import held_bases_bytes, held_weights_bytes
 from peft_pretraining.lasting_memory import (
     MemorySettings,
     Shape,
@@ -214,19 +215,20 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
     It is the most where a layer is computed again. By then the layers above it have given up what they had saved, but
     not to graphs.
     """
-    plain = _plain_backward_bytes(config, s, refresh, recomputed=False)
+    held = held_weights_bytes(config, s) + held_bases_bytes(config, s)
+    plain = held + _plain_backward_bytes(config, s, refresh, recomputed=False)
     if not s.activation_checkpointing:
         return plain
     hidden, layer = hidden_bytes(config, s), layer_activation_bytes(config, s)
     # A compiled layer has both norms' outputs since the second forward pass.
     again = layer_activation_bytes(config, s, recomputed=True) - hidden + (2 * hidden if s.compiled else 0)
     gone = 0 if s.cuda_graphs else (config.num_hidden_layers - 1) % s.checkpoint_every * layer
-    again += _plain_backward_bytes(config, s, refresh, recomputed=True) - gone
+    again += held + _plain_backward_bytes(config, s, refresh, recomputed=True) - gone
     return again if s.checkpoint_every == 1 else max(again, plain)
 
 
 def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, recomputed: bool) -> int:
-    """The same of a layer that has kept its activations, or has just computed them again.
+    """The same of a layer that has kept its activations, or has just computed them again, without what is held.
 
     down_proj: the product or its gradient, and what multiplying or projecting takes (uncompiled, both). SwiGLU: the
     gradients of product, gate and up, and the product itself, unless it was freed before. up_proj: the gradients of
@@ -241,7 +243,9 @@ def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool,
     hidden, wide = hidden_bytes(config, s), tokens * mlp_width(config, s) * s.dtype_bytes
     shape = (config.hidden_size, config.intermediate_size)
     projecting = _refresh_in_backward_bytes(shape, s) if refresh else _projecting_bytes(shape, s)
-    multiplying = max(_multiplying_bytes(shape, s), projecting)
+    if held_bases_bytes(config, s):
+        projecting -= s.dtype_bytes * basis_copy_values(shape, s)
+    multiplying = max(0 if held_weights_bytes(config, s) else _multiplying_bytes(shape, s), projecting)
     made = s.dtype_bytes * math.prod(gradient_shape(shape, s)) if s.gradients_live_in_backward else 0
     made += residual_bytes([shape], s) if s.gradients_live_in_backward else 0
     attention = 4 * hidden + tokens * ((query + 2 * key_value) * s.dtype_bytes + 4 * query) + 3 * made

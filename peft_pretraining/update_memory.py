@@ -5,6 +5,7 @@ Counted in the code that makes the tensors, as in `memory_plan.py`, which has th
 
 import math
 
+from peft_pretraining.held_memory import held_bases_bytes
 from peft_pretraining.lasting_memory import (
     MemorySettings,
     Shape,
@@ -29,14 +30,15 @@ _ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and
 
 
 def largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """Beside the gradients, of the matrices that are updated at once."""
+    """Beside the gradients, of the matrices that are updated at once, and of bases that are held for them."""
     shapes = config.matrix_shapes().values()
-    largest = max(_steps_bytes(group, s) for group in updated_together(config, s))
+    held = held_bases_bytes(config, s) if s.gradients_live_in_backward else 0
+    largest = max(_steps_bytes(group, s, bool(held)) for group in updated_together(config, s))
     if s.rank is not None:
         largest = max(largest, *(refresh_of_subspace_bytes(shape, s) for shape in shapes))
         if s.cuda and s.decoder_states == 1:
             largest = max(largest, directions_bytes(config, s))
-    return largest
+    return held + largest
 
 
 def updated_together(config: LlamaConfig, s: MemorySettings) -> list[list[Shape]]:
@@ -51,14 +53,18 @@ def updated_together(config: LlamaConfig, s: MemorySettings) -> list[list[Shape]
     return groups
 
 
-def _steps_bytes(shapes: list[Shape], s: MemorySettings) -> int:
-    """Steps made at once: all directions and, of quantized weights, all bases; what else it takes for one."""
+def _steps_bytes(shapes: list[Shape], s: MemorySettings, held: bool) -> int:
+    """Steps made at once: all directions and, of quantized weights, all bases; what else it takes for one.
+
+    Bases that are `held` are there already.
+    """
     bases = [s.dtype_bytes * basis_copy_values(shape, s) for shape in shapes]
-    if s.rank is None or s.weight_bits is None or s.residual:
+    steps = [step_bytes(shape, s) - (basis if held else 0) for shape, basis in zip(shapes, bases, strict=True)]
+    if held or s.rank is None or s.weight_bits is None or s.residual:
         bases = [0] * len(shapes)
     directions = [s.dtype_bytes * gradient_values([shape], s) if s.rank is not None else 0 for shape in shapes]
     there = list(map(sum, zip(directions, bases, strict=True)))
-    return sum(there) + max(step_bytes(shape, s) - own for shape, own in zip(shapes, there, strict=True))
+    return sum(there) + max(step - own for step, own in zip(steps, there, strict=True))
 
 
 def step_bytes(shape: Shape, s: MemorySettings) -> int:

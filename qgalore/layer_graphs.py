@@ -8,9 +8,10 @@ Where the update waits, for more micro-batches or for the norm of all gradients,
 sums that have their fixed places, and the optimizer updates from Python.
 
 Nothing is computed otherwise: the graphs are captured from the ordinary code, and hold the same kernels in the same
-order. What changes from step to step (seeds, learning rates, bias corrections) is read from a table on the device, one
-row a weight, written before each backward pass. A layer in which a subspace is to be refreshed runs its backward
-pass from Python that time, over what the graph of the forward pass has saved.
+order, but that a layer's quantized matrices are dequantized together (`qgalore.held_matrices`). What changes from step
+to step (seeds, learning rates, bias corrections) is read from a table on the device, one row a weight, written before
+each backward pass. A layer in which a subspace is to be refreshed runs its backward pass from Python that time, over
+what the graph of the forward pass has saved.
 
 The autograd graphs of the captured forward passes are kept, so that a layer's backward pass can be captured or run at
 any time; the activations lie at fixed addresses, and no more of them than one forward pass needs.
@@ -33,6 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import adam
+from qgalore.held_matrices import held_bases, held_weights
+from qgalore.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
 from qgalore.rank_sum import RankSum
 
@@ -90,13 +93,13 @@ class LayerGraphs:
             self._captured, self._states_replaced, self._steps = None, self._optimizer.states_replaced, 1
         if self._captured is not None and self._captured.serves(x):
             return self._captured
-        arguments = (self._layers, self._run, self._optimizer, constants)
+        arguments = (self._layers, self._run, self._optimizer, constants, x)
         begins = self._steps > _ORDINARY_STEPS and not self._optimizer.has_sums
         # A gradient that is updated with at once is packed, if at all, with a seed of the host.
         packs = self._optimizer.updates_at_once and self._optimizer.sums_in_int8
         if self._captured is not None or packs or not begins or not _can_capture(x.device):
             return _Stack(*arguments)
-        self._captured = _CapturedStack(*arguments, x)
+        self._captured = _CapturedStack(*arguments)
         return self._captured
 
 
@@ -133,9 +136,16 @@ class _Stack:
     """The layers for one step, run from Python in the order in which the graphs have it."""
 
     def __init__(
-        self, layers: list[nn.Module], run: RunLayer, optimizer: LowRankAdamW, constants: tuple[Tensor, ...]
+        self,
+        layers: list[nn.Module],
+        run: RunLayer,
+        optimizer: LowRankAdamW,
+        constants: tuple[Tensor, ...],
+        x: Tensor,
     ) -> None:
         self._layers, self._run, self._optimizer, self._constants = layers, run, optimizer, constants
+        self._dtype = x.dtype
+        self._linears = [[x for x in layer.modules() if isinstance(x, LowRankLinear)] for layer in layers]
         self._weights = [optimizer.weights_of(layer) for layer in layers]
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
@@ -162,8 +172,9 @@ class _Stack:
 
     def _run_forward(self) -> None:
         with torch.enable_grad():
-            for layer in self._layers:
-                self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
+            for layer, linears in zip(self._layers, self._linears, strict=True):
+                with held_weights(linears, self._dtype):
+                    self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def _run_backward(self) -> None:
@@ -188,7 +199,7 @@ class _Stack:
 
     def _gradients(self, index: int, memory: Memory) -> None:
         """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
-        with memory:
+        with memory, held_bases(self._weights[index], self._dtype):
             self._backward_of_layer(index)
             if self._at_once and not self._sends:
                 self._optimizer.complete(self._weights[index], None)
@@ -199,7 +210,7 @@ class _Stack:
             self._messages[index] = message
 
     def _updates(self, index: int, memory: Memory) -> None:
-        with memory:
+        with memory, held_bases(self._weights[index], self._dtype):
             self._optimizer.complete(self._weights[index], self._messages[index])
 
     def _backward_of_layer(self, index: int) -> None:
@@ -211,7 +222,8 @@ class _Stack:
         """The gradient of a layer's input; its weights take theirs. `keep` what the layer has saved."""
         own = [weight for weight in self._weights[index] if weight.layer is None]
         inputs = [self._inputs[index], *(weight.param for weight in own)]
-        grad, *own_grads = torch.autograd.grad(self._outputs[index], inputs, grad, retain_graph=keep)
+        with held_weights(self._linears[index], self._dtype):
+            grad, *own_grads = torch.autograd.grad(self._outputs[index], inputs, grad, retain_graph=keep)
         with torch.no_grad():
             for weight, own_grad in zip(own, own_grads, strict=True):
                 weight.accumulate_full(own_grad)
@@ -233,7 +245,7 @@ class _CapturedStack(_Stack):
         constants: tuple[Tensor, ...],
         x: Tensor,
     ) -> None:
-        super().__init__(layers, run, optimizer, constants)
+        super().__init__(layers, run, optimizer, constants, x)
         self._shape = x.shape
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()

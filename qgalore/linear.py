@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgalore import kernels
-from qgalore.padding import padded_width, with_padded_columns
+from qgalore.padding import padded_place, padded_width, with_padded_columns
 from qgalore.quantization import QuantizedTensor, quantize
 
 
@@ -105,6 +105,8 @@ class LowRankLinear(nn.Module):
         make it together with what follows that gradient, which takes less time and more memory."""
         self.pads_output = False
         """Give (..., padded_width(out_features)), with zeros at the end: for a following layer that takes it so."""
+        self.held_weight: Tensor | None = None
+        """What `padded_weight` gives in one dtype, made ahead by `qgalore.held_matrices`."""
         self._register()
 
     @classmethod
@@ -123,7 +125,7 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another layer: it has its own number and no optimizer.
-        return self.__dict__ | {"tap": None, "anchor": None, "_number": None}
+        return self.__dict__ | {"tap": None, "anchor": None, "_number": None, "held_weight": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -151,13 +153,12 @@ class LowRankLinear(nn.Module):
 
     def padded_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype` with zeros up to the padded width on both sides."""
-        rows, columns = padded_width(self.out_features), padded_width(self.in_features)
-        if (rows, columns) == (self.out_features, self.in_features):
+        if self.held_weight is not None and self.held_weight.dtype == dtype:
+            return self.held_weight
+        shape = (self.out_features, self.in_features)
+        if tuple(map(padded_width, shape)) == shape:
             return self.dequantized_weight(dtype)
-        padded = torch.empty(rows, columns, dtype=dtype, device=self.weight.device)
-        padded[self.out_features :].zero_()
-        padded[:, self.in_features :].zero_()
-        inside = padded[: self.out_features, : self.in_features]
+        padded, inside = padded_place(*shape, dtype, self.weight.device)
         quantized = self.quantized_weight
         if quantized is None:
             inside.copy_(self.weight)
@@ -264,7 +265,8 @@ class LowRankLinear(nn.Module):
         )  # fmt: skip
 
     def was_written(self) -> None:
-        """Tell autograd, behind whose back our kernels write."""
+        """Forget what was made of the weight before, and tell autograd, behind whose back our kernels write."""
+        self.held_weight = None
         if self.checks_version:
             torch.autograd.graph.increment_version(self.weight)
 

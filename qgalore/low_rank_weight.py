@@ -14,10 +14,10 @@ from torch import Tensor
 from qgalore import adam, kernels, subspace
 from qgalore.accumulator import Gradient, GradientAccumulator, dense, zeros
 from qgalore.adam import GradientStep
+from qgalore.bases import Basis, WeightWithBases
 from qgalore.direction import DIRECTIONS, Direction
-from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, FullRankWeight
+from qgalore.full_rank_weight import ACCUMULATION, ROUNDING
 from qgalore.layer_update import LayerUpdate
-from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.residual import full_direction
 from qgalore.subspace_schedule import RefreshSchedule
 
@@ -34,14 +34,14 @@ class _BegunUpdate(NamedTuple):
     skip: Tensor | None
 
 
-class LowRankWeight(FullRankWeight):
+class LowRankWeight(WeightWithBases):
     """A weight matrix whose gradient is projected onto a subspace (GaLore, Q-GaLore)."""
 
     def __init__(self, param: Tensor, seed: int) -> None:
         """See `FullRankWeight`."""
         super().__init__(param, seed)
         self.similarity: Tensor | None = None
-        self._next_bases: dict[str, Tensor | QuantizedTensor] | None = None
+        self._next_bases: dict[str, Basis] | None = None
         self._last_full: Tensor | None = None
         self._fulls = 0
         self._fit_failed = False
@@ -83,15 +83,6 @@ class LowRankWeight(FullRankWeight):
     # ---- shape and state
 
     @property
-    def sides(self) -> tuple[str, ...]:
-        """The sides that are projected: ("left",), ("right",) or both; `std` takes the shorter side of the weight."""
-        m, n = self.shape
-        longer, shorter = ("right", "left") if m >= n else ("left", "right")
-        proj_type: str = self.group["proj_type"]
-        by_type = {"std": (longer,), "reverse_std": (shorter,), "left": ("left",), "right": ("right",)}
-        return by_type.get(proj_type, ("left", "right"))
-
-    @property
     def gradient_shape(self) -> torch.Size:
         """See `FullRankWeight`."""
         m, n = self.shape
@@ -112,10 +103,6 @@ class LowRankWeight(FullRankWeight):
     def _has_residual(self) -> bool:
         return bool(self.group["residual"] != "none")
 
-    @property
-    def _matrix_shape(self) -> tuple[int, int]:
-        return self.shape[0], self.shape[1]
-
     def _init_state(self) -> None:
         self.check()
         super()._init_state()
@@ -131,52 +118,6 @@ class LowRankWeight(FullRankWeight):
         s = self.schedule
         self.state["schedule"] = torch.tensor([s.interval, s.next_refresh, s.refreshes, s.saved], dtype=torch.int64)
         self.state["similarities"] = torch.tensor(s.window, dtype=torch.float64)
-
-    # ---- bases
-
-    def _encode(self, basis: Tensor) -> Tensor | QuantizedTensor:
-        group = self.group
-        if group["quant"]:
-            return quantize(basis, group["quant_n_bit"], group["quant_group_size"])
-        # A solver may leave columns contiguous; a loaded basis would then not multiply to the same bits.
-        return basis.to(self._basis_dtype).contiguous()
-
-    @property
-    def _basis_dtype(self) -> torch.dtype:
-        return self.param.dtype if self.param.is_floating_point() else torch.float32
-
-    def _store(self, side: str, basis: Tensor | QuantizedTensor, wanted: Tensor | None = None) -> None:
-        """Keep a basis, unless the flag `wanted` on the device says no.
-
-        It goes into the tensors of the one before, if there is one, since CUDA graphs know those.
-        """
-        parts = {f"{side}_basis": basis} if isinstance(basis, Tensor) else {
-            f"{side}_basis": basis.qdata,
-            f"{side}_basis_scale": basis.scale,
-            f"{side}_basis_zero_point": basis.zero_point,
-        }  # fmt: skip
-        for key, part in parts.items():
-            if key in self.state:
-                place = self.state[key]
-                place.copy_(part if wanted is None else torch.where(wanted, part, place))
-            else:
-                self.state[key] = part
-
-    def _stored(self, side: str) -> Tensor | QuantizedTensor:
-        stored, scale = self.state[f"{side}_basis"], self.state.get(f"{side}_basis_scale")
-        if scale is None:
-            return stored
-        d = self.shape[0 if side == "left" else 1]
-        bits, group_size = self.group["quant_n_bit"], self.group["quant_group_size"]
-        return QuantizedTensor(stored, scale, self.state[f"{side}_basis_zero_point"], d, bits, group_size)
-
-    def basis(self, side: str, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """The basis (rank, d) of a side, dequantized; None where that side is not projected."""
-        if side not in self.sides:
-            return None
-        if not self.state:
-            self._init_state()
-        return self._decode(self._stored(side), dtype)
 
     # ---- the gradient
 
@@ -291,9 +232,9 @@ class LowRankWeight(FullRankWeight):
             for sketch, value in zip(self._sketches.values(), summed[1:], strict=True):
                 sketch.add(value, self._seed(ACCUMULATION, -2))
 
-    def _fit(self, full: Tensor) -> dict[str, Tensor | QuantizedTensor]:
+    def _fit(self, full: Tensor) -> dict[str, Basis]:
         """The SVD bases of a full gradient; the old ones where it fails."""
-        bases: dict[str, Tensor | QuantizedTensor] = {}
+        bases: dict[str, Basis] = {}
         self._fit_failed = False
         for side in self.sides:
             seed = self._seed(_RANGE_FINDER) if self.group["svd_method"] == "randomized" else None
@@ -304,9 +245,6 @@ class LowRankWeight(FullRankWeight):
                 stored if fitted is None else self._encode(subspace.with_signs_of(fitted, self._decode(stored)))
             )
         return bases
-
-    def _decode(self, basis: Tensor | QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return basis.dequantize(dtype) if isinstance(basis, QuantizedTensor) else basis.to(dtype)
 
     # ---- the update
 
@@ -356,9 +294,7 @@ class LowRankWeight(FullRankWeight):
         assert self._begun is not None, f"no update of {self.name} waits for a direction"
         return self._begun
 
-    def _take_fitted_bases(
-        self, bases: dict[str, Tensor | QuantizedTensor], update_step: int, skip: Tensor | None
-    ) -> None:
+    def _take_fitted_bases(self, bases: dict[str, Basis], update_step: int, skip: Tensor | None) -> None:
         wanted = None if skip is None else ~skip
         similarities = [self._change_basis(side, basis, wanted) for side, basis in bases.items()]
         self.similarity = self._newest_similarity.copy_(torch.stack(similarities).mean())
@@ -371,7 +307,7 @@ class LowRankWeight(FullRankWeight):
         self.similarity = self._newest_similarity.copy_(self._change_basis(side, self._encode(basis), wanted))
         self.state["failures"] += ~worked if skip is None else ~worked & ~skip
 
-    def _change_basis(self, side: str, encoded: Tensor | QuantizedTensor, wanted: Tensor | None) -> Tensor:
+    def _change_basis(self, side: str, encoded: Basis, wanted: Tensor | None) -> Tensor:
         """Put a new basis into the state and rotate the moments into it if asked; returns the similarity with the old.
 
         Where the flag `wanted` on the device says no, basis and moments stay as they are, to the bit.

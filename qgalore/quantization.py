@@ -5,6 +5,7 @@ The format and its bounds are described in `qgalore.kernels.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,15 @@ def quantize(x: Tensor, bits: int = 8, group_size: int = 256, seed: int | None =
     """
     qdata, scale, zero_point = kernels.quantize(x, bits, group_size, seed)
     return QuantizedTensor(qdata, scale, zero_point, x.shape[1], bits, group_size)
+
+
+def dequantize_several(
+    matrices: Sequence[QuantizedTensor], dtype: torch.dtype, outs: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """`QuantizedTensor.dequantize` of several matrices, on a GPU one launch for those that are stored alike."""
+    places = [None] * len(matrices) if outs is None else outs
+    parts = [
+        kernels.QuantizedMatrix(m.qdata, m.scale, m.zero_point, m.columns, m.bits, m.group_size, out)
+        for m, out in zip(matrices, places, strict=True)
+    ]
+    return kernels.dequantize_several(parts, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from peft_pretraining.activation_memory import layer_activation_bytes
+from peft_pretraining.held_memory import held_bases_bytes, held_weights_bytes
 from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.memory_plan import (
@@ -33,6 +34,7 @@ from peft_pretraining.update_memory import (
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 from qgalore.adam import GradientStep, init_moments
 from qgalore.direction import DIRECTIONS, orthogonal_directions
+from qgalore.held_matrices import held_bases, held_weights
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
 CONFIG = LlamaConfig.from_dict(
@@ -446,6 +448,40 @@ def test_sketches_of_a_layer_wait_together_where_graphs_run_it(root: Path) -> No
     assert often[name] - seldom[name] == 6 * 128 * 512 * 2
 
 
+def test_what_a_layer_holds_is_exact() -> None:
+    """Padded weights and bases in bfloat16: of one of the two layers, by graphs."""
+    _, settings = CASES["q-galore"]
+    model = built(CONFIG, settings)
+    groups = low_rank_param_groups(model, names := low_rank_names(model), rank=24, quant=True)
+    optimizer = QGaLoreAdamW8bit(groups, lr=1e-3)
+    optimizer.attach(model)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    (model(tokens, tokens).loss_sum / 7).backward()
+    layers: list[Any] = [model.get_submodule(name) for name in names][:7]
+    weights = list(optimizer.low_rank_weights())[:7]
+    graphs = dataclasses.replace(settings, cuda_graphs=True)
+    with held_weights(layers, torch.bfloat16), held_bases(weights, torch.bfloat16):
+        assert held_weights_bytes(CONFIG, graphs) == sum(size(layer.held_weight) for layer in layers)
+        found = [basis for weight in weights for basis in weight.held_bases.values()]
+        assert held_bases_bytes(CONFIG, graphs) == sum(map(size, found)) > 0
+    for other in (settings, dataclasses.replace(graphs, int8_products=True)):
+        assert held_weights_bytes(CONFIG, other) == 0
+    for other in (settings, dataclasses.replace(graphs, proj_bits=None)):
+        assert held_bases_bytes(CONFIG, other) == 0
+
+
+def test_only_small_layers_hold_their_matrices(root: Path) -> None:
+    graphs = dataclasses.replace(Q_GALORE, cuda_graphs=True)
+    held = {}
+    for name, rank in (("60m", 224), ("350m", 448), ("1b", 512), ("7b", 1024)):
+        config, s = llama(root, name), dataclasses.replace(graphs, rank=rank)
+        held[name] = held_weights_bytes(config, s), held_bases_bytes(config, s)
+    assert held["60m"] == (2 * (4 * 512**2 + 3 * 512 * 1376), 2 * 7 * 224 * 512)
+    assert held["350m"] == (2 * (4 * 1024**2 + 3 * 1024 * 2736), 2 * 7 * 448 * 1024)
+    assert held["1b"] == (0, 2 * 7 * 512 * 2048)
+    assert held["7b"] == (0, 0)
+
+
 def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
     config, plain = llama(root, "1b"), dataclasses.replace(Q_GALORE, batch_size=16, rank=512)
     before, after = plan_memory(config, plain), plan_memory(config, dataclasses.replace(plain, int8_products=True))
@@ -471,8 +507,8 @@ def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None
     assert plan.lasting == ordinary.lasting and plan.activations == ordinary.activations
     assert plan.passing["activations and loss"] == ordinary.passing["activations and loss"]
     backward = "activations and backward of one layer"
-    if checkpointing:  # what is computed again is not kept, so nothing else changes
-        assert plan.passing[backward] == ordinary.passing[backward] + hidden
+    if checkpointing:  # what is computed again is not kept, so nothing changes but that all bases are there
+        assert plan.passing[backward] == ordinary.passing[backward] + hidden + 2 * 7 * 128 * 2048
     else:  # the gradients of gate and up are not written over what was saved
         assert plan.passing[backward] > plan.activations + 2 * (16 * 256 * 5461 * 2 + hidden)
     # Four matrices of 2048 x 2048 and three of 2048 x 5461 at rank 128, and two norms: two messages in bfloat16, and
@@ -550,14 +586,14 @@ def test_an_update_on_tensor_cores_makes_no_float32_factors() -> None:
 
 
 def test_small_matrices_are_planned_together(root: Path) -> None:
-    """All seven of a layer of 350M, with their directions and bases at once; of 7B each alone."""
+    """All seven of a layer of 350M, with their directions at once, beside bases that are held; of 7B each alone."""
     graphs = dataclasses.replace(Q_GALORE, rank=256, cuda_graphs=True)
     small, large = llama(root, "350m"), llama(root, "7b")
     assert [len(group) for group in updated_together(small, graphs)] == [7]
     values, bases = 256 * (4 * 1024 + 3 * 2736), 256 * 7 * 1024
     planned = largest_update_bytes(small, graphs)
-    assert planned == max(
-        2 * (values + bases), *(refresh_of_subspace_bytes(shape, graphs) for shape in small.matrix_shapes().values())
+    assert planned == 2 * bases + max(
+        2 * values, *(refresh_of_subspace_bytes(shape, graphs) for shape in small.matrix_shapes().values())
     )
     assert 2 * (values + bases) > max(step_bytes(shape, graphs) for shape in small.matrix_shapes().values())
     # From Python weight by weight; where updates wait over the borders of layers.

@@ -18,6 +18,7 @@ from qgalore.kernels.implementation import triton_or_none
 from qgalore.kernels.implementation import use_triton as use_triton
 from qgalore.kernels.update_arguments import MATRICES_TOGETHER as MATRICES_TOGETHER
 from qgalore.kernels.update_arguments import AdamStep as AdamStep
+from qgalore.kernels.update_arguments import QuantizedMatrix as QuantizedMatrix
 from qgalore.kernels.update_arguments import QuantizedUpdate as QuantizedUpdate
 from qgalore.kernels.update_arguments import numbers_row as numbers_row
 
@@ -82,10 +83,22 @@ def dequantize(
     _check_format(bits, group_size)
     triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
-        return triton.dequantize(qdata, scale, zero_point, columns, bits, group_size, dtype, out)  # type: ignore[no-any-return]
+        one = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size, out)
+        return triton.dequantize_several([one], dtype)[0]  # type: ignore[no-any-return]
     codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata
     value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
     return value if out is None else out.copy_(value)
+
+
+def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
+    """`dequantize` of several matrices: in Triton one launch for those that are stored alike."""
+    triton = triton_or_none(matrices[0].qdata.device, "group_quantization") if matrices else None
+    if triton is None or not all(triton.can_handle(matrix.group_size) for matrix in matrices):
+        return [dequantize(*matrix[:-1], dtype, matrix.out) for matrix in matrices]
+    for matrix in matrices:
+        _check_matrix(matrix.qdata, "qdata")
+        _check_format(matrix.bits, matrix.group_size)
+    return triton.dequantize_several(matrices, dtype)  # type: ignore[no-any-return]
 
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)

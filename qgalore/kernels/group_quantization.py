@@ -1,4 +1,4 @@
-"""Group quantization in Triton: `dequantize`, `quantize` and an update of a quantized matrix, group by group.
+"""Group quantization in Triton: `dequantize_several`, `quantize` and an update of a quantized matrix, group by group.
 
     dequantize:  out = code * scale + zero_point
     quantize:    (codes, scale, zero_point) of x
@@ -7,25 +7,45 @@
 Layout: qdata (rows, columns) uint8, or (rows, ceil(columns / 2)) at 4 bits; scale and zero point (rows, groups)
 bfloat16; the float operand (rows, columns) with any strides. One program handles one group of BLOCK_ROWS rows. Values
 are float32 inside and rounded once; the bits are those of `reference`.
+
+Several matrices are dequantized in one launch: what belongs to one of them comes as a tuple of as many elements as
+there are matrices.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_numbers, store_codes, to_float
+from qgalore.kernels.triton_tiles import (
+    chosen,
+    load_codes,
+    matrix_of_program,
+    quantize_group,
+    read_numbers,
+    store_codes,
+    to_float,
+)
+from qgalore.kernels.update_arguments import QuantizedMatrix, launches
 
 
 @triton.jit
 def _dequantize_kernel(
-    qdata, scale, zero_point, out, rows, columns, q_stride, out_stride, groups, GROUP: tl.constexpr, G: tl.constexpr,
-    M: tl.constexpr, BITS: tl.constexpr,
+    qdata, scale, zero_point, out, rows, columns, q_stride, out_stride, groups, ends, GROUP: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
-    group = tl.program_id(1)
+    which, program = matrix_of_program(ends)
+    rows, columns, groups = chosen(which, rows), chosen(which, columns), chosen(which, groups)
+    qdata, scale, zero_point = chosen(which, qdata), chosen(which, scale), chosen(which, zero_point)
+    q_stride, out, out_stride = chosen(which, q_stride), chosen(which, out), chosen(which, out_stride)
+    row_blocks = tl.cdiv(rows, M)
+    row = ((program % row_blocks) * M + tl.arange(0, M)[:, None]).to(tl.int64)
+    group = program // row_blocks
     start = group * GROUP
     end = tl.minimum(start + GROUP, columns)
     row_mask = row < rows
@@ -91,22 +111,38 @@ def can_handle(group_size: int) -> bool:
     return group_size % 8 == 0 and group_size <= _LARGEST_GROUP
 
 
-def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, columns: int, bits: int, group_size: int, dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """See `qgalore.kernels.dequantize`."""
-    rows = qdata.shape[0]
-    if out is None:
-        out = torch.empty(rows, columns, dtype=dtype, device=qdata.device)
+def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
+    """See `qgalore.kernels.dequantize_several`."""
+    outs = [
+        torch.empty(matrix.qdata.shape[0], matrix.columns, dtype=dtype, device=matrix.qdata.device)
+        if matrix.out is None
+        else matrix.out
+        for matrix in matrices
+    ]
+    matrices = [matrix._replace(out=out) for matrix, out in zip(matrices, outs, strict=True)]
+    for places in launches(matrices, _stored_alike):
+        _launch_dequantize([matrices[place] for place in places], [outs[place] for place in places])
+    return outs
+
+
+def _stored_alike(matrix: QuantizedMatrix) -> tuple[object, ...]:
+    assert matrix.out is not None
+    # One ragged matrix in a launch would make the loads and stores of all others as narrow as its own.
+    in_vectors = all(x % 16 == 0 for x in (matrix.columns, matrix.qdata.stride(0), matrix.out.stride(0)))
+    return matrix.bits, matrix.group_size, in_vectors
+
+
+def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tensor]) -> None:
+    """Matrices that are stored alike."""
+    qdata, scale, zero_point, columns, (bits, *_), (group_size, *_), _ = zip(*matrices, strict=True)
     block_rows, block_columns = block_of_group(group_size)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
-    _dequantize_kernel[grid](
-        qdata, scale, zero_point, out, rows, columns, qdata.stride(0), out.stride(0), scale.stride(0),
-        GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
-        num_warps=warps_of_block(block_rows, block_columns),
+    rows, groups = tuple(len(x) for x in qdata), [triton.cdiv(count, group_size) for count in columns]
+    ends = tuple(itertools.accumulate(triton.cdiv(r, block_rows) * g for r, g in zip(rows, groups, strict=True)))
+    _dequantize_kernel[(ends[-1],)](
+        qdata, scale, zero_point, tuple(outs), rows, columns, tuple(x.stride(0) for x in qdata),
+        tuple(x.stride(0) for x in outs), tuple(x.stride(0) for x in scale), ends, GROUP=group_size, G=block_columns,
+        M=block_rows, BITS=bits, enable_fp_fusion=False, num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip
-    return out
 
 
 def quantize(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:

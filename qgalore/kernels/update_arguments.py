@@ -1,4 +1,4 @@
-"""What the update of one weight is made of, for kernels that update several weights in one launch."""
+"""What the work on one matrix is made of, for kernels that work on several matrices in one launch."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ class QuantizedUpdate(NamedTuple):
     decay: float
     seed: int | None
     numbers: Tensor | None = None
+
+
+class QuantizedMatrix(NamedTuple):
+    """Arguments of `qgalore.kernels.dequantize` that belong to one matrix."""
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    columns: int
+    bits: int
+    group_size: int
+    out: Tensor | None = None
 
 
 def launches(

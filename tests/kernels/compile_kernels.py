@@ -4,8 +4,9 @@
 
 prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
 layouts of what `check_gradients_` adds up, which decide the order of its sums. "places": how many kernels it takes for
-norms at different places. The second number is what a program can
-have on such a card. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
+norms at different places. "dequantized": how many dequantize the weights and the bases of layers, by their widths. The
+second number is what a program can have on such a card. Nothing is launched, so tensors are on the CPU and results are
+whatever memory held.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from qgalore import kernels
 from qgalore.kernels import low_rank_update
+from qgalore.padding import padded_width
 
 TAKEN: dict[str, int] = {}
 MADE: set[str] = set()
@@ -136,8 +138,28 @@ def kernels_of_places() -> int:
     return len(MADE)
 
 
+def kernels_of_layers() -> dict[str, int]:
+    """How many kernels dequantize the seven weights and the seven bases of two layers, by the shape of a model."""
+    found = {}
+    for width, hidden, rank in ((512, 1376, 128), (1024, 2736, 448), (1024, 2730, 256)):
+        MADE.clear()
+        shapes = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
+        for _ in range(2):
+            for bits, stored in ((8, shapes), (4, [(rank, min(shape)) for shape in shapes])):
+                matrices = []
+                for m, n in stored:
+                    rows, columns = padded_width(m), padded_width(n)
+                    place = torch.empty(rows, columns, dtype=torch.bfloat16)[:m, :n] if bits == 8 else None
+                    codes, scales = torch.zeros(m, n * bits // 8).byte(), torch.zeros(m, -(-n // 256)).bfloat16()
+                    matrices.append(kernels.QuantizedMatrix(codes, scales, scales, n, bits, 256, place))
+                kernels.dequantize_several(matrices, torch.bfloat16)
+        found[f"{width} x {hidden}"] = len(MADE)
+    return found
+
+
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]), int(sys.argv[2]))
     launch_all()
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
-    print(json.dumps({"shared": TAKEN, "sums": sums, "places": kernels_of_places()}))
+    found = {"shared": TAKEN, "sums": sums, "places": kernels_of_places(), "dequantized": kernels_of_layers()}
+    print(json.dumps(found))

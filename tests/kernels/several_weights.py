@@ -1,8 +1,9 @@
-"""Updates of several weights in one launch: the checks of them that `test_agreement.py` runs."""
+"""Several matrices in one launch, dequantized or updated: the checks of that which `test_agreement.py` runs."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 from unittest import mock
 
 import torch
@@ -10,6 +11,44 @@ from torch import Tensor
 
 from qgalore import adam, kernels
 from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
+
+# Rows, columns, bits, group, columns of what it is written into: whole groups and ragged ones, a row, a column.
+STORED = [
+    (16, 512, 8, 256, 0), (9, 85, 8, 256, 96), (5, 1376, 8, 256, 0), (1, 256, 8, 256, 0), (64, 512, 4, 256, 0),
+    (3, 301, 4, 256, 320), (20, 256, 8, 256, 272), (4, 97, 8, 40, 0), (3, 1, 8, 256, 16), (33, 512, 4, 256, 0),
+    *[(8, 256 + 16 * i, 8, 256, 0) for i in range(9)],
+]  # fmt: skip
+
+
+def stored_matrix(
+    number: int, rows: int, columns: int, bits: int, group: int, width: int, device: torch.device, dtype: torch.dtype
+) -> kernels.QuantizedMatrix:
+    """A matrix with numbers of its own; with a width it is dequantized into a wider one, which is 7 beside it."""
+    parts = kernels.quantize(normal(rows, columns, seed=number).to(device), bits, group)
+    wide = torch.full((rows + 1, width), 7.0, dtype=dtype, device=device) if width else None
+    return kernels.QuantizedMatrix(*parts, columns, bits, group, None if wide is None else wide[:rows, :columns])
+
+
+def check_dequantize_several(device: torch.device) -> None:
+    """Together as one after another, whatever the number of matrices and how they are stored."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for chosen in ([], STORED[:1], STORED[1:3], STORED, STORED[::-1]):
+
+            def run(together: bool, chosen: list[Any] = chosen, dtype: torch.dtype = dtype) -> object:
+                matrices = [stored_matrix(i, *each, device, dtype) for i, each in enumerate(chosen)]
+                if together:
+                    values = kernels.dequantize_several(matrices, dtype)
+                else:
+                    values = [kernels.dequantize(*matrix[:-1], dtype, matrix.out) for matrix in matrices]
+                for value, matrix in zip(values, matrices, strict=True):
+                    assert value.shape == (matrix.qdata.shape[0], matrix.columns) and value.dtype == dtype
+                    assert matrix.out is None or value is matrix.out
+                bases = [value if value._base is None else value._base for value in values]
+                return tuple(values), tuple(bases)
+
+            expected, found = both(lambda run=run: run(True))  # type: ignore[misc]
+            assert same(expected, found)
+            assert same(*both(lambda run=run: run(False))) and same(run(False), found)  # type: ignore[misc]
 
 
 def update_of(

@@ -34,4 +34,6 @@ def test_every_kernel_compiles_and_fits_a_card(card: str, root: Path) -> None:
     assert {name: size for name, size in taken.items() if size > limit} == {}
     # A norm has the same bits whether its gradient is looked at alone, at the end of its hook, or with its layer's.
     assert {name: len(layouts) for name, layouts in found["sums"].items()} == dict.fromkeys(found["sums"], 1)
+    # The weights and the bases; where a side is ragged, that matrix alone.
+    assert found["dequantized"] == {"512 x 1376": 2, "1024 x 2736": 2, "1024 x 2730": 3}
     assert found["places"] == 2, "one for the partial sums and one for the norms, whatever their places"
