@@ -77,15 +77,27 @@ def dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`; into `out`, of any row stride."""
+    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`.
+
+    `out`, of any row stride, takes it; where `out` is larger it gets zeros. Rows of qdata may be longer than the
+    matrix, as in `update_quantized_`. Raises ValueError for an `out` that is smaller.
+    """
     _check_matrix(qdata, "qdata")
     _check_format(bits, group_size)
+    rows = qdata.shape[0]
+    if out is not None and (out.shape[0] < rows or out.shape[1] < columns):
+        raise ValueError(f"out of shape {tuple(out.shape)} does not hold a matrix of {rows} x {columns}")
     triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
         return triton.dequantize(qdata, scale, zero_point, columns, bits, group_size, dtype, out)  # type: ignore[no-any-return]
-    codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata
+    codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata[:, :columns]
     value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
-    return value if out is None else out.copy_(value)
+    if out is None:
+        return value
+    out[:rows, :columns] = value
+    out[rows:] = 0
+    out[:rows, columns:] = 0
+    return out
 
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -262,7 +274,8 @@ def update_quantized_(
     direction N is float, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
     None. Products accumulate in float32, and there is one rounding: nearest without a seed, stochastic with one. Where
     the flag `skip` is true nothing changes. With `numbers` (see `numbers_row`) step size,
-    decay and seed come from there.
+    decay and seed come from there. Rows of qdata may be longer than the matrix, with zeros at the end, which stay: as
+    kernels read to the end of a row, they are fastest where that is a multiple of 16 bytes.
     """
     triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and not triton.can_handle(group_size):
@@ -290,7 +303,8 @@ def update_quantized_(
             weight.mul_(decay).sub_(full * step_size)
             random = _random_bits(stop - start, columns, seed, start, weight.device)
             codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
-            part[0].copy_(reference.pack_int4(codes) if bits == 4 else codes)
+            packed = reference.pack_int4(codes) if bits == 4 else codes
+            part[0][:, : packed.shape[1]] = packed
 
 
 def update_several_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:

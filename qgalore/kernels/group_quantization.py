@@ -4,9 +4,10 @@
     quantize:    (codes, scale, zero_point) of x
     update:      (codes, scale, zero_point) of decay * W - step_size * N
 
-Layout: qdata (rows, columns) uint8, or (rows, ceil(columns / 2)) at 4 bits; scale and zero point (rows, groups)
-bfloat16; the float operand (rows, columns) with any strides. One program handles one group of BLOCK_ROWS rows. Values
-are float32 inside and rounded once; the bits are those of `reference`.
+Layout: qdata (rows, columns or more) uint8, or (rows, ceil(columns / 2) or more) at 4 bits, read and written to the end
+of its rows, with zeros beyond the matrix; scale and zero point (rows, groups) bfloat16; the float operand (rows,
+columns) with any strides; out (rows or more, columns or more) with any row stride. One program handles one group of
+BLOCK_ROWS rows. Values are float32 inside and rounded once; the bits are those of `reference`.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from qgalore.kernels.triton_tiles import load_codes, quantize_group, read_number
 
 @triton.jit
 def _dequantize_kernel(
-    qdata, scale, zero_point, out, rows, columns, q_stride, out_stride, groups, GROUP: tl.constexpr, G: tl.constexpr,
-    M: tl.constexpr, BITS: tl.constexpr,
+    qdata, scale, zero_point, out, rows, columns, q_stride, q_width, out_rows, out_columns, out_stride, groups,
+    GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
     group = tl.program_id(1)
     start = group * GROUP
-    end = tl.minimum(start + GROUP, columns)
-    row_mask = row < rows
-    codes = load_codes(qdata, row, q_stride, row_mask, start, end, G, BITS).to(tl.float32)
+    # What lies below the matrix, or beside its groups, is 0 * 0 + 0.
+    row_mask = row < tl.where(start < columns, rows, 0)
+    codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
     factor = tl.load(scale + row * groups + group, mask=row_mask, other=0).to(tl.float32)
     offset = tl.load(zero_point + row * groups + group, mask=row_mask, other=0).to(tl.float32)
     column = start + tl.arange(0, G)[None, :]
-    value = codes * factor + offset
-    tl.store(out + row * out_stride + column, to_float(value, out.dtype.element_ty), mask=row_mask & (column < end))
+    value = tl.where(column < columns, codes * factor + offset, 0.0)
+    mask = (row < out_rows) & (column < tl.minimum(start + GROUP, out_columns))
+    tl.store(out + row * out_stride + column, to_float(value, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
 def _update_kernel(
-    qdata, scale, zero_point, x, skip, numbers, rows, columns, q_stride, groups, x_row, x_column, seed_low, seed_high,
-    row_start,
-    step_size, decay, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
+    qdata, scale, zero_point, x, skip, numbers, rows, columns, q_stride, q_width, groups, x_row, x_column, seed_low,
+    seed_high, row_start, step_size, decay, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
     STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
@@ -61,13 +62,13 @@ def _update_kernel(
     value = tl.load(x + row * x_row + column * x_column, mask=mask, other=0).to(tl.float32)
     at = row * groups + group
     if UPDATE:
-        codes = load_codes(qdata, row, q_stride, row_mask, start, end, G, BITS).to(tl.float32)
+        codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
         factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
         offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
         value = (codes * factor + offset) * decay - value * step_size
     number = (row_start + row).to(tl.int32)
     codes, factor, offset = quantize_group(value, mask, number, start, seed_low, seed_high, G, BITS, STOCHASTIC)
-    store_codes(qdata, codes, row, q_stride, row_mask, start, end, G, BITS)
+    store_codes(qdata, codes, row, q_stride, q_width, row_mask, start, end, GROUP, G, BITS)
     tl.store(scale + at, factor[:, None].to(tl.bfloat16), mask=row_mask)
     tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)
 
@@ -100,10 +101,10 @@ def dequantize(
     if out is None:
         out = torch.empty(rows, columns, dtype=dtype, device=qdata.device)
     block_rows, block_columns = block_of_group(group_size)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
+    grid = (triton.cdiv(out.shape[0], block_rows), triton.cdiv(out.shape[1], group_size))
     _dequantize_kernel[grid](
-        qdata, scale, zero_point, out, rows, columns, qdata.stride(0), out.stride(0), scale.stride(0),
-        GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
+        qdata, scale, zero_point, out, rows, columns, qdata.stride(0), qdata.shape[1], *out.shape, out.stride(0),
+        scale.stride(0), GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
         num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip
     return out
@@ -153,10 +154,9 @@ def _launch(
     number = seed or 0
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
     _update_kernel[grid](
-        qdata, scale, zero_point, x, skip, numbers, rows, columns, qdata.stride(0), scale.stride(0), x.stride(0),
-        x.stride(1),
-        number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start, step_size, decay, GROUP=group_size,
-        G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None, UPDATE=update,
-        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None,
-        enable_fp_fusion=False, num_warps=warps_of_block(block_rows, block_columns),
+        qdata, scale, zero_point, x, skip, numbers, rows, columns, qdata.stride(0), qdata.shape[1],
+        scale.stride(0), x.stride(0), x.stride(1), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start,
+        step_size, decay, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None,
+        UPDATE=update, HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, enable_fp_fusion=False,
+        num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip
