@@ -46,7 +46,7 @@ def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[
     quantized = layer.quantized_weight
     assert quantized is not None
     scales = (quantized.scale, quantized.zero_point)
-    signed, turned = (int8_matmul._signed(quantized.qdata, turns) for turns in (False, True))
+    signed, turned = (int8_matmul._signed(quantized.qdata[:, : layer.in_features], turns) for turns in (False, True))
     rounded_x = int8_matmul._quantize_rows(x, layer.in_features, None, None)
     rounded_grad = int8_matmul._quantize_rows(grad, layer.out_features, *scales)
     return (
@@ -59,7 +59,7 @@ def torch_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Produ
     """PyTorch's, of signed codes; None where it does not take the shape."""
     if layer.in_features % 8 or layer.out_features % 8:
         return None
-    codes = (layer.weight ^ 128).view(torch.int8)
+    codes = (layer.weight[:, : layer.in_features] ^ 128).view(torch.int8)
     other_way = codes.T.contiguous()
     rounded_x, rounded_grad = (kernels.reference.quantize_rows(t.float())[0] for t in (x, grad))
     return lambda: torch._int_mm(rounded_x, codes.T), lambda: torch._int_mm(rounded_grad, other_way.T)

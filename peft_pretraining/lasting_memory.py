@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qgalore.accumulator import GROUP_SIZE
 from qgalore.adam import BLOCK_SIZE, MIN_8BIT_NUMEL
+from qgalore.quantization import aligned_row_bytes, row_bytes
 from qgalore.subspace_schedule import first_refresh_spread
 
 Shape = tuple[int, ...]
@@ -114,7 +115,8 @@ def weight_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of a decoder matrix as it is stored."""
     if s.weight_bits is None:
         return math.prod(shape) * s.dtype_bytes
-    return _quantized_bytes(shape[0], shape[1], s.weight_bits, shape[1] if s.int8_products else s.weight_group_size)
+    group_size = shape[1] if s.int8_products else s.weight_group_size
+    return shape[0] * (aligned_row_bytes(shape[1], s.weight_bits) + _group_bytes(shape[1], group_size))
 
 
 def projection_bytes(shape: Shape, s: MemorySettings) -> int:
@@ -187,5 +189,10 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
 
 
 def _quantized_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """Codes, and a bfloat16 scale and zero point a group; groups and packed bytes do not straddle rows."""
-    return rows * (math.ceil(columns * bits / 8) + 4 * math.ceil(columns / group_size))
+    """Codes and groups, which do not straddle rows."""
+    return rows * (row_bytes(columns, bits) + _group_bytes(columns, group_size))
+
+
+def _group_bytes(columns: int, group_size: int) -> int:
+    """A bfloat16 scale and zero point for each group of a row."""
+    return 4 * math.ceil(columns / group_size)

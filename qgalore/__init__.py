@@ -1,9 +1,10 @@
 """Q-GaLore: training in little memory with INT8 weights, INT4 low-rank projections and 8-bit Adam states."""
 
-from qgalore.linear import LowRankLinear, WeightFormat, convert_linears
+from qgalore.linear import LowRankLinear, convert_linears
 from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
 from qgalore.param_groups import linear_names, low_rank_param_groups
 from qgalore.quantization import QuantizedTensor, quantize
+from qgalore.weight_format import WeightFormat
 
 __version__ = "0.1.0"
 

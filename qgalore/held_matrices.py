@@ -15,7 +15,7 @@ import torch
 from qgalore.bases import WeightWithBases
 from qgalore.full_rank_weight import FullRankWeight
 from qgalore.linear import LowRankLinear
-from qgalore.padding import padded_place, padded_width
+from qgalore.padding import padded_width
 from qgalore.quantization import dequantize_several
 
 HELD_BYTES = 32 << 20
@@ -55,11 +55,12 @@ def held_bases(weights: Sequence[FullRankWeight], dtype: torch.dtype) -> Iterato
 def _hold_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
     multiplied = [layer for layer in layers if not layer.format.int8_products]
     stored = [(layer, weight) for layer in multiplied if (weight := layer.quantized_weight) is not None]
-    if sum(math.prod(map(padded_width, weight.shape)) for _, weight in stored) * dtype.itemsize > HELD_BYTES:
+    shapes = [tuple(map(padded_width, weight.shape)) for _, weight in stored]
+    if sum(map(math.prod, shapes)) * dtype.itemsize > HELD_BYTES:
         return
-    places = [padded_place(*weight.shape, dtype, weight.qdata.device) for _, weight in stored]
-    dequantize_several([weight for _, weight in stored], dtype, [inside for _, inside in places])
-    for (layer, _), (padded, _) in zip(stored, places, strict=True):
+    places = [weight.scale.new_empty(shape, dtype=dtype) for (_, weight), shape in zip(stored, shapes, strict=True)]
+    dequantize_several([weight for _, weight in stored], dtype, places)
+    for (layer, _), padded in zip(stored, places, strict=True):
         layer.held_weight = padded
 
 

@@ -1,12 +1,13 @@
 """The linear layer whose weight is trained through low-rank gradients, over a float or a quantized weight.
 
 The weight is plain state of a module: an integer parameter with its scales and zero points as buffers (or a float
-parameter), so `deepcopy`, `state_dict`, `.to()`, safetensors and data parallelism need nothing special; a tensor
-subclass failed at the last two (docs/log.md has the trial). Autograd cannot hand an integer parameter a gradient, nor
-should it form a full one. So the layer is an operator whose backward gives its two factors, the output gradient and
-the input, to the layer's *tap*; the optimizer hangs a tap on each layer when it is attached to the model. A scalar
-leaf, the *anchor*, stands for the weight in the autograd graph: it makes the backward run even where the input needs
-no gradient, and its post-accumulate hook fires once a backward, after every use of the weight.
+parameter), so `deepcopy`, `.to()`, safetensors and data parallelism need nothing special; a tensor subclass failed at
+the last two (docs/log.md has the trial). Rows of codes end with zeros where kernels want longer ones, and a state dict
+has them without. Autograd cannot hand an integer parameter a gradient, nor should it form a full one. So the layer is
+an operator whose backward gives its two factors, the output gradient and the input, to the layer's *tap*; the optimizer
+hangs a tap on each layer when it is attached to the model. A scalar leaf, the *anchor*, stands for the weight in the
+autograd graph: it makes the backward run even where the input needs no gradient, and its post-accumulate hook fires
+once a backward, after every use of the weight.
 
 The operator is a `torch.library` operator, so that `torch.compile` passes through it without a graph break.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgalore import kernels
-from qgalore.padding import padded_place, padded_width, with_padded_columns
+from qgalore.padding import padded_width, with_padded_columns
 from qgalore.quantization import QuantizedTensor, quantize
+from qgalore.weight_format import WeightFormat
 
 
 class GradientTap(Protocol):
@@ -36,32 +37,6 @@ class GradientTap(Protocol):
 
         Either may be wider, with columns of zeros (`qgalore.padding`).
         """
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How a low-rank weight is stored and rounded when it is written."""
-
-    bits: int | None = None
-    """8 or 4: quantized in groups; None: float."""
-    group_size: int = 256
-    """Values of a row that share a scale."""
-    stochastic_rounding: bool = True
-    """Round updates up or down at random, unbiased; else to nearest."""
-    simulate: bool = False
-    """Fake quantization: keep a float weight whose values lie on the quantized grid."""
-    int8_products: bool = False
-    """Quantize activations as they come and multiply in INT8: 8 bits, a row is one group and group_size has no say."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for products in INT8 of a weight that is not stored in 8 bits."""
-        if self.int8_products and (self.bits != 8 or self.simulate):
-            stored = "a simulated weight" if self.simulate else f"bits={self.bits}"
-            raise ValueError(f"int8_products multiplies the codes of an 8-bit weight: it cannot work with {stored}")
-
-    def group_size_of(self, columns: int) -> int:
-        """Values that share a scale in a row of so many columns; for a whole row a multiple of 8, as kernels want."""
-        return -(-columns // 8) * 8 if self.int8_products else self.group_size
 
 
 def changes_nothing(step_size: float, decay: float, numbers: Tensor | None) -> bool:
@@ -92,7 +67,7 @@ class LowRankLinear(nn.Module):
             if format.simulate:
                 self.weight.data.copy_(self._to_grid(weight.detach(), seed=None))
         else:
-            quantized = quantize(weight.detach(), format.bits, self.group_size)
+            quantized = quantize(weight.detach(), format.bits, self.group_size).with_aligned_rows()
             self.weight = nn.Parameter(quantized.qdata, requires_grad=False)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
@@ -132,6 +107,21 @@ class LowRankLinear(nn.Module):
         self._register()
 
     @property
+    def _row_padding(self) -> int:
+        return 0 if self.quantized_weight is None else self.quantized_weight.row_padding
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._row_padding:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"][:, : -self._row_padding].contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        key = f"{prefix}weight"
+        if self._row_padding and key in state_dict:  # of another width than it should be, it is refused
+            state_dict = {**state_dict, key: F.pad(state_dict[key], (0, self._row_padding))}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
     def quantized_weight(self) -> QuantizedTensor | None:
         """A view of the quantized weight; None where the weight is float."""
         if self.weight_scale is None or self.weight_zero_point is None:
@@ -158,12 +148,12 @@ class LowRankLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         if tuple(map(padded_width, shape)) == shape:
             return self.dequantized_weight(dtype)
-        padded, inside = padded_place(*shape, dtype, self.weight.device)
-        quantized = self.quantized_weight
-        if quantized is None:
-            inside.copy_(self.weight)
-        else:
-            quantized.dequantize(dtype, inside)
+        padded = torch.empty(*map(padded_width, shape), dtype=dtype, device=self.weight.device)
+        if self.quantized_weight is not None:
+            return self.quantized_weight.dequantize(dtype, padded)
+        padded[self.out_features :].zero_()
+        padded[:, self.in_features :].zero_()
+        padded[: self.out_features, : self.in_features].copy_(self.weight)
         return padded
 
     def attach(self, tap: GradientTap | None) -> Tensor:
@@ -212,7 +202,7 @@ class LowRankLinear(nn.Module):
         return grad_input if grad_input.shape[-1] == width else grad_input[..., :width].contiguous()
 
     def _int8(self, product: Callable[..., Tensor], x: Tensor, width: int) -> Tensor:
-        weight = (self.weight, self.weight_scale, self.weight_zero_point)
+        weight = (self.weight[:, : self.in_features], self.weight_scale, self.weight_zero_point)
         return product(x.reshape(-1, x.shape[-1]), *weight, width).view(*x.shape[:-1], width)
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ result that is cut again to its own width is exact.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,11 +20,3 @@ def with_padded_columns(x: Tensor) -> Tensor:
     """x (..., n) itself, or a copy with zeros up to the padded width."""
     missing = padded_width(x.shape[-1]) - x.shape[-1]
     return F.pad(x, (0, missing)) if missing else x
-
-
-def padded_place(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A matrix of padded widths with zeros beyond (rows, columns), and the part of it up to there, not yet written."""
-    padded = torch.empty(padded_width(rows), padded_width(columns), dtype=dtype, device=device)
-    padded[rows:].zero_()
-    padded[:, columns:].zero_()
-    return padded, padded[:rows, :columns]

@@ -5,13 +5,27 @@ The format and its bounds are described in `qgalore.kernels.reference`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qgalore import kernels
+
+_ALIGNMENT = 16
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row's codes."""
+    return -(-columns * bits // 8)
+
+
+def aligned_row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of which the next one begins at a multiple of 16 bytes, so that kernels move 16 codes at once."""
+    return -(-row_bytes(columns, bits) // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class QuantizedTensor:
     """A float matrix held as codes with a scale and a zero point for each group of a row."""
 
     qdata: Tensor
-    """uint8, (rows, columns) at 8 bits, (rows, ceil(columns / 2)) at 4."""
+    """uint8, (rows, columns) at 8 bits, (rows, ceil(columns / 2)) at 4; or more, with zeros at the end of each row."""
     scale: Tensor
     """bfloat16, (rows, ceil(columns / group_size))."""
     zero_point: Tensor
@@ -42,12 +56,22 @@ class QuantizedTensor:
         return QuantizedTensor(*parts, self.columns, self.bits, self.group_size)
 
     @property
+    def row_padding(self) -> int:
+        """Bytes at the end of a row that hold no codes."""
+        return self.qdata.shape[1] - row_bytes(self.columns, self.bits)
+
+    def with_aligned_rows(self) -> QuantizedTensor:
+        """The same matrix in rows of `aligned_row_bytes`; itself where it has such."""
+        missing = aligned_row_bytes(self.columns, self.bits) - self.qdata.shape[1]
+        return dataclasses.replace(self, qdata=F.pad(self.qdata, (0, missing))) if missing else self
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in (self.qdata, self.scale, self.zero_point))
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The matrix (rows, columns) in `dtype`, in `out` where that is given."""
+        """The matrix (rows, columns) in `dtype`, in `out` where that is given, with zeros where that is larger."""
         return kernels.dequantize(
             self.qdata, self.scale, self.zero_point, self.columns, self.bits, self.group_size, dtype, out
         )

@@ -132,7 +132,7 @@ def test_every_micro_batch_dequantizes_once(calls: list[int]) -> None:
 
 def test_one_by_one_above_the_limit(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training().until_no_refresh()
-    bases = sum(4 * 4 * min(layer.weight.shape) for layer in training.linears[:MATRICES])
+    bases = sum(4 * 4 * min(layer.out_features, layer.in_features) for layer in training.linears[:MATRICES])
     monkeypatch.setattr(held_matrices, "HELD_BYTES", bases)
     calls.clear()
     training.step()

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from qgalore.kernels import reference
-from qgalore.kernels.implementation import triton_or_none
+from qgalore.kernels.implementation import check_matrix, triton_or_none
 from qgalore.kernels.implementation import use_triton as use_triton
+from qgalore.kernels.int8_products import int8_linear as int8_linear
+from qgalore.kernels.int8_products import int8_linear_backward as int8_linear_backward
 from qgalore.kernels.update_arguments import MATRICES_TOGETHER as MATRICES_TOGETHER
 from qgalore.kernels.update_arguments import AdamStep as AdamStep
 from qgalore.kernels.update_arguments import QuantizedMatrix as QuantizedMatrix
 from qgalore.kernels.update_arguments import QuantizedUpdate as QuantizedUpdate
 from qgalore.kernels.update_arguments import numbers_row as numbers_row
-
-
-def _check_matrix(x: Tensor, name: str) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"{name} must be a matrix, not of shape {tuple(x.shape)}")
 
 
 def _check_format(bits: int, group_size: int) -> None:
@@ -53,7 +50,7 @@ def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> 
     Codes are uint8, (rows, columns) at 8 bits and packed two a byte, (rows, ceil(columns / 2)), at 4; scale and zero
     point are bfloat16, (rows, ceil(columns / group_size)). Nearest without a seed, stochastic with one.
     """
-    _check_matrix(x, "x")
+    check_matrix(x, "x")
     _check_format(bits, group_size)
     triton = triton_or_none(x.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
@@ -78,16 +75,28 @@ def dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`; into `out`, of any row stride."""
-    _check_matrix(qdata, "qdata")
+    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`.
+
+    `out`, of any row stride, takes it; where `out` is larger it gets zeros. Rows of qdata may be longer than the
+    matrix, as in `update_quantized_`. Raises ValueError for an `out` that is smaller.
+    """
+    check_matrix(qdata, "qdata")
     _check_format(bits, group_size)
+    rows = qdata.shape[0]
+    if out is not None and (out.shape[0] < rows or out.shape[1] < columns):
+        raise ValueError(f"out of shape {tuple(out.shape)} does not hold a matrix of {rows} x {columns}")
     triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
         one = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size, out)
         return triton.dequantize_several([one], dtype)[0]  # type: ignore[no-any-return]
-    codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata
+    codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata[:, :columns]
     value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
-    return value if out is None else out.copy_(value)
+    if out is None:
+        return value
+    out[:rows, :columns] = value
+    out[rows:] = 0
+    out[:rows, columns:] = 0
+    return out
 
 
 def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
@@ -96,54 +105,9 @@ def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) 
     if triton is None or not all(triton.can_handle(matrix.group_size) for matrix in matrices):
         return [dequantize(*matrix[:-1], dtype, matrix.out) for matrix in matrices]
     for matrix in matrices:
-        _check_matrix(matrix.qdata, "qdata")
+        check_matrix(matrix.qdata, "qdata")
         _check_format(matrix.bits, matrix.group_size)
     return triton.dequantize_several(matrices, dtype)  # type: ignore[no-any-return]
-
-
-_LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
-
-
-def int8_linear(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:
-    """x Wᵀ (tokens, width) in the dtype of x, multiplied in INT8; zeros beyond the weight's own outputs.
-
-    x float (tokens, in or more), of which only the weight's columns are read: each row is rounded to the nearest of
-    255 symmetric steps, |error| <= its largest magnitude / 254. W in 8 bits with one group a row: qdata uint8
-    (out, in), scale and zero point (out, 1). Raises ValueError for other shapes.
-    """
-    return _int8_linear("int8_linear", x, qdata, scale, zero_point, width, backward=False)
-
-
-def int8_linear_backward(grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:
-    """grad W (tokens, width), the gradient of the input of `int8_linear`, in the dtype of grad; zeros beyond in.
-
-    grad float (tokens, out or more). Each of its rows, times the scales of the weight's rows, is rounded to the nearest
-    of 255 symmetric steps: not stochastically, so that a backward pass needs no seed. Rounding to nearest is biased for
-    one value but not for values that spread over many steps; how a gradient's smallest values fare has to be seen in
-    training. Raises ValueError for other shapes.
-    """
-    return _int8_linear("int8_linear_backward", grad, qdata, scale, zero_point, width, backward=True)
-
-
-def _int8_linear(
-    name: str, x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int, backward: bool
-) -> Tensor:
-    _check_matrix(x, "grad" if backward else "x")
-    _check_matrix(qdata, "qdata")
-    read, given = qdata.shape if backward else reversed(qdata.shape)
-    if scale.shape != (qdata.shape[0], 1) or zero_point.shape != scale.shape:
-        raise ValueError(
-            f"scale and zero_point must be {(qdata.shape[0], 1)}, one group a row, not {tuple(scale.shape)}"
-        )
-    if x.shape[1] < read or width < given:
-        raise ValueError(f"{tuple(x.shape)} -> {width} columns do not fit a weight of shape {tuple(qdata.shape)}")
-    if read > _LONGEST_INT8_SUM:
-        raise ValueError(f"a sum of {read} products in INT8 may overflow: at most {_LONGEST_INT8_SUM}")
-    triton = triton_or_none(x.device, "int8_matmul")
-    if triton is not None and triton.can_handle(*qdata.shape) and x.shape[0]:
-        return getattr(triton, name)(x, qdata, scale, zero_point, width)  # type: ignore[no-any-return]
-    value: Tensor = getattr(reference, name)(x[:, :read], qdata, scale, zero_point).to(x.dtype)
-    return value if width == given else torch.nn.functional.pad(value, (0, width - given))
 
 
 def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
@@ -275,7 +239,8 @@ def update_quantized_(
     direction N is float, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
     None. Products accumulate in float32, and there is one rounding: nearest without a seed, stochastic with one. Where
     the flag `skip` is true nothing changes. With `numbers` (see `numbers_row`) step size,
-    decay and seed come from there.
+    decay and seed come from there. Rows of qdata may be longer than the matrix, with zeros at the end, which stay: as
+    kernels read to the end of a row, they are fastest where that is a multiple of 16 bytes.
     """
     triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and not triton.can_handle(group_size):
@@ -303,7 +268,8 @@ def update_quantized_(
             weight.mul_(decay).sub_(full * step_size)
             random = _random_bits(stop - start, columns, seed, start, weight.device)
             codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
-            part[0].copy_(reference.pack_int4(codes) if bits == 4 else codes)
+            packed = reference.pack_int4(codes) if bits == 4 else codes
+            part[0][:, : packed.shape[1]] = packed
 
 
 def update_several_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:

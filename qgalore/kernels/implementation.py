@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
 
@@ -37,3 +38,9 @@ def _triton_module(name: str) -> Any:
 def triton_or_none(device: torch.device, name: str) -> Any:
     """The Triton file `name` where kernels run in Triton, else None."""
     return _triton_module(name) if use_triton(device) else None
+
+
+def check_matrix(x: Tensor, name: str) -> None:
+    """Raises ValueError for a tensor that is no matrix."""
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be a matrix, not of shape {tuple(x.shape)}")

@@ -4,9 +4,10 @@
 
 A B is the full-size direction: with a left basis A = leftᵀ and B = N, with a right one A = N and B = right. Layout:
 A and B float (bfloat16 for the tensor cores, or float32), the values of a row of B next to one another, those of a row
-or of a column of A; qdata, scale and zero point as in `group_quantization`. One program computes M rows of one group
-of columns of one weight, products accumulate in float32; the group's new scale and zero point are found in the program,
-and its codes are written once, rounded stochastically.
+or of a column of A; qdata, scale and zero point as in `group_quantization`. Codes and B are read to the end of their
+rows as they are stored, beyond the matrix's own columns, where both hold zeros. One program computes M rows of one
+group of columns of one weight, products accumulate in float32; the group's new scale and zero point are found in the
+program, and its codes are written once, rounded stochastically.
 
 What belongs to one weight comes as a tuple of as many elements as there are weights. What a weight becomes does not
 depend on the others of its launch.
@@ -36,10 +37,10 @@ from qgalore.kernels.update_arguments import QuantizedUpdate, launches, seed_wor
 
 @triton.jit
 def _add_product(
-    product, a, b, row, column, rows, end, rank, a_stride, b_stride, BY_COLUMNS: tl.constexpr, K: tl.constexpr,
+    product, a, b, row, column, rows, rank, a_stride, b_width, BY_COLUMNS: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """product + A B at (M,) rows and (G,) columns, float32; nothing is added beyond `rows` and `end`."""
+    """product + A B at (M,) rows and (G,) columns, float32; nothing is added beyond `rows` and `b_width`."""
     k = tl.arange(0, K)
     if BY_COLUMNS:
         a_at = a + row[:, None] + k[None, :] * a_stride
@@ -47,24 +48,24 @@ def _add_product(
     else:
         a_at = a + row[:, None] * a_stride + k[None, :]
         a_step = K
-    b_at = b + k[:, None].to(tl.int64) * b_stride + column[None, :]
-    a_mask, b_mask = (row < rows)[:, None], (column < end)[None, :]
+    b_at = b + k[:, None].to(tl.int64) * b_width + column[None, :]
+    a_mask, b_mask = (row < rows)[:, None], (column < b_width)[None, :]
     for done in range(0, rank, K):
         inside = k < rank - done
         a_tile = tl.load(a_at, mask=a_mask & inside[None, :], other=0.0)
         b_tile = tl.load(b_at, mask=inside[:, None] & b_mask, other=0.0)
         product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
         a_at += a_step
-        b_at += K * b_stride
+        b_at += K * b_width
     return product
 
 
 @triton.jit
 def _low_rank_update_kernel(
-    qdata, scale, zero_point, a, b, numbers, rows, columns, rank, q_stride, groups, a_stride, b_stride, a_by_columns,
-    seed_low, seed_high, step_size, decay, ends, skip, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    K: tl.constexpr, BITS: tl.constexpr, LAYOUTS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr,
-    HAS_NUMBERS: tl.constexpr, PRECISION: tl.constexpr,
+    qdata, scale, zero_point, a, b, numbers, rows, columns, rank, q_stride, q_width, groups, a_stride, b_width,
+    a_by_columns, seed_low, seed_high, step_size, decay, ends, skip, GROUP: tl.constexpr, G: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, LAYOUTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
@@ -78,7 +79,7 @@ def _low_rank_update_kernel(
         seed_low, seed_high = chosen(which, seed_low) >> 1, chosen(which, seed_high) >> 1  # see `seed_words`
         step_size, decay = chosen(which, step_size), chosen(which, decay)
     rows, columns, rank = chosen(which, rows), chosen(which, columns), chosen(which, rank)
-    a, b, a_stride, b_stride = chosen(which, a), chosen(which, b), chosen(which, a_stride), chosen(which, b_stride)
+    a, b, a_stride, b_width = chosen(which, a), chosen(which, b), chosen(which, a_stride), chosen(which, b_width)
     # Neighbouring programs share the rows of B: a group's K x G block of it stays in the cache.
     row_blocks = tl.cdiv(rows, M)
     row = ((program % row_blocks) * M + tl.arange(0, M)).to(tl.int64)
@@ -91,15 +92,13 @@ def _low_rank_update_kernel(
     by_columns = 0 if LAYOUTS == "rows" else rank if LAYOUTS == "columns" else rank * chosen(which, a_by_columns)
     if LAYOUTS != "columns":
         product = _add_product(
-            product, a, b, row, column, rows, end, rank - by_columns, a_stride, b_stride, False, K, PRECISION
+            product, a, b, row, column, rows, rank - by_columns, a_stride, b_width, False, K, PRECISION
         )
     if LAYOUTS != "rows":
-        product = _add_product(
-            product, a, b, row, column, rows, end, by_columns, a_stride, b_stride, True, K, PRECISION
-        )
-    qdata, q_stride = chosen(which, qdata), chosen(which, q_stride)
+        product = _add_product(product, a, b, row, column, rows, by_columns, a_stride, b_width, True, K, PRECISION)
+    qdata, q_stride, q_width = chosen(which, qdata), chosen(which, q_stride), chosen(which, q_width)
     row_mask = (row < rows)[:, None]
-    codes = load_codes(qdata, row[:, None], q_stride, row_mask, start, end, G, BITS).to(tl.float32)
+    codes = load_codes(qdata, row[:, None], q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
     at = row[:, None] * chosen(which, groups) + group
     scale, zero_point = chosen(which, scale), chosen(which, zero_point)
     factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
@@ -107,7 +106,7 @@ def _low_rank_update_kernel(
     value = tl.fma(codes, factor, offset) * decay - product * step_size  # the first product is exact
     number = row[:, None].to(tl.int32)
     new, factor, offset = quantize_group(value, number, start, end, seed_low, seed_high, G, BITS, STOCHASTIC)
-    store_codes(qdata, new, row[:, None], q_stride, row_mask, start, end, G, BITS)
+    store_codes(qdata, new, row[:, None], q_stride, q_width, row_mask, start, end, GROUP, G, BITS)
     tl.store(scale + at, factor[:, None].to(tl.bfloat16), mask=row_mask)
     tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)
 
@@ -131,7 +130,7 @@ def _tile(programs: int, shared_memory: int) -> tuple[int, int, int]:
 
 
 def _factors(update: QuantizedUpdate) -> tuple[Tensor, Tensor]:
-    """A and B of the kernel."""
+    """A and B of the kernel, B with columns of zeros up to a multiple of 16."""
     a, b = (update.direction, update.right) if update.left is None else (update.left.T, update.direction)
     assert b is not None
     if b.shape[1] % 16:  # rows at any address would be loaded one value at a time
@@ -165,9 +164,9 @@ def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
     _low_rank_update_kernel[(ends[-1],)](
         qdata, scale, zero_point, a, b, None if numbers is None else tuple(update.numbers for update in updates),
         tuple(rows), tuple(update.columns for update in updates), tuple(x.shape[1] for x in a),
-        tuple(x.stride(0) for x in qdata), tuple(x.stride(0) for x in scale),
+        tuple(x.stride(0) for x in qdata), tuple(x.shape[1] for x in qdata), tuple(x.stride(0) for x in scale),
         tuple(x.stride(1 if turned else 0) for x, turned in zip(a, by_columns, strict=True)),
-        tuple(x.stride(0) for x in b), tuple(map(int, by_columns)), low, high,
+        tuple(x.shape[1] for x in b), tuple(map(int, by_columns)), low, high,
         tuple(float(update.step_size) for update in updates), tuple(float(update.decay) for update in updates),
         tuple(ends), skip, GROUP=group_size, G=group_size, M=block_rows, K=64 if a[0].element_size() == 2 else 32,
         BITS=bits, LAYOUTS="mixed" if len(set(by_columns)) == 2 else "columns" if by_columns[0] else "rows",

@@ -111,27 +111,39 @@ def quantize_group(
 
 
 @triton.jit
-def load_codes(qdata, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):
-    """Codes (M, G) int32 of columns start:end; row and row_mask (M, 1). At 4 bits `start` must be even."""
-    if BITS == 8:
-        column = start + tl.arange(0, G)[None, :]
-        return tl.load(qdata + row * stride + column, mask=row_mask & (column < end), other=0).to(tl.int32)
-    byte = start // 2 + tl.arange(0, G // 2)[None, :]
-    packed = tl.load(qdata + row * stride + byte, mask=row_mask & (2 * byte < end), other=0).to(tl.int32)
-    return tl.reshape(tl.join(packed & 15, packed >> 4), (packed.shape[0], G))
+def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+    """The bytes (1, G or G / 2) of a group's codes in a row of `width` bytes, and which of them the row has.
+
+    They end with the row as it is stored and not with the matrix: where Triton knows the width to be a multiple of 16,
+    and the stride, many codes are one instruction.
+    """
+    EACH: tl.constexpr = 8 // BITS
+    byte = start // EACH + tl.arange(0, G // EACH)[None, :]
+    return byte, byte < tl.minimum(start // EACH + GROUP // EACH, width)
 
 
 @triton.jit
-def store_codes(qdata, codes, row, stride, row_mask, start, end, G: tl.constexpr, BITS: tl.constexpr):
-    """Write codes (M, G) int32 to columns start:end, at 4 bits two a byte, even columns in the low half."""
-    column = start + tl.arange(0, G)[None, :]
-    if BITS == 8:
-        tl.store(qdata + row * stride + column, codes.to(tl.uint8), mask=row_mask & (column < end))
-    else:
-        pairs = tl.reshape(tl.where(column < end, codes, 0), (codes.shape[0], G // 2, 2))
-        even, odd = tl.split(pairs)
-        byte = start // 2 + tl.arange(0, G // 2)[None, :]
-        tl.store(qdata + row * stride + byte, (even | (odd << 4)).to(tl.uint8), mask=row_mask & (2 * byte < end))
+def load_codes(qdata, row, stride, width, row_mask, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+    """Codes (M, G) int32 of the group that begins at column `start`, in rows of `width` bytes; 0 beyond both.
+
+    row and row_mask (M, 1); at 4 bits `start` and GROUP must be even.
+    """
+    byte, inside = _stored_codes(width, start, GROUP, G, BITS)
+    packed = tl.load(qdata + row * stride + byte, mask=row_mask & inside, other=0).to(tl.int32)
+    return packed if BITS == 8 else tl.reshape(tl.join(packed & 15, packed >> 4), (packed.shape[0], G))
+
+
+@triton.jit
+def store_codes(
+    qdata, codes, row, stride, width, row_mask, start, end, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr
+):
+    """Write what `load_codes` reads, at 4 bits even columns in the low half of a byte; zeros from column `end` on."""
+    codes = tl.where(start + tl.arange(0, G)[None, :] < end, codes, 0)
+    if BITS == 4:
+        even, odd = tl.split(tl.reshape(codes, (codes.shape[0], G // 2, 2)))
+        codes = even | (odd << 4)
+    byte, inside = _stored_codes(width, start, GROUP, G, BITS)
+    tl.store(qdata + row * stride + byte, codes.to(tl.uint8), mask=row_mask & inside)
 
 
 @triton.jit

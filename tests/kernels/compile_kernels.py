@@ -4,9 +4,10 @@
 
 prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
 layouts of what `check_gradients_` adds up, which decide the order of its sums. "places": how many kernels it takes for
-norms at different places. "dequantized": how many dequantize the weights and the bases of layers, by their widths. The
-second number is what a program can have on such a card. Nothing is launched, so tensors are on the CPU and results are
-whatever memory held.
+norms at different places. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
+"bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
+8 and in 4 bits. The second number is what a program can have on such a card. Nothing is launched, so tensors are on the
+CPU and results are whatever memory held.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qgalore import kernels
+from qgalore import LowRankLinear, WeightFormat, kernels
 from qgalore.kernels import low_rank_update
 from qgalore.padding import padded_width
+from qgalore.quantization import aligned_row_bytes
 
 TAKEN: dict[str, int] = {}
 MADE: set[str] = set()
+CODE: dict[str, str] = {}
 SUMS: dict[str, set[str]] = {"_partial_sums_kernel": set(), "_finish_kernel": set()}
 
 
@@ -63,6 +66,7 @@ def compile_only(capability: int, shared_memory: int) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
         MADE.add(kernel.hash)
+        CODE[self.__name__] = kernel.asm["ptx"]
         if self.__name__ in SUMS:
             code = kernel.asm["ttgir"]
             (layout,) = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#\w+)>', code)
@@ -149,11 +153,28 @@ def kernels_of_layers() -> dict[str, int]:
                 matrices = []
                 for m, n in stored:
                     rows, columns = padded_width(m), padded_width(n)
-                    place = torch.empty(rows, columns, dtype=torch.bfloat16)[:m, :n] if bits == 8 else None
-                    codes, scales = torch.zeros(m, n * bits // 8).byte(), torch.zeros(m, -(-n // 256)).bfloat16()
+                    place = torch.empty(rows, columns, dtype=torch.bfloat16) if bits == 8 else None
+                    codes, scales = torch.zeros(m, aligned_row_bytes(n, bits)), torch.zeros(m, -(-n // 256)).bfloat16()
+                    codes = codes.byte()
                     matrices.append(kernels.QuantizedMatrix(codes, scales, scales, n, bits, 256, place))
                 kernels.dequantize_several(matrices, torch.bfloat16)
         found[f"{width} x {hidden}"] = len(MADE)
+    return found
+
+
+def single_bytes() -> dict[str, list[int]]:
+    """Loads and stores of a byte in the kernels that read or write the codes of 1B's down_proj, in 8 and in 4 bits."""
+    rank, (m, n), moved = 512, (2048, 5461), re.compile(r"\b(?:ld|st)\.global\S*\.[bus]8\b")
+    direction, left = torch.zeros(rank, n, dtype=torch.bfloat16), torch.zeros(rank, m, dtype=torch.bfloat16)
+    found: dict[str, list[int]] = {}
+    for bits in (8, 4):
+        layer = LowRankLinear(torch.zeros(m, n), None, WeightFormat(bits))
+        CODE.clear()
+        layer.padded_weight(torch.bfloat16)
+        layer.update_(direction, left, None, 0.1, 1.0, 5)
+        layer.update_(torch.zeros(m, n), None, None, 0.1, 1.0, 5)
+        for name, code in CODE.items():
+            found.setdefault(name, []).append(len(moved.findall(code)))
     return found
 
 
@@ -161,5 +182,5 @@ if __name__ == "__main__":
     compile_only(int(sys.argv[1]), int(sys.argv[2]))
     launch_all()
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
-    found = {"shared": TAKEN, "sums": sums, "places": kernels_of_places(), "dequantized": kernels_of_layers()}
-    print(json.dumps(found))
+    found = {"shared": TAKEN, "sums": sums, "places": kernels_of_places()}
+    print(json.dumps(found | {"dequantized": kernels_of_layers(), "bytes": single_bytes()}))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qgalore import adam, kernels
-from tests.kernels import several_weights
+from tests.kernels import padded_rows, several_weights
 from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
 
 SEEDS = (None, 0, 0x299F31D0A4093822, (1 << 64) - 1)
@@ -329,7 +329,7 @@ def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
 
 CHECKS = {
     name.removeprefix("check_"): check
-    for name, check in {**globals(), **vars(several_weights)}.items()
+    for name, check in {**globals(), **vars(several_weights), **vars(padded_rows)}.items()
     if name.startswith("check_")
 }
 
