@@ -122,8 +122,8 @@ def quantize_groups(x: Tensor, bits: int, group_size: int, random: Tensor | None
     inverse = _spread(1.0 / torch.where(scale > 0, scale, 1.0), columns, group_size)
     position = (x - _spread(zero_point, columns, group_size)) * inverse
     # Everything is one higher than the code: of 1 to 2 a kernel makes a random float from its bits.
-    above = position + (1.5 if random is None else (random.float() + 0.5) * 2.0**-16 + 1.0)
-    return (above.clamp_(max=levels + 1) - 1).to(torch.uint8), scale.bfloat16(), zero_point.bfloat16()
+    above = position.add_(1.5 if random is None else (random.float() + 0.5) * 2.0**-16 + 1.0)
+    return above.clamp_(max=levels + 1).sub_(1).to(torch.uint8), scale.bfloat16(), zero_point.bfloat16()
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
