@@ -27,8 +27,9 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.lr_schedule import set_learning_rate
 from peft_pretraining.model import CausalLM, OnModule, build_model
 from peft_pretraining.model_config import read_config_json
-from peft_pretraining.modeling_llama import IGNORE_INDEX, LlamaForCausalLM, rotary_tables
+from peft_pretraining.modeling_llama import IGNORE_INDEX, LlamaForCausalLM
 from peft_pretraining.optimizers import TrainingOptimizer
+from peft_pretraining.rotary import rotary_tables
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}

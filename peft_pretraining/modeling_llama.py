@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_pretraining.int8_activations import swiglu_through_int8
 from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.rotary import rotary_tables, rotate
 
 IGNORE_INDEX = -100
 
@@ -56,21 +57,6 @@ class LlamaRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos of position times frequency, (length, 1, 1, head_dim / 2), and -sin and sin, (length, 1, 2, head_dim / 2)."""
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 1.0 / theta**exponent)
-    sin = angle.sin()
-    return angle.cos()[:, None, None], torch.stack((-sin, sin), dim=1)[:, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + head_dim / 2]) of x (B, L, heads, head_dim) by the angles of their positions."""
-    # With the halves exchanged, a value needs two loads and no condition; concatenated halves take 1.7 times as long.
-    halves: Tensor = x.unflatten(-1, (2, -1)).float()
-    return (halves * cos + halves.flip(-2) * sin).to(x.dtype).flatten(-2)
-
-
 def cudnn_length(device: torch.device, config: LlamaConfig) -> int:
     """Up to which length of sequence cuDNN's attention is fast and gives the same bits every time; 0: none.
 
@@ -86,7 +72,7 @@ def cudnn_length(device: torch.device, config: LlamaConfig) -> int:
 
 # x + y that a compiler takes for something it cannot compute again. It would keep y instead, which takes as much
 # memory, and read both wherever the sum is needed: in the backward pass once more for the gradients of both norms.
-_library = torch.library.Library("peft_pretraining", "DEF")
+_library = torch.library.Library("peft_pretraining", "FRAGMENT")
 _library.define("kept_sum(Tensor x, Tensor y) -> Tensor")
 
 
@@ -122,9 +108,8 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        query = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, L, heads, head_dim)
-        key = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, L, kv_heads, head_dim)
-        value = self.v_proj(x).view(heads)
+        query, key = rotate(self.q_proj(x).view(heads), self.k_proj(x).view(heads), cos, sin)
+        value = self.v_proj(x).view(heads)  # (B, L, kv_heads, head_dim)
         # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if torch.is_grad_enabled() and length <= self.cudnn_length and x.dtype == torch.bfloat16:

@@ -1,0 +1,91 @@
+"""Rotary positions as one operator: what it turns, its gradient, and the kernel against the reference."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.rotary import rotary_tables, rotate
+
+CASES = {
+    "as they come": (2, 9, 3, 3, 8),
+    "grouped": (3, 5, 4, 2, 64),
+    "one key": (2, 300, 8, 1, 16),
+    "no power of two": (2, 7, 3, 3, 24),
+    "wide": (1, 33, 2, 2, 128),
+}
+
+
+def heads(batch: int, length: int, count: int, head_dim: int, seed: int, layout: str = "tokens") -> torch.Tensor:
+    shape = (batch, length, count, head_dim) if layout == "tokens" else (batch, count, length, head_dim)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values if layout == "tokens" else values.transpose(1, 2)
+
+
+def complex_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same by multiplying complex numbers, float64."""
+    first, second = x.double().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.complex(cos.double(), sin.double())[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pairs_are_turned_by_the_angle_of_their_position(case: str, device: torch.device) -> None:
+    batch, length, query_heads, key_heads, head_dim = CASES[case]
+    cos, sin = rotary_tables(length, head_dim, 1e4, device)
+    query = heads(batch, length, query_heads, head_dim, 0).to(device).requires_grad_()
+    key = heads(batch, length, key_heads, head_dim, 1).to(device).requires_grad_()
+    turned = rotate(query, key, cos, sin)
+    for before, after in zip((query, key), turned, strict=True):
+        torch.testing.assert_close(after.double(), complex_rotation(before.detach(), cos, sin), rtol=1e-5, atol=1e-5)
+        assert torch.equal(after[:, 0], before[:, 0])
+    # The gradient turns back: of |y|² / 2 it is x.
+    sum((y.square().sum() for y in turned), torch.zeros((), device=device)).mul(0.5).backward()
+    for before in (query, key):
+        assert before.grad is not None
+        torch.testing.assert_close(before.grad, before.detach(), rtol=1e-5, atol=1e-5)
+
+
+def compare_with_reference(device: torch.device) -> None:
+    """Bit for bit, in all cases and layouts, both ways."""
+    for (batch, length, query_heads, key_heads, head_dim), dtype, layout, back in itertools.product(
+        CASES.values(), (torch.float32, torch.bfloat16), ("tokens", "heads"), (False, True)
+    ):
+        tables = rotary_tables(length, head_dim, 1e4, device)
+        query = heads(batch, length, query_heads, head_dim, 0, layout).to(device, dtype)
+        key = heads(batch, length, key_heads, head_dim, 1, layout).to(device, dtype)
+        found = []
+        for kernels in ("reference", "triton"):
+            os.environ["QGALORE_KERNELS"] = kernels
+            found.append(torch.ops.peft_pretraining.rotate(query, key, *tables, back))
+        for expected, ours in zip(*found, strict=True):
+            assert torch.equal(ours, expected) and ours.is_contiguous() and ours.dtype == dtype
+
+
+def test_triton_kernel_equals_reference(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
+    if device.type == "cuda":
+        monkeypatch.setenv("QGALORE_KERNELS", "triton")  # and back again, whatever the comparison sets
+        compare_with_reference(device)
+        return
+    # Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a process of its own.
+    root = Path(__file__).resolve().parents[1]
+    program = (
+        "import torch; from tests.test_rotary import compare_with_reference as compare; "
+        "compare(torch.device('cpu')); print('compared')"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "compared", done.stderr
+
+
+def test_the_operator_is_what_torch_expects() -> None:
+    tables = rotary_tables(5, 8, 1e4, torch.device("cpu"))
+    arguments = (heads(2, 5, 3, 8, 0).requires_grad_(), heads(2, 5, 1, 8, 1).requires_grad_(), *tables, False)
+    torch.library.opcheck(torch.ops.peft_pretraining.rotate.default, arguments)
