@@ -30,7 +30,7 @@ from qgalore.subspace import projects_directly
 TFLOPS, TBPS = 790.0, 3.0
 """Measured on an H100: a large bfloat16 product, and a large copy, bytes read plus bytes written."""
 GROUP_SIZE = 256  # values of a row that share two bfloat16 numbers, and values of an 8-bit state that share a float32
-CHOLESKY_PASSES = 3
+CHOLESKY_PASSES = 2
 
 COMPONENTS = (
     FORWARD, RECOMPUTE, INPUT_GRADIENTS, WEIGHT_GRADIENTS, HEAD, ATTENTION, POINTWISE, DEQUANTIZE, SUMS, PROJECT_BACK,

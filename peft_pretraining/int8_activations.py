@@ -41,7 +41,7 @@ class _ThroughInt8(torch.autograd.Function):
         # A little more than needed, so that no code leaves [-127, 127] where the scale was rounded down.
         largest = x.abs().amax(1, keepdim=True).float().clamp_min(1e-30)
         scale = (largest * (1.01 / 127)).to(torch.bfloat16)
-        codes = torch.round(x.float() / scale.float()).to(torch.int8)
+        codes = torch.round(x.float() * (1.0 / scale.float())).to(torch.int8)
         return codes.float() * scale.float()
 
     @staticmethod

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 _MAX_BLOCK = 8192
-_VALUES_A_THREAD = 16
+_VALUES_A_THREAD = 32
 
 
 @triton.jit

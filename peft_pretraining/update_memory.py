@@ -18,6 +18,7 @@ from peft_pretraining.model_config import LlamaConfig
 from qgalore.adam import MOMENT_PART
 from qgalore.direction import DIRECTIONS
 from qgalore.kernels import MATRICES_TOGETHER
+from qgalore.subspace import COLUMNS_AT_ONCE
 
 ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
 READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float32 values
@@ -97,8 +98,12 @@ def refresh_of_subspace_bytes(shape: Shape, s: MemorySettings) -> int:
         part = min(values, MOMENT_PART)
         writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + READ_8BIT_PART * part, writing)
-    squared = s.rank_of(shape) ** 2
-    finding = (s.dtype_bytes + _ORTHONORMALIZE) * bases + 8 * squared
+    rank = s.rank_of(shape)
+    squared, in_float64 = (
+        rank**2,
+        rank * (min(bases // rank, COLUMNS_AT_ONCE) + rank),
+    )  # both: columns or a square, and what is solved
+    finding = s.dtype_bytes * bases + max(_ORTHONORMALIZE * bases, 4 * bases + 16 * in_float64)
     changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
     return s.dtype_bytes * bases + max(finding, changing)
 

@@ -18,7 +18,9 @@ import math
 import torch
 from torch import Tensor
 
-_CHOLESKY_SHIFTS = (1e-4, 1e-6, 1e-6, 1e-6)
+_CHOLESKY_SHIFTS = (1e-12, 0.0)
+COLUMNS_AT_ONCE = 1024
+"""Of a sketch that are there in float64."""
 _ORTHONORMAL_TOLERANCE = 1e-2
 
 
@@ -89,23 +91,34 @@ def project_factors(
 def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis (rank, d) of the rows of `sketch`, and a flag on the device: did it work.
 
-    Cholesky-QR four times in float32, with scaled rows and a shift that is larger the first time (Fukaya et al.,
-    "Shifted Cholesky QR", SIAM J. Sci. Comput. 2020): orthonormal to 1e-5 for any condition number, where two passes
-    fail beyond 1e6, which the sketches of real gradients exceed, and three now and then beyond 1e9. A row that is all
-    zero is taken from `old_basis` (rank, d). Where the result is not orthonormal, as with a non-finite sketch, the old
-    basis is kept. Nothing here waits for the device.
+    Cholesky-QR twice, with scaled rows, its sums, factors and solutions in float64 and a small shift the first time
+    (Fukaya et al., "Shifted Cholesky QR", SIAM J. Sci. Comput. 2020): orthonormal to 1e-6 for condition numbers up to
+    1e12. In float32 four passes were needed, since the sketches of real gradients exceed 1e6, and took twice as long.
+    A row that is all zero is taken from `old_basis` (rank, d). Where the result is not orthonormal, as with a
+    non-finite sketch, the old basis is kept. Nothing here waits for the device.
     """
     basis = sketch.float()
     for shift in _CHOLESKY_SHIFTS:
         norm = basis.norm(dim=1, keepdim=True)
         basis = torch.where(norm > 0, basis / norm.clamp_min(1e-30), old_basis)
-        gram = basis @ basis.T
-        gram.diagonal().add_(shift)
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        basis = torch.linalg.solve_triangular(factor, basis, upper=False)
+        _cholesky_qr_(basis, shift)
     error = (basis @ basis.T - torch.eye(basis.shape[0], device=basis.device)).abs().amax()
     worked = (error < _ORTHONORMAL_TOLERANCE) & sketch.isfinite().all()
     return torch.where(worked, basis, old_basis), worked
+
+
+def _cholesky_qr_(basis: Tensor, shift: float) -> None:
+    """B <- L⁻¹ B in place, where L Lᵀ = B Bᵀ + shift I is in float64."""
+    parts = basis.split(COLUMNS_AT_ONCE, dim=1)
+    gram = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
+    for part in parts:
+        exact = part.double()
+        gram.addmm_(exact, exact.T)
+        del exact
+    gram.diagonal().add_(shift)
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    for part in parts:
+        part.copy_(torch.linalg.solve_triangular(factor, part.double(), upper=False))
 
 
 def fit_svd(grad: Tensor, rank: int, side: str, seed: int | None = None) -> Tensor | None:

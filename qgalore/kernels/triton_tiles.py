@@ -7,21 +7,8 @@ in the order of `reference`, and must be compiled with `enable_fp_fusion=False`:
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have: 227 KiB on an H100, 99 on consumer cards; 1 MiB on a CPU."""
-    if device.type != "cuda":
-        return 1 << 20
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @triton.jit

@@ -1,13 +1,12 @@
 """Compile every Triton kernel as the door launches it, for a compute capability whose GPU need not be there.
 
-    python tests/kernels/compile_kernels.py 86 101376
+    python tests/kernels/compile_kernels.py 86
 
 prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
 layouts of what `check_gradients_` adds up, which decide the order of its sums. "places": how many kernels it takes for
 norms at different places. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
 "bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
-8 and in 4 bits. The second number is what a program can have on such a card. Nothing is launched, so tensors are on the
-CPU and results are whatever memory held.
+8 and in 4 bits. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qgalore import LowRankLinear, WeightFormat, kernels
-from qgalore.kernels import low_rank_update
 from qgalore.padding import padded_width
 from qgalore.quantization import aligned_row_bytes
 
@@ -58,7 +56,7 @@ class CardThatIsNotThere:
         return 0
 
 
-def compile_only(capability: int, shared_memory: int) -> None:
+def compile_only(capability: int) -> None:
     """From now on launches compile, and note in `TAKEN` what the kernel takes."""
     run = JITFunction.run
 
@@ -75,7 +73,6 @@ def compile_only(capability: int, shared_memory: int) -> None:
 
     driver.set_active(CardThatIsNotThere(capability))
     JITFunction.run = compiled
-    low_rank_update.shared_memory = lambda device: shared_memory
 
 
 def several_at_once(skip: torch.Tensor, numbers: torch.Tensor) -> None:
@@ -179,7 +176,7 @@ def single_bytes() -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    compile_only(int(sys.argv[1]), int(sys.argv[2]))
+    compile_only(int(sys.argv[1]))
     launch_all()
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "places": kernels_of_places()}
