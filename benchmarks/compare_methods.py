@@ -137,6 +137,11 @@ def q_galore_orthogonal(setting: Setting) -> Training:
     return q_galore(setting, "orthogonal")
 
 
+def q_galore_int8_activations(setting: Setting) -> Training:
+    """Ours, which keeps gate and up of each MLP in INT8."""
+    return q_galore(replace(setting, extra=f"--int8_activations {setting.extra}"))
+
+
 def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     """Ours, as `run_pretrain.py` trains: its model, its optimizer, its order of calls, its deterministic kernels."""
     run_pretrain.make_reproducible()
@@ -309,5 +314,6 @@ METHODS: Mapping[str, Callable[[Setting], Training]] = {
     "q_galore_torch": q_galore_torch,
     "q_galore_torch_per_layer": q_galore_torch_per_layer,
     "q_galore": q_galore,
+    "q_galore_int8_activations": q_galore_int8_activations,
     "q_galore_orthogonal": q_galore_orthogonal,
 }

@@ -99,10 +99,8 @@ def refresh_of_subspace_bytes(shape: Shape, s: MemorySettings) -> int:
         writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + READ_8BIT_PART * part, writing)
     rank = s.rank_of(shape)
-    squared, in_float64 = (
-        rank**2,
-        rank * (min(bases // rank, COLUMNS_AT_ONCE) + rank),
-    )  # both: columns or a square, and what is solved
+    # Two squares, and of some columns what is solved and the solution.
+    squared, in_float64 = rank**2, rank * (min(bases // rank, COLUMNS_AT_ONCE) + rank)
     finding = s.dtype_bytes * bases + max(_ORTHONORMALIZE * bases, 4 * bases + 16 * in_float64)
     changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
     return s.dtype_bytes * bases + max(finding, changing)
