@@ -282,8 +282,8 @@ def q_galore(s: Setting) -> Update:
     update = _shared(s, quantized=True) | {
         WEIGHT_GRADIENTS: times(projected_gradients(s), count),
         HEAD: times(chunked_head(s), s.grad_accum),
-        # Weights for the forward and for the input gradients, bases for each gradient and for the update.
-        DEQUANTIZE: times(weights, 2 * count) + times(bases, count + layers),
+        # Weights for the forward and for the input gradients; bases for each gradient, and for an update of several.
+        DEQUANTIZE: times(weights, 2 * count) + times(bases, count + (layers if s.grad_accum > 1 else 0)),
         SUMS: times(sums, layers) + times(int8_sums(*table, s.grad_accum), 2),
         PROJECT_BACK: times([project_back(s, m, n) for m, n in s.shapes], layers),
         ADAM: times([p for shape in gradient_shapes(s) for p in adam8bit(*shape, s.grad_accum, 2)], layers),
