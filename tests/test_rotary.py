@@ -2,14 +2,12 @@
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from peft_pretraining.rotary import rotary_tables, rotate
+from tests.interpreter import compare
 
 CASES = {
     "as they come": (2, 9, 3, 3, 8),
@@ -66,23 +64,8 @@ def compare_with_reference(device: torch.device) -> None:
             assert torch.equal(ours, expected) and ours.is_contiguous() and ours.dtype == dtype
 
 
-def test_triton_kernel_equals_reference(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
-    if device.type == "cuda":
-        monkeypatch.setenv("QGALORE_KERNELS", "triton")  # and back again, whatever the comparison sets
-        compare_with_reference(device)
-        return
-    # Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a process of its own.
-    root = Path(__file__).resolve().parents[1]
-    program = (
-        "import torch; from tests.test_rotary import compare_with_reference as compare; "
-        "compare(torch.device('cpu')); print('compared')"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "compared", done.stderr
+def test_triton_kernel_equals_reference(device: torch.device) -> None:
+    compare(compare_with_reference, device)
 
 
 def test_the_operator_is_what_torch_expects() -> None:

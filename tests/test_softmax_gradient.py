@@ -1,15 +1,13 @@
 """The Triton kernel of the softmax gradient against plain PyTorch, and what both must hold to."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from peft_pretraining.linear_cross_entropy import softmax_gradient_
+from tests.interpreter import compare
 
 IGNORE_INDEX = -100
 # Rows, columns, width: one value, less than a block, odd sizes, a whole block, one more, several blocks, padded or not.
@@ -84,23 +82,8 @@ def check_values_that_are_not_finite(implementation: str, device: torch.device) 
     assert (gradient[0, 8250], gradient[0, target]) == (1, -1)
 
 
-def test_triton_kernel_equals_reference(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
-    if device.type == "cuda":
-        monkeypatch.setenv("QGALORE_KERNELS", "triton")  # and back again, whatever the comparison sets
-        compare_with_reference(device)
-        return
-    # Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a process of its own.
-    root = Path(__file__).resolve().parents[1]
-    program = (
-        "import torch; from tests.test_softmax_gradient import compare_with_reference as compare; "
-        "compare(torch.device('cpu')); from peft_pretraining import softmax_gradient; print('compared')"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0 and "compared" in done.stdout, done.stderr
+def test_triton_kernel_equals_reference(device: torch.device) -> None:
+    compare(compare_with_reference, device)
 
 
 def test_reference_shows_values_that_are_not_finite(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
