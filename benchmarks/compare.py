@@ -4,7 +4,7 @@
     python -m benchmarks.compare --models 7b --methods q_galore_checkpointing --grad_accum 2 --cap_gib 16
 
 Every measurement is a process of its own: a few updates to warm up (compilation, tuning, first subspaces), then timed
-ones, each between two waits for the device, and as many in a row, as a run makes them (`in_a_row_`). One that fails,
+ones, each between two waits for the device, and three times as many in a row, as a run makes them (`in_a_row_`, the median). One that fails,
 out of memory for example, is a row with its error, and the others go on. Rows go to `benchmarks/results/compare.csv`, a
 table is printed last. Peaks are in GB (10^9 bytes); those whose names begin with `run_` count the warm-up too, and with
 it the peers' SVDs and what CUDA graphs write to inside, which PyTorch counts only while they are captured. Ratios, of
@@ -250,7 +250,7 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
         torch.cuda.reset_peak_memory_stats(device)
     with turn(args.turn, alone=True):
         seconds, more_losses = time_updates(training.update, args.updates, device)
-        in_a_row = seconds_in_a_row(training.update, args.updates, device)
+        in_a_row = statistics.median(seconds_in_a_row(training.update, args.updates, device) for _ in range(3))
     after = memory_metrics(device)
     losses += more_losses
     tokens = setting.grad_accum * setting.micro_batch * LENGTH

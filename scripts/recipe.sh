@@ -37,7 +37,6 @@ COMMON_FLAGS=(
     --dtype bfloat16
     --scheduler cosine
     --min_lr_ratio 0.1
-    --weight_decay 0
     --beta2 0.95
     --project q-galore-c4
 )
@@ -46,7 +45,7 @@ COMMON_FLAGS=(
 choose_method() {
     local suffix="${PER_LAYER:+_per_layer}"
     local low_rank=(
-        --lr "$LR" --rank "$RANK" --galore_scale 0.25 --update_proj_gap "$UPDATE_PROJ_GAP"
+        --lr "$LR" --weight_decay 0 --rank "$RANK" --galore_scale 0.25 --update_proj_gap "$UPDATE_PROJ_GAP"
         --cos_threshold 0.4 --gamma_proj 2 --queue_size 5
     )
     local quantized=(
@@ -69,7 +68,7 @@ choose_method() {
             METHOD_FLAGS=(--optimizer galore_adamw "${low_rank[@]}")
             ;;
         galore8bit) METHOD_FLAGS=(--optimizer "galore_adamw8bit$suffix" "${low_rank[@]}") ;;
-        adamw | adam8bit) METHOD_FLAGS=(--optimizer "$METHOD" --lr "$FULL_RANK_METHOD_LR") ;;
+        adamw | adam8bit) METHOD_FLAGS=(--optimizer "$METHOD" --lr "$FULL_RANK_METHOD_LR" --weight_decay 0) ;;
         *) fail "METHOD is '$METHOD', it must be one of: $METHODS" ;;
     esac
 }

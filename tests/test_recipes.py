@@ -33,7 +33,7 @@ def chosen(args: RunArgs) -> dict[str, object]:
 ORTHOGONAL = {
     "recipe": "orthogonal",
     "lr": 0.01,
-    "full_rank_lr": 0.02,
+    "full_rank_lr": None,
     "galore_scale": 0.5,
     "norm_growth": 1.01,
     "rank": 224,
@@ -86,7 +86,7 @@ def test_official_defaults_are_those_of_the_flags() -> None:
 def test_what_is_given_wins_over_the_recipe() -> None:
     given = "--recipe orthogonal --lr 0.003 --galore_scale 0.25 --rank 64 --direction adam --update_proj_gap 200"
     given += " --norm_growth 0"
-    expected = {"lr": 0.003, "full_rank_lr": 0.006, "galore_scale": 0.25, "rank": 64, "direction": "adam"}
+    expected = {"lr": 0.003, "galore_scale": 0.25, "rank": 64, "direction": "adam"}
     expected |= {"update_proj_gap": 200, "norm_growth": 0.0}
     assert chosen(parse(f"{Q_GALORE} {given}")) == ORTHOGONAL | expected
     assert parse(f"{Q_GALORE} --full_rank_lr 0.001").optimizer.full_rank_lr == 0.001
@@ -120,7 +120,30 @@ def test_the_help_has_the_values_of_the_recipe() -> None:
     for name, value in ORTHOGONAL.items():
         if name not in ("recipe", "rank", "full_rank_lr"):
             assert f"--{name} {value}" in spec.help
-    assert "--rank 7/16" in spec.help and "--full_rank_lr twice --lr" in spec.help
+    assert "--rank 7/16" in spec.help and "--weight_decay" in spec.help
+
+
+@pytest.mark.parametrize(
+    ("flags", "matrices", "rest"),
+    [
+        ("--num_training_steps 800", 2.5e-3, 5e-3),
+        ("--num_training_steps 3200", 2.5e-3, 5e-3),
+        ("--num_training_steps 32000", 2.5e-4, 5e-4),
+        ("--num_training_steps 32000 --lr 0.002 --full_rank_lr 0.03", 2.5e-4, 5e-4),
+        ("--max_train_tokens 32768000 --max_length 256", 2.5e-4, 5e-4),
+        ("--num_training_steps 800 --full_rank_weight_decay 0", 2.5e-3, 0),
+        ("--num_training_steps 800 --full_rank_lr 0", 2.5e-3, 0),
+        ("--num_training_steps 800 --weight_decay 0", 0, 0),
+        ("--num_training_steps 800 --weight_decay 0.1", 1e-3, 1e-3),
+        ("--num_training_steps 800 --recipe paper", 0, 0),
+        ("--num_training_steps 800 --optimizer adamw --recipe orthogonal", 0, 0),
+    ],
+)
+def test_weights_decay_by_the_length_of_the_run(flags: str, matrices: float, rest: float) -> None:
+    """What a weight loses in an update at the peak of its learning rate."""
+    optimizer = parse(f"{Q_GALORE} {flags}").optimizer
+    assert optimizer.lr * optimizer.weight_decay == pytest.approx(matrices)
+    assert optimizer.peak_full_rank_lr * optimizer.decay_of_full_rank == pytest.approx(rest)
 
 
 def test_a_recipe_that_does_not_exist() -> None:
