@@ -4,20 +4,18 @@
     python -m benchmarks.compare --models 7b --methods q_galore_checkpointing --grad_accum 2 --cap_gib 16
 
 Every measurement is a process of its own: a few updates to warm up (compilation, tuning, first subspaces), then timed
-ones, each between two waits for the device, and three times as many in a row, as a run makes them (`in_a_row_`, the median). One that fails,
-out of memory for example, is a row with its error, and the others go on. Rows go to `benchmarks/results/compare.csv`, a
-table is printed last. Peaks are in GB (10^9 bytes); those whose names begin with `run_` count the warm-up too, and with
-it the peers' SVDs and what CUDA graphs write to inside, which PyTorch counts only while they are captured. Ratios, of
-memory of the `run_` peaks, are to `adamw_compiled` of the same model in the same invocation. `compiled` says whether
-torch.compile compiled anything. Where `svd_excluded` is true, all SVDs fall into the warm-up; ours refreshes its
-subspaces during the timed updates as in a run.
-
-With `--together N` so many processes get ready at once, which on a machine with many cores saves most of the time of
-such a comparison; for its timed updates each has the device to itself. Their memory has to fit side by side, and the
-seconds of a warm-up count what it waited for others.
-
-The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass, or with
-`_checkpointing2` every second one. The peers' packages and what is adapted in them: `compare_peers.py`.
+ones, each between two waits for the device, and three times as many in a row, as a run makes them (`in_a_row_`, the
+median of the three). One that fails, out of memory for example, is a row with its error, and the others go on. Rows go
+to `benchmarks/results/compare.csv`, a table is printed last. Peaks are in GB (10^9 bytes); those whose names begin with
+`run_` count the warm-up too, and with it the peers' SVDs and what CUDA graphs write to inside, which PyTorch counts
+only while they are captured. Ratios, of memory of the `run_` peaks, are to `adamw_compiled` of the same model in the
+same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is true, all SVDs fall
+into the warm-up; ours refreshes its subspaces during the timed updates as in a run. With `--together N` so many
+processes get ready at once, which on a machine with many cores saves most of the time of such a comparison; for its
+timed updates each has the device to itself. Their memory has to fit side by side, and the seconds of a warm-up count
+what it waited for others. The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in
+the backward pass, or with `_checkpointing2` every second one. The peers' packages and what is adapted in them:
+`compare_peers.py`.
 """
 
 from __future__ import annotations

@@ -113,8 +113,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
     args = _resolve(RunArgs(**groups, world_size=world_size))
-    decaying = with_decay(args.optimizer, args.schedule.num_training_steps, parsed.values.keys())
-    args = dataclasses.replace(args, optimizer=decaying)
+    updates = args.schedule.num_training_steps
+    optimizer = with_decay(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
+    args = dataclasses.replace(args, optimizer=optimizer)
     problems = list(parsed.problems)
     unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable]
     problems += [text for text in find_problems(args) if not any(flag.search(text) for flag in unreadable)]

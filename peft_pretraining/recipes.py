@@ -27,11 +27,11 @@ _ORTHOGONAL: Mapping[str, Any] = {
 _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
 """Flags of subspaces by SVD, and the scale, which all official command lines set: one that gives such a flag is tuned
 for the paper's algorithm."""
-_LARGEST_DECAY = 2.5e-3
-_DECAYS_A_RUN = 8.0
-"""A matrix loses 0.0025 of itself an update at the peak of the learning rate, or 8 over the updates of the run if that
-is less: it then remembers an eighth of the run. Measured at 800 and 3,200 updates, where the first holds; beyond, the
-second stays in the range of common practice (5e-5 an update in 150,000)."""
+_DECAY, _ITS_TOKENS, _DECAYS_A_RUN = 2.5e-3, 65_536, 8.0
+"""At the peak of the learning rate a matrix loses 0.0025 of itself in an update of 65,536 tokens or more, in
+proportion of fewer, or 8 over the updates of the run if that is less: it then remembers an eighth of the run. Measured
+with so many tokens at 800 and 3,200 updates. In small updates most embeddings would decay without being seen, and in
+150,000 updates it comes to 5e-5, which is common practice."""
 _FULL_RANK_DECAY = 2.0
 """The decay of embeddings, head and norms, as a multiple."""
 
@@ -54,11 +54,14 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def with_decay(args: OptimizerArgs, updates: int, given: AbstractSet[str]) -> OptimizerArgs:
-    """With the weight decay of the recipe for a run of so many updates, unless `given`, the flags' names, has one."""
+def with_decay(args: OptimizerArgs, updates: int, tokens: int, given: AbstractSet[str]) -> OptimizerArgs:
+    """With the weight decay of the recipe, unless `given`, the flags' names, has one.
+
+    updates: of the run; tokens: of an update.
+    """
     if args.recipe != "orthogonal" or not args.is_low_rank or "weight_decay" in given or args.lr <= 0:
         return args
-    decay = min(_LARGEST_DECAY, _DECAYS_A_RUN / max(1, updates))
+    decay = min(_DECAY, _DECAY * tokens / _ITS_TOKENS, _DECAYS_A_RUN / max(1, updates))
     args = dataclasses.replace(args, weight_decay=decay / args.lr)
     if "full_rank_weight_decay" in given or args.peak_full_rank_lr <= 0:
         return args

@@ -127,10 +127,12 @@ def test_the_help_has_the_values_of_the_recipe() -> None:
     ("flags", "matrices", "rest"),
     [
         ("--num_training_steps 800", 2.5e-3, 5e-3),
+        ("--num_training_steps 800 --total_batch_size 1024", 2.5e-3, 5e-3),
+        ("--num_training_steps 800 --total_batch_size 64", 6.25e-4, 1.25e-3),
         ("--num_training_steps 3200", 2.5e-3, 5e-3),
         ("--num_training_steps 32000", 2.5e-4, 5e-4),
         ("--num_training_steps 32000 --lr 0.002 --full_rank_lr 0.03", 2.5e-4, 5e-4),
-        ("--max_train_tokens 32768000 --max_length 256", 2.5e-4, 5e-4),
+        ("--max_train_tokens 2097152000", 2.5e-4, 5e-4),
         ("--num_training_steps 800 --full_rank_weight_decay 0", 2.5e-3, 0),
         ("--num_training_steps 800 --full_rank_lr 0", 2.5e-3, 0),
         ("--num_training_steps 800 --weight_decay 0", 0, 0),
@@ -139,9 +141,9 @@ def test_the_help_has_the_values_of_the_recipe() -> None:
         ("--num_training_steps 800 --optimizer adamw --recipe orthogonal", 0, 0),
     ],
 )
-def test_weights_decay_by_the_length_of_the_run(flags: str, matrices: float, rest: float) -> None:
+def test_weights_decay_by_the_length_of_the_run_and_of_an_update(flags: str, matrices: float, rest: float) -> None:
     """What a weight loses in an update at the peak of its learning rate."""
-    optimizer = parse(f"{Q_GALORE} {flags}").optimizer
+    optimizer = parse(f"--total_batch_size 256 --max_length 256 {Q_GALORE} {flags}").optimizer
     assert optimizer.lr * optimizer.weight_decay == pytest.approx(matrices)
     assert optimizer.peak_full_rank_lr * optimizer.decay_of_full_rank == pytest.approx(rest)
 
