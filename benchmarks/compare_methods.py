@@ -77,7 +77,8 @@ def training_parser(program: str, description: str, models: str, results: str) -
     parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results" / results), help="CSV to append to")
-    parser.add_argument("--extra", default="", help="more flags of run_pretrain.py, in one string")
+    told = "more flags of run_pretrain.py, in one string (--extra=--flag for one alone)"
+    parser.add_argument("--extra", default="", help=told)
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     return parser
 

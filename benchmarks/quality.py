@@ -179,7 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw perplexity against bytes of --settings with --model and --updates into this file",
     )
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
-    parser.add_argument("--extra", default="", help="more flags for every run, in one string")
+    told = "more flags for every run, in one string (--extra=--flag for one alone)"
+    parser.add_argument("--extra", default="", help=told)
     return parser
 
 
