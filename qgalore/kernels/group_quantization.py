@@ -131,7 +131,7 @@ def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) 
 def _stored_alike(matrix: QuantizedMatrix) -> tuple[object, ...]:
     assert matrix.out is not None
     # One ragged matrix in a launch would make the loads and stores of all others as narrow as its own.
-    in_vectors = all(x % 16 == 0 for x in (matrix.out.shape[1], matrix.out.stride(0), *matrix.qdata.stride()[:1]))
+    in_vectors = all(x % 16 == 0 for x in (matrix.out.shape[1], matrix.out.stride(0), matrix.qdata.stride(0)))
     return matrix.bits, matrix.group_size, in_vectors
 
 

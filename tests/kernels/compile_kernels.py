@@ -27,6 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import peft_pretraining.rotary  # noqa: F401 - whose operator it calls
+from peft_pretraining.linear_cross_entropy import softmax_gradient_
 from qgalore import LowRankLinear, WeightFormat, kernels
 from qgalore.padding import padded_width
 from qgalore.quantization import aligned_row_bytes
@@ -127,6 +129,11 @@ def launch_all() -> None:
     for rows in (tokens, 40):
         kernels.int8_linear(zeros(rows, width), *weight, hidden)
         kernels.int8_linear_backward(zeros(rows, hidden), *weight, width)
+    heads, tables = zeros(1, tokens, 32, 128), (zeros(tokens, 64, dtype=torch.float32),) * 2
+    for back in (False, True):
+        torch.ops.peft_pretraining.rotate(heads, heads, *tables, back)
+    logits, targets = zeros(4, 32000), torch.zeros(4, dtype=torch.int64)
+    softmax_gradient_(logits, 32000, targets, -100, zeros(4, dtype=torch.float32), True)
 
 
 def kernels_of_places() -> int:
