@@ -56,7 +56,7 @@ def _dequantize_kernel(
     factor = tl.load(scale + row * groups + group, mask=row_mask, other=0).to(tl.float32)
     offset = tl.load(zero_point + row * groups + group, mask=row_mask, other=0).to(tl.float32)
     column = start + tl.arange(0, G)[None, :]
-    value = tl.where(column < columns, codes * factor + offset, 0.0)
+    value = tl.where(column < columns, tl.fma(codes, factor, offset), 0.0)  # the product is exact
     mask = (row < out_rows) & (column < tl.minimum(start + GROUP, out_columns))
     tl.store(out + row * out_stride + column, to_float(value, out.dtype.element_ty), mask=mask)
 

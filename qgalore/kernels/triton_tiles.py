@@ -7,6 +7,8 @@ in the order of `reference`, and must be compiled with `enable_fp_fusion=False`:
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -149,10 +151,13 @@ def round_stochastic_bfloat16(x, random):
     return tl.where(tl.abs(x) < float("inf"), rounded, x).to(tl.bfloat16)
 
 
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
+
+
 @triton.jit
 def to_float(x, TYPE: tl.constexpr):
     """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
-    if TYPE == tl.bfloat16:
+    if TYPE == tl.bfloat16 and _INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
