@@ -10,12 +10,14 @@ to `benchmarks/results/compare.csv`, a table is printed last. Peaks are in GB (1
 `run_` count the warm-up too, and with it the peers' SVDs and what CUDA graphs write to inside, which PyTorch counts
 only while they are captured. Ratios, of memory of the `run_` peaks, are to `adamw_compiled` of the same model in the
 same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is true, all SVDs fall
-into the warm-up; ours refreshes its subspaces during the timed updates as in a run. With `--together N` so many
-processes get ready at once, which on a machine with many cores saves most of the time of such a comparison; for its
-timed updates each has the device to itself. Their memory has to fit side by side, and the seconds of a warm-up count
-what it waited for others. The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in
-the backward pass, or with `_checkpointing2` every second one. The peers' packages and what is adapted in them:
-`compare_peers.py`.
+into the warm-up; ours refreshes its subspaces during the timed updates as in a run.
+
+With `--together N` so many processes get ready at once, which on a machine with many cores saves most of the time of
+such a comparison; for its timed updates each has the device to itself. Their memory has to fit side by side, and the
+seconds of a warm-up count what it waited for others.
+
+The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass, or with
+`_checkpointing2` every second one. The peers' packages and what is adapted in them: `compare_peers.py`.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class _Stack:
     ) -> None:
         self._layers, self._run, self._optimizer, self._constants = layers, run, optimizer, constants
         self._dtype = x.dtype
-        self._linears = [[x for x in layer.modules() if isinstance(x, LowRankLinear)] for layer in layers]
+        self._linears = [[part for part in layer.modules() if isinstance(part, LowRankLinear)] for layer in layers]
         self._weights = [optimizer.weights_of(layer) for layer in layers]
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_pretraining.checkpoint import check_model_tensors, load_checkpoint, save_checkpoint
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, quantize
 from qgalore.kernels import reference
-from qgalore.quantization import aligned_row_bytes, row_bytes
+from qgalore.quantization import aligned_row_bytes, dequantize_several, row_bytes
 
 ROWS, COLUMNS = 10, 61
 FORMATS = {
@@ -166,3 +166,16 @@ def test_a_checkpoint_has_the_matrix_alone(format: WeightFormat, tmp_path: Path)
     again[0].bias = nn.Parameter(torch.zeros(ROWS))
     again.load_state_dict(checkpoint.model_tensors)
     assert torch.equal(again(normal(2, COLUMNS)), model(normal(2, COLUMNS)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_place_that_is_larger_gets_zeros_and_one_that_is_smaller_is_refused(bits: int) -> None:
+    stored = quantize(torch.randn(5, 37, generator=torch.Generator().manual_seed(0)), bits, 16).with_aligned_rows()
+    place = torch.full((7, 48), 3.0)
+    assert stored.dequantize(torch.float32, place) is place
+    assert torch.equal(place[:5, :37], stored.dequantize()) and place.count_nonzero() == place[:5, :37].count_nonzero()
+    for small in (torch.empty(4, 37), torch.empty(5, 36)):
+        with pytest.raises(ValueError, match="does not hold a matrix of 5 x 37"):
+            stored.dequantize(torch.float32, small)
+        with pytest.raises(ValueError, match="does not hold a matrix of 5 x 37"):
+            dequantize_several([stored, stored], torch.float32, [place, small])

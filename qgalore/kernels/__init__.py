@@ -32,6 +32,14 @@ def _check_format(bits: int, group_size: int) -> None:
         raise ValueError(f"group_size must be positive, not {group_size}")
 
 
+def _check_stored(matrix: QuantizedMatrix) -> None:
+    check_matrix(matrix.qdata, "qdata")
+    _check_format(matrix.bits, matrix.group_size)
+    rows, out = len(matrix.qdata), matrix.out
+    if out is not None and (out.shape[0] < rows or out.shape[1] < matrix.columns):
+        raise ValueError(f"out of shape {tuple(out.shape)} does not hold a matrix of {rows} x {matrix.columns}")
+
+
 @contextlib.contextmanager
 def _taken_back_if(skip: Tensor | None, *tensors: Tensor | None) -> Iterator[None]:
     """Let the body write to tensors, and take it back on the device where the flag is true."""
@@ -80,33 +88,27 @@ def dequantize(
     `out`, of any row stride, takes it; where `out` is larger it gets zeros. Rows of qdata may be longer than the
     matrix, as in `update_quantized_`. Raises ValueError for an `out` that is smaller.
     """
-    check_matrix(qdata, "qdata")
-    _check_format(bits, group_size)
-    rows = qdata.shape[0]
-    if out is not None and (out.shape[0] < rows or out.shape[1] < columns):
-        raise ValueError(f"out of shape {tuple(out.shape)} does not hold a matrix of {rows} x {columns}")
+    one = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size, out)
+    _check_stored(one)
     triton = triton_or_none(qdata.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
-        one = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size, out)
         return triton.dequantize_several([one], dtype)[0]  # type: ignore[no-any-return]
     codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata[:, :columns]
     value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
     if out is None:
         return value
-    out[:rows, :columns] = value
-    out[rows:] = 0
-    out[:rows, columns:] = 0
+    out.zero_()
+    out[: qdata.shape[0], :columns] = value
     return out
 
 
 def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
     """`dequantize` of several matrices: in Triton one launch for those that are stored alike."""
+    for matrix in matrices:
+        _check_stored(matrix)
     triton = triton_or_none(matrices[0].qdata.device, "group_quantization") if matrices else None
     if triton is None or not all(triton.can_handle(matrix.group_size) for matrix in matrices):
         return [dequantize(*matrix[:-1], dtype, matrix.out) for matrix in matrices]
-    for matrix in matrices:
-        check_matrix(matrix.qdata, "qdata")
-        _check_format(matrix.bits, matrix.group_size)
     return triton.dequantize_several(matrices, dtype)  # type: ignore[no-any-return]
 
 
