@@ -2,9 +2,9 @@
 
 import math
 
-from peft_pretraining.int8_activations import group_size_of
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.swiglu import group_size_of
 from qgalore.padding import padded_width
 
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_pretraining.int8_activations import swiglu_through_int8
 from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.rotary import rotary_tables, rotate
+from peft_pretraining.swiglu import swiglu, swiglu_through_int8
 
 IGNORE_INDEX = -100
 
@@ -120,11 +120,6 @@ class LlamaAttention(nn.Module):
         return mixed
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    return F.silu(gate) * up
-
-
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -215,7 +210,7 @@ class LlamaForCausalLM(nn.Module):
                     module.frees_input = layer.gradient_checkpointing  # type: ignore[assignment]
 
     def keep_int8_activations(self) -> None:
-        """From now on keep gate and up of each MLP in INT8 (`int8_activations`), but for what is recomputed anyway."""
+        """From now on keep gate and up of each MLP in INT8 (`swiglu`), but for what is recomputed anyway."""
         for layer in self.model.layers:
             assert isinstance(layer, LlamaDecoderLayer)
             if not layer.gradient_checkpointing:

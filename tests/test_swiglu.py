@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_pretraining.int8_activations import group_size_of, swiglu_through_int8
 from peft_pretraining.model import build_model
 from peft_pretraining.modeling_llama import LlamaForCausalLM
+from peft_pretraining.swiglu import group_size_of, swiglu_through_int8
 from tests.test_modeling_llama import tokens, write_config
 
 

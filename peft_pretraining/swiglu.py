@@ -1,4 +1,4 @@
-"""SwiGLU whose inputs a compiled layer keeps for its backward pass in 8 bits a value instead of 16.
+"""SwiGLU, and one whose inputs a compiled layer keeps for its backward pass in 8 bits a value instead of 16.
 
 Gate and up are half of what a decoder layer keeps. Here the product is made of both rounded to INT8,
 
@@ -49,11 +49,15 @@ class _ThroughInt8(torch.autograd.Function):
         return grad.to(ctx.dtype)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
 def swiglu_through_int8(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up with both rounded to INT8; shapes and dtypes are one, and so is the result's."""
     size = group_size_of(gate.numel())
     if size is None:
-        return F.silu(gate) * up
+        return swiglu(gate, up)
     rounded_gate, rounded_up = (_ThroughInt8.apply(x.reshape(-1, size)) for x in (gate, up))
-    product: Tensor = F.silu(rounded_gate) * rounded_up
-    return product.to(gate.dtype).view(gate.shape)
+    return swiglu(rounded_gate, rounded_up).to(gate.dtype).view(gate.shape)
