@@ -31,7 +31,7 @@ from peft_pretraining.arg_groups import (
 )
 from peft_pretraining.cli import build_parser, parse_flags
 from peft_pretraining.errors import UserError
-from peft_pretraining.recipes import with_decay, with_recipe
+from peft_pretraining.recipes import with_length, with_recipe
 
 GROUPS: Mapping[str, type] = {
     "model": ModelArgs,
@@ -114,7 +114,7 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
     args = _resolve(RunArgs(**groups, world_size=world_size))
     updates = args.schedule.num_training_steps
-    optimizer = with_decay(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
+    optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
     args = dataclasses.replace(args, optimizer=optimizer)
     problems = list(parsed.problems)
     unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable]

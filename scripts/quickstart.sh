@@ -10,7 +10,6 @@ MODEL=9m
 UPDATES=150
 BATCH_SIZE=8   # sequences an update
 MAX_LENGTH=128 # tokens a sequence
-FULL_RANK_LR=0.02 # updates of so few tokens want faster embeddings than the recipe's 0.01 (docs/quality.md)
 # Most CPUs compute float32 faster than bfloat16.
 if has_nvidia_gpu; then DTYPE=bfloat16; else DTYPE=float32; fi
 SAVE_DIR="${SAVE_DIR:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}"
@@ -38,7 +37,7 @@ ${LAUNCHER:-torchrun --standalone --nproc_per_node "${NPROC:-1}"} run_pretrain.p
     --dataset pydocs --packing pack --dtype "$DTYPE" \
     --batch_size "$BATCH_SIZE" --total_batch_size "$BATCH_SIZE" --max_length "$MAX_LENGTH" \
     --optimizer q_galore_adamw8bit_per_layer \
-    --weight_quant --stochastic_round --proj_quant --full_rank_lr "$FULL_RANK_LR" \
+    --weight_quant --stochastic_round --proj_quant \
     --num_training_steps "$UPDATES" --warmup_steps "$((UPDATES / 10))" \
     --eval_every "$((UPDATES / 2))" --eval_tokens 50K --save_every "$((UPDATES / 2))" \
     --name quickstart --wandb_mode off \

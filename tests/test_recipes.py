@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -30,10 +31,12 @@ def chosen(args: RunArgs) -> dict[str, object]:
     return {name: values[name] for name in (*names, "direction")}
 
 
-ORTHOGONAL = {
+MULTIPLE = 2 * math.sqrt(800 / 10_000)
+"""The rate of embeddings, head and norms over that of the matrices in the 10,000 updates that are the default."""
+ORTHOGONAL: dict[str, object] = {
     "recipe": "orthogonal",
     "lr": 0.01,
-    "full_rank_lr": None,
+    "full_rank_lr": 0.01 * MULTIPLE,
     "galore_scale": 0.5,
     "norm_growth": 1.01,
     "rank": 224,
@@ -86,7 +89,7 @@ def test_official_defaults_are_those_of_the_flags() -> None:
 def test_what_is_given_wins_over_the_recipe() -> None:
     given = "--recipe orthogonal --lr 0.003 --galore_scale 0.25 --rank 64 --direction adam --update_proj_gap 200"
     given += " --norm_growth 0"
-    expected = {"lr": 0.003, "galore_scale": 0.25, "rank": 64, "direction": "adam"}
+    expected = {"lr": 0.003, "full_rank_lr": 0.003 * MULTIPLE, "galore_scale": 0.25, "rank": 64, "direction": "adam"}
     expected |= {"update_proj_gap": 200, "norm_growth": 0.0}
     assert chosen(parse(f"{Q_GALORE} {given}")) == ORTHOGONAL | expected
     assert parse(f"{Q_GALORE} --full_rank_lr 0.001").optimizer.full_rank_lr == 0.001
@@ -136,7 +139,7 @@ def test_the_help_has_the_values_of_the_recipe() -> None:
         ("--num_training_steps 800 --full_rank_weight_decay 0", 2.5e-3, 0),
         ("--num_training_steps 800 --full_rank_lr 0", 2.5e-3, 0),
         ("--num_training_steps 800 --weight_decay 0", 0, 0),
-        ("--num_training_steps 800 --weight_decay 0.1", 1e-3, 1e-3),
+        ("--num_training_steps 3200 --weight_decay 0.1", 1e-3, 1e-3),
         ("--num_training_steps 800 --recipe paper", 0, 0),
         ("--num_training_steps 800 --optimizer adamw --recipe orthogonal", 0, 0),
     ],
@@ -146,6 +149,26 @@ def test_weights_decay_by_the_length_of_the_run_and_of_an_update(flags: str, mat
     optimizer = parse(f"--total_batch_size 256 --max_length 256 {Q_GALORE} {flags}").optimizer
     assert optimizer.lr * optimizer.weight_decay == pytest.approx(matrices)
     assert optimizer.peak_full_rank_lr * optimizer.decay_of_full_rank == pytest.approx(rest)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ("--num_training_steps 300", 0.02),
+        ("--num_training_steps 800", 0.02),
+        ("--num_training_steps 3200", 0.01),
+        ("--num_training_steps 80000", 0.002),
+        ("--max_train_tokens 209715200", 0.01),
+        ("--num_training_steps 3200 --lr 0.004", 0.004),
+        ("--num_training_steps 3200 --full_rank_lr 0.03", 0.03),
+        ("--num_training_steps 800 --weight_decay 0", 0.02),
+        ("--num_training_steps 800 --recipe paper --lr 0.01", 0.01),
+        ("--num_training_steps 800 --optimizer adamw --recipe orthogonal --lr 0.01", 0.01),
+    ],
+)
+def test_embeddings_head_and_norms_learn_faster_in_short_runs(flags: str, rate: float) -> None:
+    optimizer = parse(f"--total_batch_size 256 --max_length 256 {Q_GALORE} {flags}").optimizer
+    assert optimizer.peak_full_rank_lr == pytest.approx(rate)
 
 
 def test_a_recipe_that_does_not_exist() -> None:
