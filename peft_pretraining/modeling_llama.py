@@ -73,20 +73,20 @@ def cudnn_length(device: torch.device, config: LlamaConfig) -> int:
 # x + y that a compiler takes for something it cannot compute again. It would keep y instead, which takes as much
 # memory, and read both wherever the sum is needed: in the backward pass once more for the gradients of both norms.
 _library = torch.library.Library("peft_pretraining", "FRAGMENT")
-_library.define("kept_sum(Tensor x, Tensor y) -> Tensor")
+_library.define("saved_sum(Tensor x, Tensor y) -> Tensor")
 
 
-@torch.library.impl(_library, "kept_sum", "CompositeExplicitAutograd")
-def _kept_sum(x: Tensor, y: Tensor) -> Tensor:
+@torch.library.impl(_library, "saved_sum", "CompositeExplicitAutograd")
+def _saved_sum(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-@torch.library.register_fake("peft_pretraining::kept_sum")
+@torch.library.register_fake("peft_pretraining::saved_sum")
 def _(x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-torch.library.register_autograd("peft_pretraining::kept_sum", lambda ctx, grad: (grad, grad))
+torch.library.register_autograd("peft_pretraining::saved_sum", lambda ctx, grad: (grad, grad))
 
 
 class LlamaAttention(nn.Module):
@@ -227,12 +227,18 @@ class LlamaForCausalLM(nn.Module):
         torch._functorch.config.ban_recompute_materialized_backward = False
         options: dict[str, Any] = {}
         if backend == "inductor":
+            from torch._inductor import lowering
+
             # Same seed, same bits: no choice between kernels by how fast they happen to run. And what is freed goes
             # back to the allocator at once, instead of waiting for a tensor of its size.
             options = {"deterministic": True, "allow_buffer_reuse": False}
+            # Its code generator takes the saved sum for any other, and makes it together with the norm that follows.
+            lowering.register_lowering(torch.ops.peft_pretraining.saved_sum.default, type_promotion_kind=None)(
+                lowering.lowerings[torch.ops.aten.add.Tensor]
+            )
         for layer in self.model.layers:
             assert isinstance(layer, LlamaDecoderLayer)
-            layer.add_attention = torch.ops.peft_pretraining.kept_sum
+            layer.add_attention = torch.ops.peft_pretraining.saved_sum
             layer.self_attn.cudnn_length = cudnn_length(self.lm_head.weight.device, self.config)
         self.model.compiled_layer = torch.compile(
             LlamaDecoderLayer.forward, fullgraph=True, dynamic=False, backend=backend, options=options

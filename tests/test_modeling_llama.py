@@ -11,6 +11,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import HFCausalLM, build_model, build_on_meta, low_rank_names, materialize, parameter_count
@@ -200,7 +201,19 @@ def test_a_compiled_layer_keeps_the_sum_that_both_norms_read(tmp_path: Path) -> 
     backend = aot_autograd(fw_compiler=outputs_of, bw_compiler=outputs_of, partition_fn=partition)
     model.compile_layers(backend)
     model(tokens(), tokens()).loss_sum.backward()
-    assert torch.ops.peft_pretraining.kept_sum.default in kept[0]
+    assert torch.ops.peft_pretraining.saved_sum.default in kept[0]
+
+
+def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.bfloat16)
+    assert isinstance(model, LlamaForCausalLM)
+    torch.compiler.reset()
+    with fresh_cache():
+        model.compile_layers()
+        _, codes = run_and_get_code(lambda: model(tokens(), tokens()).loss_sum.backward())
+    lines = [line for code in codes for line in code.splitlines() if "saved_sum" in line]
+    assert any("fused" in line for line in lines)
+    assert not any("torch.ops.peft_pretraining.saved_sum.default(" in line for line in lines), "a kernel of its own"
 
 
 @pytest.mark.gpu
