@@ -10,6 +10,9 @@ and s together (s shrinks by exp(m_old - m_new) when a block has a larger m), th
 logits. m, s, loss and gradient are float32 inside (float64 for float64 logits), the gradient is rounded once, when it
 is stored. No sum is shared between programs, so the bits are always the same.
 
+Instructions count here as much as bytes: 1 / s is part of the exponent, only the last block has a mask, and the column
+of the target is written by itself.
+
 logits: (T, width), contiguous, any float dtype; the first V columns count, the rest is padding, which is overwritten
     with anything. A width that is a multiple of 16 lets a thread load and store several neighbours at once for any V.
 targets: int64 (T,), contiguous. losses: float32 or float64 (T,), contiguous, written.
@@ -17,12 +20,28 @@ targets: int64 (T,), contiguous. losses: float32 or float64 (T,), contiguous, wr
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _MAX_BLOCK = 8192
 _VALUES_A_THREAD = 32
+
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _with_block(maximum, total, x, inside):
+    """m and s of a row with one block more; `inside` masks what is beyond the row, None nothing."""
+    larger = tl.maximum(maximum, tl.max(x, axis=0))
+    # x * 0 is NaN for a value that is not finite: the power alone would hide an infinitely negative one.
+    terms = tl.fma(x, 0.0, tl.exp(x - larger))
+    if inside is not None:
+        terms = tl.where(inside, terms, 0.0)
+    return larger, total * tl.exp(maximum - larger) + tl.sum(terms, axis=0)
 
 
 @triton.jit
@@ -40,37 +59,42 @@ def _softmax_gradient_kernel(
     logits += row * WIDTH  # 64 bits: T * WIDTH may pass 2^31
     target = tl.load(targets + row)
     lane = tl.arange(0, BLOCK)
+    WHOLE: tl.constexpr = COLUMNS // BLOCK * BLOCK  # columns in blocks that need no mask
+    last = WHOLE + lane
     dtype = losses.dtype.element_ty
+    stored = logits.dtype.element_ty
     if target == ignore_index:
         tl.store(losses + row, 0.0)
         if WRITE_GRADIENT:
-            zero = tl.zeros((BLOCK,), logits.dtype.element_ty)
-            for start in range(0, COLUMNS, BLOCK):
-                tl.store(logits + start + lane, zero, mask=start + lane < WIDTH)
+            zero = tl.zeros((BLOCK,), stored)
+            for start in range(0, WHOLE, BLOCK):
+                tl.store(logits + start + lane, zero)
+            tl.store(logits + last, zero, mask=last < WIDTH)
     else:
         # A target outside the vocabulary makes the loss NaN.
         in_range = (target >= 0) & (target < COLUMNS)
         target_logit = tl.load(logits + target, mask=in_range, other=float("nan")).to(dtype)
         maximum = tl.full((), float("-inf"), dtype)
         total = tl.full((), 0.0, dtype)
-        for start in range(0, COLUMNS, BLOCK):
-            column = start + lane
-            x = tl.load(logits + column, mask=column < WIDTH, other=0.0).to(dtype)
-            block_maximum = tl.max(tl.where(column < COLUMNS, x, float("-inf")), axis=0)
-            new_maximum = tl.maximum(maximum, block_maximum)
-            # x * 0 is NaN for a value that is not finite: exp alone would hide an infinitely negative one.
-            terms = tl.where(column < COLUMNS, tl.exp(x - new_maximum) + x * 0.0, 0.0)
-            total = total * tl.exp(maximum - new_maximum) + tl.sum(terms, axis=0)
-            maximum = new_maximum
+        for start in range(0, WHOLE, BLOCK):
+            x = tl.load(logits + start + lane).to(dtype)
+            maximum, total = _with_block(maximum, total, x, None)
+        if WHOLE < COLUMNS:
+            x = tl.load(logits + last, mask=last < COLUMNS, other=float("-inf")).to(dtype)
+            maximum, total = _with_block(maximum, total, x, last < COLUMNS)
         tl.store(losses + row, tl.log(total) + (maximum - target_logit))
         if WRITE_GRADIENT:
+            shift = -tl.log2(total)
             tl.debug_barrier()  # every thread has read its part of the row before any overwrites the target's logit
-            inverse = 1.0 / total
-            for start in range(0, COLUMNS, BLOCK):
-                column = start + lane
-                x = tl.load(logits + column, mask=column < WIDTH, other=0.0).to(dtype)
-                gradient = tl.exp(x - maximum) * inverse - (column == target).to(dtype)
-                tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < WIDTH)
+            for start in range(0, WHOLE, BLOCK):
+                x = tl.load(logits + start + lane).to(dtype)
+                tl.store(logits + start + lane, tl.exp2(tl.fma(x - maximum, _LOG2_E, shift)).to(stored))
+            if WHOLE < COLUMNS:
+                x = tl.load(logits + last, mask=last < WIDTH, other=0.0).to(dtype)
+                tl.store(logits + last, tl.exp2(tl.fma(x - maximum, _LOG2_E, shift)).to(stored), mask=last < WIDTH)
+            tl.debug_barrier()
+            of_target = tl.exp2(tl.fma(target_logit - maximum, _LOG2_E, shift)) - 1.0
+            tl.store(logits + target, of_target.to(stored), mask=in_range)
 
 
 def softmax_gradient_(
