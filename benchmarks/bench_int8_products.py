@@ -36,7 +36,7 @@ Product = Callable[[], Tensor]
 
 def layer_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
     """A layer's own products, as in training."""
-    return lambda: layer._product(x), lambda: layer.input_gradient(grad, x.shape[-1])
+    return lambda: layer.product(x), lambda: layer.input_gradient(grad, x.shape[-1])
 
 
 def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:

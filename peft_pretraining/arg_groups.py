@@ -104,8 +104,8 @@ class OptimizerArgs:
     ] = ""
     """Values of the flags that are left out. paper: the official defaults, which this help shows. orthogonal:
     --direction orthogonal, --subspace streaming, --update_proj_gap 200, --rank 7/16 of the model's width, --lr 0.01,
-    --galore_scale 0.5, --norm_growth 1.01, a --full_rank_lr of twice --lr in up to 800 updates, falling with the root of
-    their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of 65,536 tokens or more, in
+    --galore_scale 0.5, --norm_growth 1.01, a --full_rank_lr of twice --lr in up to 800 updates, falling with the root
+    of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of 65,536 tokens or more, in
     proportion of fewer, or 8 over the updates of the run if that is less; twice that for embeddings, head and
     norms."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4

@@ -22,6 +22,7 @@ from peft_pretraining.linear_cross_entropy import linear_cross_entropy
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.rotary import rotary_tables, rotate
 from peft_pretraining.swiglu import swiglu, swiglu_through_int8
+from qgalore.linear import products
 
 IGNORE_INDEX = -100
 
@@ -108,8 +109,10 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        query, key = rotate(self.q_proj(x).view(heads), self.k_proj(x).view(heads), cos, sin)
-        value = self.v_proj(x).view(heads)  # (B, L, kv_heads, head_dim)
+        # The rotation gives the gradients of queries and keys side by side.
+        of_heads = products(x, (self.q_proj, self.k_proj, self.v_proj), side_by_side=2)
+        query, key, value = (y.view(heads) for y in of_heads)
+        query, key = rotate(query, key, cos, sin)  # (B, L, heads, head_dim), (B, L, kv_heads, head_dim) as value
         # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if torch.is_grad_enabled() and length <= self.cudnn_length and x.dtype == torch.bfloat16:
@@ -132,7 +135,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation = self.training_swiglu if torch.is_grad_enabled() else swiglu
-        out: Tensor = self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(activation(*products(x, (self.gate_proj, self.up_proj))))
         return out
 
 

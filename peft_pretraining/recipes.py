@@ -30,7 +30,7 @@ _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold",
 for the paper's algorithm."""
 _FULL_RANK_LR, _ITS_UPDATES = 2.0, 800
 """The learning rate of embeddings, head and norms, as a multiple of the matrices', in runs of up to so many updates; in
-longer ones it falls with the root of their number: 2 in 800, 1 in 3,200. Those are the best of both lengths, AdamW's too."""
+longer ones it falls with the root of their number, 2 in 800 and 1 in 3,200: the best that was measured at both."""
 _DECAY, _ITS_TOKENS, _DECAYS_A_RUN = 2.5e-3, 65_536, 8.0
 """At the peak of the learning rate a matrix loses 0.0025 of itself in an update of 65,536 tokens or more, in
 proportion of fewer, or 8 over the updates of the run if that is less: it then remembers an eighth of the run. Measured

@@ -4,7 +4,8 @@ A head's values are pairs (x[i], x[i + head_dim / 2]), turned by the angle of th
 
     y[i] = x[i] cos - x[i + head_dim / 2] sin,   y[i + head_dim / 2] = x[i + head_dim / 2] cos + x[i] sin
 
-in float32, rounded once. The gradient is the same rotation backwards, and needs the tables alone.
+in float32, rounded once. The gradient is the same rotation backwards, and needs the tables alone; those of queries and
+keys are columns of one matrix, so that one product takes both on (`qgalore.linear_operator`).
 
 It is an operator of its own. A compiler makes one kernel a tensor of it, in which each value loads both of its pair and
 both of its tables: 64 us where the bytes take 31 (64k tokens of 8 heads of 64, H200). Here a thread turns whole pairs
@@ -43,12 +44,24 @@ _library.define(
 
 @torch.library.impl(_library, "rotate", "CompositeExplicitAutograd")
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    places = _places(query, key, back)
     if use_triton(query.device):
         from peft_pretraining import rotary_kernel
 
-        return rotary_kernel.rotate(query, key, cos, sin, back)
-    sin = -sin if back else sin
-    return _turned(query, cos, sin), _turned(key, cos, sin)
+        rotary_kernel.rotate(query, key, cos, sin, back, *places)
+    else:
+        for x, place in zip((query, key), places, strict=True):
+            place.copy_(_turned(x, cos, -sin if back else sin))
+    return places
+
+
+def _places(query: Tensor, key: Tensor, side_by_side: bool) -> tuple[Tensor, Tensor]:
+    """Where the turned queries and keys go: side by side they are columns of one matrix (tokens, all of both)."""
+    if not side_by_side:
+        return query.new_empty(query.shape), key.new_empty(key.shape)
+    batch, length, heads, head_dim = query.shape
+    both = query.new_empty(batch, length, heads + key.shape[2], head_dim)
+    return both[:, :, :heads], both[:, :, heads:]
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -58,8 +71,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("peft_pretraining::rotate")
-def _(query: Tensor, key: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape)
+def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return _places(query, key, back)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:

@@ -4,7 +4,7 @@ One program turns BLOCK heads of tokens; a thread has both values of its pairs, 
 All arithmetic is float32 and without fused multiply-adds: the bits are those of the reference in `rotary`.
 
 query, key: (B, L, heads, head_dim), bfloat16 or float32, any strides but for the last, which is 1. cos, sin: float32
-    (L, head_dim / 2), contiguous. What is returned is contiguous.
+    (L, head_dim / 2), contiguous. The results have head beside head, and any distance from token to token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK_VALUES = 4096
 
 @triton.jit
 def _rotate_rows(
-    x, out, cos, sin, program, rows, batch_stride, token_stride, head_stride, LENGTH: tl.constexpr,
+    x, out, cos, sin, program, rows, batch_stride, token_stride, head_stride, out_stride, LENGTH: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     row = program * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -35,7 +35,7 @@ def _rotate_rows(
     s = tl.load(sin + position * HALF + lane, mask=mask, other=0.0)
     if BACK:
         s = -s
-    to = out + row.to(tl.int64) * (2 * HALF) + lane
+    to = out + token.to(tl.int64) * out_stride + (row % HEADS) * (2 * HALF) + lane
     tl.store(to, to_float(first * c - second * s, out.dtype.element_ty), mask=mask)
     tl.store(to + HALF, to_float(second * c + first * s, out.dtype.element_ty), mask=mask)
 
@@ -43,26 +43,27 @@ def _rotate_rows(
 @triton.jit
 def _rotate_kernel(
     query, key, query_out, key_out, cos, sin, query_rows, key_rows, query_batch, query_token, query_head, key_batch,
-    key_token, key_head, LENGTH: tl.constexpr, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+    key_token, key_head, query_out_token, key_out_token, LENGTH: tl.constexpr, QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     program, of_queries = tl.program_id(0), tl.cdiv(query_rows, BLOCK)
     if program < of_queries:
         _rotate_rows(
-            query, query_out, cos, sin, program, query_rows, query_batch, query_token, query_head, LENGTH, QUERY_HEADS,
-            HALF, LANES, BLOCK, BACK,
+            query, query_out, cos, sin, program, query_rows, query_batch, query_token, query_head, query_out_token,
+            LENGTH, QUERY_HEADS, HALF, LANES, BLOCK, BACK,
         )  # fmt: skip
     else:
         _rotate_rows(
-            key, key_out, cos, sin, program - of_queries, key_rows, key_batch, key_token, key_head, LENGTH, KEY_HEADS,
-            HALF, LANES, BLOCK, BACK,
+            key, key_out, cos, sin, program - of_queries, key_rows, key_batch, key_token, key_head, key_out_token,
+            LENGTH, KEY_HEADS, HALF, LANES, BLOCK, BACK,
         )  # fmt: skip
 
 
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+def rotate(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool, query_out: Tensor, key_out: Tensor
+) -> None:
     """See `peft_pretraining.rotary.rotate`; `back` turns the other way."""
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    query_out, key_out = query.new_empty(query.shape), key.new_empty(key.shape)
     _, length, query_heads, head_dim = query.shape
     key_heads, half = key.shape[2], head_dim // 2
     lanes = triton.next_power_of_2(half)
@@ -70,7 +71,6 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> 
     query_rows, key_rows = query.numel() // head_dim, key.numel() // head_dim
     _rotate_kernel[(triton.cdiv(query_rows, block) + triton.cdiv(key_rows, block),)](
         query, key, query_out, key_out, cos.contiguous(), sin.contiguous(), query_rows, key_rows, *query.stride()[:3],
-        *key.stride()[:3], LENGTH=length, QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HALF=half, LANES=lanes,
-        BLOCK=block, BACK=back, enable_fp_fusion=False, num_warps=4,
+        *key.stride()[:3], query_out.stride(1), key_out.stride(1), LENGTH=length, QUERY_HEADS=query_heads,
+        KEY_HEADS=key_heads, HALF=half, LANES=lanes, BLOCK=block, BACK=back, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
-    return query_out, key_out

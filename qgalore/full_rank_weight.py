@@ -94,8 +94,16 @@ class FullRankWeight:
         self._sum.clear()
         self._held.clear()
 
-    def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
-        """Add the gradient of one micro-batch, given as factors (`qgalore.linear.GradientTap`)."""
+    def forms_gradient(self, input: Tensor) -> bool:
+        """See `qgalore.linear_operator.GradientTap`."""
+        return True
+
+    def input_basis(self, input: Tensor) -> Tensor | None:
+        """See `qgalore.linear_operator.GradientTap`."""
+        return None
+
+    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
+        """Add the gradient of one micro-batch, given as factors (`qgalore.linear_operator.GradientTap`)."""
         self._add(self._sum, subspace.gradient(grad_output, input, (self.shape[0], self.shape[1])))
 
     def accumulate_full(self, grad: Tensor) -> None:

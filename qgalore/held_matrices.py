@@ -1,7 +1,8 @@
 """The quantized weights and bases of one decoder layer, dequantized in one launch before the pass that uses them.
 
-Each alone takes 3 us of a GPU and a gap, whatever its size, and there are 28 a layer and update. What is held lives as
-long as a `with` block, and is forgotten before where the weight or the basis that it was made of is written.
+Each alone takes 3 us of a GPU and a gap, whatever its size, and there are 28 a layer and update. What is held lies one
+matrix behind the other, so that several can be one factor (`linear_operator`). It lives as long as a `with` block, and
+is forgotten before where the weight or the basis that it was made of is written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from qgalore.bases import WeightWithBases
 from qgalore.full_rank_weight import FullRankWeight
 from qgalore.linear import LowRankLinear
+from qgalore.neighbours import new_stack
 from qgalore.padding import padded_width
 from qgalore.quantization import dequantize_several
 
@@ -55,10 +57,12 @@ def held_bases(weights: Sequence[FullRankWeight], dtype: torch.dtype) -> Iterato
 def _hold_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
     multiplied = [layer for layer in layers if not layer.format.int8_products]
     stored = [(layer, weight) for layer in multiplied if (weight := layer.quantized_weight) is not None]
-    shapes = [tuple(map(padded_width, weight.shape)) for _, weight in stored]
+    shapes = [(padded_width(weight.shape[0]), padded_width(weight.shape[1])) for _, weight in stored]
     if sum(map(math.prod, shapes)) * dtype.itemsize > HELD_BYTES:
         return
-    places = [weight.scale.new_empty(shape, dtype=dtype) for (_, weight), shape in zip(stored, shapes, strict=True)]
+    if not stored:
+        return
+    places = new_stack(stored[0][1].scale, shapes, dtype)
     dequantize_several([weight for _, weight in stored], dtype, places)
     for (layer, _), padded in zip(stored, places, strict=True):
         layer.held_weight = padded
@@ -68,6 +72,9 @@ def _hold_bases(weights: Sequence[WeightWithBases], dtype: torch.dtype) -> None:
     stored = [(weight, side, basis) for weight in weights for side, basis in weight.quantized_bases().items()]
     if sum(math.prod(basis.shape) for *_, basis in stored) * dtype.itemsize > HELD_BYTES:
         return
-    values = dequantize_several([basis for *_, basis in stored], dtype)
-    for (weight, side, _), value in zip(stored, values, strict=True):
-        weight.held_bases[side] = value
+    if not stored:
+        return
+    places = new_stack(stored[0][-1].scale, [basis.shape for *_, basis in stored], dtype)
+    dequantize_several([basis for *_, basis in stored], dtype, places)
+    for (weight, side, _), place in zip(stored, places, strict=True):
+        weight.held_bases[side] = place

@@ -9,43 +9,30 @@ hangs a tap on each layer when it is attached to the model. A scalar leaf, the *
 autograd graph: it makes the backward run even where the input needs no gradient, and its post-accumulate hook fires
 once a backward, after every use of the weight.
 
-The operator is a `torch.library` operator, so that `torch.compile` passes through it without a graph break.
+The operator (`qgalore.linear_operator`) takes several layers with the same input, such as the queries', keys' and
+values': their factors come to the optimizer together, which reads that input once.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qgalore import kernels
-from qgalore.padding import padded_width, with_padded_columns
-from qgalore.quantization import QuantizedTensor, quantize
+from qgalore import kernels, linear_operator
+from qgalore.linear_operator import GradientTap
+from qgalore.neighbours import joined, new_stack
+from qgalore.padding import cut_columns, padded_width, with_padded_columns
+from qgalore.quantization import QuantizedTensor, dequantize_several, quantize
 from qgalore.weight_format import WeightFormat
-
-
-class GradientTap(Protocol):
-    """What receives the factors of a weight gradient during the backward pass."""
-
-    def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
-        """Take grad_output (tokens, out_features) and input (tokens, in_features): the gradient is their product.
-
-        Either may be wider, with columns of zeros (`qgalore.padding`).
-        """
 
 
 def changes_nothing(step_size: float, decay: float, numbers: Tensor | None) -> bool:
     """Whether an update leaves every bit, as with a learning rate of 0: requantizing would move the grid."""
     return step_size == 0 and decay == 1 and numbers is None
-
-
-_layer_numbers = itertools.count()
-_layers: weakref.WeakValueDictionary[int, LowRankLinear] = weakref.WeakValueDictionary()
 
 
 class LowRankLinear(nn.Module):
@@ -94,13 +81,11 @@ class LowRankLinear(nn.Module):
         return layer
 
     def _register(self) -> None:
-        # A tensor on the CPU, since a compiler would compile a number of Python anew for each layer.
-        self._number = torch.tensor(next(_layer_numbers))
-        _layers[int(self._number)] = self
+        self.number = linear_operator.new_number(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another layer: it has its own number and no optimizer.
-        return self.__dict__ | {"tap": None, "anchor": None, "_number": None, "held_weight": None}
+        return self.__dict__ | {"tap": None, "anchor": None, "number": None, "held_weight": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -156,6 +141,19 @@ class LowRankLinear(nn.Module):
         padded[: self.out_features, : self.in_features].copy_(self.weight)
         return padded
 
+    def weight_over(self, others: Sequence[LowRankLinear], dtype: torch.dtype) -> Tensor:
+        """`padded_weight` of this layer and, below it, of others with as many columns."""
+        layers = [self, *others]
+        quantized = [layer.quantized_weight for layer in layers]
+        stored = [weight for weight in quantized if weight is not None]
+        if self.held_weight is None and len(stored) == len(layers):
+            shapes = [(padded_width(layer.out_features), padded_width(layer.in_features)) for layer in layers]
+            weights = dequantize_several(stored, dtype, new_stack(self.weight, shapes, dtype))
+        else:
+            weights = [layer.padded_weight(dtype) for layer in layers]
+        whole = joined(weights, 0)
+        return torch.cat(weights) if whole is None else whole
+
     def attach(self, tap: GradientTap | None) -> Tensor:
         """Hang a tap on the layer (None takes it off) and return the anchor, a leaf whose hook ends the gradient."""
         self.tap = tap
@@ -165,41 +163,34 @@ class LowRankLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features), or as wide as it is padded -> (..., out_features) in the dtype of input."""
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
-        if self.anchor is None or self._frozen:
-            output = self._product(input)
-        else:
-            output = torch.ops.qgalore.low_rank_linear_forward(
-                input, self.weight, self.weight_scale, self.weight_zero_point, self.anchor, self._number,
-                self.frees_input, self._width,
-            )  # fmt: skip
-        if self.bias is None:
-            return output
-        return output + F.pad(self.bias.to(output.dtype), (0, self._width - self.out_features))
+        return products(input, [self])[0]
 
     @property
-    def _frozen(self) -> bool:
-        """Whether the weight is to stay as it is; of a quantized one autograd cannot tell."""
-        return self.weight.is_floating_point() and not self.weight.requires_grad
+    def _trains(self) -> bool:
+        """Whether an optimizer wants the gradient; of a quantized weight autograd cannot tell that it is frozen."""
+        return self.anchor is not None and (self.weight.requires_grad or not self.weight.is_floating_point())
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Columns of the output."""
         return padded_width(self.out_features) if self.pads_output else self.out_features
 
-    def _product(self, input: Tensor) -> Tensor:
+    def product(self, input: Tensor) -> Tensor:
+        """input (..., in_features), or padded, times the weight: (..., width), without the bias."""
         if self.format.int8_products:
-            return self._int8(kernels.int8_linear, input, self._width)
-        output = with_padded_columns(input) @ self.padded_weight(input.dtype).T
-        return output if output.shape[-1] == self._width else output[..., : self._width].contiguous()
+            return self._int8(kernels.int8_linear, input, self.width)
+        return cut_columns(with_padded_columns(input) @ self.padded_weight(input.dtype).T, self.width)
+
+    def padded_bias(self, dtype: torch.dtype) -> Tensor:
+        """The bias (width,) in `dtype`, with zeros at the end; there must be one."""
+        assert self.bias is not None
+        return F.pad(self.bias.to(dtype), (0, self.width - self.out_features))
 
     def input_gradient(self, grad_output: Tensor, width: int) -> Tensor:
         """grad_output (..., padded out_features) times the weight: (..., width), zeros beyond in_features."""
         if self.format.int8_products:
             return self._int8(kernels.int8_linear_backward, grad_output, width)
-        grad_input = grad_output @ self.padded_weight(grad_output.dtype)
-        return grad_input if grad_input.shape[-1] == width else grad_input[..., :width].contiguous()
+        return cut_columns(grad_output @ self.padded_weight(grad_output.dtype), width)
 
     def _int8(self, product: Callable[..., Tensor], x: Tensor, width: int) -> Tensor:
         weight = (self.weight[:, : self.in_features], self.weight_scale, self.weight_zero_point)
@@ -269,6 +260,30 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}"
 
 
+def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1) -> list[Tensor]:
+    """What each of `linears` makes of the same input (..., in_features).
+
+    Layers that are trained through low-rank gradients are one node of autograd's graph, where all of them are.
+    side_by_side: the gradients of so many first outputs are likely to be neighbouring columns of one matrix.
+    """
+    layers = [linear for linear in linears if isinstance(linear, LowRankLinear)]
+    if len(layers) < len(linears):
+        return [linear(input) for linear in linears]
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        input = input.to(torch.get_autocast_dtype(device))
+    if all(layer._trains for layer in layers):
+        outputs = linear_operator.multiply(layers, input, side_by_side)
+    elif len(layers) == 1:
+        outputs = [layers[0].product(input)]
+    else:
+        return [products(input, [layer])[0] for layer in layers]
+    return [
+        output if layer.bias is None else output + layer.padded_bias(output.dtype)
+        for layer, output in zip(layers, outputs, strict=True)
+    ]
+
+
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
     """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
 
@@ -284,92 +299,3 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
         layer = LowRankLinear.from_linear(linear, format)
         for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
             setattr(parent, child, layer)
-
-
-# Defined at the lower level of torch.library: `custom_op` checks each call's tensors for aliases, which costs half a
-# millisecond a layer. Another backward pass needs another name of the product: torch keeps compiled ones on disk, and
-# finds them by the forward pass alone.
-_library = torch.library.Library("qgalore", "DEF")
-# Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
-_FORWARD = """low_rank_linear_forward(
-    Tensor input, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor anchor, Tensor layer, bool frees_input,
-    int width) -> Tensor"""
-# In two, so that the input can be freed before the gradient of its size is made, which then needs what the tap returns.
-_TAP = "low_rank_linear_tap(Tensor grad_output, Tensor input, Tensor layer) -> Tensor"
-_INPUT_GRADIENT = """low_rank_linear_input_gradient(
-    Tensor grad_output, Tensor weight, Tensor? scale, Tensor? zero_point, Tensor layer, Tensor? tapped, int width
-    ) -> Tensor"""
-for _schema in (_FORWARD, _TAP, _INPUT_GRADIENT):
-    _library.define(" ".join(_schema.split()), tags=torch.Tag.flexible_layout)
-
-
-@torch.library.impl(_library, "low_rank_linear_forward", "CompositeExplicitAutograd")
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    anchor: Tensor,
-    layer: Tensor,
-    frees_input: bool,
-    width: int,
-) -> Tensor:
-    return _layers[int(layer)]._product(input)
-
-
-@torch.library.impl(_library, "low_rank_linear_tap", "CompositeExplicitAutograd")
-def _tap(grad_output: Tensor, input: Tensor, layer: Tensor) -> Tensor:
-    # The anchor's gradient is an output, so that no compiler may drop the call; its value is never read.
-    tap, anchor_grad = _layers[int(layer)].tap, grad_output.new_empty((), dtype=torch.float32)
-    if tap is not None:
-        factors = (with_padded_columns(factor) for factor in (grad_output, input))
-        tap.accumulate(*(factor.reshape(-1, factor.shape[-1]) for factor in factors))
-    return anchor_grad
-
-
-@torch.library.impl(_library, "low_rank_linear_input_gradient", "CompositeExplicitAutograd")
-def _input_gradient(
-    grad_output: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    layer: Tensor,
-    tapped: Tensor | None,
-    width: int,
-) -> Tensor:
-    return _layers[int(layer)].input_gradient(with_padded_columns(grad_output), width)
-
-
-@torch.library.register_fake("qgalore::low_rank_linear_forward")
-def _(input: Tensor, *rest: Any) -> Tensor:
-    return input.new_empty(*input.shape[:-1], rest[-1])
-
-
-@torch.library.register_fake("qgalore::low_rank_linear_tap")
-def _(grad_output: Tensor, *rest: object) -> Tensor:
-    return grad_output.new_empty((), dtype=torch.float32)
-
-
-@torch.library.register_fake("qgalore::low_rank_linear_input_gradient")
-def _(grad_output: Tensor, *rest: Any) -> Tensor:
-    return grad_output.new_empty(*grad_output.shape[:-1], rest[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, scale, zero_point, _, layer, ctx.frees_input, _ = inputs
-    # The weight is saved too: autograd then refuses a backward through a weight that was changed in between.
-    ctx.save_for_backward(input, weight, scale, zero_point, layer)
-
-
-def _autograd_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, scale, zero_point, layer = ctx.saved_tensors
-    anchor_grad, grad = torch.ops.qgalore.low_rank_linear_tap(grad_output, input, layer), None
-    if ctx.needs_input_grad[0]:
-        tapped = anchor_grad if ctx.frees_input else None
-        grad = torch.ops.qgalore.low_rank_linear_input_gradient(
-            grad_output, weight, scale, zero_point, layer, tapped, input.shape[-1]
-        )
-    return grad, None, None, None, anchor_grad, None, None, None
-
-
-torch.library.register_autograd("qgalore::low_rank_linear_forward", _autograd_backward, setup_context=_setup_context)

@@ -19,8 +19,14 @@ from qgalore.direction import DIRECTIONS, Direction
 from qgalore.full_rank_weight import ACCUMULATION, ROUNDING
 from qgalore.layer_update import LayerUpdate
 from qgalore.residual import full_direction
+from qgalore.subspace import projects_directly
 from qgalore.subspace_schedule import RefreshSchedule
 
+JOINED_BASIS_BYTES = 4 << 20
+"""Up to this size a basis is multiplied with the input together with those of the weights that have the same input.
+
+All of 1B's are; at 7B a product takes longer than reading its input, and three bases would take 25 MB.
+"""
 _START, _TEST_MATRIX, _RANGE_FINDER = range(2, 5)
 
 
@@ -134,14 +140,34 @@ class LowRankWeight(WeightWithBases):
     def _needs_full_gradient(self) -> bool:
         return self.changes_subspace and self.group["subspace"] == "svd" and self.schedule.refreshes > 0
 
-    def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
+    def forms_gradient(self, input: Tensor) -> bool:
+        """See `qgalore.linear_operator.GradientTap`."""
+        side = "right" if "right" in self.sides else "left"
+        return (
+            self._needs_full_gradient
+            or self._has_residual
+            or not projects_directly(len(input), *self._matrix_shape, self.group["rank"], side)
+        )
+
+    def input_basis(self, input: Tensor) -> Tensor | None:
+        """See `qgalore.linear_operator.GradientTap`; None for a large one, of which several would take much memory."""
+        large = self.group["rank"] * self._matrix_shape[1] * input.itemsize > JOINED_BASIS_BYTES
+        if large or self.sides != ("right",) or self.forms_gradient(input):
+            return None
+        return self.basis("right", input.dtype)
+
+    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         """Add the projected gradient of one micro-batch from its factors; the full one only where an SVD is due."""
         self._factor_dtype = grad_output.dtype
         if self._needs_full_gradient or self._has_residual:
             self.accumulate_full(subspace.gradient(grad_output, input, self._matrix_shape))
             return
-        left, right = self.basis("left", grad_output.dtype), self.basis("right", grad_output.dtype)
-        self._add(self._sum, subspace.project_factors(grad_output, input, self._matrix_shape, left, right))
+        if projected is not None:
+            gradient = subspace.gradient(grad_output, projected, (self._matrix_shape[0], projected.shape[1]))
+        else:
+            left, right = self.basis("left", grad_output.dtype), self.basis("right", grad_output.dtype)
+            gradient = subspace.project_factors(grad_output, input, self._matrix_shape, left, right)
+        self._add(self._sum, gradient)
         if self.changes_subspace:
             for side in self.sides:
                 test = self._test_matrix(side, grad_output.dtype)

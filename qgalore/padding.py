@@ -20,3 +20,8 @@ def with_padded_columns(x: Tensor) -> Tensor:
     """x (..., n) itself, or a copy with zeros up to the padded width."""
     missing = padded_width(x.shape[-1]) - x.shape[-1]
     return F.pad(x, (0, missing)) if missing else x
+
+
+def cut_columns(x: Tensor, width: int) -> Tensor:
+    """x (..., n) itself if n is `width`, else a copy of its first columns."""
+    return x if x.shape[-1] == width else x[..., :width].contiguous()

@@ -22,7 +22,16 @@ SHAPES = [(7, 21, 10), (64, 300, 33), (9, 33, 300), (3, 5461, 8), (4, 8, 5461)]
 class Factors:
     """A tap that keeps what it was given."""
 
-    def accumulate(self, grad_output: Tensor, input: Tensor) -> None:
+    def forms_gradient(self, input: Tensor) -> bool:
+        return False
+
+    def input_basis(self, input: Tensor) -> Tensor | None:
+        return None
+
+    def accumulate_full(self, grad: Tensor) -> None:
+        raise AssertionError("a gradient that this tap has not asked for")
+
+    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         self.grad_output, self.input = grad_output, input
 
 

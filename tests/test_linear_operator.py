@@ -1,0 +1,299 @@
+"""Layers with one input as one node: the same outputs and gradients, the input read once for all projections."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.modeling_llama import LlamaForCausalLM
+from qgalore import (
+    LowRankLinear,
+    QGaLoreAdamW8bit,
+    WeightFormat,
+    convert_linears,
+    linear_operator,
+    low_rank_param_groups,
+    low_rank_weight,
+    subspace,
+)
+from qgalore.held_matrices import held_bases, held_weights
+from qgalore.linear import products
+from qgalore.neighbours import joined, new_stack
+from tests.test_memory_plan import CONFIG
+
+FORMATS = {
+    "int8": WeightFormat(bits=8),
+    "int4": WeightFormat(bits=4),
+    "float": WeightFormat(),
+    "int8 products": WeightFormat(bits=8, int8_products=True),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Tap:
+    """Keeps its factors; `basis` is what it asks to have multiplied; or the gradient, if it wants the `whole` one."""
+
+    def __init__(self, basis: Tensor | None = None, whole: bool = False) -> None:
+        self.basis, self.whole = basis, whole
+
+    def forms_gradient(self, input: Tensor) -> bool:
+        return self.whole
+
+    def input_basis(self, input: Tensor) -> Tensor | None:
+        return self.basis
+
+    def accumulate_full(self, grad: Tensor) -> None:
+        self.gradient = grad
+
+    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
+        self.grad_output, self.input, self.projected = grad_output, input, projected
+
+
+# ---- neighbours
+
+
+def test_neighbours_are_found_in_one_storage() -> None:
+    whole = torch.arange(60.0).view(6, 10)
+    assert joined([whole[:2], whole[2:5]], 0).equal(whole[:5])  # type: ignore[union-attr]
+    columns = joined([whole[:, 1:3], whole[:, 3:4], whole[:, 4:9]], 1)
+    assert columns is not None and columns.equal(whole[:, 1:9]) and columns.data_ptr() == whole[:, 1:].data_ptr()
+    stack = new_stack(whole, [(2, 10), (3, 10)], torch.bfloat16)
+    assert [m.shape for m in stack] == [(2, 10), (3, 10)] and stack[0].dtype == torch.bfloat16
+    assert joined(stack, 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("case", "dim"), [("order", 0), ("gap", 0), ("width", 0), ("copy", 0), ("order", 1), ("gap", 1), ("rows", 1)]
+)
+def test_what_only_looks_like_neighbours(case: str, dim: int) -> None:
+    whole = torch.zeros(6, 12)
+    a, b = {
+        ("order", 0): (whole[2:4], whole[:2]),
+        ("gap", 0): (whole[:2], whole[3:4]),
+        ("width", 0): (whole[:2], whole[2:, :6]),
+        ("copy", 0): (whole[:2].clone(), whole[2:4].clone()),
+        ("order", 1): (whole[:, 4:8], whole[:, :4]),
+        ("gap", 1): (whole[:, :4], whole[:, 5:8]),
+        ("rows", 1): (whole[:1], whole[1:2]),
+    }[case, dim]
+    assert joined([a, b], dim) is None
+
+
+# ---- the node
+
+
+def layers_of(format: WeightFormat, outputs: Sequence[int], inputs: int = 24) -> list[LowRankLinear]:
+    return [LowRankLinear(normal(rows, inputs, seed=i), None, format) for i, rows in enumerate(outputs)]
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("outputs", [(16, 8, 40), (16, 16), (21, 10, 7)], ids=str)
+def test_several_layers_make_what_each_makes_alone(outputs: tuple[int, ...], format: str, neighbours: bool) -> None:
+    layers, x = layers_of(FORMATS[format], outputs), normal(2, 5, 24, seed=9).requires_grad_()
+    both = normal(2, 5, sum(outputs), seed=10)
+    grads = list(both.split(list(outputs), dim=-1))
+    if not neighbours:
+        grads = [grad.clone() for grad in grads]
+    alone = list[Tensor]()
+    for layer, grad in zip(layers, grads, strict=True):
+        layer.attach(Tap())
+        y = layer(x)
+        alone += [y.detach(), *torch.autograd.grad(y, x, grad)]
+    expected = [(layer.tap.grad_output, layer.tap.input) for layer in layers]  # type: ignore[union-attr]
+    ys = products(x, layers, side_by_side=2)
+    (gradient,) = torch.autograd.grad(ys, x, grads)
+    assert len({y.grad_fn for y in ys}) == 1
+    assert all(torch.equal(y, expected_y) for y, expected_y in zip(ys, alone[::2], strict=True))
+    torch.testing.assert_close(gradient, sum(alone[1::2]), rtol=1e-4, atol=1e-4)
+    for layer, factors in zip(layers, expected, strict=True):
+        assert isinstance(layer.tap, Tap) and layer.tap.projected is None
+        assert torch.equal(layer.tap.grad_output, factors[0]) and torch.equal(layer.tap.input, factors[1])
+
+
+def test_a_layer_without_an_optimizer_or_frozen_or_of_another_kind_is_run_alone() -> None:
+    first, second = layers_of(WeightFormat(), (8, 8))
+    x, other = normal(3, 24).requires_grad_(), nn.Linear(24, 8)
+    for layers in ([first, second], [first, other]):
+        assert all(torch.equal(y, layer(x)) for y, layer in zip(products(x, layers), layers, strict=True))
+    for layer in (first, second):
+        layer.attach(Tap())
+    second.weight.requires_grad_(False)
+    products(x, [first, second])[0].sum().backward()
+    assert not hasattr(second.tap, "input") and hasattr(first.tap, "input")
+
+
+def test_biases_are_added() -> None:
+    layers = [LowRankLinear(normal(rows, 24), nn.Parameter(normal(rows)), WeightFormat(8)) for rows in (8, 21)]
+    layers[1].pads_output = True
+    x = normal(3, 24)
+    expected = [layer(x) for layer in layers]
+    for layer in layers:
+        layer.attach(Tap())
+    ys = products(x, layers)
+    assert [y.shape for y in ys] == [(3, 8), (3, 32)]
+    assert all(map(torch.equal, ys, expected))
+    ys[1].sum().backward()
+    assert layers[1].bias is not None and torch.equal(layers[1].bias.grad, torch.full((21,), 3.0))  # type: ignore[arg-type]
+
+
+# ---- projections
+
+
+def test_an_input_is_projected_once_for_all_that_want_it() -> None:
+    stack = new_stack(torch.empty(0), [(3, 24), (5, 24)], torch.float32)
+    for basis, values in zip(stack, (normal(3, 24), normal(5, 24, seed=1)), strict=True):
+        basis.copy_(values)
+    x = normal(7, 24, seed=2)
+    for bases in (stack, [basis.clone() for basis in stack]):
+        found = linear_operator.project_together([Tap(basis) for basis in bases], x)
+        for projected, basis in zip(found, bases, strict=True):
+            assert projected is not None
+            torch.testing.assert_close(projected, x @ basis.T)
+    wide = torch.cat((x, torch.zeros(7, 8)), 1)
+    first = linear_operator.project_together([Tap(basis) for basis in stack], wide)[0]
+    assert first is not None
+    torch.testing.assert_close(first, x @ stack[0].T)
+    alone: list[list[Tap | None]] = [[Tap(stack[0])], [Tap(stack[0]), Tap()], [Tap(stack[0]), None], []]
+    for taps in alone:
+        assert linear_operator.project_together(taps, x) == [None] * len(taps)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, True)])
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_whole_gradients_are_one_product_where_they_can(wanted: tuple[bool, ...], neighbours: bool) -> None:
+    layers, x = layers_of(WeightFormat(8), (16, 8, 40)), normal(2, 5, 24).requires_grad_()
+    grads = list(normal(2, 5, 64, seed=1).split([16, 8, 40], dim=-1))
+    if not neighbours:
+        grads = [grad.clone() for grad in grads]
+    for layer, whole in zip(layers, wanted, strict=True):
+        layer.attach(Tap(whole=whole))
+    torch.autograd.backward(products(x, layers, side_by_side=2), grads)
+    for index, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
+        joint = index < 2 and neighbours and all(wanted)
+        assert hasattr(layer.tap, "gradient") == joint and hasattr(layer.tap, "input") != joint
+        if joint:
+            assert isinstance(layer.tap, Tap)
+            expected = grad.flatten(0, 1).T @ x.detach().flatten(0, 1)
+            torch.testing.assert_close(layer.tap.gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+class Net(nn.Module):
+    """Three layers with one input."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(width, rows, bias=False) for rows in (48, 56, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(products(x, (self.q, self.k, self.v)), -1)
+
+
+def attached(net: Net, **flags: object) -> tuple[Net, QGaLoreAdamW8bit]:
+    net = copy.deepcopy(net)
+    convert_linears(net, ("q", "k", "v"), WeightFormat(8))
+    groups = low_rank_param_groups(net, ["q", "k", "v"], **{"rank": 4, "update_proj_gap": 3, **flags})
+    optimizer = QGaLoreAdamW8bit(groups, lr=0.01)
+    optimizer.attach(net, update_in_backward=True)
+    return net, optimizer
+
+
+@pytest.fixture
+def directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These matrices are too small for it to pay."""
+    for module in (subspace, low_rank_weight):
+        monkeypatch.setattr(module, "projects_directly", lambda tokens, *rest: tokens > 1)
+
+
+def trained(net: Net, optimizer: QGaLoreAdamW8bit, updates: int = 7) -> list[Tensor]:
+    """The weights after some updates."""
+    for update in range(updates):
+        net(normal(64, 48, seed=update)).square().sum().backward()
+        optimizer.step()
+    return [layer.dequantized_weight(torch.float32) for layer in net.children() if isinstance(layer, LowRankLinear)]
+
+
+@pytest.mark.usefixtures("directly")
+def test_training_is_that_of_projections_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    joint = trained(*attached(Net(), subspace="streaming"))
+    found = list[bool]()
+    together = linear_operator.project_together
+
+    def apart(taps: Sequence[linear_operator.GradientTap | None], input: Tensor) -> list[Tensor | None]:
+        found.append(together(taps, input)[0] is not None)
+        return [None] * len(taps)
+
+    monkeypatch.setattr(linear_operator, "project_together", apart)
+    for ours, alone in zip(joint, trained(*attached(Net(), subspace="streaming")), strict=True):
+        assert ((ours - alone).abs() > 1e-5).float().mean() < 0.02, "more than roundings that went the other way"
+    assert found == [True] * 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens", "wanted"),
+    [
+        ({"subspace": "streaming"}, 64, True),
+        ({"subspace": "streaming"}, 1, False),
+        ({"subspace": "streaming", "proj_type": "left"}, 64, False),
+        ({"subspace": "svd", "proj_type": "full"}, 64, False),
+        ({"subspace": "streaming", "residual": "fira"}, 64, False),
+        ({"subspace": "svd", "update_proj_gap": 1}, 64, False),
+        ({"subspace": "svd"}, 64, True),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("directly")
+def test_only_what_is_projected_directly_from_the_right_is_joined(
+    flags: dict[str, object], tokens: int, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, optimizer = attached(Net(), **flags)
+    trained(net, optimizer, 1)
+    weights, x = list(optimizer.low_rank_weights()), normal(tokens, 48)
+    assert all((weight.input_basis(x) is not None) == wanted for weight in weights)
+    monkeypatch.setattr(low_rank_weight, "JOINED_BASIS_BYTES", 4 * 48 * 4 - 1)
+    assert all(weight.input_basis(x) is None for weight in weights), "too large"
+
+
+@pytest.mark.usefixtures("directly")
+def test_what_is_held_needs_no_copy() -> None:
+    net, optimizer = attached(Net(), subspace="streaming")
+    trained(net, optimizer, 1)
+    layers = [layer for layer in net.children() if isinstance(layer, LowRankLinear)]
+    weights = list(optimizer.low_rank_weights())
+    with held_weights(layers, torch.float32), held_bases(weights, torch.float32):
+        bases = [weight.input_basis(normal(64, 48)) for weight in weights]
+        assert joined([basis for basis in bases if basis is not None], 0) is not None and None not in bases
+        assert layers[0].held_weight is not None
+        below = layers[0].weight_over(layers[1:], torch.float32)
+        assert below.data_ptr() == layers[0].held_weight.data_ptr()
+    expected = torch.cat([layer.dequantized_weight(torch.float32) for layer in layers])
+    assert torch.equal(below, expected) and torch.equal(layers[0].weight_over(layers[1:], torch.float32), expected)
+
+
+def test_queries_and_keys_of_a_llama_share_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LlamaForCausalLM(CONFIG)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    convert_linears(model, names, WeightFormat(8))
+    optimizer = QGaLoreAdamW8bit(low_rank_param_groups(model, names, rank=4), lr=1e-3)
+    optimizer.attach(model)
+    found = list[bool]()
+
+    def spied(matrices: Sequence[Tensor], dim: int) -> Tensor | None:
+        whole = joined(matrices, dim)
+        found.extend([whole is not None] if dim == 1 else [])
+        return whole
+
+    monkeypatch.setattr(linear_operator, "joined", spied)
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 8))
+    loss = model(tokens, tokens).loss_sum
+    assert loss is not None
+    loss.backward()
+    assert found == [True] * CONFIG.num_hidden_layers
