@@ -38,10 +38,18 @@ def _with_block(maximum, total, x, inside):
     """m and s of a row with one block more; `inside` masks what is beyond the row, None nothing."""
     larger = tl.maximum(maximum, tl.max(x, axis=0))
     # x * 0 is NaN for a value that is not finite: the power alone would hide an infinitely negative one.
-    terms = tl.fma(x, 0.0, tl.exp(x - larger))
+    terms = tl.exp2(x * _LOG2_E - larger * _LOG2_E) + x * 0.0
     if inside is not None:
         terms = tl.where(inside, terms, 0.0)
-    return larger, total * tl.exp(maximum - larger) + tl.sum(terms, axis=0)
+    return larger, total * tl.exp2((maximum - larger) * _LOG2_E) + tl.sum(terms, axis=0)
+
+
+@triton.jit
+def _probability(x, maximum, shift, stored: tl.constexpr):
+    """2 ** (shift + (x - m) log2(e)); of what is stored in 16 bits one instruction shorter, and 1e-6 less exact."""
+    if stored.primitive_bitwidth == 16:
+        return tl.exp2(x * _LOG2_E + (shift - maximum * _LOG2_E))
+    return tl.exp2((x - maximum) * _LOG2_E + shift)
 
 
 @triton.jit
@@ -88,12 +96,12 @@ def _softmax_gradient_kernel(
             tl.debug_barrier()  # every thread has read its part of the row before any overwrites the target's logit
             for start in range(0, WHOLE, BLOCK):
                 x = tl.load(logits + start + lane).to(dtype)
-                tl.store(logits + start + lane, tl.exp2(tl.fma(x - maximum, _LOG2_E, shift)).to(stored))
+                tl.store(logits + start + lane, _probability(x, maximum, shift, stored).to(stored))
             if WHOLE < COLUMNS:
                 x = tl.load(logits + last, mask=last < WIDTH, other=0.0).to(dtype)
-                tl.store(logits + last, tl.exp2(tl.fma(x - maximum, _LOG2_E, shift)).to(stored), mask=last < WIDTH)
+                tl.store(logits + last, _probability(x, maximum, shift, stored).to(stored), mask=last < WIDTH)
             tl.debug_barrier()
-            of_target = tl.exp2(tl.fma(target_logit - maximum, _LOG2_E, shift)) - 1.0
+            of_target = _probability(target_logit, maximum, shift, stored) - 1.0
             tl.store(logits + target, of_target.to(stored), mask=in_range)
 
 
