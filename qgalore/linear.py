@@ -3,14 +3,11 @@
 The weight is plain state of a module: an integer parameter with its scales and zero points as buffers (or a float
 parameter), so `deepcopy`, `.to()`, safetensors and data parallelism need nothing special; a tensor subclass failed at
 the last two (docs/log.md has the trial). Rows of codes end with zeros where kernels want longer ones, and a state dict
-has them without. Autograd cannot hand an integer parameter a gradient, nor should it form a full one. So the layer is
-an operator whose backward gives its two factors, the output gradient and the input, to the layer's *tap*; the optimizer
-hangs a tap on each layer when it is attached to the model. A scalar leaf, the *anchor*, stands for the weight in the
-autograd graph: it makes the backward run even where the input needs no gradient, and its post-accumulate hook fires
-once a backward, after every use of the weight.
+has them without.
 
-The operator (`qgalore.linear_operator`) takes several layers with the same input, such as the queries', keys' and
-values': their factors come to the optimizer together, which reads that input once.
+In training it is an operator whose backward pass gives the factors of the weight's gradient to a tap, which the
+optimizer hangs on the layer when it is attached to the model (`qgalore.linear_operator`). The operator takes several
+layers with the same input, such as those of queries, keys and values: `products`.
 """
 
 from __future__ import annotations
@@ -28,6 +25,10 @@ from qgalore.neighbours import joined, new_stack
 from qgalore.padding import cut_columns, padded_width, with_padded_columns
 from qgalore.quantization import QuantizedTensor, dequantize_several, quantize
 from qgalore.weight_format import WeightFormat
+
+JOINED_WEIGHT_BYTES = 32 << 20
+"""Weights that take no more together are one factor where their outputs' gradients are; larger ones would take memory,
+and a product with one of them takes so long that there is nothing to gain."""
 
 
 def changes_nothing(step_size: float, decay: float, numbers: Tensor | None) -> bool:
@@ -260,6 +261,11 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}"
 
 
+def _multiply_as_one(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> bool:
+    weights = sum(padded_width(layer.out_features) * padded_width(layer.in_features) for layer in layers)
+    return weights * dtype.itemsize <= JOINED_WEIGHT_BYTES and not any(layer.format.int8_products for layer in layers)
+
+
 def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1) -> list[Tensor]:
     """What each of `linears` makes of the same input (..., in_features).
 
@@ -269,6 +275,8 @@ def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1)
     layers = [linear for linear in linears if isinstance(linear, LowRankLinear)]
     if len(layers) < len(linears):
         return [linear(input) for linear in linears]
+    if not _multiply_as_one(layers[:side_by_side], input.dtype):
+        side_by_side = 1
     device = input.device.type
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))

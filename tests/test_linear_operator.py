@@ -15,6 +15,7 @@ from qgalore import (
     QGaLoreAdamW8bit,
     WeightFormat,
     convert_linears,
+    linear,
     linear_operator,
     low_rank_param_groups,
     low_rank_weight,
@@ -276,6 +277,27 @@ def test_what_is_held_needs_no_copy() -> None:
         assert below.data_ptr() == layers[0].held_weight.data_ptr()
     expected = torch.cat([layer.dequantized_weight(torch.float32) for layer in layers])
     assert torch.equal(below, expected) and torch.equal(layers[0].weight_over(layers[1:], torch.float32), expected)
+
+
+def test_large_weights_and_products_in_int8_are_multiplied_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def multiply(layers: Sequence[LowRankLinear], input: Tensor, side_by_side: int) -> list[Tensor]:
+        asked.append(side_by_side)
+        return [layer.product(input) for layer in layers]
+
+    monkeypatch.setattr(linear_operator, "multiply", multiply)
+    monkeypatch.setattr(linear, "JOINED_WEIGHT_BYTES", 4 * 24 * (16 + 24))
+    for format, outputs in (
+        (FORMATS["int8"], (16, 24, 99)),
+        (FORMATS["int8"], (16, 25)),
+        (FORMATS["int8 products"], (8, 8)),
+    ):
+        layers = layers_of(format, outputs)
+        for layer in layers:
+            layer.attach(Tap())
+        products(normal(3, 24), layers, side_by_side=2)
+    assert asked == [2, 1, 1]
 
 
 def test_queries_and_keys_of_a_llama_share_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
