@@ -13,26 +13,11 @@ from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
 from qgalore.kernels import reference
+from tests.taps import FactorTap
 
 INT8 = WeightFormat(bits=8, int8_products=True)
 # Tokens, inputs, outputs; ragged on purpose, and the last one is longer than what float32 sums exactly.
 SHAPES = [(7, 21, 10), (64, 300, 33), (9, 33, 300), (3, 5461, 8), (4, 8, 5461)]
-
-
-class Factors:
-    """A tap that keeps what it was given."""
-
-    def forms_gradient(self, input: Tensor) -> bool:
-        return False
-
-    def input_basis(self, input: Tensor) -> Tensor | None:
-        return None
-
-    def accumulate_full(self, grad: Tensor) -> None:
-        raise AssertionError("a gradient that this tap has not asked for")
-
-    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
-        self.grad_output, self.input = grad_output, input
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -88,7 +73,7 @@ def test_output_is_within_the_rounding_of_the_input(sizes: tuple[int, int, int],
     tokens, inputs, outputs = sizes
     module, x = layer(inputs, outputs), normal(tokens, inputs) * torch.logspace(-3, 3, tokens)[:, None]
     if attached:
-        module.attach(Factors())
+        module.attach(FactorTap())
     weight = module.dequantized_weight(torch.float32).double()
     found, expected = module(x).double(), x.double() @ weight.T
     assert ((found - expected).abs() <= 0.501 * step(x).double() * weight.abs().sum(dim=1)).all()
@@ -102,7 +87,7 @@ def test_output_is_within_the_rounding_of_the_input(sizes: tuple[int, int, int],
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_input_gradient_is_within_the_rounding_of_the_output_gradient(sizes: tuple[int, int, int]) -> None:
     tokens, inputs, outputs = sizes
-    module, tap = layer(inputs, outputs), Factors()
+    module, tap = layer(inputs, outputs), FactorTap()
     module.attach(tap)
     x, grad = normal(tokens, inputs).requires_grad_(), normal(tokens, outputs, seed=1) ** 3
     module(x).backward(grad)
@@ -127,7 +112,7 @@ def test_tokens_of_any_shape_are_rounded_one_by_one(shape: tuple[int, ...]) -> N
 
 def test_no_weight_is_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer(24, 16)
-    module.attach(Factors())
+    module.attach(FactorTap())
     monkeypatch.setattr(kernels, "dequantize", lambda *args: pytest.fail("a weight was dequantized"))
     module(normal(4, 24).requires_grad_()).sum().backward()
 
@@ -140,7 +125,7 @@ def test_padding_is_never_read_and_comes_back_as_zeros() -> None:
     wide = module(x)
     assert wide.shape == (5, 32) and torch.equal(wide[:, :21], narrow) and wide[:, 21:].count_nonzero() == 0
     assert torch.equal(back(wide), back(narrow))
-    back.attach(Factors())
+    back.attach(FactorTap())
     wide = wide.detach().requires_grad_()
     back(wide).square().sum().backward()
     assert wide.grad is not None and wide.grad.shape == (5, 32)

@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from qgalore import GaLoreAdamW, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
+from tests.taps import FactorTap
 
 FORMATS = {
     "float": WeightFormat(),
@@ -23,21 +24,12 @@ FORMATS = {
 every_format = pytest.mark.parametrize("storage", FORMATS)
 
 
-class Recorder:
+class Recorder(FactorTap):
     """A tap that sums the gradient from its factors."""
 
     def __init__(self) -> None:
         self.grad: Tensor | None = None
         self.calls = 0
-
-    def forms_gradient(self, input: Tensor) -> bool:
-        return False
-
-    def input_basis(self, input: Tensor) -> Tensor | None:
-        return None
-
-    def accumulate_full(self, grad: Tensor) -> None:
-        raise AssertionError("a gradient that this tap has not asked for")
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         assert grad_output.dim() == input.dim() == 2

@@ -24,6 +24,7 @@ from qgalore import (
 from qgalore.held_matrices import held_bases, held_weights
 from qgalore.linear import products
 from qgalore.neighbours import joined, new_stack
+from tests.taps import FactorTap
 from tests.test_memory_plan import CONFIG
 
 FORMATS = {
@@ -38,8 +39,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Tap:
-    """Keeps its factors; `basis` is what it asks to have multiplied; or the gradient, if it wants the `whole` one."""
+class Tap(FactorTap):
+    """`basis` is what it asks to have multiplied; or it wants the `whole` gradient."""
 
     def __init__(self, basis: Tensor | None = None, whole: bool = False) -> None:
         self.basis, self.whole = basis, whole
@@ -52,9 +53,6 @@ class Tap:
 
     def accumulate_full(self, grad: Tensor) -> None:
         self.gradient = grad
-
-    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
-        self.grad_output, self.input, self.projected = grad_output, input, projected
 
 
 # ---- neighbours
