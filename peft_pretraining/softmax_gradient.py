@@ -38,7 +38,7 @@ def _with_block(maximum, total, x, inside):
     """m and s of a row with one block more; `inside` masks what is beyond the row, None nothing."""
     larger = tl.maximum(maximum, tl.max(x, axis=0))
     # x * 0 is NaN for a value that is not finite: the power alone would hide an infinitely negative one.
-    terms = tl.exp2(x * _LOG2_E - larger * _LOG2_E) + x * 0.0
+    terms = tl.exp2((x - larger) * _LOG2_E) + x * 0.0
     if inside is not None:
         terms = tl.where(inside, terms, 0.0)
     return larger, total * tl.exp2((maximum - larger) * _LOG2_E) + tl.sum(terms, axis=0)
@@ -46,7 +46,7 @@ def _with_block(maximum, total, x, inside):
 
 @triton.jit
 def _probability(x, maximum, shift, stored: tl.constexpr):
-    """2 ** (shift + (x - m) log2(e)); of what is stored in 16 bits one instruction shorter, and 1e-6 less exact."""
+    """2 ** (shift + (x - m) log2(e)); where it is stored in 16 bits one instruction shorter, and 1e-6 less exact."""
     if stored.primitive_bitwidth == 16:
         return tl.exp2(x * _LOG2_E + (shift - maximum * _LOG2_E))
     return tl.exp2((x - maximum) * _LOG2_E + shift)
@@ -101,7 +101,7 @@ def _softmax_gradient_kernel(
                 x = tl.load(logits + last, mask=last < WIDTH, other=0.0).to(dtype)
                 tl.store(logits + last, _probability(x, maximum, shift, stored).to(stored), mask=last < WIDTH)
             tl.debug_barrier()
-            of_target = _probability(target_logit, maximum, shift, stored) - 1.0
+            of_target = tl.exp2((target_logit - maximum) * _LOG2_E + shift) - 1.0  # of which little may be left
             tl.store(logits + target, of_target.to(stored), mask=in_range)
 
 
