@@ -216,6 +216,17 @@ def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) 
     assert not any("torch.ops.peft_pretraining.saved_sum.default(" in line for line in lines), "a kernel of its own"
 
 
+def test_a_compiled_layer_pads_no_rows(tmp_path: Path) -> None:
+    """As it would where they are no multiple of 128 bytes: a gradient must fit where its input was."""
+    model = build_model(write_config(tmp_path, intermediate_size=1032), dtype=torch.bfloat16)
+    assert isinstance(model, LlamaForCausalLM)
+    torch.compiler.reset()
+    with fresh_cache(), torch._inductor.config.patch(disable_padding_cpu=False):
+        model.compile_layers()
+        _, codes = run_and_get_code(lambda: model(tokens(), tokens()).loss_sum.backward())
+    assert any("1032" in code for code in codes) and not any("1088" in code for code in codes)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("head_dim", [64, 128])
