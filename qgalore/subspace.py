@@ -117,11 +117,8 @@ def _cholesky_qr_(basis: Tensor, shift: float) -> None:
         del exact
     gram.diagonal().add_(shift)
     factor, _ = torch.linalg.cholesky_ex(gram)
-    del gram
-    # Solved for the identity, then multiplied: solving for the columns would be a chain of small kernels for each part.
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(basis), out=torch.empty_like(factor)), upper=False)
     for part in parts:
-        part.copy_(inverse @ part.double())
+        part.copy_(torch.linalg.solve_triangular(factor, part.double(), upper=False))
 
 
 def fit_svd(grad: Tensor, rank: int, side: str, seed: int | None = None) -> Tensor | None:
