@@ -233,8 +233,8 @@ class LlamaForCausalLM(nn.Module):
             from torch._inductor import lowering
 
             # Same seed, same bits: no choice between kernels by how fast they happen to run. And what is freed goes
-            # back to the allocator at once, instead of waiting for a tensor of its size. Rows are not padded to 128 bytes:
-            # where they were, a gradient could not be written over what it is made of.
+            # back to the allocator at once, instead of waiting for a tensor of its size. Rows are not padded to 128
+            # bytes: where they were, a gradient could not be written over what it is made of.
             options = {"deterministic": True, "allow_buffer_reuse": False, "comprehensive_padding": False}
             # Its code generator takes the saved sum for any other, and makes it together with the norm that follows.
             lowering.register_lowering(torch.ops.peft_pretraining.saved_sum.default, type_promotion_kind=None)(
