@@ -128,8 +128,11 @@ def _forward(
 
 @torch.library.impl(_library, "low_rank_linears_tap", "CompositeExplicitAutograd")
 def _tap(grad_outputs: list[Tensor], input: Tensor, layers: list[Tensor], side_by_side: int) -> list[Tensor]:
-    taps, grads, factor = [_layers[int(layer)].tap for layer in layers], list(map(_rows, grad_outputs)), _rows(input)
-    done = _accumulate_whole(taps[:side_by_side], grads[:side_by_side], factor) if side_by_side > 1 else 0
+    modules, grads, factor = [_layers[int(layer)] for layer in layers], list(map(_rows, grad_outputs)), _rows(input)
+    taps, columns = [module.tap for module in modules], modules[0].in_features
+    done = 0
+    if side_by_side > 1:
+        done = _accumulate_whole(taps[:side_by_side], grads[:side_by_side], factor[:, :columns])
     taps, grads = taps[done:], grads[done:]
     for tap, grad, projected in zip(taps, grads, project_together(taps, factor), strict=True):
         if tap is not None:
@@ -142,10 +145,10 @@ def _accumulate_whole(taps: Sequence[GradientTap | None], grads: Sequence[Tensor
     """Give all taps their whole gradients by one product, if that can be, and return how many have theirs now."""
     if not all(tap is not None and tap.forms_gradient(input) for tap in taps):
         return 0
-    columns = joined(grads, 1)
-    if columns is None:
+    whole = joined(grads, 1)
+    if whole is None:
         return 0
-    for tap, grad in zip(taps, (columns.T @ input).split([grad.shape[1] for grad in grads]), strict=True):
+    for tap, grad in zip(taps, (whole.T @ input).split([grad.shape[1] for grad in grads]), strict=True):
         assert tap is not None
         tap.accumulate_full(grad)
     return len(taps)

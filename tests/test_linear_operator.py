@@ -167,8 +167,11 @@ def test_an_input_is_projected_once_for_all_that_want_it() -> None:
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, True)])
 @pytest.mark.parametrize("neighbours", [True, False])
-def test_whole_gradients_are_one_product_where_they_can(wanted: tuple[bool, ...], neighbours: bool) -> None:
-    layers, x = layers_of(WeightFormat(8), (16, 8, 40)), normal(2, 5, 24).requires_grad_()
+@pytest.mark.parametrize("inputs", [24, 21])
+def test_whole_gradients_are_one_product_where_they_can(
+    wanted: tuple[bool, ...], neighbours: bool, inputs: int
+) -> None:
+    layers, x = layers_of(WeightFormat(8), (16, 8, 40), inputs), normal(2, 5, inputs).requires_grad_()
     grads = list(normal(2, 5, 64, seed=1).split([16, 8, 40], dim=-1))
     if not neighbours:
         grads = [grad.clone() for grad in grads]
