@@ -20,16 +20,29 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from benchmarks import models
+from benchmarks.passes import (
+    GROUP_SIZE,
+    TBPS,
+    TFLOPS,
+    Ceilings,
+    Pass,
+    Passes,
+    dequantize,
+    moved,
+    product,
+    quantized_bytes,
+    seconds,
+    side_of,
+    times,
+)
 from peft_pretraining.linear_cross_entropy import token_chunks
 from peft_pretraining.model_config import LlamaConfig
+from qgalore.linear import JOINED_WEIGHT_BYTES
+from qgalore.low_rank_weight import JOINED_BASIS_BYTES
 from qgalore.subspace import projects_directly
 
-TFLOPS, TBPS = 790.0, 3.0
-"""Measured on an H100: a large bfloat16 product, and a large copy, bytes read plus bytes written."""
-GROUP_SIZE = 256  # values of a row that share two bfloat16 numbers, and values of an 8-bit state that share a float32
 CHOLESKY_PASSES = 2
 
 COMPONENTS = (
@@ -43,21 +56,6 @@ COMPONENTS = (
 )  # fmt: skip
 
 
-class Ceilings(NamedTuple):
-    """What the device can do."""
-
-    operations_per_second: float = TFLOPS * 1e12
-    bytes_per_second: float = TBPS * 1e12
-
-
-class Pass(NamedTuple):
-    """What one kernel, or several equal ones, must do and move through memory."""
-
-    operations: float
-    nbytes: float
-
-
-Passes = list[Pass]
 Update = dict[str, Passes]
 """The passes of one update by component."""
 
@@ -103,40 +101,6 @@ TARGETS: Mapping[str, tuple[tuple[int, int, int], ...]] = {
 """Micro-batch, rank and micro-batches an update of each model."""
 
 
-# ---- what passes are made of
-
-
-def product(rows: int, inner: int, columns: int, result_bytes: float = 2) -> Pass:
-    """A product of bfloat16 matrices; `result_bytes` moved for each value of the result."""
-    operands, result = rows * inner + inner * columns, rows * columns
-    return Pass(2 * rows * inner * columns, 2 * operands + result_bytes * result)
-
-
-def moved(nbytes: float) -> Pass:
-    """A pass without products."""
-    return Pass(0, nbytes)
-
-
-def quantized_bytes(rows: int, columns: int, bits: int) -> int:
-    """Bytes of a group-quantized matrix."""
-    return rows * (-(-columns * bits // 8) + 4 * -(-columns // GROUP_SIZE))
-
-
-def dequantize(rows: int, columns: int, bits: int) -> Pass:
-    """A quantized matrix to bfloat16."""
-    return moved(quantized_bytes(rows, columns, bits) + 2 * rows * columns)
-
-
-def times(passes: Sequence[Pass], count: float) -> Passes:
-    """The same passes `count` times."""
-    return [Pass(p.operations * count, p.nbytes * count) for p in passes]
-
-
-def side_of(m: int, n: int) -> tuple[str, int, int]:
-    """The side of a weight that is projected, the shorter one; its length and that of the other."""
-    return ("right", n, m) if m >= n else ("left", m, n)
-
-
 # ---- a layer and a micro-batch: forward and backward
 
 
@@ -145,15 +109,42 @@ def decoder_products(s: Setting) -> Passes:
     return [product(s.tokens, n, m) for m, n in s.shapes]
 
 
+def joins_input_gradients(s: Setting) -> bool:
+    """Whether one product takes the gradients of queries and keys on, as the library has it."""
+    hidden, query, key = s.widths
+    return 2 * (query + key) * hidden <= JOINED_WEIGHT_BYTES
+
+
+def input_gradients(s: Setting) -> Passes:
+    """g W of each matrix, of queries and keys together where that is small."""
+    hidden, query, key = s.widths
+    if not joins_input_gradients(s):
+        return decoder_products(s)
+    others = [shape for name, shape in s.config.matrix_shapes().items() if not name.endswith(("q_proj", "k_proj"))]
+    return [product(s.tokens, query + key, hidden), *(product(s.tokens, m, n) for m, n in others)]
+
+
 def projected_gradients(s: Setting) -> Passes:
-    """gᵀ x of each matrix, projected, in the order that the library chooses."""
+    """gᵀ x of each matrix, projected, in the order that the library chooses; it joins what can read an input once."""
     passes = []
-    for m, n in s.shapes:
-        side, short, long = side_of(m, n)
-        if projects_directly(s.tokens, m, n, s.rank, side):
-            passes += [product(s.tokens, short, s.rank), product(long, s.tokens, s.rank)]
-        else:
-            passes += [product(m, s.tokens, n), product(long, short, s.rank)]
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        shapes = [shape for name, shape in s.config.matrix_shapes().items() if name.endswith(names)]
+        direct = [projects_directly(s.tokens, *shape, s.rank, side_of(*shape)[0]) for shape in shapes]
+        side, width, _ = side_of(*shapes[0])
+        joined = all(direct) and side == "right" and 2 * s.rank * width <= JOINED_BASIS_BYTES
+        side_by_side = names[0] == "q_proj" and not any(direct[:2])  # the gradients of queries and keys
+        if joined:
+            passes.append(product(s.tokens, width, s.rank * len(names)))
+        if side_by_side:
+            passes.append(product(sum(m for m, _ in shapes[:2]), s.tokens, width))
+        for index, ((m, n), directly) in enumerate(zip(shapes, direct, strict=True)):
+            _, short, long = side_of(m, n)
+            if directly:
+                passes += [] if joined else [product(s.tokens, short, s.rank)]
+                passes.append(product(long, s.tokens, s.rank))
+            else:
+                passes += [] if side_by_side and index < 2 else [product(m, s.tokens, n)]
+                passes.append(product(long, short, s.rank))
     return passes
 
 
@@ -166,14 +157,17 @@ def attention(s: Setting) -> tuple[Pass, Pass]:
     return forward, Pass(10 * positions * query, 2 * s.tokens * (4 * query + 4 * key_value) + logsumexp)
 
 
-def pointwise(s: Setting) -> tuple[Passes, Passes]:
-    """Passes between a layer's products, forward and backward, with the add and norm that follow the layer's end."""
+def pointwise(s: Setting, joined: bool) -> tuple[Passes, Passes]:
+    """Passes between a layer's products, forward and backward, with the add and norm that follow the layer's end.
+
+    joined: queries and keys have one product for the gradient of their input.
+    """
     hidden, query, key_value = s.widths
     inter = s.config.intermediate_size
     rotary = 2 * (query + key_value)
     forward = [4 * hidden, rotary, 3 * inter, 4 * hidden]  # add and norm, rotary, SwiGLU, add and norm
     # The gradient of a norm adds those of the products behind it, three or two, and the residual's.
-    backward = [6 * hidden, rotary, 5 * inter, 5 * hidden]
+    backward = [(5 if joined else 6) * hidden, rotary, 5 * inter, 5 * hidden]
     return [moved(2 * s.tokens * w) for w in forward], [moved(2 * s.tokens * w) for w in backward]
 
 
@@ -260,13 +254,13 @@ def refresh(s: Setting, m: int, n: int) -> Passes:
 
 
 def _shared(s: Setting, quantized: bool) -> Update:
-    """What both methods do, over all layers and micro-batches."""
+    """What both methods do, over all layers and micro-batches; of ours, the quantized one, some products are joined."""
     count = s.grad_accum * s.config.num_hidden_layers
-    forward, backward = pointwise(s)
+    forward, backward = pointwise(s, quantized and joins_input_gradients(s))
     return {
         FORWARD: times(decoder_products(s), count),
         RECOMPUTE: times(recompute(s, quantized), count) if s.checkpointing else [],
-        INPUT_GRADIENTS: times(decoder_products(s), count),
+        INPUT_GRADIENTS: times(input_gradients(s) if quantized else decoder_products(s), count),
         ATTENTION: times(attention(s), count),
         POINTWISE: times([*forward, *backward], count) + times(ends(s), s.grad_accum),
     }
@@ -310,11 +304,6 @@ def adamw(s: Setting) -> Update:
 def all_passes(update: Update) -> Passes:
     """Those of all components."""
     return [p for passes in update.values() for p in passes]
-
-
-def seconds(passes: Sequence[Pass], ceilings: Ceilings) -> float:
-    """The floor of passes that run one after another."""
-    return sum(max(p.operations / ceilings.operations_per_second, p.nbytes / ceilings.bytes_per_second) for p in passes)
 
 
 # ---- the tables

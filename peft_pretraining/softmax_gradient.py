@@ -28,8 +28,6 @@ from torch import Tensor
 
 _MAX_BLOCK = 8192
 _VALUES_A_THREAD = 32
-
-
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 

@@ -16,7 +16,6 @@ import torch
 from qgalore.bases import WeightWithBases
 from qgalore.full_rank_weight import FullRankWeight
 from qgalore.linear import LowRankLinear
-from qgalore.neighbours import new_stack
 from qgalore.padding import padded_width
 from qgalore.quantization import dequantize_several
 
@@ -60,11 +59,8 @@ def _hold_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
     shapes = [(padded_width(weight.shape[0]), padded_width(weight.shape[1])) for _, weight in stored]
     if sum(map(math.prod, shapes)) * dtype.itemsize > HELD_BYTES:
         return
-    if not stored:
-        return
-    places = new_stack(stored[0][1].scale, shapes, dtype)
-    dequantize_several([weight for _, weight in stored], dtype, places)
-    for (layer, _), padded in zip(stored, places, strict=True):
+    values = dequantize_several([weight for _, weight in stored], dtype, shapes)
+    for (layer, _), padded in zip(stored, values, strict=True):
         layer.held_weight = padded
 
 
@@ -72,9 +68,6 @@ def _hold_bases(weights: Sequence[WeightWithBases], dtype: torch.dtype) -> None:
     stored = [(weight, side, basis) for weight in weights for side, basis in weight.quantized_bases().items()]
     if sum(math.prod(basis.shape) for *_, basis in stored) * dtype.itemsize > HELD_BYTES:
         return
-    if not stored:
-        return
-    places = new_stack(stored[0][-1].scale, [basis.shape for *_, basis in stored], dtype)
-    dequantize_several([basis for *_, basis in stored], dtype, places)
-    for (weight, side, _), place in zip(stored, places, strict=True):
-        weight.held_bases[side] = place
+    values = dequantize_several([basis for *_, basis in stored], dtype)
+    for (weight, side, _), value in zip(stored, values, strict=True):
+        weight.held_bases[side] = value

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qgalore import kernels, linear_operator
 from qgalore.linear_operator import GradientTap
-from qgalore.neighbours import joined, new_stack
+from qgalore.neighbours import joined
 from qgalore.padding import cut_columns, padded_width, with_padded_columns
 from qgalore.quantization import QuantizedTensor, dequantize_several, quantize
 from qgalore.weight_format import WeightFormat
@@ -149,7 +149,7 @@ class LowRankLinear(nn.Module):
         stored = [weight for weight in quantized if weight is not None]
         if self.held_weight is None and len(stored) == len(layers):
             shapes = [(padded_width(layer.out_features), padded_width(layer.in_features)) for layer in layers]
-            weights = dequantize_several(stored, dtype, new_stack(self.weight, shapes, dtype))
+            weights = dequantize_several(stored, dtype, shapes)
         else:
             weights = [layer.padded_weight(dtype) for layer in layers]
         whole = joined(weights, 0)

@@ -71,11 +71,10 @@ def multiply(layers: Sequence[LowRankLinear], input: Tensor, side_by_side: int) 
     side_by_side: the gradients of so many first outputs are multiplied at once, which pays where they lie so.
     """
     weights = [layer.weight for layer in layers]
-    grids = [part for layer in layers for part in (layer.weight_scale, layer.weight_zero_point) if part is not None]
     anchors = [layer.anchor for layer in layers if layer.anchor is not None]
     frees_input = any(layer.frees_input for layer in layers)
     outputs: list[Tensor] = torch.ops.qgalore.low_rank_linears(
-        input, weights, grids, anchors, [layer.number for layer in layers], frees_input, side_by_side,
+        input, weights, anchors, [layer.number for layer in layers], frees_input, side_by_side,
         [layer.width for layer in layers],
     )  # fmt: skip
     return outputs
@@ -101,8 +100,8 @@ def project_together(taps: Sequence[GradientTap | None], input: Tensor) -> list[
 _library = torch.library.Library("qgalore", "DEF")
 # Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
 _FORWARD = """low_rank_linears(
-    Tensor input, Tensor[] weights, Tensor[] grids, Tensor[] anchors, Tensor[] layers, bool frees_input,
-    int side_by_side, int[] widths) -> Tensor[]"""
+    Tensor input, Tensor[] weights, Tensor[] anchors, Tensor[] layers, bool frees_input, int side_by_side,
+    int[] widths) -> Tensor[]"""
 # In two, so that the input can be freed before a gradient of its size is made, which then needs what the tap returns.
 _TAP = """low_rank_linears_tap(
     Tensor[] grad_outputs, Tensor input, Tensor[] layers, int side_by_side) -> Tensor[]"""
@@ -116,7 +115,6 @@ for _schema in (_FORWARD, _TAP, _INPUT_GRADIENT):
 def _forward(
     input: Tensor,
     weights: list[Tensor],
-    grids: list[Tensor],
     anchors: list[Tensor],
     layers: list[Tensor],
     frees_input: bool,
@@ -190,8 +188,7 @@ def _(grad_outputs: list[Tensor], *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, weights, grids, _, layers, ctx.frees_input, ctx.side_by_side, _ = inputs
-    ctx.grids = len(grids)
+    input, weights, _, layers, ctx.frees_input, ctx.side_by_side, _ = inputs
     # The weights are saved too: autograd then refuses a backward through a weight that was changed in between.
     ctx.save_for_backward(input, *weights, *layers)
 
@@ -209,7 +206,7 @@ def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
             )  # fmt: skip
             grad = part if grad is None else grad + part
     nothing = [None] * count
-    return grad, nothing, [None] * ctx.grids, tapped, nothing, None, None, None
+    return grad, nothing, tapped, nothing, None, None, None
 
 
 torch.library.register_autograd("qgalore::low_rank_linears", _backward, setup_context=_setup_context)

@@ -159,7 +159,7 @@ class LowRankWeight(WeightWithBases):
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         """Add the projected gradient of one micro-batch from its factors; the full one only where an SVD is due."""
         self._factor_dtype = grad_output.dtype
-        if self._needs_full_gradient or self._has_residual:
+        if projected is None and self.forms_gradient(input):
             self.accumulate_full(subspace.gradient(grad_output, input, self._matrix_shape))
             return
         if projected is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qgalore import kernels
+from qgalore.neighbours import new_stack
 
 _ALIGNMENT = 16
 
@@ -88,10 +89,15 @@ def quantize(x: Tensor, bits: int = 8, group_size: int = 256, seed: int | None =
 
 
 def dequantize_several(
-    matrices: Sequence[QuantizedTensor], dtype: torch.dtype, outs: Sequence[Tensor] | None = None
+    matrices: Sequence[QuantizedTensor], dtype: torch.dtype, shapes: Sequence[tuple[int, int]] | None = None
 ) -> list[Tensor]:
-    """`QuantizedTensor.dequantize` of several matrices, on a GPU one launch for those that are stored alike."""
-    places = [None] * len(matrices) if outs is None else outs
+    """`QuantizedTensor.dequantize` of several matrices, on a GPU one launch for those that are stored alike.
+
+    The results lie one behind the other (`qgalore.neighbours`). shapes: of the results, where zeros are to follow.
+    """
+    if not matrices:
+        return []
+    places = new_stack(matrices[0].scale, [m.shape for m in matrices] if shapes is None else shapes, dtype)
     parts = [
         kernels.QuantizedMatrix(m.qdata, m.scale, m.zero_point, m.columns, m.bits, m.group_size, out)
         for m, out in zip(matrices, places, strict=True)

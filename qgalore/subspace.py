@@ -75,16 +75,12 @@ def gradient(grad_output: Tensor, input: Tensor, shape: tuple[int, int]) -> Tens
 def project_factors(
     grad_output: Tensor, input: Tensor, shape: tuple[int, int], left: Tensor | None, right: Tensor | None
 ) -> Tensor:
-    """R = left (gᵀx) rightᵀ from the factors of a gradient of `shape` (m, n) as in `gradient`, in the cheaper order."""
-    (m, n), (basis, side) = shape, (left, "left") if right is None else (right, "right")
-    assert basis is not None
-    rank = basis.shape[0]
-    if not projects_directly(grad_output.shape[0], m, n, rank, side):
-        return project(gradient(grad_output, input, shape), left, right)
+    """R = left (gᵀx) rightᵀ from the factors of a gradient of `shape` (m, n), as in `gradient`, which is not formed."""
+    m, n = shape
     if left is not None:
-        grad_output, m = grad_output[:, :m] @ left.to(grad_output.dtype).T, rank
+        grad_output, m = grad_output[:, :m] @ left.to(grad_output.dtype).T, len(left)
     if right is not None:
-        input, n = input[:, :n] @ right.to(input.dtype).T, rank
+        input, n = input[:, :n] @ right.to(input.dtype).T, len(right)
     return gradient(grad_output, input, (m, n))
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import floor, models
-from benchmarks.floor import Ceilings, Pass, Setting, adamw, all_passes, product, q_galore, seconds
+from benchmarks.floor import Setting, adamw, all_passes, q_galore
+from benchmarks.passes import Ceilings, Pass, product, quantized_bytes, seconds
 from peft_pretraining.model_config import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -45,8 +46,8 @@ def test_a_product_reads_its_operands_and_writes_its_result() -> None:
 
 
 def test_a_quantized_row_has_two_numbers_a_group() -> None:
-    assert floor.quantized_bytes(3, 257, 8) == 3 * (257 + 2 * 4)
-    assert floor.quantized_bytes(3, 257, 4) == 3 * (129 + 2 * 4)
+    assert quantized_bytes(3, 257, 8) == 3 * (257 + 2 * 4)
+    assert quantized_bytes(3, 257, 4) == 3 * (129 + 2 * 4)
 
 
 def test_adamw_moves_seven_bfloat16_values_a_weight() -> None:
@@ -84,6 +85,28 @@ def test_direct_projection_by_formula() -> None:
     s = floor.settings("7b")[0]  # large enough that every matrix is projected directly
     sides = 4 * (4096 + 4096) + 3 * (11008 + 4096)
     assert operations(q_galore(s)[floor.WEIGHT_GRADIENTS]) == 32 * 2 * 4096 * 1024 * sides
+
+
+def test_products_that_the_library_joins_move_less_and_multiply_as_much() -> None:
+    small, large = floor.settings("60m")[0], floor.settings("7b")[0]
+    values = 2 * small.tokens * 512  # bytes of one activation of the residual stream
+    apart, joined = floor.decoder_products(small), floor.input_gradients(small)
+    assert operations(apart) == operations(joined)
+    assert sum(p.nbytes for p in apart) - sum(p.nbytes for p in joined) == values, "one result instead of two"
+    assert floor.input_gradients(large) == floor.decoder_products(large)
+    forward, backward = (sum(p.nbytes for p in floor.pointwise(small, j)[1]) for j in (True, False))
+    assert backward - forward == values, "which the norm's gradient reads"
+    # 60M: whole gradients of queries and keys by one product, and gate and up projected by one.
+    t, r, inner = small.tokens, 128, 1376
+    whole = [product(2 * 512, t, 512), *[product(512, 512, r)] * 2, *[product(512, t, 512), product(512, 512, r)] * 2]
+    direct = [product(t, 512, 2 * r), *[product(inner, t, r)] * 2, product(t, 512, r), product(inner, t, r)]
+    assert floor.projected_gradients(small) == whole + direct
+    # 130M: all of them directly, three by one product.
+    middle = floor.settings("130m")[0]
+    assert floor.projected_gradients(middle)[:4] == [
+        product(middle.tokens, 768, 3 * 256),
+        *[product(768, middle.tokens, 256)] * 3,
+    ]
 
 
 def test_micro_batches_share_an_update() -> None:

@@ -262,6 +262,10 @@ def test_only_what_is_projected_directly_from_the_right_is_joined(
     trained(net, optimizer, 1)
     weights, x = list(optimizer.low_rank_weights()), normal(tokens, 48)
     assert all((weight.input_basis(x) is not None) == wanted for weight in weights)
+    monkeypatch.setattr(subspace, "project_factors", None)
+    for weight in weights:
+        if weight.forms_gradient(x):  # and the factors are not projected one by one
+            weight.accumulate(normal(tokens, weight.shape[0]), x)
     monkeypatch.setattr(low_rank_weight, "JOINED_BASIS_BYTES", 4 * 48 * 4 - 1)
     assert all(weight.input_basis(x) is None for weight in weights), "too large"
 

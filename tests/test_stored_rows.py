@@ -178,4 +178,4 @@ def test_a_place_that_is_larger_gets_zeros_and_one_that_is_smaller_is_refused(bi
         with pytest.raises(ValueError, match="does not hold a matrix of 5 x 37"):
             stored.dequantize(torch.float32, small)
         with pytest.raises(ValueError, match="does not hold a matrix of 5 x 37"):
-            dequantize_several([stored, stored], torch.float32, [place, small])
+            dequantize_several([stored, stored], torch.float32, [(7, 48), tuple(small.shape)])

@@ -1,0 +1,63 @@
+"""Passes over memory, which `benchmarks/floor.py` adds up: operations, bytes, and the least time that both take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+TFLOPS, TBPS = 790.0, 3.0
+"""Measured on an H100: a large bfloat16 product, and a large copy, bytes read plus bytes written."""
+GROUP_SIZE = 256  # values of a row that share two bfloat16 numbers, and values of an 8-bit state that share a float32
+
+
+class Ceilings(NamedTuple):
+    """What the device can do."""
+
+    operations_per_second: float = TFLOPS * 1e12
+    bytes_per_second: float = TBPS * 1e12
+
+
+class Pass(NamedTuple):
+    """What one kernel, or several equal ones, must do and move through memory."""
+
+    operations: float
+    nbytes: float
+
+
+Passes = list[Pass]
+
+
+def product(rows: int, inner: int, columns: int, result_bytes: float = 2) -> Pass:
+    """A product of bfloat16 matrices; `result_bytes` moved for each value of the result."""
+    operands, result = rows * inner + inner * columns, rows * columns
+    return Pass(2 * rows * inner * columns, 2 * operands + result_bytes * result)
+
+
+def moved(nbytes: float) -> Pass:
+    """A pass without products."""
+    return Pass(0, nbytes)
+
+
+def quantized_bytes(rows: int, columns: int, bits: int) -> int:
+    """Bytes of a group-quantized matrix."""
+    return rows * (-(-columns * bits // 8) + 4 * -(-columns // GROUP_SIZE))
+
+
+def dequantize(rows: int, columns: int, bits: int) -> Pass:
+    """A quantized matrix to bfloat16."""
+    return moved(quantized_bytes(rows, columns, bits) + 2 * rows * columns)
+
+
+def times(passes: Sequence[Pass], count: float) -> Passes:
+    """The same passes `count` times."""
+    return [Pass(p.operations * count, p.nbytes * count) for p in passes]
+
+
+def side_of(m: int, n: int) -> tuple[str, int, int]:
+    """The side of a weight that is projected, the shorter one; its length and that of the other."""
+    return ("right", n, m) if m >= n else ("left", m, n)
+
+
+def seconds(passes: Sequence[Pass], ceilings: Ceilings) -> float:
+    """The floor of passes that run one after another."""
+    return sum(max(p.operations / ceilings.operations_per_second, p.nbytes / ceilings.bytes_per_second) for p in passes)
