@@ -99,9 +99,10 @@ def refresh_of_subspace_bytes(shape: Shape, s: MemorySettings) -> int:
         writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
         rotated = max(_ROTATE_MOMENT * values, 4 * values + READ_8BIT_PART * part, writing)
     rank = s.rank_of(shape)
-    # Two squares, and of some columns what is solved and the solution.
-    squared, in_float64 = rank**2, rank * (min(bases // rank, COLUMNS_AT_ONCE) + rank)
-    finding = s.dtype_bytes * bases + max(_ORTHONORMALIZE * bases, 4 * bases + 16 * in_float64)
+    squared = rank**2
+    multiplying = 8 * (squared + rank * min(bases // rank, COLUMNS_AT_ONCE))  # in float64, with some columns
+    solving = 4 * bases + 12 * squared  # the solution, and the factor in float64 and float32
+    finding = s.dtype_bytes * bases + max(_ORTHONORMALIZE * bases, 4 * bases + max(multiplying, 16 * squared, solving))
     changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
     return s.dtype_bytes * bases + max(finding, changing)
 

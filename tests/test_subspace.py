@@ -74,14 +74,14 @@ def test_projection_from_factors_is_that_of_the_gradient(tokens: int, sides: str
 # ---- orthonormalize
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e8, 1e10, 1e12])
 def test_basis_is_orthonormal_for_any_condition(condition: float) -> None:
     rank, d = 12, 64
     spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), rank, dtype=torch.float64)
     sketch = with_spectrum(spectrum, rank, d)
     basis, worked = subspace.orthonormalize(sketch, orthonormal(rank, d, seed=9))
     assert bool(worked)
-    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=1e-5)
+    assert torch.allclose(basis @ basis.T, torch.eye(rank), atol=3e-6 if condition <= 1e6 else 1e-4)
     # What the sketch says above the noise of float32 lies in the span, with the same weight or more.
     residual = sketch.double() - sketch.double() @ projector(basis)
     assert residual.norm() < 2e-5 * sketch.double().norm()
