@@ -45,9 +45,9 @@ from peft_pretraining.update_memory import (
     basis_copy_values,
     gradient_values,
     largest_update_bytes,
+    part_of_moment,
     updated_together,
 )
-from qgalore.adam import MOMENT_PART
 from qgalore.padding import padded_width
 from qgalore.subspace import projects_directly
 
@@ -296,7 +296,7 @@ def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
         sketching = max(sketching, (4 + s.dtype_bytes) * values)
         return max(math.prod(shape) * s.dtype_bytes, _held_in_projecting_bytes(shape, s) + sketching)
     read = 4 * values if has_8bit_states(gradient_shape(shape, s), s) else 0
-    reading = read + (READ_8BIT_PART * min(values, MOMENT_PART) if read else 0)
+    reading = read + (READ_8BIT_PART * part_of_moment(values, s) if read else 0)
     return _held_in_projecting_bytes(shape, s) + max(reading, read + s.dtype_bytes * values, sketching)
 
 

@@ -15,16 +15,15 @@ from peft_pretraining.lasting_memory import (
     sides,
 )
 from peft_pretraining.model_config import LlamaConfig
-from qgalore.adam import MOMENT_PART
 from qgalore.direction import DIRECTIONS
 from qgalore.kernels import MATRICES_TOGETHER
+from qgalore.kernels.block_quantization import PART
 from qgalore.subspace import COLUMNS_AT_ONCE
 
 ROW_CHUNK = 4 * (1 << 22)  # bytes of the float32 rows that float weights are updated in
 READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float32 values
 _WRITE_8BIT_PART = 20
 """Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
-_ROTATE_MOMENT = 8  # bytes a value: what is read of an 8-bit moment, and what is made of it
 _WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
 _DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that looking ahead, where no kernel makes it
 _ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
@@ -75,7 +74,7 @@ def step_bytes(shape: Shape, s: MemorySettings) -> int:
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     step = s.dtype_bytes * (values + basis_copy_values(shape, s))
     if s.decoder_states == 1:
-        part = min(values, MOMENT_PART) if has_8bit_states(gradient_shape(shape, s), s) else 0
+        part = min(values, PART) if has_8bit_states(gradient_shape(shape, s), s) else 0
         step += _DIRECTION * values + _WRITE_8BIT_PART * part
     if s.residual:  # the whole direction, and what is added to it
         step += 2 * s.dtype_bytes * math.prod(shape)
@@ -95,9 +94,7 @@ def refresh_of_subspace_bytes(shape: Shape, s: MemorySettings) -> int:
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     rotated = _WRITE_FLOAT_MOMENT * values
     if has_8bit_states(gradient_shape(shape, s), s):
-        part = min(values, MOMENT_PART)
-        writing = s.dtype_bytes * values + _WRITE_8BIT_PART * part
-        rotated = max(_ROTATE_MOMENT * values, 4 * values + READ_8BIT_PART * part, writing)
+        rotated = s.dtype_bytes * values + max(s.dtype_bytes * values, _WRITE_8BIT_PART * part_of_moment(values, s))
     rank = s.rank_of(shape)
     squared = rank**2
     multiplying = 8 * (squared + rank * min(bases // rank, COLUMNS_AT_ONCE))  # in float64, with some columns
@@ -105,6 +102,11 @@ def refresh_of_subspace_bytes(shape: Shape, s: MemorySettings) -> int:
     finding = s.dtype_bytes * bases + max(_ORTHONORMALIZE * bases, 4 * bases + max(multiplying, 16 * squared, solving))
     changing = (s.dtype_bytes + 1) * bases + s.dtype_bytes * squared + rotated  # the new basis, before and quantized
     return s.dtype_bytes * bases + max(finding, changing)
+
+
+def part_of_moment(values: int, s: MemorySettings) -> int:
+    """Values of an 8-bit moment that plain PyTorch reads or writes at a time; kernels need nothing beside them."""
+    return 0 if s.cuda else min(values, PART)
 
 
 def directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:

@@ -5,7 +5,7 @@ The arithmetic and its sources are in `qgalore.kernels.reference`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,7 @@ MIN_8BIT_NUMEL = 4096
 """Smaller weights keep float32 moments, as in bitsandbytes: a norm's 8-bit states would save nothing."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-MOMENT_PART = 1 << 20
-"""Values of an 8-bit moment that are read or written at a time."""
+_CODE_OF_ZERO = {"exp_avg": 127, "exp_avg_sq": 0}
 
 
 class GradientStep(NamedTuple):
@@ -39,8 +38,10 @@ class GradientStep(NamedTuple):
 
 def make_tables(device: torch.device) -> None:
     """Make what reading and writing 8-bit moments keeps on the device, before memory that does not last is in use."""
+    codes, absmax = torch.zeros(BLOCK_SIZE, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
     for signed in _SIGNED.values():
-        kernels.quantize_blocks(torch.zeros(1, device=device), signed, BLOCK_SIZE)
+        value = kernels.dequantize_blocks(codes, absmax, signed, BLOCK_SIZE)
+        kernels.quantize_blocks_(codes, absmax, value, signed, BLOCK_SIZE)
 
 
 def init_moments(
@@ -53,43 +54,27 @@ def init_moments(
     """Put zero moments for a gradient of `shape` into `state`: those named and, at 8 bits, their absmax."""
     for name in names:
         if bits == 8 and shape.numel() >= MIN_8BIT_NUMEL:
-            zero = int(kernels.quantize_blocks(torch.zeros(1), _SIGNED[name], BLOCK_SIZE)[0])
-            state[name] = torch.full(shape, zero, dtype=torch.uint8, device=device)
+            state[name] = torch.full(shape, _CODE_OF_ZERO[name], dtype=torch.uint8, device=device)
             state[f"{name}_absmax"] = torch.zeros(-(-shape.numel() // BLOCK_SIZE), device=device)
         else:
             state[name] = torch.zeros(shape, device=device)
 
 
-def read_moment(state: dict[str, Tensor], name: str) -> Tensor:
-    """exp_avg or exp_avg_sq in float32; the state's own tensor where that is float32."""
+def read_moment(state: dict[str, Tensor], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """exp_avg or exp_avg_sq in dtype; the state's own tensor where that is of this dtype."""
     codes = state[name]
     if f"{name}_absmax" not in state:
-        return codes
-    value = torch.empty(codes.shape, device=codes.device)
-    for part, part_codes, absmax in _flat_parts(value, codes, state[f"{name}_absmax"]):
-        part.copy_(kernels.dequantize_blocks(part_codes, absmax, _SIGNED[name], BLOCK_SIZE))
-    return value
+        return codes.to(dtype)
+    return kernels.dequantize_blocks(codes, state[f"{name}_absmax"], _SIGNED[name], BLOCK_SIZE, dtype)
 
 
 def write_moment(state: dict[str, Tensor], name: str, value: Tensor, skip: Tensor | None = None) -> None:
     """Replace exp_avg or exp_avg_sq in place by float values of the same shape, unless the flag `skip` is true."""
-
-    def write(place: Tensor, new: Tensor) -> None:
-        place.copy_(new if skip is None else torch.where(skip, place, new))
-
-    if f"{name}_absmax" not in state:
-        write(state[name], value)
-        return
-    for part, codes, absmax in _flat_parts(value.contiguous(), state[name], state[f"{name}_absmax"]):
-        new_codes, new_absmax = kernels.quantize_blocks(part.float(), _SIGNED[name], BLOCK_SIZE)
-        write(codes, new_codes)
-        write(absmax, new_absmax)
-
-
-def _flat_parts(value: Tensor, codes: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Flat views of float32 values, their codes and absmax, in parts of whole blocks: a part's copies are small."""
-    parts = (tensor.view(-1).split(MOMENT_PART) for tensor in (value, codes))
-    return zip(*parts, absmax.split(MOMENT_PART // BLOCK_SIZE), strict=True)
+    place = state[name]
+    if f"{name}_absmax" in state:
+        kernels.quantize_blocks_(place, state[f"{name}_absmax"], value, _SIGNED[name], BLOCK_SIZE, skip)
+    else:
+        place.copy_(value if skip is None else torch.where(skip, place, value))
 
 
 def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, int]]:

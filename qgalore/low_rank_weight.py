@@ -345,7 +345,7 @@ class LowRankWeight(WeightWithBases):
         if self.group["rotate_moments"]:
             # One after the other: the second is read when the first has been written.
             for power, name in enumerate(self.direction.moments, start=1):
-                rotated = subspace.rotate_moment(adam.read_moment(self.state, name), change, side, power)
+                rotated = subspace.rotate_moment(adam.read_moment(self.state, name, change.dtype), change, side, power)
                 adam.write_moment(self.state, name, rotated, None if wanted is None else ~wanted)
                 del rotated
         self._store(side, encoded, wanted)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from qgalore.kernels import reference
+from qgalore.kernels.block_quantization import dequantize_blocks as dequantize_blocks
+from qgalore.kernels.block_quantization import quantize_blocks_ as quantize_blocks_
 from qgalore.kernels.implementation import check_matrix, triton_or_none
 from qgalore.kernels.implementation import use_triton as use_triton
 from qgalore.kernels.int8_products import int8_linear as int8_linear
@@ -354,5 +356,3 @@ def project_back(direction: Tensor, left: Tensor | None, right: Tensor | None) -
 
 row_chunks = reference.row_chunks
 scaled = reference.scaled
-quantize_blocks = reference.quantize_blocks
-dequantize_blocks = reference.dequantize_blocks

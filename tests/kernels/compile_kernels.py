@@ -123,6 +123,10 @@ def launch_all() -> None:
             grad, moments[0], absmax[0], moments[1], absmax[1], 1, (0.9, 0.99), 1e-8, 256, factor, skip, bf16, numbers
         )
         kernels.momentum_step(grad, moments[0], absmax[0], 0.9, 256, factor, skip, bf16)
+        if absmax[0] is not None:
+            for signed in (True, False):
+                value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, bf16)
+                kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
     for rank in (224, 1792):
         kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5)
     weight = zeros(hidden, width, dtype=torch.uint8), zeros(hidden, 1), zeros(hidden, 1)

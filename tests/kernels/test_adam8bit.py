@@ -23,6 +23,13 @@ def new_state(shape: tuple[int, ...], bits: int, device: torch.device) -> dict[s
     return state
 
 
+def quantized(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-x.numel() // BLOCK), device=x.device)
+    kernels.quantize_blocks_(codes, absmax, x, signed, BLOCK)
+    return codes, absmax
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_map_is_that_of_bitsandbytes(signed: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
@@ -34,8 +41,7 @@ def test_map_is_that_of_bitsandbytes(signed: bool) -> None:
 def test_codes_are_the_nearest_of_the_map(signed: bool, device: torch.device) -> None:
     x = normal(3, 700).to(device) ** 5  # over many orders of magnitude
     x = x if signed else x.abs()
-    codes, absmax = kernels.quantize_blocks(x, signed, BLOCK)
-    assert codes.dtype == torch.uint8 and codes.shape == x.shape and absmax.shape == ((3 * 700 + 255) // BLOCK,)
+    codes, absmax = quantized(x, signed)
     flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     assert torch.equal(absmax, flat.abs().amax(1))
     scaled = (flat / absmax[:, None]).flatten()[: x.numel(), None]
@@ -52,9 +58,16 @@ def test_codes_are_the_nearest_of_the_map(signed: bool, device: torch.device) ->
 
 def test_zeros_stay_zeros(device: torch.device) -> None:
     for signed in (True, False):
-        codes, absmax = kernels.quantize_blocks(torch.zeros(2, 300, device=device), signed, BLOCK)
+        codes, absmax = quantized(torch.zeros(2, 300, device=device), signed)
         assert (absmax == 0).all()
         assert (kernels.dequantize_blocks(codes, absmax, signed, BLOCK) == 0).all()
+
+
+def test_blocks_of_another_size_are_refused() -> None:
+    codes = torch.empty(2, 300, dtype=torch.uint8)
+    for x, blocks in ((torch.zeros(2, 301), 3), (torch.zeros(2, 300), 2)):
+        with pytest.raises(ValueError, match=f"{blocks} blocks do not hold x"):
+            kernels.quantize_blocks_(codes, torch.empty(blocks), x, True, BLOCK)
 
 
 LR, DECAY = 1e-2, 0.1

@@ -245,6 +245,28 @@ def check_momentum(device: torch.device) -> None:
                 assert same(expected, found), (shape, bits, factor)
 
 
+def check_blocks(device: torch.device) -> None:
+    """Values over many orders of magnitude, zero and tiny blocks among them, whose rows may have any stride."""
+    for shape in ((64, 128), (37, 131), (5,), (4099,)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = (normal(*shape) ** 5).to(device, dtype)
+            # The interpreter does not convert denormal numbers of bfloat16.
+            x.view(-1)[256:512], x.view(-1)[512:768] = 0.0, 1e-39 if dtype == torch.float32 else 1e-37
+            for signed, value in ((True, x), (False, x.abs()), (True, x.T.contiguous().T)):
+                for skip in (None, torch.tensor(True, device=device), torch.tensor(False, device=device)):
+
+                    def run() -> object:
+                        codes = torch.full(value.shape, 9, dtype=torch.uint8, device=device)  # noqa: B023
+                        absmax = torch.full((-(-value.numel() // 256),), 7.0, device=device)  # noqa: B023
+                        kernels.quantize_blocks_(codes, absmax, value, signed, 256, skip)  # noqa: B023
+                        return codes, absmax, kernels.dequantize_blocks(codes, absmax, signed, 256, dtype)  # noqa: B023
+
+                    expected, found = both(run)
+                    assert same(expected, found), (shape, dtype, signed, skip)
+                    untouched = isinstance(found, tuple) and bool((found[0] == 9).all() and (found[1] == 7).all())
+                    assert untouched == (skip is not None and bool(skip))
+
+
 def check_newton_schulz(device: torch.device) -> None:
     """To the last bits of the dtype; and what a matrix becomes does not depend on its neighbours."""
     dtype = operand_types(device)[-1]
