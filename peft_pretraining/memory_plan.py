@@ -150,11 +150,11 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
 
 
 def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
-    """What nothing else uses: a gradient between layers and, over ranks, messages of a layer's gradients.
+    """What nothing else uses: over ranks, messages of a layer's gradients.
 
     They are two in turn, and one with what a refresh needs: the sketches of a layer at first, or a full gradient.
     """
-    held = hidden_bytes(config, s)
+    held = 0
     if s.ranks > 1 and s.gradients_live_in_backward:
         shapes = config.matrix_shapes().values()
         values = sum(math.prod(gradient_shape(shape, s)) for shape in shapes) + 2 * config.hidden_size  # of the norms

@@ -223,7 +223,8 @@ class LlamaForCausalLM(nn.Module):
         """From now on run training through `torch.compile`, one decoder layer at a time.
 
         The layers share their code, so one compilation serves them all and takes seconds for any depth. Checkpointing
-        is inside it: only what a gradient needs is computed again.
+        is inside it: only what a gradient needs is computed again. The gradient of a layer's output is used up by the
+        backward pass: that of the input takes its place.
         """
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
         # memory and 1 to 4 % of the speed.
@@ -232,10 +233,13 @@ class LlamaForCausalLM(nn.Module):
         if backend == "inductor":
             from torch._inductor import lowering
 
+            from peft_pretraining.compiler_pass import GivesUpGradients
+
             # Same seed, same bits: no choice between kernels by how fast they happen to run. And what is freed goes
             # back to the allocator at once, instead of waiting for a tensor of its size. Rows are not padded to 128
             # bytes: where they were, a gradient could not be written over what it is made of.
             options = {"deterministic": True, "allow_buffer_reuse": False, "comprehensive_padding": False}
+            options |= {"post_grad_custom_post_pass": GivesUpGradients()}
             # Its code generator takes the saved sum for any other, and makes it together with the norm that follows.
             lowering.register_lowering(torch.ops.peft_pretraining.saved_sum.default, type_promotion_kind=None)(
                 lowering.lowerings[torch.ops.aten.add.Tensor]

@@ -264,11 +264,8 @@ class _CapturedStack(_Stack):
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
                 weight.fix_sum(x.dtype if optimizer.takes_whole_gradients else None)
         self._forward_graph = self._capture(self._run_forward)
-        # Gradients between two layers, in turn: layer i reads one and writes the other. The first takes the place of
-        # the last layer's output, which nobody needs by then.
-        self._grads = [self._outputs[-1].data, torch.empty_like(x)]
-        if len(layers) % 2:
-            self._grads.reverse()
+        # Of the gradients between layers, one after the other: the last layer's output, which nobody needs by then.
+        self._place = self._outputs[-1].data
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def serves(self, x: Tensor) -> bool:
@@ -300,9 +297,9 @@ class _CapturedStack(_Stack):
     def backward(self, grad: Tensor) -> Tensor:
         """See `_Stack`; layers in which a subspace is refreshed run from Python."""
         self._write_numbers()
-        self._grads[len(self._layers) % 2].copy_(grad)
+        self._place.copy_(grad)
         self._run_backward()
-        return self._grads[0]
+        return self._place
 
     def _perform(self, work: Work, index: int) -> None:
         if any(weight.changes_subspace for weight in self._weights[index]):
@@ -330,8 +327,9 @@ class _CapturedStack(_Stack):
         self._graphs[key].replay()
 
     def _backward_of_layer(self, index: int) -> None:
-        given, wanted = self._grads[(index + 1) % 2], self._grads[index % 2]
-        wanted.copy_(self._gradient(index, given, keep=True))
+        grad = self._gradient(index, self._place, keep=True)
+        if grad.data_ptr() != self._place.data_ptr():  # a compiled layer puts it there itself
+            self._place.copy_(grad)
 
     def _message_buffers(self, x: Tensor) -> list[Tensor]:
         """Two places for the messages of the layers in turn, in the dtype of one micro-batch; none on one rank."""

@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from peft_pretraining.compiler_pass import GivesUpGradients
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import HFCausalLM, build_model, build_on_meta, low_rank_names, materialize, parameter_count
 from peft_pretraining.model_config import LlamaConfig
@@ -23,6 +25,7 @@ from peft_pretraining.modeling_llama import (
     cudnn_length,
 )
 from peft_pretraining.rotary import rotary_tables
+from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -225,6 +228,38 @@ def test_a_compiled_layer_pads_no_rows(tmp_path: Path) -> None:
         model.compile_layers()
         _, codes = run_and_get_code(lambda: model(tokens(), tokens()).loss_sum.backward())
     assert any("1032" in code for code in codes) and not any("1088" in code for code in codes)
+
+
+@pytest.mark.parametrize("kind", ["checkpointing", "int8 activations"])
+def test_the_gradient_of_a_compiled_layers_input_takes_the_place_of_its_outputs(tmp_path: Path, kind: str) -> None:
+    model = build_model(write_config(tmp_path), dtype=torch.bfloat16)
+    assert isinstance(model, LlamaForCausalLM)
+    convert_linears(model, low_rank_names(model), WeightFormat(bits=8))
+    groups = low_rank_param_groups(model, low_rank_names(model), rank=8, subspace="streaming")
+    QGaLoreAdamW8bit(groups, lr=1e-3).attach(model)
+    if kind == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        model.keep_int8_activations()
+    x = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    layer, tables = model.model.layers[0], rotary_tables(16, 8, 1e4, x.device)
+
+    def gradient(given: torch.Tensor) -> torch.Tensor:
+        torch.compiler.reset()
+        with fresh_cache():
+            model.compile_layers()
+            assert model.model.compiled_layer is not None
+            return torch.autograd.grad(model.model.compiled_layer(layer, x, *tables), [x], given)[0]
+
+    given = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    if kind == "checkpointing":
+        assert gradient(given).data_ptr() == given.data_ptr()
+        return
+    with mock.patch.object(GivesUpGradients, "__call__", lambda self, graph: None):
+        expected = gradient(before := given.clone())
+    assert expected.data_ptr() != before.data_ptr() and torch.equal(before, given)
+    found = gradient(given)
+    assert found.data_ptr() == given.data_ptr() and torch.equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,29 @@
+"""What `torch.compile` is told about the backward pass of a layer."""
+
+from __future__ import annotations
+
+from torch._guards import TracingContext
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph
+
+
+class GivesUpGradients(CustomGraphPass):
+    """The code generator may write over the gradients that a backward pass is given.
+
+    For a function whose outputs have one user each: nobody else needs those gradients then. A decoder layer writes the
+    gradient of its input where that of its output was, so that a stack of layers needs one place for all of them.
+    PyTorch gives up what the forward pass has saved in the same way ("donated buffers"), but not what it is handed.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        """Mark the gradients of outputs, if it is a backward pass that is compiled."""
+        given = [
+            place for place, node in enumerate(graph.find_nodes(op="placeholder")) if node.name.startswith("tangents")
+        ]
+        context = TracingContext.try_get()
+        if given and context is not None and context.fw_metadata is not None:
+            context.fw_metadata.bw_donated_idxs = [*(context.fw_metadata.bw_donated_idxs or []), *given]
+
+    def uuid(self) -> bytes:
+        """Of this file: what was compiled with another version of it is compiled again."""
+        return get_hash_for_files((__file__,))
