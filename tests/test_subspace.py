@@ -113,6 +113,15 @@ def test_a_sketch_of_lower_rank_is_filled_up() -> None:
         assert (sketch - sketch @ projector(basis).float()).norm() < 1e-3 * sketch.norm()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_that_is_there_twice_does_not_end_in_the_old_basis(seed: int) -> None:
+    sketch = normal(8, 40, seed=seed)
+    sketch[5] = sketch[1]
+    basis, worked = subspace.orthonormalize(sketch, orthonormal(8, 40, seed=9))
+    assert bool(worked) and torch.allclose(basis @ basis.T, torch.eye(8), atol=1e-5)
+    assert (sketch - sketch @ projector(basis).float()).norm() < 1e-5 * sketch.norm()
+
+
 def test_rows_without_a_sketch_come_from_the_old_basis() -> None:
     old, sketch = orthonormal(6, 40, seed=9), normal(6, 40)
     sketch[2] = 0.0
