@@ -24,6 +24,14 @@ class GivesUpGradients(CustomGraphPass):
         if given and context is not None and context.fw_metadata is not None:
             context.fw_metadata.bw_donated_idxs = [*(context.fw_metadata.bw_donated_idxs or []), *given]
 
+    def __eq__(self, other: object) -> bool:
+        """All are one: what was compiled for one model serves the next of the same shape."""
+        return isinstance(other, GivesUpGradients)
+
+    def __hash__(self) -> int:
+        """See `__eq__`."""
+        return hash(GivesUpGradients)
+
     def uuid(self) -> bytes:
         """Of this file: what was compiled with another version of it is compiled again."""
         return get_hash_for_files((__file__,))

@@ -214,6 +214,13 @@ def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) 
     with fresh_cache():
         model.compile_layers()
         _, codes = run_and_get_code(lambda: model(tokens(), tokens()).loss_sum.backward())
+        # What was compiled serves the next model of this shape: it would be refused after eight.
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        other = build_model(write_config(tmp_path), dtype=torch.bfloat16, seed=1)
+        assert isinstance(other, LlamaForCausalLM)
+        other.compile_layers()
+        other(tokens(), tokens()).loss_sum.backward()
+        assert compiled > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     lines = [line for code in codes for line in code.splitlines() if "saved_sum" in line]
     assert any("fused" in line for line in lines)
     assert not any("torch.ops.peft_pretraining.saved_sum.default(" in line for line in lines), "a kernel of its own"
