@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from peft_pretraining.activation_memory import layer_activation_bytes
+from peft_pretraining.activation_memory import hidden_bytes, layer_activation_bytes
 from peft_pretraining.held_memory import held_bases_bytes, held_weights_bytes
 from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
 from peft_pretraining.linear_cross_entropy import token_chunks
@@ -385,74 +385,88 @@ def test_loss_counts_its_chunks(root: Path) -> None:
         assert plan.passing["activations and loss"] == expected
 
 
-MEASURED = {  # GB with CUDA graphs, streaming subspaces, sequences of 256, on an H100 or H200 (compare.csv)
-    # model, rank, micro-batch, layers of which one is checkpointed, micro-batches an update (summed in INT8)
-    ("60m", 128, 256, 0, 1): 7.298,
-    ("60m", 128, 256, 2, 1): 4.969,
-    ("60m", 128, 256, 1, 1): 2.18,
-    ("130m", 256, 128, 0, 1): 7.99,
-    ("130m", 256, 128, 2, 1): 5.197,
-    ("130m", 256, 128, 1, 1): 2.083,
-    ("350m", 256, 64, 0, 1): 10.573,
-    ("350m", 256, 64, 2, 1): 6.497,
-    ("350m", 256, 64, 1, 1): 2.347,
-    ("1b", 512, 16, 0, 1): 7.57,
-    ("1b", 512, 16, 2, 1): 5.48,
-    ("1b", 512, 16, 1, 1): 3.392,
-    ("7b", 1024, 16, 1, 1): 13.277,
-    ("7b", 1024, 16, 1, 32): 15.189,
+MEASURED = {  # GB with CUDA graphs, streaming subspaces, sequences of 256, on an H100 (compare.csv, memory.csv)
+    # model, rank, micro-batch, layers of which one is checkpointed, micro-batches an update
+    ("60m", 128, 256, 0, 1): 7.235,
+    ("60m", 128, 256, 2, 1): 4.909,
+    ("60m", 128, 256, 1, 1): 2.117,
+    ("60m", 128, 64, 0, 4): 2.224,
+    ("130m", 256, 128, 0, 1): 7.94,
+    ("130m", 256, 128, 2, 1): 5.164,
+    ("130m", 256, 128, 1, 1): 2.032,
+    ("350m", 256, 64, 0, 1): 10.539,
+    ("350m", 256, 64, 2, 1): 6.493,
+    ("350m", 256, 64, 1, 1): 2.314,
+    ("1b", 512, 16, 0, 1): 7.553,
+    ("1b", 512, 16, 2, 1): 5.464,
+    ("1b", 512, 16, 1, 1): 3.375,
+    ("7b", 1024, 4, 0, 1): 14.887,
+    ("7b", 1024, 16, 1, 1): 13.252,
 }
+MEASURED_INT8_ACTIVATIONS = {  # the same: without checkpoints, and with every twelfth layer recomputed
+    ("60m", 128, 256): (5.814, 5.762),
+    ("130m", 256, 128): (6.354, 6.32),
+    ("350m", 256, 64): (8.421, 8.034),
+    ("1b", 512, 16): (6.494, 6.234),
+}
+MEASURED_BEFORE = {  # when gradients between layers had a second place (3ef6b2a to 0ffbf27); the last for INT8 sums
+    # model, rank, micro-batch, layers of which one is checkpointed, refresh every, moments, micro-batches
+    ("60m", 224, 256, 1, 20, 1, 1): 2.173,
+    ("350m", 448, 64, 0, 20, 1, 1): 10.57,
+    ("7b", 1792, 16, 1, 20, 1, 1): 13.344,
+    ("7b", 1792, 16, 1, 200, 1, 1): 13.329,
+    ("7b", 1024, 16, 1, 200, 2, 32): 15.189,
+}
+TIMING_BUFFER = 52.5e6
+"""Bytes that the compiler writes to between two timings of a kernel, as many as an H100's L2 cache has: in the first
+update, which is the peak where layers are recomputed."""
+
+
+def assert_explains(planned: float, measured_gb: float, checkpointed: bool) -> None:
+    extra = TIMING_BUFFER if checkpointed else 0.0
+    assert 0.995 * planned < 1e9 * measured_gb < 1.005 * planned + extra
 
 
 @pytest.mark.parametrize("case", MEASURED, ids=str)
 def test_plan_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int, int, int]) -> None:
     name, rank, batch, every, steps = case
     settings = dataclasses.replace(
-        Q_GALORE, batch_size=batch, rank=rank, cuda_graphs=True, activation_checkpointing=every > 0,
+        Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, activation_checkpointing=every > 0,
         checkpoint_every=max(every, 1), grad_accum_steps=steps, grad_accum_dtype="int8" if steps > 1 else "float32",
     )  # fmt: skip
-    plan = plan_memory(llama(root, name), settings)
-    assert plan.peak_bytes / 1e9 == pytest.approx(MEASURED[case], rel=0.01, abs=0.05)
+    assert_explains(plan_memory(llama(root, name), settings).peak_bytes, MEASURED[case], every > 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "rank", "batch", "measured", "every_twelfth"),
-    [
-        ("60m", 128, 256, 5.878, 5.83),
-        ("130m", 256, 128, 6.405, 6.371),
-        ("350m", 256, 64, 8.454, 8.067),
-        ("1b", 512, 16, 6.511, 6.251),
-    ],
-)
-def test_plan_of_int8_activations_agrees_with_measured_peaks(
-    root: Path, name: str, rank: int, batch: int, measured: float, every_twelfth: float
-) -> None:
-    """GB on an H200 (compare.csv), without checkpoints and with every twelfth layer recomputed."""
-    settings = dataclasses.replace(Q_GALORE, batch_size=batch, rank=rank, cuda_graphs=True, int8_activations=True)
-    checkpointing = dataclasses.replace(settings, activation_checkpointing=True, checkpoint_every=12)
-    for each, expected in ((settings, measured), (checkpointing, every_twelfth)):
-        assert plan_memory(llama(root, name), each).peak_bytes / 1e9 == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "batch", "every", "gap", "measured"),
-    [
-        ("60m", 224, 256, 0, 20, 7.246),
-        ("60m", 224, 256, 1, 20, 2.173),
-        ("350m", 448, 64, 0, 20, 10.57),
-        ("7b", 1792, 16, 1, 20, 13.344),
-        ("7b", 1792, 16, 1, 200, 13.329),
-    ],
-)
-def test_plan_of_the_default_recipe_agrees_with_measured_peaks(
-    root: Path, name: str, rank: int, batch: int, every: int, gap: int, measured: float
-) -> None:
-    """GB on an H100 (compare.csv)."""
+@pytest.mark.parametrize("case", MEASURED_INT8_ACTIVATIONS, ids=str)
+def test_plan_of_int8_activations_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int]) -> None:
+    name, rank, batch = case
     settings = dataclasses.replace(
-        Q_GALORE, batch_size=batch, rank=rank, cuda_graphs=True, decoder_states=1, update_proj_gap=gap,
-        activation_checkpointing=every > 0, checkpoint_every=max(every, 1),
+        Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, int8_activations=True
+    )
+    checkpointing = dataclasses.replace(settings, activation_checkpointing=True, checkpoint_every=12)
+    for each, measured in zip((settings, checkpointing), MEASURED_INT8_ACTIVATIONS[case], strict=True):
+        assert_explains(plan_memory(llama(root, name), each).peak_bytes, measured, each is checkpointing)
+
+
+def test_plan_of_the_default_recipe_agrees_with_its_measured_peak(root: Path) -> None:
+    """60M on an H100 (quality.csv, 820d367)."""
+    settings = dataclasses.replace(
+        Q_GALORE, batch_size=256, rank=224, cuda=True, cuda_graphs=True, decoder_states=1, update_proj_gap=200
+    )
+    assert_explains(plan_memory(llama(root, "60m"), settings).peak_bytes, 7.24, checkpointed=False)
+
+
+@pytest.mark.parametrize("case", MEASURED_BEFORE, ids=str)
+def test_plan_agrees_with_earlier_peaks(root: Path, case: tuple[str, int, int, int, int, int, int]) -> None:
+    name, rank, batch, every, gap, moments, steps = case
+    settings = dataclasses.replace(
+        Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, decoder_states=moments, update_proj_gap=gap,
+        activation_checkpointing=every > 0, checkpoint_every=max(every, 1), grad_accum_steps=steps,
+        grad_accum_dtype="int8" if steps > 1 else "float32",
     )  # fmt: skip
-    assert plan_memory(llama(root, name), settings).peak_bytes / 1e9 == pytest.approx(measured, rel=0.01, abs=0.05)
+    config = llama(root, name)
+    planned = plan_memory(config, settings).peak_bytes + hidden_bytes(config, settings)
+    assert_explains(planned, MEASURED_BEFORE[case], every > 0)
 
 
 def test_sketches_of_a_layer_wait_together_where_graphs_run_it(root: Path) -> None:
@@ -519,13 +533,13 @@ def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None:
-    """Beside the activations only what the graphs hold between replays counts, unless the head is tied."""
+    """Beside the activations nothing counts, since the loss has the graphs' memory, unless the head is tied."""
     config = llama(root, "1b")
     settings = dataclasses.replace(Q_GALORE, batch_size=16, activation_checkpointing=checkpointing)
     graphs = dataclasses.replace(settings, cuda_graphs=True)
     plan, ordinary = plan_memory(config, graphs), plan_memory(config, settings)
     hidden = 16 * 256 * 2048 * 2
-    assert plan.overhead["memory of CUDA graphs"] == hidden
+    assert plan.overhead["memory of CUDA graphs"] == 0
     assert plan.lasting == ordinary.lasting and plan.activations == ordinary.activations
     assert plan.passing["activations and loss"] == ordinary.passing["activations and loss"]
     backward = "activations and backward of one layer"
@@ -537,10 +551,10 @@ def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None
     # one with the sketches of seven matrices.
     messages = 2 * (3 * (128 * (4 * 2048 + 3 * 5461) + 2 * 2048) + 128 * 7 * 2048)
     ranks = plan_memory(config, dataclasses.replace(graphs, ranks=2))
-    assert ranks.overhead["memory of CUDA graphs"] == hidden + messages
+    assert ranks.overhead["memory of CUDA graphs"] == messages
 
     tied = plan_memory(dataclasses.replace(config, tie_word_embeddings=True), graphs)
-    own = tied.overhead["memory of CUDA graphs"] - hidden
+    own = tied.overhead["memory of CUDA graphs"]
     of_graphs = [name for name in plan.passing if "backward" in name or "updates" in name]
     assert len(of_graphs) == 3
     assert own == max(plan.passing[name] for name in of_graphs) - plan.activations - hidden
