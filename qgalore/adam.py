@@ -20,7 +20,7 @@ MIN_8BIT_NUMEL = 4096
 """Smaller weights keep float32 moments, as in bitsandbytes: a norm's 8-bit states would save nothing."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-_CODE_OF_ZERO = {"exp_avg": 127, "exp_avg_sq": 0}
+_CODE_OF_ZERO = {"exp_avg": 127, "exp_avg_sq": 0}  # in the dynamic map
 
 
 class GradientStep(NamedTuple):

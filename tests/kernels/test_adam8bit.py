@@ -57,8 +57,10 @@ def test_codes_are_the_nearest_of_the_map(signed: bool, device: torch.device) ->
 
 
 def test_zeros_stay_zeros(device: torch.device) -> None:
-    for signed in (True, False):
-        codes, absmax = quantized(torch.zeros(2, 300, device=device), signed)
+    state = new_state((2, 3000), 8, device)
+    for signed, name in ((True, "exp_avg"), (False, "exp_avg_sq")):
+        codes, absmax = quantized(torch.zeros(2, 3000, device=device), signed)
+        assert torch.equal(state[name], codes) and torch.equal(state[f"{name}_absmax"], absmax)
         assert (absmax == 0).all()
         assert (kernels.dequantize_blocks(codes, absmax, signed, BLOCK) == 0).all()
 
