@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
@@ -22,6 +24,8 @@ class GivesUpGradients(CustomGraphPass):
         ]
         context = TracingContext.try_get()
         if given and context is not None and context.fw_metadata is not None:
+            # For the code generator alone: by its own list PyTorch refuses to run a backward pass that is retained.
+            context.fw_metadata = copy.copy(context.fw_metadata)
             context.fw_metadata.bw_donated_idxs = [*(context.fw_metadata.bw_donated_idxs or []), *given]
 
     def __eq__(self, other: object) -> bool:
