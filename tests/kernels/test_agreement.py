@@ -1,6 +1,6 @@
 """Every Triton kernel against its plain PyTorch reference, through the door: bit for bit where a matrix is stored.
 
-On a GPU the checks run as they are. Without one they run in Triton's interpreter, all in one process of its own, since
+On a GPU the checks run as they are. Without one they run in Triton's interpreter, in processes of their own, since
 Triton reads TRITON_INTERPRET when it is imported.
 """
 
@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -349,6 +351,8 @@ def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
     assert torch.equal(expected[1], found[1]) or torch.allclose(expected[1].float(), found[1].float(), rtol=2**-7)
 
 
+SHARES = 2
+"""Processes that run the checks in the interpreter."""
 CHECKS = {
     name.removeprefix("check_"): check
     for name, check in {**globals(), **vars(several_weights), **vars(padded_rows)}.items()
@@ -356,16 +360,16 @@ CHECKS = {
 }
 
 
-def run_all() -> None:
-    """Run every check on the CPU, in the interpreter; print the failures as JSON."""
+def run_share(share: int) -> None:
+    """Run every check of a share on the CPU, in the interpreter; print the failures as JSON."""
     torch.set_num_threads(1)
-    failures = {}
-    for name, check in CHECKS.items():
+    names, failures = list(CHECKS)[share::SHARES], {}
+    for name in names:
         try:
-            check(torch.device("cpu"))
+            CHECKS[name](torch.device("cpu"))
         except Exception as error:
             failures[name] = repr(error)[:2000]
-    print(json.dumps({"ran": list(CHECKS), "failures": failures}))
+    print(json.dumps({"ran": names, "failures": failures}))
 
 
 @pytest.fixture(scope="module")
@@ -373,13 +377,19 @@ def interpreted() -> dict[str, str]:
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    program = "from tests.kernels.test_agreement import run_all; run_all()"
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["ran"] == list(CHECKS)
-    failures: dict[str, str] = result["failures"]
-    return failures
+
+    def run(share: int) -> dict[str, Any]:
+        program = f"from tests.kernels.test_agreement import run_share; run_share({share})"
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(SHARES) as pool:
+        results = list(pool.map(run, range(SHARES)))
+    assert {name for result in results for name in result["ran"]} == set(CHECKS)
+    return {name: failure for result in results for name, failure in result["failures"].items()}
 
 
 @pytest.mark.parametrize("name", CHECKS)
