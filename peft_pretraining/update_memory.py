@@ -25,7 +25,7 @@ READ_8BIT_PART = 8  # bytes a value of a part: the codes as int32, and the float
 _WRITE_8BIT_PART = 20
 """Bytes a value of a part: its padded copy, scaled values, codes, least codes and the larger of the two."""
 _WRITE_FLOAT_MOMENT = 8  # bytes a value: the new values, and those of them or the old ones that are chosen
-_DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that looking ahead, where no kernel makes it
+_DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that looking ahead, in plain PyTorch
 _ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
 
 
@@ -73,8 +73,8 @@ def step_bytes(shape: Shape, s: MemorySettings) -> int:
         return min(ROW_CHUNK, 4 * math.prod(shape))
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     step = s.dtype_bytes * (values + basis_copy_values(shape, s))
-    if s.decoder_states == 1:
-        part = min(values, PART) if has_8bit_states(gradient_shape(shape, s), s) else 0
+    if s.decoder_states == 1 and not s.cuda:  # there a kernel makes the direction
+        part = part_of_moment(values, s) if has_8bit_states(gradient_shape(shape, s), s) else 0
         step += _DIRECTION * values + _WRITE_8BIT_PART * part
     if s.residual:  # the whole direction, and what is added to it
         step += 2 * s.dtype_bytes * math.prod(shape)

@@ -95,14 +95,13 @@ def orthonormalize(sketch: Tensor, old_basis: Tensor) -> tuple[Tensor, Tensor]:
     `old_basis` (rank, d). Where the result is not orthonormal, as with a non-finite sketch, the old basis is kept.
     Nothing here waits for the device.
     """
-    basis, finite = sketch.float(), None
+    basis = sketch.float()
+    finite = basis.norm(dim=1).isfinite().all()
     for dtype, shift in ((torch.float64, _CHOLESKY_SHIFT), (torch.float32, 0.0)):
         norm = basis.norm(dim=1, keepdim=True)
-        finite = norm.isfinite().all() if finite is None else finite
         basis = torch.where(norm > 0, basis / norm.clamp_min(1e-30), old_basis)
         factor, _ = torch.linalg.cholesky_ex(_row_products(basis, dtype, shift))
         basis = torch.linalg.solve_triangular(factor.float(), basis, upper=False)
-    assert finite is not None
     worked = (_row_products(basis, torch.float32, -1.0).abs().amax() < _ORTHONORMAL_TOLERANCE) & finite
     return torch.where(worked, basis, old_basis), worked
 

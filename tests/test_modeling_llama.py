@@ -253,7 +253,7 @@ def test_the_gradient_of_a_compiled_layers_input_takes_the_place_of_its_outputs(
 
     def gradient(given: torch.Tensor) -> torch.Tensor:
         torch.compiler.reset()
-        with fresh_cache():
+        with fresh_cache(), torch._functorch.config.patch(donated_buffer=True):
             model.compile_layers()
             assert model.model.compiled_layer is not None
             out = model.model.compiled_layer(layer, x, *tables)

@@ -156,16 +156,11 @@ def adam_step(
     with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
         if exp_avg_absmax is None or exp_avg_sq_absmax is None:
             return reference.adam_direction(grad, exp_avg, exp_avg_sq, step, betas, eps).to(dtype)
-        first = reference.dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
-        second = reference.dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
+        first = dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
+        second = dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
         direction = reference.adam_direction(grad, first, second, step, betas, eps)
-        for value, signed, codes, absmax in (
-            (first, True, exp_avg, exp_avg_absmax),
-            (second, False, exp_avg_sq, exp_avg_sq_absmax),
-        ):
-            new_codes, new_absmax = reference.quantize_blocks(value, signed, block_size)
-            codes.copy_(new_codes)
-            absmax.copy_(new_absmax)
+        quantize_blocks_(exp_avg, exp_avg_absmax, first, True, block_size)
+        quantize_blocks_(exp_avg_sq, exp_avg_sq_absmax, second, False, block_size)
     return direction.to(dtype)
 
 
@@ -199,11 +194,9 @@ def momentum_step(
     with _taken_back_if(skip, exp_avg, exp_avg_absmax):
         if exp_avg_absmax is None:
             return reference.nesterov_momentum(grad, exp_avg, beta).to(dtype)
-        momentum = reference.dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
+        momentum = dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
         ahead = reference.nesterov_momentum(grad, momentum, beta)
-        codes, absmax = reference.quantize_blocks(momentum, True, block_size)
-        exp_avg.copy_(codes)
-        exp_avg_absmax.copy_(absmax)
+        quantize_blocks_(exp_avg, exp_avg_absmax, momentum, True, block_size)
     return ahead.to(dtype)
 
 
