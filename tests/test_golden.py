@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.golden.modes import MODES, UPDATES
+import run_pretrain
+from tests.golden.modes import COARSE, MODES, UPDATES, WITHOUT_GRAPHS, command_line, names
 from tests.golden.record import Line, Recording, place, recording_for, run
 
 MODE = [pytest.param(name, marks=[pytest.mark.slow] * (mode.ranks > 1)) for name, mode in MODES.items()]
+GPU_MODE = [name for name, mode in MODES.items() if mode.on_gpu]
 
 
 def differences(recorded: Sequence[Line], found: Sequence[Line], tolerance: float = 0.0) -> list[str]:
@@ -103,3 +106,48 @@ def test_a_wrong_number_is_a_difference(key: str, value: object, beyond_toleranc
 def test_a_missing_update_is_a_difference(tolerance: float) -> None:
     lines: list[Line] = [{"update_step": step, "train/loss": 5.0} for step in (1, 2)]
     assert differences(lines, lines[:1], tolerance) and differences(lines[:1], lines, tolerance)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.parametrize("name", names("cuda"))
+def test_flags_of_runs_on_a_gpu(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_pretrain.main([*command_line(name, "cuda", tmp_path), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert ("--cuda_graphs off" in text) == name.endswith(WITHOUT_GRAPHS)
+    assert "--dtype bfloat16" in text and "warning" not in text
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One item: the number of CUDA graphs that have been replayed."""
+    replay, count = torch.cuda.CUDAGraph.replay, [0]
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        count[0] += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    return count
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", GPU_MODE)
+def test_a_gpu_computes_what_was_recorded(name: str, tmp_path: Path, replays: list[int]) -> None:
+    found = {}
+    for each in names("cuda"):
+        if each.removesuffix(WITHOUT_GRAPHS) == name:
+            before, folder = replays[0], tmp_path / each
+            folder.mkdir()
+            found[each] = run(each, "cuda", folder)
+            assert (replays[0] > before) == (MODES[name].has_graphs and each == name)
+    for lines in found.values():
+        assert not differences(lines, found[name])  # with graphs and without, whatever is recorded
+    here = place("cuda")
+    recording = recording_for(here)
+    if recording is None:
+        pytest.skip("nothing is recorded of a GPU; python -m tests.golden.record --device cuda does it")
+    for each, lines in found.items():
+        assert_as_recorded(each, lines, recording, here, COARSE)  # weights are bfloat16, and updates more
