@@ -183,14 +183,12 @@ class OptimizerPair:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` gave."""
-        groups, start = list(state_dict["param_groups"]), 0
+        groups = list(state_dict["param_groups"])
         for optimizer in self._both:
             own = [groups.pop(0) for _ in optimizer.param_groups]
-            stop = start + sum(len(group["params"]) for group in own)
-            state = {key - start: value for key, value in state_dict["state"].items() if start <= key < stop}
-            own = [group | {"params": [index - start for index in group["params"]]} for group in own]
+            ids = {each for group in own for each in group["params"]}
+            state = {key: value for key, value in state_dict["state"].items() if key in ids}
             optimizer.load_state_dict({"state": state, "param_groups": own})
-            start = stop
 
 
 def weight_format(quantization: QuantizationArgs) -> WeightFormat:

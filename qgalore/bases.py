@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore.full_rank_weight import FullRankWeight
+from qgalore.full_rank_weight import FullRankWeight, States
 from qgalore.quantization import QuantizedTensor, quantize
 
 Basis = Tensor | QuantizedTensor
@@ -23,9 +23,9 @@ class WeightWithBases(FullRankWeight):
         self.held_bases: dict[str, Tensor] = {}
         """What `basis` gives in one dtype, by side, made ahead by `qgalore.held_matrices`."""
 
-    def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
+    def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
         """See `FullRankWeight`."""
-        super().bind(group, state, index, place, count)
+        super().bind(group, states, index, place, count)
         self.held_bases.clear()
 
     def clear(self) -> None:

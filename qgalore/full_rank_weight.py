@@ -7,6 +7,7 @@ touch moments, basis or weight.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from qgalore.seeding import mix_seed
 
 HOST_STATE = ("step", "schedule", "similarities")
 """What of a weight's state lives on the CPU."""
+
+States = MutableMapping[Tensor, dict[str, Tensor]]
+"""`torch.optim.Optimizer.state`: a weight without state has no entry."""
 
 ROUNDING, ACCUMULATION = range(2)
 """What random numbers are for; `LowRankWeight` goes on counting."""
@@ -41,9 +45,13 @@ class FullRankWeight:
         """The same while they sum gradients."""
         self._additions = 0
 
-    def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
-        """Take up hyperparameters and state: index numbers the weights, place the low-rank ones among `count`."""
-        self.group, self.state, self.index = group, state, index
+    def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
+        """Take up hyperparameters and state: index numbers the weights, place the low-rank ones among `count`.
+
+        states: those of all weights, into which that of this one goes as soon as it has any.
+        """
+        self.group, self.index, self._states = group, index, states
+        self.state = states.get(self.param, {})
         self.name = self.name or str(index)
         self._sum, self._held = self._accumulator(), self._accumulator()
 
@@ -188,6 +196,7 @@ class FullRankWeight:
         return self.step
 
     def _init_state(self) -> None:
+        self._states[self.param] = self.state
         self.state["step"] = torch.zeros((), dtype=torch.int64)
         bits, device = self.group["state_bits"], self.param.device
         adam.init_moments(self.state, self.gradient_shape, bits, device, self.direction.moments)

@@ -16,7 +16,7 @@ from qgalore.accumulator import Gradient, GradientAccumulator, dense, zeros
 from qgalore.adam import GradientStep
 from qgalore.bases import Basis, WeightWithBases
 from qgalore.direction import DIRECTIONS, Direction
-from qgalore.full_rank_weight import ACCUMULATION, ROUNDING
+from qgalore.full_rank_weight import ACCUMULATION, ROUNDING, States
 from qgalore.layer_update import LayerUpdate
 from qgalore.residual import full_direction
 from qgalore.subspace import projects_directly
@@ -54,9 +54,9 @@ class LowRankWeight(WeightWithBases):
         self._begun: _BegunUpdate | None = None
         self._factor_dtype = torch.float32
 
-    def bind(self, group: dict[str, Any], state: dict[str, Tensor], index: int, place: int, count: int) -> None:
+    def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
         """See `FullRankWeight`; the schedule of refreshes is rebuilt from the state."""
-        super().bind(group, state, index, place, count)
+        super().bind(group, states, index, place, count)
         self._full = self._accumulator()
         # A place of its own: what a refresh allocates may be memory that CUDA graphs write over.
         self._newest_similarity = torch.zeros((), device=self.param.device)
@@ -71,10 +71,10 @@ class LowRankWeight(WeightWithBases):
             queue_size=group["queue_size"],
             max_interval=group["max_update_proj_gap"],
         )
-        if "schedule" in state:
+        if "schedule" in self.state:
             s = self.schedule
-            s.interval, s.next_refresh, s.refreshes, s.saved = state["schedule"].tolist()
-            s.window = state["similarities"].tolist()
+            s.interval, s.next_refresh, s.refreshes, s.saved = self.state["schedule"].tolist()
+            s.window = self.state["similarities"].tolist()
 
     def check(self) -> None:
         """Raise ValueError for a weight that is no matrix or has a side shorter than the rank."""

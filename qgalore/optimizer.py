@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.attachment import Attachment
-from qgalore.full_rank_weight import HOST_STATE, FullRankWeight
+from qgalore.full_rank_weight import FullRankWeight
 from qgalore.low_rank_weight import LowRankWeight
-from qgalore.param_groups import check_loaded_groups, complete_low_rank
+from qgalore.param_groups import complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
+from qgalore.saved_state import state_for
 from qgalore.update_checks import UpdateChecks
 from qgalore.weight_updates import update_weights
 
@@ -96,7 +97,8 @@ class LowRankAdamW(Optimizer):
         super().__setstate__(state)
         if "_weights" not in self.__dict__:  # a copy, and not `load_state_dict`
             self._begin()
-            self._build_weights()
+        self._build_weights()
+        self._give_up()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with a `rank` its weights are matrices under projection."""
@@ -124,7 +126,7 @@ class LowRankAdamW(Optimizer):
             kind = LowRankWeight if "rank" in group else FullRankWeight
             for param in group["params"]:
                 weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
-                weight.bind(group, self.state[param], index, place, count)
+                weight.bind(group, self.state, index, place, count)
                 index, place = index + 1, place + ("rank" in group)
 
     # ---- the backward pass
@@ -331,21 +333,22 @@ class LowRankAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
 
-        Gradients on their way to an update are forgotten. Raises ValueError for a state of another optimizer or model.
+        Ids are matched by their place in the param groups, as torch does, whatever they are. Gradients on their way to
+        an update are forgotten. Raises ValueError for a state of another optimizer or model, and keeps what it has.
         """
-        check_loaded_groups(self.param_groups, state_dict["param_groups"], self.defaults)
-        super().load_state_dict(state_dict)
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, entries in state_dict["state"].items():
-            param = params[index]
-            self.state[param] = {
-                key: value.to("cpu" if key in HOST_STATE else param.device, copy=True) for key, value in entries.items()
-            }
-        self._build_weights()
-        self._give_up()
-        for weight in self._weights.values():
-            if weight.layer is not None or weight.param.is_floating_point():
-                weight.check()
+        before = {"param_groups": self.param_groups, "state": self.state}
+        # The last hook sees what others made of the dict.
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: state_for(self.param_groups, given))
+        try:
+            super().load_state_dict(state_dict)
+            for weight in self._weights.values():
+                if weight.layer is not None or weight.param.is_floating_point():
+                    weight.check()
+        except ValueError:
+            self.__setstate__(before)
+            raise
+        finally:
+            handle.remove()
 
     # ---- what the subspaces do
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qgalore.direction import DIRECTIONS
 from qgalore.linear import LowRankLinear
 
-_LOW_RANK_DEFAULTS: dict[str, Any] = {
+LOW_RANK_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,
     "scale": 0.25,
     "proj_type": "std",
@@ -79,7 +79,7 @@ def low_rank_param_groups(model: nn.Module, names: Iterable[str], **low_rank: An
 
 def complete_low_rank(group: dict[str, Any], quant: bool) -> None:
     """Fill in the keys that a low-rank group lacks, `quant` among them; raises ValueError for what makes no sense."""
-    for key, value in (_LOW_RANK_DEFAULTS | {"quant": quant}).items():
+    for key, value in (LOW_RANK_DEFAULTS | {"quant": quant}).items():
         group.setdefault(key, value)
     if group["rotate_moments"] is None:
         group["rotate_moments"] = group["subspace"] == "streaming"
@@ -93,20 +93,3 @@ def complete_low_rank(group: dict[str, Any], quant: bool) -> None:
         raise ValueError("proj_type='full' needs subspace='svd': a streaming subspace has one side")
     if group["residual"] != "none" and group["proj_type"] == "full":
         raise ValueError(f"residual={group['residual']!r} scales across one projected side: proj_type='full' has two")
-
-
-def check_loaded_groups(groups: list[dict[str, Any]], loaded: list[dict[str, Any]], defaults: Iterable[str]) -> None:
-    """Raise ValueError where a loaded param group is of another kind than the one in its place.
-
-    defaults: the keys that every group needs.
-    """
-    for number, (group, other) in enumerate(zip(groups, loaded, strict=False)):
-        kinds = ["with a rank" if "rank" in each else "without a rank" for each in (group, other)]
-        needed = {*defaults, *(("quant", *_LOW_RANK_DEFAULTS) if "rank" in group else ())}
-        lacking = sorted(needed - other.keys())
-        if kinds[0] != kinds[1] or lacking:
-            lacks = f" and lacks {', '.join(lacking)}" if lacking else ""
-            raise ValueError(
-                f"param group {number} is {kinds[0]}, that of the state to load is {kinds[1]}{lacks}: it was saved by "
-                "another optimizer or with other param groups"
-            )

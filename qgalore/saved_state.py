@@ -1,0 +1,102 @@
+"""A saved optimizer state, made ready for the parameters of the optimizer that loads it.
+
+`torch.optim.Optimizer.load_state_dict` gives a state to the parameter that stands where its id stands in the param
+groups, whatever ids are: numbers, or names as those of `torch.distributed.checkpoint`. It also casts floating state to
+the dtype of the parameter, which would round float32 moments of bfloat16 weights; but a state whose key is a parameter
+already is taken as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qgalore.full_rank_weight import HOST_STATE
+from qgalore.param_groups import LOW_RANK_DEFAULTS
+
+Group = dict[str, Any]
+
+_GROUP_KEYS = (
+    "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth", "state_bits",
+)  # fmt: skip
+"""What every param group needs. Not `Optimizer.defaults`: loading and copying make torch add keys of its own to it."""
+_LATER_KEYS = {"norm_growth": 0.0, "direction": "adam", "residual": "none"}
+"""Keys that came later: what states that do not know them were made with."""
+
+
+def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved`, a state dict, with groups as `groups` need them and the state of each parameter under the parameter.
+
+    Tensors are copies on the parameter's device (counters: on the CPU), in the dtypes they were saved in; `saved` stays
+    as it is. Raises ValueError for the state of another optimizer or model.
+    """
+    loaded = [_completed(group, "rank" in ours) for group, ours in _pairs(groups, saved["param_groups"])]
+    ids = itertools.chain.from_iterable(group["params"] for group in loaded)
+    params = itertools.chain.from_iterable(group["params"] for group in groups)
+    owners: dict[Any, Tensor] = dict(zip(ids, params, strict=True))
+    unknown = [str(key) for key in saved["state"] if key not in owners]
+    if unknown:
+        raise ValueError(
+            f"the state to load has entries of parameters that its param groups do not have: {', '.join(unknown[:3])}"
+        )
+    _check_codes_have_state(owners, saved["state"])
+    state = {owners[key]: _placed(key, entries, owners[key]) for key, entries in saved["state"].items() if entries}
+    return saved | {"state": state, "param_groups": loaded}
+
+
+def _pairs(groups: list[Group], loaded: list[Group]) -> list[tuple[Group, Group]]:
+    """Each loaded group with the one in whose place it comes; raises ValueError where they are of different kinds."""
+    other = "it was saved by another optimizer or with other param groups"
+    if len(groups) != len(loaded):
+        raise ValueError(f"the optimizer has {len(groups)} param groups, the state to load {len(loaded)}: {other}")
+    for number, (ours, group) in enumerate(zip(groups, loaded, strict=True)):
+        kinds = ["with a rank" if "rank" in each else "without a rank" for each in (ours, group)]
+        needed = {*_GROUP_KEYS, *(("quant", *LOW_RANK_DEFAULTS) if "rank" in ours else ())}
+        lacking = sorted(needed - group.keys())
+        if set(lacking) <= _LATER_KEYS.keys():
+            lacking = []
+        if kinds[0] != kinds[1] or lacking:
+            lacks = f" and lacks {', '.join(lacking)}" if lacking else ""
+            raise ValueError(
+                f"param group {number} is {kinds[0]}, that of the state to load is {kinds[1]}{lacks}: {other}"
+            )
+        counts = len(ours["params"]), len(group["params"])
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"param group {number} has {counts[0]} parameters, that of the state to load {counts[1]}: {other}"
+            )
+    return list(zip(loaded, groups, strict=True))
+
+
+def _completed(group: Group, low_rank: bool) -> Group:
+    later = {key: value for key, value in _LATER_KEYS.items() if key in _GROUP_KEYS or low_rank}
+    return later | group
+
+
+def _check_codes_have_state(owners: Mapping[Any, Tensor], state: Mapping[Any, Any]) -> None:
+    """Raise ValueError where a state by names has lost what belongs to quantized weights.
+
+    `set_optimizer_state_dict` of `torch.distributed.checkpoint` drops the state of parameters that need no gradient,
+    and an integer parameter cannot need one.
+    """
+    codes = [key for key, param in owners.items() if not param.is_floating_point()]
+    by_name = any(isinstance(key, str) for key in state)
+    if by_name and codes and not any(state.get(key) for key in codes):
+        raise ValueError(
+            f"the state to load has none of the quantized weights ({codes[0]} is one): set_optimizer_state_dict of "
+            "torch.distributed.checkpoint leaves out parameters without requires_grad; give what "
+            "get_optimizer_state_dict returned (not flattened) to this optimizer's load_state_dict"
+        )
+
+
+def _placed(key: Any, entries: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+    for name, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"the state of parameter {key} has a {type(value).__name__} as {name} where a tensor should be: it was "
+                "saved by another optimizer or in part"
+            )
+    return {name: value.to("cpu" if name in HOST_STATE else param.device, copy=True) for name, value in entries.items()}
