@@ -1,8 +1,10 @@
 """Q-GaLore: training in little memory with INT8 weights, INT4 low-rank projections and 8-bit Adam states."""
 
-from qgalore.linear import LowRankLinear, convert_linears
+from qgalore.conversion import convert_linears
+from qgalore.layer_names import linear_names
+from qgalore.linear import LowRankLinear
 from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
-from qgalore.param_groups import linear_names, low_rank_param_groups
+from qgalore.param_groups import low_rank_param_groups
 from qgalore.quantization import QuantizedTensor, quantize
 from qgalore.weight_format import WeightFormat
 

@@ -12,7 +12,7 @@ layers with the same input, such as those of queries, keys and values: `products
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -270,11 +270,17 @@ def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1)
     """What each of `linears` makes of the same input (..., in_features).
 
     Layers that are trained through low-rank gradients are one node of autograd's graph, where all of them are.
-    side_by_side: the gradients of so many first outputs are likely to be neighbouring columns of one matrix.
+    side_by_side: the gradients of so many first outputs are likely to be neighbouring columns of one matrix. Raises
+    TypeError for an input that is not float.
     """
     layers = [linear for linear in linears if isinstance(linear, LowRankLinear)]
     if len(layers) < len(linears):
         return [linear(input) for linear in linears]
+    if not input.is_floating_point():
+        raise TypeError(
+            f"the input of a LowRankLinear is {input.dtype}, not float: a model that casts it to the dtype of a "
+            "quantized weight, as T5 does before wo, needs that layer left out of convert_linears"
+        )
     if not _multiply_as_one(layers[:side_by_side], input.dtype):
         side_by_side = 1
     device = input.device.type
@@ -290,20 +296,3 @@ def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1)
         output if layer.bias is None else output + layer.padded_bias(output.dtype)
         for layer, output in zip(layers, outputs, strict=True)
     ]
-
-
-def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
-    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
-
-    Raises TypeError for other modules, ValueError for a weight that another module holds, too, such as an embedding.
-    """
-    for name in names:
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
-        modules = list(model.modules())
-        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
-            raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
-        layer = LowRankLinear.from_linear(linear, format)
-        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
-            setattr(parent, child, layer)

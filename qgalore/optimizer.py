@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from qgalore.attachment import Attachment
 from qgalore.full_rank_weight import FullRankWeight
 from qgalore.low_rank_weight import LowRankWeight
-from qgalore.param_groups import complete_low_rank
+from qgalore.param_groups import check_low_rank, complete_low_rank
 from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.saved_state import state_for
 from qgalore.update_checks import UpdateChecks
@@ -102,16 +102,13 @@ class LowRankAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with a `rank` its weights are matrices under projection."""
-        if param_group.get("rank") is None:
-            param_group.pop("rank", None)
-        else:
-            complete_low_rank(param_group, self.quant)
+        complete_low_rank(param_group, self.quant)
         super().add_param_group(param_group)
-        if "rank" in param_group and param_group["weight_decay"] and not param_group["decoupled_weight_decay"]:
-            raise ValueError(
-                "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie "
-                "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
-            )
+        try:
+            check_low_rank(param_group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         self._build_weights()
 
     def _build_weights(self) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qgalore.direction import DIRECTIONS
+from qgalore.layer_names import module_of
 from qgalore.linear import LowRankLinear
 
 LOW_RANK_DEFAULTS: dict[str, Any] = {
@@ -54,31 +55,41 @@ _CHOICES = {
 }
 
 
-def linear_names(model: nn.Module, targets: Iterable[str] = ("self_attn", "mlp")) -> list[str]:
-    """Dotted names of the linear layers inside modules whose path has one of `targets`: a LLaMA's attention and MLP."""
-    wanted = tuple(targets)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | LowRankLinear) and any(part in wanted for part in name.split("."))
-    ]
-
-
 def low_rank_param_groups(model: nn.Module, names: Iterable[str], **low_rank: Any) -> list[dict[str, Any]]:
     """Two param groups: all parameters but the weights of the named linear layers; those weights, with `low_rank`.
 
-    low_rank holds keys of the table above, `rank` among them. A parameter that needs no gradient is
-    left out, unless it is the integer weight of a `LowRankLinear`.
+    low_rank holds keys of the table above, `rank` among them. A parameter that needs no gradient is left out, unless it
+    is the integer weight of a `LowRankLinear`. Raises ValueError where no name is given, AttributeError for a name that
+    the model does not have.
     """
-    weights: list[Tensor] = [model.get_submodule(name).get_parameter("weight") for name in names]
-    chosen = set(weights)
-    quantized = {module.weight for module in model.modules() if isinstance(module, LowRankLinear)}
-    rest = [p for p in model.parameters() if p not in chosen and (p.requires_grad or p in quantized)]
-    return [{"params": rest}, {"params": weights, **low_rank}]
+    named = list(dict.fromkeys(_weight_of(model, name) for name in names))
+    if not named:
+        raise ValueError(
+            f"low_rank_param_groups got no names: nothing of {type(model).__name__} would be low-rank; give those of "
+            "linear layers, such as linear_names finds, or model.parameters() to the optimizer for plain AdamW"
+        )
+    quantized = {layer.weight for layer in model.modules() if isinstance(layer, LowRankLinear)}
+    trained = [param for param in model.parameters() if param.requires_grad or param in quantized]
+    chosen = set(named)
+    return [{"params": [param for param in trained if param not in chosen]}, {"params": named, **low_rank}]
+
+
+def _weight_of(model: nn.Module, name: str) -> Tensor:
+    module = module_of(model, name)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise AttributeError(f"{name} is a {type(module).__name__} without a weight: name linear layers")
+    return weight
 
 
 def complete_low_rank(group: dict[str, Any], quant: bool) -> None:
-    """Fill in the keys that a low-rank group lacks, `quant` among them; raises ValueError for what makes no sense."""
+    """Fill in the keys that a low-rank group lacks, `quant` among them; raises ValueError for what makes no sense.
+
+    A rank of None is no rank.
+    """
+    if group.get("rank") is None:
+        group.pop("rank", None)
+        return
     for key, value in (LOW_RANK_DEFAULTS | {"quant": quant}).items():
         group.setdefault(key, value)
     if group["rotate_moments"] is None:
@@ -93,3 +104,19 @@ def complete_low_rank(group: dict[str, Any], quant: bool) -> None:
         raise ValueError("proj_type='full' needs subspace='svd': a streaming subspace has one side")
     if group["residual"] != "none" and group["proj_type"] == "full":
         raise ValueError(f"residual={group['residual']!r} scales across one projected side: proj_type='full' has two")
+
+
+def check_low_rank(group: dict[str, Any]) -> None:
+    """Raise ValueError for a group that has a rank and, with the optimizer's defaults, makes no sense."""
+    if "rank" not in group:
+        return
+    if not group["params"]:
+        raise ValueError(
+            f"a param group with rank={group['rank']} has no parameters: nothing would be low-rank; leave the group "
+            "out for plain AdamW, or give it matrices"
+        )
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
+        raise ValueError(
+            "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie "
+            "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
+        )

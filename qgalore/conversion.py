@@ -1,0 +1,40 @@
+"""Turns linear layers of a model into low-rank ones, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from qgalore.layer_names import module_of
+from qgalore.linear import LowRankLinear
+from qgalore.weight_format import WeightFormat
+
+
+def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
+    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
+
+    Raises TypeError for other modules, AttributeError for names that the model does not have, ValueError for no names
+    at all and for a weight that another module holds, too, such as an embedding.
+    """
+    chosen = list(names)
+    if not chosen:
+        raise ValueError(
+            f"convert_linears got no names: nothing of {type(model).__name__} would be converted; give those of linear "
+            "layers, such as linear_names finds"
+        )
+    for name in chosen:
+        linear = module_of(model, name)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
+        if isinstance(linear, NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                f"{name} is a part of nn.MultiheadAttention, which reads its weight: it cannot be converted"
+            )
+        modules = list(model.modules())
+        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
+            raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
+        layer = LowRankLinear.from_linear(linear, format)
+        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
+            setattr(parent, child, layer)
