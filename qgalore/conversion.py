@@ -15,8 +15,9 @@ from qgalore.weight_format import WeightFormat
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
     """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
 
-    Raises TypeError for other modules, AttributeError for names that the model does not have, ValueError for no names
-    at all and for a weight that another module holds, too, such as an embedding.
+    A layer that was frozen stays so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules,
+    AttributeError for names that the model does not have, ValueError for no names at all and for a weight that another
+    module holds, too, such as an embedding.
     """
     chosen = list(names)
     if not chosen:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgalore import kernels, linear_operator
+from qgalore.codes import Codes
 from qgalore.linear_operator import GradientTap
 from qgalore.neighbours import joined
 from qgalore.padding import cut_columns, padded_width, with_padded_columns
@@ -56,7 +57,7 @@ class LowRankLinear(nn.Module):
                 self.weight.data.copy_(self._to_grid(weight.detach(), seed=None))
         else:
             quantized = quantize(weight.detach(), format.bits, self.group_size).with_aligned_rows()
-            self.weight = nn.Parameter(quantized.qdata, requires_grad=False)
+            self.weight = Codes(quantized.qdata)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
         self.tap: GradientTap | None = None
@@ -74,10 +75,9 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: WeightFormat) -> LowRankLinear:
-        """The same layer with its weight in `format`; the bias is shared."""
+        """The same layer with its weight in `format`, frozen where it was; the bias is shared."""
         layer = cls(linear.weight, linear.bias, format)
-        if layer.weight.is_floating_point():
-            layer.weight.requires_grad_(linear.weight.requires_grad)
+        layer.weight.requires_grad_(linear.weight.requires_grad)
         layer.train(linear.training)
         return layer
 
@@ -92,6 +92,17 @@ class LowRankLinear(nn.Module):
         super().__setstate__(state)
         self._register()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
+        frozen = self.frozen
+        super()._apply(lambda tensor: fn(tensor.data if isinstance(tensor, Codes) else tensor), recurse)
+        self._mark(frozen)  # a parameter that could not stay the same, as on its way to the meta device, is a new one
+        return self
+
+    def _mark(self, frozen: bool) -> None:
+        """Make integers that torch has put in the place of the weight `Codes` again."""
+        if not self.weight.is_floating_point() and not isinstance(self.weight, Codes):
+            self.weight = Codes(self.weight.data).requires_grad_(not frozen)
+
     @property
     def _row_padding(self) -> int:
         return 0 if self.quantized_weight is None else self.quantized_weight.row_padding
@@ -105,7 +116,16 @@ class LowRankLinear(nn.Module):
         key = f"{prefix}weight"
         if self._row_padding and key in state_dict:  # of another width than it should be, it is refused
             state_dict = {**state_dict, key: F.pad(state_dict[key], (0, self._row_padding))}
+        frozen = self.frozen
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._mark(frozen)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight is not to be trained; `requires_grad_` of the layer, or of a module above it, sets it."""
+        if isinstance(self.weight, Codes):
+            return self.weight.frozen
+        return self.weight.is_floating_point() and not self.weight.requires_grad
 
     @property
     def quantized_weight(self) -> QuantizedTensor | None:
@@ -168,8 +188,8 @@ class LowRankLinear(nn.Module):
 
     @property
     def _trains(self) -> bool:
-        """Whether an optimizer wants the gradient; of a quantized weight autograd cannot tell that it is frozen."""
-        return self.anchor is not None and (self.weight.requires_grad or not self.weight.is_floating_point())
+        """Whether an optimizer wants the gradient."""
+        return self.anchor is not None and not self.frozen
 
     @property
     def width(self) -> int:
@@ -288,10 +308,13 @@ def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1)
         input = input.to(torch.get_autocast_dtype(device))
     if all(layer._trains for layer in layers):
         outputs = linear_operator.multiply(layers, input, side_by_side)
-    elif len(layers) == 1:
-        outputs = [layers[0].product(input)]
-    else:
+    elif len(layers) > 1:
         return [products(input, [layer])[0] for layer in layers]
+    elif layers[0].quantized_weight is not None and input.requires_grad and torch.is_grad_enabled():
+        # Not through what stores and rounds: autograd would keep a float copy of the weight, or find no gradient.
+        outputs = linear_operator.multiply(layers, input, 1, trains=False)
+    else:
+        outputs = [layers[0].product(input)]
     return [
         output if layer.bias is None else output + layer.padded_bias(output.dtype)
         for layer, output in zip(layers, outputs, strict=True)

@@ -65,13 +65,14 @@ def new_number(layer: LowRankLinear) -> Tensor:
     return torch.tensor(number)
 
 
-def multiply(layers: Sequence[LowRankLinear], input: Tensor, side_by_side: int) -> list[Tensor]:
-    """`LowRankLinear.product` of attached layers with one input, each (..., width of the layer).
+def multiply(layers: Sequence[LowRankLinear], input: Tensor, side_by_side: int, trains: bool = True) -> list[Tensor]:
+    """`LowRankLinear.product` of layers with one input, each (..., width of the layer).
 
     side_by_side: the gradients of so many first outputs are multiplied at once, which pays where they lie so.
+    trains: the layers are attached, and their taps get the factors of the gradients; else only the input gets one.
     """
     weights = [layer.weight for layer in layers]
-    anchors = [layer.anchor for layer in layers if layer.anchor is not None]
+    anchors = [layer.anchor for layer in layers if layer.anchor is not None] if trains else []
     frees_input = any(layer.frees_input for layer in layers)
     outputs: list[Tensor] = torch.ops.qgalore.low_rank_linears(
         input, weights, anchors, [layer.number for layer in layers], frees_input, side_by_side,
@@ -188,21 +189,24 @@ def _(grad_outputs: list[Tensor], *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, weights, _, layers, ctx.frees_input, ctx.side_by_side, _ = inputs
+    input, weights, anchors, layers, ctx.frees_input, ctx.side_by_side, _ = inputs
+    ctx.trains, ctx.width = len(anchors) > 0, input.shape[-1]
     # The weights are saved too: autograd then refuses a backward through a weight that was changed in between.
-    ctx.save_for_backward(input, *weights, *layers)
+    ctx.save_for_backward(*([input] if ctx.trains else []), *weights, *layers)
 
 
 def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
-    input, *saved = ctx.saved_tensors
+    saved = list(ctx.saved_tensors)
+    input, tapped, grad = saved.pop(0) if ctx.trains else None, [], None
     count = len(saved) // 2
     weights, layers = saved[:count], saved[count:]
-    tapped, grad = torch.ops.qgalore.low_rank_linears_tap(grad_outputs, input, layers, ctx.side_by_side), None
+    if ctx.trains:
+        tapped = torch.ops.qgalore.low_rank_linears_tap(grad_outputs, input, layers, ctx.side_by_side)
     if ctx.needs_input_grad[0]:
         for start, stop in itertools.pairwise((0, *range(ctx.side_by_side, count + 1))):
             part = torch.ops.qgalore.low_rank_linears_input_gradient(
                 grad_outputs[start:stop], weights[start:stop], layers[start:stop],
-                tapped[start:stop] if ctx.frees_input else [], input.shape[-1],
+                tapped[start:stop] if ctx.frees_input else [], ctx.width,
             )  # fmt: skip
             grad = part if grad is None else grad + part
     nothing = [None] * count

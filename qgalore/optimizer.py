@@ -135,7 +135,8 @@ class LowRankAdamW(Optimizer):
         backward of its layer; `step` then has nothing left to do. Over several micro-batches the sums of all gradients
         exist anyway: updating before `step` would save nothing, so it is left to `step`, which knows them all.
         `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.rank_sum.AllReduce`). `.grad` stays
-        None. Raises ValueError for a weight that the optimizer cannot train.
+        None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the optimizer cannot
+        train.
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce

@@ -58,9 +58,9 @@ _CHOICES = {
 def low_rank_param_groups(model: nn.Module, names: Iterable[str], **low_rank: Any) -> list[dict[str, Any]]:
     """Two param groups: all parameters but the weights of the named linear layers; those weights, with `low_rank`.
 
-    low_rank holds keys of the table above, `rank` among them. A parameter that needs no gradient is left out, unless it
-    is the integer weight of a `LowRankLinear`. Raises ValueError where no name is given, AttributeError for a name that
-    the model does not have.
+    low_rank holds keys of the table above, `rank` among them. Frozen parameters are in neither, nor are layers of a
+    quantized weight that were frozen. Raises ValueError where no name is given or all that are named is frozen,
+    AttributeError for a name that the model does not have.
     """
     named = list(dict.fromkeys(_weight_of(model, name) for name in names))
     if not named:
@@ -68,10 +68,16 @@ def low_rank_param_groups(model: nn.Module, names: Iterable[str], **low_rank: An
             f"low_rank_param_groups got no names: nothing of {type(model).__name__} would be low-rank; give those of "
             "linear layers, such as linear_names finds, or model.parameters() to the optimizer for plain AdamW"
         )
-    quantized = {layer.weight for layer in model.modules() if isinstance(layer, LowRankLinear)}
+    quantized = {layer.weight for layer in model.modules() if isinstance(layer, LowRankLinear) and not layer.frozen}
     trained = [param for param in model.parameters() if param.requires_grad or param in quantized]
-    chosen = set(named)
-    return [{"params": [param for param in trained if param not in chosen]}, {"params": named, **low_rank}]
+    chosen, free = set(named), set(trained)
+    weights = [weight for weight in named if weight in free]
+    if not weights:
+        raise ValueError(
+            f"all that is named of {type(model).__name__} is frozen: nothing would be low-rank; free the layers with "
+            "requires_grad_(True), or name others"
+        )
+    return [{"params": [param for param in trained if param not in chosen]}, {"params": weights, **low_rank}]
 
 
 def _weight_of(model: nn.Module, name: str) -> Tensor:
