@@ -50,6 +50,7 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "set_aside_later",
+    "with_todays_names",
 ]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -122,6 +123,11 @@ def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--con
     return Checkpoint(parts["model.safetensors"], optimizer, state, folder, manifest.update_step)
 
 
+def with_todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Model tensors with codes as `weight_qdata`; once they were `weight`, beside `weight_scale`, and still load so."""
+    return {f"{name}_qdata" if f"{name}_scale" in tensors else name: tensor for name, tensor in tensors.items()}
+
+
 def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> None:
     """Compare `expected` with the entries of the same names in the checkpoint's state.
 
@@ -144,9 +150,13 @@ def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> 
 
 
 def check_model_tensors(checkpoint: Checkpoint, model_tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint whose weights do not fit the model's state dict in names, shapes and dtypes."""
-    there, here = checkpoint.model_tensors, model_tensors
-    problems = [f"{name} is missing there" for name in here if name not in there]
+    """Refuse a checkpoint whose weights do not fit the model's state dict in names, shapes and dtypes.
+
+    What a layer's format is was not recorded once, beside the flags of the run.
+    """
+    there, here = with_todays_names(checkpoint.model_tensors), with_todays_names(model_tensors)
+    lacking = [name for name in here if name not in there and not name.endswith(".weight_format")]
+    problems = [f"{name} is missing there" for name in lacking]
     problems += [f"{name} is not in this model" for name in there if name not in here]
     for name in here:
         if name in there and (here[name].shape != there[name].shape or here[name].dtype != there[name].dtype):

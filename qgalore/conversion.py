@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -18,6 +20,9 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
     A layer that was frozen stays so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules,
     AttributeError for names that the model does not have, ValueError for no names at all and for a weight that another
     module holds, too, such as an embedding.
+
+    `save_pretrained` of a model with quantized weights is refused from then on: what it writes `from_pretrained` cannot
+    read. So give the whole model, rather than a part of it.
     """
     chosen = list(names)
     if not chosen:
@@ -39,3 +44,17 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
         layer = LowRankLinear.from_linear(linear, format)
         for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
             setattr(parent, child, layer)
+    if format.bits is not None and not format.simulate:
+        for module in model.modules():
+            if callable(getattr(module, "save_pretrained", None)):
+                refuse = functools.partial(_refuse_save_pretrained, type(module).__name__)
+                module.save_pretrained = refuse  # type: ignore[assignment]
+
+
+def _refuse_save_pretrained(kind: str, *_: object, **__: object) -> NoReturn:
+    raise RuntimeError(
+        f"save_pretrained of a {kind} with quantized weights: from_pretrained does not know them and would start these "
+        "layers at random. Save model.state_dict(), such as with torch.save, and load it with load_state_dict into a "
+        "model that convert_linears has given the same format; under a Trainer set save_strategy='no' and save so from "
+        "a callback or after training"
+    )

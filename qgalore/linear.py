@@ -3,7 +3,7 @@
 The weight is plain state of a module: an integer parameter with its scales and zero points as buffers (or a float
 parameter), so `deepcopy`, `.to()`, safetensors and data parallelism need nothing special; a tensor subclass failed at
 the last two (docs/log.md has the trial). Rows of codes end with zeros where kernels want longer ones, and a state dict
-has them without.
+has them without, under names of their own: `weight_qdata`, `weight_scale`, `weight_zero_point`, `weight_format`.
 
 In training it is an operator whose backward pass gives the factors of the weight's gradient to a tap, which the
 optimizer hangs on the layer when it is attached to the model (`qgalore.linear_operator`). The operator takes several
@@ -25,6 +25,7 @@ from qgalore.linear_operator import GradientTap
 from qgalore.neighbours import joined
 from qgalore.padding import cut_columns, padded_width, with_padded_columns
 from qgalore.quantization import QuantizedTensor, dequantize_several, quantize
+from qgalore.stored_codes import CODES, FORMAT, WEIGHT, add_refusal, entries_for
 from qgalore.weight_format import WeightFormat
 
 JOINED_WEIGHT_BYTES = 32 << 20
@@ -107,17 +108,47 @@ class LowRankLinear(nn.Module):
     def _row_padding(self) -> int:
         return 0 if self.quantized_weight is None else self.quantized_weight.row_padding
 
+    @property
+    def weight_qdata(self) -> Tensor | None:
+        """The codes (out_features, bytes of a row) as a state dict has them; None where the weight is float."""
+        if self.quantized_weight is None:
+            return None
+        return self.weight[:, : -self._row_padding].contiguous() if self._row_padding else self.weight
+
+    @property
+    def weight_format(self) -> Tensor | None:
+        """Bits and group size of the codes, (2,), as a state dict has them; None where the weight is float."""
+        if self.quantized_weight is None:
+            return None
+        return torch.tensor([self.format.bits, self.group_size], device=self.weight.device)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._row_padding:
-            destination[f"{prefix}weight"] = destination[f"{prefix}weight"][:, : -self._row_padding].contiguous()
+        if self.weight_qdata is not None:
+            del destination[f"{prefix}{WEIGHT}"]
+            destination[f"{prefix}{CODES}"] = self.weight_qdata if keep_vars else self.weight_qdata.detach()
+            destination[f"{prefix}{FORMAT}"] = self.weight_format
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        key = f"{prefix}weight"
-        if self._row_padding and key in state_dict:  # of another width than it should be, it is refused
-            state_dict = {**state_dict, key: F.pad(state_dict[key], (0, self._row_padding))}
-        frozen = self.frozen
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, entries = f"{prefix}{WEIGHT}", entries_for(self, state_dict, prefix)
+        if isinstance(entries, str):
+            add_refusal(error_msgs, entries)
+            return
+        if self._row_padding and key in entries:  # of another width than it should be, it is refused
+            entries[key] = F.pad(entries[key], (0, self._row_padding))
+        frozen, missing = self.frozen, list[str]()
+        super()._load_from_state_dict(entries, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        codes = f"{prefix}{CODES}" if self.quantized_weight is not None else key
+        missing_keys += [codes if name == key else name for name in missing]
         self._mark(frozen)
 
     @property

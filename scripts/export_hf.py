@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout that is not installed
 
-from peft_pretraining.checkpoint import Checkpoint, load_checkpoint
+from peft_pretraining.checkpoint import Checkpoint, load_checkpoint, with_todays_names
 from peft_pretraining.checkpoint_folder import list_checkpoints
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import read_config_json
@@ -61,6 +62,7 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: give a new directory.")
     loaded = load_checkpoint(next(reversed(list_checkpoints(checkpoint)), checkpoint), asked_by="checkpoint")
+    loaded = replace(loaded, model_tensors=with_todays_names(loaded.model_tensors))
     config = run_config(loaded, model_config)
     temporary = output.with_name(f".tmp_{output.name}_{os.getpid()}")
     try:
@@ -96,20 +98,22 @@ def float_tensors(checkpoint: Checkpoint, dtype: torch.dtype, tied: bool) -> Ite
     """The state dict of a float model, one tensor at a time; a tied head is left to the embeddings."""
     tensors = checkpoint.model_tensors
     for name, tensor in tensors.items():
-        if name.endswith((".weight_scale", ".weight_zero_point")) or (tied and name == "lm_head.weight"):
+        of_codes = name.endswith((".weight_scale", ".weight_zero_point", ".weight_format"))
+        if of_codes or (tied and name == "lm_head.weight"):
             continue
         if tensor.is_floating_point():
             yield name, tensor.to(dtype)
         else:
+            name = name.removesuffix("_qdata")
             yield name, dequantized(name, checkpoint, dtype)
 
 
 def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
     """One quantized matrix in float; bits and group size are those of the run and must fit its shapes."""
     tensors, state = checkpoint.model_tensors, checkpoint.state
-    codes, scale, zero_point = tensors[name], tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
+    codes, scale, zero_point = (tensors.get(f"{name}_{part}") for part in ("qdata", "scale", "zero_point"))
     bits, group_size = state.get("weight_bits"), state.get("weight_group_size")
-    if scale is None or zero_point is None or bits not in (4, 8) or not isinstance(group_size, int):
+    if codes is None or scale is None or zero_point is None or bits not in (4, 8) or not isinstance(group_size, int):
         raise UserError(f"{checkpoint.path}: {name} is quantized, but its scales, bits or group size are not there.")
     columns = original_columns(name, checkpoint, codes.shape[1], bits)
     if state.get("int8_products"):
@@ -128,9 +132,9 @@ def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int) 
         return stored
     layer = name.rsplit(".", 3)[0]  # model.layers.N
     if name.endswith("down_proj.weight"):
-        return int(checkpoint.model_tensors[f"{layer}.mlp.gate_proj.weight"].shape[0])
+        return int(checkpoint.model_tensors[f"{layer}.mlp.gate_proj.weight_qdata"].shape[0])
     if name.endswith("o_proj.weight"):
-        return int(checkpoint.model_tensors[f"{layer}.self_attn.q_proj.weight"].shape[0])
+        return int(checkpoint.model_tensors[f"{layer}.self_attn.q_proj.weight_qdata"].shape[0])
     return int(checkpoint.model_tensors["model.embed_tokens.weight"].shape[1])
 
 

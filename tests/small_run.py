@@ -167,7 +167,8 @@ class Result:
         """The model's float tensors, quantized ones dequantized."""
         tensors = self.checkpoint(update_step).model_tensors
         values = {}
-        for name, tensor in tensors.items():
+        for key, tensor in tensors.items():
+            name = key.removesuffix("_qdata")
             scale, zero_point = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
             if tensor.is_floating_point() and not name.endswith(("_scale", "_zero_point")):
                 values[name] = tensor

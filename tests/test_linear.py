@@ -144,12 +144,13 @@ def test_autocast_trains() -> None:
 def test_a_quantized_weight_is_plain_state(storage: str, shape: tuple[int, int]) -> None:
     module = layer(storage)
     state = module.state_dict()
-    assert set(state) == {"weight", "bias", "weight_scale", "weight_zero_point"}
-    assert state["weight"].dtype == torch.uint8 and state["weight"].shape == shape
+    assert set(state) == {"weight_qdata", "bias", "weight_scale", "weight_zero_point", "weight_format"}
+    assert state["weight_qdata"].dtype == torch.uint8 and state["weight_qdata"].shape == shape
+    assert state["weight_format"].tolist() == [8 if storage == "int8" else 4, 256]
     assert state["weight_scale"].dtype == state["weight_zero_point"].dtype == torch.bfloat16
     assert state["weight_scale"].shape == (10, 1)
     assert not module.weight.requires_grad
-    assert type(state["weight"]) is Tensor and not vars(module.weight), "no loose attributes"
+    assert type(state["weight_qdata"]) is Tensor and not vars(module.weight), "no loose attributes"
 
 
 def test_a_float_weight_has_the_state_of_a_linear_layer() -> None:
@@ -263,7 +264,7 @@ def test_conversion_keeps_names_bias_and_mode() -> None:
     convert_linears(model, ["0", "2.0"], FORMATS["int8"])
     assert isinstance(model[0], LowRankLinear) and isinstance(model[2][0], LowRankLinear)
     assert model[2][0].bias is inner.bias and not model[2][0].training
-    assert names < set(model.state_dict())
+    assert names == set(dict(model.named_parameters()))
     assert (model[0].in_features, model[0].out_features) == (4, 8)
     assert "in_features=4, out_features=8" in repr(model[0])
 

@@ -140,7 +140,7 @@ def test_storage_of_weights_and_projections(small: SmallRun) -> None:
     name, hidden = "model.layers.0.self_attn.q_proj.weight", 64
     for bits, columns in ((8, hidden), (4, hidden // 2)):
         result = small.run(f"int{bits}", **Q_GALORE_PER_LAYER | {"weight_bits": bits}, num_training_steps=2)
-        weight = result.checkpoint().model_tensors[name]
+        weight = result.checkpoint().model_tensors[f"{name}_qdata"]
         assert weight.dtype == torch.uint8 and weight.shape == (hidden, columns)
     states = result.checkpoint().optimizer_state["state"].values()
     bases = [state[key] for state in states for key in ("left_basis", "right_basis") if key in state]

@@ -66,15 +66,15 @@ def test_a_state_dict_has_the_matrix_alone(format: WeightFormat) -> None:
     assert format.bits is not None and ends_with_zeros(module)
     plain = quantize(normal(ROWS, COLUMNS), format.bits, module.group_size)
     state = module.state_dict()
-    assert state["weight"].is_contiguous() and torch.equal(state["weight"], plain.qdata)
+    assert state["weight_qdata"].is_contiguous() and torch.equal(state["weight_qdata"], plain.qdata)
     assert torch.equal(state["weight_scale"], plain.scale)
-    assert torch.equal(nn.Sequential(module).state_dict(prefix="model.")["model.0.weight"], plain.qdata)
+    assert torch.equal(nn.Sequential(module).state_dict(prefix="model.")["model.0.weight_qdata"], plain.qdata)
     assert torch.equal(module.dequantized_weight(torch.float32), plain.dequantize())
 
 
 def test_a_weight_that_needs_no_padding_is_itself_in_the_state_dict() -> None:
     module = LowRankLinear(normal(4, 48), None, WeightFormat(bits=8))
-    assert module.weight.shape == (4, 48) and module.state_dict()["weight"].data_ptr() == module.weight.data_ptr()
+    assert module.weight.shape == (4, 48) and module.state_dict()["weight_qdata"].data_ptr() == module.weight.data_ptr()
 
 
 @every_format
@@ -96,13 +96,13 @@ def test_a_state_dict_without_padding_loads(assign: bool, format: WeightFormat) 
 def test_a_state_dict_of_another_width_is_refused(wrong: int, format: WeightFormat) -> None:
     module = layer(format)
     state = module.state_dict()
-    state["weight"] = torch.ones(ROWS, state["weight"].shape[1] + wrong, dtype=torch.uint8)
+    state["weight_qdata"] = torch.ones(ROWS, state["weight_qdata"].shape[1] + wrong, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         module.load_state_dict(state)
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        module.load_state_dict(state | {"weight": module.weight})
-    del state["weight"]
-    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict(state | {"weight_qdata": module.weight})
+    del state["weight_qdata"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_qdata"):
         module.load_state_dict(state)
 
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_has_the_matrix_alone(format: WeightFormat, tmp_path: Path)
     convert_linears(model, ["0"], format)
     path = save_checkpoint(tmp_path, 1, model.state_dict(), {}, {})
     checkpoint = load_checkpoint(path)
-    assert checkpoint.model_tensors["0.weight"].shape == (ROWS, row_bytes(COLUMNS, format.bits or 0))
+    assert checkpoint.model_tensors["0.weight_qdata"].shape == (ROWS, row_bytes(COLUMNS, format.bits or 0))
     check_model_tensors(checkpoint, model.state_dict())
     again = nn.Sequential(layer(format))
     again[0].bias = nn.Parameter(torch.zeros(ROWS))
