@@ -93,8 +93,8 @@ class MemorySettings:
 
 def sides(shape: Shape, s: MemorySettings) -> tuple[str, ...]:
     """The sides of a matrix that are projected."""
-    longer, shorter = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
-    one = {"std": longer, "reverse_std": shorter, "left": "left", "right": "right"}
+    shorter, longer = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
+    one = {"std": shorter, "reverse_std": longer, "left": "left", "right": "right"}
     return (one[s.proj_type],) if s.proj_type in one else ("left", "right")
 
 

@@ -37,9 +37,9 @@ class WeightWithBases(FullRankWeight):
     def sides(self) -> tuple[str, ...]:
         """The sides that are projected: ("left",), ("right",) or both; `std` takes the shorter side of the weight."""
         m, n = self.shape
-        longer, shorter = ("right", "left") if m >= n else ("left", "right")
+        shorter, longer = ("right", "left") if m >= n else ("left", "right")
         proj_type: str = self.group["proj_type"]
-        by_type = {"std": (longer,), "reverse_std": (shorter,), "left": ("left",), "right": ("right",)}
+        by_type = {"std": (shorter,), "reverse_std": (longer,), "left": ("left",), "right": ("right",)}
         return by_type.get(proj_type, ("left", "right"))
 
     @property
