@@ -35,10 +35,11 @@ from peft_pretraining.optimizers import (
     replay_layers,
 )
 from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
-from peft_pretraining.run_metrics import PartlyMadeUpdateError, RunMetrics
+from peft_pretraining.run_metrics import RunMetrics
 from peft_pretraining.signals import StopRequest
 from peft_pretraining.token_files import is_token_dataset
 from peft_pretraining.tokenizer import check_vocabulary, load_tokenizer
+from peft_pretraining.update_outcomes import FinishedUpdate, Outcome, UpdateOutcomes, too_many_skipped
 
 STOP_MARKER = "STOPPED"
 
@@ -74,13 +75,22 @@ def run(argv: Sequence[str] | None) -> None:
             processes.close()
 
 
+class GoBackError(Exception):
+    """The weights are those of no update: the run must go back and leave out the update after `update_step`."""
+
+    def __init__(self, update_step: int) -> None:
+        """update_step: how many updates were whole."""
+        super().__init__(update_step)
+        self.update_step = update_step
+
+
 def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> int | None:
     """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
     run = Run(args, processes, stop, left_out)
     try:
         run.train()
         return None
-    except PartlyMadeUpdateError as error:
+    except GoBackError as error:
         run.metrics.say(
             f"update {error.update_step + 1}: a gradient further down was not finite after weights above it had been "
             "updated; going back to the newest checkpoint to leave that update out"
@@ -154,6 +164,7 @@ class Run:
         self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
         self.metrics = RunMetrics(args, processes, self.model, self.position)
+        self.outcomes = UpdateOutcomes()
         self.marker = self.checkpoints.save_dir / STOP_MARKER
 
     @property
@@ -218,12 +229,29 @@ class Run:
         self.optimizer.step()
         self.position.tokens += self.processes.sum_on_host(update.tokens)
         done = self.update_step + 1
+        # The update before is waited for within the time of this one: a host that runs ahead would seem faster than the
+        # device.
+        before = self.outcomes.take()
+        measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=before is not None)
         metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
-        self.metrics.finish_update(done, metrics, self.optimizer, self.loader.wait_seconds)
+        self.outcomes.put(done, metrics, self.optimizer, measured)
+        self.decide(before)
         self.optimizer.zero_grad()
         if is_due(done, self.args.runtime.check_replicas):
             self.processes.check_replicas(self.model.state_dict(), done)
         return True
+
+    def decide(self, finished: FinishedUpdate | None) -> None:
+        """Go on after an update whose outcome is known by now, go back, or end the run; logs the update."""
+        if finished is None:
+            return
+        if finished.outcome is Outcome.PARTLY_MADE:
+            raise GoBackError(finished.update_step - 1)
+        self.metrics.update(finished)
+        skipped = finished.outcome is Outcome.SKIPPED
+        self.position.skipped_in_a_row = self.position.skipped_in_a_row + 1 if skipped else 0
+        if self.position.skipped_in_a_row > self.args.runtime.max_skipped_updates:
+            raise UserError(too_many_skipped(self.args, self.position.skipped_in_a_row, finished.update_step))
 
     def lr_multiplier(self) -> float:
         """The share of the peak learning rate for the next update."""
@@ -240,13 +268,13 @@ class Run:
     def evaluate_if_due(self, last: bool) -> None:
         """Evaluate at the interval asked for and at the end."""
         if last or is_due(self.update_step, self.args.evaluation.eval_every):
-            self.metrics.flush()
+            self.decide(self.outcomes.take())
             result = evaluate(self.model, self.eval_set, self.processes.device, self.processes.gather)
             self.metrics.evaluation(self.update_step, result)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
-        self.metrics.flush()
+        self.decide(self.outcomes.take())
         # That of the next update, whether or not a stop came after it was set.
         set_learning_rate(self.optimizer, self.lr_multiplier())
         path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)

@@ -1,0 +1,101 @@
+"""What became of an update: told by the device one update later, decided upon by the loop and by nobody else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_pretraining.run_metrics import RunMetrics
+from peft_pretraining.update_outcomes import Outcome, UpdateOutcomes
+from tests.small_run import SmallRun, flags_of
+from tests.test_skipped_updates import Fault, run_with
+
+PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path)
+
+
+class Told:
+    """An optimizer that says of its last update what it was told to."""
+
+    param_groups = ({"lr": 0.1}, {"lr": 0.2})
+
+    def __init__(self, skipped: bool, partly_made: bool) -> None:
+        self._skipped, self._partly_made = torch.tensor(skipped), torch.tensor(partly_made)
+
+    def grad_norm(self) -> Tensor:
+        return torch.tensor(2.0)
+
+    def skipped(self) -> Tensor:
+        return self._skipped
+
+    def partly_made(self) -> Tensor:
+        return self._partly_made
+
+    def subspace_metrics(self) -> dict[str, float | Tensor]:
+        return {"subspace/refreshes": 3.0}
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a tensor's value is asked for, which on a GPU would wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("skipped", "partly_made", "expected"),
+    [
+        (False, False, Outcome.MADE),
+        (True, False, Outcome.SKIPPED),
+        (True, True, Outcome.PARTLY_MADE),
+    ],
+)
+def test_the_outcome_is_what_the_device_says(skipped: bool, partly_made: bool, expected: Outcome) -> None:
+    outcomes = UpdateOutcomes()
+    assert outcomes.take() is None
+    with NothingIsRead():
+        outcomes.put(5, {"train/loss": torch.tensor(1.5)}, Told(skipped, partly_made), {"time/x": 0.5})  # type: ignore[arg-type]
+    finished = outcomes.take()
+    assert finished is not None and (finished.update_step, finished.outcome) == (5, expected)
+    assert finished.metrics == {
+        "train/loss": 1.5, "train/lr": 0.2, "train/full_rank_lr": 0.1, "train/grad_norm": 2.0,
+        "train/skipped": float(skipped), "subspace/refreshes": 3.0, "time/x": 0.5,
+    }  # fmt: skip
+    assert outcomes.take() is None
+
+
+@pytest.fixture
+def blind_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logger that is told of updates and does nothing with them."""
+    monkeypatch.setattr(RunMetrics, "update", lambda self, finished: None)
+
+
+@pytest.mark.usefixtures("blind_logger")
+def test_too_many_skipped_updates_end_a_run_whatever_its_logger_does(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = PER_LAYER | {"num_training_steps": 9, "max_skipped_updates": 3, "batch_size": 4}
+    assert run_with(Fault("loss", (3, 4, 5, 6)), small.argv("run", flags)) == 2
+    assert "--max_skipped_updates 3: 4 updates in a row" in capsys.readouterr().err
+    assert small.result("run").train_lines == []
+
+
+@pytest.mark.usefixtures("blind_logger")
+def test_a_partly_made_update_sends_a_run_back_whatever_its_logger_does(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = PER_LAYER | {"num_training_steps": 5, "save_every": 2, "batch_size": 8}
+    assert run_with(Fault("gradient", (3,)), small.argv("run", flags)) == 0
+    said = capsys.readouterr().err
+    assert "update 4: a gradient further down was not finite" in said
+    assert "2 of 5 updates are made already" in said
