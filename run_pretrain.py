@@ -9,50 +9,37 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from peft_pretraining.args import RunArgs, parse_args
+from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint import hold_folder
-from peft_pretraining.dataloader import TrainLoader, build_train_loader
 from peft_pretraining.distributed import Processes, is_lost_rank, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
-from peft_pretraining.eval_set import EvalSet, build_eval_set
 from peft_pretraining.evaluation import evaluate
-from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
+from peft_pretraining.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.memory_advice import out_of_memory, warning_of_memory
-from peft_pretraining.model import CausalLM, build_model, compile_for, parameter_count
-from peft_pretraining.optimizers import (
-    TrainingOptimizer,
-    allows_graphs,
-    build_optimizer,
-    low_rank_converter,
-    replay_layers,
-)
+from peft_pretraining.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
+from peft_pretraining.run_data import build_data
 from peft_pretraining.run_metrics import RunMetrics
 from peft_pretraining.signals import StopRequest
-from peft_pretraining.token_files import is_token_dataset
-from peft_pretraining.tokenizer import check_vocabulary, load_tokenizer
-from peft_pretraining.update_outcomes import FinishedUpdate, Outcome, UpdateOutcomes, too_many_skipped
-
-STOP_MARKER = "STOPPED"
+from peft_pretraining.tokenizer import check_vocabulary
+from peft_pretraining.update_outcomes import FinishedUpdate, GoBackError, Outcome, UpdateOutcomes, too_many_skipped
 
 
 def run(argv: Sequence[str] | None) -> None:
     """One run of training; raises UserError for what the user can put right."""
     args = parse_args(argv, world_size_of_launch())
     if args.runtime.dry_run:
-        from peft_pretraining.dry_run import describe
+        from peft_pretraining.dry_run import print_description
 
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(describe(args))
-        return
+        return print_description(args)
     stop = StopRequest()
     processes = start_processes(args.runtime.device, stop)
     try:
@@ -75,15 +62,6 @@ def run(argv: Sequence[str] | None) -> None:
             processes.close()
 
 
-class GoBackError(Exception):
-    """The weights are those of no update: the run must go back and leave out the update after `update_step`."""
-
-    def __init__(self, update_step: int) -> None:
-        """update_step: how many updates were whole."""
-        super().__init__(update_step)
-        self.update_step = update_step
-
-
 def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> int | None:
     """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
     run = Run(args, processes, stop, left_out)
@@ -91,65 +69,10 @@ def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[
         run.train()
         return None
     except GoBackError as error:
-        run.metrics.say(
-            f"update {error.update_step + 1}: a gradient further down was not finite after weights above it had been "
-            "updated; going back to the newest checkpoint to leave that update out"
-        )
+        run.metrics.say(str(error))
         return error.update_step
     finally:
         run.close()
-
-
-def make_reproducible() -> None:
-    """Same seed, same bits: only deterministic kernels, and no global generator in use anywhere."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # A debugging aid that costs a pass over every new buffer.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
-    """The training loader and the validation set of `--dataset` for this rank."""
-    data, batch = args.data, args.batch
-    tokenizer = None
-    if not is_token_dataset(data.dataset):
-        # The main rank first: it trains or downloads what the others then find in the cache.
-        processes.from_main(lambda: load_tokenizer(data.tokenizer, data.dataset) and None)
-        tokenizer = load_tokenizer(data.tokenizer, data.dataset)
-    common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
-    common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
-    common["damaged_limit"] = data.damaged_limit
-    loader = build_train_loader(
-        **common, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
-        seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=data.workers,
-    )  # fmt: skip
-    evaluation = args.evaluation
-    eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
-    if data.dataset != "c4":  # the hub's has text, and would have to be waited for
-        processes.from_main(eval_set.check)
-    return loader, eval_set
-
-
-def build(args: RunArgs, processes: Processes) -> tuple[CausalLM, TrainingOptimizer]:
-    """The model on this rank's device, its decoder matrices stored as asked, and its optimizer."""
-    model = build_model(
-        args.model.model_config,
-        args.model.use_hf_model,
-        getattr(torch, args.model.dtype),
-        processes.device,
-        args.runtime.seed,
-        args.model.activation_checkpointing,
-        args.model.checkpoint_every,
-        args.model.int8_activations,
-        on_module=low_rank_converter(args.optimizer, args.quantization),
-    )
-    compile_for(model, args.model.compile, processes.device)
-    optimizer = build_optimizer(
-        model, args.optimizer, args.quantization, args.subspace, args.runtime.seed, processes.gradient_all_reduce()
-    )
-    if allows_graphs(args):
-        replay_layers(model, optimizer)
-    return model, optimizer
 
 
 class Run:
@@ -159,13 +82,12 @@ class Run:
         """Build everything and, where asked, take up a checkpoint; the updates in left_out will change nothing."""
         self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
         self.loader, self.eval_set = build_data(args, processes)
-        self.model, self.optimizer = build(args, processes)
+        self.model, self.optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
         check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
         self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
         self.metrics = RunMetrics(args, processes, self.model, self.position)
         self.outcomes = UpdateOutcomes()
-        self.marker = self.checkpoints.save_dir / STOP_MARKER
 
     @property
     def update_step(self) -> int:
@@ -174,15 +96,9 @@ class Run:
 
     def train(self) -> None:
         """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
-        size, ranks = parameter_count(self.model) / 1e6, self.processes.world_size
-        self.metrics.say(f"{size:.1f} M parameters on {ranks} x {self.processes.device}")
+        self.metrics.announce()
         first, total = self.update_step, self.args.schedule.num_training_steps
-        if first:
-            self.metrics.say(f"{first} of {total} updates are made already")
-        for warning in self.args.warnings:
-            self.metrics.say(f"warning: {warning}")
-        if self.processes.is_main:
-            self.marker.unlink(missing_ok=True)
+        self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
             last = self.update_step == total
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
@@ -206,7 +122,7 @@ class Run:
             return False
         assert update is not None
         target_tokens = self.processes.sum_on_host(update.target_tokens)
-        set_learning_rate(self.optimizer, self.lr_multiplier())
+        set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         loss = torch.zeros((), device=self.processes.device)
         for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
             if not self.processes.all_on_host(not self.stop.requested):
@@ -253,18 +169,6 @@ class Run:
         if self.position.skipped_in_a_row > self.args.runtime.max_skipped_updates:
             raise UserError(too_many_skipped(self.args, self.position.skipped_in_a_row, finished.update_step))
 
-    def lr_multiplier(self) -> float:
-        """The share of the peak learning rate for the next update."""
-        schedule = self.args.schedule
-        return lr_multiplier(
-            self.update_step,
-            schedule.scheduler,
-            warmup_steps=schedule.warmup_steps,
-            total_steps=schedule.num_training_steps,
-            min_lr_ratio=schedule.min_lr_ratio,
-            restart_cycles=schedule.restart_cycles,
-        )
-
     def evaluate_if_due(self, last: bool) -> None:
         """Evaluate at the interval asked for and at the end."""
         if last or is_due(self.update_step, self.args.evaluation.eval_every):
@@ -276,7 +180,7 @@ class Run:
         """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
         self.decide(self.outcomes.take())
         # That of the next update, whether or not a stop came after it was set.
-        set_learning_rate(self.optimizer, self.lr_multiplier())
+        set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
         self.metrics.say(f"saved {path}")
 
@@ -285,8 +189,7 @@ class Run:
         self.optimizer.zero_grad()
         self.save(data_before)
         signal_name = next(name for name in self.processes.gather(self.stop.signal_name) if name)
-        if self.processes.is_main:
-            self.marker.write_text(f"{signal_name} after {self.update_step} updates\n")
+        self.checkpoints.mark_stop(f"{signal_name} after {self.update_step} updates")
         self.metrics.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     def close(self) -> None:
@@ -301,31 +204,8 @@ def is_due(update_step: int, interval: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0 if it ran or stopped in good order, 1 if a rank was lost, 2 for what the user can mend."""
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"run_pretrain.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        print(f"run_pretrain.py: another rank has ended or cannot be reached ({error})", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary end would wait for what the device still expects of that rank
-    return 0
-
-
-def leave(code: int) -> NoReturn:
-    """End the process; everything of a run is closed by now.
-
-    One of several ranks leaves at once. Threads that libraries have left behind can abort an ordinary end (seen once:
-    "terminate called without an active exception"), and torchrun would then take a run that is over for a failed one.
-    """
-    if world_size_of_launch() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """The program; returns its exit code."""
+    return exit_code_of(lambda: run(argv), "run_pretrain.py")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-import run_pretrain
 from benchmarks.compare import Row, seconds_in_a_row
 from benchmarks.compare_methods import CHECKPOINTING, setting_of, split_method, train_ours, training_parser
 from benchmarks.rows import append_row, commit
 from peft_pretraining.distributed import Processes, start_processes
+from peft_pretraining.process import make_reproducible
 from peft_pretraining.signals import StopRequest
 from qgalore.optimizer import LowRankAdamW
 from qgalore.subspace_schedule import first_refresh_spread
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--methods {','.join(unknown)}: there are {', '.join(RECIPES)}, each also {CHECKPOINTING}")
     processes = start_processes(args.device, StopRequest())
-    run_pretrain.make_reproducible()
+    make_reproducible()
     for model in args.models.split(","):
         for method in args.methods.split(","):
             row = measure(model, method, args, processes)

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-import run_pretrain
 from benchmarks.compare import Row, seconds_in_a_row
 from benchmarks.compare_methods import CHECKPOINTING, Setting, setting_of, train_ours, training_parser
 from benchmarks.models import LENGTH
 from benchmarks.rows import append_row, commit
 from peft_pretraining.distributed import Processes, start_processes
+from peft_pretraining.process import make_reproducible
 from peft_pretraining.signals import StopRequest
 from peft_pretraining.throughput import memory_metrics
 from qgalore.optimizer import LowRankAdamW
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
     args = parser.parse_args(argv)
     processes = start_processes(args.device, StopRequest())
-    run_pretrain.make_reproducible()
+    make_reproducible()
     for model in args.models.split(","):
         row = measure(model, args, processes)
         if processes.is_main:

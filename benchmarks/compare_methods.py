@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import run_pretrain
 from benchmarks import compare_peers
 from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT
+from peft_pretraining.arg_groups import ModelArgs
 from peft_pretraining.args import parse_args
+from peft_pretraining.build import build_training
 from peft_pretraining.distributed import Processes
 from peft_pretraining.errors import UserError
 from peft_pretraining.lr_schedule import set_learning_rate
@@ -29,6 +30,7 @@ from peft_pretraining.model import CausalLM, OnModule, build_model
 from peft_pretraining.model_config import read_config_json
 from peft_pretraining.modeling_llama import IGNORE_INDEX, LlamaForCausalLM
 from peft_pretraining.optimizers import TrainingOptimizer
+from peft_pretraining.process import make_reproducible
 from peft_pretraining.rotary import rotary_tables
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
@@ -145,7 +147,7 @@ def q_galore_int8_activations(setting: Setting) -> Training:
 
 def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     """Ours, as `run_pretrain.py` trains: its model, its optimizer, its order of calls, its deterministic kernels."""
-    run_pretrain.make_reproducible()
+    make_reproducible()
     if setting.device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(setting.device))  # as a run does, for CUDA graphs
     return train_ours(setting, recipe, Processes(0, 1, setting.device))[0]
@@ -155,7 +157,7 @@ def train_ours(setting: Setting, recipe: str, processes: Processes) -> tuple[Tra
     """The same among the processes of a run, each with token ids of its own; also the model and its optimizer."""
     flags = q_galore_flags(setting, recipe)
     args = parse_args(flags)
-    model, optimizer = run_pretrain.build(args, processes)
+    model, optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
     batches = token_ids(replace(setting, seed=setting.seed + processes.rank), model.config.vocab_size)
     target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * processes.world_size
 
@@ -192,15 +194,14 @@ def others(
     use_hf_model: bool = False,
 ) -> Training:
     """A LLaMA with all its logits at once, as other code has them, and the optimizer of somebody else."""
-    model = build_model(
-        setting.config,
+    options = ModelArgs(
+        str(setting.config),
         use_hf_model,
-        device=setting.device,
-        seed=setting.seed,
         activation_checkpointing=setting.checkpoint_every > 0,
         checkpoint_every=max(1, setting.checkpoint_every),
-        on_module=on_module,
+        compile="off",  # as a whole, below
     )
+    model = build_model(options, setting.device, setting.seed, on_module)
     optimizer = make_optimizer(model, setting.rank, **ADAM)
     batches = token_ids(setting, model.config.vocab_size)
     loss_of = mean_loss(model)

@@ -43,9 +43,9 @@ from benchmarks.models import config_path
 from benchmarks.quality_plot import plot
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.args import RunArgs, parse_args
+from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint import load_checkpoint
 from peft_pretraining.checkpoint_folder import list_checkpoints
-from peft_pretraining.distributed import Processes
 from peft_pretraining.dry_run import plan
 from peft_pretraining.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
@@ -261,7 +261,7 @@ def perplexity_on(tokens: str, run: RunArgs) -> float:
     """Of the newest checkpoint of a run, on the validation tokens of another folder."""
     use_cuda = run.runtime.device == "cuda" or (run.runtime.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
-    model, _ = run_pretrain.build(run, Processes(0, 1, device))
+    model, _ = build_training(run, device)
     model.load_state_dict(load_checkpoint(list_checkpoints(Path(run.checkpoint.save_dir))[-1]).model_tensors)
     eval_set = build_eval_set(
         dataset=tokens, tokenizer=None, packing=run.data.packing, max_length=run.batch.max_length,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 from peft_pretraining.arg_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.args import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.lasting_memory import MemorySettings
 from peft_pretraining.memory_plan import MemoryPlan, plan_memory
+from peft_pretraining.model import compiles_layers
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.optimizers import allows_graphs
 
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def print_description(args: RunArgs) -> None:
+    """Print `describe`, once for all ranks."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(describe(args))
 
 
 def describe(args: RunArgs) -> str:
@@ -72,7 +81,7 @@ def memory_settings(args: RunArgs) -> MemorySettings:
     one = optimizer.optimizer == "muon" or (optimizer.is_low_rank and subspace.direction == "orthogonal")
     decoder_states = 1 if one else states
     cuda = args.runtime.device != "cpu"
-    compiled = not args.model.use_hf_model and (args.model.compile == "on" or (args.model.compile == "auto" and cuda))
+    compiled = compiles_layers(args.model, pays=cuda)
     return MemorySettings(
         batch_size=args.batch.batch_size,
         max_length=args.batch.max_length,

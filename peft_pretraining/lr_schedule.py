@@ -9,6 +9,8 @@ the peak without a warm-up of its own (SGDR, arXiv 1608.03983, with cycles of on
 import math
 from typing import Any, Protocol
 
+from peft_pretraining.arg_groups import ScheduleArgs
+
 
 def lr_multiplier(
     update_step: int,
@@ -32,6 +34,18 @@ def lr_multiplier(
     elif scheduler != "cosine":
         raise ValueError(f"scheduler is {scheduler!r}, it must be cosine, linear or cosine_restarts")
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def scheduled_multiplier(schedule: ScheduleArgs, update_step: int) -> float:
+    """The same by the options of a run."""
+    return lr_multiplier(
+        update_step,
+        schedule.scheduler,
+        warmup_steps=schedule.warmup_steps,
+        total_steps=schedule.num_training_steps,
+        min_lr_ratio=schedule.min_lr_ratio,
+        restart_cycles=schedule.restart_cycles,
+    )
 
 
 class HasParamGroups(Protocol):

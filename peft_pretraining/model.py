@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.arg_groups import ModelArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.model_config import LlamaConfig, read_config_json
 from peft_pretraining.modeling_llama import LlamaForCausalLM, LlamaOutput, head_output
@@ -82,33 +83,27 @@ CausalLM = LlamaForCausalLM | HFCausalLM
 
 
 def build_model(
-    config_path: str | Path,
-    use_hf_model: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    activation_checkpointing: bool = False,
-    checkpoint_every: int = 1,
-    int8_activations: bool = False,
-    on_module: OnModule | None = None,
+    args: ModelArgs, device: torch.device | str = "cpu", seed: int = 0, on_module: OnModule | None = None
 ) -> CausalLM:
     """A freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
-    model = build_on_meta(config_path, use_hf_model)
-    materialize(model, device, dtype, seed, on_module, std=model.config.initializer_range)
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable(checkpoint_every)
-    if int8_activations:
+    device = torch.device(device)
+    model = build_on_meta(args.model_config, args.use_hf_model)
+    materialize(model, device, getattr(torch, args.dtype), seed, on_module, std=model.config.initializer_range)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(args.checkpoint_every)
+    if args.int8_activations:
         if not isinstance(model, LlamaForCausalLM):
             raise UserError("transformers' LLaMA keeps its activations as they are: build the project's own")
         model.keep_int8_activations()
+    has_triton = importlib.util.find_spec("triton") is not None
+    if isinstance(model, LlamaForCausalLM) and compiles_layers(args, device.type == "cuda" and has_triton):
+        model.compile_layers()
     return model.train()
 
 
-def compile_for(model: CausalLM, choice: str, device: torch.device) -> None:
-    """Compile the decoder layers where `choice` is "on", or "auto" and it pays: our own LLaMA on a CUDA GPU."""
-    pays = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if isinstance(model, LlamaForCausalLM) and (choice == "on" or (choice == "auto" and pays)):
-        model.compile_layers()
+def compiles_layers(args: ModelArgs, pays: bool) -> bool:
+    """Whether the decoder layers are to be compiled; pays: whether they are for a CUDA GPU that has Triton."""
+    return not args.use_hf_model and (args.compile == "on" or (args.compile == "auto" and pays))
 
 
 def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> CausalLM:

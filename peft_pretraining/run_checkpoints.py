@@ -25,6 +25,7 @@ from peft_pretraining.model import CausalLM
 from peft_pretraining.model_config import read_config_json
 from peft_pretraining.optimizers import TrainingOptimizer
 
+_STOP_MARKER = "STOPPED"
 # What must be the same for a resumed run to equal an uninterrupted one.
 _FIXED = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "mlp_rank", "proj_type", "weight_quant",
@@ -111,6 +112,16 @@ class RunCheckpoints:
             return load_checkpoint(path).path if read_back else path
 
         return self._processes.from_main(write)
+
+    def mark_stop(self, why: str) -> None:
+        """Leave a file in the run's folder that says why it ended early."""
+        if self._processes.is_main:
+            (self.save_dir / _STOP_MARKER).write_text(f"{why}\n")
+
+    def clear_stop_marker(self) -> None:
+        """Remove what an earlier start of the run has left."""
+        if self._processes.is_main:
+            (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
 
     def _describe(self) -> dict[str, Any]:
         return {**self._args.to_dict(), "model_config_contents": read_config_json(self._args.model.model_config)}

@@ -14,7 +14,7 @@ from peft_pretraining.args import RunArgs
 from peft_pretraining.distributed import Processes
 from peft_pretraining.evaluation import EvalResult
 from peft_pretraining.metrics import MetricsLogger
-from peft_pretraining.model import CausalLM
+from peft_pretraining.model import CausalLM, parameter_count
 from peft_pretraining.run_checkpoints import Position
 from peft_pretraining.throughput import (
     ThroughputMeter,
@@ -31,7 +31,8 @@ class RunMetrics:
 
     def __init__(self, args: RunArgs, processes: Processes, model: CausalLM, position: Position) -> None:
         """Opens the run's metrics and drops what was written after `position`."""
-        self._args, self._device = args, processes.device
+        self._args, self._processes, self._device = args, processes, processes.device
+        self._parameters, self._first = parameter_count(model), position.update_step
         self._logger = MetricsLogger(
             Path(args.checkpoint.save_dir), args.to_dict(), rank=processes.rank,
             wandb_mode=args.logging.resolved_wandb_mode, project=args.logging.project, name=args.logging.name,
@@ -48,6 +49,14 @@ class RunMetrics:
         self._meter = ThroughputMeter(flops, peak and peak * processes.world_size)
         self._waited = 0.0
         self.say, self.sync = self._logger.say, self._logger.sync
+
+    def announce(self) -> None:
+        """Say what is trained, where it goes on, and what of its flags is probably not meant."""
+        self.say(f"{self._parameters / 1e6:.1f} M parameters on {self._processes.world_size} x {self._device}")
+        if self._first:
+            self.say(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")
+        for warning in self._args.warnings:
+            self.say(f"warning: {warning}")
 
     def start_update(self, wait_seconds: float) -> None:
         """Begin to time an update; wait_seconds is how long this rank has waited for data so far."""

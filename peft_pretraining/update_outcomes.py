@@ -40,6 +40,18 @@ class FinishedUpdate:
     metrics: Mapping[str, float]
 
 
+class GoBackError(Exception):
+    """The weights are those of no update: the run has to go back and leave out the update after `update_step`."""
+
+    def __init__(self, update_step: int) -> None:
+        """update_step: how many updates were whole."""
+        super().__init__(
+            f"update {update_step + 1}: a gradient further down was not finite after weights above it had been "
+            "updated; going back to the newest checkpoint to leave that update out"
+        )
+        self.update_step = update_step
+
+
 class UpdateOutcomes:
     """Holds the newest update until its values can be read without waiting for the one after it."""
 

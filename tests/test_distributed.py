@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_pretrain
-from peft_pretraining import distributed
+from peft_pretraining import distributed, process
 from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
 from peft_pretraining.signals import StopRequest
@@ -188,7 +187,7 @@ def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPS
 def test_one_of_several_ranks_leaves_at_once(ranks: str, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
     monkeypatch.setenv("WORLD_SIZE", ranks)
-    monkeypatch.setattr(run_pretrain.os, "_exit", left.append)
+    monkeypatch.setattr(process.os, "_exit", left.append)
     with pytest.raises(SystemExit) as end:
-        run_pretrain.leave(2)
+        process.leave(2)
     assert end.value.code == 2 and left == ([2] if at_once else [])

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from peft_pretraining.arg_groups import ModelArgs
 from peft_pretraining.checkpoint import save_checkpoint
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import LlamaForCausalLM, build_model, low_rank_names
@@ -47,12 +48,12 @@ def script(root: Path) -> ModuleType:
 
 
 def write_run(
-    folder: Path, bits: int | None = 8, group_size: int = 32, dtype: torch.dtype = torch.bfloat16, **config: object
+    folder: Path, bits: int | None = 8, group_size: int = 32, dtype: str = "bfloat16", **config: object
 ) -> tuple[LlamaForCausalLM, Path]:
     """A model and its checkpoint."""
     path = folder / "model.json"
     path.write_text(json.dumps({**CONFIG, **config}))
-    model = build_model(path, dtype=dtype, seed=4)
+    model = build_model(ModelArgs(str(path), dtype=dtype), seed=4)
     convert_linears(model, low_rank_names(model), WeightFormat(bits, group_size))
     state = {"model_config": str(path), "weight_bits": bits or 8, "weight_group_size": group_size}
     return model, save_checkpoint(folder / "run", 7, model.state_dict(), {}, state)
@@ -64,7 +65,7 @@ def tokens() -> torch.Tensor:
 
 def float_copy(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
     """The model with every matrix dequantized to float32."""
-    copy = build_model(folder / "model.json", dtype=torch.float32)
+    copy = build_model(ModelArgs(str(folder / "model.json"), dtype="float32"))
     state = {name: tensor.float() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for name in low_rank_names(model):
         state[f"{name}.weight"] = model.get_submodule(name).dequantized_weight(torch.float32)
@@ -100,7 +101,7 @@ def test_bfloat16_export_has_the_trained_model_to_the_bit(tmp_path: Path, script
 
 def test_weights_of_products_in_int8_are_read_as_one_group_a_row(tmp_path: Path, script: ModuleType) -> None:
     write_run(tmp_path)
-    model = build_model(tmp_path / "model.json", dtype=torch.bfloat16, seed=4)
+    model = build_model(ModelArgs(str(tmp_path / "model.json")), seed=4)
     convert_linears(model, low_rank_names(model), WeightFormat(bits=8, int8_products=True))
     flags = {"weight_bits": 8, "weight_group_size": 16, "int8_products": True}
     state = {"model_config": str(tmp_path / "model.json")} | flags
@@ -125,7 +126,7 @@ def test_a_hugging_face_model_comes_back(tmp_path: Path, script: ModuleType) -> 
     """--use_hf_model saves the same keys."""
     path = tmp_path / "model.json"
     path.write_text(json.dumps(CONFIG))
-    model = build_model(path, use_hf_model=True, dtype=torch.float32)
+    model = build_model(ModelArgs(str(path), use_hf_model=True, dtype="float32"))
     checkpoint = save_checkpoint(tmp_path / "run", 1, model.state_dict(), {}, {"model_config": str(path)})
     script.export(checkpoint, tmp_path / "out", "float32")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -18,15 +18,17 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-import run_pretrain
+from peft_pretraining import build
 from peft_pretraining.args import parse_args
+from peft_pretraining.build import build_training
 from peft_pretraining.modeling_llama import LlamaForCausalLM
+from peft_pretraining.process import make_reproducible
 from qgalore import kernels, layer_graphs
 from qgalore.full_rank_weight import FullRankWeight
 from qgalore.layer_graphs import LayerGraphs, Work, _CapturedStack
 from qgalore.low_rank_weight import LowRankWeight
 from qgalore.optimizer import LowRankAdamW
-from qgalore.rank_sum import AllReduce, RankSum
+from qgalore.rank_sum import RankSum
 from tests.small_run import CONFIG
 
 
@@ -39,19 +41,6 @@ class SumOfOne:
     def wait(self) -> None:
         """It is there."""
         assert not EmulatedStack.in_graph
-
-
-class OneRank:
-    """What `run_pretrain.build` asks of the processes of a run."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, device: str, sums: bool) -> None:
-        self.device, self._sums = torch.device(device), sums
-
-    def gradient_all_reduce(self) -> AllReduce | None:
-        """The sum over one rank, in the order of work of several, if asked for."""
-        return SumOfOne if self._sums else None
 
 
 QUANTIZED = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant"
@@ -95,7 +84,7 @@ def trained(
     argv = f"--model_config {config} --dataset {folder} --batch_size 4 --num_training_steps 100 --wandb_mode off"
     argv += f" --save_dir {folder}/run --update_proj_gap 3 --max_length 32 --device {device} {flags}"
     args = parse_args(argv.split(), 1)
-    model, optimizer = run_pretrain.build(args, OneRank(device, sums))  # type: ignore[arg-type]
+    model, optimizer = build_training(args, torch.device(device), SumOfOne if sums else None)
     assert isinstance(model, LlamaForCausalLM)
     losses = []
     for step in range(updates):
@@ -162,7 +151,7 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
 
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
-    monkeypatch.setattr(run_pretrain, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(build, "replay_layers", layer_by_layer)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == plain[:2]
     assert len(calls) % (3 * 9) == 0 and calls
 
@@ -254,8 +243,8 @@ def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
         model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
 
-    monkeypatch.setattr(run_pretrain, "allows_graphs", lambda _: True)
-    monkeypatch.setattr(run_pretrain, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(build, "allows_graphs", lambda _: True)
+    monkeypatch.setattr(build, "replay_layers", layer_by_layer)
     monkeypatch.setattr(layer_graphs, "_CapturedStack", EmulatedStack)
     monkeypatch.setattr(layer_graphs, "_can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
@@ -367,7 +356,7 @@ def test_a_cpu_neither_compiles_nor_captures(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("case", "sums"), [*((case, False) for case in CASES), *SUMMED])
 def test_graphs_give_the_bits_of_plain_calls(case: str, sums: bool, tmp_path: Path) -> None:
-    run_pretrain.make_reproducible()
+    make_reproducible()
     try:
         with torch.cuda.stream(torch.cuda.Stream()):
             plain = trained(tmp_path, "cuda", f"{CASES[case]} --cuda_graphs off", sums=sums)

@@ -14,9 +14,18 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from peft_pretraining.arg_groups import ModelArgs
 from peft_pretraining.compiler_pass import GivesUpGradients
 from peft_pretraining.errors import UserError
-from peft_pretraining.model import HFCausalLM, build_model, build_on_meta, low_rank_names, materialize, parameter_count
+from peft_pretraining.model import (
+    CausalLM,
+    HFCausalLM,
+    build_model,
+    build_on_meta,
+    low_rank_names,
+    materialize,
+    parameter_count,
+)
 from peft_pretraining.model_config import LlamaConfig
 from peft_pretraining.modeling_llama import (
     LlamaAttention,
@@ -63,6 +72,13 @@ def write_config(folder: Path, **changes: object) -> Path:
     return path
 
 
+def built(
+    path: Path, use_hf_model: bool = False, dtype: str = "bfloat16", seed: int = 0, **options: bool | int
+) -> CausalLM:
+    """The model of a configuration on the CPU; options: further fields of `ModelArgs`."""
+    return build_model(ModelArgs(str(path), use_hf_model, dtype, **options), seed=seed)  # type: ignore[arg-type]
+
+
 def tokens(batch: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -71,7 +87,7 @@ def tokens(batch: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
 def test_logits_equal_transformers(tmp_path: Path, variant: str) -> None:
     transformers = pytest.importorskip("transformers")
     path = write_config(tmp_path, **VARIANTS[variant])
-    ours = build_model(path, dtype=torch.float32, seed=3)
+    ours = built(path, dtype="float32", seed=3)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(str(path)))
     assert set(ours.state_dict()) == set(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
@@ -83,8 +99,8 @@ def test_logits_equal_transformers(tmp_path: Path, variant: str) -> None:
 
 def test_bfloat16_logits_are_near_float32(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    exact = build_model(path, dtype=torch.float32, seed=3)
-    rounded = build_model(path, dtype=torch.bfloat16, seed=3)
+    exact = built(path, dtype="float32", seed=3)
+    rounded = built(path, dtype="bfloat16", seed=3)
     exact.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})
     difference = (rounded(tokens()).logits.float() - exact(tokens()).logits).abs().max()
     # A dozen roundings to 8 bits on values of size 3 at most.
@@ -99,7 +115,7 @@ def test_hf_adapter_is_the_same_model(tmp_path: Path, changes: dict[str, object]
     labels[1, 9:] = -100
     results = []
     for use_hf in (False, True):
-        model = build_model(path, use_hf, torch.float32, seed=5, activation_checkpointing=use_hf)
+        model = built(path, use_hf, "float32", seed=5, activation_checkpointing=use_hf)
         loss = model(tokens(), labels).loss_sum
         loss.backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -114,7 +130,7 @@ def test_hf_adapter_is_the_same_model(tmp_path: Path, changes: dict[str, object]
 
 
 def test_loss_is_the_sum_over_shifted_targets(tmp_path: Path) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.float32, seed=1)
+    model = built(write_config(tmp_path), dtype="float32", seed=1)
     ids, labels = tokens(2, 6), tokens(2, 6)
     labels[0, 3:] = -100
     labels[:, 0] = 5  # the first label is nobody's target
@@ -126,7 +142,7 @@ def test_loss_is_the_sum_over_shifted_targets(tmp_path: Path) -> None:
 
 
 def test_loss_without_any_target_is_zero(tmp_path: Path) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    model = built(write_config(tmp_path), dtype="float32")
     loss = model(tokens(), torch.full((3, 17), -100)).loss_sum
     loss.backward()
     assert loss.item() == 0.0
@@ -134,19 +150,19 @@ def test_loss_without_any_target_is_zero(tmp_path: Path) -> None:
 
 
 def test_right_padding_changes_nothing_before_it(tmp_path: Path) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    model = built(write_config(tmp_path), dtype="float32")
     ids = tokens(2, 16)
     padded = ids.clone()
     padded[:, 10:] = 0
     torch.testing.assert_close(model(ids).logits[:, :10], model(padded).logits[:, :10])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpointing_gives_the_same_gradients(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpointing_gives_the_same_gradients(tmp_path: Path, dtype: str) -> None:
     path = write_config(tmp_path, num_key_value_heads=3)
     grads = []
     for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
-        model = build_model(path, False, dtype, seed=2, activation_checkpointing=checkpointing, checkpoint_every=every)
+        model = built(path, False, dtype, seed=2, activation_checkpointing=checkpointing, checkpoint_every=every)
         model(tokens(), tokens()).loss_sum.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
@@ -156,7 +172,7 @@ def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
     saved = []
     path = write_config(tmp_path, num_hidden_layers=4)
     for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
-        model = build_model(path, dtype=torch.float32, activation_checkpointing=checkpointing, checkpoint_every=every)
+        model = built(path, dtype="float32", activation_checkpointing=checkpointing, checkpoint_every=every)
         sizes: list[int] = []
         pack = lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1]  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -168,7 +184,7 @@ def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_without_a_graph_break(tmp_path: Path, checkpointing: bool) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.float32, activation_checkpointing=checkpointing)
+    model = built(write_config(tmp_path), dtype="float32", activation_checkpointing=checkpointing)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     logits = compiled(tokens()).logits  # the chunked loss is no part of what is compiled
     logits.square().sum().backward()
@@ -177,7 +193,7 @@ def test_compiles_without_a_graph_break(tmp_path: Path, checkpointing: bool) -> 
 
 
 def test_every_parameter_gets_a_gradient(tmp_path: Path) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    model = built(write_config(tmp_path), dtype="float32")
     model(tokens(8, 32), tokens(8, 32)).loss_sum.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -192,7 +208,7 @@ def test_norm_is_computed_in_float32() -> None:
 
 def test_a_compiled_layer_keeps_the_sum_that_both_norms_read(tmp_path: Path) -> None:
     """Not what attention adds, which takes as much memory and has to be added again at every use."""
-    model = build_model(write_config(tmp_path), dtype=torch.float32)
+    model = built(write_config(tmp_path), dtype="float32")
     assert isinstance(model, LlamaForCausalLM)
     kept: list[set[object]] = []
 
@@ -208,7 +224,7 @@ def test_a_compiled_layer_keeps_the_sum_that_both_norms_read(tmp_path: Path) -> 
 
 
 def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.bfloat16)
+    model = built(write_config(tmp_path), dtype="bfloat16")
     assert isinstance(model, LlamaForCausalLM)
     torch.compiler.reset()
     with fresh_cache():
@@ -216,7 +232,7 @@ def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) 
         _, codes = run_and_get_code(lambda: model(tokens(), tokens()).loss_sum.backward())
         # What was compiled serves the next model of this shape: it would be refused after eight.
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        other = build_model(write_config(tmp_path), dtype=torch.bfloat16, seed=1)
+        other = built(write_config(tmp_path), dtype="bfloat16", seed=1)
         assert isinstance(other, LlamaForCausalLM)
         other.compile_layers()
         other(tokens(), tokens()).loss_sum.backward()
@@ -228,7 +244,7 @@ def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) 
 
 def test_a_compiled_layer_pads_no_rows(tmp_path: Path) -> None:
     """As it would where they are no multiple of 128 bytes: a gradient must fit where its input was."""
-    model = build_model(write_config(tmp_path, intermediate_size=1032), dtype=torch.bfloat16)
+    model = built(write_config(tmp_path, intermediate_size=1032), dtype="bfloat16")
     assert isinstance(model, LlamaForCausalLM)
     torch.compiler.reset()
     with fresh_cache(), torch._inductor.config.patch(disable_padding_cpu=False):
@@ -239,7 +255,7 @@ def test_a_compiled_layer_pads_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["checkpointing", "int8 activations"])
 def test_the_gradient_of_a_compiled_layers_input_takes_the_place_of_its_outputs(tmp_path: Path, kind: str) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.bfloat16)
+    model = built(write_config(tmp_path), dtype="bfloat16")
     assert isinstance(model, LlamaForCausalLM)
     convert_linears(model, low_rank_names(model), WeightFormat(bits=8))
     groups = low_rank_param_groups(model, low_rank_names(model), rank=8, subspace="streaming")
@@ -327,7 +343,7 @@ def test_cudnn_attends_only_where_its_bits_were_seen_to_repeat(monkeypatch: pyte
 
 
 def test_rotary_tables_stay_float32_whatever_the_model_is_cast_to(tmp_path: Path) -> None:
-    model = build_model(write_config(tmp_path), dtype=torch.float32).to(torch.bfloat16)
+    model = built(write_config(tmp_path), dtype="float32").to(torch.bfloat16)
     assert not list(model.buffers())
     cos, sin = rotary_tables(64, 8, 10000.0, torch.device("cpu"))
     assert cos.dtype == sin.dtype == torch.float32
@@ -337,7 +353,7 @@ def test_rotary_tables_stay_float32_whatever_the_model_is_cast_to(tmp_path: Path
 
 def test_hf_rotary_frequencies_survive_the_build(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    model = build_model(write_config(tmp_path), True, torch.bfloat16)
+    model = built(write_config(tmp_path), True, "bfloat16")
     assert isinstance(model, HFCausalLM)
     assert all(buffer.dtype == torch.float32 and not buffer.is_meta for buffer in model.buffers())
 
@@ -345,10 +361,10 @@ def test_hf_rotary_frequencies_survive_the_build(tmp_path: Path) -> None:
 class TestMaterialize:
     def test_values_depend_on_seed_and_name_only(self, tmp_path: Path) -> None:
         path = write_config(tmp_path)
-        state = build_model(path, dtype=torch.float32, seed=7).state_dict()
-        longer = build_model(write_config(tmp_path, num_hidden_layers=4), dtype=torch.float32, seed=7).state_dict()
-        half = build_model(path, dtype=torch.bfloat16, seed=7).state_dict()
-        other = build_model(path, dtype=torch.float32, seed=8).state_dict()
+        state = built(path, dtype="float32", seed=7).state_dict()
+        longer = built(write_config(tmp_path, num_hidden_layers=4), dtype="float32", seed=7).state_dict()
+        half = built(path, dtype="bfloat16", seed=7).state_dict()
+        other = built(path, dtype="float32", seed=8).state_dict()
         for name, value in state.items():
             assert torch.equal(value, longer[name]), name
             assert torch.equal(value.bfloat16(), half[name]), name
@@ -358,12 +374,12 @@ class TestMaterialize:
 
     def test_leaves_the_global_generator_alone(self, tmp_path: Path) -> None:
         before = torch.get_rng_state()
-        build_model(write_config(tmp_path))
+        built(write_config(tmp_path))
         assert torch.equal(before, torch.get_rng_state())
 
     def test_distribution_is_the_one_of_transformers(self, tmp_path: Path) -> None:
         path = write_config(tmp_path, hidden_size=192, vocab_size=1000, initializer_range=0.02)
-        for name, value in build_model(path, dtype=torch.float32).state_dict().items():
+        for name, value in built(path, dtype="float32").state_dict().items():
             if value.ndim == 1:
                 assert torch.equal(value, torch.ones_like(value)), name
             else:
@@ -402,14 +418,14 @@ class TestMaterialize:
                 parent, _, child = name.rpartition(".")
                 setattr(whole.get_submodule(parent), child, nn.Identity())
 
-        build_model(write_config(tmp_path), on_module=swap)
+        build_model(ModelArgs(str(write_config(tmp_path))), on_module=swap)
         assert len(alive) == 21
 
     @pytest.mark.parametrize("use_hf", [False, True])
     def test_tied_head_stays_tied(self, tmp_path: Path, use_hf: bool) -> None:
         if use_hf:
             pytest.importorskip("transformers")
-        model = build_model(write_config(tmp_path, tie_word_embeddings=True), use_hf)
+        model = built(write_config(tmp_path, tie_word_embeddings=True), use_hf)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         config = LlamaConfig.from_json(tmp_path / "tiny.json")
         assert parameter_count(model) == config.parameter_count()

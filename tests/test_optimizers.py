@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.arg_groups import ModelArgs
 from peft_pretraining.args import parse_args
+from peft_pretraining.build import build_training
 from peft_pretraining.lr_schedule import set_learning_rate
 from peft_pretraining.model import build_model, low_rank_names
-from peft_pretraining.optimizers import TrainingOptimizer, build_optimizer, low_rank_converter, weight_format
+from peft_pretraining.optimizers import TrainingOptimizer, weight_format
 from qgalore import LowRankLinear
 from tests.small_run import OPTIMIZERS, VOCAB, SmallRun, assert_same_bits, flags_of
 
@@ -28,15 +30,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 def build(small: SmallRun, all_reduce: Any = None, **flags: object) -> tuple[nn.Module, TrainingOptimizer]:
     args = parse_args(small.argv("none", flags))
-    model = build_model(
-        args.model.model_config, dtype=torch.float32, on_module=low_rank_converter(args.optimizer, args.quantization)
-    )
-    return model, build_optimizer(model, args.optimizer, args.quantization, args.subspace, 0, all_reduce)
+    return build_training(args, torch.device("cpu"), all_reduce)
 
 
 def plain_model(small: SmallRun) -> nn.Module:
     """The same weights with no optimizer attached."""
-    return build_model(small.config, dtype=torch.float32)
+    return build_model(ModelArgs(str(small.config), dtype="float32"))
 
 
 def token_ids(seed: int) -> Tensor:

@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import run_pretrain
 from peft_pretraining.args import parse_args
+from peft_pretraining.build import build_training
 from peft_pretraining.deferred_metrics import DeferredMetrics
 from peft_pretraining.distributed import Processes
 from peft_pretraining.metrics import METRICS_FILE, read_metrics
-from peft_pretraining.model import low_rank_names
+from peft_pretraining.model import CausalLM, low_rank_names
+from peft_pretraining.run_data import build_data
 from qgalore import LowRankLinear
 from tests.small_run import (
     CONFIG,
@@ -185,15 +186,13 @@ def test_sums_in_fewer_bits_stay_close(small: SmallRun, dtype: str) -> None:
 # ---- what an update is
 
 
-def first_update(
-    small: SmallRun, **flags: object
-) -> tuple[run_pretrain.CausalLM, list[torch.Tensor], list[torch.Tensor]]:
+def first_update(small: SmallRun, **flags: object) -> tuple[CausalLM, list[torch.Tensor], list[torch.Tensor]]:
     """The model before the first update, and the token ids and labels of its micro-batches."""
     with restored_process():
         args = parse_args(small.argv("none", flags))
         processes = Processes(0, 1, torch.device("cpu"))
-        loader, _ = run_pretrain.build_data(args, processes)
-        model, _ = run_pretrain.build(args, processes)
+        loader, _ = build_data(args, processes)
+        model, _ = build_training(args, processes.device)
         batches = loader.next_update().micro_batches
     return model, [batch.input_ids for batch in batches], [batch.labels for batch in batches]
 

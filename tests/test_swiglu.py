@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_pretraining.model import build_model
 from peft_pretraining.modeling_llama import LlamaForCausalLM
 from peft_pretraining.swiglu import group_size_of, swiglu_through_int8
-from tests.test_modeling_llama import tokens, write_config
+from tests.test_modeling_llama import built, tokens, write_config
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -75,9 +74,9 @@ def test_where_no_group_fits_nothing_is_rounded() -> None:
 
 def test_only_training_rounds_and_only_layers_that_are_not_recomputed(tmp_path: Path) -> None:
     def model(**options: bool | int) -> LlamaForCausalLM:
-        built = build_model(write_config(tmp_path), dtype=torch.float32, **options)  # type: ignore[arg-type]
-        assert isinstance(built, LlamaForCausalLM)
-        return built
+        model = built(write_config(tmp_path), dtype="float32", **options)
+        assert isinstance(model, LlamaForCausalLM)
+        return model
 
     def loss(of: LlamaForCausalLM) -> torch.Tensor:
         found = of(tokens(4, 16), tokens(4, 16)).loss_sum

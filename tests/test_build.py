@@ -1,0 +1,64 @@
+"""Flags become a model and its optimizer in one place, the same for a run and for the benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_pretraining.arg_groups import ModelArgs
+from peft_pretraining.args import parse_args
+from peft_pretraining.build import build_training
+from peft_pretraining.model import compiles_layers
+from peft_pretraining.modeling_llama import LlamaForCausalLM
+from peft_pretraining.swiglu import swiglu_through_int8
+from qgalore import LowRankLinear, QGaLoreAdamW8bit
+from tests.small_run import SmallRun, flags_of
+
+
+def test_all_options_reach_what_is_built(tmp_path: Path) -> None:
+    small = SmallRun(tmp_path, layers=2)
+    flags = flags_of("q_galore_adamw8bit_per_layer") | {
+        "seed": 3, "dtype": "bfloat16", "activation_checkpointing": True, "checkpoint_every": 2,
+        "int8_activations": True, "rank": 16, "lr": 0.02, "weight_bits": 4,
+    }  # fmt: skip
+    args = parse_args(small.argv("none", flags))
+    model, optimizer = build_training(args, torch.device("cpu"))
+    assert isinstance(model, LlamaForCausalLM) and isinstance(optimizer, QGaLoreAdamW8bit)
+    assert model.training and model.lm_head.weight.dtype == torch.bfloat16
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+    assert [layer.mlp.training_swiglu is swiglu_through_int8 for layer in model.model.layers] == [False, True]
+    layers = [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
+    assert len(layers) == 14 and {layer.weight.shape[1] for layer in layers} == {32, 64}  # two codes a byte
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
+    assert optimizer.param_groups[1]["rank"] == 16
+    other, _ = build_training(parse_args(small.argv("none", flags | {"seed": 4})), torch.device("cpu"))
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "on_a_gpu", "elsewhere"),
+    [
+        ({}, True, False),
+        ({"compile": "on"}, True, True),
+        ({"compile": "off"}, False, False),
+        ({"compile": "on", "use_hf_model": True}, False, False),
+    ],
+)
+def test_layers_that_are_compiled(options: dict[str, str | bool], on_a_gpu: bool, elsewhere: bool) -> None:
+    args = ModelArgs("model.json", **options)  # type: ignore[arg-type]
+    assert [compiles_layers(args, pays) for pays in (True, False)] == [on_a_gpu, elsewhere]
+
+
+def test_nothing_else_puts_a_training_together(root: Path) -> None:
+    files = [root / "run_pretrain.py"]
+    files += [path for name in ("peft_pretraining", "benchmarks", "scripts") for path in (root / name).rglob("*.py")]
+    calls = ("build_optimizer(", "low_rank_converter(", "replay_layers(")
+    found = {
+        path.name
+        for path in files
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if any(call in line for call in calls) and not line.startswith("def ")
+    }
+    assert found == {"build.py"}
