@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from peft_pretraining.checkpoint_folder import (
     checkpoint_path,
-    find_checkpoint,
     hold_folder,
     list_checkpoints,
     prune,
@@ -36,18 +34,25 @@ from peft_pretraining.checkpoint_folder import (
     sync_directory,
     temporary_path,
 )
-from peft_pretraining.checkpoint_manifest import MANIFEST, DamagedError, read_manifest, verify, write_manifest
+from peft_pretraining.checkpoint_manifest import (
+    MANIFEST,
+    DamagedError,
+    check_hashes,
+    check_sizes,
+    read_manifest,
+    write_manifest,
+)
 from peft_pretraining.errors import UserError
-from peft_pretraining.tensor_file import HashingFile, join_tree, read_tensors, split_tree, write_tensors
+from peft_pretraining.tensor_file import HashingFile, join_tree, map_file, split_tree, tensors_in, write_tensors
 
 __all__ = [
     "Checkpoint",
     "check_compatible",
     "check_model_tensors",
-    "find_checkpoint",
     "hold_folder",
     "list_checkpoints",
     "load_checkpoint",
+    "load_newest_checkpoint",
     "save_checkpoint",
     "set_aside_later",
     "with_todays_names",
@@ -110,16 +115,43 @@ def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--con
     """
     folder = Path(path)
     try:
-        manifest = verify(folder, hashes=True) if check else read_manifest(folder)
-        parts = {name: read_tensors(folder / name) for name in manifest.files if name.endswith(".safetensors")}
-        for name, aliases in manifest.aliases.items():
-            parts[name].update({alias: parts[name][original] for alias, original in aliases.items()})
-        optimizer = join_tree(json.loads((folder / "optimizer.json").read_bytes()), parts["optimizer.safetensors"])
-        state = join_tree(json.loads((folder / "state.json").read_bytes()), parts.get("state.safetensors", {}))
+        return _read(folder, check)
     except DamagedError as error:
         raise UserError(f"{asked_by} {folder}: {error}.") from error
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise UserError(f"{asked_by} {folder}: cannot be read ({error!r}); take an older checkpoint.") from error
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(_unreadable(asked_by, folder, error)) from error
+
+
+def load_newest_checkpoint(save_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint in `save_dir`, and a sentence for each newer one that was refused."""
+    refusals: list[str] = []
+    for path in reversed(list_checkpoints(save_dir)):
+        try:
+            return _read(path, check=True), refusals
+        except DamagedError as error:
+            refusals.append(f"{path} refused: {error}.")
+        except OSError as error:
+            refusals.append(f"{path} refused: cannot be read ({error.strerror}).")
+        except (KeyError, ValueError) as error:  # whole, and yet not what this program writes
+            raise UserError(_unreadable("--continue_from", path, error)) from error
+    return None, refusals
+
+
+def _unreadable(asked_by: str, folder: Path, error: Exception) -> str:
+    return f"{asked_by} {folder}: cannot be read ({error!r}); take an older checkpoint."
+
+
+def _read(folder: Path, check: bool) -> Checkpoint:
+    """Every file is read once, for its hash and for what it holds."""
+    manifest = check_sizes(folder) if check else read_manifest(folder)
+    contents = {name: map_file(folder / name) for name in manifest.files}
+    if check:
+        check_hashes(manifest, contents)
+    parts = {name: tensors_in(content) for name, content in contents.items() if name.endswith(".safetensors")}
+    for name, aliases in manifest.aliases.items():
+        parts[name].update({alias: parts[name][original] for alias, original in aliases.items()})
+    optimizer = join_tree(json.loads(contents["optimizer.json"][:]), parts["optimizer.safetensors"])
+    state = join_tree(json.loads(contents["state.json"][:]), parts.get("state.safetensors", {}))
     return Checkpoint(parts["model.safetensors"], optimizer, state, folder, manifest.update_step)
 
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from peft_pretraining.checkpoint_manifest import DamagedError, verify
+from peft_pretraining.checkpoint_manifest import DamagedError, check_sizes
 from peft_pretraining.errors import UserError
 
 _STEP = re.compile(r"(\.replaced_)?step_\d{8,}")
@@ -55,21 +55,6 @@ def checkpoint_path(folder: Path, update_step: int) -> Path:
 def temporary_path(target: Path) -> Path:
     """Where a checkpoint is written before it is renamed to `target`."""
     return target.with_name(f"{_TEMPORARY}{target.name}_{os.getpid()}")
-
-
-def find_checkpoint(save_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint in `save_dir`, and a sentence for each newer one that was refused."""
-    refusals: list[str] = []
-    for path in reversed(list_checkpoints(save_dir)):
-        try:
-            verify(path, hashes=True)
-        except DamagedError as error:
-            refusals.append(f"{path} refused: {error}.")
-        except OSError as error:
-            refusals.append(f"{path} refused: cannot be read ({error.strerror}).")
-        else:
-            return path, refusals
-    return None, refusals
 
 
 def list_checkpoints(save_dir: str | Path) -> list[Path]:
@@ -177,7 +162,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _looks_whole(path: Path) -> bool:
     try:
-        verify(path, hashes=False)
+        check_sizes(path)
     except (DamagedError, OSError):
         return False
     return True

@@ -6,11 +6,11 @@ that its own contents are written as, and its body carries its own hash.
 
 import hashlib
 import json
+import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from peft_pretraining.tensor_file import hash_file
 
 MANIFEST = "manifest.json"
 _FORMAT = "q-galore checkpoint"
@@ -75,8 +75,8 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, hashes: bool) -> Manifest:
-    """Check manifest, presence and sizes of all files and, if asked, their hashes; raises DamagedError or OSError."""
+def check_sizes(folder: Path) -> Manifest:
+    """Check manifest, presence and sizes of all files; raises DamagedError or OSError."""
     manifest = read_manifest(folder)
     for name, (size, _) in manifest.files.items():
         path = folder / name
@@ -84,11 +84,14 @@ def verify(folder: Path, hashes: bool) -> Manifest:
             raise DamagedError(f"{name} is missing: take an older checkpoint")
         if path.stat().st_size != size:
             raise DamagedError(f"{name} has {path.stat().st_size} bytes instead of {size}: take an older checkpoint")
-    if hashes:
-        for name, (_, sha256) in manifest.files.items():
-            if hash_file(folder / name) != sha256:
-                raise DamagedError(f"{name} is damaged, its SHA-256 differs: take an older checkpoint")
     return manifest
+
+
+def check_hashes(manifest: Manifest, contents: Mapping[str, mmap.mmap]) -> None:
+    """Check the SHA-256 of every file, by its name; raises DamagedError."""
+    for name, (_, sha256) in manifest.files.items():
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
+            raise DamagedError(f"{name} is damaged, its SHA-256 differs: take an older checkpoint")
 
 
 def _encode(body: dict[str, Any]) -> bytes:

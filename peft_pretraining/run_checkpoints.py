@@ -12,9 +12,9 @@ from peft_pretraining.checkpoint import (
     Checkpoint,
     check_compatible,
     check_model_tensors,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_newest_checkpoint,
     save_checkpoint,
     set_aside_later,
 )
@@ -136,16 +136,21 @@ def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) 
     if not continue_from:
         return None
 
+    chosen: list[Checkpoint | None] = []
+
     def choose() -> Path | None:
         if continue_from == "auto":
-            path, refusals = find_checkpoint(save_dir)
+            checkpoint, refusals = load_newest_checkpoint(save_dir)
             for refusal in refusals:
                 print(refusal, flush=True)
         else:
-            path = load_checkpoint(continue_from).path
-        return path
+            checkpoint = load_checkpoint(continue_from)
+        chosen.append(checkpoint)
+        return None if checkpoint is None else checkpoint.path
 
     path = processes.from_main(choose)
+    if processes.is_main:
+        return chosen[0]
     return None if path is None else load_checkpoint(path, check=False)
 
 

@@ -6,12 +6,14 @@ non-finite floats survive. Nothing here can run code on load, unlike a pickle.
 
 The safetensors file is written here, tensor by tensor: the library's own writer copies all tensors into memory first,
 which a 7B state on a small machine does not survive, and a hash of what was meant to be written can be taken on the
-way. Format: https://github.com/huggingface/safetensors (8 bytes length, JSON header, data).
+way. It is read here, too, so that what is hashed and what is loaded are the same bytes, read once.
+Format: https://github.com/huggingface/safetensors (8 bytes length, JSON header, data).
 """
 
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +35,7 @@ _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _CHUNK_BYTES = 1 << 24
 
 
@@ -56,10 +59,10 @@ class HashingFile:
         return self._hash.hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def map_file(path: Path) -> mmap.mmap:
+    """A file as memory that is read once it is looked at; writing to it changes nothing on disk."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def write_tensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
@@ -90,11 +93,20 @@ def write_tensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
                 file.write(data[start : start + _CHUNK_BYTES])
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    from safetensors.torch import load_file
-
-    return dict(load_file(path, device=str(device)))
+def tensors_in(content: mmap.mmap) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, which stay where the file is mapped; raises ValueError or KeyError."""
+    data = 8 + int.from_bytes(content[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(content[8:data]).items():
+        dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        if end - start != count * dtype.itemsize or not 0 <= start <= end <= len(content) - data:
+            raise ValueError(f"the bytes of {name} are not those of its shape")
+        if count:
+            tensors[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=data + start).view(shape)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    return tensors
 
 
 def split_tree(tree: object, tensors: dict[str, Tensor], at: str = "") -> Any:

@@ -18,14 +18,15 @@ import torch
 from peft_pretraining.checkpoint import (
     check_compatible,
     check_model_tensors,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_newest_checkpoint,
     save_checkpoint,
     set_aside_later,
 )
 from peft_pretraining.errors import UserError
 from peft_pretraining.tensor_file import join_tree, split_tree
+from tests.file_opens import counted_opens
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["manifest.json", "model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json"]
@@ -58,6 +59,12 @@ def optimizer_state() -> dict[str, Any]:
 
 def save(folder: Path, step: int, keep: int = 0, **state: object) -> Path:
     return save_checkpoint(folder, step, model_tensors(step), optimizer_state(), {"step": step, **state}, keep)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Where the newest valid checkpoint lies, and what was refused."""
+    checkpoint, refusals = load_newest_checkpoint(folder)
+    return checkpoint and checkpoint.path, refusals
 
 
 def assert_same(a: object, b: object) -> None:
@@ -193,6 +200,35 @@ class TestRoundTrip:
         with pytest.raises(TypeError, match=r"x is torch\.complex64"):
             save_checkpoint(tmp_path, 1, {"x": torch.zeros(1, dtype=torch.complex64)}, {}, {})
         assert list(tmp_path.iterdir()) == []
+
+
+class TestReading:
+    def test_every_file_is_read_once(self, tmp_path: Path) -> None:
+        path = save(tmp_path, 1)
+        for load in (lambda: load_checkpoint(path), lambda: load_newest_checkpoint(tmp_path)[0]):
+            with counted_opens(path) as opens:
+                assert load() is not None
+            assert opens == dict.fromkeys(FILES, 1)
+
+    def test_what_is_written_to_a_loaded_tensor_stays_in_memory(self, tmp_path: Path) -> None:
+        path = save(tmp_path, 1)
+        for tensor in load_checkpoint(path).model_tensors.values():
+            tensor.zero_()
+        assert_same(load_checkpoint(path).model_tensors["layer.weight"], model_tensors(1)["layer.weight"])
+
+    def test_a_loaded_tensor_outlives_its_file(self, tmp_path: Path) -> None:
+        path = save(tmp_path, 1)
+        loaded = load_checkpoint(path)
+        shutil.rmtree(path)
+        assert_same(loaded.model_tensors["norm.weight"], model_tensors(1)["norm.weight"])
+
+    def test_an_unchecked_file_that_is_none_is_a_sentence(self, tmp_path: Path) -> None:
+        path = save(tmp_path, 1)
+        content = (path / "model.safetensors").read_bytes()
+        for damaged in (content[:-1], b"", b"12345678", content.replace(b'"shape":[3]', b'"shape":[4]')):
+            (path / "model.safetensors").write_bytes(damaged)
+            with pytest.raises(UserError, match="cannot be read"):
+                load_checkpoint(path, check=False)
 
 
 class TestDamage:

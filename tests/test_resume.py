@@ -15,6 +15,7 @@ import run_pretrain
 from peft_pretraining import run_checkpoints
 from peft_pretraining.checkpoint import save_checkpoint
 from peft_pretraining.metrics import METRICS_FILE, read_metrics
+from tests.file_opens import counted_opens
 from tests.small_run import (
     CONFIG,
     INT8_PRODUCTS,
@@ -75,6 +76,21 @@ MODES: dict[str, dict[str, object]] = {
     "adafactor_momentum": flags_of("adafactor") | {"beta1": 0.9},
     "hf": flags_of("adamw") | {"use_hf_model": True},
 }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("how", ["folder", "auto"])
+def test_each_rank_reads_a_checkpoint_once(small: SmallRun, ranks: int, how: str) -> None:
+    """The main rank checks hashes on the way, the others take its word."""
+    flags: dict[str, object] = {"num_training_steps": 2, "batch_size": 4, "scheduler": "linear"}
+    path = small.run("run", **flags).checkpoints[-1]
+    flags |= {"num_training_steps": 3, "continue_from": path if how == "folder" else how}
+    with counted_opens(path) as opens:
+        small.run_on(ranks, "run", **flags)
+    # The manifest is looked at once more when old checkpoints are pruned.
+    assert {name: count for name, count in opens.items() if name != "manifest.json"} == dict.fromkeys(
+        ("model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json"), ranks
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
