@@ -119,8 +119,8 @@ _ROWS, _WARPS, _STAGES, _DEPTH_BYTES = 64, 4, 4, 64
 """The tile: rows of a program, and bytes of a row of A that a stage holds.
 
 So two programs share a multiprocessor of an H100, one multiplying while the other rounds, and one fits any consumer
-card (82 KB). The best from 130M to 7B on an H200, at 60M 1 us a layer above it (`kernel_tuning.csv`); the bits are
-those of any other.
+card (82 KB). The best from 130M to 7B on an H200, at 60M 1 us a layer above it (`kernel_tuning.csv`, frozen); the bits
+are those of any other.
 """
 
 

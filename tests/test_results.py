@@ -1,0 +1,86 @@
+"""Rows of results: every file has a command that writes it or is said to be frozen; what two of the commands write."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_engine_steps, cpu_runs
+from tests.small_run import SmallRun, flags_of, restored_process
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = sorted(path.name for path in RESULTS.glob("*.csv"))
+
+
+def listed() -> tuple[dict[str, str], set[str]]:
+    """What `benchmarks/results/README.md` says: files with the module that writes each, and frozen files."""
+    written, frozen = (RESULTS / "README.md").read_text(encoding="utf-8").split("## Frozen files")
+    modules = dict(re.findall(r"^\| `(\w+\.csv)` \| `[^`]*-m benchmarks\.(\w+)", written, re.MULTILINE))
+    return modules, set(re.findall(r"^\| `(\w+\.csv)` ", frozen, re.MULTILINE))
+
+
+def header(path: Path) -> list[str]:
+    with path.open(newline="") as file:
+        return next(csv.reader(file))
+
+
+def only_row(path: Path) -> dict[str, str]:
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    return row
+
+
+def test_every_file_is_listed_once_and_every_listed_file_is_there() -> None:
+    modules, frozen = listed()
+    assert not modules.keys() & frozen
+    assert sorted(modules.keys() | frozen) == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_a_command_that_writes_it_or_is_frozen(name: str) -> None:
+    modules, frozen = listed()
+    writers = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if name in path.read_text(encoding="utf-8")}
+    if name in frozen:
+        assert not writers
+    else:
+        assert modules[name] in writers
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in ("performance", "quality"))])
+def test_a_figure_of_a_frozen_file_is_said_to_be_one(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name in listed()[1]:
+        for match in re.finditer(re.escape(name), text):
+            assert "frozen" in text[match.end() : match.end() + 20], f"{document} at {match.start()}: {name}"
+
+
+def test_a_row_of_engine_steps(tmp_path: Path) -> None:
+    path = tmp_path / "engine_steps.csv"
+    argv = ["--models", "9m", "--device", "cpu", "--batch_size", "1", "--warmup", "1", "--updates", "1"]
+    with restored_process():
+        assert bench_engine_steps.main([*argv, "--results", str(path), "--methods", "q_galore_checkpointing"]) == 0
+    row = only_row(path)
+    assert header(path) == header(RESULTS / "engine_steps.csv")
+    assert (row["method"], row["checkpointing"], row["cuda_graphs"], row["rank"]) == ("q_galore", "yes", "no", "32")
+    assert float(row["tokens_per_second"]) == pytest.approx(256e3 / float(row["update_ms"]), rel=0.01, abs=1)
+    assert float(row["python_ms"]) > 0 and float(row["peak_gb"]) > 0
+
+
+def test_a_row_of_a_run_on_a_cpu(tmp_path: Path) -> None:
+    small, path = SmallRun(tmp_path), tmp_path / "cpu_runs.csv"
+    result = small.run("run", **flags_of("adamw"), num_training_steps=3)
+    argv = ["--run", "small", "--save_dir", str(result.save_dir), "--results", str(path)]
+    assert cpu_runs.main(argv) == 0
+    row = only_row(path)
+    assert header(path) == header(RESULTS / "cpu_runs.csv")
+    assert (row["run"], row["seconds"]) == ("small", "")
+    assert float(row["train_perplexity_first"]) == round(result.train_lines[0]["train/perplexity"], 1)
+    assert float(row["eval_perplexity"]) == round(result.lines[-1]["eval/perplexity"], 1)
+    path.unlink()
+    assert cpu_runs.main([*argv, "--", "true"]) == 0 and float(only_row(path)["seconds"]) < 60
+    path.unlink()
+    assert cpu_runs.main([*argv, "--", "false"]) == 1 and not path.exists(), "a run that failed is no row"
