@@ -41,11 +41,15 @@ class ModelArgs:
     """With --activation_checkpointing recompute only every so many layers: 2 for half of the memory's saving at half of
     its price in time."""
     int8_activations: bool = False
-    """Round gate and up of each MLP to INT8 in training, half of what a compiled layer keeps for its backward pass."""
+    """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
+    pass, in half the bytes. Layers that are recomputed do not round."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
-    """Compile the decoder layers with torch.compile; auto: on a CUDA GPU, for the project's own LLaMA."""
+    """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton."""
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
-    """Replay the compiled layers from CUDA graphs where each weight is updated inside the backward pass."""
+    """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers, with the updates inside where
+    they wait for nothing; with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum
+    the gradients and updates run from Python. Without graphs run: --simulation, a --weight_group_size that 8 does not
+    divide, --grad_accum_dtype int8 where nothing is summed, --residual where updates wait. The bits are the same."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class OptimizerArgs:
     optimizer: Annotated[
         str, Flag(choices=FULL_RANK_OPTIMIZERS + GALORE_OPTIMIZERS + Q_GALORE_OPTIMIZERS, parse=str.lower)
     ] = "adam"
-    """Name of the optimizer, in any case; _per_layer updates each weight inside the backward pass."""
+    """Name of the optimizer, in any case; _per_layer updates each weight inside the backward pass, or after the
+    last one where an update has several micro-batches."""
     recipe: Annotated[
         str,
         Flag(
@@ -113,14 +118,14 @@ class OptimizerArgs:
     full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None
     """Peak learning rate of embeddings, head and norms."""
     weight_decay: Annotated[float, Flag("rate", at_least=0)] = 0.0
-    """Decoupled weight decay a unit of learning rate; for adam it is added to the gradient instead."""
+    """Decoupled weight decay a unit of learning rate; for adam and sgd it is added to the gradient instead."""
     full_rank_weight_decay: Annotated[float | None, Flag("rate", at_least=0, auto="weight_decay")] = None
     """That of embeddings, head and norms."""
     beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0
     """Decay an update of the first moment; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
     matrices, none for sgd and adafactor."""
     beta2: Annotated[float, Flag("ratio", above=0, below=1)] = 0.95
-    """Decay an update of the second moment, the same in every mode."""
+    """Decay an update of Adam's second moment, the same in every mode."""
     adam_eps: Annotated[float, Flag("number", above=0)] = 1e-8
     """Number added to the root of Adam's second moment."""
     grad_clipping: Annotated[float, Flag("norm", at_least=0)] = 0.0
@@ -205,7 +210,7 @@ class SubspaceArgs:
     svd_method: Annotated[str, Flag(choices=("full", "randomized"))] = "full"
     """Which SVD the svd subspace uses."""
     update_proj_gap: Annotated[int, Flag("updates", at_least=1)] = 50
-    """Interval between two refreshes, before the lazy rule makes it longer."""
+    """Interval between two refreshes; the lazy rule, for --subspace svd alone, may make it longer."""
     max_update_proj_gap: Annotated[int, Flag("updates", at_least=1, auto="8 x update_proj_gap")] = 0
     """Longest interval that the lazy rule may reach."""
     cos_threshold: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.4
@@ -265,7 +270,8 @@ class CheckpointArgs:
     save_dir: Annotated[str, Flag("folder", auto="checkpoints/<model>-<optimizer>-<time>")] = ""
     """Folder of the run: checkpoints, metrics.jsonl, wandb."""
     save_every: Annotated[int, Flag("updates", at_least=0)] = 10_000
-    """Interval between two checkpoints; the last update is always saved, 0 means then only."""
+    """Interval between two checkpoints, the first of them before the first update; the last update is always saved, and
+    where a stop is asked for; 0 means then only."""
     keep_checkpoints: Annotated[int, Flag("checkpoints", at_least=0)] = 3
     """Newest checkpoints that are kept; 0 keeps all."""
     continue_from: Annotated[str, Flag("folder")] = ""
@@ -285,7 +291,7 @@ class LoggingArgs:
     unset_wandb: bool = False
     """Switch wandb off (the same as wandb_mode off)."""
     wandb_mode: Annotated[str, Flag(choices=("auto", "online", "offline", "off"))] = "auto"
-    """auto: online with a login, offline without one."""
+    """auto: what the variable WANDB_MODE says, else online with a login, offline without one."""
     log_every: Annotated[int, Flag("updates", at_least=1)] = 1
     """Interval between two lines of metrics."""
 

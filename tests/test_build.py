@@ -10,8 +10,10 @@ import torch
 from peft_pretraining.arg_groups import ModelArgs
 from peft_pretraining.args import parse_args
 from peft_pretraining.build import build_training
+from peft_pretraining.cli import read_specs
 from peft_pretraining.model import compiles_layers
 from peft_pretraining.modeling_llama import LlamaForCausalLM
+from peft_pretraining.optimizers import allows_graphs
 from peft_pretraining.swiglu import swiglu_through_int8
 from qgalore import LowRankLinear, QGaLoreAdamW8bit
 from tests.small_run import SmallRun, flags_of
@@ -49,6 +51,29 @@ def test_all_options_reach_what_is_built(tmp_path: Path) -> None:
 def test_layers_that_are_compiled(options: dict[str, str | bool], on_a_gpu: bool, elsewhere: bool) -> None:
     args = ModelArgs("model.json", **options)  # type: ignore[arg-type]
     assert [compiles_layers(args, pays) for pays in (True, False)] == [on_a_gpu, elsewhere]
+
+
+GRAPHS: dict[str, dict[str, object]] = {
+    "updates inside": {},
+    "--grad_clipping": {"grad_clipping": 1.0, "batch_size": 2},
+    "several micro-batches": {"batch_size": 2},
+    "optimizer without _per_layer": {"optimizer": "q_galore_adamw8bit"},
+}
+NO_GRAPHS: dict[str, dict[str, object]] = {
+    "--simulation": {"simulation": True},
+    "--weight_group_size": {"weight_group_size": 20},
+    "--grad_accum_dtype int8": {"grad_accum_dtype": "int8"},
+    "--residual": {"residual": "fira", "optimizer": "q_galore_adamw8bit"},
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS | NO_GRAPHS)
+def test_graphs_serve_what_the_help_says(tmp_path: Path, name: str) -> None:
+    flags = flags_of("q_galore_adamw8bit_per_layer") | {"batch_size": 8} | (GRAPHS | NO_GRAPHS)[name]
+    assert allows_graphs(parse_args(SmallRun(tmp_path).argv("none", flags))) == (name in GRAPHS)
+    (text,) = [spec.help for spec in read_specs(ModelArgs) if spec.name == "cuda_graphs"]
+    served, without = " ".join(text.split()).split("Without graphs")
+    assert name in (served if name in GRAPHS else without)
 
 
 def test_nothing_else_puts_a_training_together(root: Path) -> None:
