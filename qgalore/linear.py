@@ -2,7 +2,7 @@
 
 The weight is plain state of a module: an integer parameter with its scales and zero points as buffers (or a float
 parameter), so `deepcopy`, `.to()`, safetensors and data parallelism need nothing special; a tensor subclass failed at
-the last two (docs/log.md has the trial). Rows of codes end with zeros where kernels want longer ones, and a state dict
+the last two (docs/log has the trial). Rows of codes end with zeros where kernels want longer ones, and a state dict
 has them without, under names of their own: `weight_qdata`, `weight_scale`, `weight_zero_point`, `weight_format`.
 
 In training it is an operator whose backward pass gives the factors of the weight's gradient to a tap, which the
