@@ -42,6 +42,9 @@ from peft_pretraining.process import make_reproducible
 from peft_pretraining.signals import StopRequest
 from peft_pretraining.throughput import memory_metrics
 
+OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
+"""The methods that `train_ours` trains, on several ranks too, and their recipes."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program, one process a GPU."""
@@ -99,10 +102,6 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
         "commit": commit(),
         "note": args.note,
     }
-
-
-OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
-"""The methods that `train_ours` trains, on several ranks too, and their recipes."""
 
 
 def training_of(method: str, setting: Setting, processes: Processes) -> tuple[Callable[[], Tensor], Callable[[], bool]]:

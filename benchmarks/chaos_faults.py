@@ -63,7 +63,7 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
         ("sources.py", "read", 90),
     ],
     "kill while starting or resuming": [
-        ("run_checkpoints.py", "choose_checkpoint", 1), ("checkpoint.py", "load_checkpoint", 1),
+        ("run_checkpoints.py", "choose_checkpoint", 1), ("checkpoint.py", "load_newest_checkpoint", 1),
         ("run_checkpoints.py", "take_over", 1), ("metrics.py", "truncate_after", 2),
         ("dataloader.py", "load_state_dict", 1), ("optimizer.py", "load_state_dict", 1), ("model.py", "build_model", 1),
     ],

@@ -43,6 +43,12 @@ def test_a_moment_that_is_never_reached_is_no_kill(tmp_path: Path) -> None:
     assert [path.name for path in chaos.list_checkpoints(subject.folder / "other")] == ["step_00000000"]
 
 
+def test_every_moment_is_in_the_program(root: Path) -> None:
+    for file, function, _ in [moment for moments in chaos_faults.MOMENTS.values() for moment in moments]:
+        sources = [path for name in ("qgalore", "peft_pretraining") for path in (root / name).rglob(file)]
+        assert file == "shutil.py" or any(f"def {function}(" in path.read_text() for path in sources), (file, function)
+
+
 def test_a_fault_that_cannot_be_made_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos, "LONGEST_IDLE", 1)
     deck = [chaos.Fault(chaos.SAVE, "checkpoint.py:no_such_function:call:1")]

@@ -76,8 +76,7 @@ def test_functions_fit_a_screen(name: str) -> None:
     for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            limit = 100 if name == "run_pretrain.py" else 60
-            assert lines <= limit, f"{name}: {node.name} has {lines} lines"
+            assert lines <= 60, f"{name}: {node.name} has {lines} lines"
 
 
 def test_no_file_is_a_drawer_for_everything() -> None:
