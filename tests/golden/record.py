@@ -157,11 +157,15 @@ def by_torchrun(flags: Sequence[str], ranks: int) -> None:
 
 
 def hash_of_tensors(data: bytes) -> str:
-    """Of the contents of a safetensors file: names, types, shapes and bits, in the order of the names."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    digest = hashlib.sha256()
-    for name, entry in sorted(json.loads(data[8:start]).items()):
-        if name != "__metadata__":
+    """Of the contents of a safetensors file: names, types, shapes and bits, in the order of the names.
+
+    The names are those of version 0.1, in which codes were `weight` and a layer's format was not stored beside them.
+    """
+    size = int.from_bytes(data[:8], "little")
+    start, digest = 8 + size, hashlib.sha256()
+    entries = {name.removesuffix("_qdata"): entry for name, entry in json.loads(data[8:start]).items()}
+    for name, entry in sorted(entries.items()):
+        if name != "__metadata__" and not name.endswith(".weight_format"):
             begin, end = entry["data_offsets"]
             digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode() + data[start + begin : start + end])
     return digest.hexdigest()[:16]
