@@ -16,21 +16,28 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.args import RunArgs, parse_args
-from peft_pretraining.build import build_training
-from peft_pretraining.checkpoint import hold_folder
-from peft_pretraining.distributed import Processes, is_lost_rank, start_processes, world_size_of_launch
+from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
+from peft_pretraining.checkpoint.store import hold_folder
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.data.tokenizer import check_vocabulary
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
-from peft_pretraining.lr_schedule import scheduled_multiplier, set_learning_rate
-from peft_pretraining.memory_advice import out_of_memory, warning_of_memory
-from peft_pretraining.process import exit_code_of, leave, make_reproducible
-from peft_pretraining.run_checkpoints import RunCheckpoints, from_newest_checkpoint
-from peft_pretraining.run_data import build_data
-from peft_pretraining.run_metrics import RunMetrics
-from peft_pretraining.signals import StopRequest
-from peft_pretraining.tokenizer import check_vocabulary
-from peft_pretraining.update_outcomes import FinishedUpdate, GoBackError, Outcome, UpdateOutcomes, too_many_skipped
+from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
+from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
+from peft_pretraining.reporting.reporter import RunMetrics
+from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
+from peft_pretraining.runtime.rendezvous import world_size_of_launch
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.update_outcomes import (
+    FinishedUpdate,
+    GoBackError,
+    Outcome,
+    UpdateOutcomes,
+    too_many_skipped,
+)
+from peft_pretraining.runtime.world import Processes, is_lost_rank, start_processes
 
 
 def run(argv: Sequence[str] | None) -> None:

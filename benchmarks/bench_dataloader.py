@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from peft_pretraining.dataloader import build_train_loader  # noqa: E402
-from peft_pretraining.token_files import is_token_dataset  # noqa: E402
-from peft_pretraining.tokenizer import load_tokenizer  # noqa: E402
+from peft_pretraining.data.sources.token_files import is_token_dataset  # noqa: E402
+from peft_pretraining.data.tokenizer import load_tokenizer  # noqa: E402
+from peft_pretraining.data.train_loader import build_train_loader  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "dataloader.csv"
 FIRST_UPDATES = 2

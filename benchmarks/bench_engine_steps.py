@@ -37,10 +37,10 @@ from benchmarks.compare_methods import (
 )
 from benchmarks.models import LENGTH
 from benchmarks.rows import append_row, commit
-from peft_pretraining.distributed import Processes, start_processes
-from peft_pretraining.process import make_reproducible
-from peft_pretraining.signals import StopRequest
-from peft_pretraining.throughput import memory_metrics
+from peft_pretraining.reporting.throughput import memory_metrics
+from peft_pretraining.runtime.process import make_reproducible
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.world import Processes, start_processes
 
 OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
 """The methods that `train_ours` trains, on several ranks too, and their recipes."""

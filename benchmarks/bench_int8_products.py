@@ -41,7 +41,7 @@ def layer_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Produ
 
 def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
     """Those of our kernel with activations that are rounded beforehand."""
-    from qgalore.kernels import int8_matmul
+    from qgalore.kernels.triton import int8_matmul
 
     quantized = layer.quantized_weight
     assert quantized is not None
@@ -123,7 +123,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def use_tile(numbers: tuple[int, int, int, int, int]) -> None:
     """Let our kernel use these sizes for many rows: rows, columns, depth, warps, stages."""
-    from qgalore.kernels import int8_matmul
+    from qgalore.kernels.triton import int8_matmul
 
     usual = int8_matmul.tile
     int8_matmul.tile = lambda rows: numbers if rows >= 128 else usual(rows)

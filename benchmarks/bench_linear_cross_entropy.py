@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
-from peft_pretraining.linear_cross_entropy import linear_cross_entropy
+from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
 
 MODELS = ("60m", "130m", "350m", "1b", "7b")
 TFLOPS = 790e12

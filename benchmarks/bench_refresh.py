@@ -23,11 +23,11 @@ import torch
 from benchmarks.compare import Row, seconds_in_a_row
 from benchmarks.compare_methods import CHECKPOINTING, setting_of, split_method, train_ours, training_parser
 from benchmarks.rows import append_row, commit
-from peft_pretraining.distributed import Processes, start_processes
-from peft_pretraining.process import make_reproducible
-from peft_pretraining.signals import StopRequest
+from peft_pretraining.runtime.process import make_reproducible
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.world import Processes, start_processes
 from qgalore.optimizer import LowRankAdamW
-from qgalore.subspace_schedule import first_refresh_spread
+from qgalore.subspace.schedule import first_refresh_spread
 
 RECIPES = {"q_galore": "paper", "q_galore_orthogonal": "orthogonal"}
 

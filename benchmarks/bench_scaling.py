@@ -25,10 +25,10 @@ from benchmarks.compare import Row, seconds_in_a_row
 from benchmarks.compare_methods import CHECKPOINTING, Setting, setting_of, train_ours, training_parser
 from benchmarks.models import LENGTH
 from benchmarks.rows import append_row, commit
-from peft_pretraining.distributed import Processes, start_processes
-from peft_pretraining.process import make_reproducible
-from peft_pretraining.signals import StopRequest
-from peft_pretraining.throughput import memory_metrics
+from peft_pretraining.reporting.throughput import memory_metrics
+from peft_pretraining.runtime.process import make_reproducible
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.world import Processes, start_processes
 from qgalore.optimizer import LowRankAdamW
 
 METHODS = {"60m": "q_galore", "130m": "q_galore", "350m": "q_galore", "1b": "q_galore"}

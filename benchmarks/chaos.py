@@ -60,7 +60,7 @@ from benchmarks.chaos_faults import (
     every_place,
 )
 from benchmarks.chaos_runs import Command, Forked, Run, differences, ended, fill, fingerprint, small_disk
-from peft_pretraining.checkpoint import list_checkpoints
+from peft_pretraining.checkpoint.store import list_checkpoints
 from tests.data.hub_server import C4Hub
 from tests.small_run import ROOT, SmallRun, write_text
 

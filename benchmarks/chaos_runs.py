@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.chaos_faults import SCHEDULE
-from peft_pretraining.checkpoint import list_checkpoints, load_checkpoint
-from peft_pretraining.checkpoint_manifest import read_manifest
-from peft_pretraining.metrics import deterministic_metrics, read_metrics
+from peft_pretraining.checkpoint.manifest import read_manifest
+from peft_pretraining.checkpoint.store import list_checkpoints, load_checkpoint
+from peft_pretraining.reporting.jsonl import deterministic_metrics, read_metrics
 from tests.small_run import ROOT, TORCHRUN, environment, ranks_of, start_ranks
 
 

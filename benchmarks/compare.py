@@ -46,7 +46,7 @@ from benchmarks.compare_methods import CHECKPOINTING, METHODS, Setting, setting_
 from benchmarks.models import LENGTH, config_path
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.errors import UserError
-from peft_pretraining.throughput import memory_metrics
+from peft_pretraining.reporting.throughput import memory_metrics
 
 Row = dict[str, object]
 

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from benchmarks import compare_peers
 from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT
-from peft_pretraining.arg_groups import ModelArgs
-from peft_pretraining.args import parse_args
-from peft_pretraining.build import build_training
-from peft_pretraining.distributed import Processes
+from peft_pretraining.build import build_model, build_training
+from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.lr_schedule import set_learning_rate
-from peft_pretraining.model import CausalLM, OnModule, build_model
-from peft_pretraining.model_config import read_config_json
-from peft_pretraining.modeling_llama import IGNORE_INDEX, LlamaForCausalLM
-from peft_pretraining.optimizers import TrainingOptimizer
-from peft_pretraining.process import make_reproducible
-from peft_pretraining.rotary import rotary_tables
+from peft_pretraining.models.build import CausalLM
+from peft_pretraining.models.init import OnModule
+from peft_pretraining.models.llama.config import read_config_json
+from peft_pretraining.models.llama.modeling import IGNORE_INDEX, LlamaForCausalLM
+from peft_pretraining.models.ops.rotary import rotary_tables
+from peft_pretraining.optim.lr_schedule import set_learning_rate
+from peft_pretraining.optim.protocol import TrainingOptimizer
+from peft_pretraining.runtime.process import make_reproducible
+from peft_pretraining.runtime.world import Processes
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_pretraining.model import low_rank_names
+from peft_pretraining.models.build import low_rank_names
 
 NEVER_AGAIN = 10**9  # updates between two refreshes
 GROUP_SIZE = 256

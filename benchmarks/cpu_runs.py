@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.rows import ROOT, append_row, commit
-from peft_pretraining.metrics import read_metrics
+from peft_pretraining.reporting.jsonl import read_metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:

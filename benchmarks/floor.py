@@ -37,11 +37,11 @@ from benchmarks.passes import (
     side_of,
     times,
 )
-from peft_pretraining.linear_cross_entropy import token_chunks
-from peft_pretraining.model_config import LlamaConfig
-from qgalore.linear import JOINED_WEIGHT_BYTES
-from qgalore.low_rank_weight import JOINED_BASIS_BYTES
-from qgalore.subspace import projects_directly
+from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
+from qgalore.layer.linear import JOINED_WEIGHT_BYTES
+from qgalore.subspace.fit import projects_directly
+from qgalore.update.low_rank import JOINED_BASIS_BYTES
 
 CHOLESKY_PASSES = 2
 

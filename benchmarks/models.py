@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.rows import ROOT
-from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.models.llama.config import LlamaConfig
 
 LENGTH = 256
 """Tokens of a sequence."""

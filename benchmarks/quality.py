@@ -42,14 +42,15 @@ import run_pretrain
 from benchmarks.models import config_path
 from benchmarks.quality_plot import plot
 from benchmarks.rows import ROOT, append_row, commit
-from peft_pretraining.args import RunArgs, parse_args
 from peft_pretraining.build import build_training
-from peft_pretraining.checkpoint import load_checkpoint
-from peft_pretraining.checkpoint_folder import list_checkpoints
-from peft_pretraining.dry_run import plan
-from peft_pretraining.eval_set import build_eval_set
+from peft_pretraining.checkpoint.folder import list_checkpoints
+from peft_pretraining.checkpoint.store import load_checkpoint
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
-from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.memory.from_args import plan
+from peft_pretraining.models.llama.config import LlamaConfig
 
 QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--recipe", "paper"]

@@ -1,19 +1,50 @@
-"""Options into what is trained: the one place where flags become a model and its optimizer."""
+"""Options into what is trained and what it is trained on: here flags become a model, its optimizer and its data."""
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
 import torch
 
-from peft_pretraining.args import RunArgs
-from peft_pretraining.model import CausalLM, build_model
-from peft_pretraining.optimizers import (
-    TrainingOptimizer,
-    allows_graphs,
-    build_optimizer,
-    low_rank_converter,
-    replay_layers,
-)
-from qgalore.rank_sum import AllReduce
+from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.data.eval_set import EvalSet, build_eval_set
+from peft_pretraining.data.sources.token_files import is_token_dataset
+from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.build import CausalLM, build_on_meta
+from peft_pretraining.models.init import OnModule, materialize
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
+from peft_pretraining.optim.protocol import TrainingOptimizer
+from peft_pretraining.runtime.world import Processes
+from qgalore.update.all_reduce import AllReduce
+
+
+def build_model(
+    args: ModelArgs, device: torch.device | str = "cpu", seed: int = 0, on_module: OnModule | None = None
+) -> CausalLM:
+    """A freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
+    device = torch.device(device)
+    model = build_on_meta(args.model_config, args.use_hf_model)
+    materialize(model, device, getattr(torch, args.dtype), seed, on_module, std=model.config.initializer_range)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(args.checkpoint_every)
+    if args.int8_activations:
+        if not isinstance(model, LlamaForCausalLM):
+            raise UserError("transformers' LLaMA keeps its activations as they are: build the project's own")
+        model.keep_int8_activations()
+    has_triton = importlib.util.find_spec("triton") is not None
+    if isinstance(model, LlamaForCausalLM) and compiles_layers(args, device.type == "cuda" and has_triton):
+        model.compile_layers()
+    return model.train()
+
+
+def compiles_layers(args: ModelArgs, pays: bool) -> bool:
+    """Whether the decoder layers are to be compiled; pays: whether they are for a CUDA GPU that has Triton."""
+    return not args.use_hf_model and (args.compile == "on" or (args.compile == "auto" and pays))
 
 
 def build_training(
@@ -30,3 +61,25 @@ def build_training(
     if allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
+
+
+def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
+    """The training loader and the validation set of `--dataset` for this rank."""
+    data, batch = args.data, args.batch
+    tokenizer = None
+    if not is_token_dataset(data.dataset):
+        # The main rank first: it trains or downloads what the others then find in the cache.
+        processes.from_main(lambda: load_tokenizer(data.tokenizer, data.dataset) and None)
+        tokenizer = load_tokenizer(data.tokenizer, data.dataset)
+    common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
+    common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
+    common["damaged_limit"] = data.damaged_limit
+    loader = build_train_loader(
+        **common, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
+        seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=data.workers,
+    )  # fmt: skip
+    evaluation = args.evaluation
+    eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
+    if data.dataset != "c4":  # the hub's has text, and would have to be waited for
+        processes.from_main(eval_set.check)
+    return loader, eval_set

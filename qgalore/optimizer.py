@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qgalore.attachment import Attachment
-from qgalore.full_rank_weight import FullRankWeight
-from qgalore.low_rank_weight import LowRankWeight
 from qgalore.param_groups import check_low_rank, complete_low_rank
-from qgalore.rank_sum import AllReduce, RankSum
 from qgalore.saved_state import state_for
-from qgalore.update_checks import UpdateChecks
-from qgalore.weight_updates import update_weights
+from qgalore.update.all_reduce import AllReduce, RankSum
+from qgalore.update.checks import UpdateChecks
+from qgalore.update.full_rank import FullRankWeight
+from qgalore.update.hooks import Attachment
+from qgalore.update.low_rank import LowRankWeight
+from qgalore.update.step import update_weights
 
 
 class LowRankAdamW(Optimizer):
@@ -134,9 +134,9 @@ class LowRankAdamW(Optimizer):
         With `update_in_backward` each weight is updated there and then, so that its gradient lives only inside the
         backward of its layer; `step` then has nothing left to do. Over several micro-batches the sums of all gradients
         exist anyway: updating before `step` would save nothing, so it is left to `step`, which knows them all.
-        `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.rank_sum.AllReduce`). `.grad` stays
-        None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the optimizer cannot
-        train.
+        `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.update.all_reduce.AllReduce`).
+        `.grad` stays None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the
+        optimizer cannot train.
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
@@ -392,7 +392,7 @@ class GaLoreAdamW8bit(LowRankAdamW):
 
 
 class QGaLoreAdamW8bit(LowRankAdamW):
-    """Q-GaLore: 8-bit Adam states and INT4 projections; the INT8 weights are `qgalore.linear.LowRankLinear`."""
+    """Q-GaLore: 8-bit Adam states and INT4 projections; the INT8 weights are `qgalore.layer.linear.LowRankLinear`."""
 
     state_bits = 8
     quant = True

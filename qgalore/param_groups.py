@@ -10,10 +10,10 @@ The keys of a low-rank group are those that users of q-galore-torch know:
 | proj_type | std, reverse_std, left, right, full: the side that is projected; full: both | std |
 | quant, quant_n_bit, quant_group_size | hold the projection in 4 or 8 bits, in groups | by class, 4, 256 |
 | cos_threshold, gamma_proj, queue_size | the lazy layer-wise rule; gamma_proj 1 turns it off | 0.4, 2, 5 |
-| direction | adam or orthogonal: `qgalore.direction` | adam |
-| residual | none, or what the projection leaves out: fira, as in `qgalore.residual` | none |
+| direction | adam or orthogonal: `qgalore.update.directions` | adam |
+| residual | none, or what the projection leaves out: fira, as in `qgalore.subspace.fira` | none |
 | max_update_proj_gap | cap of the lazy interval; 0: 8 times the gap | 0 |
-| subspace | svd, or streaming: `qgalore.subspace` has both | svd |
+| subspace | svd, or streaming: `qgalore.subspace.fit` has both | svd |
 | svd_method | full or randomized | full |
 | rotate_moments | rotate Adam's moments into a new basis; None: where streaming | None |
 """
@@ -25,9 +25,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qgalore.direction import DIRECTIONS
-from qgalore.layer_names import module_of
-from qgalore.linear import LowRankLinear
+from qgalore.layer.linear import LowRankLinear
+from qgalore.layer.names import module_of
+from qgalore.update.directions import DIRECTIONS
 
 LOW_RANK_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qgalore.full_rank_weight import HOST_STATE
 from qgalore.param_groups import LOW_RANK_DEFAULTS
+from qgalore.update.full_rank import HOST_STATE
 
 Group = dict[str, Any]
 

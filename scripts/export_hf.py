@@ -23,10 +23,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout that is not installed
 
-from peft_pretraining.checkpoint import Checkpoint, load_checkpoint, with_todays_names
-from peft_pretraining.checkpoint_folder import list_checkpoints
+from peft_pretraining.checkpoint.folder import list_checkpoints
+from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, with_todays_names
 from peft_pretraining.errors import UserError
-from peft_pretraining.model_config import read_config_json
+from peft_pretraining.models.llama.config import read_config_json
 from qgalore import QuantizedTensor
 
 SHARD_BYTES = 4_000_000_000

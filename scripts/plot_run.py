@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.metrics import read_metrics
+from peft_pretraining.reporting.jsonl import read_metrics
 
 SIMILARITY = "subspace/similarity/"
 COLUMNS = 60  # time bins of the similarity map

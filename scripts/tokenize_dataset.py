@@ -21,12 +21,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
+from peft_pretraining.data.eval_set import read_documents  # noqa: E402
+from peft_pretraining.data.order import DamageCount  # noqa: E402
+from peft_pretraining.data.sources.gzip_json import open_source  # noqa: E402
+from peft_pretraining.data.sources.token_files import is_token_dataset  # noqa: E402
+from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
-from peft_pretraining.eval_set import read_documents  # noqa: E402
-from peft_pretraining.lanes import DamageCount  # noqa: E402
-from peft_pretraining.sources import open_source  # noqa: E402
-from peft_pretraining.token_files import is_token_dataset  # noqa: E402
-from peft_pretraining.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 DOCUMENTS_PER_BATCH = 512
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qgalore.accumulator import GradientAccumulator, dense, rows_of_gradient, zeros
 from qgalore.kernels import reference
-from qgalore.quantization import QuantizedTensor
-from qgalore.update_checks import UpdateChecks
+from qgalore.layer.quantization import QuantizedTensor
+from qgalore.update.checks import UpdateChecks
+from qgalore.update.gradient_sum import GradientAccumulator, dense, rows_of_gradient, zeros
 
 
 def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (16, 300)) -> list[torch.Tensor]:

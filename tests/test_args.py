@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.args import GROUPS, RunArgs, parse_args
-from peft_pretraining.cli import FlagSpec, format_count, parse_count, read_specs
+from peft_pretraining.config.flags import FlagSpec, format_count, parse_count, read_specs
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_pretraining.arg_groups import ModelArgs
-from peft_pretraining.args import parse_args
-from peft_pretraining.build import build_training
-from peft_pretraining.cli import read_specs
-from peft_pretraining.model import compiles_layers
-from peft_pretraining.modeling_llama import LlamaForCausalLM
-from peft_pretraining.optimizers import allows_graphs
-from peft_pretraining.swiglu import swiglu_through_int8
+from peft_pretraining.build import build_training, compiles_layers
+from peft_pretraining.config.flags import read_specs
+from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.models.ops.swiglu import swiglu_through_int8
+from peft_pretraining.optim.build import allows_graphs
 from qgalore import LowRankLinear, QGaLoreAdamW8bit
 from tests.small_run import SmallRun, flags_of
 

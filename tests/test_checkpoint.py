@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_pretraining.checkpoint import (
+from peft_pretraining.checkpoint.store import (
     check_compatible,
     check_model_tensors,
     list_checkpoints,
@@ -24,8 +24,8 @@ from peft_pretraining.checkpoint import (
     save_checkpoint,
     set_aside_later,
 )
+from peft_pretraining.checkpoint.tensor_file import join_tree, split_tree
 from peft_pretraining.errors import UserError
-from peft_pretraining.tensor_file import join_tree, split_tree
 from tests.file_opens import counted_opens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,7 +324,7 @@ class TestDamage:
         assert not (tmp_path / "executed").exists()
 
     def test_a_manifest_cannot_point_elsewhere(self, tmp_path: Path) -> None:
-        from peft_pretraining.checkpoint_manifest import write_manifest
+        from peft_pretraining.checkpoint.manifest import write_manifest
 
         path = save(tmp_path, 1)
         (tmp_path / "secret").write_text("x")

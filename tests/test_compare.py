@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import compare, models
 from benchmarks.compare_methods import METHODS, Setting, q_galore_flags, split_method
-from peft_pretraining.args import parse_args
+from peft_pretraining.config.parse import parse_args
 from tests.small_run import restored_process
 
 SMALLEST = ["--models", "9m", "--device", "cpu", "--batch_size", "1", "--updates", "1"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.model import build_on_meta, parameter_count
-from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.models.build import build_on_meta, parameter_count
+from peft_pretraining.models.llama.config import LlamaConfig
 
 # name: hidden, MLP, layers, heads, and the parameters in millions that the name rounds
 SHAPES = {

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import run_pretrain
-from peft_pretraining.batches import Update
-from peft_pretraining.dataloader import TrainLoader
+from peft_pretraining.data.batch import Update
+from peft_pretraining.data.train_loader import TrainLoader
 from tests.small_run import (
     OPTIMIZERS,
     RECIPE,

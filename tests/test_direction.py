@@ -15,17 +15,17 @@ from qgalore import (
     GaLoreAdamW8bit,
     QGaLoreAdamW8bit,
     WeightFormat,
-    adam,
     convert_linears,
     kernels,
     low_rank_param_groups,
 )
-from qgalore.direction import DIRECTIONS, orthogonal_directions
-from qgalore.layer_update import LayerUpdate, update_layers_
-from qgalore.linear import LowRankLinear
-from qgalore.low_rank_weight import LowRankWeight
-from qgalore.residual import full_direction
-from qgalore.subspace import rotate_moment
+from qgalore.layer.grouped_update import LayerUpdate, update_layers_
+from qgalore.layer.linear import LowRankLinear
+from qgalore.subspace.fira import full_direction
+from qgalore.subspace.fit import rotate_moment
+from qgalore.update import moments
+from qgalore.update.directions import DIRECTIONS, orthogonal_directions
+from qgalore.update.low_rank import LowRankWeight
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -81,7 +81,7 @@ def test_an_orthogonal_step_is_muons_in_the_subspace(shape: tuple[int, int], kin
     for step in range(3):
         grad = normal(*shape, seed=step)
         left, right = bases(weight)
-        momentum = adam.read_moment(weight.state, "exp_avg").clone()  # in the newest basis
+        momentum = moments.read_moment(weight.state, "exp_avg").clone()  # in the newest basis
         projected = grad if left is None else left @ grad
         projected = projected if right is None else projected @ right.T
         momentum = 0.9 * momentum + 0.1 * projected
@@ -104,7 +104,7 @@ def test_directions_are_made_notedup_to_a_size(monkeypatch: pytest.MonkeyPatch) 
         calls.append([momentum.numel() for momentum in momenta])
         return orthogonal_directions(momenta)
 
-    monkeypatch.setattr("qgalore.direction.orthogonal_directions", noted)
+    monkeypatch.setattr("qgalore.update.directions.orthogonal_directions", noted)
 
     def trained_weights(limit: int) -> list[Tensor]:
         monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(values_together=limit))

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_pretraining import distributed, process
-from peft_pretraining.distributed import Processes, start_processes, world_size_of_launch
 from peft_pretraining.errors import UserError
-from peft_pretraining.signals import StopRequest
+from peft_pretraining.runtime import process, world
+from peft_pretraining.runtime.rendezvous import world_size_of_launch
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.world import Processes, start_processes
 from tests.small_run import on_ranks, restored_process
 
 
@@ -81,8 +82,8 @@ def test_segments_of_device_memory_can_grow() -> None:
     """In a process of its own: the allocator reads its settings once."""
     code = """
 import torch
-from peft_pretraining.distributed import start_processes
-from peft_pretraining.signals import StopRequest
+from peft_pretraining.runtime.world import start_processes
+from peft_pretraining.runtime.signals import StopRequest
 start_processes("cuda", StopRequest())
 kept = torch.zeros(1 << 20, device="cuda")
 assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
@@ -161,7 +162,7 @@ def test_a_start_sees_nothing_of_the_starts_before(launcher: torch.distributed.T
     for attempt in range(6):
         with ThreadPoolExecutor(3) as ranks:
             order = [(attempt + i) % 3 for i in range(3)]
-            met = {rank: ranks.submit(distributed._meet, rank, 3, stop) for rank in order}
+            met = {rank: ranks.submit(world.meet, rank, 3, stop) for rank in order}
             stores = {rank: each.result(timeout=30) for rank, each in met.items()}
         assert not stores[0].check(["address"]), "left by the start before"
         stores[2].set("address", f"of attempt {attempt}")
@@ -169,10 +170,10 @@ def test_a_start_sees_nothing_of_the_starts_before(launcher: torch.distributed.T
 
 
 def test_ranks_that_do_not_come(launcher: torch.distributed.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_TIMEOUT", timedelta(seconds=1.2))
+    monkeypatch.setattr(world, "TIMEOUT", timedelta(seconds=1.2))
     for rank in (0, 1):
         with pytest.raises(UserError, match="not all 3 ranks started within 0 minutes: start torchrun on all machines"):
-            distributed._meet(rank, 3, StopRequest())
+            world.meet(rank, 3, StopRequest())
 
 
 def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPStore) -> None:
@@ -180,7 +181,7 @@ def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPS
         stop = StopRequest()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="SIGTERM came while this rank waited for the others"):
-            distributed._meet(rank, 3, stop)
+            world.meet(rank, 3, stop)
 
 
 @pytest.mark.parametrize(("ranks", "at_once"), [("1", False), ("2", True)])

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_pretraining.args import parse_args
-from peft_pretraining.dry_run import memory_settings
-from peft_pretraining.model import build_on_meta, parameter_count
-from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.memory.from_args import memory_settings
+from peft_pretraining.models.build import build_on_meta, parameter_count
+from peft_pretraining.models.llama.config import LlamaConfig
 from tests.small_run import INT8_PRODUCTS, SmallRun, flags_of
 
 

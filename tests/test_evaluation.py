@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import BatchLoss, EvalResult, evaluate, summarize
-from peft_pretraining.modeling_llama import LlamaOutput, head_output
+from peft_pretraining.models.llama.modeling import LlamaOutput, head_output
 
 
 class MicroBatch(NamedTuple):

@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from peft_pretraining.arg_groups import ModelArgs
-from peft_pretraining.checkpoint import save_checkpoint
+from peft_pretraining.build import build_model
+from peft_pretraining.checkpoint.store import save_checkpoint
+from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.model import LlamaForCausalLM, build_model, low_rank_names
+from peft_pretraining.models.build import LlamaForCausalLM, low_rank_names
 from qgalore import WeightFormat, convert_linears
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import floor, models
 from benchmarks.floor import Setting, adamw, all_passes, q_galore
 from benchmarks.passes import Ceilings, Pass, product, quantized_bytes, seconds
-from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.models.llama.config import LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=64,

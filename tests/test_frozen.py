@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qgalore import GaLoreAdamW, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.codes import Codes
+from qgalore.layer.codes import Codes
 from tests.test_optimizer import FORMATS, Net, backward, batch, build, train, values
 
 STORAGES = {name: format for name, format in FORMATS.items() if format is not None} | {

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, held_matrices, kernels, low_rank_param_groups
-from qgalore.held_matrices import held_bases, held_weights
-from qgalore.layer_graphs import LayerGraphs
-from qgalore.linear import LowRankLinear
-from qgalore.low_rank_weight import LowRankWeight
+from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
+from qgalore.graphs import dequant_cache
+from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.graphs.runner import LayerGraphs
+from qgalore.layer.linear import LowRankLinear
+from qgalore.update.low_rank import LowRankWeight
 from tests.test_layer_graphs import CASES, emulate_graphs, trained
 
 MATRICES = 3
@@ -133,11 +134,11 @@ def test_every_micro_batch_dequantizes_once(calls: list[int]) -> None:
 def test_one_by_one_above_the_limit(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training().until_no_refresh()
     bases = sum(4 * 4 * min(layer.out_features, layer.in_features) for layer in training.linears[:MATRICES])
-    monkeypatch.setattr(held_matrices, "HELD_BYTES", bases)
+    monkeypatch.setattr(dequant_cache, "HELD_BYTES", bases)
     calls.clear()
     training.step()
     assert calls == 2 * [1] * MATRICES + 2 * ([MATRICES] + [1] * MATRICES), "bases fit, weights do not"
-    monkeypatch.setattr(held_matrices, "HELD_BYTES", bases - 1)
+    monkeypatch.setattr(dequant_cache, "HELD_BYTES", bases - 1)
     calls.clear()
     training.step()
     assert calls == 2 * [1] * MATRICES * (1 + 3)
@@ -173,7 +174,7 @@ def test_the_bits_are_those_of_one_by_one(
     together = trained(tmp_path, "cpu", flags, sums=sums)
     assert calls.count(7) > 9 * 3
     calls.clear()
-    monkeypatch.setattr(held_matrices, "HELD_BYTES", 0)
+    monkeypatch.setattr(dequant_cache, "HELD_BYTES", 0)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == together[:2]
     assert set(calls) == {1, 2}, "two where one product takes the weights of queries and keys"
 

@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from peft_pretraining import build
-from peft_pretraining.args import parse_args
 from peft_pretraining.build import build_training
-from peft_pretraining.modeling_llama import LlamaForCausalLM
-from peft_pretraining.process import make_reproducible
-from qgalore import kernels, layer_graphs
-from qgalore.full_rank_weight import FullRankWeight
-from qgalore.layer_graphs import LayerGraphs, Work, _CapturedStack
-from qgalore.low_rank_weight import LowRankWeight
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.runtime.process import make_reproducible
+from qgalore import kernels
+from qgalore.graphs import runner
+from qgalore.graphs.captured import CapturedStack
+from qgalore.graphs.eager import Work
+from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
-from qgalore.rank_sum import RankSum
+from qgalore.update.all_reduce import RankSum
+from qgalore.update.full_rank import FullRankWeight
+from qgalore.update.low_rank import LowRankWeight
 from tests.small_run import CONFIG
 
 
@@ -173,7 +176,7 @@ class EmulatedGraph:
             self.stack._messages = before
 
 
-class EmulatedStack(_CapturedStack):
+class EmulatedStack(CapturedStack):
     """The stack of graphs on a CPU: its order, its table of numbers, its places and messages."""
 
     in_memory = False
@@ -245,8 +248,8 @@ def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(build, "allows_graphs", lambda _: True)
     monkeypatch.setattr(build, "replay_layers", layer_by_layer)
-    monkeypatch.setattr(layer_graphs, "_CapturedStack", EmulatedStack)
-    monkeypatch.setattr(layer_graphs, "_can_capture", lambda _: True)
+    monkeypatch.setattr(runner, "CapturedStack", EmulatedStack)
+    monkeypatch.setattr(runner, "_can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     for kind in (FullRankWeight, LowRankWeight):
@@ -276,7 +279,7 @@ def test_emulated_graphs_give_the_bits_of_plain_calls(
 def test_no_message_outlives_its_updates(captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is made while the other is under way, and graphs have two places for them."""
     emulate_graphs(monkeypatch)
-    monkeypatch.setattr(layer_graphs, "_can_capture", lambda _: captures)
+    monkeypatch.setattr(runner, "_can_capture", lambda _: captures)
     message_of, alive, most = LowRankAdamW.message_of, weakref.WeakSet[RankSum](), []
 
     def watched(optimizer: LowRankAdamW, weights: list[FullRankWeight], buffer: Tensor | None = None) -> RankSum | None:

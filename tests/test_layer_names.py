@@ -9,14 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qgalore import (
-    GaLoreAdamW,
-    QGaLoreAdamW8bit,
-    WeightFormat,
-    convert_linears,
-    linear_names,
-    low_rank_param_groups,
-)
+from qgalore import GaLoreAdamW, QGaLoreAdamW8bit, WeightFormat, convert_linears, linear_names, low_rank_param_groups
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pretraining import linear_cross_entropy as module
-from peft_pretraining.linear_cross_entropy import linear_cross_entropy, token_chunks
+from peft_pretraining.models.ops import linear_cross_entropy as module
+from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy, token_chunks
 from qgalore.kernels import reference
 
 # Tokens, vocabulary, hidden size: one of each, an odd vocabulary, a padded one, several tiles of tokens.

@@ -9,21 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.modeling_llama import LlamaForCausalLM
-from qgalore import (
-    LowRankLinear,
-    QGaLoreAdamW8bit,
-    WeightFormat,
-    convert_linears,
-    linear,
-    linear_operator,
-    low_rank_param_groups,
-    low_rank_weight,
-    subspace,
-)
-from qgalore.held_matrices import held_bases, held_weights
-from qgalore.linear import products
-from qgalore.neighbours import joined, new_stack
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
+from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.layer import autograd_op, linear
+from qgalore.layer.layout import joined, new_stack
+from qgalore.layer.linear import products
+from qgalore.subspace import fit
+from qgalore.update import low_rank
 from tests.taps import FactorTap
 from tests.test_memory_plan import CONFIG
 
@@ -152,17 +145,17 @@ def test_an_input_is_projected_once_for_all_that_want_it() -> None:
         basis.copy_(values)
     x = normal(7, 24, seed=2)
     for bases in (stack, [basis.clone() for basis in stack]):
-        found = linear_operator.project_together([Tap(basis) for basis in bases], x)
+        found = autograd_op.project_together([Tap(basis) for basis in bases], x)
         for projected, basis in zip(found, bases, strict=True):
             assert projected is not None
             torch.testing.assert_close(projected, x @ basis.T)
     wide = torch.cat((x, torch.zeros(7, 8)), 1)
-    first = linear_operator.project_together([Tap(basis) for basis in stack], wide)[0]
+    first = autograd_op.project_together([Tap(basis) for basis in stack], wide)[0]
     assert first is not None
     torch.testing.assert_close(first, x @ stack[0].T)
     alone: list[list[Tap | None]] = [[Tap(stack[0])], [Tap(stack[0]), Tap()], [Tap(stack[0]), None], []]
     for taps in alone:
-        assert linear_operator.project_together(taps, x) == [None] * len(taps)
+        assert autograd_op.project_together(taps, x) == [None] * len(taps)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, True)])
@@ -211,7 +204,7 @@ def attached(net: Net, **flags: object) -> tuple[Net, QGaLoreAdamW8bit]:
 @pytest.fixture
 def directly(monkeypatch: pytest.MonkeyPatch) -> None:
     """These matrices are too small for it to pay."""
-    for module in (subspace, low_rank_weight):
+    for module in (fit, low_rank):
         monkeypatch.setattr(module, "projects_directly", lambda tokens, *rest: tokens > 1)
 
 
@@ -226,16 +219,16 @@ def trained(net: Net, optimizer: QGaLoreAdamW8bit, updates: int = 7) -> list[Ten
 @pytest.mark.usefixtures("directly")
 def test_training_is_that_of_projections_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(subspace, "project_factors", None)  # which would project again
+        patch.setattr(fit, "project_factors", None)  # which would project again
         joint = trained(*attached(Net(), subspace="streaming"))
     found = list[bool]()
-    together = linear_operator.project_together
+    together = autograd_op.project_together
 
-    def apart(taps: Sequence[linear_operator.GradientTap | None], input: Tensor) -> list[Tensor | None]:
+    def apart(taps: Sequence[autograd_op.GradientTap | None], input: Tensor) -> list[Tensor | None]:
         found.append(together(taps, input)[0] is not None)
         return [None] * len(taps)
 
-    monkeypatch.setattr(linear_operator, "project_together", apart)
+    monkeypatch.setattr(autograd_op, "project_together", apart)
     for ours, alone in zip(joint, trained(*attached(Net(), subspace="streaming")), strict=True):
         assert ((ours - alone).abs() > 1e-5).float().mean() < 0.02, "more than roundings that went the other way"
     assert found == [True] * 7
@@ -262,11 +255,11 @@ def test_only_what_is_projected_directly_from_the_right_is_joined(
     trained(net, optimizer, 1)
     weights, x = list(optimizer.low_rank_weights()), normal(tokens, 48)
     assert all((weight.input_basis(x) is not None) == wanted for weight in weights)
-    monkeypatch.setattr(subspace, "project_factors", None)
+    monkeypatch.setattr(fit, "project_factors", None)
     for weight in weights:
         if weight.forms_gradient(x):  # and the factors are not projected one by one
             weight.accumulate(normal(tokens, weight.shape[0]), x)
-    monkeypatch.setattr(low_rank_weight, "JOINED_BASIS_BYTES", 4 * 48 * 4 - 1)
+    monkeypatch.setattr(low_rank, "JOINED_BASIS_BYTES", 4 * 48 * 4 - 1)
     assert all(weight.input_basis(x) is None for weight in weights), "too large"
 
 
@@ -293,7 +286,7 @@ def test_large_weights_and_products_in_int8_are_multiplied_apart(monkeypatch: py
         asked.append(side_by_side)
         return [layer.product(input) for layer in layers]
 
-    monkeypatch.setattr(linear_operator, "multiply", multiply)
+    monkeypatch.setattr(autograd_op, "multiply", multiply)
     monkeypatch.setattr(linear, "JOINED_WEIGHT_BYTES", 4 * 24 * (16 + 24))
     for format, outputs in (
         (FORMATS["int8"], (16, 24, 99)),
@@ -320,7 +313,7 @@ def test_queries_and_keys_of_a_llama_share_a_product(monkeypatch: pytest.MonkeyP
         found.extend([whole is not None] if dim == 1 else [])
         return whole
 
-    monkeypatch.setattr(linear_operator, "joined", spied)
+    monkeypatch.setattr(autograd_op, "joined", spied)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 8))
     loss = model(tokens, tokens).loss_sum
     assert loss is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_pretraining.lr_schedule import lr_multiplier, set_learning_rate
+from peft_pretraining.optim.lr_schedule import lr_multiplier, set_learning_rate
 
 SCHEDULERS = ["cosine", "linear", "cosine_restarts"]
 

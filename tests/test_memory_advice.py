@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import run_pretrain
-from peft_pretraining import memory_advice
-from peft_pretraining.args import RunArgs, parse_args
-from peft_pretraining.dry_run import plan
-from peft_pretraining.model_config import LlamaConfig
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.memory import advice
+from peft_pretraining.memory.from_args import plan
+from peft_pretraining.models.llama.config import LlamaConfig
 from tests.small_run import SmallRun
 
 CUDA = torch.device("cuda", 0)
@@ -52,9 +53,9 @@ def test_each_advice_fits_alone(run: str, root: Path) -> None:
     flags, available, expected = RUNS[run]
     args, limit = arguments(flags, root), int(available * 1e9)
     config = LlamaConfig.from_json(args.model.model_config)
-    advice = memory_advice.flags_that_fit(args, config, limit)
-    assert peak(args) > limit and advice == expected
-    for text in advice:
+    found = advice.flags_that_fit(args, config, limit)
+    assert peak(args) > limit and found == expected
+    for text in found:
         changed = arguments(f"{flags} {text}", root)
         assert peak(changed) <= limit and changed.batch.total_batch_size == args.batch.total_batch_size
 
@@ -63,13 +64,13 @@ def test_only_a_run_that_does_not_fit_is_warned_of(root: Path, monkeypatch: pyte
     args = arguments(RUNS["rank"][0], root)
     for free, warned in ((peak(args), False), (peak(args) - 1, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 << 30))
-        warning = memory_advice.warning_of_memory(args, CUDA)
+        warning = advice.warning_of_memory(args, CUDA)
         assert (warning is not None) == warned
     assert warning is not None
     assert (
         f"planned to take {peak(args) / 1e9:.1f} GB of {peak(args) / 1e9:.1f}" in warning and "--rank 1568" in warning
     )
-    assert memory_advice.warning_of_memory(args, torch.device("cpu")) is None
+    assert advice.warning_of_memory(args, torch.device("cpu")) is None
 
 
 def fake_memory(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int) -> None:
@@ -81,10 +82,10 @@ def fake_memory(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int) -> No
 def test_out_of_memory_counts_what_this_run_could_have(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(RUNS["rank"][0], root)
     fake_memory(monkeypatch, 10**8, peak(args) - 2 * 10**8)  # the rest of the 80 GiB is another process's
-    text = memory_advice.out_of_memory(args, CUDA)
+    text = advice.out_of_memory(args, CUDA)
     assert "each of these alone would fit: " in text and "--rank 1568" in text
     fake_memory(monkeypatch, 10**8, peak(args))
-    text = memory_advice.out_of_memory(args, CUDA)
+    text = advice.out_of_memory(args, CUDA)
     assert "and took more" in text and "would fit" not in text
 
 
@@ -97,8 +98,8 @@ def test_a_shape_that_only_transformers_reads_has_no_plan(
     flags = f"--model_config {config} --use_hf_model --batch_size 1 --optimizer adamw --dataset pydocs"
     args = parse_args(flags.split())
     fake_memory(monkeypatch, 0, 0)
-    assert memory_advice.warning_of_memory(args, CUDA) is None
-    assert "planned" not in memory_advice.out_of_memory(args, CUDA)
+    assert advice.warning_of_memory(args, CUDA) is None
+    assert "planned" not in advice.out_of_memory(args, CUDA)
     assert run_pretrain.main([*flags.split(), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "--use_hf_model True" in printed and "memory: not planned" in printed

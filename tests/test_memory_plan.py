@@ -10,31 +10,33 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from peft_pretraining.activation_memory import hidden_bytes, layer_activation_bytes
-from peft_pretraining.held_memory import held_bases_bytes, held_weights_bytes
-from peft_pretraining.lasting_memory import MemorySettings, gradient_shape
-from peft_pretraining.linear_cross_entropy import token_chunks
-from peft_pretraining.memory_plan import (
+from peft_pretraining.memory.activation_bytes import hidden_bytes, layer_activation_bytes
+from peft_pretraining.memory.dequant_cache_bytes import held_bases_bytes, held_weights_bytes
+from peft_pretraining.memory.plan import (
     _beside_activations,
     _multiplying_bytes,
     _other_sketches_bytes,
     _refresh_in_backward_bytes,
     plan_memory,
 )
-from peft_pretraining.model import low_rank_names, materialize
-from peft_pretraining.model_config import LlamaConfig
-from peft_pretraining.modeling_llama import LlamaForCausalLM
-from peft_pretraining.update_memory import (
+from peft_pretraining.memory.settings import MemorySettings
+from peft_pretraining.memory.state_bytes import gradient_shape
+from peft_pretraining.memory.update_bytes import (
     directions_bytes,
     largest_update_bytes,
     refresh_of_subspace_bytes,
     step_bytes,
     updated_together,
 )
+from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.models.init import materialize
+from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.adam import GradientStep, init_moments
-from qgalore.direction import DIRECTIONS, orthogonal_directions
-from qgalore.held_matrices import held_bases, held_weights
+from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.update.directions import DIRECTIONS, orthogonal_directions
+from qgalore.update.moments import GradientStep, init_moments
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
 CONFIG = LlamaConfig.from_dict(

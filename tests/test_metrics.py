@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.metrics import MetricsLogger, deterministic_metrics, memory_metrics, read_metrics
-from peft_pretraining.progress import Progress, describe, format_rate, format_seconds
-from peft_pretraining.throughput import ThroughputMeter, peak_flops, train_flops_per_token
-from peft_pretraining.wandb_mirror import has_login, resolve_mode
+from peft_pretraining.reporting.jsonl import MetricsLogger, deterministic_metrics, memory_metrics, read_metrics
+from peft_pretraining.reporting.progress import Progress, describe, format_rate, format_seconds
+from peft_pretraining.reporting.throughput import ThroughputMeter, peak_flops, train_flops_per_token
+from peft_pretraining.reporting.wandb import has_login, resolve_mode
 
 
 def make_logger(save_dir: Path, **options: Any) -> MetricsLogger:
@@ -179,7 +179,7 @@ def test_a_wandb_that_fails_later_is_one_warning(tmp_path: Path, capsys: pytest.
 WANDB_PROGRAM = """
 import sys
 from pathlib import Path
-from peft_pretraining.metrics import MetricsLogger
+from peft_pretraining.reporting.jsonl import MetricsLogger
 directory, mode, *run_id = sys.argv[1:]
 logger = MetricsLogger(
     Path(directory), {"lr": 0.1}, wandb_mode=mode, run_id=(run_id or [None])[0], total_updates=2, show_progress=False
@@ -279,7 +279,7 @@ def test_words_for_numbers() -> None:
 
 def test_throughput_counts_only_the_time_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 100.0, 102.0])
-    monkeypatch.setattr("peft_pretraining.throughput.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("peft_pretraining.reporting.throughput.time.perf_counter", lambda: next(clock))
     meter = ThroughputMeter(flops_per_token=10.0, peak_flops=10_000.0)
     assert meter.report() == {}
     for _ in range(2):

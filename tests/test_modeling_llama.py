@@ -14,26 +14,16 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from peft_pretraining.arg_groups import ModelArgs
-from peft_pretraining.compiler_pass import GivesUpGradients
+from peft_pretraining.build import build_model
+from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.model import (
-    CausalLM,
-    HFCausalLM,
-    build_model,
-    build_on_meta,
-    low_rank_names,
-    materialize,
-    parameter_count,
-)
-from peft_pretraining.model_config import LlamaConfig
-from peft_pretraining.modeling_llama import (
-    LlamaAttention,
-    LlamaForCausalLM,
-    LlamaRMSNorm,
-    cudnn_length,
-)
-from peft_pretraining.rotary import rotary_tables
+from peft_pretraining.models.build import CausalLM, build_on_meta, low_rank_names, parameter_count
+from peft_pretraining.models.compile import GivesUpGradients
+from peft_pretraining.models.hf import HFCausalLM
+from peft_pretraining.models.init import materialize
+from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.llama.modeling import LlamaAttention, LlamaForCausalLM, LlamaRMSNorm, cudnn_length
+from peft_pretraining.models.ops.rotary import rotary_tables
 from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.checkpoint import load_checkpoint, save_checkpoint, with_todays_names
+from peft_pretraining.checkpoint.store import load_checkpoint, save_checkpoint, with_todays_names
 from tests.small_run import CONFIG, SmallRun, assert_same_run, flags_of, token_stream
 from tests.test_export_hf import script as script
 

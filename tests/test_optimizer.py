@@ -20,15 +20,15 @@ from qgalore import (
     LowRankLinear,
     QGaLoreAdamW8bit,
     WeightFormat,
-    adam,
     convert_linears,
     linear_names,
     low_rank_param_groups,
-    subspace,
 )
-from qgalore.full_rank_weight import HOST_STATE
-from qgalore.low_rank_weight import LowRankWeight
 from qgalore.optimizer import LowRankAdamW
+from qgalore.subspace import fit
+from qgalore.update import moments
+from qgalore.update.full_rank import HOST_STATE
+from qgalore.update.low_rank import LowRankWeight
 
 VOCABULARY, HIDDEN, MLP, LENGTH = 13, 24, 40, 6
 CLASSES: dict[str, type[LowRankAdamW]] = {
@@ -58,7 +58,7 @@ PAIRS = [
 
 @pytest.fixture(autouse=True)
 def _8bit_states_for_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam, "MIN_8BIT_NUMEL", 0)
+    monkeypatch.setattr(moments, "MIN_8BIT_NUMEL", 0)
 
 
 class Layer(nn.Module):
@@ -286,7 +286,7 @@ def test_every_mode_learns(name: str, storage: str, subspace: str) -> None:
 
 
 def test_8bit_states_are_used_for_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam, "MIN_8BIT_NUMEL", 4096)
+    monkeypatch.setattr(moments, "MIN_8BIT_NUMEL", 4096)
     net, optimizer = build("galore8bit", hidden=48, mlp=96, rank=48)
     train(net, optimizer, range(2))
     dtypes = {
@@ -714,18 +714,18 @@ def trained_weight(**group: Any) -> tuple[nn.Parameter, LowRankAdamW, LowRankWei
 @pytest.mark.parametrize("name", ["galore", "qgalore8bit"])
 def test_an_svd_with_other_signs_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments that are not rotated belong to the old vectors, whose signs a solver chooses anew each time."""
-    fit, calls = subspace.fit_svd, 0
+    original, calls = fit.fit_svd, 0
 
     def fit_svd(*args: Any) -> Tensor | None:
         nonlocal calls
-        calls, basis = calls + 1, fit(*args)
+        calls, basis = calls + 1, original(*args)
         signs = torch.randn(4, 1, generator=torch.Generator().manual_seed(calls)).sign()
         return basis if basis is None or calls <= 3 else basis * signs
 
     nets = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(subspace, "fit_svd", fit_svd)
+            monkeypatch.setattr(fit, "fit_svd", fit_svd)
         net, optimizer = build(name, options={"lr": 0.01}, subspace="svd", rotate_moments=False)
         train(net, optimizer, range(12))
         nets.append(net)
@@ -736,7 +736,7 @@ def test_an_svd_with_other_signs_changes_nothing(name: str, monkeypatch: pytest.
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_sketch_is_made_with_the_momentum_in_rows_of_unit_length(side: str) -> None:
     _, _, weight = trained_weight(subspace="streaming", proj_type=side)
-    momentum = adam.read_moment(weight.state, "exp_avg")
+    momentum = moments.read_moment(weight.state, "exp_avg")
     momentum = momentum if side == "left" else momentum.T
     expected = momentum / momentum.norm(dim=1, keepdim=True)
     torch.testing.assert_close(weight._test_matrix(side, torch.float32), expected)
@@ -771,7 +771,7 @@ def test_a_failed_svd_keeps_the_basis_and_is_counted(
 ) -> None:
     parameter, optimizer, weight = trained_weight(quant=quant, rotate_moments=rotate)
     before = {key: entry.clone() for key, entry in weight.state.items() if "basis" in key}
-    monkeypatch.setattr(subspace, "fit_svd", lambda *_: None)
+    monkeypatch.setattr(fit, "fit_svd", lambda *_: None)
     parameter.grad = torch.ones(30, 50)
     optimizer.step()
     assert all(torch.equal(weight.state[key], entry) for key, entry in before.items())

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.arg_groups import ModelArgs
-from peft_pretraining.args import parse_args
-from peft_pretraining.build import build_training
-from peft_pretraining.lr_schedule import set_learning_rate
-from peft_pretraining.model import build_model, low_rank_names
-from peft_pretraining.optimizers import TrainingOptimizer, weight_format
+from peft_pretraining.build import build_model, build_training
+from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.optim.build import weight_format
+from peft_pretraining.optim.lr_schedule import set_learning_rate
+from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import LowRankLinear
 from tests.small_run import OPTIMIZERS, VOCAB, SmallRun, assert_same_bits, flags_of
 

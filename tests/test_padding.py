@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat
-from qgalore.padding import padded_width, with_padded_columns
+from qgalore.layer.layout import padded_width, with_padded_columns
 
 
 def test_only_what_the_tensor_cores_refuse_is_padded() -> None:

@@ -1,4 +1,4 @@
-"""The house rules that a machine can keep: one-way dependencies, small files, names, one version."""
+"""The house rules that a machine can keep: one-way dependencies, short functions, names, one version."""
 
 import ast
 import re
@@ -56,17 +56,81 @@ def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
 
 
-def test_arguments_and_metrics_of_a_run_are_read_before_torch() -> None:
-    for name in ("args", "arg_groups", "arg_checks", "cli", "errors", "model_config"):
-        assert "torch" not in packages(imports(ROOT / "peft_pretraining" / f"{name}.py")), f"{name} must stay light"
+def test_the_command_line_is_read_without_torch() -> None:
+    light = [name for name in FILES if name.startswith("peft_pretraining/config/")]
+    for name in [*light, "peft_pretraining/errors.py", "peft_pretraining/models/llama/config.py", "qgalore/config.py"]:
+        assert "torch" not in packages(imports(ROOT / name)), f"{name} must stay light"
+
+
+# ---- rooms
+
+ROOMS = (
+    # What stands further down may import what stands above it in its library, and never the other way round.
+    *(
+        "qgalore.config",
+        "qgalore.kernels",
+        "qgalore.layer",
+        "qgalore.subspace",
+        "qgalore.update",
+        "qgalore.param_groups",
+    ),
+    *("qgalore.saved_state", "qgalore.optimizer", "qgalore.graphs", "qgalore"),
+    *("peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config"),
+    *("peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build", "peft_pretraining.evaluation"),
+    *(
+        "peft_pretraining.memory",
+        "peft_pretraining.dry_run",
+        "peft_pretraining.checkpoint",
+        "peft_pretraining.reporting",
+    ),
+    *("peft_pretraining", "run_pretrain"),
+)
+
+
+def module_name(name: str) -> str:
+    return name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules of the project that a file imports anywhere, for types alone, too, or inside a function."""
+    modules = {module_name(each) for each in FILES}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            # What is not a module is a name that the package or module itself has.
+            found |= inside | ({node.module or ""} if len(inside) < len(node.names) else set())
+    return {each for each in found if each.startswith(LIBRARIES)} - {module_name(name)}
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {module_name(name): imported_modules(name) for name in FILES}
+    graph |= {"run_pretrain": imported_modules("run_pretrain.py")}
+    left = dict(graph)
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these files import each other in a circle, or one that does: {sorted(left)}"
+    assert len(graph) > 100 and graph["qgalore.layer.linear"] and graph["run_pretrain"]
 
 
 @pytest.mark.parametrize("name", [*FILES, "run_pretrain.py"])
-def test_files_are_small(name: str) -> None:
-    if not (ROOT / name).exists():
-        pytest.skip(f"{name} is not there")
-    lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-    assert lines < 400, f"{name} has {lines} lines: split it"
+def test_rooms_import_in_one_direction(name: str) -> None:
+    room = room_of(module_name(name))
+    for other in map(room_of, imported_modules(name)):
+        both = {room.split(".")[0], other.split(".")[0]}
+        if len(both) == 1 and other != room:
+            assert ROOMS.index(other) < ROOMS.index(room), f"{name} imports {other}, which stands below {room}"
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    assert {room_of(module_name(name)) for name in FILES} | {"run_pretrain"} == set(ROOMS)
 
 
 @pytest.mark.parametrize("name", [*FILES, "run_pretrain.py"])

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import quality, quality_plot
 from benchmarks.rows import ROOT, append_row
-from peft_pretraining.args import parse_args
+from peft_pretraining.config.parse import parse_args
 
 SMALL = ["--model", "9m", "--updates", "2", "--sequences", "2", "--batch_size", "1", "--device", "cpu"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgalore.rank_sum import RankSum
+from qgalore.update.all_reduce import RankSum
 
 
 class Doubling:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.arg_groups import OptimizerArgs, SubspaceArgs
-from peft_pretraining.args import RunArgs, parse_args
-from peft_pretraining.cli import read_specs
+from peft_pretraining.config.flags import read_specs
+from peft_pretraining.config.groups import OptimizerArgs, SubspaceArgs
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from tests.small_run import ROOT
 
@@ -179,8 +180,8 @@ def test_a_recipe_that_does_not_exist() -> None:
 
 def test_the_bytes_of_the_paper() -> None:
     """Projections and states of the recipe take no more than those of the paper's rank, a quarter of the width."""
-    from peft_pretraining.dry_run import plan
-    from peft_pretraining.model_config import LlamaConfig
+    from peft_pretraining.memory.from_args import plan
+    from peft_pretraining.models.llama.config import LlamaConfig
 
     def states(flags: str, model: str) -> int:
         quantized = "--weight_quant --stochastic_round --proj_quant"

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import run_pretrain
-from peft_pretraining import run_checkpoints
-from peft_pretraining.checkpoint import save_checkpoint
-from peft_pretraining.metrics import METRICS_FILE, read_metrics
+from peft_pretraining.checkpoint import run_state
+from peft_pretraining.checkpoint.store import save_checkpoint
+from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from tests.file_opens import counted_opens
 from tests.small_run import (
     CONFIG,
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_goes_on_from_its_newest_checkpoint(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_checkpoints, "save_checkpoint", save_and_die)
+        patch.setattr(run_state, "save_checkpoint", save_and_die)
         with pytest.raises(InterruptedError):
             small.main("parts", **flags)
     assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
@@ -345,7 +345,7 @@ def test_a_run_that_cannot_read_its_first_checkpoint_says_so_at_once(
         (path / "optimizer.json").write_bytes(b"lost")
         return path
 
-    monkeypatch.setattr(run_checkpoints, "save_checkpoint", save_and_lose)
+    monkeypatch.setattr(run_state, "save_checkpoint", save_and_lose)
     assert small.main("run", save_every=1000) == 2
     assert "step_00000000: optimizer.json has 4 bytes instead of" in capsys.readouterr().err
     assert small.result("run").lines == [], "it trained for nothing"
@@ -426,14 +426,14 @@ def test_products_in_int8_are_refused_elsewhere_and_older_checkpoints_had_none(
     small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = Q_GALORE_PER_LAYER | {"weight_group_size": None, "num_training_steps": 2}
-    describe = run_checkpoints.RunCheckpoints._describe
+    describe = run_state.RunCheckpoints._describe
 
     def describe_as_before(checkpoints: Any) -> dict[str, Any]:
         return {name: value for name, value in describe(checkpoints).items() if name != "int8_products"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_checkpoints.RunCheckpoints, "_describe", describe_as_before)
-        patch.setattr(run_checkpoints, "_FIXED", ())
+        patch.setattr(run_state.RunCheckpoints, "_describe", describe_as_before)
+        patch.setattr(run_state, "_FIXED", ())
         small.run("run", **flags)
     longer = flags | {"num_training_steps": 4, "continue_from": "auto"}
     message = refusal(small, capsys, **longer, int8_products=True)

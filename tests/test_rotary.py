@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from peft_pretraining.rotary import rotary_tables, rotate
-from qgalore.neighbours import joined
+from peft_pretraining.models.ops.rotary import rotary_tables, rotate
+from qgalore.layer.layout import joined
 from tests.interpreter import compare
 
 CASES = {

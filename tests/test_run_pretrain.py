@@ -13,13 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_pretraining.args import parse_args
-from peft_pretraining.build import build_training
-from peft_pretraining.deferred_metrics import DeferredMetrics
-from peft_pretraining.distributed import Processes
-from peft_pretraining.metrics import METRICS_FILE, read_metrics
-from peft_pretraining.model import CausalLM, low_rank_names
-from peft_pretraining.run_data import build_data
+from peft_pretraining.build import build_data, build_training
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.models.build import CausalLM, low_rank_names
+from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
+from peft_pretraining.runtime.deferred import DeferredMetrics
+from peft_pretraining.runtime.world import Processes
 from qgalore import LowRankLinear
 from tests.small_run import (
     CONFIG,

@@ -14,10 +14,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from qgalore import GaLoreAdamW, adam
-from qgalore.full_rank_weight import HOST_STATE
+from qgalore import GaLoreAdamW
 from qgalore.optimizer import LowRankAdamW
 from qgalore.saved_state import _GROUP_KEYS
+from qgalore.update import moments
+from qgalore.update.full_rank import HOST_STATE
 from tests.test_optimizer import Net, assert_same, backward, build, round_trip, train
 
 PAIRS = [("galore", "plain"), ("galore8bit", "float"), ("galore", "simulated"), ("qgalore8bit", "int8")]
@@ -26,7 +27,7 @@ every_pair = pytest.mark.parametrize(("name", "storage"), PAIRS)
 
 @pytest.fixture(autouse=True)
 def _8bit_states_for_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam, "MIN_8BIT_NUMEL", 0)
+    monkeypatch.setattr(moments, "MIN_8BIT_NUMEL", 0)
 
 
 def snapshot(net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.args import RunArgs, parse_args
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
 from tests.small_run import TORCHRUN, SmallRun
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
-from peft_pretraining.signals import StopRequest
+from peft_pretraining.runtime.signals import StopRequest
 from tests.data.hub_server import C4Hub
 from tests.small_run import SmallRun, assert_same_run, flags_of, restored_process, start, start_ranks, write_text
 

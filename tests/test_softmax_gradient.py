@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_pretraining.linear_cross_entropy import softmax_gradient_
+from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
 from tests.interpreter import compare
 
 IGNORE_INDEX = -100

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.checkpoint import check_model_tensors, load_checkpoint, save_checkpoint
+from peft_pretraining.checkpoint.store import check_model_tensors, load_checkpoint, save_checkpoint
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, quantize
 from qgalore.kernels import reference
-from qgalore.quantization import aligned_row_bytes, dequantize_several, row_bytes
+from qgalore.layer.quantization import aligned_row_bytes, dequantize_several, row_bytes
 
 ROWS, COLUMNS = 10, 61
 FORMATS = {

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from qgalore.subspace_schedule import RefreshSchedule, first_refresh_spread
+from qgalore.subspace.schedule import RefreshSchedule, first_refresh_spread
 
 
 def schedules(count: int, interval: int) -> list[RefreshSchedule]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_pretraining.modeling_llama import LlamaForCausalLM
-from peft_pretraining.swiglu import group_size_of, swiglu_through_int8
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.models.ops.swiglu import group_size_of, swiglu_through_int8
 from tests.test_modeling_llama import built, tokens, write_config
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_pretraining.run_metrics import RunMetrics
-from peft_pretraining.update_outcomes import Outcome, UpdateOutcomes
+from peft_pretraining.reporting.reporter import RunMetrics
+from peft_pretraining.runtime.update_outcomes import Outcome, UpdateOutcomes
 from tests.small_run import SmallRun, flags_of
 from tests.test_skipped_updates import Fault, run_with
 

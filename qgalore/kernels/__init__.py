@@ -1,351 +1,55 @@
-"""The one door to the arithmetic: checks arguments, chooses an implementation, and is all that the library calls.
+"""The arithmetic of the library: `api` is the one door, `reference` and `triton` are behind it."""
 
-`QGALORE_KERNELS` chooses: `reference` is plain PyTorch, on any device; `triton` the Triton kernels (on the CPU only
-with `TRITON_INTERPRET=1`, for tests); `auto`, the default, Triton on CUDA where it is installed. Both give the same
-bits for everything that is stored.
-"""
+from qgalore.kernels.api import (
+    PART,
+    adam_step,
+    adam_steps,
+    check_gradients_,
+    dequantize,
+    dequantize_blocks,
+    dequantize_several,
+    int8_linear,
+    int8_linear_backward,
+    momentum_step,
+    orthogonalize,
+    project_back,
+    quantize,
+    quantize_blocks_,
+    reads_numbers,
+    row_chunks,
+    scaled,
+    update_float_,
+    update_quantized_,
+    update_several_quantized_,
+)
+from qgalore.kernels.arguments import MATRICES_TOGETHER, AdamStep, QuantizedMatrix, QuantizedUpdate, numbers_row
+from qgalore.kernels.backend import use_triton
 
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
-
-from qgalore.kernels import reference
-from qgalore.kernels.block_quantization import dequantize_blocks as dequantize_blocks
-from qgalore.kernels.block_quantization import quantize_blocks_ as quantize_blocks_
-from qgalore.kernels.implementation import check_matrix, triton_or_none
-from qgalore.kernels.implementation import use_triton as use_triton
-from qgalore.kernels.int8_products import int8_linear as int8_linear
-from qgalore.kernels.int8_products import int8_linear_backward as int8_linear_backward
-from qgalore.kernels.update_arguments import MATRICES_TOGETHER as MATRICES_TOGETHER
-from qgalore.kernels.update_arguments import AdamStep as AdamStep
-from qgalore.kernels.update_arguments import QuantizedMatrix as QuantizedMatrix
-from qgalore.kernels.update_arguments import QuantizedUpdate as QuantizedUpdate
-from qgalore.kernels.update_arguments import numbers_row as numbers_row
-
-
-def _check_format(bits: int, group_size: int) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, not {bits}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be positive, not {group_size}")
-
-
-def _check_stored(matrix: QuantizedMatrix) -> None:
-    check_matrix(matrix.qdata, "qdata")
-    _check_format(matrix.bits, matrix.group_size)
-    rows, out = len(matrix.qdata), matrix.out
-    if out is not None and (out.shape[0] < rows or out.shape[1] < matrix.columns):
-        raise ValueError(f"out of shape {tuple(out.shape)} does not hold a matrix of {rows} x {matrix.columns}")
-
-
-@contextlib.contextmanager
-def _taken_back_if(skip: Tensor | None, *tensors: Tensor | None) -> Iterator[None]:
-    """Let the body write to tensors, and take it back on the device where the flag is true."""
-    if skip is None:
-        yield
-        return
-    before = [(tensor, tensor.clone()) for tensor in tensors if tensor is not None]
-    yield
-    for tensor, copy in before:
-        tensor.copy_(torch.where(skip, copy, tensor))
-
-
-def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a float matrix (rows, columns): stored codes, scale, zero point.
-
-    Codes are uint8, (rows, columns) at 8 bits and packed two a byte, (rows, ceil(columns / 2)), at 4; scale and zero
-    point are bfloat16, (rows, ceil(columns / group_size)). Nearest without a seed, stochastic with one.
-    """
-    check_matrix(x, "x")
-    _check_format(bits, group_size)
-    triton = triton_or_none(x.device, "group_quantization")
-    if triton is not None and triton.can_handle(group_size):
-        return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
-    parts = []
-    for start, stop in row_chunks(*x.shape):
-        random = _random_bits(stop - start, x.shape[1], seed, start, x.device)
-        codes, scale, zero_point = reference.quantize_groups(x[start:stop], bits, group_size, random)
-        packed = reference.pack_int4(codes) if bits == 4 else codes
-        # PyTorch lays them out as x is, and kernels read rows.
-        parts.append(tuple(part.contiguous() for part in (packed, scale, zero_point)))
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
-
-
-def dequantize(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    columns: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The float matrix (rows, columns) of stored codes, rounded once to `dtype`.
-
-    `out`, of any row stride, takes it; where `out` is larger it gets zeros. Rows of qdata may be longer than the
-    matrix, as in `update_quantized_`. Raises ValueError for an `out` that is smaller.
-    """
-    one = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size, out)
-    _check_stored(one)
-    triton = triton_or_none(qdata.device, "group_quantization")
-    if triton is not None and triton.can_handle(group_size):
-        return triton.dequantize_several([one], dtype)[0]  # type: ignore[no-any-return]
-    codes = reference.unpack_int4(qdata, columns) if bits == 4 else qdata[:, :columns]
-    value = reference.dequantize_groups(codes, scale, zero_point, group_size, dtype)
-    if out is None:
-        return value
-    out.zero_()
-    out[: qdata.shape[0], :columns] = value
-    return out
-
-
-def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
-    """`dequantize` of several matrices: in Triton one launch for those that are stored alike."""
-    for matrix in matrices:
-        _check_stored(matrix)
-    triton = triton_or_none(matrices[0].qdata.device, "group_quantization") if matrices else None
-    if triton is None or not all(triton.can_handle(matrix.group_size) for matrix in matrices):
-        return [dequantize(*matrix[:-1], dtype, matrix.out) for matrix in matrices]
-    return triton.dequantize_several(matrices, dtype)  # type: ignore[no-any-return]
-
-
-def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
-    """Write each ‖grad‖² to its place in squared_norms (n,) float32, and whether one is not finite into skip."""
-    triton = triton_or_none(skip.device, "gradient_check")
-    if triton is not None:
-        triton.check_gradients_(grads, squared_norms, places, skip)
-        return
-    for grad, place in zip(grads, places, strict=True):
-        squared_norms[place] = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-        skip.logical_or_(~squared_norms[place].isfinite())
-
-
-def adam_step(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_absmax: Tensor | None,
-    exp_avg_sq: Tensor,
-    exp_avg_sq_absmax: Tensor | None,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
-    block_size: int,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    numbers: Tensor | None = None,
-) -> Tensor:
-    """One step of Adam with the gradient factor * grad: moves the moments in place and returns the direction in dtype.
-
-    grad float of any shape; exp_avg, exp_avg_sq uint8 like grad with absmax tensors (ceil(numel / block_size),)
-    float32, or float32 without; step counts from 1. Where the flag `skip` is true the moments stay and the direction
-    is undefined. With `numbers` (see `numbers_row`) the step's come from there.
-    """
-    triton = triton_or_none(grad.device, "adam")
-    if triton is not None:
-        moments = exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax
-        one = AdamStep(grad, *moments, step, betas, eps, factor, dtype, numbers)
-        return triton.adam_steps([one], block_size, skip)[0]  # type: ignore[no-any-return]
-    _no_numbers(numbers)
-    grad = scaled(grad, factor)
-    with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
-        if exp_avg_absmax is None or exp_avg_sq_absmax is None:
-            return reference.adam_direction(grad, exp_avg, exp_avg_sq, step, betas, eps).to(dtype)
-        first = dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
-        second = dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
-        direction = reference.adam_direction(grad, first, second, step, betas, eps)
-        quantize_blocks_(exp_avg, exp_avg_absmax, first, True, block_size)
-        quantize_blocks_(exp_avg_sq, exp_avg_sq_absmax, second, False, block_size)
-    return direction.to(dtype)
-
-
-def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None = None) -> list[Tensor]:
-    """`adam_step` of several weights: in Triton one launch for those whose tensors and rates are of one kind."""
-    triton = triton_or_none(steps[0].grad.device, "adam")
-    if triton is not None:
-        return triton.adam_steps(steps, block_size, skip)  # type: ignore[no-any-return]
-    return [adam_step(*step[:8], block_size, step.factor, skip, step.dtype, step.numbers) for step in steps]
-
-
-def momentum_step(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_absmax: Tensor | None,
-    beta: float,
-    block_size: int,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Move a momentum in place towards the gradient factor * grad; returns Nesterov's, once more ahead, in dtype.
-
-    grad float of any shape; exp_avg uint8 like grad with an absmax tensor (ceil(numel / block_size),) float32, or
-    float32 without. Where the flag `skip` is true the momentum stays and what is returned is undefined.
-    """
-    triton = triton_or_none(grad.device, "adam")
-    if triton is not None:
-        return triton.momentum_step(grad, exp_avg, exp_avg_absmax, beta, block_size, factor, skip, dtype)  # type: ignore[no-any-return]
-    grad = scaled(grad, factor)
-    with _taken_back_if(skip, exp_avg, exp_avg_absmax):
-        if exp_avg_absmax is None:
-            return reference.nesterov_momentum(grad, exp_avg, beta).to(dtype)
-        momentum = dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
-        ahead = reference.nesterov_momentum(grad, momentum, beta)
-        quantize_blocks_(exp_avg, exp_avg_absmax, momentum, True, block_size)
-    return ahead.to(dtype)
-
-
-def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
-    """About U Vᵀ of each M = U S Vᵀ by Newton-Schulz iteration; matrices of any shapes with one shorter side.
-
-    Step after step the singular values of M / |M| (Frobenius) go through an odd polynomial a x + b x³ + c x⁵, of which
-    `polynomials` are (a, b, c).
-    """
-    triton = triton_or_none(matrices[0].device, "newton_schulz")
-    if triton is None:
-        return [reference.orthogonalize(matrix, polynomials) for matrix in matrices]
-    found: list[Tensor] = []
-    while len(found) < len(matrices):
-        found += triton.orthogonalize(matrices[len(found) : len(found) + MATRICES_TOGETHER], polynomials)
-    return found
-
-
-def update_quantized_(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    direction: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    columns: int,
-    bits: int,
-    group_size: int,
-    step_size: float,
-    decay: float,
-    seed: int | None,
-    skip: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """W <- quantize(decay * W - step_size * leftᵀ N right) in place on the stored codes, scale and zero point.
-
-    direction N is float, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
-    None. Products accumulate in float32, and there is one rounding: nearest without a seed, stochastic with one. Where
-    the flag `skip` is true nothing changes. With `numbers` (see `numbers_row`) step size,
-    decay and seed come from there. Rows of qdata may be longer than the matrix, with zeros at the end, which stay: as
-    kernels read to the end of a row, they are fastest where that is a multiple of 16 bytes.
-    """
-    triton = triton_or_none(qdata.device, "group_quantization")
-    if triton is not None and not triton.can_handle(group_size):
-        triton = None
-    one = QuantizedUpdate(
-        qdata, scale, zero_point, direction, left, right, columns, bits, group_size, step_size, decay, seed, numbers
-    )
-    if _in_one_pass(one):
-        triton_or_none(qdata.device, "low_rank_update").low_rank_updates_([one], skip)
-        return
-    if triton is not None and left is None and right is None:
-        triton.update_(
-            qdata, scale, zero_point, direction, columns, bits, group_size, step_size, decay, seed, 0, skip, numbers
-        )
-        return
-    for start, stop in row_chunks(qdata.shape[0], columns):
-        part = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
-        full = reference.project_back_rows(direction, left, right, start, stop)
-        if triton is not None:
-            triton.update_(*part, full, columns, bits, group_size, step_size, decay, seed, start, skip, numbers)
-            continue
-        _no_numbers(numbers)
-        with _taken_back_if(skip, *part):
-            weight = dequantize(*part, columns, bits, group_size, torch.float32)
-            weight.mul_(decay).sub_(full * step_size)
-            random = _random_bits(stop - start, columns, seed, start, weight.device)
-            codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
-            packed = reference.pack_int4(codes) if bits == 4 else codes
-            part[0][:, : packed.shape[1]] = packed
-
-
-def update_several_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:
-    """`update_quantized_` of several weights: in Triton one launch for those with one basis that are stored alike."""
-    one_pass = [update for update in updates if _in_one_pass(update)]
-    if one_pass:
-        triton_or_none(one_pass[0].qdata.device, "low_rank_update").low_rank_updates_(one_pass, skip)
-    for update in updates:
-        if not _in_one_pass(update):
-            update_quantized_(*update[:-1], skip, update.numbers)
-
-
-def _in_one_pass(update: QuantizedUpdate) -> bool:
-    """Whether a Triton kernel projects back, adds and requantizes."""
-    triton = triton_or_none(update.qdata.device, "low_rank_update")
-    one_side = (update.left is None) != (update.right is None)
-    return triton is not None and one_side and bool(triton.can_handle(update.group_size))
-
-
-def update_float_(
-    weight: Tensor,
-    direction: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    step_size: float,
-    decay: float,
-    seed: int | None,
-    row_start: int = 0,
-    skip: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """W <- round(decay * W - step_size * leftᵀ N right) in place on a float tensor, float32 inside.
-
-    With a seed a bfloat16 weight is rounded stochastically, since a nearest rounding loses every update below 1/512
-    of the weight; other dtypes round to nearest. A vector is a matrix of one row; `row_start` is the number of the
-    first row in the matrix that the seed belongs to. Where the flag `skip` is true nothing changes. With
-    `numbers` (see `numbers_row`) step size, decay and seed come from there.
-    """
-    matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
-    direction = direction if left is not None or right is not None else direction.view(matrix.shape)
-    triton = triton_or_none(weight.device, "float_update")
-    if triton is not None and left is None and right is None:
-        triton.update_float_(matrix, direction, step_size, decay, seed, row_start, skip, numbers)
-        return
-    for start, stop in row_chunks(*matrix.shape):
-        full = reference.project_back_rows(direction, left, right, start, stop)
-        if triton is not None:
-            triton.update_float_(matrix[start:stop], full, step_size, decay, seed, row_start + start, skip, numbers)
-            continue
-        _no_numbers(numbers)
-        with _taken_back_if(skip, matrix[start:stop]):
-            value = matrix[start:stop].float().mul(decay).sub_(full * step_size)
-            if seed is not None and weight.dtype == torch.bfloat16:
-                random = _random_bits(stop - start, matrix.shape[1], seed, row_start + start, weight.device)
-                assert random is not None
-                value = reference.round_stochastic_bfloat16(value, random)
-            matrix[start:stop] = value
-
-
-def reads_numbers(device: torch.device, group_size: int) -> bool:
-    """Whether updates on this device can take their numbers from it, of weights in groups of that size."""
-    triton = triton_or_none(device, "group_quantization")
-    return triton is not None and bool(triton.can_handle(group_size))
-
-
-def _no_numbers(numbers: Tensor | None) -> None:
-    if numbers is not None:
-        raise ValueError("only Triton kernels read the numbers of an update from the device")
-
-
-def _random_bits(rows: int, columns: int, seed: int | None, row_start: int, device: torch.device) -> Tensor | None:
-    return None if seed is None else reference.random_bits16(rows, columns, seed, row_start, device)
-
-
-def project_back(direction: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """leftᵀ N right, float32: N itself where both bases are None."""
-    rows = direction.shape[0] if left is None else left.shape[1]
-    return reference.project_back_rows(direction, left, right, 0, rows)
-
-
-row_chunks = reference.row_chunks
-scaled = reference.scaled
+__all__ = [
+    "MATRICES_TOGETHER",
+    "PART",
+    "AdamStep",
+    "QuantizedMatrix",
+    "QuantizedUpdate",
+    "adam_step",
+    "adam_steps",
+    "check_gradients_",
+    "dequantize",
+    "dequantize_blocks",
+    "dequantize_several",
+    "int8_linear",
+    "int8_linear_backward",
+    "momentum_step",
+    "numbers_row",
+    "orthogonalize",
+    "project_back",
+    "quantize",
+    "quantize_blocks_",
+    "reads_numbers",
+    "row_chunks",
+    "scaled",
+    "update_float_",
+    "update_quantized_",
+    "update_several_quantized_",
+    "use_triton",
+]

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.batches import IGNORED_LABEL, Update
-from peft_pretraining.dataloader import TrainLoader, build_train_loader
-from peft_pretraining.tokenizer import Tokenizer
+from peft_pretraining.data.batch import IGNORED_LABEL, Update
+from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 
 EOS = 1
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from peft_pretraining.sources import MemorySource
-from peft_pretraining.tokenizer import Tokenizer, train_bpe
+from peft_pretraining.data.sources.documents import MemorySource
+from peft_pretraining.data.tokenizer import Tokenizer, train_bpe
 
 Documents = list[str]
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.batches import IGNORED_LABEL
-from peft_pretraining.dataloader import merge_states
-from peft_pretraining.eval_set import build_eval_set
-from peft_pretraining.lanes import deal_units
-from peft_pretraining.sources import open_source
-from peft_pretraining.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.data.batch import IGNORED_LABEL
+from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.order import deal_units
+from peft_pretraining.data.sources.gzip_json import open_source
+from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
+from peft_pretraining.data.train_loader import merge_states
 from tests.data.collect import close, global_rows, loaders
 
 

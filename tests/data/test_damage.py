@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining import sources
+from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.sources import gzip_json
+from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.data.sources.gzip_json import open_source
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
-from peft_pretraining.eval_set import build_eval_set
-from peft_pretraining.sources import Damage, open_source
-from peft_pretraining.tokenizer import Tokenizer
 from tests.data.collect import close, documents_of, global_rows, loaders
 from tests.data.conftest import document
 
@@ -73,7 +74,7 @@ def test_an_empty_file_and_several_members(tokenizer: Tokenizer, c4_dir: Path) -
 
 
 def test_a_flipped_byte(tokenizer: Tokenizer, c4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_BYTES", 32)
+    monkeypatch.setattr(gzip_json, "_PIECE_BYTES", 32)
     content = bytearray((c4_dir / LAST).read_bytes())
     content[-6] ^= 1  # in the checksum
     (c4_dir / LAST).write_bytes(content)

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from peft_pretraining.batches import IGNORED_LABEL, MicroBatch
+from peft_pretraining.data.batch import IGNORED_LABEL, MicroBatch
+from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.sources.documents import MemorySource
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
-from peft_pretraining.eval_set import build_eval_set
-from peft_pretraining.sources import MemorySource
-from peft_pretraining.tokenizer import Tokenizer
 from tests.data.collect import documents_of
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_pretraining import hub
+from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.sources import hub
+from peft_pretraining.data.sources.gzip_json import GzipShards, open_source
+from peft_pretraining.data.sources.hub import HubFiles, RetryPolicy
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
-from peft_pretraining.eval_set import build_eval_set
-from peft_pretraining.hub import HubFiles, RetryPolicy
-from peft_pretraining.sources import GzipShards, open_source
-from peft_pretraining.tokenizer import Tokenizer
 from tests.data.collect import close, documents_of, global_rows, loaders
 from tests.data.conftest import write_shard
 from tests.data.hub_server import HubServer
@@ -114,7 +114,7 @@ def test_a_final_answer_is_not_asked_again(tokenizer: Tokenizer, c4_dir: Path, s
 
 
 def test_closing_ends_a_long_pause(tokenizer: Tokenizer, c4_dir: Path, server: HubServer) -> None:
-    from peft_pretraining.dataloader import build_train_loader
+    from peft_pretraining.data.train_loader import build_train_loader
 
     server.faults = ["503"] * 1000
     loader = build_train_loader(

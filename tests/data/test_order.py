@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from peft_pretraining.batches import IGNORED_LABEL
-from peft_pretraining.dataloader import merge_states
+from peft_pretraining.data.batch import IGNORED_LABEL
+from peft_pretraining.data.order import deal_units
+from peft_pretraining.data.sources.documents import MemorySource
+from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
-from peft_pretraining.lanes import deal_units
-from peft_pretraining.sources import MemorySource
-from peft_pretraining.tokenizer import Tokenizer
 from tests.data.collect import close, documents_of, global_rows, loaders
 
 DOCUMENTS = 311

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from peft_pretraining.permutation import hash64, permutation, permute
+from peft_pretraining.data.permutation import hash64, permutation, permute
 
 
 def test_every_size_is_a_bijection() -> None:

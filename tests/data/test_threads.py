@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.dataloader import PREFETCHED_UPDATES
+from peft_pretraining.data.sources.documents import Damage, MemorySource
+from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.train_loader import PREFETCHED_UPDATES
 from peft_pretraining.errors import UserError
-from peft_pretraining.sources import Damage, MemorySource
-from peft_pretraining.tokenizer import Tokenizer
 from tests.data.collect import close, loaders
 
 
@@ -87,8 +87,8 @@ def test_a_program_that_forgets_to_close_ends_at_once(
 ) -> None:
     tokenizer.save(c4_dir / "tokenizer.json")
     program = f"""
-from peft_pretraining.dataloader import build_train_loader
-from peft_pretraining.tokenizer import load_tokenizer
+from peft_pretraining.data.train_loader import build_train_loader
+from peft_pretraining.data.tokenizer import load_tokenizer
 loader = build_train_loader(dataset={str(c4_dir)!r}, tokenizer=load_tokenizer({str(c4_dir)!r}, "c4"), packing="pack",
     max_length=64, batch_size=64, grad_accum_steps=1, seed=0, data_lanes=8, workers=4)
 loader.next_update()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.dataloader import merge_states
+from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.sources.token_files import is_token_dataset, open_token_files
+from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
-from peft_pretraining.eval_set import build_eval_set
-from peft_pretraining.token_files import is_token_dataset, open_token_files
-from peft_pretraining.tokenizer import Tokenizer
 from scripts.tokenize_dataset import main as tokenize_dataset
 from scripts.tokenize_dataset import parse_count
 from tests.data.collect import close, global_rows, loaders

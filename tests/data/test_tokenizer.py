@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining import pydocs
-from peft_pretraining.cache import publish
+from peft_pretraining.data.cache import publish
+from peft_pretraining.data.sources import pydocs
+from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe
 from peft_pretraining.errors import UserError
-from peft_pretraining.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe
 from tests.data.conftest import document
 
 

@@ -27,11 +27,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import peft_pretraining.rotary  # noqa: F401 - whose operator it calls
-from peft_pretraining.linear_cross_entropy import softmax_gradient_
+import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator it calls
+from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
 from qgalore import LowRankLinear, WeightFormat, kernels
-from qgalore.padding import padded_width
-from qgalore.quantization import aligned_row_bytes
+from qgalore.layer.layout import padded_width
+from qgalore.layer.quantization import aligned_row_bytes
 
 TAKEN: dict[str, int] = {}
 MADE: set[str] = set()

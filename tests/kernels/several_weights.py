@@ -9,7 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from qgalore import adam, kernels
+from qgalore import kernels
+from qgalore.update import moments
 from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
 
 # Rows, columns, bits, group, columns of what it is written into: whole groups and ragged ones, a row, a column.
@@ -168,9 +169,9 @@ ADAM_SHAPES = [(64, 128), (37, 131), (4099,), (5,), (16, 256), (3, 7), (70, 100)
 def adam_step_of(shape: tuple[int, ...], number: int, device: torch.device, factor: bool = False) -> kernels.AdamStep:
     """A step on moments that have moved already; with other numbers each."""
     state: dict[str, Tensor] = {}
-    adam.init_moments(state, torch.Size(shape), 8, device)
+    moments.init_moments(state, torch.Size(shape), 8, device)
     with mock.patch.dict(os.environ, QGALORE_KERNELS="reference"):
-        adam.adam_step(state, (normal(*shape, seed=number) ** 5).to(device), 1, (0.9, 0.99), 1e-8)
+        moments.adam_step(state, (normal(*shape, seed=number) ** 5).to(device), 1, (0.9, 0.99), 1e-8)
     grad = (normal(*shape, seed=number + 50) ** 5).to(device)
     first, second = (
         (state["exp_avg"], state.get("exp_avg_absmax")),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgalore import adam, kernels
+from qgalore import kernels
 from qgalore.kernels import reference
+from qgalore.update import moments
 
 BLOCK = 256
 BETAS, EPS = (0.9, 0.995), 1e-8
@@ -19,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def new_state(shape: tuple[int, ...], bits: int, device: torch.device) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    adam.init_moments(state, torch.Size(shape), bits, device)
+    moments.init_moments(state, torch.Size(shape), bits, device)
     return state
 
 
@@ -97,7 +98,7 @@ def step_of_bitsandbytes(
 
 def step_of_ours(weight: Tensor, state: dict[str, Tensor], step: int, spread: bool = True) -> None:
     grad = gradient((weight.shape[0], weight.shape[1]), step, spread)
-    direction = adam.adam_step(state, grad, step, BETAS, EPS)
+    direction = moments.adam_step(state, grad, step, BETAS, EPS)
     kernels.update_float_(weight, direction, None, None, LR, 1 - LR * DECAY, None)
 
 
@@ -111,15 +112,15 @@ def test_each_step_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
     weight, state = normal(*shape), new_state(shape, 8, torch.device("cpu"))
     for step in range(1, 11):
         our_weight, ours, exact = weight.clone(), copy(state), new_state(shape, 32, torch.device("cpu"))
-        for name in adam.MOMENTS:
-            adam.write_moment(exact, name, adam.read_moment(state, name))
+        for name in moments.MOMENTS:
+            moments.write_moment(exact, name, moments.read_moment(state, name))
         step_of_ours(our_weight, ours, step)
         step_of_bitsandbytes(functional, weight, state, step)
-        adam.adam_step(exact, gradient(shape, step), step, BETAS, EPS)
+        moments.adam_step(exact, gradient(shape, step), step, BETAS, EPS)
         # The weight moves by moments that are not yet rounded to 8 bits, so only float32 rounding differs.
         assert torch.allclose(our_weight, weight, rtol=1e-5, atol=1e-7)
-        for name in adam.MOMENTS:
-            mine, theirs = adam.read_moment(ours, name), adam.read_moment(state, name)
+        for name in moments.MOMENTS:
+            mine, theirs = moments.read_moment(ours, name), moments.read_moment(state, name)
             absmax = state[f"{name}_absmax"]
             assert torch.allclose(ours[f"{name}_absmax"], absmax, rtol=1e-6, atol=0)
             scale = absmax.repeat_interleave(BLOCK)[: mine.numel()].view_as(mine)
@@ -153,7 +154,7 @@ def test_a_small_second_moment_does_not_make_a_large_step(device: torch.device) 
     # Were it rounded to zero, a first moment over the root of one small gradient would be the step: up to hundreds.
     state = new_state((64, 128), 8, device)
     for step in range(1, 31):
-        direction = adam.adam_step(state, gradient((64, 128), step).to(device), step, BETAS, EPS)
+        direction = moments.adam_step(state, gradient((64, 128), step).to(device), step, BETAS, EPS)
         assert direction.abs().max() < 5  # in float32 it stays below 1.4
 
 
@@ -162,8 +163,8 @@ def test_8bit_stays_near_float32(device: torch.device) -> None:
     exact, small = new_state(shape, 32, device), new_state(shape, 8, device)
     for step in range(1, 21):
         grad = (normal(*shape, seed=99) + normal(*shape, seed=step)).to(device)
-        expected = adam.adam_step(exact, grad, step, BETAS, EPS)
-        found = adam.adam_step(small, grad, step, BETAS, EPS)
+        expected = moments.adam_step(exact, grad, step, BETAS, EPS)
+        found = moments.adam_step(small, grad, step, BETAS, EPS)
     assert 0.001 < float((found - expected).norm() / expected.norm()) < 0.1
 
 
@@ -171,7 +172,7 @@ def test_step_is_adam(device: torch.device) -> None:
     state = new_state((3, 4), 32, device)
     grads = [normal(3, 4, seed=seed).to(device) for seed in range(4)]
     for step, grad in enumerate(grads, start=1):
-        direction = adam.adam_step(state, grad, step, BETAS, EPS)
+        direction = moments.adam_step(state, grad, step, BETAS, EPS)
     first, second = torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device)
     for grad in grads:
         first = BETAS[0] * first + (1 - BETAS[0]) * grad
@@ -197,9 +198,9 @@ def test_moments_written_are_read(device: torch.device) -> None:
             before = dict(state)
             values = {"exp_avg": normal(*shape).to(device), "exp_avg_sq": normal(*shape, seed=1).to(device).square()}
             tolerance = 0.0 if bits == 32 else 0.05
-            for name in adam.MOMENTS:
-                adam.write_moment(state, name, values[name])
-                read = adam.read_moment(state, name)
+            for name in moments.MOMENTS:
+                moments.write_moment(state, name, values[name])
+                read = moments.read_moment(state, name)
                 assert torch.allclose(read, values[name], rtol=tolerance, atol=tolerance)
             assert all(state[key] is value for key, value in before.items()), "in place"
 
@@ -212,13 +213,14 @@ def test_step_in_parts_equals_the_whole(
     shape = torch.Size((20, columns))
     grad = normal(*shape).to(device)
     whole, parted = new_state(shape, bits, device), new_state(shape, bits, device)
-    expected = adam.adam_step(whole, grad, 1, BETAS, EPS)
+    expected = moments.adam_step(whole, grad, 1, BETAS, EPS)
     monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 3 * columns)
-    parts = adam.row_parts(parted, shape)
+    parts = moments.row_parts(parted, shape)
     # Rows of 300 values share blocks of 256, so an 8-bit state of them cannot be parted.
     assert len(parts) == (1 if bits == 8 and columns == 300 else 7)
     found = [
-        adam.adam_step(adam.rows_of(parted, start, stop), grad[start:stop], 1, BETAS, EPS) for start, stop in parts
+        moments.adam_step(moments.rows_of(parted, start, stop), grad[start:stop], 1, BETAS, EPS)
+        for start, stop in parts
     ]
     assert torch.equal(torch.cat(found), expected)
     assert all(torch.equal(parted[key], value) for key, value in whole.items())

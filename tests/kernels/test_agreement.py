@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgalore import adam, kernels
+from qgalore import kernels
+from qgalore.update import moments
 from tests.kernels import padded_rows, several_weights
 from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
 
@@ -216,11 +217,11 @@ def check_adam(device: torch.device) -> None:
 
                 def run() -> object:
                     state: dict[str, Tensor] = {}
-                    adam.init_moments(state, torch.Size(shape), bits, device)  # noqa: B023
+                    moments.init_moments(state, torch.Size(shape), bits, device)  # noqa: B023
                     for step in range(1, 4):
                         # Over many orders of magnitude: every part of the 8-bit map is used.
                         grad = (normal(*shape, seed=step) ** 5).to(device)  # noqa: B023
-                        direction = adam.adam_step(state, grad, step, (0.9, 0.99), 1e-8, factor=factor)  # noqa: B023
+                        direction = moments.adam_step(state, grad, step, (0.9, 0.99), 1e-8, factor=factor)  # noqa: B023
                     return direction, *(state[key] for key in sorted(state))
 
                 (expected, *moments), (found, *found_moments) = both(run)  # type: ignore[misc]
@@ -236,7 +237,7 @@ def check_momentum(device: torch.device) -> None:
 
                 def run() -> object:
                     state: dict[str, Tensor] = {}
-                    adam.init_moments(state, torch.Size(shape), bits, device, ("exp_avg",))  # noqa: B023
+                    moments.init_moments(state, torch.Size(shape), bits, device, ("exp_avg",))  # noqa: B023
                     for step in range(1, 4):
                         grad = (normal(*shape, seed=step) ** 5).to(device)  # noqa: B023
                         momentum = state["exp_avg"], state.get("exp_avg_absmax")
@@ -293,7 +294,7 @@ def check_skipping(device: torch.device) -> None:
         basis = normal(4, 20).to(device)
         floats, grad = normal(20, 300, seed=2).to(device), normal(64, 64).to(device)
         state: dict[str, Tensor] = {}
-        adam.init_moments(state, grad.shape, 8, device)
+        moments.init_moments(state, grad.shape, 8, device)
         before = {key: value.clone() for key, value in state.items()}
         for direction, left in ((low, basis), (full, None)):
             weight = tuple(tensor.clone() for tensor in start)
@@ -302,10 +303,10 @@ def check_skipping(device: torch.device) -> None:
         updated = floats.clone()
         kernels.update_float_(updated, full, None, None, 0.1, 1.0, 1, skip=flag)
         assert same(updated, floats) == skipped
-        adam.adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=flag)
+        moments.adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=flag)
         assert same(tuple(state.values()), tuple(before.values())) == skipped
         momentum, absmax = before["exp_avg"].clone(), before["exp_avg_absmax"].clone()
-        kernels.momentum_step(grad, momentum, absmax, 0.9, adam.BLOCK_SIZE, skip=flag)
+        kernels.momentum_step(grad, momentum, absmax, 0.9, moments.BLOCK_SIZE, skip=flag)
         assert same((momentum, absmax), (before["exp_avg"], before["exp_avg_absmax"])) == skipped
 
 

@@ -21,7 +21,7 @@ def test_compiles_to_products_in_int8(capability: int, forward: bool, rows: int)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qgalore.kernels import int8_matmul
+    from qgalore.kernels.triton import int8_matmul
 
     kernel = int8_matmul._int8_matmul_kernel
     pointers = {"a": "i8", "b": "i8", "row_scale": "fp32", "row_sum": "fp32", "scale": "bf16", "zero_point": "bf16"}

@@ -1,0 +1,177 @@
+"""The checkpoints of a run: which one it continues from, what it takes up from it, and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.checkpoint.store import (
+    Checkpoint,
+    check_compatible,
+    check_model_tensors,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+    set_aside_later,
+)
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.data.train_loader import TrainLoader, merge_states
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.build import CausalLM
+from peft_pretraining.models.llama.config import read_config_json
+from peft_pretraining.optim.protocol import TrainingOptimizer
+from peft_pretraining.runtime.world import Processes
+
+_STOP_MARKER = "STOPPED"
+# What must be the same for a resumed run to equal an uninterrupted one.
+_FIXED = (
+    "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "mlp_rank", "proj_type", "weight_quant",
+    "weight_bits", "weight_group_size", "int8_products", "simulation", "proj_quant", "proj_bits", "proj_group_size",
+    "subspace", "direction", "seed", "model_config_contents",
+)  # fmt: skip
+# Flags that came later: what a checkpoint that does not know them was made with.
+_OLD_VALUES = {"int8_products": False, "direction": "adam", "mlp_rank": 0}
+
+
+@dataclass
+class Position:
+    """Where a run stands, beside weights, optimizer state and data."""
+
+    update_step: int = 0
+    """Updates made."""
+    tokens: int = 0
+    """Tokens read in them, without padding, over all ranks."""
+    skipped_in_a_row: int = 0
+    """The last updates, if they were skipped."""
+    wandb_run_id: str | None = None
+
+
+class RunCheckpoints:
+    """Restores a run and saves it."""
+
+    def __init__(
+        self,
+        args: RunArgs,
+        processes: Processes,
+        model: CausalLM,
+        optimizer: TrainingOptimizer,
+        loader: TrainLoader,
+    ) -> None:
+        """The parts whose state checkpoints hold."""
+        self.save_dir = Path(args.checkpoint.save_dir)
+        self._args, self._processes = args, processes
+        self._model, self._optimizer, self._loader = model, optimizer, loader
+
+    def restore(self) -> Position:
+        """Take up the checkpoint of `--continue_from`, if there is one. Raises UserError if it is of another run."""
+        checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._processes)
+        if checkpoint is None:
+            return Position()
+        described = self._describe()
+        checkpoint = replace(checkpoint, state=_OLD_VALUES | checkpoint.state)
+        check_compatible(checkpoint, {name: described[name] for name in _FIXED})
+        check_model_tensors(checkpoint, self._model.state_dict())
+        self._model.load_state_dict(checkpoint.model_tensors)
+        given = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        self._optimizer.load_state_dict(checkpoint.optimizer_state)
+        for group, values in zip(self._optimizer.param_groups, given, strict=True):
+            group.update(values)  # this command's learning rates hold, not those of the checkpoint
+        self._loader.load_state_dict(checkpoint.state["data"])
+        names = ("tokens", "skipped_in_a_row", "wandb_run_id")
+        position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
+        if position.update_step > self._args.schedule.num_training_steps:
+            raise UserError(
+                f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
+                f"{position.update_step} updates already; give at least that many, or an older checkpoint"
+            )
+        take_over(checkpoint, self.save_dir, self._processes)
+        return position
+
+    def save(
+        self,
+        position: Position,
+        data_state: dict[str, Any],
+        before: Callable[[], None],
+        read_back: bool = False,
+    ) -> Path:
+        """Write a checkpoint and return its path; data_state is this rank's part of the data's.
+
+        `before` is called on the main rank before anything is written; with `read_back` the checkpoint is read again.
+        """
+        state = self._describe() | {"data": merge_states(self._processes.gather(data_state))}
+        state |= {name: value for name, value in asdict(position).items() if name != "update_step"}
+
+        def write() -> Path:
+            before()
+            model_tensors, optimizer_state = self._model.state_dict(), self._optimizer.state_dict()
+            keep = self._args.checkpoint.keep_checkpoints
+            path = save_checkpoint(self.save_dir, position.update_step, model_tensors, optimizer_state, state, keep)
+            return load_checkpoint(path).path if read_back else path
+
+        return self._processes.from_main(write)
+
+    def mark_stop(self, why: str) -> None:
+        """Leave a file in the run's folder that says why it ended early."""
+        if self._processes.is_main:
+            (self.save_dir / _STOP_MARKER).write_text(f"{why}\n")
+
+    def clear_stop_marker(self) -> None:
+        """Remove what an earlier start of the run has left."""
+        if self._processes.is_main:
+            (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
+
+    def _describe(self) -> dict[str, Any]:
+        return {**self._args.to_dict(), "model_config_contents": read_config_json(self._args.model.model_config)}
+
+
+def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) -> Checkpoint | None:
+    """The checkpoint of `--continue_from`: a folder, `auto` for the newest valid one in save_dir, or none.
+
+    The main rank checks hashes and tells what it refused. Raises UserError, also where save_dir holds another run.
+    """
+    processes.from_main(lambda: _refuse_another_run(continue_from, save_dir))
+    if not continue_from:
+        return None
+
+    chosen: list[Checkpoint | None] = []
+
+    def choose() -> Path | None:
+        if continue_from == "auto":
+            checkpoint, refusals = load_newest_checkpoint(save_dir)
+            for refusal in refusals:
+                print(refusal, flush=True)
+        else:
+            checkpoint = load_checkpoint(continue_from)
+        chosen.append(checkpoint)
+        return None if checkpoint is None else checkpoint.path
+
+    path = processes.from_main(choose)
+    if processes.is_main:
+        return chosen[0]
+    return None if path is None else load_checkpoint(path, check=False)
+
+
+def take_over(checkpoint: Checkpoint, save_dir: Path, processes: Processes) -> None:
+    """Rename checkpoints later than the one a run goes on from, so that `auto` never mixes two courses of it."""
+    if checkpoint.path.resolve().parent == save_dir.resolve():
+        processes.from_main(lambda: set_aside_later(save_dir, checkpoint.update_step) and None)
+
+
+def from_newest_checkpoint(args: RunArgs, processes: Processes) -> RunArgs:
+    """The arguments of a run that has to go back: to the newest checkpoint in its folder, else to where it began."""
+    save_dir = Path(args.checkpoint.save_dir)
+    has_one = processes.from_main(lambda: bool(list_checkpoints(save_dir)))
+    return args.in_folder(save_dir, "auto" if has_one else None)
+
+
+def _refuse_another_run(continue_from: str, save_dir: Path) -> None:
+    if continue_from == "auto" or (continue_from and Path(continue_from).resolve().parent == save_dir.resolve()):
+        return
+    if list_checkpoints(save_dir):
+        raise UserError(
+            f"--save_dir {save_dir} holds the checkpoints of another run: give --continue_from auto to go on with it, "
+            "or another --save_dir"
+        )

@@ -1,0 +1,281 @@
+"""Checkpoints that are whole or absent: safetensors and JSON in a directory that appears by one rename.
+
+    <save_dir>/step_00001000/
+        model.safetensors       weights: codes, scales and zero points where they are quantized
+        optimizer.safetensors   projections and moments; the rest of that state is in optimizer.json
+        state.json              schedule, data, arguments, ids (tensors among them: state.safetensors)
+        manifest.json           size and SHA-256 of each of the above, and of itself
+
+Saving: a temporary directory beside the target, each file synced, the manifest last, the directory synced, renamed, the
+parent synced. So a crash at any moment leaves the older checkpoints and at most a temporary directory, which the next
+save removes. Loading checks every size and hash first and never unpickles. Only rank 0 saves; all ranks may load.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from torch import Tensor
+
+from peft_pretraining.checkpoint.folder import (
+    checkpoint_path,
+    hold_folder,
+    list_checkpoints,
+    prune,
+    put_in_place,
+    remove_leftovers,
+    set_aside_later,
+    sync_directory,
+    temporary_path,
+)
+from peft_pretraining.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    check_hashes,
+    check_sizes,
+    read_manifest,
+    write_manifest,
+)
+from peft_pretraining.checkpoint.tensor_file import (
+    HashingFile,
+    join_tree,
+    map_file,
+    split_tree,
+    tensors_in,
+    write_tensors,
+)
+from peft_pretraining.errors import UserError
+
+__all__ = [
+    "Checkpoint",
+    "check_compatible",
+    "check_model_tensors",
+    "hold_folder",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_newest_checkpoint",
+    "save_checkpoint",
+    "set_aside_later",
+    "with_todays_names",
+]
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` was given, and where it lies."""
+
+    model_tensors: dict[str, Tensor]
+    optimizer_state: dict[str, Any]
+    state: dict[str, Any]
+    path: Path
+    update_step: int
+
+
+def save_checkpoint(
+    save_dir: str | Path,
+    update_step: int,
+    model_tensors: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int = 0,
+) -> Path:
+    """Write `<save_dir>/step_<update_step>` and prune to the newest `keep` (0: all); returns its path.
+
+    `optimizer_state` and `state` may nest dicts, lists, tuples, plain values and tensors. On failure the older
+    checkpoints are untouched, the unfinished directory is removed and UserError says what to do.
+    """
+    folder = Path(save_dir)
+    target = checkpoint_path(folder, update_step)
+    temporary = temporary_path(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        temporary.mkdir()
+        files, aliases = _write_parts(temporary, model_tensors, optimizer_state, state)
+        with _synced_file(temporary / MANIFEST) as file:
+            write_manifest(file, update_step, files, aliases)
+        sync_directory(temporary)
+        put_in_place(temporary, target)
+    except OSError as error:
+        raise UserError(_why_not_saved(folder, target, error)) from error
+    finally:
+        # Also after a KeyboardInterrupt or a bug: what is not renamed by now is of no use to anybody.
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep > 0:
+        prune(folder, keep, just_written=target)
+    return target
+
+
+def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--continue_from") -> Checkpoint:
+    """Read a checkpoint onto the CPU; raises UserError if it is absent, damaged or of another format.
+
+    `check=False` skips the hashes, for the ranks beside one that has checked them. `asked_by` is what the user gave
+    the path to, for the message.
+    """
+    folder = Path(path)
+    try:
+        return _read(folder, check)
+    except DamagedError as error:
+        raise UserError(f"{asked_by} {folder}: {error}.") from error
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(_unreadable(asked_by, folder, error)) from error
+
+
+def load_newest_checkpoint(save_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint in `save_dir`, and a sentence for each newer one that was refused."""
+    refusals: list[str] = []
+    for path in reversed(list_checkpoints(save_dir)):
+        try:
+            return _read(path, check=True), refusals
+        except DamagedError as error:
+            refusals.append(f"{path} refused: {error}.")
+        except OSError as error:
+            refusals.append(f"{path} refused: cannot be read ({error.strerror}).")
+        except (KeyError, ValueError) as error:  # whole, and yet not what this program writes
+            raise UserError(_unreadable("--continue_from", path, error)) from error
+    return None, refusals
+
+
+def _unreadable(asked_by: str, folder: Path, error: Exception) -> str:
+    return f"{asked_by} {folder}: cannot be read ({error!r}); take an older checkpoint."
+
+
+def _read(folder: Path, check: bool) -> Checkpoint:
+    """Every file is read once, for its hash and for what it holds."""
+    manifest = check_sizes(folder) if check else read_manifest(folder)
+    contents = {name: map_file(folder / name) for name in manifest.files}
+    if check:
+        check_hashes(manifest, contents)
+    parts = {name: tensors_in(content) for name, content in contents.items() if name.endswith(".safetensors")}
+    for name, aliases in manifest.aliases.items():
+        parts[name].update({alias: parts[name][original] for alias, original in aliases.items()})
+    optimizer = join_tree(json.loads(contents["optimizer.json"][:]), parts["optimizer.safetensors"])
+    state = join_tree(json.loads(contents["state.json"][:]), parts.get("state.safetensors", {}))
+    return Checkpoint(parts["model.safetensors"], optimizer, state, folder, manifest.update_step)
+
+
+def with_todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Model tensors with codes as `weight_qdata`; once they were `weight`, beside `weight_scale`, and still load so."""
+    return {f"{name}_qdata" if f"{name}_scale" in tensors else name: tensor for name, tensor in tensors.items()}
+
+
+def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> None:
+    """Compare `expected` with the entries of the same names in the checkpoint's state.
+
+    Raises one UserError for all differences. Names are those of the flags where there is one. An entry that the
+    checkpoint lacks is a difference, too.
+    """
+    absent = object()
+    differences = []
+    for name, here in expected.items():
+        there = checkpoint.state.get(name, absent)
+        if there is absent:
+            differences.append(f"{name} is {here!r} here and not recorded there")
+        elif there != here:
+            differences.append(f"{name} is {here!r} here and {there!r} there")
+    if differences:
+        raise UserError(
+            f"--continue_from {checkpoint.path} is of another run: {'; '.join(differences)}. "
+            f"Give the flags of that run or another checkpoint."
+        )
+
+
+def check_model_tensors(checkpoint: Checkpoint, model_tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint whose weights do not fit the model's state dict in names, shapes and dtypes.
+
+    What a layer's format is was not recorded once, beside the flags of the run.
+    """
+    there, here = with_todays_names(checkpoint.model_tensors), with_todays_names(model_tensors)
+    lacking = [name for name in here if name not in there and not name.endswith(".weight_format")]
+    problems = [f"{name} is missing there" for name in lacking]
+    problems += [f"{name} is not in this model" for name in there if name not in here]
+    for name in here:
+        if name in there and (here[name].shape != there[name].shape or here[name].dtype != there[name].dtype):
+            problems.append(f"{name} is {_describe(here[name])} here and {_describe(there[name])} there")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"--continue_from {checkpoint.path} is of another model: {'; '.join(problems[:3])}{more}. "
+            f"Give the --model_config, --optimizer and quantization flags of that run."
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape)) or 'scalar'}"
+
+
+def _write_parts(
+    folder: Path, model_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, str]], dict[str, dict[str, str]]]:
+    """Write everything but the manifest; returns (size, hash) of each file and the names that share one tensor."""
+    optimizer_tensors: dict[str, Tensor] = {}
+    state_tensors: dict[str, Tensor] = {}
+    jsons = {
+        "optimizer.json": split_tree(dict(optimizer_state), optimizer_tensors),
+        "state.json": split_tree(dict(state), state_tensors),
+    }
+    parts = {"model.safetensors": dict(model_tensors), "optimizer.safetensors": optimizer_tensors}
+    if state_tensors:
+        parts["state.safetensors"] = state_tensors
+    files: dict[str, tuple[int, str]] = {}
+    aliases: dict[str, dict[str, str]] = {}
+
+    def write(name: str, content: Callable[[HashingFile], None]) -> None:
+        with _synced_file(folder / name) as raw:
+            file = HashingFile(raw)
+            content(file)
+            files[name] = (file.size, file.sha256)
+
+    for name, tensors in parts.items():
+        unique, shared = _without_shared(tensors)
+        write(name, lambda file, unique=unique: write_tensors(file, unique))  # type: ignore[misc]
+        if shared:
+            aliases[name] = shared
+    for name, tree in jsons.items():
+        write(name, lambda file, tree=tree: file.write(json.dumps(tree).encode()))  # type: ignore[misc]
+    return files, aliases
+
+
+def _without_shared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that are one memory under several names (a tied head) are stored once."""
+    first: dict[tuple[object, ...], str] = {}
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            unique[name] = tensor
+    return unique, aliases
+
+
+@contextlib.contextmanager
+def _synced_file(path: Path) -> Iterator[BinaryIO]:
+    with path.open("xb") as file:
+        yield cast(BinaryIO, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _why_not_saved(folder: Path, target: Path, error: OSError) -> str:
+    if error.errno in _NO_SPACE:
+        right = "free some space, lower --keep_checkpoints or give another --save_dir"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        right = "give a --save_dir that this user may write to"
+    else:
+        right = "give a --save_dir that is a writable directory"
+    older: list[Path] = []
+    with contextlib.suppress(UserError):
+        older = list_checkpoints(folder)
+    intact = f" The checkpoint before it, {older[-1]}, is untouched." if older else ""
+    return f"--save_dir {folder}: {target.name} could not be written ({error.strerror or error}); {right}.{intact}"

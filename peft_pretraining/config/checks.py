@@ -1,0 +1,297 @@
+"""Combinations of flags that cannot work, each as a sentence that says what would.
+
+Everything here needs only the flags, the number of ranks and the model's JSON configuration, so it runs before torch is
+loaded, and finds all problems at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.llama.config import LlamaConfig, read_config_json
+
+if TYPE_CHECKING:
+    from peft_pretraining.config.run_config import RunArgs
+
+BUILT_IN_DATASETS = ("c4", "pydocs")
+_LOW_RANK_FLAGS = (
+    "recipe",
+    "rank",
+    "mlp_rank",
+    "galore_scale",
+    "proj_type",
+    "subspace",
+    "svd_method",
+    "update_proj_gap",
+    "max_update_proj_gap",
+    "cos_threshold",
+    "gamma_proj",
+    "queue_size",
+    "direction",
+    "residual",
+    "rotate_moments",
+)
+
+
+def find_problems(args: RunArgs) -> list[str]:
+    """Every combination in `args` (batch sizes resolved) that cannot work."""
+    return [
+        *_activation_problems(args),
+        *_model_problems(args),
+        *_batch_problems(args),
+        *_data_problems(args),
+        *_optimizer_problems(args),
+        *_quantization_problems(args),
+        *_int8_products_problems(args),
+        *_subspace_problems(args),
+        *_run_problems(args),
+    ]
+
+
+def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
+    """What in `args` works but is probably not meant; `given` are the flags of the command line."""
+    warnings = []
+    if not args.optimizer.is_low_rank:
+        idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given]
+        if idle:
+            warnings.append(f"{_idle(idle)}: --optimizer {args.optimizer.optimizer} has no subspace")
+    for switch, kind in (("weight_quant", "weight"), ("proj_quant", "proj")):
+        idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
+        if idle and not getattr(args.quantization, switch):
+            warnings.append(f"{_idle(idle)} without --{switch}")
+    model = args.model
+    if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
+        warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
+    elif model.int8_activations and model.compile == "off":
+        warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
+    schedule = args.schedule
+    if schedule.warmup_steps >= schedule.num_training_steps:
+        warnings.append(
+            f"--warmup_steps {schedule.warmup_steps} is not less than the run's {schedule.num_training_steps} updates: "
+            "the learning rate only grows and never reaches its peak"
+        )
+    if "restart_cycles" in given and schedule.scheduler != "cosine_restarts":
+        warnings.append(f"--restart_cycles changes nothing: --scheduler {schedule.scheduler} has no restarts")
+    if "num_training_steps" in given and schedule.max_train_tokens:
+        warnings.append(
+            f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
+        )
+    return warnings
+
+
+def _idle(flags: list[str]) -> str:
+    return f"{', '.join(flags)} {'change' if len(flags) > 1 else 'changes'} nothing"
+
+
+def _activation_problems(args: RunArgs) -> list[str]:
+    model, problems = args.model, []
+    if model.int8_activations and model.use_hf_model:
+        problems.append(
+            "--int8_activations is for the project's own LLaMA: transformers' keeps its activations as they are; leave "
+            "--int8_activations or --use_hf_model out"
+        )
+    if model.checkpoint_every == 1:
+        return problems
+    if not model.activation_checkpointing:
+        problems.append(
+            f"--checkpoint_every {model.checkpoint_every} needs --activation_checkpointing: nothing is recomputed"
+        )
+    elif model.use_hf_model:
+        problems.append(
+            f"--checkpoint_every {model.checkpoint_every} is for the project's own LLaMA: transformers' recomputes "
+            "every layer; leave --checkpoint_every or --use_hf_model out"
+        )
+    return problems
+
+
+def _model_problems(args: RunArgs) -> list[str]:
+    try:
+        raw = read_config_json(args.model.model_config)
+    except UserError as error:
+        return [str(error)]
+    try:
+        config = LlamaConfig.from_dict(raw, source=args.model.model_config)
+    except UserError as error:
+        # transformers' class accepts more than ours, and judges its own configuration.
+        return [] if args.model.use_hf_model else [str(error)]
+    checks: list[Callable[[], None]] = [lambda: config.check_length(args.batch.max_length)]
+    if args.optimizer.is_low_rank:
+        checks.append(lambda: config.check_rank(args.subspace.rank))
+        if args.subspace.mlp_rank:
+            checks.append(lambda: config.check_rank(args.subspace.mlp_rank, "mlp_rank"))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _batch_problems(args: RunArgs) -> list[str]:
+    batch, ranks = args.batch, args.world_size
+    a_pass = batch.batch_size * ranks
+    if batch.gradient_accumulation * a_pass == batch.total_batch_size:
+        return []
+    product = f"--batch_size {batch.batch_size} x {ranks} rank{'s' if ranks > 1 else ''}"
+    if batch.total_batch_size % a_pass == 0:
+        return [
+            f"--total_batch_size {batch.total_batch_size} is not {product} x --gradient_accumulation "
+            f"{batch.gradient_accumulation} = {a_pass * batch.gradient_accumulation}: leave one of them out, or give "
+            f"--gradient_accumulation {batch.total_batch_size // a_pass}"
+        ]
+    below = batch.total_batch_size // a_pass * a_pass
+    nearest = f"{below} or {below + a_pass}" if below else str(a_pass)
+    return [
+        f"--total_batch_size {batch.total_batch_size} is no multiple of {product} = {a_pass}: "
+        f"the nearest that work are {nearest}"
+        if below
+        else f"--total_batch_size {batch.total_batch_size} is less than {product} = {a_pass}: give at least {a_pass}, "
+        "a smaller --batch_size or fewer ranks"
+    ]
+
+
+def _data_problems(args: RunArgs) -> list[str]:
+    problems = []
+    data = args.data
+    if data.dataset not in BUILT_IN_DATASETS and not Path(data.dataset).exists():
+        problems.append(
+            f"--dataset {data.dataset} is neither {' nor '.join(BUILT_IN_DATASETS)} nor a file or folder that exists"
+        )
+    if data.tokenizer.startswith((".", "/", "~")) and not Path(data.tokenizer).exists():
+        problems.append(f"--tokenizer {data.tokenizer} does not exist: give a file, a folder or a name on the hub")
+    if data.data_lanes % args.world_size:
+        problems.append(
+            f"--data_lanes {data.data_lanes} is not divisible by the {args.world_size} ranks: every rank reads equally "
+            f"many lanes, so use a number of ranks that divides it, or a new run with --data_lanes "
+            f"{-(-data.data_lanes // args.world_size) * args.world_size}"
+        )
+    return problems
+
+
+def _optimizer_problems(args: RunArgs) -> list[str]:
+    optimizer, name = args.optimizer, args.optimizer.optimizer
+    problems = []
+    if optimizer.per_layer and optimizer.grad_clipping and args.batch.gradient_accumulation == 1:
+        problems.append(
+            f"--grad_clipping {optimizer.grad_clipping:g} cannot work with --optimizer {name} at one micro-batch an "
+            "update: the global norm needs all gradients at once, and each is used and freed inside the backward pass. "
+            f"Use a smaller --batch_size with the same --total_batch_size, --grad_clipping 0, or {name[:-10]}"
+        )
+    if optimizer.grad_accum_dtype != "float32" and name in LIBRARY_OPTIMIZERS:
+        problems.append(
+            f"--grad_accum_dtype {optimizer.grad_accum_dtype} cannot work with --optimizer {name}, whose gradients add "
+            "up in the weights' own --dtype: leave it out or use another optimizer"
+        )
+    if 0 < optimizer.norm_growth < 1:
+        problems.append(
+            f"--norm_growth {optimizer.norm_growth:g} would let gradients only shrink: give 1 or more, such as 1.01, "
+            "or 0 for no limit"
+        )
+    if optimizer.norm_growth and name in LIBRARY_OPTIMIZERS:
+        problems.append(f"--norm_growth cannot work with --optimizer {name}: use --grad_clipping, or leave it out")
+    return problems
+
+
+def _quantization_problems(args: RunArgs) -> list[str]:
+    quantization, name = args.quantization, args.optimizer.optimizer
+    problems = []
+    if quantization.weight_quant and not args.optimizer.is_q_galore:
+        problems.append(
+            f"--weight_quant cannot work with --optimizer {name}, which updates float weights: use q_galore_adamw8bit "
+            "or q_galore_adamw8bit_per_layer, or leave --weight_quant out"
+        )
+    if not quantization.weight_quant:
+        problems += [
+            f"--{flag} is about quantized weights: add --weight_quant or leave it out"
+            for flag in ("stochastic_round", "simulation", "int8_products")
+            if getattr(quantization, flag)
+        ]
+    if quantization.proj_quant and not args.optimizer.is_low_rank:
+        problems.append(
+            f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "
+            "optimizer, or leave --proj_quant out"
+        )
+    return problems
+
+
+def _int8_products_problems(args: RunArgs) -> list[str]:
+    quantization = args.quantization
+    if not quantization.int8_products:
+        return []
+    problems = []
+    if quantization.weight_bits != 8:
+        problems.append(
+            f"--int8_products multiplies weights in 8 bits, not in --weight_bits {quantization.weight_bits}: use "
+            "--weight_bits 8 or leave --int8_products out"
+        )
+    if quantization.simulation:
+        problems.append(
+            "--int8_products multiplies stored integers, and --simulation stores float weights: leave one out"
+        )
+    # The default cannot be told from the same number on the command line, where the recipes have it.
+    if quantization.weight_group_size != type(quantization).weight_group_size:
+        problems.append(
+            f"--weight_group_size {quantization.weight_group_size} cannot work with --int8_products, which wants one "
+            "scale for each row of a weight: leave one out"
+        )
+    return problems
+
+
+def _subspace_problems(args: RunArgs) -> list[str]:
+    if not args.optimizer.is_low_rank:
+        return []
+    subspace = args.subspace
+    problems = []
+    if subspace.subspace == "streaming" and subspace.proj_type == "full":
+        problems.append(
+            "--proj_type full projects both sides, and --subspace streaming follows one: use --subspace svd, or "
+            "--proj_type std, reverse_std, left or right"
+        )
+    if subspace.subspace == "streaming" and subspace.svd_method == "randomized":
+        problems.append("--svd_method randomized is for --subspace svd: --subspace streaming needs no SVD")
+    if subspace.residual != "none" and subspace.proj_type == "full":
+        problems.append(
+            f"--residual {subspace.residual} scales across one projected side, and --proj_type full has two: use std, "
+            "reverse_std, left or right"
+        )
+    if subspace.max_update_proj_gap < subspace.update_proj_gap:
+        problems.append(
+            f"--max_update_proj_gap {subspace.max_update_proj_gap} is less than --update_proj_gap "
+            f"{subspace.update_proj_gap}: the longest interval cannot be shorter than the first"
+        )
+    return problems
+
+
+def _run_problems(args: RunArgs) -> list[str]:
+    problems = []
+    if args.runtime.single_gpu and args.world_size > 1:
+        problems.append(
+            f"--single_gpu runs one process, torchrun started {args.world_size}: use --nproc_per_node 1 or leave "
+            "--single_gpu out"
+        )
+    schedule = args.schedule
+    decay_steps = schedule.num_training_steps - schedule.warmup_steps
+    if schedule.scheduler == "cosine_restarts" and 0 < decay_steps < schedule.restart_cycles:
+        problems.append(
+            f"--restart_cycles {schedule.restart_cycles} is more than the {decay_steps} updates after the warm-up: "
+            f"give at most {decay_steps}"
+        )
+    if args.logging.unset_wandb and args.logging.wandb_mode in ("online", "offline"):
+        problems.append(
+            f"--unset_wandb and --wandb_mode {args.logging.wandb_mode} contradict each other: leave one out"
+        )
+    source = args.checkpoint.continue_from
+    if source == "auto" and not args.checkpoint.save_dir:
+        problems.append("--continue_from auto looks for checkpoints in --save_dir: give --save_dir")
+    if source not in ("", "auto") and not Path(source).is_dir():
+        fault = "is a file" if Path(source).exists() else "does not exist"
+        problems.append(
+            f"--continue_from {source} {fault}: give a folder step_... that run_pretrain.py wrote (safetensors and "
+            "JSON; a pickle, which could run code, is never read), or auto"
+        )
+    return problems

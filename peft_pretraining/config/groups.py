@@ -1,0 +1,324 @@
+"""The flags of `run_pretrain.py`: one frozen dataclass a group, one field a flag, its help underneath.
+
+The official flags keep their names and defaults. 0, "" or None as a default means "worked out":
+`peft_pretraining.config.parse.parse_args` fills in what depends on other flags, so that the rest of the program reads
+plain values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from peft_pretraining.config.flags import Flag, parse_count
+
+LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
+FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
+GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
+Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
+RECIPES = ("paper", "orthogonal")
+
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def _dtype(text: str) -> str:
+    return _DTYPE_ALIASES.get(text, text)
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What is trained."""
+
+    model_config: Annotated[str, Flag("file")]
+    """Path of the model's JSON configuration, such as configs/llama_60m.json."""
+    use_hf_model: bool = False
+    """Train transformers' LlamaForCausalLM instead of the project's own LLaMA."""
+    dtype: Annotated[str, Flag(choices=("bfloat16", "float32"), parse=_dtype)] = "bfloat16"
+    """Data type of float weights and activations."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
+    """With --activation_checkpointing recompute only every so many layers: 2 for half of the memory's saving at half of
+    its price in time."""
+    int8_activations: bool = False
+    """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
+    pass, in half the bytes. Layers that are recomputed do not round."""
+    compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
+    """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton."""
+    cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
+    """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers, with the updates inside where
+    they wait for nothing; with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum
+    the gradients and updates run from Python. Without graphs run: --simulation, a --weight_group_size that 8 does not
+    divide, --grad_accum_dtype int8 where nothing is summed, --residual where updates wait. The bits are the same."""
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """What it is trained on."""
+
+    dataset: Annotated[str, Flag("name_or_path")] = "c4"
+    """c4 (streamed from the hub), a folder in C4's layout, pydocs (Python's own documentation, needs no network), or a
+    file or folder of little-endian uint16 or uint32 token ids."""
+    tokenizer: Annotated[str, Flag("name_or_path", auto="t5-base; for pydocs a small BPE trained on it once")] = ""
+    """Name of a tokenizer on the hub, or a folder or file that holds one."""
+    packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
+    """pad: a document a row, cut and padded, as in the paper; pack: documents joined end to end, nothing wasted."""
+    data_lanes: Annotated[int, Flag("lanes", at_least=1)] = 64
+    """Virtual readers that fix the order of the data; the number of ranks must divide it."""
+    shuffle_buffer: Annotated[int, Flag("documents", at_least=1)] = 64
+    """Documents in the shuffle buffer of each lane; 1 keeps a shard's own order."""
+    workers: Annotated[int, Flag("threads", at_least=0)] = 8
+    """Threads a rank that read and tokenise ahead, 0 does it between updates; never changes the order."""
+    damaged_limit: Annotated[int, Flag("places", at_least=0)] = 100
+    """Damaged lines and cut-off shards that a rank skips and counts before the run stops."""
+
+
+@dataclass(frozen=True)
+class BatchArgs:
+    """How many sequences an update sees. An update is one optimizer step over the total batch."""
+
+    batch_size: Annotated[int, Flag("sequences", at_least=1)]
+    """Sequences in a micro-batch of one rank."""
+    gradient_accumulation: Annotated[
+        int, Flag("micro_batches", at_least=1, auto="total_batch_size / (batch_size x ranks)")
+    ] = 0
+    """Micro-batches a rank adds up before an update."""
+    total_batch_size: Annotated[
+        int, Flag("sequences", at_least=1, auto="batch_size x gradient_accumulation x ranks")
+    ] = 0
+    """Sequences an update, over all ranks and micro-batches."""
+    max_length: Annotated[int, Flag("tokens", at_least=2)] = 256
+    """Length of a sequence."""
+
+
+@dataclass(frozen=True)
+class OptimizerArgs:
+    """How the weights move."""
+
+    optimizer: Annotated[
+        str, Flag(choices=FULL_RANK_OPTIMIZERS + GALORE_OPTIMIZERS + Q_GALORE_OPTIMIZERS, parse=str.lower)
+    ] = "adam"
+    """Name of the optimizer, in any case; _per_layer updates each weight inside the backward pass, or after the
+    last one where an update has several micro-batches."""
+    recipe: Annotated[
+        str,
+        Flag(
+            choices=RECIPES,
+            auto="orthogonal for q_galore optimizers; paper for others, or beside galore_scale or SVDs",
+        ),
+    ] = ""
+    """Values of the flags that are left out. paper: the official defaults, which this help shows. orthogonal:
+    --direction orthogonal, --subspace streaming, --update_proj_gap 200, --rank 7/16 of the model's width, --lr 0.01,
+    --galore_scale 0.5, --norm_growth 1.01, a --full_rank_lr of twice --lr in up to 800 updates, falling with the root
+    of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of 65,536 tokens or more, in
+    proportion of fewer, or 8 over the updates of the run if that is less; twice that for embeddings, head and
+    norms."""
+    lr: Annotated[float, Flag("rate", above=0)] = 1e-4
+    """Peak learning rate."""
+    full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None
+    """Peak learning rate of embeddings, head and norms."""
+    weight_decay: Annotated[float, Flag("rate", at_least=0)] = 0.0
+    """Decoupled weight decay a unit of learning rate; for adam and sgd it is added to the gradient instead."""
+    full_rank_weight_decay: Annotated[float | None, Flag("rate", at_least=0, auto="weight_decay")] = None
+    """That of embeddings, head and norms."""
+    beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0
+    """Decay an update of the first moment; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
+    matrices, none for sgd and adafactor."""
+    beta2: Annotated[float, Flag("ratio", above=0, below=1)] = 0.95
+    """Decay an update of Adam's second moment, the same in every mode."""
+    adam_eps: Annotated[float, Flag("number", above=0)] = 1e-8
+    """Number added to the root of Adam's second moment."""
+    grad_clipping: Annotated[float, Flag("norm", at_least=0)] = 0.0
+    """Largest global L2 norm of the gradient; 0 does not clip."""
+    norm_growth: Annotated[float, Flag("factor", at_least=0)] = 0.0
+    """Largest factor by which the norm of each weight's gradient grows from update to update, such as 1.01; 0 sets no
+    limit. It also works inside the backward pass, where grad_clipping cannot."""
+    grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
+    """Data type in which gradients add up over micro-batches (sgd, adafactor and muon: the weights' own)."""
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the decoder matrices are trained through projected gradients."""
+        return self.optimizer not in FULL_RANK_OPTIMIZERS
+
+    @property
+    def is_q_galore(self) -> bool:
+        """Whether the optimizer can update quantized weights."""
+        return self.optimizer in Q_GALORE_OPTIMIZERS
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each weight is updated inside the backward pass."""
+        return self.optimizer.endswith("_per_layer")
+
+    @property
+    def adam_beta1(self) -> float:
+        """Adam's beta1, where 0 stands for the usual 0.9."""
+        return self.beta1 or 0.9
+
+    @property
+    def decay_of_full_rank(self) -> float:
+        """The weight decay of embeddings, head and norms."""
+        return self.weight_decay if self.full_rank_weight_decay is None else self.full_rank_weight_decay
+
+    @property
+    def peak_full_rank_lr(self) -> float:
+        """The peak learning rate of embeddings, head and norms."""
+        return self.lr if self.full_rank_lr is None else self.full_rank_lr
+
+
+@dataclass(frozen=True)
+class QuantizationArgs:
+    """How weights and projections are stored."""
+
+    weight_quant: bool = False
+    """Store the decoder matrices as integers of weight_bits (q_galore optimizers only)."""
+    weight_bits: Annotated[int, Flag(choices=(8, 4))] = 8
+    """Bits in which a weight is stored."""
+    weight_group_size: Annotated[int, Flag("weights", at_least=2)] = 256
+    """Neighbours in a row that share a scale and a zero point."""
+    int8_products: bool = False
+    """Round activations to INT8 as they come and multiply the layers' weights in INT8, forward and for the gradients of
+    their inputs; a whole row of a weight then shares its scale, and weight_group_size has no say."""
+    stochastic_round: bool = False
+    """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
+    simulation: bool = False
+    """Fake quantization: float weights that are rounded onto the integer grid at every update."""
+    proj_quant: bool = False
+    """Store the projections as integers of proj_bits."""
+    proj_bits: Annotated[int, Flag(choices=(4, 8))] = 4
+    """Bits in which a value of a projection is stored."""
+    proj_group_size: Annotated[int, Flag("values", at_least=2)] = 256
+    """Neighbours in a basis vector that share a scale and a zero point."""
+
+
+@dataclass(frozen=True)
+class SubspaceArgs:
+    """The subspace that low-rank gradients live in, and when it is refreshed (galore and q_galore optimizers)."""
+
+    rank: Annotated[int, Flag("dimensions", at_least=1)] = 128
+    """Dimensions of the subspace of each decoder matrix."""
+    mlp_rank: Annotated[int, Flag("dimensions", at_least=0, auto="rank")] = 0
+    """Dimension of the subspaces of the MLP's matrices, where it is to be another."""
+    galore_scale: Annotated[float, Flag("factor", above=0)] = 1.0
+    """Multiplier of the projected-back update (alpha in the papers)."""
+    proj_type: Annotated[str, Flag(choices=("std", "reverse_std", "left", "right", "full"))] = "std"
+    """Side that is projected: std the smaller one, reverse_std the larger one, full both."""
+    subspace: Annotated[str, Flag(choices=("svd", "streaming"))] = "svd"
+    """How it is found: svd of the full gradient as in the paper, or streaming, one step of subspace iteration from
+    projected gradients alone."""
+    svd_method: Annotated[str, Flag(choices=("full", "randomized"))] = "full"
+    """Which SVD the svd subspace uses."""
+    update_proj_gap: Annotated[int, Flag("updates", at_least=1)] = 50
+    """Interval between two refreshes; the lazy rule, for --subspace svd alone, may make it longer."""
+    max_update_proj_gap: Annotated[int, Flag("updates", at_least=1, auto="8 x update_proj_gap")] = 0
+    """Longest interval that the lazy rule may reach."""
+    cos_threshold: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.4
+    """Lazy rule: similarity of successive subspaces above which the interval grows."""
+    gamma_proj: Annotated[float, Flag("factor", at_least=1)] = 2.0
+    """Lazy rule: factor by which the interval grows; 1 keeps it."""
+    queue_size: Annotated[int, Flag("refreshes", at_least=1)] = 5
+    """Lazy rule: successive refreshes that must all be similar."""
+    direction: Annotated[str, Flag(choices=("adam", "orthogonal"))] = "adam"
+    """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment."""
+    residual: Annotated[str, Flag(choices=("none", "fira"))] = "none"
+    """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
+    that Adam gives the rest (fira)."""
+    rotate_moments: Annotated[bool | None, Flag(auto="on for streaming, off for svd as in the paper")] = None
+    """Rotate Adam's moments into the new basis at a refresh."""
+
+    @property
+    def rotates_moments(self) -> bool:
+        """Whether moments are rotated, with the default worked out."""
+        return self.subspace == "streaming" if self.rotate_moments is None else self.rotate_moments
+
+
+@dataclass(frozen=True)
+class ScheduleArgs:
+    """How long, and the learning rate's way."""
+
+    num_training_steps: Annotated[int, Flag("updates", at_least=1)] = 10_000
+    """Updates of the run."""
+    max_train_tokens: Annotated[int, Flag("tokens", at_least=1, parse=parse_count, auto="none")] = 0
+    """Tokens of the run, such as 100M or 1.1B; rounded up to whole updates, replaces num_training_steps."""
+    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts"))] = "cosine"
+    """Shape of the decay from the peak to min_lr_ratio."""
+    warmup_steps: Annotated[int, Flag("updates", at_least=0)] = 1_000
+    """Updates in which the learning rate grows from 0 to its peak."""
+    min_lr_ratio: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.1
+    """Last learning rate as a share of the peak."""
+    restart_cycles: Annotated[int, Flag("cycles", at_least=1)] = 4
+    """Equal cycles after the warm-up for cosine_restarts; each starts again at the peak."""
+
+
+@dataclass(frozen=True)
+class EvaluationArgs:
+    """Validation, always on the same tokens in the same order."""
+
+    eval_every: Annotated[int, Flag("updates", at_least=0)] = 5_000
+    """Interval between two evaluations; the last update is always evaluated, 0 means then only."""
+    eval_tokens: Annotated[int, Flag("tokens", at_least=1, parse=parse_count)] = 10_000_000
+    """Tokens of an evaluation, such as 500K or 10M, or the whole set if that is smaller."""
+    eval_batch_size: Annotated[int, Flag("sequences", at_least=1, auto="batch_size")] = 0
+    """Sequences in a batch of an evaluation."""
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    """What is kept on disk."""
+
+    save_dir: Annotated[str, Flag("folder", auto="checkpoints/<model>-<optimizer>-<time>")] = ""
+    """Folder of the run: checkpoints, metrics.jsonl, wandb."""
+    save_every: Annotated[int, Flag("updates", at_least=0)] = 10_000
+    """Interval between two checkpoints, the first of them before the first update; the last update is always saved, and
+    where a stop is asked for; 0 means then only."""
+    keep_checkpoints: Annotated[int, Flag("checkpoints", at_least=0)] = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    continue_from: Annotated[str, Flag("folder")] = ""
+    """Checkpoint to resume from, or auto for the newest valid one in save_dir (a fresh start if there is none)."""
+
+
+@dataclass(frozen=True)
+class LoggingArgs:
+    """What is reported. metrics.jsonl in save_dir is always written; wandb mirrors it."""
+
+    project: Annotated[str, Flag("text")] = "test"
+    """Project of wandb."""
+    name: Annotated[str, Flag("text")] = "test"
+    """Name of the run in wandb."""
+    tags: Annotated[str, Flag("text")] = ""
+    """Tags of the run in wandb, separated by commas."""
+    unset_wandb: bool = False
+    """Switch wandb off (the same as wandb_mode off)."""
+    wandb_mode: Annotated[str, Flag(choices=("auto", "online", "offline", "off"))] = "auto"
+    """auto: what the variable WANDB_MODE says, else online with a login, offline without one."""
+    log_every: Annotated[int, Flag("updates", at_least=1)] = 1
+    """Interval between two lines of metrics."""
+
+    @property
+    def resolved_wandb_mode(self) -> str:
+        """`wandb_mode` with `unset_wandb` taken in."""
+        return "off" if self.unset_wandb else self.wandb_mode
+
+    @property
+    def tag_list(self) -> list[str]:
+        """The tags one by one."""
+        return [tag.strip() for tag in self.tags.split(",") if tag.strip()]
+
+
+@dataclass(frozen=True)
+class RuntimeArgs:
+    """Where and how safely it runs."""
+
+    device: Annotated[str, Flag(choices=("auto", "cpu", "cuda"))] = "auto"
+    """auto takes a CUDA GPU where there is one."""
+    seed: Annotated[int, Flag("number", at_least=0)] = 0
+    """Seed of the initial weights, the order of the data and stochastic rounding."""
+    single_gpu: bool = False
+    """Run without data parallelism, as one process."""
+    max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
+    """Updates in a row that may be skipped because the loss or gradient is not finite, before the run stops."""
+    check_replicas: Annotated[int, Flag("updates", at_least=0)] = 0
+    """Interval between two comparisons of the ranks' weights by hash; 0 never compares."""
+    dry_run: bool = False
+    """Print the resolved configuration, the model's size and the planned memory, and stop."""

@@ -1,0 +1,75 @@
+"""The arguments of a run: read from the command line, checked, and resolved into plain values.
+
+`parse_args` is the only door. All problems of a command line are raised together as one `UserError`; nothing heavy is
+imported before it has passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+
+from peft_pretraining.config.checks import find_problems, find_warnings
+from peft_pretraining.config.flags import build_parser, parse_flags
+from peft_pretraining.config.recipes import with_length, with_recipe
+from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.errors import UserError
+
+_DESCRIPTION = "Pretrain LLaMA with Q-GaLore, GaLore or a full-rank optimizer. Start it with torchrun or python."
+_USAGE = "run_pretrain.py --model_config FILE --batch_size SEQUENCES [flags]"
+
+
+def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArgs:
+    """Read a command line (default: this program's) for a run of `world_size` ranks.
+
+    Raises UserError that lists every problem; `--help` prints the flags and leaves the program.
+    """
+    parser = build_parser(GROUPS, _DESCRIPTION, _USAGE)
+    parsed = parse_flags(parser, GROUPS, sys.argv[1:] if argv is None else argv)
+    recipe = with_recipe(parsed.values)
+    groups = {}
+    for name, group in GROUPS.items():
+        fields = dataclasses.fields(group)
+        values = {field.name: recipe[field.name] for field in fields if field.name in recipe}
+        # A required flag that is missing or unreadable is among the problems already.
+        required = [field.name for field in fields if field.default is dataclasses.MISSING]
+        groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
+    args = _resolve(RunArgs(**groups, world_size=world_size))
+    updates = args.schedule.num_training_steps
+    optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
+    args = dataclasses.replace(args, optimizer=optimizer)
+    problems = list(parsed.problems)
+    unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable]
+    problems += [text for text in find_problems(args) if not any(flag.search(text) for flag in unreadable)]
+    if problems:
+        raise UserError(_list_problems(problems))
+    return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)))
+
+
+def _resolve(args: RunArgs) -> RunArgs:
+    """Fill in what depends on other flags."""
+    batch, subspace, schedule, evaluation = args.batch, args.subspace, args.schedule, args.evaluation
+    a_pass = batch.batch_size * args.world_size
+    accumulation = batch.gradient_accumulation or max(1, batch.total_batch_size // a_pass)
+    batch = dataclasses.replace(
+        batch,
+        gradient_accumulation=accumulation,
+        total_batch_size=batch.total_batch_size or accumulation * a_pass,
+    )
+    if not subspace.max_update_proj_gap:
+        subspace = dataclasses.replace(subspace, max_update_proj_gap=8 * subspace.update_proj_gap)
+    if schedule.max_train_tokens:
+        updates = -(-schedule.max_train_tokens // (batch.total_batch_size * batch.max_length))
+        schedule = dataclasses.replace(schedule, num_training_steps=updates)
+    if not evaluation.eval_batch_size:
+        evaluation = dataclasses.replace(evaluation, eval_batch_size=batch.batch_size)
+    return dataclasses.replace(args, batch=batch, subspace=subspace, schedule=schedule, evaluation=evaluation)
+
+
+def _list_problems(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    lines = [f"the command line has {len(problems)} problems:"]
+    return "\n".join(lines + [f"  {number}. {text}" for number, text in enumerate(problems, 1)])

@@ -1,0 +1,85 @@
+"""The resolved arguments of a run: plain values, a frozen dataclass a group of flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.config.groups import (
+    BatchArgs,
+    CheckpointArgs,
+    DataArgs,
+    EvaluationArgs,
+    LoggingArgs,
+    ModelArgs,
+    OptimizerArgs,
+    QuantizationArgs,
+    RuntimeArgs,
+    ScheduleArgs,
+    SubspaceArgs,
+)
+
+GROUPS: Mapping[str, type] = {
+    "model": ModelArgs,
+    "data": DataArgs,
+    "batch": BatchArgs,
+    "optimizer": OptimizerArgs,
+    "quantization": QuantizationArgs,
+    "subspace": SubspaceArgs,
+    "schedule": ScheduleArgs,
+    "evaluation": EvaluationArgs,
+    "checkpoint": CheckpointArgs,
+    "logging": LoggingArgs,
+    "runtime": RuntimeArgs,
+}
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """All arguments of a run, resolved: batch sizes, updates and intervals are the numbers that hold."""
+
+    model: ModelArgs
+    data: DataArgs
+    batch: BatchArgs
+    optimizer: OptimizerArgs
+    quantization: QuantizationArgs
+    subspace: SubspaceArgs
+    schedule: ScheduleArgs
+    evaluation: EvaluationArgs
+    checkpoint: CheckpointArgs
+    logging: LoggingArgs
+    runtime: RuntimeArgs
+    world_size: int = 1
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Positions in the total batch of one update, padding included."""
+        return self.batch.total_batch_size * self.batch.max_length
+
+    def save_dir(self, now: datetime) -> Path:
+        """The run's folder: `--save_dir`, else that of the checkpoint it continues from, else a new one named by `now`.
+
+        With several ranks, rank 0 decides and tells the others, since their clocks differ.
+        """
+        if self.checkpoint.save_dir:
+            return Path(self.checkpoint.save_dir)
+        if self.checkpoint.continue_from:
+            source = Path(self.checkpoint.continue_from)
+            return source.parent if source.name.startswith("step_") else source
+        stem = Path(self.model.model_config).stem
+        return Path("checkpoints") / f"{stem}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
+
+    def in_folder(self, save_dir: Path, continue_from: str | None = None) -> RunArgs:
+        """These arguments with the run's folder made explicit, and another `--continue_from` where one is given."""
+        source = self.checkpoint.continue_from if continue_from is None else continue_from
+        checkpoint = dataclasses.replace(self.checkpoint, save_dir=str(save_dir), continue_from=source)
+        return dataclasses.replace(self, checkpoint=checkpoint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved values by flag name."""
+        return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}

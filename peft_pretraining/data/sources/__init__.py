@@ -1,0 +1,1 @@
+"""Where documents and token ids come from."""

@@ -1,0 +1,169 @@
+"""`--dataset pydocs`: several megabytes of English and code that lie on every machine that can train.
+
+The text is Python's own documentation topics (`pydoc_data.topics`), the docstrings of the standard library, and those
+of the packages that training needs. Sources are parsed with `ast`; nothing is imported or run. A document is a topic,
+or consecutive docstrings of one module joined up to about the length of a C4 document, so that --packing pad sees
+nearly all of it. A docstring that occurred before is left out. Whole modules and topics are held out for validation, by
+a hash of their name.
+
+The text depends on the installed versions. It is cached under a hash of them, and a run that resumes where they have
+changed is refused by the loader rather than given another order.
+"""
+
+import ast
+import contextlib
+import gzip
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import sys
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft_pretraining.data.cache import cache_dir, publish
+from peft_pretraining.data.permutation import hash64
+from peft_pretraining.errors import UserError
+
+PACKAGES = ("numpy", "pandas", "huggingface_hub", "datasets", "fsspec", "torch", "transformers")
+"""A fixed list, in the order in which they are read: what else is installed must not change the data set.
+
+Those with much documentation for their code come first, because parsing takes the time; the standard library is read
+before torch.
+"""
+LIMIT_CHARS = 8_000_000
+PACKAGE_LIMIT_CHARS = 2_000_000
+DOCUMENT_CHARS = 1500
+VALIDATION_FRACTION = 0.05
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "__pycache__"}
+_FORMAT = 2
+
+_logger = logging.getLogger(__name__)
+
+
+def pydocs_documents(split: str) -> list[str]:
+    """The documents of split "train" or "validation", in a fixed order."""
+    wanted = split == "validation"
+    return [text for name, text in _load() if _is_validation(name) == wanted]
+
+
+def collect() -> Iterator[tuple[str, str]]:
+    """(name of the module or topic, text of the document) of all there is, but for PACKAGE_LIMIT_CHARS."""
+    seen: set[bytes] = set()
+    topics: dict[str, str] = {}
+    with contextlib.suppress(ImportError):  # some distributions leave the module out
+        topics = importlib.import_module("pydoc_data.topics").topics
+    for name in sorted(topics):
+        for text in _joined(topics[name].split("\n\n")):
+            yield f"topic:{name}", text
+    for folder in _folders():
+        size = 0
+        for path in sorted(folder.rglob("*.py")):
+            if size >= PACKAGE_LIMIT_CHARS:
+                break
+            relative = path.relative_to(folder.parent if folder.name in PACKAGES else folder)
+            if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
+                module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+                for text in _joined(read_docstrings(path, module, seen)):
+                    size += len(text)
+                    yield module, text
+
+
+def collect_up_to(limit_chars: int) -> Iterator[tuple[str, str]]:
+    """The documents of `collect` until they have `limit_chars` characters."""
+    size = 0
+    for name, text in collect():
+        yield name, text
+        size += len(text)
+        if size >= limit_chars:
+            return
+
+
+def _folders() -> list[Path]:
+    """Those of PACKAGES that are installed, with the standard library in its place."""
+    paths = sysconfig.get_paths()
+    folders: list[Path] = []
+    for package in PACKAGES:
+        if package == "torch":
+            folders.append(Path(paths["stdlib"]))
+        folders.extend(Path(paths[kind]) / package for kind in ("purelib", "platlib"))
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_docstrings(path: Path, module: str, seen: set[bytes]) -> Iterator[str]:
+    """Docstrings of a file in the order of the source, each under its dotted name; none if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return
+    for name, node in _documented(tree, module):
+        text = ast.get_docstring(node)
+        if not text or (digest := hashlib.sha1(text.encode("utf-8", "replace")).digest()) in seen:
+            continue
+        seen.add(digest)
+        yield f"{name}\n{text.encode('utf-8', 'replace').decode()}"
+
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(node: _Documented, name: str) -> Iterator[tuple[str, _Documented]]:
+    yield name, node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _documented(child, f"{name}.{child.name}")
+
+
+def _joined(pieces: Iterator[str] | list[str]) -> Iterator[str]:
+    """Consecutive pieces joined by blank lines until they reach DOCUMENT_CHARS."""
+    parts: list[str] = []
+    size = 0
+    for piece in pieces:
+        if not piece.strip():
+            continue
+        parts.append(piece.strip("\n"))
+        size += len(piece)
+        if size >= DOCUMENT_CHARS:
+            yield "\n\n".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield "\n\n".join(parts)
+
+
+def _is_validation(name: str) -> bool:
+    return hash64(zlib.crc32(name.encode())) < VALIDATION_FRACTION * 2**64
+
+
+def _load() -> list[tuple[str, str]]:
+    versions = [(package, _version(package)) for package in PACKAGES]
+    key = repr((_FORMAT, sys.version_info[:3], versions, LIMIT_CHARS, PACKAGE_LIMIT_CHARS, DOCUMENT_CHARS))
+    path = cache_dir() / f"pydocs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json.gz"
+    if path.is_file():
+        try:
+            return _parse(path.read_bytes())
+        except (OSError, EOFError, ValueError, zlib.error):
+            path.unlink()  # a damaged cache file is made again
+    _logger.warning("pydocs: reading the docstrings of the installed packages once, into %s", path)
+    documents = list(collect_up_to(LIMIT_CHARS))
+    if not documents:
+        raise UserError(
+            "--dataset pydocs: no documentation topics and no Python sources were found; give another --dataset."
+        )
+    return _parse(publish(path, gzip.compress(json.dumps(documents).encode(), mtime=0)))
+
+
+def _parse(content: bytes) -> list[tuple[str, str]]:
+    return [(str(name), str(text)) for name, text in json.loads(gzip.decompress(content))]

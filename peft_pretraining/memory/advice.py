@@ -1,0 +1,81 @@
+"""What to tell a user whose device has less memory than a run is planned to take, or has run out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.memory.from_args import plan, shape_of
+from peft_pretraining.models.llama.config import LlamaConfig
+
+
+def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
+    """A sentence for a run whose planned peak is above what is free on its CUDA device; None if it fits."""
+    if device.type != "cuda" or (config := shape_of(args)) is None:
+        return None
+    free = torch.cuda.mem_get_info(device)[0]
+    if plan(args, config).peak_bytes <= free:
+        return None
+    return f"it may run out of memory: {_comparison(args, config, free)}"
+
+
+def out_of_memory(args: RunArgs, device: torch.device) -> str:
+    """The sentence for a run that found no memory on its CUDA device."""
+    save_dir, config = args.checkpoint.save_dir, shape_of(args)
+    # What other processes and CUDA itself hold was never there for this one.
+    available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    comparison = f": {_comparison(args, config, available)}" if config is not None else ""
+    text = f"{device} has no memory left{comparison}. With --save_dir {save_dir} --continue_from auto "
+    return f"{text}the same command, but for its --rank, goes on from the newest checkpoint"
+
+
+def _comparison(args: RunArgs, config: LlamaConfig, available: int) -> str:
+    peak = plan(args, config).peak_bytes
+    text = f"the run is planned to take {peak / 1e9:.1f} GB of {available / 1e9:.1f} (--dry_run says for what)"
+    if peak <= available:
+        return f"{text}, and took more; --activation_checkpointing or a smaller --batch_size takes less"
+    fitting = flags_that_fit(args, config, available)
+    return f"{text}; each of these alone would fit: {', '.join(fitting)}" if fitting else text
+
+
+def flags_that_fit(args: RunArgs, config: LlamaConfig, available: int) -> list[str]:
+    """The smallest change of each kind that alone brings the planned peak to at most `available` bytes.
+
+    The total batch stays what it is.
+    """
+    found: dict[str, str] = {}
+    for flag, value, changed in _smaller(args):
+        if flag not in found and plan(changed, config).peak_bytes <= available:
+            found[flag] = f"{flag} {value}".strip()
+    return list(found.values())
+
+
+def _smaller(args: RunArgs) -> Iterator[tuple[str, object, RunArgs]]:
+    """Flags with values that take less, from little to much, and the arguments they would give."""
+    batch, optimizer = args.batch, args.optimizer
+    if not args.model.activation_checkpointing:
+        yield "--activation_checkpointing", "", _with(args, "model", activation_checkpointing=True, checkpoint_every=1)
+    elif args.model.checkpoint_every > 1:
+        yield "--checkpoint_every", 1, _with(args, "model", checkpoint_every=1)
+    if batch.gradient_accumulation > 1 and optimizer.grad_accum_dtype != "int8":
+        yield "--grad_accum_dtype", "int8", _with(args, "optimizer", grad_accum_dtype="int8")
+    size, accumulation = batch.batch_size, batch.gradient_accumulation
+    while size % 2 == 0:
+        size, accumulation = size // 2, accumulation * 2
+        value = f"{size} --gradient_accumulation {accumulation}"
+        yield "--batch_size", value, _with(args, "batch", batch_size=size, gradient_accumulation=accumulation)
+    if optimizer.is_low_rank:
+        for eighths in (7, 6, 5, 4, 3, 2, 1):
+            rank = args.subspace.rank * eighths // 8
+            if rank:
+                yield "--rank", rank, _with(args, "subspace", rank=rank)
+
+
+def _with(args: RunArgs, group: str, **values: Any) -> RunArgs:
+    """The arguments with other values in one of their groups."""
+    changed: dict[str, Any] = {group: dataclasses.replace(getattr(args, group), **values)}
+    return dataclasses.replace(args, **changed)

@@ -1,0 +1,1 @@
+"""The models that are trained, a folder a family."""

@@ -1,0 +1,278 @@
+"""LLaMA for pretraining: a causal language model and nothing else.
+
+Method: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020), grouped-query
+attention (Ainslie et al. 2023), as put together in LLaMA (Touvron et al. 2023). Parameter names are those of
+transformers' LlamaForCausalLM, so a state dict fits both; the arithmetic agrees with it within rounding.
+
+Numbers: norms, rotations, softmax and loss are computed in float32 and rounded once; everything else has the
+parameters' dtype. There are no buffers: the rotary tables are computed in each forward, a few small kernels, so no cast
+of the model can round them and a model built on the meta device has nothing left to fill in.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
+from peft_pretraining.models.ops.rotary import rotary_tables, rotate
+from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
+from qgalore.layer.linear import products
+
+IGNORE_INDEX = -100
+
+
+class LlamaOutput(NamedTuple):
+    """What a forward gives: logits without labels, the summed loss with them."""
+
+    logits: Tensor | None  # (B, L, vocab_size)
+    loss_sum: Tensor | None  # () float32, nats summed over the target tokens
+
+
+class LayerRunner(Protocol):
+    """Runs all layers in training instead of a loop over them, as `qgalore.graphs.runner.LayerGraphs` does."""
+
+    def __call__(self, x: Tensor, *tables: Tensor) -> Tensor:
+        """x (B, L, hidden_size) through all layers; tables are those of the rotation."""
+
+    def memory(self) -> AbstractContextManager[None]:
+        """Within it, what is gone before the backward pass of the layers may take the memory of that pass."""
+
+
+class LlamaRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 inside."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The fused operator keeps only x and one float32 a token for the backward; written out, it would keep
+        # several float32 copies of x.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def cudnn_length(device: torch.device, config: LlamaConfig) -> int:
+    """Up to which length of sequence cuDNN's attention is fast and gives the same bits every time; 0: none.
+
+    On Hopper its backward pass takes two thirds of FlashAttention's time, and adds up the gradient of a query in
+    whatever order blocks of keys finish. Of 256 tokens there are two such blocks, and a + b is b + a: 40 of 40 backward
+    passes were equal there, and none of 512 tokens (cuDNN 9.19, head_dim 64 and 128).
+    """
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    if device.type != "cuda" or grouped or config.head_dim not in (64, 128) or not torch.backends.cudnn.is_available():
+        return 0
+    return 256 if torch.cuda.get_device_capability(device) == (9, 0) else 0
+
+
+# x + y that a compiler takes for something it cannot compute again. It would keep y instead, which takes as much
+# memory, and read both wherever the sum is needed: in the backward pass once more for the gradients of both norms.
+_library = torch.library.Library("peft_pretraining", "FRAGMENT")
+_library.define("saved_sum(Tensor x, Tensor y) -> Tensor")
+
+
+@torch.library.impl(_library, "saved_sum", "CompositeExplicitAutograd")
+def _saved_sum(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@torch.library.register_fake("peft_pretraining::saved_sum")
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+torch.library.register_autograd("peft_pretraining::saved_sum", lambda ctx, grad: (grad, grad))
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention; `num_key_value_heads` keys and values are shared by groups of query heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.cudnn_length = 0
+        """Sequences up to this length are trained through cuDNN's attention."""
+        query = config.num_attention_heads * config.head_dim
+        key_value = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        # The rotation gives the gradients of queries and keys side by side.
+        of_heads = products(x, (self.q_proj, self.k_proj, self.v_proj), side_by_side=2)
+        query, key, value = (y.view(heads) for y in of_heads)
+        query, key = rotate(query, key, cos, sin)  # (B, L, heads, head_dim), (B, L, kv_heads, head_dim) as value
+        # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if torch.is_grad_enabled() and length <= self.cudnn_length and x.dtype == torch.bfloat16:
+            out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True)[0]
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return mixed
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.training_swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation = self.training_swiglu if torch.is_grad_enabled() else swiglu
+        out: Tensor = self.down_proj(activation(*products(x, (self.gate_proj, self.up_proj))))
+        return out
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.add_attention: Callable[[Tensor, Tensor], Tensor] = torch.add
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # There is no dropout, so the random state need not be kept for the second forward.
+            out: Tensor = checkpoint(self._run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self._run(x, cos, sin)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self.add_attention(x, self.self_attn(self.input_layernorm(x), cos, sin))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class LlamaModel(nn.Module):
+    """Embeddings, decoder layers, final norm: token ids (B, L) to hidden states (B, L, hidden_size)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        # No padding_idx: it would stop one row from training, silently so where a tokenizer uses that id for text.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiled_layer: Callable[..., Tensor] | None = None
+        self.run_layers: LayerRunner | None = None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.embed_tokens(input_ids)
+        cos, sin = rotary_tables(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        # Batches of training have one shape; an evaluation's may have others, each of which would be compiled.
+        training = torch.is_grad_enabled()
+        if training and self.run_layers is not None:
+            x = self.run_layers(x, cos, sin)
+        else:
+            for layer in self.layers:
+                x = self.compiled_layer(layer, x, cos, sin) if training and self.compiled_layer else layer(x, cos, sin)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class LlamaForCausalLM(nn.Module):
+    """LLaMA with a language-model head, tied to the embeddings if the config says so."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+        """From now on keep one activation of every so many layers and compute the others again in the backward pass."""
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, LlamaDecoderLayer)
+            layer.gradient_checkpointing = index % every == 0
+            # A low-rank layer can free its input before it makes the gradient of it.
+            for module in layer.modules():
+                if hasattr(module, "frees_input"):
+                    module.frees_input = layer.gradient_checkpointing  # type: ignore[assignment]
+
+    def keep_int8_activations(self) -> None:
+        """From now on keep gate and up of each MLP in INT8 (`swiglu`), but for what is recomputed anyway."""
+        for layer in self.model.layers:
+            assert isinstance(layer, LlamaDecoderLayer)
+            if not layer.gradient_checkpointing:
+                layer.mlp.training_swiglu = swiglu_through_int8
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """From now on run training through `torch.compile`, one decoder layer at a time.
+
+        The layers share their code, so one compilation serves them all and takes seconds for any depth. Checkpointing
+        is inside it: only what a gradient needs is computed again. The gradient of a layer's output is used up by the
+        backward pass: that of the input takes its place.
+        """
+        # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
+        # memory and 1 to 4 % of the speed.
+        torch._functorch.config.ban_recompute_materialized_backward = False
+        options: dict[str, Any] = {}
+        if backend == "inductor":
+            from torch._inductor import lowering
+
+            from peft_pretraining.models.compile import GivesUpGradients
+
+            # Same seed, same bits: no choice between kernels by how fast they happen to run. And what is freed goes
+            # back to the allocator at once, instead of waiting for a tensor of its size. Rows are not padded to 128
+            # bytes: where they were, a gradient could not be written over what it is made of.
+            options = {"deterministic": True, "allow_buffer_reuse": False, "comprehensive_padding": False}
+            options |= {"post_grad_custom_post_pass": GivesUpGradients()}
+            # Its code generator takes the saved sum for any other, and makes it together with the norm that follows.
+            lowering.register_lowering(torch.ops.peft_pretraining.saved_sum.default, type_promotion_kind=None)(
+                lowering.lowerings[torch.ops.aten.add.Tensor]
+            )
+        for layer in self.model.layers:
+            assert isinstance(layer, LlamaDecoderLayer)
+            layer.add_attention = torch.ops.peft_pretraining.saved_sum
+            layer.self_attn.cudnn_length = cudnn_length(self.lm_head.weight.device, self.config)
+        self.model.compiled_layer = torch.compile(
+            LlamaDecoderLayer.forward, fullgraph=True, dynamic=False, backend=backend, options=options
+        )
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LlamaOutput:
+        """input_ids, labels (B, L); without labels the logits, with them the float32 sum of the loss.
+
+        labels are not shifted yet: the target of position i is labels[:, i + 1], and -100 is not a target.
+        """
+        hidden = self.model(input_ids)
+        layers = self.model.run_layers
+        # The head's gradient waits for that of the embeddings where they are one.
+        if layers is None or labels is None or not torch.is_grad_enabled() or self.config.tie_word_embeddings:
+            return head_output(hidden, self.lm_head, labels)
+        with layers.memory():
+            output = head_output(hidden, self.lm_head, labels)
+        assert output.loss_sum is not None
+        return LlamaOutput(None, output.loss_sum.clone())
+
+
+def head_output(hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None) -> LlamaOutput:
+    """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
+    if labels is None:
+        return LlamaOutput(lm_head(hidden), None)
+    # Shifting the labels instead of cutting the hidden states saves a copy.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), IGNORE_INDEX)
+    return LlamaOutput(None, loss_sum)

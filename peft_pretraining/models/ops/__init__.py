@@ -1,0 +1,1 @@
+"""Operators of the models, each with its kernel beside it."""

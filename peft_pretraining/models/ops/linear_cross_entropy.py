@@ -1,0 +1,166 @@
+"""The cross-entropy of a linear layer's outputs, of which never more than one chunk of tokens exists.
+
+The logits of a small LLaMA are the largest tensor of its training step, and their gradient is another. But the gradient
+of a token's cross-entropy depends on the logits of that token alone and is linear in the gradient of the sum. So the
+forward pass goes over chunks of tokens and finishes each at once:
+
+    L = h Wᵀ            logits, (tokens, vocabulary), in the dtype of h with float32 sums inside the product
+    G = softmax(L) - 1[target], zero for an ignored token; it overwrites L. And the loss of each token, float32
+    dh = G W,  dW += Gᵀ h
+
+and the backward pass only multiplies dh and dW by the gradient of the sum. The products are those of the ordinary
+layer, none is computed twice. Over several chunks dW is summed in float32 and rounded once at the end. Without
+gradients only the losses are computed. Nothing waits for the device, and every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qgalore.kernels import row_chunks, use_triton
+
+CHUNK_BYTES = 256 << 20
+"""The logits of a chunk take no more bytes than this (one token's always fit)."""
+_TOKEN_MULTIPLE = 128  # whole tiles of a matrix product
+_COLUMN_MULTIPLE = 64  # rows of logits start at aligned addresses, whatever the vocabulary
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """The sum () of the cross-entropy of `hidden @ weight.T` against the targets that are not `ignore_index`.
+
+    hidden (T, H) and weight (vocabulary, H) have one dtype, or get that of an autocast region, as in `F.linear`;
+    targets (T,) are int64. The sum is float32, of float64 values float64, and not finite if a logit of a counted token
+    is not. With gradients they are computed here already, so call it without where none is wanted.
+    Raises ValueError for shapes that do not match; a second backward pass through one result raises RuntimeError.
+    """
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
+        raise ValueError(
+            "linear_cross_entropy needs hidden (T, H), weight (vocabulary, H) and targets (T,), "
+            f"not {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+        )
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        # Autocast leaves float64 as it is.
+        hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+        with torch.autocast(device_type, enabled=False):
+            return linear_cross_entropy(hidden, weight, targets, ignore_index)
+    if torch.is_grad_enabled():
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+        return loss
+    return _loss_and_gradients(hidden, weight, targets, ignore_index, False, False)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, targets, ignore_index, needs_hidden, needs_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: a second backward pass through the same loss. The first one scaled the "
+                "gradients in place and gave them away: compute the loss again"
+            )
+        # No reference stays here, so that a weight's gradient can become its .grad without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                # As a matrix the factor stays float32; a scalar tensor would first be rounded to the gradient's dtype.
+                gradient.mul_(grad_output.view(1, 1))
+        return (*gradients, None, None)
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum of the losses (), and its gradients like hidden and like weight where they are needed."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    width = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+    chunks = token_chunks(tokens, width * hidden.element_size())
+    buffer = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), width)
+    losses = hidden.new_empty(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,)
+    hidden_grad = hidden.new_empty(hidden.shape) if needs_hidden else None
+    weight_grad, alone = None, len(chunks) == 1
+    if needs_weight:
+        # A single chunk needs no sum, and a large head no float32 copy.
+        weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
+    for start, stop in chunks:
+        padded = buffer[: stop - start]  # (chunk, width)
+        logits = padded[:, :vocabulary]  # (chunk, vocabulary)
+        torch.mm(hidden[start:stop], weight.T, out=logits)
+        softmax_gradient_(
+            padded, vocabulary, targets[start:stop], ignore_index, losses[start:stop], needs_hidden or needs_weight
+        )
+        if hidden_grad is not None:
+            torch.mm(logits, weight, out=hidden_grad[start:stop])
+        if weight_grad is not None and alone:
+            torch.mm(logits.T, hidden, out=weight_grad)
+        elif weight_grad is not None:
+            _add_product_(weight_grad, logits.T, hidden[start:stop])
+    return losses.sum(), hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
+
+
+def token_chunks(tokens: int, token_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of tokens of at most CHUNK_BYTES each and as few as that allows, of equal lengths but for one unit.
+
+    The unit is 128 tokens where so many fit into a chunk, else one token; the last range may end inside a unit.
+    """
+    most = max(1, CHUNK_BYTES // token_bytes)
+    unit = _TOKEN_MULTIPLE if most >= _TOKEN_MULTIPLE else 1
+    units = -(-tokens // unit)
+    count = -(-units // (most // unit))
+    edges = [min(tokens, unit * (units * i // count)) for i in range(count + 1)] if count else []
+    return list(pairwise(edges))
+
+
+def softmax_gradient_(
+    logits: Tensor, columns: int, targets: Tensor, ignore_index: int, losses: Tensor, write_gradient: bool
+) -> None:
+    """Write the cross-entropy of each row into losses (T,) and, if asked to, its gradient over the logits.
+
+    logits (T, width) is contiguous, of which the first `columns` count; the rest is padding without a meaning, before
+    and after. A row whose target is `ignore_index` has loss and gradient zero; in any other, one value that is not
+    finite makes both so. Computed in the dtype of losses; `QGALORE_KERNELS` chooses the implementation.
+    """
+    if use_triton(logits.device):
+        from peft_pretraining.models.ops import softmax_gradient
+
+        softmax_gradient.softmax_gradient_(logits, columns, targets, ignore_index, losses, write_gradient)
+        return
+    for start, stop in row_chunks(*logits.shape):
+        values = logits[start:stop, :columns]
+        ignored = targets[start:stop] == ignore_index
+        index = targets[start:stop].masked_fill(ignored, 0).unsqueeze(1)  # (rows, 1)
+        # 0, or NaN for an infinitely negative logit, which alone would not show in the loss.
+        poison = values.amin(1, keepdim=True).to(losses.dtype) * 0
+        log_softmax = values.to(losses.dtype).log_softmax(1).add_(poison)
+        losses[start:stop] = log_softmax.gather(1, index).squeeze(1).neg_().masked_fill_(ignored, 0)
+        if write_gradient:
+            gradient = log_softmax.exp_()
+            gradient.scatter_(1, index, gradient.gather(1, index) - 1)
+            values.copy_(gradient.masked_fill_(ignored.unsqueeze(1), 0))
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total <- total + a b in place; a float32 total of 16-bit matrices without a float32 copy of them."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # the CPU has no product with another dtype than its operands'
+        total.add_(a @ b)

@@ -1,0 +1,152 @@
+"""Optimizers by name: the one place where the names of `--optimizer` are matched.
+
+Every optimizer that comes out of here has the same few methods (`TrainingOptimizer`), so the training loop has no
+branch on its kind. The Adam family is one class of `qgalore`, since it rounds bfloat16 weights stochastically:
+torch's AdamW on bfloat16 weights loses every update smaller than 1/512 of a weight. On float32 weights the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM, LlamaMLP
+from peft_pretraining.optim.library import LibraryOptimizer, library_optimizer
+from peft_pretraining.optim.protocol import TrainingOptimizer
+from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
+from qgalore.graphs.runner import LayerGraphs
+from qgalore.kernels import reads_numbers
+from qgalore.optimizer import LowRankAdamW
+from qgalore.update.all_reduce import AllReduce
+
+_ADAM_FAMILY = {
+    "adam": GaLoreAdamW,
+    "adamw": GaLoreAdamW,
+    "adam8bit": GaLoreAdamW8bit,
+    "galore_adamw": GaLoreAdamW,
+    "galore_adamw8bit": GaLoreAdamW8bit,
+    "galore_adamw8bit_per_layer": GaLoreAdamW8bit,
+    "q_galore_adamw8bit": QGaLoreAdamW8bit,
+    "q_galore_adamw8bit_per_layer": QGaLoreAdamW8bit,
+}
+
+
+def weight_format(quantization: QuantizationArgs) -> WeightFormat:
+    """How the decoder's matrices are stored."""
+    return WeightFormat(
+        bits=quantization.weight_bits if quantization.weight_quant else None,
+        group_size=quantization.weight_group_size,
+        stochastic_rounding=quantization.stochastic_round or not quantization.weight_quant,
+        simulate=quantization.simulation,
+        int8_products=quantization.int8_products,
+    )
+
+
+def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs) -> Callable[[nn.Module, str], None]:
+    """For `build_model`: turns each decoder matrix into its stored form as soon as it exists."""
+    format = weight_format(quantization)
+
+    def convert(model: nn.Module, name: str) -> None:
+        linear = model.get_submodule(name)
+        if optimizer.is_low_rank and isinstance(linear, nn.Linear) and name.startswith("model.layers."):
+            parent, _, child = name.rpartition(".")
+            layer = LowRankLinear.from_linear(linear, format)
+            # Between the three matrices of our own MLP a ragged width stays padded: nothing is copied there.
+            layer.pads_output = isinstance(model.get_submodule(parent), LlamaMLP) and child != "down_proj"
+            setattr(model.get_submodule(parent), child, layer)
+
+    return convert
+
+
+def build_optimizer(
+    model: nn.Module,
+    args: OptimizerArgs,
+    quantization: QuantizationArgs,
+    subspace: SubspaceArgs,
+    seed: int,
+    all_reduce: AllReduce | None = None,
+) -> TrainingOptimizer:
+    """The optimizer of `--optimizer`, attached to the model.
+
+    Two param groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices. Those of the
+    MLP are a third where they have another rank. all_reduce sums a tensor over the ranks in place; None for one rank.
+    """
+    groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
+    groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
+    groups[0]["weight_decay"] = args.decay_of_full_rank
+    if args.optimizer in LIBRARY_OPTIMIZERS:
+        return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
+    if args.is_low_rank:
+        groups[1] |= _low_rank_keys(quantization, subspace)
+        if subspace.mlp_rank:
+            mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
+            of_mlp = [param for param in groups[1]["params"] if param in mlp]
+            groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
+            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
+    optimizer = _ADAM_FAMILY[args.optimizer](
+        groups,
+        lr=args.lr,
+        betas=(args.adam_beta1, args.beta2),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        decoupled_weight_decay=args.optimizer != "adam",
+        accumulator_dtype=args.grad_accum_dtype,
+        norm_growth=args.norm_growth,
+        seed=seed,
+    )
+    # Between micro-batches all gradients exist anyway, so a clipped run updates after the last one at no memory.
+    in_backward = args.per_layer and not args.grad_clipping
+    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce)
+    return optimizer
+
+
+def allows_graphs(args: RunArgs) -> bool:
+    """Whether these flags let compiled decoder layers run from CUDA graphs on a GPU with Triton.
+
+    All that changes from step to step must be read from the device: not so for fake quantization, for groups that
+    Triton's kernels cannot take, for a gradient that is packed into 8 bits without a sum, and for a residual that waits
+    for its update.
+    """
+    optimizer, quantization = args.optimizer, args.quantization
+    waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
+    fake = quantization.weight_quant and quantization.simulation
+    packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
+    fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
+    fits = fits and not (waits and args.subspace.residual != "none")
+    return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
+
+
+def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
+    """Let the decoder layers run from CUDA graphs where they are compiled, on a CUDA GPU, and Triton updates them."""
+    if not isinstance(model, LlamaForCausalLM) or not isinstance(optimizer, LowRankAdamW):
+        return
+    run, device = model.model.compiled_layer, next(model.parameters()).device
+    matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
+    if run is not None and device.type == "cuda" and all(reads_numbers(device, x.group_size) for x in matrices):
+        model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
+
+
+def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> dict[str, Any]:
+    return {
+        "rank": subspace.rank,
+        "update_proj_gap": subspace.update_proj_gap,
+        "scale": subspace.galore_scale,
+        "proj_type": subspace.proj_type,
+        "quant": quantization.proj_quant,
+        "quant_n_bit": quantization.proj_bits,
+        "quant_group_size": quantization.proj_group_size,
+        "cos_threshold": subspace.cos_threshold,
+        "gamma_proj": subspace.gamma_proj,
+        "queue_size": subspace.queue_size,
+        "subspace": subspace.subspace,
+        "svd_method": subspace.svd_method,
+        "rotate_moments": subspace.rotates_moments,
+        "max_update_proj_gap": subspace.max_update_proj_gap,
+        "direction": subspace.direction,
+        "residual": subspace.residual,
+    }

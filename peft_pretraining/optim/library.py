@@ -1,0 +1,157 @@
+"""Optimizers of other libraries behind the training loop's few methods."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.config.groups import OptimizerArgs
+from qgalore.update.all_reduce import AllReduce
+
+
+class LibraryOptimizer:
+    """An optimizer of another library: its gradients are summed over the ranks when the last micro-batch is in."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | OptimizerPair, all_reduce: AllReduce | None) -> None:
+        """Watches the parameters of `optimizer` with hooks if there is something to sum."""
+        self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
+        self._skip: Tensor | None = None
+        self._norm: Tensor | None = None
+        self.is_last_micro_batch = True
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+        if all_reduce is not None:
+            for param in self._parameters():
+                param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The library's groups; loading a state replaces them."""
+        return self._optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        """See `TrainingOptimizer`."""
+        self._optimizer.zero_grad()
+        self._norm = self._skip = None
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
+        optimizer = weakref.ref(self)  # a hook that held it would keep it, and the weights, forever
+
+        def hook(param: Tensor) -> None:
+            owner = optimizer()
+            if owner is not None and owner.is_last_micro_batch and param.grad is not None:
+                waiting = all_reduce(param.grad)
+                if waiting is not None:
+                    waiting.wait()
+
+        return hook
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient before clipping; read it before `zero_grad`."""
+        if self._norm is not None:
+            return self._norm
+        grads = [param.grad for param in self._parameters() if param.grad is not None]
+        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+    def step(self) -> None:
+        """See `TrainingOptimizer`; waits for the device, since these libraries cannot skip on it."""
+        self._skipped = ~self.grad_norm().isfinite()
+        if self._skip is not None:
+            self._skipped = self._skipped | self._skip
+        if not self._skipped:
+            self._optimizer.step()
+
+    def skip_update_if(self, flag: Tensor) -> None:
+        """See `TrainingOptimizer`."""
+        self._skip = flag
+
+    def skipped(self) -> Tensor:
+        """See `TrainingOptimizer`."""
+        return self._skipped
+
+    def partly_made(self) -> Tensor:
+        """Never: the whole gradient is known before the update."""
+        return torch.zeros_like(self._skipped)
+
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        """See `TrainingOptimizer`."""
+        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+
+    def subspace_metrics(self) -> dict[str, float | Tensor]:
+        """No subspaces."""
+        return {}
+
+
+class OptimizerPair:
+    """Two optimizers of other parameters that look like one."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        """Parameters are numbered through in this order."""
+        self._both = (first, second)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of both."""
+        return [group for optimizer in self._both for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self._both:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        """An update of all parameters."""
+        for optimizer in self._both:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of one optimizer."""
+        first, second = (optimizer.state_dict() for optimizer in self._both)
+        count = sum(len(group["params"]) for group in first["param_groups"])
+        state = first["state"] | {count + index: value for index, value in second["state"].items()}
+        moved = [group | {"params": [count + index for index in group["params"]]} for group in second["param_groups"]]
+        return {"state": state, "param_groups": first["param_groups"] + moved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        groups = list(state_dict["param_groups"])
+        for optimizer in self._both:
+            own = [groups.pop(0) for _ in optimizer.param_groups]
+            ids = {each for group in own for each in group["params"]}
+            state = {key: value for key, value in state_dict["state"].items() if key in ids}
+            optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | OptimizerPair:
+    """The optimizer of `--optimizer` for these param groups: sgd, muon or adafactor."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.beta1, weight_decay=args.weight_decay)
+    if args.optimizer == "muon":
+        rest, matrices = groups
+        betas, momentum = (args.adam_beta1, args.beta2), args.beta1 or 0.95
+        return OptimizerPair(
+            torch.optim.AdamW([rest], betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay),
+            # Its rates are comparable with Adam's then.
+            torch.optim.Muon(
+                [matrices], momentum=momentum, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+        )
+    from transformers.optimization import Adafactor
+
+    # With a learning rate of the run's own, as GaLore's and Q-GaLore's Adafactor baseline has it.
+    adafactor: torch.optim.Optimizer = Adafactor(
+        groups,
+        lr=args.lr,
+        beta1=args.beta1 or None,
+        weight_decay=args.weight_decay,
+        relative_step=False,
+        scale_parameter=False,
+        warmup_init=False,
+    )
+    return adafactor

@@ -1,0 +1,175 @@
+"""The record of a run: metrics.jsonl is the truth; wandb mirrors it and the progress bar shows it.
+
+A line of metrics.jsonl is a JSON object with `update_step` and the metrics of one call of `log`. Two runs that
+should be equal have equal lines but for the names that start with `throughput/`, `memory/`, `data/` or `time/`, which
+depend on the machine and the moment; `deterministic_metrics` leaves those out.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.reporting.progress import Progress
+from peft_pretraining.reporting.throughput import memory_metrics
+from peft_pretraining.reporting.wandb import WandbMirror
+
+__all__ = ["METRICS_FILE", "MetricsLogger", "deterministic_metrics", "memory_metrics", "read_metrics"]
+
+METRICS_FILE = "metrics.jsonl"
+MEASURED_PREFIXES = ("throughput/", "memory/", "data/", "time/")
+
+
+def deterministic_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what was measured rather than computed."""
+    return {name: value for name, value in line.items() if not name.startswith(MEASURED_PREFIXES)}
+
+
+def read_metrics(save_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    path = save_dir / METRICS_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {save_dir} must be the --save_dir of a run") from None
+    return [json.loads(line) for line in _whole_lines(text)]
+
+
+def _whole_lines(text: str) -> list[str]:
+    lines = text.splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and line.strip() and _is_json(line)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+class MetricsLogger:
+    """Writes metrics on rank 0; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        save_dir: Path,
+        run_args: Mapping[str, Any],
+        *,
+        rank: int = 0,
+        wandb_mode: str = "off",
+        project: str = "test",
+        name: str = "test",
+        tags: Sequence[str] = (),
+        run_id: str | None = None,
+        total_updates: int,
+        start_update: int = 0,
+        show_progress: bool = True,
+    ) -> None:
+        """`run_id` is wandb's id of the run that is continued, `start_update` the number of updates it had done.
+
+        Raises UserError if `save_dir` cannot be written.
+        """
+        self._path = save_dir / METRICS_FILE
+        self._file: FileIO | None = None
+        self._progress: Progress | None = None
+        self._wandb: WandbMirror | None = None
+        self._run_id = run_id
+        if rank != 0:
+            return
+        self._open()
+        # A crash may have cut the last line off; what is appended must not become a part of it.
+        self.truncate_after(sys.maxsize)
+        self._wandb = WandbMirror(
+            save_dir, wandb_mode, project=project, name=name, tags=tags, config=run_args, run_id=run_id, warn=self.say
+        )
+        self._run_id = self._wandb.run_id
+        if show_progress:
+            self._progress = Progress(total_updates, start_update)
+
+    @property
+    def run_id(self) -> str | None:
+        """wandb's id of this run, for the checkpoint; None if wandb never ran."""
+        return self._run_id
+
+    def log(self, update_step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line; values that are not finite become null, as JSON has no word for them."""
+        if self._file is None:
+            return
+        values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        try:
+            self._append(json.dumps({"update_step": update_step, **values}) + "\n")
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        if self._wandb is not None:
+            self._wandb.log(update_step, values)
+        if self._progress is not None:
+            self._progress.show(update_step, metrics)
+
+    def truncate_after(self, update_step: int) -> None:
+        """Drop the lines of updates later than `update_step`, which a resumed run does again, in one atomic step."""
+        if self._file is None:
+            return
+        kept = [
+            line
+            for line in _whole_lines(self._path.read_text(encoding="utf-8"))
+            if json.loads(line).get("update_step", 0) <= update_step
+        ]
+        temporary = self._path.with_suffix(".jsonl.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._file.close()
+        self._open()
+
+    def sync(self) -> None:
+        """Force the lines onto the disk, so that a checkpoint never outlives the metrics that led to it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0 without breaking the progress bar."""
+        if self._progress is not None:
+            self._progress.say(text)
+        elif self._file is not None:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self, failed: bool = False) -> None:
+        """Close the file, the bar and wandb's run."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._wandb is not None:
+            self._wandb.close(failed)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a line is one write, and nothing is left over to fail again when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _append(self, line: str) -> None:
+        assert self._file is not None
+        data = line.encode()
+        if self._file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._path} cannot be written ({error.strerror or error}): give a --save_dir on a disk with free space "
+            "where you may write; checkpoints that are there stay as they are"
+        )

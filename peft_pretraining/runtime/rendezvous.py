@@ -1,0 +1,64 @@
+"""How the processes of one start find each other in the launcher's store."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.runtime.signals import StopRequest
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def world_size_of_launch() -> int:
+    """Ranks that the launcher started: `WORLD_SIZE` of torchrun, 1 for plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def meet(rank: int, world_size: int, stop: StopRequest) -> Store:
+    """A part of the launcher's store that only the processes of this start know.
+
+    torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), and a process that finds the
+    address of a dead predecessor there fails to connect. So rank 0 invents a name for the part, and every other rank
+    asks for it under a name of its own: no answer can be meant for anybody else.
+    """
+    store: Store = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))[0]
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"ask/{rank}", own)
+        _poll(lambda: store.check([f"answer/{own}"]), stop)
+        part = store.get(f"answer/{own}").decode()
+        store.set(f"{part}/{rank}", "")
+        return PrefixStore(part, store)
+    absent = set(range(1, world_size))
+
+    def all_there() -> bool:
+        for other in sorted(absent):
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", own)
+            if store.check([f"{own}/{other}"]):
+                absent.remove(other)
+        return not absent
+
+    _poll(all_there, stop)
+    return PrefixStore(own, store)
+
+
+def _poll(done: Callable[[], bool], stop: StopRequest) -> None:
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not done():
+        if stop.requested:
+            raise UserError(f"{stop.signal_name} came while this rank waited for the others to start; nothing was done")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"not all {world_size_of_launch()} ranks started within {TIMEOUT.total_seconds() / 60:.0f} minutes: "
+                "start torchrun on all machines, with the same --nnodes and the same rendezvous"
+            )
+        time.sleep(0.02)

@@ -1,0 +1,148 @@
+"""The processes of a run: who this one is, and the few things that they say to each other.
+
+Data parallelism needs no wrapper around the model. Every rank computes its micro-batches, the optimizer sums each
+complete gradient (the projected one where it is low-rank) over the ranks, and all ranks then make the same update, with
+the same random bits, on the same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.runtime.rendezvous import TIMEOUT, meet, world_size_of_launch
+from peft_pretraining.runtime.signals import StopRequest
+
+T = TypeVar("T")
+
+
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether an error of a collective means that another rank has gone; gloo raises bare RuntimeErrors."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Timed out waiting")
+    several = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
+    return several and any(sign in str(error) for sign in signs)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the run's."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that reports and saves."""
+        return self.rank == 0
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy of a CPU tensor on the device, for which neither the device nor the host waits."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def gradient_all_reduce(self) -> Callable[[Tensor], dist.Work | None] | None:
+        """What begins `all_reduce` and gives what to wait for; None for one rank."""
+        return functools.partial(dist.all_reduce, async_op=True) if self.world_size > 1 else None
+
+    def sum_on_host(self, value: int) -> int:
+        """The sum of an integer over all ranks, without touching the accelerator."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(total)
+        return int(total)
+
+    def all_on_host(self, flag: bool) -> bool:
+        """Whether the flag is true on every rank, without touching the accelerator."""
+        return self.sum_on_host(int(flag)) == self.world_size
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, on every rank; a UserError there is raised on all."""
+        outcome: list[object] = [None]
+        if self.is_main:
+            try:
+                outcome = [make()]
+            except UserError as error:
+                outcome = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]
+
+    def check_replicas(self, tensors: Mapping[str, Tensor], update_step: int) -> None:
+        """Compare a hash of every tensor over all ranks; raises UserError that names those which differ."""
+        digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+        differing = sorted({name for other in self.gather(digests) for name in other if other[name] != digests[name]})
+        if any(self.gather(bool(differing))):
+            named = ", ".join(differing[:5]) or "tensors of another rank"
+            raise UserError(
+                f"--check_replicas: after {update_step} updates the ranks hold different weights ({named}): a device "
+                "or its link computes wrongly. Resume with --continue_from auto on other machines"
+            )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
+
+
+def start_processes(device: str, stop: StopRequest) -> Processes:
+    """Choose this rank's device (`auto`, `cpu`, `cuda`) and join the other ranks; raises UserError, also on a stop."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or auto")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, world_size = int(os.environ.get("RANK", "0")), world_size_of_launch()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc_per_node started rank {local_rank} of this machine, "
+                f"which has {torch.cuda.device_count()} CUDA devices: start at most one rank a device"
+            )
+        chosen = torch.device("cuda", local_rank)
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            # Read at the first allocation. Free pieces can be joined then, which a card that is nearly full needs.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(chosen)
+        # CUDA graphs cannot be captured on the default stream, nor beside work of autograd that has begun on it. Each
+        # stream that multiplies keeps 64 MiB for cuBLAS: a process that trains again goes on with the one it has.
+        if torch.cuda.current_stream(chosen) == torch.cuda.default_stream(chosen):
+            torch.cuda.set_stream(torch.cuda.Stream(chosen))
+    else:
+        chosen = torch.device("cpu")
+    if world_size > 1:
+        # Host integers go over gloo, so that counting tokens never waits for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        store = meet(rank, world_size, stop)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    return Processes(rank, world_size, chosen)

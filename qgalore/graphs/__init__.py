@@ -1,0 +1,1 @@
+"""Training steps of a stack of layers, replayed from CUDA graphs."""

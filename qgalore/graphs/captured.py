@@ -1,0 +1,149 @@
+"""The CUDA graphs of a stack of layers: captured from the eager stack, then replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qgalore.graphs.eager import ANY_MEMORY, EagerStack, RunLayer, Work
+from qgalore.optimizer import LowRankAdamW
+from qgalore.update import moments
+from qgalore.update.all_reduce import RankSum
+
+
+class CapturedStack(EagerStack):
+    """The graphs for inputs of one shape."""
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        run: RunLayer,
+        optimizer: LowRankAdamW,
+        constants: tuple[Tensor, ...],
+        x: Tensor,
+    ) -> None:
+        super().__init__(layers, run, optimizer, constants, x)
+        self._shape = x.shape
+        # Graphs have memory of their own: what the ordinary steps took is given back first.
+        torch.cuda.empty_cache()
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        moments.make_tables(x.device)  # which `memory` must not hold
+        self._buffers = self._message_buffers(x)
+        self._sent: dict[int, RankSum] = {}
+        """The message that a layer's graph makes."""
+        count = sum(map(len, self._weights))
+        self._numbers = torch.zeros(count, 8, dtype=torch.int32, device=x.device)
+        self._inputs.append(torch.empty_like(x).requires_grad_())
+        for weight in itertools.chain(*self._weights):
+            if weight.layer is not None:
+                weight.layer.checks_version = False
+            if not self._at_once:
+                # A gradient that comes alone keeps its dtype, as it does without graphs.
+                weight.fix_sum(x.dtype if optimizer.takes_whole_gradients else None)
+        self._forward_graph = self._capture(self._run_forward)
+        # Of the gradients between layers, one after the other: the last layer's output, which nobody needs by then.
+        self._place = self._outputs[-1].data
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether the graphs are those of a step like the one that begins."""
+        return self._shape == x.shape and self._at_once == self._optimizer.updates_at_once
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """See `LayerGraphs`; `torch.cuda.use_mem_pool` for the pool of graphs, which is a number and no MemPool."""
+        device = self._numbers.device.index
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device, self._pool)
+        try:
+            yield
+        finally:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last layer, at an address that the next step uses again."""
+        self.forward_passes += 1
+        if not self._at_once and not self._optimizer.has_sums:
+            for weight in itertools.chain(*self._weights):
+                weight.begin_sum()
+        # Through .data: autograd would take the write for a change of what the backward passes have saved.
+        self._inputs[0].data.copy_(x)
+        self._forward_graph.replay()
+        return self._outputs[-1].detach()
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """See `EagerStack`; layers in which a subspace is refreshed run from Python."""
+        self._write_numbers()
+        self._place.copy_(grad)
+        self._run_backward()
+        return self._place
+
+    def _perform(self, work: Work, index: int) -> None:
+        if any(weight.changes_subspace for weight in self._weights[index]):
+            work(index, self.memory())
+        else:
+            self._replay(work, index)
+
+    def _replay(self, work: Work, index: int) -> None:
+        """A part of a layer's backward pass by its graph."""
+        key, only_sends = (work.__name__, index), self._sends and work == self._gradients
+        if key not in self._graphs:
+            self._numbers_in_use(True)
+            self._graphs[key] = self._capture(functools.partial(work, index, ANY_MEMORY))
+            self._numbers_in_use(False)
+            if only_sends:
+                self._sent[index] = self._messages[index]
+        elif only_sends:
+            self._messages[index] = self._sent[index]
+        else:
+            for weight in self._weights[index]:
+                if self._at_once:
+                    weight.count_replayed_update()
+                else:
+                    weight.count_replayed_sum()
+        self._graphs[key].replay()
+
+    def _backward_of_layer(self, index: int) -> None:
+        grad = self._gradient(index, self._place, keep=True)
+        if grad.data_ptr() != self._place.data_ptr():  # a compiled layer puts it there itself
+            self._place.copy_(grad)
+
+    def _message_buffers(self, x: Tensor) -> list[Tensor]:
+        """Two places for the messages of the layers in turn, in the dtype of one micro-batch; none on one rank."""
+        sizes = [sum(weight.values_to_sum for weight in weights) for weights in self._weights]
+        return [x.new_empty(max(sizes)) for _ in range(2)] if self._sends else []
+
+    def _buffer_of(self, index: int) -> Tensor | None:
+        return self._buffers[index % 2] if self._buffers else None
+
+    def _write_numbers(self) -> None:
+        weights = itertools.chain(*self._weights)
+        if self._at_once:
+            rows = [weight.numbers_of_update() for weight in weights]
+        else:
+            rows = [weight.numbers_of_next_sum() for weight in weights]
+        # A new pinned buffer each time: the copy may still be under way when the next one is written.
+        self._numbers.copy_(torch.tensor(rows, dtype=torch.int32).pin_memory(), non_blocking=True)
+
+    def _numbers_in_use(self, used: bool) -> None:
+        """Let what is launched read the table, or again take the numbers of the host."""
+        rows = self._numbers.unbind() if used else [None] * len(self._numbers)
+        for weight, row in zip(itertools.chain(*self._weights), rows, strict=True):
+            if self._at_once:
+                weight.numbers = row
+            else:
+                weight.numbers_of_sums = row
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what `work` launches; nothing of it has run yet."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        work()
+        graph.capture_end()
+        return graph

@@ -1,0 +1,125 @@
+"""A stack of layers run from Python, in the order in which the CUDA graphs have it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.layer.linear import LowRankLinear
+from qgalore.optimizer import LowRankAdamW
+from qgalore.update.all_reduce import RankSum
+
+RunLayer = Callable[..., Tensor]
+"""run(layer, x, *constants) -> x of the next layer."""
+
+
+Memory = contextlib.AbstractContextManager[None]
+Work = Callable[[int, Memory], None]
+"""work(layer, memory) launches a part of the backward pass of a layer, which allocates in that memory."""
+ANY_MEMORY: Memory = contextlib.nullcontext()
+
+
+class EagerStack:
+    """The layers for one step, run from Python in the order in which the graphs have it."""
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        run: RunLayer,
+        optimizer: LowRankAdamW,
+        constants: tuple[Tensor, ...],
+        x: Tensor,
+    ) -> None:
+        self._layers, self._run, self._optimizer, self._constants = layers, run, optimizer, constants
+        self._dtype = x.dtype
+        self._linears = [[part for part in layer.modules() if isinstance(part, LowRankLinear)] for layer in layers]
+        self._weights = [optimizer.weights_of(layer) for layer in layers]
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._messages: dict[int, RankSum] = {}
+        """The gradients of layers on their way over the ranks."""
+        self._at_once = optimizer.updates_at_once
+        self._sends = self._at_once and optimizer.sums_over_ranks
+        self._grad = torch.empty(0)
+        self.forward_passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last layer."""
+        self.forward_passes += 1
+        self._inputs.append(x.detach().requires_grad_())
+        self._run_forward()
+        return self._outputs[-1].detach()
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the first layer's input; all weights of all layers are updated on the way."""
+        self._inputs.pop()
+        self._grad = grad
+        self._run_backward()
+        return self._grad
+
+    def _run_forward(self) -> None:
+        with torch.enable_grad():
+            for layer, linears in zip(self._layers, self._linears, strict=True):
+                with held_weights(linears, self._dtype):
+                    self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
+                self._inputs.append(self._outputs[-1].detach().requires_grad_())
+
+    def _run_backward(self) -> None:
+        for index in reversed(range(len(self._layers))):
+            self._perform(self._gradients, index)
+            if self._sends:
+                self._messages[index].start()
+                self._finish(index + 1)
+            elif not self._at_once:
+                self._optimizer.gradients_ready(self._weights[index])
+        self._finish(0)
+
+    def _finish(self, index: int) -> None:
+        """Update a layer whose gradients are on their way, if they are."""
+        if index in self._messages:
+            self._messages[index].wait()
+            self._perform(self._updates, index)
+            del self._messages[index]
+
+    def _perform(self, work: Work, index: int) -> None:
+        work(index, ANY_MEMORY)
+
+    def _gradients(self, index: int, memory: Memory) -> None:
+        """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
+        with memory, held_bases(self._weights[index], self._dtype):
+            self._backward_of_layer(index)
+            if self._at_once and not self._sends:
+                self._optimizer.complete(self._weights[index], None)
+        if self._sends:
+            # Not there: it is still needed when graphs write over their memory.
+            message = self._optimizer.message_of(self._weights[index], self._buffer_of(index))
+            assert message is not None
+            self._messages[index] = message
+
+    def _updates(self, index: int, memory: Memory) -> None:
+        with memory, held_bases(self._weights[index], self._dtype):
+            self._optimizer.complete(self._weights[index], self._messages[index])
+
+    def _backward_of_layer(self, index: int) -> None:
+        """From the gradient of the layer's output to that of its input, which takes its place."""
+        self._grad = self._gradient(index, self._grad)
+        self._inputs[index] = self._outputs[index] = torch.empty(0)  # what the layer has saved is needed no longer
+
+    def _gradient(self, index: int, grad: Tensor, keep: bool = False) -> Tensor:
+        """The gradient of a layer's input; its weights take theirs. `keep` what the layer has saved."""
+        own = [weight for weight in self._weights[index] if weight.layer is None]
+        inputs = [self._inputs[index], *(weight.param for weight in own)]
+        with held_weights(self._linears[index], self._dtype):
+            grad, *own_grads = torch.autograd.grad(self._outputs[index], inputs, grad, retain_graph=keep)
+        with torch.no_grad():
+            for weight, own_grad in zip(own, own_grads, strict=True):
+                weight.accumulate_full(own_grad)
+        return grad
+
+    def _buffer_of(self, index: int) -> Tensor | None:
+        """A place for the layer's message to the other ranks; None for any."""
+        return None

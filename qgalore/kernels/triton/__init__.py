@@ -1,0 +1,1 @@
+"""Triton's kernels; imported only where Triton is."""

@@ -1,0 +1,68 @@
+"""‖g‖² of gradients and whether they are finite, in Triton: two launches for several matrices of any size.
+
+Layout: each g flat and contiguous, all of one float dtype. The first kernel leaves one float32 sum a program in the row
+of the gradient, the second adds a row in a fixed order (no atomics: the same bits each time, whatever the others are)
+and raises the flag where the sum is not finite. Rows have one width, since the order in which a program adds depends on
+what the compiler knows of the address.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.arguments import launches
+from qgalore.kernels.triton.tiles import chosen, matrix_of_program
+
+_BLOCK, _PROGRAMS = 2048, 1024
+_TOGETHER = 16  # gradients of a launch: those of a decoder layer
+
+
+@triton.jit
+def _partial_sums_kernel(grads, sums, numel, steps, ends, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    which, program = matrix_of_program(ends)
+    grad, numel, steps = chosen(which, grads), chosen(which, numel), chosen(which, steps)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    start = program.to(tl.int64) * steps * BLOCK + tl.arange(0, BLOCK)
+    for step in range(steps):
+        at = start + step * BLOCK
+        value = tl.load(grad + at, mask=at < numel, other=0).to(tl.float32)
+        total += value * value
+    tl.store(sums + which * WIDTH + program, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _finish_kernel(sums, squared_norms, places, counts, skip, WIDTH: tl.constexpr):
+    which = tl.program_id(0)
+    at = tl.arange(0, WIDTH)
+    values = tl.load(sums + which * WIDTH + at, mask=at < chosen(which, counts), other=0.0)
+    total = tl.sum(values, axis=0)
+    tl.store(squared_norms + (chosen(which, places) >> 1) - 1, total)
+    if (total < float("inf")) == 0:
+        tl.store(skip, 1)
+
+
+def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+    """See `qgalore.kernels.check_gradients_`."""
+    for chosen_ones in launches(grads, lambda grad: grad.dtype, _TOGETHER):
+        _launch([grads[i].contiguous() for i in chosen_ones], squared_norms, [places[i] for i in chosen_ones], skip)
+
+
+def _launch(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+    """Gradients of one dtype."""
+    numel = tuple(grad.numel() for grad in grads)
+    steps = tuple(triton.next_power_of_2(max(1, triton.cdiv(count, _BLOCK * _PROGRAMS))) for count in numel)
+    counts = tuple(max(1, triton.cdiv(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
+    ends = tuple(itertools.accumulate(counts))
+    sums = torch.empty(len(grads), _PROGRAMS, dtype=torch.float32, device=grads[0].device)
+    _partial_sums_kernel[(ends[-1],)](
+        tuple(grads), sums, numel, steps, ends, BLOCK=_BLOCK, WIDTH=_PROGRAMS, num_warps=8
+    )
+    # For numbers that are 1 or multiples of 16 Triton would compile again, and places differ from layer to layer.
+    odd = tuple(2 * place + 3 for place in places)
+    _finish_kernel[(len(grads),)](sums, squared_norms, odd, counts, skip.view(torch.uint8), WIDTH=_PROGRAMS)

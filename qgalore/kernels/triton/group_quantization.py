@@ -1,0 +1,201 @@
+"""Group quantization in Triton: `dequantize_several`, `quantize` and an update of a quantized matrix, group by group.
+
+    dequantize:  out = code * scale + zero_point
+    quantize:    (codes, scale, zero_point) of x
+    update:      (codes, scale, zero_point) of decay * W - step_size * N
+
+Layout: qdata (rows, columns or more) uint8, or (rows, ceil(columns / 2) or more) at 4 bits, read and written to the end
+of its rows, with zeros beyond the matrix; scale and zero point (rows, groups) bfloat16; the float operand (rows,
+columns) with any strides; out (rows or more, columns or more) with any row stride. One program handles one group of
+BLOCK_ROWS rows. Values are float32 inside and rounded once; the bits are those of `reference`.
+
+Several matrices are dequantized in one launch: what belongs to one of them comes as a tuple of as many elements as
+there are matrices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.arguments import QuantizedMatrix, launches
+from qgalore.kernels.triton.tiles import (
+    chosen,
+    load_codes,
+    matrix_of_program,
+    quantize_group,
+    read_numbers,
+    store_codes,
+    to_float,
+)
+
+
+@triton.jit
+def _dequantize_kernel(
+    qdata, scale, zero_point, out, rows, columns, q_stride, q_width, out_rows, out_columns, out_stride, groups, ends,
+    GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    which, program = matrix_of_program(ends)
+    rows, columns, groups = chosen(which, rows), chosen(which, columns), chosen(which, groups)
+    qdata, scale, zero_point = chosen(which, qdata), chosen(which, scale), chosen(which, zero_point)
+    q_stride, q_width = chosen(which, q_stride), chosen(which, q_width)
+    out, out_stride = chosen(which, out), chosen(which, out_stride)
+    out_rows, out_columns = chosen(which, out_rows), chosen(which, out_columns)
+    row_blocks = tl.cdiv(out_rows, M)
+    row = ((program % row_blocks) * M + tl.arange(0, M)[:, None]).to(tl.int64)
+    group = program // row_blocks
+    start = group * GROUP
+    # What lies below the matrix, or beside its groups, is 0 * 0 + 0.
+    row_mask = row < tl.where(start < columns, rows, 0)
+    codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
+    factor = tl.load(scale + row * groups + group, mask=row_mask, other=0).to(tl.float32)
+    offset = tl.load(zero_point + row * groups + group, mask=row_mask, other=0).to(tl.float32)
+    column = start + tl.arange(0, G)[None, :]
+    value = tl.where(column < columns, tl.fma(codes, factor, offset), 0.0)  # the product is exact
+    mask = (row < out_rows) & (column < tl.minimum(start + GROUP, out_columns))
+    tl.store(out + row * out_stride + column, to_float(value, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
+def _update_kernel(
+    qdata, scale, zero_point, x, skip, numbers, rows, columns, q_stride, q_width, groups, x_row, x_column, seed_low,
+    seed_high, row_start, step_size, decay, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP:
+        if tl.load(skip):
+            return
+    if HAS_NUMBERS:
+        seed_low, seed_high, step_size, decay = read_numbers(numbers)
+        if (step_size == 0.0) & (decay == 1.0):
+            return
+    row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
+    group = tl.program_id(1)
+    start = group * GROUP
+    end = tl.minimum(start + GROUP, columns)
+    column = start + tl.arange(0, G)[None, :]
+    row_mask = row < rows
+    mask = row_mask & (column < end)
+    value = tl.load(x + row * x_row + column * x_column, mask=mask, other=0).to(tl.float32)
+    at = row * groups + group
+    if UPDATE:
+        codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
+        factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
+        offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
+        value = tl.fma(codes, factor, offset) * decay - value * step_size  # the first product is exact
+    number = (row_start + row).to(tl.int32)
+    codes, factor, offset = quantize_group(value, number, start, end, seed_low, seed_high, G, BITS, STOCHASTIC)
+    store_codes(qdata, codes, row, q_stride, q_width, row_mask, start, end, GROUP, G, BITS)
+    tl.store(scale + at, factor[:, None].to(tl.bfloat16), mask=row_mask)
+    tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)
+
+
+_LARGEST_GROUP = 16384
+
+
+def block_of_group(group_size: int) -> tuple[int, int]:
+    """(rows, columns) of a program's tile: one group, and rows for about 2,048 values."""
+    columns = max(16, triton.next_power_of_2(group_size))
+    return max(1, 2048 // columns), columns
+
+
+def warps_of_block(rows: int, columns: int) -> int:
+    """Warps for a tile: at most 32 values a thread, from four warps up, so that a long group stays in registers."""
+    return max(4, rows * columns // 1024)
+
+
+def can_handle(group_size: int) -> bool:
+    """Whether a group is whole bytes and whole calls of the random generator, and fits a tile."""
+    return group_size % 8 == 0 and group_size <= _LARGEST_GROUP
+
+
+def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
+    """See `qgalore.kernels.dequantize_several`."""
+    outs = [
+        torch.empty(matrix.qdata.shape[0], matrix.columns, dtype=dtype, device=matrix.qdata.device)
+        if matrix.out is None
+        else matrix.out
+        for matrix in matrices
+    ]
+    matrices = [matrix._replace(out=out) for matrix, out in zip(matrices, outs, strict=True)]
+    for places in launches(matrices, _stored_alike):
+        _launch_dequantize([matrices[place] for place in places], [outs[place] for place in places])
+    return outs
+
+
+def _stored_alike(matrix: QuantizedMatrix) -> tuple[object, ...]:
+    assert matrix.out is not None
+    # One ragged matrix in a launch would make the loads and stores of all others as narrow as its own.
+    in_vectors = all(x % 16 == 0 for x in (matrix.out.shape[1], matrix.out.stride(0), matrix.qdata.stride(0)))
+    return matrix.bits, matrix.group_size, in_vectors
+
+
+def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tensor]) -> None:
+    """Matrices that are stored alike."""
+    qdata, scale, zero_point, columns, (bits, *_), (group_size, *_), _ = zip(*matrices, strict=True)
+    block_rows, block_columns = block_of_group(group_size)
+    rows, groups = [len(x) for x in outs], [triton.cdiv(x.shape[1], group_size) for x in outs]
+    ends = tuple(itertools.accumulate(triton.cdiv(r, block_rows) * g for r, g in zip(rows, groups, strict=True)))
+    _dequantize_kernel[(ends[-1],)](
+        qdata, scale, zero_point, tuple(outs), tuple(len(x) for x in qdata), columns, tuple(x.stride(0) for x in qdata),
+        tuple(x.shape[1] for x in qdata), tuple(rows), tuple(x.shape[1] for x in outs),
+        tuple(x.stride(0) for x in outs), tuple(x.stride(0) for x in scale), ends, GROUP=group_size, G=block_columns,
+        M=block_rows, BITS=bits, enable_fp_fusion=False, num_warps=warps_of_block(block_rows, block_columns),
+    )  # fmt: skip
+
+
+def quantize(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qgalore.kernels.quantize`."""
+    rows, columns = x.shape
+    groups = triton.cdiv(columns, group_size)
+    qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
+    zero_point = torch.empty_like(scale)
+    _launch(qdata, scale, zero_point, x, columns, bits, group_size, 0.0, 0.0, seed, 0, None, None, update=False)
+    return qdata, scale, zero_point
+
+
+def update_(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, full: Tensor, columns: int, bits: int, group_size: int,
+    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, numbers: Tensor | None,
+) -> None:  # fmt: skip
+    """W <- quantize(decay * W - step_size * full) for rows row_start: of a matrix, in place."""
+    _launch(
+        qdata,
+        scale,
+        zero_point,
+        full,
+        columns,
+        bits,
+        group_size,
+        step_size,
+        decay,
+        seed,
+        row_start,
+        skip,
+        numbers,
+        update=True,
+    )
+
+
+def _launch(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
+    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, numbers: Tensor | None,
+    update: bool,
+) -> None:  # fmt: skip
+    rows = qdata.shape[0]
+    block_rows, block_columns = block_of_group(group_size)
+    number = seed or 0
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
+    _update_kernel[grid](
+        qdata, scale, zero_point, x, skip, numbers, rows, columns, qdata.stride(0), qdata.shape[1],
+        scale.stride(0), x.stride(0), x.stride(1), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start,
+        step_size, decay, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None,
+        UPDATE=update, HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, enable_fp_fusion=False,
+        num_warps=warps_of_block(block_rows, block_columns),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Linear layers over quantized weights, and what autograd sees of them."""

@@ -1,0 +1,60 @@
+"""Turns linear layers of a model into low-rank ones, in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import NoReturn
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from qgalore.config import WeightFormat
+from qgalore.layer.linear import LowRankLinear
+from qgalore.layer.names import module_of
+
+
+def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
+    """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
+
+    A layer that was frozen stays so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules,
+    AttributeError for names that the model does not have, ValueError for no names at all and for a weight that another
+    module holds, too, such as an embedding.
+
+    `save_pretrained` of a model with quantized weights is refused from then on: what it writes `from_pretrained` cannot
+    read. So give the whole model, rather than a part of it.
+    """
+    chosen = list(names)
+    if not chosen:
+        raise ValueError(
+            f"convert_linears got no names: nothing of {type(model).__name__} would be converted; give those of linear "
+            "layers, such as linear_names finds"
+        )
+    for name in chosen:
+        linear = module_of(model, name)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
+        if isinstance(linear, NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                f"{name} is a part of nn.MultiheadAttention, which reads its weight: it cannot be converted"
+            )
+        modules = list(model.modules())
+        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
+            raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
+        layer = LowRankLinear.from_linear(linear, format)
+        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
+            setattr(parent, child, layer)
+    if format.bits is not None and not format.simulate:
+        for module in model.modules():
+            if callable(getattr(module, "save_pretrained", None)):
+                refuse = functools.partial(_refuse_save_pretrained, type(module).__name__)
+                module.save_pretrained = refuse  # type: ignore[assignment]
+
+
+def _refuse_save_pretrained(kind: str, *_: object, **__: object) -> NoReturn:
+    raise RuntimeError(
+        f"save_pretrained of a {kind} with quantized weights: from_pretrained does not know them and would start these "
+        "layers at random. Save model.state_dict(), such as with torch.save, and load it with load_state_dict into a "
+        "model that convert_linears has given the same format; under a Trainer set save_strategy='no' and save so from "
+        "a callback or after training"
+    )

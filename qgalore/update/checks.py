@@ -1,0 +1,52 @@
+"""What the device finds out about an update while it is made: the gradients' norms, and whether to skip it.
+
+The tensors stay where they are for the whole run and are written in place, so that kernels in CUDA graphs can use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qgalore import kernels
+from qgalore.update.gradient_sum import GradientAccumulator
+
+
+class UpdateChecks:
+    """The checks of one update at a time."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        """count: the number of weights."""
+        self.count = count
+        self.squared_norms = torch.zeros(count, device=device)
+        """Of the gradient of each weight; zero where there was none."""
+        self.skip = torch.zeros((), dtype=torch.bool, device=device)
+        """Something in the update is not finite."""
+        self._first_skip = torch.zeros_like(self.skip)
+        self._remembers = False
+
+    def clear(self) -> None:
+        """Begin another update."""
+        for tensor in (self.squared_norms, self.skip, self._first_skip):
+            tensor.zero_()
+        self._remembers = False
+
+    def check(self, gradients: Mapping[int, GradientAccumulator]) -> None:
+        """Look at the complete gradients of weights, by their index."""
+        whole = {index: held for index, gradient in gradients.items() if isinstance(held := gradient.held, Tensor)}
+        kernels.check_gradients_(list(whole.values()), self.squared_norms, list(whole), self.skip)
+        for index, gradient in gradients.items():
+            if index not in whole:
+                gradient.check_(self.squared_norms, index, self.skip)
+
+    def remember_first(self) -> None:
+        """Keep `skip` as it is when the first weight of the update is written."""
+        if not self._remembers:
+            self._first_skip.copy_(self.skip)
+            self._remembers = True
+
+    def came_late(self) -> Tensor:
+        """Whether `skip` became true after the first weight had been written: a bool, ()."""
+        return self.skip & ~self._first_skip if self._remembers else torch.zeros_like(self.skip)

@@ -1,0 +1,126 @@
+"""Sums a gradient over micro-batches, in float32, bfloat16 or 8 bits a value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qgalore import kernels
+from qgalore.layer.quantization import QuantizedTensor, quantize
+
+Gradient = Tensor | QuantizedTensor
+"""A gradient in a float dtype, or a sum of gradients in INT8."""
+
+GROUP_SIZE = 256
+"""Values that share a scale and a zero point in an INT8 sum."""
+
+
+def dense(gradient: Gradient) -> Tensor:
+    """The gradient in a float dtype."""
+    return gradient if isinstance(gradient, Tensor) else gradient.dequantize()
+
+
+def rows_of_gradient(gradient: Gradient, start: int, stop: int) -> Tensor:
+    """Rows start:stop of a gradient, in a float dtype."""
+    if isinstance(gradient, QuantizedTensor):
+        return gradient.rows(start, stop).dequantize()
+    rows: Tensor = torch.atleast_1d(gradient)[start:stop]
+    return rows
+
+
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Gradient:
+    """A sum of nothing; int8 matrices in groups, int8 vectors in float32."""
+    if dtype != torch.int8 or len(shape) != 2:
+        return torch.zeros(shape, dtype=torch.float32 if dtype == torch.int8 else dtype, device=device)
+    return quantize(torch.zeros(shape, device=device), bits=8, group_size=GROUP_SIZE)
+
+
+class GradientAccumulator:
+    """The running sum of one gradient matrix or vector; empty until the first `add` of an update."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, place: Gradient | None = None) -> None:
+        """dtype: float32, bfloat16, or int8 for group-quantized sums with stochastic (unbiased) rounding.
+
+        The sum is made in `place` (from `zeros`), if there is one: CUDA graphs need it at one address.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(f"a gradient accumulates in float32, bfloat16 or int8, not in {dtype}")
+        self.dtype, self.place = dtype, place
+        self._sum: Gradient | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added since the last `take`."""
+        return self._sum is None
+
+    def begin(self) -> None:
+        """Start from zero in the sum's place."""
+        place = self.place
+        assert place is not None
+        for part in (place,) if isinstance(place, Tensor) else (place.qdata, place.scale, place.zero_point):
+            part.zero_()
+        self._sum = place
+
+    def add(self, grad: Tensor, seed: int, numbers: Tensor | None = None) -> None:
+        """Add a gradient; without a place, a first one is kept as it is, without a copy.
+
+        seed is for the rounding at int8; with `numbers`, as in `qgalore.kernels.numbers_row`, it comes from there.
+        """
+        if self._sum is None and self.place is not None:
+            self.begin()
+        if isinstance(self._sum, QuantizedTensor):
+            q = self._sum
+            kernels.update_quantized_(
+                q.qdata, q.scale, q.zero_point, grad, None, None, q.columns, q.bits, q.group_size, -1.0, 1.0, seed,
+                None, numbers,
+            )  # fmt: skip
+        elif self._sum is not None and self._sum is self.place:
+            self._sum.add_(grad)
+        elif self._sum is not None:
+            self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
+        else:
+            packs = self.dtype == torch.int8 and grad.dim() == 2
+            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, seed=seed) if packs else grad
+
+    def value(self) -> Tensor:
+        """The sum, in float32 or the dtype of a gradient that came alone."""
+        return dense(self.held)
+
+    def check_(self, squared_norms: Tensor, place: int, skip: Tensor) -> None:
+        """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
+        held = self.held
+        assert isinstance(held, QuantizedTensor)
+        chunks = kernels.row_chunks(*held.shape)
+        norms = squared_norms.new_zeros(len(chunks))
+        for number, (start, stop) in enumerate(chunks):
+            kernels.check_gradients_([held.rows(start, stop).dequantize()], norms, [number], skip)
+        squared_norms[place] = norms.sum()
+
+    @property
+    def held(self) -> Gradient:
+        """The sum as it is held."""
+        assert self._sum is not None
+        return self._sum
+
+    def replace(self, value: Tensor, seed: int) -> None:
+        """Forget the sum and keep `value` instead, in the accumulator's dtype; seed is for the rounding at int8."""
+        value = value.to(self.dtype) if self.dtype == torch.bfloat16 else value
+        if isinstance(self.place, Tensor):
+            # Which the value may be a view of.
+            self._sum = self.place.copy_(value) if self.place.dtype == value.dtype else value
+            return
+        self._sum = None
+        self.add(value, seed)
+
+    def take(self) -> Tensor:
+        """`value`; the accumulator is empty afterwards."""
+        return dense(self.take_as_held())
+
+    def take_as_held(self) -> Gradient:
+        """The sum as it is held; the accumulator is empty afterwards."""
+        held, self._sum = self.held, None
+        return held
+
+    def clear(self) -> None:
+        """Forget the sum."""
+        self._sum = None
