@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from peft_pretraining.data.sources.token_files import is_token_dataset  # noqa: E402
+from peft_pretraining.data.sources.kind import TokenKind  # noqa: E402
+from peft_pretraining.data.sources.registry import find_kind  # noqa: E402
 from peft_pretraining.data.tokenizer import load_tokenizer  # noqa: E402
 from peft_pretraining.data.train_loader import build_train_loader  # noqa: E402
 
@@ -58,7 +59,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, packing: str, workers: int) -> dict[str, str | int]:
     """One row of the results."""
-    tokens_only = is_token_dataset(args.dataset)
+    tokens_only = isinstance(find_kind(args.dataset), TokenKind)
     loader = build_train_loader(
         dataset=args.dataset,
         tokenizer=None if tokens_only else load_tokenizer(args.tokenizer, args.dataset),

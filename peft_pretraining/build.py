@@ -10,7 +10,8 @@ import torch
 from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
-from peft_pretraining.data.sources.token_files import is_token_dataset
+from peft_pretraining.data.sources.kind import TextKind
+from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.errors import UserError
@@ -66,8 +67,8 @@ def build_training(
 def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
     """The training loader and the validation set of `--dataset` for this rank."""
     data, batch = args.data, args.batch
-    tokenizer = None
-    if not is_token_dataset(data.dataset):
+    kind, tokenizer = find_kind(data.dataset), None
+    if isinstance(kind, TextKind):
         # The main rank first: it trains or downloads what the others then find in the cache.
         processes.from_main(lambda: load_tokenizer(data.tokenizer, data.dataset) and None)
         tokenizer = load_tokenizer(data.tokenizer, data.dataset)
@@ -80,6 +81,6 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     )  # fmt: skip
     evaluation = args.evaluation
     eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
-    if data.dataset != "c4":  # the hub's has text, and would have to be waited for
+    if not kind.needs_network:  # that would have to be waited for
         processes.from_main(eval_set.check)
     return loader, eval_set

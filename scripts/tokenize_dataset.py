@@ -23,8 +23,13 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from peft_pretraining.data.eval_set import read_documents  # noqa: E402
 from peft_pretraining.data.order import DamageCount  # noqa: E402
-from peft_pretraining.data.sources.gzip_json import open_source  # noqa: E402
-from peft_pretraining.data.sources.token_files import is_token_dataset  # noqa: E402
+from peft_pretraining.data.sources.kind import TextKind  # noqa: E402
+from peft_pretraining.data.sources.registry import (  # noqa: E402
+    default_tokenizers_in_words,
+    find_kind,
+    open_dataset,
+    text_kinds_in_words,
+)
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 
@@ -34,14 +39,16 @@ DOCUMENTS_PER_BATCH = 512
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="c4, pydocs, or a directory in C4's layout")
+    parser.add_argument("--dataset", required=True, help=text_kinds_in_words())
     parser.add_argument(
         "--tokenizer",
         default="",
-        help="hub name, directory or tokenizer.json (default: t5-base; an own BPE for pydocs)",
+        help=f"hub name, directory or tokenizer.json (default: {default_tokenizers_in_words()})",
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the token files; made if missing")
-    parser.add_argument("--splits", nargs="+", default=["train", "validation"], choices=["train", "validation"])
+    parser.add_argument(
+        "--splits", nargs="+", metavar="SPLIT", help="such as train validation (default: all there are)"
+    )
     parser.add_argument("--max_tokens", default="0", help="tokens of each split, such as 100M or 1.5B (default 0: all)")
     parser.add_argument(
         "--damaged_limit", type=int, default=100, help="damaged lines and files to skip before giving up"
@@ -49,11 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         max_tokens = parse_count(args.max_tokens)
-        if is_token_dataset(args.dataset):
+        kind = find_kind(args.dataset)
+        if not isinstance(kind, TextKind):
             raise UserError(f"--dataset {args.dataset}: it holds token ids already.")
         tokenizer = load_tokenizer(args.tokenizer, args.dataset)
-        for split in args.splits:
-            texts = read_documents(open_source(args.dataset, split), DamageCount(args.damaged_limit))
+        for split in args.splits or kind.splits:
+            texts = read_documents(open_dataset(args.dataset, split), DamageCount(args.damaged_limit))
             write_split(texts, tokenizer, args.output_dir, split, max_tokens)
     except (UserError, OSError) as error:
         print(f"tokenize_dataset.py: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -56,10 +57,31 @@ def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
 
 
-def test_the_command_line_is_read_without_torch() -> None:
-    light = [name for name in FILES if name.startswith("peft_pretraining/config/")]
-    for name in [*light, "peft_pretraining/errors.py", "peft_pretraining/models/llama/config.py", "qgalore/config.py"]:
-        assert "torch" not in packages(imports(ROOT / name)), f"{name} must stay light"
+def test_a_command_line_is_checked_without_loading_anything_heavy() -> None:
+    """Data sources and model families are looked up for it, and must not load what they need later."""
+    heavy = "{'torch', 'tokenizers', 'huggingface_hub', 'transformers', 'datasets'}"
+    program = f"""
+import sys
+from peft_pretraining.config.parse import parse_args
+parse_args("--model_config configs/llama_60m.json --batch_size 8 --dataset pydocs --optimizer galore_adamw".split())
+sys.exit(repr({heavy} & sys.modules.keys()) if {heavy} & sys.modules.keys() else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def compared_constants(tree: ast.AST) -> set[object]:
+    """Constants that `==`, `in` or `match` compares something with."""
+    found: set[object] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            found |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize("name", [*FILES, "run_pretrain.py"])
+def test_no_data_set_is_asked_for_by_its_name(name: str) -> None:
+    assert not compared_constants(ast.parse((ROOT / name).read_text(encoding="utf-8"))) & {"c4", "pydocs"}
 
 
 # ---- rooms

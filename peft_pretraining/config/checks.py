@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.llama.config import LlamaConfig, read_config_json
 
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
-BUILT_IN_DATASETS = ("c4", "pydocs")
 _LOW_RANK_FLAGS = (
     "recipe",
     "rank",
@@ -158,10 +158,10 @@ def _batch_problems(args: RunArgs) -> list[str]:
 def _data_problems(args: RunArgs) -> list[str]:
     problems = []
     data = args.data
-    if data.dataset not in BUILT_IN_DATASETS and not Path(data.dataset).exists():
-        problems.append(
-            f"--dataset {data.dataset} is neither {' nor '.join(BUILT_IN_DATASETS)} nor a file or folder that exists"
-        )
+    try:
+        find_kind(data.dataset)
+    except UserError as error:
+        problems.append(str(error))
     if data.tokenizer.startswith((".", "/", "~")) and not Path(data.tokenizer).exists():
         problems.append(f"--tokenizer {data.tokenizer} does not exist: give a file, a folder or a name on the hub")
     if data.data_lanes % args.world_size:

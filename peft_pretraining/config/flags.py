@@ -38,8 +38,10 @@ class Flag:
     below: float | None = None
     choices: tuple[str | int, ...] = ()
     parse: Callable[[str], Any] | None = None
-    auto: str = ""
+    auto: str | Callable[[], str] = ""
     """The default in words, where the default's value (0, "" or None) means that it is worked out."""
+    listing: Callable[[], str] | None = None
+    """Gives what `{listing}` in the docstring stands for, where the rest of the program knows what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class FlagSpec:
     kind: type
     optional: bool
     default: Any  # dataclasses.MISSING for a required flag
-    help: str
+    docstring: str
     flag: Flag
+
+    @property
+    def help(self) -> str:
+        """What the flag does, in words."""
+        return self.docstring.replace("{listing}", self.flag.listing()) if self.flag.listing else self.docstring
 
     @property
     def is_switch(self) -> bool:
@@ -65,7 +72,7 @@ class FlagSpec:
         if self.default is dataclasses.MISSING:
             return "required"
         if self.flag.auto:
-            return f"default: {self.flag.auto}"
+            return f"default: {self.flag.auto if isinstance(self.flag.auto, str) else self.flag.auto()}"
         if self.is_switch:
             return f"default: {'on' if self.default else 'off'}"
         if self.flag.parse is parse_count:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from peft_pretraining.config.flags import Flag, parse_count
+from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
@@ -56,10 +57,9 @@ class ModelArgs:
 class DataArgs:
     """What it is trained on."""
 
-    dataset: Annotated[str, Flag("name_or_path")] = "c4"
-    """c4 (streamed from the hub), a folder in C4's layout, pydocs (Python's own documentation, needs no network), or a
-    file or folder of little-endian uint16 or uint32 token ids."""
-    tokenizer: Annotated[str, Flag("name_or_path", auto="t5-base; for pydocs a small BPE trained on it once")] = ""
+    dataset: Annotated[str, Flag("name_or_path", listing=all_kinds_in_words)] = "c4"
+    """{listing}."""
+    tokenizer: Annotated[str, Flag("name_or_path", auto=default_tokenizers_in_words)] = ""
     """Name of a tokenizer on the hub, or a folder or file that holds one."""
     packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
     """pad: a document a row, cut and padded, as in the paper; pack: documents joined end to end, nothing wasted."""

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from peft_pretraining.data.batch import MicroBatch, make_micro_batch
 from peft_pretraining.data.order import DamageCount, RowFormat
 from peft_pretraining.data.sources.documents import Damage, Source
-from peft_pretraining.data.sources.gzip_json import open_source
-from peft_pretraining.data.sources.hub import RetryPolicy
-from peft_pretraining.data.sources.token_files import TokenFiles, is_token_dataset, open_token_files
+from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
+from peft_pretraining.data.sources.registry import open_dataset
+from peft_pretraining.data.sources.token_ids import TokenFiles
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 
@@ -96,13 +96,13 @@ def build_eval_set(
     rank: int = 0,
     world_size: int = 1,
     damaged_limit: int = 100,
-    endpoint: str | None = None,
-    retry: RetryPolicy | None = None,
+    options: SourceOptions = DEFAULT_OPTIONS,
     source: Source | None = None,
 ) -> EvalSet:
-    """The validation set of --dataset for one rank; see `dataloader.build_train_loader`. Raises UserError."""
-    if source is None and is_token_dataset(dataset):
-        files = open_token_files(dataset, "validation")
+    """The validation set of --dataset for one rank; see `train_loader.build_train_loader`. Raises UserError."""
+    opened = source or open_dataset(dataset, "validation", options)
+    if isinstance(opened, TokenFiles):
+        files = opened
         return EvalSet(
             lambda: _token_rows(files, max_length),
             name=dataset,
@@ -115,8 +115,7 @@ def build_eval_set(
         )
     if tokenizer is None:
         raise ValueError(f"--dataset {dataset} holds text and needs a tokenizer")
-    documents = source or open_source(dataset, "validation", endpoint, retry)
-    row_format = RowFormat(max_length, packing, tokenizer)
+    documents, row_format = opened, RowFormat(max_length, packing, tokenizer)
     return EvalSet(
         lambda: _text_rows(documents, row_format, DamageCount(damaged_limit)),
         name=dataset,

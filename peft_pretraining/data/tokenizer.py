@@ -1,4 +1,4 @@
-"""The tokenizer: t5-base from the hub, a directory, a file, or a small BPE of our own for `pydocs`.
+"""The tokenizer: t5-base from the hub, a directory, a file, or a small BPE of our own (`OwnBPE`).
 
 It is the `tokenizers` library's own object, read from `tokenizer.json`: rebuilding one through transformers depends on
 that library's version and takes five seconds to import. A special token never comes out of a text: one that is spelled
@@ -8,15 +8,15 @@ piece. So T5's 100 extra ids need no rows in the embedding: `vocab_size` is 32,0
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from peft_pretraining.data.cache import cache_dir, publish
+from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, OwnBPE, TextKind
+from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 
-DEFAULT_TOKENIZER = "t5-base"
-PYDOCS_VOCAB_SIZE = 8192
 _EOS_CANDIDATES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
 _UNK_CANDIDATES = ("<unk>", "[UNK]")
 _PAD_CANDIDATES = ("<pad>", "[PAD]", "<|padding|>")
@@ -89,14 +89,20 @@ class Tokenizer:
         return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
 
 
-def load_tokenizer(name_or_path: str, dataset: str, documents: Callable[[], Iterable[str]] | None = None) -> Tokenizer:
-    """The tokenizer that --tokenizer names; "" chooses for the dataset: an own BPE for pydocs, else t5-base.
+def load_tokenizer(name_or_path: str, dataset: str) -> Tokenizer:
+    """The tokenizer that --tokenizer names; "" takes the default of --dataset, which holds text. Raises UserError."""
+    if name_or_path:
+        return _named_tokenizer(name_or_path)
+    kind = find_kind(dataset)
+    if not isinstance(kind, TextKind):
+        raise ValueError(f"--dataset {dataset} holds token ids and needs no tokenizer")
+    if isinstance(kind.default_tokenizer, OwnBPE):
+        return _own_tokenizer(kind.default_tokenizer, kind, dataset)
+    return _named_tokenizer(kind.default_tokenizer)
 
-    `documents` yields the text to train the BPE of pydocs on (default: its training documents). Raises UserError.
-    """
-    if not name_or_path and dataset == "pydocs":
-        return _pydocs_tokenizer(documents)
-    name = name_or_path or DEFAULT_TOKENIZER
+
+def _named_tokenizer(name: str) -> Tokenizer:
+    """From a directory, a file, or the hub."""
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_files(name, path / "tokenizer.json", path)
@@ -187,25 +193,23 @@ def _from_hub(name: str) -> Tokenizer:
     return _from_files(name, file, file.parent)
 
 
-def _pydocs_tokenizer(documents: Callable[[], Iterable[str]] | None) -> Tokenizer:
-    """Byte-level BPE of PYDOCS_VOCAB_SIZE, trained once on the training documents and cached under their hash."""
+def _own_tokenizer(own: OwnBPE, kind: TextKind, dataset: str) -> Tokenizer:
+    """Trained once on the training documents of a data set and cached under their hash."""
     from tokenizers import Tokenizer as Backend
 
-    if documents is None:
-        from peft_pretraining.data.sources.pydocs import pydocs_documents
-
-        texts = list(pydocs_documents("train"))
-    else:
-        texts = list(documents())
+    source = kind.open(dataset, "train", DEFAULT_OPTIONS)
+    texts = [
+        item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0) if not isinstance(item, Damage)
+    ]
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
-    path = cache_dir() / f"pydocs-bpe-{PYDOCS_VOCAB_SIZE}-{digest}.json"
+    path = cache_dir() / f"{own.name}-{own.vocab_size}-{digest}.json"
     if path.is_file():
         try:
-            return Tokenizer(Backend.from_file(str(path)), "pydocs-bpe", "</s>", "<pad>")
+            return Tokenizer(Backend.from_file(str(path)), own.name, "</s>", "<pad>")
         except Exception:  # the library raises bare Exception; a damaged cache file is made again
             path.unlink()
-    content = publish(path, train_bpe(texts, PYDOCS_VOCAB_SIZE).encode())
-    return Tokenizer(Backend.from_str(content.decode()), "pydocs-bpe", "</s>", "<pad>")
+    content = publish(path, train_bpe(texts, own.vocab_size).encode())
+    return Tokenizer(Backend.from_str(content.decode()), own.name, "</s>", "<pad>")
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> str:

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ import numpy as np
 from peft_pretraining.data.batch import Update, make_micro_batch
 from peft_pretraining.data.order import DamageCount, Lane, RowFormat, TextLane, deal_units
 from peft_pretraining.data.sources.documents import Source
-from peft_pretraining.data.sources.gzip_json import open_source
-from peft_pretraining.data.sources.hub import RetryPolicy
-from peft_pretraining.data.sources.token_files import TokenLane, is_token_dataset, open_token_files
+from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
+from peft_pretraining.data.sources.registry import find_kind, open_dataset
+from peft_pretraining.data.sources.token_ids import TokenFiles
+from peft_pretraining.data.token_lane import TokenLane
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 
@@ -292,24 +293,22 @@ def build_train_loader(
     shuffle_buffer: int = SHUFFLE_BUFFER,
     workers: int = 8,
     damaged_limit: int = DAMAGED_LIMIT,
-    endpoint: str | None = None,
-    retry: RetryPolicy | None = None,
+    options: SourceOptions = DEFAULT_OPTIONS,
     source: Source | None = None,
 ) -> TrainLoader:
     """The loader of --dataset for one rank; `tokenizer` may be None for token ids. Raises UserError.
 
-    `endpoint` and `retry` are for the hub (default: HF_ENDPOINT, and a quarter of an hour); `source` replaces
-    --dataset.
+    `source` replaces --dataset, and the loader's own event `options.stop`.
     """
     layout = Layout(max_length, batch_size, grad_accum_steps, rank, world_size, data_lanes)
     order: dict[str, int | str] = {"seed": seed, "data_lanes": data_lanes, "max_length": max_length}
-    if source is None and is_token_dataset(dataset):
-        return _token_loader(dataset, layout, order, workers)
+    stop, damage = threading.Event(), DamageCount(damaged_limit)
+    opened = source or open_dataset(dataset, "train", replace(options, stop=stop))
+    if isinstance(opened, TokenFiles):
+        return _token_loader(opened, layout, order, workers)
     if tokenizer is None:
         raise ValueError(f"--dataset {dataset} holds text and needs a tokenizer")
-    stop, damage = threading.Event(), DamageCount(damaged_limit)
-    documents = source or open_source(dataset, "train", endpoint, retry, stop)
-    row_format = RowFormat(max_length, packing, tokenizer)
+    documents, row_format = opened, RowFormat(max_length, packing, tokenizer)
     units = deal_units(documents.shards, data_lanes, seed)
     order |= {"dataset": documents.fingerprint(), "tokenizer": tokenizer.fingerprint()}
     order |= {"packing": packing, "shuffle_buffer": shuffle_buffer}
@@ -317,15 +316,14 @@ def build_train_loader(
     def make_lane(lane: int, state: LaneState | None) -> Lane:
         return TextLane(documents, units[lane], row_format, lane, seed, shuffle_buffer, damage, state)
 
-    if dataset == "c4":
+    if source is None and find_kind(dataset).needs_network:
         workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
     return TrainLoader(
         layout, make_lane, order, workers=workers, vocab_size=tokenizer.vocab_size, damage=damage, stop=stop
     )
 
 
-def _token_loader(dataset: str, layout: Layout, order: dict[str, int | str], workers: int) -> TrainLoader:
-    files = open_token_files(dataset, "train")
+def _token_loader(files: TokenFiles, layout: Layout, order: dict[str, int | str], workers: int) -> TrainLoader:
     seed = int(order["seed"])
 
     def make_lane(lane: int, state: LaneState | None) -> Lane:

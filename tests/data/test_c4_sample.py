@@ -12,7 +12,7 @@ import torch
 from peft_pretraining.data.batch import IGNORED_LABEL
 from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.data.order import deal_units
-from peft_pretraining.data.sources.gzip_json import open_source
+from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from tests.data.collect import close, global_rows, loaders
@@ -58,7 +58,7 @@ def test_every_real_document_is_read_over_a_resume_on_more_ranks(shared_data: Pa
     batches += global_rows(ranks, 7)
     close(ranks)
     rows = torch.cat(batches).tolist()
-    source = open_source(dataset, "train")
+    source = open_dataset(dataset, "train")
     finished = 0
     for lane, units in enumerate(deal_units(source.shards, 16, seed=3)):
         texts = [str(text) for unit in units for text in source.read(unit.shard, unit.slices, unit.part, 0)]

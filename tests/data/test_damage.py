@@ -9,7 +9,7 @@ import pytest
 from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.data.sources import gzip_json
 from peft_pretraining.data.sources.documents import Damage
-from peft_pretraining.data.sources.gzip_json import open_source
+from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from tests.data.collect import close, documents_of, global_rows, loaders
@@ -100,7 +100,7 @@ def test_damage_is_counted_once_over_a_resume(tokenizer: Tokenizer, c4_dir: Path
 
 
 def test_a_part_begins_where_it_is_told(c4_dir: Path) -> None:
-    source = open_source(str(c4_dir), "train")
+    source = open_dataset(str(c4_dir), "train")
     documents = list(source.read(5, 1, 0, 0))
     assert documents == [document(i) for i in range(150, 195)]
     for slices in (1, 2, 7):
@@ -119,13 +119,13 @@ def test_validation_stops_at_the_limit(tokenizer: Tokenizer, c4_dir: Path) -> No
 
 def test_half_a_surrogate_pair_is_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "c4-train.00000-of-00001.json.gz").write_bytes(gzip.compress(b'{"text": "half \\ud83d of a pair"}\n'))
-    (text,) = open_source(str(tmp_path), "train").read(0, 1, 0, 0)
+    (text,) = open_dataset(str(tmp_path), "train").read(0, 1, 0, 0)
     assert not isinstance(text, Damage)
     assert tokenizer.decode(tokenizer.encode([text])) == ["half ? of a pair"]
 
 
 def test_missing_places_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--dataset /no/such/place: no such directory"):
-        open_source("/no/such/place", "train")
+    with pytest.raises(UserError, match="--dataset /no/such/place is neither c4 nor pydocs nor a file or folder"):
+        open_dataset("/no/such/place", "train")
     with pytest.raises(UserError, match=r"holds a file \*validation\*.json.gz"):
-        open_source(str(tmp_path), "validation")
+        open_dataset(str(tmp_path), "validation")

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.sources import hub
-from peft_pretraining.data.sources.gzip_json import GzipShards, open_source
+from peft_pretraining.data.sources import c4, hub
+from peft_pretraining.data.sources.gzip_json import GzipShards
 from peft_pretraining.data.sources.hub import HubFiles, RetryPolicy
+from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from tests.data.collect import close, documents_of, global_rows, loaders
@@ -35,7 +37,8 @@ def server(c4_dir: Path) -> Iterator[HubServer]:
 
 def remote(server: HubServer, folder: Path, split: str = "train", retry: RetryPolicy = QUICK) -> GzipShards:
     files = tuple(sorted(f"en/{path.name}" for path in folder.glob(f"en/*{split}*")))
-    return GzipShards("c4", files, "test", None, HubFiles(endpoint=server.endpoint, retry=retry))
+    files_there = HubFiles("c4", c4.REPOSITORY, c4.REVISION, endpoint=server.endpoint, retry=retry)
+    return GzipShards("c4", files, "test", files_there.chunks)
 
 
 @pytest.mark.parametrize("faults", [
@@ -75,12 +78,12 @@ def test_the_layout_of_c4_on_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> No
     server = HubServer(folder.parent)
     eval_set = build_eval_set(
         dataset="c4", tokenizer=tokenizer, packing="pad", max_length=48, eval_batch_size=5, eval_tokens=0,
-        endpoint=server.endpoint, retry=QUICK,
+        options=SourceOptions(server.endpoint, QUICK),
     )  # fmt: skip
     assert documents_of(tokenizer, [batch.labels for _, batch in eval_set]) == list(range(24))
     server.close()
-    assert all(path.startswith(f"/datasets/allenai/c4/resolve/{hub.C4_REVISION}/en/") for path in server.paths)
-    source = open_source("c4", "train")
+    assert all(path.startswith(f"/datasets/allenai/c4/resolve/{c4.REVISION}/en/") for path in server.paths)
+    source = open_dataset("c4", "train")
     assert isinstance(source, GzipShards)
     assert source.files[17] == "en/c4-train.00017-of-01024.json.gz"
     assert source.shards == 1024
@@ -119,7 +122,7 @@ def test_closing_ends_a_long_pause(tokenizer: Tokenizer, c4_dir: Path, server: H
     server.faults = ["503"] * 1000
     loader = build_train_loader(
         dataset="c4", tokenizer=tokenizer, packing="pad", max_length=32, batch_size=1, grad_accum_steps=1, seed=0,
-        endpoint=server.endpoint, retry=RetryPolicy(first_pause_seconds=60),
+        options=SourceOptions(server.endpoint, RetryPolicy(first_pause_seconds=60)),
     )  # fmt: skip
     loader.start()
     time.sleep(0.2)

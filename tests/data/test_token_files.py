@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.sources.token_files import is_token_dataset, open_token_files
+from peft_pretraining.data.sources.registry import find_kind
+from peft_pretraining.data.sources.token_files import KIND, open_token_files
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
@@ -72,8 +73,8 @@ def test_resume_on_other_ranks_and_workers(tokens: Path) -> None:
 def test_types(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
     path.write_bytes(np.arange(600, dtype="<u2").tobytes())
-    assert is_token_dataset(str(path))
-    assert is_token_dataset(str(tmp_path))
+    assert find_kind(str(path)) is KIND
+    assert find_kind(str(tmp_path)) is KIND
     with pytest.raises(UserError, match=r"type of its ids is unknown.*train.bin.json"):
         open_token_files(str(path), "train")
     (tmp_path / "train.bin.json").write_text('{"dtype": "uint16"}')

@@ -1,39 +1,31 @@
-"""Shards of gzip-compressed JSON lines, C4's layout: in a directory, or on the hub.
+"""Shards of gzip-compressed JSON lines, as C4 has them, wherever their bytes come from.
 
 Gzip cannot seek, so skipping decompresses (about 140 MB of text a second) but neither parses nor decodes.
 """
 
 import hashlib
 import json
-import logging
-import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from peft_pretraining.data.sources.documents import Damage, MemorySource, Source
-from peft_pretraining.data.sources.hub import C4_REPOSITORY, C4_REVISION, C4_SHARDS, HubFiles, RetryPolicy
-from peft_pretraining.data.sources.pydocs import pydocs_documents
-from peft_pretraining.errors import UserError
+from peft_pretraining.data.sources.documents import Damage
 
-_READ_BYTES = 1 << 18
 _PIECE_BYTES = 1 << 13
-"""Decompressed at a time: what is lost with a damaged piece. Divides what is read at a time, here and in `hub`."""
-
-_logger = logging.getLogger(__name__)
+"""Decompressed at a time: what is lost with a damaged piece. Divides what `c4_folder` and `hub` read at a time."""
 
 
 @dataclass(frozen=True)
 class GzipShards:
-    """Shards of gzip-compressed JSON lines with a field `text`: a directory, or the hub."""
+    """Shards of gzip-compressed JSON lines with a field `text`."""
 
     name: str
     files: tuple[str, ...]
-    """Names for messages and, joined with the folder or the repository, places."""
+    """Names, for messages and for `chunks`."""
     identity: str
-    folder: Path | None
-    hub: HubFiles | None = None
+    """Changes when the files do: their sizes, or the revision of a repository."""
+    chunks: Callable[[str], Iterator[bytes]]
+    """The bytes of a file by its name, in pieces."""
 
     @property
     def shards(self) -> int:
@@ -41,70 +33,20 @@ class GzipShards:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Hash of names and sizes, or of the hub's revision."""
+        """Hash of `identity`."""
         return hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         first = part + start * slices
         file = self.files[shard]
-        for line_number, item in _lines(self._chunks(file), first):
+        for line_number, item in _lines(self.chunks(file), first):
             if line_number % slices != part:
                 continue
             if isinstance(item, bytes):
                 yield _text(item, file, line_number)
             else:
                 yield Damage(f"{file} after line {line_number}", f"{item}; the rest of the file is lost")
-
-    def _chunks(self, file: str) -> Iterator[bytes]:
-        if self.hub is not None:
-            return self.hub.chunks(file)
-        assert self.folder is not None
-        return _file_chunks(self.folder / file)
-
-
-def open_source(
-    dataset: str,
-    split: str,
-    endpoint: str | None = None,
-    retry: RetryPolicy | None = None,
-    stop: threading.Event | None = None,
-) -> Source:
-    """The documents of split "train" or "validation" of --dataset. Raises UserError; token files are not documents."""
-    if dataset == "pydocs":
-        return MemorySource("pydocs", pydocs_documents(split))
-    if dataset == "c4":
-        count = C4_SHARDS[split]
-        files = tuple(f"en/c4-{split}.{i:05d}-of-{count:05d}.json.gz" for i in range(count))
-        hub = HubFiles(endpoint=endpoint, retry=retry, stop=stop)
-        return GzipShards("c4", files, f"{C4_REPOSITORY}@{C4_REVISION}/{split}", None, hub)
-    return _directory(dataset, split)
-
-
-def _directory(dataset: str, split: str) -> GzipShards:
-    folder = Path(dataset).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"--dataset {dataset}: no such directory. Give c4, pydocs, a directory with c4-train.*.json.gz and "
-            "c4-validation.*.json.gz, or a file or folder of token ids."
-        )
-    for place in (folder, folder / "en"):
-        if files := sorted(path.name for path in place.glob(f"*{split}*.json.gz")):
-            sizes = [(file, (place / file).stat().st_size) for file in files]
-            return GzipShards(dataset, tuple(files), repr(sizes), place)
-    raise UserError(
-        f"--dataset {dataset}: neither it nor its folder en/ holds a file *{split}*.json.gz "
-        "(gzip-compressed JSON lines with a field text, as in allenai/c4)."
-    )
-
-
-def _file_chunks(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_READ_BYTES):
-                yield chunk
-    except OSError as error:
-        raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
 
 
 def _text(line: bytes, file: str, line_number: int) -> str | Damage:

@@ -1,4 +1,4 @@
-"""C4 on the Hugging Face hub, read in ranges that survive a bad network.
+"""Files of a data set on the Hugging Face hub, read in ranges that survive a bad network.
 
 A shard is fetched a megabyte at a time with HTTP range requests. Each request stands alone, so after any fault the same
 range is asked for again and the stream goes on at the byte where it was: nothing is read twice or lost, and 64 lanes
@@ -15,10 +15,6 @@ from typing import Any
 
 from peft_pretraining.errors import UserError
 
-C4_REPOSITORY = "allenai/c4"
-C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
-"""Pinned: a changed shard would change the order of documents in a resumed run."""
-C4_SHARDS = {"train": 1024, "validation": 8}
 CHUNK_BYTES = 1 << 20
 
 _FINAL_STATUS = {
@@ -66,13 +62,15 @@ class HubFiles:
 
     def __init__(
         self,
-        repository: str = C4_REPOSITORY,
-        revision: str = C4_REVISION,
+        dataset: str,
+        repository: str,
+        revision: str,
         endpoint: str | None = None,
         retry: RetryPolicy | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        self.repository, self.revision, self.endpoint = repository, revision, endpoint
+        """`dataset` is what the user gave, for messages."""
+        self.dataset, self.repository, self.revision, self.endpoint = dataset, repository, revision, endpoint
         self.retry = retry or RetryPolicy()
         self.stop = stop or threading.Event()
         """Set to end a pause between two tries at once."""
@@ -101,8 +99,8 @@ class HubFiles:
                 if self.stop.wait(pause):
                     break
         raise UserError(
-            f"--dataset c4: {name} of {self.repository} could not be read after {self.retry.attempts} tries "
-            f"({reason}). "
+            f"--dataset {self.dataset}: {name} of {self.repository} could not be read after {self.retry.attempts} "
+            f"tries ({reason}). "
             "Check the network and resume with --continue_from auto, or give a downloaded directory as --dataset."
         )
 
@@ -128,8 +126,8 @@ class HubFiles:
         status = int(response.status_code)
         if status in _FINAL_STATUS:
             raise UserError(
-                f"--dataset c4: {url} {_FINAL_STATUS[status]} (HTTP status {status}). Check HF_ENDPOINT and `hf auth "
-                "login`."
+                f"--dataset {self.dataset}: {url} {_FINAL_STATUS[status]} (HTTP status {status}). "
+                "Check HF_ENDPOINT and `hf auth login`."
             )
         if status == 200 and start == 0:
             return content, _check_length(content, len(content), response.headers.get("Content-Length"))

@@ -27,6 +27,8 @@ from pathlib import Path
 
 from peft_pretraining.data.cache import cache_dir, publish
 from peft_pretraining.data.permutation import hash64
+from peft_pretraining.data.sources.documents import MemorySource, Source
+from peft_pretraining.data.sources.kind import OwnBPE, SourceOptions, TextKind
 from peft_pretraining.errors import UserError
 
 PACKAGES = ("numpy", "pandas", "huggingface_hub", "datasets", "fsspec", "torch", "transformers")
@@ -43,6 +45,21 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing"
 _FORMAT = 2
 
 _logger = logging.getLogger(__name__)
+
+
+class PyDocs(TextKind):
+    """Python's own documentation."""
+
+    name = "pydocs"
+    in_words = "pydocs (Python's own documentation, needs no network)"
+    default_tokenizer = OwnBPE("pydocs-bpe", 8192)
+
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source:
+        """See `DatasetKind.open`."""
+        return MemorySource(dataset, pydocs_documents(split))
+
+
+KIND = PyDocs()
 
 
 def pydocs_documents(split: str) -> list[str]:

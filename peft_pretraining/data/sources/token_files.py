@@ -1,75 +1,45 @@
 """`--dataset` of token ids: files of little-endian uint16 or uint32 that are mapped into memory, not read.
 
-A row is a window of `max_length` consecutive ids; windows do not overlap, and what is left at the end of a file is
-shorter than a row and never trained on. Window w belongs to lane w mod `lanes`; a lane visits its windows in an order
-that is new each epoch, computed element by element, so that its state is two integers.
-
 The type of the ids comes from a sidecar `<file>.json` with a field dtype (scripts/tokenize_dataset.py writes one), else
 from a suffix .uint16 or .uint32. A folder has files train* and validation*. Of a single file the validation set is the
 file beside it with "validation" for "train" in its name; without one, the last hundredth of the file (at most 10 M ids)
 is held out.
 """
 
-import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from peft_pretraining.data.permutation import hash64, permute
+from peft_pretraining.data.sources.kind import SourceOptions, TokenKind
+from peft_pretraining.data.sources.token_ids import TokenFile, TokenFiles
 from peft_pretraining.errors import UserError
 
 SUFFIXES = (".bin", ".uint16", ".uint32")
 _HELD_OUT_FRACTION = 100
 _HELD_OUT_LIMIT = 10_000_000
-_WINDOW_ORDER = 4
-_BLOCK = 1024
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """A stretch of one file."""
+class TokenFilesKind(TokenKind):
+    """A file, or a folder with train* token files."""
 
-    path: Path
-    ids: NDArray[Any]  # (tokens,) memory-mapped uint16 or uint32
-    settings: dict[str, Any]
-    """The sidecar, or empty."""
+    in_words = "a file or folder of little-endian uint16 or uint32 token ids"
+    precedence = 1  # any file that no other kind recognises
 
+    def recognises(self, dataset: str) -> bool:
+        """Any file, and a folder that holds files of ids."""
+        path = Path(dataset).expanduser()
+        if not path.is_dir():
+            return path.is_file()
+        return bool(_split_files(path, "train") or _split_files(path, "validation"))
 
-@dataclass(frozen=True)
-class TokenFiles:
-    """The files of one split."""
-
-    name: str
-    files: tuple[TokenFile, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Over all files."""
-        return sum(len(file.ids) for file in self.files)
-
-    def fingerprint(self) -> str:
-        """Hash of names, lengths and the first ids of each file."""
-        parts = [(file.path.name, len(file.ids), file.ids[:1024].tobytes()) for file in self.files]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def vocab_size(self) -> int:
-        """One more than the largest id that can occur: of the sidecar, else read from all ids (about 1 s a billion)."""
-        return max(
-            int(file.settings["vocab_size"]) if "vocab_size" in file.settings else _largest(file) + 1
-            for file in self.files
-        )
+    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
+        """See `DatasetKind.open`."""
+        return open_token_files(dataset, split)
 
 
-def is_token_dataset(dataset: str) -> bool:
-    """Whether --dataset names a file, or a folder with train* token files."""
-    if dataset in ("c4", "pydocs"):
-        return False
-    path = Path(dataset).expanduser()
-    return path.is_file() or (path.is_dir() and bool(_split_files(path, "train") or _split_files(path, "validation")))
+KIND = TokenFilesKind()
 
 
 def open_token_files(dataset: str, split: str) -> TokenFiles:
@@ -96,68 +66,6 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
             "file beside it."
         )
     return TokenFiles(dataset, (TokenFile(path, part, whole.settings),))
-
-
-class TokenLane:
-    """A lane over windows of token files; see `lanes.Lane`."""
-
-    def __init__(
-        self, source: TokenFiles, max_length: int, lane: int, lanes: int, seed: int, state: dict[str, int] | None = None
-    ) -> None:
-        # Plain views (windows, max_length): slicing an np.memmap costs as much as copying a row.
-        self._files = [_windows(np.asarray(file.ids), max_length) for file in source.files]
-        self._max_length, self._lane, self._lanes, self._seed = max_length, lane, lanes, seed
-        # (files + 1,): number of the first window of each file
-        self._first_windows = np.cumsum([0, *(len(windows) for windows in self._files)])
-        windows = int(self._first_windows[-1])
-        self._count = len(range(lane, windows, lanes))
-        if not self._count:
-            raise UserError(
-                f"--dataset {source.name}: {source.tokens} ids make {windows} rows of --max_length {max_length}, which "
-                "are too few "
-                f"for --data_lanes {lanes}; lower --data_lanes or give more data."
-            )
-        self._epoch, self._window = (state["epoch"], state["window"]) if state else (0, 0)
-        self._ahead = np.empty(0, np.int64)  # windows of a block of positions
-        self._ahead_of: tuple[int, int] | None = None  # epoch, block
-
-    def state(self) -> dict[str, int]:
-        """See `lanes.Lane.state`."""
-        return {"epoch": self._epoch, "window": self._window}
-
-    def take(self, rows: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """See `lanes.Lane.take`."""
-        batch = np.empty((rows, self._max_length), np.int32)
-        done = 0
-        while done < rows:
-            windows = self._next_windows(rows - done)
-            files = np.searchsorted(self._first_windows, windows, side="right") - 1
-            for file in np.unique(files):
-                chosen = np.flatnonzero(files == file)
-                batch[done + chosen] = self._files[file][windows[chosen] - self._first_windows[file]]
-            done += len(windows)
-        return batch, np.full(rows, self._max_length, np.int64)
-
-    def _next_windows(self, limit: int) -> NDArray[np.int64]:
-        """Numbers of the next windows, from 1 up to `limit`; advances."""
-        if self._window == self._count:
-            self._epoch, self._window = self._epoch + 1, 0
-        block = self._window // _BLOCK
-        if self._ahead_of != (self._epoch, block):
-            # A permutation costs as much for many elements as for one.
-            positions = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self._count), dtype=np.uint64)
-            elements = permute(positions, self._count, hash64(_WINDOW_ORDER, self._seed, self._lane, self._epoch))
-            self._ahead = elements.astype(np.int64) * self._lanes + self._lane
-            self._ahead_of = (self._epoch, block)
-        start = self._window - block * _BLOCK
-        windows = self._ahead[start : start + limit]
-        self._window += len(windows)
-        return windows
-
-
-def _windows(ids: NDArray[Any], max_length: int) -> NDArray[Any]:
-    count = len(ids) // max_length
-    return ids[: count * max_length].reshape(count, max_length)
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -190,8 +98,3 @@ def _open(path: Path) -> TokenFile:
         return TokenFile(path, np.memmap(path, dtype, mode="r"), settings)
     except OSError as error:
         raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
-
-
-def _largest(file: TokenFile) -> int:
-    step = 1 << 24
-    return max(int(file.ids[start : start + step].max()) for start in range(0, len(file.ids), step))

@@ -1,0 +1,99 @@
+"""What a kind of data set says about itself, so that nothing else has to know it by name.
+
+To add a kind, add one file to this folder with an object `KIND` of a subclass of `TextKind` or `TokenKind`. The
+registry finds it there: `--dataset` then reads it, and its help and error messages list it. A kind of plain text files,
+a document a line:
+
+    class Lines(TextKind):
+        in_words = "a .txt file with a document a line"
+
+        def recognises(self, dataset: str) -> bool:
+            return dataset.endswith(".txt") and Path(dataset).is_file()
+
+        def open(self, dataset: str, split: str, options: SourceOptions) -> Source:
+            return MemorySource(dataset, Path(dataset).read_text().splitlines())
+
+    KIND = Lines()
+
+These files are read before torch is loaded, to check a command line: what takes long to import is imported inside
+`open`.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from peft_pretraining.data.sources.documents import Source
+from peft_pretraining.data.sources.hub import RetryPolicy
+from peft_pretraining.data.sources.token_ids import TokenFiles
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a data set is read, beside its name. A kind ignores what it has no use for."""
+
+    endpoint: str | None = None
+    """Address of the hub; None: that of HF_ENDPOINT."""
+    retry: RetryPolicy | None = None
+    """How long to go on after a network fault; None: about a quarter of an hour."""
+    stop: threading.Event | None = None
+    """Set by whoever reads, to end a pause between two tries at once."""
+
+
+DEFAULT_OPTIONS = SourceOptions()
+
+
+@dataclass(frozen=True)
+class OwnBPE:
+    """A byte-level BPE that is trained once on the training documents of a data set, and cached under their hash.
+
+    All documents are held in memory for it.
+    """
+
+    name: str
+    """For the cache's file and for messages."""
+    vocab_size: int
+
+
+class DatasetKind(ABC):
+    """A kind of `--dataset`."""
+
+    name: str = ""
+    """What `--dataset` calls it, such as c4; empty for a kind that is recognised by its files."""
+    in_words: str
+    """In a list of all kinds, in the help of `--dataset` and in messages, such as "a folder in C4's layout"."""
+    precedence: int = 0
+    """Kinds are asked in this order whether they recognise a file or folder, those of equal precedence by the names of
+    their modules. 0: it recognises its own files only. More: it also takes what others leave, to say what is wrong
+    with it."""
+    splits: tuple[str, ...] = ("train", "validation")
+    """What can be opened; a run needs these two."""
+    needs_network: bool = False
+    """Reading may have to wait for a network, for minutes where it fails."""
+
+    def recognises(self, dataset: str) -> bool:
+        """Whether `--dataset` has given something of this kind; its name is looked at before anybody is asked."""
+        return False
+
+    @abstractmethod
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles:
+        """What is in one of `splits`. Raises UserError, which names `--dataset`."""
+
+
+class TextKind(DatasetKind):
+    """A kind that holds text."""
+
+    default_tokenizer: str | OwnBPE = "t5-base"
+    """Where no --tokenizer is given: its name on the hub, or how one is trained."""
+
+    @abstractmethod
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source:
+        """See `DatasetKind.open`."""
+
+
+class TokenKind(DatasetKind):
+    """A kind that holds token ids, and needs no tokenizer."""
+
+    @abstractmethod
+    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
+        """See `DatasetKind.open`."""

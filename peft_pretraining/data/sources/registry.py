@@ -1,0 +1,73 @@
+"""The kinds of `--dataset`: every module of this folder that has an object `KIND` (see `kind`)."""
+
+import importlib
+import pkgutil
+
+from peft_pretraining.data import sources
+from peft_pretraining.data.sources.documents import Source
+from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, DatasetKind, OwnBPE, SourceOptions, TextKind
+from peft_pretraining.data.sources.token_ids import TokenFiles
+from peft_pretraining.errors import UserError
+
+
+def kinds() -> list[DatasetKind]:
+    """All kinds, in the alphabetical order of their modules."""
+    found: list[DatasetKind] = []
+    for name in sorted(module.name for module in pkgutil.iter_modules(sources.__path__)):
+        kind = getattr(importlib.import_module(f"{sources.__name__}.{name}"), "KIND", None)
+        if kind is None:
+            continue
+        if not isinstance(kind, DatasetKind):
+            raise TypeError(f"KIND of {sources.__name__}.{name} is no DatasetKind")
+        if kind.name and kind.name in {other.name for other in found}:
+            raise ValueError(f"two modules of {sources.__name__} define the kind {kind.name}")
+        found.append(kind)
+    return found
+
+
+def find_kind(dataset: str) -> DatasetKind:
+    """The kind that `--dataset` means: by its name, else by who recognises it. Raises UserError that lists them all."""
+    found = kinds()
+    for kind in found:
+        if kind.name and kind.name == dataset:
+            return kind
+    for kind in sorted(found, key=lambda kind: kind.precedence):
+        if kind.recognises(dataset):
+            return kind
+    names = " nor ".join(kind.name for kind in found if kind.name)
+    raise UserError(f"--dataset {dataset} is neither {names} nor a file or folder that exists: give {in_words(found)}")
+
+
+def open_dataset(dataset: str, split: str, options: SourceOptions = DEFAULT_OPTIONS) -> Source | TokenFiles:
+    """The documents or token ids of a split ("train", "validation") of `--dataset`. Raises UserError."""
+    kind = find_kind(dataset)
+    if split not in kind.splits:
+        raise UserError(f"--dataset {dataset} has no split {split}: it has {' and '.join(kind.splits)}")
+    return kind.open(dataset, split, options)
+
+
+def in_words(listed: list[DatasetKind]) -> str:
+    """A list of kinds for a sentence: "A, B, or C"."""
+    texts = [kind.in_words for kind in listed]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])}, or {texts[-1]}"
+
+
+def all_kinds_in_words() -> str:
+    """What `--dataset` takes, for its help."""
+    return in_words(kinds())
+
+
+def text_kinds_in_words() -> str:
+    """The same without token ids."""
+    return in_words([kind for kind in kinds() if isinstance(kind, TextKind)])
+
+
+def default_tokenizers_in_words() -> str:
+    """What takes the place of a `--tokenizer` that is not given, for its help."""
+    texts = [str(TextKind.default_tokenizer)]
+    for kind in kinds():
+        if isinstance(kind, TextKind) and kind.default_tokenizer != TextKind.default_tokenizer:
+            own = isinstance(kind.default_tokenizer, OwnBPE)
+            tokenizer = "a small BPE trained on it once" if own else kind.default_tokenizer
+            texts.append(f"for {kind.name or kind.in_words} {tokenizer}")
+    return "; ".join(texts)

@@ -1,0 +1,80 @@
+"""The order of token ids: a lane over windows of the files.
+
+A row is a window of `max_length` consecutive ids; windows do not overlap, and what is left at the end of a file is
+shorter than a row and never trained on. Window w belongs to lane w mod `lanes`; a lane visits its windows in an order
+that is new each epoch, computed element by element, so that its state is two integers.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_pretraining.data.permutation import hash64, permute
+from peft_pretraining.data.sources.token_ids import TokenFiles
+from peft_pretraining.errors import UserError
+
+_WINDOW_ORDER = 4
+_BLOCK = 1024
+
+
+class TokenLane:
+    """A lane over windows of token files; see `order.Lane`."""
+
+    def __init__(
+        self, source: TokenFiles, max_length: int, lane: int, lanes: int, seed: int, state: dict[str, int] | None = None
+    ) -> None:
+        # Plain views (windows, max_length): slicing an np.memmap costs as much as copying a row.
+        self._files = [_windows(np.asarray(file.ids), max_length) for file in source.files]
+        self._max_length, self._lane, self._lanes, self._seed = max_length, lane, lanes, seed
+        # (files + 1,): number of the first window of each file
+        self._first_windows = np.cumsum([0, *(len(windows) for windows in self._files)])
+        windows = int(self._first_windows[-1])
+        self._count = len(range(lane, windows, lanes))
+        if not self._count:
+            raise UserError(
+                f"--dataset {source.name}: {source.tokens} ids make {windows} rows of --max_length {max_length}, which "
+                "are too few "
+                f"for --data_lanes {lanes}; lower --data_lanes or give more data."
+            )
+        self._epoch, self._window = (state["epoch"], state["window"]) if state else (0, 0)
+        self._ahead = np.empty(0, np.int64)  # windows of a block of positions
+        self._ahead_of: tuple[int, int] | None = None  # epoch, block
+
+    def state(self) -> dict[str, int]:
+        """See `order.Lane.state`."""
+        return {"epoch": self._epoch, "window": self._window}
+
+    def take(self, rows: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """See `order.Lane.take`."""
+        batch = np.empty((rows, self._max_length), np.int32)
+        done = 0
+        while done < rows:
+            windows = self._next_windows(rows - done)
+            files = np.searchsorted(self._first_windows, windows, side="right") - 1
+            for file in np.unique(files):
+                chosen = np.flatnonzero(files == file)
+                batch[done + chosen] = self._files[file][windows[chosen] - self._first_windows[file]]
+            done += len(windows)
+        return batch, np.full(rows, self._max_length, np.int64)
+
+    def _next_windows(self, limit: int) -> NDArray[np.int64]:
+        """Numbers of the next windows, from 1 up to `limit`; advances."""
+        if self._window == self._count:
+            self._epoch, self._window = self._epoch + 1, 0
+        block = self._window // _BLOCK
+        if self._ahead_of != (self._epoch, block):
+            # A permutation costs as much for many elements as for one.
+            positions = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self._count), dtype=np.uint64)
+            elements = permute(positions, self._count, hash64(_WINDOW_ORDER, self._seed, self._lane, self._epoch))
+            self._ahead = elements.astype(np.int64) * self._lanes + self._lane
+            self._ahead_of = (self._epoch, block)
+        start = self._window - block * _BLOCK
+        windows = self._ahead[start : start + limit]
+        self._window += len(windows)
+        return windows
+
+
+def _windows(ids: NDArray[Any], max_length: int) -> NDArray[Any]:
+    count = len(ids) // max_length
+    return ids[: count * max_length].reshape(count, max_length)
