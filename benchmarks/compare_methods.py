@@ -24,10 +24,11 @@ from peft_pretraining.build import build_model, build_training
 from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.build import CausalLM
+from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.head import IGNORE_INDEX
 from peft_pretraining.models.init import OnModule
-from peft_pretraining.models.llama.config import read_config_json
-from peft_pretraining.models.llama.modeling import IGNORE_INDEX, LlamaForCausalLM
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.ops.rotary import rotary_tables
 from peft_pretraining.optim.lr_schedule import set_learning_rate
 from peft_pretraining.optim.protocol import TrainingOptimizer

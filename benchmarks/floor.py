@@ -37,7 +37,7 @@ from benchmarks.passes import (
     side_of,
     times,
 )
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore.layer.linear import JOINED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
@@ -64,7 +64,7 @@ Update = dict[str, Passes]
 class Setting:
     """A model and how it is trained."""
 
-    config: LlamaConfig
+    config: ModelConfig
     micro_batch: int  # sequences
     rank: int
     grad_accum: int = 1  # micro-batches an update

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.rows import ROOT
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.models.registry import read_config
 
 LENGTH = 256
 """Tokens of a sequence."""
@@ -20,9 +21,9 @@ def config_path(model: str) -> Path:
     return ROOT / f"configs/llama_{model}.json"
 
 
-def config(model: str) -> LlamaConfig:
+def config(model: str) -> ModelConfig:
     """What is in that file."""
-    return LlamaConfig.from_json(config_path(model))
+    return read_config(config_path(model))
 
 
 def tokens(model: str) -> int:

@@ -50,7 +50,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.memory.from_args import plan
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.registry import read_config
 
 QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--recipe", "paper"]
@@ -273,7 +273,7 @@ def perplexity_on(tokens: str, run: RunArgs) -> float:
 
 def planned_bytes(run: RunArgs) -> dict[str, float]:
     """GB of what stays during a run: weights; projections and optimizer states; gradients that wait for the update."""
-    lasting = plan(run, LlamaConfig.from_json(run.model.model_config)).lasting
+    lasting = plan(run, read_config(run.model.model_config)).lasting
     first_words = {
         "weights_gb": ("decoder weights", "embeddings"),
         "states_gb": ("projections", "optimizer states"),

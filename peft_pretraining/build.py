@@ -14,10 +14,9 @@ from peft_pretraining.data.sources.kind import TextKind
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
-from peft_pretraining.errors import UserError
-from peft_pretraining.models.build import CausalLM, build_on_meta
+from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.init import OnModule, materialize
-from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import Processes
@@ -34,11 +33,9 @@ def build_model(
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(args.checkpoint_every)
     if args.int8_activations:
-        if not isinstance(model, LlamaForCausalLM):
-            raise UserError("transformers' LLaMA keeps its activations as they are: build the project's own")
         model.keep_int8_activations()
     has_triton = importlib.util.find_spec("triton") is not None
-    if isinstance(model, LlamaForCausalLM) and compiles_layers(args, device.type == "cuda" and has_triton):
+    if compiles_layers(args, device.type == "cuda" and has_triton):
         model.compile_layers()
     return model.train()
 

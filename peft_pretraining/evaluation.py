@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.llama.modeling import IGNORE_INDEX
+from peft_pretraining.models.head import IGNORE_INDEX
 
 BatchLoss = tuple[int, float, int]  # index in the global order, nats summed over the targets, number of targets
 Gather = Callable[[list[BatchLoss]], Sequence[list[BatchLoss]]]

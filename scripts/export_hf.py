@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, with_todays_names
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.llama.config import read_config_json
+from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.registry import config_from
 from qgalore import QuantizedTensor
 
 SHARD_BYTES = 4_000_000_000
@@ -68,7 +69,7 @@ def export(
     try:
         temporary.mkdir(parents=True)
         tied = bool(config.get("tie_word_embeddings"))
-        write_weights(float_tensors(loaded, getattr(torch, dtype), tied), temporary)
+        write_weights(float_tensors(loaded, getattr(torch, dtype), tied, matrix_columns(config)), temporary)
         write_config(config, dtype, temporary)
         if tokenizer is not None:
             write_tokenizer(tokenizer, config, temporary)
@@ -94,7 +95,18 @@ def run_config(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
     return read_config_json(path)
 
 
-def float_tensors(checkpoint: Checkpoint, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, Tensor]]:
+def matrix_columns(config: dict[str, Any]) -> dict[str, int]:
+    """Columns of each decoder matrix by its name in a layer; none of a model that transformers alone knows."""
+    try:
+        shapes = config_from(config, "the model config").matrix_shapes()
+    except UserError:
+        return {}
+    return {name: columns for name, (_, columns) in shapes.items()}
+
+
+def float_tensors(
+    checkpoint: Checkpoint, dtype: torch.dtype, tied: bool, columns_of: Mapping[str, int]
+) -> Iterator[tuple[str, Tensor]]:
     """The state dict of a float model, one tensor at a time; a tied head is left to the embeddings."""
     tensors = checkpoint.model_tensors
     for name, tensor in tensors.items():
@@ -105,17 +117,17 @@ def float_tensors(checkpoint: Checkpoint, dtype: torch.dtype, tied: bool) -> Ite
             yield name, tensor.to(dtype)
         else:
             name = name.removesuffix("_qdata")
-            yield name, dequantized(name, checkpoint, dtype)
+            yield name, dequantized(name, checkpoint, dtype, columns_of)
 
 
-def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
+def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype, columns_of: Mapping[str, int]) -> Tensor:
     """One quantized matrix in float; bits and group size are those of the run and must fit its shapes."""
     tensors, state = checkpoint.model_tensors, checkpoint.state
     codes, scale, zero_point = (tensors.get(f"{name}_{part}") for part in ("qdata", "scale", "zero_point"))
     bits, group_size = state.get("weight_bits"), state.get("weight_group_size")
     if codes is None or scale is None or zero_point is None or bits not in (4, 8) or not isinstance(group_size, int):
         raise UserError(f"{checkpoint.path}: {name} is quantized, but its scales, bits or group size are not there.")
-    columns = original_columns(name, checkpoint, codes.shape[1], bits)
+    columns = original_columns(name, checkpoint, codes.shape[1], bits, columns_of)
     if state.get("int8_products"):
         group_size = columns  # one group a row, whatever the flag says
     if scale.shape != (codes.shape[0], math.ceil(columns / group_size)):
@@ -126,10 +138,14 @@ def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor
     return QuantizedTensor(codes, scale, zero_point, columns, bits, group_size).dequantize(dtype)
 
 
-def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int) -> int:
+def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int, columns_of: Mapping[str, int]) -> int:
     """Columns of a matrix from those of its codes: at 4 bits two share a byte, and the last byte may hold one."""
     if bits == 8:
         return stored
+    for matrix, columns in columns_of.items():
+        if name.endswith(f".{matrix}.weight"):
+            return columns
+    # Transformers' decoders have LLaMA's names.
     layer = name.rsplit(".", 3)[0]  # model.layers.N
     if name.endswith("down_proj.weight"):
         return int(checkpoint.model_tensors[f"{layer}.mlp.gate_proj.weight_qdata"].shape[0])

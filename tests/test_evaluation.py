@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import BatchLoss, EvalResult, evaluate, summarize
-from peft_pretraining.models.llama.modeling import LlamaOutput, head_output
+from peft_pretraining.models.head import CausalLMOutput, head_output
 
 
 class MicroBatch(NamedTuple):
@@ -30,7 +30,7 @@ class Bigram(nn.Module):
         self.head.weight.data.copy_(torch.eye(4))
         self.modes: list[tuple[bool, bool]] = []
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> LlamaOutput:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
         self.modes.append((self.training, torch.is_grad_enabled()))
         return head_output(self.table[input_ids], self.head, labels)
 

@@ -15,7 +15,8 @@ from peft_pretraining.build import build_model
 from peft_pretraining.checkpoint.store import save_checkpoint
 from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.build import LlamaForCausalLM, low_rank_names
+from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from qgalore import WeightFormat, convert_linears
 
 transformers = pytest.importorskip("transformers")

@@ -432,7 +432,7 @@ def test_low_rank_names_are_the_decoder_matrices(tmp_path: Path) -> None:
 
 
 def test_low_rank_names_refuses_other_models() -> None:
-    with pytest.raises(TypeError, match=r"no model\.layers"):
+    with pytest.raises(TypeError, match="Linear is no CausalLM"):
         low_rank_names(nn.Linear(2, 2))
 
 

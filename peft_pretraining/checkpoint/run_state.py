@@ -20,8 +20,8 @@ from peft_pretraining.checkpoint.store import (
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.train_loader import TrainLoader, merge_states
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.build import CausalLM
-from peft_pretraining.models.llama.config import read_config_json
+from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import Processes
 

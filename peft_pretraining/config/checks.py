@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, ModelArgs
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.llama.config import LlamaConfig, read_config_json
+from peft_pretraining.models.config import check_length, check_rank, read_config_json
+from peft_pretraining.models.family import ModelFamily
+from peft_pretraining.models.registry import find_family
 
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
@@ -114,22 +116,36 @@ def _model_problems(args: RunArgs) -> list[str]:
     except UserError as error:
         return [str(error)]
     try:
-        config = LlamaConfig.from_dict(raw, source=args.model.model_config)
+        family = find_family(raw, args.model.model_config)
+        config = family.config(raw, args.model.model_config)
     except UserError as error:
         # transformers' class accepts more than ours, and judges its own configuration.
         return [] if args.model.use_hf_model else [str(error)]
-    checks: list[Callable[[], None]] = [lambda: config.check_length(args.batch.max_length)]
+    checks: list[Callable[[], None]] = [lambda: check_length(config, args.batch.max_length)]
     if args.optimizer.is_low_rank:
-        checks.append(lambda: config.check_rank(args.subspace.rank))
+        checks.append(lambda: check_rank(config, args.subspace.rank))
         if args.subspace.mlp_rank:
-            checks.append(lambda: config.check_rank(args.subspace.mlp_rank, "mlp_rank"))
-    problems = []
+            checks.append(lambda: check_rank(config, args.subspace.mlp_rank, "mlp_rank"))
+    problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
     for check in checks:
         try:
             check()
         except UserError as error:
             problems.append(str(error))
     return problems
+
+
+def _family_problems(model: ModelArgs, family: ModelFamily[Any]) -> list[str]:
+    """What is asked for and the family has not got."""
+    lacks = {
+        "activation_checkpointing": ("cannot recompute its layers", family.recomputes_layers),
+        "int8_activations": ("keeps its activations as they are", family.int8_activations),
+    }
+    return [
+        f"--{flag} cannot work with a model of model_type {family.model_type!r}, which {reason}: leave it out"
+        for flag, (reason, has) in lacks.items()
+        if getattr(model, flag) and not has
+    ]
 
 
 def _batch_problems(args: RunArgs) -> list[str]:

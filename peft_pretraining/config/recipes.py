@@ -15,7 +15,7 @@ from typing import Any
 
 from peft_pretraining.config.groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.registry import read_config
 
 _ORTHOGONAL: Mapping[str, Any] = {
     "lr": 1e-2,
@@ -81,7 +81,7 @@ def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractS
 def _rank_of(model_config: str) -> int | None:
     """Seven sixteenths of the model's width, in eights, but no more than the narrowest matrix has; None if unknown."""
     try:
-        config = LlamaConfig.from_json(model_config)
+        config = read_config(model_config)
     except UserError:  # which the checks report
         return None
     narrowest = min(min(shape) for shape in config.matrix_shapes().values())

@@ -3,12 +3,12 @@
 import math
 
 from peft_pretraining.memory.settings import MemorySettings
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.layer.layout import padded_width
 
 
-def layer_activation_bytes(config: LlamaConfig, s: MemorySettings, recomputed: bool = False) -> int:
+def layer_activation_bytes(config: ModelConfig, s: MemorySettings, recomputed: bool = False) -> int:
     """What autograd keeps of one decoder layer between forward and backward.
 
     Each norm: its input and one float32 a token. Attention: rotated queries and keys, values, output (shared with
@@ -26,7 +26,7 @@ def layer_activation_bytes(config: LlamaConfig, s: MemorySettings, recomputed: b
     return tokens * (values * s.dtype_bytes + 4 * (2 + config.num_attention_heads)) + of_mlp
 
 
-def kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def kept_activation_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """Of all layers; then the last one's output, one float32 a token of the norm, the ids and the labels."""
     hidden, layers = hidden_bytes(config, s), config.num_hidden_layers
     recomputed = math.ceil(layers / s.checkpoint_every) if s.activation_checkpointing else 0
@@ -34,21 +34,21 @@ def kept_activation_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return of_layers + hidden + (4 + 8 + 8) * s.batch_size * s.max_length
 
 
-def recomputes_last_layer(config: LlamaConfig, s: MemorySettings) -> bool:
+def recomputes_last_layer(config: ModelConfig, s: MemorySettings) -> bool:
     """Whether the layer whose backward pass comes first, when all others are still kept, is a checkpointed one."""
     return s.activation_checkpointing and (config.num_hidden_layers - 1) % s.checkpoint_every == 0
 
 
-def hidden_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def hidden_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """Of the hidden states between two layers."""
     return s.batch_size * s.max_length * config.hidden_size * s.dtype_bytes
 
 
-def mlp_width(config: LlamaConfig, s: MemorySettings) -> int:
+def mlp_width(config: ModelConfig, s: MemorySettings) -> int:
     """Of the MLP's activations, which low-rank layers pad."""
     return config.intermediate_size if s.rank is None else padded_width(config.intermediate_size)
 
 
-def attention_widths(config: LlamaConfig) -> tuple[int, int]:
+def attention_widths(config: ModelConfig) -> tuple[int, int]:
     """Of all queries of a token, and of all keys or values."""
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

@@ -10,7 +10,7 @@ import torch
 
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.from_args import plan, shape_of
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
 
 
 def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
@@ -33,7 +33,7 @@ def out_of_memory(args: RunArgs, device: torch.device) -> str:
     return f"{text}the same command, but for its --rank, goes on from the newest checkpoint"
 
 
-def _comparison(args: RunArgs, config: LlamaConfig, available: int) -> str:
+def _comparison(args: RunArgs, config: ModelConfig, available: int) -> str:
     peak = plan(args, config).peak_bytes
     text = f"the run is planned to take {peak / 1e9:.1f} GB of {available / 1e9:.1f} (--dry_run says for what)"
     if peak <= available:
@@ -42,7 +42,7 @@ def _comparison(args: RunArgs, config: LlamaConfig, available: int) -> str:
     return f"{text}; each of these alone would fit: {', '.join(fitting)}" if fitting else text
 
 
-def flags_that_fit(args: RunArgs, config: LlamaConfig, available: int) -> list[str]:
+def flags_that_fit(args: RunArgs, config: ModelConfig, available: int) -> list[str]:
     """The smallest change of each kind that alone brings the planned peak to at most `available` bytes.
 
     The total batch stays what it is.

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peft_pretraining.build import compiles_layers
 from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import MemoryPlan, plan_memory
 from peft_pretraining.memory.settings import MemorySettings
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.models.registry import family_of, read_config
 from peft_pretraining.optim.build import allows_graphs
 
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def shape_of(args: RunArgs) -> LlamaConfig | None:
+def shape_of(args: RunArgs) -> ModelConfig | None:
     """The shape of the model to train; None where only transformers' class takes the configuration."""
     try:
-        return LlamaConfig.from_json(args.model.model_config)
+        return read_config(args.model.model_config)
     except UserError:
         if args.model.use_hf_model:
             return None
         raise
 
 
-def plan(args: RunArgs, config: LlamaConfig) -> MemoryPlan:
+def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
     """The planned memory of one rank of this run; on a CUDA GPU unless `--device cpu` is given."""
-    return plan_memory(config, memory_settings(args))
+    settings = memory_settings(args)
+    if not family_of(config).compiles_layers:
+        settings = replace(settings, compiled=False, cuda_graphs=False)
+    return plan_memory(config, settings)
 
 
 def memory_settings(args: RunArgs) -> MemorySettings:
-    """What of the flags decides the memory."""
+    """What of the flags decides the memory, of a model whose layers can be compiled."""
     optimizer, quantization, subspace = args.optimizer, args.quantization, args.subspace
     stored = quantization.weight_quant and not quantization.simulation
     of_library = optimizer.optimizer in LIBRARY_OPTIMIZERS

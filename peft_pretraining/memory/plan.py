@@ -45,7 +45,7 @@ from peft_pretraining.memory.update_bytes import (
     part_of_moment,
     updated_together,
 )
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore.layer.layout import padded_width
 from qgalore.subspace.fit import projects_directly
@@ -94,14 +94,11 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
+def plan_memory(config: ModelConfig, settings: MemorySettings) -> MemoryPlan:
     """The memory of one rank; takes milliseconds for any model size."""
     matrices = list(config.matrix_shapes().values())
     layers, s = config.num_hidden_layers, replace(settings, mlp_width=config.intermediate_size)
-    table = (config.vocab_size, config.hidden_size)
-    tables = [table] if config.tie_word_embeddings else [table, table]
-    norms = [(config.hidden_size,)] * (2 * layers + 1)
-    rest: list[Shape] = [*tables, *norms]
+    rest = config.other_shapes()
     low_rank = [gradient_shape(shape, s) for shape in matrices]
     waiting = 0 if s.gradients_live_in_backward else residual_bytes(matrices, s)
     lasting = {
@@ -123,7 +120,7 @@ def plan_memory(config: LlamaConfig, settings: MemorySettings) -> MemoryPlan:
 # ---- phases
 
 
-def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int]:
+def _passing(config: ModelConfig, s: MemorySettings, kept: int) -> dict[str, int]:
     """The moments that can be the peak, in the order in which an update comes to them."""
     hidden, table = hidden_bytes(config, s), config.vocab_size * config.hidden_size
     # Beside the head's gradient while it is used up: by its update, or by the sum over micro-batches.
@@ -148,7 +145,7 @@ def _passing(config: LlamaConfig, s: MemorySettings, kept: int) -> dict[str, int
     return phases
 
 
-def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def _held_by_graphs_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """What nothing else uses: over ranks, messages of a layer's gradients.
 
     They are two in turn, and one with what a refresh needs: the sketches of a layer at first, or a full gradient.
@@ -165,13 +162,13 @@ def _held_by_graphs_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return held
 
 
-def _graphs_have_own_memory(config: LlamaConfig, s: MemorySettings) -> bool:
+def _graphs_have_own_memory(config: ModelConfig, s: MemorySettings) -> bool:
     """Whether the loss cannot take the memory of the layers' backward pass, since the head's gradient outlives it."""
     used_up = s.gradients_live_in_backward or s.grad_accum_dtype == "int8"
     return s.cuda_graphs and (config.tie_word_embeddings or not used_up)
 
 
-def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int]:
+def _beside_activations(config: ModelConfig, s: MemorySettings) -> dict[str, int]:
     """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
     moments = {"activations and backward of one layer": _in_layer_backward_bytes(config, s, False)}
     if s.rank is not None:
@@ -194,7 +191,7 @@ def _beside_activations(config: LlamaConfig, s: MemorySettings) -> dict[str, int
     return moments
 
 
-def _loss_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def _loss_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """The final norm's output and its gradient, a chunk of logits, and the gradient of the head.
 
     Over several chunks the latter is summed in float32 and then rounded, beside the chunk. A token also has a target
@@ -208,7 +205,7 @@ def _loss_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return 2 * hidden_bytes(config, s) + row * max(stop - start for start, stop in chunks) + head + (8 + 4) * tokens
 
 
-def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool) -> int:
+def _in_layer_backward_bytes(config: ModelConfig, s: MemorySettings, refresh: bool) -> int:
     """Inside the backward pass of a layer, beside what is kept and the gradient of the layer's output.
 
     It is the most where a layer is computed again. By then the layers above it have given up what they had saved, but
@@ -226,7 +223,7 @@ def _in_layer_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bo
     return again if s.checkpoint_every == 1 else max(again, plain)
 
 
-def _plain_backward_bytes(config: LlamaConfig, s: MemorySettings, refresh: bool, recomputed: bool) -> int:
+def _plain_backward_bytes(config: ModelConfig, s: MemorySettings, refresh: bool, recomputed: bool) -> int:
     """The same of a layer that has kept its activations, or has just computed them again, without what is held.
 
     down_proj: the product or its gradient, and what multiplying or projecting takes (uncompiled, both). SwiGLU: the
@@ -299,7 +296,7 @@ def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
     return _held_in_projecting_bytes(shape, s) + max(reading, read + s.dtype_bytes * values, sketching)
 
 
-def _other_sketches_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def _other_sketches_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """Where graphs run a layer and several of its matrices are due: what waits for the end of its backward pass."""
     if s.rank is None or s.svd or not (s.cuda_graphs and s.gradients_live_in_backward):
         return 0
@@ -308,7 +305,7 @@ def _other_sketches_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return (due - 1) * s.dtype_bytes * max(basis_values(shape, s) for shape in shapes)
 
 
-def _table_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def _table_update_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """The float32 direction: of some rows, unless a block of an 8-bit state straddles them."""
     whole = 4 * config.vocab_size * config.hidden_size
     ragged = s.state_bits == 8 and config.hidden_size % 256 != 0

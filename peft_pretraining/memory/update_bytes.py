@@ -8,7 +8,7 @@ import math
 from peft_pretraining.memory.dequant_cache_bytes import held_bases_bytes
 from peft_pretraining.memory.settings import MemorySettings, Shape
 from peft_pretraining.memory.state_bytes import basis_values, gradient_shape, has_8bit_states, sides
-from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.config import ModelConfig
 from qgalore.kernels import MATRICES_TOGETHER
 from qgalore.kernels.api import PART
 from qgalore.subspace.fit import COLUMNS_AT_ONCE
@@ -23,7 +23,7 @@ _DIRECTION = 12  # bytes a value: gradient, its share of the momentum, and that 
 _ORTHONORMALIZE = 12  # bytes a value: a basis in float32, with scaled rows, and without zero rows
 
 
-def largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def largest_update_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """Beside the gradients, of the matrices that are updated at once, and of bases that are held for them."""
     shapes = config.matrix_shapes().values()
     held = held_bases_bytes(config, s) if s.gradients_live_in_backward else 0
@@ -35,7 +35,7 @@ def largest_update_bytes(config: LlamaConfig, s: MemorySettings) -> int:
     return held + largest
 
 
-def updated_together(config: LlamaConfig, s: MemorySettings) -> list[list[Shape]]:
+def updated_together(config: ModelConfig, s: MemorySettings) -> list[list[Shape]]:
     """The matrices of which Adam's steps are made at once (`qgalore.update.step`); others are made alone."""
     shapes, groups = list(config.matrix_shapes().values()), list[list[Shape]]()
     one_by_one = s.rank is None or s.decoder_states != 2 or (s.gradients_live_in_backward and not s.cuda_graphs)
@@ -103,7 +103,7 @@ def part_of_moment(values: int, s: MemorySettings) -> int:
     return 0 if s.cuda else min(values, PART)
 
 
-def directions_bytes(config: LlamaConfig, s: MemorySettings) -> int:
+def directions_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """Orthogonal directions of several matrices: momenta, two buffers, and two squares a matrix.
 
     Matrices wait until they are enough, those of one layer where the updates are made inside its backward pass.

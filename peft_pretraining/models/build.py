@@ -1,4 +1,4 @@
-"""Build a LLaMA: read its config, create it without memory, initialise it, compile its layers."""
+"""Build a model: read its config, create it without memory, initialise it, compile its layers."""
 
 from pathlib import Path
 
@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from peft_pretraining.models.hf import HFCausalLM
-from peft_pretraining.models.llama.config import LlamaConfig
-from peft_pretraining.models.llama.modeling import LlamaForCausalLM
-
-CausalLM = LlamaForCausalLM | HFCausalLM
+from peft_pretraining.models.network import CausalLM
+from peft_pretraining.models.registry import network_of, read_config
 
 
 def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> CausalLM:
@@ -17,16 +15,14 @@ def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> Causal
     with torch.device("meta"):
         if use_hf_model:
             return HFCausalLM(config_path)
-        return LlamaForCausalLM(LlamaConfig.from_json(config_path))
+        return network_of(read_config(config_path))
 
 
 def low_rank_names(model: nn.Module) -> list[str]:
-    """Dotted names of the decoder's linear layers (q, k, v, o, gate, up, down), in the order of the model."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if layers is None:
-        raise TypeError(f"{type(model).__name__} has no model.layers: it is not a LLaMA built by build_model")
-    matrices = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return [f"model.layers.{name}" for name, _ in layers.named_modules() if name.rpartition(".")[2] in matrices]
+    """Dotted names of the decoder's matrices, of LLaMA q, k, v, o, gate, up, down, in the order of the model."""
+    if not isinstance(model, CausalLM):
+        raise TypeError(f"{type(model).__name__} is no CausalLM: it is not a model of build_model")
+    return [name for name, _ in model.named_modules() if model.is_decoder_matrix(name)]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.llama.config import read_config_json
-from peft_pretraining.models.llama.modeling import LlamaOutput, head_output
+from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.head import CausalLMOutput, head_output
+from peft_pretraining.models.network import CausalLM
 
 
-class HFCausalLM(nn.Module):
+class HFCausalLM(CausalLM):
     """transformers' LLaMA behind our call signature, with transformers' state-dict keys and our loss."""
+
+    matrix_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config_path: str | Path) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class HFCausalLM(nn.Module):
             self.model.rotary_emb = type(self.model.rotary_emb)(config=config)
 
     def gradient_checkpointing_enable(self, every: int = 1) -> None:
-        """As `LlamaForCausalLM.gradient_checkpointing_enable`, for every layer; else ValueError."""
+        """See `CausalLM`; for every layer, else ValueError."""
         if every != 1:
             raise ValueError(f"transformers' model recomputes every layer, not every {every}")
         arguments = {"use_reentrant": False, "preserve_rng_state": False}
@@ -53,7 +56,11 @@ class HFCausalLM(nn.Module):
         else:
             self.model.gradient_checkpointing_enable(arguments)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LlamaOutput:
-        """As `LlamaForCausalLM.forward`."""
+    def keep_int8_activations(self) -> None:
+        """UserError: transformers' layers cannot."""
+        raise UserError("transformers' LLaMA keeps its activations as they are: build the project's own")
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
+        """See `CausalLM`."""
         hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         return head_output(hidden, self.lm_head, labels)

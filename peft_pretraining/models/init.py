@@ -18,13 +18,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-OnModule = Callable[[nn.Module, str], None]
+from peft_pretraining.models.network import CausalLM
+
+OnModule = Callable[[CausalLM, str], None]
 
 _DRAW_THREADS = min(8, os.cpu_count() or 1)
 
 
 def materialize(
-    model: nn.Module,
+    model: CausalLM,
     device: torch.device | str,
     dtype: torch.dtype,
     seed: int,

@@ -15,7 +15,7 @@ from torch import nn
 from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.build import low_rank_names
-from peft_pretraining.models.llama.modeling import LlamaForCausalLM, LlamaMLP
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.library import LibraryOptimizer, library_optimizer
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
@@ -47,17 +47,16 @@ def weight_format(quantization: QuantizationArgs) -> WeightFormat:
     )
 
 
-def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs) -> Callable[[nn.Module, str], None]:
+def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs) -> Callable[[CausalLM, str], None]:
     """For `build_model`: turns each decoder matrix into its stored form as soon as it exists."""
     format = weight_format(quantization)
 
-    def convert(model: nn.Module, name: str) -> None:
+    def convert(model: CausalLM, name: str) -> None:
         linear = model.get_submodule(name)
-        if optimizer.is_low_rank and isinstance(linear, nn.Linear) and name.startswith("model.layers."):
+        if optimizer.is_low_rank and isinstance(linear, nn.Linear) and model.is_decoder_matrix(name):
             parent, _, child = name.rpartition(".")
             layer = LowRankLinear.from_linear(linear, format)
-            # Between the three matrices of our own MLP a ragged width stays padded: nothing is copied there.
-            layer.pads_output = isinstance(model.get_submodule(parent), LlamaMLP) and child != "down_proj"
+            layer.pads_output = model.pads_output(name)
             setattr(model.get_submodule(parent), child, layer)
 
     return convert
@@ -121,14 +120,14 @@ def allows_graphs(args: RunArgs) -> bool:
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 
-def replay_layers(model: nn.Module, optimizer: TrainingOptimizer) -> None:
+def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
     """Let the decoder layers run from CUDA graphs where they are compiled, on a CUDA GPU, and Triton updates them."""
-    if not isinstance(model, LlamaForCausalLM) or not isinstance(optimizer, LowRankAdamW):
+    run, layers, device = model.compiled_layer, model.decoder_layers, next(model.parameters()).device
+    if run is None or not isinstance(optimizer, LowRankAdamW):
         return
-    run, device = model.model.compiled_layer, next(model.parameters()).device
-    matrices = [layer for layer in model.model.layers.modules() if isinstance(layer, LowRankLinear)]
-    if run is not None and device.type == "cuda" and all(reads_numbers(device, x.group_size) for x in matrices):
-        model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
+    matrices = [layer for layer in layers.modules() if isinstance(layer, LowRankLinear)]
+    if device.type == "cuda" and all(reads_numbers(device, x.group_size) for x in matrices):
+        model.run_layers_by(LayerGraphs(list(layers), run, optimizer))
 
 
 def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> dict[str, Any]:

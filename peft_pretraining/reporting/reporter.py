@@ -13,7 +13,8 @@ import torch
 from peft_pretraining.checkpoint.run_state import Position
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.evaluation import EvalResult
-from peft_pretraining.models.build import CausalLM, parameter_count
+from peft_pretraining.models.build import parameter_count
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import MetricsLogger
 from peft_pretraining.reporting.throughput import (
     ThroughputMeter,

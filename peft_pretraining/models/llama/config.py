@@ -5,11 +5,13 @@ name, because a key that is silently ignored trains another model than the one t
 """
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.config import HF_HINT, read_config_json
 
 _RENAMED = {"max_sequence_length": "max_position_embeddings"}  # the official Q-GaLore configs' name
 _SIZES = (
@@ -23,12 +25,13 @@ _SIZES = (
     "head_dim",
 )
 _UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-_HF_HINT = "or pass --use_hf_model, which trains transformers' own class"
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and constants of one LLaMA, under transformers' names; `source` is the file that errors name."""
+
+    model_type: ClassVar[str] = "llama"
 
     vocab_size: int
     hidden_size: int
@@ -79,7 +82,7 @@ class LlamaConfig:
         if missing:
             raise UserError(f"{source}: {', '.join(missing)} missing; a LLaMA config.json gives {', '.join(required)}.")
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        values = {key: raw[key] for key in cls.__dataclass_fields__ if key in raw and key != "source"}
+        values = {field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name != "source"}
         values["rope_theta"] = _rope_theta(raw, source)
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
@@ -98,7 +101,7 @@ class LlamaConfig:
         del values["source"]
         rope = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
         fixed = {"hidden_act": "silu", "use_cache": True, **_UNSUPPORTED}
-        head = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        head = {"architectures": ["LlamaForCausalLM"], "model_type": self.model_type}
         return {**head, **values, "rope_parameters": rope, **fixed, "dtype": dtype}
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
@@ -115,51 +118,15 @@ class LlamaConfig:
             "mlp.down_proj": (hidden, inter),
         }
 
+    def other_shapes(self) -> list[tuple[int, ...]]:
+        """Of the embedding table, of the head unless it is tied, and of all norms."""
+        tables = [(self.vocab_size, self.hidden_size)] * (1 if self.tie_word_embeddings else 2)
+        return [*tables, *[(self.hidden_size,)] * (2 * self.num_hidden_layers + 1)]
+
     def parameter_count(self) -> int:
         """Trainable values, a tied head counted once."""
-        layer = sum(out * into for out, into in self.matrix_shapes().values()) + 2 * self.hidden_size
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return tables + self.num_hidden_layers * layer + self.hidden_size
-
-    def check_length(self, max_length: int) -> None:
-        """Refuse sequences longer than the context."""
-        if max_length > self.max_position_embeddings:
-            raise UserError(
-                f"--max_length is {max_length}, but {self.source} has max_position_embeddings "
-                f"{self.max_position_embeddings}: give at most that, or a config with a longer context."
-            )
-
-    def check_tokenizer(self, vocab_size: int, name: str) -> None:
-        """Refuse a tokenizer whose ids do not fit into the embedding table."""
-        if vocab_size > self.vocab_size:
-            raise UserError(
-                f"--tokenizer {name} has {vocab_size} tokens, but {self.source} has vocab_size {self.vocab_size}: "
-                f"raise vocab_size in the config or take a smaller tokenizer."
-            )
-
-    def check_rank(self, rank: int, flag: str = "rank") -> None:
-        """Refuse a rank that exceeds the smaller side of a decoder matrix."""
-        name, shape = min(self.matrix_shapes().items(), key=lambda item: min(item[1]))
-        if rank > min(shape):
-            size = f"{shape[0]} x {shape[1]}"
-            raise UserError(f"--{flag} is {rank}, but {name} of {self.source} is {size}: give at most {min(shape)}.")
-
-
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a model config; raises UserError if there is none."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"--model_config {path}: no such file; configs/ holds llama_9m.json to llama_13b.json."
-        ) from None
-    except OSError as error:
-        raise UserError(f"--model_config {path}: cannot be read ({error.strerror}); give a JSON file.") from None
-    except ValueError as error:
-        raise UserError(f"--model_config {path}: not JSON ({error}); give a Hugging Face config.json.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"--model_config {path}: holds a JSON {type(raw).__name__}; a config.json is an object.")
-    return raw
+        matrices = sum(map(math.prod, self.matrix_shapes().values()))
+        return self.num_hidden_layers * matrices + sum(map(math.prod, self.other_shapes()))
 
 
 def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
@@ -167,12 +134,12 @@ def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
         if old in raw:
             raise UserError(f"{source}: {old} is the official Q-GaLore code's name; rename it {new}.")
     if raw.get("model_type", "llama") != "llama":
-        raise UserError(f"{source}: model_type is {raw['model_type']!r}; it must be 'llama', {_HF_HINT}.")
+        raise UserError(f"{source}: model_type is {raw['model_type']!r}; it must be 'llama', {HF_HINT}.")
     if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{source}: hidden_act is {raw['hidden_act']!r}; it must be 'silu', {_HF_HINT}.")
+        raise UserError(f"{source}: hidden_act is {raw['hidden_act']!r}; it must be 'silu', {HF_HINT}.")
     for key, only in _UNSUPPORTED.items():
         if raw.get(key) not in (only, None):
-            raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {json.dumps(only)}, {_HF_HINT}.")
+            raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {json.dumps(only)}, {HF_HINT}.")
 
 
 def _rope_theta(raw: dict[str, Any], source: str) -> Any:
@@ -183,7 +150,7 @@ def _rope_theta(raw: dict[str, Any], source: str) -> Any:
         raise UserError(f"{source}: {key} is {rope!r}; it must be an object with rope_theta and rope_type.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"{source}: {key} has rope_type {kind!r}; it must be 'default', {_HF_HINT}.")
+        raise UserError(f"{source}: {key} has rope_type {kind!r}; it must be 'default', {HF_HINT}.")
     return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 

@@ -10,38 +10,19 @@ of the model can round them and a model built on the meta device has nothing lef
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_pretraining.models.head import CausalLMOutput, head_output
 from peft_pretraining.models.llama.config import LlamaConfig
-from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
+from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
 from qgalore.layer.linear import products
-
-IGNORE_INDEX = -100
-
-
-class LlamaOutput(NamedTuple):
-    """What a forward gives: logits without labels, the summed loss with them."""
-
-    logits: Tensor | None  # (B, L, vocab_size)
-    loss_sum: Tensor | None  # () float32, nats summed over the target tokens
-
-
-class LayerRunner(Protocol):
-    """Runs all layers in training instead of a loop over them, as `qgalore.graphs.runner.LayerGraphs` does."""
-
-    def __call__(self, x: Tensor, *tables: Tensor) -> Tensor:
-        """x (B, L, hidden_size) through all layers; tables are those of the rotation."""
-
-    def memory(self) -> AbstractContextManager[None]:
-        """Within it, what is gone before the backward pass of the layers may take the memory of that pass."""
 
 
 class LlamaRMSNorm(nn.Module):
@@ -191,8 +172,13 @@ class LlamaModel(nn.Module):
         return out
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(CausalLM):
     """LLaMA with a language-model head, tied to the embeddings if the config says so."""
+
+    config: LlamaConfig
+    matrix_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # Between the three matrices of the MLP a ragged width stays padded: nothing is copied there.
+    padded_outputs = ("gate_proj", "up_proj")
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -203,7 +189,7 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def gradient_checkpointing_enable(self, every: int = 1) -> None:
-        """From now on keep one activation of every so many layers and compute the others again in the backward pass."""
+        """See `CausalLM`."""
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, LlamaDecoderLayer)
             layer.gradient_checkpointing = index % every == 0
@@ -252,11 +238,17 @@ class LlamaForCausalLM(nn.Module):
             LlamaDecoderLayer.forward, fullgraph=True, dynamic=False, backend=backend, options=options
         )
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> LlamaOutput:
-        """input_ids, labels (B, L); without labels the logits, with them the float32 sum of the loss.
+    @property
+    def compiled_layer(self) -> Callable[..., Tensor] | None:
+        """See `CausalLM`."""
+        return self.model.compiled_layer
 
-        labels are not shifted yet: the target of position i is labels[:, i + 1], and -100 is not a target.
-        """
+    def run_layers_by(self, runner: LayerRunner) -> None:
+        """See `CausalLM`."""
+        self.model.run_layers = runner
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
+        """See `CausalLM`."""
         hidden = self.model(input_ids)
         layers = self.model.run_layers
         # The head's gradient waits for that of the embeddings where they are one.
@@ -265,14 +257,4 @@ class LlamaForCausalLM(nn.Module):
         with layers.memory():
             output = head_output(hidden, self.lm_head, labels)
         assert output.loss_sum is not None
-        return LlamaOutput(None, output.loss_sum.clone())
-
-
-def head_output(hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None) -> LlamaOutput:
-    """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
-    if labels is None:
-        return LlamaOutput(lm_head(hidden), None)
-    # Shifting the labels instead of cutting the hidden states saves a copy.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), IGNORE_INDEX)
-    return LlamaOutput(None, loss_sum)
+        return CausalLMOutput(None, output.loss_sum.clone())

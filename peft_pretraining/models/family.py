@@ -1,0 +1,40 @@
+"""What a family of models says about itself, so that nothing else has to know it by name.
+
+To add a family, add a folder to this one, with a module `family` that has an object `FAMILY` of a subclass of
+`ModelFamily`: the registry finds it by the `model_type` of a config.json. Beside it lie the class of its configuration,
+with what `ModelConfig` asks for, and its network, a `CausalLM` (see `network`). `family` and the configuration are read
+before torch is loaded; the network is imported inside the method `network`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from peft_pretraining.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from peft_pretraining.models.network import CausalLM
+
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+
+
+class ModelFamily(ABC, Generic[ConfigT]):
+    """A family of models."""
+
+    model_type: str
+    """As a config.json has it."""
+    compiles_layers: bool = False
+    """Its network overrides `CausalLM.compile_layers`; --compile changes nothing otherwise."""
+    recomputes_layers: bool = False
+    """It overrides `gradient_checkpointing_enable`; --activation_checkpointing is refused otherwise."""
+    int8_activations: bool = False
+    """It overrides `keep_int8_activations`; --int8_activations is refused otherwise."""
+
+    @abstractmethod
+    def config(self, raw: dict[str, Any], source: str) -> ConfigT:
+        """The contents of a config.json, checked; raises UserError that names `source`, the file, and the key."""
+
+    @abstractmethod
+    def network(self, config: ConfigT) -> CausalLM:
+        """The network with parameters on PyTorch's default device, not initialised yet."""

@@ -1,0 +1,27 @@
+"""What every network ends in: the logits of its hidden states, or the loss of those."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class CausalLMOutput(NamedTuple):
+    """What a forward gives: logits without labels, the summed loss with them."""
+
+    logits: Tensor | None  # (B, L, vocab_size)
+    loss_sum: Tensor | None  # () float32, nats summed over the target tokens
+
+
+def head_output(hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None) -> CausalLMOutput:
+    """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
+    if labels is None:
+        return CausalLMOutput(lm_head(hidden), None)
+    # Shifting the labels instead of cutting the hidden states saves a copy.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), IGNORE_INDEX)
+    return CausalLMOutput(None, loss_sum)

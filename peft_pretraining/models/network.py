@@ -1,0 +1,82 @@
+"""A network as building, optimizers and CUDA graphs see it: the base class of every family's."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.config import NetworkConfig
+from peft_pretraining.models.head import CausalLMOutput
+
+
+class LayerRunner(Protocol):
+    """Runs all layers in training instead of a loop over them, as `qgalore.graphs.runner.LayerGraphs` does."""
+
+    def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
+        """x (B, L, hidden_size) through all layers; constants are further arguments of each, such as rotary tables."""
+
+    def memory(self) -> AbstractContextManager[None]:
+        """Within it, what is gone before the backward pass of the layers may take the memory of that pass."""
+
+
+class CausalLM(nn.Module):
+    """A causal language model.
+
+    A subclass sets `config`, names its decoder matrices and defines `forward`. Of the other methods it overrides those
+    of which its `ModelFamily` says so. Parameters have the names of transformers' class of the same model_type, if
+    checkpoints shall be exported to it.
+    """
+
+    config: NetworkConfig
+    layers_name: str = "model.layers"
+    """Where its decoder layers are, an nn.ModuleList."""
+    matrix_names: tuple[str, ...] = ()
+    """The last parts of the names of a layer's matrices: linear layers without bias that are trained in a subspace and
+    may be quantized. --mlp_rank is for those in a module called mlp."""
+    padded_outputs: tuple[str, ...] = ()
+    """Of these, those whose output only other linear layers and functions of single elements read: it may stay padded
+    at the end of each row."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
+        """input_ids, labels (B, L); without labels the logits, with them the float32 sum of the loss.
+
+        labels are not shifted yet: the target of position i is labels[:, i + 1], and -100 is not a target.
+        """
+        raise NotImplementedError
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        layers = self.get_submodule(self.layers_name)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def is_decoder_matrix(self, name: str) -> bool:
+        """Whether the module of this dotted name is a decoder matrix."""
+        return name.startswith(f"{self.layers_name}.") and name.rpartition(".")[2] in self.matrix_names
+
+    def pads_output(self, name: str) -> bool:
+        """Whether the output of the decoder matrix of this dotted name may stay padded."""
+        return name.rpartition(".")[2] in self.padded_outputs
+
+    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+        """From now on keep one activation of every so many layers and compute the others again in the backward pass."""
+        raise UserError(f"{type(self).__name__} cannot recompute its layers: leave --activation_checkpointing out")
+
+    def keep_int8_activations(self) -> None:
+        """From now on keep the widest activations of each layer in INT8, but for what is recomputed anyway."""
+        raise UserError(f"{type(self).__name__} keeps its activations as they are: leave --int8_activations out")
+
+    def compile_layers(self) -> None:
+        """From now on run training through `torch.compile`, one decoder layer at a time; nothing where it cannot."""
+
+    @property
+    def compiled_layer(self) -> Callable[..., Tensor] | None:
+        """Runs a decoder layer: its arguments are the layer and those of its forward. None before `compile_layers`."""
+        return None
+
+    def run_layers_by(self, runner: LayerRunner) -> None:
+        """From now on `runner` takes the layers' place in training; only of a network that has a `compiled_layer`."""
+        raise NotImplementedError
