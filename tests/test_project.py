@@ -86,27 +86,15 @@ def test_no_data_set_is_asked_for_by_its_name(name: str) -> None:
 
 # ---- rooms
 
-ROOMS = (
-    # What stands further down may import what stands above it in its library, and never the other way round.
-    *(
-        "qgalore.config",
-        "qgalore.kernels",
-        "qgalore.layer",
-        "qgalore.subspace",
-        "qgalore.update",
-        "qgalore.param_groups",
-    ),
-    *("qgalore.saved_state", "qgalore.optimizer", "qgalore.graphs", "qgalore"),
-    *("peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config"),
-    *("peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build", "peft_pretraining.evaluation"),
-    *(
-        "peft_pretraining.memory",
-        "peft_pretraining.dry_run",
-        "peft_pretraining.checkpoint",
-        "peft_pretraining.reporting",
-    ),
-    *("peft_pretraining", "run_pretrain"),
-)
+ROOMS = """
+qgalore.config qgalore.kernels qgalore.layer qgalore.subspace qgalore.update qgalore.param_groups qgalore.saved_state
+qgalore.optimizer qgalore.graphs qgalore
+peft_pretraining.errors peft_pretraining.data peft_pretraining.models peft_pretraining.config peft_pretraining.optim
+peft_pretraining.runtime peft_pretraining.build peft_pretraining.evaluation peft_pretraining.memory
+peft_pretraining.dry_run peft_pretraining.checkpoint peft_pretraining.reporting peft_pretraining
+run_pretrain
+""".split()
+"""A room may import those that come before it in its library, and never one that comes after it."""
 
 
 def module_name(name: str) -> str:
@@ -142,13 +130,35 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     assert len(graph) > 100 and graph["qgalore.layer.linear"] and graph["run_pretrain"]
 
 
+FAMILIES = sorted(path.parent.name for path in (ROOT / "peft_pretraining" / "models").glob("*/family.py"))
+ABOUT_LLAMA = {"benchmarks/compare_methods.py"}
+"""Its peers run our LLaMA without what is ours."""
+
+
+def test_nothing_outside_its_folder_imports_a_family_of_models() -> None:
+    assert FAMILIES
+    others = [path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    names = {*FILES, *(str(path.relative_to(ROOT)) for path in others), "run_pretrain.py"} - ABOUT_LLAMA
+    for name in names:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        found = imports(ROOT / name)
+        # `from package import module` imports the module, too.
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        for family in FAMILIES:
+            if not name.startswith(f"peft_pretraining/models/{family}/"):
+                package = f"peft_pretraining.models.{family}"
+                assert not [x for x in found if x == package or x.startswith(f"{package}.")], name
+
+
 @pytest.mark.parametrize("name", [*FILES, "run_pretrain.py"])
 def test_rooms_import_in_one_direction(name: str) -> None:
     room = room_of(module_name(name))
     for other in map(room_of, imported_modules(name)):
         both = {room.split(".")[0], other.split(".")[0]}
         if len(both) == 1 and other != room:
-            assert ROOMS.index(other) < ROOMS.index(room), f"{name} imports {other}, which stands below {room}"
+            assert ROOMS.index(other) < ROOMS.index(room), f"{name} imports {other}, which comes after {room}"
 
 
 def test_every_room_has_its_place_in_the_order() -> None:
