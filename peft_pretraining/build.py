@@ -55,7 +55,7 @@ def build_training(
     """
     seed, convert = args.runtime.seed, low_rank_converter(args.optimizer, args.quantization)
     model = build_model(args.model, device, seed, on_module=convert)
-    optimizer = build_optimizer(model, args.optimizer, args.quantization, args.subspace, seed, all_reduce)
+    optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce)
     if allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer

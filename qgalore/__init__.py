@@ -1,12 +1,22 @@
-"""Q-GaLore: training in little memory with INT8 weights, INT4 low-rank projections and 8-bit Adam states."""
+"""Q-GaLore: training in little memory with INT8 weights, INT4 low-rank projections and 8-bit Adam states.
 
-from qgalore.config import WeightFormat
-from qgalore.layer.conversion import convert_linears
-from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.names import linear_names
-from qgalore.layer.quantization import QuantizedTensor, quantize
-from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
-from qgalore.param_groups import low_rank_param_groups
+What stands here is imported when it is first asked for: a command line that takes its options from `qgalore.config` is
+read and checked without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qgalore.config import SubspaceConfig, WeightFormat
+    from qgalore.layer.conversion import convert_linears
+    from qgalore.layer.linear import LowRankLinear
+    from qgalore.layer.names import linear_names
+    from qgalore.layer.quantization import QuantizedTensor, quantize
+    from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
+    from qgalore.param_groups import low_rank_param_groups
 
 __version__ = "0.1.0"
 
@@ -16,9 +26,32 @@ __all__ = [
     "LowRankLinear",
     "QGaLoreAdamW8bit",
     "QuantizedTensor",
+    "SubspaceConfig",
     "WeightFormat",
     "convert_linears",
     "linear_names",
     "low_rank_param_groups",
     "quantize",
 ]
+
+_MODULES = {
+    "config": ("SubspaceConfig", "WeightFormat"),
+    "layer.conversion": ("convert_linears",),
+    "layer.linear": ("LowRankLinear",),
+    "layer.names": ("linear_names",),
+    "layer.quantization": ("QuantizedTensor", "quantize"),
+    "optimizer": ("GaLoreAdamW", "GaLoreAdamW8bit", "QGaLoreAdamW8bit"),
+    "param_groups": ("low_rank_param_groups",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

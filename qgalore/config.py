@@ -1,8 +1,42 @@
-"""How a weight is stored: the options of the library."""
+"""The options of the library: how a weight is stored, and the subspace that its gradient is projected onto.
+
+Each option is declared once, here: its type, limits, default and meaning. Param groups, checkpoints, the memory plan
+and the command line of `run_pretrain.py` take them from these classes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What an annotation says of an option beyond its type: `Annotated[int, Allowed("updates", at_least=1)]`."""
+
+    unit: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str | int, ...] = ()
+    auto: str | Callable[[], str] = ""
+    """The default in words, or what gives them, where its value (0, "" or None) means that it is worked out."""
+
+    def missed_limits(self, value: float) -> str:
+        """In words the limits, of which the value misses one, such as "at least 1"; empty where it keeps them all."""
+        limits = [
+            ("at least", self.at_least, lambda limit: value >= limit),
+            ("more than", self.above, lambda limit: value > limit),
+            ("at most", self.at_most, lambda limit: value <= limit),
+            ("less than", self.below, lambda limit: value < limit),
+        ]
+        if all(limit is None or holds(limit) for _, limit, holds in limits):
+            return ""
+        return " and ".join(f"{word} {limit:g}" for word, limit, _ in limits if limit is not None)
 
 
 @dataclass(frozen=True)
@@ -34,3 +68,168 @@ class WeightFormat:
     def group_size_of(self, columns: int) -> int:
         """Values that share a scale in a row of so many columns; for a whole row a multiple of 8, as kernels want."""
         return -(-columns // 8) * 8 if self.int8_products else self.group_size
+
+
+@dataclass(frozen=True)
+class SubspaceConfig:
+    """The subspace that the gradients of a weight matrix are projected onto: how it is found, refreshed and used."""
+
+    rank: Annotated[int, Allowed("dimensions", at_least=1)]
+    """Dimensions of the subspace of each decoder matrix."""
+    galore_scale: Annotated[float, Allowed("factor", above=0)] = 0.25
+    """Multiplier of the projected-back update (alpha in the papers)."""
+    proj_type: Annotated[str, Allowed(choices=("std", "reverse_std", "left", "right", "full"))] = "std"
+    """Side that is projected: std the smaller one, reverse_std the larger one, full both."""
+    subspace: Annotated[str, Allowed(choices=("svd", "streaming"))] = "svd"
+    """How it is found: svd of the full gradient as in the paper, or streaming, one step of subspace iteration from
+    projected gradients alone."""
+    svd_method: Annotated[str, Allowed(choices=("full", "randomized"))] = "full"
+    """Which SVD the svd subspace uses."""
+    update_proj_gap: Annotated[int, Allowed("updates", at_least=1)] = 200
+    """Interval between two refreshes; the lazy rule, for svd subspaces alone, may make it longer."""
+    max_update_proj_gap: Annotated[int, Allowed("updates", at_least=0, auto="8 x update_proj_gap")] = 0
+    """Longest interval that the lazy rule may reach."""
+    cos_threshold: Annotated[float, Allowed("ratio", at_least=0, at_most=1)] = 0.4
+    """Lazy rule: similarity of successive subspaces above which the interval grows."""
+    gamma_proj: Annotated[float, Allowed("factor", at_least=1)] = 2.0
+    """Lazy rule: factor by which the interval grows; 1 keeps it."""
+    queue_size: Annotated[int, Allowed("refreshes", at_least=1)] = 5
+    """Lazy rule: successive refreshes that must all be similar."""
+    direction: Annotated[str, Allowed(choices=("adam", "orthogonal"))] = "adam"
+    """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment."""
+    residual: Annotated[str, Allowed(choices=("none", "fira"))] = "none"
+    """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
+    that Adam gives the rest (fira)."""
+    rotate_moments: Annotated[bool | None, Allowed(auto="on for streaming, off for svd as in the paper")] = None
+    """Rotate Adam's moments into the new basis at a refresh."""
+    proj_quant: bool = False
+    """Store the projections as integers of proj_bits."""
+    proj_bits: Annotated[int, Allowed(choices=(4, 8))] = 4
+    """Bits in which a value of a projection is stored."""
+    proj_group_size: Annotated[int, Allowed("values", at_least=2)] = 256
+    """Neighbours in a basis vector that share a scale and a zero point."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, with a sentence, for values that make no sense, alone or together."""
+        for name, allowed in limits_of(SubspaceConfig).items():
+            value = getattr(self, name)
+            if allowed.choices and value not in allowed.choices:
+                known = ", ".join(map(str, allowed.choices))
+                raise ValueError(f"{name}={value!r} is unknown: it must be one of {known}")
+            if not allowed.choices and value is not None and (limits := allowed.missed_limits(value)):
+                raise ValueError(f"{name}={value!r} must be {limits}")
+        for problem in self.problems(lambda name: f"{name}={getattr(self, name)!r}"):
+            raise ValueError(problem)
+
+    def problems(self, said: Callable[[str], str]) -> list[str]:
+        """Combinations that cannot work, each as a sentence; said(option) names an option with its value."""
+        problems = []
+        both = self.proj_type == "full"
+        if self.subspace == "streaming" and both:
+            problems.append(
+                f"{said('proj_type')} projects both sides, and {said('subspace')} follows one: use svd, or "
+                "std, reverse_std, left or right"
+            )
+        if self.subspace == "streaming" and self.svd_method == "randomized":
+            problems.append(f"{said('svd_method')} is for subspaces by SVD: {said('subspace')} needs no SVD")
+        if self.residual != "none" and both:
+            problems.append(
+                f"{said('residual')} scales across one projected side, and {said('proj_type')} has two: use std, "
+                "reverse_std, left or right"
+            )
+        if 0 < self.max_update_proj_gap < self.update_proj_gap:
+            problems.append(
+                f"{said('max_update_proj_gap')} is less than {said('update_proj_gap')}: the longest interval cannot be "
+                "shorter than the first"
+            )
+        return problems
+
+    @property
+    def rotates_moments(self) -> bool:
+        """Whether moments are rotated, with the default worked out."""
+        return self.subspace == "streaming" if self.rotate_moments is None else self.rotate_moments
+
+    @property
+    def longest_interval(self) -> int:
+        """Of the lazy rule, in updates, with the default worked out."""
+        return self.max_update_proj_gap or 8 * self.update_proj_gap
+
+    @property
+    def basis_bits(self) -> int | None:
+        """Bits of a stored basis; None where it is float."""
+        return self.proj_bits if self.proj_quant else None
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The sides of an (m, n) matrix that are projected: ("left",), ("right",) or both."""
+        shorter, longer = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
+        by_type = {"std": (shorter,), "reverse_std": (longer,), "left": ("left",), "right": ("right",)}
+        return by_type.get(self.proj_type, ("left", "right"))
+
+    def gradient_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Of the projected gradient of an (m, n) matrix: (rank, n), (m, rank) or (rank, rank)."""
+        sides = self.sides(shape)
+        return self.rank if "left" in sides else shape[0], self.rank if "right" in sides else shape[1]
+
+
+@cache
+def limits_of(options: type) -> dict[str, Allowed]:
+    """The limits of a dataclass's fields by name, those of a field that a subclass restates from where they stand."""
+    found = {}
+    for field in dataclasses.fields(options):
+        for owner in options.__mro__:
+            hint = get_type_hints(owner, include_extras=True).get(field.name)
+            if get_origin(hint) is Annotated:
+                found[field.name] = get_args(hint)[1]
+                break
+    return found
+
+
+GROUP_KEY = "subspace_config"
+"""Under which a param group holds its SubspaceConfig."""
+_SPELLINGS = {
+    "scale": "galore_scale",
+    "quant": "proj_quant",
+    "quant_n_bit": "proj_bits",
+    "quant_group_size": "proj_group_size",
+}
+"""Keys of q-galore-torch, which also the checkpoints of version 0.1.0 have, and ours."""
+
+
+def take_subspace(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """A param group with its options of a subspace in one `SubspaceConfig`, if it has a rank; else without.
+
+    The options are given as that, under `GROUP_KEY`, or one by one under their names or those of q-galore-torch.
+    defaults: of options that are not given. Raises ValueError for what makes no sense.
+    """
+    names = {field.name for field in dataclasses.fields(SubspaceConfig)}
+    options: dict[str, Any] = {}
+    spelling: dict[str, str] = {}
+    rest: dict[str, Any] = {}
+    for key, value in group.items():
+        name = _SPELLINGS.get(key, key)
+        if name in names:
+            options[name], spelling[name] = value, key
+        else:
+            rest[key] = value
+    given = ", ".join(spelling.values())
+    if GROUP_KEY in rest and given:
+        raise ValueError(f"{given} beside {GROUP_KEY}: put all options into one SubspaceConfig")
+    if given and "rank" not in options:
+        raise ValueError(
+            f"a param group has {given} and no rank: give its rank, or leave them out to train in full rank"
+        )
+    if options.get("rank") is None:
+        return rest
+    try:
+        return {**rest, GROUP_KEY: SubspaceConfig(**(defaults | options))}
+    except ValueError as error:
+        text = str(error)
+        for ours, given in spelling.items():
+            text = text.replace(ours, given)
+        raise ValueError(text) from None
+
+
+def spread_subspace(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `take_subspace`, of plain values alone: as a param group stands in a state dict."""
+    rest = {key: value for key, value in group.items() if key != GROUP_KEY}
+    return {**rest, **dataclasses.asdict(group[GROUP_KEY])} if GROUP_KEY in group else rest

@@ -1,7 +1,7 @@
 """Q-GaLore and GaLore as ordinary optimizers: AdamW on projected gradients, with updates inside the backward if asked.
 
 A param group with a `rank` is low-rank: its gradients are projected (GaLore, arXiv 2403.03507; Q-GaLore, arXiv
-2407.08296); `qgalore.param_groups` has its keys. A group without one is plain AdamW.
+2407.08296); `qgalore.config.SubspaceConfig` has its options. A group without one is plain AdamW.
 
 Alone, such an optimizer reads `.grad` like any other. `attach(model)` lets it take each gradient as soon as the
 backward has it: only the projected gradient is kept, also over several micro-batches, and quantized weights, which
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qgalore.param_groups import check_low_rank, complete_low_rank
+from qgalore.config import GROUP_KEY, spread_subspace, take_subspace
+from qgalore.param_groups import check_low_rank
 from qgalore.saved_state import state_for
 from qgalore.update.all_reduce import AllReduce, RankSum
 from qgalore.update.checks import UpdateChecks
@@ -30,7 +31,7 @@ from qgalore.update.step import update_weights
 
 
 class LowRankAdamW(Optimizer):
-    """AdamW with projected gradients for the param groups that have a `rank`; see `qgalore.param_groups`."""
+    """AdamW with projected gradients for the param groups that have a `rank`; see `qgalore.config.SubspaceConfig`."""
 
     state_bits = 32
     """Bits of Adam's states: 32 (float32) or 8 (block-wise)."""
@@ -101,8 +102,8 @@ class LowRankAdamW(Optimizer):
         self._give_up()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; with a `rank` its weights are matrices under projection."""
-        complete_low_rank(param_group, self.quant)
+        """Add a group; with the options of a `SubspaceConfig` its weights are under projection."""
+        param_group = take_subspace(param_group, proj_quant=self.quant)
         super().add_param_group(param_group)
         try:
             check_low_rank(param_group)
@@ -117,14 +118,14 @@ class LowRankAdamW(Optimizer):
         Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
-        count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
+        count = sum(len(group["params"]) for group in self.param_groups if GROUP_KEY in group)
         index = place = 0
         for group in self.param_groups:
-            kind = LowRankWeight if "rank" in group else FullRankWeight
+            kind = LowRankWeight if GROUP_KEY in group else FullRankWeight
             for param in group["params"]:
                 weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
                 weight.bind(group, self.state, index, place, count)
-                index, place = index + 1, place + ("rank" in group)
+                index, place = index + 1, place + (GROUP_KEY in group)
 
     # ---- the backward pass
 
@@ -327,6 +328,11 @@ class LowRankAdamW(Optimizer):
             weight.clear()
 
     # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, with plain values: the options of a subspace stand one by one in their group."""
+        state: dict[str, Any] = super().state_dict()
+        return {**state, "param_groups": [spread_subspace(group) for group in state["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qgalore.param_groups import LOW_RANK_DEFAULTS
+from qgalore.config import GROUP_KEY, take_subspace
 from qgalore.update.full_rank import HOST_STATE
 
 Group = dict[str, Any]
@@ -23,8 +23,8 @@ _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth", "state_bits",
 )  # fmt: skip
 """What every param group needs. Not `Optimizer.defaults`: loading and copying make torch add keys of its own to it."""
-_LATER_KEYS = {"norm_growth": 0.0, "direction": "adam", "residual": "none"}
-"""Keys that came later: what states that do not know them were made with."""
+_LATER_KEYS = {"norm_growth": 0.0}
+"""Keys that came later: what states that do not know them were made with. Options of a subspace have their defaults."""
 
 
 def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
     Tensors are copies on the parameter's device (counters: on the CPU), in the dtypes they were saved in; `saved` stays
     as it is. Raises ValueError for the state of another optimizer or model.
     """
-    loaded = [_completed(group, "rank" in ours) for group, ours in _pairs(groups, saved["param_groups"])]
+    loaded = [take_subspace(_LATER_KEYS | group) for group in saved["param_groups"]]
+    _check_groups(groups, loaded)
     ids = itertools.chain.from_iterable(group["params"] for group in loaded)
     params = itertools.chain.from_iterable(group["params"] for group in groups)
     owners: dict[Any, Tensor] = dict(zip(ids, params, strict=True))
@@ -47,17 +48,14 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
     return saved | {"state": state, "param_groups": loaded}
 
 
-def _pairs(groups: list[Group], loaded: list[Group]) -> list[tuple[Group, Group]]:
-    """Each loaded group with the one in whose place it comes; raises ValueError where they are of different kinds."""
+def _check_groups(groups: list[Group], loaded: list[Group]) -> None:
+    """Raise ValueError where a loaded group is of another kind than the one in whose place it comes."""
     other = "it was saved by another optimizer or with other param groups"
     if len(groups) != len(loaded):
         raise ValueError(f"the optimizer has {len(groups)} param groups, the state to load {len(loaded)}: {other}")
     for number, (ours, group) in enumerate(zip(groups, loaded, strict=True)):
-        kinds = ["with a rank" if "rank" in each else "without a rank" for each in (ours, group)]
-        needed = {*_GROUP_KEYS, *(("quant", *LOW_RANK_DEFAULTS) if "rank" in ours else ())}
-        lacking = sorted(needed - group.keys())
-        if set(lacking) <= _LATER_KEYS.keys():
-            lacking = []
+        kinds = ["with a rank" if GROUP_KEY in each else "without a rank" for each in (ours, group)]
+        lacking = sorted({*_GROUP_KEYS} - group.keys())
         if kinds[0] != kinds[1] or lacking:
             lacks = f" and lacks {', '.join(lacking)}" if lacking else ""
             raise ValueError(
@@ -68,12 +66,6 @@ def _pairs(groups: list[Group], loaded: list[Group]) -> list[tuple[Group, Group]
             raise ValueError(
                 f"param group {number} has {counts[0]} parameters, that of the state to load {counts[1]}: {other}"
             )
-    return list(zip(loaded, groups, strict=True))
-
-
-def _completed(group: Group, low_rank: bool) -> Group:
-    later = {key: value for key, value in _LATER_KEYS.items() if key in _GROUP_KEYS or low_rank}
-    return later | group
 
 
 def _check_codes_have_state(owners: Mapping[Any, Tensor], state: Mapping[Any, Any]) -> None:

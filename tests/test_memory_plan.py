@@ -34,6 +34,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
+from qgalore.config import GROUP_KEY, SubspaceConfig
 from qgalore.graphs.dequant_cache import held_bases, held_weights
 from qgalore.update.directions import DIRECTIONS, orthogonal_directions
 from qgalore.update.moments import GradientStep, init_moments
@@ -49,53 +50,87 @@ CONFIG = LlamaConfig.from_dict(
         "num_key_value_heads": 2,
     }
 )
+
+
+WEIGHT_FLAGS = {"weight_bits": "bits", "weight_group_size": "group_size", "int8_products": "int8_products"}
+
+
+def settings_of(batch_size: int, max_length: int, rank: int | None = None, **flags: Any) -> MemorySettings:
+    """Settings with the options of the subspace and of the stored weights one by one."""
+    weight = WeightFormat(**{ours: flags.pop(name) for name, ours in WEIGHT_FLAGS.items() if name in flags})
+    names = {field.name for field in dataclasses.fields(SubspaceConfig)}
+    options = {name: flags.pop(name) for name in names & flags.keys()}
+    if "proj_bits" in options:
+        options |= {"proj_quant": options["proj_bits"] is not None, "proj_bits": options["proj_bits"] or 4}
+    subspace = None if rank is None else SubspaceConfig(rank, **options)
+    return MemorySettings(batch_size, max_length, subspace=subspace, weight=weight, **flags)
+
+
+def changed(settings: MemorySettings, **flags: Any) -> MemorySettings:
+    """Settings with other options, named as in `settings_of`."""
+    names = {field.name for field in dataclasses.fields(SubspaceConfig)}
+    options = {name: flags.pop(name) for name in names & flags.keys()}
+    if options:
+        assert settings.subspace is not None
+        flags["subspace"] = dataclasses.replace(settings.subspace, **options)
+    of_weight = {ours: flags.pop(name) for name, ours in WEIGHT_FLAGS.items() if name in flags}
+    return dataclasses.replace(settings, weight=dataclasses.replace(settings.weight, **of_weight), **flags)
+
+
 CASES = {
-    "adamw": (GaLoreAdamW, MemorySettings(2, 8)),
-    "adam8bit": (GaLoreAdamW8bit, MemorySettings(2, 8, state_bits=8)),
-    "galore": (GaLoreAdamW, MemorySettings(2, 8, rank=24)),
-    "galore float32": (GaLoreAdamW, MemorySettings(2, 8, rank=24, dtype_bytes=4)),
-    "galore 8bit": (GaLoreAdamW8bit, MemorySettings(2, 8, rank=48, state_bits=8)),
-    "q-galore": (QGaLoreAdamW8bit, MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4)),
+    "adamw": (GaLoreAdamW, settings_of(2, 8)),
+    "adam8bit": (GaLoreAdamW8bit, settings_of(2, 8, state_bits=8)),
+    "galore": (GaLoreAdamW, settings_of(2, 8, rank=24)),
+    "galore float32": (GaLoreAdamW, settings_of(2, 8, rank=24, dtype_bytes=4)),
+    "galore 8bit": (GaLoreAdamW8bit, settings_of(2, 8, rank=48, state_bits=8)),
+    "q-galore": (QGaLoreAdamW8bit, settings_of(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4)),
     "q-galore 4, float projection": (
         QGaLoreAdamW8bit,
-        MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=4, weight_group_size=64),
+        settings_of(2, 8, rank=24, state_bits=8, weight_bits=4, weight_group_size=64),
     ),
     "q-galore, products in INT8": (
         QGaLoreAdamW8bit,
-        MemorySettings(
-            2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, weight_group_size=64, int8_products=True
-        ),
+        settings_of(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, weight_group_size=64, int8_products=True),
     ),
     "q-galore 8-bit projection": (
         QGaLoreAdamW8bit,
-        MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=8, proj_group_size=64),
+        settings_of(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=8, proj_group_size=64),
     ),
 }
 CASES |= {
     "q-galore, one moment": (
         QGaLoreAdamW8bit,
-        MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, decoder_states=1),
+        settings_of(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, decoder_states=1),
     ),
     "q-galore, another rank of the MLP": (
         QGaLoreAdamW8bit,
-        MemorySettings(2, 8, rank=24, mlp_rank=13, state_bits=8, weight_bits=8, proj_bits=4),
+        settings_of(2, 8, rank=24, mlp_rank=13, state_bits=8, weight_bits=8, proj_bits=4),
     ),
     "q-galore, residual": (
         QGaLoreAdamW8bit,
-        MemorySettings(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, residual=True),
+        settings_of(2, 8, rank=24, state_bits=8, weight_bits=8, proj_bits=4, residual="fira"),
     ),
 }
 CASES |= {
     f"q-galore {kind}": (
         QGaLoreAdamW8bit,
-        MemorySettings(2, 8, rank=25, state_bits=8, weight_bits=8, proj_bits=4, proj_type=kind),
+        settings_of(2, 8, rank=25, state_bits=8, weight_bits=8, proj_bits=4, proj_type=kind),
     )
     for kind in ("reverse_std", "left", "right", "full")
 }
 
 
-Q_GALORE = MemorySettings(
-    2, 256, rank=128, weight_bits=8, proj_bits=4, state_bits=8, per_layer=True, svd=False, cuda=True, compiled=True
+Q_GALORE = settings_of(
+    2,
+    256,
+    rank=128,
+    weight_bits=8,
+    proj_bits=4,
+    state_bits=8,
+    per_layer=True,
+    subspace="streaming",
+    cuda=True,
+    compiled=True,
 )
 
 
@@ -115,8 +150,7 @@ def built(config: LlamaConfig, settings: MemorySettings) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     materialize(model, "cpu", torch.float32 if settings.dtype_bytes == 4 else torch.bfloat16, 0)
-    format = WeightFormat(settings.weight_bits, settings.weight_group_size, int8_products=settings.int8_products)
-    convert_linears(model, low_rank_names(model), format)
+    convert_linears(model, low_rank_names(model), settings.weight)
     return model
 
 
@@ -127,15 +161,14 @@ def test_weights_and_states_are_exact(case: str, tied: bool) -> None:
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     model = built(config, settings)
     groups = low_rank_param_groups(model, low_rank_names(model))
-    if settings.rank is not None:
-        groups[1] |= {"rank": settings.rank, "proj_type": settings.proj_type, "quant": settings.proj_bits is not None}
-        groups[1] |= {"quant_n_bit": settings.proj_bits or 4, "quant_group_size": settings.proj_group_size}
-        groups[1] |= {"direction": "adam" if settings.decoder_states == 2 else "orthogonal"}
-        groups[1] |= {"residual": "fira" if settings.residual else "none"}
+    if settings.subspace is not None:
+        direction = "adam" if settings.decoder_states == 2 else "orthogonal"
+        groups[1][GROUP_KEY] = dataclasses.replace(settings.subspace, direction=direction)
     if settings.mlp_rank:
         of_mlp = [layer.weight for name, layer in model.named_modules() if name.endswith("_proj") and ".mlp." in name]
         rest = [param for param in groups[1]["params"] if all(param is not weight for weight in of_mlp)]
-        groups.append(groups[1] | {"params": of_mlp, "rank": settings.mlp_rank})
+        mlp_subspace = dataclasses.replace(groups[1][GROUP_KEY], rank=settings.mlp_rank)
+        groups.append(groups[1] | {"params": of_mlp, GROUP_KEY: mlp_subspace})
         groups[1]["params"] = rest
     optimizer = kind(groups, lr=1e-3)
     optimizer.attach(model)
@@ -167,14 +200,14 @@ def test_weights_and_states_are_exact(case: str, tied: bool) -> None:
     plan = plan_memory(config, settings)
     bound = plan.lasting.pop("for refreshes of subspaces (at most)")
     assert plan.lasting == found
-    assert (bound > 0) == (settings.rank is not None)
+    assert (bound > 0) == (settings.subspace is not None)
     assert plan.weights_and_states_bytes == sum(found.values()) - gradients
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_accumulators_are_exact(dtype: str, per_layer: bool) -> None:
-    settings = MemorySettings(
+    settings = settings_of(
         2, 8, rank=24, weight_bits=8, proj_bits=4, per_layer=per_layer, grad_accum_steps=3, grad_accum_dtype=dtype
     )
     model = built(CONFIG, settings)
@@ -201,8 +234,8 @@ def test_accumulators_are_exact(dtype: str, per_layer: bool) -> None:
 
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])
 def test_refreshes_stay_below_their_bound(subspace: str) -> None:
-    settings = MemorySettings(
-        2, 8, rank=24, weight_bits=8, proj_bits=4, per_layer=True, grad_accum_steps=3, svd=subspace == "svd",
+    settings = settings_of(
+        2, 8, rank=24, weight_bits=8, proj_bits=4, per_layer=True, grad_accum_steps=3, subspace=subspace,
         update_proj_gap=5,
     )  # fmt: skip
     model = built(CONFIG, settings)
@@ -228,7 +261,7 @@ def test_refreshes_stay_below_their_bound(subspace: str) -> None:
 
 
 def test_per_layer_without_accumulation_keeps_no_gradients() -> None:
-    assert plan_memory(CONFIG, MemorySettings(2, 8, rank=24, per_layer=True)).lasting["gradients"] == 0
+    assert plan_memory(CONFIG, settings_of(2, 8, rank=24, per_layer=True)).lasting["gradients"] == 0
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -237,7 +270,7 @@ def test_per_layer_without_accumulation_keeps_no_gradients() -> None:
 )
 def test_activations_are_what_autograd_saves(kind: str, kv_heads: int) -> None:
     """The difference between three layers and two, so that what is shared between layers does not count."""
-    settings = MemorySettings(
+    settings = settings_of(
         3, 16, dtype_bytes=4, compiled="compiled" in kind, activation_checkpointing="checkpointed" in kind,
         int8_activations="int8" in kind,
     )  # fmt: skip
@@ -308,8 +341,8 @@ def test_refreshes_take_what_is_planned(matrix: str, columns: int, state_bits: i
         num_key_value_heads=8, head_dim=64,
     )  # fmt: skip
     # In float32, in which products on the CPU take no memory of their own.
-    settings = MemorySettings(
-        1, 8, rank=128, dtype_bytes=4, weight_bits=8, proj_bits=4, state_bits=state_bits, svd=False
+    settings = settings_of(
+        1, 8, rank=128, dtype_bytes=4, weight_bits=8, proj_bits=4, state_bits=state_bits, subspace="streaming"
     )
     kind = QGaLoreAdamW8bit if state_bits == 8 else GaLoreAdamW
     optimizer = kind(
@@ -342,8 +375,11 @@ def test_refreshes_take_what_is_planned(matrix: str, columns: int, state_bits: i
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_direction_of_one_moment_takes_what_is_planned(bits: int) -> None:
-    config, settings = CONFIG, MemorySettings(1, 8, rank=128, weight_bits=8, proj_bits=4, state_bits=bits, svd=False)
-    one = dataclasses.replace(settings, decoder_states=1)
+    config, settings = (
+        CONFIG,
+        settings_of(1, 8, rank=128, weight_bits=8, proj_bits=4, state_bits=bits, subspace="streaming"),
+    )
+    one = changed(settings, decoder_states=1)
     planned = step_bytes((512, 4096), one) - step_bytes((512, 4096), settings)
     state: dict[str, torch.Tensor] = {}
     init_moments(state, torch.Size((128, 4096)), bits, torch.device("cpu"), DIRECTIONS["orthogonal"].moments)
@@ -362,7 +398,7 @@ def test_a_direction_of_one_moment_takes_what_is_planned(bits: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_orthogonal_directions_take_what_is_planned(root: Path) -> None:
-    config, settings = llama(root, "60m"), dataclasses.replace(Q_GALORE, rank=224, cuda=True, decoder_states=1)
+    config, settings = llama(root, "60m"), changed(Q_GALORE, rank=224, cuda=True, decoder_states=1)
     shapes = [gradient_shape(shape, settings) for shape in config.matrix_shapes().values()]
     momenta = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
     torch.cuda.reset_peak_memory_stats()
@@ -381,7 +417,7 @@ def test_loss_counts_its_chunks(root: Path) -> None:
         tokens = batch * 256
         ranges = token_chunks(tokens, 32000 * 2)
         assert len(ranges) == chunks
-        plan = plan_memory(config, dataclasses.replace(Q_GALORE, batch_size=batch))
+        plan = plan_memory(config, changed(Q_GALORE, batch_size=batch))
         logits = max(stop - start for start, stop in ranges) * 32000 * 2
         expected = plan.activations + 2 * tokens * hidden + logits + table * (6 if chunks > 1 else 2) + 12 * tokens
         assert plan.passing["activations and loss"] == expected
@@ -432,7 +468,7 @@ def assert_explains(planned: float, measured_gb: float, checkpointed: bool) -> N
 @pytest.mark.parametrize("case", MEASURED, ids=str)
 def test_plan_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int, int, int]) -> None:
     name, rank, batch, every, steps = case
-    settings = dataclasses.replace(
+    settings = changed(
         Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, activation_checkpointing=every > 0,
         checkpoint_every=max(every, 1), grad_accum_steps=steps, grad_accum_dtype="int8" if steps > 1 else "float32",
     )  # fmt: skip
@@ -442,17 +478,15 @@ def test_plan_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int, 
 @pytest.mark.parametrize("case", MEASURED_INT8_ACTIVATIONS, ids=str)
 def test_plan_of_int8_activations_agrees_with_measured_peaks(root: Path, case: tuple[str, int, int]) -> None:
     name, rank, batch = case
-    settings = dataclasses.replace(
-        Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, int8_activations=True
-    )
-    checkpointing = dataclasses.replace(settings, activation_checkpointing=True, checkpoint_every=12)
+    settings = changed(Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, int8_activations=True)
+    checkpointing = changed(settings, activation_checkpointing=True, checkpoint_every=12)
     for each, measured in zip((settings, checkpointing), MEASURED_INT8_ACTIVATIONS[case], strict=True):
         assert_explains(plan_memory(llama(root, name), each).peak_bytes, measured, each is checkpointing)
 
 
 def test_plan_of_the_default_recipe_agrees_with_its_measured_peak(root: Path) -> None:
     """60M on an H100 (quality.csv, 820d367)."""
-    settings = dataclasses.replace(
+    settings = changed(
         Q_GALORE, batch_size=256, rank=224, cuda=True, cuda_graphs=True, decoder_states=1, update_proj_gap=200
     )
     assert_explains(plan_memory(llama(root, "60m"), settings).peak_bytes, 7.24, checkpointed=False)
@@ -461,7 +495,7 @@ def test_plan_of_the_default_recipe_agrees_with_its_measured_peak(root: Path) ->
 @pytest.mark.parametrize("case", MEASURED_BEFORE, ids=str)
 def test_plan_agrees_with_earlier_peaks(root: Path, case: tuple[str, int, int, int, int, int, int]) -> None:
     name, rank, batch, every, gap, moments, steps = case
-    settings = dataclasses.replace(
+    settings = changed(
         Q_GALORE, batch_size=batch, rank=rank, cuda=True, cuda_graphs=True, decoder_states=moments, update_proj_gap=gap,
         activation_checkpointing=every > 0, checkpoint_every=max(every, 1), grad_accum_steps=steps,
         grad_accum_dtype="int8" if steps > 1 else "float32",
@@ -473,15 +507,13 @@ def test_plan_agrees_with_earlier_peaks(root: Path, case: tuple[str, int, int, i
 
 def test_sketches_of_a_layer_wait_together_where_graphs_run_it(root: Path) -> None:
     """56 matrices: of a layer's seven three are due in one update with an interval of 20, one with 56, all with 5."""
-    config, graphs = llama(root, "60m"), dataclasses.replace(Q_GALORE, cuda_graphs=True)
+    config, graphs = llama(root, "60m"), changed(Q_GALORE, cuda_graphs=True)
     for interval, others in ((20, 2), (56, 0), (200, 0), (5, 6)):
-        settings = dataclasses.replace(graphs, update_proj_gap=interval)
+        settings = changed(graphs, update_proj_gap=interval)
         assert _other_sketches_bytes(config, settings) == others * 128 * 512 * 2
-        assert _other_sketches_bytes(config, dataclasses.replace(settings, cuda_graphs=False)) == 0
-        assert _other_sketches_bytes(config, dataclasses.replace(settings, svd=True)) == 0
-    seldom, often = (
-        _beside_activations(config, dataclasses.replace(graphs, batch_size=1, update_proj_gap=gap)) for gap in (56, 5)
-    )
+        assert _other_sketches_bytes(config, changed(settings, cuda_graphs=False)) == 0
+        assert _other_sketches_bytes(config, changed(settings, subspace="svd")) == 0
+    seldom, often = (_beside_activations(config, changed(graphs, batch_size=1, update_proj_gap=gap)) for gap in (56, 5))
     name = "activations and backward with a refresh"
     assert often[name] - seldom[name] == 6 * 128 * 512 * 2
 
@@ -497,22 +529,22 @@ def test_what_a_layer_holds_is_exact() -> None:
     (model(tokens, tokens).loss_sum / 7).backward()
     layers: list[Any] = [model.get_submodule(name) for name in names][:7]
     weights = list(optimizer.low_rank_weights())[:7]
-    graphs = dataclasses.replace(settings, cuda_graphs=True)
+    graphs = changed(settings, cuda_graphs=True)
     with held_weights(layers, torch.bfloat16), held_bases(weights, torch.bfloat16):
         assert held_weights_bytes(CONFIG, graphs) == sum(size(layer.held_weight) for layer in layers)
         found = [basis for weight in weights for basis in weight.held_bases.values()]
         assert held_bases_bytes(CONFIG, graphs) == sum(map(size, found)) > 0
-    for other in (settings, dataclasses.replace(graphs, int8_products=True)):
+    for other in (settings, changed(graphs, int8_products=True)):
         assert held_weights_bytes(CONFIG, other) == 0
-    for other in (settings, dataclasses.replace(graphs, proj_bits=None)):
+    for other in (settings, changed(graphs, proj_bits=None)):
         assert held_bases_bytes(CONFIG, other) == 0
 
 
 def test_only_small_layers_hold_their_matrices(root: Path) -> None:
-    graphs = dataclasses.replace(Q_GALORE, cuda_graphs=True)
+    graphs = changed(Q_GALORE, cuda_graphs=True)
     held = {}
     for name, rank in (("60m", 224), ("350m", 448), ("1b", 512), ("7b", 1024)):
-        config, s = llama(root, name), dataclasses.replace(graphs, rank=rank)
+        config, s = llama(root, name), changed(graphs, rank=rank)
         held[name] = held_weights_bytes(config, s), held_bases_bytes(config, s)
     assert held["60m"] == (2 * (4 * 512**2 + 3 * 512 * 1376), 2 * 7 * 224 * 512)
     assert held["350m"] == (2 * (4 * 1024**2 + 3 * 1024 * 2736), 2 * 7 * 448 * 1024)
@@ -521,15 +553,14 @@ def test_only_small_layers_hold_their_matrices(root: Path) -> None:
 
 
 def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
-    config, plain = llama(root, "1b"), dataclasses.replace(Q_GALORE, batch_size=16, rank=512)
-    before, after = plan_memory(config, plain), plan_memory(config, dataclasses.replace(plain, int8_products=True))
+    config, plain = llama(root, "1b"), changed(Q_GALORE, batch_size=16, rank=512)
+    before, after = plan_memory(config, plain), plan_memory(config, changed(plain, int8_products=True))
     assert after.lasting["decoder weights"] < before.lasting["decoder weights"]
     tokens, rows, columns = 16 * 256, 2048, 5461
     # The gradient of down_proj's output in INT8 with two numbers a token, and the weight's turned round.
     assert _multiplying_bytes((rows, columns), plain) == rows * 5472 * 2
     assert (
-        _multiplying_bytes((rows, columns), dataclasses.replace(plain, int8_products=True))
-        == tokens * (rows + 8) + rows * columns
+        _multiplying_bytes((rows, columns), changed(plain, int8_products=True)) == tokens * (rows + 8) + rows * columns
     )
 
 
@@ -537,8 +568,8 @@ def test_products_in_int8_hold_codes_instead_of_a_weight(root: Path) -> None:
 def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None:
     """Beside the activations nothing counts, since the loss has the graphs' memory, unless the head is tied."""
     config = llama(root, "1b")
-    settings = dataclasses.replace(Q_GALORE, batch_size=16, activation_checkpointing=checkpointing)
-    graphs = dataclasses.replace(settings, cuda_graphs=True)
+    settings = changed(Q_GALORE, batch_size=16, activation_checkpointing=checkpointing)
+    graphs = changed(settings, cuda_graphs=True)
     plan, ordinary = plan_memory(config, graphs), plan_memory(config, settings)
     hidden = 16 * 256 * 2048 * 2
     assert plan.overhead["memory of CUDA graphs"] == 0
@@ -552,7 +583,7 @@ def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None
     # Four matrices of 2048 x 2048 and three of 2048 x 5461 at rank 128, and two norms: two messages in bfloat16, and
     # one with the sketches of seven matrices.
     messages = 2 * (3 * (128 * (4 * 2048 + 3 * 5461) + 2 * 2048) + 128 * 7 * 2048)
-    ranks = plan_memory(config, dataclasses.replace(graphs, ranks=2))
+    ranks = plan_memory(config, changed(graphs, ranks=2))
     assert ranks.overhead["memory of CUDA graphs"] == messages
 
     tied = plan_memory(dataclasses.replace(config, tie_word_embeddings=True), graphs)
@@ -566,9 +597,9 @@ def test_cuda_graphs_share_their_memory(root: Path, checkpointing: bool) -> None
 
 def test_checkpointing_saves_memory(root: Path) -> None:
     config = llama(root, "7b")
-    plain = dataclasses.replace(Q_GALORE, batch_size=16, rank=1024)
+    plain = changed(Q_GALORE, batch_size=16, rank=1024)
     plan = plan_memory(config, plain)
-    checkpointed = plan_memory(config, dataclasses.replace(plain, activation_checkpointing=True))
+    checkpointed = plan_memory(config, changed(plain, activation_checkpointing=True))
     assert checkpointed.activations < plan.activations / 10
     assert checkpointed.peak_bytes < plan.peak_bytes - 0.8 * (plan.activations - checkpointed.activations)
     # Q-GaLore's 7B: the paper says 15 GB with everything.
@@ -579,14 +610,14 @@ def test_checkpointing_saves_memory(root: Path) -> None:
 @pytest.mark.parametrize(("name", "published"), [("60m", 0.36), ("130m", 0.76), ("350m", 2.06), ("1b", 7.80)])
 def test_papers_estimate_of_adamw(root: Path, name: str, published: float) -> None:
     """The tables count weights and both moments in bfloat16."""
-    plan = plan_memory(llama(root, name), MemorySettings(1, 256, state_bits=16))
+    plan = plan_memory(llama(root, name), settings_of(1, 256, state_bits=16))
     assert plan.weights_and_states_bytes / 1e9 == pytest.approx(published, rel=0.08)
 
 
 def test_largest_model_takes_no_time_and_table_adds_up(root: Path) -> None:
     config = llama(root, "13b")
     start = time.perf_counter()
-    plan = plan_memory(config, dataclasses.replace(Q_GALORE, rank=1024, cuda_graphs=True))
+    plan = plan_memory(config, changed(Q_GALORE, rank=1024, cuda_graphs=True))
     table = plan.table()
     assert time.perf_counter() - start < 1
     figures = {line[2:46].strip(): float(line[46:56]) for line in table.splitlines() if line.endswith(" GB")}
@@ -600,9 +631,9 @@ def test_largest_model_takes_no_time_and_table_adds_up(root: Path) -> None:
 @pytest.mark.parametrize("layers", [4, 5])
 def test_checkpointing_some_layers_lies_between_all_and_none(layers: int) -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=layers)
-    settings = MemorySettings(8, 64, compiled=True, cuda=True)
+    settings = settings_of(8, 64, compiled=True, cuda=True)
     none, every, some = (
-        plan_memory(config, dataclasses.replace(settings, activation_checkpointing=on, checkpoint_every=n))
+        plan_memory(config, changed(settings, activation_checkpointing=on, checkpoint_every=n))
         for on, n in ((False, 1), (True, 1), (True, 2))
     )
     recomputed = -(-layers // 2)
@@ -614,18 +645,18 @@ def test_checkpointing_some_layers_lies_between_all_and_none(layers: int) -> Non
 def test_an_update_on_tensor_cores_makes_no_float32_factors() -> None:
     """Of bfloat16 weights on a GPU; on a CPU, and where all is float32, direction and basis are copied."""
     shape, rank = (512, 1376), 128
-    floats = MemorySettings(2, 256, rank=rank, state_bits=8, svd=False, cuda=True)
+    floats = settings_of(2, 256, rank=rank, state_bits=8, subspace="streaming", cuda=True)
     values, bases = rank * 1376, rank * 512
-    on_gpu, on_cpu = (step_bytes(shape, dataclasses.replace(floats, cuda=cuda)) for cuda in (True, False))
+    on_gpu, on_cpu = (step_bytes(shape, changed(floats, cuda=cuda)) for cuda in (True, False))
     assert on_cpu - on_gpu == 4 * (values + bases)
     assert floats.dtype_bytes == 2
-    in_float32 = dataclasses.replace(floats, dtype_bytes=4)
+    in_float32 = changed(floats, dtype_bytes=4)
     assert step_bytes(shape, in_float32) == step_bytes(shape, dataclasses.replace(in_float32, cuda=False))
 
 
 def test_small_matrices_are_planned_together(root: Path) -> None:
     """All seven of a layer of 350M, with their directions at once, beside bases that are held; of 7B each alone."""
-    graphs = dataclasses.replace(Q_GALORE, rank=256, cuda_graphs=True)
+    graphs = changed(Q_GALORE, rank=256, cuda_graphs=True)
     small, large = llama(root, "350m"), llama(root, "7b")
     assert [len(group) for group in updated_together(small, graphs)] == [7]
     values, bases = 256 * (4 * 1024 + 3 * 2736), 256 * 7 * 1024
@@ -635,8 +666,8 @@ def test_small_matrices_are_planned_together(root: Path) -> None:
     )
     assert 2 * (values + bases) > max(step_bytes(shape, graphs) for shape in small.matrix_shapes().values())
     # From Python weight by weight; where updates wait over the borders of layers.
-    assert {len(group) for group in updated_together(small, dataclasses.replace(graphs, cuda_graphs=False))} == {1}
-    waiting = [len(group) for group in updated_together(small, dataclasses.replace(graphs, per_layer=False))]
+    assert {len(group) for group in updated_together(small, changed(graphs, cuda_graphs=False))} == {1}
+    waiting = [len(group) for group in updated_together(small, changed(graphs, per_layer=False))]
     assert sum(waiting) == 7 * 24
-    for s in (graphs, dataclasses.replace(graphs, per_layer=False)):
-        assert {len(group) for group in updated_together(large, dataclasses.replace(s, rank=1024))} == {1}
+    for s in (graphs, changed(graphs, per_layer=False)):
+        assert {len(group) for group in updated_together(large, changed(s, rank=1024))} == {1}

@@ -892,7 +892,9 @@ def test_a_vector_cannot_have_a_rank() -> None:
         ("quant_n_bit", 3, "quant_n_bit=3 is unknown: it must be one of 4, 8"),
         ("rank", 0, "rank=0 must be at least 1"),
         ("update_proj_gap", 0, "update_proj_gap=0 must be at least 1"),
-        ("quant_group_size", -1, "quant_group_size=-1 must be at least 1"),
+        ("quant_group_size", -1, "quant_group_size=-1 must be at least 2"),
+        ("scale", 0.0, "scale=0.0 must be more than 0"),
+        ("proj_bits", 3, "proj_bits=3 is unknown: it must be one of 4, 8"),
         ("queue_size", 0, "queue_size=0 must be at least 1"),
     ],
 )
@@ -902,7 +904,7 @@ def test_values_that_make_no_sense_are_refused(key: str, value: object, message:
 
 
 def test_two_sides_cannot_stream() -> None:
-    with pytest.raises(ValueError, match="proj_type='full' needs subspace='svd'"):
+    with pytest.raises(ValueError, match="proj_type='full' projects both sides, and subspace='streaming' follows one"):
         build(subspace="streaming", proj_type="full")
 
 

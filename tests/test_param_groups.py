@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, linear_names, low_rank_param_groups
+from qgalore.config import spread_subspace
 
 
 class Block(nn.Module):
@@ -84,11 +85,11 @@ def test_a_name_that_is_not_there_is_refused() -> None:
 def test_groups_carry_the_defaults_of_the_optimizer() -> None:
     model = Model()
     optimizer = QGaLoreAdamW8bit(low_rank_param_groups(model, NAMES, rank=4, update_proj_gap=7), lr=0.01)
-    group = optimizer.param_groups[1]
+    group = spread_subspace(optimizer.param_groups[1])
     expected = {
-        "rank": 4, "update_proj_gap": 7, "scale": 0.25, "proj_type": "std", "quant": True, "quant_n_bit": 4,
-        "quant_group_size": 256, "cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5, "subspace": "svd",
-        "svd_method": "full", "rotate_moments": False, "lr": 0.01,
+        "rank": 4, "update_proj_gap": 7, "galore_scale": 0.25, "proj_type": "std", "proj_quant": True, "proj_bits": 4,
+        "proj_group_size": 256, "cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5, "subspace": "svd",
+        "svd_method": "full", "rotate_moments": None, "lr": 0.01,
     }  # fmt: skip
     assert {key: group[key] for key in expected} == expected
     assert torch.optim.Optimizer in type(optimizer).__mro__

@@ -202,6 +202,17 @@ def test_the_package_needs_torch_alone() -> None:
     assert project()["dependencies"] == ["torch>=2.11"]
 
 
+def test_all_public_names_can_be_imported() -> None:
+    import qgalore
+
+    assert sorted(name for names in qgalore._MODULES.values() for name in names) == sorted(qgalore.__all__)
+    for name in qgalore.__all__:
+        assert getattr(qgalore, name).__module__.startswith("qgalore."), name
+    assert set(qgalore.__all__) <= set(dir(qgalore))
+    with pytest.raises(AttributeError, match="has no attribute 'GaLore'"):
+        qgalore.GaLore  # noqa: B018
+
+
 def test_one_version() -> None:
     version = project()["version"]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
+from qgalore.config import SubspaceConfig
 from qgalore.subspace.schedule import RefreshSchedule, first_refresh_spread
 
 
 def schedules(count: int, interval: int) -> list[RefreshSchedule]:
-    return [RefreshSchedule(base_interval=interval, index=index, count=count) for index in range(count)]
+    options = SubspaceConfig(rank=4, update_proj_gap=interval, gamma_proj=1)
+    return [RefreshSchedule(options, index, count) for index in range(count)]
 
 
 def refreshes(weights: list[RefreshSchedule], updates: int) -> list[list[int]]:
@@ -53,7 +56,7 @@ def test_every_weight_is_refreshed_every_interval(count: int, interval: int) -> 
 
 
 def test_a_late_update_still_finds_its_refresh() -> None:
-    weight = RefreshSchedule(base_interval=10, index=0, count=1)
+    weight = RefreshSchedule(SubspaceConfig(rank=4, update_proj_gap=10), index=0, count=1)
     weight.record(0, None)
     assert not weight.due(weight.next_refresh - 1)
     assert weight.due(weight.next_refresh) and weight.due(weight.next_refresh + 3)
@@ -62,10 +65,9 @@ def test_a_late_update_still_finds_its_refresh() -> None:
 # ---- the lazy rule
 
 
-def lazy(**changes: float) -> RefreshSchedule:
-    weight = RefreshSchedule(base_interval=100, index=0, count=1, lazy=True, threshold=0.4, gamma=2, queue_size=3)
-    for name, value in changes.items():
-        setattr(weight, name, value)
+def lazy(queue_size: int = 3) -> RefreshSchedule:
+    options = SubspaceConfig(rank=4, update_proj_gap=100, cos_threshold=0.4, gamma_proj=2, queue_size=queue_size)
+    weight = RefreshSchedule(options, index=0, count=1)
     weight.record(0, None)  # the first basis has nothing to be compared with
     return weight
 
@@ -106,17 +108,18 @@ def test_unknown_similarity_does_not_count() -> None:
     assert feed(weight, [0.9]) == [200]
 
 
-@pytest.mark.parametrize(("cap", "largest"), [(0, 800), (300, 300), (50, 100)])
+@pytest.mark.parametrize(("cap", "largest"), [(0, 800), (300, 300), (100, 100)])
 def test_interval_has_a_cap(cap: int, largest: int) -> None:
-    weight = RefreshSchedule(
-        base_interval=100, index=0, count=1, lazy=True, threshold=0.4, gamma=2, queue_size=1, max_interval=cap
-    )
+    options = SubspaceConfig(rank=4, update_proj_gap=100, queue_size=1, max_update_proj_gap=cap)
+    weight = RefreshSchedule(options, index=0, count=1)
     intervals = feed(weight, [1.0] * 12)
     assert intervals[-1] == largest and max(intervals) == largest
 
 
-def test_without_the_lazy_rule_nothing_grows() -> None:
-    weight = RefreshSchedule(base_interval=100, index=0, count=1, lazy=False, queue_size=1)
+@pytest.mark.parametrize("without", [{"gamma_proj": 1}, {"subspace": "streaming"}])
+def test_without_the_lazy_rule_nothing_grows(without: dict[str, Any]) -> None:
+    options = SubspaceConfig(rank=4, update_proj_gap=100, queue_size=1, **without)
+    weight = RefreshSchedule(options, index=0, count=1)
     assert feed(weight, [1.0] * 6) == [100] * 6
     assert weight.saved == 0
 
@@ -142,7 +145,7 @@ def test_a_schedule_goes_on_from_its_state() -> None:
         return made
 
     def new() -> RefreshSchedule:
-        return RefreshSchedule(base_interval=7, index=3, count=5, lazy=True, queue_size=2, gamma=2)
+        return RefreshSchedule(SubspaceConfig(rank=4, update_proj_gap=7, queue_size=2), index=3, count=5)
 
     whole, half, again = new(), new(), new()
     expected = run(whole, 0, 300)

@@ -1,16 +1,17 @@
 """Combinations of flags that cannot work, each as a sentence that says what would.
 
-Everything here needs only the flags, the number of ranks and the model's JSON configuration, so it runs before torch is
-loaded, and finds all problems at once.
+Everything here needs only the flags, the number of ranks and the model's JSON configuration, and it finds all problems
+at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, ModelArgs
+from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, ModelArgs, SubspaceArgs
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import check_length, check_rank, read_config_json
@@ -20,23 +21,8 @@ from peft_pretraining.models.registry import find_family
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
-_LOW_RANK_FLAGS = (
-    "recipe",
-    "rank",
-    "mlp_rank",
-    "galore_scale",
-    "proj_type",
-    "subspace",
-    "svd_method",
-    "update_proj_gap",
-    "max_update_proj_gap",
-    "cos_threshold",
-    "gamma_proj",
-    "queue_size",
-    "direction",
-    "residual",
-    "rotate_moments",
-)
+_STORED_BASES = ("proj_quant", "proj_bits", "proj_group_size")
+_LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
 
 def find_problems(args: RunArgs) -> list[str]:
@@ -61,10 +47,10 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given]
         if idle:
             warnings.append(f"{_idle(idle)}: --optimizer {args.optimizer.optimizer} has no subspace")
-    for switch, kind in (("weight_quant", "weight"), ("proj_quant", "proj")):
+    for kind, used in (("weight", args.quantization.weight_quant), ("proj", args.subspace.proj_quant)):
         idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
-        if idle and not getattr(args.quantization, switch):
-            warnings.append(f"{_idle(idle)} without --{switch}")
+        if idle and not used:
+            warnings.append(f"{_idle(idle)} without --{kind}_quant")
     model = args.model
     if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
@@ -227,7 +213,7 @@ def _quantization_problems(args: RunArgs) -> list[str]:
             for flag in ("stochastic_round", "simulation", "int8_products")
             if getattr(quantization, flag)
         ]
-    if quantization.proj_quant and not args.optimizer.is_low_rank:
+    if args.subspace.proj_quant and not args.optimizer.is_low_rank:
         problems.append(
             f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "
             "optimizer, or leave --proj_quant out"
@@ -261,26 +247,7 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
 def _subspace_problems(args: RunArgs) -> list[str]:
     if not args.optimizer.is_low_rank:
         return []
-    subspace = args.subspace
-    problems = []
-    if subspace.subspace == "streaming" and subspace.proj_type == "full":
-        problems.append(
-            "--proj_type full projects both sides, and --subspace streaming follows one: use --subspace svd, or "
-            "--proj_type std, reverse_std, left or right"
-        )
-    if subspace.subspace == "streaming" and subspace.svd_method == "randomized":
-        problems.append("--svd_method randomized is for --subspace svd: --subspace streaming needs no SVD")
-    if subspace.residual != "none" and subspace.proj_type == "full":
-        problems.append(
-            f"--residual {subspace.residual} scales across one projected side, and --proj_type full has two: use std, "
-            "reverse_std, left or right"
-        )
-    if subspace.max_update_proj_gap < subspace.update_proj_gap:
-        problems.append(
-            f"--max_update_proj_gap {subspace.max_update_proj_gap} is less than --update_proj_gap "
-            f"{subspace.update_proj_gap}: the longest interval cannot be shorter than the first"
-        )
-    return problems
+    return args.subspace.problems(lambda option: f"--{option} {getattr(args.subspace, option)}")
 
 
 def _run_problems(args: RunArgs) -> list[str]:

@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+from qgalore.config import Allowed, limits_of
 
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _COUNT = re.compile(r"(\d+\.?\d*|\.\d+)([KMBT]?)", re.IGNORECASE)
@@ -28,18 +30,10 @@ _COUNT_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
-class Flag:
+class Flag(Allowed):
     """What an annotation says about a flag beyond its type: its unit, its limits, how its text is read."""
 
-    unit: str = ""
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    choices: tuple[str | int, ...] = ()
     parse: Callable[[str], Any] | None = None
-    auto: str | Callable[[], str] = ""
-    """The default in words, where the default's value (0, "" or None) means that it is worked out."""
     listing: Callable[[], str] | None = None
     """Gives what `{listing}` in the docstring stands for, where the rest of the program knows what is allowed."""
 
@@ -109,13 +103,13 @@ def format_count(count: int) -> str:
 @cache
 def read_specs(group: type) -> tuple[FlagSpec, ...]:
     """The flags of one dataclass group, in the order of its fields."""
-    hints = get_type_hints(group, include_extras=True)
-    texts = _field_docstrings(group)
+    hints, limits = get_type_hints(group), limits_of(group)
+    # A class that restates the default of a field leaves its help where it stands.
+    texts = {name: text for owner in reversed(group.__mro__[:-1]) for name, text in _field_docstrings(owner).items()}
     specs = []
     for field in dataclasses.fields(group):
-        hint, flag = hints[field.name], Flag()
-        if get_origin(hint) is Annotated:
-            hint, flag = get_args(hint)[0], get_args(hint)[1]
+        hint, allowed = hints[field.name], limits.get(field.name, Allowed())
+        flag = allowed if isinstance(allowed, Flag) else Flag(**vars(allowed))
         optional = isinstance(hint, UnionType) and NoneType in get_args(hint)
         kind = next(kind for kind in get_args(hint) if kind is not NoneType) if optional else hint
         specs.append(FlagSpec(field.name, group, kind, optional, field.default, texts[field.name], flag))
@@ -127,8 +121,9 @@ def _field_docstrings(group: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     texts = {}
     for node, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            assert isinstance(following, ast.Expr), f"{group.__name__}.{node.target.id} has no docstring"
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if isinstance(following, ast.Expr):
             texts[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
     return texts
 
@@ -229,15 +224,8 @@ def _convert(spec: FlagSpec, raw: str) -> Any:
         raise ValueError(f"--{spec.name} is {raw!r}, it must be {right}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{spec.name} is {raw!r}, it must be a finite number")
-    limits = [
-        ("at least", flag.at_least, lambda limit: value >= limit),
-        ("more than", flag.above, lambda limit: value > limit),
-        ("at most", flag.at_most, lambda limit: value <= limit),
-        ("less than", flag.below, lambda limit: value < limit),
-    ]
-    if not all(limit is None or holds(limit) for _, limit, holds in limits):
-        allowed = " and ".join(f"{word} {limit:g}" for word, limit, _ in limits if limit is not None)
-        raise ValueError(f"--{spec.name} is {raw}, it must be {allowed}{f' ({flag.unit})' if flag.unit else ''}")
+    if limits := flag.missed_limits(value):
+        raise ValueError(f"--{spec.name} is {raw}, it must be {limits}{f' ({flag.unit})' if flag.unit else ''}")
     return value
 
 

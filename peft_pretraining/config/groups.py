@@ -7,11 +7,13 @@ plain values.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
 from peft_pretraining.config.flags import Flag, parse_count
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
+from qgalore.config import SubspaceConfig, WeightFormat
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
@@ -169,13 +171,13 @@ class OptimizerArgs:
 
 @dataclass(frozen=True)
 class QuantizationArgs:
-    """How weights and projections are stored."""
+    """How weights are stored."""
 
     weight_quant: bool = False
     """Store the decoder matrices as integers of weight_bits (q_galore optimizers only)."""
     weight_bits: Annotated[int, Flag(choices=(8, 4))] = 8
     """Bits in which a weight is stored."""
-    weight_group_size: Annotated[int, Flag("weights", at_least=2)] = 256
+    weight_group_size: Annotated[int, Flag("weights", at_least=2)] = WeightFormat.group_size
     """Neighbours in a row that share a scale and a zero point."""
     int8_products: bool = False
     """Round activations to INT8 as they come and multiply the layers' weights in INT8, forward and for the gradients of
@@ -184,53 +186,37 @@ class QuantizationArgs:
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
     """Fake quantization: float weights that are rounded onto the integer grid at every update."""
-    proj_quant: bool = False
-    """Store the projections as integers of proj_bits."""
-    proj_bits: Annotated[int, Flag(choices=(4, 8))] = 4
-    """Bits in which a value of a projection is stored."""
-    proj_group_size: Annotated[int, Flag("values", at_least=2)] = 256
-    """Neighbours in a basis vector that share a scale and a zero point."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """How the decoder's matrices are stored."""
+        return WeightFormat(
+            bits=self.weight_bits if self.weight_quant else None,
+            group_size=self.weight_group_size,
+            stochastic_rounding=self.stochastic_round or not self.weight_quant,
+            simulate=self.simulation,
+            int8_products=self.int8_products,
+        )
 
 
 @dataclass(frozen=True)
-class SubspaceArgs:
+class SubspaceArgs(SubspaceConfig):
     """The subspace that low-rank gradients live in, and when it is refreshed (galore and q_galore optimizers)."""
 
-    rank: Annotated[int, Flag("dimensions", at_least=1)] = 128
-    """Dimensions of the subspace of each decoder matrix."""
+    # The defaults of the official command line; the library's are those that q-galore-torch's users know.
+    rank: int = 128
+    galore_scale: float = 1.0
+    update_proj_gap: int = 50
     mlp_rank: Annotated[int, Flag("dimensions", at_least=0, auto="rank")] = 0
     """Dimension of the subspaces of the MLP's matrices, where it is to be another."""
-    galore_scale: Annotated[float, Flag("factor", above=0)] = 1.0
-    """Multiplier of the projected-back update (alpha in the papers)."""
-    proj_type: Annotated[str, Flag(choices=("std", "reverse_std", "left", "right", "full"))] = "std"
-    """Side that is projected: std the smaller one, reverse_std the larger one, full both."""
-    subspace: Annotated[str, Flag(choices=("svd", "streaming"))] = "svd"
-    """How it is found: svd of the full gradient as in the paper, or streaming, one step of subspace iteration from
-    projected gradients alone."""
-    svd_method: Annotated[str, Flag(choices=("full", "randomized"))] = "full"
-    """Which SVD the svd subspace uses."""
-    update_proj_gap: Annotated[int, Flag("updates", at_least=1)] = 50
-    """Interval between two refreshes; the lazy rule, for --subspace svd alone, may make it longer."""
-    max_update_proj_gap: Annotated[int, Flag("updates", at_least=1, auto="8 x update_proj_gap")] = 0
-    """Longest interval that the lazy rule may reach."""
-    cos_threshold: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.4
-    """Lazy rule: similarity of successive subspaces above which the interval grows."""
-    gamma_proj: Annotated[float, Flag("factor", at_least=1)] = 2.0
-    """Lazy rule: factor by which the interval grows; 1 keeps it."""
-    queue_size: Annotated[int, Flag("refreshes", at_least=1)] = 5
-    """Lazy rule: successive refreshes that must all be similar."""
-    direction: Annotated[str, Flag(choices=("adam", "orthogonal"))] = "adam"
-    """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment."""
-    residual: Annotated[str, Flag(choices=("none", "fira"))] = "none"
-    """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
-    that Adam gives the rest (fira)."""
-    rotate_moments: Annotated[bool | None, Flag(auto="on for streaming, off for svd as in the paper")] = None
-    """Rotate Adam's moments into the new basis at a refresh."""
 
-    @property
-    def rotates_moments(self) -> bool:
-        """Whether moments are rotated, with the default worked out."""
-        return self.subspace == "streaming" if self.rotate_moments is None else self.rotate_moments
+    def __post_init__(self) -> None:
+        """Nothing: a command line says everything that is wrong with it at once (`config.checks`)."""
+
+    def config(self, rank: int | None = None) -> SubspaceConfig:
+        """The options of the library, of another rank where one is given."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SubspaceConfig)}
+        return SubspaceConfig(**values | ({} if rank is None else {"rank": rank}))
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ def _resolve(args: RunArgs) -> RunArgs:
         gradient_accumulation=accumulation,
         total_batch_size=batch.total_batch_size or accumulation * a_pass,
     )
-    if not subspace.max_update_proj_gap:
-        subspace = dataclasses.replace(subspace, max_update_proj_gap=8 * subspace.update_proj_gap)
+    subspace = dataclasses.replace(subspace, max_update_proj_gap=subspace.longest_interval)
     if schedule.max_train_tokens:
         updates = -(-schedule.max_train_tokens // (batch.total_batch_size * batch.max_length))
         schedule = dataclasses.replace(schedule, num_training_steps=updates)

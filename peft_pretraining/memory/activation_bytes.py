@@ -46,7 +46,7 @@ def hidden_bytes(config: ModelConfig, s: MemorySettings) -> int:
 
 def mlp_width(config: ModelConfig, s: MemorySettings) -> int:
     """Of the MLP's activations, which low-rank layers pad."""
-    return config.intermediate_size if s.rank is None else padded_width(config.intermediate_size)
+    return config.intermediate_size if s.subspace is None else padded_width(config.intermediate_size)
 
 
 def attention_widths(config: ModelConfig) -> tuple[int, int]:

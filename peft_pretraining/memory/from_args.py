@@ -37,8 +37,7 @@ def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
 
 def memory_settings(args: RunArgs) -> MemorySettings:
     """What of the flags decides the memory, of a model whose layers can be compiled."""
-    optimizer, quantization, subspace = args.optimizer, args.quantization, args.subspace
-    stored = quantization.weight_quant and not quantization.simulation
+    optimizer, subspace = args.optimizer, args.subspace
     of_library = optimizer.optimizer in LIBRARY_OPTIMIZERS
     states = int(optimizer.beta1 > 0) if optimizer.optimizer in ("sgd", "adafactor") else 2
     one = optimizer.optimizer == "muon" or (optimizer.is_low_rank and subspace.direction == "orthogonal")
@@ -59,19 +58,11 @@ def memory_settings(args: RunArgs) -> MemorySettings:
         activation_checkpointing=args.model.activation_checkpointing,
         checkpoint_every=args.model.checkpoint_every,
         int8_activations=args.model.int8_activations,
-        rank=subspace.rank if optimizer.is_low_rank else None,
+        subspace=subspace.config() if optimizer.is_low_rank else None,
         mlp_rank=subspace.mlp_rank,
-        proj_type=subspace.proj_type,
-        proj_bits=quantization.proj_bits if quantization.proj_quant else None,
-        proj_group_size=quantization.proj_group_size,
-        update_proj_gap=subspace.update_proj_gap,
-        svd=subspace.subspace == "svd",
-        weight_bits=quantization.weight_bits if stored else None,
-        weight_group_size=quantization.weight_group_size,
-        int8_products=quantization.int8_products,
+        weight=args.quantization.weight_format,
         state_bits=8 if "8bit" in optimizer.optimizer else 32,
         states=states,
         decoder_states=decoder_states,
-        residual=optimizer.is_low_rank and subspace.residual != "none",
         factored=optimizer.optimizer == "adafactor",
     )

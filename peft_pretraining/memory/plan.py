@@ -154,7 +154,7 @@ def _held_by_graphs_bytes(config: ModelConfig, s: MemorySettings) -> int:
     if s.ranks > 1 and s.gradients_live_in_backward:
         shapes = config.matrix_shapes().values()
         values = sum(math.prod(gradient_shape(shape, s)) for shape in shapes) + 2 * config.hidden_size  # of the norms
-        sketches = sum(basis_values(shape, s) for shape in shapes) if s.rank is not None else 0
+        sketches = sum(basis_values(shape, s) for shape in shapes) if s.subspace is not None else 0
         refresh = max(sketches, max(map(math.prod, shapes)) if s.svd else 0)
         held += s.dtype_bytes * (3 * values + refresh)
     if _graphs_have_own_memory(config, s):
@@ -171,7 +171,7 @@ def _graphs_have_own_memory(config: ModelConfig, s: MemorySettings) -> bool:
 def _beside_activations(config: ModelConfig, s: MemorySettings) -> dict[str, int]:
     """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
     moments = {"activations and backward of one layer": _in_layer_backward_bytes(config, s, False)}
-    if s.rank is not None:
+    if s.subspace is not None:
         moments["activations and backward with a refresh"] = _in_layer_backward_bytes(config, s, True)
         moments["activations and backward with a refresh"] += _other_sketches_bytes(config, s)
     if s.gradients_live_in_backward:
@@ -257,22 +257,22 @@ def _plain_backward_bytes(config: ModelConfig, s: MemorySettings, refresh: bool,
 
 def _multiplying_bytes(shape: Shape, s: MemorySettings) -> int:
     """Beside the factors of an input's gradient and the result: the dequantized weight, or codes of both factors."""
-    if s.weight_bits is None:
+    if s.weight.stored_bits is None:
         return 0
-    if s.int8_products:
+    if s.weight.int8_products:
         return _codes_bytes(shape[0], s) + _multiple(shape[0], 128) * shape[1]
     return math.prod(map(padded_width, shape)) * s.dtype_bytes
 
 
 def _codes_bytes(columns: int, s: MemorySettings) -> int:
     """Activations of so many columns in INT8, with a scale and a sum a row; nothing without products in INT8."""
-    return s.batch_size * s.max_length * (_multiple(columns, 128) + 8) if s.int8_products else 0
+    return s.batch_size * s.max_length * (_multiple(columns, 128) + 8) if s.weight.int8_products else 0
 
 
 def _projecting_bytes(shape: Shape, s: MemorySettings) -> int:
     """What makes the gradient of one matrix: basis, projected gradient, and a projected factor or the full gradient."""
     full = math.prod(shape) * s.dtype_bytes
-    if s.rank is None:
+    if s.subspace is None:
         return full
     tokens, projected = s.batch_size * s.max_length, sides(shape, s)
     direct = not s.residual and projects_directly(tokens, shape[0], shape[1], s.rank_of(shape), projected[0])
@@ -298,10 +298,10 @@ def _refresh_in_backward_bytes(shape: Shape, s: MemorySettings) -> int:
 
 def _other_sketches_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """Where graphs run a layer and several of its matrices are due: what waits for the end of its backward pass."""
-    if s.rank is None or s.svd or not (s.cuda_graphs and s.gradients_live_in_backward):
+    if s.subspace is None or s.svd or not (s.cuda_graphs and s.gradients_live_in_backward):
         return 0
     shapes = list(config.matrix_shapes().values())
-    due = min(len(shapes), math.ceil(config.num_hidden_layers * len(shapes) / s.update_proj_gap))
+    due = min(len(shapes), math.ceil(config.num_hidden_layers * len(shapes) / s.subspace.update_proj_gap))
     return (due - 1) * s.dtype_bytes * max(basis_values(shape, s) for shape in shapes)
 
 

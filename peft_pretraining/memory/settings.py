@@ -1,6 +1,8 @@
 """What decides the memory of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from qgalore.config import SubspaceConfig, WeightFormat
 
 Shape = tuple[int, ...]
 
@@ -35,42 +37,41 @@ class MemorySettings:
     """With checkpointing: only in every so many layers, the first of all included."""
     int8_activations: bool = False
     """Layers that are not recomputed round gate and up of the MLP to INT8; compiled ones keep the codes."""
-    rank: int | None = None
-    """Dimension of the subspace of the decoder matrices; None trains them in full."""
+    subspace: SubspaceConfig | None = None
+    """That of the decoder matrices; None trains them in full."""
     mlp_rank: int = 0
-    """That of matrices with a side of `mlp_width`, the MLP's; 0 for the same."""
+    """The rank of matrices with a side of `mlp_width`, the MLP's; 0 for that of `subspace`."""
     mlp_width: int = 0
-    proj_type: str = "std"
-    """std, reverse_std, left, right or full."""
-    proj_bits: int | None = None
-    """8 or 4: bits of a projection; None keeps it float."""
-    proj_group_size: int = 256
-    """Values of a basis vector that share a scale."""
-    update_proj_gap: int = 200
-    """Updates between two refreshes of a subspace, over which those of all matrices are spread."""
-    svd: bool = True
-    """Subspaces come from the full gradient of one matrix at a time; False: from a sketch (streaming)."""
-    weight_bits: int | None = None
-    """8 or 4: bits of a decoder weight; None keeps it float (as --simulation does)."""
-    weight_group_size: int = 256
-    """Weights of a row that share a scale."""
-    int8_products: bool = False
-    """Products with 8-bit weights in INT8: activations are rounded for each, and a whole row shares its scale."""
+    weight: WeightFormat = field(default_factory=WeightFormat)
+    """How a decoder weight is stored."""
     state_bits: int = 32
     """8 (block-wise), 16 or 32 bits a value of an optimizer state."""
     states: int = 2
     """Optimizer states of the weights' size: 2 for Adam, 1 for momentum, 0 for none."""
     decoder_states: int = 2
     """The same of the decoder matrices."""
-    residual: bool = False
-    """The last micro-batch's full gradient of a matrix is kept until its update."""
     factored: bool = False
     """Adafactor: of a matrix one value a row and one a column instead."""
 
     def rank_of(self, shape: Shape) -> int:
         """Of the subspace of a decoder matrix."""
-        assert self.rank is not None
-        return self.mlp_rank if self.mlp_rank and self.mlp_width in shape else self.rank
+        assert self.subspace is not None
+        return self.mlp_rank if self.mlp_rank and self.mlp_width in shape else self.subspace.rank
+
+    @property
+    def svd(self) -> bool:
+        """Whether subspaces come from the full gradient of one matrix at a time, not from a sketch (streaming)."""
+        return self.subspace is not None and self.subspace.subspace == "svd"
+
+    @property
+    def residual(self) -> bool:
+        """Whether the last micro-batch's full gradient of a matrix is kept until its update."""
+        return self.subspace is not None and self.subspace.residual != "none"
+
+    @property
+    def basis_bits(self) -> int | None:
+        """Bits of a stored basis; None where it is float."""
+        return None if self.subspace is None else self.subspace.basis_bits
 
     @property
     def gradients_live_in_backward(self) -> bool:

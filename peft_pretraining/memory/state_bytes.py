@@ -4,6 +4,7 @@ All sizes are exact: of the weights, projections, optimizer states and sums of g
 refreshes of subspaces are a bound. `memory_plan.py` adds what comes and goes.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
@@ -17,42 +18,41 @@ _ACCUMULATOR_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def sides(shape: Shape, s: MemorySettings) -> tuple[str, ...]:
-    """The sides of a matrix that are projected."""
-    shorter, longer = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
-    one = {"std": shorter, "reverse_std": longer, "left": "left", "right": "right"}
-    return (one[s.proj_type],) if s.proj_type in one else ("left", "right")
+    """The sides of a decoder matrix that are projected."""
+    return () if s.subspace is None else s.subspace.sides(shape)
 
 
 def gradient_shape(shape: Shape, s: MemorySettings) -> Shape:
     """Of what the optimizer sees: (rank, in), (out, rank), (rank, rank), or the matrix's own."""
-    if s.rank is None:
+    if s.subspace is None:
         return shape
-    projected, rank = sides(shape, s), s.rank_of(shape)
-    return (rank if "left" in projected else shape[0], rank if "right" in projected else shape[1])
+    return dataclasses.replace(s.subspace, rank=s.rank_of(shape)).gradient_shape(shape)
 
 
 def basis_values(shape: Shape, s: MemorySettings) -> int:
     """Values of all bases of a matrix."""
-    return 0 if s.rank is None else s.rank_of(shape) * sum(shape[0 if x == "left" else 1] for x in sides(shape, s))
+    return 0 if s.subspace is None else s.rank_of(shape) * sum(shape[0 if x == "left" else 1] for x in sides(shape, s))
 
 
 def weight_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of a decoder matrix as it is stored."""
-    if s.weight_bits is None:
+    if s.weight.stored_bits is None:
         return math.prod(shape) * s.dtype_bytes
-    group_size = shape[1] if s.int8_products else s.weight_group_size
-    return shape[0] * (aligned_row_bytes(shape[1], s.weight_bits) + _group_bytes(shape[1], group_size))
+    group_size = shape[1] if s.weight.int8_products else s.weight.group_size
+    return shape[0] * (aligned_row_bytes(shape[1], s.weight.stored_bits) + _group_bytes(shape[1], group_size))
 
 
 def projection_bytes(shape: Shape, s: MemorySettings) -> int:
     """Of the bases of a matrix as they are stored."""
-    if s.rank is None:
+    if s.subspace is None:
         return 0
-    if s.proj_bits is not None:
+    if s.basis_bits is not None:
         lengths = [shape[0 if side == "left" else 1] for side in sides(shape, s)]
-        return sum(_quantized_bytes(s.rank_of(shape), length, s.proj_bits, s.proj_group_size) for length in lengths)
+        return sum(
+            _quantized_bytes(s.rank_of(shape), length, s.basis_bits, s.subspace.proj_group_size) for length in lengths
+        )
     # A float basis has the dtype of a float weight, and is float32 beside integer weights.
-    return basis_values(shape, s) * (s.dtype_bytes if s.weight_bits is None else 4)
+    return basis_values(shape, s) * (s.dtype_bytes if s.weight.stored_bits is None else 4)
 
 
 def state_bytes(shape: Shape, s: MemorySettings, decoder: bool = False) -> int:
@@ -95,13 +95,13 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
     That is a sketch (rank, side), or in svd mode from the second refresh on a full gradient. Where an update ends with
     the one backward pass of each layer, nothing of it outlives that.
     """
-    if s.rank is None or s.gradients_live_in_backward:
+    if s.subspace is None or s.gradients_live_in_backward:
         return 0
 
-    count = layers * len(matrices)
+    count, gap = layers * len(matrices), s.subspace.update_proj_gap
 
     def due(spread: int) -> int:
-        return math.ceil(count / max(1, min(spread, s.update_proj_gap)))
+        return math.ceil(count / max(1, min(spread, gap)))
 
     def sketch(shape: Shape, side: str) -> int:
         return sum_bytes((s.rank_of(shape), shape[0 if side == "left" else 1]), s)
@@ -109,8 +109,8 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
     sketches = max(sum(sketch(shape, side) for side in sides(shape, s)) for shape in matrices)
     full = max(sum_bytes(shape, s) for shape in matrices)
     # The first refreshes, always from sketches, can meet the second ones of a short interval.
-    first = due(first_refresh_spread(count, s.update_proj_gap))
-    return first * sketches + due(s.update_proj_gap) * (full if s.svd else sketches)
+    first = due(first_refresh_spread(count, gap))
+    return first * sketches + due(gap) * (full if s.svd else sketches)
 
 
 def _quantized_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:

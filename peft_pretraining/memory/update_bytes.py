@@ -28,7 +28,7 @@ def largest_update_bytes(config: ModelConfig, s: MemorySettings) -> int:
     shapes = config.matrix_shapes().values()
     held = held_bases_bytes(config, s) if s.gradients_live_in_backward else 0
     largest = max(_steps_bytes(group, s, bool(held)) for group in updated_together(config, s))
-    if s.rank is not None:
+    if s.subspace is not None:
         largest = max(largest, *(refresh_of_subspace_bytes(shape, s) for shape in shapes))
         if s.cuda and s.decoder_states == 1:
             largest = max(largest, directions_bytes(config, s))
@@ -38,7 +38,7 @@ def largest_update_bytes(config: ModelConfig, s: MemorySettings) -> int:
 def updated_together(config: ModelConfig, s: MemorySettings) -> list[list[Shape]]:
     """The matrices of which Adam's steps are made at once (`qgalore.update.step`); others are made alone."""
     shapes, groups = list(config.matrix_shapes().values()), list[list[Shape]]()
-    one_by_one = s.rank is None or s.decoder_states != 2 or (s.gradients_live_in_backward and not s.cuda_graphs)
+    one_by_one = s.subspace is None or s.decoder_states != 2 or (s.gradients_live_in_backward and not s.cuda_graphs)
     limit = 0 if one_by_one else DIRECTIONS["adam"].values_together
     for shape in shapes if s.gradients_live_in_backward else shapes * config.num_hidden_layers:
         if not groups or gradient_values(groups[-1], s) > limit:
@@ -54,16 +54,16 @@ def _steps_bytes(shapes: list[Shape], s: MemorySettings, held: bool) -> int:
     """
     bases = [s.dtype_bytes * basis_copy_values(shape, s) for shape in shapes]
     steps = [step_bytes(shape, s) - (basis if held else 0) for shape, basis in zip(shapes, bases, strict=True)]
-    if held or s.rank is None or s.weight_bits is None or s.residual:
+    if held or s.subspace is None or s.weight.stored_bits is None or s.residual:
         bases = [0] * len(shapes)
-    directions = [s.dtype_bytes * gradient_values([shape], s) if s.rank is not None else 0 for shape in shapes]
+    directions = [s.dtype_bytes * gradient_values([shape], s) if s.subspace is not None else 0 for shape in shapes]
     there = list(map(sum, zip(directions, bases, strict=True)))
     return sum(there) + max(step - own for step, own in zip(steps, there, strict=True))
 
 
 def step_bytes(shape: Shape, s: MemorySettings) -> int:
     """Beside a matrix's gradient: the direction and the bases, and what making and applying the direction takes."""
-    if s.rank is None:
+    if s.subspace is None:
         return min(ROW_CHUNK, 4 * math.prod(shape))
     values, bases = math.prod(gradient_shape(shape, s)), basis_values(shape, s)
     step = s.dtype_bytes * (values + basis_copy_values(shape, s))
@@ -72,7 +72,7 @@ def step_bytes(shape: Shape, s: MemorySettings) -> int:
         step += _DIRECTION * values + _WRITE_8BIT_PART * part
     if s.residual:  # the whole direction, and what is added to it
         step += 2 * s.dtype_bytes * math.prod(shape)
-    elif s.weight_bits is None or s.int8_products or len(sides(shape, s)) == 2:
+    elif s.weight.stored_bits is None or s.weight.int8_products or len(sides(shape, s)) == 2:
         on_tensor_cores = s.cuda and s.dtype_bytes == 2 and len(sides(shape, s)) == 1
         step += (0 if on_tensor_cores else 4 * (values + bases)) + min(ROW_CHUNK, 4 * math.prod(shape))
     return step
@@ -111,7 +111,7 @@ def directions_bytes(config: ModelConfig, s: MemorySettings) -> int:
     layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
     sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
     values = min(layers * sum(sizes), DIRECTIONS["orthogonal"].values_together + max(sizes))
-    largest = max(s.rank or 0, s.mlp_rank)
+    largest = 0 if s.subspace is None else max(s.subspace.rank, s.mlp_rank)
     return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * largest**2)
 
 
@@ -122,4 +122,4 @@ def gradient_values(shapes: list[Shape], s: MemorySettings) -> int:
 
 def basis_copy_values(shape: Shape, s: MemorySettings) -> int:
     """Values of bases that have to be converted to the activations' dtype."""
-    return basis_values(shape, s) if s.proj_bits is not None or s.weight_bits is not None else 0
+    return basis_values(shape, s) if s.basis_bits is not None or s.weight.stored_bits is not None else 0

@@ -8,7 +8,6 @@ torch's AdamW on bfloat16 weights loses every update smaller than 1/512 of a wei
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -18,7 +17,8 @@ from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.library import LibraryOptimizer, library_optimizer
 from peft_pretraining.optim.protocol import TrainingOptimizer
-from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, low_rank_param_groups
+from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
+from qgalore.config import GROUP_KEY
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_numbers
 from qgalore.optimizer import LowRankAdamW
@@ -36,20 +36,9 @@ _ADAM_FAMILY = {
 }
 
 
-def weight_format(quantization: QuantizationArgs) -> WeightFormat:
-    """How the decoder's matrices are stored."""
-    return WeightFormat(
-        bits=quantization.weight_bits if quantization.weight_quant else None,
-        group_size=quantization.weight_group_size,
-        stochastic_rounding=quantization.stochastic_round or not quantization.weight_quant,
-        simulate=quantization.simulation,
-        int8_products=quantization.int8_products,
-    )
-
-
 def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs) -> Callable[[CausalLM, str], None]:
     """For `build_model`: turns each decoder matrix into its stored form as soon as it exists."""
-    format = weight_format(quantization)
+    format = quantization.weight_format
 
     def convert(model: CausalLM, name: str) -> None:
         linear = model.get_submodule(name)
@@ -65,7 +54,6 @@ def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs)
 def build_optimizer(
     model: nn.Module,
     args: OptimizerArgs,
-    quantization: QuantizationArgs,
     subspace: SubspaceArgs,
     seed: int,
     all_reduce: AllReduce | None = None,
@@ -81,12 +69,12 @@ def build_optimizer(
     if args.optimizer in LIBRARY_OPTIMIZERS:
         return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
     if args.is_low_rank:
-        groups[1] |= _low_rank_keys(quantization, subspace)
+        groups[1][GROUP_KEY] = subspace.config()
         if subspace.mlp_rank:
             mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
             of_mlp = [param for param in groups[1]["params"] if param in mlp]
             groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
-            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
+            groups.append(groups[1] | {"params": of_mlp, GROUP_KEY: subspace.config(subspace.mlp_rank)})
     optimizer = _ADAM_FAMILY[args.optimizer](
         groups,
         lr=args.lr,
@@ -128,24 +116,3 @@ def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
     matrices = [layer for layer in layers.modules() if isinstance(layer, LowRankLinear)]
     if device.type == "cuda" and all(reads_numbers(device, x.group_size) for x in matrices):
         model.run_layers_by(LayerGraphs(list(layers), run, optimizer))
-
-
-def _low_rank_keys(quantization: QuantizationArgs, subspace: SubspaceArgs) -> dict[str, Any]:
-    return {
-        "rank": subspace.rank,
-        "update_proj_gap": subspace.update_proj_gap,
-        "scale": subspace.galore_scale,
-        "proj_type": subspace.proj_type,
-        "quant": quantization.proj_quant,
-        "quant_n_bit": quantization.proj_bits,
-        "quant_group_size": quantization.proj_group_size,
-        "cos_threshold": subspace.cos_threshold,
-        "gamma_proj": subspace.gamma_proj,
-        "queue_size": subspace.queue_size,
-        "subspace": subspace.subspace,
-        "svd_method": subspace.svd_method,
-        "rotate_moments": subspace.rotates_moments,
-        "max_update_proj_gap": subspace.max_update_proj_gap,
-        "direction": subspace.direction,
-        "residual": subspace.residual,
-    }

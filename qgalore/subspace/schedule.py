@@ -5,13 +5,15 @@ of the interval, so that an update refreshes a few weights and never all: no sta
 gradients or sketches exist.
 
 The lazy rule of Q-GaLore (arXiv 2407.08296, section 3.3): when the subspace of a layer has changed little over
-`queue_size` refreshes in a row, its interval is multiplied by `gamma`. Change is measured by
+`queue_size` refreshes in a row, its interval is multiplied by `gamma_proj`. Change is measured by
 `qgalore.subspace.fit.similarity`; the window is emptied after each growth and the interval has a cap.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from qgalore.config import SubspaceConfig
 
 _LEAST_SPREAD, _MOST_AT_ONCE = 8, 7
 
@@ -28,22 +30,12 @@ def first_refresh_spread(count: int, base_interval: int) -> int:
 class RefreshSchedule:
     """The refreshes of one weight; all times are update steps, counted from 0."""
 
-    base_interval: int
-    """Updates between refreshes at the start (`update_proj_gap`)."""
+    options: SubspaceConfig
+    """The interval at the start, and the lazy rule, which holds for subspaces by SVD alone."""
     index: int
     """Number of the weight among `count`, for the staggering."""
     count: int
     """Weights that share the schedule."""
-    lazy: bool = False
-    """Apply the lazy rule."""
-    threshold: float = 0.4
-    """Mean similarity over the window above which the interval grows (`cos_threshold`)."""
-    gamma: float = 2.0
-    """Factor of the growth (`gamma_proj`)."""
-    queue_size: int = 5
-    """Refreshes in the window."""
-    max_interval: int = 0
-    """Cap of the interval; 0 stands for 8 times the base interval."""
     interval: int = 0
     next_refresh: int = 0
     refreshes: int = 0
@@ -53,10 +45,14 @@ class RefreshSchedule:
 
     def __post_init__(self) -> None:
         """Set what depends on other fields."""
-        self.max_interval = self.max_interval or 8 * self.base_interval
         if not self.interval:
-            self.interval = self.base_interval
-            self.next_refresh = self.index % first_refresh_spread(self.count, self.base_interval)
+            self.interval = self.options.update_proj_gap
+            self.next_refresh = self.index % first_refresh_spread(self.count, self.interval)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the interval grows where a subspace changes little."""
+        return self.options.subspace == "svd" and self.options.gamma_proj > 1
 
     def due(self, update_step: int) -> bool:
         """Whether the weight is refreshed in this update."""
@@ -69,15 +65,18 @@ class RefreshSchedule:
         if first:
             self.next_refresh = update_step + self._stagger(update_step)
             return
+        options = self.options
         if self.lazy and similarity is not None:
-            self.window = [*self.window, similarity][-self.queue_size :]
-            if len(self.window) == self.queue_size and sum(self.window) / self.queue_size > self.threshold:
-                self.interval = min(int(self.interval * self.gamma), max(self.max_interval, self.base_interval))
+            self.window = [*self.window, similarity][-options.queue_size :]
+            mean = sum(self.window) / options.queue_size
+            if len(self.window) == options.queue_size and mean > options.cos_threshold:
+                self.interval = min(int(self.interval * options.gamma_proj), options.longest_interval)
                 self.window = []
-        self.saved += self.interval // self.base_interval - 1
+        self.saved += self.interval // options.update_proj_gap - 1
         self.next_refresh = update_step + self.interval
 
     def _stagger(self, update_step: int) -> int:
         """Updates until the weight's own place in the interval comes round."""
-        place = (self.index * self.base_interval) // max(1, self.count)
-        return (place - update_step - 1) % self.base_interval + 1
+        interval = self.options.update_proj_gap
+        place = (self.index * interval) // max(1, self.count)
+        return (place - update_step - 1) % interval + 1

@@ -63,16 +63,7 @@ class LowRankWeight(WeightWithBases):
         # A place of its own: what a refresh allocates may be memory that CUDA graphs write over.
         self._newest_similarity = torch.zeros((), device=self.param.device)
         self._sketches: dict[str, GradientAccumulator] = {}
-        self.schedule = RefreshSchedule(
-            base_interval=group["update_proj_gap"],
-            index=place,
-            count=count,
-            lazy=group["subspace"] == "svd" and group["gamma_proj"] > 1,
-            threshold=group["cos_threshold"],
-            gamma=group["gamma_proj"],
-            queue_size=group["queue_size"],
-            max_interval=group["max_update_proj_gap"],
-        )
+        self.schedule = RefreshSchedule(self.subspace, place, count)
         if "schedule" in self.state:
             s = self.schedule
             s.interval, s.next_refresh, s.refreshes, s.saved = self.state["schedule"].tolist()
@@ -81,7 +72,7 @@ class LowRankWeight(WeightWithBases):
     def check(self) -> None:
         """Raise ValueError for a weight that is no matrix or has a side shorter than the rank."""
         super().check()
-        rank, shape = self.group["rank"], tuple(self.shape)
+        rank, shape = self.subspace.rank, tuple(self.shape)
         if len(shape) != 2:
             raise ValueError(f"parameter {self.name} of shape {shape} is not a matrix: it cannot have a rank")
         for side in self.sides:
@@ -93,9 +84,7 @@ class LowRankWeight(WeightWithBases):
     @property
     def gradient_shape(self) -> torch.Size:
         """See `FullRankWeight`."""
-        m, n = self.shape
-        rank = self.group["rank"]
-        return torch.Size((rank if "left" in self.sides else m, rank if "right" in self.sides else n))
+        return torch.Size(self.subspace.gradient_shape(self.shape))
 
     @property
     def values_to_sum(self) -> int:
@@ -105,11 +94,11 @@ class LowRankWeight(WeightWithBases):
     @property
     def direction(self) -> Direction:
         """See `FullRankWeight`."""
-        return DIRECTIONS[self.group["direction"]]
+        return DIRECTIONS[self.subspace.direction]
 
     @property
     def _has_residual(self) -> bool:
-        return bool(self.group["residual"] != "none")
+        return self.subspace.residual != "none"
 
     def _init_state(self) -> None:
         self.check()
@@ -118,7 +107,7 @@ class LowRankWeight(WeightWithBases):
         self.state["failures"] = torch.zeros((), dtype=torch.int64, device=self.param.device)
         for side in self.sides:
             d = m if side == "left" else n
-            start = fit.random_basis(self.group["rank"], d, self._seed(_START, d), self.param.device)
+            start = fit.random_basis(self.subspace.rank, d, self._seed(_START, d), self.param.device)
             self._store(side, self._encode(start))
         self._save_schedule()
 
@@ -136,11 +125,11 @@ class LowRankWeight(WeightWithBases):
 
     @property
     def _step_size(self) -> float:
-        return float(self.group["lr"] * self.group["scale"])
+        return float(self.group["lr"] * self.subspace.galore_scale)
 
     @property
     def _needs_full_gradient(self) -> bool:
-        return self.changes_subspace and self.group["subspace"] == "svd" and self.schedule.refreshes > 0
+        return self.changes_subspace and self.subspace.subspace == "svd" and self.schedule.refreshes > 0
 
     def forms_gradient(self, input: Tensor) -> bool:
         """See `qgalore.layer.gradient_sink.GradientTap`."""
@@ -148,12 +137,12 @@ class LowRankWeight(WeightWithBases):
         return (
             self._needs_full_gradient
             or self._has_residual
-            or not projects_directly(len(input), *self._matrix_shape, self.group["rank"], side)
+            or not projects_directly(len(input), *self._matrix_shape, self.subspace.rank, side)
         )
 
     def input_basis(self, input: Tensor) -> Tensor | None:
         """See `qgalore.layer.gradient_sink.GradientTap`; None for a large one: several would take much memory."""
-        large = self.group["rank"] * self._matrix_shape[1] * input.itemsize > JOINED_BASIS_BYTES
+        large = self.subspace.rank * self._matrix_shape[1] * input.itemsize > JOINED_BASIS_BYTES
         if large or self.sides != ("right",) or self.forms_gradient(input):
             return None
         return self.basis("right", input.dtype)
@@ -202,7 +191,7 @@ class LowRankWeight(WeightWithBases):
             self._full.place = zeros(self.shape, self._sum_dtype, device)
             return
         for side in self.sides:
-            shape = torch.Size((self.group["rank"], self.shape[0 if side == "left" else 1]))
+            shape = torch.Size((self.subspace.rank, self.shape[0 if side == "left" else 1]))
             self._sketches[side] = GradientAccumulator(self._sum_dtype, zeros(shape, self._sum_dtype, device))
 
     def _sketch(self, side: str) -> GradientAccumulator:
@@ -217,7 +206,7 @@ class LowRankWeight(WeightWithBases):
         m, n = self.shape
         if self.schedule.refreshes == 0 or len(self.sides) == 2:
             seed, other = self._seed(_TEST_MATRIX, m if side == "left" else n), n if side == "left" else m
-            test = fit.random_matrix(self.group["rank"], other, seed, self.param.device)
+            test = fit.random_matrix(self.subspace.rank, other, seed, self.param.device)
         else:
             momentum = moments.read_moment(self.state, "exp_avg")
             test = momentum if side == "left" else momentum.T
@@ -265,8 +254,8 @@ class LowRankWeight(WeightWithBases):
         bases: dict[str, Basis] = {}
         self._fit_failed = False
         for side in self.sides:
-            seed = self._seed(_RANGE_FINDER) if self.group["svd_method"] == "randomized" else None
-            fitted = fit.fit_svd(full, self.group["rank"], side, seed)
+            seed = self._seed(_RANGE_FINDER) if self.subspace.svd_method == "randomized" else None
+            fitted = fit.fit_svd(full, self.subspace.rank, side, seed)
             self._fit_failed |= fitted is None
             stored = self._stored(side)
             bases[side] = stored if fitted is None else self._encode(fit.with_signs_of(fitted, self._decode(stored)))
@@ -342,7 +331,7 @@ class LowRankWeight(WeightWithBases):
         change = new @ old.T
         similarity = fit.similarity(new, old, change)
         del new, old
-        if self.group["rotate_moments"]:
+        if self.subspace.rotates_moments:
             # One after the other: the second is read when the first has been written.
             for power, name in enumerate(self.direction.moments, start=1):
                 rotated = fit.rotate_moment(moments.read_moment(self.state, name, change.dtype), change, side, power)

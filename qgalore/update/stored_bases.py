@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgalore.config import GROUP_KEY, SubspaceConfig
 from qgalore.layer.quantization import QuantizedTensor, quantize
 from qgalore.update.full_rank import FullRankWeight, States
 
@@ -34,13 +35,15 @@ class WeightWithBases(FullRankWeight):
         self.held_bases.clear()
 
     @property
+    def subspace(self) -> SubspaceConfig:
+        """The options of the subspace."""
+        config: SubspaceConfig = self.group[GROUP_KEY]
+        return config
+
+    @property
     def sides(self) -> tuple[str, ...]:
         """The sides that are projected: ("left",), ("right",) or both; `std` takes the shorter side of the weight."""
-        m, n = self.shape
-        shorter, longer = ("right", "left") if m >= n else ("left", "right")
-        proj_type: str = self.group["proj_type"]
-        by_type = {"std": (shorter,), "reverse_std": (longer,), "left": ("left",), "right": ("right",)}
-        return by_type.get(proj_type, ("left", "right"))
+        return self.subspace.sides(self.shape)
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
@@ -61,9 +64,8 @@ class WeightWithBases(FullRankWeight):
         return {side: basis for side, basis in stored.items() if isinstance(basis, QuantizedTensor)}
 
     def _encode(self, basis: Tensor) -> Basis:
-        group = self.group
-        if group["quant"]:
-            return quantize(basis, group["quant_n_bit"], group["quant_group_size"])
+        if self.subspace.proj_quant:
+            return quantize(basis, self.subspace.proj_bits, self.subspace.proj_group_size)
         # A solver may leave columns contiguous; a loaded basis would then not multiply to the same bits.
         return basis.to(self._basis_dtype).contiguous()
 
@@ -97,5 +99,5 @@ class WeightWithBases(FullRankWeight):
         if scale is None:
             return stored
         d = self.shape[0 if side == "left" else 1]
-        bits, group_size = self.group["quant_n_bit"], self.group["quant_group_size"]
+        bits, group_size = self.subspace.proj_bits, self.subspace.proj_group_size
         return QuantizedTensor(stored, scale, self.state[f"{side}_basis_zero_point"], d, bits, group_size)
