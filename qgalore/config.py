@@ -184,8 +184,6 @@ def limits_of(options: type) -> dict[str, Allowed]:
     return found
 
 
-GROUP_KEY = "subspace_config"
-"""Under which a param group holds its SubspaceConfig."""
 _SPELLINGS = {
     "scale": "galore_scale",
     "quant": "proj_quant",
@@ -195,11 +193,11 @@ _SPELLINGS = {
 """Keys of q-galore-torch, which also the checkpoints of version 0.1.0 have, and ours."""
 
 
-def take_subspace(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """A param group with its options of a subspace in one `SubspaceConfig`, if it has a rank; else without.
+def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """A param group with all options of a `SubspaceConfig` under their own names, if it has a rank; else without.
 
-    The options are given as that, under `GROUP_KEY`, or one by one under their names or those of q-galore-torch.
-    defaults: of options that are not given. Raises ValueError for what makes no sense.
+    The options may be given under the names of q-galore-torch. defaults: of options that are not given. Raises
+    ValueError for what makes no sense.
     """
     names = {field.name for field in dataclasses.fields(SubspaceConfig)}
     options: dict[str, Any] = {}
@@ -211,25 +209,22 @@ def take_subspace(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
             options[name], spelling[name] = value, key
         else:
             rest[key] = value
-    given = ", ".join(spelling.values())
-    if GROUP_KEY in rest and given:
-        raise ValueError(f"{given} beside {GROUP_KEY}: put all options into one SubspaceConfig")
-    if given and "rank" not in options:
+    if options and "rank" not in options:
+        given = ", ".join(spelling.values())
         raise ValueError(
             f"a param group has {given} and no rank: give its rank, or leave them out to train in full rank"
         )
     if options.get("rank") is None:
         return rest
     try:
-        return {**rest, GROUP_KEY: SubspaceConfig(**(defaults | options))}
+        return {**rest, **dataclasses.asdict(SubspaceConfig(**(defaults | options)))}
     except ValueError as error:
         text = str(error)
-        for ours, given in spelling.items():
-            text = text.replace(ours, given)
+        for ours, theirs in spelling.items():
+            text = text.replace(ours, theirs)
         raise ValueError(text) from None
 
 
-def spread_subspace(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `take_subspace`, of plain values alone: as a param group stands in a state dict."""
-    rest = {key: value for key, value in group.items() if key != GROUP_KEY}
-    return {**rest, **dataclasses.asdict(group[GROUP_KEY])} if GROUP_KEY in group else rest
+def subspace_of(group: Mapping[str, Any]) -> SubspaceConfig:
+    """The options of a param group that `complete_group` has made."""
+    return SubspaceConfig(**{field.name: group[field.name] for field in dataclasses.fields(SubspaceConfig)})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qgalore.config import GROUP_KEY, spread_subspace, take_subspace
+from qgalore.config import complete_group
 from qgalore.param_groups import check_low_rank
 from qgalore.saved_state import state_for
 from qgalore.update.all_reduce import AllReduce, RankSum
@@ -103,7 +103,7 @@ class LowRankAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with the options of a `SubspaceConfig` its weights are under projection."""
-        param_group = take_subspace(param_group, proj_quant=self.quant)
+        param_group = complete_group(param_group, proj_quant=self.quant)
         super().add_param_group(param_group)
         try:
             check_low_rank(param_group)
@@ -118,14 +118,14 @@ class LowRankAdamW(Optimizer):
         Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
-        count = sum(len(group["params"]) for group in self.param_groups if GROUP_KEY in group)
+        count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = place = 0
         for group in self.param_groups:
-            kind = LowRankWeight if GROUP_KEY in group else FullRankWeight
+            kind = LowRankWeight if "rank" in group else FullRankWeight
             for param in group["params"]:
                 weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
                 weight.bind(group, self.state, index, place, count)
-                index, place = index + 1, place + (GROUP_KEY in group)
+                index, place = index + 1, place + ("rank" in group)
 
     # ---- the backward pass
 
@@ -328,11 +328,6 @@ class LowRankAdamW(Optimizer):
             weight.clear()
 
     # ---- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer, with plain values: the options of a subspace stand one by one in their group."""
-        state: dict[str, Any] = super().state_dict()
-        return {**state, "param_groups": [spread_subspace(group) for group in state["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.

@@ -7,12 +7,13 @@ The options of a low-rank group are those of `qgalore.config.SubspaceConfig`, as
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from qgalore.config import GROUP_KEY, SubspaceConfig
+from qgalore.config import SubspaceConfig
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.names import module_of
 
@@ -43,7 +44,7 @@ def low_rank_param_groups(
             "requires_grad_(True), or name others"
         )
     if config is not None:
-        low_rank[GROUP_KEY] = config
+        low_rank |= dataclasses.asdict(config)
     return [{"params": [param for param in trained if param not in chosen]}, {"params": weights, **low_rank}]
 
 
@@ -57,11 +58,11 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
 
 def check_low_rank(group: dict[str, Any]) -> None:
     """Raise ValueError for a group that has a rank and, with the optimizer's defaults, makes no sense."""
-    if GROUP_KEY not in group:
+    if "rank" not in group:
         return
     if not group["params"]:
         raise ValueError(
-            f"a param group with rank={group[GROUP_KEY].rank} has no parameters: nothing would be low-rank; leave it "
+            f"a param group with rank={group['rank']} has no parameters: nothing would be low-rank; leave it "
             "out for plain AdamW, or give it matrices"
         )
     if group["weight_decay"] and not group["decoupled_weight_decay"]:

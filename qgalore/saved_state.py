@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qgalore.config import GROUP_KEY, take_subspace
+from qgalore.config import complete_group
 from qgalore.update.full_rank import HOST_STATE
 
 Group = dict[str, Any]
@@ -33,8 +33,8 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
     Tensors are copies on the parameter's device (counters: on the CPU), in the dtypes they were saved in; `saved` stays
     as it is. Raises ValueError for the state of another optimizer or model.
     """
-    loaded = [take_subspace(_LATER_KEYS | group) for group in saved["param_groups"]]
-    _check_groups(groups, loaded)
+    _check_groups(groups, saved["param_groups"])
+    loaded = [complete_group(_LATER_KEYS | group) for group in saved["param_groups"]]
     ids = itertools.chain.from_iterable(group["params"] for group in loaded)
     params = itertools.chain.from_iterable(group["params"] for group in groups)
     owners: dict[Any, Tensor] = dict(zip(ids, params, strict=True))
@@ -54,8 +54,8 @@ def _check_groups(groups: list[Group], loaded: list[Group]) -> None:
     if len(groups) != len(loaded):
         raise ValueError(f"the optimizer has {len(groups)} param groups, the state to load {len(loaded)}: {other}")
     for number, (ours, group) in enumerate(zip(groups, loaded, strict=True)):
-        kinds = ["with a rank" if GROUP_KEY in each else "without a rank" for each in (ours, group)]
-        lacking = sorted({*_GROUP_KEYS} - group.keys())
+        kinds = ["with a rank" if "rank" in each else "without a rank" for each in (ours, group)]
+        lacking = sorted({*_GROUP_KEYS} - group.keys() - _LATER_KEYS.keys())
         if kinds[0] != kinds[1] or lacking:
             lacks = f" and lacks {', '.join(lacking)}" if lacking else ""
             raise ValueError(

@@ -34,7 +34,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.config import GROUP_KEY, SubspaceConfig
+from qgalore.config import SubspaceConfig
 from qgalore.graphs.dequant_cache import held_bases, held_weights
 from qgalore.update.directions import DIRECTIONS, orthogonal_directions
 from qgalore.update.moments import GradientStep, init_moments
@@ -163,12 +163,11 @@ def test_weights_and_states_are_exact(case: str, tied: bool) -> None:
     groups = low_rank_param_groups(model, low_rank_names(model))
     if settings.subspace is not None:
         direction = "adam" if settings.decoder_states == 2 else "orthogonal"
-        groups[1][GROUP_KEY] = dataclasses.replace(settings.subspace, direction=direction)
+        groups[1] |= dataclasses.asdict(settings.subspace) | {"direction": direction}
     if settings.mlp_rank:
         of_mlp = [layer.weight for name, layer in model.named_modules() if name.endswith("_proj") and ".mlp." in name]
         rest = [param for param in groups[1]["params"] if all(param is not weight for weight in of_mlp)]
-        mlp_subspace = dataclasses.replace(groups[1][GROUP_KEY], rank=settings.mlp_rank)
-        groups.append(groups[1] | {"params": of_mlp, GROUP_KEY: mlp_subspace})
+        groups.append(groups[1] | {"params": of_mlp, "rank": settings.mlp_rank})
         groups[1]["params"] = rest
     optimizer = kind(groups, lr=1e-3)
     optimizer.attach(model)

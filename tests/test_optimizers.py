@@ -18,7 +18,6 @@ from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.lr_schedule import set_learning_rate
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import LowRankLinear
-from qgalore.config import GROUP_KEY, spread_subspace
 from tests.small_run import OPTIMIZERS, VOCAB, SmallRun, assert_same_bits, flags_of
 
 LIBRARIES = ("sgd", "adafactor")
@@ -70,7 +69,7 @@ def test_two_groups_hold_every_parameter_once(small: SmallRun, name: str) -> Non
     set_learning_rate(optimizer, 0.5)
     set_learning_rate(optimizer, 0.5)
     assert (full_rank["lr"], low_rank["lr"]) == (0.001, 0.005)
-    assert (GROUP_KEY in low_rank) == ("galore" in name) and GROUP_KEY not in full_rank
+    assert ("rank" in low_rank) == ("galore" in name) and "rank" not in full_rank
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("sgd", "adam", "adafactor")])
@@ -95,14 +94,14 @@ def test_matrices_of_the_mlp_may_have_a_rank_of_their_own(small: SmallRun) -> No
     for group, part, rank in ((attention, "self_attn", 24), (mlp, "mlp", 8)):
         names = [name for name in low_rank_names(model) if f".{part}." in name]
         assert set(group["params"]) == {model.get_submodule(name).weight for name in names} and names
-        assert group[GROUP_KEY].rank == rank
-    assert {key: value for key, value in spread_subspace(attention).items() if key not in ("params", "rank")} == {
-        key: value for key, value in spread_subspace(mlp).items() if key not in ("params", "rank")
+        assert group["rank"] == rank
+    assert {key: value for key, value in attention.items() if key not in ("params", "rank")} == {
+        key: value for key, value in mlp.items() if key not in ("params", "rank")
     }
     train(model, optimizer, range(2))
     for group in (attention, mlp):
         for param in group["params"]:
-            assert group[GROUP_KEY].rank in optimizer.state[param]["exp_avg"].shape  # type: ignore[attr-defined]
+            assert group["rank"] in optimizer.state[param]["exp_avg"].shape  # type: ignore[attr-defined]
 
 
 def test_the_flags_of_the_subspace_arrive(small: SmallRun) -> None:
@@ -114,7 +113,7 @@ def test_the_flags_of_the_subspace_arrive(small: SmallRun) -> None:
         "residual": "fira",
     }  # fmt: skip
     _, optimizer = build(small, **flags)
-    group = spread_subspace(optimizer.param_groups[1])
+    group = optimizer.param_groups[1]
     expected = {
         "rank": 16, "galore_scale": 0.25, "proj_type": "left", "proj_quant": True, "proj_bits": 8,
         "proj_group_size": 24, "update_proj_gap": 7, "max_update_proj_gap": 21, "cos_threshold": 0.7,
@@ -129,7 +128,7 @@ def test_projections_are_quantized_only_where_asked(small: SmallRun) -> None:
     for name in ("galore_adamw", "q_galore_adamw8bit"):
         for asked in (True, None):
             _, optimizer = build(small, **flags_of(name) | {"proj_quant": asked})
-            assert optimizer.param_groups[1][GROUP_KEY].proj_quant is bool(asked)
+            assert optimizer.param_groups[1]["proj_quant"] is bool(asked)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

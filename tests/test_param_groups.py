@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, linear_names, low_rank_param_groups
-from qgalore.config import spread_subspace
 
 
 class Block(nn.Module):
@@ -85,7 +84,7 @@ def test_a_name_that_is_not_there_is_refused() -> None:
 def test_groups_carry_the_defaults_of_the_optimizer() -> None:
     model = Model()
     optimizer = QGaLoreAdamW8bit(low_rank_param_groups(model, NAMES, rank=4, update_proj_gap=7), lr=0.01)
-    group = spread_subspace(optimizer.param_groups[1])
+    group = optimizer.param_groups[1]
     expected = {
         "rank": 4, "update_proj_gap": 7, "galore_scale": 0.25, "proj_type": "std", "proj_quant": True, "proj_bits": 4,
         "proj_group_size": 256, "cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5, "subspace": "svd",

@@ -75,10 +75,7 @@ class RunCheckpoints:
         check_compatible(checkpoint, {name: described[name] for name in _FIXED})
         check_model_tensors(checkpoint, self._model.state_dict())
         self._model.load_state_dict(checkpoint.model_tensors)
-        given = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(checkpoint.optimizer_state)
-        for group, values in zip(self._optimizer.param_groups, given, strict=True):
-            group.update(values)  # this command's learning rates hold, not those of the checkpoint
+        self._optimizer.load_state_dict(self._with_todays_options(checkpoint.optimizer_state))
         self._loader.load_state_dict(checkpoint.state["data"])
         names = ("tokens", "skipped_in_a_row", "wandb_run_id")
         position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
@@ -89,6 +86,13 @@ class RunCheckpoints:
             )
         take_over(checkpoint, self.save_dir, self._processes)
         return position
+
+    def _with_todays_options(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state with this command's rates and options, not those that it was saved with."""
+        groups = list(state["param_groups"])
+        for number, group in enumerate(self._optimizer.param_groups[: len(groups)]):
+            groups[number] = groups[number] | {key: value for key, value in group.items() if key != "params"}
+        return state | {"param_groups": groups}
 
     def save(
         self,

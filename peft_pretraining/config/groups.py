@@ -7,13 +7,12 @@ plain values.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
 from peft_pretraining.config.flags import Flag, parse_count
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
-from qgalore.config import SubspaceConfig, WeightFormat
+from qgalore.config import SubspaceConfig, WeightFormat, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
@@ -213,10 +212,9 @@ class SubspaceArgs(SubspaceConfig):
     def __post_init__(self) -> None:
         """Nothing: a command line says everything that is wrong with it at once (`config.checks`)."""
 
-    def config(self, rank: int | None = None) -> SubspaceConfig:
-        """The options of the library, of another rank where one is given."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SubspaceConfig)}
-        return SubspaceConfig(**values | ({} if rank is None else {"rank": rank}))
+    def config(self) -> SubspaceConfig:
+        """The options of the library."""
+        return subspace_of(vars(self))
 
 
 @dataclass(frozen=True)

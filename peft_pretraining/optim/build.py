@@ -7,6 +7,7 @@ torch's AdamW on bfloat16 weights loses every update smaller than 1/512 of a wei
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import nn
@@ -18,7 +19,6 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.library import LibraryOptimizer, library_optimizer
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
-from qgalore.config import GROUP_KEY
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_numbers
 from qgalore.optimizer import LowRankAdamW
@@ -69,12 +69,12 @@ def build_optimizer(
     if args.optimizer in LIBRARY_OPTIMIZERS:
         return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
     if args.is_low_rank:
-        groups[1][GROUP_KEY] = subspace.config()
+        groups[1] |= dataclasses.asdict(subspace.config())
         if subspace.mlp_rank:
             mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
             of_mlp = [param for param in groups[1]["params"] if param in mlp]
             groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
-            groups.append(groups[1] | {"params": of_mlp, GROUP_KEY: subspace.config(subspace.mlp_rank)})
+            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
     optimizer = _ADAM_FAMILY[args.optimizer](
         groups,
         lr=args.lr,

@@ -125,7 +125,7 @@ class LowRankWeight(WeightWithBases):
 
     @property
     def _step_size(self) -> float:
-        return float(self.group["lr"] * self.subspace.galore_scale)
+        return float(self.group["lr"] * self.group["galore_scale"])
 
     @property
     def _needs_full_gradient(self) -> bool:

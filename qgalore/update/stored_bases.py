@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgalore.config import GROUP_KEY, SubspaceConfig
+from qgalore.config import subspace_of
 from qgalore.layer.quantization import QuantizedTensor, quantize
 from qgalore.update.full_rank import FullRankWeight, States
 
@@ -25,7 +25,8 @@ class WeightWithBases(FullRankWeight):
         """What `basis` gives in one dtype, by side, made ahead by `qgalore.graphs.dequant_cache`."""
 
     def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
-        """See `FullRankWeight`."""
+        """See `FullRankWeight`; the options of the subspace are those that the group has now."""
+        self.subspace = subspace_of(group)
         super().bind(group, states, index, place, count)
         self.held_bases.clear()
 
@@ -33,12 +34,6 @@ class WeightWithBases(FullRankWeight):
         """Forget the gradient, and the bases that were held for it."""
         super().clear()
         self.held_bases.clear()
-
-    @property
-    def subspace(self) -> SubspaceConfig:
-        """The options of the subspace."""
-        config: SubspaceConfig = self.group[GROUP_KEY]
-        return config
 
     @property
     def sides(self) -> tuple[str, ...]:
