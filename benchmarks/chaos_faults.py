@@ -43,32 +43,51 @@ SETTINGS = (
 # (file, function, largest number of the call) by what the program is doing then.
 MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     "kill inside an update": [
-        ("full_rank_weight.py", "update", 60), ("adam.py", "adam_steps", 60), ("adam.py", "adam_step", 40),
-        ("low_rank_weight.py", "apply_direction", 60), ("layer_update.py", "update_layers_", 60),
-        ("low_rank_weight.py", "end_update", 60), ("low_rank_weight.py", "_change_basis", 20),
-        ("low_rank_weight.py", "accumulate", 90), ("optimizer.py", "step", 12),
+        ("update/full_rank.py", "update", 60),
+        ("update/moments.py", "adam_steps", 60),
+        ("update/moments.py", "adam_step", 40),
+        ("update/low_rank.py", "apply_direction", 60),
+        ("layer/grouped_update.py", "update_layers_", 60),
+        ("update/low_rank.py", "end_update", 60),
+        ("update/low_rank.py", "_change_basis", 20),
+        ("update/low_rank.py", "accumulate", 90),
+        ("qgalore/optimizer.py", "step", 12),
     ],
     "kill inside a save": [
         # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.
-        ("checkpoint.py", "_synced_file", 24), ("tensor_file.py", "write", 60),
-        ("checkpoint_folder.py", "put_in_place", 3),
-        ("checkpoint_folder.py", "sync_directory", 6), ("checkpoint_folder.py", "remove_leftovers", 3),
-        ("checkpoint_manifest.py", "write_manifest", 3), ("metrics.py", "sync", 3),
+        ("checkpoint/store.py", "_synced_file", 24),
+        ("checkpoint/tensor_file.py", "write", 60),
+        ("checkpoint/folder.py", "put_in_place", 3),
+        ("checkpoint/folder.py", "sync_directory", 6),
+        ("checkpoint/folder.py", "remove_leftovers", 3),
+        ("checkpoint/manifest.py", "write_manifest", 3),
+        ("reporting/jsonl.py", "sync", 3),
     ],
     "kill while pruning": [
-        ("checkpoint_folder.py", "prune", 3), ("shutil.py", "rmtree", 6), ("shutil.py", "_rmtree_safe_fd", 6),
+        ("checkpoint/folder.py", "prune", 3),
+        ("shutil.py", "rmtree", 6),
+        ("shutil.py", "_rmtree_safe_fd", 6),
     ],
     "kill while reading data": [
-        ("lanes.py", "take", 60), ("dataloader.py", "next_update", 10), ("dataloader.py", "_fill", 30),
-        ("sources.py", "read", 90),
+        ("data/order.py", "take", 60),
+        ("data/train_loader.py", "next_update", 10),
+        ("data/train_loader.py", "_fill", 30),
+        ("sources/gzip_json.py", "read", 90),
     ],
     "kill while starting or resuming": [
-        ("run_checkpoints.py", "choose_checkpoint", 1), ("checkpoint.py", "load_newest_checkpoint", 1),
-        ("run_checkpoints.py", "take_over", 1), ("metrics.py", "truncate_after", 2),
-        ("dataloader.py", "load_state_dict", 1), ("optimizer.py", "load_state_dict", 1), ("model.py", "build_model", 1),
+        ("checkpoint/run_state.py", "choose_checkpoint", 1),
+        ("checkpoint/store.py", "load_newest_checkpoint", 1),
+        ("checkpoint/run_state.py", "take_over", 1),
+        ("reporting/jsonl.py", "truncate_after", 2),
+        ("data/train_loader.py", "load_state_dict", 1),
+        ("qgalore/optimizer.py", "load_state_dict", 1),
+        ("peft_pretraining/build.py", "build_model", 1),
     ],
-    "kill while evaluating or logging": [("evaluation.py", "evaluate", 2), ("metrics.py", "_append", 9)],
-}  # fmt: skip
+    "kill while evaluating or logging": [
+        ("peft_pretraining/evaluation.py", "evaluate", 2),
+        ("reporting/jsonl.py", "_append", 9),
+    ],
+}
 BY_THE_CLOCK, ONE_RANK, RESTART = "kill by the clock", "kill of one rank", "kill of one rank, torchrun restarts"
 FULL_DISK, FLIPPED, CUT, NETWORK = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint", "network"
 STOPPED = "SIGTERM, SIGINT or SIGUSR1"
@@ -99,7 +118,7 @@ def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[Fault]
 def every_place() -> list[Fault]:
     """A kill before, between and after all steps of a save, and a flipped byte and a cut in every file."""
     # A context manager: called and left before a file is written, and again when it is, to sync it.
-    steps = [f"checkpoint.py:_synced_file:{event}:{n}" for n in range(1, 2 * len(FILES) + 1) for event in EVENTS]
+    steps = [f"checkpoint/store.py:_synced_file:{event}:{n}" for n in range(1, 2 * len(FILES) + 1) for event in EVENTS]
     names = ("remove_leftovers", "put_in_place", "sync_directory", "prune")
-    steps += [f"checkpoint_folder.py:{name}:{event}:1" for name in names for event in EVENTS]
+    steps += [f"checkpoint/folder.py:{name}:{event}:1" for name in names for event in EVENTS]
     return [Fault(SAVE, step) for step in steps] + [Fault(kind, file) for kind in (FLIPPED, CUT) for file in FILES]

@@ -37,20 +37,22 @@ def test_another_bit_is_noticed(tmp_path: Path) -> None:
 def test_a_moment_that_is_never_reached_is_no_kill(tmp_path: Path) -> None:
     report = chaos.Report()
     subject = chaos.Chaos(chaos.SETTINGS[0], tmp_path / "chaos", report, random.Random(3))
-    assert not subject.start("run", CHAOS_MOMENT="checkpoint.py:save_checkpoint:call:999").killed
-    ending = subject.start("other", CHAOS_MOMENT="checkpoint.py:save_checkpoint:call:2")
+    assert not subject.start("run", CHAOS_MOMENT="checkpoint/store.py:save_checkpoint:call:999").killed
+    ending = subject.start("other", CHAOS_MOMENT="checkpoint/store.py:save_checkpoint:call:2")
     assert ending.killed and ending.code == -9
     assert [path.name for path in chaos.list_checkpoints(subject.folder / "other")] == ["step_00000000"]
 
 
 def test_every_moment_is_in_the_program(root: Path) -> None:
     for file, function, _ in [moment for moments in chaos_faults.MOMENTS.values() for moment in moments]:
-        sources = [path for name in ("qgalore", "peft_pretraining") for path in (root / name).rglob(file)]
-        assert file == "shutil.py" or any(f"def {function}(" in path.read_text() for path in sources), (file, function)
+        found = [path for name in ("qgalore", "peft_pretraining") for path in (root / name).rglob("*.py")]
+        named = [path for path in found if path.as_posix().endswith(f"/{file}")]
+        if file != "shutil.py":
+            assert len(named) == 1 and f"def {function}(" in named[0].read_text(), (file, function)
 
 
 def test_a_fault_that_cannot_be_made_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos, "LONGEST_IDLE", 1)
-    deck = [chaos.Fault(chaos.SAVE, "checkpoint.py:no_such_function:call:1")]
+    deck = [chaos.Fault(chaos.SAVE, "checkpoint/store.py:no_such_function:call:1")]
     report = chaos.disturb_all(tmp_path / "chaos", chaos.SETTINGS[:1], [deck], seed=1)
     assert ["could never be made" in failure for failure in report.failures] == [True] and report.kills == 0

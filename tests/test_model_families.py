@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from peft_pretraining import models
+from peft_pretraining.build import build_model
+from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.from_args import plan
 from peft_pretraining.models import registry
-from peft_pretraining.models.build import build_model, build_on_meta, low_rank_names, parameter_count
+from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.network import CausalLM
 from qgalore import LowRankLinear
 from scripts.export_hf import export
@@ -165,7 +167,7 @@ def test_one_folder_is_enough_to_train_another_family(small: SmallRun, optimizer
     assert len(result.losses) == 2 and result.eval_loss > 0
     before, after = result.checkpoint(0).model_tensors, result.checkpoint(2).model_tensors
     integers = {name for name, tensor in after.items() if tensor.dtype == torch.uint8 or tensor.dtype == torch.int8}
-    assert integers == {f"{name}.weight" for name in MATRICES}
+    assert integers == {f"{name}.weight_qdata" for name in MATRICES}
     # Of scales and zero points those in use stay: only codes and float parameters are updated.
     assert all(not torch.equal(before[name], after[name]) for name in integers | {"table.weight", "norm.weight"})
 
@@ -195,7 +197,7 @@ def test_dry_run_of_another_family(small: SmallRun, capsys: pytest.CaptureFixtur
 
 
 def test_what_the_builder_and_the_optimizers_ask(small: SmallRun) -> None:
-    model = build_model(small.config, dtype=torch.float32)
+    model = build_model(ModelArgs(str(small.config), dtype="float32"))
     assert isinstance(model, CausalLM) and low_rank_names(model) == MATRICES
     assert len(model.decoder_layers) == 2 and model.compiled_layer is None
     model.compile_layers()
@@ -207,7 +209,7 @@ def test_outputs_are_padded_where_the_network_says_so(small: SmallRun) -> None:
 
     args = parse_args(small.argv("run", flags_of("q_galore_adamw8bit")))
     convert = low_rank_converter(args.optimizer, args.quantization)
-    model = build_model(small.config, dtype=torch.float32, on_module=convert)
+    model = build_model(ModelArgs(str(small.config), dtype="float32"), on_module=convert)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     assert list(layers) == MATRICES
     assert [name for name, layer in layers.items() if layer.pads_output] == [MATRICES[0], MATRICES[2]]
@@ -224,7 +226,7 @@ def test_what_a_family_has_not_got_is_refused(small: SmallRun, flag: str, messag
     with pytest.raises(UserError, match=message):
         parse_args(small.argv("run", {flag: True}))
     with pytest.raises(UserError, match="leave --" + flag):
-        build_model(small.config, **{flag: True})  # type: ignore[arg-type]
+        build_model(ModelArgs(str(small.config), **{flag: True}))  # type: ignore[arg-type]
 
 
 def test_an_export_finds_the_columns_of_another_family(small: SmallRun, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.kernels import reference
+from qgalore.kernels.reference import low_rank_update
 from qgalore.update import moments
 
 BLOCK = 256
@@ -214,7 +215,7 @@ def test_step_in_parts_equals_the_whole(
     grad = normal(*shape).to(device)
     whole, parted = new_state(shape, bits, device), new_state(shape, bits, device)
     expected = moments.adam_step(whole, grad, 1, BETAS, EPS)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 3 * columns)
+    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 3 * columns)
     parts = moments.row_parts(parted, shape)
     # Rows of 300 values share blocks of 256, so an 8-bit state of them cannot be parted.
     assert len(parts) == (1 if bits == 8 and columns == 300 else 7)

@@ -224,8 +224,8 @@ def check_adam(device: torch.device) -> None:
                         direction = moments.adam_step(state, grad, step, (0.9, 0.99), 1e-8, factor=factor)  # noqa: B023
                     return direction, *(state[key] for key in sorted(state))
 
-                (expected, *moments), (found, *found_moments) = both(run)  # type: ignore[misc]
-                assert same(tuple(moments), tuple(found_moments)), (shape, bits, factor)
+                (expected, *states), (found, *found_states) = both(run)  # type: ignore[misc]
+                assert same(tuple(states), tuple(found_states)), (shape, bits, factor)
                 # Neither the kernel's square root nor PyTorch's own on a CPU is always the nearest.
                 assert torch.allclose(found, expected, rtol=1e-6, atol=0), (shape, bits, factor)
 

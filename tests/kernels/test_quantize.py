@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.kernels import reference
+from qgalore.kernels.reference import low_rank_update
 
 GROUP = 256
 COLUMNS = (1, 255, 256, 257, 1376, 5461)
@@ -176,7 +177,7 @@ def test_update_in_chunks_of_rows_equals_the_whole(
     left, direction = uniform(4, 37, -1.0, 1.0, 1).to(device), uniform(4, 301, -1.0, 1.0, 2).to(device)
     results = []
     for elements in (1 << 22, 301 * 5):
-        monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", elements)
         weight = stored(37, 301, bits, device)
         kernels.update_quantized_(*weight, direction, left, None, 301, bits, GROUP, 0.01, 0.999, 11)
         results.append(weight)
@@ -192,7 +193,7 @@ def test_float_update_in_parts_equals_the_whole(
     kernels.update_float_(whole, direction, None, None, 1e-3, 1.0, 9)
     for rows in (slice(0, 7), slice(7, 20)):
         kernels.update_float_(parts[rows], direction[rows], None, None, 1e-3, 1.0, 9, rows.start)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 33 * 3)
+    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 33 * 3)
     kernels.update_float_(chunked, direction, None, None, 1e-3, 1.0, 9)
     assert not torch.equal(whole, start)
     assert torch.equal(whole, parts) and torch.equal(whole, chunked)
