@@ -59,7 +59,7 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
     training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], processes)
     assert isinstance(optimizer, LowRankAdamW)
     schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
-    interval = schedules[0].base_interval
+    interval = schedules[0].options.update_proj_gap
     # With all first refreshes, and the steps before CUDA graphs.
     seconds_in_a_row(training.update, first_refresh_spread(len(schedules), interval) + 3, device)
     with_refreshes, without = [], []

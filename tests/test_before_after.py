@@ -1,4 +1,4 @@
-"""`benchmarks/before_after.py`: the order of the runs, the table, and two real runs on the CPU."""
+"""`benchmarks/before_after.py`: the order of the runs, the table, and runs of two checkouts."""
 
 from __future__ import annotations
 
@@ -30,15 +30,41 @@ def test_medians_are_of_the_runs_that_worked() -> None:
     assert lines[2] == "| 60m | tokens_per_second | 200 | 202 | 1.0100 | 100.00% | 150.00% | 3 |"
 
 
-@pytest.mark.slow
-def test_two_checkouts_are_measured(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+STAND_IN = """
+import json, sys
+assert sys.argv[sys.argv.index("--one") + 1] == "adamw" and "--turn" in sys.argv, sys.argv
+if sys.argv[sys.argv.index("--models") + 1] == "1b":
+    sys.exit("no memory")
+print("a line before")
+print(json.dumps({"tokens_per_second": SPEED, "last_loss": 2.5, "commit": "NAME", "error": ""}))
+"""
+
+
+def checkout(folder: Path, speed: int, name: str) -> Path:
+    """A checkout whose `benchmarks.compare` has always the same speed."""
+    (folder / "benchmarks").mkdir(parents=True)
+    program = STAND_IN.replace("SPEED", str(speed)).replace("NAME", name)
+    (folder / "benchmarks" / "compare.py").write_text(program)
+    return folder
+
+
+def test_two_checkouts_are_measured_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = checkout(tmp_path / "before", 100, "old")
+    monkeypatch.setattr(before_after, "ROOT", checkout(tmp_path / "after", 103, "new"))
     results = tmp_path / "rows.csv"
-    compare = "--device cpu --batch_size 1 --updates 1 --warmup 1 --no_compile"
-    flags = ["--before", str(root), "--models", "9m", "--runs", "1", "--compare", compare, "--results", str(results)]
-    assert before_after.main(flags) == 0
+    flags = ["--before", str(before), "--method", "adamw", "--runs", "2", "--results", str(results)]
+    assert before_after.main([*flags, "--models", "60m", "--before_commit", "older"]) == 0
     with results.open() as file:
         rows = list(csv.DictReader(file))
-    assert [found["tree"] for found in rows] == ["before", "after"]
-    assert rows[0]["last_loss"] == rows[1]["last_loss"] != "" and float(rows[0]["tokens_per_second"]) > 0
-    assert "| 9m | tokens_per_second |" in capfd.readouterr().out
-    assert before_after.main([*flags[:1], str(tmp_path), *flags[2:]]) == 1, "there is no checkout"
+    assert tuple(rows[0]) == before_after.COLUMNS
+    found = [(row["tree"], row["run"], row["tokens_per_second"], row["commit"]) for row in rows]
+    assert found == [
+        ("before", "0", "100", "older"), ("after", "0", "103", "new"),
+        ("after", "1", "103", "new"), ("before", "1", "100", "older"),
+    ]  # fmt: skip
+    assert "| 60m | tokens_per_second | 100 | 103 | 1.0300 | 0.00% | 0.00% | 2 |" in capsys.readouterr().out
+    assert before_after.main([*flags, "--models", "1b"]) == 1
+    with results.open() as file:
+        assert "exit code 1: no memory" in list(csv.DictReader(file))[-1]["error"]

@@ -76,9 +76,10 @@ def test_what_is_planned_is_what_runs(cell: Cell, monkeypatch: pytest.MonkeyPatc
     on_gpu = str(row["flags"]).replace("--device cpu", "--device cuda")
     run = memory_settings(parse_args(["--model_config", str(setting.config), *on_gpu.split()]))
     assert bench_memory.planned(cell) == plan_memory(LlamaConfig.from_json(setting.config), run)
-    assert (run.batch_size, run.max_length, run.rank) == (cell.micro_batch, 256, cell.rank)
+    assert run.subspace is not None and run.subspace.rank == cell.rank
+    assert (run.batch_size, run.max_length) == (cell.micro_batch, 256)
     assert (run.grad_accum_steps, run.activation_checkpointing) == (cell.grad_accum, cell.checkpointing)
-    assert (run.weight_bits, run.proj_bits, run.state_bits, run.svd) == (8, 4, 8, False)
+    assert (run.weight.stored_bits, run.basis_bits, run.state_bits, run.svd) == (8, 4, 8, False)
     assert run.cuda and run.compiled and run.per_layer
 
 

@@ -13,6 +13,7 @@ from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 from qgalore.graphs.dequant_cache import held_bases, held_weights
 from qgalore.layer import autograd_op, linear
+from qgalore.layer.gradient_sink import GradientTap
 from qgalore.layer.layout import joined, new_stack
 from qgalore.layer.linear import products
 from qgalore.subspace import fit
@@ -224,7 +225,7 @@ def test_training_is_that_of_projections_one_by_one(monkeypatch: pytest.MonkeyPa
     found = list[bool]()
     together = autograd_op.project_together
 
-    def apart(taps: Sequence[autograd_op.GradientTap | None], input: Tensor) -> list[Tensor | None]:
+    def apart(taps: Sequence[GradientTap | None], input: Tensor) -> list[Tensor | None]:
         found.append(together(taps, input)[0] is not None)
         return [None] * len(taps)
 

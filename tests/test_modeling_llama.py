@@ -17,12 +17,13 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from peft_pretraining.build import build_model
 from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.build import CausalLM, build_on_meta, low_rank_names, parameter_count
+from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.compile import GivesUpGradients
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.init import materialize
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.llama.modeling import LlamaAttention, LlamaForCausalLM, LlamaRMSNorm, cudnn_length
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.ops.rotary import rotary_tables
 from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.models.build import CausalLM, low_rank_names
+from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from peft_pretraining.runtime.deferred import DeferredMetrics
 from peft_pretraining.runtime.world import Processes

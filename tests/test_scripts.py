@@ -146,9 +146,9 @@ def test_recipes_are_the_papers(name: str, stub: str) -> None:
     assert (args.subspace.cos_threshold, args.subspace.gamma_proj, args.subspace.queue_size) == (0.4, 2, 5)
     assert args.optimizer.grad_clipping == (1.0 if "7b" in name else 0.0)
     assert args.model.activation_checkpointing == ("single_gpu" in name)
-    quantization = args.quantization
-    assert (quantization.weight_bits, quantization.proj_bits) == (8, 4)
-    assert quantization.weight_quant and quantization.proj_quant and quantization.stochastic_round
+    quantization, subspace = args.quantization, args.subspace
+    assert (quantization.weight_bits, subspace.proj_bits) == (8, 4)
+    assert quantization.weight_quant and subspace.proj_quant and quantization.stochastic_round
     assert not quantization.simulation
 
 
@@ -191,7 +191,7 @@ def test_quickstart_parses(stub: str) -> None:
     args = parsed("scripts/quickstart.sh", "--dry_run", "--seed", "3", launcher=stub)
     assert args.warnings == ()
     assert (args.data.dataset, args.optimizer.optimizer) == ("pydocs", "q_galore_adamw8bit_per_layer")
-    assert args.quantization.weight_quant and args.quantization.proj_quant
+    assert args.quantization.weight_quant and args.subspace.proj_quant
     assert args.runtime.seed == 3
 
 
