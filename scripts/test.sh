@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Every check and test of the project, in its own virtual environment. Arguments go to pytest, as in
-#   bash scripts/test.sh -m "not slow"
+# The checks and tests of the project, in its own virtual environment; the seconds of each are printed.
+#   bash scripts/test.sh          all tests but those marked slow
+#   bash scripts/test.sh all      the slow ones, too: whole runs on several ranks, kills, every kernel in the interpreter
+#   bash scripts/test.sh ...      other arguments go to pytest, as in: bash scripts/test.sh -m slow tests/test_golden.py
 # All checks run even if one fails; the exit code is 0 only if all passed.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -9,13 +11,20 @@ setup_environment dev
 # One thread a process: small tensors are fastest so, and test processes do not fight for cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
+if (($# == 0)); then
+    set -- -m "not slow"
+elif [[ "$1" == all ]]; then
+    shift
+fi
+
 failed=()
 check() {
-    local title="$1"
+    local title="$1" start=$SECONDS
     shift
     echo
     echo "== $title: $*"
     "$@" || failed+=("$title")
+    echo "== $title took $((SECONDS - start)) s"
 }
 
 check "format" ruff format --check .
@@ -25,7 +34,7 @@ check "tests" python -m pytest "$@"
 
 echo
 if ((${#failed[@]})); then
-    echo "FAILED: ${failed[*]}"
+    echo "FAILED after $SECONDS s: ${failed[*]}"
     exit 1
 fi
-echo "All checks passed: format, lint, types, tests."
+echo "All checks passed in $SECONDS s: format, lint, types, tests."

@@ -185,7 +185,7 @@ def test_flags_of_ours() -> None:
     assert (args.batch.batch_size, args.batch.gradient_accumulation, args.batch.max_length) == (4, 2, 256)
     assert args.optimizer.per_layer and args.optimizer.grad_accum_dtype == "int8" and args.optimizer.beta2 == 0.99
     assert args.model.activation_checkpointing and args.model.checkpoint_every == 2 and args.model.compile == "off"
-    assert args.quantization.weight_quant and args.quantization.proj_quant and args.quantization.stochastic_round
+    assert args.quantization.weight_quant and args.subspace.proj_quant and args.quantization.stochastic_round
     assert (args.subspace.subspace, args.subspace.rank, args.subspace.update_proj_gap) == ("streaming", 128, 50)
 
 
