@@ -21,7 +21,7 @@ from benchmarks import compare_peers
 from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT
 from peft_pretraining.build import build_model, build_training
-from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json

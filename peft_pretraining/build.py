@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
 from peft_pretraining.data.sources.kind import TextKind

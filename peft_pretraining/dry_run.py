@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from peft_pretraining.config.run_config import GROUPS, RunArgs
-from peft_pretraining.memory.from_args import plan, shape_of
+from peft_pretraining.memory.plan_of_run import plan, shape_of
 
 
 def print_description(args: RunArgs) -> None:

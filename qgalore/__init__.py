@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qgalore.config import SubspaceConfig, WeightFormat
     from qgalore.layer.conversion import convert_linears
     from qgalore.layer.linear import LowRankLinear
-    from qgalore.layer.names import linear_names
+    from qgalore.layer.linear_names import linear_names
     from qgalore.layer.quantization import QuantizedTensor, quantize
     from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
     from qgalore.param_groups import low_rank_param_groups
@@ -38,7 +38,7 @@ _MODULES = {
     "config": ("SubspaceConfig", "WeightFormat"),
     "layer.conversion": ("convert_linears",),
     "layer.linear": ("LowRankLinear",),
-    "layer.names": ("linear_names",),
+    "layer.linear_names": ("linear_names",),
     "layer.quantization": ("QuantizedTensor", "quantize"),
     "optimizer": ("GaLoreAdamW", "GaLoreAdamW8bit", "QGaLoreAdamW8bit"),
     "param_groups": ("low_rank_param_groups",),

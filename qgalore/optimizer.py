@@ -23,7 +23,7 @@ from qgalore.config import complete_group
 from qgalore.param_groups import check_low_rank
 from qgalore.saved_state import state_for
 from qgalore.update.all_reduce import AllReduce, RankSum
-from qgalore.update.checks import UpdateChecks
+from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.full_rank import FullRankWeight
 from qgalore.update.hooks import Attachment
 from qgalore.update.low_rank import LowRankWeight

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qgalore.config import SubspaceConfig
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.names import module_of
+from qgalore.layer.linear_names import module_of
 
 
 def low_rank_param_groups(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import run_pretrain
 from peft_pretraining.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint
-from peft_pretraining.config.groups import FULL_RANK_OPTIMIZERS, GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
+from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
 from peft_pretraining.reporting.jsonl import deterministic_metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

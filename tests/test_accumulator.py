@@ -5,7 +5,7 @@ import torch
 
 from qgalore.kernels.reference import low_rank_update
 from qgalore.layer.quantization import QuantizedTensor
-from qgalore.update.checks import UpdateChecks
+from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.gradient_sum import GradientAccumulator, dense, rows_of_gradient, zeros
 
 

@@ -13,8 +13,8 @@ from benchmarks import bench_memory, compare
 from benchmarks.bench_memory import CELLS, COLUMNS, COMPONENTS, Cell
 from benchmarks.compare_methods import Setting, Training, q_galore_flags
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.from_args import memory_settings
 from peft_pretraining.memory.plan import plan_memory
+from peft_pretraining.memory.plan_of_run import memory_settings
 from peft_pretraining.models.llama.config import LlamaConfig
 
 FAILED = Cell("7b", 4)

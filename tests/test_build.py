@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peft_pretraining.build import build_training, compiles_layers
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.flags import read_specs
-from peft_pretraining.config.groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.models.ops.swiglu import swiglu_through_int8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_pretraining.runtime.deferred import DeferredMetrics
+from peft_pretraining.runtime.deferred_metrics import DeferredMetrics
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.from_args import memory_settings
+from peft_pretraining.memory.plan_of_run import memory_settings
 from peft_pretraining.models.build import build_on_meta, parameter_count
 from peft_pretraining.models.llama.config import LlamaConfig
 from tests.small_run import INT8_PRODUCTS, SmallRun, flags_of

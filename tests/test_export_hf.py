@@ -13,7 +13,7 @@ import torch
 
 from peft_pretraining.build import build_model
 from peft_pretraining.checkpoint.store import save_checkpoint
-from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM

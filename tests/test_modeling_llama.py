@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from peft_pretraining.build import build_model
-from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.compile import GivesUpGradients

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.build import build_model, build_training
-from peft_pretraining.config.groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.lr_schedule import set_learning_rate

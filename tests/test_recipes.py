@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.config.flag_groups import OptimizerArgs, SubspaceArgs
 from peft_pretraining.config.flags import read_specs
-from peft_pretraining.config.groups import OptimizerArgs, SubspaceArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
@@ -180,7 +180,7 @@ def test_a_recipe_that_does_not_exist() -> None:
 
 def test_the_bytes_of_the_paper() -> None:
     """Projections and states of the recipe take no more than those of the paper's rank, a quarter of the width."""
-    from peft_pretraining.memory.from_args import plan
+    from peft_pretraining.memory.plan_of_run import plan
     from peft_pretraining.models.llama.config import LlamaConfig
 
     def states(flags: str, model: str) -> int:

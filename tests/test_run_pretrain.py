@@ -18,7 +18,7 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
-from peft_pretraining.runtime.deferred import DeferredMetrics
+from peft_pretraining.runtime.deferred_metrics import DeferredMetrics
 from peft_pretraining.runtime.world import Processes
 from qgalore import LowRankLinear
 from tests.small_run import (

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from peft_pretraining.config.flag_groups import SubspaceArgs
 from peft_pretraining.config.flags import read_specs
-from peft_pretraining.config.groups import SubspaceArgs
 from peft_pretraining.config.parse import parse_args
 from qgalore import QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig, complete_group, limits_of, subspace_of

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, ModelArgs, SubspaceArgs
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, SubspaceArgs
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import check_length, check_rank, read_config_json

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config.groups import (
+from peft_pretraining.config.flag_groups import (
     BatchArgs,
     CheckpointArgs,
     DataArgs,

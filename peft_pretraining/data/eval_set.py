@@ -18,8 +18,8 @@ from peft_pretraining.data.batch import MicroBatch, make_micro_batch
 from peft_pretraining.data.order import DamageCount, RowFormat
 from peft_pretraining.data.sources.documents import Damage, Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 from peft_pretraining.data.sources.registry import open_dataset
-from peft_pretraining.data.sources.token_ids import TokenFiles
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 

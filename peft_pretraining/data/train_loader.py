@@ -25,9 +25,9 @@ from peft_pretraining.data.batch import Update, make_micro_batch
 from peft_pretraining.data.order import DamageCount, Lane, RowFormat, TextLane, deal_units
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
-from peft_pretraining.data.sources.token_ids import TokenFiles
-from peft_pretraining.data.token_lane import TokenLane
+from peft_pretraining.data.token_order import TokenLane
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.memory.from_args import plan, shape_of
+from peft_pretraining.memory.plan_of_run import plan, shape_of
 from peft_pretraining.models.config import ModelConfig
 
 

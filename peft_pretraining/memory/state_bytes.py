@@ -1,7 +1,7 @@
 """What decides the memory of a run, and the bytes of every tensor that lasts longer than one backward pass.
 
 All sizes are exact: of the weights, projections, optimizer states and sums of gradients of one rank. Only the sums for
-refreshes of subspaces are a bound. `memory_plan.py` adds what comes and goes.
+refreshes of subspaces are a bound. `plan.py` adds what comes and goes.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The memory that comes and goes while matrices are updated: steps, several at once, and refreshes of subspaces.
 
-Counted in the code that makes the tensors, as in `memory_plan.py`, which has the rest.
+Counted in the code that makes the tensors, as in `plan.py`, which has the rest.
 """
 
 import math

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.network import CausalLM
-from peft_pretraining.optim.library import LibraryOptimizer, library_optimizer
+from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.graphs.runner import LayerGraphs

@@ -9,7 +9,7 @@ the peak without a warm-up of its own (SGDR, arXiv 1608.03983, with cycles of on
 import math
 from typing import Any, Protocol
 
-from peft_pretraining.config.groups import ScheduleArgs
+from peft_pretraining.config.flag_groups import ScheduleArgs
 
 
 def lr_multiplier(

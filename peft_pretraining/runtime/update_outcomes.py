@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.optim.protocol import TrainingOptimizer
-from peft_pretraining.runtime.deferred import DeferredMetrics
+from peft_pretraining.runtime.deferred_metrics import DeferredMetrics
 
 _SKIPPED, _PARTLY_MADE = "train/skipped", "train/partly_made"
 

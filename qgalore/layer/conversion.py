@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qgalore.config import WeightFormat
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.names import module_of
+from qgalore.layer.linear_names import module_of
 
 
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:

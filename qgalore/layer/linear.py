@@ -23,10 +23,10 @@ from qgalore import kernels
 from qgalore.config import WeightFormat
 from qgalore.layer import autograd_op
 from qgalore.layer.codes import Codes
+from qgalore.layer.codes_state_dict import CODES, FORMAT, WEIGHT, add_refusal, entries_for
 from qgalore.layer.gradient_sink import GradientTap
 from qgalore.layer.layout import cut_columns, joined, padded_width, with_padded_columns
 from qgalore.layer.quantization import QuantizedTensor, dequantize_several, quantize
-from qgalore.layer.stored_codes import CODES, FORMAT, WEIGHT, add_refusal, entries_for
 
 JOINED_WEIGHT_BYTES = 32 << 20
 """Weights that take no more together are one factor where their outputs' gradients are; larger ones would take memory,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qgalore.layer.grouped_update import update_layers_
-from qgalore.update.checks import UpdateChecks
 from qgalore.update.directions import Direction
+from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.full_rank import FullRankWeight
 from qgalore.update.moments import GradientStep
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.hub import RetryPolicy
-from peft_pretraining.data.sources.token_ids import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pkgutil
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, DatasetKind, OwnBPE, SourceOptions, TextKind
-from peft_pretraining.data.sources.token_ids import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 from peft_pretraining.errors import UserError
 
 

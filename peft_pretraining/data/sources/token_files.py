@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from peft_pretraining.data.sources.kind import SourceOptions, TokenKind
-from peft_pretraining.data.sources.token_ids import TokenFile, TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFile, TokenFiles
 from peft_pretraining.errors import UserError
 
 SUFFIXES = (".bin", ".uint16", ".uint32")

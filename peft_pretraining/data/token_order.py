@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_pretraining.data.permutation import hash64, permute
-from peft_pretraining.data.sources.token_ids import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 from peft_pretraining.errors import UserError
 
 _WINDOW_ORDER = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peft_pretraining.build import compiles_layers
-from peft_pretraining.config.groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import MemoryPlan, plan_memory

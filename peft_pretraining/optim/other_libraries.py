@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.config.groups import OptimizerArgs
+from peft_pretraining.config.flag_groups import OptimizerArgs
 from qgalore.update.all_reduce import AllReduce
 
 
