@@ -118,8 +118,7 @@ def trained(
         optimizer.zero_grad()
         losses.append(float(total))
     digest = hashlib.sha256()
-    # In the order of the weights: a state is there from its weight's first update on, and graphs make those in another.
-    states = (value for _, state in sorted(optimizer.state_dict()["state"].items()) for value in state.values())
+    states = (value for state in optimizer.state_dict()["state"].values() for value in state.values())
     for tensor in (*model.state_dict().values(), *states):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return losses, digest.hexdigest(), model

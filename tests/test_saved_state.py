@@ -235,6 +235,14 @@ def test_asking_for_the_state_changes_nothing() -> None:
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
+def test_the_state_is_in_the_order_of_the_groups() -> None:
+    """Whichever weights were updated first, so that files of equal runs are equal."""
+    net, optimizer = build("galore", "float", update_in_backward=True)
+    train(net, optimizer, range(1))
+    count = sum(1 for _ in net.parameters())
+    assert list(optimizer.state_dict()["state"]) == list(range(count))
+
+
 def test_the_dict_that_is_loaded_stays_as_it_is() -> None:
     net, optimizer = build("qgalore8bit", "int8")
     train(net, optimizer, range(3))

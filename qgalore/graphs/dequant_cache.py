@@ -1,8 +1,8 @@
 """The quantized weights and bases of one decoder layer, dequantized in one launch before the pass that uses them.
 
 Each alone takes 3 us of a GPU and a gap, whatever its size, and there are 28 a layer and update. What is held lies one
-matrix behind the other, so that several can be one factor (`qgalore.layer.autograd_op`). It lives as long as a `with` block, and
-is forgotten before where the weight or the basis that it was made of is written.
+matrix behind the other, so that several can be one factor (`qgalore.layer.autograd_op`). It lives as long as a `with`
+block, and is forgotten before where the weight or the basis that it was made of is written.
 """
 
 from __future__ import annotations
