@@ -150,6 +150,11 @@ class SubspaceConfig:
         return self.subspace == "streaming" if self.rotate_moments is None else self.rotate_moments
 
     @property
+    def shortest_interval(self) -> int:
+        """Between two refreshes of a weight, in updates; the memory plan counts with it."""
+        return self.update_proj_gap
+
+    @property
     def longest_interval(self) -> int:
         """Of the lazy rule, in updates, with the default worked out."""
         return self.max_update_proj_gap or 8 * self.update_proj_gap

@@ -147,7 +147,7 @@ def test_nothing_outside_its_folder_imports_a_family_of_models() -> None:
             if isinstance(node, ast.ImportFrom):
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
         for family in FAMILIES:
-            if not name.startswith(f"peft_pretraining/models/{family}/"):
+            if not name.startswith("peft_pretraining/models/"):  # a family may build on another
                 package = f"peft_pretraining.models.{family}"
                 assert not [x for x in found if x == package or x.startswith(f"{package}.")], name
 
@@ -200,6 +200,21 @@ def project() -> dict[str, object]:
 
 def test_the_package_needs_torch_alone() -> None:
     assert project()["dependencies"] == ["torch>=2.11"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_files_that_are_there(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:qgalore|peft_pretraining|scripts|tests|benchmarks|configs|docs)/[\w./]*)`", text)
+    assert named and not [path for path in named if not (ROOT / path).exists()]
+    if name == "README.md":
+        listed = text[text.index("## The files") :].split("```")[1]
+        folder = ""
+        for line in listed.strip().splitlines():
+            path = line.split()[0]
+            folder = "" if not line.startswith(" ") else folder
+            assert (ROOT / folder / path).exists(), line
+            folder = path if not line.startswith(" ") else folder
 
 
 def test_all_public_names_can_be_imported() -> None:

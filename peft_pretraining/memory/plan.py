@@ -301,7 +301,7 @@ def _other_sketches_bytes(config: ModelConfig, s: MemorySettings) -> int:
     if s.subspace is None or s.svd or not (s.cuda_graphs and s.gradients_live_in_backward):
         return 0
     shapes = list(config.matrix_shapes().values())
-    due = min(len(shapes), math.ceil(config.num_hidden_layers * len(shapes) / s.subspace.update_proj_gap))
+    due = min(len(shapes), math.ceil(config.num_hidden_layers * len(shapes) / s.subspace.shortest_interval))
     return (due - 1) * s.dtype_bytes * max(basis_values(shape, s) for shape in shapes)
 
 

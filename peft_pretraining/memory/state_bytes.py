@@ -98,7 +98,7 @@ def refresh_bytes(matrices: Sequence[Shape], layers: int, s: MemorySettings) -> 
     if s.subspace is None or s.gradients_live_in_backward:
         return 0
 
-    count, gap = layers * len(matrices), s.subspace.update_proj_gap
+    count, gap = layers * len(matrices), s.subspace.shortest_interval
 
     def due(spread: int) -> int:
         return math.ceil(count / max(1, min(spread, gap)))

@@ -33,8 +33,8 @@ class CausalLM(nn.Module):
     layers_name: str = "model.layers"
     """Where its decoder layers are, an nn.ModuleList."""
     matrix_names: tuple[str, ...] = ()
-    """The last parts of the names of a layer's matrices: linear layers without bias that are trained in a subspace and
-    may be quantized. --mlp_rank is for those in a module called mlp."""
+    """The last parts of the names of a layer's matrices: linear layers that are trained in a subspace and may be
+    quantized; a bias trains in full rank. --mlp_rank is for those in a module called mlp."""
     padded_outputs: tuple[str, ...] = ()
     """Of these, those whose output only other linear layers and functions of single elements read: it may stay padded
     at the end of each row."""
