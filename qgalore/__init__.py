@@ -7,6 +7,7 @@ read and checked without torch.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
             return globals()[name]
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

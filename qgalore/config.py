@@ -198,6 +198,11 @@ _SPELLINGS = {
 """Keys of q-galore-torch, which also the checkpoints of version 0.1.0 have, and ours."""
 
 
+def complete_names(group: Mapping[str, Any]) -> set[str]:
+    """The keys of a param group, those of q-galore-torch under our names."""
+    return {_SPELLINGS.get(key, key) for key in group}
+
+
 def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     """A param group with all options of a `SubspaceConfig` under their own names, if it has a rank; else without.
 
@@ -210,6 +215,10 @@ def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     rest: dict[str, Any] = {}
     for key, value in group.items():
         name = _SPELLINGS.get(key, key)
+        if name in options and options[name] != value:
+            raise ValueError(
+                f"a param group has {spelling[name]}={options[name]!r} and {key}={value!r}: give one of them"
+            )
         if name in names:
             options[name], spelling[name] = value, key
         else:
@@ -221,6 +230,7 @@ def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
         )
     if options.get("rank") is None:
         return rest
+    options = {name: value for name, value in options.items() if value is not None}  # None: not given
     try:
         return {**rest, **dataclasses.asdict(SubspaceConfig(**(defaults | options)))}
     except ValueError as error:

@@ -103,7 +103,9 @@ class LowRankAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with the options of a `SubspaceConfig` its weights are under projection."""
-        param_group = complete_group(param_group, proj_quant=self.quant)
+        completed = complete_group(param_group, proj_quant=self.quant)
+        param_group.clear()  # as in torch, the group is the caller's dict
+        param_group.update(completed)
         super().add_param_group(param_group)
         try:
             check_low_rank(param_group)

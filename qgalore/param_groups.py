@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qgalore.config import SubspaceConfig
+from qgalore.config import SubspaceConfig, complete_names
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
@@ -44,7 +44,14 @@ def low_rank_param_groups(
             "requires_grad_(True), or name others"
         )
     if config is not None:
-        low_rank |= dataclasses.asdict(config)
+        twice = sorted({field.name for field in dataclasses.fields(config)} & complete_names(low_rank))
+        if twice:
+            raise ValueError(f"{', '.join(twice)} beside a SubspaceConfig: put all options of the subspace into it")
+        # What is at its default is left to the class of the optimizer, as where options are given one by one.
+        low_rank["rank"] = config.rank
+        for field in dataclasses.fields(config):
+            if getattr(config, field.name) != field.default:
+                low_rank[field.name] = getattr(config, field.name)
     return [{"params": [param for param in trained if param not in chosen]}, {"params": weights, **low_rank}]
 
 

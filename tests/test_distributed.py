@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime import process, world
+from peft_pretraining.runtime import process, rendezvous, world
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import Processes, start_processes
@@ -170,7 +170,7 @@ def test_a_start_sees_nothing_of_the_starts_before(launcher: torch.distributed.T
 
 
 def test_ranks_that_do_not_come(launcher: torch.distributed.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "TIMEOUT", timedelta(seconds=1.2))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1.2))
     for rank in (0, 1):
         with pytest.raises(UserError, match="not all 3 ranks started within 0 minutes: start torchrun on all machines"):
             world.meet(rank, 3, StopRequest())

@@ -224,6 +224,8 @@ def test_all_public_names_can_be_imported() -> None:
     for name in qgalore.__all__:
         assert getattr(qgalore, name).__module__.startswith("qgalore."), name
     assert set(qgalore.__all__) <= set(dir(qgalore))
+    program = "import qgalore; print(qgalore.optimizer.LowRankAdamW, qgalore.kernels.quantize)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
     with pytest.raises(AttributeError, match="has no attribute 'GaLore'"):
         qgalore.GaLore  # noqa: B018
 

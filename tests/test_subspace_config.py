@@ -15,7 +15,7 @@ from torch import nn
 from peft_pretraining.config.flag_groups import SubspaceArgs
 from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.parse import parse_args
-from qgalore import QGaLoreAdamW8bit, low_rank_param_groups
+from qgalore import GaLoreAdamW8bit, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig, complete_group, limits_of, subspace_of
 from qgalore.update.directions import DIRECTIONS
 
@@ -36,15 +36,25 @@ def test_options_are_taken_under_either_name_and_kept_under_ours(group: dict[str
 
 def test_groups_are_made_of_a_whole_configuration() -> None:
     config = SubspaceConfig(rank=4, subspace="streaming")
-    _, group = low_rank_param_groups(nn.Sequential(nn.Linear(8, 8)), ["0"], config, lr=0.5)
+    groups = low_rank_param_groups(nn.Sequential(nn.Linear(8, 8)), ["0"], config, lr=0.5)
+    group = GaLoreAdamW8bit(groups).param_groups[1]
     assert subspace_of(group) == config and group["lr"] == 0.5
 
 
-def test_a_param_group_that_a_caller_keeps_is_not_changed() -> None:
+def test_a_configuration_means_what_its_options_mean_one_by_one() -> None:
+    groups = []
+    for given in ({"config": SubspaceConfig(rank=4)}, {"rank": 4}, {"config": SubspaceConfig(rank=4, proj_quant=True)}):
+        net = nn.Sequential(nn.Linear(8, 8))
+        groups.append(QGaLoreAdamW8bit(low_rank_param_groups(net, ["0"], **given)).param_groups[1])  # type: ignore[arg-type]
+    assert [subspace_of(group) for group in groups] == [SubspaceConfig(rank=4, proj_quant=True)] * 3
+    with pytest.raises(ValueError, match="^galore_scale, rank beside"):
+        low_rank_param_groups(nn.Sequential(nn.Linear(8, 8)), ["0"], SubspaceConfig(rank=4), rank=8, scale=1.0)
+
+
+def test_a_param_group_is_the_dict_that_the_caller_has() -> None:
     group = {"params": [nn.Parameter(torch.ones(8, 8))], **THEIRS}
-    before = dict(group)
-    QGaLoreAdamW8bit([group], lr=0.1)
-    assert group == before
+    optimizer = QGaLoreAdamW8bit([group], lr=0.1)
+    assert optimizer.param_groups[0] is group and group["galore_scale"] == 0.5 and "scale" not in group
 
 
 def test_a_state_dict_loads_without_pickle() -> None:
@@ -97,6 +107,7 @@ def test_the_scale_can_be_scheduled_like_a_learning_rate() -> None:
         ({"proj_bits": 3, "rank": 4}, "proj_bits=3 is unknown"),
         ({"scale": -1.0, "rank": 4}, "scale=-1.0 must be more than 0"),
         ({"scale": 0.5}, "a param group has scale and no rank"),
+        ({"scale": 0.5, "galore_scale": 0.25, "rank": 4}, "a param group has scale=0.5 and galore_scale=0.25"),
         ({"rank": 4, "residual": "fira", "proj_type": "full"}, "residual='fira' scales across one projected side"),
         ({"rank": 4, "max_update_proj_gap": 5}, "max_update_proj_gap=5 is less than update_proj_gap=200"),
     ],
