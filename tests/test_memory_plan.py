@@ -70,6 +70,8 @@ def changed(settings: MemorySettings, **flags: Any) -> MemorySettings:
     """Settings with other options, named as in `settings_of`."""
     names = {field.name for field in dataclasses.fields(SubspaceConfig)}
     options = {name: flags.pop(name) for name in names & flags.keys()}
+    if "proj_bits" in options:
+        options |= {"proj_quant": options["proj_bits"] is not None, "proj_bits": options["proj_bits"] or 4}
     if options:
         assert settings.subspace is not None
         flags["subspace"] = dataclasses.replace(settings.subspace, **options)
