@@ -20,6 +20,7 @@ def row_of(path: Path) -> dict[str, str]:
     return row
 
 
+@pytest.mark.slow
 def test_the_share_of_refreshes_is_that_of_blocks_with_and_without(tmp_path: Path) -> None:
     argv = [*SMALLEST, "--updates", "3", "--blocks", "2", "--results", str(tmp_path / "refresh.csv")]
     with restored_process():
@@ -40,6 +41,7 @@ def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_are_compared_with_each_alone(tmp_path: Path) -> None:
     argv = [*SMALLEST, "--warmup", "1", "--updates", "1", "--repeats", "2", "--results", str(tmp_path / "scaling.csv")]
     assert on_ranks(2, bench_scaling.main, argv) == [0, 0]
