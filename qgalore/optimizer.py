@@ -332,10 +332,14 @@ class LowRankAdamW(Optimizer):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; weights come in the order of the groups, not in that of their first updates."""
+        """As torch's; weights come in the order of the groups, and the keys of a group in that of the alphabet.
+
+        So equal runs write equal files, whichever weights were updated first and however often a state was loaded.
+        """
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
-        return found | {"state": {index: state[index] for index in ids if index in state} | state}
+        groups = [dict(sorted(group.items())) for group in found["param_groups"]]
+        return {"state": {index: state[index] for index in ids if index in state} | state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
