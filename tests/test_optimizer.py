@@ -621,7 +621,7 @@ def test_a_state_of_something_else_is_refused(attach: bool) -> None:
             optimizer.load_state_dict(without_ranks(kind).state_dict())
     with pytest.raises(ValueError, match="group 1 is without a rank, that of the state to load is with a rank"):
         without_ranks(GaLoreAdamW).load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="lacks accumulator_dtype, norm_growth"):
+    with pytest.raises(ValueError, match="lacks accumulator_dtype, state_bits"):
         without_ranks(GaLoreAdamW).load_state_dict(without_ranks(torch.optim.AdamW).state_dict())
     larger, saved = build("qgalore8bit", hidden=48)
     train(larger, saved, range(1))
