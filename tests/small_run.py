@@ -35,6 +35,7 @@ import run_pretrain
 from peft_pretraining.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
 from peft_pretraining.reporting.jsonl import deterministic_metrics, read_metrics
+from tests.golden.record import restored_process
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = (*FULL_RANK_OPTIMIZERS, *GALORE_OPTIMIZERS, *Q_GALORE_OPTIMIZERS)
@@ -230,20 +231,6 @@ class SmallRun:
     def copy(self, source: str, name: str) -> None:
         """A second folder with what the run `source` left."""
         shutil.copytree(self.folder / source, self.folder / name)
-
-
-@contextlib.contextmanager
-def restored_process() -> Iterator[None]:
-    """Put back what a run changes for its process: signal handlers, deterministic kernels."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        torch.use_deterministic_algorithms(deterministic)
 
 
 @contextlib.contextmanager
