@@ -27,9 +27,9 @@ from torch import Tensor
 from benchmarks.bench_refresh import RECIPES
 from benchmarks.compare import Row, seconds_in_a_row, wait_for
 from benchmarks.compare_methods import (
-    CHECKPOINTING,
     METHODS,
     Setting,
+    add_methods,
     setting_of,
     split_method,
     train_ours,
@@ -49,16 +49,13 @@ OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
 def main(argv: Sequence[str] | None = None) -> int:
     """The program, one process a GPU."""
     parser = training_parser("bench_engine_steps", __doc__.splitlines()[0], "60m,350m,1b", "engine_steps.csv")
-    parser.add_argument("--methods", default="q_galore", help=f"of {', '.join(METHODS)}, each also {CHECKPOINTING}")
+    add_methods(parser, METHODS)
     parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
     parser.add_argument("--updates", type=int, default=20, help="timed updates, in a row and again one by one")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.methods.split(",") if split_method(name)[0] not in METHODS]
-    if unknown:
-        parser.error(f"--methods {','.join(unknown)}: there are {', '.join(METHODS)}, each also {CHECKPOINTING}")
     processes = start_processes(args.device, StopRequest())
     for model in args.models.split(","):
-        for method in args.methods.split(","):
+        for method in args.methods:
             row = measure(model, method, args, processes)
             if processes.is_main:
                 print(json.dumps(row), flush=True)

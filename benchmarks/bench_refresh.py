@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compare import Row, seconds_in_a_row
-from benchmarks.compare_methods import CHECKPOINTING, setting_of, split_method, train_ours, training_parser
+from benchmarks.compare_methods import add_methods, setting_of, split_method, train_ours, training_parser
 from benchmarks.rows import append_row, commit
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
@@ -35,17 +35,14 @@ RECIPES = {"q_galore": "paper", "q_galore_orthogonal": "orthogonal"}
 def main(argv: Sequence[str] | None = None) -> int:
     """The program."""
     parser = training_parser("bench_refresh", __doc__.splitlines()[0], "60m,130m,350m,1b", "refresh.csv")
-    parser.add_argument("--methods", default="q_galore", help=f"of {', '.join(RECIPES)}, each also {CHECKPOINTING}")
+    add_methods(parser, RECIPES)
     parser.add_argument("--updates", type=int, default=40, help="updates of a block")
     parser.add_argument("--blocks", type=int, default=5, help="pairs of blocks")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.methods.split(",") if split_method(name)[0] not in RECIPES]
-    if unknown:
-        parser.error(f"--methods {','.join(unknown)}: there are {', '.join(RECIPES)}, each also {CHECKPOINTING}")
     processes = start_processes(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
-        for method in args.methods.split(","):
+        for method in args.methods:
             row = measure(model, method, args, processes)
             print(json.dumps(row), flush=True)
             append_row(Path(args.results), row)

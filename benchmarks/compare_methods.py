@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,6 +85,19 @@ def training_parser(program: str, description: str, models: str, results: str) -
     parser.add_argument("--extra", default="", help=told)
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     return parser
+
+
+def add_methods(parser: argparse.ArgumentParser, methods: Collection[str]) -> None:
+    """Add `--methods`, names separated by commas of these methods, each also with `CHECKPOINTING`: a list of names."""
+    told = f"{', '.join(methods)}, each also {CHECKPOINTING}"
+
+    def known(names: str) -> list[str]:
+        unknown = [name for name in names.split(",") if split_method(name)[0] not in methods]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: there are {told}")
+        return names.split(",")
+
+    parser.add_argument("--methods", type=known, default="q_galore", help=f"of {told}")
 
 
 def setting_of(model: str, method: str, args: argparse.Namespace, device: torch.device) -> Setting:

@@ -235,6 +235,23 @@ def test_asking_for_the_state_changes_nothing() -> None:
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
+@pytest.mark.parametrize(("name", "storage"), PAIRS[:3])
+def test_an_update_that_torch_makes_of_zeros_is_no_refresh(name: str, storage: str) -> None:
+    """`get_optimizer_state_dict` of a new optimizer makes one, to have states."""
+    net, optimizer = build(name, storage, subspace="streaming", update_proj_gap=100)
+    before = copy.deepcopy(net.state_dict())
+    get_optimizer_state_dict(net, optimizer)
+    assert_same_state({0: dict(net.state_dict())}, {0: before})
+    weights = list(optimizer.low_rank_weights())
+    starts = [copy.deepcopy(weight.basis(*weight.sides)) for weight in weights]
+    assert [(weight.step, weight.schedule.refreshes) for weight in weights] == [(1, 0)] * len(weights)
+    assert weights[0].schedule.next_refresh == 1 and optimizer.subspace_metrics()["subspace/refreshes"] == 0
+    train(net, optimizer, range(4))
+    for weight, start in zip(weights, starts, strict=True):
+        found = weight.basis(*weight.sides)
+        assert weight.schedule.refreshes == 1 and found is not None and not torch.equal(found, start)
+
+
 def test_the_state_is_in_the_order_of_the_groups() -> None:
     """Whichever weights were updated first, so that files of equal runs are equal."""
     net, optimizer = build("galore", "float", update_in_backward=True)

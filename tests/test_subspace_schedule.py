@@ -55,6 +55,18 @@ def test_every_weight_is_refreshed_every_interval(count: int, interval: int) -> 
         assert all(gap == interval for gap in gaps[1:])
 
 
+def test_a_first_refresh_without_a_gradient_is_put_off() -> None:
+    """To the next update, and later from time to time, but never for more than an interval."""
+    weight, tries = schedules(8, 20)[3], []
+    for update_step in range(100):
+        if weight.due(update_step):
+            tries.append(update_step)
+            weight.put_off(update_step)
+    assert tries == [3, 7, 15, 31, 51, 71, 91] and weight.refreshes == 0
+    weight.record(100, None)
+    assert weight.refreshes == 1 and 100 < weight.next_refresh <= 120
+
+
 def test_a_late_update_still_finds_its_refresh() -> None:
     weight = RefreshSchedule(SubspaceConfig(rank=4, update_proj_gap=10), index=0, count=1)
     weight.record(0, None)

@@ -4,6 +4,9 @@ Staggering: weight k of N is first refreshed in one of the first updates, eight 
 of the interval, so that an update refreshes a few weights and never all: no stall, and no moment at which all full
 gradients or sketches exist.
 
+The first refresh counts only if there was a gradient: behind a layer that begins at zero there is none at first, nor
+in the update that torch's `get_optimizer_state_dict` makes. Else the subspace would be a random one for an interval.
+
 The lazy rule of Q-GaLore (arXiv 2407.08296, section 3.3): when the subspace of a layer has changed little over
 `queue_size` refreshes in a row, its interval is multiplied by `gamma_proj`. Change is measured by
 `qgalore.subspace.fit.similarity`; the window is emptied after each growth and the interval has a cap.
@@ -74,6 +77,10 @@ class RefreshSchedule:
                 self.window = []
         self.saved += self.interval // options.update_proj_gap - 1
         self.next_refresh = update_step + self.interval
+
+    def put_off(self, update_step: int) -> None:
+        """Try a first refresh again that found no gradient in this update: in the next one, later from time to time."""
+        self.next_refresh = update_step + min(update_step + 1, self.options.update_proj_gap)
 
     def _stagger(self, update_step: int) -> int:
         """Updates until the weight's own place in the interval comes round."""

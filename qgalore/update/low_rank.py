@@ -301,9 +301,21 @@ class LowRankWeight(WeightWithBases):
         begun, self._begun = self._begun_update(), None
         for side, sketch in begun.sketches.items():
             self._refresh_from_sketch(side, sketch, begun.skip)
-        if begun.sketches:
+        if begun.sketches and self.schedule.refreshes == 0 and not self._found_gradient(begun):
+            self.schedule.put_off(begun.step)
+            self.similarity = None
+            self._save_schedule()
+        elif begun.sketches:
             self._record(begun.step)
         self.clear()
+
+    def _found_gradient(self, begun: _BegunUpdate) -> bool:
+        """Whether the sketches of an update that was made are of a gradient other than zero: it waits for the device.
+
+        Only a first refresh asks, so that the steady step waits for nothing.
+        """
+        found = torch.stack([sketch.any() for sketch in begun.sketches.values()]).all()
+        return bool(found if begun.skip is None else found & ~begun.skip)
 
     def _begun_update(self) -> _BegunUpdate:
         assert self._begun is not None, f"no update of {self.name} waits for a direction"
