@@ -3,6 +3,7 @@
 #   bash scripts/test.sh          all tests but those marked slow
 #   bash scripts/test.sh all      the slow ones, too: whole runs on several ranks, kills, every kernel in the interpreter
 #   bash scripts/test.sh ...      other arguments go to pytest, as in: bash scripts/test.sh -m slow tests/test_golden.py
+# Tests run in as many processes as there are cores, or in PYTEST_XDIST_AUTO_NUM_WORKERS (1 GB each).
 # All checks run even if one fails; the exit code is 0 only if all passed.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -30,7 +31,7 @@ check() {
 check "format" ruff format --check .
 check "lint" ruff check .
 check "types" mypy
-check "tests" python -m pytest "$@"
+check "tests" python -m pytest -n logical --dist loadgroup "$@"
 
 echo
 if ((${#failed[@]})); then

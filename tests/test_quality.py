@@ -29,6 +29,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_runs_give_rows_and_rows_a_picture(tmp_path: Path) -> None:
     results, picture = tmp_path / "quality.csv", tmp_path / "frontier.png"
     bench, c4 = token_folder(tmp_path / "bench", 0), token_folder(tmp_path / "c4", 1)

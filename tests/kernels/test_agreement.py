@@ -393,6 +393,7 @@ def interpreted() -> dict[str, str]:
     return {name: failure for result in results for name, failure in result["failures"].items()}
 
 
+@pytest.mark.xdist_group("interpreter")  # one worker: each would run all checks
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_the_interpreter(name: str, interpreted: dict[str, str]) -> None:
     assert name not in interpreted, interpreted[name]
