@@ -1,7 +1,8 @@
 """Documents by their place: the interface of sources of text, and a source in memory.
 
-A source is a number of shards; a shard is a sequence of documents. A document's place is its line number, and a damaged
-line keeps its number, so that a place means the same whatever happens to the lines before it. `read(shard, slices,
+A source is a number of shards; a shard is a sequence of documents. A document's place is its line or row number, and
+what is no document keeps its number, so that a place means the same whatever happens to those before it: an empty
+string stands for nothing (a blank line, null, an empty text), `Damage` for what should have been a document and is not. `read(shard, slices,
 part, start)` yields the documents `part, part + slices, ...` of a shard from the `start`-th of them on: with fewer
 shards than lanes several lanes share a shard.
 """

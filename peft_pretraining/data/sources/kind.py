@@ -36,6 +36,18 @@ from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 class SourceOptions:
     """How a data set is read, beside its name. A kind ignores what it has no use for."""
 
+    config: str = ""
+    """Configuration of a data set on the hub, such as sample-10BT; "": its only one, or its default."""
+    revision: str = ""
+    """Commit, branch or tag of a data set on the hub; "": the newest."""
+    train_split: str = ""
+    """The data set's own name of the split that is trained on; "": train."""
+    validation_split: str = ""
+    """The same of the one that is evaluated on; "": validation, or what people call it (valid, dev, val)."""
+    text_column: str = ""
+    """Column or field that holds the text; "": text, or the only one that holds strings."""
+    text_unit: str = "line"
+    """What a document of a plain-text file is: "line", "paragraph" (up to an empty line) or "file"."""
     endpoint: str | None = None
     """Address of the hub; None: that of HF_ENDPOINT."""
     retry: RetryPolicy | None = None
@@ -80,7 +92,7 @@ class DatasetKind(ABC):
         return False
 
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles:
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles | None:
         """What is in one of `splits`, which share no document. Raises UserError, which names `--dataset`."""
 
 
@@ -91,8 +103,8 @@ class TextKind(DatasetKind):
     """Where no --tokenizer is given: its name on the hub, or how one is trained."""
 
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> Source:
-        """See `DatasetKind.open`."""
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | None:
+        """See `DatasetKind.open`. None for "validation": there is none, and documents of "train" are held out."""
 
 
 class TokenKind(DatasetKind):
