@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from peft_pretraining.config.flags import Flag, parse_count
+from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from qgalore.config import SubspaceConfig, WeightFormat, subspace_of
 
@@ -90,6 +91,18 @@ class DataArgs:
     """Threads a rank that read and tokenise ahead, 0 does it between updates; never changes the order."""
     damaged_limit: Annotated[int, Flag("places", at_least=0)] = 100
     """Damaged lines and cut-off shards that a rank skips and counts before the run stops."""
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """How the data set is read, as its flags say."""
+        return SourceOptions(
+            config=self.dataset_config,
+            revision=self.dataset_revision,
+            train_split=self.train_split,
+            validation_split=self.validation_split,
+            text_column=self.text_column,
+            text_unit=self.text_unit,
+        )
 
 
 @dataclass(frozen=True)
