@@ -1,0 +1,330 @@
+"""Builders of `datasets`: one streamed `IterableDataset` of arrow tables a file, that ends where the file is damaged.
+
+Parquet, arrow and csv are read by the library's own builders. Lines have a builder of our own, because the library's
+loses what it was told about encodings where a file is compressed, takes a cut-off zstd file for a whole one and gives
+up a chunk for one bad byte: it hands out lines as bytes, whose array is the block that was read and the places of its
+line ends, so that a line that is skipped is never made.
+
+Builders are used without `load_dataset`, which would take `*` and `[` in a path for a pattern.
+"""
+
+import functools
+import io
+import re
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from peft_pretraining.data.sources.compression import DamagedError, compression_of, decompressed
+from peft_pretraining.errors import UserError
+
+# This module imports neither os nor pathlib: the library replaces them where a builder is defined.
+
+_CHUNK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 16
+"""Lines become a table in blocks of at least so much."""
+_ROWS = 256
+"""Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
+_GROUPS_FROM_ROW = 1024
+"""Up to here rows are skipped by reading; from here on the footer of a parquet file tells which groups to pass over."""
+
+_COLUMNAR = ("parquet", "arrow", "csv")
+_SEEKING = ("parquet", "arrow")
+"""Their readers jump in a file: a compressed one is decompressed into a temporary file first."""
+
+_lock = threading.Lock()
+
+
+class FileRows:
+    """The rows of one file, as arrow tables of one column; afterwards, why it ended before its end."""
+
+    def __init__(self, place: str, file_format: str, column: str, unit: str, first: int) -> None:
+        """`column` for parquet, arrow and csv; `unit` for text: line, paragraph or file; `first`: the row to reach."""
+        self.damage = ""
+        self.end = 0
+        """Rows that were passed over or handed out."""
+        self._place, self._format, self._column, self._unit, self._first = place, file_format, column, unit, first
+
+    def tables(self) -> Iterator[tuple[int, Any]]:
+        """(number of its first row, column (rows,)); rows long before `first` may be passed over."""
+        try:
+            with _lock:  # the library changes modules while a builder is made
+                builder = self._builder()
+                data = builder.as_streaming_dataset("train").with_format("arrow")
+        except Exception as error:
+            if not _is_damage(error, self._place):
+                raise
+            self.damage = self.damage or in_words(error)
+            return
+        self.end = builder.first_row
+        for table in data.iter(batch_size=_ROWS):
+            column = table.column(self._column if self._format in _COLUMNAR else 0)
+            begin, self.end = self.end, self.end + len(column)
+            yield begin, column
+        self.damage = self.damage or builder.damage
+
+    def _unpacked_file(self, place: str) -> str:
+        """Name of a file with the content of a compressed one, up to its damage; it goes away with this object."""
+        self._unpacked = tempfile.NamedTemporaryFile(dir=_scratch().name)  # noqa: SIM115 - as long-lived as this object
+        try:
+            for piece in _content(place):
+                self._unpacked.write(piece)
+        except DamagedError as error:
+            self.damage = in_words(error)
+        self._unpacked.flush()
+        return self._unpacked.name
+
+    def _builder(self) -> Any:
+        from datasets.data_files import DataFilesDict, DataFilesList
+
+        place, settings = self._place, dict[str, Any]()
+        if self._format in _SEEKING and compression_of(place):
+            place = self._unpacked_file(place)
+        if self._format == "parquet":
+            settings = {"columns": [self._column], "batch_size": _ROWS}
+        elif self._format == "csv":
+            settings = _csv_settings(place, self._column)
+        builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
+            data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
+            config_id="stream",
+            cache_dir=_scratch().name,
+            **settings,
+        )
+        builder.unit, builder.wanted_row = self._unit, self._first
+        return builder
+
+
+def open_binary(place: str) -> IO[bytes]:
+    """A local file or one at an hf:// address, as it lies there."""
+    if "://" not in place:
+        return io.open(place, "rb")  # noqa: UP020 - the library replaces `open` in this module
+    from datasets.utils.file_utils import xopen
+
+    opened: IO[bytes] = xopen(place, "rb")
+    return opened
+
+
+def open_content(place: str) -> IO[bytes]:
+    """The same decompressed. Reading raises DamagedError where it is damaged."""
+    if not (compression := compression_of(place)):
+        return open_binary(place)
+    return io.BufferedReader(_Pieces(decompressed(_chunks(place), compression)))
+
+
+def in_words(error: BaseException) -> str:
+    """An error of a library in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def _csv_settings(place: str, column: str) -> dict[str, Any]:
+    """Every value as it stands there: no numbers are guessed, and an empty field is an empty text."""
+    from datasets import Features, Value
+
+    return {
+        # Only this column, so that a row with too many fields is a row, too.
+        "usecols": [column],
+        "features": Features({column: Value("string")}),
+        "na_filter": False,
+        "chunksize": _ROWS,
+        "encoding": "utf-8-sig",
+        "encoding_errors": "replace",
+        "sep": "\t" if ".tsv" in place.lower() else ",",
+    }
+
+
+def _is_damage(error: Exception, place: str) -> bool:
+    """Whether an error means that the file is damaged: not what is said already, nor what a network may raise."""
+    if isinstance(error, UserError):
+        return False
+    # Arrow raises a bare OSError for a damaged page; what a network raises is of a class of its own.
+    return "://" not in place or isinstance(error, ValueError | DamagedError) or type(error) is OSError
+
+
+@functools.cache
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    """Where the library's builders leave their lock; removed with the process."""
+    return tempfile.TemporaryDirectory(prefix="qgalore-datasets-")
+
+
+class _Pieces(io.RawIOBase):
+    """An iterator of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            if not (piece := next(self._pieces, b"")):
+                return 0
+            self._rest = piece
+        taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+def _chunks(place: str) -> Iterator[bytes]:
+    with open_binary(place) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _content(place: str) -> Iterator[bytes]:
+    compression = compression_of(place)
+    return decompressed(_chunks(place), compression) if compression else _chunks(place)
+
+
+# ---- lines
+
+
+def _whole_lines(place: str) -> Iterator[bytes]:
+    """Blocks that end with a line, but for the last of the file; at damage the lines before it, then the error."""
+    pieces: list[bytes] = []
+    size, begun = 0, False
+    content = _content(place)
+    while True:
+        fault = None
+        try:
+            piece = next(content, None)
+        except Exception as error:
+            piece, fault = None, error
+        if piece is None:
+            block = b"".join(pieces)
+            # The line that damage lies in is lost.
+            block = block[: block.rfind(b"\n") + 1] if fault else block
+            if block := block if begun else block.removeprefix(b"\xef\xbb\xbf"):
+                yield block
+            if fault:
+                raise fault
+            return
+        pieces.append(piece)
+        size += len(piece)
+        if size < _BLOCK_BYTES or (end := piece.rfind(b"\n") + 1) == 0:
+            continue
+        pieces[-1] = piece[:end]
+        block, pieces, size = b"".join(pieces), [piece[end:]], len(piece) - end
+        yield block if begun else block.removeprefix(b"\xef\xbb\xbf")
+        begun = True
+
+
+def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """What stands between empty lines, without them."""
+    pieces: list[bytes] = []
+    for block in blocks:
+        block = block.replace(b"\r\n", b"\n")
+        pieces.append(block)
+        if b"\n\n" in block or block.startswith(b"\n"):
+            *found, rest = re.split(rb"\n(?:[ \t]*\n)+", b"".join(pieces))
+            pieces = [rest]
+            yield [paragraph for paragraph in found if paragraph]
+    if rest := b"".join(pieces).strip(b"\n"):
+        yield [rest]
+
+
+def _line_array(block: bytes) -> Any:
+    """The lines of a block with their ends, an array (lines,) of binary that shares the block's memory."""
+    import pyarrow as pa
+
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 0x0A) + 1
+    inside = [] if len(ends) and ends[-1] == len(block) else [len(block)]
+    offsets = np.concatenate([[0], ends, inside]).astype(np.int64)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
+def _line_arrays(place: str, unit: str) -> Iterator[Any]:
+    import pyarrow as pa
+
+    blocks = _whole_lines(place)
+    if unit == "line":
+        yield from map(_line_array, blocks)
+    elif unit == "paragraph":
+        for paragraphs in _paragraphs(blocks):
+            yield pa.array(paragraphs, pa.large_binary())
+    else:
+        yield pa.array([b"".join(blocks)], pa.large_binary())
+
+
+# ---- the library's builders
+
+
+def _groups_from(place: str, row: int) -> tuple[tuple[int, ...] | None, int]:
+    """(groups of a parquet file that reach to the row `row` and beyond, None: all; the first row of the first)."""
+    if row < _GROUPS_FROM_ROW:
+        return None, 0
+    import pyarrow.parquet as pq
+
+    with open_binary(place) as file:
+        metadata = pq.ParquetFile(file).metadata
+    first, passed = 0, 0
+    while first < metadata.num_row_groups and passed + metadata.row_group(first).num_rows <= row:
+        passed += metadata.row_group(first).num_rows
+        first += 1
+    return tuple(range(first, metadata.num_row_groups)), passed
+
+
+def _check_column(features: Any, column: str) -> None:
+    if column not in features:
+        raise ValueError(f"it has no column {column}, but {', '.join(features)}")
+    if (kind := getattr(features[column], "dtype", type(features[column]).__name__)) not in ("string", "large_string"):
+        raise ValueError(f"its column {column} holds {kind}, not text")
+
+
+@functools.cache
+def _classes() -> dict[str, Any]:
+    """The builder of each format; made when first used, since the library takes seconds to load."""
+    import pyarrow as pa
+    from datasets import ArrowBasedBuilder, DatasetInfo, SplitGenerator
+    from datasets.builder import Key
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    class EndsAtDamage:
+        """Ends at damage, where with an error the library would lose the rows that it has collected."""
+
+        damage = ""
+        unit = "line"
+        wanted_row = 0
+        first_row = 0
+
+        def _generate_tables(self, **arguments: Any) -> Iterator[Any]:
+            try:
+                yield from super()._generate_tables(**arguments)  # type: ignore[misc]
+            except Exception as error:
+                if not _is_damage(error, self.config.data_files["train"][0]):  # type: ignore[attr-defined]
+                    raise
+                self.damage = in_words(error)
+
+    class LineBlocks(ArrowBasedBuilder):
+        def _info(self) -> Any:
+            return DatasetInfo()
+
+        def _split_generators(self, dl_manager: Any) -> list[Any]:
+            return [SplitGenerator("train", gen_kwargs={"files": list(self.config.data_files["train"])})]
+
+        def _generate_tables(self, files: list[str]) -> Iterator[Any]:
+            for number, lines in enumerate(_line_arrays(files[0], self.unit)):
+                yield Key(0, number), pa.table({"line": lines})
+
+    class ParquetFrom(Parquet):
+        def _split_generators(self, dl_manager: Any) -> list[Any]:
+            (split,) = super()._split_generators(dl_manager)
+            _check_column(self.info.features, self.config.columns[0])
+            groups, self.first_row = _groups_from(split.gen_kwargs["files"][0], self.wanted_row)
+            split.gen_kwargs["row_groups_list"] = [groups]
+            return [split]
+
+    class DecompressedCsv(Csv):
+        def _generate_tables(self, base_files: list[str], files_iterables: Any) -> Iterator[Any]:
+            with open_content(base_files[0]) as file:
+                yield from super()._generate_tables(base_files, [[file]])
+
+    bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": Arrow, "csv": DecompressedCsv}
+    return {name: type(base.__name__, (EndsAtDamage, base), {}) for name, base in bases.items()}
