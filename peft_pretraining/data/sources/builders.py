@@ -84,7 +84,11 @@ class FileRows:
         if self._format in _SEEKING and compression_of(place):
             place = self._unpacked_file(place)
         if self._format == "parquet":
-            settings = {"columns": [self._column], "batch_size": _ROWS}
+            import pyarrow.dataset as ds
+
+            # Else it keeps what it has read up to the end of the file.
+            scan = ds.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
+            settings = {"columns": [self._column], "batch_size": _ROWS, "fragment_scan_options": scan}
         elif self._format == "csv":
             settings = _csv_settings(place, self._column)
         builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
@@ -93,7 +97,7 @@ class FileRows:
             cache_dir=_scratch().name,
             **settings,
         )
-        builder.unit, builder.wanted_row = self._unit, self._first
+        builder.unit, builder.column, builder.wanted_row = self._unit, self._column, self._first
         return builder
 
 
@@ -290,7 +294,7 @@ def _classes() -> dict[str, Any]:
         """Ends at damage, where with an error the library would lose the rows that it has collected."""
 
         damage = ""
-        unit = "line"
+        unit, column = "line", "text"
         wanted_row = 0
         first_row = 0
 
@@ -316,15 +320,24 @@ def _classes() -> dict[str, Any]:
     class ParquetFrom(Parquet):
         def _split_generators(self, dl_manager: Any) -> list[Any]:
             (split,) = super()._split_generators(dl_manager)
-            _check_column(self.info.features, self.config.columns[0])
+            _check_column(self.info.features, self.column)
             groups, self.first_row = _groups_from(split.gen_kwargs["files"][0], self.wanted_row)
             split.gen_kwargs["row_groups_list"] = [groups]
             return [split]
 
-    class DecompressedCsv(Csv):
-        def _generate_tables(self, base_files: list[str], files_iterables: Any) -> Iterator[Any]:
-            with open_content(base_files[0]) as file:
-                yield from super()._generate_tables(base_files, [[file]])
+    class ArrowOfText(Arrow):
+        def _split_generators(self, dl_manager: Any) -> list[Any]:
+            splits = list(super()._split_generators(dl_manager))
+            _check_column(self.info.features, self.column)
+            return splits
 
-    bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": Arrow, "csv": DecompressedCsv}
+    class DecompressedCsv(Csv):
+        def _split_generators(self, dl_manager: Any) -> list[Any]:
+            return [SplitGenerator("train", gen_kwargs={"files": list(self.config.data_files["train"])})]
+
+        def _generate_tables(self, files: list[str]) -> Iterator[Any]:
+            with open_content(files[0]) as file:
+                yield from super()._generate_tables(files, [[file]])
+
+    bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": ArrowOfText, "csv": DecompressedCsv}
     return {name: type(base.__name__, (EndsAtDamage, base), {}) for name, base in bases.items()}

@@ -93,13 +93,13 @@ def read_file(
     what a network does not give.
     """
     word = "line" if file.format in _LINE_FORMATS else "row"
-    text_of = _json_text(column) if file.format == "json" else _plain_text
+    text_of = _json_text(column) if file.format == "json" else plain_text
     rows = FileRows(file.place, file.format, column, unit, first)
     for row, values in rows.tables():
         begin = first if row <= first else row + (first - row) % step
         if begin >= rows.end:
             continue
-        for number, value in zip(range(begin, rows.end, step), _values(values, begin - row, step), strict=True):
+        for number, value in zip(range(begin, rows.end, step), values_of(values, begin - row, step), strict=True):
             text = text_of(value)
             yield text if isinstance(text, str) else Damage(f"{file.place} {word} {number + 1}", text.reason)
     # Damage before `first` was reported by whoever read that far.
@@ -108,15 +108,7 @@ def read_file(
         yield Damage(f"{file.place} after {word} {rows.end}", reason)
 
 
-_LINE_FORMATS = ("json", "text")
-
-
-@dataclass(frozen=True)
-class _NoText:
-    reason: str
-
-
-def _values(column: Any, begin: int, step: int) -> list[Any]:
+def values_of(column: Any, begin: int, step: int) -> list[Any]:
     """Every `step`-th value of an arrow column: str, bytes or None."""
     import pyarrow as pa
 
@@ -127,7 +119,16 @@ def _values(column: Any, begin: int, step: int) -> list[Any]:
         return list(chosen.cast(pa.large_binary()).to_pylist())
 
 
-def _plain_text(value: str | bytes | None) -> str:
+_LINE_FORMATS = ("json", "text")
+
+
+@dataclass(frozen=True)
+class _NoText:
+    reason: str
+
+
+def plain_text(value: str | bytes | None) -> str:
+    """The text of a line or value; "" for nothing, white space alone included."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace").rstrip("\r\n")
     return "" if value is None or value.isspace() else value
@@ -186,26 +187,33 @@ def choose_text_column(dataset: str, file: DataFile, wanted: str) -> str:
     """
     if file.format == "text":
         return "text"
+    word = "field" if file.format == "json" else "column"
     columns = columns_of(file.place, file.format)
+    return text_column_of(f"--dataset {dataset}: {file.place}", word, columns, wanted)
+
+
+def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) -> str:
+    """The column that holds the text: `wanted` if given, else text, else the only one of text.
+
+    `columns` has the type of each, TEXT for text; `where` begins the sentence of a UserError, `word` is
+    what a column is called.
+    """
     texts = [name for name, kind in columns.items() if kind == TEXT]
     listed = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"
-    flag, word = f"--dataset {dataset}: {file.place}", "field" if file.format == "json" else "column"
     name = wanted or ("text" if "text" in columns else "")
-    if name:
-        if name not in columns:
-            raise UserError(f"{flag} has no {word} {name} (--text_column). It has: {listed}.")
-        if columns[name] not in (TEXT, "null"):
-            other = f"; text is in {', '.join(texts)} (--text_column)" if texts else ""
-            raise UserError(f"{flag}: its {word} {name} holds {columns[name]}, not text{other}.")
-        return name
-    if len(texts) == 1:
-        return texts[0]
+    if name and name not in columns:
+        raise UserError(f"{where} has no {word} {name} (--text_column). It has: {listed}.")
+    if name and columns[name] not in (TEXT, "null"):
+        other = f"; text is in {', '.join(texts)} (--text_column)" if texts else ""
+        raise UserError(f"{where}: its {word} {name} holds {columns[name]}, not text{other}.")
+    if name or len(texts) == 1:
+        return name or texts[0]
     if texts:
+        called = ", ".join(texts)
         raise UserError(
-            f"{flag} has several {word}s of text, and none is called text: {', '.join(texts)}. "
-            "Choose one with --text_column."
+            f"{where} has several {word}s of text, none of them called text: {called}. Choose one with --text_column."
         )
-    raise UserError(f"{flag} has no {word} of text. It has: {listed}.")
+    raise UserError(f"{where} has no {word} of text. It has: {listed}.")
 
 
 def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options: SourceOptions) -> FileShards:
