@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL
+from peft_pretraining.data.dealing import deal_units, even_slices
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.order import deal_units
 from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import merge_states
@@ -60,7 +60,7 @@ def test_every_real_document_is_read_over_a_resume_on_more_ranks(shared_data: Pa
     rows = torch.cat(batches).tolist()
     source = open_dataset(dataset, "train")
     finished = 0
-    for lane, units in enumerate(deal_units(source.shards, 16, seed=3)):
+    for lane, units in enumerate(deal_units([even_slices(source.shards, 16)] * source.shards, 16, seed=3)):
         texts = [str(text) for unit in units for text in source.read(unit.shard, unit.slices, unit.part, 0)]
         expected = [[*ids, t5.eos_token_id] for ids in t5.encode_beginnings(texts, 63)]
         epoch = [[i for i in row if i != IGNORED_LABEL] for row in rows[lane::16][: len(expected)]]

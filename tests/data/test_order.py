@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL
-from peft_pretraining.data.order import deal_units
+from peft_pretraining.data.dealing import deal_units, even_slices
 from peft_pretraining.data.sources.documents import MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.train_loader import merge_states
@@ -196,7 +196,7 @@ def test_an_empty_dataset_is_refused(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("lanes", [1, 2, 7, 64])
 @pytest.mark.parametrize("shards", [1, 3, 8, 64, 65, 200, 1024])
 def test_units_are_dealt_evenly(shards: int, lanes: int) -> None:
-    dealt = deal_units(shards, lanes, seed=1)
+    dealt = deal_units([even_slices(shards, lanes)] * shards, lanes, seed=1)
     units = [unit for lane in dealt for unit in lane]
     assert len(set(units)) == len(units)
     for shard in range(shards):

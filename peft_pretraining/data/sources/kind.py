@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from peft_pretraining.data.sources.documents import Source
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.retry import RetryPolicy
 
 
@@ -91,8 +91,12 @@ class DatasetKind(ABC):
         """Whether `--dataset` has given something of this kind; its name is looked at before anybody is asked."""
         return False
 
+    def of(self, dataset: str) -> "DatasetKind":
+        """The kind that this very data set is of: a mixture is of that of its parts. Raises UserError."""
+        return self
+
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles | None:
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles | TokenMixture | None:
         """What is in one of `splits`, which share no document. Raises UserError, which names `--dataset`."""
 
 
@@ -111,5 +115,5 @@ class TokenKind(DatasetKind):
     """A kind that holds token ids, and needs no tokenizer."""
 
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
+    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles | TokenMixture:
         """See `DatasetKind.open`."""
