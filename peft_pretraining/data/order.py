@@ -126,15 +126,9 @@ class RowFormat:
     tokenizer: Tokenizer
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each document as it goes into rows, eos included."""
-        if self.packing == "pad":
-            # The official format: T5's tokenizer cuts to max_length with the end-of-sequence token inside it.
-            encoded = self.tokenizer.encode_beginnings(texts, self.max_length - 1)
-        else:
-            encoded = self.tokenizer.encode(texts)
-        for ids in encoded:
-            ids.append(self.tokenizer.eos_token_id)
-        return encoded
+        """The ids of each document as it goes into rows, with what begins and ends it; [] for one without ids."""
+        # pad is the official format: T5's tokenizer cuts to max_length with the end-of-sequence token inside it.
+        return self.tokenizer.encode_documents(texts, self.max_length if self.packing == "pad" else None)
 
 
 class TextLane:
