@@ -17,7 +17,7 @@ _PROBE = "The quick brown fox, 1234.5 naïve façades — \n\tdef f(x): return x
 # A prefix of a document is tokenised first where only its beginning is needed; the last tokens of a prefix may differ
 # from those of the whole text (".\n" can be one token), so this many are never used.
 _PREFIX_MARGIN = 16
-_PREFIX_CHARS_PER_TOKEN = 5
+_PREFIX_CHARS_PER_TOKEN = 6
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 
 
@@ -69,7 +69,8 @@ class Tokenizer:
         # Padding is masked by length, so a tokenizer without a padding token pads with anything.
         pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
         self.pad_token_id: int = next(pad for pad in pads if pad is not None)
-        self._never_in_text = frozenset(special | {i for i in added_ids if i is not None})
+        never_in_text = frozenset(special | {i for i in added_ids if i is not None})
+        self._dropped = {encoder.name: encoder.may_spell(never_in_text) for encoder in encoders}
         self._before = [] if self.bos_token_id is None else [self.bos_token_id]
         self._after = [] if self.eos_token_id is None else [self.eos_token_id]
         self.vocab_size: int = max([*vocabulary.text_ids(), *self._before, *self._after, self.pad_token_id]) + 1
@@ -77,13 +78,7 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
-        encoded = self._encoder.encode(texts)
-        for i, ids in enumerate(encoded):
-            # A vocabulary such as T5's in tokenizer.json lists its special tokens among the ordinary pieces, and finds
-            # them in a text.
-            if not self._never_in_text.isdisjoint(ids):
-                encoded[i] = [token for token in ids if token not in self._never_in_text]
-        return encoded
+        return self._encode(self._encoder, texts)
 
     def encode_beginnings(self, texts: list[str], count: int) -> list[list[int]]:
         """The first `count` ids of each text, without tokenising the rest of a long one.
@@ -99,7 +94,7 @@ class Tokenizer:
                 encoded[i] = ids[:count]
                 if len(prefix) < len(texts[i]) and len(ids) < count + _PREFIX_MARGIN:
                     short.append(i)
-            pending, length = short, 2 * length
+            pending, length = short, length + length // 2 + 1
         return encoded
 
     def encode_documents(self, texts: list[str], max_length: int | None = None) -> list[list[int]]:
@@ -164,9 +159,16 @@ class Tokenizer:
             f"{' and '.join(added) or 'nothing is added to documents'}"
         )
 
+    def _encode(self, encoder: Encoder, texts: list[str]) -> list[list[int]]:
+        encoded = encoder.encode(texts)
+        if dropped := self._dropped[encoder.name]:
+            for i, ids in enumerate(encoded):
+                if not dropped.isdisjoint(ids):
+                    encoded[i] = [token for token in ids if token not in dropped]
+        return encoded
+
     def _fingerprint(self, encoder: Encoder) -> str:
-        ids = [i for i in encoder.encode([_PROBE])[0] if i not in self._never_in_text]
-        parts: list[int | str] = [*ids, *self._after, self.vocab_size]
+        parts: list[int | str] = [*self._encode(encoder, [_PROBE])[0], *self._after, self.vocab_size]
         # What was not there when the first checkpoints were written is left out where it says nothing new.
         parts += [] if encoder.name == "tokenizers" else [encoder.name]
         parts += [f"bos {self.bos_token_id}"] if self._before else []

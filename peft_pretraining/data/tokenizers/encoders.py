@@ -53,6 +53,9 @@ class Encoder(Protocol):
     def text_ids(self) -> set[int]:
         """Ids of the pieces of text."""
 
+    def may_spell(self, ids: frozenset[int]) -> frozenset[int]:
+        """Those of some special ids that `encode` might give for a text that has their names in it."""
+
     def begins_with(self) -> list[int]:
         """What the tokenizer by itself puts before a text."""
 
@@ -103,6 +106,10 @@ class TokenizersEncoder:
         """See `Encoder.text_ids`."""
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         return set(self._backend.get_vocab(True).values()) - special
+
+    def may_spell(self, ids: frozenset[int]) -> frozenset[int]:
+        """See `Encoder.may_spell`: a unigram vocabulary lists its special tokens among the ordinary pieces."""
+        return ids
 
     def begins_with(self) -> list[int]:
         """See `Encoder.begins_with`."""
@@ -172,6 +179,10 @@ class SentencePieceEncoder:
     def text_ids(self) -> set[int]:
         """See `Encoder.text_ids`."""
         return set(range(self.size)) - self.special_ids()
+
+    def may_spell(self, ids: frozenset[int]) -> frozenset[int]:
+        """See `Encoder.may_spell`: pieces that are no control symbols but were named as special beside the file."""
+        return ids & self.text_ids()
 
     def begins_with(self) -> list[int]:
         """See `Encoder.begins_with`: the file does not say; BPE models with a bos, such as LLaMA's, begin with it."""

@@ -57,7 +57,7 @@ def train_tokenizer(
         pass
     if not hashed.chars:
         raise UserError(f"--tokenizer {name}: --dataset {source.name} has no text to train it on.")
-    path = cache_dir() / f"{name.replace(':', '-')}-{vocab_size}-{hashed.digest()}.json"
+    path = cache_dir() / f"{name.partition(':')[0]}-{vocab_size}-{hashed.digest()}.json"
     if path.is_file():
         try:
             return Tokenizer([TokenizersEncoder(Backend.from_file(str(path)))], name, _SPECIAL, added)
