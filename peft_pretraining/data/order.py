@@ -128,19 +128,14 @@ class RowFormat:
     tokenizer: Tokenizer
 
     def documents(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each document as it goes into rows, eos included; none for one that has nothing to predict.
+        """The ids of each document as it goes into rows, with what begins and ends it; none for one that has no target.
 
         That is one without a token of its own (zero-width characters, the text of a special piece), and with padding a
         row of one id.
         """
-        if self.packing == "pad":
-            # The official format: T5's tokenizer cuts to max_length with the end-of-sequence token inside it.
-            encoded = self.tokenizer.encode_beginnings(texts, self.max_length - 1)
-        else:
-            encoded = self.tokenizer.encode(texts)
-        whole = [[*ids, self.tokenizer.eos_token_id] if ids else [] for ids in encoded]
-        least = 2 if self.packing == "pad" else 1
-        return [ids if len(ids) >= least else [] for ids in whole]
+        # pad is the official format: T5's tokenizer cuts to max_length with the end-of-sequence token inside it.
+        whole = self.tokenizer.encode_documents(texts, self.max_length if self.packing == "pad" else None)
+        return [ids if len(ids) > 1 or self.packing == "pack" else [] for ids in whole]
 
 
 Row = tuple[list[int], Position]
