@@ -103,11 +103,12 @@ class Run:
 
     def train(self) -> None:
         """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
-        self.metrics.announce()
+        self.metrics.announce(self.loader.describe())
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
-            last = self.update_step == total
+            ended = self.data_ended()
+            last = ended or self.update_step == total
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
             if self.update_step > first:
                 self.evaluate_if_due(last)
@@ -116,8 +117,14 @@ class Run:
             elif first == 0 and self.args.checkpoint.save_every:
                 # A run that cannot save, or cannot read what it saved, says so before it has anything to lose.
                 self.save(self.loader.state_dict(), read_back=True)
+            if ended and self.update_step < total:
+                self.metrics.say(f"the data has ended after {self.update_step} of {total} updates (--repeat none)")
             if last or not self.update():
                 return
+
+    def data_ended(self) -> bool:
+        """Whether no rank has a further row, with --repeat none."""
+        return self.args.data.repeat == "none" and self.processes.all_on_host(self.loader.ended)
 
     def update(self) -> bool:
         """One update; False where a stop was asked for, with everything as it was before the update."""
@@ -128,6 +135,8 @@ class Run:
             self.end_early(data_before)
             return False
         assert update is not None
+        for sentence in self.loader.take_news():
+            self.metrics.say(f"update {self.update_step + 1}: {sentence}")
         target_tokens = self.processes.sum_on_host(update.target_tokens)
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         loss = torch.zeros((), device=self.processes.device)

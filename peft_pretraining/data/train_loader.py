@@ -103,15 +103,15 @@ class TrainLoader:
         *,
         workers: int,
         vocab_size: int,
+        tokenizer: Tokenizer | None = None,
         damage: DamageCount | None = None,
         stop: threading.Event | None = None,
     ) -> None:
         """`order` is everything that decides the order, by flag; `stop` ends the pauses of a source when set."""
-        self.layout, self.vocab_size = layout, vocab_size
+        self.layout, self.vocab_size, self.tokenizer = layout, vocab_size, tokenizer
         self.wait_seconds = 0.0
         """Time that `next_update` waited for rows, in total."""
-        self.news: list[str] = []
-        """What a person should hear of the data, in sentences; whoever says them empties the list."""
+        self._news: list[str] = []
         self._makes_lanes, self._order, self._damage = lanes, order, damage or DamageCount(0)
         self._stop = stop or threading.Event()
         self._sequence = 0  # global sequences handed out
@@ -124,6 +124,15 @@ class TrainLoader:
         self._error: BaseException | None = None
         # A thread that is inside the tokenizer while the interpreter shuts down can abort the process.
         atexit.register(_close_if_alive, weakref.ref(self))
+
+    def describe(self) -> list[str]:
+        """Lines for people: how text becomes ids."""
+        return [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
+
+    def take_news(self) -> list[str]:
+        """What a person should hear of the data since the last call, in sentences."""
+        told, self._news = self._news, []
+        return told
 
     @property
     def damaged(self) -> int:
@@ -210,7 +219,7 @@ class TrainLoader:
         epochs = _epochs(self._states.values())
         for name, before, now in zip(self._makes_lanes.names, self._epochs, epochs, strict=True):
             if before == 0 < now:
-                self.news.append(
+                self._news.append(
                     f"--dataset {name}: the first of its lanes has ended and begins again, in another order: from here "
                     "on documents are read a second time (--repeat each)"
                 )
@@ -221,13 +230,16 @@ class TrainLoader:
             raise UserError(
                 f"the checkpoint's data state has format {state.get('format')}; this version reads {_STATE_FORMAT}."
             )
+        saved_tokenizer = state["order"].get("tokenizer", "")
+        if self.tokenizer is not None and self.tokenizer.go_on_as(saved_tokenizer):
+            self._order["tokenizer"] = saved_tokenizer  # of the same ids, by the encoder that the run began with
         replaced = self._makes_lanes.load_state(state.get("sources"))
         differences = [
             f"--{flag} is {self._order.get(flag)!r} but was {saved!r}"
             for flag, saved in state["order"].items()
             if self._order.get(flag) != saved and not (flag == "dataset" and replaced)
         ]
-        self.news += replaced or []
+        self._news += replaced or []
         if differences:
             raise UserError(
                 f"the run cannot go on in the order of its checkpoint: {'; '.join(differences)} (for --dataset and "
@@ -364,7 +376,10 @@ def build_train_loader(
     order |= {"packing": packing, "shuffle_buffer": shuffle_buffer}
     if source is None and find_kind(dataset).needs_network:
         workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
-    return TrainLoader(layout, lanes, order, workers=workers, vocab_size=tokenizer.vocab_size, damage=damage, stop=stop)
+    return TrainLoader(
+        layout, lanes, order, workers=workers, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, damage=damage,
+        stop=stop,
+    )  # fmt: skip
 
 
 def repeats(repeat: str) -> bool:

@@ -71,7 +71,9 @@ def test_types_of_other_columns_and_rows_do_not_matter(tmp_path: Path) -> None:
 
 def test_a_row_of_csv_may_have_more_fields_or_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
-    path.write_bytes(b'\xef\xbb\xbftext,n\r\nplain,1\r\n"two\r\nlines, and ""quotes""",2\r\nmore,3,4,5\r\nless\r\nt\xffail,6\r\n')
+    path.write_bytes(
+        b'\xef\xbb\xbftext,n\r\nplain,1\r\n"two\r\nlines, and ""quotes""",2\r\nmore,3,4,5\r\nless\r\nt\xffail,6\r\n'
+    )
     assert read(path) == ["plain", 'two\r\nlines, and "quotes"', "more", "less", "t\ufffdail"]
     path.write_bytes(b'n,text\n1,one\n2\n3,three\n4,"never closed\n')
     (*good, last) = read(path)
@@ -128,7 +130,7 @@ def test_a_file_that_is_cut_off_gives_what_was_before(tmp_path: Path, suffix: st
     assert last.where == f"{path} after line {len(good)}"
     lost = len(content_of(suffix, texts[len(good) :]))
     # bz2 and zstd compress blocks of 900 and 128 kB.
-    assert lost < len(content_of(suffix, texts))  / 3 + (900_000 if compression == ".bz2" else 150_000)
+    assert lost < len(content_of(suffix, texts)) / 3 + (900_000 if compression == ".bz2" else 150_000)
     assert read(path, first=len(good)) == [last], "it is reported at its place"
     assert read(path, first=len(good) + 1) == [], "and once"
     assert read(path, first=0, step=len(good) + 1) == [texts[0]]

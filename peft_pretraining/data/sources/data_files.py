@@ -8,13 +8,15 @@ a damaged line stays one line.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.data.sources.builders import FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
-from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.data.sources.documents import Damage, Files
 from peft_pretraining.data.sources.file_heads import TEXT, columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.errors import UserError
@@ -78,6 +80,15 @@ class FileShards:
         if self.unit != "line" and any(file.format == "text" for file in self.files):
             chosen += repr(("unit", self.unit))
         return hashlib.sha256(chosen.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def file_list(self) -> Files | None:
+        """See `documents.FileSource.file_list`; a folder may be moved."""
+        places = [Path(file.place) for file in self.files]
+        if any(file.size < 0 for file in self.files):  # the hub was not asked for sizes
+            return None
+        common = os.path.commonpath([place.parent for place in places])
+        names = tuple(os.path.relpath(place, common) for place in places)
+        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}")
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
