@@ -146,7 +146,8 @@ def _text_rows(source: Source, row_format: RowFormat, damage: DamageCount) -> It
     while batch := list(islice(texts, _DOCUMENTS_PER_ENCODING)):
         for ids in row_format.documents(batch):
             if row_format.packing == "pad":
-                yield np.array(ids, np.int32)
+                if ids:
+                    yield np.array(ids, np.int32)
                 continue
             rest.extend(ids)
             while len(rest) >= length:
