@@ -188,7 +188,8 @@ class TextLane:
 
     def _pad_rows(self) -> Iterator[Row]:
         for ids, here in self._documents():
-            yield ids, here._replace(document=here.document + 1)
+            if ids:
+                yield ids, here._replace(document=here.document + 1)
 
     def _pack_rows(self) -> Iterator[Row]:
         length = self._format.max_length
