@@ -1,7 +1,8 @@
 """One file of documents: every format gives the same texts by the same places, and damage costs what it lies in."""
 
-import gzip
+import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from peft_pretraining.data.sources import builders
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, read_file
 from peft_pretraining.data.sources.documents import Damage
 from tests.data.files import COMPRESS, FORMATS, content_of, write_texts
@@ -71,7 +73,9 @@ def test_types_of_other_columns_and_rows_do_not_matter(tmp_path: Path) -> None:
 
 def test_a_row_of_csv_may_have_more_fields_or_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
-    path.write_bytes(b'\xef\xbb\xbftext,n\r\nplain,1\r\n"two\r\nlines, and ""quotes""",2\r\nmore,3,4,5\r\nless\r\nt\xffail,6\r\n')
+    path.write_bytes(
+        b'\xef\xbb\xbftext,n\r\nplain,1\r\n"two\r\nlines, and ""quotes""",2\r\nmore,3,4,5\r\nless\r\nt\xffail,6\r\n'
+    )
     assert read(path) == ["plain", 'two\r\nlines, and "quotes"', "more", "less", "t\ufffdail"]
     path.write_bytes(b'n,text\n1,one\n2\n3,three\n4,"never closed\n')
     (*good, last) = read(path)
@@ -117,7 +121,8 @@ def test_one_long_line_and_a_last_one_without_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compression", [name for name in COMPRESS if name])
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
 def test_a_file_that_is_cut_off_gives_what_was_before(tmp_path: Path, suffix: str, compression: str) -> None:
-    texts = [f"{i} " + " ".join(str(hash((i, j))) for j in range(60)) for i in range(500)]
+    documents = 1500 if compression == ".bz2" else 500
+    texts = [f"{i} " + " ".join(str(hash((i, j))) for j in range(60)) for i in range(documents)]
     path = write_texts(tmp_path / f"data{suffix}{compression}", texts)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -128,7 +133,7 @@ def test_a_file_that_is_cut_off_gives_what_was_before(tmp_path: Path, suffix: st
     assert last.where == f"{path} after line {len(good)}"
     lost = len(content_of(suffix, texts[len(good) :]))
     # bz2 and zstd compress blocks of 900 and 128 kB.
-    assert lost < len(content_of(suffix, texts))  / 3 + (900_000 if compression == ".bz2" else 150_000)
+    assert lost < len(content_of(suffix, texts)) / 3 + (900_000 if compression == ".bz2" else 150_000)
     assert read(path, first=len(good)) == [last], "it is reported at its place"
     assert read(path, first=len(good) + 1) == [], "and once"
     assert read(path, first=0, step=len(good) + 1) == [texts[0]]
@@ -228,3 +233,21 @@ def test_the_shards_are_the_files(tmp_path: Path) -> None:
     text = DataFile("a.txt", "text", 1)
     prints |= {FileShards("test", (text,), "identity", unit=unit).fingerprint() for unit in ("line", "file")}
     assert len(prints) == 3
+
+
+def test_files_are_read_in_threads(tmp_path: Path) -> None:
+    paths = [write_texts(tmp_path / f"{i}{suffix}", TEXTS) for i in range(3) for suffix in FORMATS]
+    with ThreadPoolExecutor(8) as threads:
+        assert all(found == TEXTS for found in threads.map(read, paths))
+
+
+@pytest.mark.parametrize("suffix", [".parquet.gz", ".arrow.zst"])
+def test_what_is_decompressed_into_a_file_goes_away(tmp_path: Path, suffix: str) -> None:
+    stream = read_file(file_of(write_texts(tmp_path / f"data{suffix}", TEXTS)))
+    assert next(stream) == TEXTS[0]
+    left = set(Path(builders._scratch().name).glob("tmp*"))
+    assert left
+    stream.close()  # type: ignore[attr-defined]
+    del stream
+    gc.collect()
+    assert not left & set(Path(builders._scratch().name).glob("tmp*"))

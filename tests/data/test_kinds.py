@@ -12,6 +12,7 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources import registry
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
+from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.errors import UserError
 from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.small_run import CONFIG, SmallRun
@@ -106,19 +107,20 @@ def test_another_kind_is_in_the_help_and_in_messages(
 
     before = helped()
     assert (
-        "NAME_OR_PATH c4 (streamed from the hub), a folder in C4's layout, pydocs (Python's own documentation, "
+        f"NAME_OR_PATH c4 (streamed from the hub), {LocalFiles.in_words}, pydocs (Python's own documentation, "
         in before
     )
-    assert "needs no network), or a file or folder of little-endian uint16 or uint32 token ids. (default: c4)" in before
+    assert "needs no network), a folder written by save_to_disk of datasets, or a file or folder of" in before
+    assert "little-endian uint16 or uint32 token ids. (default: c4)" in before
     assert "(default: t5-base; for pydocs a small BPE trained on it once)" in before
     add_module("lines", LINES)
-    text = "a folder in C4's layout, a .lines file with a document a line, pydocs ("
+    text = f"c4 (streamed from the hub), a .lines file with a document a line, {LocalFiles.in_words}, pydocs ("
     assert text in helped() and text not in before
     assert "t5-base; for a .lines file with a document a line a small BPE trained on it once; for pydocs a" in helped()
     add_module("of_a_test", NAMED.format(name="mine"))
     message = refused()
     assert message.startswith("--dataset nowhere is neither c4 nor mine nor pydocs nor a file or folder that exists: ")
-    assert "a .lines file with a document a line, mine (for a test), pydocs (" in message
+    assert f"a .lines file with a document a line, {LocalFiles.in_words}, mine (for a test), pydocs (" in message
 
 
 def test_another_kind_is_tokenized_by_the_script(
@@ -141,12 +143,12 @@ def test_kinds_are_asked_in_a_fixed_order(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     assert [type(kind).__module__.rpartition(".")[2] for kind in registry.kinds()] == [
-        "c4", "c4_folder", "pydocs", "token_files",
+        "c4", "local", "pydocs", "saved", "token_files",
     ]  # fmt: skip
     for name in ("c4", "pydocs"):  # a name means that kind, whatever lies there
         (tmp_path / name).mkdir()
         assert name_of(name) == name
-    assert name_of(tmp_path / "c4") == "c4_folder"
+    assert name_of(tmp_path / "c4") == "local"
     (tmp_path / "c4" / "c4-train.00000-of-00001.json.gz").touch()
     (tmp_path / "c4" / "train.bin").touch()
     assert name_of(tmp_path / "c4") == "token_files"

@@ -8,6 +8,7 @@ line ends, so that a line that is skipped is never made.
 Builders are used without `load_dataset`, which would take `*` and `[` in a path for a pattern.
 """
 
+import contextlib
 import functools
 import io
 import re
@@ -24,7 +25,7 @@ from peft_pretraining.errors import UserError
 # This module imports neither os nor pathlib: the library replaces them where a builder is defined.
 
 _CHUNK_BYTES = 1 << 18
-_BLOCK_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 17
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
@@ -276,6 +277,23 @@ def _check_column(features: Any, column: str) -> None:
         raise ValueError(f"its column {column} holds {kind}, not text")
 
 
+class _EndsAtDamage:
+    """Ends at damage, where with an error the library would lose the rows that it has collected."""
+
+    damage = ""
+    unit, column = "line", "text"
+    wanted_row = 0
+    first_row = 0
+
+    def _generate_tables(self, **arguments: Any) -> Iterator[Any]:
+        try:
+            yield from super()._generate_tables(**arguments)  # type: ignore[misc]
+        except Exception as error:
+            if not _is_damage(error, self.config.data_files["train"][0]):  # type: ignore[attr-defined]
+                raise
+            self.damage = in_words(error)
+
+
 @functools.cache
 def _classes() -> dict[str, Any]:
     """The builder of each format; made when first used, since the library takes seconds to load."""
@@ -285,29 +303,16 @@ def _classes() -> dict[str, Any]:
     from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.parquet.parquet import Parquet
+    from pandas.errors import EmptyDataError
 
-    class EndsAtDamage:
-        """Ends at damage, where with an error the library would lose the rows that it has collected."""
+    class OneFile:
+        def _split_generators(self, dl_manager: Any) -> list[Any]:
+            files = list(self.config.data_files["train"])  # type: ignore[attr-defined]
+            return [SplitGenerator("train", gen_kwargs={"files": files})]
 
-        damage = ""
-        unit, column = "line", "text"
-        wanted_row = 0
-        first_row = 0
-
-        def _generate_tables(self, **arguments: Any) -> Iterator[Any]:
-            try:
-                yield from super()._generate_tables(**arguments)  # type: ignore[misc]
-            except Exception as error:
-                if not _is_damage(error, self.config.data_files["train"][0]):  # type: ignore[attr-defined]
-                    raise
-                self.damage = in_words(error)
-
-    class LineBlocks(ArrowBasedBuilder):
+    class LineBlocks(OneFile, ArrowBasedBuilder):
         def _info(self) -> Any:
             return DatasetInfo()
-
-        def _split_generators(self, dl_manager: Any) -> list[Any]:
-            return [SplitGenerator("train", gen_kwargs={"files": list(self.config.data_files["train"])})]
 
         def _generate_tables(self, files: list[str]) -> Iterator[Any]:
             for number, lines in enumerate(_line_arrays(files[0], self.unit)):
@@ -327,13 +332,10 @@ def _classes() -> dict[str, Any]:
             _check_column(self.info.features, self.column)
             return splits
 
-    class DecompressedCsv(Csv):
-        def _split_generators(self, dl_manager: Any) -> list[Any]:
-            return [SplitGenerator("train", gen_kwargs={"files": list(self.config.data_files["train"])})]
-
+    class DecompressedCsv(OneFile, Csv):
         def _generate_tables(self, files: list[str]) -> Iterator[Any]:
-            with open_content(files[0]) as file:
+            with open_content(files[0]) as file, contextlib.suppress(EmptyDataError):
                 yield from super()._generate_tables(files, [[file]])
 
     bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": ArrowOfText, "csv": DecompressedCsv}
-    return {name: type(base.__name__, (EndsAtDamage, base), {}) for name, base in bases.items()}
+    return {name: type(base.__name__, (_EndsAtDamage, base), {}) for name, base in bases.items()}

@@ -92,6 +92,8 @@ def read_file(
     Where a file ends before its end, the place after the last good one is a Damage that says so. Raises UserError for
     what a network does not give.
     """
+    if not file.size:
+        return  # of some formats even nothing takes bytes
     word = "line" if file.format in _LINE_FORMATS else "row"
     text_of = _json_text(column) if file.format == "json" else plain_text
     rows = FileRows(file.place, file.format, column, unit, first)
