@@ -5,10 +5,13 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from datasets import config
+from fsspec.implementations.memory import MemoryFileSystem
 
 from peft_pretraining.data.sources import builders
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, read_file
@@ -180,6 +183,8 @@ def test_lines_paragraphs_and_whole_files(tmp_path: Path) -> None:
     assert read(path) == ["one", "two", "", "", "three \ufffd", "", "", "", "four"]
     assert read(path, unit="paragraph") == ["one\ntwo", "three \ufffd", "four"]
     assert read(path, unit="file") == ["one\r\ntwo\r\n\r\n \t\r\nthree \ufffd\r\n\r\n\r\n\r\nfour"]
+    path.write_bytes(b"\n\none\n \n\t\ntwo\n" + b"\n" * 300_000 + b"three\n \nfour")
+    assert read(path, unit="paragraph") == ["one", "two", "three", "four"]
     many = [f"{i}\n" + "a line\n" * (i % 40) + "the last" for i in range(3000)]
     path.write_text("\n\n".join(many), encoding="utf-8")
     assert read(path, unit="paragraph") == many
@@ -251,3 +256,24 @@ def test_what_is_decompressed_into_a_file_goes_away(tmp_path: Path, suffix: str)
     del stream
     gc.collect()
     assert not left & set(Path(builders._scratch().name).glob("tmp*"))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_a_file_elsewhere_is_read_by_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, compression: str
+) -> None:
+    local = write_texts(tmp_path / f"data{suffix}{compression}", TEXTS)
+    with fsspec.open(f"memory://{tmp_path.name}/{local.name}", "wb") as remote:
+        remote.write(local.read_bytes())
+    file = DataFile(f"memory://{tmp_path.name}/{local.name}", format_of(local.name), local.stat().st_size)
+    assert list(read_file(file)) == TEXTS
+    assert list(read_file(file, first=300, step=7)) == TEXTS[300::7]
+
+    def failing(*_: object, **__: object) -> object:
+        raise ConnectionResetError("the peer went away")
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", failing)
+    monkeypatch.setattr(config, "STREAMING_OPEN_MAX_RETRIES", 1)
+    with pytest.raises(ConnectionError):  # not damage
+        list(read_file(file))

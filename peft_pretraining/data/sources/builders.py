@@ -29,8 +29,8 @@ _BLOCK_BYTES = 1 << 17
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
-_GROUPS_FROM_ROW = 1024
-"""Up to here rows are skipped by reading; from here on the footer of a parquet file tells which groups to pass over."""
+TEXT = "text"
+"""What a column of text is called; others have the type that their file gives them."""
 
 _COLUMNAR = ("parquet", "arrow", "csv")
 _SEEKING = ("parquet", "arrow")
@@ -52,9 +52,8 @@ class FileRows:
     def tables(self) -> Iterator[tuple[int, Any]]:
         """(number of its first row, column (rows,)); rows long before `first` may be passed over."""
         try:
-            with _lock:  # the library changes modules while a builder is made
-                builder = self._builder()
-                data = builder.as_streaming_dataset("train").with_format("arrow")
+            builder = self._builder()
+            data = builder.as_streaming_dataset("train").with_format("arrow")
         except Exception as error:
             if not _is_damage(error, self._place):
                 raise
@@ -88,12 +87,13 @@ class FileRows:
             settings = {"columns": [self._column], "batch_size": _ROWS}
         elif self._format == "csv":
             settings = _csv_settings(place, self._column)
-        builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
-            data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
-            config_id="stream",
-            cache_dir=_scratch().name,
-            **settings,
-        )
+        with _lock:  # the library changes modules while a builder is made
+            builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
+                data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
+                config_id="stream",
+                cache_dir=_scratch().name,
+                **settings,
+            )
         builder.unit, builder.column, builder.wanted_row = self._unit, self._column, self._first
         return builder
 
@@ -214,6 +214,9 @@ def _whole_lines(place: str) -> Iterator[bytes]:
         begun = True
 
 
+_BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
+
+
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
     """What stands between empty lines, without them."""
     pieces: list[bytes] = []
@@ -221,11 +224,11 @@ def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
         block = block.replace(b"\r\n", b"\n")
         pieces.append(block)
         if b"\n\n" in block or block.startswith(b"\n"):
-            *found, rest = re.split(rb"\n(?:[ \t]*\n)+", b"".join(pieces))
+            *found, rest = _BETWEEN_PARAGRAPHS.split(b"".join(pieces))
             pieces = [rest]
             yield [paragraph for paragraph in found if paragraph]
-    if rest := b"".join(pieces).strip(b"\n"):
-        yield [rest]
+    last = (part.strip(b"\n") for part in _BETWEEN_PARAGRAPHS.split(b"".join(pieces)))
+    yield [paragraph for paragraph in last if paragraph]
 
 
 def _line_array(block: bytes) -> Any:
@@ -255,26 +258,47 @@ def _line_arrays(place: str, unit: str) -> Iterator[Any]:
 # ---- the library's builders
 
 
-def _groups_from(place: str, row: int) -> tuple[tuple[int, ...] | None, int]:
-    """(groups of a parquet file that reach to the row `row` and beyond, None: all; the first row of the first)."""
-    if row < _GROUPS_FROM_ROW:
-        return None, 0
+def columns_of_table(place: str, file_format: str) -> dict[str, str]:
+    """Type of each column of a parquet or arrow file, in order; TEXT for text. Raises OSError or ValueError."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open_binary(place) as file:
-        metadata = pq.ParquetFile(file).metadata
+    with open_content(place) as file:
+        source = io.BytesIO(file.read()) if compression_of(place) else file
+        if file_format == "parquet":
+            return _types(pq.read_schema(source))
+        try:
+            return _types(pa.ipc.open_stream(source).schema)
+        except (OSError, pa.ArrowInvalid):
+            source.seek(0)
+            return _types(pa.ipc.open_file(source).schema)
+
+
+def _types(schema: Any) -> dict[str, str]:
+    import pyarrow as pa
+
+    def text(kind: Any) -> bool:
+        if pa.types.is_dictionary(kind):
+            return text(kind.value_type)
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+    return {field.name: TEXT if text(field.type) else str(field.type) for field in schema}
+
+
+def _check_column(columns: dict[str, str], column: str) -> None:
+    if column not in columns:
+        raise ValueError(f"it has no column {column}, but {', '.join(columns)}")
+    if columns[column] != TEXT:
+        raise ValueError(f"its column {column} holds {columns[column]}, not text")
+
+
+def _groups_from(rows_of_groups: list[int], row: int) -> tuple[tuple[int, ...], int]:
+    """(groups of rows that reach to the row `row` and beyond, the first row of the first)."""
     first, passed = 0, 0
-    while first < metadata.num_row_groups and passed + metadata.row_group(first).num_rows <= row:
-        passed += metadata.row_group(first).num_rows
+    while first < len(rows_of_groups) and passed + rows_of_groups[first] <= row:
+        passed += rows_of_groups[first]
         first += 1
-    return tuple(range(first, metadata.num_row_groups)), passed
-
-
-def _check_column(features: Any, column: str) -> None:
-    if column not in features:
-        raise ValueError(f"it has no column {column}, but {', '.join(features)}")
-    if (kind := getattr(features[column], "dtype", type(features[column]).__name__)) not in ("string", "large_string"):
-        raise ValueError(f"its column {column} holds {kind}, not text")
+    return tuple(range(first, len(rows_of_groups))), passed
 
 
 class _EndsAtDamage:
@@ -298,6 +322,7 @@ class _EndsAtDamage:
 def _classes() -> dict[str, Any]:
     """The builder of each format; made when first used, since the library takes seconds to load."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import ArrowBasedBuilder, DatasetInfo, SplitGenerator
     from datasets.builder import Key
     from datasets.packaged_modules.arrow.arrow import Arrow
@@ -318,19 +343,25 @@ def _classes() -> dict[str, Any]:
             for number, lines in enumerate(_line_arrays(files[0], self.unit)):
                 yield Key(0, number), pa.table({"line": lines})
 
-    class ParquetFrom(Parquet):
+    class ParquetFrom(OneFile, Parquet):
         def _split_generators(self, dl_manager: Any) -> list[Any]:
             (split,) = super()._split_generators(dl_manager)
-            _check_column(self.info.features, self.column)
-            groups, self.first_row = _groups_from(split.gen_kwargs["files"][0], self.wanted_row)
+            with open_binary(split.gen_kwargs["files"][0]) as file:
+                read = pq.ParquetFile(file)
+                _check_column(_types(read.schema_arrow), self.column)
+                rows = [read.metadata.row_group(i).num_rows for i in range(read.metadata.num_row_groups)]
+            groups, self.first_row = _groups_from(rows, self.wanted_row)
             split.gen_kwargs["row_groups_list"] = [groups]
             return [split]
 
-    class ArrowOfText(Arrow):
+    class ArrowOfText(OneFile, Arrow):
         def _split_generators(self, dl_manager: Any) -> list[Any]:
-            splits = list(super()._split_generators(dl_manager))
-            _check_column(self.info.features, self.column)
-            return splits
+            (split,) = super()._split_generators(dl_manager)
+            _check_column(columns_of_table(split.gen_kwargs["files"][0], "arrow"), self.column)
+            return [split]
+
+        def _cast_table(self, pa_table: Any) -> Any:
+            return pa_table.select([self.column])
 
     class DecompressedCsv(OneFile, Csv):
         def _generate_tables(self, files: list[str]) -> Iterator[Any]:

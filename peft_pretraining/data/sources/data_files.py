@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.data.sources.builders import FileRows, in_words
+from peft_pretraining.data.sources.builders import TEXT, FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage
-from peft_pretraining.data.sources.file_heads import TEXT, columns_of, what_is
+from peft_pretraining.data.sources.file_heads import columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.errors import UserError
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 
-from peft_pretraining.data.sources.builders import in_words, open_binary, open_content
+from peft_pretraining.data.sources.builders import TEXT, columns_of_table, in_words, open_binary, open_content
 from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of
 
 _HEAD_BYTES = 1 << 16
@@ -23,8 +23,6 @@ _BINARY_MAGIC = {
 }
 _HAS_MAGIC = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 _LFS = b"version https://git-lfs"
-TEXT = "text"
-"""How a column of text is called in `columns_of`; others have the type that their file gives them."""
 
 
 def what_is(place: str, file_format: str) -> str:
@@ -51,7 +49,7 @@ def what_is(place: str, file_format: str) -> str:
 def columns_of(place: str, file_format: str) -> dict[str, str]:
     """Type of each column or field in order, TEXT for text. Raises OSError or ValueError if it cannot be read."""
     if file_format in _HAS_MAGIC:
-        return _schema(place, file_format)
+        return columns_of_table(place, file_format)
     if file_format == "csv":
         head = _head(place).decode("utf-8-sig", "replace")
         rows = csv.reader(io.StringIO(head), delimiter="\t" if ".tsv" in place.lower() else ",")
@@ -66,28 +64,6 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
             else:
                 found.setdefault(key, "null")
     return found
-
-
-def _schema(place: str, file_format: str) -> dict[str, str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def text(kind: pa.DataType) -> bool:
-        if pa.types.is_dictionary(kind):
-            return text(kind.value_type)
-        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-    with open_content(place) as file:
-        source = io.BytesIO(file.read()) if compression_of(place) else file
-        if file_format == "parquet":
-            schema = pq.read_schema(source)
-        else:
-            try:
-                schema = pa.ipc.open_stream(source).schema
-            except (OSError, pa.ArrowInvalid):
-                source.seek(0)
-                schema = pa.ipc.open_file(source).schema
-    return {field.name: TEXT if text(field.type) else str(field.type) for field in schema}
 
 
 def _head(place: str, whole_line: bool = False) -> bytes:

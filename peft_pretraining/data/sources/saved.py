@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.sources.builders import in_words
+from peft_pretraining.data.sources.builders import TEXT, in_words
 from peft_pretraining.data.sources.data_files import plain_text, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
-from peft_pretraining.data.sources.file_heads import TEXT
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.split_names import WORDS
 from peft_pretraining.errors import UserError
