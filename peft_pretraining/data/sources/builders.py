@@ -84,7 +84,11 @@ class FileRows:
         if self._format in _SEEKING and compression_of(place):
             place = self._unpacked_file(place)
         if self._format == "parquet":
-            settings = {"columns": [self._column], "batch_size": _ROWS}
+            import pyarrow.dataset as ds
+
+            # Else it keeps what it has read up to the end of the file.
+            scan = ds.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
+            settings = {"columns": [self._column], "batch_size": _ROWS, "fragment_scan_options": scan}
         elif self._format == "csv":
             settings = _csv_settings(place, self._column)
         with _lock:  # the library changes modules while a builder is made
