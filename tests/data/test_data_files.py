@@ -1,5 +1,6 @@
 """One file of documents: every format gives the same texts by the same places, and damage costs what it lies in."""
 
+import errno
 import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from peft_pretraining.data.sources import builders
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, read_file
 from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.errors import UserError
 from tests.data.files import COMPRESS, FORMATS, content_of, write_texts
 
 TEXTS = [f"document {i}: " + " ".join(f"wörd{(i * 7 + j) % 50}" for j in range(i % 23)) for i in range(700)]
@@ -277,3 +279,14 @@ def test_a_file_elsewhere_is_read_by_its_address(
     monkeypatch.setattr(config, "STREAMING_OPEN_MAX_RETRIES", 1)
     with pytest.raises(ConnectionError):  # not damage
         list(read_file(file))
+
+
+def test_a_shortage_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_texts(tmp_path / "data.jsonl", TEXTS)
+
+    def open_binary(place: str) -> object:
+        raise OSError(errno.EMFILE, "Too many open files", place)
+
+    monkeypatch.setattr(builders, "open_binary", open_binary)
+    with pytest.raises(UserError, match=r"--dataset: .*data.jsonl cannot be read now \(Too many open files\)"):
+        read(path)

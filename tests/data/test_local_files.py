@@ -106,7 +106,7 @@ def test_files_without_a_split_are_left_out_where_others_have_one(
 ) -> None:
     write(tmp_path, "train-0.jsonl", "urls.jsonl", "dev.jsonl")
     assert files_of(tmp_path) == ["train-0.jsonl"]
-    assert "1 files are left out, because others have train in their names and they have not, such as urls.jsonl" in (
+    assert "1 file without a split in the name, such as urls.jsonl, left out, because others are called train" in (
         caplog.text
     )
 

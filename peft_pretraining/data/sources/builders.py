@@ -9,6 +9,7 @@ Builders are used without `load_dataset`, which would take `*` and `[` in a path
 """
 
 import contextlib
+import errno
 import functools
 import io
 import re
@@ -25,7 +26,7 @@ from peft_pretraining.errors import UserError
 # This module imports neither os nor pathlib: the library replaces them where a builder is defined.
 
 _CHUNK_BYTES = 1 << 18
-_BLOCK_BYTES = 1 << 17
+_BLOCK_BYTES = 1 << 18
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
@@ -35,6 +36,8 @@ TEXT = "text"
 _COLUMNAR = ("parquet", "arrow", "csv")
 _SEEKING = ("parquet", "arrow")
 """Their readers jump in a file: a compressed one is decompressed into a temporary file first."""
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 _lock = threading.Lock()
 
@@ -55,9 +58,7 @@ class FileRows:
             builder = self._builder()
             data = builder.as_streaming_dataset("train").with_format("arrow")
         except Exception as error:
-            if not _is_damage(error, self._place):
-                raise
-            self.damage = self.damage or in_words(error)
+            self.damage = self.damage or _damage(error, self._place)
             return
         self.end = builder.first_row
         for table in data.iter(batch_size=_ROWS):
@@ -68,7 +69,9 @@ class FileRows:
 
     def _unpacked_file(self, place: str) -> str:
         """Name of a file with the content of a compressed one, up to its damage; it goes away with this object."""
-        self._unpacked = tempfile.NamedTemporaryFile(dir=_scratch().name)  # noqa: SIM115 - as long-lived as this object
+        with _lock:
+            folder = _scratch().name
+        self._unpacked = tempfile.NamedTemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as this object
         try:
             for piece in _content(place):
                 self._unpacked.write(piece)
@@ -125,6 +128,11 @@ def in_words(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
+def delimiter_of(place: str) -> str:
+    """What stands between the fields of a csv file."""
+    return "\t" if re.search(r"\.tsv(\.\w+)?$", place.lower()) else ","
+
+
 def _csv_settings(place: str, column: str) -> dict[str, Any]:
     """Every value as it stands there: no numbers are guessed, and an empty field is an empty text."""
     from datasets import Features, Value
@@ -137,16 +145,20 @@ def _csv_settings(place: str, column: str) -> dict[str, Any]:
         "chunksize": _ROWS,
         "encoding": "utf-8-sig",
         "encoding_errors": "replace",
-        "sep": "\t" if ".tsv" in place.lower() else ",",
+        "sep": delimiter_of(place),
     }
 
 
-def _is_damage(error: Exception, place: str) -> bool:
-    """Whether an error means that the file is damaged: not what is said already, nor what a network may raise."""
-    if isinstance(error, UserError):
-        return False
+def _damage(error: Exception, place: str) -> str:
+    """How an error says that the file is damaged. Raised again if it means something else: a network, a shortage."""
+    if isinstance(error, UserError | MemoryError):
+        raise error
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        raise UserError(f"--dataset: {place} cannot be read now ({in_words(error)}).") from error
     # Arrow raises a bare OSError for a damaged page; what a network raises is of a class of its own.
-    return "://" not in place or isinstance(error, ValueError | DamagedError) or type(error) is OSError
+    if "://" in place and not isinstance(error, ValueError | DamagedError) and type(error) is not OSError:
+        raise error
+    return in_words(error)
 
 
 @functools.cache
@@ -317,9 +329,7 @@ class _EndsAtDamage:
         try:
             yield from super()._generate_tables(**arguments)  # type: ignore[misc]
         except Exception as error:
-            if not _is_damage(error, self.config.data_files["train"][0]):  # type: ignore[attr-defined]
-                raise
-            self.damage = in_words(error)
+            self.damage = _damage(error, self.config.data_files["train"][0])  # type: ignore[attr-defined]
 
 
 @functools.cache

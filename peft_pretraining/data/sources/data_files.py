@@ -167,7 +167,7 @@ def _reason(file: DataFile, damage: str) -> str:
     """The damage, or what the file is if it is something else altogether."""
     try:
         found = what_is(file.place, file.format)
-    except (OSError, UserError):
+    except Exception:  # what the network raises, too: then the damage is all that is known
         found = ""
     return f"it is {found}" if found else damage
 

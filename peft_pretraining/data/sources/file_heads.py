@@ -7,7 +7,14 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 
-from peft_pretraining.data.sources.builders import TEXT, columns_of_table, in_words, open_binary, open_content
+from peft_pretraining.data.sources.builders import (
+    TEXT,
+    columns_of_table,
+    delimiter_of,
+    in_words,
+    open_binary,
+    open_content,
+)
 from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of
 
 _HEAD_BYTES = 1 << 16
@@ -52,7 +59,7 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
         return columns_of_table(place, file_format)
     if file_format == "csv":
         head = _head(place).decode("utf-8-sig", "replace")
-        rows = csv.reader(io.StringIO(head), delimiter="\t" if ".tsv" in place.lower() else ",")
+        rows = csv.reader(io.StringIO(head), delimiter=delimiter_of(place))
         return dict.fromkeys(next(rows, []), TEXT)
     found: dict[str, str] = {}
     for item in _objects(_head(place, whole_line=True)):

@@ -203,8 +203,8 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     if split == "train":
         if paths and unnamed:
             _say_once(
-                f"--dataset {dataset}: {len(unnamed)} files are left out, because others have train in their "
-                f"names and they have not, such as {unnamed[0]}"
+                f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
+                "left out, because others are called train"
             )
         if not (paths := paths or unnamed):
             raise UserError(
