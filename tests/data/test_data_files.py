@@ -1,16 +1,23 @@
 """One file of documents: every format gives the same texts by the same places, and damage costs what it lies in."""
 
-import gzip
+import errno
+import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from datasets import config
+from fsspec.implementations.memory import MemoryFileSystem
 
+from peft_pretraining.data.sources import builders
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, read_file
 from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.errors import UserError
 from tests.data.files import COMPRESS, FORMATS, content_of, write_texts
 
 TEXTS = [f"document {i}: " + " ".join(f"wörd{(i * 7 + j) % 50}" for j in range(i % 23)) for i in range(700)]
@@ -119,7 +126,8 @@ def test_one_long_line_and_a_last_one_without_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compression", [name for name in COMPRESS if name])
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
 def test_a_file_that_is_cut_off_gives_what_was_before(tmp_path: Path, suffix: str, compression: str) -> None:
-    texts = [f"{i} " + " ".join(str(hash((i, j))) for j in range(60)) for i in range(500)]
+    documents = 1500 if compression == ".bz2" else 500
+    texts = [f"{i} " + " ".join(str(hash((i, j))) for j in range(60)) for i in range(documents)]
     path = write_texts(tmp_path / f"data{suffix}{compression}", texts)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -167,7 +175,8 @@ def test_several_members_and_padding(tmp_path: Path) -> None:
         assert read(path) == []
     path = tmp_path / "long.txt.zst"  # a window that the library refuses on its own
     parameters = zstandard.ZstdCompressionParameters(window_log=28)
-    path.write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(b"one\ntwo\n"))
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(stream.compress(b"one\ntwo\n") + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + stream.flush())
     assert read(path) == ["one", "two"]
 
 
@@ -177,6 +186,8 @@ def test_lines_paragraphs_and_whole_files(tmp_path: Path) -> None:
     assert read(path) == ["one", "two", "", "", "three \ufffd", "", "", "", "four"]
     assert read(path, unit="paragraph") == ["one\ntwo", "three \ufffd", "four"]
     assert read(path, unit="file") == ["one\r\ntwo\r\n\r\n \t\r\nthree \ufffd\r\n\r\n\r\n\r\nfour"]
+    path.write_bytes(b"\n\none\n \n\t\ntwo\n" + b"\n" * 300_000 + b"three\n \nfour")
+    assert read(path, unit="paragraph") == ["one", "two", "three", "four"]
     many = [f"{i}\n" + "a line\n" * (i % 40) + "the last" for i in range(3000)]
     path.write_text("\n\n".join(many), encoding="utf-8")
     assert read(path, unit="paragraph") == many
@@ -230,3 +241,53 @@ def test_the_shards_are_the_files(tmp_path: Path) -> None:
     text = DataFile("a.txt", "text", 1)
     prints |= {FileShards("test", (text,), "identity", unit=unit).fingerprint() for unit in ("line", "file")}
     assert len(prints) == 3
+
+
+def test_files_are_read_in_threads(tmp_path: Path) -> None:
+    paths = [write_texts(tmp_path / f"{i}{suffix}", TEXTS) for i in range(3) for suffix in FORMATS]
+    with ThreadPoolExecutor(8) as threads:
+        assert all(found == TEXTS for found in threads.map(read, paths))
+
+
+@pytest.mark.parametrize("suffix", [".parquet.gz", ".arrow.zst"])
+def test_what_is_decompressed_into_a_file_goes_away(tmp_path: Path, suffix: str) -> None:
+    stream = read_file(file_of(write_texts(tmp_path / f"data{suffix}", TEXTS)))
+    assert next(stream) == TEXTS[0]
+    left = set(Path(builders._scratch().name).glob("tmp*"))
+    assert left
+    stream.close()  # type: ignore[attr-defined]
+    del stream
+    gc.collect()
+    assert not left & set(Path(builders._scratch().name).glob("tmp*"))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_a_file_elsewhere_is_read_by_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, compression: str
+) -> None:
+    local = write_texts(tmp_path / f"data{suffix}{compression}", TEXTS)
+    with fsspec.open(f"memory://{tmp_path.name}/{local.name}", "wb") as remote:
+        remote.write(local.read_bytes())
+    file = DataFile(f"memory://{tmp_path.name}/{local.name}", format_of(local.name), local.stat().st_size)
+    assert list(read_file(file)) == TEXTS
+    assert list(read_file(file, first=300, step=7)) == TEXTS[300::7]
+
+    def failing(*_: object, **__: object) -> object:
+        raise ConnectionResetError("the peer went away")
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", failing)
+    monkeypatch.setattr(config, "STREAMING_OPEN_MAX_RETRIES", 1)
+    with pytest.raises(ConnectionError):  # not damage
+        list(read_file(file))
+
+
+def test_a_shortage_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_texts(tmp_path / "data.jsonl", TEXTS)
+
+    def open_binary(place: str) -> object:
+        raise OSError(errno.EMFILE, "Too many open files", place)
+
+    monkeypatch.setattr(builders, "open_binary", open_binary)
+    with pytest.raises(UserError, match=r"--dataset: .*data.jsonl cannot be read now \(Too many open files\)"):
+        read(path)

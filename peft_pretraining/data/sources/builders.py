@@ -8,6 +8,8 @@ line ends, so that a line that is skipped is never made.
 Builders are used without `load_dataset`, which would take `*` and `[` in a path for a pattern.
 """
 
+import contextlib
+import errno
 import functools
 import io
 import re
@@ -24,16 +26,18 @@ from peft_pretraining.errors import UserError
 # This module imports neither os nor pathlib: the library replaces them where a builder is defined.
 
 _CHUNK_BYTES = 1 << 18
-_BLOCK_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 18
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
-_GROUPS_FROM_ROW = 1024
-"""Up to here rows are skipped by reading; from here on the footer of a parquet file tells which groups to pass over."""
+TEXT = "text"
+"""What a column of text is called; others have the type that their file gives them."""
 
 _COLUMNAR = ("parquet", "arrow", "csv")
 _SEEKING = ("parquet", "arrow")
 """Their readers jump in a file: a compressed one is decompressed into a temporary file first."""
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 _lock = threading.Lock()
 
@@ -51,13 +55,10 @@ class FileRows:
     def tables(self) -> Iterator[tuple[int, Any]]:
         """(number of its first row, column (rows,)); rows long before `first` may be passed over."""
         try:
-            with _lock:  # the library changes modules while a builder is made
-                builder = self._builder()
-                data = builder.as_streaming_dataset("train").with_format("arrow")
+            builder = self._builder()
+            data = builder.as_streaming_dataset("train").with_format("arrow")
         except Exception as error:
-            if not _is_damage(error, self._place):
-                raise
-            self.damage = self.damage or in_words(error)
+            self.damage = self.damage or _damage(error, self._place)
             return
         self.end = builder.first_row
         for table in data.iter(batch_size=_ROWS):
@@ -68,7 +69,9 @@ class FileRows:
 
     def _unpacked_file(self, place: str) -> str:
         """Name of a file with the content of a compressed one, up to its damage; it goes away with this object."""
-        self._unpacked = tempfile.NamedTemporaryFile(dir=_scratch().name)  # noqa: SIM115 - as long-lived as this object
+        with _lock:
+            folder = _scratch().name
+        self._unpacked = tempfile.NamedTemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as this object
         try:
             for piece in _content(place):
                 self._unpacked.write(piece)
@@ -91,12 +94,13 @@ class FileRows:
             settings = {"columns": [self._column], "batch_size": _ROWS, "fragment_scan_options": scan}
         elif self._format == "csv":
             settings = _csv_settings(place, self._column)
-        builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
-            data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
-            config_id="stream",
-            cache_dir=_scratch().name,
-            **settings,
-        )
+        with _lock:  # the library changes modules while a builder is made
+            builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
+                data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
+                config_id="stream",
+                cache_dir=_scratch().name,
+                **settings,
+            )
         builder.unit, builder.column, builder.wanted_row = self._unit, self._column, self._first
         return builder
 
@@ -124,6 +128,11 @@ def in_words(error: BaseException) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
+def delimiter_of(place: str) -> str:
+    """What stands between the fields of a csv file."""
+    return "\t" if re.search(r"\.tsv(\.\w+)?$", place.lower()) else ","
+
+
 def _csv_settings(place: str, column: str) -> dict[str, Any]:
     """Every value as it stands there: no numbers are guessed, and an empty field is an empty text."""
     from datasets import Features, Value
@@ -136,16 +145,20 @@ def _csv_settings(place: str, column: str) -> dict[str, Any]:
         "chunksize": _ROWS,
         "encoding": "utf-8-sig",
         "encoding_errors": "replace",
-        "sep": "\t" if ".tsv" in place.lower() else ",",
+        "sep": delimiter_of(place),
     }
 
 
-def _is_damage(error: Exception, place: str) -> bool:
-    """Whether an error means that the file is damaged: not what is said already, nor what a network may raise."""
-    if isinstance(error, UserError):
-        return False
+def _damage(error: Exception, place: str) -> str:
+    """How an error says that the file is damaged. Raised again if it means something else: a network, a shortage."""
+    if isinstance(error, UserError | MemoryError):
+        raise error
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        raise UserError(f"--dataset: {place} cannot be read now ({in_words(error)}).") from error
     # Arrow raises a bare OSError for a damaged page; what a network raises is of a class of its own.
-    return "://" not in place or isinstance(error, ValueError | DamagedError) or type(error) is OSError
+    if "://" in place and not isinstance(error, ValueError | DamagedError) and type(error) is not OSError:
+        raise error
+    return in_words(error)
 
 
 @functools.cache
@@ -217,6 +230,9 @@ def _whole_lines(place: str) -> Iterator[bytes]:
         begun = True
 
 
+_BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
+
+
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
     """What stands between empty lines, without them."""
     pieces: list[bytes] = []
@@ -224,11 +240,11 @@ def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
         block = block.replace(b"\r\n", b"\n")
         pieces.append(block)
         if b"\n\n" in block or block.startswith(b"\n"):
-            *found, rest = re.split(rb"\n(?:[ \t]*\n)+", b"".join(pieces))
+            *found, rest = _BETWEEN_PARAGRAPHS.split(b"".join(pieces))
             pieces = [rest]
             yield [paragraph for paragraph in found if paragraph]
-    if rest := b"".join(pieces).strip(b"\n"):
-        yield [rest]
+    last = (part.strip(b"\n") for part in _BETWEEN_PARAGRAPHS.split(b"".join(pieces)))
+    yield [paragraph for paragraph in last if paragraph]
 
 
 def _line_array(block: bytes) -> Any:
@@ -258,86 +274,113 @@ def _line_arrays(place: str, unit: str) -> Iterator[Any]:
 # ---- the library's builders
 
 
-def _groups_from(place: str, row: int) -> tuple[tuple[int, ...] | None, int]:
-    """(groups of a parquet file that reach to the row `row` and beyond, None: all; the first row of the first)."""
-    if row < _GROUPS_FROM_ROW:
-        return None, 0
+def columns_of_table(place: str, file_format: str) -> dict[str, str]:
+    """Type of each column of a parquet or arrow file, in order; TEXT for text. Raises OSError or ValueError."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open_binary(place) as file:
-        metadata = pq.ParquetFile(file).metadata
+    with open_content(place) as file:
+        source = io.BytesIO(file.read()) if compression_of(place) else file
+        if file_format == "parquet":
+            return _types(pq.read_schema(source))
+        try:
+            return _types(pa.ipc.open_stream(source).schema)
+        except (OSError, pa.ArrowInvalid):
+            source.seek(0)
+            return _types(pa.ipc.open_file(source).schema)
+
+
+def _types(schema: Any) -> dict[str, str]:
+    import pyarrow as pa
+
+    def text(kind: Any) -> bool:
+        if pa.types.is_dictionary(kind):
+            return text(kind.value_type)
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+    return {field.name: TEXT if text(field.type) else str(field.type) for field in schema}
+
+
+def _check_column(columns: dict[str, str], column: str) -> None:
+    if column not in columns:
+        raise ValueError(f"it has no column {column}, but {', '.join(columns)}")
+    if columns[column] != TEXT:
+        raise ValueError(f"its column {column} holds {columns[column]}, not text")
+
+
+def _groups_from(rows_of_groups: list[int], row: int) -> tuple[tuple[int, ...], int]:
+    """(groups of rows that reach to the row `row` and beyond, the first row of the first)."""
     first, passed = 0, 0
-    while first < metadata.num_row_groups and passed + metadata.row_group(first).num_rows <= row:
-        passed += metadata.row_group(first).num_rows
+    while first < len(rows_of_groups) and passed + rows_of_groups[first] <= row:
+        passed += rows_of_groups[first]
         first += 1
-    return tuple(range(first, metadata.num_row_groups)), passed
+    return tuple(range(first, len(rows_of_groups))), passed
 
 
-def _check_column(features: Any, column: str) -> None:
-    if column not in features:
-        raise ValueError(f"it has no column {column}, but {', '.join(features)}")
-    if (kind := getattr(features[column], "dtype", type(features[column]).__name__)) not in ("string", "large_string"):
-        raise ValueError(f"its column {column} holds {kind}, not text")
+class _EndsAtDamage:
+    """Ends at damage, where with an error the library would lose the rows that it has collected."""
+
+    damage = ""
+    unit, column = "line", "text"
+    wanted_row = 0
+    first_row = 0
+
+    def _generate_tables(self, **arguments: Any) -> Iterator[Any]:
+        try:
+            yield from super()._generate_tables(**arguments)  # type: ignore[misc]
+        except Exception as error:
+            self.damage = _damage(error, self.config.data_files["train"][0])  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _classes() -> dict[str, Any]:
     """The builder of each format; made when first used, since the library takes seconds to load."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import ArrowBasedBuilder, DatasetInfo, SplitGenerator
     from datasets.builder import Key
     from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.parquet.parquet import Parquet
+    from pandas.errors import EmptyDataError
 
-    class EndsAtDamage:
-        """Ends at damage, where with an error the library would lose the rows that it has collected."""
+    class OneFile:
+        def _split_generators(self, dl_manager: Any) -> list[Any]:
+            files = list(self.config.data_files["train"])  # type: ignore[attr-defined]
+            return [SplitGenerator("train", gen_kwargs={"files": files})]
 
-        damage = ""
-        unit, column = "line", "text"
-        wanted_row = 0
-        first_row = 0
-
-        def _generate_tables(self, **arguments: Any) -> Iterator[Any]:
-            try:
-                yield from super()._generate_tables(**arguments)  # type: ignore[misc]
-            except Exception as error:
-                if not _is_damage(error, self.config.data_files["train"][0]):  # type: ignore[attr-defined]
-                    raise
-                self.damage = in_words(error)
-
-    class LineBlocks(ArrowBasedBuilder):
+    class LineBlocks(OneFile, ArrowBasedBuilder):
         def _info(self) -> Any:
             return DatasetInfo()
-
-        def _split_generators(self, dl_manager: Any) -> list[Any]:
-            return [SplitGenerator("train", gen_kwargs={"files": list(self.config.data_files["train"])})]
 
         def _generate_tables(self, files: list[str]) -> Iterator[Any]:
             for number, lines in enumerate(_line_arrays(files[0], self.unit)):
                 yield Key(0, number), pa.table({"line": lines})
 
-    class ParquetFrom(Parquet):
+    class ParquetFrom(OneFile, Parquet):
         def _split_generators(self, dl_manager: Any) -> list[Any]:
             (split,) = super()._split_generators(dl_manager)
-            _check_column(self.info.features, self.column)
-            groups, self.first_row = _groups_from(split.gen_kwargs["files"][0], self.wanted_row)
+            with open_binary(split.gen_kwargs["files"][0]) as file:
+                read = pq.ParquetFile(file)
+                _check_column(_types(read.schema_arrow), self.column)
+                rows = [read.metadata.row_group(i).num_rows for i in range(read.metadata.num_row_groups)]
+            groups, self.first_row = _groups_from(rows, self.wanted_row)
             split.gen_kwargs["row_groups_list"] = [groups]
             return [split]
 
-    class ArrowOfText(Arrow):
+    class ArrowOfText(OneFile, Arrow):
         def _split_generators(self, dl_manager: Any) -> list[Any]:
-            splits = list(super()._split_generators(dl_manager))
-            _check_column(self.info.features, self.column)
-            return splits
+            (split,) = super()._split_generators(dl_manager)
+            _check_column(columns_of_table(split.gen_kwargs["files"][0], "arrow"), self.column)
+            return [split]
 
-    class DecompressedCsv(Csv):
-        def _split_generators(self, dl_manager: Any) -> list[Any]:
-            return [SplitGenerator("train", gen_kwargs={"files": list(self.config.data_files["train"])})]
+        def _cast_table(self, pa_table: Any) -> Any:
+            return pa_table.select([self.column])
 
+    class DecompressedCsv(OneFile, Csv):
         def _generate_tables(self, files: list[str]) -> Iterator[Any]:
-            with open_content(files[0]) as file:
+            with open_content(files[0]) as file, contextlib.suppress(EmptyDataError):
                 yield from super()._generate_tables(files, [[file]])
 
     bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": ArrowOfText, "csv": DecompressedCsv}
-    return {name: type(base.__name__, (EndsAtDamage, base), {}) for name, base in bases.items()}
+    return {name: type(base.__name__, (_EndsAtDamage, base), {}) for name, base in bases.items()}

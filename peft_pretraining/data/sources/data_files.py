@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.sources.builders import FileRows, in_words
+from peft_pretraining.data.sources.builders import TEXT, FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage, Files
-from peft_pretraining.data.sources.file_heads import TEXT, columns_of, what_is
+from peft_pretraining.data.sources.file_heads import columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.errors import UserError
 
@@ -103,6 +103,8 @@ def read_file(
     Where a file ends before its end, the place after the last good one is a Damage that says so. Raises UserError for
     what a network does not give.
     """
+    if not file.size:
+        return  # of some formats even nothing takes bytes
     word = "line" if file.format in _LINE_FORMATS else "row"
     text_of = _json_text(column) if file.format == "json" else plain_text
     rows = FileRows(file.place, file.format, column, unit, first)
@@ -176,7 +178,7 @@ def _reason(file: DataFile, damage: str) -> str:
     """The damage, or what the file is if it is something else altogether."""
     try:
         found = what_is(file.place, file.format)
-    except (OSError, UserError):
+    except Exception:  # what the network raises, too: then the damage is all that is known
         found = ""
     return f"it is {found}" if found else damage
 

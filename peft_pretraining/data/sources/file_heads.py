@@ -1,15 +1,24 @@
 """What a file is by its first bytes, when that is not what its name says; what columns it has."""
 
+import contextlib
 import csv
 import io
 import json
 from collections.abc import Iterator
 from itertools import islice
 
-from peft_pretraining.data.sources.builders import in_words, open_binary, open_content
+from peft_pretraining.data.sources.builders import (
+    TEXT,
+    columns_of_table,
+    delimiter_of,
+    in_words,
+    open_binary,
+    open_content,
+)
 from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of
 
 _HEAD_BYTES = 1 << 16
+_LONGEST_LINE_BYTES = 1 << 26
 _BINARY_MAGIC = {
     b"PAR1": "a parquet file",
     b"ARROW1": "an arrow file",
@@ -21,8 +30,6 @@ _BINARY_MAGIC = {
 }
 _HAS_MAGIC = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 _LFS = b"version https://git-lfs"
-TEXT = "text"
-"""How a column of text is called in `columns_of`; others have the type that their file gives them."""
 
 
 def what_is(place: str, file_format: str) -> str:
@@ -49,13 +56,13 @@ def what_is(place: str, file_format: str) -> str:
 def columns_of(place: str, file_format: str) -> dict[str, str]:
     """Type of each column or field in order, TEXT for text. Raises OSError or ValueError if it cannot be read."""
     if file_format in _HAS_MAGIC:
-        return _schema(place, file_format)
+        return columns_of_table(place, file_format)
     if file_format == "csv":
         head = _head(place).decode("utf-8-sig", "replace")
-        rows = csv.reader(io.StringIO(head), delimiter="\t" if ".tsv" in place.lower() else ",")
+        rows = csv.reader(io.StringIO(head), delimiter=delimiter_of(place))
         return dict.fromkeys(next(rows, []), TEXT)
     found: dict[str, str] = {}
-    for item in _objects(_head(place)):
+    for item in _objects(_head(place, whole_line=True)):
         for key, value in item.items():
             if isinstance(value, str):
                 found[key] = TEXT
@@ -66,44 +73,23 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
     return found
 
 
-def _schema(place: str, file_format: str) -> dict[str, str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def text(kind: pa.DataType) -> bool:
-        if pa.types.is_dictionary(kind):
-            return text(kind.value_type)
-        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-    with open_content(place) as file:
-        source = io.BytesIO(file.read()) if compression_of(place) else file
-        if file_format == "parquet":
-            schema = pq.read_schema(source)
-        else:
-            try:
-                schema = pa.ipc.open_stream(source).schema
-            except (OSError, pa.ArrowInvalid):
-                source.seek(0)
-                schema = pa.ipc.open_file(source).schema
-    return {field.name: TEXT if text(field.type) else str(field.type) for field in schema}
-
-
-def _head(place: str) -> bytes:
-    """The first bytes of the content, as far as they can be had."""
+def _head(place: str, whole_line: bool = False) -> bytes:
+    """The first bytes of the content, as far as they can be had; with `whole_line` at least a line, if at all."""
     pieces: list[bytes] = []
-    try:
-        with open_content(place) as file:
-            while sum(map(len, pieces)) < _HEAD_BYTES and (piece := file.read(1 << 12)):
-                pieces.append(piece)
-    except DamagedError:
-        pass
+    size, found = 0, False
+    with contextlib.suppress(DamagedError), open_content(place) as file:
+        while (size < _HEAD_BYTES or (whole_line and not found and size < _LONGEST_LINE_BYTES)) and (
+            piece := file.read(1 << 12)
+        ):
+            pieces.append(piece)
+            size += len(piece)
+            found = found or b"\n" in piece
     return b"".join(pieces)
 
 
 def _objects(head: bytes) -> Iterator[dict[str, object]]:
     """The JSON objects among the first lines."""
-    *lines, rest = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for line in islice([*lines, *([] if len(head) >= _HEAD_BYTES else [rest])], 1000):
+    for line in islice(head.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1000):
         try:
             item = json.loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
@@ -121,9 +107,9 @@ def _unexpected(head: bytes, file_format: str) -> str:
     if file_format != "json":
         found = _in_general(head)
         return found if found not in _TEXTS and not (file_format == "text" and found in _MARKUP) else ""
-    if next(_objects(head), None) is not None:
-        return ""
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not _spread_out(first) and next(_objects(head), None) is not None:
+        return ""
     if first.startswith(b"{") and b"\n" not in first.rstrip():
         return ""  # one long line, perhaps a damaged one
     return _in_general(head)
@@ -131,6 +117,11 @@ def _unexpected(head: bytes, file_format: str) -> str:
 
 _TEXTS = ("plain text", "a JSON array, not a JSON object a line", "a JSON object over several lines", "JSON lines")
 _MARKUP = ("an HTML page",)
+
+
+def _spread_out(first: bytes) -> bool:
+    """Whether this begins one JSON value over many lines, of which some may look like a line of JSON lines."""
+    return first.split(b"\n", 1)[0].strip() in (b"[", b"{")
 
 
 def _in_general(head: bytes) -> str:
@@ -142,7 +133,7 @@ def _in_general(head: bytes) -> str:
             return name
     if first[:200].lower().startswith((b"<!doctype html", b"<html")):
         return _MARKUP[0]
-    if next(_objects(head), None) is not None:
+    if not _spread_out(first) and next(_objects(head), None) is not None:
         return _TEXTS[3]
     if first.startswith(b"["):
         return _TEXTS[1]

@@ -154,9 +154,9 @@ def _list_glob(dataset: str, pattern: Path) -> _Listed:
     matched = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
     parts = pattern.parts
     root = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    found = sorted(Path(path).relative_to(root).as_posix() for path in matched if _is_data(Path(path)))
-    if found:
-        return _Listed(root, tuple(dict.fromkeys(found)))
+    found = {Path(path).relative_to(root) for path in matched if _is_data(Path(path))}
+    if files := sorted(path.as_posix() for path in found if not _special(path, parts)):
+        return _Listed(root, tuple(files))
     if not matched:
         raise UserError(f"--dataset {dataset}: no file matches this pattern.")
     if all(map(os.path.isdir, matched)):
@@ -167,6 +167,11 @@ def _list_glob(dataset: str, pattern: Path) -> _Listed:
         f"--dataset {dataset}: no file of text matches this pattern ({IN_WORDS}), only others such as "
         f"{sorted(matched)[0]}."
     )
+
+
+def _special(path: Path, asked: tuple[str, ...]) -> bool:
+    """Whether a file lies in a folder such as __pycache__ that the pattern does not name."""
+    return any(part.startswith("__") and part not in asked for part in path.parent.parts)
 
 
 def _is_data(path: Path) -> bool:
@@ -198,8 +203,8 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     if split == "train":
         if paths and unnamed:
             _say_once(
-                f"--dataset {dataset}: {len(unnamed)} files are left out, because others have train in their "
-                f"names and they have not, such as {unnamed[0]}"
+                f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
+                "left out, because others are called train"
             )
         if not (paths := paths or unnamed):
             raise UserError(
@@ -233,15 +238,33 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
             f"--dataset {dataset}: for {split} the {_files(len(by_suffix[taken]))} of {taken} are read, and "
             f"{others} are left out"
         )
-    return by_suffix[taken]
+    return _each_once(dataset, by_suffix[taken])
+
+
+def _each_once(dataset: str, paths: list[str]) -> list[str]:
+    """Without the compressed copies of files that are there decompressed, or otherwise compressed, too."""
+    kept: dict[str, str] = {}
+    for path in paths:
+        kept.setdefault(_decompressed_name(path), path)
+    if len(kept) < len(paths):
+        left = next(path for path in paths if path not in kept.values())
+        _say_once(
+            f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
+            f"{kept[_decompressed_name(left)]} and not {left}"
+        )
+    return list(kept.values())
 
 
 def _suffix(path: str) -> str:
     """.jsonl for a.jsonl.gz."""
+    return PurePosixPath(_decompressed_name(path)).suffix
+
+
+def _decompressed_name(path: str) -> str:
     name = path.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
-    return PurePosixPath(name).suffix
+    return name
 
 
 def _check_apart(dataset: str, root: Path, train: list[str], validation: list[str]) -> None:

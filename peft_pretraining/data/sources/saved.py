@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.sources.builders import in_words
+from peft_pretraining.data.sources.builders import TEXT, in_words
 from peft_pretraining.data.sources.data_files import plain_text, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
-from peft_pretraining.data.sources.file_heads import TEXT
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.split_names import WORDS
 from peft_pretraining.errors import UserError
@@ -73,17 +72,11 @@ class SavedRows:
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
-        name, begin, count = self.files[shard]
+        _, begin, count = self.files[shard]
         numbers = range(part + start * slices, count, slices)
         for i in range(0, len(numbers), _ROWS):
             some = numbers[i : i + _ROWS]
-            where = f"{self.place}/{name} row {some[0] + 1}"
-            try:
-                column = self.rows[range(begin + some.start, begin + some.stop, slices)].column(0)
-            except (OSError, ValueError) as error:
-                # One Damage for each row, since the rows after them are still to be had.
-                yield from (Damage(where, f"it cannot be read ({in_words(error)})") for _ in some)
-                continue
+            column = self.rows[range(begin + some.start, begin + some.stop, slices)].column(0)
             yield from map(plain_text, values_of(column, 0, 1))
 
 
@@ -119,6 +112,8 @@ def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
     from datasets import Dataset
 
     names = [str(file["filename"]) for file in _read_list(dataset, folder / _STATE, "_data_files")]
+    if not names:
+        raise UserError(f"--dataset {dataset}: {folder} has no rows.")
     try:
         rows = Dataset.load_from_disk(str(folder))
         counts = [len(Dataset.from_file(str(folder / name))) for name in names]
