@@ -107,8 +107,7 @@ def test_another_kind_is_in_the_help_and_in_messages(
     before = helped()
     assert (
         "NAME_OR_PATH c4 (streamed from the hub), a folder in C4's layout, several of these with weights, such as "
-        "a:0.7,b:0.3, pydocs (Python's own documentation, "
-        in before
+        "a:0.7,b:0.3, pydocs (Python's own documentation, " in before
     )
     assert "needs no network), or a file or folder of little-endian uint16 or uint32 token ids. (default: c4)" in before
     assert "(default: t5-base; for pydocs a small BPE trained on it once)" in before
@@ -153,7 +152,7 @@ def test_kinds_are_asked_in_a_fixed_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert name_of(tmp_path / "c4") == "token_files"
     assert name_of("pydocs:1,c4:2") == "mixture"
     (tmp_path / "unknown").touch()
-    with pytest.raises(UserError, match="--dataset .*unknown is neither"):  # no token file is made of it
+    with pytest.raises(UserError, match=r"--dataset .*unknown is neither"):  # no token file is made of it
         name_of(tmp_path / "unknown")
 
 
