@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.config.flag_groups import ModelArgs
+from peft_pretraining.config.flag_groups import DataArgs, ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
-from peft_pretraining.data.sources.kind import TextKind
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
@@ -61,6 +62,18 @@ def build_training(
     return model, optimizer
 
 
+def source_options(data: DataArgs) -> SourceOptions:
+    """How `--dataset` is read."""
+    return SourceOptions(
+        config=data.dataset_config,
+        revision=data.dataset_revision,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        text_column=data.text_column,
+        text_unit=data.text_unit,
+    )
+
+
 def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
     """The training loader and the validation set of `--dataset` for this rank."""
     data, batch = args.data, args.batch
@@ -71,10 +84,13 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         tokenizer = load_tokenizer(data.tokenizer, data.dataset)
     common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
-    common["damaged_limit"] = data.damaged_limit
+    common |= {"damaged_limit": data.damaged_limit, "options": source_options(data)}
+    # The main rank first: it looks for documents to hold out, which the others then find in the cache.
+    processes.from_main(lambda: open_split(data.dataset, "validation", source_options(data)) and None)
     loader = build_train_loader(
         **common, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=data.workers,
+        repeat=data.repeat,
     )  # fmt: skip
     evaluation = args.evaluation
     eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
