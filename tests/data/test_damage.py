@@ -44,7 +44,8 @@ def test_damaged_lines(tokenizer: Tokenizer, c4_dir: Path) -> None:
     (c4_dir / FIRST).write_bytes(gzip.compress("\n".join(lines).encode("latin-1")))
     assert epoch(tokenizer, c4_dir) == (set(range(195)) - {3, 7, 8, 9, 19}, 5)
     with pytest.raises(
-        UserError, match=r"more than 4 damaged places.*c4-train.00000-of-00006.json.gz.*Replace the damaged files"
+        UserError,
+        match=r"more than 4 damaged places .--damaged_limit 4.*c4-train.00000-of-00006.json.gz.*Replace the damaged files.*higher --damaged_limit",
     ):
         epoch(tokenizer, c4_dir, limit=4)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.sources.c4_folder import C4Folder
+from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.sources.token_files import KIND, open_token_files
 from peft_pretraining.data.tokenizer import Tokenizer
@@ -203,3 +205,20 @@ def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, mo
         ids[[2345, 3999]] = 0, 700
         ids.tofile(tmp_path / "train.bin")
         build_eval_set(**{**evaluation, "dataset": str(tmp_path / "train.bin")}, eval_batch_size=4, eval_tokens=0)
+
+
+def test_the_script_takes_the_options_of_a_data_set(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture is its parts one after another, and the flags of a run reach its sources."""
+    seen: list[SourceOptions] = []
+    whole = C4Folder.open
+    monkeypatch.setattr(C4Folder, "open", lambda *a: (seen.append(a[3]), whole(*a))[1])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = "--dataset_config en --text_column text --text_unit file --train_split a --validation_split b"
+    words = f"--dataset {c4_dir}:2,{c4_dir}/en:1 --tokenizer {tmp_path}/tokenizer.json --output_dir ~/out {flags}"
+    assert tokenize_dataset(words.split()) == 0
+    assert json.loads((tmp_path / "out/train.bin.json").read_text())["documents"] == 2 * 195
+    expected = SourceOptions("en", text_column="text", text_unit="file", train_split="a", validation_split="b")
+    assert seen and all(options == expected for options in seen)
