@@ -45,7 +45,8 @@ def test_damaged_lines(tokenizer: Tokenizer, c4_dir: Path) -> None:
     assert epoch(tokenizer, c4_dir) == (set(range(195)) - {3, 7, 8, 9, 19}, 5)
     with pytest.raises(
         UserError,
-        match=r"more than 4 damaged places .--damaged_limit 4.*c4-train.00000-of-00006.json.gz.*Replace the damaged files.*higher --damaged_limit",
+        match=r"more than 4 damaged places .--damaged_limit 4.*c4-train.00000-of-00006.json.gz.*"
+        r"Replace the damaged files.*higher --damaged_limit",
     ):
         epoch(tokenizer, c4_dir, limit=4)
 
