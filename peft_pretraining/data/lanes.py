@@ -71,10 +71,7 @@ class TextLanes:
 
     def state(self) -> list[dict[str, Any]]:
         """See `Lanes.state`."""
-        return [
-            _describe(share.source) | {"slices": _packed(dealt.cut)}
-            for share, (dealt, _) in zip(self._shares, self._dealt, strict=True)
-        ]
+        return self._state
 
     def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
         """See `Lanes.load_state`."""
@@ -98,6 +95,10 @@ class TextLanes:
             (DealtSource(share.source, cut), deal_units(cut, self._lanes, self._seed))
             for share, cut in zip(self._shares, cuts, strict=True)
         ]
+        # Once: it is asked for before every update, and a fingerprint can be that of all texts.
+        self._state = [
+            _describe(share.source) | {"slices": _packed(cut)} for share, cut in zip(self._shares, cuts, strict=True)
+        ]
 
     def _text_lane(self, number: int, lane: int, state: LaneState | None) -> Lane:
         source, units = self._dealt[number]
@@ -113,6 +114,7 @@ class TokenLanes:
     ):
         self._shares, self._max_length, self._seed, self._lanes = shares, max_length, seed, lanes
         self._repeat = repeat
+        self._state = [{"fingerprint": files.fingerprint()} for files, _ in shares]
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +132,7 @@ class TokenLanes:
 
     def state(self) -> list[dict[str, Any]]:
         """See `Lanes.state`."""
-        return [{"fingerprint": files.fingerprint()} for files, _ in self._shares]
+        return self._state
 
     def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
         """See `Lanes.load_state`; a window of other ids is another data set."""

@@ -111,7 +111,8 @@ class TrainLoader:
         self.layout, self.vocab_size, self.tokenizer = layout, vocab_size, tokenizer
         self.wait_seconds = 0.0
         """Time that `next_update` waited for rows, in total."""
-        self._news: list[str] = []
+        self.news: list[str] = []
+        """What a person should hear of the data, in sentences; whoever says them empties the list."""
         self._makes_lanes, self._order, self._damage = lanes, order, damage or DamageCount(0)
         self._stop = stop or threading.Event()
         self._sequence = 0  # global sequences handed out
@@ -128,11 +129,6 @@ class TrainLoader:
     def describe(self) -> list[str]:
         """Lines for people: how text becomes ids."""
         return [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
-
-    def take_news(self) -> list[str]:
-        """What a person should hear of the data since the last call, in sentences."""
-        told, self._news = self._news, []
-        return told
 
     @property
     def damaged(self) -> int:
@@ -219,7 +215,7 @@ class TrainLoader:
         epochs = _epochs(self._states.values())
         for name, before, now in zip(self._makes_lanes.names, self._epochs, epochs, strict=True):
             if before == 0 < now:
-                self._news.append(
+                self.news.append(
                     f"--dataset {name}: the first of its lanes has ended and begins again, in another order: from here "
                     "on documents are read a second time (--repeat each)"
                 )
@@ -239,7 +235,7 @@ class TrainLoader:
             for flag, saved in state["order"].items()
             if self._order.get(flag) != saved and not (flag == "dataset" and replaced)
         ]
-        self._news += replaced or []
+        self.news += replaced or []
         if differences:
             raise UserError(
                 f"the run cannot go on in the order of its checkpoint: {'; '.join(differences)} (for --dataset and "

@@ -72,7 +72,7 @@ def test_a_truncated_file_is_one_damage(tokenizer: Tokenizer, c4_dir: Path) -> N
     assert 150 < min(lost) < 195
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"")[:5], b"\x1f\x8b" + bytes(100)])
+@pytest.mark.parametrize("content", [gzip.compress(b"", mtime=0)[:5], b"\x1f\x8b" + bytes(100)])
 def test_a_file_that_cannot_be_decompressed_is_one_damage(tokenizer: Tokenizer, c4_dir: Path, content: bytes) -> None:
     (c4_dir / LAST).write_bytes(content)
     assert epoch(tokenizer, c4_dir) == (set(range(150)), 1)

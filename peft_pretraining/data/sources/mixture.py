@@ -116,7 +116,7 @@ def split_mixture(dataset: str) -> list[tuple[str, float]]:
             raise UserError(f"--dataset {dataset}: {piece} names no source: give each a name and a weight, {_EXAMPLE}")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"--dataset {dataset}: the weight {text} of {name} is not a positive number")
-        parts.append((name, weight))
+        parts.append((str(Path(name).expanduser()) if name.startswith("~") else name, weight))
         begun = []
     if begun:
         raise UserError(
