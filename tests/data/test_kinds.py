@@ -11,6 +11,7 @@ import pytest
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources import registry
+from peft_pretraining.data.sources.hub import Hub
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.errors import UserError
@@ -102,24 +103,23 @@ def test_another_kind_is_in_the_help_and_in_messages(
     def refused() -> str:
         with pytest.raises(UserError) as caught:
             config = str(SmallRun(tmp_path).config)
-            parse_args(["--model_config", config, "--batch_size", "8", "--max_length", "32", "--dataset", "nowhere"])
+            parse_args(["--model_config", config, "--batch_size", "8", "--max_length", "32", "--dataset", "./nowhere"])
         return str(caught.value)
 
     before = helped()
-    assert (
-        f"NAME_OR_PATH c4 (streamed from the hub), {LocalFiles.in_words}, pydocs (Python's own documentation, "
-        in before
-    )
+    assert f"NAME_OR_PATH {Hub.in_words}, {LocalFiles.in_words}, pydocs (Python's own documentation, " in before
     assert "needs no network), a folder written by save_to_disk of datasets, or a file or folder of" in before
     assert "little-endian uint16 or uint32 token ids. (default: c4)" in before
     assert "(default: t5-base; for pydocs a small BPE trained on it once)" in before
     add_module("lines", LINES)
-    text = f"c4 (streamed from the hub), a .lines file with a document a line, {LocalFiles.in_words}, pydocs ("
+    text = f"{Hub.in_words}, a .lines file with a document a line, {LocalFiles.in_words}, pydocs ("
     assert text in helped() and text not in before
     assert "t5-base; for a .lines file with a document a line a small BPE trained on it once; for pydocs a" in helped()
     add_module("of_a_test", NAMED.format(name="mine"))
     message = refused()
-    assert message.startswith("--dataset nowhere is neither c4 nor mine nor pydocs nor a file or folder that exists: ")
+    assert message.startswith(
+        "--dataset ./nowhere is neither c4 nor mine nor pydocs nor a file or folder that exists: "
+    )
     assert f"a .lines file with a document a line, {LocalFiles.in_words}, mine (for a test), pydocs (" in message
 
 
@@ -143,11 +143,11 @@ def test_kinds_are_asked_in_a_fixed_order(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     assert [type(kind).__module__.rpartition(".")[2] for kind in registry.kinds()] == [
-        "c4", "local", "pydocs", "saved", "token_files",
+        "hub", "local", "pydocs", "saved", "token_files",
     ]  # fmt: skip
-    for name in ("c4", "pydocs"):  # a name means that kind, whatever lies there
+    for name, module in (("c4", "hub"), ("pydocs", "pydocs")):  # a name means that kind, whatever lies there
         (tmp_path / name).mkdir()
-        assert name_of(name) == name
+        assert name_of(name) == module
     assert name_of(tmp_path / "c4") == "local"
     (tmp_path / "c4" / "c4-train.00000-of-00001.json.gz").touch()
     (tmp_path / "c4" / "train.bin").touch()

@@ -28,8 +28,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from peft_pretraining.data.sources.documents import Source
-from peft_pretraining.data.sources.hub import RetryPolicy
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles
+from peft_pretraining.data.sources.retry import RetryPolicy
 
 
 @dataclass(frozen=True)
