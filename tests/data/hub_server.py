@@ -161,12 +161,13 @@ class HubServer:
         if start >= size:
             self.send(handler, 416, b"", {"Content-Range": f"bytes */{size}"})
             return
+        if fault == "garbage":
+            start = start + 1 if start + 1 < stop else 0
         with path.open("rb") as file:
             file.seek(start)
             content = file.read(stop - start)
-        shown = start + 1 if fault == "garbage" else start
         content = content[:-1] if fault == "short" else content
-        self.send(handler, 206, content, {**headers, "Content-Range": f"bytes {shown}-{stop - 1}/{size}"}, fault)
+        self.send(handler, 206, content, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, fault)
 
 
 class C4Hub(HubServer):
