@@ -66,7 +66,7 @@ class HubServer:
             def do_POST(self) -> None:
                 outer.answer(self)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
@@ -168,6 +168,11 @@ class HubServer:
             content = file.read(stop - start)
         content = content[:-1] if fault == "short" else content
         self.send(handler, 206, content, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, fault)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone away is what stalls and kills are for."""
 
 
 class C4Hub(HubServer):
