@@ -175,7 +175,8 @@ def test_several_members_and_padding(tmp_path: Path) -> None:
         assert read(path) == []
     path = tmp_path / "long.txt.zst"  # a window that the library refuses on its own
     parameters = zstandard.ZstdCompressionParameters(window_log=28)
-    path.write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(b"one\ntwo\n"))
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(stream.compress(b"one\ntwo\n") + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + stream.flush())
     assert read(path) == ["one", "two"]
 
 
