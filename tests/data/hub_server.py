@@ -66,7 +66,7 @@ class HubServer:
             def do_POST(self) -> None:
                 outer.answer(self)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
@@ -161,12 +161,18 @@ class HubServer:
         if start >= size:
             self.send(handler, 416, b"", {"Content-Range": f"bytes */{size}"})
             return
+        if fault == "garbage":
+            start = start + 1 if start + 1 < stop else 0
         with path.open("rb") as file:
             file.seek(start)
             content = file.read(stop - start)
-        shown = start + 1 if fault == "garbage" else start
         content = content[:-1] if fault == "short" else content
-        self.send(handler, 206, content, {**headers, "Content-Range": f"bytes {shown}-{stop - 1}/{size}"}, fault)
+        self.send(handler, 206, content, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, fault)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone away is what stalls and kills are for."""
 
 
 class C4Hub(HubServer):

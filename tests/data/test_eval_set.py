@@ -96,12 +96,12 @@ def test_documents_held_out_are_the_validation_set(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a kind has no validation split, for any number of ranks, and in a mixture for each part."""
-    from peft_pretraining.data.sources.c4_folder import C4Folder
+    from peft_pretraining.data.sources.local import LocalFiles
     from tests.data.conftest import write_shard
 
     monkeypatch.setenv("QGALORE_CACHE", str(tmp_path / "cache"))
-    whole = C4Folder.open
-    monkeypatch.setattr(C4Folder, "open", lambda *a: None if a[2] == "validation" else whole(*a))
+    whole = LocalFiles.open
+    monkeypatch.setattr(LocalFiles, "open", lambda *a: None if a[2] == "validation" else whole(*a))
     for name, first in (("one", 0), ("two", 5000)):
         (tmp_path / name).mkdir()
         write_shard(tmp_path / name / "c4-train.00000-of-00001.json.gz", range(first, first + 100))

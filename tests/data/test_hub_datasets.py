@@ -1,7 +1,9 @@
 """Any data set of the hub by its name: what it consists of, what is wrong with it, and faults on the way."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import subprocess
 import sys
@@ -127,6 +129,32 @@ def test_a_data_set_is_found_by_its_name(hub: DatasetHub) -> None:
     assert documents(opened("org/columns")) == texts(range(120))
     assert registry.open_dataset("org/columns", "validation", OPTIONS) is None
     assert documents(opened("org/carded")) == texts(range(10)), "the only column of text"
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "arrow", "jsonl", "txt.gz", "jsonl.xz", "csv.bz2"])
+def test_every_format_is_read_from_the_hub(hub: DatasetHub, tmp_path: Path, kind: str) -> None:
+    expected = texts(range(30))
+    table = pa.table({"id": list(range(30)), "text": expected})
+    path = tmp_path / "repositories" / "other" / f"train.{kind}"
+    path.parent.mkdir()
+    if kind == "arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        lines = {
+            "txt": expected,
+            "csv": ["id,text", *(f'{i},"{text}"' for i, text in enumerate(expected))],
+            "jsonl": [json.dumps({"text": text}) for text in expected],
+        }
+        form, _, compression = kind.partition(".")
+        content = "".join(f"{line}\n" for line in lines[form]).encode()
+        pack = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}.get(compression, bytes)
+        path.write_bytes(pack(content))
+    hub.repositories["org/other"] = HubRepository(path.parent)
+    source = opened("org/other")
+    hub.faults = ["cut", "503"]
+    assert documents(source) == expected
+    assert hub.made == ["cut", "503"]
 
 
 def test_an_old_name_means_the_data_set_of_today(hub: DatasetHub) -> None:

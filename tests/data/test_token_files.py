@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.sources.c4_folder import C4Folder
 from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.sources.token_files import KIND, open_token_files
 from peft_pretraining.data.tokenizer import Tokenizer
@@ -212,8 +212,8 @@ def test_the_script_takes_the_options_of_a_data_set(
 ) -> None:
     """A mixture is its parts one after another, and the flags of a run reach its sources."""
     seen: list[SourceOptions] = []
-    whole = C4Folder.open
-    monkeypatch.setattr(C4Folder, "open", lambda *a: (seen.append(a[3]), whole(*a))[1])
+    whole = LocalFiles.open
+    monkeypatch.setattr(LocalFiles, "open", lambda *a: (seen.append(a[3]), whole(*a))[1])
     tokenizer.save(tmp_path / "tokenizer.json")
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = "--dataset_config en --text_column text --text_unit file --train_split a --validation_split b"
