@@ -1,6 +1,7 @@
 """Kills a small run again and again, fills its disk, damages its checkpoints and its network, and compares the bits.
 
     python -m benchmarks.chaos --kills 220 --seed 0 --out benchmarks/results/chaos.csv
+    python -m benchmarks.chaos --network 4 --seed 21 --out benchmarks/results/chaos_network.csv
 
 The run is `run_pretrain.py`, started as a user would start it, on one rank and with torchrun on two. It is broken by
 one fault after another and each time started again with the same command, until it ends by itself. Then weights,
