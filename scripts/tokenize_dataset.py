@@ -21,7 +21,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from peft_pretraining.build import source_options  # noqa: E402
 from peft_pretraining.config.flag_groups import DataArgs  # noqa: E402
 from peft_pretraining.config.flags import parse_path, read_specs  # noqa: E402
 from peft_pretraining.data.eval_set import read_documents  # noqa: E402
@@ -67,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
             text = f"{spec.help} ({spec.default_text})"
             parser.add_argument(f"--{spec.name}", default=spec.default, choices=spec.flag.choices or None, help=text)
     args = parser.parse_args(argv)
-    options = source_options(DataArgs(**{name: getattr(args, name) for name in SOURCE_FLAGS}))
+    options = DataArgs(**{name: getattr(args, name) for name in SOURCE_FLAGS}).source_options
     try:
         max_tokens = parse_count(args.max_tokens)
         kind = find_kind(args.dataset)
         if not isinstance(kind, TextKind):
             raise UserError(f"--dataset {args.dataset}: it holds token ids already.")
-        tokenizer = load_tokenizer(args.tokenizer, args.dataset)
+        tokenizer = load_tokenizer(args.tokenizer, args.dataset, options=options)
         for split in args.splits or kind.splits:
             if split not in kind.splits:
                 raise UserError(f"--splits {split}: --dataset {args.dataset} has {' and '.join(kind.splits)}")
@@ -106,10 +105,10 @@ def write_split(texts: Iterator[str], tokenizer: Tokenizer, folder: Path, split:
     with partial.open("wb") as file, progress(f"{split} of {target.parent}", "tokens", max_tokens or None) as done:
         while (not max_tokens or tokens < max_tokens) and (batch := list(islice(texts, DOCUMENTS_PER_BATCH))):
             before = tokens
-            for ids in tokenizer.encode(batch):
-                file.write(np.array([*ids, tokenizer.eos_token_id], dtype).tobytes())
+            for ids in tokenizer.encode_documents(batch):
+                file.write(np.array(ids, dtype).tobytes())
                 documents += 1
-                tokens += len(ids) + 1
+                tokens += len(ids)
                 if max_tokens and tokens >= max_tokens:
                     break
             done(tokens - before)

@@ -1,9 +1,10 @@
 """What --tokenizer names: one from the hub, a folder or a file, or one that is trained on the data set."""
 
+from peft_pretraining.data.held_out import open_split
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, OwnBPE, SourceOptions, TextKind
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
-from peft_pretraining.data.sources.registry import find_kind, open_dataset
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
+from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizers.documents import AS_USUAL, Added, Tokenizer, check_vocabulary
 from peft_pretraining.data.tokenizers.files import named_tokenizer
 from peft_pretraining.data.tokenizers.training import parse_training, train_bpe, train_tokenizer
@@ -43,7 +44,7 @@ def load_tokenizer(
 
 
 def _training_split(name: str, dataset: str, options: SourceOptions) -> Source:
-    opened = open_dataset(dataset, "train", options)
-    if opened is None or isinstance(opened, TokenFiles):
+    opened = open_split(dataset, "train", options)
+    if isinstance(opened, TokenFiles | TokenMixture):
         raise UserError(f"--tokenizer {name}: --dataset {dataset} holds token ids; a tokenizer is trained on text.")
     return opened
