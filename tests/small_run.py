@@ -311,9 +311,7 @@ def start_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.small_run", "torch._dynamo"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)]
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common = master | variables
@@ -321,6 +319,19 @@ def start_ranks(
     for process in processes:
         process.start()
     return processes
+
+
+_PORTS = itertools.count(os.getpid() * 97)
+
+
+def _free_port() -> int:
+    """A port below those that systems give out by themselves: nobody else is given it before a rank listens on it."""
+    for number in _PORTS:
+        port = 10_000 + number % 20_000
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 def _rank(
