@@ -292,7 +292,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
 def on_ranks(ranks: int, function: Callable[..., int | None], *args: Any, log: Path | None = None) -> list[int | None]:
     """Call a function on several ranks, as torchrun would start them; returns the exit codes."""
     processes = start_ranks(ranks, function, *args, log=log)
-    end = time.monotonic() + 120.0
+    end = time.monotonic() + _PATIENCE_SECONDS
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():
@@ -321,6 +321,8 @@ def start_ranks(
     return processes
 
 
+_PATIENCE_SECONDS = 600.0
+"""Ranks that take longer hang; a busy machine was seen to need 125 s for what takes 20 alone."""
 _PORTS = itertools.count(os.getpid() * 97)
 
 
