@@ -31,7 +31,7 @@ check() {
 check "format" ruff format --check .
 check "lint" ruff check .
 check "types" mypy
-check "tests" python -m pytest -n logical --dist loadgroup "$@"
+check "tests" python -m pytest -n logical "$@"
 
 echo
 if ((${#failed[@]})); then

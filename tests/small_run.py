@@ -292,7 +292,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
 def on_ranks(ranks: int, function: Callable[..., int | None], *args: Any, log: Path | None = None) -> list[int | None]:
     """Call a function on several ranks, as torchrun would start them; returns the exit codes."""
     processes = start_ranks(ranks, function, *args, log=log)
-    end = time.monotonic() + 120.0
+    end = time.monotonic() + _PATIENCE_SECONDS
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         if process.is_alive():
@@ -311,9 +311,7 @@ def start_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.small_run", "torch._dynamo"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)]
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common = master | variables
@@ -321,6 +319,21 @@ def start_ranks(
     for process in processes:
         process.start()
     return processes
+
+
+_PATIENCE_SECONDS = 600.0
+"""Ranks that take longer hang; a busy machine was seen to need 125 s for what takes 20 alone."""
+_PORTS = itertools.count(os.getpid() * 97)
+
+
+def _free_port() -> int:
+    """A port below those that systems give out by themselves: nobody else is given it before a rank listens on it."""
+    for number in _PORTS:
+        port = 10_000 + number % 20_000
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 def _rank(

@@ -133,7 +133,7 @@ def test_real_measurements_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> Non
         rows[method] = json.loads(capsys.readouterr().out.splitlines()[-1])
     for method, row in rows.items():
         assert row["error"] == "" and row["method"] == method and tuple(row) == compare.COLUMNS
-        assert row["tokens_per_second"] == pytest.approx(256 / row["seconds_median"], rel=0.01)
+        assert row["tokens_per_second"] == pytest.approx(256 / row["seconds_median"], rel=0.01, abs=0.5)  # an integer
         assert row["seconds_median"] > 0 and row["peak_gb"] > 0.05 and row["in_a_row_tokens_per_second"] > 0
         assert row["device"] and row["commit"] and row["rank"] == 32
     assert "--subspace streaming" in rows["q_galore"]["flags"]

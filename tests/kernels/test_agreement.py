@@ -11,9 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -352,7 +350,7 @@ def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
     assert torch.equal(expected[1], found[1]) or torch.allclose(expected[1].float(), found[1].float(), rtol=2**-7)
 
 
-SHARES = 2
+SHARES = 4
 """Processes that run the checks in the interpreter."""
 CHECKS = {
     name.removeprefix("check_"): check
@@ -373,30 +371,18 @@ def run_share(share: int) -> None:
     print(json.dumps({"ran": names, "failures": failures}))
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
+@pytest.mark.parametrize("share", range(SHARES))
+def test_in_the_interpreter(share: int) -> None:
+    """A process a share: to import Triton costs as much as most checks."""
     pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-
-    def run(share: int) -> dict[str, Any]:
-        program = f"from tests.kernels.test_agreement import run_share; run_share({share})"
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-    with ThreadPoolExecutor(SHARES) as pool:
-        results = list(pool.map(run, range(SHARES)))
-    assert {name for result in results for name in result["ran"]} == set(CHECKS)
-    return {name: failure for result in results for name, failure in result["failures"].items()}
-
-
-@pytest.mark.xdist_group("interpreter")  # one worker: each would run all checks
-@pytest.mark.parametrize("name", CHECKS)
-def test_in_the_interpreter(name: str, interpreted: dict[str, str]) -> None:
-    assert name not in interpreted, interpreted[name]
+    program = f"from tests.kernels.test_agreement import run_share; run_share({share})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ran"] == list(CHECKS)[share::SHARES] and result["ran"]
+    assert result["failures"] == {}
 
 
 @pytest.mark.gpu
