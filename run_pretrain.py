@@ -21,6 +21,7 @@ from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_ch
 from peft_pretraining.checkpoint.store import hold_folder
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
@@ -103,11 +104,11 @@ class Run:
 
     def train(self) -> None:
         """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
-        self.metrics.announce()
+        self.metrics.announce(self.loader.describe())
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
-            last = self.update_step == total
+            last = self.update_step == total or self.data_has_ended()
             # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
             if self.update_step > first:
                 self.evaluate_if_due(last)
@@ -119,16 +120,26 @@ class Run:
             if last or not self.update():
                 return
 
+    def data_has_ended(self) -> bool:
+        """Whether no rank has a further document (--repeat none); says so."""
+        if self.args.data.repeat == "each" or not self.processes.all_on_host(self.loader.ended):
+            return False
+        total = self.args.schedule.num_training_steps
+        self.metrics.say(
+            f"the data has ended after {self.update_step} of {total} updates (--repeat none); the learning rate was "
+            f"scheduled for {total}"
+        )
+        return True
+
     def update(self) -> bool:
         """One update; False where a stop was asked for, with everything as it was before the update."""
         data_before = self.loader.state_dict()
         self.metrics.start_update(self.loader.wait_seconds)
-        update = self.loader.next_update(give_up=lambda: self.stop.requested)
-        if not self.processes.all_on_host(update is not None):
+        received = self.next_update()
+        if received is None:
             self.end_early(data_before)
             return False
-        assert update is not None
-        target_tokens = self.processes.sum_on_host(update.target_tokens)
+        update, target_tokens = received
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         loss = torch.zeros((), device=self.processes.device)
         for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
@@ -160,9 +171,22 @@ class Run:
         self.outcomes.put(done, metrics, self.optimizer, measured)
         self.decide(before)
         self.optimizer.zero_grad()
+        while self.loader.news:
+            self.metrics.say(f"update {done}: {self.loader.news.pop(0)}")
         if is_due(done, self.args.runtime.check_replicas):
             self.processes.check_replicas(self.model.state_dict(), done)
         return True
+
+    def next_update(self) -> tuple[Update, int] | None:
+        """This rank's part of the next update and the targets of all ranks; None where a stop was asked for."""
+        while True:
+            update = self.loader.next_update(give_up=lambda: self.stop.requested)
+            if not self.processes.all_on_host(update is not None):
+                return None
+            assert update is not None
+            # Near the end of data that is not repeated the lanes of an update may all have ended, and others not.
+            if target_tokens := self.processes.sum_on_host(update.target_tokens):
+                return update, target_tokens
 
     def decide(self, finished: FinishedUpdate | None) -> None:
         """Go on after an update whose outcome is known by now, go back, or end the run; logs the update."""

@@ -1,6 +1,7 @@
 """Kills a small run again and again, fills its disk, damages its checkpoints and its network, and compares the bits.
 
     python -m benchmarks.chaos --kills 220 --seed 0 --out benchmarks/results/chaos.csv
+    python -m benchmarks.chaos --network 4 --seed 21 --out benchmarks/results/chaos_network.csv
 
 The run is `run_pretrain.py`, started as a user would start it, on one rank and with torchrun on two. It is broken by
 one fault after another and each time started again with the same command, until it ends by itself. Then weights,
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
+import json
 import platform
 import random
 import shutil
@@ -34,6 +37,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from benchmarks.chaos_faults import (
@@ -61,7 +66,7 @@ from benchmarks.chaos_faults import (
 )
 from benchmarks.chaos_runs import Command, Forked, Run, differences, ended, fill, fingerprint, small_disk
 from peft_pretraining.checkpoint.store import list_checkpoints
-from tests.data.hub_server import C4Hub
+from tests.data.hub_server import C4Hub, DatasetHub, HubRepository, HubServer
 from tests.small_run import ROOT, SmallRun, write_text
 
 STARTED = "parameters on"
@@ -113,8 +118,8 @@ class Chaos:
         folder.mkdir(parents=True)
         self.small = SmallRun(folder)
         text = write_text(folder / "en", documents=600)
-        self.hub = C4Hub(folder) if setting.from_hub else None
-        self.flags = SCHEDULE | text | {"dataset": "c4" if self.hub else folder} | setting.flags
+        self.hub, dataset = serve(folder, setting.from_hub)
+        self.flags = SCHEDULE | text | {"dataset": dataset} | setting.flags
         self.chains = 0
         self.start("warm_up")
         marks = [time.monotonic()]
@@ -142,7 +147,7 @@ class Chaos:
         log, marks = self.folder / f"{name}.log", self.folder / f"{name}.marks"
         for file in (log, marks):
             file.unlink(missing_ok=True)
-        variables |= {"CHAOS_LOG": str(marks)} | ({"HF_ENDPOINT": self.hub.endpoint} if self.hub else {})
+        variables |= {"CHAOS_LOG": str(marks)} | self.network_variables()
         if launcher or self.rng.random() < SHARE_OF_COMMANDS:
             run: Run = Command(self.setting.ranks, argv, log, variables, restarts=int(launcher))
         else:
@@ -155,6 +160,13 @@ class Chaos:
                 run.kill(run.pids())
                 self.report.failures.append(f"{self.setting.name}: did not end in {LONGEST_SECONDS} s: {variables}")
         return Ending(code, log.read_text() if log.exists() else "", acted or marks.exists())
+
+    def network_variables(self) -> dict[str, str]:
+        """Where the hub is, and that nothing else is asked for or remembered."""
+        if self.hub is None:
+            return {}
+        cache = str(self.folder / "hub_cache")
+        return {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": cache, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
     def wait_for_start(self, run: Run, log: Path) -> None:
         """Return when the run has been built, or has ended."""
@@ -178,6 +190,10 @@ class Chaos:
             return self.stop_in_good_order(save_dir)
         if kind == FULL_DISK:
             return self.fill_disk(save_dir)
+        if kind == NETWORK:
+            ending = self.start(name)
+            self.expect(ending.code == 0, "did not survive the network", ending)
+            return True
         return self.damage(fault, save_dir)
 
     def survive_kill(self, ending: Ending) -> bool:
@@ -252,19 +268,21 @@ class Chaos:
         self.expect(f"{found[-1]} refused" in ending.output, f"took a checkpoint with a damaged {file.name}", ending)
         return True
 
-    def break_network(self) -> int:
-        """Let the hub answer its next requests with faults; how many."""
+    def break_network(self, alone: bool) -> None:
+        """Let the hub answer its next requests with a few faults, with more among good ones where they are `alone`."""
         if self.hub is None:
-            return 0
-        self.hub.faults = [self.rng.choice(NETWORK_FAULTS) for _ in range(self.rng.randrange(3))]
-        return len(self.hub.faults)
+            return
+        count = self.rng.randint(8, 16) if alone else self.rng.randrange(3)
+        faults = [self.rng.choice(NETWORK_FAULTS) for _ in range(count)]
+        good = [""] * self.rng.randrange(2 * count) if alone else []
+        self.hub.made, self.hub.faults = [], self.rng.sample(faults + good, len(faults) + len(good))
 
     def mend_network(self) -> int:
-        """No more faults; how many were left."""
+        """No more faults; how many were made."""
         if self.hub is None:
             return 0
-        left, self.hub.faults = len(self.hub.faults), []
-        return left
+        self.hub.faults = []
+        return len(self.hub.made)
 
     def expect(self, right: bool, what: str, ending: Ending) -> None:
         """Note a failure."""
@@ -284,13 +302,13 @@ class Chaos:
                 fault = pick(deck, save_dir)
                 if fault is None:
                     break
-                faults = self.break_network()
-                if self.disturb(fault, save_dir):
-                    made[fault.kind] += 1
-                else:
+                self.break_network(alone=fault.kind == NETWORK)
+                if not self.disturb(fault, save_dir):
                     deck.insert(0, fault)
-                if faults := faults - self.mend_network():
-                    made[NETWORK] += faults
+                elif fault.kind != NETWORK:
+                    made[fault.kind] += 1
+                if faults := self.mend_network():
+                    made[f"{NETWORK}, {self.setting.from_hub}"] += faults
             ending = self.start(save_dir.name)
             self.expect(ending.code == 0, "could not be continued", ending)
             while damaged := pick([fault for fault in deck if fault.kind in (FLIPPED, CUT)], save_dir):
@@ -313,6 +331,24 @@ class Chaos:
             f"{self.setting.name} x{self.setting.ranks}: {dict(made)} {'same bits' if same else 'OTHER BITS'}",
             flush=True,
         )
+
+
+def serve(folder: Path, kind: str) -> tuple[HubServer | None, object]:
+    """(a hub that has the text of the folder as C4 or as parquet, or None; what --dataset is given)."""
+    if not kind:
+        return None, folder
+    if kind == "json":
+        return C4Hub(folder), "c4"
+    data = folder / "repository" / "data"
+    data.mkdir(parents=True)
+    for split, files in (("train", 8), ("validation", 2)):
+        (path,) = (folder / "en").glob(f"c4-{split}.*")
+        with gzip.open(path, "rt") as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        for number in range(files):
+            table = pa.table({"text": texts[number::files]})
+            pq.write_table(table, data / f"{split}-{number:05d}-of-{files:05d}.parquet", row_group_size=20)
+    return DatasetHub({"org/text": HubRepository(data.parent)}), "org/text"
 
 
 def pick(deck: list[Fault], save_dir: Path) -> Fault | None:
@@ -357,6 +393,13 @@ def main() -> int:
     parser.add_argument(
         "--every-place", action="store_true", help="all steps of a save and all files, instead of by lot"
     )
+    parser.add_argument(
+        "--network",
+        type=int,
+        default=0,
+        metavar="RUNS",
+        help="instead: so many runs of each setting with the hub, with faults of the network alone",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file for the table")
     args = parser.parse_args()
@@ -365,6 +408,9 @@ def main() -> int:
     if args.every_place:
         settings: Sequence[Setting] = [setting for setting in SETTINGS if setting.name == "q_galore_per_layer"]
         decks = [every_place() for _ in settings]
+    elif args.network:
+        settings = [setting for setting in SETTINGS if setting.from_hub]
+        decks = [[Fault(NETWORK)] * args.network for _ in settings]
     else:
         settings = SETTINGS
         decks = [deal(args.kills // count, args.faults // count, setting.ranks, rng) for setting in settings]

@@ -27,17 +27,19 @@ class Setting(NamedTuple):
     name: str
     ranks: int
     flags: Mapping[str, object]
-    from_hub: bool = False
+    from_hub: str = ""
+    """What the hub has it in, json or parquet; "": a folder."""
 
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
 STREAMING = flags_of("q_galore_adamw8bit") | {"subspace": "streaming", "grad_accum_dtype": "int8"}
 SETTINGS = (
     Setting("q_galore_per_layer", 1, PER_LAYER | {"batch_size": 8}),
-    Setting("q_galore_streaming", 1, STREAMING | {"batch_size": 4}, from_hub=True),
-    Setting("galore8bit", 1, flags_of("galore_adamw8bit") | {"batch_size": 2}),
+    Setting("q_galore_streaming", 1, STREAMING | {"batch_size": 4}, from_hub="json"),
+    Setting("galore8bit", 1, flags_of("galore_adamw8bit") | {"batch_size": 2}, from_hub="parquet"),
     Setting("q_galore_per_layer", 2, PER_LAYER | {"batch_size": 4}),
-    Setting("q_galore_streaming", 2, STREAMING | {"batch_size": 2}, from_hub=True),
+    Setting("q_galore_streaming", 2, STREAMING | {"batch_size": 2}, from_hub="json"),
+    Setting("galore8bit", 2, flags_of("galore_adamw8bit") | {"batch_size": 2}, from_hub="parquet"),
 )
 
 # (file, function, largest number of the call) by what the program is doing then.
@@ -72,7 +74,7 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
         ("data/order.py", "take", 60),
         ("data/train_loader.py", "next_update", 10),
         ("data/train_loader.py", "_fill", 30),
-        ("sources/gzip_json.py", "read", 90),
+        ("sources/data_files.py", "read", 90),
     ],
     "kill while starting or resuming": [
         ("checkpoint/run_state.py", "choose_checkpoint", 1),
@@ -89,14 +91,16 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     ],
 }
 BY_THE_CLOCK, ONE_RANK, RESTART = "kill by the clock", "kill of one rank", "kill of one rank, torchrun restarts"
-FULL_DISK, FLIPPED, CUT, NETWORK = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint", "network"
+FULL_DISK, FLIPPED, CUT = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint"
+NETWORK = "network"
+"""The table adds what the hub has the data in."""
 STOPPED = "SIGTERM, SIGINT or SIGUSR1"
 KILLS = (*MOMENTS, BY_THE_CLOCK, ONE_RANK, RESTART)
 FAULTS = (FULL_DISK, FLIPPED, CUT, STOPPED)
 SEVERAL_RANKS_ONLY = (ONE_RANK, RESTART)
 SAVE, PRUNE = "kill inside a save", "kill while pruning"
 FILES = ("manifest.json", "model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json")
-NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage")
+NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage", "short", "whole")
 
 
 class Fault(NamedTuple):

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.config.flag_groups import ModelArgs
+from peft_pretraining.config.flag_groups import DataArgs, ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
+from peft_pretraining.data.held_out import open_split
 from peft_pretraining.data.sources.kind import TextKind
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind
-from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.init import OnModule, materialize
@@ -64,20 +66,29 @@ def build_training(
 def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
     """The training loader and the validation set of `--dataset` for this rank."""
     data, batch = args.data, args.batch
-    kind, tokenizer = find_kind(data.dataset), None
+    kind, tokenizer, made = find_kind(data.dataset), None, list[Tokenizer]()
     if isinstance(kind, TextKind):
-        # The main rank first: it trains or downloads what the others then find in the cache.
-        processes.from_main(lambda: load_tokenizer(data.tokenizer, data.dataset) and None)
-        tokenizer = load_tokenizer(data.tokenizer, data.dataset)
+        # The main rank first: what it holds out, trains or downloads the others then find in the cache.
+        processes.from_main(lambda: made.append(_tokenizer(data)))
+        tokenizer = made[0] if made else _tokenizer(data)
     common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
-    common["damaged_limit"] = data.damaged_limit
+    common |= {"damaged_limit": data.damaged_limit, "options": data.source_options}
     loader = build_train_loader(
         **common, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=data.workers,
+        repeat=data.repeat,
     )  # fmt: skip
     evaluation = args.evaluation
     eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
     if not kind.needs_network:  # that would have to be waited for
         processes.from_main(eval_set.check)
     return loader, eval_set
+
+
+def _tokenizer(data: DataArgs) -> Tokenizer:
+    """That of `--tokenizer`; one that is trained sees no document that is held out."""
+    source = open_split(data.dataset, "train", data.source_options)
+    assert not isinstance(source, TokenFiles | TokenMixture)
+    added = Added(data.add_bos, data.add_eos)
+    return load_tokenizer(data.tokenizer, data.dataset, added=added, options=data.source_options, source=source)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, with_todays_names
+from peft_pretraining.config.flags import parse_path
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.registry import config_from
@@ -47,12 +48,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "checkpoint", type=Path, help="a step_... directory that run_pretrain.py wrote, or a run: its newest"
+        "checkpoint", type=parse_path, help="a step_... directory that run_pretrain.py wrote, or a run: its newest"
     )
-    parser.add_argument("output", type=Path, help="directory to write; must not exist or be empty")
+    parser.add_argument("output", type=parse_path, help="directory to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="folder or tokenizer.json to copy into the export")
-    parser.add_argument("--model_config", type=Path, help="the model's config.json (default: the one of the run)")
+    parser.add_argument("--tokenizer", type=parse_path, help="folder or tokenizer.json to copy into the export")
+    parser.add_argument("--model_config", type=parse_path, help="the model's config.json (default: the one of the run)")
     return parser.parse_args(argv)
 
 

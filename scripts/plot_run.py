@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from peft_pretraining.config.flags import parse_path
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.jsonl import read_metrics
 
@@ -133,8 +134,8 @@ def plot_run(save_dir: Path, output: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw a run's metrics.jsonl as a PNG.")
-    parser.add_argument("save_dir", type=Path, help="folder of the run (--save_dir of run_pretrain.py)")
-    parser.add_argument("--output", type=Path, help="the PNG (default: curves.png in that folder)")
+    parser.add_argument("save_dir", type=parse_path, help="folder of the run (--save_dir of run_pretrain.py)")
+    parser.add_argument("--output", type=parse_path, help="the PNG (default: curves.png in that folder)")
     options = parser.parse_args(argv)
     output = options.output or options.save_dir / "curves.png"
     try:

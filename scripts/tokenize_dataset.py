@@ -5,7 +5,7 @@
 
 Writes <output_dir>/train.bin and validation.bin: little-endian uint16 (uint32 for more than 65,536 ids), every document
 followed by the end-of-sequence id, in the order of the files; beside each a .json with dtype, tokenizer, vocab_size,
-eos_token_id, documents, tokens.
+eos_token_id, documents, tokens. Where the data set has no validation split, documents are held out of the other.
 """
 
 import argparse
@@ -21,19 +21,25 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
+from peft_pretraining.config.flag_groups import DataArgs  # noqa: E402
+from peft_pretraining.config.flags import parse_path, read_specs  # noqa: E402
 from peft_pretraining.data.eval_set import read_documents  # noqa: E402
+from peft_pretraining.data.held_out import open_split  # noqa: E402
 from peft_pretraining.data.order import DamageCount  # noqa: E402
 from peft_pretraining.data.sources.kind import TextKind  # noqa: E402
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture  # noqa: E402
 from peft_pretraining.data.sources.registry import (  # noqa: E402
     default_tokenizers_in_words,
     find_kind,
-    open_dataset,
     text_kinds_in_words,
 )
 from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from peft_pretraining.data.waiting import progress  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 
 DOCUMENTS_PER_BATCH = 512
+SOURCE_FLAGS = ("dataset_config", "dataset_revision", "train_split", "validation_split", "text_column", "text_unit")
+"""Flags of run_pretrain.py that say how a data set is read."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         default="",
         help=f"hub name, directory or tokenizer.json (default: {default_tokenizers_in_words()})",
     )
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the token files; made if missing")
+    parser.add_argument(
+        "--output_dir", required=True, type=parse_path, help="folder for the token files; made if missing"
+    )
     parser.add_argument(
         "--splits", nargs="+", metavar="SPLIT", help="such as train validation (default: all there are)"
     )
@@ -53,15 +61,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--damaged_limit", type=int, default=100, help="damaged lines and files to skip before giving up"
     )
+    for spec in read_specs(DataArgs):
+        if spec.name in SOURCE_FLAGS:
+            text = f"{spec.help} ({spec.default_text})"
+            parser.add_argument(f"--{spec.name}", default=spec.default, choices=spec.flag.choices or None, help=text)
     args = parser.parse_args(argv)
+    options = DataArgs(**{name: getattr(args, name) for name in SOURCE_FLAGS}).source_options
     try:
         max_tokens = parse_count(args.max_tokens)
         kind = find_kind(args.dataset)
         if not isinstance(kind, TextKind):
             raise UserError(f"--dataset {args.dataset}: it holds token ids already.")
-        tokenizer = load_tokenizer(args.tokenizer, args.dataset)
+        tokenizer = load_tokenizer(args.tokenizer, args.dataset, options=options)
         for split in args.splits or kind.splits:
-            texts = read_documents(open_dataset(args.dataset, split), DamageCount(args.damaged_limit))
+            if split not in kind.splits:
+                raise UserError(f"--splits {split}: --dataset {args.dataset} has {' and '.join(kind.splits)}")
+            source = open_split(args.dataset, split, options)
+            assert not isinstance(source, TokenFiles | TokenMixture)
+            texts = read_documents(source, DamageCount(args.damaged_limit))
             write_split(texts, tokenizer, args.output_dir, split, max_tokens)
     except (UserError, OSError) as error:
         print(f"tokenize_dataset.py: {error}", file=sys.stderr)
@@ -85,14 +102,16 @@ def write_split(texts: Iterator[str], tokenizer: Tokenizer, folder: Path, split:
     target, partial = folder / f"{split}.bin", folder / f"{split}.bin.partial"
     documents = tokens = 0
     start = time.perf_counter()
-    with partial.open("wb") as file:
+    with partial.open("wb") as file, progress(f"{split} of {target.parent}", "tokens", max_tokens or None) as done:
         while (not max_tokens or tokens < max_tokens) and (batch := list(islice(texts, DOCUMENTS_PER_BATCH))):
-            for ids in tokenizer.encode(batch):
-                file.write(np.array([*ids, tokenizer.eos_token_id], dtype).tobytes())
+            before = tokens
+            for ids in tokenizer.encode_documents(batch):
+                file.write(np.array(ids, dtype).tobytes())
                 documents += 1
-                tokens += len(ids) + 1
+                tokens += len(ids)
                 if max_tokens and tokens >= max_tokens:
                     break
+            done(tokens - before)
     if not tokens:
         partial.unlink()
         raise UserError(f"the {split} split has no documents")

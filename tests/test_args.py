@@ -392,3 +392,20 @@ def test_all_problems_at_once_and_none_that_follows_from_another() -> None:
 
 if __name__ == "__main__":
     print(command_line(), end="")
+
+
+@pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
+def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves --flag=~/x as it is, and so do scripts and schedulers."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model.json").write_text(Path("configs/llama_60m.json").read_text())
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "train.uint16").touch()
+    values = {"model_config": "model.json", "dataset": "train.uint16", "tokenizer": "tokenizer.json",
+              "save_dir": "run", "continue_from": "step_1"}  # fmt: skip
+    words = " ".join(form.format(name, f"~/{value}") for name, value in values.items())
+    resolved = parse_args([*words.split(), "--batch_size", "8"]).to_dict()
+    assert {name: resolved[name] for name in values} == {n: str(tmp_path / value) for n, value in values.items()}

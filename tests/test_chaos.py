@@ -11,7 +11,7 @@ from benchmarks import chaos, chaos_faults
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks"), [("q_galore_per_layer", 1), ("q_galore_streaming", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("q_galore_per_layer", 1), ("q_galore_streaming", 2), ("galore8bit", 1)])
 def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
     (setting,) = (each for each in chaos_faults.SETTINGS if (each.name, each.ranks) == (name, ranks))
     deck = chaos.deal(9 - 2 * ranks, 4, ranks, random.Random(1))
@@ -21,7 +21,7 @@ def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
     assert report.same_bits == report.made
     kinds = {kind for _, _, kind in report.made}
     assert {chaos.FLIPPED, chaos.CUT, chaos.FULL_DISK, chaos.STOPPED} <= kinds
-    assert (chaos.NETWORK in kinds) == setting.from_hub
+    assert any(kind.startswith(chaos.NETWORK) for kind in kinds) == bool(setting.from_hub)
 
 
 def test_another_bit_is_noticed(tmp_path: Path) -> None:

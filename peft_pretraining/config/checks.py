@@ -161,9 +161,15 @@ def _data_problems(args: RunArgs) -> list[str]:
     problems = []
     data = args.data
     try:
-        find_kind(data.dataset)
+        on_hub = find_kind(data.dataset).needs_network
     except UserError as error:
         problems.append(str(error))
+    else:
+        for flag in ("dataset_config", "dataset_revision"):
+            if (value := getattr(data, flag)) and not on_hub:
+                problems.append(
+                    f"--{flag} {value} is for a data set on the hub, and --dataset {data.dataset} is none: leave it out"
+                )
     if data.tokenizer.startswith((".", "/", "~")) and not Path(data.tokenizer).exists():
         problems.append(f"--tokenizer {data.tokenizer} does not exist: give a file, a folder or a name on the hub")
     if data.data_lanes % args.world_size:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from peft_pretraining.config.flags import Flag, parse_count
+from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from qgalore.config import SubspaceConfig, WeightFormat, subspace_of
 
@@ -62,6 +63,24 @@ class DataArgs:
     """{listing}."""
     tokenizer: Annotated[str, Flag("name_or_path", auto=default_tokenizers_in_words)] = ""
     """Name of a tokenizer on the hub, or a folder or file that holds one."""
+    dataset_config: Annotated[str, Flag("name", auto="the only or default one")] = ""
+    """Configuration of a data set on the hub, such as sample-10BT."""
+    dataset_revision: Annotated[str, Flag("commit", auto="the newest")] = ""
+    """Commit, branch or tag of a data set on the hub."""
+    train_split: Annotated[str, Flag("name", auto="train")] = ""
+    """The data set's own name of the split that is trained on."""
+    validation_split: Annotated[str, Flag("name", auto="validation, or documents held out of the training split")] = ""
+    """The data set's own name of the split that is evaluated on."""
+    text_column: Annotated[str, Flag("name", auto="text, or the only column of strings")] = ""
+    """Column or field that holds the text."""
+    text_unit: Annotated[str, Flag(choices=("line", "paragraph", "file"))] = "line"
+    """What a document of a .txt file is; a paragraph ends at an empty line."""
+    repeat: Annotated[str, Flag(choices=("each", "none"))] = "each"
+    """each: a data set that ends begins again, in another order; none: the run ends with its data."""
+    add_bos: Annotated[bool | None, Flag(auto="as the tokenizer does")] = None
+    """Begin each document with the tokenizer's token for that."""
+    add_eos: bool = True
+    """End each document with the end-of-sequence token."""
     packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
     """pad: a document a row, cut and padded, as in the paper; pack: documents joined end to end, nothing wasted."""
     data_lanes: Annotated[int, Flag("lanes", at_least=1)] = 64
@@ -72,6 +91,18 @@ class DataArgs:
     """Threads a rank that read and tokenise ahead, 0 does it between updates; never changes the order."""
     damaged_limit: Annotated[int, Flag("places", at_least=0)] = 100
     """Damaged lines and cut-off shards that a rank skips and counts before the run stops."""
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """How the data set is read, as its flags say."""
+        return SourceOptions(
+            config=self.dataset_config,
+            revision=self.dataset_revision,
+            train_split=self.train_split,
+            validation_split=self.validation_split,
+            text_column=self.text_column,
+            text_unit=self.text_unit,
+        )
 
 
 @dataclass(frozen=True)

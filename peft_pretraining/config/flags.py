@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
@@ -26,6 +27,8 @@ from qgalore.config import Allowed, limits_of
 
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _COUNT = re.compile(r"(\d+\.?\d*|\.\d+)([KMBT]?)", re.IGNORECASE)
+# Units of flags that take a path, or may; a shell expands ~ only at the beginning of a word, not in --flag=~/folder.
+_PATH_UNITS = ("file", "folder", "name_or_path")
 _COUNT_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -90,6 +93,11 @@ def parse_count(text: str) -> int:
     if match is None:
         raise ValueError("a number with an optional suffix K, M, B or T, such as 5000, 100M or 1.1B")
     return round(float(match[1]) * _COUNT_SUFFIX[match[2].upper()])
+
+
+def parse_path(text: str) -> Path:
+    """A path, with ~ for the user's folder; a type for argparse."""
+    return Path(text).expanduser()
 
 
 def format_count(count: int) -> str:
@@ -217,6 +225,8 @@ def _convert(spec: FlagSpec, raw: str) -> Any:
     flag = spec.flag
     if flag.choices:
         return _choose(spec, raw)
+    if flag.unit in _PATH_UNITS and raw.startswith("~"):
+        raw = str(parse_path(raw))
     try:
         value = flag.parse(raw) if flag.parse else spec.kind(raw)
     except ValueError as error:

@@ -38,8 +38,8 @@ class Update:
 
 def make_micro_batch(rows: NDArray[np.int32], lengths: NDArray[np.int64]) -> MicroBatch:
     """Micro-batch of `rows` (batch_size, max_length); the first `lengths` (batch_size,) ids of each are not padding."""
-    input_ids = torch.from_numpy(rows.astype(np.int64))
-    labels = input_ids.clone()
-    labels[torch.arange(rows.shape[1]) >= torch.from_numpy(lengths)[:, None]] = IGNORED_LABEL
+    # By numpy: torch's threads, which wait in a loop for each other, took 40 % of the loader's processor time here.
+    input_ids = rows.astype(np.int64)
+    labels = np.where(np.arange(rows.shape[1]) < lengths[:, None], input_ids, IGNORED_LABEL)
     target_tokens = int(np.maximum(lengths - 1, 0).sum())
-    return MicroBatch(input_ids, labels, target_tokens, int(lengths.sum()))
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), target_tokens, int(lengths.sum()))

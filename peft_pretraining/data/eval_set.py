@@ -5,9 +5,14 @@ Documents come in the order of the files, unshuffled, as rows in the training fo
 (those that perplexity divides by) are reached, or where the data ends; the last batch may be smaller, and the last row
 of packed data shorter. The first pass tokenises, later ones take this rank's rows from memory (20 to 40 MB for 10 M
 tokens).
+
+Of a mixture each source in turn gives its share of `eval_tokens`, or what it has, so that perplexity weighs them as
+training does; without a limit each gives all it has.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_pretraining.data.batch import MicroBatch, make_micro_batch
+from peft_pretraining.data.held_out import open_split
 from peft_pretraining.data.order import DamageCount, RowFormat
-from peft_pretraining.data.sources.documents import Damage, Source
+from peft_pretraining.data.sources.documents import Damage, Share, Source, is_text
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
-from peft_pretraining.data.sources.registry import open_dataset
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
+from peft_pretraining.data.sources.mixture import Mixture
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 
@@ -100,33 +106,37 @@ def build_eval_set(
     source: Source | None = None,
 ) -> EvalSet:
     """The validation set of --dataset for one rank; see `train_loader.build_train_loader`. Raises UserError."""
-    opened = source or open_dataset(dataset, "validation", options)
-    if isinstance(opened, TokenFiles):
-        files = opened
-        return EvalSet(
-            lambda: _token_rows(files, max_length),
-            name=dataset,
-            max_length=max_length,
-            batch_size=eval_batch_size,
-            eval_tokens=eval_tokens,
-            vocab_size=files.vocab_size(),
-            rank=rank,
-            world_size=world_size,
-        )
+    opened = source or open_split(dataset, "validation", options)
+    common: dict[str, Any] = {"name": dataset, "max_length": max_length, "batch_size": eval_batch_size}
+    common |= {"eval_tokens": eval_tokens, "rank": rank, "world_size": world_size}
+    if isinstance(opened, TokenFiles | TokenMixture):
+        sets = opened.shares if isinstance(opened, TokenMixture) else ((opened, 1.0),)
+        for files, _ in sets:
+            files.check_beginnings()
+        token_parts = [(partial(_token_rows, files, max_length, opened.vocab_size()), weight) for files, weight in sets]
+        return EvalSet(lambda: _in_turn(token_parts, eval_tokens), vocab_size=opened.vocab_size(), **common)
     if tokenizer is None:
         raise ValueError(f"--dataset {dataset} holds text and needs a tokenizer")
-    documents, row_format = opened, RowFormat(max_length, packing, tokenizer)
-    return EvalSet(
-        lambda: _text_rows(documents, row_format, DamageCount(damaged_limit)),
-        name=dataset,
-        max_length=max_length,
-        batch_size=eval_batch_size,
-        eval_tokens=eval_tokens,
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad_token_id,
-        rank=rank,
-        world_size=world_size,
-    )
+    row_format = RowFormat(max_length, packing, tokenizer)
+    shares = opened.shares if isinstance(opened, Mixture) else (Share(opened),)
+
+    def rows() -> Iterator[Row]:
+        damage = DamageCount(damaged_limit)
+        return _in_turn([(partial(_text_rows, s.source, row_format, damage), s.weight) for s in shares], eval_tokens)
+
+    return EvalSet(rows, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id, **common)
+
+
+def _in_turn(parts: Sequence[tuple[Callable[[], Iterator[Row]], float]], eval_tokens: int) -> Iterator[Row]:
+    """The rows of the parts one after another, of each up to its share of the target tokens."""
+    total = sum(weight for _, weight in parts)
+    for rows, weight in parts:
+        limit, targets = math.ceil(eval_tokens * weight / total), 0
+        for row in rows():
+            yield row
+            targets += len(row) - 1
+            if eval_tokens and targets >= limit:
+                break
 
 
 def read_documents(source: Source, damage: DamageCount) -> Iterator[str]:
@@ -134,8 +144,8 @@ def read_documents(source: Source, damage: DamageCount) -> Iterator[str]:
     for shard in range(source.shards):
         for item in source.read(shard, 1, 0, 0):
             if isinstance(item, Damage):
-                damage.add(0, item)
-            elif item and not item.isspace():
+                damage.add(item)
+            elif is_text(item):
                 yield item
 
 
@@ -146,7 +156,8 @@ def _text_rows(source: Source, row_format: RowFormat, damage: DamageCount) -> It
     while batch := list(islice(texts, _DOCUMENTS_PER_ENCODING)):
         for ids in row_format.documents(batch):
             if row_format.packing == "pad":
-                yield np.array(ids, np.int32)
+                if ids:
+                    yield np.array(ids, np.int32)
                 continue
             rest.extend(ids)
             while len(rest) >= length:
@@ -156,8 +167,10 @@ def _text_rows(source: Source, row_format: RowFormat, damage: DamageCount) -> It
         yield np.array(rest, np.int32)
 
 
-def _token_rows(files: TokenFiles, max_length: int) -> Iterator[Row]:
+def _token_rows(files: TokenFiles, max_length: int, vocab_size: int) -> Iterator[Row]:
     for file in files.files:
         for start in range(0, len(file.ids), max_length):
             if len(row := file.ids[start : start + max_length]) > 1:
+                if int(row.max()) >= vocab_size:
+                    file.check_ids(vocab_size)  # says where it is
                 yield row

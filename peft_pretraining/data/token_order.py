@@ -2,7 +2,8 @@
 
 A row is a window of `max_length` consecutive ids; windows do not overlap, and what is left at the end of a file is
 shorter than a row and never trained on. Window w belongs to lane w mod `lanes`; a lane visits its windows in an order
-that is new each epoch, computed element by element, so that its state is two integers.
+that is new each epoch, computed element by element, so that its state is two integers. Every id is held against the
+vocabulary as it is handed out.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_pretraining.data.order import LaneState
 from peft_pretraining.data.permutation import hash64, permute
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles
 from peft_pretraining.errors import UserError
@@ -22,41 +24,62 @@ class TokenLane:
     """A lane over windows of token files; see `order.Lane`."""
 
     def __init__(
-        self, source: TokenFiles, max_length: int, lane: int, lanes: int, seed: int, state: dict[str, int] | None = None
+        self,
+        source: TokenFiles,
+        max_length: int,
+        lane: int,
+        lanes: int,
+        seed: int,
+        state: LaneState | None = None,
+        repeat: bool = True,
     ) -> None:
+        """Without `repeat` the lane ends with its epoch."""
         # Plain views (windows, max_length): slicing an np.memmap costs as much as copying a row.
         self._files = [_windows(np.asarray(file.ids), max_length) for file in source.files]
-        self._max_length, self._lane, self._lanes, self._seed = max_length, lane, lanes, seed
+        self._source, self._vocab_size = source, source.vocab_size()
+        self._max_length, self._lane, self._lanes, self._seed, self._repeat = max_length, lane, lanes, seed, repeat
         # (files + 1,): number of the first window of each file
         self._first_windows = np.cumsum([0, *(len(windows) for windows in self._files)])
         windows = int(self._first_windows[-1])
         self._count = len(range(lane, windows, lanes))
-        if not self._count:
+        if not self._count and (repeat or not windows):
             raise UserError(
                 f"--dataset {source.name}: {source.tokens} ids make {windows} rows of --max_length {max_length}, which "
                 "are too few "
                 f"for --data_lanes {lanes}; lower --data_lanes or give more data."
             )
-        self._epoch, self._window = (state["epoch"], state["window"]) if state else (0, 0)
+        self._epoch: int = state["epoch"] if state else 0
+        self._window: int = state["window"] if state else 0
         self._ahead = np.empty(0, np.int64)  # windows of a block of positions
         self._ahead_of: tuple[int, int] | None = None  # epoch, block
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> LaneState:
         """See `order.Lane.state`."""
         return {"epoch": self._epoch, "window": self._window}
 
+    @property
+    def ended(self) -> bool:
+        """See `order.Lane.ended`."""
+        return not self._repeat and self._window == self._count
+
     def take(self, rows: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """See `order.Lane.take`."""
-        batch = np.empty((rows, self._max_length), np.int32)
+        """See `order.Lane.take`. Raises UserError for an id beyond the vocabulary."""
+        batch = np.zeros((rows, self._max_length), np.int32)
+        lengths = np.zeros(rows, np.int64)
         done = 0
-        while done < rows:
+        while done < rows and not self.ended:
             windows = self._next_windows(rows - done)
             files = np.searchsorted(self._first_windows, windows, side="right") - 1
             for file in np.unique(files):
                 chosen = np.flatnonzero(files == file)
-                batch[done + chosen] = self._files[file][windows[chosen] - self._first_windows[file]]
+                ids = self._files[file][windows[chosen] - self._first_windows[file]]
+                if ids.size and int(ids.max()) >= self._vocab_size:
+                    # Only the search for its place looks at the whole file.
+                    self._source.files[file].check_ids(self._vocab_size)
+                batch[done + chosen] = ids
             done += len(windows)
-        return batch, np.full(rows, self._max_length, np.int64)
+        lengths[:done] = self._max_length
+        return batch, lengths
 
     def _next_windows(self, limit: int) -> NDArray[np.int64]:
         """Numbers of the next windows, from 1 up to `limit`; advances."""

@@ -7,7 +7,8 @@ size G; rank r of W takes those with i mod W = r, which are the rows of its own 
 Worker thread w prepares the rows of every workers-th lane of the rank, update by update, up to `PREFETCHED_UPDATES`
 ahead; what each lane has to give for an update is known beforehand, so neither the number of workers nor their speed
 can change the order. The tokenizer releases the GIL. A lane's state after each update travels with its rows: a
-checkpoint never sees what is only prefetched.
+checkpoint never sees what is only prefetched. Where the data is not repeated, lanes that have ended give empty rows
+until all lanes of all ranks have ended.
 """
 
 import atexit
@@ -15,19 +16,21 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from peft_pretraining.data.batch import Update, make_micro_batch
-from peft_pretraining.data.order import DamageCount, Lane, RowFormat, TextLane, deal_units
-from peft_pretraining.data.sources.documents import Source
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.lanes import Lanes, TextLanes, TokenLanes
+from peft_pretraining.data.order import DamageCount, LaneState, RowFormat
+from peft_pretraining.data.sources.documents import Share, Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
-from peft_pretraining.data.sources.registry import find_kind, open_dataset
-from peft_pretraining.data.token_order import TokenLane
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
+from peft_pretraining.data.sources.mixture import Mixture
+from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 
@@ -38,10 +41,6 @@ DAMAGED_LIMIT = 100
 _STATE_FORMAT = 1
 _JOIN_SECONDS = 5.0
 _LOOK_UP_SECONDS = 0.5
-
-LaneState = dict[str, int]
-LaneFactory = Callable[[int, LaneState | None], Lane]
-"""(lane, its state or None for the beginning) -> lane"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class _Prepared:
         self.rows = np.empty((rows, layout.max_length), np.int32)
         self.lengths = np.empty(rows, np.int64)
         self.states: dict[int, LaneState] = {}
+        self.ended: dict[int, bool] = {}
         self.pending = workers
 
 
@@ -98,23 +98,26 @@ class TrainLoader:
     def __init__(
         self,
         layout: Layout,
-        make_lane: LaneFactory,
+        lanes: Lanes,
         order: dict[str, int | str],
         *,
         workers: int,
         vocab_size: int,
+        tokenizer: Tokenizer | None = None,
         damage: DamageCount | None = None,
         stop: threading.Event | None = None,
     ) -> None:
         """`order` is everything that decides the order, by flag; `stop` ends the pauses of a source when set."""
-        self.layout, self.vocab_size = layout, vocab_size
+        self.layout, self.vocab_size, self.tokenizer = layout, vocab_size, tokenizer
         self.wait_seconds = 0.0
         """Time that `next_update` waited for rows, in total."""
-        self._make_lane, self._order, self._damage = make_lane, order, damage or DamageCount(0)
+        self.news: list[str] = []
+        """What a person should hear of the data, in sentences; whoever says them empties the list."""
+        self._makes_lanes, self._order, self._damage = lanes, order, damage or DamageCount(0)
         self._stop = stop or threading.Event()
         self._sequence = 0  # global sequences handed out
-        self._lanes = [make_lane(lane, None) for lane in layout.own_lanes]
-        self._states = {number: lane.state() for number, lane in zip(layout.own_lanes, self._lanes, strict=True)}
+        self._ended: dict[int, bool] | None = None
+        self._begin({})
         self._workers = min(max(0, workers), len(self._lanes))
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
@@ -123,10 +126,23 @@ class TrainLoader:
         # A thread that is inside the tokenizer while the interpreter shuts down can abort the process.
         atexit.register(_close_if_alive, weakref.ref(self))
 
+    def describe(self) -> list[str]:
+        """Lines for people: how text becomes ids."""
+        return [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
+
     @property
     def damaged(self) -> int:
         """Damaged places that the lanes of this rank met so far."""
         return self._damage.total
+
+    @property
+    def ended(self) -> bool:
+        """Whether no lane of this rank has a further row; never where the data is repeated."""
+        if self._ended is None:
+            if self._threads:
+                return False  # they read the lanes now; the first update tells
+            self._ended = {number: lane.ended for number, lane in zip(self.layout.own_lanes, self._lanes, strict=True)}
+        return all(self._ended.values())
 
     def start(self) -> None:
         """Begin to prefetch now, rather than at the first `next_update`; after `load_state_dict`."""
@@ -141,6 +157,7 @@ class TrainLoader:
     def next_update(self, give_up: Callable[[], bool] = lambda: False) -> Update | None:
         """The next update's micro-batches of this rank; None if `give_up` becomes true while they are waited for.
 
+        Where the data is not repeated an update may have no target: its lanes have ended, and others may not have.
         Raises what went wrong in a worker, UserError as a rule.
         """
         wait_start = time.perf_counter()
@@ -149,6 +166,8 @@ class TrainLoader:
         if prepared is None:
             return None
         self._states.update(prepared.states)
+        self._ended = (self._ended or dict.fromkeys(self.layout.own_lanes, False)) | prepared.ended
+        self._tell_of_epochs()
         size = self.layout.batch_size
         micro_batches = [
             make_micro_batch(prepared.rows[i : i + size], prepared.lengths[i : i + size])
@@ -159,7 +178,13 @@ class TrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """State of this rank's lanes after the last update that was handed out; JSON-able. See `merge_states`."""
         lanes = {str(lane): dict(state) for lane, state in self._states.items()}
-        return {"format": _STATE_FORMAT, "sequence": self._sequence, "order": dict(self._order), "lanes": lanes}
+        return {
+            "format": _STATE_FORMAT,
+            "sequence": self._sequence,
+            "order": dict(self._order),
+            "sources": self._makes_lanes.state(),
+            "lanes": lanes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after a merged state, saved by any number of ranks; only before the first update. Raises UserError."""
@@ -167,8 +192,7 @@ class TrainLoader:
             raise RuntimeError("load_state_dict() has to come before the first next_update()")
         self._check(state)
         self._sequence = int(state["sequence"])
-        self._states = {lane: state["lanes"][str(lane)] for lane in self.layout.own_lanes}
-        self._lanes = [self._make_lane(lane, self._states[lane]) for lane in self.layout.own_lanes]
+        self._begin({lane: state["lanes"][str(lane)] for lane in self.layout.own_lanes})
 
     def close(self) -> None:
         """End the threads; a read that hangs is left behind in a daemon thread after some seconds."""
@@ -180,16 +204,38 @@ class TrainLoader:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._prepared.clear()
 
+    def _begin(self, states: dict[int, LaneState]) -> None:
+        """Make the lanes, from their states or from the beginning."""
+        self._lanes = [self._makes_lanes.make(lane, states.get(lane)) for lane in self.layout.own_lanes]
+        self._states = {number: lane.state() for number, lane in zip(self.layout.own_lanes, self._lanes, strict=True)}
+        self._ended = None
+        self._epochs = _epochs(self._states.values())
+
+    def _tell_of_epochs(self) -> None:
+        epochs = _epochs(self._states.values())
+        for name, before, now in zip(self._makes_lanes.names, self._epochs, epochs, strict=True):
+            if before == 0 < now:
+                self.news.append(
+                    f"--dataset {name}: the first of its lanes has ended and begins again, in another order: from here "
+                    "on documents are read a second time (--repeat each)"
+                )
+        self._epochs = epochs
+
     def _check(self, state: dict[str, Any]) -> None:
         if state.get("format") != _STATE_FORMAT:
             raise UserError(
                 f"the checkpoint's data state has format {state.get('format')}; this version reads {_STATE_FORMAT}."
             )
+        saved_tokenizer = state["order"].get("tokenizer", "")
+        if self.tokenizer is not None and self.tokenizer.go_on_as(saved_tokenizer):
+            self._order["tokenizer"] = saved_tokenizer  # of the same ids, by the encoder that the run began with
+        replaced = self._makes_lanes.load_state(state.get("sources"))
         differences = [
             f"--{flag} is {self._order.get(flag)!r} but was {saved!r}"
             for flag, saved in state["order"].items()
-            if self._order.get(flag) != saved
+            if self._order.get(flag) != saved and not (flag == "dataset" and replaced)
         ]
+        self.news += replaced or []
         if differences:
             raise UserError(
                 f"the run cannot go on in the order of its checkpoint: {'; '.join(differences)} (for --dataset and "
@@ -215,7 +261,9 @@ class TrainLoader:
             if rows:
                 place = slice(rows.start, rows.stop, rows.step)
                 prepared.rows[place], prepared.lengths[place] = self._lanes[index].take(len(rows))
-                prepared.states[self.layout.own_lanes[index]] = self._lanes[index].state()
+                number = self.layout.own_lanes[index]
+                prepared.states[number] = self._lanes[index].state()
+                prepared.ended[number] = self._lanes[index].ended
 
     def _prepare_here(self) -> _Prepared:
         prepared = _Prepared(self.layout, 0)
@@ -278,6 +326,12 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
 
 
+def _epochs(states: Iterable[LaneState]) -> list[int]:
+    """How often the furthest lane has begun anew, of each source."""
+    each = [[own["epoch"] for own in state.get("sources", [state])] for state in states]
+    return [max(epochs) for epochs in zip(*each, strict=True)]
+
+
 def build_train_loader(
     *,
     dataset: str,
@@ -293,42 +347,49 @@ def build_train_loader(
     shuffle_buffer: int = SHUFFLE_BUFFER,
     workers: int = 8,
     damaged_limit: int = DAMAGED_LIMIT,
+    repeat: str = "each",
     options: SourceOptions = DEFAULT_OPTIONS,
     source: Source | None = None,
 ) -> TrainLoader:
     """The loader of --dataset for one rank; `tokenizer` may be None for token ids. Raises UserError.
 
-    `source` replaces --dataset, and the loader's own event `options.stop`.
+    `repeat` as in --repeat. `source` replaces --dataset, and the loader's own event `options.stop`.
     """
     layout = Layout(max_length, batch_size, grad_accum_steps, rank, world_size, data_lanes)
     order: dict[str, int | str] = {"seed": seed, "data_lanes": data_lanes, "max_length": max_length}
     stop, damage = threading.Event(), DamageCount(damaged_limit)
-    opened = source or open_dataset(dataset, "train", replace(options, stop=stop))
-    if isinstance(opened, TokenFiles):
-        return _token_loader(opened, layout, order, workers)
+    opened = source or open_split(dataset, "train", replace(options, stop=stop))
+    if isinstance(opened, TokenFiles | TokenMixture):
+        return _token_loader(opened, layout, order, workers, repeat)
     if tokenizer is None:
         raise ValueError(f"--dataset {dataset} holds text and needs a tokenizer")
-    documents, row_format = opened, RowFormat(max_length, packing, tokenizer)
-    units = deal_units(documents.shards, data_lanes, seed)
-    order |= {"dataset": documents.fingerprint(), "tokenizer": tokenizer.fingerprint()}
+    shares = opened.shares if isinstance(opened, Mixture) else [Share(opened)]
+    lanes = TextLanes(
+        shares, RowFormat(max_length, packing, tokenizer), seed=seed, lanes=data_lanes, shuffle_buffer=shuffle_buffer,
+        repeat=repeats(repeat), damage=damage,
+    )  # fmt: skip
+    order |= {"dataset": opened.fingerprint(), "tokenizer": tokenizer.fingerprint()}
     order |= {"packing": packing, "shuffle_buffer": shuffle_buffer}
-
-    def make_lane(lane: int, state: LaneState | None) -> Lane:
-        return TextLane(documents, units[lane], row_format, lane, seed, shuffle_buffer, damage, state)
-
     if source is None and find_kind(dataset).needs_network:
         workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
     return TrainLoader(
-        layout, make_lane, order, workers=workers, vocab_size=tokenizer.vocab_size, damage=damage, stop=stop
-    )
+        layout, lanes, order, workers=workers, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, damage=damage,
+        stop=stop,
+    )  # fmt: skip
 
 
-def _token_loader(files: TokenFiles, layout: Layout, order: dict[str, int | str], workers: int) -> TrainLoader:
-    seed = int(order["seed"])
+def repeats(repeat: str) -> bool:
+    """Whether data that ends begins again, of --repeat."""
+    return repeat == "each"
 
-    def make_lane(lane: int, state: LaneState | None) -> Lane:
-        return TokenLane(files, layout.max_length, lane, layout.lanes, seed, state)
 
+def _token_loader(
+    opened: TokenFiles | TokenMixture, layout: Layout, order: dict[str, int | str], workers: int, repeat: str
+) -> TrainLoader:
+    shares = opened.shares if isinstance(opened, TokenMixture) else [(opened, 1.0)]
+    for files, _ in shares:
+        files.check_beginnings()
+    lanes = TokenLanes(shares, layout.max_length, int(order["seed"]), layout.lanes, repeats(repeat))
+    order = order | {"dataset": opened.fingerprint()}
     # Rows are copied from memory: one thread is the fastest.
-    order = order | {"dataset": files.fingerprint()}
-    return TrainLoader(layout, make_lane, order, workers=min(workers, 1), vocab_size=files.vocab_size())
+    return TrainLoader(layout, lanes, order, workers=min(workers, 1), vocab_size=opened.vocab_size())

@@ -6,6 +6,7 @@ Nothing here decides what a run does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,9 +52,11 @@ class RunMetrics:
         self._waited = 0.0
         self.say, self.sync = self._logger.say, self._logger.sync
 
-    def announce(self) -> None:
-        """Say what is trained, where it goes on, and what of its flags is probably not meant."""
+    def announce(self, data: Sequence[str] = ()) -> None:
+        """Say what is trained and on which data, where it goes on, and what of its flags is probably not meant."""
         self.say(f"{self._parameters / 1e6:.1f} M parameters on {self._processes.world_size} x {self._device}")
+        for line in data:
+            self.say(line)
         if self._first:
             self.say(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")
         for warning in self._args.warnings:

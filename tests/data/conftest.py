@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from peft_pretraining.data.sources.documents import MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer, train_bpe
+from peft_pretraining.data.tokenizers.encoders import TokenizersEncoder
 
 Documents = list[str]
 
@@ -22,7 +23,7 @@ def document(number: int) -> str:
 def tokenizer() -> Tokenizer:
     """Byte-level BPE trained on the documents below."""
     backend = Backend.from_str(train_bpe([document(i) for i in range(200)], 400))
-    return Tokenizer(backend, "test", "</s>", "<pad>")
+    return Tokenizer([TokenizersEncoder(backend)], "test")
 
 
 @pytest.fixture

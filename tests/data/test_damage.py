@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.sources import gzip_json
+from peft_pretraining.data.sources import compression
 from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.tokenizer import Tokenizer
@@ -49,6 +49,19 @@ def test_damaged_lines(tokenizer: Tokenizer, c4_dir: Path) -> None:
         epoch(tokenizer, c4_dir, limit=4)
 
 
+def test_nothing_is_no_damage(tokenizer: Tokenizer, c4_dir: Path) -> None:
+    lines = [json.dumps({"text": document(i)}) for i in range(20)]
+    lines[3:9] = ["", " ", '{"text": null}', '{"text": ""}', '{"text": " \\n"}', "\r"]
+    (c4_dir / FIRST).write_bytes(gzip.compress("\n".join(lines).encode()))
+    assert epoch(tokenizer, c4_dir, limit=0) == (set(range(195)) - set(range(3, 9)), 0)
+
+
+def test_a_file_that_is_something_else_is_named(tokenizer: Tokenizer, c4_dir: Path) -> None:
+    (c4_dir / LAST).write_bytes(b"no gzip at all")
+    with pytest.raises(UserError, match=r"c4-train.00005-of-00006.json.gz is plain text, not compressed with gzip"):
+        epoch(tokenizer, c4_dir)
+
+
 def test_a_truncated_file_is_one_damage(tokenizer: Tokenizer, c4_dir: Path) -> None:
     whole = (c4_dir / LAST).read_bytes()
     (c4_dir / LAST).write_bytes(whole[: len(whole) * 2 // 3])
@@ -59,8 +72,8 @@ def test_a_truncated_file_is_one_damage(tokenizer: Tokenizer, c4_dir: Path) -> N
     assert 150 < min(lost) < 195
 
 
-@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"")[:5], b"\x1f\x8b" + bytes(100)])
-def test_a_file_that_is_no_gzip_is_one_damage(tokenizer: Tokenizer, c4_dir: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [gzip.compress(b"", mtime=0)[:5], b"\x1f\x8b" + bytes(100)])
+def test_a_file_that_cannot_be_decompressed_is_one_damage(tokenizer: Tokenizer, c4_dir: Path, content: bytes) -> None:
     (c4_dir / LAST).write_bytes(content)
     assert epoch(tokenizer, c4_dir) == (set(range(150)), 1)
 
@@ -74,7 +87,7 @@ def test_an_empty_file_and_several_members(tokenizer: Tokenizer, c4_dir: Path) -
 
 
 def test_a_flipped_byte(tokenizer: Tokenizer, c4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gzip_json, "_PIECE_BYTES", 32)
+    monkeypatch.setattr(compression, "_PIECE_BYTES", 32)
     content = bytearray((c4_dir / LAST).read_bytes())
     content[-6] ^= 1  # in the checksum
     (c4_dir / LAST).write_bytes(content)
@@ -110,9 +123,10 @@ def test_a_part_begins_where_it_is_told(c4_dir: Path) -> None:
 
 
 def test_validation_stops_at_the_limit(tokenizer: Tokenizer, c4_dir: Path) -> None:
-    (c4_dir / "en/c4-validation.00000-of-00002.json.gz").write_bytes(gzip.compress(b"x\n" * 6))
+    line = json.dumps({"text": document(3)}).encode()
+    (c4_dir / "en/c4-validation.00000-of-00002.json.gz").write_bytes(gzip.compress(b"x\n" * 6 + line))
     arguments = {"dataset": str(c4_dir), "tokenizer": tokenizer, "packing": "pad", "max_length": 32, "eval_tokens": 0}
-    assert len(list(build_eval_set(**arguments, eval_batch_size=5, damaged_limit=6))) == 3
+    assert len(list(build_eval_set(**arguments, eval_batch_size=5, damaged_limit=6))) == 4
     with pytest.raises(UserError, match="more than 5 damaged"):
         list(build_eval_set(**arguments, eval_batch_size=5, damaged_limit=5))
 
@@ -127,5 +141,5 @@ def test_half_a_surrogate_pair_is_text(tmp_path: Path, tokenizer: Tokenizer) -> 
 def test_missing_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dataset /no/such/place is neither c4 nor pydocs nor a file or folder"):
         open_dataset("/no/such/place", "train")
-    with pytest.raises(UserError, match=r"holds a file \*validation\*.json.gz"):
+    with pytest.raises(UserError, match=r"there is no file of text in this folder"):
         open_dataset(str(tmp_path), "validation")

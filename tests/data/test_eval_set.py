@@ -11,7 +11,7 @@ from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.data.sources.documents import MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
-from tests.data.collect import documents_of
+from tests.data.collect import close, documents_of, global_rows, loaders
 
 
 def batches(tokenizer: Tokenizer, world_size: int = 1, **arguments: Any) -> dict[int, MicroBatch]:
@@ -76,3 +76,43 @@ def test_long_documents_are_cut(tokenizer: Tokenizer) -> None:
     packed = batches(tokenizer, source=MemorySource("memory", [text]), packing="pack")
     flat = [i for b in packed.values() for i in b.labels.flatten().tolist() if i != IGNORED_LABEL]
     assert flat == [*whole, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+def test_a_document_without_tokens_is_no_row(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, texts: encode(self, [t.replace("\u200b", "") for t in texts]))
+    texts = ["\u200b\u200b", "one two three", "\u200b", "four five"]
+    expected = batches(tokenizer, source=MemorySource("memory", texts[1::2]), packing=packing)
+    found = batches(tokenizer, source=MemorySource("memory", texts), packing=packing)
+    assert [batch.labels.tolist() for batch in found.values()] == [batch.labels.tolist() for batch in expected.values()]
+    with pytest.raises(UserError, match="validation set is empty"):
+        batches(tokenizer, source=MemorySource("memory", texts[::2]), packing=packing)
+
+
+def test_documents_held_out_are_the_validation_set(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a kind has no validation split, for any number of ranks, and in a mixture for each part."""
+    from peft_pretraining.data.sources.local import LocalFiles
+    from tests.data.conftest import write_shard
+
+    monkeypatch.setenv("QGALORE_CACHE", str(tmp_path / "cache"))
+    whole = LocalFiles.open
+    monkeypatch.setattr(LocalFiles, "open", lambda *a: None if a[2] == "validation" else whole(*a))
+    for name, first in (("one", 0), ("two", 5000)):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "c4-train.00000-of-00001.json.gz", range(first, first + 100))
+    single = batches(tokenizer, dataset=str(tmp_path / "one"))
+    assert len(torch.cat([batch.labels for batch in single.values()])) == 10
+    several = batches(tokenizer, 2, dataset=str(tmp_path / "one"))
+    assert all(torch.equal(several[k].labels, single[k].labels) for k in single)
+    held_out = set(documents_of(tokenizer, [batch.labels for batch in single.values()]))
+    ranks = loaders(2, dataset=str(tmp_path / "one"), tokenizer=tokenizer)
+    assert set(documents_of(tokenizer, global_rows(ranks, 20))) == set(range(100)) - held_out
+    close(ranks)
+    mixed = batches(tokenizer, dataset=f"{tmp_path}/one:1,{tmp_path}/two:1")
+    numbers = documents_of(tokenizer, [batch.labels for batch in mixed.values()])
+    assert len(numbers) == 20 and set(numbers[:10]) == held_out and min(numbers[10:]) >= 5000

@@ -1,5 +1,6 @@
 """Streaming from the hub goes on after every network fault, with the documents of a quiet run."""
 
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_pretraining.data import hub_file_system
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.sources import c4, hub
-from peft_pretraining.data.sources.gzip_json import GzipShards
-from peft_pretraining.data.sources.hub import HubFiles, RetryPolicy
+from peft_pretraining.data.sources import hub
+from peft_pretraining.data.sources.data_files import DataFile, FileShards
+from peft_pretraining.data.sources.hub import HubSource
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import open_dataset
+from peft_pretraining.data.sources.retry import Reading, RetryPolicy
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from tests.data.collect import close, documents_of, global_rows, loaders
@@ -25,7 +28,8 @@ QUICK = RetryPolicy(attempts=8, first_pause_seconds=0.01, longest_pause_seconds=
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of the test take several requests each."""
-    monkeypatch.setattr(hub, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(hub_file_system, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(hub_file_system, "LONGEST_RANGE_BYTES", 500)
 
 
 @pytest.fixture
@@ -35,14 +39,19 @@ def server(c4_dir: Path) -> Iterator[HubServer]:
     served.close()
 
 
-def remote(server: HubServer, folder: Path, split: str = "train", retry: RetryPolicy = QUICK) -> GzipShards:
-    files = tuple(sorted(f"en/{path.name}" for path in folder.glob(f"en/*{split}*")))
-    files_there = HubFiles("c4", c4.REPOSITORY, c4.REVISION, endpoint=server.endpoint, retry=retry)
-    return GzipShards("c4", files, "test", files_there.chunks)
+def remote(server: HubServer, folder: Path, split: str = "train", retry: RetryPolicy = QUICK) -> HubSource:
+    """The shards of a folder in C4's layout, by way of the hub."""
+    hub_file_system.serve_pinned_files()
+    address = f"hf://datasets/{hub.C4_REPOSITORY}@{hub.C4_REVISION}/en"
+    paths = sorted(folder.glob(f"en/*{split}*"))
+    files = tuple(DataFile(f"{address}/{path.name}", "json", path.stat().st_size) for path in paths)
+    reading = Reading("c4", retry, endpoint=server.endpoint)
+    return HubSource(reading, hub.C4_REPOSITORY, hub.C4_REVISION, FileShards("c4", files, "test"))
 
 
 @pytest.mark.parametrize("faults", [
     [], ["refuse"] * 3, ["stall"] * 2, ["cut"] * 3, ["500", "502", "503", "504"], ["429"] * 3, ["garbage"], ["moved"],
+    ["short"] * 3, ["whole"] * 3,
     ["", "cut", "503", "", "refuse", "", "", "stall", "429", "moved", "500", "", "cut"] * 3,
 ])  # fmt: skip
 def test_faults_do_not_change_the_bits(
@@ -58,7 +67,7 @@ def test_faults_do_not_change_the_bits(
 
 
 def test_faults_in_a_resumed_validation(tokenizer: Tokenizer, c4_dir: Path, server: HubServer) -> None:
-    def rows(source: GzipShards) -> torch.Tensor:
+    def rows(source: HubSource) -> torch.Tensor:
         batches = build_eval_set(dataset="c4", tokenizer=tokenizer, packing="pad", max_length=48, eval_batch_size=5,
                                  eval_tokens=0, source=source)  # fmt: skip
         return torch.cat([batch.labels for _, batch in batches])
@@ -78,15 +87,25 @@ def test_the_layout_of_c4_on_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> No
     server = HubServer(folder.parent)
     eval_set = build_eval_set(
         dataset="c4", tokenizer=tokenizer, packing="pad", max_length=48, eval_batch_size=5, eval_tokens=0,
-        options=SourceOptions(server.endpoint, QUICK),
+        options=SourceOptions(endpoint=server.endpoint, retry=QUICK),
     )  # fmt: skip
     assert documents_of(tokenizer, [batch.labels for _, batch in eval_set]) == list(range(24))
     server.close()
-    assert all(path.startswith(f"/datasets/allenai/c4/resolve/{c4.REVISION}/en/") for path in server.paths)
+    assert all(path.startswith(f"/datasets/allenai/c4/resolve/{hub.C4_REVISION}/en/") for path in server.paths)
     source = open_dataset("c4", "train")
-    assert isinstance(source, GzipShards)
-    assert source.files[17] == "en/c4-train.00017-of-01024.json.gz"
+    assert isinstance(source, HubSource)
+    assert source.documents.files[17].place.endswith(f"@{hub.C4_REVISION}/en/c4-train.00017-of-01024.json.gz")
     assert source.shards == 1024
+
+
+def test_a_run_on_c4_goes_on_from_an_older_checkpoint() -> None:
+    """The fingerprint that its checkpoints hold."""
+    for split, shards in (("train", 1024), ("validation", 8)):
+        source = open_dataset("c4", split)
+        assert isinstance(source, HubSource) and source.shards == shards
+        identity = f"allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2/{split}"
+        assert source.fingerprint() == hashlib.sha256(identity.encode()).hexdigest()[:16]
+        assert source.revision == hub.C4_REVISION
 
 
 def test_a_hub_that_stays_away_is_an_error_with_a_sentence(
@@ -122,7 +141,7 @@ def test_closing_ends_a_long_pause(tokenizer: Tokenizer, c4_dir: Path, server: H
     server.faults = ["503"] * 1000
     loader = build_train_loader(
         dataset="c4", tokenizer=tokenizer, packing="pad", max_length=32, batch_size=1, grad_accum_steps=1, seed=0,
-        options=SourceOptions(server.endpoint, RetryPolicy(first_pause_seconds=60)),
+        options=SourceOptions(endpoint=server.endpoint, retry=RetryPolicy(first_pause_seconds=60)),
     )  # fmt: skip
     loader.start()
     time.sleep(0.2)

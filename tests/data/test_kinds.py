@@ -11,7 +11,10 @@ import pytest
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources import registry
+from peft_pretraining.data.sources.hub import Hub
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
+from peft_pretraining.data.sources.local import LocalFiles
+from peft_pretraining.data.sources.mixture import MixtureKind
 from peft_pretraining.errors import UserError
 from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.small_run import CONFIG, SmallRun
@@ -101,24 +104,25 @@ def test_another_kind_is_in_the_help_and_in_messages(
     def refused() -> str:
         with pytest.raises(UserError) as caught:
             config = str(SmallRun(tmp_path).config)
-            parse_args(["--model_config", config, "--batch_size", "8", "--max_length", "32", "--dataset", "nowhere"])
+            parse_args(["--model_config", config, "--batch_size", "8", "--max_length", "32", "--dataset", "./nowhere"])
         return str(caught.value)
 
     before = helped()
     assert (
-        "NAME_OR_PATH c4 (streamed from the hub), a folder in C4's layout, pydocs (Python's own documentation, "
-        in before
+        f"NAME_OR_PATH {Hub.in_words}, {LocalFiles.in_words}, {MixtureKind.in_words}, pydocs (Python's own "
+        "documentation, " in before
     )
-    assert "needs no network), or a file or folder of little-endian uint16 or uint32 token ids. (default: c4)" in before
+    assert "needs no network), a folder written by save_to_disk of datasets, or a file or folder of" in before
+    assert "little-endian uint16 or uint32 token ids. (default: c4)" in before
     assert "(default: t5-base; for pydocs a small BPE trained on it once)" in before
     add_module("lines", LINES)
-    text = "a folder in C4's layout, a .lines file with a document a line, pydocs ("
+    text = f"{Hub.in_words}, a .lines file with a document a line, {LocalFiles.in_words}, several of these with weights"
     assert text in helped() and text not in before
     assert "t5-base; for a .lines file with a document a line a small BPE trained on it once; for pydocs a" in helped()
     add_module("of_a_test", NAMED.format(name="mine"))
     message = refused()
-    assert message.startswith("--dataset nowhere is neither c4 nor mine nor pydocs nor a file or folder that exists: ")
-    assert "a .lines file with a document a line, mine (for a test), pydocs (" in message
+    assert message.startswith("--dataset ./nowhere is neither c4 nor mine nor pydocs nor a file or folder that exists")
+    assert f"a .lines file with a document a line, {LocalFiles.in_words}, several of these with weights" in message
 
 
 def test_another_kind_is_tokenized_by_the_script(
@@ -141,21 +145,23 @@ def test_kinds_are_asked_in_a_fixed_order(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     assert [type(kind).__module__.rpartition(".")[2] for kind in registry.kinds()] == [
-        "c4", "c4_folder", "pydocs", "token_files",
+        "hub", "local", "mixture", "pydocs", "saved", "token_files",
     ]  # fmt: skip
-    for name in ("c4", "pydocs"):  # a name means that kind, whatever lies there
+    for name, module in (("c4", "hub"), ("pydocs", "pydocs")):  # a name means that kind, whatever lies there
         (tmp_path / name).mkdir()
-        assert name_of(name) == name
-    assert name_of(tmp_path / "c4") == "c4_folder"
+        assert name_of(name) == module
+    assert name_of(tmp_path / "c4") == "local"
     (tmp_path / "c4" / "c4-train.00000-of-00001.json.gz").touch()
     (tmp_path / "c4" / "train.bin").touch()
     assert name_of(tmp_path / "c4") == "token_files"
+    assert name_of("pydocs:1,c4:2") == "mixture"
     (tmp_path / "unknown").touch()
-    assert name_of(tmp_path / "unknown") == "token_files"  # which says what it lacks
+    assert name_of(tmp_path / "unknown") == "local"  # which says what it is
 
 
 def test_what_recognises_its_own_is_asked_before_what_takes_the_rest(tmp_path: Path, add_module: AddModule) -> None:
     dataset = str(words(tmp_path / "text.lines"))
+    (tmp_path / "text.lines.json").write_text('{"dtype": "uint16"}')
     assert isinstance(registry.find_kind(dataset), TokenKind)
     add_module("zeilen", LINES)  # after token_files in the alphabet
     assert isinstance(registry.find_kind(dataset), TextKind)

@@ -2,18 +2,21 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL
-from peft_pretraining.data.order import deal_units
-from peft_pretraining.data.sources.documents import MemorySource
+from peft_pretraining.data.dealing import POOLED, cut_shards, deal_units, even_slices
+from peft_pretraining.data.sources.documents import Damage, Files, MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
 from tests.data.collect import close, documents_of, global_rows, loaders
+from tests.data.conftest import document
 
 DOCUMENTS = 311
 
@@ -196,7 +199,7 @@ def test_an_empty_dataset_is_refused(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("lanes", [1, 2, 7, 64])
 @pytest.mark.parametrize("shards", [1, 3, 8, 64, 65, 200, 1024])
 def test_units_are_dealt_evenly(shards: int, lanes: int) -> None:
-    dealt = deal_units(shards, lanes, seed=1)
+    dealt = deal_units([even_slices(shards, lanes)] * shards, lanes, seed=1)
     units = [unit for lane in dealt for unit in lane]
     assert len(set(units)) == len(units)
     for shard in range(shards):
@@ -206,3 +209,158 @@ def test_units_are_dealt_evenly(shards: int, lanes: int) -> None:
     assert max(sizes) - min(sizes) <= min(sizes) / 8
     if shards == 1024:
         assert units[0].slices == 1
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Items by shard, with file sizes where they are given."""
+
+    items: list[list[str | Damage]]
+    sizes: tuple[int, ...] = ()
+    name: str = "shards"
+
+    @property
+    def shards(self) -> int:
+        return len(self.items)
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        yield from self.items[shard][part + start * slices :: slices]
+
+    def fingerprint(self) -> str:
+        return str(hash(repr((self.items, self.sizes))))
+
+    def file_list(self) -> Files | None:
+        return Files(tuple(f"{i}.json" for i in range(self.shards)), self.sizes) if self.sizes else None
+
+
+def numbered(*counts: int) -> list[list[str | Damage]]:
+    """So many documents in each shard, numbered through."""
+    begins = [sum(counts[:i]) for i in range(len(counts))]
+    return [[document(i) for i in range(begin, begin + count)] for begin, count in zip(begins, counts, strict=True)]
+
+
+def once(tokenizer: Tokenizer, source: Any, world_size: int = 1, **arguments: Any) -> list[int]:
+    """The documents of one epoch, in order."""
+    ranks = loaders(world_size, tokenizer=tokenizer, source=source, repeat="none", **arguments)
+    batches = []
+    while not all(loader.ended for loader in ranks):
+        batches += global_rows(ranks, 1)
+    damaged = sum(loader.damaged for loader in ranks)
+    close(ranks)
+    assert damaged == sum(isinstance(item, Damage) for shard in getattr(source, "items", []) for item in shard)
+    rows = torch.cat(batches)
+    return documents_of(tokenizer, [rows[(rows != IGNORED_LABEL).any(dim=1)]])
+
+
+DAMAGED: list[str | Damage] = [Damage("file", "cannot be read")]
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [*numbered(100, 120, 90), []],
+        [[], *numbered(150)],
+        [*numbered(100, 100), DAMAGED],
+        [*numbered(100, 100, 3, 1), [""] * 50, [" \n"], DAMAGED],
+        numbered(*[1] * 40),
+        [[line for text in numbered(200)[0] for line in (text, "")]],
+        [*numbered(200), [""] * 200 + numbered(0, 1)[1]],
+        [[*numbered(90)[0], Damage("line 91", "no JSON")], []],
+    ],
+    ids=["empty", "empty_first", "unreadable", "short", "one_each", "blank_lines", "blank_beginning", "damaged_line"],
+)
+def test_a_shard_without_documents_costs_its_own_alone(tokenizer: Tokenizer, items: list[list[str | Damage]]) -> None:
+    """Each document once an epoch, damage counted once, the same order for any ranks and workers and resumes."""
+    source = Shards(items)
+    expected = sorted(
+        int(item.split()[1][:-1]) for shard in items for item in shard if isinstance(item, str) and item.strip()
+    )
+    read = once(tokenizer, source)
+    assert sorted(read) == expected
+    for world_size in (2, 4, 8):
+        assert once(tokenizer, source, world_size, workers=world_size % 3, grad_accum_steps=1) == read
+    whole, _ = run(tokenizer, source, 12)
+    batches, state = [], None
+    for update in range(12):
+        more, state = run(tokenizer, source, 1, (1, 2, 4)[update % 3], state)
+        batches += more
+    assert torch.equal(torch.stack(whole), torch.stack(batches))
+
+
+def test_full_shards_are_cut_as_without_a_look_at_them(source: MemorySource) -> None:
+    for lanes in (1, 2, 8):
+        assert set(cut_shards(source, lanes)) == {even_slices(3, lanes)}
+    assert cut_shards(Shards(numbered(200, 0, 200)), 8) == (4, POOLED, 4)
+    many = Shards([[]] * 64)
+    assert cut_shards(many, 8) == (1,) * 64  # with many units a lane it does no harm, and nothing is read
+
+
+def test_files_of_unequal_size_are_cut_in_proportion(tokenizer: Tokenizer) -> None:
+    counts = (900, 60, 30, 4)
+    source = Shards(numbered(*counts), tuple(100 * count for count in counts))
+    cut = cut_shards(source, 4)
+    assert cut == (4, 2, 1, POOLED)
+    dealt = deal_units(cut, 4, seed=1)
+    assert all(sum(unit.shard == 0 for unit in lane) == 1 for lane in dealt)
+    read = once(tokenizer, source, data_lanes=4)
+    assert sorted(read) == list(range(sum(counts)))
+    sizes = [sum(-(-counts[unit.shard] // unit.slices) for unit in lane if unit.shard < 4) for lane in dealt]
+    assert max(sizes) - min(sizes) <= 60  # of about 250; evenly cut, a lane would read 4 documents over and over
+
+
+NOTHING = "\u200b\u200d\ufeff"
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+def test_documents_without_tokens_are_passed_over(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, texts: encode(self, [text.replace(NOTHING, "") for text in texts])
+    )
+    documents = [text for i in range(100) for text in (NOTHING, document(i), NOTHING * 2)]
+    mixed = MemorySource("mixed", [NOTHING] * 200 + documents)
+    (loader,) = loaders(1, 2, tokenizer=tokenizer, source=mixed, packing=packing, repeat="none", grad_accum_steps=1)
+    batches = []
+    while not loader.ended:
+        batches += global_rows([loader], 1)
+    loader.close()
+    rows = torch.cat(batches)
+    assert not (rows[:, 0] == tokenizer.eos_token_id).any() or packing == "pack"
+    assert not ((rows[:, 1:] == tokenizer.eos_token_id) & (rows[:, :-1] == tokenizer.eos_token_id)).any()
+    if packing == "pad":
+        kept = rows[(rows != IGNORED_LABEL).any(dim=1)]
+        assert sorted(documents_of(tokenizer, [kept])) == list(range(100))
+    with pytest.raises(UserError, match="there is no document"):
+        run(tokenizer, MemorySource("nothing", [NOTHING] * 100), 1, packing=packing, data_lanes=1)
+
+
+def test_a_replaced_file_is_said_and_another_data_set_refused(tokenizer: Tokenizer) -> None:
+    damaged = Shards([*numbered(100, 100), DAMAGED], (1000, 1000, 90))
+    before, state = run(tokenizer, damaged, 3)
+    good = Shards(numbered(100, 100, 100), (1000, 1000, 1000))
+    ranks = loaders(1, tokenizer=tokenizer, source=good, repeat="none")
+    ranks[0].load_state_dict(state)
+    (said,) = ranks[0].news
+    assert "2.json (90 bytes, now 1000) changed; the run goes on" in said
+    rows = torch.cat([*before, *global_rows(ranks, 25)])
+    assert ranks[0].ended
+    close(ranks)
+    counts = Counter(documents_of(tokenizer, [rows[(rows != IGNORED_LABEL).any(dim=1)]]))
+    assert all(counts[i] == 1 for i in range(200)) and any(counts[i] for i in range(200, 300))
+    for other in (
+        Shards(good.items[:2], (1000, 999)),
+        Shards(good.items),
+        Shards(good.items[::-1], (*good.sizes[:2], 90)),
+    ):
+        with pytest.raises(UserError, match="--dataset is"):
+            run(tokenizer, other, 1, state=state)
+
+
+def test_a_state_of_an_older_version_is_taken_up_with_its_dealing(tokenizer: Tokenizer, source: MemorySource) -> None:
+    whole, _ = run(tokenizer, source, 6)
+    _, state = run(tokenizer, source, 3)
+    del state["sources"]
+    rest, _ = run(tokenizer, source, 3, state=state)
+    assert torch.equal(torch.stack(whole[3:]), torch.stack(rest))

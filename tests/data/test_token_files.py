@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.sources.token_files import KIND, open_token_files
 from peft_pretraining.data.tokenizer import Tokenizer
@@ -148,3 +150,75 @@ def test_the_script_refuses_with_a_sentence(tmp_path: Path, capsys: pytest.Captu
     assert parse_count("1.5B") == 1_500_000_000
     with pytest.raises(UserError, match="--max_tokens"):
         parse_count("many")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train.json.gz", "data.parquet"])
+def test_only_token_files_are_recognised(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"abcd" * 100)
+    assert not KIND.recognises(str(tmp_path / name)) and not KIND.recognises(str(tmp_path))
+    for content in ("[]", "{", '{"dtype": 3}', "{}"):
+        (tmp_path / f"{name}.json").write_text(content)
+        assert not KIND.recognises(str(tmp_path / name))
+    (tmp_path / f"{name}.json").write_text('{"dtype": "uint16"}')
+    assert KIND.recognises(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "message"),
+    [('{"dtype": "uint16", "tokens": 601}', r"holds 600 ids of uint16, but train.bin.json says 601: it is cut off"),
+     ('{"dtype": "uint16", "tokens": 599}', "says 599: it is longer"),
+     ('{"dtype": "uint32", "tokens": 600}', "holds 300 ids of uint32.*says 600: it is cut off, of another type"),
+     ('{"dtype": "uint16", "vocab_size": 128256}', "uint16, which cannot hold a vocabulary of 128256"),
+     ('{"dtype": "int64"}', "train.bin.json says that its ids are of the type 'int64', they must be uint16 or uint32"),
+     ('{"dtype": "uint16", "vocab_size": "many"}', "vocab_size 'many', which must be a positive whole number"),
+     ("[1]", "is not a JSON object, but a list")],
+)  # fmt: skip
+def test_a_sidecar_that_cannot_be_right_is_refused(tmp_path: Path, sidecar: str, message: str) -> None:
+    (tmp_path / "train.bin").write_bytes(np.arange(600, dtype="<u2").tobytes())
+    (tmp_path / "train.bin.json").write_text(sidecar)
+    with pytest.raises(UserError, match=message):
+        open_token_files(str(tmp_path), "train")
+
+
+def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.arange(4000, dtype="<u2") % 500
+    ids[2345] = 600
+    for split in ("train", "validation"):
+        ids.tofile(tmp_path / f"{split}.bin")
+        (tmp_path / f"{split}.bin.json").write_text('{"dtype": "uint16", "vocab_size": 500}')
+    message = r"train.bin: the id 600 at place 2345 is beyond the vocabulary of 500 ids"
+    with pytest.raises(UserError, match=message):
+        loaders(1, dataset=str(tmp_path), tokenizer=None)
+    evaluation: dict[str, Any] = {"dataset": str(tmp_path), "tokenizer": None, "packing": "pack", "max_length": LENGTH}
+    with pytest.raises(UserError, match=message.replace("train", "validation")):
+        build_eval_set(**evaluation, eval_batch_size=4, eval_tokens=0)
+    # Further into a file than is looked at before training it is found with its row, and never reaches the model.
+    monkeypatch.setattr("peft_pretraining.data.sources.mapped_tokens._CHECKED_IDS", 2000)
+    ranks = loaders(1, dataset=str(tmp_path), tokenizer=None, max_length=LENGTH)
+    with pytest.raises(UserError, match=message):
+        global_rows(ranks, 40)
+    close(ranks)
+    with pytest.raises(UserError, match=message.replace("train", "validation")):
+        list(build_eval_set(**evaluation, eval_batch_size=4, eval_tokens=0))
+    (tmp_path / "validation.bin").unlink()
+    with pytest.raises(UserError, match="at place 3999"):  # in the stretch that is held out of a single file
+        ids[[2345, 3999]] = 0, 700
+        ids.tofile(tmp_path / "train.bin")
+        build_eval_set(**{**evaluation, "dataset": str(tmp_path / "train.bin")}, eval_batch_size=4, eval_tokens=0)
+
+
+def test_the_script_takes_the_options_of_a_data_set(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture is its parts one after another, and the flags of a run reach its sources."""
+    seen: list[SourceOptions] = []
+    whole = LocalFiles.open
+    monkeypatch.setattr(LocalFiles, "open", lambda *a: (seen.append(a[3]), whole(*a))[1])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = "--dataset_config en --text_column text --text_unit file --train_split a --validation_split b"
+    words = f"--dataset {c4_dir}:2,{c4_dir}/en:1 --tokenizer {tmp_path}/tokenizer.json --output_dir ~/out {flags}"
+    assert tokenize_dataset(words.split()) == 0
+    assert json.loads((tmp_path / "out/train.bin.json").read_text())["documents"] == 2 * 195
+    expected = SourceOptions("en", text_column="text", text_unit="file", train_split="a", validation_split="b")
+    assert seen and all(options == expected for options in seen)

@@ -1,15 +1,16 @@
 """Documents by their place: the interface of sources of text, and a source in memory.
 
-A source is a number of shards; a shard is a sequence of documents. A document's place is its line number, and a damaged
-line keeps its number, so that a place means the same whatever happens to the lines before it. `read(shard, slices,
-part, start)` yields the documents `part, part + slices, ...` of a shard from the `start`-th of them on: with fewer
-shards than lanes several lanes share a shard.
+A source is a number of shards; a shard is a sequence of documents. A document's place is its line or row number, and
+what is no document keeps its number, so that a place means the same whatever happens to those before it: an empty
+string stands for nothing (a blank line, null, an empty text), `Damage` for what should have been a document and is not.
+`read(shard, slices, part, start)` yields the documents `part, part + slices, ...` of a shard from the `start`-th of
+them on: with fewer shards than lanes several lanes share a shard.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,50 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Changes when the shards do."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that a source reads, a shard each."""
+
+    names: tuple[str, ...]
+    """In the order of the shards."""
+    sizes: tuple[int, ...]
+    """Bytes of each."""
+    settings: str = ""
+    """What else decides what is read from them, such as the name of a column."""
+
+    def identity(self) -> str:
+        """Hash of everything but the sizes: equal for a file and what it is replaced with."""
+        return hashlib.sha256(repr((self.names, self.settings)).encode()).hexdigest()[:16]
+
+
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """A source that knows its files. Shards of unequal size are then dealt in proportion, and a file that was replaced
+    is told from another data set."""
+
+    def file_list(self) -> Files | None:
+        """One for each shard; None if it does not know them after all."""
+
+
+def files_of(source: Source) -> Files | None:
+    """The files of a source that knows them."""
+    return source.file_list() if isinstance(source, FileSource) else None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A source of a mixture, or the only one."""
+
+    source: Source
+    weight: float = 1.0
+    """In proportion to those of the others."""
+
+
+def is_text(item: str | Damage) -> TypeGuard[str]:
+    """Whether an item is a document, rather than nothing or damage: without text there is no token to predict."""
+    return isinstance(item, str) and bool(item) and not item.isspace()
 
 
 @dataclass(frozen=True)

@@ -1,152 +1,155 @@
-"""Files of a data set on the Hugging Face hub, read in ranges that survive a bad network.
+"""`--dataset NAME`: a data set of the Hugging Face hub, streamed.
 
-A shard is fetched a megabyte at a time with HTTP range requests. Each request stands alone, so after any fault the same
-range is asked for again and the stream goes on at the byte where it was: nothing is read twice or lost, and 64 lanes
-need no 64 open connections that a server would close for idling. `datasets`' streaming retries only 429 and 504 and
-cannot resume inside a response. huggingface_hub resolves addresses, adds the user's token and keeps the connections.
+Nothing is downloaded whole: `datasets` reads each file through `hub_file_system`. A run stays at the commit at which
+the data set was when it began. `c4` is the short name of allenai/c4's English part at a fixed commit, whose files are
+known and not asked for.
 """
 
-import logging
-import random
-import threading
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from peft_pretraining.errors import UserError
+from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, open_files
+from peft_pretraining.data.sources.documents import Damage, Source
+from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.sources.retry import Reading, RetryPolicy
 
-CHUNK_BYTES = 1 << 20
+C4 = "c4"
+C4_REPOSITORY = "allenai/c4"
+C4_CONFIG = "en"
+C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+"""Pinned: a changed shard would change the order of documents in a resumed run."""
+C4_SHARDS = {"train": 1024, "validation": 8}
+SIZE_UNKNOWN = -1
+VALIDATION_SPLITS = ("validation", "valid", "dev", "val")
+"""What a split to evaluate on is called."""
 
-_FINAL_STATUS = {
-    401: "needs a login",
-    403: "is not allowed",
-    404: "does not exist",
-    410: "is gone",
-    451: "is not allowed",
-}
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_FILE = re.compile(
+    r".*\.(?:json|jsonl|parquet|arrow|txt|csv|tsv|gz|zst|xz|bz2|zip|bin|npy|model|py|git)", re.IGNORECASE
+)
 
-# Its own source: a fault in the network must not move the random state of the run.
-_jitter = random.SystemRandom()
 
-_logger = logging.getLogger(__name__)
+class Hub(TextKind):
+    """Data sets of the hub."""
+
+    name = C4
+    in_words = "c4 or another data set of the Hugging Face hub (ORGANISATION/NAME, streamed)"
+    precedence = 9  # what is here comes first
+    needs_network = True
+
+    def recognises(self, dataset: str) -> bool:
+        """A name that the hub would allow, where there is no file or folder of that name; nobody is asked."""
+        if not _NAME.fullmatch(dataset) or _FILE.fullmatch(dataset) or "--" in dataset or ".." in dataset:
+            return False
+        return not Path(dataset).exists()
+
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | None:
+        """See `DatasetKind.open`."""
+        from peft_pretraining.data.hub_file_system import serve_pinned_files
+
+        serve_pinned_files()
+        reading = Reading(dataset, options.retry or RetryPolicy(), endpoint=options.endpoint)
+        if options.stop is not None:
+            reading.stop = options.stop
+        if dataset != C4:
+            return _open_by_name(dataset, split, options, reading)
+        if _as_pinned(options):
+            return _open_c4(split, options, reading)
+        options = replace(options, config=options.config or C4_CONFIG, revision=options.revision or C4_REVISION)
+        return _open_by_name(C4_REPOSITORY, split, options, reading)
 
 
 @dataclass(frozen=True)
-class RetryPolicy:
-    """How long to go on after a network fault."""
+class HubSource:
+    """Documents of a split of a data set on the hub, a shard a file."""
 
-    attempts: int = 20
-    """Tries of one request before the run stops; with the pauses below about a quarter of an hour."""
-    first_pause_seconds: float = 1.0
-    longest_pause_seconds: float = 60.0
-    """Pauses double from the first to this; each is drawn between half and all of it, so that ranks return apart."""
-    timeout_seconds: float = 30.0
-    """Without a byte for so long a request has stalled."""
+    reading: Reading
+    repository: str
+    """Its full name."""
+    revision: str
+    """The commit, for --dataset_revision of a run that goes on with the same files."""
+    documents: FileShards
+    """Reads the files, whose addresses are hf://."""
 
-    def pause_seconds(self, attempt: int, retry_after: str | None) -> float:
-        """Pause after the failed try number `attempt` (from 0); a server's Retry-After (in seconds) is the least."""
-        pause = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0**attempt) * _jitter.uniform(0.5, 1.0)
-        if retry_after is not None and retry_after.isdigit():
-            return max(pause, min(float(retry_after), 2 * self.longest_pause_seconds))
-        return pause
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        return self.reading.dataset
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return self.documents.shards
+
+    def fingerprint(self) -> str:
+        """Changes with the commit, the files and the column."""
+        return self.documents.fingerprint()
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`. Raises UserError when the hub stays away, whatever the libraries make of it."""
+        from peft_pretraining.data.hub_file_system import reading_for
+
+        documents = self.documents.read(shard, slices, part, start)
+        while True:
+            with reading_for(self.reading):
+                document = next(documents, None)
+            if self.reading.failure is not None:
+                raise self.reading.failure
+            if document is None:
+                return
+            yield document
 
 
-class _TransientError(Exception):
-    def __init__(self, reason: str, retry_after: str | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
+def _as_pinned(options: SourceOptions) -> bool:
+    """Whether these are the files of C4 whose names are known."""
+    wanted = (options.config, options.revision, options.train_split, options.validation_split)
+    known = (C4_CONFIG, C4_REVISION, "train", "validation")
+    return all(got in ("", own) for got, own in zip(wanted, known, strict=True))
 
 
-class HubFiles:
-    """Byte streams of a data set's files. Raises UserError when a file cannot be had."""
+def _open_c4(split: str, options: SourceOptions, reading: Reading) -> HubSource:
+    """C4 without a question to the hub."""
+    count = C4_SHARDS[split]
+    places = [
+        f"hf://datasets/{C4_REPOSITORY}@{C4_REVISION}/{C4_CONFIG}/c4-{split}.{i:05d}-of-{count:05d}.json.gz"
+        for i in range(count)
+    ]
+    files = tuple(DataFile(place, "json", SIZE_UNKNOWN) for place in places)
+    identity = f"{C4_REPOSITORY}@{C4_REVISION}/{split}"
+    shards = FileShards(reading.dataset, files, identity, options.text_column or "text")
+    return HubSource(reading, C4_REPOSITORY, C4_REVISION, shards)
 
-    def __init__(
-        self,
-        dataset: str,
-        repository: str,
-        revision: str,
-        endpoint: str | None = None,
-        retry: RetryPolicy | None = None,
-        stop: threading.Event | None = None,
-    ) -> None:
-        """`dataset` is what the user gave, for messages."""
-        self.dataset, self.repository, self.revision, self.endpoint = dataset, repository, revision, endpoint
-        self.retry = retry or RetryPolicy()
-        self.stop = stop or threading.Event()
-        """Set to end a pause between two tries at once."""
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of the file `name`, in pieces of up to CHUNK_BYTES."""
-        from huggingface_hub import hf_hub_url
+def _open_by_name(name: str, split: str, options: SourceOptions, reading: Reading) -> HubSource | None:
+    from peft_pretraining.data.hub_file_system import reading_for
+    from peft_pretraining.data.hub_repository import choose_column, choose_split, find_repository
 
-        url = hf_hub_url(self.repository, name, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
-        offset, size = 0, None
-        while size is None or offset < size:
-            content, size = self._retrying(name, url, offset)
-            offset += len(content)
-            yield content
-
-    def _retrying(self, name: str, url: str, start: int) -> tuple[bytes, int]:
-        reason = ""
-        for attempt in range(self.retry.attempts):
-            try:
-                return self._get(url, start)
-            except _TransientError as error:
-                reason, retry_after = str(error), error.retry_after
-            if attempt + 1 < self.retry.attempts:
-                pause = self.retry.pause_seconds(attempt, retry_after)
-                _logger.warning("%s of %s: %s; trying again in %.1f s", name, self.repository, reason, pause)
-                if self.stop.wait(pause):
-                    break
-        raise UserError(
-            f"--dataset {self.dataset}: {name} of {self.repository} could not be read after {self.retry.attempts} "
-            f"tries ({reason}). "
-            "Check the network and resume with --continue_from auto, or give a downloaded directory as --dataset."
-        )
-
-    def _get(self, url: str, start: int) -> tuple[bytes, int]:
-        """(bytes from `start`, size of the whole file)."""
-        from huggingface_hub import get_session
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-        # The bytes of the file itself: a server that compresses them once more would break the offsets.
-        headers = {
-            **build_hf_headers(),
-            "Range": f"bytes={start}-{start + CHUNK_BYTES - 1}",
-            "Accept-Encoding": "identity",
-        }
-        try:
-            response: Any = get_session().get(url, headers=headers, timeout=self.retry.timeout_seconds)
-            content: bytes = response.content
-        except Exception as error:
-            # The HTTP library under huggingface_hub has changed twice, and with it the classes of its errors. Nothing
-            # but
-            # the network can fail in these two lines.
-            raise _TransientError(f"{type(error).__name__}: {error}") from error
-        status = int(response.status_code)
-        if status in _FINAL_STATUS:
-            raise UserError(
-                f"--dataset {self.dataset}: {url} {_FINAL_STATUS[status]} (HTTP status {status}). "
-                "Check HF_ENDPOINT and `hf auth login`."
+    repository = find_repository(name, options, reading)
+    train = options.train_split or "train"
+    validation = options.validation_split or next(
+        (each for each in VALIDATION_SPLITS if each in repository.splits and each != train), ""
+    )
+    places = choose_split(repository, train, "--train_split", reading)
+    if validation:
+        held_out = choose_split(repository, validation, "--validation_split", reading)
+        if both := sorted({*places} & {*held_out}):
+            raise reading.error(
+                f"the splits {train} and {validation} both have the file {both[0].partition('@')[2]}: evaluate on "
+                "documents that are not trained on, with another --validation_split."
             )
-        if status == 200 and start == 0:
-            return content, _check_length(content, len(content), response.headers.get("Content-Length"))
-        if status != 206:
-            raise _TransientError(f"HTTP status {status}", response.headers.get("Retry-After"))
-        return content, _range_size(content, start, response.headers.get("Content-Range", ""))
+    if split != "train":
+        if not validation:
+            return None
+        places = held_out
+    files = tuple(DataFile(place, format_of(place), repository.sizes[place]) for place in places)
+    column = choose_column(repository, options.text_column, reading)
+    identity = f"{repository.name}@{repository.revision} {[place.partition('@')[2] for place in places]}"
+    with reading_for(reading):
+        shards = open_files(reading.dataset, files, identity, replace(options, text_column=column))
+    return HubSource(reading, repository.name, repository.revision, shards)
 
 
-def _check_length(content: bytes, size: int, announced: str | None) -> int:
-    if announced is not None and announced.isdigit() and int(announced) != len(content):
-        raise _TransientError(f"cut off after {len(content)} of {announced} bytes")
-    return size
-
-
-def _range_size(content: bytes, start: int, content_range: str) -> int:
-    """Size of the whole file from "bytes first-last/size", which has to describe `content`."""
-    bounds, _, size = content_range.removeprefix("bytes ").partition("/")
-    first, _, last = bounds.partition("-")
-    if not (first.isdigit() and last.isdigit() and size.isdigit()) or int(first) != start or not content:
-        raise _TransientError(f"answered with the range {content_range!r} instead of one from {start}")
-    _check_length(content, len(content), str(int(last) - start + 1))
-    return int(size)
+KIND = Hub()

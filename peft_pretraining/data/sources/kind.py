@@ -28,14 +28,26 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from peft_pretraining.data.sources.documents import Source
-from peft_pretraining.data.sources.hub import RetryPolicy
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
+from peft_pretraining.data.sources.retry import RetryPolicy
 
 
 @dataclass(frozen=True)
 class SourceOptions:
     """How a data set is read, beside its name. A kind ignores what it has no use for."""
 
+    config: str = ""
+    """Configuration of a data set on the hub, such as sample-10BT; "": its only one, or its default."""
+    revision: str = ""
+    """Commit, branch or tag of a data set on the hub; "": the newest."""
+    train_split: str = ""
+    """The data set's own name of the split that is trained on; "": train."""
+    validation_split: str = ""
+    """The same of the one that is evaluated on; "": validation, or what people call it (valid, dev, val)."""
+    text_column: str = ""
+    """Column or field that holds the text; "": text, or the only one that holds strings."""
+    text_unit: str = "line"
+    """What a document of a plain-text file is: "line", "paragraph" (up to an empty line) or "file"."""
     endpoint: str | None = None
     """Address of the hub; None: that of HF_ENDPOINT."""
     retry: RetryPolicy | None = None
@@ -79,8 +91,12 @@ class DatasetKind(ABC):
         """Whether `--dataset` has given something of this kind; its name is looked at before anybody is asked."""
         return False
 
+    def of(self, dataset: str) -> "DatasetKind":
+        """The kind that this very data set is of: a mixture is of that of its parts. Raises UserError."""
+        return self
+
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles:
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles | TokenMixture | None:
         """What is in one of `splits`, which share no document. Raises UserError, which names `--dataset`."""
 
 
@@ -91,13 +107,13 @@ class TextKind(DatasetKind):
     """Where no --tokenizer is given: its name on the hub, or how one is trained."""
 
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> Source:
-        """See `DatasetKind.open`."""
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Source | None:
+        """See `DatasetKind.open`. None for "validation": there is none, and documents of "train" are held out."""
 
 
 class TokenKind(DatasetKind):
     """A kind that holds token ids, and needs no tokenizer."""
 
     @abstractmethod
-    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
+    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles | TokenMixture:
         """See `DatasetKind.open`."""

@@ -1,11 +1,19 @@
 """Token ids that are mapped into memory: what a kind of `--dataset` gives that needs no tokenizer."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+
+from peft_pretraining.errors import UserError
+
+_STEP = 1 << 24  # ids that are looked at together
+_CHECKED_IDS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -16,6 +24,21 @@ class TokenFile:
     ids: NDArray[Any]  # (tokens,) memory-mapped uint16 or uint32
     settings: dict[str, Any]
     """The sidecar, or empty."""
+    start: int = 0
+    """Where in the file the stretch begins."""
+
+    def check_ids(self, vocab_size: int, limit: int | None = None) -> None:
+        """Raise UserError if one of the ids (or of the first `limit`) is beyond a vocabulary; it says where."""
+        ids = self.ids[:limit]
+        for begin in range(0, len(ids), _STEP):
+            beyond = np.flatnonzero(ids[begin : begin + _STEP] >= vocab_size)
+            if len(beyond):
+                place = begin + int(beyond[0])
+                raise UserError(
+                    f"--dataset {self.path}: the id {int(ids[place])} at place {self.start + place} is beyond the "
+                    f"vocabulary of {vocab_size} ids that its sidecar names: the file is damaged, or of another "
+                    "tokenizer or type of ids. Tokenize the text again, or correct the sidecar."
+                )
 
 
 @dataclass(frozen=True)
@@ -37,12 +60,43 @@ class TokenFiles:
 
     def vocab_size(self) -> int:
         """One more than the largest id that can occur: of the sidecar, else read from all ids (about 1 s a billion)."""
+        return self._vocab_size
+
+    @cached_property
+    def _vocab_size(self) -> int:
         return max(
             int(file.settings["vocab_size"]) if "vocab_size" in file.settings else _largest(file) + 1
             for file in self.files
         )
 
+    def check_beginnings(self) -> None:
+        """Hold the first ids of each file against the vocabulary of its sidecar; raises UserError."""
+        for file in self.files:
+            if "vocab_size" in file.settings:
+                file.check_ids(int(file.settings["vocab_size"]), _CHECKED_IDS)
+
+
+@dataclass(frozen=True)
+class TokenMixture:
+    """The files of several sources, each with its weight."""
+
+    name: str
+    shares: tuple[tuple[TokenFiles, float], ...]
+
+    def fingerprint(self) -> str:
+        """Of each, with its share."""
+        return fingerprint_of_shares([(files.fingerprint(), weight) for files, weight in self.shares])
+
+    def vocab_size(self) -> int:
+        """See `TokenFiles.vocab_size`."""
+        return max(files.vocab_size() for files, _ in self.shares)
+
+
+def fingerprint_of_shares(shares: Sequence[tuple[str, float]]) -> str:
+    """Fingerprints of the sources of a mixture, each with its share of the whole."""
+    total = sum(weight for _, weight in shares)
+    return ",".join(f"{fingerprint}:{weight / total:.6g}" for fingerprint, weight in shares)
+
 
 def _largest(file: TokenFile) -> int:
-    step = 1 << 24
-    return max(int(file.ids[start : start + step].max()) for start in range(0, len(file.ids), step))
+    return max(int(file.ids[start : start + _STEP].max()) for start in range(0, len(file.ids), _STEP))

@@ -6,7 +6,7 @@ import pkgutil
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, DatasetKind, OwnBPE, SourceOptions, TextKind
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.errors import UserError
 
 
@@ -33,13 +33,16 @@ def find_kind(dataset: str) -> DatasetKind:
             return kind
     for kind in sorted(found, key=lambda kind: kind.precedence):
         if kind.recognises(dataset):
-            return kind
+            return kind.of(dataset)
     names = " nor ".join(kind.name for kind in found if kind.name)
     raise UserError(f"--dataset {dataset} is neither {names} nor a file or folder that exists: give {in_words(found)}")
 
 
-def open_dataset(dataset: str, split: str, options: SourceOptions = DEFAULT_OPTIONS) -> Source | TokenFiles:
-    """The documents or token ids of a split ("train", "validation") of `--dataset`. Raises UserError."""
+def open_dataset(
+    dataset: str, split: str, options: SourceOptions = DEFAULT_OPTIONS
+) -> Source | TokenFiles | TokenMixture | None:
+    """The documents or token ids of a split ("train", "validation") of `--dataset`; None for "validation" if it has
+    none (see `held_out.open_split`). Raises UserError."""
     kind = find_kind(dataset)
     if split not in kind.splits:
         raise UserError(f"--dataset {dataset} has no split {split}: it has {' and '.join(kind.splits)}")

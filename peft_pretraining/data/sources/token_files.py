@@ -4,6 +4,9 @@ The type of the ids comes from a sidecar `<file>.json` with a field dtype (scrip
 from a suffix .uint16 or .uint32. A folder has files train* and validation*. Of a single file the validation set is the
 file beside it with "validation" for "train" in its name; without one, the last hundredth of the file (at most 10 M ids)
 is held out.
+
+Only what has one of these suffixes, or .bin, or a sidecar with a dtype is taken for a token file. A sidecar is held
+against its file: a file of another length than it says, and a type that the ids cannot have, are refused.
 """
 
 import json
@@ -25,13 +28,13 @@ class TokenFilesKind(TokenKind):
     """A file, or a folder with train* token files."""
 
     in_words = "a file or folder of little-endian uint16 or uint32 token ids"
-    precedence = 1  # any file that no other kind recognises
+    precedence = 1  # before what takes any folder
 
     def recognises(self, dataset: str) -> bool:
-        """Any file, and a folder that holds files of ids."""
+        """A file of ids, and a folder that holds some."""
         path = Path(dataset).expanduser()
         if not path.is_dir():
-            return path.is_file()
+            return _is_token_file(path)
         return bool(_split_files(path, "train") or _split_files(path, "validation"))
 
     def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
@@ -65,27 +68,40 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
             f"--dataset {dataset}: {len(whole.ids)} ids are too few to hold out a validation set; put a validation "
             "file beside it."
         )
-    return TokenFiles(dataset, (TokenFile(path, part, whole.settings),))
+    return TokenFiles(dataset, (TokenFile(path, part, whole.settings, 0 if split == "train" else cut),))
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    return sorted(path for path in folder.glob(f"{split}*") if path.suffix in SUFFIXES)
+    return sorted(path for path in folder.glob(f"{split}*") if _is_token_file(path))
+
+
+def _is_token_file(path: Path) -> bool:
+    return path.is_file() and (path.suffix in SUFFIXES or _names_a_dtype(_sidecar_of(path)))
+
+
+def _sidecar_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _names_a_dtype(sidecar: Path) -> bool:
+    try:
+        return isinstance(json.loads(sidecar.read_text(encoding="utf-8")).get("dtype"), str)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _open(path: Path) -> TokenFile:
-    sidecar = path.with_name(path.name + ".json")
-    settings: dict[str, Any] = {}
-    if sidecar.is_file():
-        try:
-            settings = dict(json.loads(sidecar.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"--dataset: {sidecar} is not a JSON object ({error}).") from error
+    settings = _read_sidecar(path)
+    sidecar = _sidecar_of(path).name
     name = settings.get("dtype", path.suffix.removeprefix("."))
+    if "dtype" in settings and name not in ("uint16", "uint32"):
+        raise UserError(
+            f"--dataset {path}: {sidecar} says that its ids are of the type {name!r}, they must be uint16 or uint32"
+        )
     if name not in ("uint16", "uint32"):
         raise UserError(
-            f"--dataset {path}: the type of its ids is unknown. Name it .uint16 or .uint32, or put a {sidecar.name} "
-            "beside it "
-            'that says {"dtype": "uint16"}.'
+            f"--dataset {path}: the type of its ids is unknown. Name it .uint16 or .uint32, or put a {sidecar} beside "
+            'it that says {"dtype": "uint16"}.'
         )
     dtype = np.dtype(name).newbyteorder("<")
     try:
@@ -95,6 +111,42 @@ def _open(path: Path) -> TokenFile:
                 f"--dataset {path}: its {size} bytes are no whole number of {name} ids: it is empty, cut off or of "
                 "another type."
             )
-        return TokenFile(path, np.memmap(path, dtype, mode="r"), settings)
+        ids = np.memmap(path, dtype, mode="r")
     except OSError as error:
         raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
+    _check_sidecar(path, name, len(ids), settings)
+    return TokenFile(path, ids, settings)
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    """The object in it, or an empty one if there is none."""
+    sidecar = _sidecar_of(path)
+    if not sidecar.is_file():
+        return {}
+    try:
+        settings = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"--dataset: {sidecar} is not a JSON object ({error}).") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--dataset: {sidecar} is not a JSON object, but a {type(settings).__name__}.")
+    for field in ("vocab_size", "tokens"):
+        value = settings.get(field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"--dataset: {sidecar} has {field} {value!r}, which must be a positive whole number.")
+    return {field: value for field, value in settings.items() if value is not None}
+
+
+def _check_sidecar(path: Path, dtype: str, ids: int, settings: dict[str, Any]) -> None:
+    """Hold a sidecar against its file; raises UserError."""
+    sidecar, tokens = _sidecar_of(path).name, settings.get("tokens", ids)
+    if ids != tokens:
+        fault = "cut off" if ids < tokens else "longer"
+        raise UserError(
+            f"--dataset {path}: it holds {ids} ids of {dtype}, but {sidecar} says {tokens}: it is {fault}, of another "
+            "type, or the sidecar belongs to another file. Copy both again, or tokenize the text again."
+        )
+    if dtype == "uint16" and settings.get("vocab_size", 0) > 1 << 16:
+        raise UserError(
+            f"--dataset {path}: {sidecar} says that its ids are uint16, which cannot hold a vocabulary of "
+            f"{settings['vocab_size']} ids: the dtype must be uint32, or the vocabulary is another."
+        )

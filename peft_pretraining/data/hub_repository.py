@@ -1,0 +1,252 @@
+"""What a data set on the hub consists of: a name becomes the files of its splits at one commit.
+
+`datasets.load_dataset_builder` says which files a configuration has, in the order that it reads them; nothing of them
+is fetched. What can be wrong with a name, a configuration, a revision or a split becomes a sentence with those that
+there are.
+"""
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_pretraining.data.hub_file_system import CheckedFileSystem, patient_requests
+from peft_pretraining.data.sources.data_files import IN_WORDS, format_of
+from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.retry import Reading, UnreachableError
+from peft_pretraining.errors import UserError
+
+FORMATS = ("json", "text", "csv", "parquet", "arrow")
+"""Builders of `datasets` whose files hold text in rows or lines."""
+PARQUET_BRANCH = "refs/convert/parquet"
+"""Where the hub keeps a copy of many data sets as parquet."""
+_CONVERTED = re.compile(r"(?P<config>[^/]+)/[^/]+/\d+\.parquet")
+_MOST_LISTED = 30
+
+_resolved: dict[tuple[object, ...], "Repository"] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A data set of the hub in one configuration at one commit."""
+
+    name: str
+    """Its full name, such as Salesforce/wikitext."""
+    revision: str
+    """The commit."""
+    config: str
+    splits: dict[str, tuple[str, ...]]
+    """hf:// addresses of the files of each split, pinned to the commit."""
+    sizes: dict[str, int]
+    """Bytes of each of them."""
+    columns: dict[str, str]
+    """Types of the columns, where the data set's card has them."""
+
+
+def find_repository(name: str, options: SourceOptions, reading: Reading) -> Repository:
+    """The data set `name` as `options` wants it, asked for once a process. Raises UserError."""
+    from huggingface_hub import constants
+
+    key = (name, options.config, options.revision, options.endpoint or constants.ENDPOINT)
+    with _lock:
+        if key not in _resolved:
+            try:
+                with patient_requests(reading, str(key[-1])):
+                    _resolved[key] = _find(name, options, reading)
+            except UnreachableError as error:
+                raise UserError(
+                    f"--dataset {reading.dataset}: the hub ({key[-1]}) cannot be reached ({error}). Check the network "
+                    "and HF_ENDPOINT. Without a network, --dataset pydocs needs no download, and a folder of files "
+                    "that were downloaded before can be given as --dataset."
+                ) from error
+        return _resolved[key]
+
+
+def choose_split(repository: Repository, wanted: str, flag: str, reading: Reading) -> tuple[str, ...]:
+    """The files of the split `wanted`. Raises UserError that lists the splits and names the `flag`."""
+    if wanted not in repository.splits:
+        raise reading.error(
+            f"{_in_config(repository)} has no split {wanted}: {flag} can be {_listed(repository.splits)}."
+        )
+    return repository.splits[wanted]
+
+
+def choose_column(repository: Repository, wanted: str, reading: Reading) -> str:
+    """The column that holds the text, `wanted` unless it is empty; "" where the card does not say what there is.
+
+    Raises UserError that lists the columns that hold text.
+    """
+    if not repository.columns:
+        return wanted
+    texts = [column for column, kind in repository.columns.items() if kind in ("string", "large_string")]
+    if wanted in texts:
+        return wanted
+    there = f"--text_column can be {_listed(texts)}" if texts else "it has none that holds text"
+    if wanted in repository.columns:
+        raise reading.error(
+            f"the column {wanted} of {_in_config(repository)} holds {repository.columns[wanted]} and not text: {there}."
+        )
+    if wanted:
+        raise reading.error(f"{_in_config(repository)} has no column {wanted}: {there}.")
+    if "text" in texts or len(texts) == 1:
+        return "text" if "text" in texts else texts[0]
+    raise reading.error(f"{_in_config(repository)} has no column named text: {there}.")
+
+
+def _find(name: str, options: SourceOptions, reading: Reading) -> Repository:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        info = _dataset_info(HfApi(endpoint=options.endpoint), name, options.revision, reading)
+    except OfflineModeIsEnabled as error:
+        raise UnreachableError("HF_HUB_OFFLINE is set") from error
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    script = f"{name.rpartition('/')[2]}.py"
+    if script in files or f"{info.id.rpartition('/')[2]}.py" in files:
+        raise reading.error(
+            f"{info.id} is read by a script of its own ({script}), which `datasets` no longer runs. Give "
+            f"--dataset_revision {PARQUET_BRANCH}, where the hub keeps a copy of most such data sets as parquet."
+        )
+    builder = _builder(info, files, options, reading)
+    if builder.name not in FORMATS:
+        raise reading.error(
+            f"{info.id} holds {builder.name} files, which are not read as text: those that are, are {_listed(FORMATS)}."
+        )
+    found = {str(split): tuple(places) for split, places in (builder.config.data_files or {}).items()}
+    # The library has one builder for all configurations, and a card may name anything.
+    splits = {split: tuple(place for place in places if format_of(place)) for split, places in found.items()}
+    if not any(splits.values()):
+        example = next((place for places in found.values() for place in places), "nothing")
+        raise reading.error(f"{info.id} holds {example}: files that are read as text are {IN_WORDS}.")
+    return Repository(
+        info.id,
+        info.sha,
+        options.config if _converted_configs(files) else builder.config.name,
+        {split: places for split, places in splits.items() if places},
+        _sizes([place for places in splits.values() for place in places]),
+        {column: getattr(kind, "dtype", type(kind).__name__) for column, kind in (builder.info.features or {}).items()},
+    )
+
+
+def _dataset_info(api: Any, name: str, revision: str, reading: Reading) -> Any:
+    """What the hub says about a data set; its `sha` is the commit. Raises UserError."""
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return api.dataset_info(name, revision=revision or None)
+    except GatedRepoError as error:
+        raise reading.error(_gated(name, api.endpoint)) from error
+    except RevisionNotFoundError as error:
+        refs = api.list_repo_refs(name, repo_type="dataset")
+        there = [ref.name for ref in [*refs.branches, *refs.tags]] + [ref.ref for ref in refs.converts]
+        raise reading.error(
+            f"{name} has no revision {revision}: --dataset_revision can be {_listed(there)}, or a commit."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise reading.error(
+            f"there is no file or folder of this name, and the hub ({api.endpoint}) has no data set {name} that you "
+            "may read. Check the path, or the name (ORGANISATION/NAME); for a private data set, log in with "
+            "`hf auth login`."
+        ) from error
+    except DisabledRepoError as error:
+        raise reading.error(f"the hub has disabled {name}: give another data set.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise reading.error(
+            f"the hub ({api.endpoint}) refuses {name} (HTTP status {status}). Check HF_ENDPOINT and `hf auth login`."
+        ) from error
+
+
+def _builder(info: Any, files: Sequence[str], options: SourceOptions, reading: Reading) -> Any:
+    """The builder of `datasets` for the wanted configuration. Raises UserError."""
+    import datasets
+
+    configs = _converted_configs(files)
+    place: dict[str, str] = {"name": options.config} if options.config else {}
+    if configs:
+        # No card there says what a configuration is; each is a folder.
+        if (len(configs) > 1 or options.config) and options.config not in configs:
+            raise reading.error(_configs_in_words(info.id, configs, options.config))
+        place = {"data_dir": options.config or configs[0]}
+    try:
+        builder = datasets.load_dataset_builder(info.id, revision=info.sha, **place)
+    except Exception as error:
+        raise _why_no_builder(error, info, options, reading) from error
+    if builder.name == "cache":  # what it falls back to, without a word, after any error
+        raise reading.error(f"{info.id} could not be read at commit {info.sha}: is there a file that is text?")
+    return builder
+
+
+def _why_no_builder(error: Exception, info: Any, options: SourceOptions, reading: Reading) -> Exception:
+    """The sentence for what `load_dataset_builder` has raised."""
+    import datasets
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub import constants
+
+    if isinstance(error, UserError):
+        return error
+    if info.gated and isinstance(error, DatasetNotFoundError):
+        return reading.error(_gated(info.id, options.endpoint or constants.ENDPOINT))
+    if isinstance(error, DataFilesNotFoundError | datasets.data_files.EmptyDatasetError):
+        return reading.error(
+            f"{info.id} holds no files that are read as text ({_listed(FORMATS)}). Try --dataset_revision "
+            f"{PARQUET_BRANCH}, where the hub keeps a copy of many data sets as parquet."
+        )
+    if isinstance(error, ValueError):
+        configs = datasets.get_dataset_config_names(info.id, revision=info.sha)
+        if options.config not in configs:
+            return reading.error(_configs_in_words(info.id, configs, options.config))
+    return reading.error(f"`datasets` cannot read {info.id} ({type(error).__name__}: {error}).")
+
+
+def _sizes(places: Sequence[str]) -> dict[str, int]:
+    """Bytes of each file, from the listings by which `datasets` found them."""
+    import datasets
+
+    files = CheckedFileSystem(endpoint=datasets.config.HF_ENDPOINT, token=None)
+    listed = {info["name"]: info["size"] for listing in files.dircache.values() for info in listing}
+    paths = {place: place.removeprefix("hf://") for place in places}
+    sizes = {place: int(listed[path] if path in listed else files.info(path)["size"]) for place, path in paths.items()}
+    # Every thread that reads would copy the listings.
+    CheckedFileSystem.clear_instance_cache()
+    return sizes
+
+
+def _converted_configs(files: Sequence[str]) -> list[str]:
+    """The configurations where the files are laid out as in PARQUET_BRANCH, CONFIGURATION/SPLIT/0000.parquet."""
+    found = [_CONVERTED.fullmatch(file) for file in files if not file.startswith(".")]
+    return sorted({match["config"] for match in found if match}) if all(found) else []
+
+
+def _gated(name: str, endpoint: str) -> str:
+    return (
+        f"{name} is gated: accept its terms at {endpoint}/datasets/{name} and log in with `hf auth login` (or set "
+        "HF_TOKEN)."
+    )
+
+
+def _configs_in_words(name: str, configs: Sequence[str], wanted: str) -> str:
+    has = f"has no configuration {wanted}" if wanted else "has several configurations"
+    return f"{name} {has}: --dataset_config can be {_listed(configs)}."
+
+
+def _in_config(repository: Repository) -> str:
+    return f"{repository.name} (configuration {repository.config})"
+
+
+def _listed(names: Any) -> str:
+    """ "a, b or c", the first of very many."""
+    listed = list(names)
+    if len(listed) > _MOST_LISTED:
+        return f"{', '.join(listed[:_MOST_LISTED])}, or one of {len(listed) - _MOST_LISTED} more"
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} or {listed[-1]}" if listed else "nothing"

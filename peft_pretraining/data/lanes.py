@@ -1,0 +1,180 @@
+"""Lanes of `--dataset`: what a loader takes its rows from, made from sources of text or from token ids.
+
+The lanes of a rank are made anew from their states when a run resumes. What the states do not say is how the shards
+were cut and which files there were; both are kept beside them, so that a file that was replaced since is told from
+another data set, and does not deal the others anew.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from peft_pretraining.data.dealing import DealtSource, Unit, cut_shards, deal_units, even_slices
+from peft_pretraining.data.mixed_order import MixedLane
+from peft_pretraining.data.order import DamageCount, Lane, LaneOrder, LaneState, RowFormat, TextLane
+from peft_pretraining.data.sources.documents import Share, Source, files_of
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles
+from peft_pretraining.data.token_order import TokenLane
+
+_NAMED_FILES = 5
+
+
+class Lanes(Protocol):
+    """Makes the lanes of a data set."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources, as the user gave them."""
+
+    def make(self, lane: int, state: LaneState | None) -> Lane:
+        """The lane of this number, from its state or from the beginning."""
+
+    def state(self) -> list[dict[str, Any]]:
+        """What has to be known beside the lanes' states, of each source; JSON-able."""
+
+    def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
+        """Take up the `state` of a checkpoint (None: it has none). Returns what was replaced since, in words; None if
+        this is another data set."""
+
+
+class TextLanes:
+    """Lanes over one or more sources of text."""
+
+    def __init__(
+        self,
+        shares: Sequence[Share],
+        row_format: RowFormat,
+        *,
+        seed: int,
+        lanes: int,
+        shuffle_buffer: int,
+        repeat: bool,
+        damage: DamageCount,
+    ) -> None:
+        """Reads the beginnings of the shards where there are few. Raises UserError."""
+        self._shares, self._format, self._damage = shares, row_format, damage
+        self._seed, self._lanes, self._shuffle_buffer, self._repeat = seed, lanes, shuffle_buffer, repeat
+        self._deal([cut_shards(share.source, lanes) for share in shares])
+
+    @property
+    def names(self) -> list[str]:
+        """See `Lanes.names`."""
+        return [share.source.name for share in self._shares]
+
+    def make(self, lane: int, state: LaneState | None) -> Lane:
+        """See `Lanes.make`."""
+        if len(self._shares) == 1:
+            return self._text_lane(0, lane, state)
+        states = [None] * len(self._shares) if state is None else state["sources"]
+        lanes = [self._text_lane(number, lane, own) for number, own in enumerate(states)]
+        weights = [share.weight for share in self._shares]
+        return MixedLane(lanes, weights, lane, self._seed, state["row"] if state else 0)
+
+    def state(self) -> list[dict[str, Any]]:
+        """See `Lanes.state`."""
+        return self._state
+
+    def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
+        """See `Lanes.load_state`."""
+        if saved is None:
+            # Of a version that cut all shards evenly, whatever they hold.
+            self._deal([(even_slices(s.source.shards, self._lanes),) * s.source.shards for s in self._shares])
+            return []
+        if len(saved) != len(self._shares):
+            return None
+        replaced: list[str] = []
+        for share, old in zip(self._shares, saved, strict=True):
+            names = _replaced_files(share.source, old)
+            if names is None:
+                return None
+            replaced += names
+        self._deal([_unpacked(old["slices"], s.source.shards) for s, old in zip(self._shares, saved, strict=True)])
+        return replaced
+
+    def _deal(self, cuts: Sequence[Sequence[int]]) -> None:
+        self._dealt: list[tuple[DealtSource, list[list[Unit]]]] = [
+            (DealtSource(share.source, cut), deal_units(cut, self._lanes, self._seed))
+            for share, cut in zip(self._shares, cuts, strict=True)
+        ]
+        # Once: it is asked for before every update, and a fingerprint can be that of all texts.
+        self._state = [
+            _describe(share.source) | {"slices": _packed(cut)} for share, cut in zip(self._shares, cuts, strict=True)
+        ]
+
+    def _text_lane(self, number: int, lane: int, state: LaneState | None) -> Lane:
+        source, units = self._dealt[number]
+        order = LaneOrder(lane, self._seed, self._shuffle_buffer, self._repeat, number)
+        return TextLane(source, units[lane], self._format, order, self._damage, state)
+
+
+class TokenLanes:
+    """Lanes over one or more sets of token files."""
+
+    def __init__(
+        self, shares: Sequence[tuple[TokenFiles, float]], max_length: int, seed: int, lanes: int, repeat: bool
+    ):
+        self._shares, self._max_length, self._seed, self._lanes = shares, max_length, seed, lanes
+        self._repeat = repeat
+        self._state = [{"fingerprint": files.fingerprint()} for files, _ in shares]
+
+    @property
+    def names(self) -> list[str]:
+        """See `Lanes.names`."""
+        return [files.name for files, _ in self._shares]
+
+    def make(self, lane: int, state: LaneState | None) -> Lane:
+        """See `Lanes.make`."""
+        if len(self._shares) == 1:
+            return self._token_lane(self._shares[0][0], lane, state)
+        states = [None] * len(self._shares) if state is None else state["sources"]
+        lanes = [self._token_lane(files, lane, own) for (files, _), own in zip(self._shares, states, strict=True)]
+        weights = [weight for _, weight in self._shares]
+        return MixedLane(lanes, weights, lane, self._seed, state["row"] if state else 0)
+
+    def state(self) -> list[dict[str, Any]]:
+        """See `Lanes.state`."""
+        return self._state
+
+    def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
+        """See `Lanes.load_state`; a window of other ids is another data set."""
+        return [] if saved is None or saved == self.state() else None
+
+    def _token_lane(self, files: TokenFiles, lane: int, state: LaneState | None) -> Lane:
+        return TokenLane(files, self._max_length, lane, self._lanes, self._seed, state, self._repeat)
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    described: dict[str, Any] = {"fingerprint": source.fingerprint()}
+    if files := files_of(source):
+        described |= {"identity": files.identity(), "sizes": list(files.sizes)}
+    return described
+
+
+def _replaced_files(source: Source, saved: dict[str, Any]) -> list[str] | None:
+    """Sentences for the files whose sizes differ from what was saved; None if anything else differs."""
+    now = _describe(source)
+    if now["fingerprint"] == saved["fingerprint"]:
+        return []
+    files = files_of(source)
+    if files is None or now["identity"] != saved.get("identity") or len(saved.get("sizes", [])) != len(files.sizes):
+        return None
+    differing = [
+        f"{name} ({before} bytes, now {size})"
+        for name, size, before in zip(files.names, files.sizes, saved["sizes"], strict=True)
+        if size != before
+    ]
+    if not differing:
+        return None
+    more = f" and {len(differing) - _NAMED_FILES} more" if len(differing) > _NAMED_FILES else ""
+    return [
+        f"--dataset {source.name}: since the checkpoint {', '.join(differing[:_NAMED_FILES])}{more} changed; the run "
+        "goes on with what is there now, and what stands at another place than before may be read twice or not at all"
+    ]
+
+
+def _packed(cut: Sequence[int]) -> int | list[int]:
+    """One number where all are equal."""
+    return cut[0] if len(set(cut)) == 1 else list(cut)
+
+
+def _unpacked(saved: int | list[int], shards: int) -> list[int]:
+    return [saved] * shards if isinstance(saved, int) else list(saved)

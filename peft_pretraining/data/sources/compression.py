@@ -1,0 +1,68 @@
+"""Compressed bytes, decompressed piece by piece up to the place where they are damaged.
+
+The four decompressors have one interface. A piece that is handed out is never taken back, so what lies before damage is
+read; a file that ends inside a member is damaged, too, which a reader of streams does not see for zstd.
+"""
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from peft_pretraining.errors import UserError
+
+SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
+
+_PIECE_BYTES = 1 << 13
+"""Decompressed at a time: what is lost with a damaged piece."""
+_ZSTD_WINDOW = 1 << 31
+"""The largest that `zstd --long` writes; the library refuses more than 128 MB on its own."""
+
+
+class DamagedError(Exception):
+    """Compressed bytes that are damaged or cut off."""
+
+
+def compression_of(place: str) -> str:
+    """gzip, zstd, xz or bz2 by the end of a name; "" for none."""
+    return next((kind for suffix, kind in SUFFIXES.items() if place.lower().endswith(suffix)), "")
+
+
+def decompressed(chunks: Iterable[bytes], compression: str) -> Iterator[bytes]:
+    """The content of one or more members (frames) in a row. Raises DamagedError after the last good piece."""
+    begin, errors = _decompressor(compression)
+    member, inside = begin(), False
+    for piece in (chunk[i : i + _PIECE_BYTES] for chunk in chunks for i in range(0, len(chunk), _PIECE_BYTES)):
+        while piece:
+            # Some writers pad the end of a file with zeros.
+            if not inside and not (piece := piece.lstrip(b"\0")):
+                break
+            try:
+                block = member.decompress(piece)
+            except errors as error:
+                raise DamagedError(f"damaged {compression} ({error})") from error
+            if block:
+                yield block
+            inside = not member.eof
+            piece = member.unused_data if member.eof else b""
+            if member.eof:
+                member = begin()
+    if inside:
+        raise DamagedError(f"damaged {compression} (it ends too early)")
+
+
+def _decompressor(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
+    """(how a member is begun, what damage raises)."""
+    if compression == "gzip":
+        return lambda: zlib.decompressobj(wbits=31), (zlib.error,)
+    if compression == "xz":
+        return lzma.LZMADecompressor, (lzma.LZMAError,)
+    if compression == "bz2":
+        return bz2.BZ2Decompressor, (OSError, ValueError)
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError("--dataset: to read .zst files, install zstandard: pip install zstandard") from error
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj, (zstandard.ZstdError,)

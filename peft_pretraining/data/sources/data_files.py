@@ -1,0 +1,250 @@
+"""Files of documents in any of the formats that people keep text in, read by `datasets`, a shard a file.
+
+A place is a line of JSON lines, a row of parquet, arrow or csv, and of a text file a line, a paragraph or all of it.
+The library streams each file on its own, as arrow tables; the order is not its business. Strings are made only of the
+documents that are handed out, and a line of JSON is parsed alone, so that types are never guessed from other lines and
+a damaged line stays one line.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.data.sources.builders import TEXT, FileRows, in_words
+from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
+from peft_pretraining.data.sources.documents import Damage, Files
+from peft_pretraining.data.sources.file_heads import columns_of, what_is
+from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.errors import UserError
+
+FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+IN_WORDS = ".json, .jsonl, .parquet, .arrow, .txt or .csv, each also with .gz, .zst, .xz or .bz2"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of documents."""
+
+    place: str
+    """A local path or an address hf://datasets/OWNER/NAME@COMMIT/PATH."""
+    format: str
+    """json (lines of it), text, csv, parquet or arrow."""
+    size: int
+    """Bytes, as it lies there."""
+
+
+def format_of(name: str) -> str:
+    """The format that a file's name promises, such as json for a.jsonl.gz; "" for what is no file of documents."""
+    name = name.lower()
+    for suffix in COMPRESSIONS:
+        name = name.removesuffix(suffix)
+    return next((kind for suffix, kind in FORMATS.items() if name.endswith(suffix)), "")
+
+
+@dataclass(frozen=True)
+class FileShards:
+    """A source (see `Source`) of which each shard is a file."""
+
+    name: str
+    files: tuple[DataFile, ...]
+    identity: str
+    """Changes when the files do: their sizes, or the revision of a repository."""
+    column: str = "text"
+    """The column or field that holds the text."""
+    unit: str = "line"
+    """What a document of a text file is: line, paragraph or file."""
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Hash of `identity`, and of what else changes the documents where it is not the usual."""
+        chosen = self.identity
+        if self.column != "text":
+            chosen += repr(("column", self.column))
+        if self.unit != "line" and any(file.format == "text" for file in self.files):
+            chosen += repr(("unit", self.unit))
+        return hashlib.sha256(chosen.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def file_list(self) -> Files | None:
+        """See `documents.FileSource.file_list`; a folder may be moved."""
+        places = [Path(file.place) for file in self.files]
+        if any(file.size < 0 for file in self.files):  # the hub was not asked for sizes
+            return None
+        common = os.path.commonpath([place.parent for place in places])
+        names = tuple(os.path.relpath(place, common) for place in places)
+        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}")
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        yield from read_file(self.files[shard], self.column, self.unit, part + start * slices, slices)
+
+
+def read_file(
+    file: DataFile, column: str = "text", unit: str = "line", first: int = 0, step: int = 1
+) -> Iterator[str | Damage]:
+    """The places first, first + step, ... of a file: a text, "" for nothing, or Damage.
+
+    Where a file ends before its end, the place after the last good one is a Damage that says so. Raises UserError for
+    what a network does not give.
+    """
+    if not file.size:
+        return  # of some formats even nothing takes bytes
+    word = "line" if file.format in _LINE_FORMATS else "row"
+    text_of = _json_text(column) if file.format == "json" else plain_text
+    rows = FileRows(file.place, file.format, column, unit, first)
+    for row, values in rows.tables():
+        begin = first if row <= first else row + (first - row) % step
+        if begin >= rows.end:
+            continue
+        for number, value in zip(range(begin, rows.end, step), values_of(values, begin - row, step), strict=True):
+            text = text_of(value)
+            yield text if isinstance(text, str) else Damage(f"{file.place} {word} {number + 1}", text.reason)
+    # Damage before `first` was reported by whoever read that far.
+    if rows.damage and rows.end >= first and (rows.end - first) % step == 0:
+        reason = f"{_reason(file, rows.damage)}; the rest of the file is lost"
+        yield Damage(f"{file.place} after {word} {rows.end}", reason)
+
+
+def values_of(column: Any, begin: int, step: int) -> list[Any]:
+    """Every `step`-th value of an arrow column: str, bytes or None."""
+    import pyarrow as pa
+
+    chosen = column.slice(begin) if step == 1 else column.take(pa.array(range(begin, len(column), step)))
+    try:
+        return list(chosen.to_pylist())
+    except UnicodeDecodeError:  # bytes that are no UTF-8
+        return list(chosen.cast(pa.large_binary()).to_pylist())
+
+
+_LINE_FORMATS = ("json", "text")
+
+
+@dataclass(frozen=True)
+class _NoText:
+    reason: str
+
+
+def plain_text(value: str | bytes | None) -> str:
+    """The text of a line or value; "" for nothing, white space alone included."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace").rstrip("\r\n")
+    return "" if value is None or value.isspace() else value
+
+
+def _json_text(column: str) -> Callable[[bytes], str | _NoText]:
+    """How a line becomes the text of its field."""
+
+    def text_of(line: bytes) -> str | _NoText:
+        try:
+            item = json.loads(line.decode())
+        except UnicodeDecodeError:
+            return text_of(line.decode("utf-8", "replace").encode())
+        except (ValueError, RecursionError) as error:
+            return _NoText(f"not a JSON object ({in_words(error)})") if line.strip() else ""
+        if not isinstance(item, dict):
+            return _NoText("not a JSON object")
+        if column not in item:
+            return _NoText(f"it has no field {column}")
+        text = item[column]
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            return _NoText(f"its field {column} is not a string")
+        if text.isascii():
+            return "" if text.isspace() else text
+        # JSON can hold half of a surrogate pair, which is not text that a tokenizer accepts.
+        return "" if text.isspace() else text.encode("utf-8", "replace").decode()
+
+    return text_of
+
+
+def _reason(file: DataFile, damage: str) -> str:
+    """The damage, or what the file is if it is something else altogether."""
+    try:
+        found = what_is(file.place, file.format)
+    except Exception:  # what the network raises, too: then the damage is all that is known
+        found = ""
+    return f"it is {found}" if found else damage
+
+
+# ---- before reading
+
+
+def check_content(dataset: str, file: DataFile) -> None:
+    """Raise UserError if a file is not what its name says. Raises OSError if it cannot be opened."""
+    if found := what_is(file.place, file.format):
+        expected = {"json": "a JSON object a line", "text": "plain text"}.get(file.format, file.format)
+        raise UserError(f"--dataset {dataset}: {file.place} is {found}; by its name it should hold {expected}.")
+
+
+def choose_text_column(dataset: str, file: DataFile, wanted: str) -> str:
+    """The column or field of a file that holds the text: `wanted` if given, else text, else the only one of text.
+
+    Raises UserError that lists the columns, and OSError or ValueError if the file cannot be read.
+    """
+    if file.format == "text":
+        return "text"
+    word = "field" if file.format == "json" else "column"
+    columns = columns_of(file.place, file.format)
+    return text_column_of(f"--dataset {dataset}: {file.place}", word, columns, wanted)
+
+
+def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) -> str:
+    """The column that holds the text: `wanted` if given, else text, else the only one of text.
+
+    `columns` has the type of each, TEXT for text; `where` begins the sentence of a UserError, `word` is
+    what a column is called.
+    """
+    texts = [name for name, kind in columns.items() if kind == TEXT]
+    listed = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"
+    name = wanted or ("text" if "text" in columns else "")
+    if name and name not in columns:
+        raise UserError(f"{where} has no {word} {name} (--text_column). It has: {listed}.")
+    if name and columns[name] not in (TEXT, "null"):
+        other = f"; text is in {', '.join(texts)} (--text_column)" if texts else ""
+        raise UserError(f"{where}: its {word} {name} holds {columns[name]}, not text{other}.")
+    if name or len(texts) == 1:
+        return name or texts[0]
+    if texts:
+        called = ", ".join(texts)
+        raise UserError(
+            f"{where} has several {word}s of text, none of them called text: {called}. Choose one with --text_column."
+        )
+    raise UserError(f"{where} has no {word} of text. It has: {listed}.")
+
+
+def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options: SourceOptions) -> FileShards:
+    """The source of files that were chosen, whose text column is looked for in the first that can be read.
+
+    Raises UserError if none can be read, or holds what its name does not say.
+    """
+    reason = "it is empty"
+    for file in files:
+        if file.size == 0:
+            continue
+        try:
+            check_content(dataset, file)
+            column = choose_text_column(dataset, file, options.text_column)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = f"{file.place} cannot be read ({in_words(error)})"
+            continue
+        return FileShards(dataset, files, identity, column, options.text_unit)
+    raise UserError(f"--dataset {dataset}: it has no file that can be read: {reason}.")

@@ -1,0 +1,152 @@
+"""What a file is by its first bytes, when that is not what its name says; what columns it has."""
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+from peft_pretraining.data.sources.builders import (
+    TEXT,
+    columns_of_table,
+    delimiter_of,
+    in_words,
+    open_binary,
+    open_content,
+)
+from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of
+
+_HEAD_BYTES = 1 << 16
+_LONGEST_LINE_BYTES = 1 << 26
+_BINARY_MAGIC = {
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an arrow file",
+    b"\xff\xff\xff\xff": "an arrow file",
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "a PDF document",
+    b"\xff\xfe": "text in UTF-16 (convert it to UTF-8)",
+    b"\xfe\xff": "text in UTF-16 (convert it to UTF-8)",
+}
+_HAS_MAGIC = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
+_LFS = b"version https://git-lfs"
+
+
+def what_is(place: str, file_format: str) -> str:
+    """What the file is, such as "a Git LFS pointer (...)", if its name and `file_format` promise something else.
+
+    "" if it is what it should be, as far as its first 64 KiB tell; an empty file and one that cannot be decompressed
+    from its beginning on are left to reading. Raises OSError if it cannot be opened.
+    """
+    compression = compression_of(place)
+    with open_binary(place) as file:
+        raw = file.read(_HEAD_BYTES)
+    packed = next((kind for magic, kind in MAGIC.items() if raw.startswith(magic)), "")
+    if not raw.strip(b"\0"):
+        return ""
+    if compression:
+        if packed == compression:
+            return _unexpected(_head(place), file_format)
+        if packed:
+            return f"compressed with {packed}"
+        return f"{_in_general(raw)}, not compressed with {compression}"
+    return f"compressed with {packed}, which its name does not end with" if packed else _unexpected(raw, file_format)
+
+
+def columns_of(place: str, file_format: str) -> dict[str, str]:
+    """Type of each column or field in order, TEXT for text. Raises OSError or ValueError if it cannot be read."""
+    if file_format in _HAS_MAGIC:
+        return columns_of_table(place, file_format)
+    if file_format == "csv":
+        head = _head(place).decode("utf-8-sig", "replace")
+        rows = csv.reader(io.StringIO(head), delimiter=delimiter_of(place))
+        return dict.fromkeys(next(rows, []), TEXT)
+    found: dict[str, str] = {}
+    for item in _objects(_head(place, whole_line=True)):
+        for key, value in item.items():
+            if isinstance(value, str):
+                found[key] = TEXT
+            elif value is not None:
+                found.setdefault(key, type(value).__name__)
+            else:
+                found.setdefault(key, "null")
+    return found
+
+
+def _head(place: str, whole_line: bool = False) -> bytes:
+    """The first bytes of the content, as far as they can be had; with `whole_line` at least a line, if at all."""
+    pieces: list[bytes] = []
+    size, found = 0, False
+    with contextlib.suppress(DamagedError), open_content(place) as file:
+        while (size < _HEAD_BYTES or (whole_line and not found and size < _LONGEST_LINE_BYTES)) and (
+            piece := file.read(1 << 12)
+        ):
+            pieces.append(piece)
+            size += len(piece)
+            found = found or b"\n" in piece
+    return b"".join(pieces)
+
+
+def _objects(head: bytes) -> Iterator[dict[str, object]]:
+    """The JSON objects among the first lines."""
+    for line in islice(head.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1000):
+        try:
+            item = json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(item, dict):
+            yield item
+
+
+def _unexpected(head: bytes, file_format: str) -> str:
+    """What the content is, if it is not of the format."""
+    if not head.strip():
+        return ""
+    if file_format in _HAS_MAGIC:
+        return "" if head.startswith(_HAS_MAGIC[file_format]) else _in_general(head)
+    if file_format != "json":
+        found = _in_general(head)
+        return found if found not in _TEXTS and not (file_format == "text" and found in _MARKUP) else ""
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not _spread_out(first) and next(_objects(head), None) is not None:
+        return ""
+    if first.startswith(b"{") and b"\n" not in first.rstrip():
+        return ""  # one long line, perhaps a damaged one
+    return _in_general(head)
+
+
+_TEXTS = ("plain text", "a JSON array, not a JSON object a line", "a JSON object over several lines", "JSON lines")
+_MARKUP = ("an HTML page",)
+
+
+def _spread_out(first: bytes) -> bool:
+    """Whether this begins one JSON value over many lines, of which some may look like a line of JSON lines."""
+    return first.split(b"\n", 1)[0].strip() in (b"[", b"{")
+
+
+def _in_general(head: bytes) -> str:
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if first.startswith(_LFS):
+        return "a Git LFS pointer (get the file itself with: git lfs pull)"
+    for magic, name in _BINARY_MAGIC.items():
+        if head.startswith(magic):
+            return name
+    if first[:200].lower().startswith((b"<!doctype html", b"<html")):
+        return _MARKUP[0]
+    if not _spread_out(first) and next(_objects(head), None) is not None:
+        return _TEXTS[3]
+    if first.startswith(b"["):
+        return _TEXTS[1]
+    if first.startswith(b"{"):
+        return _TEXTS[2]
+    return "binary data" if b"\0" in head else _TEXTS[0]
+
+
+def why_unreadable(place: str) -> str:
+    """Why the system does not open a file; "" if it does."""
+    try:
+        with open_binary(place) as file:
+            file.read(1)
+    except OSError as error:
+        return in_words(error)
+    return ""

@@ -1,0 +1,289 @@
+"""`--dataset FOLDER`, a glob or a file: text in any of the usual formats, read where it lies.
+
+The splits come from the names of files and folders (see `split_names`). Files that name no split are for training,
+unless others name train: then they are left out, which is said. Test files are read only when a flag names them. Hidden
+files and what only describes data are no data. Of several formats in a split the commonest is read, and that is said.
+"""
+
+import filecmp
+import functools
+import glob
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
+from peft_pretraining.data.sources.data_files import (
+    IN_WORDS,
+    DataFile,
+    FileShards,
+    check_content,
+    format_of,
+    open_files,
+)
+from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
+from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.sources.split_names import named, splits_named
+from peft_pretraining.errors import UserError
+
+_ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json", "state.json"}
+
+_logger = logging.getLogger(__name__)
+
+
+class LocalFiles(TextKind):
+    """Files of text on this machine."""
+
+    in_words = f"a folder, glob or file of {IN_WORDS}"
+    precedence = 2  # any folder and file, after those of token ids
+
+    def recognises(self, dataset: str) -> bool:
+        """What exists, a glob, and a name that ends like a file of documents."""
+        return Path(dataset).expanduser().exists() or glob.has_magic(dataset) or bool(format_of(dataset))
+
+    def open(self, dataset: str, split: str, options: SourceOptions) -> FileShards | None:
+        """See `DatasetKind.open`."""
+        return open_local(dataset, split, options)
+
+
+KIND = LocalFiles()
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The files of a data set."""
+
+    root: Path
+    paths: tuple[str, ...]
+    """Relative to `root`, with /, in order."""
+
+    def file(self, path: str) -> DataFile:
+        place = self.root / path
+        return DataFile(str(place), format_of(path), place.stat().st_size)
+
+
+def open_local(dataset: str, split: str, options: SourceOptions) -> FileShards | None:
+    """The files of split "train" or "validation"; None for a validation split that is not there. Raises UserError."""
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return _open_file(dataset, path, split, options)
+    try:
+        listed = _list_folder(dataset, path) if path.is_dir() else _list_glob(dataset, path)
+    except OSError as error:
+        raise UserError(f"--dataset {dataset}: {error.filename} cannot be read ({error.strerror}).") from error
+    chosen = {each: _of_split(dataset, listed, each, options) for each in ("train", "validation")}
+    if not (paths := chosen[split]):
+        return None
+    _check_apart(dataset, listed.root, chosen["train"], chosen["validation"])
+    return _open_listed(dataset, _Listed(listed.root, tuple(paths)), options)
+
+
+def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> FileShards | None:
+    """A single file is for training."""
+    if name := options.train_split or options.validation_split:
+        flag = "--train_split" if options.train_split else "--validation_split"
+        raise UserError(f"{flag} {name}: --dataset {dataset} is a single file and has no splits; give its folder.")
+    if not format_of(path.name):
+        raise UserError(f"--dataset {dataset} does not end like a file of text ({IN_WORDS}){_looks_like(path)}.")
+    return None if split == "validation" else _open_listed(dataset, _Listed(path.parent, (path.name,)), options)
+
+
+def _looks_like(path: Path) -> str:
+    if reason := why_unreadable(str(path)):
+        return f", and cannot be read ({reason})"
+    found = what_is(str(path), "json")
+    return f"; it seems to be {found or 'JSON lines, whose name should end with .jsonl'}"
+
+
+def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileShards:
+    files = tuple(map(listed.file, listed.paths))
+    unreadable = []
+    for file in files:
+        try:
+            check_content(dataset, file)
+        except OSError as error:
+            unreadable.append((file.place, error.strerror))
+    if unreadable and len(unreadable) < len(files):
+        place, reason = unreadable[0]
+        _say_once(
+            f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
+            f"places, such as {place} ({reason})"
+        )
+    common = os.path.commonpath([str(PurePosixPath(path).parent) for path in listed.paths])
+    sizes = [
+        (path if not common else str(PurePosixPath(path).relative_to(common)), file.size)
+        for path, file in zip(listed.paths, files, strict=True)
+    ]
+    return open_files(dataset, files, repr(sizes), options)
+
+
+# ---- what is there
+
+
+def _list_folder(dataset: str, folder: Path) -> _Listed:
+    if any((folder / "en").glob("c4-*.json*")):
+        folder = folder / "en"  # C4's English part, beside which may lie its others
+    found = sorted(path for path in _walk(folder) if _is_data(folder / path))
+    if not found:
+        raise UserError(f"--dataset {dataset}: there is no file of text in this folder ({IN_WORDS}).")
+    return _Listed(folder, tuple(found))
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The files below a folder, relative to it; links are followed, each folder once."""
+    seen = set()
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith((".", "__"))]
+        files = [] if real in seen else files
+        seen.add(real)
+        yield from (Path(place, name).relative_to(folder).as_posix() for name in files)
+
+
+def _list_glob(dataset: str, pattern: Path) -> _Listed:
+    if not glob.has_magic(str(pattern)):
+        raise UserError(f"--dataset {dataset}: there is no such file.")
+    # Path.glob would match hidden files, too.
+    matched = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
+    parts = pattern.parts
+    root = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    found = {Path(path).relative_to(root) for path in matched if _is_data(Path(path))}
+    if files := sorted(path.as_posix() for path in found if not _special(path, parts)):
+        return _Listed(root, tuple(files))
+    if not matched:
+        raise UserError(f"--dataset {dataset}: no file matches this pattern.")
+    if all(map(os.path.isdir, matched)):
+        raise UserError(
+            f"--dataset {dataset}: only folders match this pattern; for the files in them write {dataset}/**."
+        )
+    raise UserError(
+        f"--dataset {dataset}: no file of text matches this pattern ({IN_WORDS}), only others such as "
+        f"{sorted(matched)[0]}."
+    )
+
+
+def _special(path: Path, asked: tuple[str, ...]) -> bool:
+    """Whether a file lies in a folder such as __pycache__ that the pattern does not name."""
+    return any(part.startswith("__") and part not in asked for part in path.parent.parts)
+
+
+def _is_data(path: Path) -> bool:
+    """A file of documents: not hidden, and not one that describes a data set or another file."""
+    name = path.name
+    if name.startswith(".") or name in _ABOUT_DATA or not format_of(name) or not path.is_file():
+        return False
+    return not (path.suffix == ".json" and path.with_suffix("").is_file())
+
+
+# ---- splits
+
+
+def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions) -> list[str]:
+    """The paths of a split, of one format; [] for a validation split that is not there."""
+    flag = f"--{split}_split"
+    if name := options.train_split if split == "train" else options.validation_split:
+        if not (paths := [path for path in listed.paths if named(path, name)]):
+            raise UserError(f"{flag} {name}: no file of --dataset {dataset} is called so. {_splits_in_words(listed)}")
+        return _of_one_format(dataset, split, listed.root, paths)
+    both = [path for path in listed.paths if {"train", "validation"} <= splits_named(path)]
+    if both:
+        raise UserError(
+            f"--dataset {dataset}: {both[0]} is called both train and validation; rename it, or choose the "
+            "splits with --train_split and --validation_split."
+        )
+    paths = [path for path in listed.paths if split in splits_named(path)]
+    unnamed = [path for path in listed.paths if not splits_named(path)]
+    if split == "train":
+        if paths and unnamed:
+            _say_once(
+                f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
+                "left out, because others are called train"
+            )
+        if not (paths := paths or unnamed):
+            raise UserError(
+                f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
+                "Choose one with --train_split."
+            )
+    return _of_one_format(dataset, split, listed.root, paths) if paths else []
+
+
+def _splits_in_words(listed: _Listed) -> str:
+    counts = Counter(split for path in listed.paths for split in splits_named(path) or {"without a name"})
+    return "Its splits: " + ", ".join(f"{name} ({_files(count)})" for name, count in sorted(counts.items())) + "."
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> list[str]:
+    """The files of the commonest format; of equally common ones that with more bytes."""
+    by_suffix: dict[str, list[str]] = {}
+    for path in paths:
+        by_suffix.setdefault(_suffix(path), []).append(path)
+    sizes = {suffix: sum((root / path).stat().st_size for path in group) for suffix, group in by_suffix.items()}
+    taken = max(by_suffix, key=lambda suffix: (len(by_suffix[suffix]), sizes[suffix], suffix))
+    if len(by_suffix) > 1:
+        others = " and ".join(
+            f"{_files(len(group))} of {suffix}" for suffix, group in sorted(by_suffix.items()) if suffix != taken
+        )
+        _say_once(
+            f"--dataset {dataset}: for {split} the {_files(len(by_suffix[taken]))} of {taken} are read, and "
+            f"{others} are left out"
+        )
+    return _each_once(dataset, by_suffix[taken])
+
+
+def _each_once(dataset: str, paths: list[str]) -> list[str]:
+    """Without the compressed copies of files that are there decompressed, or otherwise compressed, too."""
+    kept: dict[str, str] = {}
+    for path in paths:
+        kept.setdefault(_decompressed_name(path), path)
+    if len(kept) < len(paths):
+        left = next(path for path in paths if path not in kept.values())
+        _say_once(
+            f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
+            f"{kept[_decompressed_name(left)]} and not {left}"
+        )
+    return list(kept.values())
+
+
+def _suffix(path: str) -> str:
+    """.jsonl for a.jsonl.gz."""
+    return PurePosixPath(_decompressed_name(path)).suffix
+
+
+def _decompressed_name(path: str) -> str:
+    name = path.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return name
+
+
+def _check_apart(dataset: str, root: Path, train: list[str], validation: list[str]) -> None:
+    """Raise UserError if a file is in both splits, by its path or as a copy of the same name."""
+    by_name: dict[str, list[str]] = {}
+    for path in train:
+        by_name.setdefault(PurePosixPath(path).name, []).append(path)
+    for path in validation:
+        for other in by_name.get(PurePosixPath(path).name, []):
+            one, two = root / other, root / path
+            empty = one.stat().st_size == 0
+            if path == other or (not empty and filecmp.cmp(one, two, shallow=False)):
+                same = "" if path == other else f", as {other}, which is its copy"
+                raise UserError(
+                    f"--dataset {dataset}: {path} is in the validation split and in the training split"
+                    f"{same}: perplexity would be measured on text that was trained on."
+                )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning("%s", message)

@@ -1,0 +1,155 @@
+"""`--dataset a:0.7,b:0.3`: several sources, of each of which so large a share of the rows is drawn.
+
+A source is whatever `--dataset` takes alone: a name, a file, a folder, a glob. Weights are positive and need not add up
+to one. A comma or colon that belongs to a path that exists does not split it. All sources hold text, or all of them
+token ids. Read shard after shard, as tokenizers are trained and data sets tokenized, a mixture is its sources one after
+another; the weights belong to the training rows (`mixed_order`), and to the validation set, where each source in turn
+gives its share of --eval_tokens.
+"""
+
+import glob
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.sources.documents import Damage, Share
+from peft_pretraining.data.sources.kind import DatasetKind, SourceOptions, TextKind, TokenKind
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture, fingerprint_of_shares
+from peft_pretraining.data.sources.registry import find_kind
+from peft_pretraining.errors import UserError
+
+_EXAMPLE = "as in a:0.7,b:0.3"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources of text with their weights; as a `Source` one after another."""
+
+    name: str
+    shares: tuple[Share, ...]
+
+    @property
+    def shards(self) -> int:
+        """Of all sources."""
+        return sum(share.source.shards for share in self.shares)
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        for share in self.shares:
+            if shard < share.source.shards:
+                return share.source.read(shard, slices, part, start)
+            shard -= share.source.shards
+        raise IndexError(f"{self.name} has {self.shards} shards")
+
+    def fingerprint(self) -> str:
+        """Of each source, with its share."""
+        return fingerprint_of_shares([(share.source.fingerprint(), share.weight) for share in self.shares])
+
+
+class MixtureKind(TextKind):
+    """Several sources of text."""
+
+    in_words = "several of these with weights, such as a:0.7,b:0.3"
+    precedence = -1  # a name of the hub could be one of its parts
+
+    def recognises(self, dataset: str) -> bool:
+        """Whatever has a comma or ends in a weight, and is no path that exists."""
+        return ("," in dataset or _weight(dataset.rpartition(":")[2]) is not None) and not _exists(dataset)
+
+    def of(self, dataset: str) -> DatasetKind:
+        """See `DatasetKind.of`; it may need the network, or not."""
+        kinds = {name: find_kind(name) for name, _ in split_mixture(dataset)}
+        ids = [name for name, kind in kinds.items() if isinstance(kind, TokenKind)]
+        if ids and len(ids) < len(kinds):
+            text = next(name for name in kinds if name not in ids)
+            raise UserError(
+                f"--dataset {dataset}: {ids[0]} holds token ids and {text} holds text, which cannot be mixed: tokenize "
+                f"{text} with scripts/tokenize_dataset.py, or give the text of {ids[0]}"
+            )
+        found = TokenMixtureKind() if ids else MixtureKind()
+        found.needs_network = any(kind.needs_network for kind in kinds.values())
+        return found
+
+    def open(self, dataset: str, split: str, options: SourceOptions) -> Mixture:
+        """See `DatasetKind.open`; of a source without a validation split documents are held out."""
+        shares = []
+        for name, weight in split_mixture(dataset):
+            source = open_split(name, split, options)
+            assert not isinstance(source, TokenFiles | TokenMixture)
+            shares.append(Share(source, weight))
+        return Mixture(dataset, tuple(shares))
+
+
+class TokenMixtureKind(TokenKind):
+    """Several sources of token ids; `MixtureKind` finds it."""
+
+    in_words = MixtureKind.in_words
+
+    def open(self, dataset: str, split: str, options: SourceOptions) -> TokenMixture:
+        """See `DatasetKind.open`."""
+        shares = []
+        for name, weight in split_mixture(dataset):
+            files = open_split(name, split, options)
+            assert isinstance(files, TokenFiles)
+            shares.append((files, weight))
+        return TokenMixture(dataset, tuple(shares))
+
+
+KIND = MixtureKind()
+
+
+def split_mixture(dataset: str) -> list[tuple[str, float]]:
+    """(source, weight) of each part of a mixture. Raises UserError."""
+    parts: list[tuple[str, float]] = []
+    begun: list[str] = []
+    for piece in dataset.split(","):
+        begun.append(piece)
+        name, _, text = ",".join(begun).rpartition(":")
+        weight = _weight(text)
+        if weight is None:
+            continue
+        if len(begun) > 1 and not _exists(name):
+            break
+        if not name:
+            raise UserError(f"--dataset {dataset}: {piece} names no source: give each a name and a weight, {_EXAMPLE}")
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"--dataset {dataset}: the weight {text} of {name} is not a positive number")
+        parts.append((str(Path(name).expanduser()) if name.startswith("~") else name, weight))
+        begun = []
+    if begun:
+        raise UserError(
+            f"--dataset {dataset}: {begun[0] or 'an empty part'} has no weight, and the whole is no path that exists: "
+            f"give each source a weight, {_EXAMPLE}"
+        )
+    _refuse_twice(dataset, [name for name, _ in parts])
+    return parts
+
+
+def _refuse_twice(dataset: str, names: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        key = str(path.resolve()) if path.exists() else name
+        if key in seen:
+            both = name if seen[key] == name else f"{seen[key]} and {name}, which are the same,"
+            raise UserError(
+                f"--dataset {dataset}: it names {both} twice: give each source once, with the sum of its weights"
+            )
+        seen[key] = name
+
+
+def _weight(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _exists(name: str) -> bool:
+    path = str(Path(name).expanduser())
+    try:
+        return Path(path).exists() or bool(glob.has_magic(path) and glob.glob(path, recursive=True))  # noqa: PTH207, for an absolute pattern
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,138 @@
+"""`--dataset FOLDER` that `save_to_disk` of `datasets` wrote: rows by their place, mapped into memory.
+
+A `DatasetDict` has its splits; of a single `Dataset` documents are held out. The shards are the arrow files that were
+written.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.data.sources.builders import TEXT, in_words
+from peft_pretraining.data.sources.data_files import plain_text, text_column_of, values_of
+from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.sources.split_names import WORDS
+from peft_pretraining.errors import UserError
+
+_SPLITS = "dataset_dict.json"
+_STATE, _INFO = "state.json", "dataset_info.json"
+_ROWS = 256
+"""Rows whose strings are made at a time."""
+
+
+class SavedDataset(TextKind):
+    """A `Dataset` or `DatasetDict` on disk."""
+
+    in_words = "a folder written by save_to_disk of datasets"
+
+    def recognises(self, dataset: str) -> bool:
+        """A folder with the library's list of splits, or of files."""
+        folder = Path(dataset).expanduser()
+        single = (folder / _STATE).is_file() and (folder / _INFO).is_file()
+        return single or (folder / _SPLITS).is_file()
+
+    def open(self, dataset: str, split: str, options: SourceOptions) -> "SavedRows | None":
+        """See `DatasetKind.open`."""
+        folder = Path(dataset).expanduser()
+        chosen = {each: _split_folder(dataset, folder, each, options) for each in ("train", "validation")}
+        if (place := chosen[split]) is None:
+            return None
+        if chosen["train"] == chosen["validation"]:
+            raise UserError(f"--train_split and --validation_split of --dataset {dataset} are the same: {place.name}.")
+        return _open_rows(dataset, place, options)
+
+
+KIND = SavedDataset()
+
+
+@dataclass(frozen=True)
+class SavedRows:
+    """A source (see `Source`) of the rows of one column; a shard is an arrow file."""
+
+    name: str
+    place: str
+    files: tuple[tuple[str, int, int], ...]
+    """(name, number of its first row, number of its rows) of each."""
+    column: str
+    rows: Any
+    """The `datasets.Dataset`, of this column alone, in arrow's form."""
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Hash of the files' names and numbers of rows, and of the column."""
+        return hashlib.sha256(repr((self.files, self.column)).encode()).hexdigest()[:16]
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        _, begin, count = self.files[shard]
+        numbers = range(part + start * slices, count, slices)
+        for i in range(0, len(numbers), _ROWS):
+            some = numbers[i : i + _ROWS]
+            column = self.rows[range(begin + some.start, begin + some.stop, slices)].column(0)
+            yield from map(plain_text, values_of(column, 0, 1))
+
+
+def _split_folder(dataset: str, folder: Path, split: str, options: SourceOptions) -> Path | None:
+    """The folder of a split; None for a validation split that is not there."""
+    wanted = options.train_split if split == "train" else options.validation_split
+    if not (folder / _SPLITS).is_file():
+        if wanted:
+            raise UserError(f"--{split}_split {wanted}: --dataset {dataset} is a single data set without splits.")
+        return folder if split == "train" else None
+    there = _read_list(dataset, folder / _SPLITS, "splits")
+    names = (wanted,) if wanted else WORDS[split]
+    if name := next((name for name in names if name in there), None):
+        return folder / name
+    if wanted or split == "train":
+        flag = f"--{split}_split {wanted}: " if wanted else f"--{split}_split: "
+        raise UserError(f"{flag}--dataset {dataset} has no such split. It has {', '.join(there) or 'none'}.")
+    return None
+
+
+def _read_list(dataset: str, path: Path, key: str) -> list[Any]:
+    """A list in one of the library's JSON files. Raises UserError."""
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--dataset {dataset}: {path} is not as save_to_disk writes it ({in_words(error)}); write the data set "
+            "once more."
+        ) from error
+
+
+def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
+    from datasets import Dataset
+
+    names = [str(file["filename"]) for file in _read_list(dataset, folder / _STATE, "_data_files")]
+    if not names:
+        raise UserError(f"--dataset {dataset}: {folder} has no rows.")
+    try:
+        rows = Dataset.load_from_disk(str(folder))
+        counts = [len(Dataset.from_file(str(folder / name))) for name in names]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--dataset {dataset}: {folder} cannot be read as a saved data set ({in_words(error)}); write it once more "
+            "with save_to_disk."
+        ) from error
+    columns = {name: _kind(feature) for name, feature in rows.features.items()}
+    column = text_column_of(f"--dataset {dataset}: {folder}", "column", columns, options.text_column)
+    if sum(counts) != len(rows):
+        names, counts = ["rows"], [len(rows)]  # a selection of rows, whose indices were saved
+    if not len(rows):
+        raise UserError(f"--dataset {dataset}: {folder} has no rows.")
+    begins = [sum(counts[:i]) for i in range(len(counts))]
+    files = tuple(zip(names, begins, counts, strict=True))
+    return SavedRows(dataset, str(folder), files, column, rows.select_columns([column]).with_format("arrow"))
+
+
+def _kind(feature: Any) -> str:
+    kind = str(getattr(feature, "dtype", type(feature).__name__))
+    return TEXT if kind in ("string", "large_string") else kind

@@ -1,0 +1,216 @@
+"""The tokenizer of a run: texts to the ids of documents, with what begins and ends each.
+
+A special token never comes out of a text: one that is spelled in a document ("</s>", "<extra_id_0>") becomes pieces of
+ordinary text, or is dropped where the vocabulary has it as a piece. So T5's 100 extra ids need no rows in the
+embedding: `vocab_size` is 32,000 although its file lists 32,100.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from peft_pretraining.data.tokenizers.encoders import Encoder
+from peft_pretraining.errors import UserError
+
+_PROBE = "The quick brown fox, 1234.5 naïve façades — \n\tdef f(x): return x**2  # 北京 \U0001f600"
+# A prefix of a document is tokenised first where only its beginning is needed; the last tokens of a prefix may differ
+# from those of the whole text (".\n" can be one token), so this many are never used.
+_PREFIX_MARGIN = 16
+_PREFIX_CHARS_PER_TOKEN = 6
+_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
+
+
+class Added(NamedTuple):
+    """What is put around each document."""
+
+    bos: bool | None = None
+    """--add_bos; None: as the tokenizer does by itself."""
+    eos: bool = True
+    """--add_eos."""
+
+
+AS_USUAL = Added()
+
+
+class Tokenizer:
+    """Text to ids; may be used from several threads. `encode` and `encode_beginnings` add no special tokens."""
+
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        name: str,
+        settings: Mapping[str, str | bool] | None = None,
+        added: Added = AS_USUAL,
+    ) -> None:
+        """`encoders` give the same ids, and the first of them is used; tokenizer.json tells which tokens are special.
+
+        `settings` are those of tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token. Raises UserError
+        if the vocabulary lacks what is to be added.
+        """
+        self.name = name
+        self._encoders, self._encoder = tuple(encoders), encoders[0]
+        vocabulary = next((encoder for encoder in encoders if encoder.name == "tokenizers"), encoders[0])
+        self._vocabulary = vocabulary
+        named = {role: (settings or {}).get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        tokens = vocabulary.roles() | {role: token for role, token in named.items() if isinstance(token, str)}
+        ids = {role: vocabulary.token_id(token) for role, token in tokens.items()}
+        self.bos_token_id: int | None = self._bos(vocabulary, settings or {}, added.bos, ids.get("bos"))
+        """What begins each document, or None."""
+        self.eos_token_id: int | None = ids.get("eos") if added.eos else None
+        """What ends each document, or None."""
+        if added.eos and self.eos_token_id is None:
+            raise UserError(
+                f"--tokenizer {name}: it has no end-of-sequence token ({tokens.get('eos', 'such as </s>')}), which "
+                "has to end every document. Name one as eos_token in tokenizer_config.json beside it, or give "
+                "--add_eos False."
+            )
+        special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
+        # Padding is masked by length, so a tokenizer without a padding token pads with anything.
+        pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
+        self.pad_token_id: int = next(pad for pad in pads if pad is not None)
+        never_in_text = frozenset(special | {i for i in added_ids if i is not None})
+        self._dropped = {encoder.name: encoder.may_spell(never_in_text) for encoder in encoders}
+        self._before = [] if self.bos_token_id is None else [self.bos_token_id]
+        self._after = [] if self.eos_token_id is None else [self.eos_token_id]
+        self.vocab_size: int = max([*vocabulary.text_ids(), *self._before, *self._after, self.pad_token_id]) + 1
+        """One more than the largest id that can occur in a batch."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return self._encode(self._encoder, texts)
+
+    def encode_beginnings(self, texts: list[str], count: int) -> list[list[int]]:
+        """The first `count` ids of each text, without tokenising the rest of a long one.
+
+        A long text is cut before a white-space character, and further on if that gave too few ids.
+        """
+        encoded: list[list[int]] = [[]] * len(texts)
+        pending, length = list(range(len(texts))), count * _PREFIX_CHARS_PER_TOKEN
+        while pending:
+            prefixes = [_prefix(texts[i], length) for i in pending]
+            short = []
+            for i, prefix, ids in zip(pending, prefixes, self.encode(prefixes), strict=True):
+                encoded[i] = ids[:count]
+                if len(prefix) < len(texts[i]) and len(ids) < count + _PREFIX_MARGIN:
+                    short.append(i)
+            pending, length = short, length + length // 2 + 1
+        return encoded
+
+    def encode_documents(self, texts: list[str], max_length: int | None = None) -> list[list[int]]:
+        """The ids of each document with what begins and ends it, cut to `max_length` with that inside.
+
+        Empty for a text that has no ids of its own, such as one of zero-width characters. Raises UserError if
+        `max_length` has no room for an id of the text.
+        """
+        if max_length is None:
+            encoded = self.encode(texts)
+        else:
+            room = max_length - len(self._before) - len(self._after)
+            if room < 1:
+                raise UserError(
+                    f"--max_length {max_length} has no room for text beside the tokens that begin and end a document: "
+                    f"give at least {max_length + 1 - room}."
+                )
+            encoded = self.encode_beginnings(texts, room)
+        for ids in encoded:
+            if ids:
+                ids[:0] = self._before
+                ids += self._after
+        return encoded
+
+    def decode(self, batch: list[list[int]]) -> list[str]:
+        """Text of each list of ids, for people to read."""
+        return self._encoder.decode(batch)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json, or the .model file where there is none."""
+        path.write_bytes(self._vocabulary.serialized())
+
+    @property
+    def encoder(self) -> str:
+        """The library that encodes: "tokenizers" or "sentencepiece"."""
+        return self._encoder.name
+
+    def fingerprint(self) -> str:
+        """A hash of how a fixed sentence is tokenised: two tokenizers that differ would make a resumed order wrong."""
+        return self._fingerprint(self._encoder)
+
+    def go_on_as(self, fingerprint: str) -> bool:
+        """Encode as the run did that saved this fingerprint; False, and nothing changes, if it used another tokenizer.
+
+        For a run that goes on: which encoder is the first choice depends on what is installed and beside the tokenizer.
+        """
+        for encoder in self._encoders:
+            if self._fingerprint(encoder) == fingerprint:
+                self._encoder = encoder
+                return True
+        return False
+
+    def describe(self) -> str:
+        """One line for people: what it is, who encodes, and what is added."""
+        added = [
+            f"{self._vocabulary.piece(token_id)} {verb} each document"
+            for token_id, verb in ((self.bos_token_id, "begins"), (self.eos_token_id, "ends"))
+            if token_id is not None
+        ]
+        return (
+            f"{self.name}: {self._vocabulary.kind} of {self.vocab_size:,} ids, encoded by {self.encoder}; "
+            f"{' and '.join(added) or 'nothing is added to documents'}"
+        )
+
+    def _encode(self, encoder: Encoder, texts: list[str]) -> list[list[int]]:
+        encoded = encoder.encode(texts)
+        if dropped := self._dropped[encoder.name]:
+            for i, ids in enumerate(encoded):
+                if not dropped.isdisjoint(ids):
+                    encoded[i] = [token for token in ids if token not in dropped]
+        return encoded
+
+    def _fingerprint(self, encoder: Encoder) -> str:
+        parts: list[int | str] = [*self._encode(encoder, [_PROBE])[0], *self._after, self.vocab_size]
+        # What was not there when the first checkpoints were written is left out where it says nothing new.
+        parts += [] if encoder.name == "tokenizers" else [encoder.name]
+        parts += [f"bos {self.bos_token_id}"] if self._before else []
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _bos(
+        self, vocabulary: Encoder, settings: Mapping[str, str | bool], asked: bool | None, named: int | None
+    ) -> int | None:
+        """Id of what begins a document."""
+        own = vocabulary.begins_with()
+        by_itself = settings.get("add_bos_token")
+        if not (asked if asked is not None else by_itself if isinstance(by_itself, bool) else bool(own)):
+            return None
+        usual = (vocabulary.token_id(name) for name in _BOS_NAMES)
+        found = next((i for i in (named, *own[:1], *usual) if i is not None), None)
+        if found is None and asked:
+            raise UserError(
+                f"--add_bos True: the tokenizer {self.name} has no token that begins a document; leave the flag "
+                "out, or name one as bos_token in tokenizer_config.json beside the tokenizer."
+            )
+        return found
+
+    @staticmethod
+    def _usual_pad(vocabulary: Encoder) -> int | None:
+        token = vocabulary.roles().get("pad")
+        return None if token is None else vocabulary.token_id(token)
+
+
+def check_vocabulary(tokenizer_size: int, model_vocab: int) -> None:
+    """Raise UserError if the tokenizer can yield an id that the model's embedding lacks."""
+    if tokenizer_size > model_vocab:
+        raise UserError(
+            f"--tokenizer yields ids up to {tokenizer_size - 1}, but the model of --model_config has a vocabulary of "
+            f"{model_vocab}: set vocab_size in the config to at least {tokenizer_size}, or choose a smaller tokenizer."
+        )
+
+
+def _prefix(text: str, length: int) -> str:
+    """The text up to white space after at most `length` characters; the whole text if there is none."""
+    if len(text) <= length:
+        return text
+    cut = length
+    while cut > length // 2 and not (text[cut].isspace() and not text[cut - 1].isspace()):
+        cut -= 1
+    return text[:cut] if cut > length // 2 else text
