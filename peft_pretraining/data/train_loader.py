@@ -127,8 +127,11 @@ class TrainLoader:
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def describe(self) -> list[str]:
-        """Lines for people: how text becomes ids."""
-        return [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
+        """Lines for people: which commit of a data set on the hub is read, and how text becomes ids."""
+        lines = [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
+        if commit := self._order.get("dataset_revision"):
+            lines.insert(0, f"data set at commit {commit} (--dataset_revision)")
+        return lines
 
     @property
     def damaged(self) -> int:
@@ -370,12 +373,19 @@ def build_train_loader(
     )  # fmt: skip
     order |= {"dataset": opened.fingerprint(), "tokenizer": tokenizer.fingerprint()}
     order |= {"packing": packing, "shuffle_buffer": shuffle_buffer}
+    if revision := revision_of(opened):
+        order["dataset_revision"] = revision
     if source is None and find_kind(dataset).needs_network:
         workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
     return TrainLoader(
         layout, lanes, order, workers=workers, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, damage=damage,
         stop=stop,
     )  # fmt: skip
+
+
+def revision_of(source: Source) -> str:
+    """The commit of a data set on the hub, with or without held-out documents; "" for others."""
+    return str(getattr(getattr(source, "source", source), "revision", ""))
 
 
 def repeats(repeat: str) -> bool:

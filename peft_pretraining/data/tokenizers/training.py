@@ -10,12 +10,13 @@ import hashlib
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import nullcontext
 
 from peft_pretraining.data.cache import cache_dir, publish
 from peft_pretraining.data.sources.documents import Damage, Source
 from peft_pretraining.data.tokenizers.documents import AS_USUAL, Added, Tokenizer
 from peft_pretraining.data.tokenizers.encoders import TokenizersEncoder
+from peft_pretraining.data.waiting import progress
 from peft_pretraining.errors import UserError
 
 TRAINING_CHARS = 100_000_000
@@ -103,19 +104,14 @@ class _Texts:
         self._hash = hashlib.sha256()
 
     def __iter__(self) -> Iterator[str]:
-        bar = _bar(self._what, self._total) if self._progress else None
-        try:
+        with progress(self._what, "chars", self._total or None) if self._progress else nullcontext(_nothing) as done:
             for number, text in enumerate(self._documents()):
                 if number >= TRAINING_DOCUMENTS or self.chars >= TRAINING_CHARS:
                     return
                 self._hash.update(b"\0" * (number > 0) + text.encode("utf-8", "replace"))
                 self.chars += len(text)
-                if bar is not None:
-                    bar.update(len(text))
+                done(len(text))
                 yield text
-        finally:
-            if bar is not None:
-                bar.close()
 
     def digest(self) -> str:
         """Of the texts that were read so far."""
@@ -128,12 +124,5 @@ class _Texts:
                     yield item
 
 
-def _bar(what: str, total: int) -> Any:
-    """A bar of characters on standard error where that is a terminal; None if tqdm is not there."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(
-        total=total or None, desc=what, unit="char", unit_scale=True, dynamic_ncols=True, leave=False, disable=None
-    )
+def _nothing(count: int) -> None:
+    """In the place of a bar."""
