@@ -342,7 +342,7 @@ BAD_COMBINATIONS = [
     (f"{GALORE} --residual fira --proj_type full", 1, "--residual fira scales across one projected side"),
     ("--data_lanes 10", 4, "--data_lanes 10 is not divisible by the 4 ranks"),
     ("--data_lanes 10", 4, "a new run with --data_lanes 12"),
-    ("--dataset nowhere/c4", 1, "--dataset nowhere/c4 is neither c4 nor pydocs nor a file or folder that exists"),
+    ("--dataset ./nowhere/c4", 1, "--dataset ./nowhere/c4 is neither c4 nor pydocs nor a file or folder that exists"),
     ("--tokenizer ./nowhere", 1, "--tokenizer ./nowhere does not exist"),
     ("--unset_wandb --wandb_mode online", 1, "--unset_wandb and --wandb_mode online contradict each other"),
     ("--continue_from auto", 1, "--continue_from auto looks for checkpoints in --save_dir: give --save_dir"),

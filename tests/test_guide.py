@@ -32,7 +32,9 @@ def commands() -> list[str]:
 
 
 def documents(count: int, begin: int = 0) -> list[str]:
-    return [f"document {i} has the words {' '.join(f'w{i * k % 89}' for k in range(2, 14))}" for i in range(begin, count)]
+    return [
+        f"document {i} has the words {' '.join(f'w{i * k % 89}' for k in range(2, 14))}" for i in range(begin, count)
+    ]
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_another_kind_is_tokenized_by_the_script(
     assert sorted(path.name for path in out.glob("*.bin")) == ["train.bin", "validation.bin"]
     add_module("of_a_test", NAMED.format(name="mine"))
     assert tokenize_dataset(["--dataset", "mine", "--output_dir", str(out), "--splits", "validation"]) == 2
-    assert "--dataset mine has no split validation: it has train" in capsys.readouterr().err
+    assert "--splits validation: --dataset mine has train" in capsys.readouterr().err
     assert tokenize_dataset(["--dataset", str(out), "--output_dir", str(out)]) == 2
     assert "it holds token ids already" in capsys.readouterr().err
 

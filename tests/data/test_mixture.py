@@ -14,6 +14,7 @@ from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.data.mixed_order import MixedLane
 from peft_pretraining.data.sources.documents import MemorySource, Share
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
+from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.data.sources.mixture import Mixture, split_mixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizer import Tokenizer
@@ -122,8 +123,7 @@ def test_a_mixture_is_recognised_by_its_weights(tmp_path: Path) -> None:
     assert split_mixture(f"{tmp_path}/x,y:2,pydocs:1e-1") == [(f"{tmp_path}/x,y", 2.0), ("pydocs", 0.1)]
     assert isinstance(find_kind("c4:7,pydocs:3"), TextKind) and find_kind("c4:7,pydocs:3").needs_network
     assert not find_kind("pydocs:3").needs_network
-    with pytest.raises(UserError, match="is neither c4 nor pydocs"):  # a file that exists is no mixture
-        find_kind(f"{tmp_path}/a,b:0.5")
+    assert isinstance(find_kind(f"{tmp_path}/a,b:0.5"), LocalFiles)  # a file that exists is no mixture
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_mixture_is_recognised_by_its_weights(tmp_path: Path) -> None:
      ("c4:x,pydocs:1", "c4:x has no weight"), ("c4:0,pydocs:1", "the weight 0 of c4 is not a positive number"),
      ("c4:-1,pydocs:1", "the weight -1 of c4"), ("c4:nan,pydocs:1", "the weight nan of c4"),
      ("c4:inf,pydocs:1", "the weight inf of c4"), (":1,c4:1", "names no source"),
-     ("c4:1,c4:2", "names c4 twice.*sum of its weights"), ("c4:1,nowhere:1", "--dataset nowhere is neither")],
+     ("c4:1,c4:2", "names c4 twice.*sum of its weights"), ("c4:1,./nowhere:1", "--dataset ./nowhere is neither")],
 )  # fmt: skip
 def test_what_is_no_mixture_is_refused(dataset: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -216,9 +216,11 @@ def test_the_script_takes_the_options_of_a_data_set(
     monkeypatch.setattr(LocalFiles, "open", lambda *a: (seen.append(a[3]), whole(*a))[1])
     tokenizer.save(tmp_path / "tokenizer.json")
     monkeypatch.setenv("HOME", str(tmp_path))
-    flags = "--dataset_config en --text_column text --text_unit file --train_split a --validation_split b"
+    flags = "--dataset_config en --text_column text --text_unit file --train_split train --validation_split validation"
     words = f"--dataset {c4_dir}:2,{c4_dir}/en:1 --tokenizer {tmp_path}/tokenizer.json --output_dir ~/out {flags}"
     assert tokenize_dataset(words.split()) == 0
     assert json.loads((tmp_path / "out/train.bin.json").read_text())["documents"] == 2 * 195
-    expected = SourceOptions("en", text_column="text", text_unit="file", train_split="a", validation_split="b")
+    expected = SourceOptions(
+        "en", text_column="text", text_unit="file", train_split="train", validation_split="validation"
+    )
     assert seen and all(options == expected for options in seen)
