@@ -107,7 +107,7 @@ def read_file(
         return  # of some formats even nothing takes bytes
     word = "line" if file.format in _LINE_FORMATS else "row"
     text_of = _json_text(column) if file.format == "json" else plain_text
-    rows = FileRows(file.place, file.format, column, unit, first)
+    rows = FileRows(file.place, file.format, column, unit if file.format == "text" else "line", first)
     for row, values in rows.tables():
         begin = first if row <= first else row + (first - row) % step
         if begin >= rows.end:
