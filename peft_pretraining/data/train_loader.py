@@ -383,7 +383,7 @@ def build_train_loader(
     )  # fmt: skip
 
 
-def revision_of(source: Source) -> str:
+def revision_of(source: object) -> str:
     """The commit of a data set on the hub, with or without held-out documents; "" for others."""
     return str(getattr(getattr(source, "source", source), "revision", ""))
 

@@ -24,6 +24,8 @@ from peft_pretraining.data.sources import registry
 from peft_pretraining.data.sources.hub import Hub, HubSource
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.retry import RetryPolicy
+from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.errors import UserError
 from tests.data.conftest import document, write_shard
 from tests.data.hub_server import FAULTS, DatasetHub, HubRepository, point_at
@@ -437,3 +439,20 @@ def test_a_shard_in_the_layout_of_c4(hub: DatasetHub, tmp_path: Path) -> None:
     source = opened("c4", options=replace(OPTIONS, revision="b", config="default"))
     assert documents(source) == [document(i) for i in range(5)]
     assert (source.name, source.repository) == ("c4", "allenai/c4")
+
+
+def test_the_commit_is_said_and_kept_for_a_run_that_goes_on(hub: DatasetHub, tokenizer: Tokenizer) -> None:
+    def build(revision: str = "") -> TrainLoader:
+        return build_train_loader(
+            dataset="org/lines", tokenizer=tokenizer, packing="pad", max_length=32, batch_size=2, grad_accum_steps=1,
+            seed=0, data_lanes=4, workers=0, options=replace(OPTIONS, revision=revision),
+        )  # fmt: skip
+
+    loader = build()
+    commit = opened("org/lines").revision
+    state = loader.state_dict()
+    assert state["order"]["dataset_revision"] == commit and commit in loader.describe()[0]
+    build(commit).load_state_dict(state)
+    state["order"]["dataset_revision"] = "f" * 40
+    with pytest.raises(UserError, match=f"--dataset_revision is '{commit}' but was '{'f' * 40}'"):
+        loader.load_state_dict(state)
