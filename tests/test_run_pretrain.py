@@ -430,7 +430,7 @@ def test_dataset_without_data(small: SmallRun, capsys: pytest.CaptureFixture[str
     assert "train.uint16" in refusal(small, capsys)
     (small.folder / "text" / "c4-train.00000-of-00001.json.gz").write_bytes(b"this is no gzip")
     message = refusal(small, capsys, **text)
-    assert f"--dataset {text['dataset']}" in message and "damaged" in message
+    assert f"--dataset {text['dataset']}" in message and "plain text" in message
 
 
 def test_an_empty_validation_set_is_found_before_the_first_update(

@@ -91,7 +91,10 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if isinstance(outcome[0], UserError):
-            raise outcome[0]
+            try:
+                raise outcome[0]
+            finally:
+                outcome.clear()  # else the error and this frame would keep each other, and what lower frames hold
         return outcome[0]  # type: ignore[return-value]
 
     def check_replicas(self, tensors: Mapping[str, Tensor], update_step: int) -> None:
