@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_pretraining.data.cache import cache_dir, publish
-from peft_pretraining.data.sources.documents import Damage, Files, MemorySource, Source, files_of, is_text
+from peft_pretraining.data.sources.documents import Damage, Files, LocalSource, MemorySource, Source, files_of, is_text
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions, TextKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
@@ -72,7 +72,10 @@ def hold_out(
     `options` are those it was opened with. Raises UserError for fewer than 64 documents.
     """
     settings = (options.config, options.revision, options.train_split, options.text_column, options.text_unit)
-    key = hashlib.sha256(repr((_FORMAT, source.fingerprint(), settings, scanned)).encode()).hexdigest()[:16]
+    # A fingerprint may be that of sizes alone, and equal for files of other text.
+    stamp = source.stamp() if isinstance(source, LocalSource) else ""
+    identity = repr((_FORMAT, source.fingerprint(), settings, scanned, stamp))
+    key = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     path = cache_dir() / f"held-out-{key}.json.gz"
     texts = _read(path)
     if texts is None:
@@ -179,9 +182,11 @@ def _documents(source: Source, limit: int) -> Iterator[str]:
 
 def _read(path: Path) -> list[str] | None:
     try:
-        return [str(text) for text in json.loads(gzip.decompress(path.read_bytes()))]
-    except FileNotFoundError:
-        return None
+        content = path.read_bytes()
+    except OSError:
+        return None  # if it cannot be written either, that is said
+    try:
+        return [str(text) for text in json.loads(gzip.decompress(content))]
     except (OSError, EOFError, ValueError, TypeError, zlib.error):
         path.unlink(missing_ok=True)  # a damaged cache file is made again
         return None

@@ -145,7 +145,7 @@ def test_bos_as_the_tokenizer_says(tmp_path: Path) -> None:
     assert load(tmp_path, bos=False).bos_token_id is None
     settings.unlink()
     assert load(tmp_path).bos_token_id is None
-    with pytest.raises(UserError, match=r"--add_bos True: .* no token that begins a document"):
+    with pytest.raises(UserError, match=r"--add_bos: .* no token that begins a document"):
         load(tmp_path, bos=True)
 
 

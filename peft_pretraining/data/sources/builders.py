@@ -140,6 +140,8 @@ def _csv_settings(place: str, column: str) -> dict[str, Any]:
     return {
         # Only this column, so that a row with too many fields is a row, too.
         "usecols": [column],
+        # Else rows with one field more than the header have their columns moved by one.
+        "index_col": False,
         "features": Features({column: Value("string")}),
         "na_filter": False,
         "chunksize": _ROWS,
@@ -304,7 +306,7 @@ def _types(schema: Any) -> dict[str, str]:
 def _check_column(columns: dict[str, str], column: str) -> None:
     if column not in columns:
         raise ValueError(f"it has no column {column}, but {', '.join(columns)}")
-    if columns[column] != TEXT:
+    if columns[column] not in (TEXT, "null"):
         raise ValueError(f"its column {column} holds {columns[column]}, not text")
 
 

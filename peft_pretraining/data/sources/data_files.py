@@ -90,9 +90,21 @@ class FileShards:
         names = tuple(os.path.relpath(place, common) for place in places)
         return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}")
 
+    def stamp(self) -> str:
+        """See `documents.LocalSource.stamp`; the commit says it of files on the hub."""
+        return repr([stamp_of(file.place) for file in self.files if "://" not in file.place])
+
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         yield from read_file(self.files[shard], self.column, self.unit, part + start * slices, slices)
+
+
+def stamp_of(place: str) -> tuple[str, int]:
+    """(path, time of writing) of a local file; 0 for one that cannot be looked at."""
+    try:
+        return os.path.realpath(place), Path(place).stat().st_mtime_ns
+    except OSError:
+        return place, 0
 
 
 def read_file(
@@ -125,6 +137,8 @@ def values_of(column: Any, begin: int, step: int) -> list[Any]:
     """Every `step`-th value of an arrow column: str, bytes or None."""
     import pyarrow as pa
 
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string())  # of which not every value can be taken
     chosen = column.slice(begin) if step == 1 else column.take(pa.array(range(begin, len(column), step)))
     try:
         return list(chosen.to_pylist())
@@ -240,6 +254,9 @@ def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options
             continue
         try:
             check_content(dataset, file)
+            if file.format != "text" and not columns_of(file.place, file.format):
+                reason = f"{file.place} holds nothing, as far as its beginning tells"
+                continue
             column = choose_text_column(dataset, file, options.text_column)
         except UserError:
             raise

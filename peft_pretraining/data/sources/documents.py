@@ -64,6 +64,14 @@ class FileSource(Source, Protocol):
         """One for each shard; None if it does not know them after all."""
 
 
+@runtime_checkable
+class LocalSource(Source, Protocol):
+    """A source of files that may change without another size or name."""
+
+    def stamp(self) -> str:
+        """Where the files lie and when they were written: what is derived from their content is kept under it."""
+
+
 def files_of(source: Source) -> Files | None:
     """The files of a source that knows them."""
     return source.file_list() if isinstance(source, FileSource) else None

@@ -59,8 +59,11 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
         return columns_of_table(place, file_format)
     if file_format == "csv":
         head = _head(place).decode("utf-8-sig", "replace")
-        rows = csv.reader(io.StringIO(head), delimiter=delimiter_of(place))
-        return dict.fromkeys(next(rows, []), TEXT)
+        rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter_of(place))
+        try:
+            return dict.fromkeys(next(filter(None, rows), []), TEXT)
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
     found: dict[str, str] = {}
     for item in _objects(_head(place, whole_line=True)):
         for key, value in item.items():

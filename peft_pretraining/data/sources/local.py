@@ -10,6 +10,7 @@ import functools
 import glob
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
 
+_ABOUT = re.compile(r"(?i)(readme|licen[cs]e|copying|notice|changelog|requirements)([-._]\w+)*\.txt")
 _ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json", "state.json"}
 
 _logger = logging.getLogger(__name__)
@@ -177,7 +179,8 @@ def _special(path: Path, asked: tuple[str, ...]) -> bool:
 def _is_data(path: Path) -> bool:
     """A file of documents: not hidden, and not one that describes a data set or another file."""
     name = path.name
-    if name.startswith(".") or name in _ABOUT_DATA or not format_of(name) or not path.is_file():
+    about = name in _ABOUT_DATA or _ABOUT.fullmatch(name)
+    if name.startswith(".") or about or not format_of(name) or not path.is_file():
         return False
     return not (path.suffix == ".json" and path.with_suffix("").is_file())
 
@@ -206,6 +209,8 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
                 f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
                 "left out, because others are called train"
             )
+        if name := options.validation_split:
+            unnamed = [path for path in unnamed if not named(path, name)]
         if not (paths := paths or unnamed):
             raise UserError(
                 f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
@@ -257,19 +262,26 @@ def _each_once(dataset: str, paths: list[str]) -> list[str]:
 
 def _suffix(path: str) -> str:
     """.jsonl for a.jsonl.gz."""
-    return PurePosixPath(_decompressed_name(path)).suffix
+    return PurePosixPath(_decompressed_name(path)).suffix.lower()
 
 
 def _decompressed_name(path: str) -> str:
-    name = path.lower()
     for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return name
+        if path.lower().endswith(compression):
+            path = path[: -len(compression)]
+    return path
 
 
 def _check_apart(dataset: str, root: Path, train: list[str], validation: list[str]) -> None:
     """Raise UserError if a file is in both splits, by its path or as a copy of the same name."""
     by_name: dict[str, list[str]] = {}
+    real = {os.path.realpath(root / path): path for path in train}
+    for path in validation:
+        if (other := real.get(os.path.realpath(root / path), path)) != path:
+            raise UserError(
+                f"--dataset {dataset}: {path} of the validation split is a link to {other} of the training split: "
+                "perplexity would be measured on text that was trained on."
+            )
     for path in train:
         by_name.setdefault(PurePosixPath(path).name, []).append(path)
     for path in validation:

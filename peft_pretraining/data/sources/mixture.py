@@ -10,11 +10,11 @@ gives its share of --eval_tokens.
 import glob
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_pretraining.data.held_out import open_split
-from peft_pretraining.data.sources.documents import Damage, Share
+from peft_pretraining.data.held_out import WithoutHeldOut, open_split
+from peft_pretraining.data.sources.documents import Damage, Share, Source
 from peft_pretraining.data.sources.kind import DatasetKind, SourceOptions, TextKind, TokenKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture, fingerprint_of_shares
 from peft_pretraining.data.sources.registry import find_kind
@@ -79,7 +79,15 @@ class MixtureKind(TextKind):
             source = open_split(name, split, options)
             assert not isinstance(source, TokenFiles | TokenMixture)
             shares.append(Share(source, weight))
+        # What one source holds out may stand in another, too.
+        held_out = frozenset[int]().union(*(s.source.held_out for s in shares if isinstance(s.source, WithoutHeldOut)))
+        if split == "train" and held_out:
+            shares = [replace(share, source=_without(share.source, held_out)) for share in shares]
         return Mixture(dataset, tuple(shares))
+
+
+def _without(source: Source, held_out: frozenset[int]) -> Source:
+    return WithoutHeldOut(source.source if isinstance(source, WithoutHeldOut) else source, held_out)
 
 
 class TokenMixtureKind(TokenKind):
@@ -107,6 +115,7 @@ def split_mixture(dataset: str) -> list[tuple[str, float]]:
     for piece in dataset.split(","):
         begun.append(piece)
         name, _, text = ",".join(begun).rpartition(":")
+        name = name.strip() if len(begun) == 1 else name  # as after a comma in "a:0.5, b:0.5"
         weight = _weight(text)
         if weight is None:
             continue

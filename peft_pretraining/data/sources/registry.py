@@ -28,6 +28,8 @@ def kinds() -> list[DatasetKind]:
 def find_kind(dataset: str) -> DatasetKind:
     """The kind that `--dataset` means: by its name, else by who recognises it. Raises UserError that lists them all."""
     found = kinds()
+    if not dataset.strip():
+        raise UserError(f"--dataset is empty: give {in_words(found)}")
     for kind in found:
         if kind.name and kind.name == dataset:
             return kind

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.data.sources.builders import TEXT, in_words
-from peft_pretraining.data.sources.data_files import plain_text, text_column_of, values_of
+from peft_pretraining.data.sources.data_files import plain_text, stamp_of, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.split_names import WORDS
@@ -58,6 +58,8 @@ class SavedRows:
     files: tuple[tuple[str, int, int], ...]
     """(name, number of its first row, number of its rows) of each."""
     column: str
+    written: str
+    """The library's own fingerprint of the data set."""
     rows: Any
     """The `datasets.Dataset`, of this column alone, in arrow's form."""
 
@@ -67,8 +69,12 @@ class SavedRows:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Hash of the files' names and numbers of rows, and of the column."""
-        return hashlib.sha256(repr((self.files, self.column)).encode()).hexdigest()[:16]
+        """Hash of the files' names and numbers of rows, of the column, and of what the library knows the content by."""
+        return hashlib.sha256(repr((self.files, self.column, self.written)).encode()).hexdigest()[:16]
+
+    def stamp(self) -> str:
+        """See `documents.LocalSource.stamp`."""
+        return repr([stamp_of(str(Path(self.place, name))) for name, _, _ in self.files])
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
@@ -130,7 +136,8 @@ def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
         raise UserError(f"--dataset {dataset}: {folder} has no rows.")
     begins = [sum(counts[:i]) for i in range(len(counts))]
     files = tuple(zip(names, begins, counts, strict=True))
-    return SavedRows(dataset, str(folder), files, column, rows.select_columns([column]).with_format("arrow"))
+    written = str(rows._fingerprint)
+    return SavedRows(dataset, str(folder), files, column, written, rows.select_columns([column]).with_format("arrow"))
 
 
 def _kind(feature: Any) -> str:

@@ -63,7 +63,7 @@ class Tokenizer:
             raise UserError(
                 f"--tokenizer {name}: it has no end-of-sequence token ({tokens.get('eos', 'such as </s>')}), which "
                 "has to end every document. Name one as eos_token in tokenizer_config.json beside it, or give "
-                "--add_eos False."
+                "--no-add_eos."
             )
         special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
         # Padding is masked by length, so a tokenizer without a padding token pads with anything.
@@ -186,7 +186,7 @@ class Tokenizer:
         found = next((i for i in (named, *own[:1], *usual) if i is not None), None)
         if found is None and asked:
             raise UserError(
-                f"--add_bos True: the tokenizer {self.name} has no token that begins a document; leave the flag "
+                f"--add_bos: the tokenizer {self.name} has no token that begins a document; leave the flag "
                 "out, or name one as bos_token in tokenizer_config.json beside the tokenizer."
             )
         return found

@@ -1,0 +1,113 @@
+"""Files that look like others: what is held out, and which text is read, is that of the file that was given."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.sources.documents import Damage, Source, is_text
+from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
+from peft_pretraining.data.sources.mixture import Mixture
+from peft_pretraining.data.sources.registry import find_kind
+from peft_pretraining.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QGALORE_CACHE", str(tmp_path / "cache"))
+
+
+def opened(dataset: str | Path, split: str = "train", options: SourceOptions = DEFAULT_OPTIONS) -> Source:
+    source = open_split(str(dataset), split, options)
+    assert not isinstance(source, TokenFiles | TokenMixture)
+    return source
+
+
+def texts(source: Source) -> list[str]:
+    items = [item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0)]
+    assert not any(isinstance(item, Damage) for item in items)
+    return [item for item in items if is_text(item)]
+
+
+def lines(path: Path, documents: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def numbered(word: str, count: int = 1000) -> list[str]:
+    return [f"{word} document {i:04}" for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["files", "saved", "written anew"])
+def test_equal_names_and_sizes_are_not_equal_text(tmp_path: Path, kind: str) -> None:
+    for word in ("one", "two"):
+        place = tmp_path / ("same" if kind == "written anew" else word)
+        if kind == "saved":
+            datasets.Dataset.from_dict({"text": numbered(word)}).save_to_disk(place)
+        else:
+            path = lines(place / "data.jsonl", numbered(word))
+            os.utime(path, ns=(0, 10**18 + len(word) + (word == "two")))
+        train, validation = texts(opened(place)), texts(opened(place, "validation"))
+        assert sorted([*train, *validation]) == numbered(word) and len(validation) == 100
+    if kind == "saved":
+        assert opened(tmp_path / "one").fingerprint() != opened(tmp_path / "two").fingerprint()
+
+
+def test_a_mixture_trains_on_no_text_that_one_of_its_sources_holds_out(tmp_path: Path) -> None:
+    lines(tmp_path / "a" / "data.jsonl", numbered("shared"))
+    lines(tmp_path / "b" / "data.jsonl", [*numbered("shared"), *numbered("other")])
+    dataset = f"{tmp_path}/a:0.5, {tmp_path}/b:0.5"
+    validation = opened(dataset, "validation")
+    assert isinstance(validation, Mixture)
+    held_out = {text for share in validation.shares for text in texts(share.source)}
+    assert len(held_out) > 150 and held_out.isdisjoint(texts(opened(dataset)))
+
+
+@pytest.mark.parametrize("row", ["0,a,9", "0,a,"])
+def test_a_row_of_csv_with_a_field_too_many_keeps_its_columns(tmp_path: Path, row: str) -> None:
+    (tmp_path / "data.csv").write_text("id,text\n" + f"{row}\n" * 2)
+    source = find_kind(str(tmp_path / "data.csv")).open(str(tmp_path / "data.csv"), "train", DEFAULT_OPTIONS)
+    assert source is not None and not isinstance(source, TokenFiles | TokenMixture)
+    assert texts(source) == ["a", "a"]
+
+
+def test_what_is_about_a_data_set_is_no_data(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", ["a", "b"])
+    lines(tmp_path / "validation.jsonl", ["c"])
+    for name in ("README.txt", "LICENSE.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_text("not a document\n")
+    assert texts(opened(tmp_path)) == ["a", "b"]
+
+
+def test_names_that_differ_in_capitals_alone_are_two_files(tmp_path: Path) -> None:
+    for name in ("Part.jsonl", "part.jsonl"):
+        lines(tmp_path / name, [name])
+    lines(tmp_path / "validation.jsonl", ["c"])
+    assert sorted(texts(opened(tmp_path))) == ["Part.jsonl", "part.jsonl"]
+
+
+def test_a_validation_file_that_is_a_link_to_a_training_file_is_refused(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", ["a", "b"])
+    (tmp_path / "validation.jsonl").symlink_to(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"validation\.jsonl of the validation split is a link to train\.jsonl"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["", "\n\n"])
+def test_a_first_file_that_holds_nothing_costs_nothing(tmp_path: Path, first: str) -> None:
+    (tmp_path / "part-0.jsonl").write_text(first)
+    lines(tmp_path / "part-1.jsonl", ["a", "b"])
+    lines(tmp_path / "validation.jsonl", ["c"])
+    assert texts(opened(tmp_path)) == ["a", "b"]
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(UserError, match="--dataset is empty: give "):
+        find_kind(" ")
