@@ -24,6 +24,7 @@ def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
     assert any(kind.startswith(chaos.NETWORK) for kind in kinds) == bool(setting.from_hub)
 
 
+@pytest.mark.slow
 def test_another_bit_is_noticed(tmp_path: Path) -> None:
     """The comparison itself: against a run whose loss was larger in its last digit."""
     report = chaos.Report()

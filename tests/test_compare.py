@@ -124,6 +124,7 @@ def test_no_ratio_without_a_baseline(tmp_path: Path) -> None:
     assert row["speed_ratio"] == row["memory_ratio"] == ""
 
 
+@pytest.mark.slow
 def test_real_measurements_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Of ours and of AdamW: the same first loss says that they train the same model on the same data."""
     rows = {}

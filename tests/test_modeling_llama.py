@@ -214,6 +214,7 @@ def test_a_compiled_layer_keeps_the_sum_that_both_norms_read(tmp_path: Path) -> 
     assert torch.ops.peft_pretraining.saved_sum.default in kept[0]
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) -> None:
     model = built(write_config(tmp_path), dtype="bfloat16")
     assert isinstance(model, LlamaForCausalLM)
@@ -233,6 +234,7 @@ def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) 
     assert not any("torch.ops.peft_pretraining.saved_sum.default(" in line for line in lines), "a kernel of its own"
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_pads_no_rows(tmp_path: Path) -> None:
     """As it would where they are no multiple of 128 bytes: a gradient must fit where its input was."""
     model = built(write_config(tmp_path, intermediate_size=1032), dtype="bfloat16")
@@ -244,6 +246,7 @@ def test_a_compiled_layer_pads_no_rows(tmp_path: Path) -> None:
     assert any("1032" in code for code in codes) and not any("1088" in code for code in codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpointing", "int8 activations"])
 def test_the_gradient_of_a_compiled_layers_input_takes_the_place_of_its_outputs(tmp_path: Path, kind: str) -> None:
     model = built(write_config(tmp_path), dtype="bfloat16")

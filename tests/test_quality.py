@@ -50,6 +50,7 @@ def test_runs_give_rows_and_rows_a_picture(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why_and_spoils_no_other(tmp_path: Path) -> None:
     results, runs = tmp_path / "quality.csv", tmp_path / "runs.txt"
     argv = ["--tokens", token_folder(tmp_path / "bench", 0), *SMALL, "--settings", "q_galore_streaming"]

@@ -58,6 +58,7 @@ def test_a_figure_of_a_frozen_file_is_said_to_be_one(document: str) -> None:
             assert "frozen" in text[match.end() : match.end() + 20], f"{document} at {match.start()}: {name}"
 
 
+@pytest.mark.slow
 def test_a_row_of_engine_steps(tmp_path: Path) -> None:
     path = tmp_path / "engine_steps.csv"
     argv = ["--models", "9m", "--device", "cpu", "--batch_size", "1", "--warmup", "1", "--updates", "1"]

@@ -49,11 +49,14 @@ def remote(server: HubServer, folder: Path, split: str = "train", retry: RetryPo
     return HubSource(reading, hub.C4_REPOSITORY, hub.C4_REVISION, FileShards("c4", files, "test"))
 
 
-@pytest.mark.parametrize("faults", [
+ONE_KIND = [
     [], ["refuse"] * 3, ["stall"] * 2, ["cut"] * 3, ["500", "502", "503", "504"], ["429"] * 3, ["garbage"], ["moved"],
     ["short"] * 3, ["whole"] * 3,
-    ["", "cut", "503", "", "refuse", "", "", "stall", "429", "moved", "500", "", "cut"] * 3,
-])  # fmt: skip
+]  # fmt: skip
+ALL_KINDS = ["", "cut", "503", "", "refuse", "", "garbage", "stall", "429", "moved", "500", "short", "cut", "whole"] * 3
+
+
+@pytest.mark.parametrize("faults", [*(pytest.param(each, marks=pytest.mark.slow) for each in ONE_KIND), ALL_KINDS])
 def test_faults_do_not_change_the_bits(
     tokenizer: Tokenizer, c4_dir: Path, server: HubServer, faults: list[str]
 ) -> None:

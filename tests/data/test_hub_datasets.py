@@ -267,7 +267,7 @@ def test_offline_mode_is_said(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) 
 # ---- faults
 
 
-@pytest.mark.parametrize("dataset", ["org/lines", "org/columns"])
+@pytest.mark.parametrize("dataset", ["org/lines", pytest.param("org/columns", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_fault_changes_the_documents(
     hub: DatasetHub, monkeypatch: pytest.MonkeyPatch, dataset: str, fault: str
@@ -282,7 +282,7 @@ def test_no_fault_changes_the_documents(
 
 
 @pytest.mark.parametrize("dataset", ["org/lines", "org/columns"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_many_faults_in_many_threads(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch, dataset: str, seed: int) -> None:
     small_ranges(monkeypatch, dataset)
     rng = random.Random(seed)
