@@ -1,5 +1,6 @@
 """Reading back what loaders handed out."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL, Update
 from peft_pretraining.data.tokenizer import Tokenizer
-from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
+from peft_pretraining.data.train_loader import TrainLoader, build_train_loader, merge_states
 
 EOS = 1
 
@@ -58,3 +59,17 @@ def close(ranks: Sequence[TrainLoader]) -> None:
     """Close them all."""
     for loader in ranks:
         loader.close()
+
+
+def run(
+    tokenizer: Tokenizer, source: Any, updates: int, world_size: int = 1, state: Any = None, **arguments: Any
+) -> Any:
+    """(global batches, merged state after them as it comes back from JSON)."""
+    ranks = loaders(world_size, tokenizer=tokenizer, source=source, **arguments)
+    for loader in ranks:
+        if state is not None:
+            loader.load_state_dict(state)
+    batches = global_rows(ranks, updates)
+    merged = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
+    close(ranks)
+    return batches, merged

@@ -1,6 +1,5 @@
 """Several sources with weights: their shares, the same order for any ranks, and what cannot be mixed."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.data.sources.mixture import Mixture, split_mixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizer import Tokenizer
-from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
-from tests.data.collect import close, documents_of, global_rows, loaders
+from tests.data.collect import close, documents_of, global_rows, loaders, run
 from tests.data.conftest import document
 
 
@@ -30,17 +28,6 @@ def mixture() -> Mixture:
     large = MemorySource("large", [document(i) for i in range(300)], shards=3)
     small = MemorySource("small", [document(i) for i in range(1000, 1060)])
     return Mixture("large:3,small:1", (Share(large, 3.0), Share(small, 1.0)))
-
-
-def run(tokenizer: Tokenizer, source: Any, updates: int, world_size: int = 1, state: Any = None, **flags: Any) -> Any:
-    ranks = loaders(world_size, tokenizer=tokenizer, source=source, **flags)
-    for loader in ranks:
-        if state is not None:
-            loader.load_state_dict(state)
-    batches = global_rows(ranks, updates)
-    merged = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
-    close(ranks)
-    return batches, merged
 
 
 def test_shares_are_exact(tokenizer: Tokenizer, mixture: Mixture) -> None:

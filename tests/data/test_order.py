@@ -13,26 +13,11 @@ from peft_pretraining.data.batch import IGNORED_LABEL
 from peft_pretraining.data.dealing import POOLED, cut_shards, deal_units, even_slices
 from peft_pretraining.data.sources.documents import Damage, Files, MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer
-from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
-from tests.data.collect import close, documents_of, global_rows, loaders
+from tests.data.collect import close, documents_of, global_rows, loaders, run
 from tests.data.conftest import document
 
 DOCUMENTS = 311
-
-
-def run(
-    tokenizer: Tokenizer, source: Any, updates: int, world_size: int = 1, state: Any = None, **arguments: Any
-) -> Any:
-    """(global batches, merged state after them as it comes back from JSON)."""
-    ranks = loaders(world_size, tokenizer=tokenizer, source=source, **arguments)
-    for loader in ranks:
-        if state is not None:
-            loader.load_state_dict(state)
-    batches = global_rows(ranks, updates)
-    merged = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
-    close(ranks)
-    return batches, merged
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
