@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from peft_pretraining.config.flag_groups import DataArgs, ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
-from peft_pretraining.data.held_out import open_split
-from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.held_out import open_splits
+from peft_pretraining.data.sources.documents import revision_of
+from peft_pretraining.data.sources.kind import SourceOptions, Splits
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
-from peft_pretraining.data.train_loader import TrainLoader, build_train_loader, revision_of
+from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
@@ -67,34 +69,39 @@ def build_training(
 def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
     """The training loader and the validation set of `--dataset` for this rank."""
     data, batch = args.data, args.batch
-    kind, tokenizer, made = find_kind(data.dataset), None, list[Tokenizer]()
-    options = data.source_options
+    kind, options = find_kind(data.dataset), replace(data.source_options, stop=threading.Event())
     if kind.needs_network:
         # All ranks read the commit that is the newest for the main one.
         newest = processes.from_main(lambda: revision_of(open_dataset(data.dataset, "train", options)))
         options = replace(options, revision=newest or options.revision)
-    if isinstance(kind, TextKind):
-        # The main rank first: what it holds out, trains or downloads the others then find in the cache.
-        processes.from_main(lambda: made.append(_tokenizer(data, options)))
-        tokenizer = made[0] if made else _tokenizer(data, options)
+    # The main rank first: what it holds out, trains or downloads the others then find in the cache.
+    opened: list[tuple[Splits, Tokenizer | None]] = []
+    processes.from_main(lambda: opened.append(_open_data(data, options)))
+    splits, tokenizer = opened[0] if opened else _open_data(data, options)
     common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
     common |= {"damaged_limit": data.damaged_limit, "options": options}
+    # A pause between two tries must not hold up the thread that gets the signals.
+    workers = max(1, data.workers) if kind.needs_network else data.workers
     loader = build_train_loader(
-        **common, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
-        seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=data.workers,
+        **common, source=splits.train, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
+        seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=workers,
         repeat=data.repeat,
     )  # fmt: skip
     evaluation = args.evaluation
-    eval_set = build_eval_set(**common, eval_batch_size=evaluation.eval_batch_size, eval_tokens=evaluation.eval_tokens)
+    eval_set = build_eval_set(
+        **common, source=splits.validation, eval_batch_size=evaluation.eval_batch_size,
+        eval_tokens=evaluation.eval_tokens,
+    )  # fmt: skip
     if not kind.needs_network:  # that would have to be waited for
         processes.from_main(eval_set.check)
     return loader, eval_set
 
 
-def _tokenizer(data: DataArgs, options: SourceOptions) -> Tokenizer:
-    """That of `--tokenizer`; one that is trained sees no document that is held out."""
-    source = open_split(data.dataset, "train", options)
-    assert not isinstance(source, TokenFiles | TokenMixture)
+def _open_data(data: DataArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:
+    """Both splits, and the tokenizer of text; one that is trained sees no document that is held out."""
+    splits = open_splits(data.dataset, options)
+    if isinstance(splits.train, TokenFiles | TokenMixture):
+        return splits, None
     added = Added(data.add_bos, data.add_eos)
-    return load_tokenizer(data.tokenizer, data.dataset, added=added, options=options, source=source)
+    return splits, load_tokenizer(data.tokenizer, data.dataset, added=added, options=options, source=splits.train)

@@ -103,7 +103,7 @@ def build_eval_set(
     world_size: int = 1,
     damaged_limit: int = 100,
     options: SourceOptions = DEFAULT_OPTIONS,
-    source: Source | None = None,
+    source: Source | TokenFiles | TokenMixture | None = None,
 ) -> EvalSet:
     """The validation set of --dataset for one rank; see `train_loader.build_train_loader`. Raises UserError."""
     opened = source or open_split(dataset, "validation", options)

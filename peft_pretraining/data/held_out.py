@@ -6,23 +6,35 @@ that the same texts give the same split whatever the number of ranks and shards 
 many that it would break the limit is not held out. Training passes over every document whose text is held out, wherever
 it stands.
 
-Up to a million documents are looked at in the order of the files (half as many over a network), with a progress bar; of
-a larger data set the split is that of its beginning. What was found is kept in the cache, under the fingerprint of the
-data set, for other ranks and for runs that resume.
+Up to a million documents are looked at in the order of the files (half as many over a network), with a progress bar. Of
+a larger data set the held-out documents are among these, as many as for all its documents, whose number is estimated by
+the sizes of the files. What was found is kept in the cache, under the fingerprint of the data set.
+
+A run holds out what it began with: the hashes are part of its state, whatever becomes of the files meanwhile.
 """
 
+import base64
 import gzip
 import hashlib
 import heapq
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from peft_pretraining.data.cache import cache_dir, publish
-from peft_pretraining.data.sources.documents import Damage, Files, LocalSource, MemorySource, Source, files_of, is_text
-from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions, TextKind
+from peft_pretraining.data.sources.documents import (
+    Damage,
+    Files,
+    LocalSource,
+    Source,
+    files_of,
+    is_text,
+    revision_of,
+)
+from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions, Splits, TextKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.waiting import with_progress
@@ -33,40 +45,105 @@ FEWEST_DOCUMENTS = 64
 _LEAST, _MOST = 500, 10_000
 _SCANNED, _SCANNED_OVER_NETWORK = 1_000_000, 500_000
 # Candidates: as many again as can be held out, because a text of many copies may be left out.
-_CANDIDATES = 2 * max(_LEAST, _SCANNED // 1000)
+_CANDIDATES = 2 * _MOST
 _CANDIDATE_CHARS = 1 << 29
-_FORMAT = 1
+_FORMAT = 2
+
+
+def open_splits(dataset: str, options: SourceOptions = DEFAULT_OPTIONS) -> Splits:
+    """Both splits of `--dataset`; if it has none for validation, documents of train are held out. Raises UserError.
+
+    They share no text that was held out.
+    """
+    kind = find_kind(dataset)
+    splits = kind.open_splits(dataset, options)
+    if not isinstance(kind, TextKind) or "validation" not in kind.splits or splits.validation is not None:
+        return splits
+    assert splits.train is not None and not isinstance(splits.train, TokenFiles | TokenMixture)
+    return Splits(*hold_out(splits.train, options, _SCANNED_OVER_NETWORK if kind.needs_network else _SCANNED))
 
 
 def open_split(
     dataset: str, split: str, options: SourceOptions = DEFAULT_OPTIONS
 ) -> Source | TokenFiles | TokenMixture:
-    """Split "train" or "validation" of `--dataset`; if it has no validation split, documents of train are held out.
-
-    They share no text that was held out. Raises UserError.
-    """
+    """One of `open_splits`, "train" or "validation"; of token ids the other need not be there. Raises UserError."""
     kind = find_kind(dataset)
-    opened = open_dataset(dataset, split, options)
-    if not isinstance(kind, TextKind) or "validation" not in kind.splits:
-        assert opened is not None
-        return opened
-    if split == "validation":
-        if opened is not None:
-            return opened
-        train = kind.open(dataset, "train", options)
-    else:
-        assert opened is not None and not isinstance(opened, TokenFiles | TokenMixture)
-        if kind.open(dataset, "validation", options) is not None:
-            return opened
-        train = opened
-    assert train is not None
-    parts = hold_out(train, options, _SCANNED_OVER_NETWORK if kind.needs_network else _SCANNED)
-    return parts[0] if split == "train" else parts[1]
+    is_alone = split not in kind.splits or not isinstance(kind, TextKind)
+    opened = open_dataset(dataset, split, options) if is_alone else open_splits(dataset, options)._asdict()[split]
+    assert opened is not None
+    return opened
+
+
+@dataclass
+class HeldOut:
+    """The documents that are held out of a data set: what trains on the rest and what evaluates on them share it."""
+
+    name: str
+    """Of the data set, as the user gave it."""
+    key: str
+    """Of the cache's file."""
+    texts: list[str] = field(repr=False)
+    hashes: frozenset[int] = field(default=frozenset(), repr=False)
+    """Of all texts that are not trained on; those of `texts`, unless some are lost."""
+
+    def __post_init__(self) -> None:
+        self.hashes = self.hashes or frozenset(map(hash_of, self.texts))
+
+    def state(self) -> dict[str, str]:
+        """Which they are; JSON-able, 11 bytes a document."""
+        packed = b"".join(digest.to_bytes(8) for digest in sorted(self.hashes))
+        return {"key": self.key, "hashes": base64.b64encode(packed).decode()}
+
+    def load_state(self, saved: dict[str, str], source: Source) -> list[str]:
+        """Hold out what a run held out when it began, now that the files differ; returns what is to be said.
+
+        The texts come from the cache, or are looked for in `source`. Raises UserError if none is left.
+        """
+        if saved == self.state():
+            return []
+        packed = base64.b64decode(saved["hashes"])
+        hashes = frozenset(int.from_bytes(packed[i : i + 8]) for i in range(0, len(packed), 8))
+        said = f"--dataset {self.name}: the documents held out stay those that the run began with"
+        if hashes == self.hashes:  # of other files with the same texts
+            return []
+        texts = _read(_cache_file(saved["key"]))
+        if texts is None:
+            texts = list(dict.fromkeys(text for text in _documents(source, None) if hash_of(text) in hashes))
+            if not texts:
+                raise UserError(
+                    f"--dataset {self.name}: none of the documents that were held out when the run began is there any "
+                    "longer. Put the files back that it began with, or begin a new run in another --save_dir."
+                )
+            if len(texts) < len(hashes):
+                said += f", of which {len(hashes) - len(texts)} of {len(hashes)} are no longer there"
+        self.key, self.texts, self.hashes = saved["key"], texts, hashes
+        return [said]
+
+
+@dataclass(frozen=True)
+class HeldOutSource:
+    """The documents of a `HeldOut`, whatever it holds when they are read."""
+
+    held_out: HeldOut
+    shards: int = 1
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.held_out.name
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        yield from self.held_out.texts[part + start * slices :: slices]
+
+    def fingerprint(self) -> str:
+        """Of the texts."""
+        return hashlib.sha256(repr(sorted(self.held_out.hashes)).encode()).hexdigest()[:16]
 
 
 def hold_out(
     source: Source, options: SourceOptions = DEFAULT_OPTIONS, scanned: int = _SCANNED
-) -> tuple[Source, Source]:
+) -> tuple["WithoutHeldOut", HeldOutSource]:
     """(what is trained on, what is held out) of a source, of which `scanned` documents are looked at.
 
     `options` are those it was opened with. Raises UserError for fewer than 64 documents.
@@ -76,12 +153,12 @@ def hold_out(
     stamp = source.stamp() if isinstance(source, LocalSource) else ""
     identity = repr((_FORMAT, source.fingerprint(), settings, scanned, stamp))
     key = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    path = cache_dir() / f"held-out-{key}.json.gz"
-    texts = _read(path)
+    texts = _read(_cache_file(key))
     if texts is None:
         found = json.dumps(choose(source, scanned)).encode()
-        texts = json.loads(gzip.decompress(publish(path, gzip.compress(found, mtime=0))))
-    return WithoutHeldOut(source, frozenset(map(hash_of, texts))), MemorySource(source.name, texts)
+        texts = json.loads(gzip.decompress(publish(_cache_file(key), gzip.compress(found, mtime=0))))
+    held_out = HeldOut(source.name, key, texts)
+    return WithoutHeldOut(source, (held_out,)), HeldOutSource(held_out)
 
 
 def held_out_count(documents: int) -> int:
@@ -99,10 +176,11 @@ def choose(source: Source, scanned: int) -> list[str]:
     candidates: dict[int, list[int]] = {}  # hash: copies, place in the order
     texts: dict[int, str] = {}
     largest: list[int] = []  # a heap of the candidates' hashes, negated
-    documents = chars = 0
+    documents = chars = text_bytes = 0
     bound = 1 << 64  # of what was given up the smallest hash: nothing beyond it comes back
     for text in _documents(source, scanned):
         documents += 1
+        text_bytes += len(text.encode("utf-8", "surrogatepass"))
         digest = hash_of(text)
         if digest in candidates:
             candidates[digest][0] += 1
@@ -121,6 +199,8 @@ def choose(source: Source, scanned: int) -> list[str]:
             "beside it."
         )
     left = held_out_count(documents)
+    if documents == scanned:
+        left = min(held_out_count(_estimated_documents(source, documents, text_bytes)), documents // 10)
     chosen: list[int] = []
     for digest in sorted(candidates):
         copies = candidates[digest][0]
@@ -135,13 +215,22 @@ def choose(source: Source, scanned: int) -> list[str]:
     return [texts[digest] for digest in sorted(chosen, key=lambda digest: candidates[digest][1])]
 
 
+def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int:
+    """About how many documents a source has, of which so many with so many bytes of text were looked at.
+
+    The files are taken to hold text as it is, so that compressed ones are underestimated by their ratio.
+    """
+    files = files_of(source)
+    return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else documents
+
+
 @dataclass(frozen=True)
 class WithoutHeldOut:
     """A source in which nothing stands in the place of held-out documents and their copies."""
 
     source: Source
-    held_out: frozenset[int]
-    """Hashes of texts."""
+    held_out: tuple[HeldOut, ...]
+    """That of this source first, if documents of it are held out; then those of others that it is mixed with."""
 
     @property
     def name(self) -> str:
@@ -153,14 +242,25 @@ class WithoutHeldOut:
         """See `Source.shards`."""
         return self.source.shards
 
+    @property
+    def revision(self) -> str:
+        """See `PinnedSource.revision`."""
+        return revision_of(self.source)
+
+    @property
+    def own(self) -> HeldOut | None:
+        """What is held out of this very source."""
+        return next((each for each in self.held_out if each.name == self.name), None)
+
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
+        hashes = self._hashes()
         for item in self.source.read(shard, slices, part, start):
-            yield "" if is_text(item) and hash_of(item) in self.held_out else item
+            yield "" if is_text(item) and hash_of(item) in hashes else item
 
     def fingerprint(self) -> str:
         """Of the source and of what is held out."""
-        held_out = repr(sorted(self.held_out))
+        held_out = repr(sorted(self._hashes()))
         return hashlib.sha256(f"{self.source.fingerprint()} {held_out}".encode()).hexdigest()[:16]
 
     def file_list(self) -> Files | None:
@@ -168,9 +268,25 @@ class WithoutHeldOut:
         files = files_of(self.source)
         return files and replace(files, settings=f"{files.settings}, documents held out")
 
+    def _hashes(self) -> frozenset[int]:
+        return frozenset[int]().union(*(each.hashes for each in self.held_out))
 
-def _documents(source: Source, limit: int) -> Iterator[str]:
-    """The first texts in the order of the files."""
+
+def held_out_state(source: Source) -> dict[str, Any]:
+    """What a checkpoint keeps of the documents held out of a source; {} if there are none."""
+    own = source.own if isinstance(source, WithoutHeldOut) else None
+    return {"held_out": own.state()} if own else {}
+
+
+def load_held_out_state(source: Source, saved: dict[str, Any]) -> list[str]:
+    """Take up what `held_out_state` gave; older checkpoints have nothing. Returns sentences. Raises UserError."""
+    if not isinstance(source, WithoutHeldOut) or source.own is None or "held_out" not in saved:
+        return []
+    return source.own.load_state(saved["held_out"], source.source)
+
+
+def _documents(source: Source, limit: int | None) -> Iterator[str]:
+    """The first texts in the order of the files; None: all."""
     items = (item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0))
     texts = (item for item in items if is_text(item))
     what = f"{source.name}: choosing documents for validation"
@@ -178,6 +294,10 @@ def _documents(source: Source, limit: int) -> Iterator[str]:
         yield text
         if count == limit:
             return
+
+
+def _cache_file(key: str) -> Path:
+    return cache_dir() / f"held-out-{key}.json.gz"
 
 
 def _read(path: Path) -> list[str] | None:

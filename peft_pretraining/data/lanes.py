@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from peft_pretraining.data.dealing import DealtSource, Unit, cut_shards, deal_units, even_slices
+from peft_pretraining.data.held_out import held_out_state, load_held_out_state
 from peft_pretraining.data.mixed_order import MixedLane
 from peft_pretraining.data.order import DamageCount, Lane, LaneOrder, LaneState, RowFormat, TextLane
 from peft_pretraining.data.sources.documents import Share, Source, files_of
-from peft_pretraining.data.sources.mapped_tokens import TokenFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, fingerprint_of_shares
 from peft_pretraining.data.token_order import TokenLane
 
 _NAMED_FILES = 5
@@ -27,6 +28,9 @@ class Lanes(Protocol):
 
     def make(self, lane: int, state: LaneState | None) -> Lane:
         """The lane of this number, from its state or from the beginning."""
+
+    def fingerprint(self) -> str:
+        """Of all that is read, as it is now."""
 
     def state(self) -> list[dict[str, Any]]:
         """What has to be known beside the lanes' states, of each source; JSON-able."""
@@ -69,6 +73,11 @@ class TextLanes:
         weights = [share.weight for share in self._shares]
         return MixedLane(lanes, weights, lane, self._seed, state["row"] if state else 0)
 
+    def fingerprint(self) -> str:
+        """See `Lanes.fingerprint`."""
+        prints = [(str(own["fingerprint"]), share.weight) for own, share in zip(self._state, self._shares, strict=True)]
+        return prints[0][0] if len(prints) == 1 else fingerprint_of_shares(prints)
+
     def state(self) -> list[dict[str, Any]]:
         """See `Lanes.state`."""
         return self._state
@@ -83,6 +92,9 @@ class TextLanes:
             return None
         replaced: list[str] = []
         for share, old in zip(self._shares, saved, strict=True):
+            if not _has_same_files(share.source, old):
+                return None
+            replaced += load_held_out_state(share.source, old)
             names = _replaced_files(share.source, old)
             if names is None:
                 return None
@@ -97,7 +109,8 @@ class TextLanes:
         ]
         # Once: it is asked for before every update, and a fingerprint can be that of all texts.
         self._state = [
-            _describe(share.source) | {"slices": _packed(cut)} for share, cut in zip(self._shares, cuts, strict=True)
+            _describe(share.source) | held_out_state(share.source) | {"slices": _packed(cut)}
+            for share, cut in zip(self._shares, cuts, strict=True)
         ]
 
     def _text_lane(self, number: int, lane: int, state: LaneState | None) -> Lane:
@@ -130,6 +143,11 @@ class TokenLanes:
         weights = [weight for _, weight in self._shares]
         return MixedLane(lanes, weights, lane, self._seed, state["row"] if state else 0)
 
+    def fingerprint(self) -> str:
+        """See `Lanes.fingerprint`."""
+        prints = [(files.fingerprint(), weight) for files, weight in self._shares]
+        return prints[0][0] if len(prints) == 1 else fingerprint_of_shares(prints)
+
     def state(self) -> list[dict[str, Any]]:
         """See `Lanes.state`."""
         return self._state
@@ -147,6 +165,12 @@ def _describe(source: Source) -> dict[str, Any]:
     if files := files_of(source):
         described |= {"identity": files.identity(), "sizes": list(files.sizes)}
     return described
+
+
+def _has_same_files(source: Source, saved: dict[str, Any]) -> bool:
+    """Whether a source is the one that was saved, as far as the names of its files tell."""
+    files = files_of(source)
+    return files is None or "identity" not in saved or saved["identity"] == files.identity()
 
 
 def _replaced_files(source: Source, saved: dict[str, Any]) -> list[str] | None:

@@ -26,7 +26,7 @@ from peft_pretraining.data.batch import Update, make_micro_batch
 from peft_pretraining.data.held_out import open_split
 from peft_pretraining.data.lanes import Lanes, TextLanes, TokenLanes
 from peft_pretraining.data.order import DamageCount, LaneState, RowFormat
-from peft_pretraining.data.sources.documents import Share, Source
+from peft_pretraining.data.sources.documents import Share, Source, revision_of
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.mixture import Mixture
@@ -233,6 +233,7 @@ class TrainLoader:
         if self.tokenizer is not None and self.tokenizer.go_on_as(saved_tokenizer):
             self._order["tokenizer"] = saved_tokenizer  # of the same ids, by the encoder that the run began with
         replaced = self._makes_lanes.load_state(state.get("sources"))
+        self._order["dataset"] = self._makes_lanes.fingerprint()
         differences = [
             f"--{flag} is {self._order.get(flag)!r} but was {saved!r}"
             for flag, saved in state["order"].items()
@@ -352,15 +353,15 @@ def build_train_loader(
     damaged_limit: int = DAMAGED_LIMIT,
     repeat: str = "each",
     options: SourceOptions = DEFAULT_OPTIONS,
-    source: Source | None = None,
+    source: Source | TokenFiles | TokenMixture | None = None,
 ) -> TrainLoader:
     """The loader of --dataset for one rank; `tokenizer` may be None for token ids. Raises UserError.
 
-    `repeat` as in --repeat. `source` replaces --dataset, and the loader's own event `options.stop`.
+    `repeat` as in --repeat. `source` replaces what --dataset is opened as, and `options.stop` the loader's own event.
     """
     layout = Layout(max_length, batch_size, grad_accum_steps, rank, world_size, data_lanes)
     order: dict[str, int | str] = {"seed": seed, "data_lanes": data_lanes, "max_length": max_length}
-    stop, damage = threading.Event(), DamageCount(damaged_limit)
+    stop, damage = options.stop or threading.Event(), DamageCount(damaged_limit)
     opened = source or open_split(dataset, "train", replace(options, stop=stop))
     if isinstance(opened, TokenFiles | TokenMixture):
         return _token_loader(opened, layout, order, workers, repeat)
@@ -371,7 +372,7 @@ def build_train_loader(
         shares, RowFormat(max_length, packing, tokenizer), seed=seed, lanes=data_lanes, shuffle_buffer=shuffle_buffer,
         repeat=repeats(repeat), damage=damage,
     )  # fmt: skip
-    order |= {"dataset": opened.fingerprint(), "tokenizer": tokenizer.fingerprint()}
+    order |= {"dataset": lanes.fingerprint(), "tokenizer": tokenizer.fingerprint()}
     order |= {"packing": packing, "shuffle_buffer": shuffle_buffer}
     if revision := revision_of(opened):
         order["dataset_revision"] = revision
@@ -381,11 +382,6 @@ def build_train_loader(
         layout, lanes, order, workers=workers, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, damage=damage,
         stop=stop,
     )  # fmt: skip
-
-
-def revision_of(source: object) -> str:
-    """The commit of a data set on the hub, with or without held-out documents; "" for others."""
-    return str(getattr(getattr(source, "source", source), "revision", ""))
 
 
 def repeats(repeat: str) -> bool:
@@ -400,6 +396,6 @@ def _token_loader(
     for files, _ in shares:
         files.check_beginnings()
     lanes = TokenLanes(shares, layout.max_length, int(order["seed"]), layout.lanes, repeats(repeat))
-    order = order | {"dataset": opened.fingerprint()}
+    order = order | {"dataset": lanes.fingerprint()}
     # Rows are copied from memory: one thread is the fastest.
     return TrainLoader(layout, lanes, order, workers=min(workers, 1), vocab_size=opened.vocab_size())

@@ -72,6 +72,20 @@ class LocalSource(Source, Protocol):
         """Where the files lie and when they were written: what is derived from their content is kept under it."""
 
 
+@runtime_checkable
+class PinnedSource(Source, Protocol):
+    """A source that reads one state of a data set that may change meanwhile."""
+
+    @property
+    def revision(self) -> str:
+        """The commit, for --dataset_revision of a run that goes on with the same files; "" if there is none."""
+
+
+def revision_of(source: object) -> str:
+    """The commit of a data set on the hub; "" for others."""
+    return source.revision if isinstance(source, PinnedSource) else ""
+
+
 def files_of(source: Source) -> Files | None:
     """The files of a source that knows them."""
     return source.file_list() if isinstance(source, FileSource) else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, open_files
-from peft_pretraining.data.sources.documents import Damage, Source
+from peft_pretraining.data.sources.documents import Damage, Files, Source
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.retry import Reading, RetryPolicy
 
@@ -83,6 +83,11 @@ class HubSource:
     def shards(self) -> int:
         """Number of files."""
         return self.documents.shards
+
+    def file_list(self) -> Files | None:
+        """See `FileSource.file_list`; None for the files of C4, whose sizes are not asked for."""
+        files = self.documents.file_list()
+        return None if files is None or SIZE_UNKNOWN in files.sizes else files
 
     def fingerprint(self) -> str:
         """Changes with the commit, the files and the column."""

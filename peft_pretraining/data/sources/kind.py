@@ -26,6 +26,7 @@ These files are read before torch is loaded, to check a command line: what takes
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
@@ -57,6 +58,14 @@ class SourceOptions:
 
 
 DEFAULT_OPTIONS = SourceOptions()
+
+
+class Splits(NamedTuple):
+    """What a data set is opened as."""
+
+    train: Source | TokenFiles | TokenMixture | None
+    validation: Source | TokenFiles | TokenMixture | None
+    """None: it has no such split."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,11 @@ class DatasetKind(ABC):
     @abstractmethod
     def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles | TokenMixture | None:
         """What is in one of `splits`, which share no document. Raises UserError, which names `--dataset`."""
+
+    def open_splits(self, dataset: str, options: SourceOptions) -> Splits:
+        """Both of them, before documents are held out (`held_out.open_splits`). Raises UserError."""
+        train, validation = (self.open(dataset, s, options) if s in self.splits else None for s in Splits._fields)
+        return Splits(train, validation)
 
 
 class TextKind(DatasetKind):

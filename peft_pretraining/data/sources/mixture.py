@@ -9,13 +9,13 @@ gives its share of --eval_tokens.
 
 import glob
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_pretraining.data.held_out import WithoutHeldOut, open_split
+from peft_pretraining.data.held_out import HeldOut, WithoutHeldOut, open_split, open_splits
 from peft_pretraining.data.sources.documents import Damage, Share, Source
-from peft_pretraining.data.sources.kind import DatasetKind, SourceOptions, TextKind, TokenKind
+from peft_pretraining.data.sources.kind import DatasetKind, SourceOptions, Splits, TextKind, TokenKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture, fingerprint_of_shares
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
@@ -74,20 +74,29 @@ class MixtureKind(TextKind):
 
     def open(self, dataset: str, split: str, options: SourceOptions) -> Mixture:
         """See `DatasetKind.open`; of a source without a validation split documents are held out."""
-        shares = []
+        splits = self.open_splits(dataset, options)
+        opened = splits.validation if split == "validation" else splits.train
+        assert isinstance(opened, Mixture)
+        return opened
+
+    def open_splits(self, dataset: str, options: SourceOptions) -> Splits:
+        """See `DatasetKind.open_splits`."""
+        shares: dict[str, list[Share]] = {split: [] for split in Splits._fields}
         for name, weight in split_mixture(dataset):
-            source = open_split(name, split, options)
-            assert not isinstance(source, TokenFiles | TokenMixture)
-            shares.append(Share(source, weight))
+            for split, source in open_splits(name, options)._asdict().items():
+                assert source is not None and not isinstance(source, TokenFiles | TokenMixture)
+                shares[split].append(Share(source, weight))
         # What one source holds out may stand in another, too.
-        held_out = frozenset[int]().union(*(s.source.held_out for s in shares if isinstance(s.source, WithoutHeldOut)))
-        if split == "train" and held_out:
-            shares = [replace(share, source=_without(share.source, held_out)) for share in shares]
-        return Mixture(dataset, tuple(shares))
+        sources = [share.source for share in shares["train"]]
+        held_out = [each for source in sources if isinstance(source, WithoutHeldOut) for each in source.held_out]
+        train = [replace(share, source=_without(share.source, held_out)) for share in shares["train"]]
+        return Splits(Mixture(dataset, tuple(train)), Mixture(dataset, tuple(shares["validation"])))
 
 
-def _without(source: Source, held_out: frozenset[int]) -> Source:
-    return WithoutHeldOut(source.source if isinstance(source, WithoutHeldOut) else source, held_out)
+def _without(source: Source, held_out: Sequence[HeldOut]) -> Source:
+    if not held_out:
+        return source
+    return WithoutHeldOut(source.source if isinstance(source, WithoutHeldOut) else source, tuple(held_out))
 
 
 class TokenMixtureKind(TokenKind):
