@@ -28,6 +28,7 @@ from qgalore.update.full_rank import FullRankWeight
 from qgalore.update.hooks import Attachment
 from qgalore.update.low_rank import LowRankWeight
 from qgalore.update.step import update_weights
+from qgalore.update.step_table import StepTable
 
 
 class LowRankAdamW(Optimizer):
@@ -81,9 +82,10 @@ class LowRankAdamW(Optimizer):
         self._all_reduce: AllReduce | None = None
         self._clip_factor: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
-        self._stepped = self._sums = False
+        self._stepped = self._sums = self._rows_written = False
         self._completed: set[FullRankWeight] = set()
         self._checks: UpdateChecks | None = None
+        self._step_table: StepTable | None = None
         self.update_in_backward = False
         self.states_replaced = 0
         """How often weights have taken up groups and state, and sums anew: CUDA graphs of before are then void."""
@@ -122,11 +124,14 @@ class LowRankAdamW(Optimizer):
         self.states_replaced += 1
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = place = 0
+        total = sum(len(group["params"]) for group in self.param_groups)
+        if self._step_table is None or len(self._step_table.updates) != total:
+            self._step_table = StepTable(total)
         for group in self.param_groups:
             kind = LowRankWeight if "rank" in group else FullRankWeight
             for param in group["params"]:
                 weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
-                weight.bind(group, self.state, index, place, count)
+                weight.bind(group, self.state, self._step_table, index, place, count)
                 index, place = index + 1, place + ("rank" in group)
 
     # ---- the backward pass
@@ -241,7 +246,21 @@ class LowRankAdamW(Optimizer):
         checks.check({weight.index: weight.complete_gradient for weight in weights})
         if at_once:
             checks.remember_first()
+            self.write_update_rows()
             update_weights(weights, checks)
+
+    def write_update_rows(self) -> None:
+        """Let the step rows be those of the update that goes on, if they are not."""
+        if not self._rows_written and self._step_table is not None:
+            scalars = [weight.update_scalars() for weight in self._weights.values()]
+            self._step_table.write_updates(scalars, next(iter(self._weights)).device)
+            self._rows_written = True
+
+    def write_sum_rows(self) -> None:
+        """Let the step rows of sums be those of the gradients that the next micro-batch adds."""
+        if self._step_table is not None:
+            scalars = [weight.sum_scalars() for weight in self._weights.values()]
+            self._step_table.write_sums(scalars, next(iter(self._weights)).device)
 
     def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
         """The weights among the parameters of a module, in its order."""
@@ -287,8 +306,9 @@ class LowRankAdamW(Optimizer):
         waiting = [weight for weight in self._weights.values() if weight.holds_gradient]
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
+            self.write_update_rows()
             update_weights(waiting, self._update_checks(), self._clip_factor)
-        self._clip_factor, self._stepped, self._sums = None, True, False
+        self._clip_factor, self._stepped, self._sums, self._rows_written = None, True, False, False
         self._completed.clear()
         return loss
 
@@ -322,7 +342,7 @@ class LowRankAdamW(Optimizer):
 
     def _give_up(self) -> None:
         """Begin the update that goes on anew."""
-        self._clip_factor, self._sums = None, False
+        self._clip_factor, self._sums, self._rows_written = None, False, False
         self._completed.clear()
         if self._checks is not None and not self._stepped:
             self._checks.clear()  # an update that was given up; after a step `grad_norm` can still be read

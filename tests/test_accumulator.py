@@ -7,6 +7,11 @@ from qgalore.kernels.reference import low_rank_update
 from qgalore.layer.quantization import QuantizedTensor
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.gradient_sum import GradientAccumulator, dense, rows_of_gradient, zeros
+from tests.kernels.comparison import step_row
+
+
+def sum_row(seed: int) -> torch.Tensor:
+    return step_row(-1.0, 1.0, seed)
 
 
 def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (16, 300)) -> list[torch.Tensor]:
@@ -16,7 +21,7 @@ def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...]
 
 def total(accumulator: GradientAccumulator, parts: list[torch.Tensor]) -> torch.Tensor:
     for seed, part in enumerate(parts):
-        accumulator.add(part.clone(), seed)
+        accumulator.add(part.clone(), sum_row(seed))
     return accumulator.take()
 
 
@@ -41,7 +46,7 @@ def test_int8_sum_is_unbiased() -> None:
     for trial in range(100):
         accumulator = GradientAccumulator(torch.int8)
         for number, part in enumerate(parts):
-            accumulator.add(part.clone(), 10 * trial + number)
+            accumulator.add(part.clone(), sum_row(10 * trial + number))
         errors.append(accumulator.take() - expected)
     step = 12.0 / 255  # the range of a group of sums, about
     stacked = torch.stack(errors)
@@ -53,7 +58,7 @@ def test_int8_sum_is_unbiased() -> None:
 def test_int8_keeps_a_byte_a_value() -> None:
     accumulator = GradientAccumulator(torch.int8)
     for part in grads(2):
-        accumulator.add(part, 0)
+        accumulator.add(part, sum_row(0))
     held = accumulator._sum
     assert not isinstance(held, torch.Tensor) and held is not None
     assert held.nbytes < 1.1 * 16 * 300
@@ -69,11 +74,11 @@ def test_a_vector_is_summed_exactly_at_int8() -> None:
 def test_it_is_empty_until_added_to_and_after_taking(dtype: torch.dtype) -> None:
     accumulator = GradientAccumulator(dtype)
     assert accumulator.empty
-    accumulator.add(grads(1)[0], 0)
+    accumulator.add(grads(1)[0], sum_row(0))
     assert not accumulator.empty
     accumulator.take()
     assert accumulator.empty
-    accumulator.add(grads(1)[0], 0)
+    accumulator.add(grads(1)[0], sum_row(0))
     accumulator.clear()
     assert accumulator.empty
 
@@ -81,7 +86,7 @@ def test_it_is_empty_until_added_to_and_after_taking(dtype: torch.dtype) -> None
 def test_a_gradient_that_comes_alone_is_not_copied() -> None:
     grad = grads(1, torch.bfloat16)[0]
     accumulator = GradientAccumulator(torch.float32)
-    accumulator.add(grad, 0)
+    accumulator.add(grad, sum_row(0))
     assert accumulator.take() is grad
 
 
@@ -95,7 +100,7 @@ def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 5 * 300)
     accumulator = GradientAccumulator(getattr(torch, dtype))
     for seed, part in enumerate(grads(3)):
-        accumulator.add(part, seed)
+        accumulator.add(part, sum_row(seed))
     whole = accumulator.value()
     checks = UpdateChecks(2, torch.device("cpu"))
     checks.check({1: accumulator})
@@ -113,7 +118,7 @@ def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.
     accumulator = GradientAccumulator(torch.int8)
     (part,) = grads(1)
     part[row, 3] = float("inf")
-    accumulator.add(part, 0)
+    accumulator.add(part, sum_row(0))
     checks = UpdateChecks(1, torch.device("cpu"))
     checks.check({0: accumulator})
     assert checks.skip and not checks.squared_norms.isfinite()
@@ -128,7 +133,7 @@ def test_a_sum_in_a_place_has_the_same_bits_and_stays_there(dtype: torch.dtype, 
     for update in range(2):
         parts = [part * (update + 1) for part in grads(3, torch.bfloat16, shape)]
         for seed, part in enumerate(parts):
-            fixed.add(part.clone(), seed)
+            fixed.add(part.clone(), sum_row(seed))
         held = fixed.take_as_held()
         assert held is place and fixed.empty
         assert torch.equal(dense(held), total(GradientAccumulator(dtype), parts))
@@ -139,15 +144,15 @@ def test_a_sum_over_ranks_takes_the_place_of_the_sum(dtype: torch.dtype) -> None
     place, plain = zeros(torch.Size((16, 300)), dtype, torch.device("cpu")), GradientAccumulator(dtype)
     fixed = GradientAccumulator(dtype, place)
     value, other = grads(2)
-    fixed.add(other, 0)
+    fixed.add(other, sum_row(0))
     for accumulator in (fixed, plain):
-        accumulator.replace(value.clone(), 1)
+        accumulator.replace(value.clone(), sum_row(1))
     assert torch.equal(fixed.value(), plain.value()) and fixed.take_as_held() is place
     # A view of the sum itself, and a gradient of more bits than the place has.
-    fixed.add(other, 0)
+    fixed.add(other, sum_row(0))
     sum_itself = fixed.value()
     before = sum_itself.clone()
-    fixed.replace(sum_itself, 1)
+    fixed.replace(sum_itself, sum_row(1))
     alone = GradientAccumulator(torch.float32, zeros(torch.Size((16, 300)), torch.bfloat16, torch.device("cpu")))
     alone.replace(value, 0)
     assert torch.equal(alone.take(), value)

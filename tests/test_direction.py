@@ -26,6 +26,7 @@ from qgalore.subspace.fit import rotate_moment
 from qgalore.update import moments
 from qgalore.update.directions import DIRECTIONS, orthogonal_directions
 from qgalore.update.low_rank import LowRankWeight
+from tests.kernels.comparison import step_row
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -141,7 +142,7 @@ def test_small_quantized_weights_are_updated_together(monkeypatch: pytest.Monkey
     """As many as have no more values than a limit; what comes out does not depend on it."""
     shapes = [(64, 96), (96, 64), (64, 64), (96, 64), (64, 64)]
     values = [16 * max(shape) for shape in shapes]
-    calls: dict[str, list[int]] = {"adam_steps": [], "update_several_quantized_": []}
+    calls: dict[str, list[int]] = {"adam_steps": [], "update_quantized_": []}
     for name, counts in calls.items():
         function = getattr(kernels, name)
 
@@ -175,9 +176,9 @@ def test_small_quantized_weights_are_updated_together(monkeypatch: pytest.Monkey
 
     for clip in (None, 1.0):
         together = trained_layers(1 << 20, clip)
-        assert calls == {"adam_steps": 3 * [5], "update_several_quantized_": 3 * [4]}
+        assert calls == {"adam_steps": 3 * [5], "update_quantized_": 3 * [4]}
         in_two = trained_layers(values[0] + values[1], clip)
-        assert calls == {"adam_steps": 3 * [3, 2], "update_several_quantized_": 3 * [3, 1]}
+        assert calls == {"adam_steps": 3 * [3, 2], "update_quantized_": 3 * [3, 1]}
         alone = trained_layers(0, clip)
         assert calls["adam_steps"] == 15 * [1]
         for one, other, third in zip(together, in_two, alone, strict=True):
@@ -190,13 +191,13 @@ def test_updates_of_layers_are_those_of_each(monkeypatch: pytest.MonkeyPatch) ->
     directions, bases = [normal(4, 64, seed=10 + i) for i in range(3)], [normal(4, 20, seed=20 + i) for i in range(3)]
     how = [(0.1, 0.9, 5), (0.0, 1.0, 6), (0.2, 0.8, 7)]
     updates = [
-        LayerUpdate(layer, direction, basis, None, *numbers, None)
+        LayerUpdate(layer, direction, basis, None, step_row(*numbers))
         for layer, direction, basis, numbers in zip(layers, directions, bases, how, strict=True)
     ]
     stays = layers[1].weight.clone()
     update_layers_(updates)
     for layer, direction, basis, numbers in zip(alone, directions, bases, how, strict=True):
-        layer.update_(direction, basis, None, *numbers)
+        layer.update_(direction, basis, None, step_row(*numbers))
     for one, other in zip(layers, alone, strict=True):
         assert all(torch.equal(one.state_dict()[key], value) for key, value in other.state_dict().items())
     assert torch.equal(layers[1].weight, stays), "a learning rate of 0"
@@ -204,7 +205,7 @@ def test_updates_of_layers_are_those_of_each(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="float"):
         update_layers_([updates[0]._replace(layer=float_layer)])
     # Autograd has to see what a kernel writes, unless CUDA graphs run the layer.
-    monkeypatch.setattr(kernels, "update_several_quantized_", lambda updates, skip: None)
+    monkeypatch.setattr(kernels, "update_quantized_", lambda updates, skip: None)
     layers[2].checks_version = False
     before = [layer.weight._version for layer in layers]
     update_layers_(updates)

@@ -18,6 +18,7 @@ from qgalore.graphs.dequant_cache import held_bases, held_weights
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.layer.linear import LowRankLinear
 from qgalore.update.low_rank import LowRankWeight
+from tests.kernels.comparison import step_row
 from tests.test_layer_graphs import CASES, emulate_graphs, trained
 
 MATRICES = 3
@@ -91,7 +92,7 @@ class Training:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of matrices of each call into the door to dequantize, but for what the reference does inside it."""
     found: list[int] = []
-    alone, several, update = kernels.dequantize, kernels.dequantize_several, kernels.update_several_quantized_
+    alone, several, update = kernels.dequantize, kernels.dequantize_several, kernels.update_quantized_
 
     def counted(*args: Any) -> Tensor:
         found.append(1)
@@ -110,7 +111,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(kernels, "dequantize", counted)
     monkeypatch.setattr(kernels, "dequantize_several", counted_together)
-    monkeypatch.setattr(kernels, "update_several_quantized_", uncounted)
+    monkeypatch.setattr(kernels, "update_quantized_", uncounted)
     yield found
 
 
@@ -199,7 +200,7 @@ def test_a_weight_is_not_held_beyond_its_update() -> None:
     changed, other = training.linears[:2]
     with held_weights([changed, other], torch.float32):
         before = changed.padded_weight(torch.float32)
-        changed.update_(torch.ones(24, 24), None, None, 0.1, 1.0, 0)
+        changed.update_(torch.ones(24, 24), None, None, step_row(0.1, 1.0, 0))
         assert not torch.equal(changed.padded_weight(torch.float32), before)
         assert changed.held_weight is None and other.held_weight is not None
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
 from qgalore.kernels import reference
+from tests.kernels.comparison import step_row
 from tests.taps import FactorTap
 
 INT8 = WeightFormat(bits=8, int8_products=True)
@@ -138,17 +139,17 @@ def test_a_row_is_one_group_whatever_the_group_size() -> None:
         assert module.weight_scale is not None and module.weight_scale.shape == (6, 1)
         before = module.dequantized_weight(torch.float32)
         assert ((before - normal(6, columns)).abs() <= module.weight_scale.float() / 2 + 1e-6).all()
-        module.update_(torch.ones(6, columns), None, None, 0.5, 1.0, 1)
+        module.update_(torch.ones(6, columns), None, None, step_row(0.5, 1.0, 1))
         assert float((before - module.dequantized_weight(torch.float32)).mean()) == pytest.approx(0.5, abs=2e-3)
         assert module.weight_scale.shape == (6, 1)
 
 
-def test_a_whole_number_of_eights_has_kernels_that_read_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_number_of_eights_has_kernels_that_read_rows_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
     # The widths of all matrices of the configs.
     for columns in (512, 768, 1024, 1376, 1708, 2048, 2736, 4096, 5120, 5461, 11008, 13824):
-        assert kernels.reads_numbers(torch.device("cpu"), INT8.group_size_of(columns))
+        assert kernels.reads_rows_on_device(torch.device("cpu"), INT8.group_size_of(columns))
 
 
 @pytest.mark.parametrize(
@@ -222,5 +223,5 @@ def test_a_copy_is_independent() -> None:
     module = layer(24, 16)
     twin, x = copy.deepcopy(module), normal(4, 24)
     before = twin(x)
-    module.update_(torch.ones(16, 24), None, None, 0.1, 1.0, 0)
+    module.update_(torch.ones(16, 24), None, None, step_row(0.1, 1.0, 0))
     assert torch.equal(twin(x), before) and not torch.equal(module(x), before)

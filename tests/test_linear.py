@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from qgalore import GaLoreAdamW, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
+from tests.kernels.comparison import step_row
 from tests.taps import FactorTap
 
 FORMATS = {
@@ -108,7 +109,7 @@ def test_a_weight_changed_between_forward_and_backward_is_noticed(storage: str) 
     module = layer(storage)
     module.attach(Recorder())
     output = module(normal(4, 21).requires_grad_()).sum()
-    module.update_(torch.ones(10, 21), None, None, 0.1, 1.0, 0)
+    module.update_(torch.ones(10, 21), None, None, step_row(0.1, 1.0, 0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
 
@@ -166,7 +167,7 @@ def test_update_moves_the_weight(rounds: int, storage: str) -> None:
     direction, left = normal(4, 300), normal(4, 32, seed=1) / 8
     expected = start.clone()
     for seed in range(rounds):
-        module.update_(direction, left, None, 0.003 / rounds, 1 - 0.01 / rounds, seed)
+        module.update_(direction, left, None, step_row(0.003 / rounds, 1 - 0.01 / rounds, seed))
         expected = expected * (1 - 0.01 / rounds) - 0.003 / rounds * left.T @ direction
     change = module.dequantized_weight(torch.float32).detach() - start
     wanted = expected - start
@@ -179,7 +180,7 @@ def test_simulation_keeps_the_weight_on_the_grid() -> None:
     assert torch.equal(simulated.weight, quantized.dequantized_weight(torch.float32))
     for seed in range(5):
         for module in (simulated, quantized):
-            module.update_(normal(32, 300, seed=seed), None, None, 0.001, 1.0, seed)
+            module.update_(normal(32, 300, seed=seed), None, None, step_row(0.001, 1.0, seed))
         assert torch.equal(simulated.weight, quantized.dequantized_weight(torch.float32))
     assert simulated.weight[0].unique().numel() <= 2 * 256
 
@@ -187,14 +188,14 @@ def test_simulation_keeps_the_weight_on_the_grid() -> None:
 def test_nearest_rounding_forgets_small_updates_and_stochastic_does_not() -> None:
     for stochastic in (False, True):
         module = LowRankLinear(normal(64, 256), None, WeightFormat(bits=8, stochastic_rounding=stochastic))
-        module.update_(torch.zeros(64, 256), None, None, 1.0, 1.0, 0)  # settle on a grid
+        module.update_(torch.zeros(64, 256), None, None, step_row(1.0, 1.0, 0))  # settle on a grid
         start = module.dequantized_weight(torch.float32)
         direction = torch.full((64, 256), -1.0)
         low, high = start.aminmax(dim=1, keepdim=True)
         direction[(start == low) | (start == high)] = 0.0
         step = float((high - low).mean()) / 255
         for seed in range(100):
-            module.update_(direction, None, None, 0.02 * step, 1.0, seed)
+            module.update_(direction, None, None, step_row(0.02 * step, 1.0, seed))
         share = float((module.dequantized_weight(torch.float32) - start).mean()) / (2 * step)
         assert abs(share - (1.0 if stochastic else 0.0)) < 0.1
 
@@ -210,7 +211,7 @@ def test_a_copy_is_independent(storage: str) -> None:
     assert twin.tap is None and twin.anchor is None and module.tap is tap
     x = normal(4, 21).requires_grad_()
     before = twin(x)
-    module.update_(torch.ones(10, 21), None, None, 0.1, 1.0, 0)
+    module.update_(torch.ones(10, 21), None, None, step_row(0.1, 1.0, 0))
     assert torch.equal(twin(x), before)
     assert not torch.equal(module(x), before)
     twin_tap = Recorder()

@@ -38,6 +38,7 @@ from qgalore.config import SubspaceConfig
 from qgalore.graphs.dequant_cache import held_bases, held_weights
 from qgalore.update.directions import DIRECTIONS, orthogonal_directions
 from qgalore.update.moments import GradientStep, init_moments
+from tests.kernels.comparison import step_row
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
 CONFIG = LlamaConfig.from_dict(
@@ -387,7 +388,7 @@ def test_a_direction_of_one_moment_takes_what_is_planned(bits: int) -> None:
     grad = torch.randn(128, 4096).bfloat16()
 
     def direct() -> None:
-        DIRECTIONS["orthogonal"].steps([GradientStep(state, grad, 1, (0.9, 0.99), 1e-8)], None)
+        DIRECTIONS["orthogonal"].steps([GradientStep(state, grad, step_row(), (0.9, 0.99), 1e-8)], None)
 
     direct()  # which makes tables
     taken = profiled_peak(direct)

@@ -14,6 +14,7 @@ from peft_pretraining.checkpoint.store import check_model_tensors, load_checkpoi
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, quantize
 from qgalore.kernels import reference
 from qgalore.layer.quantization import aligned_row_bytes, dequantize_several, row_bytes
+from tests.kernels.comparison import step_row
 
 ROWS, COLUMNS = 10, 61
 FORMATS = {
@@ -124,7 +125,7 @@ def test_updates_are_those_of_the_formula(format: WeightFormat) -> None:
     basis, random = normal(4, ROWS, seed=1), None
     for seed in range(5):
         direction = normal(4, COLUMNS, seed=seed)
-        module.update_(direction, basis, None, 0.01, 0.99, seed)
+        module.update_(direction, basis, None, step_row(0.01, 0.99, seed))
         unpacked = codes if format.bits == 8 else reference.unpack_int4(codes, COLUMNS)
         weight = reference.dequantize_groups(unpacked, scale, zero_point, module.group_size, torch.float32)
         weight = weight * 0.99 - (basis.T @ direction) * 0.01

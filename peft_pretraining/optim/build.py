@@ -20,7 +20,7 @@ from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_opt
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.graphs.runner import LayerGraphs
-from qgalore.kernels import reads_numbers
+from qgalore.kernels import reads_rows_on_device
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update.all_reduce import AllReduce
 
@@ -114,5 +114,5 @@ def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
     if run is None or not isinstance(optimizer, LowRankAdamW):
         return
     matrices = [layer for layer in layers.modules() if isinstance(layer, LowRankLinear)]
-    if device.type == "cuda" and all(reads_numbers(device, x.group_size) for x in matrices):
+    if device.type == "cuda" and all(reads_rows_on_device(device, x.group_size) for x in matrices):
         model.run_layers_by(LayerGraphs(list(layers), run, optimizer))

@@ -37,8 +37,6 @@ class CapturedStack(EagerStack):
         self._buffers = self._message_buffers(x)
         self._sent: dict[int, RankSum] = {}
         """The message that a layer's graph makes."""
-        count = sum(map(len, self._weights))
-        self._numbers = torch.zeros(count, 8, dtype=torch.int32, device=x.device)
         self._inputs.append(torch.empty_like(x).requires_grad_())
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:
@@ -58,7 +56,7 @@ class CapturedStack(EagerStack):
     @contextlib.contextmanager
     def memory(self) -> Iterator[None]:
         """See `LayerGraphs`; `torch.cuda.use_mem_pool` for the pool of graphs, which is a number and no MemPool."""
-        device = self._numbers.device.index
+        device = self._inputs[0].device.index
         torch._C._cuda_beginAllocateCurrentThreadToPool(device, self._pool)
         try:
             yield
@@ -79,7 +77,10 @@ class CapturedStack(EagerStack):
 
     def backward(self, grad: Tensor) -> Tensor:
         """See `EagerStack`; layers in which a subspace is refreshed run from Python."""
-        self._write_numbers()
+        if self._at_once:
+            self._optimizer.write_update_rows()
+        else:
+            self._optimizer.write_sum_rows()
         self._place.copy_(grad)
         self._run_backward()
         return self._place
@@ -94,9 +95,7 @@ class CapturedStack(EagerStack):
         """A part of a layer's backward pass by its graph."""
         key, only_sends = (work.__name__, index), self._sends and work == self._gradients
         if key not in self._graphs:
-            self._numbers_in_use(True)
             self._graphs[key] = self._capture(functools.partial(work, index, ANY_MEMORY))
-            self._numbers_in_use(False)
             if only_sends:
                 self._sent[index] = self._messages[index]
         elif only_sends:
@@ -121,24 +120,6 @@ class CapturedStack(EagerStack):
 
     def _buffer_of(self, index: int) -> Tensor | None:
         return self._buffers[index % 2] if self._buffers else None
-
-    def _write_numbers(self) -> None:
-        weights = itertools.chain(*self._weights)
-        if self._at_once:
-            rows = [weight.numbers_of_update() for weight in weights]
-        else:
-            rows = [weight.numbers_of_next_sum() for weight in weights]
-        # A new pinned buffer each time: the copy may still be under way when the next one is written.
-        self._numbers.copy_(torch.tensor(rows, dtype=torch.int32).pin_memory(), non_blocking=True)
-
-    def _numbers_in_use(self, used: bool) -> None:
-        """Let what is launched read the table, or again take the numbers of the host."""
-        rows = self._numbers.unbind() if used else [None] * len(self._numbers)
-        for weight, row in zip(itertools.chain(*self._weights), rows, strict=True):
-            if self._at_once:
-                weight.numbers = row
-            else:
-                weight.numbers_of_sums = row
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A graph of what `work` launches; nothing of it has run yet."""

@@ -2,7 +2,6 @@
 
 from qgalore.kernels.api import (
     PART,
-    adam_step,
     adam_steps,
     check_gradients_,
     dequantize,
@@ -15,14 +14,13 @@ from qgalore.kernels.api import (
     project_back,
     quantize,
     quantize_blocks_,
-    reads_numbers,
+    reads_rows_on_device,
     row_chunks,
     scaled,
     update_float_,
     update_quantized_,
-    update_several_quantized_,
 )
-from qgalore.kernels.arguments import MATRICES_TOGETHER, AdamStep, QuantizedMatrix, QuantizedUpdate, numbers_row
+from qgalore.kernels.arguments import MATRICES_TOGETHER, AdamStep, QuantizedMatrix, QuantizedUpdate, StepScalars
 from qgalore.kernels.backend import use_triton
 
 __all__ = [
@@ -31,7 +29,7 @@ __all__ = [
     "AdamStep",
     "QuantizedMatrix",
     "QuantizedUpdate",
-    "adam_step",
+    "StepScalars",
     "adam_steps",
     "check_gradients_",
     "dequantize",
@@ -40,16 +38,14 @@ __all__ = [
     "int8_linear",
     "int8_linear_backward",
     "momentum_step",
-    "numbers_row",
     "orthogonalize",
     "project_back",
     "quantize",
     "quantize_blocks_",
-    "reads_numbers",
+    "reads_rows_on_device",
     "row_chunks",
     "scaled",
     "update_float_",
     "update_quantized_",
-    "update_several_quantized_",
     "use_triton",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qgalore.kernels import reference
-from qgalore.kernels.arguments import MATRICES_TOGETHER, AdamStep, QuantizedMatrix, QuantizedUpdate
+from qgalore.kernels.arguments import MATRICES_TOGETHER, AdamStep, QuantizedMatrix, QuantizedUpdate, StepScalars
 from qgalore.kernels.backend import check_matrix, triton_or_none
 
 
@@ -45,18 +45,18 @@ def _taken_back_if(skip: Tensor | None, *tensors: Tensor | None) -> Iterator[Non
         tensor.copy_(torch.where(skip, copy, tensor))
 
 
-def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a float matrix (rows, columns): stored codes, scale, zero point.
 
     Codes are uint8, (rows, columns) at 8 bits and packed two a byte, (rows, ceil(columns / 2)), at 4; scale and zero
-    point are bfloat16, (rows, ceil(columns / group_size)). Nearest without a seed, stochastic with one.
+    point are bfloat16, (rows, ceil(columns / group_size)). Nearest without a step row, stochastic with the seed of one.
     """
     check_matrix(x, "x")
     _check_format(bits, group_size)
     triton = triton_or_none(x.device, "group_quantization")
     if triton is not None and triton.can_handle(group_size):
-        return triton.quantize(x, bits, group_size, seed)  # type: ignore[no-any-return]
-    parts = []
+        return triton.quantize(x, bits, group_size, row)  # type: ignore[no-any-return]
+    parts, seed = [], None if row is None else StepScalars.unpack(row).seed
     for start, stop in row_chunks(*x.shape):
         random = _random_bits(stop - start, x.shape[1], seed, start, x.device)
         codes, scale, zero_point = reference.quantize_groups(x[start:stop], bits, group_size, random)
@@ -116,51 +116,32 @@ def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Seq
         skip.logical_or_(~squared_norms[place].isfinite())
 
 
-def adam_step(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_absmax: Tensor | None,
-    exp_avg_sq: Tensor,
-    exp_avg_sq_absmax: Tensor | None,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
-    block_size: int,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    numbers: Tensor | None = None,
-) -> Tensor:
-    """One step of Adam with the gradient factor * grad: moves the moments in place and returns the direction in dtype.
-
-    grad float of any shape; exp_avg, exp_avg_sq uint8 like grad with absmax tensors (ceil(numel / block_size),)
-    float32, or float32 without; step counts from 1. Where the flag `skip` is true the moments stay and the direction
-    is undefined. With `numbers` (see `numbers_row`) the step's come from there.
-    """
-    triton = triton_or_none(grad.device, "adam")
-    if triton is not None:
-        moments = exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax
-        one = AdamStep(grad, *moments, step, betas, eps, factor, dtype, numbers)
-        return triton.adam_steps([one], block_size, skip)[0]  # type: ignore[no-any-return]
-    _no_numbers(numbers)
-    grad = scaled(grad, factor)
-    with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
-        if exp_avg_absmax is None or exp_avg_sq_absmax is None:
-            return reference.adam_direction(grad, exp_avg, exp_avg_sq, step, betas, eps).to(dtype)
-        first = dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
-        second = dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
-        direction = reference.adam_direction(grad, first, second, step, betas, eps)
-        quantize_blocks_(exp_avg, exp_avg_absmax, first, True, block_size)
-        quantize_blocks_(exp_avg_sq, exp_avg_sq_absmax, second, False, block_size)
-    return direction.to(dtype)
-
-
 def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None = None) -> list[Tensor]:
-    """`adam_step` of several weights: in Triton one launch for those whose tensors and rates are of one kind."""
+    """One step of Adam for each weight, with the gradient factor * grad: moves the moments in place.
+
+    Returns the directions, each in its dtype. grad float of any shape; exp_avg, exp_avg_sq uint8 like grad with absmax
+    tensors (ceil(numel / block_size),) float32, or float32 without; the bias corrections come from the step row. Where
+    the flag `skip` is true the moments stay and the directions are undefined. In Triton one launch for those whose
+    tensors and rates are of one kind.
+    """
     triton = triton_or_none(steps[0].grad.device, "adam")
     if triton is not None:
         return triton.adam_steps(steps, block_size, skip)  # type: ignore[no-any-return]
-    return [adam_step(*step[:8], block_size, step.factor, skip, step.dtype, step.numbers) for step in steps]
+    return [_adam_step(step, block_size, skip) for step in steps]
+
+
+def _adam_step(step: AdamStep, block_size: int, skip: Tensor | None) -> Tensor:
+    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, row, betas, eps, factor, dtype = step
+    grad, corrections = scaled(grad, factor), StepScalars.unpack(row)[3:]
+    with _taken_back_if(skip, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax):
+        if exp_avg_absmax is None or exp_avg_sq_absmax is None:
+            return reference.adam_direction(grad, exp_avg, exp_avg_sq, corrections, betas, eps).to(dtype)
+        first = dequantize_blocks(exp_avg, exp_avg_absmax, True, block_size)
+        second = dequantize_blocks(exp_avg_sq, exp_avg_sq_absmax, False, block_size)
+        direction = reference.adam_direction(grad, first, second, corrections, betas, eps)
+        quantize_blocks_(exp_avg, exp_avg_absmax, first, True, block_size)
+        quantize_blocks_(exp_avg_sq, exp_avg_sq_absmax, second, False, block_size)
+    return direction.to(dtype)
 
 
 def momentum_step(
@@ -206,68 +187,22 @@ def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float,
     return found
 
 
-def update_quantized_(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    direction: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    columns: int,
-    bits: int,
-    group_size: int,
-    step_size: float,
-    decay: float,
-    seed: int | None,
-    skip: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """W <- quantize(decay * W - step_size * leftᵀ N right) in place on the stored codes, scale and zero point.
+def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:
+    """W <- quantize(decay * W - step_size * leftᵀ N right) in place on the stored codes of each weight.
 
     direction N is float, (rank or rows, rank or columns); left (rank, rows) and right (rank, columns) are bases or
-    None. Products accumulate in float32, and there is one rounding: nearest without a seed, stochastic with one. Where
-    the flag `skip` is true nothing changes. With `numbers` (see `numbers_row`) step size,
-    decay and seed come from there. Rows of qdata may be longer than the matrix, with zeros at the end, which stay: as
-    kernels read to the end of a row, they are fastest where that is a multiple of 16 bytes.
+    None. Step size, decay and seed come from the step row. Products accumulate in float32, and there is one rounding:
+    stochastic, or nearest where that is not asked for. Where the flag `skip` is true, or the step size 0 and the decay
+    1, nothing changes. Rows of qdata may be longer than the matrix, with zeros at the end, which stay: as kernels read
+    to the end of a row, they are fastest where that is a multiple of 16 bytes. In Triton one launch for the weights
+    with one basis that are stored alike.
     """
-    triton = triton_or_none(qdata.device, "group_quantization")
-    if triton is not None and not triton.can_handle(group_size):
-        triton = None
-    one = QuantizedUpdate(
-        qdata, scale, zero_point, direction, left, right, columns, bits, group_size, step_size, decay, seed, numbers
-    )
-    if _in_one_pass(one):
-        triton_or_none(qdata.device, "low_rank_update").low_rank_updates_([one], skip)
-        return
-    if triton is not None and left is None and right is None:
-        triton.update_(
-            qdata, scale, zero_point, direction, columns, bits, group_size, step_size, decay, seed, 0, skip, numbers
-        )
-        return
-    for start, stop in row_chunks(qdata.shape[0], columns):
-        part = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
-        full = reference.project_back_rows(direction, left, right, start, stop)
-        if triton is not None:
-            triton.update_(*part, full, columns, bits, group_size, step_size, decay, seed, start, skip, numbers)
-            continue
-        _no_numbers(numbers)
-        with _taken_back_if(skip, *part):
-            weight = dequantize(*part, columns, bits, group_size, torch.float32)
-            weight.mul_(decay).sub_(full * step_size)
-            random = _random_bits(stop - start, columns, seed, start, weight.device)
-            codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
-            packed = reference.pack_int4(codes) if bits == 4 else codes
-            part[0][:, : packed.shape[1]] = packed
-
-
-def update_several_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:
-    """`update_quantized_` of several weights: in Triton one launch for those with one basis that are stored alike."""
     one_pass = [update for update in updates if _in_one_pass(update)]
     if one_pass:
         triton_or_none(one_pass[0].qdata.device, "low_rank_update").low_rank_updates_(one_pass, skip)
     for update in updates:
         if not _in_one_pass(update):
-            update_quantized_(*update[:-1], skip, update.numbers)
+            _update_by_rows_(update, skip)
 
 
 def _in_one_pass(update: QuantizedUpdate) -> bool:
@@ -277,55 +212,74 @@ def _in_one_pass(update: QuantizedUpdate) -> bool:
     return triton is not None and one_side and bool(triton.can_handle(update.group_size))
 
 
+def _update_by_rows_(update: QuantizedUpdate, skip: Tensor | None) -> None:
+    """One update in two passes: rows of the direction are projected back, then added and requantized."""
+    qdata, scale, zero_point, direction, left, right, columns, bits, group_size, row, stochastic = update
+    triton = triton_or_none(qdata.device, "group_quantization")
+    if triton is not None and triton.can_handle(group_size):
+        whole = left is None and right is None
+        for start, stop in [(0, len(qdata))] if whole else row_chunks(len(qdata), columns):
+            full = direction if whole else reference.project_back_rows(direction, left, right, start, stop)
+            part = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
+            triton.update_(*part, full, columns, bits, group_size, row, stochastic, start, skip)
+        return
+    seed, step_size, decay, *_ = scalars = StepScalars.unpack(row)
+    if scalars.changes_nothing:
+        return
+    for start, stop in row_chunks(len(qdata), columns):
+        part = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
+        full = reference.project_back_rows(direction, left, right, start, stop)
+        with _taken_back_if(skip, *part):
+            weight = dequantize(*part, columns, bits, group_size, torch.float32)
+            weight.mul_(decay).sub_(full * step_size)
+            random = _random_bits(stop - start, columns, seed if stochastic else None, start, weight.device)
+            codes, part[1][:], part[2][:] = reference.quantize_groups(weight, bits, group_size, random)
+            packed = reference.pack_int4(codes) if bits == 4 else codes
+            part[0][:, : packed.shape[1]] = packed
+
+
 def update_float_(
     weight: Tensor,
     direction: Tensor,
     left: Tensor | None,
     right: Tensor | None,
-    step_size: float,
-    decay: float,
-    seed: int | None,
+    row: Tensor,
+    stochastic: bool = True,
     row_start: int = 0,
     skip: Tensor | None = None,
-    numbers: Tensor | None = None,
 ) -> None:
     """W <- round(decay * W - step_size * leftᵀ N right) in place on a float tensor, float32 inside.
 
-    With a seed a bfloat16 weight is rounded stochastically, since a nearest rounding loses every update below 1/512
-    of the weight; other dtypes round to nearest. A vector is a matrix of one row; `row_start` is the number of the
-    first row in the matrix that the seed belongs to. Where the flag `skip` is true nothing changes. With
-    `numbers` (see `numbers_row`) step size, decay and seed come from there.
+    Step size, decay and seed come from the step row. A bfloat16 weight is rounded stochastically where that is asked
+    for, since a nearest rounding loses every update below 1/512 of the weight; other dtypes round to nearest. A vector
+    is a matrix of one row; `row_start` is the number of the first row in the matrix that the seed belongs to. Where the
+    flag `skip` is true nothing changes.
     """
     matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
     direction = direction if left is not None or right is not None else direction.view(matrix.shape)
+    stochastic = stochastic and weight.dtype == torch.bfloat16
     triton = triton_or_none(weight.device, "float_update")
     if triton is not None and left is None and right is None:
-        triton.update_float_(matrix, direction, step_size, decay, seed, row_start, skip, numbers)
+        triton.update_float_(matrix, direction, row, stochastic, row_start, skip)
         return
     for start, stop in row_chunks(*matrix.shape):
-        full = reference.project_back_rows(direction, left, right, start, stop)
+        full, part = reference.project_back_rows(direction, left, right, start, stop), matrix[start:stop]
         if triton is not None:
-            triton.update_float_(matrix[start:stop], full, step_size, decay, seed, row_start + start, skip, numbers)
+            triton.update_float_(part, full, row, stochastic, row_start + start, skip)
             continue
-        _no_numbers(numbers)
-        with _taken_back_if(skip, matrix[start:stop]):
-            value = matrix[start:stop].float().mul(decay).sub_(full * step_size)
-            if seed is not None and weight.dtype == torch.bfloat16:
-                random = _random_bits(stop - start, matrix.shape[1], seed, row_start + start, weight.device)
-                assert random is not None
+        seed, step_size, decay, *_ = StepScalars.unpack(row)
+        with _taken_back_if(skip, part):
+            value = part.float().mul(decay).sub_(full * step_size)
+            if stochastic:
+                random = reference.random_bits16(part.shape[0], part.shape[1], seed, row_start + start, weight.device)
                 value = reference.round_stochastic_bfloat16(value, random)
-            matrix[start:stop] = value
+            part[:] = value
 
 
-def reads_numbers(device: torch.device, group_size: int) -> bool:
-    """Whether updates on this device can take their numbers from it, of weights in groups of that size."""
+def reads_rows_on_device(device: torch.device, group_size: int) -> bool:
+    """Whether updates of weights in groups of that size read their step rows where they are, as CUDA graphs need it."""
     triton = triton_or_none(device, "group_quantization")
     return triton is not None and bool(triton.can_handle(group_size))
-
-
-def _no_numbers(numbers: Tensor | None) -> None:
-    if numbers is not None:
-        raise ValueError("only Triton kernels read the numbers of an update from the device")
 
 
 def _random_bits(rows: int, columns: int, seed: int | None, row_start: int, device: torch.device) -> Tensor | None:

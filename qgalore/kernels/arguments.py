@@ -16,19 +16,18 @@ Item = TypeVar("Item")
 
 
 class AdamStep(NamedTuple):
-    """Arguments of `qgalore.kernels.adam_step` that belong to one weight."""
+    """Arguments of `qgalore.kernels.adam_steps` that belong to one weight."""
 
     grad: Tensor
     exp_avg: Tensor
     exp_avg_absmax: Tensor | None
     exp_avg_sq: Tensor
     exp_avg_sq_absmax: Tensor | None
-    step: int
+    row: Tensor
     betas: tuple[float, float]
     eps: float
     factor: Tensor | None = None
     dtype: torch.dtype = torch.float32
-    numbers: Tensor | None = None
 
 
 class QuantizedUpdate(NamedTuple):
@@ -43,10 +42,8 @@ class QuantizedUpdate(NamedTuple):
     columns: int
     bits: int
     group_size: int
-    step_size: float
-    decay: float
-    seed: int | None
-    numbers: Tensor | None = None
+    row: Tensor
+    stochastic: bool = True
 
 
 class QuantizedMatrix(NamedTuple):
@@ -71,21 +68,40 @@ def launches(
     return [places[start : start + at_most] for places in alike.values() for start in range(0, len(places), at_most)]
 
 
-def numbers_row(seed: int, step_size: float, decay: float, step: int, betas: tuple[float, float]) -> list[int]:
-    """The numbers of one weight's update as eight 32-bit integers, floats by their bits, for a row of a tensor.
+class StepScalars(NamedTuple):
+    """What an update of one weight takes beside tensors."""
 
-    Kernels that read them from the device, (8,) int32, can be replayed from a CUDA graph in later updates. The last two
-    are zeros, so that all rows of a table are aligned alike: for another alignment Triton would compile again.
-    """
-    halves = (seed & 0xFFFFFFFF, seed >> 32)
-    floats = (step_size, decay, 1.0 / (1.0 - betas[0] ** step), 1.0 / (1.0 - betas[1] ** step))
-    return list(struct.unpack("<8i", struct.pack("<2I4f2i", *halves, *floats, 0, 0)))
+    seed: int
+    """Of the stochastic rounding, 64 bits."""
+    step_size: float
+    """The direction is subtracted so many times."""
+    decay: float
+    """The weight is multiplied by it first."""
+    inverse_correction1: float = 1.0
+    """1 / (1 - beta1^step), Adam's bias correction of the first moment."""
+    inverse_correction2: float = 1.0
+    """The same of the second."""
 
+    def pack(self) -> list[int]:
+        """As the eight 32-bit integers of a step row, floats by their bits.
 
-def seed_words(seed: int | None) -> tuple[int, int]:
-    """Twice the lower and the upper half of a seed, 0 for none, plus 1, plus 2^40.
+        The last two are zeros, so that all rows of a table are aligned alike: for another alignment Triton would
+        compile again.
+        """
+        low, high = self.seed & 0xFFFFFFFF, self.seed >> 32
+        return list(struct.unpack("<8i", struct.pack("<2I4f2i", low, high, *self[1:], 0, 0)))
 
-    Triton compiles anew for numbers in a tuple that are 1, multiples of 16, or wider than others: these never differ.
-    """
-    low, high = divmod(seed or 0, 1 << 32)[::-1]
-    return 2 * low + 1 + (1 << 40), 2 * high + 1 + (1 << 40)
+    def row(self, device: torch.device | str = "cpu") -> Tensor:
+        """As a step row, (8,) int32, which kernels read: so CUDA graphs can be replayed in a later step."""
+        return torch.tensor(self.pack(), dtype=torch.int32, device=device)
+
+    @classmethod
+    def unpack(cls, row: Tensor) -> StepScalars:
+        """From a step row; waits for its device."""
+        low, high, *floats, _, _ = struct.unpack("<2I4f2i", struct.pack("<8i", *row.tolist()))
+        return cls(low | high << 32, *floats)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether an update leaves every bit, as with a learning rate of 0: requantizing would move the grid."""
+        return self.step_size == 0 and self.decay == 1

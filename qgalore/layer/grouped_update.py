@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qgalore import kernels
-from qgalore.layer.linear import LowRankLinear, changes_nothing
+from qgalore.layer.linear import LowRankLinear
 
 
 class LayerUpdate(NamedTuple):
@@ -18,10 +18,7 @@ class LayerUpdate(NamedTuple):
     direction: Tensor
     left: Tensor | None
     right: Tensor | None
-    step_size: float
-    decay: float
-    seed: int
-    numbers: Tensor | None
+    row: Tensor
 
 
 def update_layers_(updates: Sequence[LayerUpdate], skip: Tensor | None = None) -> None:
@@ -29,7 +26,6 @@ def update_layers_(updates: Sequence[LayerUpdate], skip: Tensor | None = None) -
 
     Raises ValueError for a layer with a float weight.
     """
-    updates = [each for each in updates if not changes_nothing(each.step_size, each.decay, each.numbers)]
-    kernels.update_several_quantized_([update.layer.quantized_update(*update[1:]) for update in updates], skip)
+    kernels.update_quantized_([update.layer.quantized_update(*update[1:]) for update in updates], skip)
     for update in updates:
         update.layer.was_written()

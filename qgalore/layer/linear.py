@@ -33,11 +33,6 @@ JOINED_WEIGHT_BYTES = 32 << 20
 and a product with one of them takes so long that there is nothing to gain."""
 
 
-def changes_nothing(step_size: float, decay: float, numbers: Tensor | None) -> bool:
-    """Whether an update leaves every bit, as with a learning rate of 0: requantizing would move the grid."""
-    return step_size == 0 and decay == 1 and numbers is None
-
-
 class LowRankLinear(nn.Module):
     """`nn.Linear` with a weight in `format` and a tap for its gradient; made by `LowRankLinear.from_linear`."""
 
@@ -55,7 +50,7 @@ class LowRankLinear(nn.Module):
             self.register_buffer("weight_scale", None)
             self.register_buffer("weight_zero_point", None)
             if format.simulate:
-                self.weight.data.copy_(self._to_grid(weight.detach(), seed=None))
+                self.weight.data.copy_(self._to_grid(weight.detach(), None))
         else:
             quantized = quantize(weight.detach(), format.bits, self.group_size).with_aligned_rows()
             self.weight = Codes(quantized.qdata)
@@ -251,40 +246,25 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def update_(
-        self,
-        direction: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-        step_size: float,
-        decay: float,
-        seed: int,
-        skip: Tensor | None = None,
-        numbers: Tensor | None = None,
+        self, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, skip: Tensor | None = None
     ) -> None:
         """W <- round(decay * W - step_size * leftᵀ N right), in place; `qgalore.kernels` has the shapes."""
-        if changes_nothing(step_size, decay, numbers):
-            return
-        rounding = seed if self.format.stochastic_rounding else None
         if self.quantized_weight is not None:
-            update = self.quantized_update(direction, left, right, step_size, decay, seed, numbers)
-            kernels.update_several_quantized_([update], skip)
+            kernels.update_quantized_([self.quantized_update(direction, left, right, row)], skip)
         elif self.format.simulate:
+            # Scalars (), which may lie on a device: nothing waits for them.
+            step_size, decay = row.view(torch.float32)[2:4].unbind()
             full = kernels.project_back(direction, left, right)
-            value = self._to_grid(self.weight.float().mul(decay).sub_(full * step_size), rounding)
-            self.weight.copy_(value if skip is None else torch.where(skip, self.weight, value))
+            value = self._to_grid(self.weight.float().mul(decay).sub_(full * step_size), row)
+            unchanged = (step_size == 0) & (decay == 1)
+            skip = unchanged if skip is None else skip | unchanged
+            self.weight.copy_(torch.where(skip, self.weight, value))
         else:
-            kernels.update_float_(self.weight, direction, left, right, step_size, decay, rounding, 0, skip, numbers)
+            kernels.update_float_(self.weight, direction, left, right, row, self.format.stochastic_rounding, skip=skip)
         self.was_written()
 
     def quantized_update(
-        self,
-        direction: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-        step_size: float,
-        decay: float,
-        seed: int,
-        numbers: Tensor | None = None,
+        self, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor
     ) -> kernels.QuantizedUpdate:
         """`update_` for a kernel that updates several weights, after which `was_written` is due.
 
@@ -295,7 +275,7 @@ class LowRankLinear(nn.Module):
             raise ValueError("the weight of a layer is float: LowRankLinear.update_ updates it")
         return kernels.QuantizedUpdate(
             weight.qdata, weight.scale, weight.zero_point, direction, left, right, weight.columns, weight.bits,
-            weight.group_size, step_size, decay, seed if self.format.stochastic_rounding else None, numbers,
+            weight.group_size, row, self.format.stochastic_rounding,
         )  # fmt: skip
 
     def was_written(self) -> None:
@@ -304,9 +284,10 @@ class LowRankLinear(nn.Module):
         if self.checks_version:
             torch.autograd.graph.increment_version(self.weight)
 
-    def _to_grid(self, value: Tensor, seed: int | None) -> Tensor:
+    def _to_grid(self, value: Tensor, row: Tensor | None) -> Tensor:
         assert self.format.bits is not None
-        return quantize(value, self.format.bits, self.group_size, seed).dequantize(self.weight.dtype)
+        rounding = row if self.format.stochastic_rounding else None
+        return quantize(value, self.format.bits, self.group_size, rounding).dequantize(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """The shape and format, for printing a model."""

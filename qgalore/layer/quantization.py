@@ -78,13 +78,13 @@ class QuantizedTensor:
         )
 
 
-def quantize(x: Tensor, bits: int = 8, group_size: int = 256, seed: int | None = None) -> QuantizedTensor:
+def quantize(x: Tensor, bits: int = 8, group_size: int = 256, row: Tensor | None = None) -> QuantizedTensor:
     """Quantize a float matrix to `bits` in groups of `group_size` along its rows.
 
-    Without a seed to the nearest code: |dequantized - x| <= scale / 2. With one stochastically: unbiased,
-    |dequantized - x| < scale, the same bits for the same seed on every device.
+    Without a step row to the nearest code: |dequantized - x| <= scale / 2. With one (`qgalore.kernels.StepScalars`)
+    stochastically: unbiased, |dequantized - x| < scale, the same bits for the same seed on every device.
     """
-    qdata, scale, zero_point = kernels.quantize(x, bits, group_size, seed)
+    qdata, scale, zero_point = kernels.quantize(x, bits, group_size, row)
     return QuantizedTensor(qdata, scale, zero_point, x.shape[1], bits, group_size)
 
 

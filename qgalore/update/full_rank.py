@@ -22,6 +22,7 @@ from qgalore.update.directions import DIRECTIONS, Direction
 from qgalore.update.gradient_sum import Gradient, GradientAccumulator, dense, rows_of_gradient, zeros
 from qgalore.update.moments import GradientStep
 from qgalore.update.seeding import mix_seed
+from qgalore.update.step_table import StepTable
 
 HOST_STATE = ("step", "schedule", "similarities")
 """What of a weight's state lives on the CPU."""
@@ -41,18 +42,14 @@ class FullRankWeight:
         self.param, self.seed = param, seed
         self.layer: LowRankLinear | None = None
         self.name = ""
-        self.numbers: Tensor | None = None
-        """While CUDA graphs run the update: where its kernels read seed and rates (`qgalore.kernels.numbers_row`)."""
-        self.numbers_of_sums: Tensor | None = None
-        """The same while they sum gradients."""
         self._additions = 0
 
-    def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
+    def bind(self, group: dict[str, Any], states: States, table: StepTable, index: int, place: int, count: int) -> None:
         """Take up hyperparameters and state: index numbers the weights, place the low-rank ones among `count`.
 
-        states: those of all weights, into which that of this one goes as soon as it has any.
+        states: those of all weights, into which that of this one goes as soon as it has any; table: of all weights.
         """
-        self.group, self.index, self._states = group, index, states
+        self.group, self.index, self._states, self._table = group, index, states, table
         self.state = states.get(self.param, {})
         self.name = self.name or str(index)
         self._sum, self._held = self._accumulator(), self._accumulator()
@@ -124,7 +121,13 @@ class FullRankWeight:
 
     def _add(self, accumulator: GradientAccumulator, grad: Tensor) -> None:
         self._additions = 0 if accumulator.empty else self._additions + 1
-        accumulator.add(grad, self._seed(ACCUMULATION, self._additions), self.numbers_of_sums)
+        accumulator.add(grad, self._sum_row(self._additions))
+
+    def _sum_row(self, addition: int) -> Tensor:
+        """The step row for a gradient that is added to a sum; addition counts those of the update."""
+        if self._sum_dtype == torch.int8:  # others round to nearest
+            self._table.write_sum(self.index, self.sum_scalars(addition), self.param.device)
+        return self._table.sums[self.index]
 
     def fix_sum(self, alone: torch.dtype | None = None) -> None:
         """Give the sum of gradients a place of its own, as CUDA graphs need it.
@@ -152,7 +155,7 @@ class FullRankWeight:
         if summed is None:
             self._sum, self._held = self._held, self._sum
         else:
-            self._held.replace(summed[0], self._seed(ACCUMULATION, -1))
+            self._held.replace(summed[0], self._sum_row(-1))
 
     @property
     def complete_gradient(self) -> GradientAccumulator:
@@ -191,11 +194,10 @@ class FullRankWeight:
         """The complete gradient, which is not held any longer."""
         return self._held.take_as_held()
 
-    def _advance(self) -> int:
+    def _advance(self) -> None:
         if not self.state:
             self._init_state()
         self.state["step"] += 1
-        return self.step
 
     def _init_state(self) -> None:
         self._states[self.param] = self.state
@@ -246,13 +248,11 @@ class FullRankWeight:
 
     def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> GradientStep | None:
         """`update` with a flag on the device only."""
-        rounding = self._seed(ROUNDING)
-        step, group = self._advance(), self.group
+        group, row = self.group, self._row
+        self._advance()
         if self.layer is not None:
-            direction = moments.adam_step(
-                self.state, dense(grad), step, group["betas"], group["eps"], factor, skip, numbers=self.numbers
-            )
-            self.layer.update_(direction, None, None, group["lr"], self._decay, rounding, skip, self.numbers)
+            direction = moments.adam_step(self.state, dense(grad), row, group["betas"], group["eps"], factor, skip)
+            self.layer.update_(direction, None, None, row, skip)
             return None
         l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         # In parts, so that no float32 copy of a whole embedding is made.
@@ -262,12 +262,8 @@ class FullRankWeight:
             if l2:
                 part, scale = kernels.scaled(part, factor).add(weight, alpha=l2), None
             state = moments.rows_of(self.state, start, stop)
-            direction = moments.adam_step(
-                state, part, step, group["betas"], group["eps"], scale, skip, numbers=self.numbers
-            )
-            kernels.update_float_(
-                weight, direction, None, None, group["lr"], self._decay, rounding, start, skip, self.numbers
-            )
+            direction = moments.adam_step(state, part, row, group["betas"], group["eps"], scale, skip)
+            kernels.update_float_(weight, direction, None, None, row, row_start=start, skip=skip)
         return None
 
     @property
@@ -279,16 +275,20 @@ class FullRankWeight:
     def _step_size(self) -> float:
         return float(self.group["lr"])
 
-    def numbers_of_update(self) -> list[int]:
-        """What `numbers` has to hold for the next update."""
-        step, group = self.step, self.group
-        rounding = mix_seed(self.seed, step, self.index, ROUNDING)
-        return kernels.numbers_row(rounding, self._step_size, self._decay, step + 1, group["betas"])
+    @property
+    def _row(self) -> Tensor:
+        """The step row of the update that is being made."""
+        return self._table.updates[self.index]
 
-    def numbers_of_next_sum(self) -> list[int]:
-        """What `numbers_of_sums` has to hold for the next micro-batch."""
-        seed = self._seed(ACCUMULATION, self._additions + 1)
-        return kernels.numbers_row(seed, -1.0, 1.0, 1, self.group["betas"])
+    def update_scalars(self) -> kernels.StepScalars:
+        """What the row of the next update has to hold."""
+        corrections = [1.0 / (1.0 - beta ** (self.step + 1)) for beta in self.group["betas"]]
+        return kernels.StepScalars(self._seed(ROUNDING), self._step_size, self._decay, *corrections)
+
+    def sum_scalars(self, addition: int | None = None) -> kernels.StepScalars:
+        """What the row of a gradient that is added has to hold, by default the next one."""
+        addition = self._additions + 1 if addition is None else addition
+        return kernels.StepScalars(self._seed(ACCUMULATION, addition), -1.0, 1.0)
 
     def count_replayed_sum(self) -> None:
         """Keep the host's account of a gradient that a CUDA graph has added."""
@@ -301,4 +301,4 @@ class FullRankWeight:
     @property
     def _decay(self) -> float:
         group = self.group
-        return 1.0 - group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+        return 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0

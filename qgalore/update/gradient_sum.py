@@ -61,26 +61,25 @@ class GradientAccumulator:
             part.zero_()
         self._sum = place
 
-    def add(self, grad: Tensor, seed: int, numbers: Tensor | None = None) -> None:
+    def add(self, grad: Tensor, row: Tensor) -> None:
         """Add a gradient; without a place, a first one is kept as it is, without a copy.
 
-        seed is for the rounding at int8; with `numbers`, as in `qgalore.kernels.numbers_row`, it comes from there.
+        row: a step row of step size -1, for the rounding at int8.
         """
         if self._sum is None and self.place is not None:
             self.begin()
         if isinstance(self._sum, QuantizedTensor):
             q = self._sum
-            kernels.update_quantized_(
-                q.qdata, q.scale, q.zero_point, grad, None, None, q.columns, q.bits, q.group_size, -1.0, 1.0, seed,
-                None, numbers,
-            )  # fmt: skip
+            stored = (q.qdata, q.scale, q.zero_point)
+            added = kernels.QuantizedUpdate(*stored, grad, None, None, q.columns, q.bits, q.group_size, row)
+            kernels.update_quantized_([added])
         elif self._sum is not None and self._sum is self.place:
             self._sum.add_(grad)
         elif self._sum is not None:
             self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
         else:
             packs = self.dtype == torch.int8 and grad.dim() == 2
-            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, seed=seed) if packs else grad
+            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, row=row) if packs else grad
 
     def value(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone."""
@@ -102,15 +101,15 @@ class GradientAccumulator:
         assert self._sum is not None
         return self._sum
 
-    def replace(self, value: Tensor, seed: int) -> None:
-        """Forget the sum and keep `value` instead, in the accumulator's dtype; seed is for the rounding at int8."""
+    def replace(self, value: Tensor, row: Tensor) -> None:
+        """Forget the sum and keep `value` instead, in the accumulator's dtype; row as in `add`."""
         value = value.to(self.dtype) if self.dtype == torch.bfloat16 else value
         if isinstance(self.place, Tensor):
             # Which the value may be a view of.
             self._sum = self.place.copy_(value) if self.place.dtype == value.dtype else value
             return
         self._sum = None
-        self.add(value, seed)
+        self.add(value, row)
 
     def take(self) -> Tensor:
         """`value`; the accumulator is empty afterwards."""

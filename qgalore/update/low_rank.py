@@ -19,9 +19,10 @@ from qgalore.subspace.fit import projects_directly
 from qgalore.subspace.schedule import RefreshSchedule
 from qgalore.update import moments
 from qgalore.update.directions import DIRECTIONS, Direction
-from qgalore.update.full_rank import ACCUMULATION, ROUNDING, States
+from qgalore.update.full_rank import States
 from qgalore.update.gradient_sum import Gradient, GradientAccumulator, dense, zeros
 from qgalore.update.moments import GradientStep
+from qgalore.update.step_table import StepTable
 from qgalore.update.stored_bases import Basis, WeightWithBases
 
 JOINED_BASIS_BYTES = 4 << 20
@@ -36,7 +37,6 @@ class _BegunUpdate(NamedTuple):
     """What an update has to know again when its direction is there."""
 
     step: int
-    rounding: int
     projected: Tensor | None
     sketches: dict[str, Tensor]
     skip: Tensor | None
@@ -56,9 +56,9 @@ class LowRankWeight(WeightWithBases):
         self._begun: _BegunUpdate | None = None
         self._factor_dtype = torch.float32
 
-    def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
+    def bind(self, group: dict[str, Any], states: States, table: StepTable, index: int, place: int, count: int) -> None:
         """See `FullRankWeight`; the schedule of refreshes is rebuilt from the state."""
-        super().bind(group, states, index, place, count)
+        super().bind(group, states, table, index, place, count)
         self._full = self._accumulator()
         # A place of its own: what a refresh allocates may be memory that CUDA graphs write over.
         self._newest_similarity = torch.zeros((), device=self.param.device)
@@ -240,14 +240,14 @@ class LowRankWeight(WeightWithBases):
             self._next_bases = self._fit(full)
             bases = {side: self._decode(basis) for side, basis in self._next_bases.items()}
             grad = fit.project(full.float(), bases.get("left"), bases.get("right"))
-            self._held.replace(grad, self._seed(ACCUMULATION, -1))
+            self._held.replace(grad, self._sum_row(-1))
         else:
             super().complete(summed)
         if summed is not None:
             if self._has_residual:
                 *summed, self._last_full = summed
             for sketch, value in zip(self._sketches.values(), summed[1:], strict=True):
-                sketch.add(value, self._seed(ACCUMULATION, -2))
+                sketch.add(value, self._sum_row(-2))
 
     def _fit(self, full: Tensor) -> dict[str, Basis]:
         """The SVD bases of a full gradient; the old ones where it fails."""
@@ -265,15 +265,16 @@ class LowRankWeight(WeightWithBases):
 
     def _update(self, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> GradientStep | None:
         """The step in the subspace, up to what its direction is made of: several weights' are made together."""
-        rounding, update_step = self._seed(ROUNDING), self.step
+        update_step = self.step
         sketches = {side: sketch.take() for side, sketch in self._sketches.items()}
         if self._next_bases is not None:
             self._take_fitted_bases(self._next_bases, update_step, skip)
         projected = None if self._last_full is None else dense(grad)  # a residual is made of both
-        self._begun = _BegunUpdate(update_step, rounding, projected, sketches, skip)
-        step, betas, eps = self._advance(), self.group["betas"], self.group["eps"]
+        self._begun = _BegunUpdate(update_step, projected, sketches, skip)
+        self._advance()
         given = grad if projected is None else projected
-        return GradientStep(self.state, given, step, betas, eps, factor, self._factor_dtype, self.numbers)
+        betas, eps = self.group["betas"], self.group["eps"]
+        return GradientStep(self.state, given, self._row, betas, eps, factor, self._factor_dtype)
 
     def apply_direction(self, direction: Tensor) -> LayerUpdate | None:
         """Project the direction back and add it; of a quantized weight without a residual that is left to do.
@@ -282,18 +283,17 @@ class LowRankWeight(WeightWithBases):
         """
         begun, dtype = self._begun_update(), self._factor_dtype
         direction, left, right = direction.to(dtype), self.basis("left", dtype), self.basis("right", dtype)
-        how = (self._step_size, self._decay, begun.rounding)
         if self._last_full is not None and begun.projected is not None:
             full = self._last_full.to(dtype)
             full = full if self._fulls <= 1 else full * self._fulls
             direction = full_direction(direction, begun.projected, full, left, right)
             left = right = None
         elif self.layer is not None and self.layer.quantized_weight is not None:
-            return LayerUpdate(self.layer, direction, left, right, *how, self.numbers)
+            return LayerUpdate(self.layer, direction, left, right, self._row)
         if self.layer is not None:
-            self.layer.update_(direction, left, right, *how, begun.skip, self.numbers)
+            self.layer.update_(direction, left, right, self._row, begun.skip)
         else:
-            kernels.update_float_(self.param.data, direction, left, right, *how, 0, begun.skip, self.numbers)
+            kernels.update_float_(self.param.data, direction, left, right, self._row, skip=begun.skip)
         return None
 
     def end_update(self) -> None:

@@ -28,12 +28,11 @@ class GradientStep(NamedTuple):
 
     state: dict[str, Tensor]
     grad: Gradient
-    step: int
+    row: Tensor
     betas: tuple[float, float]
     eps: float
     factor: Tensor | None = None
     dtype: torch.dtype = torch.float32
-    numbers: Tensor | None = None
 
 
 def make_tables(device: torch.device) -> None:
@@ -101,28 +100,26 @@ def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor
 def adam_step(
     state: dict[str, Tensor],
     grad: Tensor,
-    step: int,
+    row: Tensor,
     betas: tuple[float, float],
     eps: float,
     factor: Tensor | None = None,
     skip: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    numbers: Tensor | None = None,
 ) -> Tensor:
     """The direction N = m_hat / (sqrt(v_hat) + eps) like grad, in dtype, after moving the moments in place.
 
-    The gradient is factor * grad; step counts from 1. Where the flag `skip` is true the moments stay as they are.
-    `numbers` as in `qgalore.kernels.adam_step`.
+    The gradient is factor * grad. Where the flag `skip` is true the moments stay as they are.
     """
-    return adam_steps([GradientStep(state, grad, step, betas, eps, factor, dtype, numbers)], skip)[0]
+    return adam_steps([GradientStep(state, grad, row, betas, eps, factor, dtype)], skip)[0]
 
 
 def adam_steps(steps: Sequence[GradientStep], skip: Tensor | None = None) -> list[Tensor]:
     """`adam_step` of several weights at once."""
     arguments = []
-    for state, grad, step, betas, eps, factor, dtype, numbers in steps:
+    for state, grad, row, betas, eps, factor, dtype in steps:
         moments = (state[name] for name in MOMENTS), (state.get(f"{name}_absmax") for name in MOMENTS)
         (first, second), (first_absmax, second_absmax) = moments
-        rates = (step, betas, eps, factor, dtype, numbers)
+        rates = (row, betas, eps, factor, dtype)
         arguments.append(kernels.AdamStep(dense(grad), first, first_absmax, second, second_absmax, *rates))
     return kernels.adam_steps(arguments, BLOCK_SIZE, skip)

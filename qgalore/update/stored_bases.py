@@ -10,6 +10,7 @@ from torch import Tensor
 from qgalore.config import subspace_of
 from qgalore.layer.quantization import QuantizedTensor, quantize
 from qgalore.update.full_rank import FullRankWeight, States
+from qgalore.update.step_table import StepTable
 
 Basis = Tensor | QuantizedTensor
 """A basis (rank, d) as it is stored."""
@@ -24,10 +25,10 @@ class WeightWithBases(FullRankWeight):
         self.held_bases: dict[str, Tensor] = {}
         """What `basis` gives in one dtype, by side, made ahead by `qgalore.graphs.dequant_cache`."""
 
-    def bind(self, group: dict[str, Any], states: States, index: int, place: int, count: int) -> None:
+    def bind(self, group: dict[str, Any], states: States, table: StepTable, index: int, place: int, count: int) -> None:
         """See `FullRankWeight`; the options of the subspace are those that the group has now."""
         self.subspace = subspace_of(group)
-        super().bind(group, states, index, place, count)
+        super().bind(group, states, table, index, place, count)
         self.held_bases.clear()
 
     def clear(self) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from qgalore import kernels
+from qgalore.update import moments
+
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -41,3 +44,56 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
 def operand_types(device: torch.device) -> tuple[torch.dtype, ...]:
     # The interpreter multiplies the bit patterns of bfloat16.
     return (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
+
+
+def step_row(
+    step_size: float = 1.0,
+    decay: float = 1.0,
+    seed: int | None = 0,
+    step: int = 1,
+    betas: tuple[float, float] = (0.9, 0.99),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The step row of an update with these numbers."""
+    corrections = [1.0 / (1.0 - beta**step) for beta in betas]
+    return kernels.StepScalars(seed or 0, step_size, decay, *corrections).row(device)
+
+
+def update_quantized_(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None,
+    columns: int, bits: int, group_size: int, step_size: float, decay: float, seed: int | None,
+    skip: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`kernels.update_quantized_` of one weight; nearest rounding without a seed."""
+    row = step_row(step_size, decay, seed, device=qdata.device)
+    stored = (qdata, scale, zero_point, direction, left, right, columns, bits, group_size)
+    kernels.update_quantized_([kernels.QuantizedUpdate(*stored, row, seed is not None)], skip)
+
+
+def update_float_(
+    weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, step_size: float, decay: float,
+    seed: int | None, row_start: int = 0, skip: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`kernels.update_float_` with these numbers; nearest rounding without a seed."""
+    row = step_row(step_size, decay, seed, device=weight.device)
+    kernels.update_float_(weight, direction, left, right, row, seed is not None, row_start, skip)
+
+
+def adam_step(
+    state: dict[str, Tensor],
+    grad: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    factor: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """`moments.adam_step` with the bias corrections of a step, which counts from 1."""
+    return moments.adam_step(
+        state, grad, step_row(step=step, betas=betas, device=grad.device), betas, eps, factor, skip
+    )
+
+
+def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.quantize`, stochastic with a seed."""
+    return kernels.quantize(x, bits, group_size, None if seed is None else step_row(seed=seed, device=x.device))

@@ -77,20 +77,20 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compiled
 
 
-def several_at_once(skip: torch.Tensor, numbers: torch.Tensor) -> None:
+def several_at_once(skip: torch.Tensor, row: torch.Tensor) -> None:
     """The updates of as many weights as one launch takes: of a layer of 350M and one more, with ragged ones of 60M."""
     layer, ragged = [(1024, 1024)] * 5 + [(2736, 1024)] * 2 + [(1024, 2736)], [(512, 1376), (1376, 512)]
-    for shapes, rank, dtype, row in ((layer, 256, torch.bfloat16, numbers), (ragged, 112, torch.float32, None)):
+    for shapes, rank, dtype in ((layer, 256, torch.bfloat16), (ragged, 112, torch.float32)):
         updates, steps = [], []
-        for seed, (m, n) in enumerate(shapes):
+        for m, n in shapes:
             stored = kernels.quantize(torch.zeros(m, n), 8, 256)
             left = torch.zeros(rank, m, dtype=dtype) if m < n else None
             right = torch.zeros(rank, n, dtype=dtype) if m >= n else None
             grad = torch.zeros((m, rank) if m >= n else (rank, n), dtype=dtype)
-            updates.append(kernels.QuantizedUpdate(*stored, grad, left, right, n, 8, 256, 0.1, 1.0, seed, row))
+            updates.append(kernels.QuantizedUpdate(*stored, grad, left, right, n, 8, 256, row))
             moments = torch.zeros(grad.shape, dtype=torch.uint8), torch.zeros(-(-grad.numel() // 256))
-            steps.append(kernels.AdamStep(grad, *moments, *moments, 1, (0.9, 0.99), 1e-8, dtype=dtype, numbers=row))
-        kernels.update_several_quantized_(updates, skip)
+            steps.append(kernels.AdamStep(grad, *moments, *moments, row, (0.9, 0.99), 1e-8, dtype=dtype))
+        kernels.update_quantized_(updates, skip)
         kernels.adam_steps(steps, 256, skip)
 
 
@@ -102,26 +102,25 @@ def launch_all() -> None:
         return torch.zeros(shape, dtype=dtype)
 
     skip, factor = torch.zeros((), dtype=torch.bool), torch.ones(())
-    numbers = torch.tensor(kernels.numbers_row(5, 0.1, 1.0, 1, (0.9, 0.99)), dtype=torch.int32)
+    row = kernels.StepScalars(5, 0.1, 1.0).row()
     for bits, dtype, side in ((8, bf16, "left"), (8, torch.float32, "right"), (4, bf16, "right"), (4, bf16, "")):
-        stored = kernels.quantize(zeros(width, width), bits, 256, 5)
+        stored = kernels.quantize(zeros(width, width), bits, 256, row)
         kernels.dequantize(*stored, width, bits, 256, bf16)
         wide, tall = zeros(rank, width, dtype=dtype), zeros(width, rank, dtype=dtype)
         direction = {"left": wide, "right": tall, "": zeros(width, width)}[side]
         bases = (wide if side == "left" else None, wide if side == "right" else None)
-        kernels.update_quantized_(*stored, direction, *bases, width, bits, 256, 0.1, 1.0, 5, skip, numbers)
-    several_at_once(skip, numbers)
-    kernels.quantize(zeros(16, hidden), 8, 13824, 5)  # a group a row
-    kernels.update_float_(zeros(width, width), zeros(width, width), None, None, 0.1, 1.0, 5, 0, skip, numbers)
+        kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
+    several_at_once(skip, row)
+    kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
+    kernels.update_float_(zeros(width, width), zeros(width, width), None, None, row, skip=skip)
     for grads in ([zeros(rank, width)] * 7 + [zeros(width)] * 2, [zeros(3)], [zeros(16)], [zeros(hidden, width)]):
         kernels.check_gradients_(grads, torch.zeros(9), range(len(grads)), skip)
     for dtype in (torch.uint8, torch.float32):
         moments = [zeros(rank, width, dtype=dtype) for _ in range(2)]
         absmax = [zeros(rank * width // 256, dtype=torch.float32) if dtype == torch.uint8 else None for _ in range(2)]
         grad = zeros(rank, width)
-        kernels.adam_step(
-            grad, moments[0], absmax[0], moments[1], absmax[1], 1, (0.9, 0.99), 1e-8, 256, factor, skip, bf16, numbers
-        )
+        both = (moments[0], absmax[0], moments[1], absmax[1])
+        kernels.adam_steps([kernels.AdamStep(grad, *both, row, (0.9, 0.99), 1e-8, factor, bf16)], 256, skip)
         kernels.momentum_step(grad, moments[0], absmax[0], 0.9, 256, factor, skip, bf16)
         if absmax[0] is not None:
             for signed in (True, False):
@@ -179,8 +178,8 @@ def single_bytes() -> dict[str, list[int]]:
         layer = LowRankLinear(torch.zeros(m, n), None, WeightFormat(bits))
         CODE.clear()
         layer.padded_weight(torch.bfloat16)
-        layer.update_(direction, left, None, 0.1, 1.0, 5)
-        layer.update_(torch.zeros(m, n), None, None, 0.1, 1.0, 5)
+        layer.update_(direction, left, None, kernels.StepScalars(5, 0.1, 1.0).row())
+        layer.update_(torch.zeros(m, n), None, None, kernels.StepScalars(5, 0.1, 1.0).row())
         for name, code in CODE.items():
             found.setdefault(name, []).append(len(moved.findall(code)))
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
-from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
+from tests.kernels.comparison import both, normal, operand_types, same, step_row, update_quantized_, whole_numbers
 
 # Rows, columns, group: a ragged last group, one whole group, one group that leaves the padding to nobody.
 SHAPES = [(9, 341, 128), (5, 61, 64), (33, 37, 32), (3, 85, 88)]
@@ -63,7 +63,7 @@ def check_updates_of_padded_rows(device: torch.device) -> None:
             def run(stored: int) -> object:
                 memory, *weight = held(rows, columns, group, bits, stored, device)  # noqa: B023
                 for seed in (None, 3):
-                    kernels.update_quantized_(
+                    update_quantized_(
                         *weight, direction, left, right, columns, bits, group, 0.01, 0.99, seed  # noqa: B023
                     )  # fmt: skip
                 assert (memory[:, stored:] == BESIDE).all()
@@ -85,9 +85,11 @@ def check_padded_and_plain_rows_in_one_launch(device: torch.device) -> None:
             bases = whole_numbers(5, 20, seed=columns).to(device, dtype), None
             direction = whole_numbers(5, columns, seed=columns + 1).to(device, dtype)
             updates.append(
-                kernels.QuantizedUpdate(*weight, direction, *bases, columns, 8, 128, 0.01, 0.99, 5)  # type: ignore[arg-type]
+                kernels.QuantizedUpdate(
+                    *weight, direction, *bases, columns, 8, 128, step_row(0.01, 0.99, 5, device=device)
+                )  # type: ignore[arg-type]
             )
-        kernels.update_several_quantized_(updates)
+        kernels.update_quantized_(updates)
         return tuple(update[:3] for update in updates)
 
     expected, found = both(run)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.update import moments
-from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
+from tests.kernels import comparison
+from tests.kernels.comparison import both, normal, operand_types, same, step_row, whole_numbers
 
 # Rows, columns, bits, group, columns of what it is written into: whole groups and ragged ones, a row, a column.
 STORED = [
@@ -66,7 +67,8 @@ def update_of(
         direction = direction.repeat_interleave(2, dim=1)[:, ::2]
     stored = kernels.quantize(normal(rows, columns, seed=number).to(device), bits, 128)
     bases = (basis, None) if side == "left" else (None, basis)
-    return kernels.QuantizedUpdate(*stored, direction, *bases, columns, bits, 128, 0.01 * (1 + number), 0.99, seed)
+    row = step_row(0.01 * (1 + number), 0.99, seed, device=device)
+    return kernels.QuantizedUpdate(*stored, direction, *bases, columns, bits, 128, row, seed is not None)
 
 
 # Rows, columns, rank, basis, where a direction's values lie: whole and ragged tiles, more than one block of rows.
@@ -89,11 +91,8 @@ def check_several_low_rank_updates(device: torch.device) -> None:
 
             def run(together: bool) -> object:
                 copies = [update._replace(**stored(update)) for update in chosen]  # noqa: B023
-                if together:
-                    kernels.update_several_quantized_(copies)
-                else:
-                    for copy in copies:
-                        kernels.update_quantized_(*copy[:-1])
+                for part in [copies] if together else [[copy] for copy in copies]:
+                    kernels.update_quantized_(part)
                 return tuple(copy[:3] for copy in copies)
 
             expected, found = both(lambda: run(True))
@@ -121,7 +120,7 @@ def check_several_updates_that_other_kernels_make(device: torch.device) -> None:
 
     def run() -> object:
         copies = [update._replace(**stored(update)) for update in updates]
-        kernels.update_several_quantized_(copies)
+        kernels.update_quantized_(copies)
         return tuple(copy[:3] for copy in copies)
 
     expected, found = both(run)
@@ -130,37 +129,23 @@ def check_several_updates_that_other_kernels_make(device: torch.device) -> None:
     assert all(not same(new, old[:3]) for new, old in zip(found, updates, strict=True))
 
 
-def table_of(count: int, device: torch.device) -> tuple[list[dict[str, float]], Tensor]:
-    """Different numbers of updates, and the same as rows on the device."""
-    seeds = [(1 << 64) - 1 - 7919 * i if i % 2 else 3 * i for i in range(count)]
-    given = [
-        {"seed": seed, "step_size": 0.01 * i, "decay": 1 - 0.001 * i, "step": i + 1} for i, seed in enumerate(seeds)
-    ]
-    rows = [kernels.numbers_row(**numbers, betas=(0.9, 0.99)) for numbers in given]  # type: ignore[arg-type]
-    return given, torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def check_several_low_rank_updates_with_numbers_of_the_device(device: torch.device) -> None:
-    given, table = table_of(len(TOGETHER), device)
-    dtype = operand_types(device)[-1]
+def check_several_low_rank_updates_of_one_table(device: torch.device) -> None:
+    """Rows of a table with seeds of all lengths; the first has a learning rate of 0, which leaves every bit."""
+    seeds = [(1 << 64) - 1 - 7919 * i if i % 2 else 3 * i for i in range(len(TOGETHER))]
+    table = torch.stack([step_row(0.01 * i, 1 - 0.001 * i, seed, device=device) for i, seed in enumerate(seeds)])
     updates = [
-        update_of(*kind, i, device, dtype)._replace(
-            seed=int(numbers["seed"]), step_size=numbers["step_size"], decay=numbers["decay"]
-        )
-        for i, (kind, numbers) in enumerate(zip(TOGETHER, given, strict=True))
+        update_of(*kind, i, device, operand_types(device)[-1])._replace(row=row)
+        for i, (kind, row) in enumerate(zip(TOGETHER, table, strict=True))
     ]
-    expected = [update._replace(**stored(update)) for update in updates]
-    found = [
-        update._replace(**stored(update), seed=0, step_size=9.0, decay=9.0, numbers=row)
-        for update, row in zip(updates, table, strict=True)
-    ]
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="reference"):
-        kernels.update_several_quantized_(expected[1:])
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
-        kernels.update_several_quantized_(found)
-    # The first has a learning rate of 0, which leaves every bit.
-    assert all(same(one[:3], other[:3]) for one, other in zip(expected, found, strict=True))
-    assert same(updates[0][:3], found[0][:3]) and not same(updates[1][:3], found[1][:3])
+
+    def run() -> object:
+        copies = [update._replace(**stored(update)) for update in updates]
+        kernels.update_quantized_(copies)
+        return tuple(copy[:3] for copy in copies)
+
+    expected, found = both(run)
+    assert same(expected, found) and isinstance(found, tuple)
+    assert [same(update[:3], new) for update, new in zip(updates, found, strict=True)] == [True] + [False] * 6
 
 
 ADAM_SHAPES = [(64, 128), (37, 131), (4099,), (5,), (16, 256), (3, 7), (70, 100), (64, 64), (4097,), (1, 5000)]
@@ -171,14 +156,14 @@ def adam_step_of(shape: tuple[int, ...], number: int, device: torch.device, fact
     state: dict[str, Tensor] = {}
     moments.init_moments(state, torch.Size(shape), 8, device)
     with mock.patch.dict(os.environ, QGALORE_KERNELS="reference"):
-        moments.adam_step(state, (normal(*shape, seed=number) ** 5).to(device), 1, (0.9, 0.99), 1e-8)
+        comparison.adam_step(state, (normal(*shape, seed=number) ** 5).to(device), 1, (0.9, 0.99), 1e-8)
     grad = (normal(*shape, seed=number + 50) ** 5).to(device)
     first, second = (
         (state["exp_avg"], state.get("exp_avg_absmax")),
         (state["exp_avg_sq"], state.get("exp_avg_sq_absmax")),
     )
     scale = torch.tensor(0.1 * (1 + number), device=device) if factor else None
-    return kernels.AdamStep(grad, *first, *second, number + 2, (0.9, 0.99), 1e-8, scale)
+    return kernels.AdamStep(grad, *first, *second, step_row(step=number + 2, device=device), (0.9, 0.99), 1e-8, scale)
 
 
 def moments_of(step: kernels.AdamStep) -> tuple[Tensor, ...]:
@@ -199,12 +184,8 @@ def check_several_adam_steps(device: torch.device) -> None:
 
         def run(together: bool) -> object:
             copies = [copied(step) for step in chosen]  # noqa: B023
-            if together:
-                directions = kernels.adam_steps(copies, 256)
-            else:
-                directions = [
-                    kernels.adam_step(*step[:8], 256, step.factor, None, step.dtype, step.numbers) for step in copies
-                ]
+            parts = [copies] if together else [[step] for step in copies]
+            directions = [direction for part in parts for direction in kernels.adam_steps(part, 256)]
             return tuple(directions), tuple(moments_of(step) for step in copies)
 
         (expected, moments), (found, found_moments) = both(lambda: run(True))  # type: ignore[misc]
@@ -214,17 +195,6 @@ def check_several_adam_steps(device: torch.device) -> None:
             assert torch.allclose(one.float(), other.float(), rtol=1e-6 if one.dtype == torch.float32 else 0.01, atol=0)
         with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
             assert same(run(False), (tuple(found), found_moments)), "what comes of a weight depends on the others"
-
-
-def check_several_adam_steps_with_numbers_of_the_device(device: torch.device) -> None:
-    given, table = table_of(7, device)
-    steps = [adam_step_of((64, 70 + i), i, device)._replace(step=int(given[i]["step"])) for i in range(7)]
-    expected = [copied(step) for step in steps]
-    found = [copied(step)._replace(step=100, numbers=row) for step, row in zip(steps, table, strict=True)]
-    with mock.patch.dict(os.environ, QGALORE_KERNELS="triton"):
-        directions = kernels.adam_steps(expected, 256)
-        assert same(tuple(directions), tuple(kernels.adam_steps(found, 256)))
-    assert same(tuple(map(moments_of, expected)), tuple(map(moments_of, found)))
 
 
 def check_several_skipped(device: torch.device) -> None:
@@ -237,7 +207,7 @@ def check_several_skipped(device: torch.device) -> None:
             written = [update._replace(**stored(update)) for update in updates]
             with mock.patch.dict(os.environ, QGALORE_KERNELS=implementation):
                 kernels.adam_steps(moved, 256, flag)
-                kernels.update_several_quantized_(written, flag)
+                kernels.update_quantized_(written, flag)
             for before, after in zip(steps, moved, strict=True):
                 assert same(moments_of(before), moments_of(after)) == skipped
             for old, new in zip(updates, written, strict=True):

@@ -10,6 +10,7 @@ from qgalore import kernels
 from qgalore.kernels import reference
 from qgalore.kernels.reference import low_rank_update
 from qgalore.update import moments
+from tests.kernels.comparison import adam_step, update_float_
 
 BLOCK = 256
 BETAS, EPS = (0.9, 0.995), 1e-8
@@ -99,8 +100,8 @@ def step_of_bitsandbytes(
 
 def step_of_ours(weight: Tensor, state: dict[str, Tensor], step: int, spread: bool = True) -> None:
     grad = gradient((weight.shape[0], weight.shape[1]), step, spread)
-    direction = moments.adam_step(state, grad, step, BETAS, EPS)
-    kernels.update_float_(weight, direction, None, None, LR, 1 - LR * DECAY, None)
+    direction = adam_step(state, grad, step, BETAS, EPS)
+    update_float_(weight, direction, None, None, LR, 1 - LR * DECAY, None)
 
 
 def copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def test_each_step_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
             moments.write_moment(exact, name, moments.read_moment(state, name))
         step_of_ours(our_weight, ours, step)
         step_of_bitsandbytes(functional, weight, state, step)
-        moments.adam_step(exact, gradient(shape, step), step, BETAS, EPS)
+        adam_step(exact, gradient(shape, step), step, BETAS, EPS)
         # The weight moves by moments that are not yet rounded to 8 bits, so only float32 rounding differs.
         assert torch.allclose(our_weight, weight, rtol=1e-5, atol=1e-7)
         for name in moments.MOMENTS:
@@ -155,7 +156,7 @@ def test_a_small_second_moment_does_not_make_a_large_step(device: torch.device) 
     # Were it rounded to zero, a first moment over the root of one small gradient would be the step: up to hundreds.
     state = new_state((64, 128), 8, device)
     for step in range(1, 31):
-        direction = moments.adam_step(state, gradient((64, 128), step).to(device), step, BETAS, EPS)
+        direction = adam_step(state, gradient((64, 128), step).to(device), step, BETAS, EPS)
         assert direction.abs().max() < 5  # in float32 it stays below 1.4
 
 
@@ -164,8 +165,8 @@ def test_8bit_stays_near_float32(device: torch.device) -> None:
     exact, small = new_state(shape, 32, device), new_state(shape, 8, device)
     for step in range(1, 21):
         grad = (normal(*shape, seed=99) + normal(*shape, seed=step)).to(device)
-        expected = moments.adam_step(exact, grad, step, BETAS, EPS)
-        found = moments.adam_step(small, grad, step, BETAS, EPS)
+        expected = adam_step(exact, grad, step, BETAS, EPS)
+        found = adam_step(small, grad, step, BETAS, EPS)
     assert 0.001 < float((found - expected).norm() / expected.norm()) < 0.1
 
 
@@ -173,7 +174,7 @@ def test_step_is_adam(device: torch.device) -> None:
     state = new_state((3, 4), 32, device)
     grads = [normal(3, 4, seed=seed).to(device) for seed in range(4)]
     for step, grad in enumerate(grads, start=1):
-        direction = moments.adam_step(state, grad, step, BETAS, EPS)
+        direction = adam_step(state, grad, step, BETAS, EPS)
     first, second = torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device)
     for grad in grads:
         first = BETAS[0] * first + (1 - BETAS[0]) * grad
@@ -214,14 +215,11 @@ def test_step_in_parts_equals_the_whole(
     shape = torch.Size((20, columns))
     grad = normal(*shape).to(device)
     whole, parted = new_state(shape, bits, device), new_state(shape, bits, device)
-    expected = moments.adam_step(whole, grad, 1, BETAS, EPS)
+    expected = adam_step(whole, grad, 1, BETAS, EPS)
     monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 3 * columns)
     parts = moments.row_parts(parted, shape)
     # Rows of 300 values share blocks of 256, so an 8-bit state of them cannot be parted.
     assert len(parts) == (1 if bits == 8 and columns == 300 else 7)
-    found = [
-        moments.adam_step(moments.rows_of(parted, start, stop), grad[start:stop], 1, BETAS, EPS)
-        for start, stop in parts
-    ]
+    found = [adam_step(moments.rows_of(parted, start, stop), grad[start:stop], 1, BETAS, EPS) for start, stop in parts]
     assert torch.equal(torch.cat(found), expected)
     assert all(torch.equal(parted[key], value) for key, value in whole.items())

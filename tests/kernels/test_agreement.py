@@ -21,7 +21,17 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.update import moments
 from tests.kernels import padded_rows, several_weights
-from tests.kernels.comparison import both, normal, operand_types, same, whole_numbers
+from tests.kernels.comparison import (
+    adam_step,
+    both,
+    normal,
+    operand_types,
+    quantize,
+    same,
+    update_float_,
+    update_quantized_,
+    whole_numbers,
+)
 
 SEEDS = (None, 0, 0x299F31D0A4093822, (1 << 64) - 1)
 # Rows, columns, group: whole groups, a ragged last group, groups that are no power of two, odd columns, one column.
@@ -45,16 +55,16 @@ def check_quantize(device: torch.device) -> None:
         for x in matrices(rows, columns, device):
             for bits in (8, 4):
                 for seed in SEEDS:
-                    expected, found = both(lambda: kernels.quantize(x, bits, group, seed))  # noqa: B023
+                    expected, found = both(lambda: quantize(x, bits, group, seed))  # noqa: B023
                     assert same(expected, found), (rows, columns, group, bits, seed)
 
 
 def check_quantize_strided(device: torch.device) -> None:
     x = normal(300, 7).to(device).T
-    expected, found = both(lambda: kernels.quantize(x, 8, GROUP, 5))
+    expected, found = both(lambda: quantize(x, 8, GROUP, 5))
     assert same(expected, found)
     x = normal(7, 600).to(device)[:, ::2]
-    expected, found = both(lambda: kernels.quantize(x, 4, GROUP, 5))
+    expected, found = both(lambda: quantize(x, 4, GROUP, 5))
     assert same(expected, found)
 
 
@@ -77,7 +87,7 @@ def check_add_to_quantized(device: torch.device) -> None:
 
                     def run() -> object:
                         weight = tuple(tensor.clone() for tensor in stored)  # noqa: B023
-                        kernels.update_quantized_(*weight, add, None, None, columns, bits, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                        update_quantized_(*weight, add, None, None, columns, bits, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
                         return weight
 
                     expected, found = both(run)
@@ -92,13 +102,13 @@ def check_groups_of_a_whole_row(device: torch.device) -> None:
     for columns in LONG_ROWS:
         group, x, add = -(-columns // 8) * 8, normal(2, columns).to(device), normal(2, columns, seed=1).to(device)
         for seed in (None, 11):
-            expected, found = both(lambda: kernels.quantize(x, 8, group, seed))  # noqa: B023
+            expected, found = both(lambda: quantize(x, 8, group, seed))  # noqa: B023
             assert same(expected, found), (columns, seed)
             assert isinstance(found, tuple) and found[1].shape == (2, 1)
 
             def run() -> object:
                 weight = tuple(tensor.clone() for tensor in found)  # noqa: B023
-                kernels.update_quantized_(*weight, add, None, None, columns, 8, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                update_quantized_(*weight, add, None, None, columns, 8, group, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
                 return *weight, kernels.dequantize(*weight, columns, 8, group, torch.bfloat16)  # noqa: B023
 
             assert same(*both(run)), (columns, seed)
@@ -118,7 +128,7 @@ def check_low_rank_update(device: torch.device) -> None:
 
                         def run() -> object:
                             weight = tuple(tensor.clone() for tensor in stored)  # noqa: B023
-                            kernels.update_quantized_(*weight, direction, *bases, columns, bits, 128, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
+                            update_quantized_(*weight, direction, *bases, columns, bits, 128, 0.01, 0.99, seed)  # noqa: B023 # fmt: skip
                             return weight
 
                         expected, found = both(run)
@@ -132,7 +142,7 @@ def check_float_update(device: torch.device) -> None:
 
                 def run() -> object:
                     weight = normal(*shape).to(device, dtype)  # noqa: B023
-                    kernels.update_float_(weight, normal(*shape, seed=1).to(device), None, None, 1e-3, 0.99, seed, 2)  # noqa: B023 # fmt: skip
+                    update_float_(weight, normal(*shape, seed=1).to(device), None, None, 1e-3, 0.99, seed, 2)  # noqa: B023 # fmt: skip
                     return weight
 
                 expected, found = both(run)
@@ -219,7 +229,7 @@ def check_adam(device: torch.device) -> None:
                     for step in range(1, 4):
                         # Over many orders of magnitude: every part of the 8-bit map is used.
                         grad = (normal(*shape, seed=step) ** 5).to(device)  # noqa: B023
-                        direction = moments.adam_step(state, grad, step, (0.9, 0.99), 1e-8, factor=factor)  # noqa: B023
+                        direction = adam_step(state, grad, step, (0.9, 0.99), 1e-8, factor=factor)  # noqa: B023
                     return direction, *(state[key] for key in sorted(state))
 
                 (expected, *states), (found, *found_states) = both(run)  # type: ignore[misc]
@@ -296,12 +306,12 @@ def check_skipping(device: torch.device) -> None:
         before = {key: value.clone() for key, value in state.items()}
         for direction, left in ((low, basis), (full, None)):
             weight = tuple(tensor.clone() for tensor in start)
-            kernels.update_quantized_(*weight, direction, left, None, 300, 8, GROUP, 0.1, 1.0, 1, skip=flag)
+            update_quantized_(*weight, direction, left, None, 300, 8, GROUP, 0.1, 1.0, 1, skip=flag)
             assert same(weight, start) == skipped
         updated = floats.clone()
-        kernels.update_float_(updated, full, None, None, 0.1, 1.0, 1, skip=flag)
+        update_float_(updated, full, None, None, 0.1, 1.0, 1, skip=flag)
         assert same(updated, floats) == skipped
-        moments.adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=flag)
+        adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=flag)
         assert same(tuple(state.values()), tuple(before.values())) == skipped
         momentum, absmax = before["exp_avg"].clone(), before["exp_avg_absmax"].clone()
         kernels.momentum_step(grad, momentum, absmax, 0.9, moments.BLOCK_SIZE, skip=flag)
@@ -340,7 +350,7 @@ def check_no_more_than_the_reference_rounds(device: torch.device) -> None:
 
     def run() -> object:
         weight = tuple(tensor.clone() for tensor in stored)
-        kernels.update_quantized_(*weight, direction, basis, None, 600, 8, GROUP, 0.01, 1.0, 5)
+        update_quantized_(*weight, direction, basis, None, 600, 8, GROUP, 0.01, 1.0, 5)
         return weight
 
     expected, found = both(run)
@@ -394,11 +404,11 @@ def test_on_a_gpu(name: str) -> None:
 
 def test_a_cpu_runs_the_reference() -> None:
     assert not kernels.use_triton(torch.device("cpu"))
-    assert not kernels.reads_numbers(torch.device("cpu"), GROUP)
+    assert not kernels.reads_rows_on_device(torch.device("cpu"), GROUP)
 
 
-def test_only_groups_that_fit_a_tile_read_numbers_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_groups_that_fit_a_tile_read_rows_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
     for group_size, expected in ((256, True), (40, True), (12, False), (5464, True), (13824, True), (16392, False)):
-        assert kernels.reads_numbers(torch.device("cpu"), group_size) == expected
+        assert kernels.reads_rows_on_device(torch.device("cpu"), group_size) == expected

@@ -9,6 +9,8 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.kernels import reference
 from qgalore.kernels.reference import low_rank_update
+from tests.kernels.comparison import quantize as quantized
+from tests.kernels.comparison import update_float_, update_quantized_
 
 GROUP = 256
 COLUMNS = (1, 255, 256, 257, 1376, 5461)
@@ -45,7 +47,7 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 
 def quantize(x: Tensor, bits: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Dequantized values in float64, scale and zero point spread over the elements."""
-    qdata, scale, zero_point = kernels.quantize(x, bits, GROUP, seed)
+    qdata, scale, zero_point = quantized(x, bits, GROUP, seed)
     value = kernels.dequantize(qdata, scale, zero_point, x.shape[1], bits, GROUP, torch.float32)
     spread = [t.double().repeat_interleave(GROUP, dim=1)[:, : x.shape[1]] for t in (scale, zero_point)]
     return value.double(), spread[0], spread[1]
@@ -85,9 +87,7 @@ def test_groups_never_straddle_rows(bits: int, seed: int | None, device: torch.d
     changed = x.clone()
     changed[2] = 40.0 * x[1] - 3.0
     others = [0, 1, 3]
-    for before, after in zip(
-        kernels.quantize(x, bits, GROUP, seed), kernels.quantize(changed, bits, GROUP, seed), strict=True
-    ):
+    for before, after in zip(quantized(x, bits, GROUP, seed), quantized(changed, bits, GROUP, seed), strict=True):
         assert torch.equal(before[others], after[others])
         assert not torch.equal(before[2], after[2])
 
@@ -157,13 +157,13 @@ def test_stochastic_rounding_is_unbiased(fraction: float, bits: int, device: tor
 
 def test_same_seed_same_bits_and_other_seed_other_bits(device: torch.device) -> None:
     x = uniform(8, 300, -1.0, 1.0).to(device)
-    first, again, other = (kernels.quantize(x, 8, GROUP, seed)[0] for seed in (5, 5, 6))
+    first, again, other = (quantized(x, 8, GROUP, seed)[0] for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     # 64 bits count, not the low 32 alone.
-    assert not torch.equal(first, kernels.quantize(x, 8, GROUP, 5 + (1 << 32))[0])
+    assert not torch.equal(first, quantized(x, 8, GROUP, 5 + (1 << 32))[0])
     torch.manual_seed(123)
-    assert torch.equal(first, kernels.quantize(x, 8, GROUP, 5)[0])
+    assert torch.equal(first, quantized(x, 8, GROUP, 5)[0])
 
 
 def stored(rows: int, columns: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +179,7 @@ def test_update_in_chunks_of_rows_equals_the_whole(
     for elements in (1 << 22, 301 * 5):
         monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", elements)
         weight = stored(37, 301, bits, device)
-        kernels.update_quantized_(*weight, direction, left, None, 301, bits, GROUP, 0.01, 0.999, 11)
+        update_quantized_(*weight, direction, left, None, 301, bits, GROUP, 0.01, 0.999, 11)
         results.append(weight)
     assert all(torch.equal(whole, chunked) for whole, chunked in zip(*results, strict=True))
 
@@ -190,11 +190,11 @@ def test_float_update_in_parts_equals_the_whole(
 ) -> None:
     start, direction = uniform(20, 33, -1.0, 1.0).to(device, dtype), uniform(20, 33, -1.0, 1.0, 1).to(device)
     whole, chunked, parts = start.clone(), start.clone(), start.clone()
-    kernels.update_float_(whole, direction, None, None, 1e-3, 1.0, 9)
+    update_float_(whole, direction, None, None, 1e-3, 1.0, 9)
     for rows in (slice(0, 7), slice(7, 20)):
-        kernels.update_float_(parts[rows], direction[rows], None, None, 1e-3, 1.0, 9, rows.start)
+        update_float_(parts[rows], direction[rows], None, None, 1e-3, 1.0, 9, rows.start)
     monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 33 * 3)
-    kernels.update_float_(chunked, direction, None, None, 1e-3, 1.0, 9)
+    update_float_(chunked, direction, None, None, 1e-3, 1.0, 9)
     assert not torch.equal(whole, start)
     assert torch.equal(whole, parts) and torch.equal(whole, chunked)
 
@@ -212,7 +212,7 @@ def moved(size: float, updates: int, seeded: bool, device: torch.device) -> tupl
     direction = torch.full((128, 512), -(2.0**-12), device=device)
     for update in range(updates):
         seed = update if seeded else None
-        kernels.update_quantized_(
+        update_quantized_(
             qdata, scale, zero_point, direction, None, None, 512, 8, GROUP, size, 1.0, seed
         )  # fmt: skip
     after = kernels.dequantize(qdata, scale, zero_point, 512, 8, GROUP, torch.float32)
@@ -235,9 +235,9 @@ def test_tiny_updates_add_up_inside_a_group(device: torch.device) -> None:
     weight = kernels.quantize(x, 8, GROUP)
     nearest = tuple(t.clone() for t in weight)
     for update in range(200):
-        kernels.update_quantized_(*weight, direction, None, None, GROUP, 8, GROUP, 0.005, 1.0, update)
+        update_quantized_(*weight, direction, None, None, GROUP, 8, GROUP, 0.005, 1.0, update)
         if update < 20:
-            kernels.update_quantized_(*nearest, direction, None, None, GROUP, 8, GROUP, 0.005, 1.0, None)
+            update_quantized_(*nearest, direction, None, None, GROUP, 8, GROUP, 0.005, 1.0, None)
     value = kernels.dequantize(*weight, GROUP, 8, GROUP, torch.float32)
     assert 0.99 < float((value - x)[:, 2:].mean()) / (200 * 0.005) < 1.01
     assert torch.equal(kernels.dequantize(*nearest, GROUP, 8, GROUP, torch.float32), x)
@@ -254,12 +254,12 @@ def test_the_ends_of_a_group_move_like_the_rest(sign: int, device: torch.device)
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.5, 0.97])
 def test_bfloat16_updates_are_unbiased(fraction: float, device: torch.device) -> None:
     weight = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
-    kernels.update_float_(weight, -torch.ones(256, 256, device=device), None, None, fraction * 2.0**-7, 1.0, seed=4)
+    update_float_(weight, -torch.ones(256, 256, device=device), None, None, fraction * 2.0**-7, 1.0, seed=4)
     mean = float((weight.double() - 1).mean()) * 2**7
     deviation = (fraction * (1 - fraction) / 65536) ** 0.5
     assert abs(mean - fraction) < 4 * deviation + 2.0**-16
     nearest = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
-    kernels.update_float_(nearest, -torch.ones(256, 256, device=device), None, None, 0.01 * 2.0**-7, 1.0, seed=None)
+    update_float_(nearest, -torch.ones(256, 256, device=device), None, None, 0.01 * 2.0**-7, 1.0, seed=None)
     assert (nearest == 1).all()
 
 
@@ -284,13 +284,13 @@ def test_update_is_the_formula_rounded_once(sides: str, bits: int, device: torch
     full = full if right is None else full @ right.double()
     weight = stored(rows, columns, bits, device)
     before = kernels.dequantize(*weight, columns, bits, GROUP, torch.float32).double()
-    kernels.update_quantized_(*weight, direction, left, right, columns, bits, GROUP, 0.02, 0.9, None)
+    update_quantized_(*weight, direction, left, right, columns, bits, GROUP, 0.02, 0.9, None)
     after = kernels.dequantize(*weight, columns, bits, GROUP, torch.float32).double()
     step = weight[1].double().repeat_interleave(GROUP, dim=1)[:, :columns]
     assert ((after - (0.9 * before - 0.02 * full)).abs() <= step * 0.501 + 1e-6).all()
     assert torch.allclose(kernels.project_back(direction, left, right).double(), full, atol=1e-5)
     value = before.float()
-    kernels.update_float_(value, direction, left, right, 0.02, 0.9, None)
+    update_float_(value, direction, left, right, 0.02, 0.9, None)
     assert torch.allclose(value.double(), 0.9 * before - 0.02 * full, atol=1e-6)
 
 

@@ -11,17 +11,24 @@ def scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def adam_direction(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    corrections: tuple[float, ...],
+    betas: tuple[float, float],
+    eps: float,
 ) -> Tensor:
     """N = m_hat / (sqrt(v_hat) + eps) after moving the float32 moments m, v in place towards grad (Kingma & Ba).
+
+    corrections: 1 / (1 - beta^step) of both.
 
     Each product and sum is rounded by itself (no fused multiply-add), so that a kernel can give the same bits.
     """
     beta1, beta2 = betas
     exp_avg.mul_(beta1).add_(grad * (1.0 - beta1))
     exp_avg_sq.mul_(beta2).add_((grad * grad).mul_(1.0 - beta2))
-    denominator = (exp_avg_sq * (1.0 / (1.0 - beta2**step))).sqrt_().add_(eps)
-    return (exp_avg * (1.0 / (1.0 - beta1**step))).div_(denominator)
+    denominator = (exp_avg_sq * corrections[1]).sqrt_().add_(eps)
+    return (exp_avg * corrections[0]).div_(denominator)
 
 
 def nesterov_momentum(grad: Tensor, exp_avg: Tensor, beta: float) -> Tensor:

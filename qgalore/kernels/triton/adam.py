@@ -92,21 +92,18 @@ def _blocks(program, numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl
 
 @triton.jit(do_not_specialize=["beta1", "rest1", "beta2", "rest2", "eps"])
 def _adam_kernel(
-    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, numbers, numel, inverse1, inverse2, ends,
-    skip, map1, borders1, starts1, map2, borders2, starts2, beta1, rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
+    grad, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax, out, factor, step_rows, numel, ends, skip, map1,
+    borders1, starts1, map2, borders2, starts2, beta1, rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
+    HAS_SKIP: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
     which, program = matrix_of_program(ends)
-    if HAS_NUMBERS:
-        row = chosen(which, numbers)
-        inverse1 = tl.load(row + 4).to(tl.float32, bitcast=True)
-        inverse2 = tl.load(row + 5).to(tl.float32, bitcast=True)
-    else:
-        inverse1, inverse2 = chosen(which, inverse1), chosen(which, inverse2)
+    row = chosen(which, step_rows)
+    inverse1 = tl.load(row + 4).to(tl.float32, bitcast=True)
+    inverse2 = tl.load(row + 5).to(tl.float32, bitcast=True)
     grad, exp_avg, exp_avg_sq, out = (
         chosen(which, grad), chosen(which, exp_avg), chosen(which, exp_avg_sq), chosen(which, out),
     )  # fmt: skip
@@ -249,7 +246,7 @@ def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) 
 
     def kind(step: AdamStep) -> tuple[object, ...]:
         formats = step.grad.dtype, step.exp_avg.dtype, step.dtype, step.betas, step.eps
-        return *formats, step.factor is None, step.numbers is None
+        return *formats, step.factor is None
 
     directions = [torch.empty(step.grad.shape, dtype=step.dtype, device=step.grad.device) for step in steps]
     for places in launches(steps, kind):
@@ -259,9 +256,7 @@ def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) 
 
 def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size: int, skip: Tensor | None) -> None:
     """Steps of one kind."""
-    grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, counts, betas, epses, factors, _, numbers = zip(
-        *steps, strict=True
-    )
+    grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, rows, betas, epses, factors, _ = zip(*steps, strict=True)
     device, quantized, (beta1, beta2) = grads[0].device, absmaxes[0] is not None, betas[0]
     width, blocks = _shape(block_size)
     tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 6
@@ -269,10 +264,8 @@ def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size:
     _adam_kernel[(ends[-1],)](
         tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, exp_avg_sqs,
         sq_absmaxes if quantized else None, tuple(directions), None if factors[0] is None else factors,
-        None if numbers[0] is None else numbers, tuple(grad.numel() for grad in grads),
-        tuple(1.0 / (1.0 - beta1**count) for count in counts), tuple(1.0 / (1.0 - beta2**count) for count in counts),
-        ends, skip, *tables, beta1, 1.0 - beta1, beta2, 1.0 - beta2, epses[0], BLOCK=block_size, WIDTH=width,
-        BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None, HAS_SKIP=skip is not None,
-        HAS_NUMBERS=numbers[0] is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False,
+        rows, tuple(grad.numel() for grad in grads), ends, skip, *tables, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
+        epses[0], BLOCK=block_size, WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None,
+        HAS_SKIP=skip is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False,
         num_warps=_WARPS,
     )  # fmt: skip

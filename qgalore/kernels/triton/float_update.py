@@ -7,26 +7,24 @@ inside, rounded once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.triton.tiles import random_bits16, read_numbers, round_stochastic_bfloat16, to_float
+from qgalore.kernels.triton.tiles import random_bits16, read_step_row, round_stochastic_bfloat16, to_float
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
+@triton.jit(do_not_specialize=["row_start"])
 def _update_float_kernel(
-    weight, direction, skip, numbers, rows, columns, seed_low, seed_high, row_start, step_size, decay, M: tl.constexpr,
-    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
+    weight, direction, skip, step_row, rows, columns, row_start, M: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
-    if HAS_NUMBERS:
-        seed_low, seed_high, step_size, decay = read_numbers(numbers)
-        if (step_size == 0.0) & (decay == 1.0):
-            return
+    seed_low, seed_high, step_size, decay = read_step_row(step_row)
+    if (step_size == 0.0) & (decay == 1.0):
+        return
     row = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     start = tl.program_id(1) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
@@ -42,17 +40,13 @@ def _update_float_kernel(
 
 
 def update_float_(
-    weight: Tensor, direction: Tensor, step_size: float, decay: float, seed: int | None, row_start: int,
-    skip: Tensor | None, numbers: Tensor | None,
-) -> None:  # fmt: skip
+    weight: Tensor, direction: Tensor, step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None
+) -> None:
     """W <- round(decay * W - step_size * N) in place; both (rows, columns) and contiguous."""
     rows, columns = weight.shape
     block = min(512, max(16, triton.next_power_of_2(columns)))
     block_rows = max(1, 2048 // block)
-    number = seed or 0
     _update_float_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block))](
-        weight, direction, skip, numbers, rows, columns, number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start,
-        step_size,
-        decay, M=block_rows, BLOCK=block, STOCHASTIC=seed is not None and weight.dtype == torch.bfloat16,
-        HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, enable_fp_fusion=False,
+        weight, direction, skip, step_row, rows, columns, row_start, M=block_rows, BLOCK=block, STOCHASTIC=stochastic,
+        HAS_SKIP=skip is not None, enable_fp_fusion=False,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from qgalore.kernels.triton.tiles import (
     load_codes,
     matrix_of_program,
     quantize_group,
-    read_numbers,
+    read_step_row,
     store_codes,
     to_float,
 )
@@ -61,19 +61,21 @@ def _dequantize_kernel(
     tl.store(out + row * out_stride + column, to_float(value, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "row_start", "step_size", "decay"])
+@triton.jit(do_not_specialize=["row_start"])
 def _update_kernel(
-    qdata, scale, zero_point, x, skip, numbers, rows, columns, q_stride, q_width, groups, x_row, x_column, seed_low,
-    seed_high, row_start, step_size, decay, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
-    STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr,
+    qdata, scale, zero_point, x, skip, step_row, rows, columns, q_stride, q_width, groups, x_row, x_column, row_start,
+    GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
-    if HAS_NUMBERS:
-        seed_low, seed_high, step_size, decay = read_numbers(numbers)
-        if (step_size == 0.0) & (decay == 1.0):
-            return
+    seed_low, seed_high = 0, 0
+    if STOCHASTIC or UPDATE:
+        seed_low, seed_high, step_size, decay = read_step_row(step_row)
+        if UPDATE:
+            if (step_size == 0.0) & (decay == 1.0):
+                return
     row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
     group = tl.program_id(1)
     start = group * GROUP
@@ -149,53 +151,38 @@ def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tenso
     )  # fmt: skip
 
 
-def quantize(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group_size: int, step_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """See `qgalore.kernels.quantize`."""
     rows, columns = x.shape
     groups = triton.cdiv(columns, group_size)
     qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
     zero_point = torch.empty_like(scale)
-    _launch(qdata, scale, zero_point, x, columns, bits, group_size, 0.0, 0.0, seed, 0, None, None, update=False)
+    stochastic = step_row is not None
+    _launch(qdata, scale, zero_point, x, columns, bits, group_size, step_row, stochastic, 0, None, update=False)
     return qdata, scale, zero_point
 
 
 def update_(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, full: Tensor, columns: int, bits: int, group_size: int,
-    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, numbers: Tensor | None,
+    step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None,
 ) -> None:  # fmt: skip
     """W <- quantize(decay * W - step_size * full) for rows row_start: of a matrix, in place."""
     _launch(
-        qdata,
-        scale,
-        zero_point,
-        full,
-        columns,
-        bits,
-        group_size,
-        step_size,
-        decay,
-        seed,
-        row_start,
-        skip,
-        numbers,
-        update=True,
-    )
+        qdata, scale, zero_point, full, columns, bits, group_size, step_row, stochastic, row_start, skip, update=True
+    )  # fmt: skip
 
 
 def _launch(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
-    step_size: float, decay: float, seed: int | None, row_start: int, skip: Tensor | None, numbers: Tensor | None,
-    update: bool,
+    step_row: Tensor | None, stochastic: bool, row_start: int, skip: Tensor | None, update: bool,
 ) -> None:  # fmt: skip
     rows = qdata.shape[0]
     block_rows, block_columns = block_of_group(group_size)
-    number = seed or 0
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
     _update_kernel[grid](
-        qdata, scale, zero_point, x, skip, numbers, rows, columns, qdata.stride(0), qdata.shape[1],
-        scale.stride(0), x.stride(0), x.stride(1), number & 0xFFFFFFFF, (number >> 32) & 0xFFFFFFFF, row_start,
-        step_size, decay, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=seed is not None,
-        UPDATE=update, HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, enable_fp_fusion=False,
+        qdata, scale, zero_point, x, skip, step_row, rows, columns, qdata.stride(0), qdata.shape[1], scale.stride(0),
+        x.stride(0), x.stride(1), row_start, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits,
+        STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None, enable_fp_fusion=False,
         num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip

@@ -23,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import QuantizedUpdate, launches, seed_words
+from qgalore.kernels.arguments import QuantizedUpdate, launches
 from qgalore.kernels.triton.tiles import (
     chosen,
     load_codes,
     matrix_of_program,
     quantize_group,
-    read_numbers,
+    read_step_row,
     store_codes,
 )
 
@@ -61,22 +61,18 @@ def _add_product(
 
 @triton.jit
 def _low_rank_update_kernel(
-    qdata, scale, zero_point, a, b, numbers, rows, columns, rank, q_stride, q_width, groups, a_stride, b_width,
-    a_by_columns, seed_low, seed_high, step_size, decay, ends, skip, GROUP: tl.constexpr, G: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, LAYOUTS: tl.constexpr, STOCHASTIC: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_NUMBERS: tl.constexpr, PRECISION: tl.constexpr,
+    qdata, scale, zero_point, a, b, step_rows, rows, columns, rank, q_stride, q_width, groups, a_stride, b_width,
+    a_by_columns, ends, skip, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    BITS: tl.constexpr, LAYOUTS: tl.constexpr, STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
     which, program = matrix_of_program(ends)
-    if HAS_NUMBERS:
-        seed_low, seed_high, step_size, decay = read_numbers(chosen(which, numbers))
-        if (step_size == 0.0) & (decay == 1.0):
-            return
-    else:
-        seed_low, seed_high = chosen(which, seed_low) >> 1, chosen(which, seed_high) >> 1  # see `seed_words`
-        step_size, decay = chosen(which, step_size), chosen(which, decay)
+    seed_low, seed_high, step_size, decay = read_step_row(chosen(which, step_rows))
+    if (step_size == 0.0) & (decay == 1.0):
+        return
     rows, columns, rank = chosen(which, rows), chosen(which, columns), chosen(which, rank)
     a, b, a_stride, b_width = chosen(which, a), chosen(which, b), chosen(which, a_stride), chosen(which, b_width)
     # Neighbouring programs share the rows of B: a group's K x G block of it stays in the cache.
@@ -137,8 +133,7 @@ def low_rank_updates_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -
     """See `qgalore.kernels.update_several_quantized_`; of weights with one basis each."""
 
     def kind(update: QuantizedUpdate) -> tuple[object, ...]:
-        formats = update.bits, update.group_size, update.direction.dtype
-        return *formats, update.seed is None, update.numbers is None
+        return update.bits, update.group_size, update.direction.dtype, update.stochastic
 
     for places in launches(updates, kind):
         _launch([updates[place] for place in places], skip)
@@ -146,23 +141,21 @@ def low_rank_updates_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -
 
 def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
     """Weights that are stored and rounded alike."""
-    _, _, _, _, _, _, _, bits, group_size, _, _, seed, numbers = updates[0]
+    _, _, _, _, _, _, _, bits, group_size, _, stochastic = updates[0]
     factors = [_factors(update) for update in updates]
     a, b = zip(*factors, strict=True)
     rows, groups = [len(x) for x in a], [triton.cdiv(update.columns, group_size) for update in updates]
     by_columns = [x.stride(1) != 1 for x in a]
     ends = list(itertools.accumulate(triton.cdiv(r, _ROWS) * g for r, g in zip(rows, groups, strict=True)))
     qdata, scale, zero_point = zip(*(update[:3] for update in updates), strict=True)
-    low, high = zip(*(seed_words(update.seed) for update in updates), strict=True)
     _low_rank_update_kernel[(ends[-1],)](
-        qdata, scale, zero_point, a, b, None if numbers is None else tuple(update.numbers for update in updates),
+        qdata, scale, zero_point, a, b, tuple(update.row for update in updates),
         tuple(rows), tuple(update.columns for update in updates), tuple(x.shape[1] for x in a),
         tuple(x.stride(0) for x in qdata), tuple(x.shape[1] for x in qdata), tuple(x.stride(0) for x in scale),
         tuple(x.stride(1 if turned else 0) for x, turned in zip(a, by_columns, strict=True)),
-        tuple(x.shape[1] for x in b), tuple(map(int, by_columns)), low, high,
-        tuple(float(update.step_size) for update in updates), tuple(float(update.decay) for update in updates),
-        tuple(ends), skip, GROUP=group_size, G=group_size, M=_ROWS, K=_DEPTH_BYTES // a[0].element_size(),
-        BITS=bits, LAYOUTS="mixed" if len(set(by_columns)) == 2 else "columns" if by_columns[0] else "rows",
-        STOCHASTIC=seed is not None, HAS_SKIP=skip is not None, HAS_NUMBERS=numbers is not None, PRECISION="ieee",
-        enable_fp_fusion=False, num_warps=_WARPS, num_stages=_STAGES,
+        tuple(x.shape[1] for x in b), tuple(map(int, by_columns)), tuple(ends), skip, GROUP=group_size,
+        G=group_size, M=_ROWS, K=_DEPTH_BYTES // a[0].element_size(), BITS=bits,
+        LAYOUTS="mixed" if len(set(by_columns)) == 2 else "columns" if by_columns[0] else "rows",
+        STOCHASTIC=stochastic, HAS_SKIP=skip is not None, PRECISION="ieee", enable_fp_fusion=False, num_warps=_WARPS,
+        num_stages=_STAGES,
     )  # fmt: skip

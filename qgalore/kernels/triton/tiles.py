@@ -136,11 +136,11 @@ def store_codes(
 
 
 @triton.jit
-def read_numbers(numbers):
-    """Both words of the seed, step size and decay from `qgalore.kernels.numbers_row` on the device."""
-    step_size = tl.load(numbers + 2).to(tl.float32, bitcast=True)
-    decay = tl.load(numbers + 3).to(tl.float32, bitcast=True)
-    return tl.load(numbers), tl.load(numbers + 1), step_size, decay
+def read_step_row(row):
+    """Both words of the seed, step size and decay of a step row (`qgalore.kernels.StepScalars`)."""
+    step_size = tl.load(row + 2).to(tl.float32, bitcast=True)
+    decay = tl.load(row + 3).to(tl.float32, bitcast=True)
+    return tl.load(row), tl.load(row + 1), step_size, decay
 
 
 @triton.jit

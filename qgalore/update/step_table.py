@@ -1,0 +1,50 @@
+"""The step rows of all weights on their device: kernels read scalars there, so that CUDA graphs can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qgalore.kernels import StepScalars
+
+
+class StepTable:
+    """A row of each weight for its next update, and one for the next gradient that it adds to its sum."""
+
+    def __init__(self, count: int) -> None:
+        """count: the number of weights. The rows move to the device of the first write."""
+        self.updates = torch.zeros(count, 8, dtype=torch.int32)
+        self.sums = torch.zeros_like(self.updates)
+
+    def write_updates(self, scalars: Sequence[StepScalars], device: torch.device) -> None:
+        """Set the rows of all updates."""
+        self._move_to(device)
+        _write(self.updates, [each.pack() for each in scalars])
+
+    def write_sums(self, scalars: Sequence[StepScalars], device: torch.device) -> None:
+        """Set the rows of all sums."""
+        self._move_to(device)
+        _write(self.sums, [each.pack() for each in scalars])
+
+    def write_sum(self, index: int, scalars: StepScalars, device: torch.device) -> None:
+        """Set the row of one sum; nothing while a graph is captured, whose rows are written before it is replayed."""
+        self._move_to(device)
+        if not is_capturing(device):
+            _write(self.sums[index], scalars.pack())
+
+    def _move_to(self, device: torch.device) -> None:
+        if self.updates.device != device:
+            self.updates, self.sums = self.updates.to(device), self.sums.to(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now is captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _write(rows: Tensor, values: object) -> None:
+    source = torch.tensor(values, dtype=torch.int32)
+    # A new pinned buffer each time: the copy may still be under way when the next one is written.
+    rows.copy_(source.pin_memory() if rows.is_cuda else source, non_blocking=True)
