@@ -131,7 +131,19 @@ def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.Ca
         assert f"{title}:" in text
     for spec in specs():
         assert re.search(rf"--{spec.name}\b", text)
+        # What is on, or left to others to decide, can be switched off.
+        assert (f"--no-{spec.name} " in text) == (spec.is_switch and spec.default is not False)
         assert f"{spec.help} ({spec.default_text})" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "added"),
+    [("", (None, True)), ("--no-add_eos", (None, False)), ("--no-add_eos --add_eos --add_bos", (True, True)),
+     ("--no-add_bos", (False, True))],
+)  # fmt: skip
+def test_switches_that_are_on_can_be_switched_off(text: str, added: tuple[bool | None, bool]) -> None:
+    data = parse(text).data
+    assert (data.add_bos, data.add_eos) == added
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -295,6 +307,9 @@ BAD_VALUES = [
     ("--lr", "--lr has no value: write --lr RATE"),
     ("--lr --rank 4", "--lr has no value: write --lr RATE"),
     ("--single_gpu=yes", "--single_gpu is a switch and takes no value: write --single_gpu alone"),
+    ("--no-add_eos=yes", "--no-add_eos is a switch and takes no value: write --no-add_eos alone"),
+    ("--no-single_gpu", "--no-single_gpu is no flag of this program: did you mean --single_gpu?"),
+    ("--save_dir ~no-such-user/run", "--save_dir is '~no-such-user/run', a path whose ~no-such-user is the folder of a user: there is no"),
     ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
     ("--learning_rat 3", "--learning_rat is no flag of this program"),
     ("--warmup 5", "--warmup is no flag of this program: did you mean --warmup_steps?"),
