@@ -12,13 +12,16 @@ trained for it (--tokenizer train:N) is written, too: <output_dir>/tokenizer/tok
 
 import argparse
 import json
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -144,6 +147,31 @@ class Counted:
         return sum(sizes[: self.shards_read]) / sum(sizes)
 
 
+class Batch(NamedTuple):
+    """Documents as ids."""
+
+    documents: list[list[int]]
+    fraction: float
+    """Of the source, read when they were."""
+
+
+def encode_ahead(texts: Iterator[str], tokenizer: Tokenizer, read: Counted) -> Iterator[Batch]:
+    """The documents of `read` in their order, encoded by threads while others are read.
+
+    The tokenizers library spreads a batch over all cores itself, and releases the GIL, as sentencepiece does.
+    """
+    threads = 1 if tokenizer.encoder == "tokenizers" else os.cpu_count() or 1
+    begun: deque[tuple[Future[list[list[int]]], float]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(texts, DOCUMENTS_PER_BATCH)):
+            begun.append((pool.submit(tokenizer.encode_documents, batch), read.fraction))
+            if len(begun) > threads:
+                future, fraction = begun.popleft()
+                yield Batch(future.result(), fraction)
+        for future, fraction in begun:
+            yield Batch(future.result(), fraction)
+
+
 def write_split(
     texts: Iterator[str], read: Counted, tokenizer: Tokenizer, target: Path, max_tokens: int, origin: dict[str, Any]
 ) -> None:
@@ -154,25 +182,26 @@ def write_split(
     target.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     partial = target.with_name(target.name + ".partial")
-    documents = tokens = shards = 0
-    expected = max_tokens or None
+    documents, tokens, fraction, expected = 0, 0, 0.0, max_tokens or None
     start = time.perf_counter()
     with (
         partial.open("wb") as file,
         progress(f"{target.stem} of {target.parent}", "tokens", max_tokens or None) as done,
     ):
-        while (not max_tokens or tokens < max_tokens) and (batch := list(islice(texts, DOCUMENTS_PER_BATCH))):
+        for batch in encode_ahead(texts, tokenizer, read):
             before = tokens
-            for ids in tokenizer.encode_documents(batch):
+            for ids in batch.documents:
                 file.write(np.array(ids, dtype).tobytes())
                 documents += 1
                 tokens += len(ids)
                 if max_tokens and tokens >= max_tokens:
                     break
-            if read.shards_read > shards:  # the first files tell how many tokens there are in so many bytes
-                shards, whole = read.shards_read, round(tokens / read.fraction)
+            if batch.fraction > fraction:  # the first files tell how many tokens there are in so many bytes
+                fraction, whole = batch.fraction, round(tokens / batch.fraction)
                 expected = min(whole, max_tokens or whole)
             done(tokens - before, expected)
+            if max_tokens and tokens >= max_tokens:
+                break
     if not tokens:
         partial.unlink()
         raise UserError(f"the {target.stem} split has no documents")

@@ -1,6 +1,9 @@
 """Token ids from files: every window once an epoch, types by sidecar or suffix, and what the script writes."""
 
+import itertools
 import json
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.eval_set import build_eval_set, read_documents
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.order import DamageCount
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.local import LocalFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.sources.token_files import KIND, open_token_files
 from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
@@ -22,7 +28,7 @@ from scripts import tokenize_dataset as script
 from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.data.collect import close, global_rows, loaders
 from tests.data.files import write_texts
-from tests.data.small_tokenizers import byte_level
+from tests.data.small_tokenizers import byte_level, write_model
 
 LENGTH = 8
 
@@ -146,6 +152,36 @@ def test_the_script_writes_what_the_loader_reads(tmp_path: Path, c4_dir: Path, t
     capped = ["--dataset", str(c4_dir), "--tokenizer", str(file), "--output_dir", str(out), "--max_tokens", "0.5K"]
     assert tokenize_dataset(capped) == 0
     assert 500 <= open_token_files(str(out), "train").tokens < 550
+
+
+@pytest.mark.parametrize("encoder", ["tokenizers", "sentencepiece"])
+def test_the_script_encodes_in_several_threads_and_writes_in_order(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    place = tmp_path / "tokenizer.json" if encoder == "tokenizers" else write_model(tmp_path, "unigram", "a.model")
+    loaded = load_tokenizer(str(place), "c4")
+    assert loaded.encoder == encoder
+    whole, threads = Tokenizer.encode_documents, set[str]()
+
+    def encode_documents(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        threads.add(threading.current_thread().name.rpartition("_")[2])
+        time.sleep(0.005 if threading.current_thread().name.endswith("_0") else 0)  # the first of them is the slowest
+        return whole(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_documents", encode_documents)
+        words = f"--dataset {c4_dir} --tokenizer {place} --output_dir {tmp_path}/out"
+        assert tokenize_dataset(words.split()) == 0
+    assert len(threads) == 1 if encoder == "tokenizers" else len(threads) > 1
+    for split, count in (("train", 195), ("validation", 30)):
+        source = open_split(str(c4_dir), split)
+        assert not isinstance(source, TokenFiles | TokenMixture)
+        texts = list(read_documents(source, DamageCount(0)))
+        ids = open_token_files(str(tmp_path / "out"), split).files[0].ids.tolist()
+        assert ids == list(itertools.chain(*loaded.encode_documents(texts))) and len(texts) == count
 
 
 @pytest.mark.parametrize(
