@@ -18,7 +18,7 @@ def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
     config = shape_of(args)
     updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
-    lines = [f"warning: {warning}" for warning in args.warnings]
+    lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")

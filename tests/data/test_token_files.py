@@ -1,6 +1,11 @@
 """Token ids from files: every window once an epoch, types by sidecar or suffix, and what the script writes."""
 
+import itertools
 import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.eval_set import build_eval_set, read_documents
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.order import DamageCount
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.local import LocalFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.sources.token_files import KIND, open_token_files
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
+from scripts import tokenize_dataset as script
 from scripts.tokenize_dataset import main as tokenize_dataset
-from scripts.tokenize_dataset import parse_count
 from tests.data.collect import close, global_rows, loaders
+from tests.data.files import write_texts
+from tests.data.small_tokenizers import byte_level, write_model
 
 LENGTH = 8
 
@@ -144,12 +154,104 @@ def test_the_script_writes_what_the_loader_reads(tmp_path: Path, c4_dir: Path, t
     assert 500 <= open_token_files(str(out), "train").tokens < 550
 
 
-def test_the_script_refuses_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tokenize_dataset(["--dataset", str(tmp_path), "--tokenizer", "/none", "--output_dir", str(tmp_path)]) == 2
-    assert "--tokenizer /none" in capsys.readouterr().err
-    assert parse_count("1.5B") == 1_500_000_000
-    with pytest.raises(UserError, match="--max_tokens"):
-        parse_count("many")
+@pytest.mark.parametrize("encoder", ["tokenizers", "sentencepiece"])
+def test_the_script_encodes_in_several_threads_and_writes_in_order(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    place = tmp_path / "tokenizer.json" if encoder == "tokenizers" else write_model(tmp_path, "unigram", "a.model")
+    loaded = load_tokenizer(str(place), "c4")
+    assert loaded.encoder == encoder
+    whole, threads = Tokenizer.encode_documents, set[str]()
+
+    def encode_documents(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        threads.add(threading.current_thread().name.rpartition("_")[2])
+        time.sleep(0.005 if threading.current_thread().name.endswith("_0") else 0)  # the first of them is the slowest
+        return whole(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_documents", encode_documents)
+        words = f"--dataset {c4_dir} --tokenizer {place} --output_dir {tmp_path}/out"
+        assert tokenize_dataset(words.split()) == 0
+    assert len(threads) == 1 if encoder == "tokenizers" else len(threads) > 1
+    for split, count in (("train", 195), ("validation", 30)):
+        source = open_split(str(c4_dir), split)
+        assert not isinstance(source, TokenFiles | TokenMixture)
+        texts = list(read_documents(source, DamageCount(0)))
+        ids = open_token_files(str(tmp_path / "out"), split).files[0].ids.tolist()
+        assert ids == list(itertools.chain(*loaded.encode_documents(texts))) and len(texts) == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [("--tokenizer /none", "--tokenizer /none: no such file"),
+     ("--tokenizer train:9", "--tokenizer train:9: give the number of pieces"),
+     ("--max_tokens many", "--max_tokens is 'many', it must be a number with an optional suffix"),
+     ("--damaged_limit -1", "--damaged_limit is -1, it must be at least 0 (places)"),
+     ("--text_unit word", "--text_unit is 'word', it must be one of line, paragraph, file"),
+     ("--dataset ~no-such-user/text", "--dataset is '~no-such-user/text', a path whose ~no-such-user is the folder"),
+     ("--dataset_config x --splits train test", "--splits test: --dataset")],
+)  # fmt: skip
+def test_the_script_refuses_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, says: str
+) -> None:
+    out = tmp_path / "out"
+    assert tokenize_dataset(["--dataset", str(tmp_path), "--output_dir", str(out), *flags.split()]) == 2
+    assert says in capsys.readouterr().err and not out.exists()
+
+
+def test_the_script_says_what_it_added(
+    tmp_path: Path, c4_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QGALORE_CACHE", str(tmp_path / "cache"))
+    backend = byte_level(["<pad>", "</s>", "<|begin|>"], begins_with="<|begin|>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    common = f"--dataset {c4_dir} --splits validation --output_dir {tmp_path}/out --tokenizer"
+    for flags, bos, eos in (
+        (f"{tmp_path}/tokenizer.json", 2, 1),
+        (f"{tmp_path}/tokenizer.json --no-add_eos", 2, None),
+        ("train:400 --no-add_bos", None, 1),
+        ("train:400 --no-add_eos", None, None),
+    ):
+        assert tokenize_dataset([*common.split(), *flags.split()]) == 0
+        settings = json.loads((tmp_path / "out" / "validation.bin.json").read_text())
+        assert (settings["bos_token_id"], settings["eos_token_id"]) == (bos, eos)
+        assert settings["dataset"] == str(c4_dir)
+        ids = open_token_files(str(tmp_path / "out"), "validation").files[0].ids
+        assert (ids == 2).sum() == (30 if bos else 0) and (ids == 1).sum() == (30 if eos else 0)
+        assert (ids[0] == 2) == bool(bos) and (ids[-1] == 1) == bool(eos)
+    said = capsys.readouterr().out
+    assert "<|begin|> begins each document and </s> ends each document" in said and "nothing is added" in said
+    kept = load_tokenizer(str(tmp_path / "out" / "tokenizer"), "c4", added=Added(eos=False))
+    assert kept.go_on_as(settings["tokenizer_fingerprint"])
+
+
+def test_the_time_left_is_known_after_the_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bytes of the files; with --max_tokens from the beginning."""
+    texts = [[f"{'long ' * 60}{shard} {i}" for i in range(100 * (shard + 1))] for shard in range(3)]
+    for shard, documents in enumerate(texts):
+        write_texts(tmp_path / "text" / f"train-{shard}.jsonl", documents)
+    totals: list[int | None] = []
+
+    @contextmanager
+    def progress(what: str, unit: str, total: int | None = None) -> Iterator[Any]:
+        totals.append(total)
+        yield lambda done, total=None: totals.append(total)
+
+    monkeypatch.setattr(script, "progress", progress)
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 50)
+    byte_level(["</s>"]).save(str(tmp_path / "tokenizer.json"))
+    words = f"--dataset {tmp_path}/text --tokenizer {tmp_path}/tokenizer.json --output_dir {tmp_path} --splits train"
+    assert tokenize_dataset(words.split()) == 0
+    tokens = open_token_files(str(tmp_path), "train").tokens
+    assert totals[:2] == [None, None] and len(totals) == 12 and totals[-1] == tokens  # 540 documents in 11 batches
+    assert len(set(totals)) == 1 + 3  # one more estimate at the end of each file
+    assert all(total == pytest.approx(tokens, rel=0.2) for total in totals[2:])
+    totals.clear()
+    assert tokenize_dataset([*words.split(), "--max_tokens", "20K"]) == 0
+    assert set(totals) == {20_000}
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train.json.gz", "data.parquet"])

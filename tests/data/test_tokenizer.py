@@ -8,7 +8,8 @@ import pytest
 
 from peft_pretraining.data.cache import publish
 from peft_pretraining.data.sources import pydocs
-from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe
+from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from peft_pretraining.data.tokenizers.training import train_bpe
 from peft_pretraining.errors import UserError
 from tests.data.conftest import document
 

@@ -141,8 +141,11 @@ class Tokenizer:
 
         For a run that goes on: which encoder is the first choice depends on what is installed and beside the tokenizer.
         """
+        of_sentence, _, of_pieces = fingerprint.partition("-")
+        if of_pieces and of_pieces != self._hash_of_pieces():
+            return False
         for encoder in self._encoders:
-            if self._fingerprint(encoder) == fingerprint:
+            if self._fingerprint(encoder) == of_sentence:
                 self._encoder = encoder
                 return True
         return False
@@ -173,6 +176,11 @@ class Tokenizer:
         parts += [] if encoder.name == "tokenizers" else [encoder.name]
         parts += [f"bos {self.bos_token_id}"] if self._before else []
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _hash_of_pieces(self) -> str:
+        """What a trained tokenizer has in its fingerprint, too: two of them may cut the fixed sentence in one way."""
+        pieces = [self._vocabulary.piece(i) for i in range(self.vocab_size)]
+        return hashlib.sha256(repr(pieces).encode()).hexdigest()[:16]
 
     def _bos(
         self, vocabulary: Encoder, settings: Mapping[str, str | bool], asked: bool | None, named: int | None
