@@ -17,6 +17,7 @@ from peft_pretraining.data.sources.documents import revision_of
 from peft_pretraining.data.sources.kind import SourceOptions, Splits
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
+from peft_pretraining.data.summary import describe_data
 from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.models.build import build_on_meta
@@ -88,6 +89,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=workers,
         repeat=data.repeat,
     )  # fmt: skip
+    if processes.is_main:
+        loader.about = describe_data(splits, tokenizer, data.packing, batch.max_length)
     evaluation = args.evaluation
     eval_set = build_eval_set(
         **common, source=splits.validation, eval_batch_size=evaluation.eval_batch_size,

@@ -30,6 +30,7 @@ from peft_pretraining.data.sources.documents import (
     Files,
     LocalSource,
     Source,
+    describe_source,
     files_of,
     is_text,
     revision_of,
@@ -135,6 +136,10 @@ class HeldOutSource:
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         yield from self.held_out.texts[part + start * slices :: slices]
+
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return f"{len(self.held_out.texts):,} documents of it, held out by a hash of their content"
 
     def fingerprint(self) -> str:
         """Of the texts."""
@@ -257,6 +262,10 @@ class WithoutHeldOut:
         hashes = self._hashes()
         for item in self.source.read(shard, slices, part, start):
             yield "" if is_text(item) and hash_of(item) in hashes else item
+
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return f"{describe_source(self.source)}, without the documents held out"
 
     def fingerprint(self) -> str:
         """Of the source and of what is held out."""

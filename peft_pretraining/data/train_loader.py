@@ -113,6 +113,8 @@ class TrainLoader:
         """Time that `next_update` waited for rows, in total."""
         self.news: list[str] = []
         """What a person should hear of the data, in sentences; whoever says them empties the list."""
+        self.about: list[str] = []
+        """What the run reads, in lines for people (`summary`), for `describe`."""
         self._makes_lanes, self._order, self._damage = lanes, order, damage or DamageCount(0)
         self._stop = stop or threading.Event()
         self._sequence = 0  # global sequences handed out
@@ -127,11 +129,10 @@ class TrainLoader:
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def describe(self) -> list[str]:
-        """Lines for people: which commit of a data set on the hub is read, and how text becomes ids."""
-        lines = [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
-        if commit := self._order.get("dataset_revision"):
-            lines.insert(0, f"data set at commit {commit} (--dataset_revision)")
-        return lines
+        """Lines for people: what is read, at which commit of a data set on the hub, and how text becomes ids."""
+        commit = self._order.get("dataset_revision")
+        of_hub = [f"data set at commit {commit} (--dataset_revision)"] if commit else []
+        return [*self.about, *of_hub, *([f"tokenizer {self.tokenizer.describe()}"] if self.tokenizer else [])]
 
     @property
     def damaged(self) -> int:

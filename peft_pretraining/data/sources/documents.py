@@ -86,6 +86,19 @@ def revision_of(source: object) -> str:
     return source.revision if isinstance(source, PinnedSource) else ""
 
 
+@runtime_checkable
+class DescribedSource(Source, Protocol):
+    """A source that can say what it reads."""
+
+    def describe(self) -> str:
+        """A phrase for people: its name, and which files, field or documents that is."""
+
+
+def describe_source(source: Source) -> str:
+    """A phrase for people; its name alone where it knows no better."""
+    return source.describe() if isinstance(source, DescribedSource) else source.name
+
+
 def files_of(source: Source) -> Files | None:
     """The files of a source that knows them."""
     return source.file_list() if isinstance(source, FileSource) else None
@@ -116,6 +129,10 @@ class MemorySource:
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`; document i lies in shard i mod `shards`."""
         yield from self.documents[shard :: self.shards][part + start * slices :: slices]
+
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return f"{self.name}: {len(self.documents):,} documents"
 
     def fingerprint(self) -> str:
         """Hash of all texts."""

@@ -65,6 +65,8 @@ class Tokenizer:
                 "has to end every document. Name one as eos_token in tokenizer_config.json beside it, or give "
                 "--no-add_eos."
             )
+        self.unk_token_id: int | None = ids.get("unk")
+        """What stands for text that the vocabulary has no other piece for, or None."""
         special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
         # Padding is masked by length, so a tokenizer without a padding token pads with anything.
         pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
