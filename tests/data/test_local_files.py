@@ -15,7 +15,7 @@ from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
-from tests.data.files import FORMATS, write_texts
+from tests.data.files import COMPRESS, FORMATS, write_texts
 
 LINE = b'{"text": "a line"}\n'
 
@@ -328,6 +328,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 319\n"
         ("a.parquet", LINE, "JSON lines"), ("a.json.gz", LINE, "JSON lines, not compressed with gzip"),
         ("a.jsonl", gzip.compress(LINE, mtime=0), "compressed with gzip, which its name does not end with"),
         ("a.jsonl.zst", gzip.compress(LINE, mtime=0), "compressed with gzip"),
+        *(("a.txt", COMPRESS[end](b""), "compressed with ") for end in COMPRESS if end),
         ("a.txt", b"\xff\xfea\0b\0", "text in UTF-16"), ("a.txt", b"PK\x03\x04" + bytes(30), "a zip archive"),
         ("a.csv", b"\x7fELF\0\0\0\0", "binary data"),
     ],
@@ -341,6 +342,13 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, conten
 
 
 def test_pages_and_brackets_may_be_text(tmp_path: Path) -> None:
+    for content in (
+        b"BZh! is a bird\n", b"BZh9 and more\n", b"\x1f\x8b is odd\n", b"\x1f\x8b\x08\xff", b"PAR1 of two\n",
+        b"ARROW1 flies\n", b"PARIS\n",
+    ):  # fmt: skip
+        for name in ("b.txt", "b.csv"):
+            (tmp_path / name).write_bytes(content + b"a second line\n")
+            assert opened(tmp_path / name) is not None
     for content in (HTML, b"[1] A note\n", b"{braces}\n", LINE, "Ünïcödé\n".encode("latin-1"), b"\xef\xbb\xbfBOM\n"):
         (tmp_path / "a.txt").write_bytes(content)
         assert opened(tmp_path / "a.txt") is not None
