@@ -310,7 +310,8 @@ def test_what_is_damaged_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureF
     """The library's parsers print what they cannot read, beside the count and the sentence that it gets here."""
     for suffix in (".parquet", ".arrow"):
         path = write_texts(tmp_path / f"data{suffix}", TEXTS)
-        path.write_bytes(path.read_bytes()[:-300])
+        content = path.read_bytes()
+        path.write_bytes(content[:-5])
         assert damages(read(path))
     assert not caplog.records
     logging.getLogger("datasets.builder").warning("what it warns of")
