@@ -351,6 +351,27 @@ def test_the_shards_are_the_files(tmp_path: Path) -> None:
     assert len(prints) == 3
 
 
+def test_a_file_of_the_same_size_is_told_by_its_beginning_and_end(tmp_path: Path) -> None:
+    contents = [b"", b"x" * 70_000, b"x" * 500_000]
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    source = FileShards("it", tuple(map(file_of, paths)), "")
+    files = source.file_list()
+    assert files is not None and files.heads == ()
+    heads = files.with_heads().heads
+    assert len(set(heads)) == 3 and all(len(head) == 16 for head in heads)
+    assert files.with_heads() == files.with_heads() and files.with_heads().identity() == files.identity()
+    for number, place in ((1, 0), (1, 69_999), (1, 65_536), (2, 65_535), (2, 434_464)):
+        paths[number].write_bytes(contents[number][:place] + b"y" + contents[number][place + 1 :])
+        assert [a == b for a, b in zip(heads, files.with_heads().heads, strict=True)] == [i != number for i in range(3)]
+        paths[number].write_bytes(contents[number])
+    paths[0].unlink()
+    assert files.with_heads().heads == ("", *heads[1:])
+    remote = FileShards("it", (DataFile("hf://datasets/a/b@c/d.txt", "text", 5),), "").file_list()
+    assert remote is not None and remote.with_heads().heads == ()
+
+
 def test_files_are_read_in_threads(tmp_path: Path) -> None:
     paths = [write_texts(tmp_path / f"{i}{suffix}", TEXTS) for i in range(3) for suffix in FORMATS]
     with ThreadPoolExecutor(8) as threads:

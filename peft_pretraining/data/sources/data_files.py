@@ -88,7 +88,8 @@ class FileShards:
             return None
         common = os.path.commonpath([place.parent for place in places])
         names = tuple(os.path.relpath(place, common) for place in places)
-        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}")
+        local = tuple(file.place for file in self.files if "://" not in file.place)
+        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}", local)
 
     def stamp(self) -> str:
         """See `documents.LocalSource.stamp`; the commit says it of files on the hub."""
