@@ -64,7 +64,10 @@ def refused(dataset: object, split: str = "train", **options: str) -> str:
         ("valid.txt", {"validation"}), ("my.dev.csv", {"validation"}), ("val_01.arrow", {"validation"}),
         ("validation/train-0.csv", {"train"}), ("train/validation-0.csv", {"validation"}), ("devil.txt", set()),
         ("test.csv", {"test"}), ("evaluation/a.csv", {"test"}), ("test/dev/a.csv", {"validation"}),
-        ("latest.txt", set()), ("invalid.txt", set()), ("train-validation-0.json", {"train", "validation"}),
+        ("latest.txt", set()), ("validation(1).jsonl", {"validation"}), ("train (copy).jsonl", {"train"}),
+        ("Copy of dev.csv", {"validation"}), ("[test] a.txt", {"test"}), ("a+val~.txt", {"validation"}),
+        ("trainé.txt", set()), ("évaluation.txt", set()), ("invalid.txt", set()),
+        ("train-validation-0.json", {"train", "validation"}),
     ],
 )  # fmt: skip
 def test_the_split_that_a_path_names(path: str, expected: set[str]) -> None:
@@ -99,6 +102,17 @@ def test_without_a_validation_file_there_is_no_such_split(tmp_path: Path) -> Non
     write(tmp_path, "b.jsonl", "a.jsonl", "deep/er/c.jsonl", "test/d.jsonl")
     assert files_of(tmp_path) == ["a.jsonl", "b.jsonl", "deep/er/c.jsonl"]
     assert files_of(tmp_path, "validation") is None
+
+
+def test_unread_test_files_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "train.csv", "test/a.csv", "my-eval.csv", "dev.csv")
+    for _ in range(2):
+        assert files_of(tmp_path) == ["train.csv"] and files_of(tmp_path, "validation") == ["dev.csv"]
+    assert caplog.text.count("2 files called test, such as my-eval.csv, left unread; --validation_split test") == 1
+    caplog.clear()
+    assert files_of(tmp_path, "validation", validation_split="test") == ["my-eval.csv", "test/a.csv"]
+    assert files_of(tmp_path, train_split="test") == ["my-eval.csv", "test/a.csv"]
+    assert not caplog.text
 
 
 def test_files_without_a_split_are_left_out_where_others_have_one(
@@ -159,17 +173,27 @@ def test_hidden_files_and_what_describes_data_is_no_data(tmp_path: Path, caplog:
     assert not caplog.text
 
 
-def test_of_several_formats_the_commonest_is_taken_and_that_is_said(
+def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(tmp_path, "a.jsonl", "b.jsonl.zst", "c.txt", "d.csv", "validation.parquet")
-    assert files_of(tmp_path) == ["a.jsonl", "b.jsonl.zst"]
+    write(tmp_path, "a.json", "b.json", "c.json", "validation.parquet")
+    write_texts(tmp_path / "huge.jsonl.gz", [*texts("huge.jsonl.gz"), *("" for _ in range(100_000))])
+    write_texts(tmp_path / "d.txt", ["x" * 100])
+    assert opened(tmp_path).files[0].place.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
     assert files_of(tmp_path, "validation") == ["validation.parquet"]
-    assert "for train the 2 files of .jsonl are read, and 1 file of .csv and 1 file of .txt are left out" in caplog.text
+    assert "for train the 1 file of .jsonl (" in caplog.text and " kB) are read, and 3 files of .json (" in caplog.text
+    assert "bytes) and 1 file of .txt (101 bytes) are left out" in caplog.text
     assert caplog.text.count("left out") == 1
-    write(tmp_path / "even", "a.txt")
-    write_texts(tmp_path / "even" / "b.csv", texts("b.csv", 20))
-    assert opened(tmp_path / "even").files[0].format == "csv"  # type: ignore[union-attr]
+    assert [local._bytes(count) for count in (7, 1234, 3 * 10**9, 5 * 10**16)] == [
+        "7 bytes",
+        "1.23 kB",
+        "3 GB",
+        "5e+04 TB",
+    ]
+    (tmp_path / "even").mkdir()
+    for name in ("a.txt", "b.csv", "c.csv"):  # of as many bytes that of more files
+        (tmp_path / "even" / name).write_text("text\n1234\n" * (2 if name == "a.txt" else 1))
+    assert opened(tmp_path / "even").shards == 2  # type: ignore[union-attr]
 
 
 def test_empty_and_damaged_files_keep_their_place(tmp_path: Path) -> None:
@@ -206,6 +230,11 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files_of(tmp_path / "y/*/*.jsonl", "validation") == ["y/dev/d.jsonl"]
     assert files_of(tmp_path / "**/[ac].jsonl") == ["y/train/c.jsonl"]
     assert files_of(tmp_path / "y/z[1].jsonl") == ["y/z[1].jsonl"]
+    write(tmp_path, "[x]/[12]/a.jsonl", "[x]/[12]/b[1].jsonl", "[x]/1/c.jsonl")
+    assert files_of(tmp_path / "[x]/[12]/*.jsonl") == ["[x]/[12]/a.jsonl", "[x]/[12]/b[1].jsonl"]
+    assert files_of(tmp_path / "[x]/[1]/*.jsonl") == ["[x]/1/c.jsonl"]
+    assert files_of(tmp_path / "[x]/**/[ac].jsonl") == ["[x]/1/c.jsonl", "[x]/[12]/a.jsonl"]
+    assert "no file matches this pattern" in refused(tmp_path / "[x]/nothing.jsonl")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files_of("~/x/*.txt") == files_of("~/x/b.txt") == ["x/b.txt"]
     monkeypatch.chdir(tmp_path / "x")
@@ -217,15 +246,24 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no such file" in refused(tmp_path / "nothing.jsonl")
 
 
-def test_links_are_followed_and_end(tmp_path: Path) -> None:
+def test_links_are_followed_and_end_and_a_file_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "far", "a.jsonl")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "far")
     (tmp_path / "data" / "b.jsonl").symlink_to(tmp_path / "far" / "a.jsonl")
     (tmp_path / "far" / "loop").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "broken.jsonl").symlink_to(tmp_path / "nothing")
+    write(tmp_path / "far", "c.jsonl", "c2.jsonl")
+    os.link(tmp_path / "far" / "c.jsonl", tmp_path / "data" / "hard.jsonl")
     source = opened(tmp_path / "data")
-    assert source is not None and source.shards == 2
+    assert source is not None
+    names = [str(Path(file.place).relative_to(tmp_path / "data")) for file in source.files]
+    assert names == ["b.jsonl", "hard.jsonl", "link/c2.jsonl"]
+    assert "link/a.jsonl and b.jsonl are one file by two names, which is read once, and so are 1 more" in caplog.text
+    source = opened(tmp_path / "*" / "*.jsonl")
+    assert source is not None and source.shards == 3
+    os.link(tmp_path / "far" / "a.jsonl", tmp_path / "data" / "validation.jsonl")
+    assert "validation.jsonl of the validation split is a link to b.jsonl of the training" in refused(tmp_path / "data")
 
 
 def test_one_file(tmp_path: Path) -> None:
