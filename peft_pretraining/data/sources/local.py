@@ -111,7 +111,7 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
             unreadable.append((file.place, error.strerror))
     if unreadable and len(unreadable) < len(files):
         place, reason = unreadable[0]
-        _say_once(
+        say_once(
             f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
             f"places, such as {place} ({reason})"
         )
@@ -215,7 +215,7 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     unnamed = [path for path in listed.paths if not splits_named(path)]
     if split == "train":
         if paths and unnamed:
-            _say_once(
+            say_once(
                 f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
                 "left out, because others are called train"
             )
@@ -235,7 +235,7 @@ def _say_what_is_for_tests(dataset: str, listed: _Listed, evaluated: str) -> Non
         path for path in listed.paths if splits_named(path) == {"test"} and not (evaluated and named(path, evaluated))
     ]
     if tests:
-        _say_once(
+        say_once(
             f"--dataset {dataset}: {_files(len(tests))} called test, such as {tests[0]}, left unread; "
             "--validation_split test evaluates on what is called so"
         )
@@ -262,7 +262,7 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
             suffix: f"{_files(len(group))} of {suffix} ({_bytes(sizes[suffix])})"
             for suffix, group in sorted(by_suffix.items())
         }
-        _say_once(
+        say_once(
             f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
             "are left out: to read those, give them by a pattern such as '*.suffix'"
         )
@@ -284,7 +284,7 @@ def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:
     if again:
         path, kept = again[0]
         more = f", and so are {len(again) - 1} more" if len(again) > 1 else ""
-        _say_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
+        say_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
     return list(first.values())
 
 
@@ -301,7 +301,7 @@ def _each_once(dataset: str, paths: list[str]) -> list[str]:
         kept.setdefault(_decompressed_name(path), path)
     if len(kept) < len(paths):
         left = next(path for path in paths if path not in kept.values())
-        _say_once(
+        say_once(
             f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
             f"{kept[_decompressed_name(left)]} and not {left}"
         )
@@ -345,5 +345,6 @@ def _check_apart(dataset: str, root: Path, train: list[str], validation: list[st
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning, but not the same again: both splits are opened, and more than once."""
     _logger.warning("%s", message)
