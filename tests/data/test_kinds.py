@@ -193,6 +193,12 @@ def test_addresses_and_what_no_path_can_be_are_refused_in_a_sentence(dataset: st
     assert right in str(caught.value) and str(caught.value).startswith("--dataset ")
 
 
+def test_a_folder_that_is_called_like_an_address_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("huggingface.co/datasets/org").mkdir(parents=True)
+    assert isinstance(registry.find_kind("huggingface.co/datasets/org"), LocalFiles)
+
+
 def test_what_recognises_its_own_is_asked_before_what_takes_the_rest(tmp_path: Path, add_module: AddModule) -> None:
     dataset = str(words(tmp_path / "text.lines"))
     (tmp_path / "text.lines.json").write_text('{"dtype": "uint16"}')

@@ -182,7 +182,10 @@ def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     assert opened(tmp_path).files[0].place.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
     assert files_of(tmp_path, "validation") == ["validation.parquet"]
     assert "for train the 1 file of .jsonl (" in caplog.text and " kB) are read, and 3 files of .json (" in caplog.text
-    assert "bytes) and 1 file of .txt (101 bytes) are left out" in caplog.text
+    assert (
+        "bytes) and 1 file of .txt (101 bytes) are left out: to read those, give them by a pattern such as '*.json'"
+        in caplog.text
+    )
     assert caplog.text.count("left out") == 1
     assert [local._bytes(count) for count in (7, 1234, 3 * 10**9, 5 * 10**16)] == [
         "7 bytes",
@@ -400,6 +403,7 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
     assert "there is no file of text in this folder (.json, .jsonl, .parquet" in refused(tmp_path)
     for name, content, expected in (
         ("model.pdf", b"%PDF-1.7", "it seems to be a PDF document"), ("a.xyz", LINE, "it seems to be JSON lines"),
+        ("train.npy", b"\x93NUMPY\1\0v\0{'descr': '<u2'", "it seems to be a NumPy array (if it holds token ids, write"),
         ("notes.md", b"# Notes\n", "it seems to be plain text"), ("data.zip", b"PK\x03\x04..", "a zip archive"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)

@@ -24,6 +24,7 @@ _BINARY_MAGIC = {
     b"\xff\xff\xff\xff": "an arrow file",
     b"PK\x03\x04": "a zip archive",
     b"%PDF": "a PDF document",
+    b"\x93NUMPY": "a NumPy array (if it holds token ids, write them with array.astype('<u4').tofile('train.uint32'))",
     b"\xff\xfe": "text in UTF-16 (convert it to UTF-8)",
     b"\xfe\xff": "text in UTF-16 (convert it to UTF-8)",
 }

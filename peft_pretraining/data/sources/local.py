@@ -258,13 +258,14 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
     sizes = {suffix: sum((root / path).stat().st_size for path in group) for suffix, group in by_suffix.items()}
     taken = max(by_suffix, key=lambda suffix: (sizes[suffix], len(by_suffix[suffix]), suffix))
     if len(by_suffix) > 1:
+        left = next(suffix for suffix in sorted(by_suffix) if suffix != taken)
         listed = {
             suffix: f"{_files(len(group))} of {suffix} ({_bytes(sizes[suffix])})"
             for suffix, group in sorted(by_suffix.items())
         }
         say_once(
             f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
-            "are left out: to read those, give them by a pattern such as '*.suffix'"
+            f"are left out: to read those, give them by a pattern such as '*{left}'"
         )
     return _each_once(dataset, by_suffix[taken])
 

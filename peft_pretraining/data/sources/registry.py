@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources.documents import Source
@@ -41,9 +42,9 @@ def find_kind(dataset: str) -> DatasetKind:
         if kind.name and kind.name == dataset:
             return kind
     for kind in sorted(found, key=lambda kind: kind.precedence):
-        if kind.precedence >= 0:  # of a mixture each part is looked at
-            _refuse_address(dataset)
         try:
+            if kind.precedence >= 0:  # of a mixture each part is looked at
+                _refuse_address(dataset)
             if kind.recognises(dataset):
                 return kind.of(dataset)
         except UserError:
@@ -60,7 +61,8 @@ def find_kind(dataset: str) -> DatasetKind:
 
 def _refuse_address(dataset: str) -> None:
     """Raise UserError that says what to give instead, if this is the address of something."""
-    if on_hub := _HUB_ADDRESS.match(dataset):
+    on_hub = _HUB_ADDRESS.match(dataset)
+    if on_hub and not Path(dataset).exists():
         first, *rest = re.split("[/?#@]", on_hub["name"])
         name = f"{first}/{rest[0]}" if rest and rest[0] and rest[0] not in _HUB_PAGES else first
         raise UserError(f"--dataset {dataset} is an address of the hub: give the name alone, --dataset {name}")
