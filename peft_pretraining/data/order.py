@@ -234,11 +234,7 @@ class TextLane:
             if not self._order.repeat:
                 return
             if whole_epoch and not self._found:
-                raise UserError(
-                    f"--dataset {self._source.source.name}: there is no document for lane {self._order.lane}. The data "
-                    "set is empty, damaged, or has fewer documents than --data_lanes; lower --data_lanes or give more "
-                    "data."
-                )
+                raise UserError(self._source.why_nothing(self._units, self._order.lane))
             epoch, first_unit, whole_epoch = epoch + 1, 0, True
 
     def _unit_blocks(self, begin: Position, unit: Unit) -> Iterator[tuple[Position, list[str]]]:

@@ -254,6 +254,38 @@ def test_the_time_left_is_known_after_the_first_file(tmp_path: Path, monkeypatch
     assert set(totals) == {20_000}
 
 
+def test_text_is_not_taken_for_token_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def kind() -> str:
+        return type(find_kind(str(tmp_path))).__name__
+
+    for name in ("training_args.bin", "train.npy", "model.bin"):
+        (tmp_path / name).write_bytes(b"abcd")
+    assert kind() == "LocalFiles"
+    (tmp_path / "train.bin").write_bytes(b"abcd")
+    assert kind() == "TokenFilesKind"  # which says what is missing
+    (tmp_path / "notes.jsonl").write_text('{"text": "a"}\n')
+    assert kind() == "LocalFiles"
+    (tmp_path / "train.bin.json").write_text('{"dtype": "uint16"}')
+    assert kind() == "TokenFilesKind"
+    for _ in range(2):
+        files = open_token_files(str(tmp_path), "train").files
+        assert [file.path.name for file in files] == ["train.bin"]
+    said = f"--dataset {tmp_path}: its token ids are read, and its text, such as notes.jsonl, is left out"
+    assert caplog.text.count(said) == 1
+
+
+def test_names_that_token_files_should_have(tmp_path: Path) -> None:
+    for name in ("a.uint16", "b.uint16", ".c.uint16", "d.bin"):
+        (tmp_path / name).write_bytes(b"abcd")
+    assert find_kind(str(tmp_path)) is KIND
+    with pytest.raises(
+        UserError, match=r"no file train\* with .*, but a.uint16, b.uint16: name the files to train on tr"
+    ):
+        open_token_files(str(tmp_path), "train")
+    (tmp_path / "a.txt").write_text("a text\n")
+    assert isinstance(find_kind(str(tmp_path)), LocalFiles)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "train.json.gz", "data.parquet"])
 def test_only_token_files_are_recognised(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"abcd" * 100)

@@ -6,6 +6,7 @@ read; a file that ends inside a member is damaged, too, which a reader of stream
 
 import bz2
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,7 +14,12 @@ from typing import Any
 from peft_pretraining.errors import UserError
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bz2": b"BZh"}
+_HEADER = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08[\x00-\x1f])|(?P<zstd>\x28\xb5\x2f\xfd)|(?P<xz>\xfd7zXZ\x00\x00)"
+    rb"|(?P<bz2>BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90))"
+)
+"""What each begins with, beyond its magic: method and flags of gzip, flags of xz, the first block of bz2 or its end."""
 
 _PIECE_BYTES = 1 << 13
 """Decompressed at a time: what is lost with a damaged piece."""
@@ -28,6 +34,12 @@ class DamagedError(Exception):
 def compression_of(place: str) -> str:
     """gzip, zstd, xz or bz2 by the end of a name; "" for none."""
     return next((kind for suffix, kind in SUFFIXES.items() if place.lower().endswith(suffix)), "")
+
+
+def compression_seen(head: bytes) -> str:
+    """gzip, zstd, xz or bz2 by the first bytes of a file; "" for none, and for text whose first letters are theirs."""
+    found = _HEADER.match(head)
+    return str(found.lastgroup) if found else ""
 
 
 def decompressed(chunks: Iterable[bytes], compression: str) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.sources.builders import TEXT, FileRows, in_words
+from peft_pretraining.data.sources.builders import SEVERAL, TEXT, FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage, Files
 from peft_pretraining.data.sources.file_heads import columns_of, what_is
@@ -88,7 +88,8 @@ class FileShards:
             return None
         common = os.path.commonpath([place.parent for place in places])
         names = tuple(os.path.relpath(place, common) for place in places)
-        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}")
+        local = tuple(file.place for file in self.files if "://" not in file.place)
+        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}", local)
 
     def stamp(self) -> str:
         """See `documents.LocalSource.stamp`; the commit says it of files on the hub."""
@@ -125,7 +126,7 @@ def read_file(
         if begin >= rows.end:
             continue
         for number, value in zip(range(begin, rows.end, step), values_of(values, begin - row, step), strict=True):
-            text = text_of(value)
+            text = _NoText(rows.lost[number]) if number in rows.lost else text_of(value)
             yield text if isinstance(text, str) else Damage(f"{file.place} {word} {number + 1}", text.reason)
     # Damage before `first` was reported by whoever read that far.
     if rows.damage and rows.end >= first and (rows.end - first) % step == 0:
@@ -230,6 +231,10 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
     name = wanted or ("text" if "text" in columns else "")
     if name and name not in columns:
         raise UserError(f"{where} has no {word} {name} (--text_column). It has: {listed}.")
+    if name and columns[name] == SEVERAL:
+        raise UserError(
+            f"{where} has several {word}s called {name}: rename all but one, or choose another with --text_column."
+        )
     if name and columns[name] not in (TEXT, "null"):
         other = f"; text is in {', '.join(texts)} (--text_column)" if texts else ""
         raise UserError(f"{where}: its {word} {name} holds {columns[name]}, not text{other}.")

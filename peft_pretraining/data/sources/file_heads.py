@@ -1,7 +1,6 @@
 """What a file is by its first bytes, when that is not what its name says; what columns it has."""
 
 import contextlib
-import csv
 import io
 import json
 from collections.abc import Iterator
@@ -15,16 +14,17 @@ from peft_pretraining.data.sources.builders import (
     open_binary,
     open_content,
 )
-from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of
+from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of, compression_seen
+from peft_pretraining.data.sources.csv_records import Unclosed, read_records
 
 _HEAD_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 1 << 26
 _BINARY_MAGIC = {
-    b"PAR1": "a parquet file",
-    b"ARROW1": "an arrow file",
+    b"ARROW1\0\0": "an arrow file",
     b"\xff\xff\xff\xff": "an arrow file",
     b"PK\x03\x04": "a zip archive",
     b"%PDF": "a PDF document",
+    b"\x93NUMPY": "a NumPy array (if it holds token ids, write them with array.astype('<u4').tofile('train.uint32'))",
     b"\xff\xfe": "text in UTF-16 (convert it to UTF-8)",
     b"\xfe\xff": "text in UTF-16 (convert it to UTF-8)",
 }
@@ -41,11 +41,11 @@ def what_is(place: str, file_format: str) -> str:
     compression = compression_of(place)
     with open_binary(place) as file:
         raw = file.read(_HEAD_BYTES)
-    packed = next((kind for magic, kind in MAGIC.items() if raw.startswith(magic)), "")
+    packed = compression_seen(raw)
     if not raw.strip(b"\0"):
         return ""
     if compression:
-        if packed == compression:
+        if raw.startswith(MAGIC[compression]):  # a header that is damaged is left to reading, too
             return _unexpected(_head(place), file_format)
         if packed:
             return f"compressed with {packed}"
@@ -58,12 +58,12 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
     if file_format in _HAS_MAGIC:
         return columns_of_table(place, file_format)
     if file_format == "csv":
-        head = _head(place).decode("utf-8-sig", "replace")
-        rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter_of(place))
-        try:
-            return dict.fromkeys(next(filter(None, rows), []), TEXT)
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
+        head = _head(place)
+        lines = io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
+        header = next(read_records(lines, delimiter_of(place, head)), [])
+        if isinstance(header, Unclosed):
+            raise ValueError("a quote in its first line is not closed")
+        return dict.fromkeys(header, TEXT)
     found: dict[str, str] = {}
     for item in _objects(_head(place, whole_line=True)):
         for key, value in item.items():
@@ -134,6 +134,8 @@ def _in_general(head: bytes) -> str:
     for magic, name in _BINARY_MAGIC.items():
         if head.startswith(magic):
             return name
+    if head.startswith(_HAS_MAGIC["parquet"]) and b"\0" in head:  # letters, with which a text may begin
+        return "a parquet file"
     if first[:200].lower().startswith((b"<!doctype html", b"<html")):
         return _MARKUP[0]
     if not _spread_out(first) and next(_objects(head), None) is not None:

@@ -1,8 +1,9 @@
 """`--dataset FOLDER`, a glob or a file: text in any of the usual formats, read where it lies.
 
 The splits come from the names of files and folders (see `split_names`). Files that name no split are for training,
-unless others name train: then they are left out, which is said. Test files are read only when a flag names them. Hidden
-files and what only describes data are no data. Of several formats in a split the commonest is read, and that is said.
+unless others name train: then they are left out, which is said. Test files are read only when a flag names them, which
+is said, too. Hidden files and what only describes data are no data. Of several formats in a split that with most bytes
+is read, and of several links to one file one; both are said.
 """
 
 import filecmp
@@ -110,7 +111,7 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
             unreadable.append((file.place, error.strerror))
     if unreadable and len(unreadable) < len(files):
         place, reason = unreadable[0]
-        _say_once(
+        say_once(
             f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
             f"places, such as {place} ({reason})"
         )
@@ -128,7 +129,7 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
 def _list_folder(dataset: str, folder: Path) -> _Listed:
     if any((folder / "en").glob("c4-*.json*")):
         folder = folder / "en"  # C4's English part, beside which may lie its others
-    found = sorted(path for path in _walk(folder) if _is_data(folder / path))
+    found = sorted(path for path in _walk(folder) if is_data(folder / path))
     if not found:
         raise UserError(f"--dataset {dataset}: there is no file of text in this folder ({IN_WORDS}).")
     return _Listed(folder, tuple(found))
@@ -152,16 +153,15 @@ def _walk(folder: Path) -> Iterator[str]:
 def _list_glob(dataset: str, pattern: Path) -> _Listed:
     if not glob.has_magic(str(pattern)):
         raise UserError(f"--dataset {dataset}: there is no such file.")
+    root, rest = _split_pattern(pattern)
     # Path.glob would match hidden files, too.
-    matched = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-    parts = pattern.parts
-    root = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    found = {Path(path).relative_to(root) for path in matched if _is_data(Path(path))}
-    if files := sorted(path.as_posix() for path in found if not _special(path, parts)):
+    matched = [root / path for path in glob.glob(rest, root_dir=root, recursive=True)]  # noqa: PTH207
+    found = {path.relative_to(root) for path in matched if is_data(path)}
+    if files := sorted(path.as_posix() for path in found if not _special(path, pattern.parts)):
         return _Listed(root, tuple(files))
     if not matched:
         raise UserError(f"--dataset {dataset}: no file matches this pattern.")
-    if all(map(os.path.isdir, matched)):
+    if all(path.is_dir() for path in matched):
         raise UserError(
             f"--dataset {dataset}: only folders match this pattern; for the files in them write {dataset}/**."
         )
@@ -171,12 +171,22 @@ def _list_glob(dataset: str, pattern: Path) -> _Listed:
     )
 
 
+def _split_pattern(pattern: Path) -> tuple[Path, str]:
+    """(the folder from which files are looked for, the pattern below it); a folder may have the signs in its name."""
+    root = Path()
+    for number, part in enumerate(pattern.parts):
+        if glob.has_magic(part) and not (root / part).is_dir():
+            return root, str(Path(*pattern.parts[number:]))
+        root /= part
+    return root.parent, glob.escape(root.name)
+
+
 def _special(path: Path, asked: tuple[str, ...]) -> bool:
     """Whether a file lies in a folder such as __pycache__ that the pattern does not name."""
     return any(part.startswith("__") and part not in asked for part in path.parent.parts)
 
 
-def _is_data(path: Path) -> bool:
+def is_data(path: Path) -> bool:
     """A file of documents: not hidden, and not one that describes a data set or another file."""
     name = path.name
     about = name in _ABOUT_DATA or _ABOUT.fullmatch(name)
@@ -205,7 +215,7 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     unnamed = [path for path in listed.paths if not splits_named(path)]
     if split == "train":
         if paths and unnamed:
-            _say_once(
+            say_once(
                 f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
                 "left out, because others are called train"
             )
@@ -216,7 +226,19 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
                 f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
                 "Choose one with --train_split."
             )
+        _say_what_is_for_tests(dataset, listed, options.validation_split)
     return _of_one_format(dataset, split, listed.root, paths) if paths else []
+
+
+def _say_what_is_for_tests(dataset: str, listed: _Listed, evaluated: str) -> None:
+    tests = [
+        path for path in listed.paths if splits_named(path) == {"test"} and not (evaluated and named(path, evaluated))
+    ]
+    if tests:
+        say_once(
+            f"--dataset {dataset}: {_files(len(tests))} called test, such as {tests[0]}, left unread; "
+            "--validation_split test evaluates on what is called so"
+        )
 
 
 def _splits_in_words(listed: _Listed) -> str:
@@ -229,21 +251,48 @@ def _files(count: int) -> str:
 
 
 def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> list[str]:
-    """The files of the commonest format; of equally common ones that with more bytes."""
+    """The files of the format with most bytes, each of them once."""
     by_suffix: dict[str, list[str]] = {}
-    for path in paths:
+    for path in _without_links(dataset, root, paths):
         by_suffix.setdefault(_suffix(path), []).append(path)
     sizes = {suffix: sum((root / path).stat().st_size for path in group) for suffix, group in by_suffix.items()}
-    taken = max(by_suffix, key=lambda suffix: (len(by_suffix[suffix]), sizes[suffix], suffix))
+    taken = max(by_suffix, key=lambda suffix: (sizes[suffix], len(by_suffix[suffix]), suffix))
     if len(by_suffix) > 1:
-        others = " and ".join(
-            f"{_files(len(group))} of {suffix}" for suffix, group in sorted(by_suffix.items()) if suffix != taken
-        )
-        _say_once(
-            f"--dataset {dataset}: for {split} the {_files(len(by_suffix[taken]))} of {taken} are read, and "
-            f"{others} are left out"
+        left = next(suffix for suffix in sorted(by_suffix) if suffix != taken)
+        listed = {
+            suffix: f"{_files(len(group))} of {suffix} ({_bytes(sizes[suffix])})"
+            for suffix, group in sorted(by_suffix.items())
+        }
+        say_once(
+            f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
+            f"are left out: to read those, give them by a pattern such as '*{left}'"
         )
     return _each_once(dataset, by_suffix[taken])
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:
+    """Of paths that are links to one file, or that file and links to it, the first."""
+    first: dict[object, str] = {}
+    again = [(path, kept) for path in paths if (kept := first.setdefault(_key(root / path), path)) != path]
+    if again:
+        path, kept = again[0]
+        more = f", and so are {len(again) - 1} more" if len(again) > 1 else ""
+        say_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
+    return list(first.values())
+
+
+def _key(path: Path) -> object:
+    """What all links to a file have in common."""
+    found = path.stat()
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _each_once(dataset: str, paths: list[str]) -> list[str]:
@@ -253,7 +302,7 @@ def _each_once(dataset: str, paths: list[str]) -> list[str]:
         kept.setdefault(_decompressed_name(path), path)
     if len(kept) < len(paths):
         left = next(path for path in paths if path not in kept.values())
-        _say_once(
+        say_once(
             f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
             f"{kept[_decompressed_name(left)]} and not {left}"
         )
@@ -275,9 +324,9 @@ def _decompressed_name(path: str) -> str:
 def _check_apart(dataset: str, root: Path, train: list[str], validation: list[str]) -> None:
     """Raise UserError if a file is in both splits, by its path or as a copy of the same name."""
     by_name: dict[str, list[str]] = {}
-    real = {os.path.realpath(root / path): path for path in train}
+    real = {_key(root / path): path for path in train}
     for path in validation:
-        if (other := real.get(os.path.realpath(root / path), path)) != path:
+        if (other := real.get(_key(root / path), path)) != path:
             raise UserError(
                 f"--dataset {dataset}: {path} of the validation split is a link to {other} of the training split: "
                 "perplexity would be measured on text that was trained on."
@@ -297,5 +346,6 @@ def _check_apart(dataset: str, root: Path, train: list[str], validation: list[st
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning, but not the same again: both splits are opened, and more than once."""
     _logger.warning("%s", message)
