@@ -46,6 +46,15 @@ class DataFile:
     """Bytes, as it lies there."""
 
 
+def bytes_in_words(count: float) -> str:
+    """Such as 3.2 MB, in powers of a thousand."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def format_of(name: str) -> str:
     """The format that a file's name promises, such as json for a.jsonl.gz; "" for what is no file of documents."""
     name = name.lower()
@@ -80,6 +89,16 @@ class FileShards:
         if self.unit != "line" and any(file.format == "text" for file in self.files):
             chosen += repr(("unit", self.unit))
         return hashlib.sha256(chosen.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """See `documents.DescribedSource`."""
+        endings = sorted({"".join(Path(file.place).suffixes[-2:]) or file.format for file in self.files})
+        sizes = [file.size for file in self.files]
+        size = "" if min(sizes) < 0 else f", {bytes_in_words(sum(sizes))}"
+        what = f"a document a {self.unit}" if self.files[0].format == "text" else f"field {self.column}"
+        if self.files[0].format == "text" and self.unit == "file":
+            what = "each a document"
+        return f"{self.name}: {len(self.files)} file{'s' * (len(self.files) > 1)} ({', '.join(endings)}{size}), {what}"
 
     def file_list(self) -> Files | None:
         """See `documents.FileSource.file_list`; a folder may be moved."""

@@ -22,6 +22,7 @@ from peft_pretraining.data.sources.data_files import (
     IN_WORDS,
     DataFile,
     FileShards,
+    bytes_in_words,
     check_content,
     format_of,
     open_files,
@@ -260,7 +261,7 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
     if len(by_suffix) > 1:
         left = next(suffix for suffix in sorted(by_suffix) if suffix != taken)
         listed = {
-            suffix: f"{_files(len(group))} of {suffix} ({_bytes(sizes[suffix])})"
+            suffix: f"{_files(len(group))} of {suffix} ({bytes_in_words(sizes[suffix])})"
             for suffix, group in sorted(by_suffix.items())
         }
         say_once(
@@ -268,14 +269,6 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
             f"are left out: to read those, give them by a pattern such as '*{left}'"
         )
     return _each_once(dataset, by_suffix[taken])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:

@@ -76,6 +76,11 @@ class SavedRows:
         """Hash of the files' names and numbers of rows, of the column, and of what the library knows the content by."""
         return hashlib.sha256(repr((self.files, self.column, self.written)).encode()).hexdigest()[:16]
 
+    def describe(self) -> str:
+        """See `documents.DescribedSource`."""
+        rows = sum(count for *_, count in self.files)
+        return f"{self.name}: {rows:,} rows as save_to_disk wrote them, column {self.column}"
+
     def stamp(self) -> str:
         """See `documents.LocalSource.stamp`."""
         return repr([stamp_of(str(Path(self.place, name))) for name, _, _ in self.files])
