@@ -8,9 +8,12 @@ from peft_pretraining.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Where derived files are kept: $QGALORE_CACHE, else the user's cache directory."""
+    """Where derived files are kept: $QGALORE_CACHE, else the user's cache directory. Raises UserError."""
     if path := os.environ.get("QGALORE_CACHE"):
-        return Path(path).expanduser()
+        try:
+            return Path(path).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"QGALORE_CACHE is {path}: there is no such user; set it to a directory.") from error
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qgalore"
 
 

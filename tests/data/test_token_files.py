@@ -27,7 +27,9 @@ from peft_pretraining.errors import UserError
 from scripts import tokenize_dataset as script
 from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.data.collect import close, global_rows, loaders
+from tests.data.conftest import document
 from tests.data.files import write_texts
+from tests.data.hub_server import DatasetHub, HubRepository, point_at
 from tests.data.small_tokenizers import byte_level, write_model
 
 LENGTH = 8
@@ -226,6 +228,26 @@ def test_the_script_says_what_it_added(
     assert "<|begin|> begins each document and </s> ends each document" in said and "nothing is added" in said
     kept = load_tokenizer(str(tmp_path / "out" / "tokenizer"), "c4", added=Added(eos=False))
     assert kept.go_on_as(settings["tokenizer_fingerprint"])
+
+
+def test_all_splits_of_the_hub_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, numbers in (("train", range(70)), ("validation", range(70, 80))):
+        write_texts(tmp_path / "repository" / f"{split}.jsonl", [document(i) for i in numbers])
+    repository = HubRepository(tmp_path / "repository")
+    hub = DatasetHub({"org/name": repository})
+    point_at(hub, tmp_path / "hub_cache", monkeypatch)
+    byte_level(["</s>"]).save(str(tmp_path / "tokenizer.json"))
+    words = f"--dataset org/name --tokenizer {tmp_path}/tokenizer.json --output_dir {tmp_path}/out"
+    seen: list[str] = []
+    whole = script.open_split
+    monkeypatch.setattr(script, "open_split", lambda *a: (seen.append(a[2].revision), whole(*a))[1])
+    assert tokenize_dataset(words.split()) == 0
+    hub.close()
+    commit = repository.refs()["main"][0]
+    assert seen == [commit, commit]
+    for split, count in (("train", 70), ("validation", 10)):
+        settings = json.loads((tmp_path / "out" / f"{split}.bin.json").read_text())
+        assert (settings["dataset_revision"], settings["documents"]) == (commit, count)
 
 
 def test_the_time_left_is_known_after_the_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

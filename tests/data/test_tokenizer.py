@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.data.cache import publish
+from peft_pretraining.data.cache import cache_dir, publish
 from peft_pretraining.data.sources import pydocs
 from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from peft_pretraining.data.tokenizers.training import train_bpe
@@ -33,7 +33,12 @@ def test_directory_and_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
         load_tokenizer(str(tmp_path), "c4")
 
 
-def test_bad_places(tmp_path: Path) -> None:
+def test_bad_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--tokenizer ~no-such-user/t: there is no user no-such-user"):
+        load_tokenizer("~no-such-user/t", "c4")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"QGALORE_CACHE is ~no-such-user: there is no"):
+        patch.setenv("QGALORE_CACHE", "~no-such-user")
+        cache_dir()
     with pytest.raises(UserError, match="no such file or directory"):
         load_tokenizer(str(tmp_path / "none"), "c4")
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
