@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_pretraining.config.flag_groups import DataArgs, ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
 from peft_pretraining.data.held_out import open_splits
@@ -18,7 +18,7 @@ from peft_pretraining.data.sources.kind import SourceOptions, Splits
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_data
-from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
+from peft_pretraining.data.tokenizer import Added, Tokenizer, kept_tokenizers, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.init import OnModule, materialize
@@ -77,8 +77,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         options = replace(options, revision=newest or options.revision)
     # The main rank first: what it holds out, trains or downloads the others then find in the cache.
     opened: list[tuple[Splits, Tokenizer | None]] = []
-    processes.from_main(lambda: opened.append(_open_data(data, options)))
-    splits, tokenizer = opened[0] if opened else _open_data(data, options)
+    processes.from_main(lambda: opened.append(_open_data(args, options)))
+    splits, tokenizer = opened[0] if opened else _open_data(args, options)
     common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
     common |= {"damaged_limit": data.damaged_limit, "options": options}
@@ -101,10 +101,14 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     return loader, eval_set
 
 
-def _open_data(data: DataArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:
+def _open_data(args: RunArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:
     """Both splits, and the tokenizer of text; one that is trained sees no document that is held out."""
+    data, checkpoint = args.data, args.checkpoint
     splits = open_splits(data.dataset, options)
     if isinstance(splits.train, TokenFiles | TokenMixture):
         return splits, None
+    kept = kept_tokenizers(checkpoint.save_dir, checkpoint.continue_from)
     added = Added(data.add_bos, data.add_eos)
-    return splits, load_tokenizer(data.tokenizer, data.dataset, added=added, options=options, source=splits.train)
+    return splits, load_tokenizer(
+        data.tokenizer, data.dataset, added=added, options=options, source=splits.train, kept=kept
+    )

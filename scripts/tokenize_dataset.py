@@ -33,12 +33,16 @@ from peft_pretraining.config.flags import add_flag, convert, parse_count, parse_
 from peft_pretraining.data.eval_set import read_documents  # noqa: E402
 from peft_pretraining.data.held_out import open_split  # noqa: E402
 from peft_pretraining.data.order import DamageCount  # noqa: E402
-from peft_pretraining.data.sources.documents import Damage, Source, files_of  # noqa: E402
+from peft_pretraining.data.sources.documents import (  # noqa: E402
+    Damage,
+    Source,
+    files_of,
+    revision_of,
+)
 from peft_pretraining.data.sources.kind import TextKind  # noqa: E402
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture  # noqa: E402
 from peft_pretraining.data.sources.registry import find_kind, open_dataset, text_kinds_in_words  # noqa: E402
 from peft_pretraining.data.tokenizer import Added, Tokenizer, keep_trained, load_tokenizer  # noqa: E402
-from peft_pretraining.data.train_loader import revision_of  # noqa: E402
 from peft_pretraining.data.waiting import progress  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 
