@@ -91,6 +91,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     )  # fmt: skip
     if processes.is_main:
         loader.about = describe_data(splits, tokenizer, data.packing, batch.max_length)
+        if tokenizer is None and data.tokenizer:
+            loader.about.append(f"--tokenizer {data.tokenizer} has no effect: --dataset holds token ids already")
     evaluation = args.evaluation
     eval_set = build_eval_set(
         **common, source=splits.validation, eval_batch_size=evaluation.eval_batch_size,

@@ -200,8 +200,8 @@ def choose(source: Source, scanned: int) -> list[str]:
     if documents < FEWEST_DOCUMENTS:
         raise UserError(
             f"--dataset {source.name}: its {documents} documents are too few to hold some out for validation "
-            f"({FEWEST_DOCUMENTS} at least): name its split with --validation_split, or put a file named validation* "
-            "beside it."
+            f"({FEWEST_DOCUMENTS} at least): give a folder in which a file is named validation*, or "
+            "the name of its split with --validation_split."
         )
     left = held_out_count(documents)
     if documents == scanned:
@@ -215,7 +215,8 @@ def choose(source: Source, scanned: int) -> list[str]:
     if not chosen:
         raise UserError(
             f"--dataset {source.name}: its {documents} documents are copies of a few texts, of which none can be held "
-            "out for validation: name its split with --validation_split, or put a file named validation* beside it."
+            "out for validation: give a folder in which a file is named validation*, or the name of its split with "
+            "--validation_split."
         )
     return [texts[digest] for digest in sorted(chosen, key=lambda digest: candidates[digest][1])]
 

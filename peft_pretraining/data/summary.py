@@ -16,7 +16,7 @@ _WORTH_SAYING_CUT, _WORTH_SAYING_UNKNOWN = 0.01, 0.001
 
 def describe_data(splits: Splits, tokenizer: Tokenizer | None, packing: str, max_length: int) -> list[str]:
     """Lines that say what is trained and evaluated on; with text also what of it is lost. Reads some documents."""
-    lines = [f"training on {_in_words(splits.train)}", f"validation on {_in_words(splits.validation)}"]
+    lines = [f"training on {describe_split(splits.train)}", f"validation on {describe_split(splits.validation)}"]
     if tokenizer is None or splits.train is None or isinstance(splits.train, TokenFiles | TokenMixture):
         return lines
     texts = [text for share in _shares(splits.train) for text in _first_texts(share.source)]
@@ -61,11 +61,12 @@ def _first_texts(source: Source) -> list[str]:
     ]
 
 
-def _in_words(split: Source | TokenFiles | TokenMixture | None) -> str:
+def describe_split(split: Source | TokenFiles | TokenMixture | None) -> str:
+    """A phrase for people."""
     if isinstance(split, Mixture | TokenMixture):
         shares = [(s.source, s.weight) for s in split.shares] if isinstance(split, Mixture) else split.shares
         total = sum(weight for _, weight in shares)
-        return "; ".join(f"{_in_words(source)} ({weight / total:.1%} of the rows)" for source, weight in shares)
+        return "; ".join(f"{describe_split(source)} ({weight / total:.1%} of the rows)" for source, weight in shares)
     if isinstance(split, TokenFiles):
         return split.describe()
     return "nothing" if split is None else describe_source(split)

@@ -111,3 +111,49 @@ def test_a_first_file_that_holds_nothing_costs_nothing(tmp_path: Path, first: st
 def test_an_empty_name_is_no_folder() -> None:
     with pytest.raises(UserError, match="--dataset is empty: give "):
         find_kind(" ")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_another_encoding_is_refused_and_a_damaged_byte_is_not(tmp_path: Path, suffix: str) -> None:
+    documents = [f"Größe und Straße, Nummer {i}" for i in range(100)]
+    lines_of = {
+        ".jsonl": [f'{{"text": "{text}"}}' for text in documents],
+        ".csv": ["text", *map('"{}"'.format, documents)],
+    }
+    content = "".join(f"{line}\n" for line in lines_of.get(suffix, documents))
+    path = tmp_path / f"own{suffix}"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"text that is not in UTF-8 \(convert it, as with iconv"):
+        opened(path)
+    path.write_bytes(content.encode().replace("ö".encode(), b"\xf6", 1))
+    assert len(texts(opened(path))) == 90
+
+
+def test_a_column_of_numbers_is_no_text_of_csv(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("id,score,content\n" + "".join(f"{i},0.5,text {i}\n" for i in range(80)))
+    assert texts(opened(path))[0].startswith("text ")
+    path.write_text("id,text\n" + "".join(f"{i},{i}\n" for i in range(80)))
+    assert len(texts(opened(path))) == 72, "of that name it is text"
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = tmp_path / "own"
+    lines(own / "a.jsonl", numbered("a", 70))
+    (own / "b.txt").write_text("".join(f"{text}\n" for text in numbered("b", 70)))
+    opened(own / "a.jsonl", options=SourceOptions(text_unit="file"))
+    opened(own / "b.txt", options=SourceOptions(text_column="body"))
+    assert "--text_unit file has no effect" in caplog.text and "--text_column body has no effect" in caplog.text
+    lines(own / "validation.jsonl", ["c"])
+    opened(own / "a.jsonl")
+    assert "validation.jsonl beside it is not read: to evaluate on that, give their folder" in caplog.text
+
+
+def test_what_else_lies_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    (tmp_path / "data.tar").write_bytes(b"\0" * 257 + b"ustar")
+    with pytest.raises(UserError, match=r"there are files of \.md, \.tar: plain text needs the ending \.txt"):
+        opened(tmp_path)
+    (tmp_path / "a.jsonl").write_text('[{"text": "a"}]\n')
+    with pytest.raises(UserError, match=r"a JSON array, not a JSON object a line \(jq -c '\.\[\]' FILE makes"):
+        opened(tmp_path)

@@ -17,8 +17,9 @@ from typing import Any
 from peft_pretraining.data.sources.builders import SEVERAL, TEXT, FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage, Files
-from peft_pretraining.data.sources.file_heads import columns_of, what_is
+from peft_pretraining.data.sources.file_heads import NUMBER, columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.errors import UserError
 
 FORMATS = {
@@ -254,7 +255,7 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
         raise UserError(
             f"{where} has several {word}s called {name}: rename all but one, or choose another with --text_column."
         )
-    if name and columns[name] not in (TEXT, "null"):
+    if name and columns[name] not in (TEXT, "null", NUMBER):  # numbers of csv may be followed by text
         other = f"; text is in {', '.join(texts)} (--text_column)" if texts else ""
         raise UserError(f"{where}: its {word} {name} holds {columns[name]}, not text{other}.")
     if name or len(texts) == 1:
@@ -265,6 +266,16 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
             f"{where} has several {word}s of text, none of them called text: {called}. Choose one with --text_column."
         )
     raise UserError(f"{where} has no {word} of text. It has: {listed}.")
+
+
+def _say_what_has_no_effect(dataset: str, are_text: set[bool], options: SourceOptions) -> None:
+    if options.text_column and are_text == {True}:
+        say_once(f"--text_column {options.text_column} has no effect: --dataset {dataset} is text without columns")
+    if options.text_unit != "line" and are_text == {False}:
+        say_once(
+            f"--text_unit {options.text_unit} has no effect: --dataset {dataset} is no plain text, and has a document "
+            "in each line or row"
+        )
 
 
 def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options: SourceOptions) -> FileShards:
@@ -287,5 +298,6 @@ def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options
         except (OSError, ValueError) as error:
             reason = f"{file.place} cannot be read ({in_words(error)})"
             continue
+        _say_what_has_no_effect(dataset, {each.format == "text" for each in files}, options)
         return FileShards(dataset, files, identity, column, options.text_unit)
     raise UserError(f"--dataset {dataset}: it has no file that can be read: {reason}.")

@@ -7,7 +7,6 @@ is read, and of several links to one file one; both are said.
 """
 
 import filecmp
-import functools
 import glob
 import logging
 import os
@@ -29,6 +28,7 @@ from peft_pretraining.data.sources.data_files import (
 )
 from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
 
@@ -92,7 +92,15 @@ def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> 
         raise UserError(f"{flag} {name}: --dataset {dataset} is a single file and has no splits; give its folder.")
     if not format_of(path.name):
         raise UserError(f"--dataset {dataset} does not end like a file of text ({IN_WORDS}){_looks_like(path)}.")
-    return None if split == "validation" else _open_listed(dataset, _Listed(path.parent, (path.name,)), options)
+    if split == "validation":
+        return None
+    beside = (other.name for other in sorted(path.parent.iterdir()) if other.name != path.name and is_data(other))
+    if held_out := next((name for name in beside if splits_named(name) == {"validation"}), None):
+        say_once(
+            f"--dataset {dataset} is a single file, and {held_out} beside it is not read: to evaluate on that, give "
+            "their folder"
+        )
+    return _open_listed(dataset, _Listed(path.parent, (path.name,)), options)
 
 
 def _looks_like(path: Path) -> str:
@@ -132,7 +140,10 @@ def _list_folder(dataset: str, folder: Path) -> _Listed:
         folder = folder / "en"  # C4's English part, beside which may lie its others
     found = sorted(path for path in _walk(folder) if is_data(folder / path))
     if not found:
-        raise UserError(f"--dataset {dataset}: there is no file of text in this folder ({IN_WORDS}).")
+        others = sorted({Path(path).suffix or "no ending" for path in _walk(folder)})
+        there = f"; there are files of {', '.join(others[:5])}" if others else ""
+        advice = ": plain text needs the ending .txt" if {".md", ".text", ".rst"} & {*others} else ""
+        raise UserError(f"--dataset {dataset}: there is no file of text in this folder ({IN_WORDS}){there}{advice}.")
     return _Listed(folder, tuple(found))
 
 
@@ -336,9 +347,3 @@ def _check_apart(dataset: str, root: Path, train: list[str], validation: list[st
                     f"--dataset {dataset}: {path} is in the validation split and in the training split"
                     f"{same}: perplexity would be measured on text that was trained on."
                 )
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Log a warning, but not the same again: both splits are opened, and more than once."""
-    _logger.warning("%s", message)

@@ -16,7 +16,7 @@ from peft_pretraining.data.sources.builders import TEXT, in_words
 from peft_pretraining.data.sources.data_files import plain_text, stamp_of, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
-from peft_pretraining.data.sources.local import say_once
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import WORDS
 from peft_pretraining.data.waiting import with_progress
 from peft_pretraining.errors import UserError

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from peft_pretraining.data.sources.kind import SourceOptions, TokenKind
-from peft_pretraining.data.sources.local import is_data, say_once
+from peft_pretraining.data.sources.local import is_data
 from peft_pretraining.data.sources.mapped_tokens import TokenFile, TokenFiles
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import has_word
 from peft_pretraining.errors import UserError
 

@@ -235,7 +235,8 @@ def _download(name: str) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--tokenizer {name}: it is no local file or directory and could not be fetched from the hub ({reason}). "
-            f"Check the name and the network, log in if it is private, or give a directory that holds {_JSON}."
+            f"Check the name and the network, log in if it is private, or give a directory that holds {_JSON}; "
+            "--tokenizer train:8192 trains one on the text itself."
         ) from error
     if found is None:
         raise UserError(
