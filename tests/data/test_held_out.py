@@ -95,7 +95,7 @@ def test_only_the_beginning_of_a_large_data_set_is_looked_at() -> None:
 
 def test_too_few_documents_ask_for_a_file() -> None:
     with pytest.raises(
-        UserError, match=r"its 63 documents are too few .*64 at least.*--validation_split.*validation\*"
+        UserError, match=r"its 63 documents are too few .*64 at least.*validation\*.*--validation_split"
     ):
         hold_out(MemorySource("few", [document(i) for i in range(63)] + ["", "  "]))
     hold_out(MemorySource("enough", [document(i) for i in range(64)]))

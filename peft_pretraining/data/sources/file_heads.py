@@ -138,6 +138,7 @@ def _unexpected(head: bytes, file_format: str) -> str:
     return _in_general(head)
 
 
+_FEWEST_WRONG_BYTES = 8
 _OTHER_ENCODING = "text that is not in UTF-8 (convert it, as with iconv -f WINDOWS-1252 -t UTF-8)"
 _TEXTS = (
     "plain text",
@@ -179,7 +180,7 @@ def _is_in_another_encoding(head: bytes) -> bool:
     """Whether most of what is not ASCII is no UTF-8; a few damaged bytes in a text are not that."""
     text = head[:-3].decode("utf-8", "replace")  # the last character may be cut
     wrong = text.count("\ufffd") - head.count("\ufffd".encode())
-    return wrong > 1 and wrong > sum(not character.isascii() for character in text) / 2
+    return wrong >= _FEWEST_WRONG_BYTES and wrong > sum(not character.isascii() for character in text) / 2
 
 
 def why_unreadable(place: str) -> str:
