@@ -92,9 +92,9 @@ class Run:
         self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
         self.loader, self.eval_set = build_data(args, processes)
         self.model, self.optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
-        check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
         self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
+        check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
         processes.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
         self.metrics = RunMetrics(args, processes, self.model, self.position)
         self.outcomes = UpdateOutcomes()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from peft_pretraining.config.flag_groups import ModelArgs
+from peft_pretraining.config.flag_groups import DataArgs, ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import EvalSet, build_eval_set
 from peft_pretraining.data.held_out import open_splits
@@ -90,9 +91,7 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         repeat=data.repeat,
     )  # fmt: skip
     if processes.is_main:
-        loader.about = describe_data(splits, tokenizer, data.packing, batch.max_length)
-        if tokenizer is None and data.tokenizer:
-            loader.about.append(f"--tokenizer {data.tokenizer} has no effect: --dataset holds token ids already")
+        loader.about = partial(_about, data, splits, tokenizer, batch.max_length)
     evaluation = args.evaluation
     eval_set = build_eval_set(
         **common, source=splits.validation, eval_batch_size=evaluation.eval_batch_size,
@@ -101,6 +100,13 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     if not kind.needs_network:  # that would have to be waited for
         processes.from_main(eval_set.check)
     return loader, eval_set
+
+
+def _about(data: DataArgs, splits: Splits, tokenizer: Tokenizer | None, max_length: int) -> list[str]:
+    """Lines that say what a run reads."""
+    lines = describe_data(splits, tokenizer, data.packing, max_length)
+    unused = tokenizer is None and data.tokenizer
+    return [*lines, f"--tokenizer {unused} has no effect: --dataset holds token ids already"] if unused else lines
 
 
 def _open_data(args: RunArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:

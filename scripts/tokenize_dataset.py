@@ -113,7 +113,7 @@ def tokenize(data: DataArgs, args: argparse.Namespace) -> None:
         source = open_split(data.dataset, split, options)
         assert not isinstance(source, TokenFiles | TokenMixture)
         read = Counted(source)
-        texts = read_documents(read, DamageCount(data.damaged_limit))
+        texts = read_documents(read, DamageCount(data.damaged_limit, "begin again"))
         write_split(texts, read, tokenizer, args.output_dir / f"{split}.bin", args.max_tokens, origin)
 
 

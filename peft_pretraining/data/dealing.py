@@ -143,17 +143,15 @@ class DealtSource:
 
     source: Source
     cut: Sequence[int]
-    _nothing_in: set[int] = field(default_factory=set, compare=False)
-    """Shards of the pool that were read once, and in which there is neither a document nor damage."""
+    _counts: dict[int, int] = field(default_factory=dict, compare=False)
+    """What has a number in each shard of the pool that was read to its end: others find theirs without reading it."""
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         if shard < len(self.cut):
             yield from self.source.read(shard, slices, part, start)
             return
-        for number, item in enumerate(self._pool()):
-            if number % slices == part and number >= part + start * slices:
-                yield item
+        yield from self._pool(slices, part, part + start * slices)
 
     def why_nothing(self, units: Sequence[Unit], lane: int) -> str:
         """The sentence for a lane that found no document in its units."""
@@ -171,14 +169,22 @@ class DealtSource:
             "Replace these files or remove them, or lower --data_lanes."
         )
 
-    def _pool(self) -> Iterator[str | Damage]:
-        for shard, slices in enumerate(self.cut):
-            if slices != POOLED or shard in self._nothing_in:
+    def _pool(self, slices: int, part: int, first: int) -> Iterator[str | Damage]:
+        """What is numbered part, part + slices, ... in the pool, from the number `first` on."""
+        number = 0
+        for shard, cut in enumerate(self.cut):
+            if cut != POOLED:
                 continue
-            found = False
+            count = self._counts.get(shard)
+            next_own = max(number, first)
+            next_own += (part - next_own) % slices
+            if count is not None and next_own >= number + count:
+                number += count
+                continue
+            begin = number
             for item in self.source.read(shard, 1, 0, 0):
                 if isinstance(item, Damage) or is_text(item):
-                    found = True
-                    yield item
-            if not found:
-                self._nothing_in.add(shard)
+                    if number % slices == part and number >= first:
+                        yield item
+                    number += 1
+            self._counts[shard] = number - begin

@@ -300,7 +300,7 @@ def _documents(source: Source, limit: int | None) -> Iterator[str]:
     items = (item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0))
     texts = (item for item in items if is_text(item))
     what = f"{source.name}: choosing documents for validation"
-    for count, text in enumerate(with_progress(texts, what, "documents", limit), 1):
+    for count, text in enumerate(with_progress(texts, what, "documents"), 1):
         yield text
         if count == limit:
             return

@@ -91,10 +91,12 @@ class TextLanes:
         if len(saved) != len(self._shares):
             return None
         replaced: list[str] = []
+        if not all(_has_same_files(share.source, old) for share, old in zip(self._shares, saved, strict=True)):
+            return None
+        # Of all first: what one of them holds out is left out of the others, too.
         for share, old in zip(self._shares, saved, strict=True):
-            if not _has_same_files(share.source, old):
-                return None
             replaced += load_held_out_state(share.source, old)
+        for share, old in zip(self._shares, saved, strict=True):
             names = _replaced_files(share.source, old)
             if names is None:
                 return None

@@ -401,3 +401,24 @@ def test_a_state_of_an_older_version_is_taken_up_with_its_dealing(tokenizer: Tok
     del state["sources"]
     rest, _ = run(tokenizer, source, 3, state=state)
     assert torch.equal(torch.stack(whole[3:]), torch.stack(rest))
+
+
+def test_files_of_one_document_are_read_once_by_all_lanes(tokenizer: Tokenizer) -> None:
+    """They are all in the pool: what a lane has counted the others need not read again."""
+    read = Counter[int]()
+
+    class Counted(Shards):
+        def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+            read[shard] += 1
+            yield from super().read(shard, slices, part, start)
+
+    source = Counted(numbered(*[1] * 60), (100,) * 60)
+    assert cut_shards(source, 16) == (POOLED,) * 60
+    read.clear()
+    ranks = loaders(1, tokenizer=tokenizer, source=source, repeat="none", data_lanes=16, workers=0)
+    read.clear()  # what their beginnings were looked at for
+    rows = torch.cat(global_rows(ranks, 4))
+    close(ranks)
+    assert sorted(documents_of(tokenizer, [rows[(rows != IGNORED_LABEL).any(dim=1)]])) == list(range(60))
+    # Once to count, in the first lane's first block, and once by its own lane: not 60 files by 16 lanes.
+    assert sum(read.values()) <= 3 * 60

@@ -50,11 +50,16 @@ def test_shares_and_other_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_what_rows_and_tokenizer_lose(tokenizer: Tokenizer) -> None:
     texts = [document(0)] * 9 + ["word1 word2 " * 40_000]
-    (cut,) = describe_losses(texts, tokenizer, "pad", 32)
-    assert "cut at 32 tokens (--packing pad): about 100% of this text" in cut and "--packing pack" in cut
-    assert describe_losses(texts, tokenizer, "pack", 32) == []
-    assert describe_losses(texts[:9], tokenizer, "pad", 64) == []
-    assert describe_losses([], tokenizer, "pad", 64) == []
+    (cut,) = describe_losses([(texts, 1)], tokenizer, "pad", 32)
+    assert "cut at 32 tokens (--packing pad): of the first documents about 100% of the text is" in cut
+    assert "--packing pack" in cut
+    (little,) = describe_losses([(texts, 0.1), (texts[:9], 0.9)], tokenizer, "pad", 32)
+    assert "about 10% of the text" in little
+    assert describe_losses([(texts, 1)], tokenizer, "pack", 32) == []
+    assert describe_losses([(texts[:9], 1)], tokenizer, "pad", 64) == []
+    assert describe_losses([([], 1)], tokenizer, "pad", 64) == []
+    behind_blank_lines = Splits(MemorySource("m", [*[""] * 200, *texts]), None)
+    assert describe_data(behind_blank_lines, tokenizer, "pad", 32)[2] == cut
     whole = Splits(MemorySource("m", texts), MemorySource("m", texts[:2]))
     assert describe_data(whole, tokenizer, "pad", 32)[2] == cut
 
@@ -62,10 +67,10 @@ def test_what_rows_and_tokenizer_lose(tokenizer: Tokenizer) -> None:
 def test_unknown_text_is_a_warning(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     known, unknown = tokenizer.encode(["word1", "word2"])
     monkeypatch.setattr(tokenizer, "unk_token_id", unknown[-1])
-    (warning,) = describe_losses(["word2", *["word1"] * 9], tokenizer, "pack", 32)
+    (warning,) = describe_losses([(["word2", *["word1"] * 9], 1)], tokenizer, "pack", 32)
     share = 1 / (len(unknown) + 9 * len(known)) * unknown.count(unknown[-1])
     if unknown[-1] in known:
         pytest.fail("the test needs two words with different ends")
-    assert warning.startswith(f"warning: {share:.1%} of the tokens of this text are unknown")
+    assert warning.startswith(f"warning: {share:.1%} of the tokens of the first documents are unknown")
     assert "--tokenizer train:32000" in warning
-    assert describe_losses(["word1"], tokenizer, "pack", 32) == []
+    assert describe_losses([(["word1"], 1)], tokenizer, "pack", 32) == []

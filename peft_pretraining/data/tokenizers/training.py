@@ -67,9 +67,9 @@ class TrainedTokenizer(Tokenizer):
         if self._take_up(sorted(cache_dir().glob(self._cached)), fingerprint):
             return True
         raise UserError(
-            f"--tokenizer {self.name}: the run began with another tokenizer than its documents give now, and that one "
-            f"is neither in the run's folder nor in {cache_dir()}. Go on with the data and flags that the run began "
-            "with, or give its tokenizer.json: --tokenizer FILE."
+            f"--tokenizer {self.name}: the run began with another tokenizer than its documents give now, or with other "
+            f"--add_bos and --add_eos, and it is neither in the run's folder nor in {cache_dir()} with those. Go on "
+            "with the data and flags that the run began with, or give its tokenizer.json: --tokenizer FILE."
         )
 
     def describe(self) -> str:
