@@ -94,7 +94,8 @@ class Run:
         self.model, self.optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
         self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
-        check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
+        ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
+        check_vocabulary(ids, self.model.config.vocab_size, are_ids)
         processes.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
         self.metrics = RunMetrics(args, processes, self.model, self.position)
         self.outcomes = UpdateOutcomes()

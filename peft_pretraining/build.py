@@ -104,7 +104,9 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
 
 def _about(data: DataArgs, splits: Splits, tokenizer: Tokenizer | None, max_length: int) -> list[str]:
     """Lines that say what a run reads."""
-    lines = describe_data(splits, tokenizer, data.packing, max_length)
+    # Where the network fails a signal would have to wait for this.
+    reads = not find_kind(data.dataset).needs_network
+    lines = describe_data(splits, tokenizer, data.packing, max_length, reads)
     unused = tokenizer is None and data.tokenizer
     return [*lines, f"--tokenizer {unused} has no effect: --dataset holds token ids already"] if unused else lines
 

@@ -123,6 +123,7 @@ class Counted:
 
     source: Source
     shards_read: int = 0
+    text_chars: int = 0
 
     @property
     def name(self) -> str:
@@ -136,7 +137,9 @@ class Counted:
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
-        yield from self.source.read(shard, slices, part, start)
+        for item in self.source.read(shard, slices, part, start):
+            self.text_chars += len(item) if isinstance(item, str) else 0
+            yield item
         self.shards_read += 1
 
     def fingerprint(self) -> str:
@@ -145,10 +148,12 @@ class Counted:
 
     @property
     def fraction(self) -> float:
-        """Of its bytes, in whole files; of its shards where it knows no files."""
+        """Of its bytes, in whole files, in the first by its text; of its shards where it knows no files."""
         files = files_of(self.source)
-        sizes = files.sizes if files is not None and sum(files.sizes) else (1,) * self.shards
-        return sum(sizes[: self.shards_read]) / sum(sizes)
+        if files is None or not sum(files.sizes):
+            return self.shards_read / self.shards
+        whole = sum(files.sizes)
+        return sum(files.sizes[: self.shards_read]) / whole if self.shards_read else min(0.99, self.text_chars / whole)
 
 
 class Batch(NamedTuple):

@@ -19,8 +19,9 @@ import hashlib
 import heapq
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ _SCANNED, _SCANNED_OVER_NETWORK = 1_000_000, 500_000
 # Candidates: as many again as can be held out, because a text of many copies may be left out.
 _CANDIDATES = 2 * _MOST
 _CANDIDATE_CHARS = 1 << 29
+_FIRST = 200  # documents by which their number is estimated
 _FORMAT = 2
 
 
@@ -205,7 +207,8 @@ def choose(source: Source, scanned: int) -> list[str]:
         )
     left = held_out_count(documents)
     if documents == scanned:
-        left = min(held_out_count(_estimated_documents(source, documents, text_bytes)), documents // 10)
+        total = _estimated_documents(source, documents, text_bytes) or documents
+        left = min(held_out_count(total), documents // 10)
     chosen: list[int] = []
     for digest in sorted(candidates):
         copies = candidates[digest][0]
@@ -221,13 +224,18 @@ def choose(source: Source, scanned: int) -> list[str]:
     return [texts[digest] for digest in sorted(chosen, key=lambda digest: candidates[digest][1])]
 
 
-def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int:
-    """About how many documents a source has, of which so many with so many bytes of text were looked at.
+def about_documents(source: Source, texts: Sequence[str]) -> int | None:
+    """About how many documents a source has, of which these are the first; None if it does not know its files.
 
     The files are taken to hold text as it is, so that compressed ones are underestimated by their ratio.
     """
+    text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return _estimated_documents(source, len(texts), text_bytes)
+
+
+def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int | None:
     files = files_of(source)
-    return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else documents
+    return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else None
 
 
 @dataclass(frozen=True)
@@ -300,7 +308,10 @@ def _documents(source: Source, limit: int | None) -> Iterator[str]:
     items = (item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0))
     texts = (item for item in items if is_text(item))
     what = f"{source.name}: choosing documents for validation"
-    for count, text in enumerate(with_progress(texts, what, "documents"), 1):
+    first = list(islice(texts, _FIRST))
+    total = about_documents(source, first) if len(first) == _FIRST else len(first)
+    total = total if limit is None or total is None else min(limit, total)
+    for count, text in enumerate(with_progress(chain(first, texts), what, "documents", total), 1):
         yield text
         if count == limit:
             return

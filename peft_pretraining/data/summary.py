@@ -14,10 +14,12 @@ _SHARDS, _DOCUMENTS, _PLACES, _CHARACTERS = 4, 16, 1000, 20_000
 _WORTH_SAYING_CUT, _WORTH_SAYING_UNKNOWN = 0.01, 0.001
 
 
-def describe_data(splits: Splits, tokenizer: Tokenizer | None, packing: str, max_length: int) -> list[str]:
-    """Lines that say what is trained and evaluated on; with text also what of it is lost. Reads some documents."""
+def describe_data(
+    splits: Splits, tokenizer: Tokenizer | None, packing: str, max_length: int, reads: bool = True
+) -> list[str]:
+    """Lines that say what is trained and evaluated on; of text also what is lost of it, where it may be read now."""
     lines = [f"training on {describe_split(splits.train)}", f"validation on {describe_split(splits.validation)}"]
-    if tokenizer is None or splits.train is None or isinstance(splits.train, TokenFiles | TokenMixture):
+    if not reads or tokenizer is None or splits.train is None or isinstance(splits.train, TokenFiles | TokenMixture):
         return lines
     samples = [(_first_texts(share.source), share.weight) for share in _shares(splits.train)]
     return [*lines, *describe_losses(samples, tokenizer, packing, max_length)]

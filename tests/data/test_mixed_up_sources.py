@@ -16,6 +16,7 @@ from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.mixture import Mixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
+from tests.data.files import write_texts
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +158,42 @@ def test_what_else_lies_in_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('[{"text": "a"}]\n')
     with pytest.raises(UserError, match=r"a JSON array, not a JSON object a line \(jq -c '\.\[\]' FILE makes"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["compressed", "deeper", "longer"])
+def test_validation_that_begins_like_training_text_is_refused(tmp_path: Path, layout: str) -> None:
+    place = {"compressed": "validation/x.jsonl.gz", "deeper": "sub/validation.jsonl", "longer": "validation/x.jsonl"}
+    write_texts(tmp_path / "train" / "x.jsonl", numbered("same", 30))
+    write_texts(tmp_path / place[layout], numbered("same", 31 if layout == "longer" else 30))
+    with pytest.raises(UserError, match=r"validation.* begins with the same documents as .*train/x\.jsonl"):
+        opened(tmp_path, "validation")
+    write_texts(tmp_path / place[layout], ["another first", *numbered("same", 30)])
+    opened(tmp_path, "validation")
+
+
+def test_a_mixture_reads_no_file_by_two_names(tmp_path: Path) -> None:
+    lines(tmp_path / "a" / "x.jsonl", numbered("a"))
+    with pytest.raises(UserError, match=r"/a and .*/a/\*\.jsonl both read .*x\.jsonl: give each file once"):
+        opened(f"{tmp_path}/a:1,{tmp_path}/a/*.jsonl:1")
+
+
+def test_one_file_of_many_that_is_something_else_is_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(9):
+        write_texts(tmp_path / f"{i}.jsonl.gz", numbered(str(i), 20))
+    (tmp_path / "0.jsonl.gz").write_bytes(bytes(range(256)) * 12)
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    source = find_kind(str(tmp_path)).open(str(tmp_path), "train", DEFAULT_OPTIONS)
+    assert source is not None and not isinstance(source, TokenFiles | TokenMixture)
+    items = [item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0)]
+    assert sum(map(is_text, items)) == 160 and any(isinstance(item, Damage) for item in items)
+    assert "1 of 9 files cannot be read and count as damaged places, such as" in caplog.text
+    assert "gone.jsonl is a link to a file that is not there" in caplog.text
+    (tmp_path / "1.jsonl.gz").write_bytes(bytes(range(256)) * 12)
+    with pytest.raises(UserError, match=r"0\.jsonl\.gz is binary data"):
+        opened(tmp_path)
+
+
+def test_a_pattern_without_a_match_says_what_is_there(tmp_path: Path) -> None:
+    lines(tmp_path / "x.jsonl", ["a"])
+    with pytest.raises(UserError, match=r"no file matches this pattern; .* holds x\.jsonl\."):
+        find_kind(f"{tmp_path}/*.json").open(f"{tmp_path}/*.json", "train", DEFAULT_OPTIONS)

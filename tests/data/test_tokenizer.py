@@ -18,6 +18,8 @@ def test_check_vocabulary() -> None:
     check_vocabulary(32000, 32000)
     with pytest.raises(UserError, match=r"ids up to 32099.*vocabulary of 32000.*at least 32100"):
         check_vocabulary(32100, 32000)
+    with pytest.raises(UserError, match=r"--dataset: its token files have ids up to 32099.*tokenize the text"):
+        check_vocabulary(32100, 32000, are_ids=True)
 
 
 def test_directory_and_file(tmp_path: Path, tokenizer: Tokenizer) -> None:

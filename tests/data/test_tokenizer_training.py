@@ -109,7 +109,7 @@ def test_it_reads_the_first_documents_alone(monkeypatch: pytest.MonkeyPatch, doc
 def test_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tokenizer train:400: --dataset memory has no text"):
         train(["", ""])
-    (tmp_path / "ids.uint16").write_bytes(b"\0\0" * 1000)
+    (tmp_path / "ids.uint16").write_bytes(b"\1\0" * 1000)
     with pytest.raises(UserError, match=r"--tokenizer train:400: --dataset .*ids\.uint16 holds token ids"):
         load_tokenizer("train:400", str(tmp_path / "ids.uint16"))
 

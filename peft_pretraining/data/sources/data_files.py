@@ -283,12 +283,16 @@ def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options
 
     Raises UserError if none can be read, or holds what its name does not say.
     """
-    reason = "it is empty"
+    reason, wrong = "it is empty", list[UserError]()
     for file in files:
         if file.size == 0:
             continue
         try:
-            check_content(dataset, file)
+            try:
+                check_content(dataset, file)
+            except UserError as error:  # among others that are right it is damage
+                wrong.append(error)
+                continue
             if file.format != "text" and not columns_of(file.place, file.format):
                 reason = f"{file.place} holds nothing, as far as its beginning tells"
                 continue
@@ -300,4 +304,6 @@ def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options
             continue
         _say_what_has_no_effect(dataset, {each.format == "text" for each in files}, options)
         return FileShards(dataset, files, identity, column, options.text_unit)
+    if wrong:
+        raise wrong[0]
     raise UserError(f"--dataset {dataset}: it has no file that can be read: {reason}.")

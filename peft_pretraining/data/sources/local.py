@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
@@ -25,13 +26,18 @@ from peft_pretraining.data.sources.data_files import (
     check_content,
     format_of,
     open_files,
+    read_file,
 )
+from peft_pretraining.data.sources.documents import is_text
 from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
 
+_COMPARED_FILES, _SAME_DOCUMENTS, _FIRST_PLACES = 64, 5, 200
+_FEW = 8
+"""A file in so many that is not what its name says is damage; more are a mistake."""
 _ABOUT = re.compile(r"(?i)(readme|licen[cs]e|copying|notice|changelog|requirements)([-._]\w+)*\.txt")
 _ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json", "state.json"}
 
@@ -82,7 +88,10 @@ def open_local(dataset: str, split: str, options: SourceOptions) -> FileShards |
     if not (paths := chosen[split]):
         return None
     _check_apart(dataset, listed.root, chosen["train"], chosen["validation"])
-    return _open_listed(dataset, _Listed(listed.root, tuple(paths)), options)
+    opened = _open_listed(dataset, _Listed(listed.root, tuple(paths)), options)
+    if split == "validation":
+        _check_beginnings(dataset, opened, [listed.file(path) for path in chosen["train"]])
+    return opened
 
 
 def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> FileShards | None:
@@ -112,12 +121,17 @@ def _looks_like(path: Path) -> str:
 
 def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileShards:
     files = tuple(map(listed.file, listed.paths))
-    unreadable = []
+    unreadable, others = [], []
     for file in files:
         try:
             check_content(dataset, file)
         except OSError as error:
             unreadable.append((file.place, error.strerror))
+        except UserError as error:
+            others.append(error)
+            unreadable.append((file.place, f"it is {what_is(file.place, file.format)}"))
+    if others and len(others) * _FEW >= len(files):
+        raise others[0]
     if unreadable and len(unreadable) < len(files):
         place, reason = unreadable[0]
         say_once(
@@ -138,7 +152,10 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
 def _list_folder(dataset: str, folder: Path) -> _Listed:
     if any((folder / "en").glob("c4-*.json*")):
         folder = folder / "en"  # C4's English part, beside which may lie its others
-    found = sorted(path for path in _walk(folder) if is_data(folder / path))
+    walked = list(_walk(folder))
+    found = sorted(path for path in walked if is_data(folder / path))
+    if lost := [path for path in walked if format_of(path) and not (folder / path).exists()]:
+        say_once(f"--dataset {dataset}: {sorted(lost)[0]} is a link to a file that is not there, and is left out")
     if not found:
         others = sorted({Path(path).suffix or "no ending" for path in _walk(folder)})
         there = f"; there are files of {', '.join(others[:5])}" if others else ""
@@ -172,7 +189,9 @@ def _list_glob(dataset: str, pattern: Path) -> _Listed:
     if files := sorted(path.as_posix() for path in found if not _special(path, pattern.parts)):
         return _Listed(root, tuple(files))
     if not matched:
-        raise UserError(f"--dataset {dataset}: no file matches this pattern.")
+        there = sorted(path.name for path in root.iterdir())[:5] if root.is_dir() else []
+        holds = f"{root} holds {', '.join(there)}" if there else f"there is no folder {root}, or nothing in it"
+        raise UserError(f"--dataset {dataset}: no file matches this pattern; {holds}.")
     if all(path.is_dir() for path in matched):
         raise UserError(
             f"--dataset {dataset}: only folders match this pattern; for the files in them write {dataset}/**."
@@ -323,6 +342,24 @@ def _decompressed_name(path: str) -> str:
         if path.lower().endswith(compression):
             path = path[: -len(compression)]
     return path
+
+
+def _check_beginnings(dataset: str, validation: FileShards, train: list[DataFile]) -> None:
+    """Raise UserError if a validation file begins with the documents of a training file, in whatever format."""
+
+    def beginning(file: DataFile) -> tuple[str, ...]:
+        places = islice(read_file(file, validation.column, validation.unit), _FIRST_PLACES)
+        texts = tuple(islice(filter(is_text, places), _SAME_DOCUMENTS))
+        return texts if len(texts) == _SAME_DOCUMENTS else ()
+
+    of_training = {texts: file for file in train[:_COMPARED_FILES] if (texts := beginning(file))}
+    for file in validation.files[:_COMPARED_FILES]:
+        if other := of_training.get(beginning(file)):
+            raise UserError(
+                f"--dataset {dataset}: {file.place} of the validation split begins with the same documents as "
+                f"{other.place} of the training split: perplexity would be measured on text that was trained on. "
+                "Remove one of them."
+            )
 
 
 def _check_apart(dataset: str, root: Path, train: list[str], validation: list[str]) -> None:

@@ -24,6 +24,7 @@ from peft_pretraining.data.sources.split_names import has_word
 from peft_pretraining.errors import UserError
 
 SUFFIXES = (".bin", ".uint16", ".uint32")
+_FEWEST_LOOKED_AT, _LOOKED_AT = 64, 1 << 16  # ids that tell the type
 _HELD_OUT_FRACTION = 100
 _HELD_OUT_LIMIT = 10_000_000
 
@@ -148,6 +149,12 @@ def _open(path: Path) -> TokenFile:
         ids = np.memmap(path, dtype, mode="r")
     except OSError as error:
         raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
+    halves = ids[: 2 * (_LOOKED_AT // 2)]
+    if name == "uint16" and len(halves) >= _FEWEST_LOOKED_AT and not halves[1::2].any():
+        raise UserError(
+            f"--dataset {path}: every second id is 0, so its ids are uint32 and not uint16: correct "
+            f"{sidecar if settings else 'its name'}."
+        )
     _check_sidecar(path, name, len(ids), settings)
     return TokenFile(path, ids, settings)
 

@@ -207,13 +207,16 @@ class Tokenizer:
         return None if token is None else vocabulary.token_id(token)
 
 
-def check_vocabulary(tokenizer_size: int, model_vocab: int) -> None:
-    """Raise UserError if the tokenizer can yield an id that the model's embedding lacks."""
-    if tokenizer_size > model_vocab:
-        raise UserError(
-            f"--tokenizer yields ids up to {tokenizer_size - 1}, but the model of --model_config has a vocabulary of "
-            f"{model_vocab}: set vocab_size in the config to at least {tokenizer_size}, or choose a smaller tokenizer."
-        )
+def check_vocabulary(tokenizer_size: int, model_vocab: int, are_ids: bool = False) -> None:
+    """Raise UserError if there can be an id that the model's embedding lacks: from the tokenizer, or in token files."""
+    if tokenizer_size <= model_vocab:
+        return
+    has = "--dataset: its token files have" if are_ids else "--tokenizer yields"
+    other = "tokenize the text with a smaller tokenizer" if are_ids else "choose a smaller tokenizer"
+    raise UserError(
+        f"{has} ids up to {tokenizer_size - 1}, but the model of --model_config has a vocabulary of {model_vocab}: set "
+        f"vocab_size in the config to at least {tokenizer_size}, or {other}."
+    )
 
 
 def _prefix(text: str, length: int) -> str:
