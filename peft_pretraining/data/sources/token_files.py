@@ -150,7 +150,7 @@ def _open(path: Path) -> TokenFile:
     except OSError as error:
         raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
     halves = ids[: 2 * (_LOOKED_AT // 2)]
-    if name == "uint16" and len(halves) >= _FEWEST_LOOKED_AT and not halves[1::2].any():
+    if name == "uint16" and len(halves) >= _FEWEST_LOOKED_AT and halves[::2].any() and not halves[1::2].any():
         raise UserError(
             f"--dataset {path}: every second id is 0, so its ids are uint32 and not uint16: correct "
             f"{sidecar if settings else 'its name'}."
