@@ -279,13 +279,15 @@ def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[s
     """
     head, content = _begun(_content(place))
     lines = io.TextIOWrapper(io.BufferedReader(_Pieces(content)), "utf-8-sig", "replace", newline="")
-    records = read_records(lines, delimiter_of(place, head))
+    delimiter = delimiter_of(place, head)
+    records = read_records(lines, delimiter)
     header = next(records, None)
     if header is None:
         return
     if isinstance(header, Unclosed):
         raise ValueError("a quote in its first line is not closed")
     _check_column(dict.fromkeys(header, TEXT), column)
+    width = len(header)
     at, number = header.index(column), 0
     while True:
         texts: list[str | None] = []
@@ -293,7 +295,13 @@ def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[s
         try:
             for record in islice(records, _ROWS):
                 if isinstance(record, Unclosed):
-                    lost[number] = f"a quote in line {record.line} is not closed"
+                    lost[number] = str(record)
+                    texts.append(None)
+                elif any(map(str.strip, record[width:])):  # a text in which a delimiter stands is cut there
+                    sign = "tab" if delimiter == "\t" else delimiter
+                    lost[number] = (
+                        f"{len(record)} fields where the header has {width}: put text with a {sign} in quotes"
+                    )
                     texts.append(None)
                 else:
                     texts.append(record[at] if at < len(record) else "")
