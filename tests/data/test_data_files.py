@@ -285,6 +285,27 @@ def test_lines_paragraphs_and_whole_files(tmp_path: Path) -> None:
     assert read(path, unit="paragraph", first=1000, step=3) == many[1000::3]
 
 
+@pytest.mark.parametrize("between", ["\n", " \n", "\t\r\n \n", ""])
+def test_paragraphs_are_handed_out_while_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str
+) -> None:
+    """With any blank line between them, and in pieces without one: each lane would hold the file."""
+    monkeypatch.setattr(builders, "LONGEST_PARAGRAPH_BYTES", 300_000)
+    texts = [f"{i:05}\n{'x' * 93}" for i in range(20_000)]
+    path = tmp_path / "book.txt"
+    path.write_bytes(f"\n{between}".join(texts).encode())
+    blocks = iter(list(builders._whole_lines(str(path))))
+    paragraphs = next(builders._paragraphs(blocks))
+    assert blocks.__length_hint__() >= 5
+    if between:
+        assert [text.decode() for text in paragraphs] == texts[: len(paragraphs)]
+        assert read(path, unit="paragraph") == texts
+    else:
+        found = read(path, unit="paragraph")
+        assert "\n".join(map(str, found)) == "\n".join(texts)
+        assert all(300_000 <= len(str(text)) < 600_000 for text in found[:-1])
+
+
 def test_strings_that_are_no_utf8_and_other_types_of_text(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     bad = pa.array([b"good", b"b\xffad", None, b" "], pa.binary())

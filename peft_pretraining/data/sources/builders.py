@@ -34,6 +34,10 @@ _BLOCK_BYTES = 1 << 18
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
+LONGEST_PARAGRAPH_BYTES = 1 << 20
+"""A text without blank lines is divided at the first line end after so much, or it would be held whole by each lane."""
+_PARAGRAPHS = 8
+"""In the place of `_ROWS` for them."""
 _HEAD_BYTES = 1 << 16
 """From so much of a csv file it is seen what stands between its fields."""
 TEXT = "text"
@@ -70,7 +74,7 @@ class FileRows:
             self.damage = self.damage or _damage(error, self._place)
             return
         self.end, self.lost = builder.first_row, builder.lost
-        for table in data.iter(batch_size=_ROWS):
+        for table in data.iter(batch_size=_PARAGRAPHS if self._unit == "paragraph" else _ROWS):
             column = table.column(self._column if self._format in _COLUMNAR else 0)
             begin, self.end = self.end, self.end + len(column)
             yield begin, column
@@ -232,17 +236,22 @@ _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
 
 
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What stands between empty lines, without them."""
-    pieces: list[bytes] = []
+    """What stands between blank lines, without them; at `LONGEST_PARAGRAPH_BYTES` a paragraph ends with its line.
+
+    Every block but the last ends with a line, so that a blank line is in one block.
+    """
+    begun: list[bytes] = []
+    size = 0
     for block in blocks:
-        block = block.replace(b"\r\n", b"\n")
-        pieces.append(block)
-        if b"\n\n" in block or block.startswith(b"\n"):
-            *found, rest = _BETWEEN_PARAGRAPHS.split(b"".join(pieces))
-            pieces = [rest]
-            yield [paragraph for paragraph in found if paragraph]
-    last = (part.strip(b"\n") for part in _BETWEEN_PARAGRAPHS.split(b"".join(pieces)))
-    yield [paragraph for paragraph in last if paragraph]
+        first, *others = _BETWEEN_PARAGRAPHS.split(block.replace(b"\r\n", b"\n"))
+        begun.append(first)
+        size += len(first)
+        if not others and size < LONGEST_PARAGRAPH_BYTES:
+            continue
+        *found, rest = [b"".join(begun), *(others or [b""])]
+        begun, size = [rest], len(rest)
+        yield [text for paragraph in found if (text := paragraph.strip(b"\n"))]
+    yield [text] if (text := b"".join(begun).strip(b"\n")) else []
 
 
 def _line_array(block: bytes) -> Any:
