@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import logging
+import tempfile
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.file_heads import columns_of
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.errors import UserError
+from peft_pretraining.runtime import process
 from tests.data.files import COMPRESS, FORMATS, content_of, write_texts
 
 TEXTS = [f"document {i}: " + " ".join(f"wörd{(i * 7 + j) % 50}" for j in range(i % 23)) for i in range(700)]
@@ -382,7 +384,7 @@ def test_a_name_with_signs_of_a_pattern_is_a_name(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert read(Path("a::b/c.parquet")) == read(Path("a::cb.arrow")) == TEXTS[:5]
     gc.collect()
-    assert not [path for path in Path(builders._scratch().name).iterdir() if path.is_dir() and any(path.iterdir())]
+    assert not [path for path in Path(builders._scratch()).iterdir() if path.is_dir() and any(path.iterdir())]
 
 
 def test_the_shards_are_the_files(tmp_path: Path) -> None:
@@ -418,6 +420,55 @@ def test_a_file_of_the_same_size_is_told_by_its_beginning_and_end(tmp_path: Path
     assert remote is not None and remote.with_heads().heads == ()
 
 
+def test_readers_of_a_compressed_table_share_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "_scratch_folders", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = write_texts(tmp_path / "data.parquet.gz", TEXTS)
+    with ThreadPoolExecutor(8) as threads:
+        streams = [read_file(file_of(path), first=i, step=8) for i in range(8)]
+        assert list(threads.map(next, streams)) == TEXTS[:8]
+    (copy,) = Path(builders._scratch()).iterdir()
+    write_texts(path, TEXTS[:300:-1])
+    assert read(path) == TEXTS[:300:-1], "a copy of what the file was is none"
+    for i, stream in enumerate(streams):
+        assert copy.exists() and list(stream) == TEXTS[i + 8 :: 8]
+    gc.collect()
+    assert not copy.exists()
+
+
+def test_lines_leave_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "_scratch_folders", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for suffix in (".txt", ".csv.gz", ".parquet", ".arrow", ".jsonl"):
+        stream = read_file(file_of(write_texts(tmp_path / f"data{suffix}", TEXTS)))
+        assert next(stream) == TEXTS[0] and not [*(tmp_path / "temporary").iterdir()], suffix
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rank_that_leaves_at_once_removes_its_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    def lose() -> None:
+        raise RuntimeError("lost")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(builders, "_scratch_folders", [])
+    monkeypatch.setattr(process, "world_size_of_launch", lambda: 2)
+    monkeypatch.setattr(process, "is_lost_rank", lambda error: True)
+    monkeypatch.setattr(process.os, "_exit", end)
+    stream = read_file(file_of(write_texts(tmp_path / "data.parquet.gz", TEXTS)))
+    assert next(stream) == TEXTS[0]
+    folder = Path(builders._scratch())
+    assert any(folder.iterdir())
+    with pytest.raises(SystemExit):
+        process.leave(process.exit_code_of(lose if lost else lambda: None, "a program"))
+    assert not folder.exists()
+
+
 def test_files_are_read_in_threads(tmp_path: Path) -> None:
     paths = [write_texts(tmp_path / f"{i}{suffix}", TEXTS) for i in range(3) for suffix in FORMATS]
     with ThreadPoolExecutor(8) as threads:
@@ -428,12 +479,12 @@ def test_files_are_read_in_threads(tmp_path: Path) -> None:
 def test_what_is_decompressed_into_a_file_goes_away(tmp_path: Path, suffix: str) -> None:
     stream = read_file(file_of(write_texts(tmp_path / f"data{suffix}", TEXTS)))
     assert next(stream) == TEXTS[0]
-    left = set(Path(builders._scratch().name).glob("tmp*"))
+    left = set(Path(builders._scratch()).glob("tmp*"))
     assert left
     stream.close()  # type: ignore[attr-defined]
     del stream
     gc.collect()
-    assert not left & set(Path(builders._scratch().name).glob("tmp*"))
+    assert not left & set(Path(builders._scratch()).glob("tmp*"))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
