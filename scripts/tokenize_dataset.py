@@ -184,13 +184,29 @@ def encode_ahead(texts: Iterator[str], tokenizer: Tokenizer, read: Counted) -> I
 def write_split(
     texts: Iterator[str], read: Counted, tokenizer: Tokenizer, target: Path, max_tokens: int, origin: dict[str, Any]
 ) -> None:
-    """Write `target` and its sidecar; both appear under their names only when they are whole.
+    """Write `target` and its sidecar; both appear under their names only when they are whole, and else nothing stays.
 
     `texts` are the documents of `read`, and `origin` goes into the sidecar.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     partial = target.with_name(target.name + ".partial")
+    try:
+        _write_split(texts, read, tokenizer, target, partial, max_tokens, origin)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_split(
+    texts: Iterator[str],
+    read: Counted,
+    tokenizer: Tokenizer,
+    target: Path,
+    partial: Path,
+    max_tokens: int,
+    origin: dict[str, Any],
+) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     documents, tokens, fraction, expected = 0, 0, 0.0, max_tokens or None
     start = time.perf_counter()
     with (
@@ -212,7 +228,6 @@ def write_split(
             if max_tokens and tokens >= max_tokens:
                 break
     if not tokens:
-        partial.unlink()
         raise UserError(f"the {target.stem} split has no documents")
     settings = {
         "dtype": "uint16" if dtype.itemsize == 2 else "uint32",

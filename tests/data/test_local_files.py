@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -372,7 +373,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 319\n"
         ("a.jsonl.zst", gzip.compress(LINE, mtime=0), "compressed with gzip"),
         *(("a.txt", COMPRESS[end](b""), "compressed with ") for end in COMPRESS if end),
         ("a.txt", b"\xff\xfea\0b\0", "text in UTF-16"), ("a.txt", b"PK\x03\x04" + bytes(30), "a zip archive"),
-        ("a.csv", b"\x7fELF\0\0\0\0", "binary data"),
+        ("a.csv", b"\x7fELF\0\0\0\0", "binary data"), ("a.txt", random.Random(0).randbytes(10_000), "binary data"),
+        ("a.csv", b"t\0e\0x\0t\0\n\0", "binary data"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
@@ -394,6 +396,13 @@ def test_pages_and_brackets_may_be_text(tmp_path: Path) -> None:
     for content in (HTML, b"[1] A note\n", b"{braces}\n", LINE, "Ünïcödé\n".encode("latin-1"), b"\xef\xbb\xbfBOM\n"):
         (tmp_path / "a.txt").write_bytes(content)
         assert opened(tmp_path / "a.txt") is not None
+    for name in ("n.txt", "n.csv"):
+        for nulls in (1, 20):
+            (tmp_path / name).write_bytes(b"text\n" + b"one line\n" * 5000 + b"N\0L\n" * nulls)
+            source = opened(tmp_path / name)
+            assert source is not None and list(source.read(0, 1, 0, 0))[-1] == "N\0L"
+    (tmp_path / "n.csv").write_bytes(b"text\nN\0L\n")
+    assert opened(tmp_path / "n.csv") is not None
     for lines in (b"oops\n" * 3 + LINE, b'{"text": "cut\n' + LINE, b"[]\n" + LINE, b'{"text": "' + b"x" * 100_000):
         (tmp_path / "a.jsonl").write_bytes(lines + LINE * 5)
         if b"xxx" not in lines:

@@ -71,12 +71,26 @@ def test_a_mixture_trains_on_no_text_that_one_of_its_sources_holds_out(tmp_path:
     assert len(held_out) > 150 and held_out.isdisjoint(texts(opened(dataset)))
 
 
-@pytest.mark.parametrize("row", ["0,a,9", "0,a,"])
-def test_a_row_of_csv_with_a_field_too_many_keeps_its_columns(tmp_path: Path, row: str) -> None:
-    (tmp_path / "data.csv").write_text("id,text\n" + f"{row}\n" * 2)
-    source = find_kind(str(tmp_path / "data.csv")).open(str(tmp_path / "data.csv"), "train", DEFAULT_OPTIONS)
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("id,text\n0,a,\n0,a, ,\n", ["a", "a"]),
+        ("id,text\n0,a,9\n1,b\n", ["row 1: 3 fields where the header has 2: put text with a , in quotes", "b"]),
+        ("id\ttext\n0\ta\n1\tb\t\t9\n", ["a", "row 2: 4 fields where the header has 2: put text with a tab in quotes"]),
+        ("text\nHello, world\nb\n", ["row 1: 2 fields where the header has 1: put text with a , in quotes", "b"]),
+    ],
+    ids=["empty", "two", "tab", "one"],
+)
+def test_text_of_csv_with_a_delimiter_in_it_is_not_cut(tmp_path: Path, content: str, expected: list[str]) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(content)
+    source = find_kind(str(path)).open(str(path), "train", DEFAULT_OPTIONS)
     assert source is not None and not isinstance(source, TokenFiles | TokenMixture)
-    assert texts(source) == ["a", "a"]
+    found = [
+        f"{item.where.removeprefix(str(path)).strip()}: {item.reason}" if isinstance(item, Damage) else item
+        for item in source.read(0, 1, 0, 0)
+    ]
+    assert found == expected
 
 
 def test_what_is_about_a_data_set_is_no_data(tmp_path: Path) -> None:

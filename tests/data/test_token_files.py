@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
 from scripts import tokenize_dataset as script
+from scripts.tokenize_dataset import Counted
 from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.data.collect import close, global_rows, loaders
 from tests.data.conftest import document
@@ -203,6 +204,23 @@ def test_the_script_refuses_with_a_sentence(
     out = tmp_path / "out"
     assert tokenize_dataset(["--dataset", str(tmp_path), "--output_dir", str(out), *flags.split()]) == 2
     assert says in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("error", [UserError("too many damaged places"), KeyboardInterrupt()])
+def test_the_script_leaves_no_partial_file(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def some_documents(source: Counted, damage: DamageCount) -> Iterator[str]:
+        yield from itertools.islice(read_documents(source, damage), 10)
+        raise error
+
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 2)
+    monkeypatch.setattr(script, "read_documents", some_documents)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    flags = f"--dataset {c4_dir} --tokenizer {tmp_path}/tokenizer.json --output_dir {tmp_path}/out --splits train"
+    with suppress(KeyboardInterrupt):
+        assert tokenize_dataset(flags.split()) == 2
+    assert not [*(tmp_path / "out").glob("train*")]
 
 
 def test_the_script_says_what_it_added(

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from peft_pretraining.data.sources.compression import DamagedError, compression_of, decompressed
+from peft_pretraining.data.sources.compression import DamagedError, compression_of, decompressed, unpacked_copy
 from peft_pretraining.data.sources.csv_records import Unclosed, find_delimiter, read_records
 from peft_pretraining.data.sources.plain_links import link_in, plain_link
 from peft_pretraining.errors import UserError
@@ -34,6 +34,10 @@ _BLOCK_BYTES = 1 << 18
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
+LONGEST_PARAGRAPH_BYTES = 1 << 20
+"""A text without blank lines is divided at the first line end after so much, or it would be held whole by each lane."""
+_PARAGRAPHS = 8
+"""In the place of `_ROWS` for them."""
 _HEAD_BYTES = 1 << 16
 """From so much of a csv file it is seen what stands between its fields."""
 TEXT = "text"
@@ -41,12 +45,17 @@ TEXT = "text"
 SEVERAL = "several columns of this name"
 """In the place of the type of columns that a name does not tell apart."""
 
+_PREFIX = "qgalore-datasets-"
+"""Of temporary folders."""
+
 _COLUMNAR = ("parquet", "arrow")
 """Their readers jump in a file: a compressed one is decompressed into a temporary file first."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 _lock = threading.Lock()
+_scratch_folders: "list[tempfile.TemporaryDirectory[str]]" = []
+"""None, or the one there is."""
 
 
 class FileRows:
@@ -70,24 +79,18 @@ class FileRows:
             self.damage = self.damage or _damage(error, self._place)
             return
         self.end, self.lost = builder.first_row, builder.lost
-        for table in data.iter(batch_size=_ROWS):
+        for table in data.iter(batch_size=_PARAGRAPHS if self._unit == "paragraph" else _ROWS):
             column = table.column(self._column if self._format in _COLUMNAR else 0)
             begin, self.end = self.end, self.end + len(column)
             yield begin, column
         self.damage = self.damage or builder.damage
 
     def _unpacked_file(self, place: str) -> str:
-        """Name of a file with the content of a compressed one, up to its damage; it goes away with this object."""
-        with _lock:
-            folder = _scratch().name
-        self._unpacked = tempfile.NamedTemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as this object
-        try:
-            for piece in _content(place):
-                self._unpacked.write(piece)
-        except DamagedError as error:
-            self.damage = in_words(error)
-        self._unpacked.flush()
-        return self._unpacked.name
+        """Name of a file with the content of a compressed one, up to its damage; it is there as long as its users."""
+        self._unpacked = unpacked_copy(place)
+        name = self._unpacked.name(lambda: _content(place), _scratch())
+        self.damage = in_words(self._unpacked.damage) if self._unpacked.damage else ""
+        return name
 
     def _builder(self) -> Any:
         from datasets.data_files import DataFilesDict, DataFilesList
@@ -96,9 +99,7 @@ class FileRows:
         if self._format in _COLUMNAR and compression_of(place):
             place = self._unpacked_file(place)
         elif self._format in _COLUMNAR and "::" in place and "://" not in place:
-            with _lock:
-                folder = _scratch().name
-            self._link = plain_link(place, folder)  # fsspec takes :: for the end of an address
+            self._link = plain_link(place, _scratch())  # fsspec takes :: for the end of an address
             place = link_in(self._link)
         if self._format == "parquet":
             import pyarrow.dataset as ds
@@ -106,11 +107,12 @@ class FileRows:
             # Else it keeps what it has read up to the end of the file.
             scan = ds.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
             settings = {"columns": [self._column], "batch_size": _ROWS, "fragment_scan_options": scan}
-        with _lock:  # the library changes modules while a builder is made
+        # The library changes modules while a builder is made, and leaves a lock in its cache.
+        with _lock, tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as cache:
             builder = _classes()["text" if self._format == "json" else self._format](
                 data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
                 config_id="stream",
-                cache_dir=_scratch().name,
+                cache_dir=cache,
                 **settings,
             )
         builder.unit, builder.column, builder.wanted_row = self._unit, self._column, self._first
@@ -135,8 +137,8 @@ def open_content(place: str) -> IO[bytes]:
     return io.BufferedReader(_Pieces(decompressed(_chunks(place), compression)))
 
 
-def in_words(error: BaseException) -> str:
-    """An error of a library in one line."""
+def in_words(error: BaseException | str) -> str:
+    """An error of a library, or its text, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
@@ -159,10 +161,18 @@ def _damage(error: Exception, place: str) -> str:
     return in_words(error)
 
 
-@functools.cache
-def _scratch() -> "tempfile.TemporaryDirectory[str]":
-    """Where the library's builders leave their lock; removed with the process."""
-    return tempfile.TemporaryDirectory(prefix="qgalore-datasets-")
+def remove_scratch() -> None:
+    """Remove what lies in temporary files, for a process that ends without an ordinary end, which does so itself."""
+    for folder in _scratch_folders:
+        folder.cleanup()
+
+
+def _scratch() -> str:
+    """A folder for copies and links, made for the first of them and removed with the process."""
+    with _lock:
+        if not _scratch_folders:
+            _scratch_folders.append(tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True))
+        return _scratch_folders[0].name
 
 
 class _Pieces(io.RawIOBase):
@@ -232,17 +242,22 @@ _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
 
 
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What stands between empty lines, without them."""
-    pieces: list[bytes] = []
+    """What stands between blank lines, without them; at `LONGEST_PARAGRAPH_BYTES` a paragraph ends with its line.
+
+    Every block but the last ends with a line, so that a blank line is in one block.
+    """
+    begun: list[bytes] = []
+    size = 0
     for block in blocks:
-        block = block.replace(b"\r\n", b"\n")
-        pieces.append(block)
-        if b"\n\n" in block or block.startswith(b"\n"):
-            *found, rest = _BETWEEN_PARAGRAPHS.split(b"".join(pieces))
-            pieces = [rest]
-            yield [paragraph for paragraph in found if paragraph]
-    last = (part.strip(b"\n") for part in _BETWEEN_PARAGRAPHS.split(b"".join(pieces)))
-    yield [paragraph for paragraph in last if paragraph]
+        first, *others = _BETWEEN_PARAGRAPHS.split(block.replace(b"\r\n", b"\n"))
+        begun.append(first)
+        size += len(first)
+        if not others and size < LONGEST_PARAGRAPH_BYTES:
+            continue
+        *found, rest = [b"".join(begun), *(others or [b""])]
+        begun, size = [rest], len(rest)
+        yield [text for paragraph in found if (text := paragraph.strip(b"\n"))]
+    yield [text] if (text := b"".join(begun).strip(b"\n")) else []
 
 
 def _line_array(block: bytes) -> Any:
@@ -279,13 +294,15 @@ def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[s
     """
     head, content = _begun(_content(place))
     lines = io.TextIOWrapper(io.BufferedReader(_Pieces(content)), "utf-8-sig", "replace", newline="")
-    records = read_records(lines, delimiter_of(place, head))
+    delimiter = delimiter_of(place, head)
+    records = read_records(lines, delimiter)
     header = next(records, None)
     if header is None:
         return
     if isinstance(header, Unclosed):
         raise ValueError("a quote in its first line is not closed")
     _check_column(dict.fromkeys(header, TEXT), column)
+    width = len(header)
     at, number = header.index(column), 0
     while True:
         texts: list[str | None] = []
@@ -293,7 +310,13 @@ def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[s
         try:
             for record in islice(records, _ROWS):
                 if isinstance(record, Unclosed):
-                    lost[number] = f"a quote in line {record.line} is not closed"
+                    lost[number] = str(record)
+                    texts.append(None)
+                elif any(map(str.strip, record[width:])):  # a text in which a delimiter stands is cut there
+                    sign = "tab" if delimiter == "\t" else delimiter
+                    lost[number] = (
+                        f"{len(record)} fields where the header has {width}: put text with a {sign} in quotes"
+                    )
                     texts.append(None)
                 else:
                     texts.append(record[at] if at < len(record) else "")

@@ -7,8 +7,12 @@ read; a file that ends inside a member is damaged, too, which a reader of stream
 import bz2
 import lzma
 import re
+import tempfile
+import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.errors import UserError
@@ -40,6 +44,49 @@ def compression_seen(head: bytes) -> str:
     """gzip, zstd, xz or bz2 by the first bytes of a file; "" for none, and for text whose first letters are theirs."""
     found = _HEADER.match(head)
     return str(found.lastgroup) if found else ""
+
+
+class UnpackedCopy:
+    """A temporary file with the content of a compressed one, up to its damage. It goes away with its last user."""
+
+    def __init__(self) -> None:
+        self.damage = ""
+        """Why the content ends before its end."""
+        self._name = ""
+        self._lock = threading.Lock()
+
+    def name(self, pieces: Callable[[], Iterator[bytes]], folder: str) -> str:
+        """Path of the file, made in `folder` by whoever asks first. Raises what opening and writing raise."""
+        with self._lock:
+            if not self._name:
+                self._name = self._written(pieces, folder)
+            return self._name
+
+    def _written(self, pieces: Callable[[], Iterator[bytes]], folder: str) -> str:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            remove = weakref.finalize(self, Path(file.name).unlink, missing_ok=True)
+            try:
+                file.writelines(pieces())
+            except DamagedError as error:
+                self.damage = str(error)
+            except BaseException:
+                remove()
+                raise
+        return file.name
+
+
+_copies: "weakref.WeakValueDictionary[object, UnpackedCopy]" = weakref.WeakValueDictionary()
+_copies_lock = threading.Lock()
+
+
+def unpacked_copy(place: str) -> UnpackedCopy:
+    """The one copy of a file in this process; another once the file is written anew."""
+    key: object = place
+    if "://" not in place:
+        found = Path(place).stat()
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    with _copies_lock:
+        return _copies.setdefault(key, UnpackedCopy())
 
 
 def decompressed(chunks: Iterable[bytes], compression: str) -> Iterator[bytes]:

@@ -139,6 +139,7 @@ def _unexpected(head: bytes, file_format: str) -> str:
 
 
 _FEWEST_WRONG_BYTES = 8
+_TEXT_BYTES_PER_NUL = 1000
 _OTHER_ENCODING = "text that is not in UTF-8 (convert it, as with iconv -f WINDOWS-1252 -t UTF-8)"
 _TEXTS = (
     "plain text",
@@ -173,7 +174,12 @@ def _in_general(head: bytes) -> str:
         return _TEXTS[2]
     if head[257:262] == b"ustar":
         return "a tar archive (unpack it first)"
-    return "binary data" if b"\0" in head else _TEXTS[0]
+    return "binary data" if _is_binary(head) else _TEXTS[0]
+
+
+def _is_binary(head: bytes) -> bool:
+    """Whether there are several NUL bytes; a few in a long text are damage of it."""
+    return (nulls := head.count(b"\0")) > 1 and nulls * _TEXT_BYTES_PER_NUL > len(head)
 
 
 def _is_in_another_encoding(head: bytes) -> bool:
