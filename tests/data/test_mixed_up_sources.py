@@ -207,6 +207,16 @@ def test_one_file_of_many_that_is_something_else_is_damage(tmp_path: Path, caplo
         opened(tmp_path)
 
 
+def test_zero_bytes_in_the_place_of_a_compressed_file_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(9):
+        write_texts(tmp_path / f"{i}.jsonl.gz", numbered(str(i), 20))
+    (tmp_path / "3.jsonl.gz").write_bytes(bytes(500))
+    assert find_kind(str(tmp_path)).open(str(tmp_path), "train", DEFAULT_OPTIONS) is not None
+    assert "3.jsonl.gz (it is nothing but zero bytes, as a crash can leave them)" in caplog.text
+
+
 def test_a_pattern_without_a_match_says_what_is_there(tmp_path: Path) -> None:
     lines(tmp_path / "x.jsonl", ["a"])
     with pytest.raises(UserError, match=r"no file matches this pattern; .* holds x\.jsonl\."):

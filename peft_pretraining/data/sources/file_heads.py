@@ -46,7 +46,8 @@ def what_is(place: str, file_format: str) -> str:
         raw = file.read(_HEAD_BYTES)
     packed = compression_seen(raw)
     if not raw.strip(b"\0"):
-        return ""
+        # Lines of it are damage; a decompressor would pass it over.
+        return "nothing but zero bytes, as a crash can leave them" if raw and compression else ""
     if compression:
         if raw.startswith(MAGIC[compression]):  # a header that is damaged is left to reading, too
             return _unexpected(_head(place), file_format)
