@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 
 from peft_pretraining.data.held_out import open_splits
@@ -41,10 +42,13 @@ def test_files_and_splits(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_shares_and_other_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("".join(f"{document(i)}\n" for i in range(90)))
-    mixture = f"{tmp_path}/books:3,pydocs:1"
+    datasets.Dataset.from_dict({"text": [document(i) for i in range(90, 180)]}).save_to_disk(tmp_path / "saved")
+    mixture = f"{tmp_path}/books:3,{tmp_path}/saved:1"
     train, validation = lines_of(mixture, tokenizer)
     assert f"{tmp_path}/books: 1 file (.txt, " in train and "a document a line" in train
-    assert "(75.0% of the rows); pydocs: " in train and train.endswith("(25.0% of the rows)")
+    assert f"(75.0% of the rows); {tmp_path}/saved: 90 rows as save_to_disk wrote them" in train and train.endswith(
+        "(25.0% of the rows)"
+    )
     assert validation.startswith("validation on 9 documents of it, held out") and validation.count("% of the rows") == 2
 
 
