@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,11 +150,14 @@ class Counted:
     @property
     def fraction(self) -> float:
         """Of its bytes, in whole files, in the first by its text; of its shards where it knows no files."""
-        files = files_of(self.source)
-        if files is None or not sum(files.sizes):
+        if not (whole := sum(self._sizes)):
             return self.shards_read / self.shards
-        whole = sum(files.sizes)
-        return sum(files.sizes[: self.shards_read]) / whole if self.shards_read else min(0.99, self.text_chars / whole)
+        return sum(self._sizes[: self.shards_read]) / whole if self.shards_read else min(0.99, self.text_chars / whole)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        files = files_of(self.source)
+        return files.sizes if files else ()
 
 
 class Batch(NamedTuple):

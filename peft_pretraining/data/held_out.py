@@ -19,7 +19,7 @@ import hashlib
 import heapq
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -224,16 +224,12 @@ def choose(source: Source, scanned: int) -> list[str]:
     return [texts[digest] for digest in sorted(chosen, key=lambda digest: candidates[digest][1])]
 
 
-def about_documents(source: Source, texts: Sequence[str]) -> int | None:
-    """About how many documents a source has, of which these are the first; None if it does not know its files.
-
-    The files are taken to hold text as it is, so that compressed ones are underestimated by their ratio.
-    """
-    text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return _estimated_documents(source, len(texts), text_bytes)
-
-
 def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int | None:
+    """About how many documents a source has, of which the first so many have so many bytes of text.
+
+    None if it does not know its files. These are taken to hold text as it is, so that compressed ones are
+    underestimated by their ratio.
+    """
     files = files_of(source)
     return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else None
 
@@ -287,7 +283,8 @@ class WithoutHeldOut:
         return files and replace(files, settings=f"{files.settings}, documents held out")
 
     def _hashes(self) -> frozenset[int]:
-        return frozenset[int]().union(*(each.hashes for each in self.held_out))
+        first, *others = (each.hashes for each in self.held_out)
+        return first.union(*others) if others else first  # no copy for each block that is read
 
 
 def held_out_state(source: Source) -> dict[str, Any]:
@@ -309,7 +306,8 @@ def _documents(source: Source, limit: int | None) -> Iterator[str]:
     texts = (item for item in items if is_text(item))
     what = f"{source.name}: choosing documents for validation"
     first = list(islice(texts, _FIRST))
-    total = about_documents(source, first) if len(first) == _FIRST else len(first)
+    text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in first)
+    total = _estimated_documents(source, _FIRST, text_bytes) if len(first) == _FIRST else len(first)
     total = total if limit is None or total is None else min(limit, total)
     for count, text in enumerate(with_progress(chain(first, texts), what, "documents", total), 1):
         yield text
