@@ -12,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from peft_pretraining.checkpoint.store import hold_folder
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
-from peft_pretraining.data.tokenizer import check_vocabulary
+from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
@@ -91,9 +92,11 @@ class Run:
         self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
         self.loader, self.eval_set = build_data(args, processes)
         self.model, self.optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
-        check_vocabulary(max(self.loader.vocab_size, self.eval_set.vocab_size), self.model.config.vocab_size)
         self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
+        ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
+        check_vocabulary(ids, self.model.config.vocab_size, are_ids)
+        processes.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
         self.metrics = RunMetrics(args, processes, self.model, self.position)
         self.outcomes = UpdateOutcomes()
 

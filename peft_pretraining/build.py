@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from peft_pretraining.data.sources.documents import revision_of
 from peft_pretraining.data.sources.kind import SourceOptions, Splits
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
-from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
+from peft_pretraining.data.summary import describe_data
+from peft_pretraining.data.tokenizer import Added, Tokenizer, kept_tokenizers, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.init import OnModule, materialize
@@ -76,8 +78,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         options = replace(options, revision=newest or options.revision)
     # The main rank first: what it holds out, trains or downloads the others then find in the cache.
     opened: list[tuple[Splits, Tokenizer | None]] = []
-    processes.from_main(lambda: opened.append(_open_data(data, options)))
-    splits, tokenizer = opened[0] if opened else _open_data(data, options)
+    processes.from_main(lambda: opened.append(_open_data(args, options)))
+    splits, tokenizer = opened[0] if opened else _open_data(args, options)
     common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
     common |= {"damaged_limit": data.damaged_limit, "options": options}
@@ -88,6 +90,8 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=workers,
         repeat=data.repeat,
     )  # fmt: skip
+    if processes.is_main:
+        loader.about = partial(_about, data, splits, tokenizer, batch.max_length)
     evaluation = args.evaluation
     eval_set = build_eval_set(
         **common, source=splits.validation, eval_batch_size=evaluation.eval_batch_size,
@@ -98,10 +102,23 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
     return loader, eval_set
 
 
-def _open_data(data: DataArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:
+def _about(data: DataArgs, splits: Splits, tokenizer: Tokenizer | None, max_length: int) -> list[str]:
+    """Lines that say what a run reads."""
+    # Where the network fails a signal would have to wait for this.
+    reads = not find_kind(data.dataset).needs_network
+    lines = describe_data(splits, tokenizer, data.packing, max_length, reads)
+    unused = tokenizer is None and data.tokenizer
+    return [*lines, f"--tokenizer {unused} has no effect: --dataset holds token ids already"] if unused else lines
+
+
+def _open_data(args: RunArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:
     """Both splits, and the tokenizer of text; one that is trained sees no document that is held out."""
+    data, checkpoint = args.data, args.checkpoint
     splits = open_splits(data.dataset, options)
     if isinstance(splits.train, TokenFiles | TokenMixture):
         return splits, None
+    kept = kept_tokenizers(checkpoint.save_dir, checkpoint.continue_from)
     added = Added(data.add_bos, data.add_eos)
-    return splits, load_tokenizer(data.tokenizer, data.dataset, added=added, options=options, source=splits.train)
+    return splits, load_tokenizer(
+        data.tokenizer, data.dataset, added=added, options=options, source=splits.train, kept=kept
+    )

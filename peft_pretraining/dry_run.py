@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.data.sources.registry import find_kind, open_dataset
+from peft_pretraining.data.summary import describe_split
 from peft_pretraining.memory.plan_of_run import plan, shape_of
 
 
@@ -16,9 +18,9 @@ def print_description(args: RunArgs) -> None:
 
 def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
-    config = shape_of(args)
+    config, data = shape_of(args), _data(args)
     updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
-    lines = [f"warning: {warning}" for warning in args.warnings]
+    lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")
@@ -31,9 +33,18 @@ def describe(args: RunArgs) -> str:
     lines += [
         f"run: {updates:,} updates of {args.batch.total_batch_size} sequences of {args.batch.max_length} tokens "
         f"({tokens:,}), {updates * tokens / 1e9:,.2f} billion tokens, on {args.world_size} rank(s)",
+        *([f"data: {data}"] if data else []),
         plan(args, config).table() if config is not None else "memory: not planned for what only transformers reads",
     ]
     return "\n".join(lines)
+
+
+def _data(args: RunArgs) -> str:
+    """What is trained on, where it lies in files on this machine, which are looked at; raises UserError."""
+    kind = find_kind(args.data.dataset)
+    if kind.name or kind.needs_network:
+        return ""
+    return describe_split(open_dataset(args.data.dataset, "train", args.data.source_options))
 
 
 def _chosen_by_others(args: RunArgs) -> dict[str, object]:

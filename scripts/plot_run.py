@@ -131,12 +131,17 @@ def plot_run(save_dir: Path, output: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw a run's metrics.jsonl as a PNG.")
     parser.add_argument("save_dir", type=parse_path, help="folder of the run (--save_dir of run_pretrain.py)")
     parser.add_argument("--output", type=parse_path, help="the PNG (default: curves.png in that folder)")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parse_args(argv)
     output = options.output or options.save_dir / "curves.png"
     try:
         plot_run(options.save_dir, output)

@@ -3,18 +3,26 @@
     python scripts/tokenize_dataset.py --dataset c4 --output_dir tokens/ --max_tokens 1B
     python run_pretrain.py --dataset tokens/ ...
 
-Writes <output_dir>/train.bin and validation.bin: little-endian uint16 (uint32 for more than 65,536 ids), every document
-followed by the end-of-sequence id, in the order of the files; beside each a .json with dtype, tokenizer, vocab_size,
-eos_token_id, documents, tokens. Where the data set has no validation split, documents are held out of the other.
+Writes <output_dir>/train.bin and validation.bin: little-endian uint16 (uint32 for more than 65,536 ids), the documents
+in the order of the files, each with what begins and ends it. Beside each lies a .json with dtype, data set (on the hub:
+its commit), tokenizer, vocab_size, the ids that were put around documents (bos_token_id, eos_token_id; null: none),
+documents, tokens. Where the data set has no validation split, documents are held out of the other. A tokenizer that is
+trained for it (--tokenizer train:N) is written, too: <output_dir>/tokenizer/tokenizer.json.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,35 +30,50 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from peft_pretraining.config.flag_groups import DataArgs  # noqa: E402
-from peft_pretraining.config.flags import parse_path, read_specs  # noqa: E402
+from peft_pretraining.config.flags import add_flag, convert, parse_count, parse_path, read_specs  # noqa: E402
 from peft_pretraining.data.eval_set import read_documents  # noqa: E402
 from peft_pretraining.data.held_out import open_split  # noqa: E402
 from peft_pretraining.data.order import DamageCount  # noqa: E402
+from peft_pretraining.data.sources.documents import (  # noqa: E402
+    Damage,
+    Source,
+    files_of,
+    revision_of,
+)
 from peft_pretraining.data.sources.kind import TextKind  # noqa: E402
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture  # noqa: E402
-from peft_pretraining.data.sources.registry import (  # noqa: E402
-    default_tokenizers_in_words,
-    find_kind,
-    text_kinds_in_words,
-)
-from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from peft_pretraining.data.sources.registry import find_kind, open_dataset, text_kinds_in_words  # noqa: E402
+from peft_pretraining.data.tokenizer import Added, Tokenizer, keep_trained, load_tokenizer  # noqa: E402
 from peft_pretraining.data.waiting import progress  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 
 DOCUMENTS_PER_BATCH = 512
-SOURCE_FLAGS = ("dataset_config", "dataset_revision", "train_split", "validation_split", "text_column", "text_unit")
-"""Flags of run_pretrain.py that say how a data set is read."""
+DATA_FLAGS = (
+    "dataset", "tokenizer", "dataset_config", "dataset_revision", "train_split", "validation_split", "text_column",
+    "text_unit", "add_bos", "add_eos", "damaged_limit",
+)  # fmt: skip
+"""Flags of run_pretrain.py that say what is read and how it becomes ids."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help=text_kinds_in_words())
-    parser.add_argument(
-        "--tokenizer",
-        default="",
-        help=f"hub name, directory or tokenizer.json (default: {default_tokenizers_in_words()})",
+    try:
+        tokenize(*parse_args(argv))
+    except (UserError, OSError) as error:
+        print(f"tokenize_dataset.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[DataArgs, argparse.Namespace]:
+    """The flags of the data, as run_pretrain.py reads them, and those of the script. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    specs = [spec for spec in read_specs(DataArgs) if spec.name in DATA_FLAGS]
+    for spec in specs:
+        own = {"required": True, "help": text_kinds_in_words()} if spec.name == "dataset" else {}
+        add_flag(parser, spec, default=argparse.SUPPRESS, **own)
     parser.add_argument(
         "--output_dir", required=True, type=parse_path, help="folder for the token files; made if missing"
     )
@@ -58,68 +81,165 @@ def main(argv: list[str] | None = None) -> int:
         "--splits", nargs="+", metavar="SPLIT", help="such as train validation (default: all there are)"
     )
     parser.add_argument("--max_tokens", default="0", help="tokens of each split, such as 100M or 1.5B (default 0: all)")
-    parser.add_argument(
-        "--damaged_limit", type=int, default=100, help="damaged lines and files to skip before giving up"
-    )
-    for spec in read_specs(DataArgs):
-        if spec.name in SOURCE_FLAGS:
-            text = f"{spec.help} ({spec.default_text})"
-            parser.add_argument(f"--{spec.name}", default=spec.default, choices=spec.flag.choices or None, help=text)
     args = parser.parse_args(argv)
-    options = DataArgs(**{name: getattr(args, name) for name in SOURCE_FLAGS}).source_options
     try:
-        max_tokens = parse_count(args.max_tokens)
-        kind = find_kind(args.dataset)
-        if not isinstance(kind, TextKind):
-            raise UserError(f"--dataset {args.dataset}: it holds token ids already.")
-        tokenizer = load_tokenizer(args.tokenizer, args.dataset, options=options)
-        for split in args.splits or kind.splits:
-            if split not in kind.splits:
-                raise UserError(f"--splits {split}: --dataset {args.dataset} has {' and '.join(kind.splits)}")
-            source = open_split(args.dataset, split, options)
-            assert not isinstance(source, TokenFiles | TokenMixture)
-            texts = read_documents(source, DamageCount(args.damaged_limit))
-            write_split(texts, tokenizer, args.output_dir, split, max_tokens)
-    except (UserError, OSError) as error:
-        print(f"tokenize_dataset.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def parse_count(text: str) -> int:
-    """100M, 1.5B, 20K or a plain number."""
-    factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
+        given = {spec: vars(args).pop(spec.name) for spec in specs if hasattr(args, spec.name)}
+        values = {spec.name: value if spec.is_switch else convert(spec, value) for spec, value in given.items()}
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
     try:
-        return int(float(text if factor == 1 else text[:-1]) * factor)
-    except ValueError:
-        raise UserError(f"--max_tokens {text}: give a number, or one followed by K, M or B.") from None
+        args.max_tokens = parse_count(args.max_tokens)
+    except ValueError as error:
+        raise UserError(f"--max_tokens is {args.max_tokens!r}, it must be {error}.") from None
+    return DataArgs(**values), args
 
 
-def write_split(texts: Iterator[str], tokenizer: Tokenizer, folder: Path, split: str, max_tokens: int) -> None:
-    """Write <folder>/<split>.bin and its sidecar; both appear under their names only when they are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+def tokenize(data: DataArgs, args: argparse.Namespace) -> None:
+    """Write the splits that are asked for. Raises UserError."""
+    kind, options = find_kind(data.dataset), data.source_options
+    if not isinstance(kind, TextKind):
+        raise UserError(f"--dataset {data.dataset}: it holds token ids already.")
+    for split in args.splits or kind.splits:
+        if split not in kind.splits:
+            raise UserError(f"--splits {split}: --dataset {data.dataset} has {' and '.join(kind.splits)}")
+    # All splits are of one commit, and so are the documents of the tokenizer.
+    commit = revision_of(open_dataset(data.dataset, "train", options)) if kind.needs_network else ""
+    options = replace(options, revision=commit or options.revision)
+    added = Added(data.add_bos, data.add_eos)
+    tokenizer = load_tokenizer(data.tokenizer, data.dataset, added=added, options=options)
+    print(f"tokenizer {tokenizer.describe()}")
+    keep_trained(tokenizer, args.output_dir)
+    origin = {"dataset": data.dataset} | ({"dataset_revision": commit} if commit else {})
+    for split in args.splits or kind.splits:
+        source = open_split(data.dataset, split, options)
+        assert not isinstance(source, TokenFiles | TokenMixture)
+        read = Counted(source)
+        texts = read_documents(read, DamageCount(data.damaged_limit, "begin again"))
+        write_split(texts, read, tokenizer, args.output_dir / f"{split}.bin", args.max_tokens, origin)
+
+
+@dataclass
+class Counted:
+    """A source that knows how much of it was read."""
+
+    source: Source
+    shards_read: int = 0
+    text_chars: int = 0
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.source.name
+
+    @property
+    def shards(self) -> int:
+        """See `Source.shards`."""
+        return self.source.shards
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        for item in self.source.read(shard, slices, part, start):
+            self.text_chars += len(item) if isinstance(item, str) else 0
+            yield item
+        self.shards_read += 1
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.source.fingerprint()
+
+    @property
+    def fraction(self) -> float:
+        """Of its bytes, in whole files, in the first by its text; of its shards where it knows no files."""
+        if not (whole := sum(self._sizes)):
+            return self.shards_read / self.shards
+        return sum(self._sizes[: self.shards_read]) / whole if self.shards_read else min(0.99, self.text_chars / whole)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        files = files_of(self.source)
+        return files.sizes if files else ()
+
+
+class Batch(NamedTuple):
+    """Documents as ids."""
+
+    documents: list[list[int]]
+    fraction: float
+    """Of the source, read when they were."""
+
+
+def encode_ahead(texts: Iterator[str], tokenizer: Tokenizer, read: Counted) -> Iterator[Batch]:
+    """The documents of `read` in their order, encoded by threads while others are read.
+
+    The tokenizers library spreads a batch over all cores itself, and releases the GIL, as sentencepiece does.
+    """
+    threads = 1 if tokenizer.encoder == "tokenizers" else os.cpu_count() or 1
+    begun: deque[tuple[Future[list[list[int]]], float]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(texts, DOCUMENTS_PER_BATCH)):
+            begun.append((pool.submit(tokenizer.encode_documents, batch), read.fraction))
+            if len(begun) > threads:
+                future, fraction = begun.popleft()
+                yield Batch(future.result(), fraction)
+        for future, fraction in begun:
+            yield Batch(future.result(), fraction)
+
+
+def write_split(
+    texts: Iterator[str], read: Counted, tokenizer: Tokenizer, target: Path, max_tokens: int, origin: dict[str, Any]
+) -> None:
+    """Write `target` and its sidecar; both appear under their names only when they are whole, and else nothing stays.
+
+    `texts` are the documents of `read`, and `origin` goes into the sidecar.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        _write_split(texts, read, tokenizer, target, partial, max_tokens, origin)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_split(
+    texts: Iterator[str],
+    read: Counted,
+    tokenizer: Tokenizer,
+    target: Path,
+    partial: Path,
+    max_tokens: int,
+    origin: dict[str, Any],
+) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    target, partial = folder / f"{split}.bin", folder / f"{split}.bin.partial"
-    documents = tokens = 0
+    documents, tokens, fraction, expected = 0, 0, 0.0, max_tokens or None
     start = time.perf_counter()
-    with partial.open("wb") as file, progress(f"{split} of {target.parent}", "tokens", max_tokens or None) as done:
-        while (not max_tokens or tokens < max_tokens) and (batch := list(islice(texts, DOCUMENTS_PER_BATCH))):
+    with (
+        partial.open("wb") as file,
+        progress(f"{target.stem} of {target.parent}", "tokens", max_tokens or None) as done,
+    ):
+        for batch in encode_ahead(texts, tokenizer, read):
             before = tokens
-            for ids in tokenizer.encode_documents(batch):
+            for ids in batch.documents:
                 file.write(np.array(ids, dtype).tobytes())
                 documents += 1
                 tokens += len(ids)
                 if max_tokens and tokens >= max_tokens:
                     break
-            done(tokens - before)
+            if batch.fraction > fraction:  # the first files tell how many tokens there are in so many bytes
+                fraction, whole = batch.fraction, round(tokens / batch.fraction)
+                expected = min(whole, max_tokens or whole)
+            done(tokens - before, expected)
+            if max_tokens and tokens >= max_tokens:
+                break
     if not tokens:
-        partial.unlink()
-        raise UserError(f"the {split} split has no documents")
+        raise UserError(f"the {target.stem} split has no documents")
     settings = {
         "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+        **origin,
         "tokenizer": tokenizer.name,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "documents": documents,
         "tokens": tokens,

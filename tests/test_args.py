@@ -7,6 +7,7 @@ import dataclasses
 import re
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,6 +15,7 @@ from peft_pretraining.config.flags import FlagSpec, format_count, parse_count, r
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
+from scripts import export_hf, plot_run, tokenize_dataset
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
 CONFIG = str(Path(__file__).parent.parent / "configs" / "llama_60m.json")
@@ -131,7 +133,19 @@ def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.Ca
         assert f"{title}:" in text
     for spec in specs():
         assert re.search(rf"--{spec.name}\b", text)
+        # What is on, or left to others to decide, can be switched off.
+        assert (f"--no-{spec.name} " in text) == (spec.is_switch and spec.default is not False)
         assert f"{spec.help} ({spec.default_text})" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "added"),
+    [("", (None, True)), ("--no-add_eos", (None, False)), ("--no-add_eos --add_eos --add_bos", (True, True)),
+     ("--no-add_bos", (False, True))],
+)  # fmt: skip
+def test_switches_that_are_on_can_be_switched_off(text: str, added: tuple[bool | None, bool]) -> None:
+    data = parse(text).data
+    assert (data.add_bos, data.add_eos) == added
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -295,6 +309,12 @@ BAD_VALUES = [
     ("--lr", "--lr has no value: write --lr RATE"),
     ("--lr --rank 4", "--lr has no value: write --lr RATE"),
     ("--single_gpu=yes", "--single_gpu is a switch and takes no value: write --single_gpu alone"),
+    ("--no-add_eos=yes", "--no-add_eos is a switch and takes no value: write --no-add_eos alone"),
+    ("--no-single_gpu", "--no-single_gpu is no flag of this program: did you mean --single_gpu?"),
+    (
+        "--save_dir ~no-such-user/run",
+        "--save_dir is '~no-such-user/run', a path whose ~no-such-user is the folder of a user: there is no",
+    ),
     ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
     ("--learning_rat 3", "--learning_rat is no flag of this program"),
     ("--warmup 5", "--warmup is no flag of this program: did you mean --warmup_steps?"),
@@ -390,10 +410,6 @@ def test_all_problems_at_once_and_none_that_follows_from_another() -> None:
     assert "--weight_quant" not in text
 
 
-if __name__ == "__main__":
-    print(command_line(), end="")
-
-
 @pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
 def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -409,3 +425,24 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
     words = " ".join(form.format(name, f"~/{value}") for name, value in values.items())
     resolved = parse_args([*words.split(), "--batch_size", "8"]).to_dict()
     assert {name: resolved[name] for name in values} == {n: str(tmp_path / value) for n, value in values.items()}
+    assert values.keys() == {spec.name for spec in specs() if spec.flag.unit in ("file", "folder", "name_or_path")}
+    (tmp_path / "more.uint16").touch()
+    assert parse("--dataset ~/train.uint16:1,~/more.uint16:2").data.dataset.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [(export_hf, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot_run, "{0}/a --output={0}/b"),
+     (tokenize_dataset, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c")],
+)  # fmt: skip
+def test_a_tilde_is_expanded_in_the_flags_of_scripts(
+    script: ModuleType, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert script.parse_args(words.format("~").split()) == script.parse_args(words.format(tmp_path).split())
+    with pytest.raises((SystemExit, UserError)):
+        script.parse_args(words.format("~no-such-user").split())
+
+
+if __name__ == "__main__":
+    print(command_line(), end="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,30 @@ def test_the_training_command_of_the_page_is_one_that_can_be_parsed() -> None:
     assert words[0] == "run_pretrain.py" and (ROOT / words[2]).is_file()
     with restored_process():
         assert run_pretrain.main([*words[1:], "--dry_run", "--dataset", "pydocs"]) == 0
+
+
+def test_a_run_goes_on_with_its_tokenizer_and_says_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where today's documents would give one of more ids than the model has, and would be held out otherwise."""
+    monkeypatch.setenv("QGALORE_CACHE", str(tmp_path / "cache"))
+    write_texts(tmp_path / "text" / "a.jsonl", documents(120))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 5000}))
+
+    def go_on(updates: int) -> str:
+        argv = ["--model_config", str(tmp_path / "config.json"), "--dataset", str(tmp_path / "text"), *SMALL.split()]
+        argv += ["--save_dir", str(tmp_path / "run"), "--tokenizer", "train:5000", "--save_every", "1"]
+        argv += ["--continue_from", "auto", "--num_training_steps", str(updates)]
+        with restored_process():
+            assert run_pretrain.main(argv) == 0
+        return "".join(capfd.readouterr())
+
+    first = go_on(1)
+    (ids,) = re.findall(r"BPE of ([\d,]+) ids", first)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": int(ids.replace(",", ""))}))
+    shutil.rmtree(tmp_path / "run")
+    go_on(1)
+    write_texts(tmp_path / "text" / "a.jsonl", [*documents(120), *(f"other words {i} {i * i}" for i in range(300))])
+    said = go_on(2)
+    assert f"BPE of {ids} ids" in said and "as the run began with it" in said
+    assert "validation on 12 documents of it" in said and "a.jsonl (" in said

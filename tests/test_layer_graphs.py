@@ -70,7 +70,7 @@ CASES = {
     "bfloat16 sums, svd": f"{PER_LAYER} --gradient_accumulation 2 --grad_accum_dtype bfloat16",
 }
 
-SUMMED = [("streaming", True), ("int8 sums", True), ("fira, limited", True)]
+SUMMED = [("streaming", True), pytest.param("int8 sums", True, marks=pytest.mark.slow), ("fira, limited", True)]
 """Cases that are tried as on several ranks, too."""
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import pytest
 
@@ -14,7 +15,9 @@ from peft_pretraining.config.flag_groups import OptimizerArgs, SubspaceArgs
 from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.dry_run import describe
 from peft_pretraining.errors import UserError
+from peft_pretraining.reporting.reporter import RunMetrics
 from tests.small_run import ROOT
 
 Q_GALORE = "--optimizer q_galore_adamw8bit"
@@ -80,6 +83,37 @@ OFFICIAL = {
 )
 def test_the_recipe_of_a_command_line(flags: str, expected: dict[str, object]) -> None:
     assert chosen(parse(flags)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (f"{Q_GALORE} --galore_scale 1.0", "recipe paper, because of --galore_scale 1.0: .* add --recipe orthogonal"),
+        (f"{Q_GALORE} --queue_size 5 --gamma_proj 2", "because of --gamma_proj 2.0 and --queue_size 5: "),
+        (f"{Q_GALORE} --proj_type full --cos_threshold 0.4", "leave --proj_type full out and add --recipe orthogonal"),
+        (f"{Q_GALORE} --svd_method randomized", "leave --svd_method randomized out and add --recipe orthogonal"),
+        (f"{Q_GALORE} --galore_scale 1.0 --recipe paper", ""),
+        (f"{Q_GALORE} --galore_scale 1.0 --recipe orthogonal", ""),
+        (f"{Q_GALORE} --lr 0.01 --rank 64 --proj_type left", ""),
+        ("--optimizer galore_adamw8bit --galore_scale 0.25", ""),
+    ],
+)
+def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> None:
+    """In --dry_run and in a run's first lines; the advice works."""
+    args = parse(flags)
+    (note,) = args.notes or ("",)
+    assert re.search(says, note) if says else not note
+    assert describe(args).startswith(note) and args.warnings == ()
+    said: list[str] = []
+    metrics = object.__new__(RunMetrics)
+    vars(metrics).update(_args=args, _parameters=1e6, _processes=Namespace(world_size=1), _device="cpu", _first=0)
+    metrics.say = said.append
+    metrics.announce(["the data"])
+    assert said == ["1.0 M parameters on 1 x cpu", *([note] if says else []), "the data"]
+    if says:
+        assert args.optimizer.recipe == "paper"
+        advised = re.sub(r"--proj_type full|--svd_method randomized", "", flags)
+        assert parse(f"{advised} --recipe orthogonal").notes == ()
 
 
 def test_official_defaults_are_those_of_the_flags() -> None:

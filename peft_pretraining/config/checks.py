@@ -170,7 +170,7 @@ def _data_problems(args: RunArgs) -> list[str]:
                 problems.append(
                     f"--{flag} {value} is for a data set on the hub, and --dataset {data.dataset} is none: leave it out"
                 )
-    if data.tokenizer.startswith((".", "/", "~")) and not Path(data.tokenizer).exists():
+    if data.tokenizer.startswith((".", "/")) and not Path(data.tokenizer).exists():
         problems.append(f"--tokenizer {data.tokenizer} does not exist: give a file, a folder or a name on the hub")
     if data.data_lanes % args.world_size:
         problems.append(

@@ -62,7 +62,8 @@ class DataArgs:
     dataset: Annotated[str, Flag("name_or_path", listing=all_kinds_in_words)] = "c4"
     """{listing}."""
     tokenizer: Annotated[str, Flag("name_or_path", auto=default_tokenizers_in_words)] = ""
-    """Name of a tokenizer on the hub, or a folder or file that holds one."""
+    """Name of a tokenizer on the hub; a folder, a tokenizer.json or a SentencePiece .model; or train:32000 for a BPE of
+    so many pieces that is trained on the first documents of the data set."""
     dataset_config: Annotated[str, Flag("name", auto="the only or default one")] = ""
     """Configuration of a data set on the hub, such as sample-10BT."""
     dataset_revision: Annotated[str, Flag("commit", auto="the newest")] = ""

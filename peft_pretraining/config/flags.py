@@ -64,6 +64,11 @@ class FlagSpec:
         return self.kind is bool
 
     @property
+    def can_be_denied(self) -> bool:
+        """Whether a switch has a --no- form: leaving it out does not switch it off."""
+        return self.is_switch and (self.optional or self.default is True)
+
+    @property
     def default_text(self) -> str:
         """The default as the help shows it."""
         if self.default is dataclasses.MISSING:
@@ -96,8 +101,14 @@ def parse_count(text: str) -> int:
 
 
 def parse_path(text: str) -> Path:
-    """A path, with ~ for the user's folder; a type for argparse."""
-    return Path(text).expanduser()
+    """A path, with ~ for the user's folder; a type for argparse. Raises ArgumentTypeError for an unknown user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"a path whose {text.partition('/')[0]} is the folder of a user: there is no such user; write ./{text} for "
+            "a file of that name"
+        ) from None
 
 
 def format_count(count: int) -> str:
@@ -149,16 +160,22 @@ def build_parser(groups: Mapping[str, type], description: str, usage: str) -> ar
     for title, group in groups.items():
         section = parser.add_argument_group(title, inspect.getdoc(group))
         for spec in read_specs(group):
-            text = f"{spec.help} ({spec.default_text})".replace("%", "%%")
-            name, default = f"--{spec.name}", argparse.SUPPRESS
-            if spec.is_switch and spec.optional:
-                section.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
-            elif spec.is_switch:
-                section.add_argument(name, action="store_true", default=default, help=text)
-            else:
-                metavar = "{" + ",".join(map(str, spec.flag.choices)) + "}" if spec.flag.choices else None
-                section.add_argument(name, default=default, help=text, metavar=metavar or spec.flag.unit.upper())
+            add_flag(section, spec, default=argparse.SUPPRESS)
     return parser
+
+
+def add_flag(section: argparse._ActionsContainer, spec: FlagSpec, **settings: Any) -> None:
+    """Add a flag with its help to a parser or a section of one; `settings` are argparse's.
+
+    Its value is text, for `convert`. A switch that is not off by default has a --no- form beside it.
+    """
+    settings = {"help": f"{spec.help} ({spec.default_text})".replace("%", "%%")} | settings
+    if spec.is_switch:
+        action = argparse.BooleanOptionalAction if spec.can_be_denied else "store_true"
+        section.add_argument(f"--{spec.name}", action=action, **settings)
+    else:
+        metavar = "{" + ",".join(map(str, spec.flag.choices)) + "}" if spec.flag.choices else spec.flag.unit.upper()
+        section.add_argument(f"--{spec.name}", metavar=metavar, **settings)
 
 
 def parse_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type], argv: Sequence[str]) -> ParsedFlags:
@@ -170,7 +187,7 @@ def parse_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type], arg
     values: dict[str, Any] = {}
     for name, raw in vars(namespace).items():
         try:
-            values[name] = raw if specs[name].is_switch else _convert(specs[name], raw)
+            values[name] = raw if specs[name].is_switch else convert(specs[name], raw)
         except ValueError as error:
             problems.append(str(error))
     named = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
@@ -190,7 +207,9 @@ def _pair_flags_with_values(argv: Sequence[str], specs: Mapping[str, FlagSpec]) 
         spec = specs.get(token.removeprefix("--")) if token.startswith("--") else None
         if spec is None or spec.is_switch:
             name, _, value = token.partition("=")
-            given = specs.get(name.removeprefix("--"))
+            plain = name.removeprefix("--")
+            denied = specs.get(plain.removeprefix("no-"))
+            given = specs.get(plain) or (denied if denied and denied.can_be_denied else None)
             if value and given is not None and given.is_switch:
                 problems.append(f"{name} is a switch and takes no value: write {name} alone, not {token}")
             else:
@@ -220,13 +239,16 @@ def _describe_unknown(unknown: Sequence[str], specs: Mapping[str, FlagSpec]) -> 
     return problems
 
 
-def _convert(spec: FlagSpec, raw: str) -> Any:
-    """The value of a flag's text. Raises ValueError with a sentence that names the flag."""
+def convert(spec: FlagSpec, raw: str) -> Any:
+    """The value of a flag's text; of a switch there is none. Raises ValueError with a sentence that names the flag."""
     flag = spec.flag
     if flag.choices:
         return _choose(spec, raw)
     if flag.unit in _PATH_UNITS and raw.startswith("~"):
-        raw = str(parse_path(raw))
+        try:
+            raw = str(parse_path(raw))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--{spec.name} is {raw!r}, {error}") from None
     try:
         value = flag.parse(raw) if flag.parse else spec.kind(raw)
     except ValueError as error:

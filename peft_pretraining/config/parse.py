@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from peft_pretraining.config.checks import find_problems, find_warnings
 from peft_pretraining.config.flags import build_parser, parse_flags
-from peft_pretraining.config.recipes import with_length, with_recipe
+from peft_pretraining.config.recipes import recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
@@ -45,7 +45,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
     problems += [text for text in find_problems(args) if not any(flag.search(text) for flag in unreadable)]
     if problems:
         raise UserError(_list_problems(problems))
-    return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)))
+    notes = tuple(filter(None, [recipe_in_words(parsed.values)]))
+    return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 
 def _resolve(args: RunArgs) -> RunArgs:

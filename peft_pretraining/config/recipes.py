@@ -46,7 +46,7 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     Without `recipe` among them the recipe goes by the optimizer, and official command lines keep the paper's.
     """
     optimizer = given.get("optimizer", OptimizerArgs.optimizer)
-    papers = optimizer not in Q_GALORE_OPTIMIZERS or given.get("proj_type") == "full" or _PAPERS & given.keys()
+    papers = optimizer not in Q_GALORE_OPTIMIZERS or _papers_flags(given)
     name = given.get("recipe") or ("paper" if papers else "orthogonal")
     values = {**given, "recipe": name}
     if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:
@@ -56,6 +56,27 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     if rank:
         values.setdefault("rank", rank)
     return values
+
+
+def recipe_in_words(given: Mapping[str, Any]) -> str:
+    """Which recipe a q_galore command line gets because of which other flag, as a sentence; "" where it says one
+    itself, or gets what the optimizer's name stands for."""
+    flags = _papers_flags(given)
+    if given.get("recipe") or not flags or given.get("optimizer") not in Q_GALORE_OPTIMIZERS:
+        return ""
+    # The streaming subspace needs no SVD, and follows one side of a gradient.
+    apart = [flag for flag in ("--proj_type full", "--svd_method randomized") if flag in flags]
+    keep = f"leave {' and '.join(apart)} out and add" if apart else "add"
+    return (
+        f"recipe paper, because of {' and '.join(flags)}: flags left out have the official defaults; for those of "
+        f"this project {keep} --recipe orthogonal"
+    )
+
+
+def _papers_flags(given: Mapping[str, Any]) -> list[str]:
+    """Those of the flags that tell a command line which is tuned for the paper's algorithm, with their values."""
+    names = [name for name in given if name in _PAPERS or (name, given[name]) == ("proj_type", "full")]
+    return [f"--{name} {given[name]}" for name in sorted(names)]
 
 
 def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractSet[str]) -> OptimizerArgs:

@@ -55,6 +55,9 @@ class RunArgs:
     runtime: RuntimeArgs
     world_size: int = 1
     warnings: tuple[str, ...] = ()
+    """What works but is probably not meant, in sentences."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the values were chosen, in sentences."""
 
     @property
     def tokens_per_update(self) -> int:

@@ -1,4 +1,4 @@
-"""Derived files that are made once and shared by all runs and ranks of a user: the pydocs text and its tokenizer."""
+"""Derived files that are made once and shared by all runs and ranks of a user: texts held out, trained tokenizers."""
 
 import os
 import tempfile
@@ -8,9 +8,12 @@ from peft_pretraining.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Where derived files are kept: $QGALORE_CACHE, else the user's cache directory."""
+    """Where derived files are kept: $QGALORE_CACHE, else the user's cache directory. Raises UserError."""
     if path := os.environ.get("QGALORE_CACHE"):
-        return Path(path).expanduser()
+        try:
+            return Path(path).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"QGALORE_CACHE is {path}: there is no such user; set it to a directory.") from error
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qgalore"
 
 
@@ -20,10 +23,7 @@ def publish(path: Path, content: bytes) -> bytes:
     Atomic: a reader sees the whole file or none. Raises UserError if the directory cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
+        temporary = _write_beside(path, content)
         try:
             # The first of several ranks wins, and all of them use its file.
             os.link(temporary, path)
@@ -39,3 +39,22 @@ def publish(path: Path, content: bytes) -> bytes:
             f"cannot write the cache file {path} ({error}): set QGALORE_CACHE to a directory with space."
         ) from error
     return content
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whatever lies there; a reader sees the whole file, old or new. Raises OSError."""
+    temporary = _write_beside(path, content)
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def _write_beside(path: Path, content: bytes) -> Path:
+    """A hidden file of another name in the folder of `path`, which is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+        return Path(file.name)

@@ -46,24 +46,30 @@ class EvalSet:
         max_length: int,
         batch_size: int,
         eval_tokens: int,
-        vocab_size: int,
-        pad_token_id: int = 0,
+        vocab_size: int = 0,
+        tokenizer: Tokenizer | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """`eval_tokens` 0 takes the whole set; `name` is for messages."""
-        self.vocab_size = vocab_size
+        self._ids, self._tokenizer = vocab_size, tokenizer
         self._source, self._name, self._eval_tokens = rows, name, eval_tokens
-        self._max_length, self._batch_size, self._pad_token_id = max_length, batch_size, pad_token_id
+        self._max_length, self._batch_size = max_length, batch_size
         self._rank, self._world_size = rank, world_size
         self._batches: dict[int, list[Row]] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id there can be."""
+        return self._ids if self._tokenizer is None else self._tokenizer.vocab_size
 
     def __iter__(self) -> Iterator[tuple[int, MicroBatch]]:
         """Raises UserError if there is no row or the data cannot be read."""
         if self._batches is None:
             self._batches = self._read()
         for number, rows in self._batches.items():
-            padded = np.full((len(rows), self._max_length), self._pad_token_id, np.int32)
+            pad = 0 if self._tokenizer is None else self._tokenizer.pad_token_id
+            padded = np.full((len(rows), self._max_length), pad, np.int32)
             for i, row in enumerate(rows):
                 padded[i, : len(row)] = row
             yield number, make_micro_batch(padded, np.array([len(row) for row in rows], np.int64))
@@ -124,7 +130,7 @@ def build_eval_set(
         damage = DamageCount(damaged_limit)
         return _in_turn([(partial(_text_rows, s.source, row_format, damage), s.weight) for s in shares], eval_tokens)
 
-    return EvalSet(rows, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id, **common)
+    return EvalSet(rows, tokenizer=tokenizer, **common)
 
 
 def _in_turn(parts: Sequence[tuple[Callable[[], Iterator[Row]], float]], eval_tokens: int) -> Iterator[Row]:

@@ -21,6 +21,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from peft_pretraining.data.sources.documents import (
     Files,
     LocalSource,
     Source,
+    describe_source,
     files_of,
     is_text,
     revision_of,
@@ -47,6 +49,7 @@ _SCANNED, _SCANNED_OVER_NETWORK = 1_000_000, 500_000
 # Candidates: as many again as can be held out, because a text of many copies may be left out.
 _CANDIDATES = 2 * _MOST
 _CANDIDATE_CHARS = 1 << 29
+_FIRST = 200  # documents by which their number is estimated
 _FORMAT = 2
 
 
@@ -136,6 +139,10 @@ class HeldOutSource:
         """See `Source.read`."""
         yield from self.held_out.texts[part + start * slices :: slices]
 
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return f"{len(self.held_out.texts):,} documents of it, held out by a hash of their content"
+
     def fingerprint(self) -> str:
         """Of the texts."""
         return hashlib.sha256(repr(sorted(self.held_out.hashes)).encode()).hexdigest()[:16]
@@ -195,12 +202,13 @@ def choose(source: Source, scanned: int) -> list[str]:
     if documents < FEWEST_DOCUMENTS:
         raise UserError(
             f"--dataset {source.name}: its {documents} documents are too few to hold some out for validation "
-            f"({FEWEST_DOCUMENTS} at least): name its split with --validation_split, or put a file named validation* "
-            "beside it."
+            f"({FEWEST_DOCUMENTS} at least): give a folder in which a file is named validation*, or "
+            "the name of its split with --validation_split."
         )
     left = held_out_count(documents)
     if documents == scanned:
-        left = min(held_out_count(_estimated_documents(source, documents, text_bytes)), documents // 10)
+        total = _estimated_documents(source, documents, text_bytes) or documents
+        left = min(held_out_count(total), documents // 10)
     chosen: list[int] = []
     for digest in sorted(candidates):
         copies = candidates[digest][0]
@@ -210,18 +218,20 @@ def choose(source: Source, scanned: int) -> list[str]:
     if not chosen:
         raise UserError(
             f"--dataset {source.name}: its {documents} documents are copies of a few texts, of which none can be held "
-            "out for validation: name its split with --validation_split, or put a file named validation* beside it."
+            "out for validation: give a folder in which a file is named validation*, or the name of its split with "
+            "--validation_split."
         )
     return [texts[digest] for digest in sorted(chosen, key=lambda digest: candidates[digest][1])]
 
 
-def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int:
-    """About how many documents a source has, of which so many with so many bytes of text were looked at.
+def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int | None:
+    """About how many documents a source has, of which the first so many have so many bytes of text.
 
-    The files are taken to hold text as it is, so that compressed ones are underestimated by their ratio.
+    None if it does not know its files. These are taken to hold text as it is, so that compressed ones are
+    underestimated by their ratio.
     """
     files = files_of(source)
-    return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else documents
+    return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else None
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,10 @@ class WithoutHeldOut:
         for item in self.source.read(shard, slices, part, start):
             yield "" if is_text(item) and hash_of(item) in hashes else item
 
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return f"{describe_source(self.source)}, without the documents held out"
+
     def fingerprint(self) -> str:
         """Of the source and of what is held out."""
         held_out = repr(sorted(self._hashes()))
@@ -269,7 +283,8 @@ class WithoutHeldOut:
         return files and replace(files, settings=f"{files.settings}, documents held out")
 
     def _hashes(self) -> frozenset[int]:
-        return frozenset[int]().union(*(each.hashes for each in self.held_out))
+        first, *others = (each.hashes for each in self.held_out)
+        return first.union(*others) if others else first  # no copy for each block that is read
 
 
 def held_out_state(source: Source) -> dict[str, Any]:
@@ -290,7 +305,11 @@ def _documents(source: Source, limit: int | None) -> Iterator[str]:
     items = (item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0))
     texts = (item for item in items if is_text(item))
     what = f"{source.name}: choosing documents for validation"
-    for count, text in enumerate(with_progress(texts, what, "documents", limit), 1):
+    first = list(islice(texts, _FIRST))
+    text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in first)
+    total = _estimated_documents(source, _FIRST, text_bytes) if len(first) == _FIRST else len(first)
+    total = total if limit is None or total is None else min(limit, total)
+    for count, text in enumerate(with_progress(chain(first, texts), what, "documents", total), 1):
         yield text
         if count == limit:
             return

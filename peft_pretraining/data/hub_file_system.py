@@ -16,13 +16,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec  # type: ignore[import-untyped]
 from huggingface_hub import HfFileSystem, get_session, hf_hub_url
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from peft_pretraining.data.sources.retry import Reading, TransientError
+from peft_pretraining.data.sources.retry import Reading, TransientError, UnreachableError
 from peft_pretraining.errors import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -122,11 +123,18 @@ class _Ranges(io.RawIOBase):
         return self._size
 
     def _fetch(self, start: int, stop: int) -> bytes:
+        reading = self._reading
         try:
-            return self._reading.retrying(self._what, lambda: self._get(start, stop))
+            content = reading.retrying(
+                self._what, lambda: self._get(start, stop), None if reading.answered else ATTEMPTS_TO_REACH
+            )
+        except UnreachableError as error:
+            reading.failure = reading.unreachable(urlsplit(self._url).netloc, error)
+            raise reading.failure from error
         except UserError as error:
-            self._reading.failure = error
+            reading.failure = error
             raise
+        return content
 
     def _get(self, start: int, stop: int) -> bytes:
         """Bytes from `start`, at most to `stop`, empty only at the end of the file; learns the file's size."""
@@ -139,6 +147,7 @@ class _Ranges(io.RawIOBase):
         timeout = self._reading.retry.timeout_seconds
         try:
             with get_session().stream("GET", self._url, headers=headers, timeout=timeout) as response:
+                self._reading.answered = True
                 announced = self._announced(response, start, stop)
                 content: bytes = response.read() if announced[0] else b""
         except (TransientError, UserError):
@@ -148,7 +157,10 @@ class _Ranges(io.RawIOBase):
         except Exception as error:
             # The HTTP library under huggingface_hub has changed twice, and with it the classes of its errors. Nothing
             # but the network can fail in these lines.
-            raise TransientError(f"{type(error).__name__}: {error}") from error
+            kind = type(error).__name__
+            raise TransientError(
+                f"{kind}: {error}", unreachable=kind.startswith("Connect") and not self._reading.answered
+            ) from error
         if len(content) != announced[0]:
             raise TransientError(f"cut off after {len(content)} of {announced[0]} bytes")
         self._size = announced[1]

@@ -56,11 +56,7 @@ def find_repository(name: str, options: SourceOptions, reading: Reading) -> Repo
                 with patient_requests(reading, str(key[-1])):
                     _resolved[key] = _find(name, options, reading)
             except UnreachableError as error:
-                raise UserError(
-                    f"--dataset {reading.dataset}: the hub ({key[-1]}) cannot be reached ({error}). Check the network "
-                    "and HF_ENDPOINT. Without a network, --dataset pydocs needs no download, and a folder of files "
-                    "that were downloaded before can be given as --dataset."
-                ) from error
+                raise reading.unreachable(str(key[-1]), error) from error
         return _resolved[key]
 
 

@@ -57,7 +57,7 @@ class TextLanes:
         """Reads the beginnings of the shards where there are few. Raises UserError."""
         self._shares, self._format, self._damage = shares, row_format, damage
         self._seed, self._lanes, self._shuffle_buffer, self._repeat = seed, lanes, shuffle_buffer, repeat
-        self._deal([cut_shards(share.source, lanes) for share in shares])
+        self._deal([cut_shards(share.source, lanes, seed) for share in shares])
 
     @property
     def names(self) -> list[str]:
@@ -91,10 +91,12 @@ class TextLanes:
         if len(saved) != len(self._shares):
             return None
         replaced: list[str] = []
+        if not all(_has_same_files(share.source, old) for share, old in zip(self._shares, saved, strict=True)):
+            return None
+        # Of all first: what one of them holds out is left out of the others, too.
         for share, old in zip(self._shares, saved, strict=True):
-            if not _has_same_files(share.source, old):
-                return None
             replaced += load_held_out_state(share.source, old)
+        for share, old in zip(self._shares, saved, strict=True):
             names = _replaced_files(share.source, old)
             if names is None:
                 return None
@@ -163,7 +165,7 @@ class TokenLanes:
 def _describe(source: Source) -> dict[str, Any]:
     described: dict[str, Any] = {"fingerprint": source.fingerprint()}
     if files := files_of(source):
-        described |= {"identity": files.identity(), "sizes": list(files.sizes)}
+        described |= {"identity": files.identity(), "sizes": list(files.sizes), "heads": list(files.with_heads().heads)}
     return described
 
 
@@ -174,20 +176,20 @@ def _has_same_files(source: Source, saved: dict[str, Any]) -> bool:
 
 
 def _replaced_files(source: Source, saved: dict[str, Any]) -> list[str] | None:
-    """Sentences for the files whose sizes differ from what was saved; None if anything else differs."""
-    now = _describe(source)
-    if now["fingerprint"] == saved["fingerprint"]:
-        return []
-    files = files_of(source)
+    """Sentences for files of which size, beginning or end differ from what was saved; None if anything else does."""
+    now, files = _describe(source), files_of(source)
+    same = now["fingerprint"] == saved["fingerprint"]
     if files is None or now["identity"] != saved.get("identity") or len(saved.get("sizes", [])) != len(files.sizes):
-        return None
+        return [] if same else None
+    before, heads = saved["sizes"], saved.get("heads")
+    heads = heads if heads and len(heads) == len(now["heads"]) else now["heads"]
     differing = [
-        f"{name} ({before} bytes, now {size})"
-        for name, size, before in zip(files.names, files.sizes, saved["sizes"], strict=True)
-        if size != before
+        f"{name} ({before[i]} bytes, now {files.sizes[i]})" if files.sizes[i] != before[i] else f"{name} (same size)"
+        for i, name in enumerate(files.names)
+        if files.sizes[i] != before[i] or heads[i : i + 1] != now["heads"][i : i + 1]
     ]
     if not differing:
-        return None
+        return [] if same else None
     more = f" and {len(differing) - _NAMED_FILES} more" if len(differing) > _NAMED_FILES else ""
     return [
         f"--dataset {source.name}: since the checkpoint {', '.join(differing[:_NAMED_FILES])}{more} changed; the run "

@@ -84,8 +84,9 @@ class Position(NamedTuple):
 class DamageCount:
     """What the lanes of a rank could not read, held against --damaged_limit."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, what_then: str = "go on with --continue_from auto") -> None:
+        """what_then: what a person does once the files are mended."""
+        self.limit, self._what_then = limit, what_then
         self._counts: dict[tuple[int, int], int] = {}  # by (source, lane)
         self._lock = threading.Lock()
 
@@ -113,7 +114,7 @@ class DamageCount:
         if self.total > self.limit:
             raise UserError(
                 f"--dataset: more than {self.limit} damaged places (--damaged_limit {self.limit}), the last in "
-                f"{damage.where} ({damage.reason}). Replace the damaged files and go on with --continue_from auto, or "
+                f"{damage.where} ({damage.reason}). Replace the damaged files and {self._what_then}, or "
                 "give a higher --damaged_limit."
             )
 
@@ -234,11 +235,7 @@ class TextLane:
             if not self._order.repeat:
                 return
             if whole_epoch and not self._found:
-                raise UserError(
-                    f"--dataset {self._source.source.name}: there is no document for lane {self._order.lane}. The data "
-                    "set is empty, damaged, or has fewer documents than --data_lanes; lower --data_lanes or give more "
-                    "data."
-                )
+                raise UserError(self._source.why_nothing(self._units, self._order.lane))
             epoch, first_unit, whole_epoch = epoch + 1, 0, True
 
     def _unit_blocks(self, begin: Position, unit: Unit) -> Iterator[tuple[Position, list[str]]]:

@@ -1,5 +1,8 @@
 """What --tokenizer names: one from the hub, a folder or a file, or one that is trained on the data set."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from peft_pretraining.data.held_out import open_split
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, OwnBPE, SourceOptions, TextKind
@@ -7,10 +10,13 @@ from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.tokenizers.documents import AS_USUAL, Added, Tokenizer, check_vocabulary
 from peft_pretraining.data.tokenizers.files import named_tokenizer
-from peft_pretraining.data.tokenizers.training import parse_training, train_bpe, train_tokenizer
+from peft_pretraining.data.tokenizers.training import TrainedTokenizer, parse_training, train_tokenizer
 from peft_pretraining.errors import UserError
 
-__all__ = ["Added", "Tokenizer", "check_vocabulary", "load_tokenizer", "train_bpe", "train_tokenizer"]
+__all__ = ["Added", "Tokenizer", "check_vocabulary", "keep_trained", "kept_tokenizers", "load_tokenizer"]
+
+_KEPT = Path("tokenizer", "tokenizer.json")
+"""Where a tokenizer that was trained lies in the folder of what it was trained for."""
 
 
 def load_tokenizer(
@@ -22,11 +28,13 @@ def load_tokenizer(
     source: Source | None = None,
     encoder: str = "auto",
     progress: bool = True,
+    kept: Sequence[Path] = (),
 ) -> Tokenizer:
     """The tokenizer that --tokenizer names; "" takes the default of --dataset, which holds text. Raises UserError.
 
     One that is trained reads `source`, the documents that the run trains on, or else the training split of --dataset.
-    `encoder` is "auto", "tokenizers" or "sentencepiece" (`files.ENCODERS`).
+    `encoder` is "auto", "tokenizers" or "sentencepiece" (`files.ENCODERS`). `kept` are `kept_tokenizers` of a run that
+    may go on.
     """
     vocab_size = parse_training(name_or_path)
     if name_or_path and vocab_size is None:
@@ -40,7 +48,31 @@ def load_tokenizer(
                 return named_tokenizer(kind.default_tokenizer, added, encoder)
             name_or_path, vocab_size = kind.default_tokenizer.name, kind.default_tokenizer.vocab_size
         source = source or _training_split(name_or_path, dataset, options)
-    return train_tokenizer(source, vocab_size, name_or_path, added, progress)
+    return train_tokenizer(source, vocab_size, name_or_path, added, progress, kept)
+
+
+def kept_tokenizers(save_dir: str, continue_from: str) -> list[Path]:
+    """Where a run that goes on may have kept the tokenizer that was trained for it, by the flags of these names."""
+    folders = [Path(save_dir)] if save_dir else []
+    if continue_from not in ("", "auto"):
+        folders[:0] = [Path(continue_from).parent, Path(continue_from)]
+    return [folder / _KEPT for folder in folders]
+
+
+def keep_trained(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Keep a tokenizer that was trained on the data set in the folder of a run, for when it goes on, or of token ids.
+
+    Others are left where they are. Raises UserError if it cannot be written.
+    """
+    if not isinstance(tokenizer, TrainedTokenizer):
+        return
+    try:
+        tokenizer.keep(folder / _KEPT)
+    except OSError as error:
+        raise UserError(
+            f"--tokenizer {tokenizer.name}: {folder / _KEPT} cannot be written ({error.strerror}): give a folder "
+            "with space that can be written to."
+        ) from error
 
 
 def _training_split(name: str, dataset: str, options: SourceOptions) -> Source:

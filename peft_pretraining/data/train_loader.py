@@ -102,17 +102,19 @@ class TrainLoader:
         order: dict[str, int | str],
         *,
         workers: int,
-        vocab_size: int,
+        vocab_size: int = 0,
         tokenizer: Tokenizer | None = None,
         damage: DamageCount | None = None,
         stop: threading.Event | None = None,
     ) -> None:
         """`order` is everything that decides the order, by flag; `stop` ends the pauses of a source when set."""
-        self.layout, self.vocab_size, self.tokenizer = layout, vocab_size, tokenizer
+        self.layout, self.tokenizer, self._ids = layout, tokenizer, vocab_size
         self.wait_seconds = 0.0
         """Time that `next_update` waited for rows, in total."""
         self.news: list[str] = []
         """What a person should hear of the data, in sentences; whoever says them empties the list."""
+        self.about: Callable[[], list[str]] = list
+        """Makes lines for people of what the run reads (`summary`), for `describe`."""
         self._makes_lanes, self._order, self._damage = lanes, order, damage or DamageCount(0)
         self._stop = stop or threading.Event()
         self._sequence = 0  # global sequences handed out
@@ -126,12 +128,16 @@ class TrainLoader:
         # A thread that is inside the tokenizer while the interpreter shuts down can abort the process.
         atexit.register(_close_if_alive, weakref.ref(self))
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; after `load_state_dict` that of the tokenizer that the run began with."""
+        return self._ids if self.tokenizer is None else self.tokenizer.vocab_size
+
     def describe(self) -> list[str]:
-        """Lines for people: which commit of a data set on the hub is read, and how text becomes ids."""
-        lines = [] if self.tokenizer is None else [f"tokenizer {self.tokenizer.describe()}"]
-        if commit := self._order.get("dataset_revision"):
-            lines.insert(0, f"data set at commit {commit} (--dataset_revision)")
-        return lines
+        """Lines for people: what is read, at which commit of a data set on the hub, and how text becomes ids."""
+        commit = self._order.get("dataset_revision")
+        of_hub = [f"data set at commit {commit} (--dataset_revision)"] if commit else []
+        return [*self.about(), *of_hub, *([f"tokenizer {self.tokenizer.describe()}"] if self.tokenizer else [])]
 
     @property
     def damaged(self) -> int:
@@ -379,7 +385,7 @@ def build_train_loader(
     if source is None and find_kind(dataset).needs_network:
         workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
     return TrainLoader(
-        layout, lanes, order, workers=workers, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, damage=damage,
+        layout, lanes, order, workers=workers, tokenizer=tokenizer, damage=damage,
         stop=stop,
     )  # fmt: skip
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-from torch._guards import TracingContext
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
+from qgalore.torch_internals import internal
 
-class GivesUpGradients(CustomGraphPass):
+_CustomGraphPass: Any = internal("torch._inductor.custom_graph_pass.CustomGraphPass")
+
+
+class GivesUpGradients(_CustomGraphPass):
     """The code generator may write over the gradients that a backward pass is given.
 
     For a function whose outputs have one user each: nobody else needs those gradients then. A decoder layer writes the
@@ -22,7 +25,7 @@ class GivesUpGradients(CustomGraphPass):
         given = [
             place for place, node in enumerate(graph.find_nodes(op="placeholder")) if node.name.startswith("tangents")
         ]
-        context = TracingContext.try_get()
+        context = internal("torch._guards.TracingContext").try_get()
         if given and context is not None and context.fw_metadata is not None:
             # For the code generator alone: by its own list PyTorch refuses to run a backward pass that is retained.
             context.fw_metadata = copy.copy(context.fw_metadata)
@@ -38,4 +41,5 @@ class GivesUpGradients(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Of this file: what was compiled with another version of it is compiled again."""
-        return get_hash_for_files((__file__,))
+        files: bytes = internal("torch._inductor.custom_graph_pass.get_hash_for_files")((__file__,))
+        return files

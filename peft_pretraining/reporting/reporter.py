@@ -53,9 +53,9 @@ class RunMetrics:
         self.say, self.sync = self._logger.say, self._logger.sync
 
     def announce(self, data: Sequence[str] = ()) -> None:
-        """Say what is trained and on which data, where it goes on, and what of its flags is probably not meant."""
+        """Say what is trained, how and on which data, where it goes on, and what is probably not meant."""
         self.say(f"{self._parameters / 1e6:.1f} M parameters on {self._processes.world_size} x {self._device}")
-        for line in data:
+        for line in (*self._args.notes, *data):
             self.say(line)
         if self._first:
             self.say(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from peft_pretraining.data.sources.builders import remove_scratch
 from peft_pretraining.errors import UserError
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.world import is_lost_rank
@@ -20,6 +21,16 @@ def make_reproducible() -> None:
     torch.use_deterministic_algorithms(True)
     # A debugging aid that costs a pass over every new buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """Without what is done at an ordinary end, but for what has been printed and temporary files."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        remove_scratch()
+    finally:
+        os._exit(code)
 
 
 def exit_code_of(program: Callable[[], None], name: str) -> int:
@@ -35,8 +46,8 @@ def exit_code_of(program: Callable[[], None], name: str) -> int:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        print(f"{name}: another rank has ended or cannot be reached ({error})", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary end would wait for what the device still expects of that rank
+        print(f"{name}: another rank has ended or cannot be reached ({error})", file=sys.stderr)
+        _end_at_once(1)  # an ordinary end would wait for what the device still expects of that rank
     return 0
 
 
@@ -47,7 +58,5 @@ def leave(code: int) -> NoReturn:
     "terminate called without an active exception"), and torchrun would then take a run that is over for a failed one.
     """
     if world_size_of_launch() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end_at_once(code)
     sys.exit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qgalore.graphs.eager import ANY_MEMORY, EagerStack, RunLayer, Work
 from qgalore.optimizer import LowRankAdamW
+from qgalore.torch_internals import allocating_in_pool
 from qgalore.update import moments
 from qgalore.update.all_reduce import RankSum
 
@@ -53,16 +54,9 @@ class CapturedStack(EagerStack):
         """Whether the graphs are those of a step like the one that begins."""
         return self._shape == x.shape and self._at_once == self._optimizer.updates_at_once
 
-    @contextlib.contextmanager
-    def memory(self) -> Iterator[None]:
-        """See `LayerGraphs`; `torch.cuda.use_mem_pool` for the pool of graphs, which is a number and no MemPool."""
-        device = self._inputs[0].device.index
-        torch._C._cuda_beginAllocateCurrentThreadToPool(device, self._pool)
-        try:
-            yield
-        finally:
-            torch._C._cuda_endAllocateToPool(device, self._pool)
-            torch._C._cuda_releasePool(device, self._pool)
+    def memory(self) -> contextlib.AbstractContextManager[None]:
+        """See `LayerGraphs`."""
+        return allocating_in_pool(self._inputs[0].device.index, self._pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""

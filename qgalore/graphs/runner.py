@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.eager import EagerStack, RunLayer
 from qgalore.optimizer import LowRankAdamW
+from qgalore.torch_internals import set_for_process
 
 _ORDINARY_STEPS = 2
 """Steps without graphs, in which kernels are compiled and libraries set up."""
@@ -49,7 +50,7 @@ class LayerGraphs:
         first step, the layers run as without graphs, and so they do on another device.
         """
         # The retained backward passes of a compiled layer must not write over what they have saved.
-        torch._functorch.config.donated_buffer = False
+        set_for_process("torch._functorch.config.donated_buffer", False)
         self._layers, self._run, self._optimizer = list(layers), run, optimizer
         self._steps = 0
         self._states_replaced = optimizer.states_replaced

@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from peft_pretraining.data.sources.documents import MemorySource
-from peft_pretraining.data.tokenizer import Tokenizer, train_bpe
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.tokenizers.encoders import TokenizersEncoder
+from peft_pretraining.data.tokenizers.training import train_bpe
 
 Documents = list[str]
 

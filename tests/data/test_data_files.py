@@ -2,7 +2,11 @@
 
 import errno
 import gc
+import itertools
 import json
+import logging
+import tempfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +18,13 @@ import zstandard
 from datasets import config
 from fsspec.implementations.memory import MemoryFileSystem
 
-from peft_pretraining.data.sources import builders
-from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, read_file
+from peft_pretraining.data.sources import builders, csv_records
+from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, open_files, read_file
 from peft_pretraining.data.sources.documents import Damage
+from peft_pretraining.data.sources.file_heads import columns_of
+from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.errors import UserError
+from peft_pretraining.runtime import process
 from tests.data.files import COMPRESS, FORMATS, content_of, write_texts
 
 TEXTS = [f"document {i}: " + " ".join(f"wörd{(i * 7 + j) % 50}" for j in range(i % 23)) for i in range(700)]
@@ -76,15 +83,101 @@ def test_types_of_other_columns_and_rows_do_not_matter(tmp_path: Path) -> None:
     assert read(path) == [*(f"{i}.50" for i in range(600)), "", "NA"]
 
 
-def test_a_row_of_csv_may_have_more_fields_or_line_breaks(tmp_path: Path) -> None:
+def test_a_row_of_csv_may_have_empty_fields_at_its_end_or_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_bytes(
-        b'\xef\xbb\xbftext,n\r\nplain,1\r\n"two\r\nlines, and ""quotes""",2\r\nmore,3,4,5\r\nless\r\nt\xffail,6\r\n'
+        b'\xef\xbb\xbftext,n\r\nplain,1\r\n"two\r\nlines, and ""quotes""",2\r\nmore,3, ,\r\nless\r\nt\xffail,6\r\n'
     )
     assert read(path) == ["plain", 'two\r\nlines, and "quotes"', "more", "less", "t\ufffdail"]
-    path.write_bytes(b'n,text\n1,one\n2\n3,three\n4,"never closed\n')
-    (*good, last) = read(path)
-    assert isinstance(last, Damage) and good == []  # what the parser had collected is lost with it
+    path.write_bytes(b'n,text\r1,one\r  \r\r2,"t\rwo"\r3,a 5" disk\r4,"a" b\r5,""\r')  # some text is an empty text
+    assert read(path) == ["one", "t\rwo", 'a 5" disk', "a b", ""]
+
+
+FIELDS = "%d fields where the header has 2: put text with a , in quotes"
+CLOSED_LATER = b'7,"never closed\n8,plain\n9,"a whole line"\n10,"and ""more"""\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts", "lost"),
+    [
+        (b'4,"never closed\n', [None], {4: 5}),
+        (b'4,"never closed\n5,five\n6,"closed"\n7,seven\n', [None, "five", "closed", "seven"], {4: 5}),
+        (b'4,"one\n5,"two\n6,six\n', [None, None, "six"], {4: 5, 5: 6}),
+        (b'4,"a\nb"\n5,"c"\n' + CLOSED_LATER, ["a\nb", "c", None, "plain", "a whole line", 'and "more"'], {6: 8}),
+        (b'4,"say "hi"\nto her"\n5,five\n', ['say hi"', "", "five"], {}),
+        (b'4,"say "hi", and "more,\n5,five\n', [None, "five"], {4: FIELDS % 4}),
+        (b'4,"say "a",\n5,five\n6,"six" and, "seven\n7,seven\n', ['say a"', "five", None, "seven"], {6: FIELDS % 3}),
+        (b'4,4,"say "a","one\n5,five\n', [None, "five"], {4: 5}),
+    ],
+    ids=["last", "alone", "two", "closed_later", "stray", "stray_fields", "stray_spaces", "mended_then_open"],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_quote_that_is_not_closed_costs_its_line(
+    tmp_path: Path, rows: bytes, texts: list[str | None], lost: dict[int, int | str], suffix: str
+) -> None:
+    path = tmp_path / f"data.csv{suffix}"
+    path.write_bytes(COMPRESS[suffix](b"n,text\n1,one\n2\n3,three\n" + rows))
+    found = read(path)
+    assert [item if isinstance(item, str) else None for item in found] == ["one", "", "three", *texts]
+    assert damages(found) == [
+        Damage(f"{path} row {row}", why if isinstance(why, str) else f"a quote in line {why} is not closed")
+        for row, why in lost.items()
+    ]
+    for first in range(9):
+        assert read(path, first=first, step=2) == found[first::2]
+
+
+def test_an_unclosed_quote_is_given_up_before_the_file_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_records, "LONGEST_RECORD_CHARS", 200)
+    rows = ['"never closed,2\n', *(f"row {i}{'x' * (i == 3) * 500},1\n" for i in range(1000))]
+    lines = iter(["text,n\n", *rows])
+    records = csv_records.read_records(lines, ",")
+    assert [next(records), next(records)] == [["text", "n"], csv_records.Unclosed(2, too_long=True)]
+    assert lines.__length_hint__() > 980
+    assert [",".join(record) + "\n" for record in records if isinstance(record, list)] == rows[1:]
+
+
+def test_what_follows_an_unclosed_quote_is_kept_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lane keeps it: as strings of short lines it would take many times its size."""
+    assert csv_records.LONGEST_RECORD_CHARS <= 1 << 20
+    monkeypatch.setattr(csv_records, "LONGEST_RECORD_CHARS", 1 << 16)
+    rows = (f"{i % 10}\r" for i in range(35_000))
+    records = csv_records.read_records(itertools.chain(["text\r", '"open\r'], rows), ",")
+    tracemalloc.start()
+    try:
+        assert [next(records), str(next(records))] == [
+            ["text"], "a quote in line 2 is not closed within 65,536 characters",
+        ]  # fmt: skip
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1 << 17 and peak < 1 << 20
+    assert list(records) == [[str(i % 10)] for i in range(35_000)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.csv", 'id;text\n1;"a, b"\n2;c, d, e\n', ["a, b", "c, d, e"]),
+        ("a.csv", "id\ttext\n1\ta, b\n2\tc\n", ["a, b", "c"]),
+        ("a.csv", "id|text|n\n1|a, b|2\n2|c|3\n", ["a, b", "c"]),
+        ("a.csv", "id;title, short;text\n" + "1;a;b\n" * 3, ["b"] * 3),
+        ("a.csv.gz", "id;text\n1;a;\n2;c\n3;d\n", ["a", "c", "d"]),
+        ("a.tsv", "id\ttext\n1\ta;b\n2\tc\n", ["a;b", "c"]),
+        ("a.tsv.xz", "id,text\n1,a\tb\n2,c\n", ["a\tb", "c"]),
+        ("a.csv", "text\na,\nc; d; e\n1|2\n", ["a", "c; d; e", "1|2"]),
+        ("a.csv", "text,id;n\na,1;2\nb;c,1,\n", ["a", "b;c"]),
+        ("a.csv", "\ufeffsep=;\r\nid,no;text\r\n1;a, b\r\n2;c, d\r\n", ["a, b", "c, d"]),
+        ("a.csv", '"sep=\t"\ntext\ta,b\nc,d\t\n', ["c,d"]),
+        ("a.csv.gz", "SEP=|\ntext\n\na;b\n", ["a;b"]),
+        ("a.csv", "id;text\n" + '1;"' + "a, b; c\n" * 9000 + '"\n2;d\n', ["a, b; c\n" * 9000, "d"]),
+    ],
+)
+def test_what_stands_between_the_fields_of_csv(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](content.encode()))
+    assert read(path) == texts
+    assert "text" in columns_of(str(path), "csv")
 
 
 def test_a_damaged_line_stays_one_line(tmp_path: Path) -> None:
@@ -194,6 +287,27 @@ def test_lines_paragraphs_and_whole_files(tmp_path: Path) -> None:
     assert read(path, unit="paragraph", first=1000, step=3) == many[1000::3]
 
 
+@pytest.mark.parametrize("between", ["\n", " \n", "\t\r\n \n", ""])
+def test_paragraphs_are_handed_out_while_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str
+) -> None:
+    """With any blank line between them, and in pieces without one: each lane would hold the file."""
+    monkeypatch.setattr(builders, "LONGEST_PARAGRAPH_BYTES", 300_000)
+    texts = [f"{i:05}\n{'x' * 93}" for i in range(20_000)]
+    path = tmp_path / "book.txt"
+    path.write_bytes(f"\n{between}".join(texts).encode())
+    blocks = iter(list(builders._whole_lines(str(path))))
+    paragraphs = next(builders._paragraphs(blocks))
+    assert blocks.__length_hint__() >= 5
+    if between:
+        assert [text.decode() for text in paragraphs] == texts[: len(paragraphs)]
+        assert read(path, unit="paragraph") == texts
+    else:
+        found = read(path, unit="paragraph")
+        assert "\n".join(map(str, found)) == "\n".join(texts)
+        assert all(300_000 <= len(str(text)) < 600_000 for text in found[:-1])
+
+
 def test_strings_that_are_no_utf8_and_other_types_of_text(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     bad = pa.array([b"good", b"b\xffad", None, b" "], pa.binary())
@@ -213,6 +327,43 @@ def test_a_later_file_without_the_column_is_one_damage(tmp_path: Path, suffix: s
     if suffix != ".csv":
         (damage,) = read(path, column="score")
         assert isinstance(damage, Damage) and "holds" in damage.reason and "not text" in damage.reason
+        twice(path, "n", "text", "text")
+        (damage,) = read(path)
+        assert isinstance(damage, Damage) and "it has several columns called text" in damage.reason
+
+
+def twice(path: Path, *names: str) -> None:
+    """A table of one row whose columns are called so, each value its number."""
+    table = pa.table([pa.array([str(i)]) for i in range(len(names))], list(names))
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_of_one_name(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    twice(path, "n", "text", "n")
+    assert read(path) == ["1"]
+    assert open_files("it", (file_of(path),), "", SourceOptions()).column == "text"
+    twice(path, "n", "text", "text")
+    with pytest.raises(UserError, match=f"data{suffix} has several columns called text: rename all but one"):
+        open_files("it", (file_of(path),), "", SourceOptions())
+    assert open_files("it", (file_of(path),), "", SourceOptions(text_column="n")).column == "n"
+
+
+def test_what_is_damaged_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The library's parsers print what they cannot read, beside the count and the sentence that it gets here."""
+    for suffix in (".parquet", ".arrow"):
+        path = write_texts(tmp_path / f"data{suffix}", TEXTS)
+        content = path.read_bytes()
+        path.write_bytes(content[:-5])
+        assert damages(read(path))
+    assert not caplog.records
+    logging.getLogger("datasets.builder").warning("what it warns of")
+    assert len(caplog.records) == 1
 
 
 def test_what_a_file_is_instead_is_said_where_it_is_read(tmp_path: Path) -> None:
@@ -226,9 +377,14 @@ def test_what_a_file_is_instead_is_said_where_it_is_read(tmp_path: Path) -> None
     assert isinstance(damage, Damage) and "JSON lines, not compressed with gzip" in damage.reason
 
 
-def test_a_name_with_signs_of_a_pattern_is_a_name(tmp_path: Path) -> None:
-    for name in ("a[1].jsonl", "a*b.parquet", "a?b.txt.gz", "a{b}#c::d.csv", "a{b} #c.arrow"):
-        assert read(write_texts(tmp_path / name, TEXTS[:5])) == TEXTS[:5]
+def test_a_name_with_signs_of_a_pattern_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"a{sign}b{suffix}" for sign in ("[1]", "*", "?", "{c} #d", "::c") for suffix in (*FORMATS, ".parquet.gz")]
+    for name in (*names, "a::b/c.parquet", "hf::a/[b]/c::d.arrow", "a::b/c::d.csv"):
+        assert read(write_texts(tmp_path / name, TEXTS[:5])) == TEXTS[:5], name
+    monkeypatch.chdir(tmp_path)
+    assert read(Path("a::b/c.parquet")) == read(Path("a::cb.arrow")) == TEXTS[:5]
+    gc.collect()
+    assert not [path for path in Path(builders._scratch()).iterdir() if path.is_dir() and any(path.iterdir())]
 
 
 def test_the_shards_are_the_files(tmp_path: Path) -> None:
@@ -243,6 +399,76 @@ def test_the_shards_are_the_files(tmp_path: Path) -> None:
     assert len(prints) == 3
 
 
+def test_a_file_of_the_same_size_is_told_by_its_beginning_and_end(tmp_path: Path) -> None:
+    contents = [b"", b"x" * 20_000, b"x" * 500_000]
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    source = FileShards("it", tuple(map(file_of, paths)), "")
+    files = source.file_list()
+    assert files is not None and files.heads == ()
+    heads = files.with_heads().heads
+    assert len(set(heads)) == 3 and all(len(head) == 16 for head in heads)
+    assert files.with_heads() == files.with_heads() and files.with_heads().identity() == files.identity()
+    for number, place in ((1, 0), (1, 19_999), (1, 16_384), (2, 16_383), (2, 483_616)):
+        paths[number].write_bytes(contents[number][:place] + b"y" + contents[number][place + 1 :])
+        assert [a == b for a, b in zip(heads, files.with_heads().heads, strict=True)] == [i != number for i in range(3)]
+        paths[number].write_bytes(contents[number])
+    paths[0].unlink()
+    assert files.with_heads().heads == ("", *heads[1:])
+    remote = FileShards("it", (DataFile("hf://datasets/a/b@c/d.txt", "text", 5),), "").file_list()
+    assert remote is not None and remote.with_heads().heads == ()
+
+
+def test_readers_of_a_compressed_table_share_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "_scratch_folders", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = write_texts(tmp_path / "data.parquet.gz", TEXTS)
+    with ThreadPoolExecutor(8) as threads:
+        streams = [read_file(file_of(path), first=i, step=8) for i in range(8)]
+        assert list(threads.map(next, streams)) == TEXTS[:8]
+    (copy,) = Path(builders._scratch()).iterdir()
+    write_texts(path, TEXTS[:300:-1])
+    assert read(path) == TEXTS[:300:-1], "a copy of what the file was is none"
+    for i, stream in enumerate(streams):
+        assert copy.exists() and list(stream) == TEXTS[i + 8 :: 8]
+    gc.collect()
+    assert not copy.exists()
+
+
+def test_lines_leave_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "_scratch_folders", [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for suffix in (".txt", ".csv.gz", ".parquet", ".arrow", ".jsonl"):
+        stream = read_file(file_of(write_texts(tmp_path / f"data{suffix}", TEXTS)))
+        assert next(stream) == TEXTS[0] and not [*(tmp_path / "temporary").iterdir()], suffix
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rank_that_leaves_at_once_removes_its_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    def lose() -> None:
+        raise RuntimeError("lost")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(builders, "_scratch_folders", [])
+    monkeypatch.setattr(process, "world_size_of_launch", lambda: 2)
+    monkeypatch.setattr(process, "is_lost_rank", lambda error: True)
+    monkeypatch.setattr(process.os, "_exit", end)
+    stream = read_file(file_of(write_texts(tmp_path / "data.parquet.gz", TEXTS)))
+    assert next(stream) == TEXTS[0]
+    folder = Path(builders._scratch())
+    assert any(folder.iterdir())
+    with pytest.raises(SystemExit):
+        process.leave(process.exit_code_of(lose if lost else lambda: None, "a program"))
+    assert not folder.exists()
+
+
 def test_files_are_read_in_threads(tmp_path: Path) -> None:
     paths = [write_texts(tmp_path / f"{i}{suffix}", TEXTS) for i in range(3) for suffix in FORMATS]
     with ThreadPoolExecutor(8) as threads:
@@ -253,12 +479,12 @@ def test_files_are_read_in_threads(tmp_path: Path) -> None:
 def test_what_is_decompressed_into_a_file_goes_away(tmp_path: Path, suffix: str) -> None:
     stream = read_file(file_of(write_texts(tmp_path / f"data{suffix}", TEXTS)))
     assert next(stream) == TEXTS[0]
-    left = set(Path(builders._scratch().name).glob("tmp*"))
+    left = set(Path(builders._scratch()).glob("tmp*"))
     assert left
     stream.close()  # type: ignore[attr-defined]
     del stream
     gc.collect()
-    assert not left & set(Path(builders._scratch().name).glob("tmp*"))
+    assert not left & set(Path(builders._scratch()).glob("tmp*"))
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

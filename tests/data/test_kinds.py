@@ -153,10 +153,50 @@ def test_kinds_are_asked_in_a_fixed_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert name_of(tmp_path / "c4") == "local"
     (tmp_path / "c4" / "c4-train.00000-of-00001.json.gz").touch()
     (tmp_path / "c4" / "train.bin").touch()
+    assert name_of(tmp_path / "c4") == "local"  # .bin may be anything
+    (tmp_path / "c4" / "train.bin.json").write_text('{"dtype": "uint16"}')
     assert name_of(tmp_path / "c4") == "token_files"
     assert name_of("pydocs:1,c4:2") == "mixture"
     (tmp_path / "unknown").touch()
     assert name_of(tmp_path / "unknown") == "local"  # which says what it is
+
+
+HUB_NAMES = {
+    "https://huggingface.co/datasets/org/name": "org/name",
+    "https://huggingface.co/datasets/org/name/tree/main/data?x=1": "org/name",
+    "http://www.hf.co/datasets/squad": "squad", "huggingface.co/datasets/squad/viewer": "squad",
+    "hf://datasets/org/name@main/data/a.parquet": "org/name",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dataset", "right"),
+    [
+        *((address, f"is an address of the hub: give the name alone, --dataset {name}") for address, name in
+          HUB_NAMES.items()),
+        ("https://example.org/a.jsonl.gz", "download it and give the file or folder, or give the name of a data set"),
+        ("https://example.org/a?b=*", "nothing is read from https:// during a run"),
+        ("s3://bucket/data", "nothing is read from s3://"), ("gs://bucket/*.parquet", "nothing is read from gs://"),
+        ("https://huggingface.co/org/model", "nothing is read from https://"),
+        ("file:///data/a.jsonl", "is an address: give the path alone, --dataset /data/a.jsonl"),
+        ("pydocs:0.5,s3://bucket/data:0.5", "--dataset s3://bucket/data is an address"),
+        ("https://example.org/a:0.5", "--dataset https://example.org/a is an address"),
+        ("x" * 300, "xxx... (300 characters) cannot be looked up (File name too long): give c4 or another data set"),
+        ("x/" * 2500, "... (5000 characters) cannot be looked up (File name too long)"),
+        (f"pydocs:1,{'x' * 300}.jsonl:1", "cannot be looked up (File name too long)"),
+        ("~nobody-is-called-so/data", "cannot be looked up (Could not determine home directory"),
+    ],
+)  # fmt: skip
+def test_addresses_and_what_no_path_can_be_are_refused_in_a_sentence(dataset: str, right: str) -> None:
+    with pytest.raises(UserError) as caught:
+        registry.find_kind(dataset)
+    assert right in str(caught.value) and str(caught.value).startswith("--dataset ")
+
+
+def test_a_folder_that_is_called_like_an_address_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("huggingface.co/datasets/org").mkdir(parents=True)
+    assert isinstance(registry.find_kind("huggingface.co/datasets/org"), LocalFiles)
 
 
 def test_what_recognises_its_own_is_asked_before_what_takes_the_rest(tmp_path: Path, add_module: AddModule) -> None:

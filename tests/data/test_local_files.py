@@ -4,18 +4,19 @@ import gzip
 import json
 import logging
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from peft_pretraining.data.sources import local
-from peft_pretraining.data.sources.data_files import FileShards
+from peft_pretraining.data.sources.data_files import FileShards, bytes_in_words
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
-from tests.data.files import FORMATS, write_texts
+from tests.data.files import COMPRESS, FORMATS, write_texts
 
 LINE = b'{"text": "a line"}\n'
 
@@ -64,7 +65,10 @@ def refused(dataset: object, split: str = "train", **options: str) -> str:
         ("valid.txt", {"validation"}), ("my.dev.csv", {"validation"}), ("val_01.arrow", {"validation"}),
         ("validation/train-0.csv", {"train"}), ("train/validation-0.csv", {"validation"}), ("devil.txt", set()),
         ("test.csv", {"test"}), ("evaluation/a.csv", {"test"}), ("test/dev/a.csv", {"validation"}),
-        ("latest.txt", set()), ("invalid.txt", set()), ("train-validation-0.json", {"train", "validation"}),
+        ("latest.txt", set()), ("validation(1).jsonl", {"validation"}), ("train (copy).jsonl", {"train"}),
+        ("Copy of dev.csv", {"validation"}), ("[test] a.txt", {"test"}), ("a+val~.txt", {"validation"}),
+        ("trainé.txt", set()), ("évaluation.txt", set()), ("invalid.txt", set()),
+        ("train-validation-0.json", {"train", "validation"}),
     ],
 )  # fmt: skip
 def test_the_split_that_a_path_names(path: str, expected: set[str]) -> None:
@@ -99,6 +103,17 @@ def test_without_a_validation_file_there_is_no_such_split(tmp_path: Path) -> Non
     write(tmp_path, "b.jsonl", "a.jsonl", "deep/er/c.jsonl", "test/d.jsonl")
     assert files_of(tmp_path) == ["a.jsonl", "b.jsonl", "deep/er/c.jsonl"]
     assert files_of(tmp_path, "validation") is None
+
+
+def test_unread_test_files_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "train.csv", "test/a.csv", "my-eval.csv", "dev.csv")
+    for _ in range(2):
+        assert files_of(tmp_path) == ["train.csv"] and files_of(tmp_path, "validation") == ["dev.csv"]
+    assert caplog.text.count("2 files called test, such as my-eval.csv, left unread; --validation_split test") == 1
+    caplog.clear()
+    assert files_of(tmp_path, "validation", validation_split="test") == ["my-eval.csv", "test/a.csv"]
+    assert files_of(tmp_path, train_split="test") == ["my-eval.csv", "test/a.csv"]
+    assert not caplog.text
 
 
 def test_files_without_a_split_are_left_out_where_others_have_one(
@@ -159,17 +174,30 @@ def test_hidden_files_and_what_describes_data_is_no_data(tmp_path: Path, caplog:
     assert not caplog.text
 
 
-def test_of_several_formats_the_commonest_is_taken_and_that_is_said(
+def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(tmp_path, "a.jsonl", "b.jsonl.zst", "c.txt", "d.csv", "validation.parquet")
-    assert files_of(tmp_path) == ["a.jsonl", "b.jsonl.zst"]
+    write(tmp_path, "a.json", "b.json", "c.json", "validation.parquet")
+    write_texts(tmp_path / "huge.jsonl.gz", [*texts("huge.jsonl.gz"), *("" for _ in range(100_000))])
+    write_texts(tmp_path / "d.txt", ["x" * 100])
+    assert opened(tmp_path).files[0].place.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
     assert files_of(tmp_path, "validation") == ["validation.parquet"]
-    assert "for train the 2 files of .jsonl are read, and 1 file of .csv and 1 file of .txt are left out" in caplog.text
+    assert "for train the 1 file of .jsonl (" in caplog.text and " kB) are read, and 3 files of .json (" in caplog.text
+    assert (
+        "bytes) and 1 file of .txt (101 bytes) are left out: to read those, give them by a pattern such as '*.json'"
+        in caplog.text
+    )
     assert caplog.text.count("left out") == 1
-    write(tmp_path / "even", "a.txt")
-    write_texts(tmp_path / "even" / "b.csv", texts("b.csv", 20))
-    assert opened(tmp_path / "even").files[0].format == "csv"  # type: ignore[union-attr]
+    assert [bytes_in_words(count) for count in (7, 1234, 3 * 10**9, 5 * 10**16)] == [
+        "7 bytes",
+        "1.23 kB",
+        "3 GB",
+        "5e+04 TB",
+    ]
+    (tmp_path / "even").mkdir()
+    for name in ("a.txt", "b.csv", "c.csv"):  # of as many bytes that of more files
+        (tmp_path / "even" / name).write_text("text\n1234\n" * (2 if name == "a.txt" else 1))
+    assert opened(tmp_path / "even").shards == 2  # type: ignore[union-attr]
 
 
 def test_empty_and_damaged_files_keep_their_place(tmp_path: Path) -> None:
@@ -206,6 +234,11 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files_of(tmp_path / "y/*/*.jsonl", "validation") == ["y/dev/d.jsonl"]
     assert files_of(tmp_path / "**/[ac].jsonl") == ["y/train/c.jsonl"]
     assert files_of(tmp_path / "y/z[1].jsonl") == ["y/z[1].jsonl"]
+    write(tmp_path, "[x]/[12]/a.jsonl", "[x]/[12]/b[1].jsonl", "[x]/1/c.jsonl")
+    assert files_of(tmp_path / "[x]/[12]/*.jsonl") == ["[x]/[12]/a.jsonl", "[x]/[12]/b[1].jsonl"]
+    assert files_of(tmp_path / "[x]/[1]/*.jsonl") == ["[x]/1/c.jsonl"]
+    assert files_of(tmp_path / "[x]/**/[ac].jsonl") == ["[x]/1/c.jsonl", "[x]/[12]/a.jsonl"]
+    assert "no file matches this pattern" in refused(tmp_path / "[x]/nothing.jsonl")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files_of("~/x/*.txt") == files_of("~/x/b.txt") == ["x/b.txt"]
     monkeypatch.chdir(tmp_path / "x")
@@ -217,15 +250,24 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no such file" in refused(tmp_path / "nothing.jsonl")
 
 
-def test_links_are_followed_and_end(tmp_path: Path) -> None:
+def test_links_are_followed_and_end_and_a_file_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "far", "a.jsonl")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "far")
     (tmp_path / "data" / "b.jsonl").symlink_to(tmp_path / "far" / "a.jsonl")
     (tmp_path / "far" / "loop").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "broken.jsonl").symlink_to(tmp_path / "nothing")
+    write(tmp_path / "far", "c.jsonl", "c2.jsonl")
+    os.link(tmp_path / "far" / "c.jsonl", tmp_path / "data" / "hard.jsonl")
     source = opened(tmp_path / "data")
-    assert source is not None and source.shards == 2
+    assert source is not None
+    names = [str(Path(file.place).relative_to(tmp_path / "data")) for file in source.files]
+    assert names == ["b.jsonl", "hard.jsonl", "link/c2.jsonl"]
+    assert "link/a.jsonl and b.jsonl are one file by two names, which is read once, and so are 1 more" in caplog.text
+    source = opened(tmp_path / "*" / "*.jsonl")
+    assert source is not None and source.shards == 3
+    os.link(tmp_path / "far" / "a.jsonl", tmp_path / "data" / "validation.jsonl")
+    assert "validation.jsonl of the validation split is a link to b.jsonl of the training" in refused(tmp_path / "data")
 
 
 def test_one_file(tmp_path: Path) -> None:
@@ -294,11 +336,12 @@ def test_the_text_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".csv", ".parquet.gz", ".arrow.xz"])
 def test_the_text_column_of_a_table(tmp_path: Path, suffix: str) -> None:
     path = write_texts(tmp_path / f"a{suffix}", texts(f"a{suffix}"), column="content")
-    if "csv" in suffix:  # all columns of csv are strings
-        assert "several columns of text, none of them called text: n, content, score" in refused(path)
+    assert files_of(path) == [f"a{suffix}"]
+    if "csv" in suffix:  # numbers in the first rows may be followed by text
         assert files_of(path, text_column="content") == [f"a{suffix}"]
+        score = opened(path, text_column="score")
+        assert score is not None and list(score.read(0, 1, 0, 0))[1] == str(1 / 3)
     else:
-        assert files_of(path) == [f"a{suffix}"]
         assert "its column score holds double, not text; text is in content" in refused(path, text_column="score")
         assert "It has: n (int64), content (text), score (double)." in refused(path, text_column="body")
 
@@ -328,8 +371,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 319\n"
         ("a.parquet", LINE, "JSON lines"), ("a.json.gz", LINE, "JSON lines, not compressed with gzip"),
         ("a.jsonl", gzip.compress(LINE, mtime=0), "compressed with gzip, which its name does not end with"),
         ("a.jsonl.zst", gzip.compress(LINE, mtime=0), "compressed with gzip"),
+        *(("a.txt", COMPRESS[end](b""), "compressed with ") for end in COMPRESS if end),
         ("a.txt", b"\xff\xfea\0b\0", "text in UTF-16"), ("a.txt", b"PK\x03\x04" + bytes(30), "a zip archive"),
-        ("a.csv", b"\x7fELF\0\0\0\0", "binary data"),
+        ("a.csv", b"\x7fELF\0\0\0\0", "binary data"), ("a.txt", random.Random(0).randbytes(10_000), "binary data"),
+        ("a.csv", b"t\0e\0x\0t\0\n\0", "binary data"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
@@ -341,9 +386,23 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, conten
 
 
 def test_pages_and_brackets_may_be_text(tmp_path: Path) -> None:
+    for content in (
+        b"BZh! is a bird\n", b"BZh9 and more\n", b"\x1f\x8b is odd\n", b"\x1f\x8b\x08\xff", b"PAR1 of two\n",
+        b"ARROW1 flies\n", b"PARIS\n",
+    ):  # fmt: skip
+        for name in ("b.txt", "b.csv"):
+            (tmp_path / name).write_bytes(content + b"a second line\n")
+            assert opened(tmp_path / name) is not None
     for content in (HTML, b"[1] A note\n", b"{braces}\n", LINE, "Ünïcödé\n".encode("latin-1"), b"\xef\xbb\xbfBOM\n"):
         (tmp_path / "a.txt").write_bytes(content)
         assert opened(tmp_path / "a.txt") is not None
+    for name in ("n.txt", "n.csv"):
+        for nulls in (1, 20):
+            (tmp_path / name).write_bytes(b"text\n" + b"one line\n" * 5000 + b"N\0L\n" * nulls)
+            source = opened(tmp_path / name)
+            assert source is not None and list(source.read(0, 1, 0, 0))[-1] == "N\0L"
+    (tmp_path / "n.csv").write_bytes(b"text\nN\0L\n")
+    assert opened(tmp_path / "n.csv") is not None
     for lines in (b"oops\n" * 3 + LINE, b'{"text": "cut\n' + LINE, b"[]\n" + LINE, b'{"text": "' + b"x" * 100_000):
         (tmp_path / "a.jsonl").write_bytes(lines + LINE * 5)
         if b"xxx" not in lines:
@@ -354,6 +413,7 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
     assert "there is no file of text in this folder (.json, .jsonl, .parquet" in refused(tmp_path)
     for name, content, expected in (
         ("model.pdf", b"%PDF-1.7", "it seems to be a PDF document"), ("a.xyz", LINE, "it seems to be JSON lines"),
+        ("train.npy", b"\x93NUMPY\1\0v\0{'descr': '<u2'", "it seems to be a NumPy array (if it holds token ids, write"),
         ("notes.md", b"# Notes\n", "it seems to be plain text"), ("data.zip", b"PK\x03\x04..", "a zip archive"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)

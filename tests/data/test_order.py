@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL
-from peft_pretraining.data.dealing import POOLED, cut_shards, deal_units, even_slices
+from peft_pretraining.data.dealing import POOLED, DealtSource, Unit, cut_shards, deal_units, even_slices
+from peft_pretraining.data.order import DamageCount, LaneOrder, RowFormat, TextLane
 from peft_pretraining.data.sources.documents import Damage, Files, MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
@@ -280,6 +281,57 @@ def test_full_shards_are_cut_as_without_a_look_at_them(source: MemorySource) -> 
     assert cut_shards(many, 8) == (1,) * 64  # with many units a lane it does no harm, and nothing is read
 
 
+HOLLOW: list[str | Damage] = ["", " \n"]
+
+
+@pytest.mark.parametrize("hollow", [[], HOLLOW, DAMAGED], ids=["empty", "blank", "unreadable"])
+@pytest.mark.parametrize("full", [200, 1, 0])
+def test_a_lane_with_nothing_but_empty_files_costs_no_other_document(hollow: list[str | Damage], full: int) -> None:
+    """Of many files most are empty, so that a lane gets no other; each document is read once all the same."""
+    count, lanes = 300, 2
+    whole = even_slices(count, lanes)
+    empty = {unit.shard for unit in deal_units([whole] * count, lanes, 3)[1]}
+    kept = [shard for shard in range(count) if shard not in empty][:full]
+    items = [[document(shard)] * (shard in kept) or hollow for shard in range(count)]
+    assert cut_shards(Shards(items), lanes, 3) == (whole,) * count  # their sizes are not known: perhaps a network
+    source = Shards(items, tuple(100 * (shard in kept) for shard in range(count)))
+    dealing = cut_shards(source, lanes, 3)
+    read = []
+    dealt = DealtSource(source, dealing)
+    for _ in range(2):
+        for lane in deal_units(dealing, lanes, 3):
+            own = [item for unit in lane for item in dealt.read(unit.shard, unit.slices, unit.part, 0)]
+            assert full < lanes or any(isinstance(item, str) and item.strip() for item in own)
+            read += own
+    texts = Counter(item for item in read if isinstance(item, str) and item.strip())
+    assert texts == {document(shard): 2 for shard in kept}
+    assert sum(isinstance(item, Damage) for item in read) == 2 * (hollow is DAMAGED) * (count - len(kept))
+
+
+def test_a_look_at_many_files_is_one_at_each_lane() -> None:
+    looked: list[int] = []
+
+    class Counting(Shards):
+        def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+            looked.append(shard)
+            return super().read(shard, slices, part, start)
+
+    items = [[] if shard % 3 else [document(shard)] for shard in range(90)]
+    source = Counting(items, tuple(10 * len(shard) for shard in items))
+    assert cut_shards(source, 4, seed=1) == (1,) * 90
+    assert len(looked) == 4 and all(items[shard] for shard in looked)
+
+
+def test_a_lane_without_a_document_names_what_it_read(tokenizer: Tokenizer) -> None:
+    items = [[document(shard)] * (shard != 7) for shard in range(300)]
+    unknown = TextLane(
+        DealtSource(Shards(items, (0,) * 300), (1,) * 300), [Unit(7, 1, 0)] * 5, RowFormat(48, "pad", tokenizer),
+        LaneOrder(2, 3, 5), DamageCount(0),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"for lane 2: what it reads, 7.json, 7.json, 7.json and 2 more of 300, holds"):
+        unknown.take(1)
+
+
 def test_files_of_unequal_size_are_cut_in_proportion(tokenizer: Tokenizer) -> None:
     counts = (900, 60, 30, 4)
     source = Shards(numbered(*counts), tuple(100 * count for count in counts))
@@ -349,3 +401,24 @@ def test_a_state_of_an_older_version_is_taken_up_with_its_dealing(tokenizer: Tok
     del state["sources"]
     rest, _ = run(tokenizer, source, 3, state=state)
     assert torch.equal(torch.stack(whole[3:]), torch.stack(rest))
+
+
+def test_files_of_one_document_are_read_once_by_all_lanes(tokenizer: Tokenizer) -> None:
+    """They are all in the pool: what a lane has counted the others need not read again."""
+    read = Counter[int]()
+
+    class Counted(Shards):
+        def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+            read[shard] += 1
+            yield from super().read(shard, slices, part, start)
+
+    source = Counted(numbered(*[1] * 60), (100,) * 60)
+    assert cut_shards(source, 16) == (POOLED,) * 60
+    read.clear()
+    ranks = loaders(1, tokenizer=tokenizer, source=source, repeat="none", data_lanes=16, workers=0)
+    read.clear()  # what their beginnings were looked at for
+    rows = torch.cat(global_rows(ranks, 4))
+    close(ranks)
+    assert sorted(documents_of(tokenizer, [rows[(rows != IGNORED_LABEL).any(dim=1)]])) == list(range(60))
+    # Once to count, in the first lane's first block, and once by its own lane: not 60 files by 16 lanes.
+    assert sum(read.values()) <= 3 * 60

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value, utils
 
 from peft_pretraining.data.sources import saved
 from peft_pretraining.data.sources.documents import Damage
@@ -48,11 +48,26 @@ def test_one_data_set(tmp_path: Path) -> None:
             assert list(source.read(1, step, step - 1, first)) == rows[step - 1 :: step][first:]
 
 
-def test_splits(tmp_path: Path) -> None:
+def test_files_are_opened_without_the_bars_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden: list[bool] = []
+    load = Dataset.load_from_disk
+
+    def seen(folder: str) -> Dataset:
+        hidden.append(utils.are_progress_bars_disabled())
+        return load(folder)
+
+    monkeypatch.setattr(Dataset, "load_from_disk", seen)
+    data("row", 40).save_to_disk(tmp_path / "data", num_shards=4)
+    assert len(documents(tmp_path / "data")) == 40
+    assert hidden == [True] and not utils.are_progress_bars_disabled()
+
+
+def test_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "data"
     DatasetDict({"train": data("train", 30), "test": data("test", 5), "dev": data("dev", 7)}).save_to_disk(folder)
     assert documents(folder) == [f"train {i}" for i in range(30)]
     assert documents(folder, "validation") == [f"dev {i}" for i in range(7)]
+    assert caplog.text.count("its split test is left unread; --validation_split test evaluates on it") == 1
     assert documents(folder, "validation", validation_split="test") == [f"test {i}" for i in range(5)]
     assert documents(folder, train_split="test") == [f"test {i}" for i in range(5)]
     assert "--train_split poems: " in refused(folder, train_split="poems")

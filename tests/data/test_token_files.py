@@ -1,6 +1,12 @@
 """Token ids from files: every window once an epoch, types by sidecar or suffix, and what the script writes."""
 
+import itertools
 import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +14,25 @@ import numpy as np
 import pytest
 import torch
 
-from peft_pretraining.data.eval_set import build_eval_set
+from peft_pretraining.data.eval_set import build_eval_set, read_documents
+from peft_pretraining.data.held_out import open_split
+from peft_pretraining.data.order import DamageCount
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.local import LocalFiles
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.data.sources.token_files import KIND, open_token_files
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
+from scripts import tokenize_dataset as script
+from scripts.tokenize_dataset import Counted
 from scripts.tokenize_dataset import main as tokenize_dataset
-from scripts.tokenize_dataset import parse_count
 from tests.data.collect import close, global_rows, loaders
+from tests.data.conftest import document
+from tests.data.files import write_texts
+from tests.data.hub_server import DatasetHub, HubRepository, point_at
+from tests.data.small_tokenizers import byte_level, write_model
 
 LENGTH = 8
 
@@ -144,12 +158,173 @@ def test_the_script_writes_what_the_loader_reads(tmp_path: Path, c4_dir: Path, t
     assert 500 <= open_token_files(str(out), "train").tokens < 550
 
 
-def test_the_script_refuses_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tokenize_dataset(["--dataset", str(tmp_path), "--tokenizer", "/none", "--output_dir", str(tmp_path)]) == 2
-    assert "--tokenizer /none" in capsys.readouterr().err
-    assert parse_count("1.5B") == 1_500_000_000
-    with pytest.raises(UserError, match="--max_tokens"):
-        parse_count("many")
+@pytest.mark.parametrize("encoder", ["tokenizers", "sentencepiece"])
+def test_the_script_encodes_in_several_threads_and_writes_in_order(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 7)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    place = tmp_path / "tokenizer.json" if encoder == "tokenizers" else write_model(tmp_path, "unigram", "a.model")
+    loaded = load_tokenizer(str(place), "c4")
+    assert loaded.encoder == encoder
+    whole, threads = Tokenizer.encode_documents, set[str]()
+
+    def encode_documents(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        threads.add(threading.current_thread().name.rpartition("_")[2])
+        time.sleep(0.005 if threading.current_thread().name.endswith("_0") else 0)  # the first of them is the slowest
+        return whole(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_documents", encode_documents)
+        words = f"--dataset {c4_dir} --tokenizer {place} --output_dir {tmp_path}/out"
+        assert tokenize_dataset(words.split()) == 0
+    assert len(threads) == 1 if encoder == "tokenizers" else len(threads) > 1
+    for split, count in (("train", 195), ("validation", 30)):
+        source = open_split(str(c4_dir), split)
+        assert not isinstance(source, TokenFiles | TokenMixture)
+        texts = list(read_documents(source, DamageCount(0)))
+        ids = open_token_files(str(tmp_path / "out"), split).files[0].ids.tolist()
+        assert ids == list(itertools.chain(*loaded.encode_documents(texts))) and len(texts) == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [("--tokenizer /none", "--tokenizer /none: no such file"),
+     ("--tokenizer train:9", "--tokenizer train:9: give the number of pieces"),
+     ("--max_tokens many", "--max_tokens is 'many', it must be a number with an optional suffix"),
+     ("--damaged_limit -1", "--damaged_limit is -1, it must be at least 0 (places)"),
+     ("--text_unit word", "--text_unit is 'word', it must be one of line, paragraph, file"),
+     ("--dataset ~no-such-user/text", "--dataset is '~no-such-user/text', a path whose ~no-such-user is the folder"),
+     ("--dataset_config x --splits train test", "--splits test: --dataset")],
+)  # fmt: skip
+def test_the_script_refuses_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, says: str
+) -> None:
+    out = tmp_path / "out"
+    assert tokenize_dataset(["--dataset", str(tmp_path), "--output_dir", str(out), *flags.split()]) == 2
+    assert says in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("error", [UserError("too many damaged places"), KeyboardInterrupt()])
+def test_the_script_leaves_no_partial_file(
+    tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def some_documents(source: Counted, damage: DamageCount) -> Iterator[str]:
+        yield from itertools.islice(read_documents(source, damage), 10)
+        raise error
+
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 2)
+    monkeypatch.setattr(script, "read_documents", some_documents)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    flags = f"--dataset {c4_dir} --tokenizer {tmp_path}/tokenizer.json --output_dir {tmp_path}/out --splits train"
+    with suppress(KeyboardInterrupt):
+        assert tokenize_dataset(flags.split()) == 2
+    assert not [*(tmp_path / "out").glob("train*")]
+
+
+def test_the_script_says_what_it_added(
+    tmp_path: Path, c4_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QGALORE_CACHE", str(tmp_path / "cache"))
+    backend = byte_level(["<pad>", "</s>", "<|begin|>"], begins_with="<|begin|>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    common = f"--dataset {c4_dir} --splits validation --output_dir {tmp_path}/out --tokenizer"
+    for flags, bos, eos in (
+        (f"{tmp_path}/tokenizer.json", 2, 1),
+        (f"{tmp_path}/tokenizer.json --no-add_eos", 2, None),
+        ("train:400 --no-add_bos", None, 1),
+        ("train:400 --no-add_eos", None, None),
+    ):
+        assert tokenize_dataset([*common.split(), *flags.split()]) == 0
+        settings = json.loads((tmp_path / "out" / "validation.bin.json").read_text())
+        assert (settings["bos_token_id"], settings["eos_token_id"]) == (bos, eos)
+        assert settings["dataset"] == str(c4_dir)
+        ids = open_token_files(str(tmp_path / "out"), "validation").files[0].ids
+        assert (ids == 2).sum() == (30 if bos else 0) and (ids == 1).sum() == (30 if eos else 0)
+        assert (ids[0] == 2) == bool(bos) and (ids[-1] == 1) == bool(eos)
+    said = capsys.readouterr().out
+    assert "<|begin|> begins each document and </s> ends each document" in said and "nothing is added" in said
+    kept = load_tokenizer(str(tmp_path / "out" / "tokenizer"), "c4", added=Added(eos=False))
+    assert kept.go_on_as(settings["tokenizer_fingerprint"])
+
+
+def test_all_splits_of_the_hub_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, numbers in (("train", range(70)), ("validation", range(70, 80))):
+        write_texts(tmp_path / "repository" / f"{split}.jsonl", [document(i) for i in numbers])
+    repository = HubRepository(tmp_path / "repository")
+    hub = DatasetHub({"org/name": repository})
+    point_at(hub, tmp_path / "hub_cache", monkeypatch)
+    byte_level(["</s>"]).save(str(tmp_path / "tokenizer.json"))
+    words = f"--dataset org/name --tokenizer {tmp_path}/tokenizer.json --output_dir {tmp_path}/out"
+    seen: list[str] = []
+    whole = script.open_split
+    monkeypatch.setattr(script, "open_split", lambda *a: (seen.append(a[2].revision), whole(*a))[1])
+    assert tokenize_dataset(words.split()) == 0
+    hub.close()
+    commit = repository.refs()["main"][0]
+    assert seen == [commit, commit]
+    for split, count in (("train", 70), ("validation", 10)):
+        settings = json.loads((tmp_path / "out" / f"{split}.bin.json").read_text())
+        assert (settings["dataset_revision"], settings["documents"]) == (commit, count)
+
+
+def test_the_time_left_is_known_from_the_first_documents_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bytes of the files; with --max_tokens from the beginning."""
+    texts = [[f"{'long ' * 60}{shard} {i}" for i in range(100 * (shard + 1))] for shard in range(3)]
+    for shard, documents in enumerate(texts):
+        write_texts(tmp_path / "text" / f"train-{shard}.jsonl", documents)
+    totals: list[int | None] = []
+
+    @contextmanager
+    def progress(what: str, unit: str, total: int | None = None) -> Iterator[Any]:
+        totals.append(total)
+        yield lambda done, total=None: totals.append(total)
+
+    monkeypatch.setattr(script, "progress", progress)
+    monkeypatch.setattr(script, "DOCUMENTS_PER_BATCH", 50)
+    byte_level(["</s>"]).save(str(tmp_path / "tokenizer.json"))
+    words = f"--dataset {tmp_path}/text --tokenizer {tmp_path}/tokenizer.json --output_dir {tmp_path} --splits train"
+    assert tokenize_dataset(words.split()) == 0
+    tokens = open_token_files(str(tmp_path), "train").tokens
+    assert totals[0] is None and len(totals) == 12 and totals[-1] == tokens  # 540 documents in 11 batches
+    assert all(total == pytest.approx(tokens, rel=0.3) for total in totals[1:])  # in the first file by its text
+    assert totals[-2] == pytest.approx(tokens, rel=0.2)
+    totals.clear()
+    assert tokenize_dataset([*words.split(), "--max_tokens", "20K"]) == 0
+    assert set(totals) == {20_000}
+
+
+def test_text_is_not_taken_for_token_ids(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def kind() -> str:
+        return type(find_kind(str(tmp_path))).__name__
+
+    for name in ("training_args.bin", "train.npy", "model.bin"):
+        (tmp_path / name).write_bytes(b"abcd")
+    assert kind() == "LocalFiles"
+    (tmp_path / "train.bin").write_bytes(b"abcd")
+    assert kind() == "TokenFilesKind"  # which says what is missing
+    (tmp_path / "notes.jsonl").write_text('{"text": "a"}\n')
+    assert kind() == "LocalFiles"
+    (tmp_path / "train.bin.json").write_text('{"dtype": "uint16"}')
+    assert kind() == "TokenFilesKind"
+    for _ in range(2):
+        files = open_token_files(str(tmp_path), "train").files
+        assert [file.path.name for file in files] == ["train.bin"]
+    said = f"--dataset {tmp_path}: its token ids are read, and its text, such as notes.jsonl, is left out"
+    assert caplog.text.count(said) == 1
+
+
+def test_names_that_token_files_should_have(tmp_path: Path) -> None:
+    for name in ("a.uint16", "b.uint16", ".c.uint16", "d.bin"):
+        (tmp_path / name).write_bytes(b"abcd")
+    assert find_kind(str(tmp_path)) is KIND
+    with pytest.raises(
+        UserError, match=r"no file train\* with .*, but a.uint16, b.uint16: name the files to train on tr"
+    ):
+        open_token_files(str(tmp_path), "train")
+    (tmp_path / "a.txt").write_text("a text\n")
+    assert isinstance(find_kind(str(tmp_path)), LocalFiles)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train.json.gz", "data.parquet"])
@@ -207,6 +382,16 @@ def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, mo
         build_eval_set(**{**evaluation, "dataset": str(tmp_path / "train.bin")}, eval_batch_size=4, eval_tokens=0)
 
 
+def test_ids_of_32_bits_under_the_name_of_16_are_refused(tmp_path: Path) -> None:
+    np.arange(1, 4000, dtype="<u4").tofile(tmp_path / "train.uint16")
+    with pytest.raises(UserError, match="every second id is 0, so its ids are uint32 and not uint16: correct its name"):
+        open_split(str(tmp_path / "train.uint16"), "train")
+    (tmp_path / "train.bin.json").write_text('{"dtype": "uint16"}')
+    (tmp_path / "train.uint16").rename(tmp_path / "train.bin")
+    with pytest.raises(UserError, match=r"every second id is 0.*correct train\.bin\.json"):
+        open_split(str(tmp_path / "train.bin"), "train")
+
+
 def test_the_script_takes_the_options_of_a_data_set(
     tmp_path: Path, c4_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +402,8 @@ def test_the_script_takes_the_options_of_a_data_set(
     tokenizer.save(tmp_path / "tokenizer.json")
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = "--dataset_config en --text_column text --text_unit file --train_split train --validation_split validation"
-    words = f"--dataset {c4_dir}:2,{c4_dir}/en:1 --tokenizer {tmp_path}/tokenizer.json --output_dir ~/out {flags}"
+    shutil.copytree(c4_dir / "en", tmp_path / "copy")
+    words = f"--dataset {c4_dir}:2,{tmp_path}/copy:1 --tokenizer {tmp_path}/tokenizer.json --output_dir ~/out {flags}"
     assert tokenize_dataset(words.split()) == 0
     assert json.loads((tmp_path / "out/train.bin.json").read_text())["documents"] == 2 * 195
     expected = SourceOptions(

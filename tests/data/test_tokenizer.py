@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.data.cache import publish
+from peft_pretraining.data.cache import cache_dir, publish
 from peft_pretraining.data.sources import pydocs
-from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_bpe
+from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from peft_pretraining.data.tokenizers.training import train_bpe
 from peft_pretraining.errors import UserError
 from tests.data.conftest import document
 
@@ -17,6 +18,8 @@ def test_check_vocabulary() -> None:
     check_vocabulary(32000, 32000)
     with pytest.raises(UserError, match=r"ids up to 32099.*vocabulary of 32000.*at least 32100"):
         check_vocabulary(32100, 32000)
+    with pytest.raises(UserError, match=r"--dataset: its token files have ids up to 32099.*tokenize the text"):
+        check_vocabulary(32100, 32000, are_ids=True)
 
 
 def test_directory_and_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -32,7 +35,12 @@ def test_directory_and_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
         load_tokenizer(str(tmp_path), "c4")
 
 
-def test_bad_places(tmp_path: Path) -> None:
+def test_bad_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--tokenizer ~no-such-user/t: there is no user no-such-user"):
+        load_tokenizer("~no-such-user/t", "c4")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"QGALORE_CACHE is ~no-such-user: there is no"):
+        patch.setenv("QGALORE_CACHE", "~no-such-user")
+        cache_dir()
     with pytest.raises(UserError, match="no such file or directory"):
         load_tokenizer(str(tmp_path / "none"), "c4")
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):

@@ -1,26 +1,30 @@
 """Builders of `datasets`: one streamed `IterableDataset` of arrow tables a file, that ends where the file is damaged.
 
-Parquet, arrow and csv are read by the library's own builders. Lines have a builder of our own, because the library's
-loses what it was told about encodings where a file is compressed, takes a cut-off zstd file for a whole one and gives
-up a chunk for one bad byte: it hands out lines as bytes, whose array is the block that was read and the places of its
-line ends, so that a line that is skipped is never made.
+Parquet and arrow are read by the library's own builders. Lines have a builder of our own, because the library's loses
+what it was told about encodings where a file is compressed, takes a cut-off zstd file for a whole one and gives up a
+chunk for one bad byte: it hands out lines as bytes, whose array is the block that was read and the places of its line
+ends, so that a line that is skipped is never made. So has csv, because the library's gives up the rest of a file for
+one quote that is not closed.
 
 Builders are used without `load_dataset`, which would take `*` and `[` in a path for a pattern.
 """
 
-import contextlib
 import errno
 import functools
 import io
+import logging
 import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import IO, Any
 
 import numpy as np
 
-from peft_pretraining.data.sources.compression import DamagedError, compression_of, decompressed
+from peft_pretraining.data.sources.compression import DamagedError, compression_of, decompressed, unpacked_copy
+from peft_pretraining.data.sources.csv_records import Unclosed, find_delimiter, read_records
+from peft_pretraining.data.sources.plain_links import link_in, plain_link
 from peft_pretraining.errors import UserError
 
 # This module imports neither os nor pathlib: the library replaces them where a builder is defined.
@@ -30,16 +34,28 @@ _BLOCK_BYTES = 1 << 18
 """Lines become a table in blocks of at least so much."""
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
+LONGEST_PARAGRAPH_BYTES = 1 << 20
+"""A text without blank lines is divided at the first line end after so much, or it would be held whole by each lane."""
+_PARAGRAPHS = 8
+"""In the place of `_ROWS` for them."""
+_HEAD_BYTES = 1 << 16
+"""From so much of a csv file it is seen what stands between its fields."""
 TEXT = "text"
 """What a column of text is called; others have the type that their file gives them."""
+SEVERAL = "several columns of this name"
+"""In the place of the type of columns that a name does not tell apart."""
 
-_COLUMNAR = ("parquet", "arrow", "csv")
-_SEEKING = ("parquet", "arrow")
+_PREFIX = "qgalore-datasets-"
+"""Of temporary folders."""
+
+_COLUMNAR = ("parquet", "arrow")
 """Their readers jump in a file: a compressed one is decompressed into a temporary file first."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 _lock = threading.Lock()
+_scratch_folders: "list[tempfile.TemporaryDirectory[str]]" = []
+"""None, or the one there is."""
 
 
 class FileRows:
@@ -50,6 +66,8 @@ class FileRows:
         self.damage = ""
         self.end = 0
         """Rows that were passed over or handed out."""
+        self.lost: dict[int, str] = {}
+        """Why a row that was handed out as null is damaged."""
         self._place, self._format, self._column, self._unit, self._first = place, file_format, column, unit, first
 
     def tables(self) -> Iterator[tuple[int, Any]]:
@@ -60,48 +78,45 @@ class FileRows:
         except Exception as error:
             self.damage = self.damage or _damage(error, self._place)
             return
-        self.end = builder.first_row
-        for table in data.iter(batch_size=_ROWS):
+        self.end, self.lost = builder.first_row, builder.lost
+        for table in data.iter(batch_size=_PARAGRAPHS if self._unit == "paragraph" else _ROWS):
             column = table.column(self._column if self._format in _COLUMNAR else 0)
             begin, self.end = self.end, self.end + len(column)
             yield begin, column
         self.damage = self.damage or builder.damage
 
     def _unpacked_file(self, place: str) -> str:
-        """Name of a file with the content of a compressed one, up to its damage; it goes away with this object."""
-        with _lock:
-            folder = _scratch().name
-        self._unpacked = tempfile.NamedTemporaryFile(dir=folder)  # noqa: SIM115 - as long-lived as this object
-        try:
-            for piece in _content(place):
-                self._unpacked.write(piece)
-        except DamagedError as error:
-            self.damage = in_words(error)
-        self._unpacked.flush()
-        return self._unpacked.name
+        """Name of a file with the content of a compressed one, up to its damage; it is there as long as its users."""
+        self._unpacked = unpacked_copy(place)
+        name = self._unpacked.name(lambda: _content(place), _scratch())
+        self.damage = in_words(self._unpacked.damage) if self._unpacked.damage else ""
+        return name
 
     def _builder(self) -> Any:
         from datasets.data_files import DataFilesDict, DataFilesList
 
         place, settings = self._place, dict[str, Any]()
-        if self._format in _SEEKING and compression_of(place):
+        if self._format in _COLUMNAR and compression_of(place):
             place = self._unpacked_file(place)
+        elif self._format in _COLUMNAR and "::" in place and "://" not in place:
+            self._link = plain_link(place, _scratch())  # fsspec takes :: for the end of an address
+            place = link_in(self._link)
         if self._format == "parquet":
             import pyarrow.dataset as ds
 
             # Else it keeps what it has read up to the end of the file.
             scan = ds.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
             settings = {"columns": [self._column], "batch_size": _ROWS, "fragment_scan_options": scan}
-        elif self._format == "csv":
-            settings = _csv_settings(place, self._column)
-        with _lock:  # the library changes modules while a builder is made
-            builder = _classes()[self._format if self._format in _COLUMNAR else "text"](
+        # The library changes modules while a builder is made, and leaves a lock in its cache.
+        with _lock, tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as cache:
+            builder = _classes()["text" if self._format == "json" else self._format](
                 data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
                 config_id="stream",
-                cache_dir=_scratch().name,
+                cache_dir=cache,
                 **settings,
             )
         builder.unit, builder.column, builder.wanted_row = self._unit, self._column, self._first
+        builder.lost = {}
         return builder
 
 
@@ -122,33 +137,16 @@ def open_content(place: str) -> IO[bytes]:
     return io.BufferedReader(_Pieces(decompressed(_chunks(place), compression)))
 
 
-def in_words(error: BaseException) -> str:
-    """An error of a library in one line."""
+def in_words(error: BaseException | str) -> str:
+    """An error of a library, or its text, in one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def delimiter_of(place: str) -> str:
-    """What stands between the fields of a csv file."""
-    return "\t" if re.search(r"\.tsv(\.\w+)?$", place.lower()) else ","
-
-
-def _csv_settings(place: str, column: str) -> dict[str, Any]:
-    """Every value as it stands there: no numbers are guessed, and an empty field is an empty text."""
-    from datasets import Features, Value
-
-    return {
-        # Only this column, so that a row with too many fields is a row, too.
-        "usecols": [column],
-        # Else rows with one field more than the header have their columns moved by one.
-        "index_col": False,
-        "features": Features({column: Value("string")}),
-        "na_filter": False,
-        "chunksize": _ROWS,
-        "encoding": "utf-8-sig",
-        "encoding_errors": "replace",
-        "sep": delimiter_of(place),
-    }
+def delimiter_of(place: str, head: bytes) -> str:
+    """What stands between the fields of a csv file that begins with `head`."""
+    usual = "\t" if re.search(r"\.tsv(\.\w+)?$", place.lower()) else ","
+    return find_delimiter(head.decode("utf-8-sig", "replace"), usual)
 
 
 def _damage(error: Exception, place: str) -> str:
@@ -163,17 +161,25 @@ def _damage(error: Exception, place: str) -> str:
     return in_words(error)
 
 
-@functools.cache
-def _scratch() -> "tempfile.TemporaryDirectory[str]":
-    """Where the library's builders leave their lock; removed with the process."""
-    return tempfile.TemporaryDirectory(prefix="qgalore-datasets-")
+def remove_scratch() -> None:
+    """Remove what lies in temporary files, for a process that ends without an ordinary end, which does so itself."""
+    for folder in _scratch_folders:
+        folder.cleanup()
+
+
+def _scratch() -> str:
+    """A folder for copies and links, made for the first of them and removed with the process."""
+    with _lock:
+        if not _scratch_folders:
+            _scratch_folders.append(tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True))
+        return _scratch_folders[0].name
 
 
 class _Pieces(io.RawIOBase):
     """An iterator of bytes as a file."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._rest = pieces, b""
+        self._pieces, self._rest = pieces, memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -182,7 +188,7 @@ class _Pieces(io.RawIOBase):
         while not self._rest:
             if not (piece := next(self._pieces, b"")):
                 return 0
-            self._rest = piece
+            self._rest = memoryview(piece)
         taken, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)
@@ -236,17 +242,22 @@ _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
 
 
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What stands between empty lines, without them."""
-    pieces: list[bytes] = []
+    """What stands between blank lines, without them; at `LONGEST_PARAGRAPH_BYTES` a paragraph ends with its line.
+
+    Every block but the last ends with a line, so that a blank line is in one block.
+    """
+    begun: list[bytes] = []
+    size = 0
     for block in blocks:
-        block = block.replace(b"\r\n", b"\n")
-        pieces.append(block)
-        if b"\n\n" in block or block.startswith(b"\n"):
-            *found, rest = _BETWEEN_PARAGRAPHS.split(b"".join(pieces))
-            pieces = [rest]
-            yield [paragraph for paragraph in found if paragraph]
-    last = (part.strip(b"\n") for part in _BETWEEN_PARAGRAPHS.split(b"".join(pieces)))
-    yield [paragraph for paragraph in last if paragraph]
+        first, *others = _BETWEEN_PARAGRAPHS.split(block.replace(b"\r\n", b"\n"))
+        begun.append(first)
+        size += len(first)
+        if not others and size < LONGEST_PARAGRAPH_BYTES:
+            continue
+        *found, rest = [b"".join(begun), *(others or [b""])]
+        begun, size = [rest], len(rest)
+        yield [text for paragraph in found if (text := paragraph.strip(b"\n"))]
+    yield [text] if (text := b"".join(begun).strip(b"\n")) else []
 
 
 def _line_array(block: bytes) -> Any:
@@ -271,6 +282,72 @@ def _line_arrays(place: str, unit: str) -> Iterator[Any]:
             yield pa.array(paragraphs, pa.large_binary())
     else:
         yield pa.array([b"".join(blocks)], pa.large_binary())
+
+
+# ---- csv
+
+
+def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[str | None]]:
+    """The values of a column, at most `_ROWS` at a time; at damage of the bytes those before it, then the error.
+
+    A row that is damaged is None, and why is put into `lost` by its number. Raises ValueError for another column.
+    """
+    head, content = _begun(_content(place))
+    lines = io.TextIOWrapper(io.BufferedReader(_Pieces(content)), "utf-8-sig", "replace", newline="")
+    delimiter = delimiter_of(place, head)
+    records = read_records(lines, delimiter)
+    header = next(records, None)
+    if header is None:
+        return
+    if isinstance(header, Unclosed):
+        raise ValueError("a quote in its first line is not closed")
+    _check_column(dict.fromkeys(header, TEXT), column)
+    width = len(header)
+    at, number = header.index(column), 0
+    while True:
+        texts: list[str | None] = []
+        fault = None
+        try:
+            for record in islice(records, _ROWS):
+                if isinstance(record, Unclosed):
+                    lost[number] = str(record)
+                    texts.append(None)
+                elif any(map(str.strip, record[width:])):  # a text in which a delimiter stands is cut there
+                    sign = "tab" if delimiter == "\t" else delimiter
+                    lost[number] = (
+                        f"{len(record)} fields where the header has {width}: put text with a {sign} in quotes"
+                    )
+                    texts.append(None)
+                else:
+                    texts.append(record[at] if at < len(record) else "")
+                number += 1
+        except Exception as error:
+            fault = error
+        if texts:
+            yield texts
+        if fault:
+            raise fault
+        if not texts:
+            return
+
+
+def _begun(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """(the first 64 KiB or so, all pieces with these); what goes wrong is raised where it stands."""
+    first: list[bytes] = []
+    fault = None
+    try:
+        while sum(map(len, first)) < _HEAD_BYTES and (piece := next(pieces, b"")):
+            first.append(piece)
+    except Exception as error:
+        fault = error
+
+    def whole() -> Iterator[bytes]:
+        yield from first
+        if fault:
+            raise fault
+        yield from pieces
+
+    return b"".join(first), whole()
 
 
 # ---- the library's builders
@@ -300,12 +377,18 @@ def _types(schema: Any) -> dict[str, str]:
             return text(kind.value_type)
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
-    return {field.name: TEXT if text(field.type) else str(field.type) for field in schema}
+    found: dict[str, str] = {}
+    for field in schema:
+        kind = TEXT if text(field.type) else str(field.type)
+        found[field.name] = SEVERAL if field.name in found else kind
+    return found
 
 
 def _check_column(columns: dict[str, str], column: str) -> None:
     if column not in columns:
         raise ValueError(f"it has no column {column}, but {', '.join(columns)}")
+    if columns[column] == SEVERAL:
+        raise ValueError(f"it has several columns called {column}")
     if columns[column] not in (TEXT, "null"):
         raise ValueError(f"its column {column} holds {columns[column]}, not text")
 
@@ -326,6 +409,7 @@ class _EndsAtDamage:
     unit, column = "line", "text"
     wanted_row = 0
     first_row = 0
+    lost: dict[int, str]
 
     def _generate_tables(self, **arguments: Any) -> Iterator[Any]:
         try:
@@ -342,9 +426,10 @@ def _classes() -> dict[str, Any]:
     from datasets import ArrowBasedBuilder, DatasetInfo, SplitGenerator
     from datasets.builder import Key
     from datasets.packaged_modules.arrow.arrow import Arrow
-    from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.parquet.parquet import Parquet
-    from pandas.errors import EmptyDataError
+
+    for builder in (Arrow, Parquet):
+        logging.getLogger(builder.__module__).setLevel(logging.CRITICAL)  # what is damaged is said by who counts it
 
     class OneFile:
         def _split_generators(self, dl_manager: Any) -> list[Any]:
@@ -379,10 +464,13 @@ def _classes() -> dict[str, Any]:
         def _cast_table(self, pa_table: Any) -> Any:
             return pa_table.select([self.column])
 
-    class DecompressedCsv(OneFile, Csv):
-        def _generate_tables(self, files: list[str]) -> Iterator[Any]:
-            with open_content(files[0]) as file, contextlib.suppress(EmptyDataError):
-                yield from super()._generate_tables(files, [[file]])
+    class CsvColumn(OneFile, ArrowBasedBuilder):
+        def _info(self) -> Any:
+            return DatasetInfo()
 
-    bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": ArrowOfText, "csv": DecompressedCsv}
+        def _generate_tables(self, files: list[str]) -> Iterator[Any]:
+            for number, texts in enumerate(_csv_texts(files[0], self.column, self.lost)):
+                yield Key(0, number), pa.table({"text": pa.array(texts, pa.large_string())})
+
+    bases = {"text": LineBlocks, "parquet": ParquetFrom, "arrow": ArrowOfText, "csv": CsvColumn}
     return {name: type(base.__name__, (_EndsAtDamage, base), {}) for name, base in bases.items()}

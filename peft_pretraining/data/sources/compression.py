@@ -6,14 +6,24 @@ read; a file that ends inside a member is damaged, too, which a reader of stream
 
 import bz2
 import lzma
+import re
+import tempfile
+import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.errors import UserError
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bz2": b"BZh"}
+_HEADER = re.compile(
+    rb"(?P<gzip>\x1f\x8b\x08[\x00-\x1f])|(?P<zstd>\x28\xb5\x2f\xfd)|(?P<xz>\xfd7zXZ\x00\x00)"
+    rb"|(?P<bz2>BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90))"
+)
+"""What each begins with, beyond its magic: method and flags of gzip, flags of xz, the first block of bz2 or its end."""
 
 _PIECE_BYTES = 1 << 13
 """Decompressed at a time: what is lost with a damaged piece."""
@@ -28,6 +38,55 @@ class DamagedError(Exception):
 def compression_of(place: str) -> str:
     """gzip, zstd, xz or bz2 by the end of a name; "" for none."""
     return next((kind for suffix, kind in SUFFIXES.items() if place.lower().endswith(suffix)), "")
+
+
+def compression_seen(head: bytes) -> str:
+    """gzip, zstd, xz or bz2 by the first bytes of a file; "" for none, and for text whose first letters are theirs."""
+    found = _HEADER.match(head)
+    return str(found.lastgroup) if found else ""
+
+
+class UnpackedCopy:
+    """A temporary file with the content of a compressed one, up to its damage. It goes away with its last user."""
+
+    def __init__(self) -> None:
+        self.damage = ""
+        """Why the content ends before its end."""
+        self._name = ""
+        self._lock = threading.Lock()
+
+    def name(self, pieces: Callable[[], Iterator[bytes]], folder: str) -> str:
+        """Path of the file, made in `folder` by whoever asks first. Raises what opening and writing raise."""
+        with self._lock:
+            if not self._name:
+                self._name = self._written(pieces, folder)
+            return self._name
+
+    def _written(self, pieces: Callable[[], Iterator[bytes]], folder: str) -> str:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            remove = weakref.finalize(self, Path(file.name).unlink, missing_ok=True)
+            try:
+                file.writelines(pieces())
+            except DamagedError as error:
+                self.damage = str(error)
+            except BaseException:
+                remove()
+                raise
+        return file.name
+
+
+_copies: "weakref.WeakValueDictionary[object, UnpackedCopy]" = weakref.WeakValueDictionary()
+_copies_lock = threading.Lock()
+
+
+def unpacked_copy(place: str) -> UnpackedCopy:
+    """The one copy of a file in this process; another once the file is written anew."""
+    key: object = place
+    if "://" not in place:
+        found = Path(place).stat()
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    with _copies_lock:
+        return _copies.setdefault(key, UnpackedCopy())
 
 
 def decompressed(chunks: Iterable[bytes], compression: str) -> Iterator[bytes]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.sources.builders import TEXT, FileRows, in_words
+from peft_pretraining.data.sources.builders import SEVERAL, TEXT, FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage, Files
-from peft_pretraining.data.sources.file_heads import columns_of, what_is
+from peft_pretraining.data.sources.file_heads import NUMBER, columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.errors import UserError
 
 FORMATS = {
@@ -44,6 +45,15 @@ class DataFile:
     """json (lines of it), text, csv, parquet or arrow."""
     size: int
     """Bytes, as it lies there."""
+
+
+def bytes_in_words(count: float) -> str:
+    """Such as 3.2 MB, in powers of a thousand."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def format_of(name: str) -> str:
@@ -81,6 +91,16 @@ class FileShards:
             chosen += repr(("unit", self.unit))
         return hashlib.sha256(chosen.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
+    def describe(self) -> str:
+        """See `documents.DescribedSource`."""
+        endings = sorted({"".join(Path(file.place).suffixes[-2:]) or file.format for file in self.files})
+        sizes = [file.size for file in self.files]
+        size = "" if min(sizes) < 0 else f", {bytes_in_words(sum(sizes))}"
+        what = f"a document a {self.unit}" if self.files[0].format == "text" else f"field {self.column}"
+        if self.files[0].format == "text" and self.unit == "file":
+            what = "each a document"
+        return f"{self.name}: {len(self.files)} file{'s' * (len(self.files) > 1)} ({', '.join(endings)}{size}), {what}"
+
     def file_list(self) -> Files | None:
         """See `documents.FileSource.file_list`; a folder may be moved."""
         places = [Path(file.place) for file in self.files]
@@ -88,7 +108,8 @@ class FileShards:
             return None
         common = os.path.commonpath([place.parent for place in places])
         names = tuple(os.path.relpath(place, common) for place in places)
-        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}")
+        local = tuple(file.place for file in self.files if "://" not in file.place)
+        return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}", local)
 
     def stamp(self) -> str:
         """See `documents.LocalSource.stamp`; the commit says it of files on the hub."""
@@ -125,7 +146,7 @@ def read_file(
         if begin >= rows.end:
             continue
         for number, value in zip(range(begin, rows.end, step), values_of(values, begin - row, step), strict=True):
-            text = text_of(value)
+            text = _NoText(rows.lost[number]) if number in rows.lost else text_of(value)
             yield text if isinstance(text, str) else Damage(f"{file.place} {word} {number + 1}", text.reason)
     # Damage before `first` was reported by whoever read that far.
     if rows.damage and rows.end >= first and (rows.end - first) % step == 0:
@@ -230,7 +251,11 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
     name = wanted or ("text" if "text" in columns else "")
     if name and name not in columns:
         raise UserError(f"{where} has no {word} {name} (--text_column). It has: {listed}.")
-    if name and columns[name] not in (TEXT, "null"):
+    if name and columns[name] == SEVERAL:
+        raise UserError(
+            f"{where} has several {word}s called {name}: rename all but one, or choose another with --text_column."
+        )
+    if name and columns[name] not in (TEXT, "null", NUMBER):  # numbers of csv may be followed by text
         other = f"; text is in {', '.join(texts)} (--text_column)" if texts else ""
         raise UserError(f"{where}: its {word} {name} holds {columns[name]}, not text{other}.")
     if name or len(texts) == 1:
@@ -243,17 +268,31 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
     raise UserError(f"{where} has no {word} of text. It has: {listed}.")
 
 
+def _say_what_has_no_effect(dataset: str, are_text: set[bool], options: SourceOptions) -> None:
+    if options.text_column and are_text == {True}:
+        say_once(f"--text_column {options.text_column} has no effect: --dataset {dataset} is text without columns")
+    if options.text_unit != "line" and are_text == {False}:
+        say_once(
+            f"--text_unit {options.text_unit} has no effect: --dataset {dataset} is no plain text, and has a document "
+            "in each line or row"
+        )
+
+
 def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options: SourceOptions) -> FileShards:
     """The source of files that were chosen, whose text column is looked for in the first that can be read.
 
     Raises UserError if none can be read, or holds what its name does not say.
     """
-    reason = "it is empty"
+    reason, wrong = "it is empty", list[UserError]()
     for file in files:
         if file.size == 0:
             continue
         try:
-            check_content(dataset, file)
+            try:
+                check_content(dataset, file)
+            except UserError as error:  # among others that are right it is damage
+                wrong.append(error)
+                continue
             if file.format != "text" and not columns_of(file.place, file.format):
                 reason = f"{file.place} holds nothing, as far as its beginning tells"
                 continue
@@ -263,5 +302,8 @@ def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options
         except (OSError, ValueError) as error:
             reason = f"{file.place} cannot be read ({in_words(error)})"
             continue
+        _say_what_has_no_effect(dataset, {each.format == "text" for each in files}, options)
         return FileShards(dataset, files, identity, column, options.text_unit)
+    if wrong:
+        raise wrong[0]
     raise UserError(f"--dataset {dataset}: it has no file that can be read: {reason}.")

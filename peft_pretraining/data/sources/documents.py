@@ -8,9 +8,15 @@ them on: with fewer shards than lanes several lanes share a shard.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, TypeGuard, runtime_checkable
+
+_HEAD_BYTES = 1 << 14
+_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,31 @@ class Files:
     """Bytes of each."""
     settings: str = ""
     """What else decides what is read from them, such as the name of a column."""
+    places: tuple[str, ...] = ()
+    """Their paths, if they lie on this machine."""
+    heads: tuple[str, ...] = ()
+    """Of each of these a hash of its first and last 16 KiB, or "" if it cannot be read; from `with_heads` alone."""
+
+    def with_heads(self) -> "Files":
+        """The same with `heads`: a file that was changed to the same size is told by it. Reads at most 32 KiB of each
+        file on this machine, of about 8,000 in a second; those elsewhere have none."""
+        with ThreadPoolExecutor(_READERS) as readers:
+            return replace(self, heads=tuple(readers.map(_head_of, self.places)))
 
     def identity(self) -> str:
-        """Hash of everything but the sizes: equal for a file and what it is replaced with."""
+        """Hash of names and settings: equal for a file and what it is replaced with."""
         return hashlib.sha256(repr((self.names, self.settings)).encode()).hexdigest()[:16]
+
+
+def _head_of(place: str) -> str:
+    try:
+        with Path(place).open("rb") as file:
+            digest = hashlib.blake2b(file.read(_HEAD_BYTES), digest_size=8)
+            file.seek(max(_HEAD_BYTES, file.seek(0, os.SEEK_END) - _HEAD_BYTES))
+            digest.update(file.read(_HEAD_BYTES))
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 @runtime_checkable
@@ -86,6 +113,19 @@ def revision_of(source: object) -> str:
     return source.revision if isinstance(source, PinnedSource) else ""
 
 
+@runtime_checkable
+class DescribedSource(Source, Protocol):
+    """A source that can say what it reads."""
+
+    def describe(self) -> str:
+        """A phrase for people: its name, and which files, field or documents that is."""
+
+
+def describe_source(source: Source) -> str:
+    """A phrase for people; its name alone where it knows no better."""
+    return source.describe() if isinstance(source, DescribedSource) else source.name
+
+
 def files_of(source: Source) -> Files | None:
     """The files of a source that knows them."""
     return source.file_list() if isinstance(source, FileSource) else None
@@ -116,6 +156,10 @@ class MemorySource:
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`; document i lies in shard i mod `shards`."""
         yield from self.documents[shard :: self.shards][part + start * slices :: slices]
+
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return f"{self.name}: {len(self.documents):,} documents"
 
     def fingerprint(self) -> str:
         """Hash of all texts."""

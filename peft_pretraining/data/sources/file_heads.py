@@ -1,7 +1,6 @@
 """What a file is by its first bytes, when that is not what its name says; what columns it has."""
 
 import contextlib
-import csv
 import io
 import json
 from collections.abc import Iterator
@@ -15,20 +14,24 @@ from peft_pretraining.data.sources.builders import (
     open_binary,
     open_content,
 )
-from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of
+from peft_pretraining.data.sources.compression import MAGIC, DamagedError, compression_of, compression_seen
+from peft_pretraining.data.sources.csv_records import Unclosed, read_records
 
 _HEAD_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 1 << 26
 _BINARY_MAGIC = {
-    b"PAR1": "a parquet file",
-    b"ARROW1": "an arrow file",
+    b"ARROW1\0\0": "an arrow file",
     b"\xff\xff\xff\xff": "an arrow file",
-    b"PK\x03\x04": "a zip archive",
+    b"PK\x03\x04": "a zip archive (unpack it first)",
     b"%PDF": "a PDF document",
+    b"\x93NUMPY": "a NumPy array (if it holds token ids, write them with array.astype('<u4').tofile('train.uint32'))",
     b"\xff\xfe": "text in UTF-16 (convert it to UTF-8)",
     b"\xfe\xff": "text in UTF-16 (convert it to UTF-8)",
 }
 _HAS_MAGIC = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
+_COMPARED_RECORDS = 50
+NUMBER = "number"
+"""The type of a column of csv that has nothing else in its first records."""
 _LFS = b"version https://git-lfs"
 
 
@@ -41,11 +44,12 @@ def what_is(place: str, file_format: str) -> str:
     compression = compression_of(place)
     with open_binary(place) as file:
         raw = file.read(_HEAD_BYTES)
-    packed = next((kind for magic, kind in MAGIC.items() if raw.startswith(magic)), "")
+    packed = compression_seen(raw)
     if not raw.strip(b"\0"):
-        return ""
+        # Lines of it are damage; a decompressor would pass it over.
+        return "nothing but zero bytes, as a crash can leave them" if raw and compression else ""
     if compression:
-        if packed == compression:
+        if raw.startswith(MAGIC[compression]):  # a header that is damaged is left to reading, too
             return _unexpected(_head(place), file_format)
         if packed:
             return f"compressed with {packed}"
@@ -58,12 +62,19 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
     if file_format in _HAS_MAGIC:
         return columns_of_table(place, file_format)
     if file_format == "csv":
-        head = _head(place).decode("utf-8-sig", "replace")
-        rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter_of(place))
-        try:
-            return dict.fromkeys(next(filter(None, rows), []), TEXT)
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
+        head = _head(place)
+        lines = io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
+        records = read_records(lines, delimiter_of(place, head))
+        header = next(records, [])
+        if isinstance(header, Unclosed):
+            raise ValueError("a quote in its first line is not closed")
+        columns = dict.fromkeys(header, TEXT)
+        rows = [row for row in islice(records, _COMPARED_RECORDS) if isinstance(row, list)]
+        for i, name in enumerate(header):
+            values = [row[i] for row in rows if len(row) > i and row[i].strip()]
+            if values and all(map(_is_number, values)):
+                columns[name] = NUMBER
+        return columns
     found: dict[str, str] = {}
     for item in _objects(_head(place, whole_line=True)):
         for key, value in item.items():
@@ -74,6 +85,14 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
             else:
                 found.setdefault(key, "null")
     return found
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _head(place: str, whole_line: bool = False) -> bytes:
@@ -109,16 +128,26 @@ def _unexpected(head: bytes, file_format: str) -> str:
         return "" if head.startswith(_HAS_MAGIC[file_format]) else _in_general(head)
     if file_format != "json":
         found = _in_general(head)
-        return found if found not in _TEXTS and not (file_format == "text" and found in _MARKUP) else ""
+        if found not in _TEXTS and not (file_format == "text" and found in _MARKUP):
+            return found
+        return _OTHER_ENCODING if _is_in_another_encoding(head) else ""
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not _spread_out(first) and next(_objects(head), None) is not None:
-        return ""
+        return _OTHER_ENCODING if _is_in_another_encoding(head) else ""
     if first.startswith(b"{") and b"\n" not in first.rstrip():
         return ""  # one long line, perhaps a damaged one
     return _in_general(head)
 
 
-_TEXTS = ("plain text", "a JSON array, not a JSON object a line", "a JSON object over several lines", "JSON lines")
+_FEWEST_WRONG_BYTES = 8
+_TEXT_BYTES_PER_NUL = 1000
+_OTHER_ENCODING = "text that is not in UTF-8 (convert it, as with iconv -f WINDOWS-1252 -t UTF-8)"
+_TEXTS = (
+    "plain text",
+    "a JSON array, not a JSON object a line (jq -c '.[]' FILE makes such lines of it)",
+    "a JSON object over several lines",
+    "JSON lines",
+)
 _MARKUP = ("an HTML page",)
 
 
@@ -134,6 +163,8 @@ def _in_general(head: bytes) -> str:
     for magic, name in _BINARY_MAGIC.items():
         if head.startswith(magic):
             return name
+    if head.startswith(_HAS_MAGIC["parquet"]) and b"\0" in head:  # letters, with which a text may begin
+        return "a parquet file"
     if first[:200].lower().startswith((b"<!doctype html", b"<html")):
         return _MARKUP[0]
     if not _spread_out(first) and next(_objects(head), None) is not None:
@@ -142,7 +173,21 @@ def _in_general(head: bytes) -> str:
         return _TEXTS[1]
     if first.startswith(b"{"):
         return _TEXTS[2]
-    return "binary data" if b"\0" in head else _TEXTS[0]
+    if head[257:262] == b"ustar":
+        return "a tar archive (unpack it first)"
+    return "binary data" if _is_binary(head) else _TEXTS[0]
+
+
+def _is_binary(head: bytes) -> bool:
+    """Whether there are several NUL bytes; a few in a long text are damage of it."""
+    return (nulls := head.count(b"\0")) > 1 and nulls * _TEXT_BYTES_PER_NUL > len(head)
+
+
+def _is_in_another_encoding(head: bytes) -> bool:
+    """Whether most of what is not ASCII is no UTF-8; a few damaged bytes in a text are not that."""
+    text = head[:-3].decode("utf-8", "replace")  # the last character may be cut
+    wrong = text.count("\ufffd") - head.count("\ufffd".encode())
+    return wrong >= _FEWEST_WRONG_BYTES and wrong > sum(not character.isascii() for character in text) / 2
 
 
 def why_unreadable(place: str) -> str:

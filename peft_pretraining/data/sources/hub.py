@@ -84,6 +84,10 @@ class HubSource:
         """Number of files."""
         return self.documents.shards
 
+    def describe(self) -> str:
+        """See `DescribedSource`."""
+        return self.documents.describe()
+
     def file_list(self) -> Files | None:
         """See `FileSource.file_list`; None for the files of C4, whose sizes are not asked for."""
         files = self.documents.file_list()

@@ -70,9 +70,9 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class OwnBPE:
-    """A byte-level BPE that is trained once on the training documents of a data set, and cached under their hash.
+    """A byte-level BPE that is trained once on the first training documents of a data set, and cached under their hash.
 
-    All documents are held in memory for it.
+    As --tokenizer train:N trains one (`data.tokenizers.training`): the documents are read twice, never held together.
     """
 
     name: str

@@ -1,12 +1,12 @@
 """`--dataset FOLDER`, a glob or a file: text in any of the usual formats, read where it lies.
 
 The splits come from the names of files and folders (see `split_names`). Files that name no split are for training,
-unless others name train: then they are left out, which is said. Test files are read only when a flag names them. Hidden
-files and what only describes data are no data. Of several formats in a split the commonest is read, and that is said.
+unless others name train: then they are left out, which is said. Test files are read only when a flag names them, which
+is said, too. Hidden files and what only describes data are no data. Of several formats in a split that with most bytes
+is read, and of several links to one file one; both are said.
 """
 
 import filecmp
-import functools
 import glob
 import logging
 import os
@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
@@ -21,15 +22,22 @@ from peft_pretraining.data.sources.data_files import (
     IN_WORDS,
     DataFile,
     FileShards,
+    bytes_in_words,
     check_content,
     format_of,
     open_files,
+    read_file,
 )
+from peft_pretraining.data.sources.documents import is_text
 from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
 
+_COMPARED_FILES, _SAME_DOCUMENTS, _FIRST_PLACES = 64, 5, 200
+_FEW = 8
+"""A file in so many that is not what its name says is damage; more are a mistake."""
 _ABOUT = re.compile(r"(?i)(readme|licen[cs]e|copying|notice|changelog|requirements)([-._]\w+)*\.txt")
 _ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json", "state.json"}
 
@@ -80,7 +88,10 @@ def open_local(dataset: str, split: str, options: SourceOptions) -> FileShards |
     if not (paths := chosen[split]):
         return None
     _check_apart(dataset, listed.root, chosen["train"], chosen["validation"])
-    return _open_listed(dataset, _Listed(listed.root, tuple(paths)), options)
+    opened = _open_listed(dataset, _Listed(listed.root, tuple(paths)), options)
+    if split == "validation":
+        _check_beginnings(dataset, opened, [listed.file(path) for path in chosen["train"]])
+    return opened
 
 
 def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> FileShards | None:
@@ -90,7 +101,15 @@ def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> 
         raise UserError(f"{flag} {name}: --dataset {dataset} is a single file and has no splits; give its folder.")
     if not format_of(path.name):
         raise UserError(f"--dataset {dataset} does not end like a file of text ({IN_WORDS}){_looks_like(path)}.")
-    return None if split == "validation" else _open_listed(dataset, _Listed(path.parent, (path.name,)), options)
+    if split == "validation":
+        return None
+    beside = (other.name for other in sorted(path.parent.iterdir()) if other.name != path.name and is_data(other))
+    if held_out := next((name for name in beside if splits_named(name) == {"validation"}), None):
+        say_once(
+            f"--dataset {dataset} is a single file, and {held_out} beside it is not read: to evaluate on that, give "
+            "their folder"
+        )
+    return _open_listed(dataset, _Listed(path.parent, (path.name,)), options)
 
 
 def _looks_like(path: Path) -> str:
@@ -102,15 +121,20 @@ def _looks_like(path: Path) -> str:
 
 def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileShards:
     files = tuple(map(listed.file, listed.paths))
-    unreadable = []
+    unreadable, others = [], []
     for file in files:
         try:
             check_content(dataset, file)
         except OSError as error:
             unreadable.append((file.place, error.strerror))
+        except UserError as error:
+            others.append(error)
+            unreadable.append((file.place, f"it is {what_is(file.place, file.format)}"))
+    if others and len(others) * _FEW >= len(files):
+        raise others[0]
     if unreadable and len(unreadable) < len(files):
         place, reason = unreadable[0]
-        _say_once(
+        say_once(
             f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
             f"places, such as {place} ({reason})"
         )
@@ -128,9 +152,15 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
 def _list_folder(dataset: str, folder: Path) -> _Listed:
     if any((folder / "en").glob("c4-*.json*")):
         folder = folder / "en"  # C4's English part, beside which may lie its others
-    found = sorted(path for path in _walk(folder) if _is_data(folder / path))
+    walked = list(_walk(folder))
+    found = sorted(path for path in walked if is_data(folder / path))
+    if lost := [path for path in walked if format_of(path) and not (folder / path).exists()]:
+        say_once(f"--dataset {dataset}: {sorted(lost)[0]} is a link to a file that is not there, and is left out")
     if not found:
-        raise UserError(f"--dataset {dataset}: there is no file of text in this folder ({IN_WORDS}).")
+        others = sorted({Path(path).suffix or "no ending" for path in _walk(folder)})
+        there = f"; there are files of {', '.join(others[:5])}" if others else ""
+        advice = ": plain text needs the ending .txt" if {".md", ".text", ".rst"} & {*others} else ""
+        raise UserError(f"--dataset {dataset}: there is no file of text in this folder ({IN_WORDS}){there}{advice}.")
     return _Listed(folder, tuple(found))
 
 
@@ -152,16 +182,17 @@ def _walk(folder: Path) -> Iterator[str]:
 def _list_glob(dataset: str, pattern: Path) -> _Listed:
     if not glob.has_magic(str(pattern)):
         raise UserError(f"--dataset {dataset}: there is no such file.")
+    root, rest = _split_pattern(pattern)
     # Path.glob would match hidden files, too.
-    matched = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
-    parts = pattern.parts
-    root = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    found = {Path(path).relative_to(root) for path in matched if _is_data(Path(path))}
-    if files := sorted(path.as_posix() for path in found if not _special(path, parts)):
+    matched = [root / path for path in glob.glob(rest, root_dir=root, recursive=True)]  # noqa: PTH207
+    found = {path.relative_to(root) for path in matched if is_data(path)}
+    if files := sorted(path.as_posix() for path in found if not _special(path, pattern.parts)):
         return _Listed(root, tuple(files))
     if not matched:
-        raise UserError(f"--dataset {dataset}: no file matches this pattern.")
-    if all(map(os.path.isdir, matched)):
+        there = sorted(path.name for path in root.iterdir())[:5] if root.is_dir() else []
+        holds = f"{root} holds {', '.join(there)}" if there else f"there is no folder {root}, or nothing in it"
+        raise UserError(f"--dataset {dataset}: no file matches this pattern; {holds}.")
+    if all(path.is_dir() for path in matched):
         raise UserError(
             f"--dataset {dataset}: only folders match this pattern; for the files in them write {dataset}/**."
         )
@@ -171,12 +202,22 @@ def _list_glob(dataset: str, pattern: Path) -> _Listed:
     )
 
 
+def _split_pattern(pattern: Path) -> tuple[Path, str]:
+    """(the folder from which files are looked for, the pattern below it); a folder may have the signs in its name."""
+    root = Path()
+    for number, part in enumerate(pattern.parts):
+        if glob.has_magic(part) and not (root / part).is_dir():
+            return root, str(Path(*pattern.parts[number:]))
+        root /= part
+    return root.parent, glob.escape(root.name)
+
+
 def _special(path: Path, asked: tuple[str, ...]) -> bool:
     """Whether a file lies in a folder such as __pycache__ that the pattern does not name."""
     return any(part.startswith("__") and part not in asked for part in path.parent.parts)
 
 
-def _is_data(path: Path) -> bool:
+def is_data(path: Path) -> bool:
     """A file of documents: not hidden, and not one that describes a data set or another file."""
     name = path.name
     about = name in _ABOUT_DATA or _ABOUT.fullmatch(name)
@@ -205,7 +246,7 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     unnamed = [path for path in listed.paths if not splits_named(path)]
     if split == "train":
         if paths and unnamed:
-            _say_once(
+            say_once(
                 f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
                 "left out, because others are called train"
             )
@@ -216,7 +257,19 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
                 f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
                 "Choose one with --train_split."
             )
+        _say_what_is_for_tests(dataset, listed, options.validation_split)
     return _of_one_format(dataset, split, listed.root, paths) if paths else []
+
+
+def _say_what_is_for_tests(dataset: str, listed: _Listed, evaluated: str) -> None:
+    tests = [
+        path for path in listed.paths if splits_named(path) == {"test"} and not (evaluated and named(path, evaluated))
+    ]
+    if tests:
+        say_once(
+            f"--dataset {dataset}: {_files(len(tests))} called test, such as {tests[0]}, left unread; "
+            "--validation_split test evaluates on what is called so"
+        )
 
 
 def _splits_in_words(listed: _Listed) -> str:
@@ -229,21 +282,40 @@ def _files(count: int) -> str:
 
 
 def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> list[str]:
-    """The files of the commonest format; of equally common ones that with more bytes."""
+    """The files of the format with most bytes, each of them once."""
     by_suffix: dict[str, list[str]] = {}
-    for path in paths:
+    for path in _without_links(dataset, root, paths):
         by_suffix.setdefault(_suffix(path), []).append(path)
     sizes = {suffix: sum((root / path).stat().st_size for path in group) for suffix, group in by_suffix.items()}
-    taken = max(by_suffix, key=lambda suffix: (len(by_suffix[suffix]), sizes[suffix], suffix))
+    taken = max(by_suffix, key=lambda suffix: (sizes[suffix], len(by_suffix[suffix]), suffix))
     if len(by_suffix) > 1:
-        others = " and ".join(
-            f"{_files(len(group))} of {suffix}" for suffix, group in sorted(by_suffix.items()) if suffix != taken
-        )
-        _say_once(
-            f"--dataset {dataset}: for {split} the {_files(len(by_suffix[taken]))} of {taken} are read, and "
-            f"{others} are left out"
+        left = next(suffix for suffix in sorted(by_suffix) if suffix != taken)
+        listed = {
+            suffix: f"{_files(len(group))} of {suffix} ({bytes_in_words(sizes[suffix])})"
+            for suffix, group in sorted(by_suffix.items())
+        }
+        say_once(
+            f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
+            f"are left out: to read those, give them by a pattern such as '*{left}'"
         )
     return _each_once(dataset, by_suffix[taken])
+
+
+def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:
+    """Of paths that are links to one file, or that file and links to it, the first."""
+    first: dict[object, str] = {}
+    again = [(path, kept) for path in paths if (kept := first.setdefault(_key(root / path), path)) != path]
+    if again:
+        path, kept = again[0]
+        more = f", and so are {len(again) - 1} more" if len(again) > 1 else ""
+        say_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
+    return list(first.values())
+
+
+def _key(path: Path) -> object:
+    """What all links to a file have in common."""
+    found = path.stat()
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _each_once(dataset: str, paths: list[str]) -> list[str]:
@@ -253,7 +325,7 @@ def _each_once(dataset: str, paths: list[str]) -> list[str]:
         kept.setdefault(_decompressed_name(path), path)
     if len(kept) < len(paths):
         left = next(path for path in paths if path not in kept.values())
-        _say_once(
+        say_once(
             f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
             f"{kept[_decompressed_name(left)]} and not {left}"
         )
@@ -272,12 +344,30 @@ def _decompressed_name(path: str) -> str:
     return path
 
 
+def _check_beginnings(dataset: str, validation: FileShards, train: list[DataFile]) -> None:
+    """Raise UserError if a validation file begins with the documents of a training file, in whatever format."""
+
+    def beginning(file: DataFile) -> tuple[str, ...]:
+        places = islice(read_file(file, validation.column, validation.unit), _FIRST_PLACES)
+        texts = tuple(islice(filter(is_text, places), _SAME_DOCUMENTS))
+        return texts if len(texts) == _SAME_DOCUMENTS else ()
+
+    of_training = {texts: file for file in train[:_COMPARED_FILES] if (texts := beginning(file))}
+    for file in validation.files[:_COMPARED_FILES]:
+        if other := of_training.get(beginning(file)):
+            raise UserError(
+                f"--dataset {dataset}: {file.place} of the validation split begins with the same documents as "
+                f"{other.place} of the training split: perplexity would be measured on text that was trained on. "
+                "Remove one of them."
+            )
+
+
 def _check_apart(dataset: str, root: Path, train: list[str], validation: list[str]) -> None:
     """Raise UserError if a file is in both splits, by its path or as a copy of the same name."""
     by_name: dict[str, list[str]] = {}
-    real = {os.path.realpath(root / path): path for path in train}
+    real = {_key(root / path): path for path in train}
     for path in validation:
-        if (other := real.get(os.path.realpath(root / path), path)) != path:
+        if (other := real.get(_key(root / path), path)) != path:
             raise UserError(
                 f"--dataset {dataset}: {path} of the validation split is a link to {other} of the training split: "
                 "perplexity would be measured on text that was trained on."
@@ -294,8 +384,3 @@ def _check_apart(dataset: str, root: Path, train: list[str], validation: list[st
                     f"--dataset {dataset}: {path} is in the validation split and in the training split"
                     f"{same}: perplexity would be measured on text that was trained on."
                 )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    _logger.warning("%s", message)

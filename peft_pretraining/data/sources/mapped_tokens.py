@@ -53,6 +53,10 @@ class TokenFiles:
         """Over all files."""
         return sum(len(file.ids) for file in self.files)
 
+    def describe(self) -> str:
+        """What it is, for people."""
+        return f"{self.name}: {len(self.files)} file{'s' * (len(self.files) > 1)} of {self.tokens:,} token ids"
+
     def fingerprint(self) -> str:
         """Hash of names, lengths and the first ids of each file."""
         parts = [(file.path.name, len(file.ids), file.ids[:1024].tobytes()) for file in self.files]

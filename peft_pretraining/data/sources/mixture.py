@@ -9,12 +9,13 @@ gives its share of --eval_tokens.
 
 import glob
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_pretraining.data.held_out import HeldOut, WithoutHeldOut, open_split, open_splits
-from peft_pretraining.data.sources.documents import Damage, Share, Source
+from peft_pretraining.data.sources.documents import Damage, Share, Source, files_of
 from peft_pretraining.data.sources.kind import DatasetKind, SourceOptions, Splits, TextKind, TokenKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture, fingerprint_of_shares
 from peft_pretraining.data.sources.registry import find_kind
@@ -86,6 +87,7 @@ class MixtureKind(TextKind):
             for split, source in open_splits(name, options)._asdict().items():
                 assert source is not None and not isinstance(source, TokenFiles | TokenMixture)
                 shares[split].append(Share(source, weight))
+        _refuse_same_files(dataset, shares["train"])
         # What one source holds out may stand in another, too.
         sources = [share.source for share in shares["train"]]
         held_out = [each for source in sources if isinstance(source, WithoutHeldOut) for each in source.held_out]
@@ -156,6 +158,20 @@ def _refuse_twice(dataset: str, names: list[str]) -> None:
                 f"--dataset {dataset}: it names {both} twice: give each source once, with the sum of its weights"
             )
         seen[key] = name
+
+
+def _refuse_same_files(dataset: str, shares: Sequence[Share]) -> None:
+    """Raise UserError if two sources read the same file, such as a folder and a pattern for what is in it."""
+    seen: dict[str, str] = {}
+    for share in shares:
+        files = files_of(share.source)
+        for place in files.places if files else ():
+            other = seen.setdefault(os.path.realpath(place), share.source.name)
+            if other != share.source.name:
+                raise UserError(
+                    f"--dataset {dataset}: {other} and {share.source.name} both read {place}: give each file once, "
+                    "with the sum of its weights"
+                )
 
 
 def _weight(text: str) -> float | None:

@@ -2,12 +2,20 @@
 
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources.documents import Source
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, DatasetKind, OwnBPE, SourceOptions, TextKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.errors import UserError
+
+_HUB_ADDRESS = re.compile(
+    r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)datasets/(?P<name>[^/?#@]+.*)", re.IGNORECASE
+)
+_HUB_PAGES = ("tree", "viewer", "blob", "resolve", "raw", "discussions", "commits", "main")
+_SHOWN_CHARS = 100
 
 
 def kinds() -> list[DatasetKind]:
@@ -34,10 +42,39 @@ def find_kind(dataset: str) -> DatasetKind:
         if kind.name and kind.name == dataset:
             return kind
     for kind in sorted(found, key=lambda kind: kind.precedence):
-        if kind.recognises(dataset):
-            return kind.of(dataset)
+        try:
+            if kind.precedence >= 0:  # of a mixture each part is looked at
+                _refuse_address(dataset)
+            if kind.recognises(dataset):
+                return kind.of(dataset)
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # of the system: too long a name, no such home
+            shown = (
+                dataset if len(dataset) <= _SHOWN_CHARS else f"{dataset[:_SHOWN_CHARS]}... ({len(dataset)} characters)"
+            )
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--dataset {shown} cannot be looked up ({reason}): give {in_words(found)}") from error
     names = " nor ".join(kind.name for kind in found if kind.name)
     raise UserError(f"--dataset {dataset} is neither {names} nor a file or folder that exists: give {in_words(found)}")
+
+
+def _refuse_address(dataset: str) -> None:
+    """Raise UserError that says what to give instead, if this is the address of something."""
+    on_hub = _HUB_ADDRESS.match(dataset)
+    if on_hub and not Path(dataset).exists():
+        first, *rest = re.split("[/?#@]", on_hub["name"])
+        name = f"{first}/{rest[0]}" if rest and rest[0] and rest[0] not in _HUB_PAGES else first
+        raise UserError(f"--dataset {dataset} is an address of the hub: give the name alone, --dataset {name}")
+    scheme, found, path = dataset.partition("://")
+    if not found or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return
+    if scheme == "file":
+        raise UserError(f"--dataset {dataset} is an address: give the path alone, --dataset {path}")
+    raise UserError(
+        f"--dataset {dataset} is an address, and nothing is read from {scheme}:// during a run: download it and give "
+        "the file or folder, or give the name of a data set on the Hugging Face hub (ORGANISATION/NAME)"
+    )
 
 
 def open_dataset(

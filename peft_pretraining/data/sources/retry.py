@@ -61,6 +61,8 @@ class Reading:
     """Set to end a pause between two tries at once."""
     endpoint: str | None = None
     """Address of the hub; None: that of HF_ENDPOINT."""
+    answered: bool = False
+    """Whether anybody has answered yet: before that nobody is waited for as long."""
     failure: UserError | None = None
     """The error that ended reading a file, in case a library between here and the reader has swallowed it."""
 
@@ -85,6 +87,14 @@ class Reading:
         raise self.error(
             f"{what} could not be read after {attempts} tries ({reason}). Check the network and resume with "
             "--continue_from auto, or give a downloaded folder as --dataset."
+        )
+
+    def unreachable(self, endpoint: str, error: Exception) -> UserError:
+        """The sentence where nobody answers at the start."""
+        return self.error(
+            f"the hub ({endpoint}) cannot be reached ({error}). Check the network and HF_ENDPOINT. Without a network, "
+            "--dataset pydocs needs no download, and a folder of files that were downloaded before can be given as "
+            "--dataset."
         )
 
     def error(self, what: str) -> UserError:

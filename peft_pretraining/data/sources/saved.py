@@ -7,6 +7,7 @@ written.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from peft_pretraining.data.sources.builders import TEXT, in_words
 from peft_pretraining.data.sources.data_files import plain_text, stamp_of, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
+from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import WORDS
+from peft_pretraining.data.waiting import with_progress
 from peft_pretraining.errors import UserError
 
 _SPLITS = "dataset_dict.json"
@@ -43,6 +46,7 @@ class SavedDataset(TextKind):
             return None
         if chosen["train"] == chosen["validation"]:
             raise UserError(f"--train_split and --validation_split of --dataset {dataset} are the same: {place.name}.")
+        _say_what_is_for_tests(dataset, folder, options)
         return _open_rows(dataset, place, options)
 
 
@@ -71,6 +75,11 @@ class SavedRows:
     def fingerprint(self) -> str:
         """Hash of the files' names and numbers of rows, of the column, and of what the library knows the content by."""
         return hashlib.sha256(repr((self.files, self.column, self.written)).encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """See `documents.DescribedSource`."""
+        rows = sum(count for *_, count in self.files)
+        return f"{self.name}: {rows:,} rows as save_to_disk wrote them, column {self.column}"
 
     def stamp(self) -> str:
         """See `documents.LocalSource.stamp`."""
@@ -103,6 +112,14 @@ def _split_folder(dataset: str, folder: Path, split: str, options: SourceOptions
     return None
 
 
+def _say_what_is_for_tests(dataset: str, folder: Path, options: SourceOptions) -> None:
+    if options.train_split or options.validation_split or not (folder / _SPLITS).is_file():
+        return
+    there = _read_list(dataset, folder / _SPLITS, "splits")
+    if name := next((name for name in WORDS["test"] if name in there), ""):
+        say_once(f"--dataset {dataset}: its split {name} is left unread; --validation_split {name} evaluates on it")
+
+
 def _read_list(dataset: str, path: Path, key: str) -> list[Any]:
     """A list in one of the library's JSON files. Raises UserError."""
     try:
@@ -121,8 +138,10 @@ def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
     if not names:
         raise UserError(f"--dataset {dataset}: {folder} has no rows.")
     try:
-        rows = Dataset.load_from_disk(str(folder))
-        counts = [len(Dataset.from_file(str(folder / name))) for name in names]
+        with _without_bars():  # the one below is of the same files
+            rows = Dataset.load_from_disk(str(folder))
+        files_of_rows = with_progress(names, f"{dataset}: opening", "files")
+        counts = [len(Dataset.from_file(str(folder / name))) for name in files_of_rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--dataset {dataset}: {folder} cannot be read as a saved data set ({in_words(error)}); write it once more "
@@ -138,6 +157,21 @@ def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
     files = tuple(zip(names, begins, counts, strict=True))
     written = str(rows._fingerprint)
     return SavedRows(dataset, str(folder), files, column, written, rows.select_columns([column]).with_format("arrow"))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides the library's progress bars, unless they are hidden already."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _kind(feature: Any) -> str:

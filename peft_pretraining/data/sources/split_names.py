@@ -1,7 +1,7 @@
 """Which split a file belongs to, by the names that people and `datasets` give files and folders.
 
-A word such as train, validation, dev or test counts where it stands alone: at the beginning or end of a name or between
-any of - . _ space and digits. So pretrain-validation-0.json.gz is a validation file. The file's own name goes before
+A word such as train, validation, dev or test counts where it stands alone: no letter is before or after it. So
+pretrain-validation-0.json.gz and validation(1).json.gz are validation files. The file's own name goes before
 the folders that it lies in, the nearest first.
 """
 
@@ -13,7 +13,7 @@ WORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_ALONE = r"(?:^|(?<=[-._ 0-9])){}(?=[-._ 0-9]|$)"
+_ALONE = r"(?<![^\W\d_]){}(?![^\W\d_])"
 
 
 def has_word(name: str, word: str) -> bool:

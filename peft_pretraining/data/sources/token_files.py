@@ -5,8 +5,9 @@ from a suffix .uint16 or .uint32. A folder has files train* and validation*. Of 
 file beside it with "validation" for "train" in its name; without one, the last hundredth of the file (at most 10 M ids)
 is held out.
 
-Only what has one of these suffixes, or .bin, or a sidecar with a dtype is taken for a token file. A sidecar is held
-against its file: a file of another length than it says, and a type that the ids cannot have, are refused.
+Only what has one of these suffixes, or .bin, or a sidecar with a dtype is taken for a token file. In a folder with text
+a .bin alone is not: it may be anything, such as the training_args.bin of a model. A sidecar is held against its file: a
+file of another length than it says, and a type that the ids cannot have, are refused.
 """
 
 import json
@@ -16,10 +17,14 @@ from typing import Any
 import numpy as np
 
 from peft_pretraining.data.sources.kind import SourceOptions, TokenKind
+from peft_pretraining.data.sources.local import is_data
 from peft_pretraining.data.sources.mapped_tokens import TokenFile, TokenFiles
+from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.split_names import has_word
 from peft_pretraining.errors import UserError
 
 SUFFIXES = (".bin", ".uint16", ".uint32")
+_FEWEST_LOOKED_AT, _LOOKED_AT = 64, 1 << 16  # ids that tell the type
 _HELD_OUT_FRACTION = 100
 _HELD_OUT_LIMIT = 10_000_000
 
@@ -31,11 +36,17 @@ class TokenFilesKind(TokenKind):
     precedence = 1  # before what takes any folder
 
     def recognises(self, dataset: str) -> bool:
-        """A file of ids, and a folder that holds some."""
+        """A file of ids, and a folder that holds some; where there is text, too, only if their type is known."""
         path = Path(dataset).expanduser()
         if not path.is_dir():
             return _is_token_file(path)
-        return bool(_split_files(path, "train") or _split_files(path, "validation"))
+        try:
+            named = [file for split in ("train", "validation") for file in _split_files(path, split)]
+            if any(map(_has_a_type, named)):
+                return True
+            return bool(named or _unnamed_files(path)) and not _texts(path)
+        except OSError:
+            return False  # who takes any folder says why
 
     def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
         """See `DatasetKind.open`."""
@@ -51,9 +62,15 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
     if path.is_dir():
         paths = _split_files(path, split)
         if not paths:
+            there = _unnamed_files(path) or _split_files(path, "train") or _split_files(path, "validation")
             raise UserError(
-                f"--dataset {dataset}: it has no file {split}* with one of the suffixes {' '.join(SUFFIXES)}."
+                f"--dataset {dataset}: it has no file {split}* with one of the suffixes {' '.join(SUFFIXES)}, but "
+                f"{', '.join(file.name for file in there[:3])}{' ...' * (len(there) > 3)}: name the files to train on "
+                "train* and those to evaluate on validation*, such as train-0.uint16 and validation.uint16; or give a "
+                "single file, the end of which is held out."
             )
+        if texts := _texts(path):
+            say_once(f"--dataset {dataset}: its token ids are read, and its text, such as {texts[0].name}, is left out")
         return TokenFiles(dataset, tuple(_open(file) for file in paths))
     validation = path.with_name(path.name.replace("train", "validation"))
     beside = validation != path and validation.is_file()
@@ -72,11 +89,29 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    return sorted(path for path in folder.glob(f"{split}*") if _is_token_file(path))
+    """The files of a split in a folder; a .bin of unknown type only if the word stands alone in its name."""
+    named = sorted(path for path in folder.glob(f"{split}*") if _is_token_file(path))
+    return [path for path in named if _has_a_type(path) or has_word(path.name, split)]
+
+
+def _unnamed_files(folder: Path) -> list[Path]:
+    """The files of ids in a folder whose names begin with no split."""
+    splits = ("train", "validation")
+    files = (path for path in sorted(folder.iterdir()) if not path.name.startswith((".", *splits)))
+    return [path for path in files if _is_token_file(path) and _has_a_type(path)]
+
+
+def _texts(folder: Path) -> list[Path]:
+    """The files of text in a folder, not those deeper in it."""
+    return [path for path in sorted(folder.iterdir()) if is_data(path) and not _names_a_dtype(_sidecar_of(path))]
 
 
 def _is_token_file(path: Path) -> bool:
     return path.is_file() and (path.suffix in SUFFIXES or _names_a_dtype(_sidecar_of(path)))
+
+
+def _has_a_type(path: Path) -> bool:
+    return path.suffix in SUFFIXES[1:] or _names_a_dtype(_sidecar_of(path))
 
 
 def _sidecar_of(path: Path) -> Path:
@@ -114,6 +149,12 @@ def _open(path: Path) -> TokenFile:
         ids = np.memmap(path, dtype, mode="r")
     except OSError as error:
         raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
+    halves = ids[: 2 * (_LOOKED_AT // 2)]
+    if name == "uint16" and len(halves) >= _FEWEST_LOOKED_AT and halves[::2].any() and not halves[1::2].any():
+        raise UserError(
+            f"--dataset {path}: every second id is 0, so its ids are uint32 and not uint16: correct "
+            f"{sidecar if settings else 'its name'}."
+        )
     _check_sidecar(path, name, len(ids), settings)
     return TokenFile(path, ids, settings)
 

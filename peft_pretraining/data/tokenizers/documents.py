@@ -65,6 +65,8 @@ class Tokenizer:
                 "has to end every document. Name one as eos_token in tokenizer_config.json beside it, or give "
                 "--no-add_eos."
             )
+        self.unk_token_id: int | None = ids.get("unk")
+        """What stands for text that the vocabulary has no other piece for, or None."""
         special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
         # Padding is masked by length, so a tokenizer without a padding token pads with anything.
         pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
@@ -141,8 +143,11 @@ class Tokenizer:
 
         For a run that goes on: which encoder is the first choice depends on what is installed and beside the tokenizer.
         """
+        of_sentence, _, of_pieces = fingerprint.partition("-")
+        if of_pieces and of_pieces != self._hash_of_pieces():
+            return False
         for encoder in self._encoders:
-            if self._fingerprint(encoder) == fingerprint:
+            if self._fingerprint(encoder) == of_sentence:
                 self._encoder = encoder
                 return True
         return False
@@ -174,6 +179,11 @@ class Tokenizer:
         parts += [f"bos {self.bos_token_id}"] if self._before else []
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    def _hash_of_pieces(self) -> str:
+        """What a trained tokenizer has in its fingerprint, too: two of them may cut the fixed sentence in one way."""
+        pieces = [self._vocabulary.piece(i) for i in range(self.vocab_size)]
+        return hashlib.sha256(repr(pieces).encode()).hexdigest()[:16]
+
     def _bos(
         self, vocabulary: Encoder, settings: Mapping[str, str | bool], asked: bool | None, named: int | None
     ) -> int | None:
@@ -197,13 +207,16 @@ class Tokenizer:
         return None if token is None else vocabulary.token_id(token)
 
 
-def check_vocabulary(tokenizer_size: int, model_vocab: int) -> None:
-    """Raise UserError if the tokenizer can yield an id that the model's embedding lacks."""
-    if tokenizer_size > model_vocab:
-        raise UserError(
-            f"--tokenizer yields ids up to {tokenizer_size - 1}, but the model of --model_config has a vocabulary of "
-            f"{model_vocab}: set vocab_size in the config to at least {tokenizer_size}, or choose a smaller tokenizer."
-        )
+def check_vocabulary(tokenizer_size: int, model_vocab: int, are_ids: bool = False) -> None:
+    """Raise UserError if there can be an id that the model's embedding lacks: from the tokenizer, or in token files."""
+    if tokenizer_size <= model_vocab:
+        return
+    has = "--dataset: its token files have" if are_ids else "--tokenizer yields"
+    other = "tokenize the text with a smaller tokenizer" if are_ids else "choose a smaller tokenizer"
+    raise UserError(
+        f"{has} ids up to {tokenizer_size - 1}, but the model of --model_config has a vocabulary of {model_vocab}: set "
+        f"vocab_size in the config to at least {tokenizer_size}, or {other}."
+    )
 
 
 def _prefix(text: str, length: int) -> str:

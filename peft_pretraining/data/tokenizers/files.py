@@ -23,7 +23,12 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 def named_tokenizer(name: str, added: Added = AS_USUAL, encoder: str = "auto") -> Tokenizer:
     """From a folder, a file, or the hub. `encoder` is one of ENCODERS. Raises UserError."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"--tokenizer {name}: there is no user {name[1:].partition('/')[0]}, whose folder it would be."
+        ) from error
     try:
         if path.is_dir():
             return _from_folder(name, path, added, encoder)
@@ -230,7 +235,8 @@ def _download(name: str) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--tokenizer {name}: it is no local file or directory and could not be fetched from the hub ({reason}). "
-            f"Check the name and the network, log in if it is private, or give a directory that holds {_JSON}."
+            f"Check the name and the network, log in if it is private, or give a directory that holds {_JSON}; "
+            "--tokenizer train:8192 trains one on the text itself."
         ) from error
     if found is None:
         raise UserError(

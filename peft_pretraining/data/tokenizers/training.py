@@ -7,12 +7,14 @@ give the same file.
 """
 
 import hashlib
+import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
-from peft_pretraining.data.cache import cache_dir, publish
+from peft_pretraining.data.cache import cache_dir, publish, replace_file
 from peft_pretraining.data.sources.documents import Damage, Source
 from peft_pretraining.data.tokenizers.documents import AS_USUAL, Added, Tokenizer
 from peft_pretraining.data.tokenizers.encoders import TokenizersEncoder
@@ -40,41 +42,107 @@ def parse_training(name: str) -> int | None:
     )
 
 
+class TrainedTokenizer(Tokenizer):
+    """One that was trained on a data set."""
+
+    def __init__(self, content: str, name: str, added: Added, kept: Sequence[Path], cached: str) -> None:
+        """`content` is its tokenizer.json; `kept` are files of the run that may go on, and `cached` is a pattern of
+        files in the cache, any of which may be the tokenizer that the run began with. Raises UserError.
+        """
+        super().__init__([_encoder(content)], name, _SPECIAL, added)
+        self._content, self._added, self._kept, self._cached = content, added, kept, cached
+        self._taken_up: Path | None = None
+
+    def fingerprint(self) -> str:
+        """See `Tokenizer.fingerprint`; with a hash of its pieces, which first versions did not have."""
+        return f"{super().fingerprint()}-{self._hash_of_pieces()}"
+
+    def go_on_as(self, fingerprint: str) -> bool:
+        """Become the tokenizer that the run began with; see `Tokenizer.go_on_as`. Raises UserError where it is gone."""
+        if not fingerprint:  # of a run on token ids
+            return False
+        # That of the run's folder first: a fingerprint of first versions may fit another one.
+        if self._take_up(self._kept, fingerprint) or super().go_on_as(fingerprint):
+            return True
+        if self._take_up(sorted(cache_dir().glob(self._cached)), fingerprint):
+            return True
+        raise UserError(
+            f"--tokenizer {self.name}: the run began with another tokenizer than its documents give now, or with other "
+            f"--add_bos and --add_eos, and it is neither in the run's folder nor in {cache_dir()} with those. Go on "
+            "with the data and flags that the run began with, or give its tokenizer.json: --tokenizer FILE."
+        )
+
+    def describe(self) -> str:
+        """See `Tokenizer.describe`; says so where it is not that of today's documents."""
+        text = super().describe()
+        return text if self._taken_up is None else f"{text}; as the run began with it ({self._taken_up})"
+
+    def keep(self, path: Path) -> None:
+        """Write tokenizer.json to `path` and what names its special tokens beside it; `keep_trained` calls it."""
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_SPECIAL}
+        for place, content in (
+            (path.with_name("tokenizer_config.json"), json.dumps(settings, indent=2) + "\n"),
+            (path, self._content),
+        ):
+            replace_file(place, content.encode())
+
+    def _take_up(self, files: Iterable[Path], fingerprint: str) -> bool:
+        """Become the first of the tokenizers in `files` that has this fingerprint."""
+        for path in files:
+            with suppress(Exception):  # the library raises bare Exception; a file that is no tokenizer is none of ours
+                content = path.read_text(encoding="utf-8")
+                other = Tokenizer([_encoder(content)], self.name, _SPECIAL, self._added)
+                if other.go_on_as(fingerprint):
+                    if content != self._content:  # whoever holds this tokenizer is to encode by the other one
+                        vars(self).update(vars(other), _content=content, _taken_up=path)
+                    return True
+        return False
+
+
 def train_tokenizer(
     source: Source,
     vocab_size: int,
     name: str,
     added: Added = AS_USUAL,
     progress: bool = True,
-) -> Tokenizer:
+    kept: Sequence[Path] = (),
+) -> TrainedTokenizer:
     """Of `vocab_size` pieces, trained on `source` unless the cache has it. `name` is for the cache and for people.
 
-    Raises UserError if there are no documents.
+    `kept` are the files that a run which goes on may have (`TrainedTokenizer`). Raises UserError if there are no
+    documents.
     """
-    from tokenizers import Tokenizer as Backend
-
     hashed = _Texts(source, "reading the text of the tokenizer", progress)
     for _ in hashed:
         pass
     if not hashed.chars:
         raise UserError(f"--tokenizer {name}: --dataset {source.name} has no text to train it on.")
-    path = cache_dir() / f"{name.partition(':')[0]}-{vocab_size}-{hashed.digest()}.json"
+    cached = f"{name.partition(':')[0]}-{vocab_size}-"
+    path = cache_dir() / f"{cached}{hashed.digest()}.json"
     if path.is_file():
         try:
-            return Tokenizer([TokenizersEncoder(Backend.from_file(str(path)))], name, _SPECIAL, added)
+            return TrainedTokenizer(path.read_text(encoding="utf-8"), name, added, kept, f"{cached}*.json")
+        except UserError:
+            raise
         except Exception:  # the library raises bare Exception; a damaged cache file is made again
             path.unlink(missing_ok=True)
     trained = _Texts(source, "training the tokenizer", progress, hashed.chars)
     content = train_bpe(trained, vocab_size, progress)
     if trained.digest() != hashed.digest():
         raise UserError(f"--tokenizer {name}: --dataset {source.name} changed while it was read; start again.")
-    kept = publish(path, content.encode()).decode()
-    tokenizer = Tokenizer([TokenizersEncoder(Backend.from_str(kept))], name, _SPECIAL, added)
+    content = publish(path, content.encode()).decode()
+    tokenizer = TrainedTokenizer(content, name, added, kept, f"{cached}*.json")
     if tokenizer.vocab_size < vocab_size:
         _logger.warning(
             "--tokenizer %s: the text gave %d pieces only; more text gives more.", name, tokenizer.vocab_size
         )
     return tokenizer
+
+
+def _encoder(content: str) -> TokenizersEncoder:
+    from tokenizers import Tokenizer as Backend
+
+    return TokenizersEncoder(Backend.from_str(content))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> str:

@@ -23,6 +23,7 @@ from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
 from qgalore.layer.linear import products
+from qgalore.torch_internals import internal, set_for_process
 
 
 class LlamaRMSNorm(nn.Module):
@@ -214,11 +215,9 @@ class LlamaForCausalLM(CausalLM):
         """
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
         # memory and 1 to 4 % of the speed.
-        torch._functorch.config.ban_recompute_materialized_backward = False
+        set_for_process("torch._functorch.config.ban_recompute_materialized_backward", False)
         options: dict[str, Any] = {}
         if backend == "inductor":
-            from torch._inductor import lowering
-
             from peft_pretraining.models.compile import GivesUpGradients
 
             # Same seed, same bits: no choice between kernels by how fast they happen to run. And what is freed goes
@@ -227,8 +226,9 @@ class LlamaForCausalLM(CausalLM):
             options = {"deterministic": True, "allow_buffer_reuse": False, "comprehensive_padding": False}
             options |= {"post_grad_custom_post_pass": GivesUpGradients()}
             # Its code generator takes the saved sum for any other, and makes it together with the norm that follows.
-            lowering.register_lowering(torch.ops.peft_pretraining.saved_sum.default, type_promotion_kind=None)(
-                lowering.lowerings[torch.ops.aten.add.Tensor]
+            register = internal("torch._inductor.lowering.register_lowering")
+            register(torch.ops.peft_pretraining.saved_sum.default, type_promotion_kind=None)(
+                internal("torch._inductor.lowering.lowerings")[torch.ops.aten.add.Tensor]
             )
         for layer in self.model.layers:
             assert isinstance(layer, LlamaDecoderLayer)

@@ -1,0 +1,82 @@
+"""What a run reads, in a few lines for people: which text, how it is split, and what rows and tokenizer lose of it."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from peft_pretraining.data.sources.documents import Share, Source, describe_source, is_text
+from peft_pretraining.data.sources.kind import Splits
+from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
+from peft_pretraining.data.sources.mixture import Mixture
+from peft_pretraining.data.tokenizer import Tokenizer
+
+# Of each source the first documents of its first shards; of a long one its beginning.
+_SHARDS, _DOCUMENTS, _PLACES, _CHARACTERS = 4, 16, 1000, 20_000
+_WORTH_SAYING_CUT, _WORTH_SAYING_UNKNOWN = 0.01, 0.001
+
+
+def describe_data(
+    splits: Splits, tokenizer: Tokenizer | None, packing: str, max_length: int, reads: bool = True
+) -> list[str]:
+    """Lines that say what is trained and evaluated on; of text also what is lost of it, where it may be read now."""
+    lines = [f"training on {describe_split(splits.train)}", f"validation on {describe_split(splits.validation)}"]
+    if not reads or tokenizer is None or splits.train is None or isinstance(splits.train, TokenFiles | TokenMixture):
+        return lines
+    samples = [(_first_texts(share.source), share.weight) for share in _shares(splits.train)]
+    return [*lines, *describe_losses(samples, tokenizer, packing, max_length)]
+
+
+def describe_losses(
+    samples: Sequence[tuple[Sequence[str], float]], tokenizer: Tokenizer, packing: str, max_length: int
+) -> list[str]:
+    """Lines that say how much of documents like these is cut off, or unknown to the tokenizer; none for little.
+
+    samples: the documents and the weight of each source.
+    """
+    room = max_length - sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    weights = cut = unknown = 0.0
+    for texts, weight in samples:
+        beginnings = [text[:_CHARACTERS] for text in texts]
+        encoded = tokenizer.encode(beginnings)
+        if not (count := sum(map(len, encoded))):
+            continue
+        whole = [len(ids) * len(text) / len(begin) for ids, text, begin in zip(encoded, texts, beginnings, strict=True)]
+        weights += weight
+        cut += weight * (1 - sum(min(tokens, room) for tokens in whole) / sum(whole))
+        if tokenizer.unk_token_id is not None:
+            unknown += weight * sum(ids.count(tokenizer.unk_token_id) for ids in encoded) / count
+    cut, unknown = (value / weights if weights else 0.0 for value in (cut, unknown))
+    lines = []
+    if packing == "pad" and cut >= _WORTH_SAYING_CUT:
+        lines.append(
+            f"a row holds one document, cut at {max_length} tokens (--packing pad): of the first documents about "
+            f"{cut:.0%} of the text is cut off and never trained on; --packing pack joins documents and cuts nothing"
+        )
+    if unknown >= _WORTH_SAYING_UNKNOWN:
+        lines.append(
+            f"warning: {unknown:.1%} of the tokens of the first documents are unknown to the tokenizer, and "
+            "all of these are one id: --tokenizer train:32000 trains one on this text"
+        )
+    return lines
+
+
+def _shares(source: Source) -> Sequence[Share]:
+    return source.shares if isinstance(source, Mixture) else (Share(source),)
+
+
+def _first_texts(source: Source) -> list[str]:
+    return [
+        item
+        for shard in range(min(source.shards, _SHARDS))
+        for item in islice(filter(is_text, islice(source.read(shard, 1, 0, 0), _PLACES)), _DOCUMENTS)
+    ]
+
+
+def describe_split(split: Source | TokenFiles | TokenMixture | None) -> str:
+    """A phrase for people."""
+    if isinstance(split, Mixture | TokenMixture):
+        shares = [(s.source, s.weight) for s in split.shares] if isinstance(split, Mixture) else split.shares
+        total = sum(weight for _, weight in shares)
+        return "; ".join(f"{describe_split(source)} ({weight / total:.1%} of the rows)" for source, weight in shares)
+    if isinstance(split, TokenFiles):
+        return split.describe()
+    return "nothing" if split is None else describe_source(split)
