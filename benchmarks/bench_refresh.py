@@ -55,7 +55,7 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
     setting = setting_of(model, method, args, device)
     training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], processes)
     assert isinstance(optimizer, LowRankAdamW)
-    schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
+    schedules = [weight.subspace.schedule for weight in optimizer.low_rank_weights()]
     interval = schedules[0].options.update_proj_gap
     # With all first refreshes, and the steps before CUDA graphs.
     seconds_in_a_row(training.update, first_refresh_spread(len(schedules), interval) + 3, device)

@@ -41,7 +41,7 @@ from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore.layer.linear import JOINED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
-from qgalore.update.low_rank import JOINED_BASIS_BYTES
+from qgalore.subspace.methods import GROUPED_BASIS_BYTES
 
 CHOLESKY_PASSES = 2
 
@@ -131,7 +131,7 @@ def projected_gradients(s: Setting) -> Passes:
         shapes = [shape for name, shape in s.config.matrix_shapes().items() if name.endswith(names)]
         direct = [projects_directly(s.tokens, *shape, s.rank, side_of(*shape)[0]) for shape in shapes]
         side, width, _ = side_of(*shapes[0])
-        joined = all(direct) and side == "right" and 2 * s.rank * width <= JOINED_BASIS_BYTES
+        joined = all(direct) and side == "right" and 2 * s.rank * width <= GROUPED_BASIS_BYTES
         side_by_side = names[0] == "q_proj" and not any(direct[:2])  # the gradients of queries and keys
         if joined:
             passes.append(product(s.tokens, width, s.rank * len(names)))

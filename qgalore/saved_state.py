@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from qgalore.config import complete_group
-from qgalore.update.full_rank import HOST_STATE
+from qgalore.update.weight import HOST_STATE
 
 Group = dict[str, Any]
 

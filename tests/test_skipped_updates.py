@@ -53,7 +53,7 @@ def test_nothing_is_touched_inside_the_backward_pass(where: str, subspace: str, 
     for update in range(3):
         backward(net, optimizer, update, accumulation)
         optimizer.step()
-        assert not optimizer.skipped() and not optimizer.partly_made()
+        assert not optimizer.skipped() and not optimizer.late_overflow()
     before = snapshot(net, optimizer)
     spoil(net, where, at_micro_batch=accumulation)
     backward(net, optimizer, 3, accumulation)
@@ -61,12 +61,12 @@ def test_nothing_is_touched_inside_the_backward_pass(where: str, subspace: str, 
     assert optimizer.skipped()
     # With one micro-batch the weights above are updated before the gradient of the lowest one exists: that is said.
     too_late = accumulation == 1 and where == "embed"
-    assert bool(optimizer.partly_made()) == too_late
+    assert bool(optimizer.late_overflow()) == too_late
     if not too_late:
         assert_same_bits(snapshot(net, optimizer), before)
     backward(net, optimizer, 4, accumulation)
     optimizer.step()
-    assert not optimizer.skipped() and not optimizer.partly_made()
+    assert not optimizer.skipped() and not optimizer.late_overflow()
     assert any(not torch.equal(value, before[name]) for name, value in snapshot(net, optimizer).items())
 
 
@@ -80,7 +80,7 @@ def test_a_flag_from_outside_skips_the_update(update_in_backward: bool) -> None:
     optimizer.skip_update_if(torch.tensor(True))
     backward(net, optimizer, 1)
     optimizer.step()
-    assert optimizer.skipped() and not optimizer.partly_made()
+    assert optimizer.skipped() and not optimizer.late_overflow()
     assert_same_bits(snapshot(net, optimizer), before)
     backward(net, optimizer, 2)
     optimizer.step()

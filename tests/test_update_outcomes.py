@@ -37,7 +37,7 @@ class Told:
     def skipped(self) -> Tensor:
         return self._skipped
 
-    def partly_made(self) -> Tensor:
+    def late_overflow(self) -> Tensor:
         return self._partly_made
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:

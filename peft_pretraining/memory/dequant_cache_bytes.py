@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from peft_pretraining.memory.settings import MemorySettings
 from peft_pretraining.memory.state_bytes import basis_values
 from peft_pretraining.models.config import ModelConfig
-from qgalore.graphs.dequant_cache import HELD_BYTES
+from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.layer.layout import padded_width
 
 
@@ -26,4 +26,4 @@ def held_bases_bytes(config: ModelConfig, s: MemorySettings) -> int:
 
 def _held(s: MemorySettings, values: Iterable[int]) -> int:
     together = s.dtype_bytes * sum(values)
-    return together if together <= HELD_BYTES else 0
+    return together if together <= CACHE_BYTES else 0

@@ -39,7 +39,7 @@ def updated_together(config: ModelConfig, s: MemorySettings) -> list[list[Shape]
     """The matrices of which Adam's steps are made at once (`qgalore.update.step`); others are made alone."""
     shapes, groups = list(config.matrix_shapes().values()), list[list[Shape]]()
     one_by_one = s.subspace is None or s.decoder_states != 2 or (s.gradients_live_in_backward and not s.cuda_graphs)
-    limit = 0 if one_by_one else DIRECTIONS["adam"].values_together
+    limit = 0 if one_by_one else DIRECTIONS["adam"].group_values
     for shape in shapes if s.gradients_live_in_backward else shapes * config.num_hidden_layers:
         if not groups or gradient_values(groups[-1], s) > limit:
             groups.append([])
@@ -110,7 +110,7 @@ def directions_bytes(config: ModelConfig, s: MemorySettings) -> int:
     """
     layers = 1 if s.gradients_live_in_backward else config.num_hidden_layers
     sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
-    values = min(layers * sum(sizes), DIRECTIONS["orthogonal"].values_together + max(sizes))
+    values = min(layers * sum(sizes), DIRECTIONS["orthogonal"].group_values + max(sizes))
     largest = 0 if s.subspace is None else max(s.subspace.rank, s.mlp_rank)
     return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * largest**2)
 

@@ -31,7 +31,7 @@ class TrainingOptimizer(Protocol):
     def skipped(self) -> Tensor:
         """Whether the last update was skipped, as a bool on the device."""
 
-    def partly_made(self) -> Tensor:
+    def late_overflow(self) -> Tensor:
         """Whether it was skipped too late, after some weights had been updated; as a bool on the device."""
 
     def zero_grad(self) -> None:

@@ -73,7 +73,7 @@ class UpdateOutcomes:
         """
         full_rank, low_rank, *_ = optimizer.param_groups
         rates = {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
-        flags = {_SKIPPED: optimizer.skipped(), _PARTLY_MADE: optimizer.partly_made()}
+        flags = {_SKIPPED: optimizer.skipped(), _PARTLY_MADE: optimizer.late_overflow()}
         norm = {"train/grad_norm": optimizer.grad_norm()}
         self._deferred.put(
             update_step, {**metrics, **rates, **norm, **flags, **optimizer.subspace_metrics(), **measured}

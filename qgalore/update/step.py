@@ -1,53 +1,132 @@
-"""The updates of several weights whose gradients are complete: of small matrices at once, which is faster on a GPU."""
+"""One update: finalize the gradients, check, clip, make directions, apply them, refresh the subspaces.
+
+W <- round(decay * W - step_size * leftᵀ N right), where the direction N is made of the projected gradient by Adam or by
+orthogonalisation (`qgalore.update.directions`), and the bases are those of GaLore (arXiv 2403.03507) and Q-GaLore
+(arXiv 2407.08296). Scalars come from each weight's step row, and whether to skip from a flag, both on the device: the
+host waits for nothing, and a CUDA graph of all this can be replayed.
+
+Lists of weights go in, and are worked on in groups: of small matrices several at once are faster on a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from qgalore.layer.grouped_update import update_layers_
+from qgalore import kernels
+from qgalore.layer.linear import LowRankLinear
+from qgalore.subspace.fira import full_direction
+from qgalore.update import moments
+from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction
-from qgalore.update.finite_checks import UpdateChecks
-from qgalore.update.full_rank import FullRankWeight
-from qgalore.update.moments import GradientStep
-
-Begun = tuple[FullRankWeight, GradientStep]
-"""A weight and what its direction is made of."""
+from qgalore.update.finite_checks import UpdateChecks, limit_growth
+from qgalore.update.gradient_sum import Gradient, dense, rows_of_gradient
+from qgalore.update.weight import Weight
 
 
-def update_weights(weights: Sequence[FullRankWeight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
-    """Update weights whose gradients are complete and checked; `clip` is a factor of all of them, ()."""
-    waiting: dict[Direction, list[Begun]] = {}
+def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, checks: UpdateChecks) -> None:
+    """Make the gradients of an update final, of this rank's sums or of those over the ranks, and check their norms."""
+    summed = itertools.repeat(None, len(weights)) if bucket is None else bucket.summed()
+    for weight, parts in zip(weights, summed, strict=True):
+        weight.gradient.finalize(parts)
+    checks.check({weight.index: weight.gradient.final for weight in weights})
+
+
+def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
+    """Update weights with final gradients, scaled by `clip` (); where a check found one not finite nothing changes."""
+    on_host = checks.skip.device.type == "cpu"
+    skip, skipped = None if on_host else checks.skip, on_host and bool(checks.skip)
+    for group in _groups(weights):
+        factors = [_factor(weight, checks, clip) for weight in group]
+        gradients = [weight.gradient.final.take_stored() for weight in group]
+        for weight in group:
+            weight.count_update()
+        if _is_plain(group[0]) and not skipped:
+            _update_rows(group[0], gradients.pop(), factors[0], skip)
+        elif not skipped:
+            for weight in group:
+                weight.subspace.change_before_step(weight.rotate_moments, skip)
+            sketches = [weight.gradient.take_sketches() for weight in group]
+            _apply(group, *_directions(group, gradients, factors, skip), skip)
+            for weight, found in zip(group, sketches, strict=True):
+                weight.subspace.change_after_step(found, weight.rotate_moments, skip)
+        for weight in group:
+            weight.clear()
+
+
+def _groups(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    """Weights whose directions are made at once: of one kind, and no more than fill a GPU; plain ones alone."""
+    waiting: dict[Direction, list[Weight]] = {}
     for weight in weights:
-        factor = weight.limit_growth(checks.squared_norms[weight.index], checks.skip)
-        if factor is None or clip is None:
-            factor = clip if factor is None else factor
-        else:
-            factor = factor * clip
-        step = weight.update(weight.release(), factor, checks.skip)
-        if step is None:
+        if _is_plain(weight):
+            yield [weight]
             continue
-        begun = waiting.setdefault(weight.direction, [])
-        begun.append((weight, step))
-        if sum(each.gradient_shape.numel() for each, _ in begun) > weight.direction.values_together:
-            _finish(weight.direction, begun, checks)
-    for direction, begun in waiting.items():
-        _finish(direction, begun, checks)
+        group = waiting.setdefault(weight.direction, [])
+        group.append(weight)
+        if sum(each.subspace.gradient_shape.numel() for each in group) > weight.direction.group_values:
+            yield waiting.pop(weight.direction)
+    yield from waiting.values()
 
 
-def _finish(kind: Direction, begun: list[Begun], checks: UpdateChecks) -> None:
-    """Make the directions that begun updates wait for, apply them and end the updates; then none waits."""
-    if not begun:
-        return
-    # On the host the flag was looked at when the updates began.
-    skip = None if checks.skip.device.type == "cpu" else checks.skip
-    weights, steps = zip(*begun, strict=True)
-    begun.clear()
-    directions = kind.steps(steps, skip)
-    del steps
-    updates = [weight.apply_direction(direction) for weight, direction in zip(weights, directions, strict=True)]
-    update_layers_([update for update in updates if update is not None], skip)
-    del directions, updates
-    for weight in weights:
-        weight.end_update()
+def _is_plain(weight: Weight) -> bool:
+    """Whether a weight is a float parameter under AdamW or Adam: embeddings, head, norms."""
+    return weight.layer is None and weight.config is None
+
+
+def _factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor | None:
+    """What a gradient is multiplied by, (), to clip it and to limit the growth of its norm; None for 1."""
+    growth = weight.group["norm_growth"]
+    if not growth:
+        return clip
+    weight.init_state()
+    factor = limit_growth(weight.state, growth, checks.squared_norms[weight.index], checks.skip)
+    return factor if clip is None else factor * clip
+
+
+def _directions(
+    weights: list[Weight], gradients: list[Gradient], factors: list[Tensor | None], skip: Tensor | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The directions of weights, whose moments move, and where a residual needs it the gradient; others are freed."""
+    steps = [weight.adam_step(dense(g), factor) for weight, g, factor in zip(weights, gradients, factors, strict=True)]
+    gradients.clear()
+    kept = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
+    return weights[0].direction.of(steps, skip), kept
+
+
+def _apply(
+    weights: list[Weight], directions: list[Tensor], gradients: list[Tensor | None], skip: Tensor | None
+) -> None:
+    """Project directions back and add them, in the dtype of the activations: to quantized weights at once."""
+    quantized: list[tuple[LowRankLinear, kernels.QuantizedUpdate]] = []
+    for weight, direction, gradient in zip(weights, directions, gradients, strict=True):
+        layer, row, dtype = weight.layer, weight.row, weight.subspace.dtype
+        direction, (left, right) = direction.to(dtype), weight.subspace.bases(dtype)
+        full = weight.gradient.last_full(dtype)
+        if full is not None and gradient is not None:
+            direction, left, right = full_direction(direction, gradient, full, left, right), None, None
+        elif layer is not None and layer.quantized_weight is not None:
+            quantized.append((layer, layer.quantized_update(direction, left, right, row)))
+            continue
+        if layer is not None:
+            layer.update_(direction, left, right, row, skip)
+        else:
+            kernels.update_float_(weight.param.data, direction, left, right, row, skip=skip)
+    kernels.update_quantized_([change for _, change in quantized], skip)
+    for layer, _ in quantized:
+        layer.was_written()
+
+
+def _update_rows(weight: Weight, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> None:
+    """The same for a float parameter, a range of rows after the other: no float32 copy of a whole embedding is made."""
+    l2 = 0.0 if weight.group["decoupled_weight_decay"] else weight.group["weight_decay"]
+    param = torch.atleast_1d(weight.param.data)
+    for start, stop in moments.row_parts(weight.state, param.shape):
+        part, scale, rows = rows_of_gradient(grad, start, stop), factor, param[start:stop]
+        if l2:
+            part, scale = kernels.scaled(part, factor).add(rows, alpha=l2), None
+        step = weight.adam_step(part, scale, moments.rows_of(weight.state, start, stop))
+        (direction,) = weight.direction.of([step], skip)
+        kernels.update_float_(rows, direction, None, None, weight.row, row_start=start, skip=skip)
