@@ -146,7 +146,7 @@ class LowRankAdamW(Optimizer):
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
-        attachment = Attachment(model, self._weights, weakref.WeakMethod(self._gradient_ready))
+        attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
         self._detach = weakref.finalize(self, attachment.remove)
         self._detach.atexit = False
         for weight in self._weights.values():
@@ -157,9 +157,6 @@ class LowRankAdamW(Optimizer):
         self.update_in_backward, self._all_reduce = False, None
         if self._detach is not None:
             self._detach()
-
-    def _gradient_ready(self, weight: Weight) -> None:
-        self.gradients_ready([weight])
 
     @torch.no_grad()
     def gradients_ready(self, weights: Sequence[Weight]) -> None:

@@ -28,9 +28,9 @@ from qgalore.graphs.eager import Work
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import step_table
-from qgalore.update.all_reduce import RankSum
-from qgalore.update.full_rank import FullRankWeight
-from qgalore.update.low_rank import LowRankWeight
+from qgalore.update.all_reduce import Bucket
+from qgalore.update.gradient import WeightGradient
+from qgalore.update.weight import Weight
 from tests.small_run import CONFIG
 
 
@@ -168,13 +168,13 @@ class EmulatedGraph:
         """The first time `work` has already run, when it was captured."""
         self.replays += 1
         if self.replays > 1:
-            before = dict(self.stack._messages)  # a graph makes no objects
+            before = dict(self.stack._buckets)  # a graph makes no objects
             self.stack._launch(self.work)
-            self.stack._messages = before
+            self.stack._buckets = before
 
 
 class EmulatedStack(CapturedStack):
-    """The stack of graphs on a CPU: its order, its places and messages."""
+    """The stack of graphs on a CPU: its order, its buffers and buckets."""
 
     in_memory = False
     """Whether what is allocated lies where a replay may write over it."""
@@ -195,7 +195,7 @@ class EmulatedStack(CapturedStack):
         super()._run_forward()
 
     def _replay(self, work: Work, index: int) -> None:
-        assert not any(weight.changes_subspace for weight in self._weights[index]), "a graph refreshes nothing"
+        assert not any(weight.subspace.due for weight in self._weights[index]), "a graph refreshes nothing"
         super()._replay(work, index)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class EmulatedStack(CapturedStack):
         return super().forward(x)
 
     @contextlib.contextmanager
-    def memory(self) -> Iterator[None]:
+    def graph_pool(self) -> Iterator[None]:
         EmulatedStack.in_memory = True
         yield
         EmulatedStack.in_memory = False
@@ -230,9 +230,9 @@ def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    for kind in (FullRankWeight, LowRankWeight):
-        for name in ("count_replayed_update", "count_replayed_sum"):
-            monkeypatch.setattr(kind, name, lambda _: None)
+    # What runs anew counts itself.
+    monkeypatch.setattr(Weight, "count_replayed", lambda _: None)
+    monkeypatch.setattr(WeightGradient, "count_replayed", lambda _: None)
 
 
 @pytest.mark.parametrize(("case", "sums"), [*((case, False) for case in CASES), *SUMMED])
@@ -246,26 +246,27 @@ def test_emulated_graphs_give_the_bits_of_plain_calls(
     assert emulated[:2] == plain[:2]
     graphs = emulated[2].model.run_layers
     assert isinstance(graphs, LayerGraphs) and graphs.replays
-    assert all(weight._full.place is None for weight in graphs._optimizer.low_rank_weights()), "none is kept"
+    sums = [weight.gradient._sums for weight in graphs._optimizer.low_rank_weights()]
+    assert all(each.keys() == {"gradient"} for each in sums), "no full gradient is kept"
 
 
 @pytest.mark.parametrize("captures", [False, True])
-def test_no_message_outlives_its_updates(captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is made while the other is under way, and graphs have two places for them."""
+def test_no_bucket_outlives_its_updates(captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is made while the other is under way, and graphs have two buffers for them."""
     emulate_graphs(monkeypatch)
     monkeypatch.setattr(runner, "_can_capture", lambda _: captures)
-    message_of, alive, most = LowRankAdamW.message_of, weakref.WeakSet[RankSum](), []
+    bucket_of, alive, most = LowRankAdamW.bucket_of, weakref.WeakSet[Bucket](), []
 
-    def watched(optimizer: LowRankAdamW, weights: list[FullRankWeight], buffer: Tensor | None = None) -> RankSum | None:
-        message = message_of(optimizer, weights, buffer)
-        assert message is not None
-        if buffer is None or message.message.data_ptr() != buffer.data_ptr():
-            alive.add(message)
+    def watched(optimizer: LowRankAdamW, weights: list[Weight], buffer: Tensor | None = None) -> Bucket | None:
+        bucket = bucket_of(optimizer, weights, buffer)
+        assert bucket is not None
+        if buffer is None or bucket.buffer.data_ptr() != buffer.data_ptr():
+            alive.add(bucket)
             assert not EmulatedStack.in_memory, "a graph of the layer below would write over it"
         most.append(len(alive))
-        return message
+        return bucket
 
-    monkeypatch.setattr(LowRankAdamW, "message_of", watched)
+    monkeypatch.setattr(LowRankAdamW, "bucket_of", watched)
     trained(tmp_path, "cpu", f"{CASES['streaming']} --dtype float32", sums=True)
     assert max(most) == 2 and not alive
 
@@ -301,10 +302,14 @@ def test_graphs_are_void_after_another_group_or_state(change: str, monkeypatch: 
     graphs = LayerGraphs(layers, lambda layer, x: layer(x), optimizer)
     empty = copy.deepcopy(optimizer.state_dict())
     begins = []
-    init_state = FullRankWeight._init_state
-    monkeypatch.setattr(
-        FullRankWeight, "_init_state", lambda weight: begins.append(graphs.replays) or init_state(weight)
-    )
+    init_state = Weight.init_state
+
+    def noted(weight: Weight) -> None:
+        if not weight.state:
+            begins.append(graphs.replays)
+        init_state(weight)
+
+    monkeypatch.setattr(Weight, "init_state", noted)
 
     def train(steps: int) -> None:
         for _ in range(steps):

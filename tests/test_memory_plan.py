@@ -35,9 +35,9 @@ from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 from qgalore.config import SubspaceConfig
-from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.update.directions import DIRECTIONS, orthogonal_directions
-from qgalore.update.moments import GradientStep, init_moments
+from qgalore.update.moments import init_moments
 from tests.kernels.comparison import step_row
 
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.

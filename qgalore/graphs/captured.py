@@ -97,7 +97,7 @@ class CapturedStack(EagerStack):
         else:
             for weight in self._weights[index]:
                 if self._at_once:
-                    weight.count_update()
+                    weight.count_replayed()
                 else:
                     weight.gradient.count_replayed()
         self._graphs[key].replay()

@@ -1,8 +1,8 @@
 """The quantized weights and bases of one decoder layer, dequantized in one launch before the pass that uses them.
 
-Each alone takes 3 us of a GPU and a gap, whatever its size, and there are 28 a layer and update. What is cached lies one
-matrix behind the other, so that several can be one factor (`qgalore.layer.autograd_op`). It lives as long as a `with`
-block, and is forgotten before where the weight or the basis that it was made of is written.
+Each alone takes 3 us of a GPU and a gap, whatever its size, and there are 28 a layer and update. Cached matrices lie
+one behind the other, so that several can be one factor (`qgalore.layer.autograd_op`). They live as long as a `with`
+block, and are forgotten before where the weight or the basis that they were made of is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qgalore.subspace.stored_bases import StoredBases
 from qgalore.update.weight import Weight
 
 CACHE_BYTES = 32 << 20
-"""The weights of a layer are cached if together they take no more, and so are its bases: weights up to 350M, bases to 1B.
+"""The weights of a layer are cached if together they take no more, as up to 350M; so are its bases, as up to 1B.
 
 Beyond that a kernel's own time is longer than the gap that is saved, and memory is what large models are short of: the
 weights of a 7B layer take 400 MB.

@@ -112,7 +112,7 @@ class Streaming(Identity):
         self, config: SubspaceConfig, param: Tensor, shape: torch.Size, state: dict[str, Tensor], seeds: Seeds,
         place: int, count: int,
     ) -> None:  # fmt: skip
-        """state: the optimizer's of the weight `param`, of `shape` (m, n); it is number `place` of `count` low-rank ones."""
+        """state: that of the weight `param`, of `shape` (m, n), which is number `place` of `count` low-rank ones."""
         super().__init__(shape)
         self.config, self.sides = config, config.sides(shape)
         self.gradient_shape = torch.Size(config.gradient_shape(shape))

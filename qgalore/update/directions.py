@@ -40,10 +40,6 @@ class Direction(NamedTuple):
     """
 
 
-def _adam(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
-    return kernels.adam_steps(steps, moments.BLOCK_SIZE, skip)
-
-
 def nesterov_step(step: AdamStep, skip: Tensor | None = None) -> Tensor:
     """Nesterov's momentum like the gradient, in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if step.grad.is_cuda else torch.float32
@@ -70,6 +66,8 @@ def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
 
 
 DIRECTIONS = {
-    "adam": Direction(_adam, moments.MOMENTS, group_values=3 << 20),
+    "adam": Direction(
+        lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, group_values=3 << 20
+    ),
     "orthogonal": Direction(_orthogonal, moments.MOMENTS[:1], group_values=1 << 24),
 }

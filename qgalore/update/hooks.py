@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from qgalore.layer.linear import LowRankLinear
 from qgalore.update.weight import Weight
 
-Ready = Callable[[Weight], None]
-"""What is called with a weight to whose gradient a backward pass has added all that it has."""
+Ready = Callable[[Sequence[Weight]], None]
+"""What is called with weights to whose gradients a backward pass has added all that it has."""
 
 
 def _layers_of(model: nn.Module, weights: Mapping[Tensor, Weight]) -> dict[str, LowRankLinear]:
@@ -100,6 +100,6 @@ class Attachment:
                     )
                 with torch.no_grad():
                     weight.accumulate_full(grad)
-            ready(weight)
+            ready([weight])
 
         return hook

@@ -23,7 +23,7 @@ from qgalore.update import moments
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
-from qgalore.update.gradient_sum import Gradient, dense, rows_of_gradient
+from qgalore.update.gradient_sum import dense, rows_of_gradient
 from qgalore.update.weight import Weight
 
 
@@ -41,20 +41,33 @@ def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor
     skip, skipped = None if on_host else checks.skip, on_host and bool(checks.skip)
     for group in _groups(weights):
         factors = [_factor(weight, checks, clip) for weight in group]
-        gradients = [weight.gradient.final.take_stored() for weight in group]
         for weight in group:
             weight.count_update()
-        if _is_plain(group[0]) and not skipped:
-            _update_rows(group[0], gradients.pop(), factors[0], skip)
-        elif not skipped:
-            for weight in group:
-                weight.subspace.change_before_step(weight.rotate_moments, skip)
-            sketches = [weight.gradient.take_sketches() for weight in group]
-            _apply(group, *_directions(group, gradients, factors, skip), skip)
-            for weight, found in zip(group, sketches, strict=True):
-                weight.subspace.change_after_step(found, weight.rotate_moments, skip)
+        if not skipped:
+            _update_group(group, factors, skip)
         for weight in group:
             weight.clear()
+
+
+def _update_group(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
+    if _is_plain(weights[0]):
+        _update_rows(weights[0], factors[0], skip)
+        return
+    for weight in weights:
+        weight.subspace.change_before_step(weight.rotate_moments, skip)
+    sketches = [weight.gradient.take_sketches() for weight in weights]
+    steps = [
+        weight.adam_step(dense(weight.gradient.final.take_stored()), factor)
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
+    # A residual is made of the projected gradient, too; others are freed when their directions are there.
+    gradients = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
+    directions = weights[0].direction.of(steps, skip)
+    del steps
+    _apply(weights, directions, gradients, skip)
+    del directions, gradients
+    for weight, found in zip(weights, sketches, strict=True):
+        weight.subspace.change_after_step(found, weight.rotate_moments, skip)
 
 
 def _groups(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
@@ -86,41 +99,40 @@ def _factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor
     return factor if clip is None else factor * clip
 
 
-def _directions(
-    weights: list[Weight], gradients: list[Gradient], factors: list[Tensor | None], skip: Tensor | None
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The directions of weights, whose moments move, and where a residual needs it the gradient; others are freed."""
-    steps = [weight.adam_step(dense(g), factor) for weight, g, factor in zip(weights, gradients, factors, strict=True)]
-    gradients.clear()
-    kept = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
-    return weights[0].direction.of(steps, skip), kept
-
-
 def _apply(
     weights: list[Weight], directions: list[Tensor], gradients: list[Tensor | None], skip: Tensor | None
 ) -> None:
     """Project directions back and add them, in the dtype of the activations: to quantized weights at once."""
-    quantized: list[tuple[LowRankLinear, kernels.QuantizedUpdate]] = []
+    layers: list[LowRankLinear] = []
+    updates: list[kernels.QuantizedUpdate] = []
     for weight, direction, gradient in zip(weights, directions, gradients, strict=True):
-        layer, row, dtype = weight.layer, weight.row, weight.subspace.dtype
-        direction, (left, right) = direction.to(dtype), weight.subspace.bases(dtype)
-        full = weight.gradient.last_full(dtype)
-        if full is not None and gradient is not None:
-            direction, left, right = full_direction(direction, gradient, full, left, right), None, None
-        elif layer is not None and layer.quantized_weight is not None:
-            quantized.append((layer, layer.quantized_update(direction, left, right, row)))
-            continue
-        if layer is not None:
-            layer.update_(direction, left, right, row, skip)
+        layer, dtype = weight.layer, weight.subspace.dtype
+        if layer is None or layer.quantized_weight is None or gradient is not None:
+            _apply_alone(weight, direction.to(dtype), gradient, skip)
         else:
-            kernels.update_float_(weight.param.data, direction, left, right, row, skip=skip)
-    kernels.update_quantized_([change for _, change in quantized], skip)
-    for layer, _ in quantized:
+            left, right = weight.subspace.bases(dtype)
+            updates.append(layer.quantized_update(direction.to(dtype), left, right, weight.row))
+            layers.append(layer)
+    kernels.update_quantized_(updates, skip)
+    for layer in layers:
         layer.was_written()
 
 
-def _update_rows(weight: Weight, grad: Gradient, factor: Tensor | None, skip: Tensor | None) -> None:
-    """The same for a float parameter, a range of rows after the other: no float32 copy of a whole embedding is made."""
+def _apply_alone(weight: Weight, direction: Tensor, gradient: Tensor | None, skip: Tensor | None) -> None:
+    """The same for a weight that is float, or that has a residual, which is made of the projected gradient, too."""
+    left, right = weight.subspace.bases(direction.dtype)
+    full = weight.gradient.last_full(direction.dtype)
+    if full is not None and gradient is not None:
+        direction, left, right = full_direction(direction, gradient, full, left, right), None, None
+    if weight.layer is not None:
+        weight.layer.update_(direction, left, right, weight.row, skip)
+    else:
+        kernels.update_float_(weight.param.data, direction, left, right, weight.row, skip=skip)
+
+
+def _update_rows(weight: Weight, factor: Tensor | None, skip: Tensor | None) -> None:
+    """A plain parameter's update, a range of rows after the other: no float32 copy of a whole embedding is made."""
+    grad = weight.gradient.final.take_stored()
     l2 = 0.0 if weight.group["decoupled_weight_decay"] else weight.group["weight_decay"]
     param = torch.atleast_1d(weight.param.data)
     for start, stop in moments.row_parts(weight.state, param.shape):

@@ -75,6 +75,11 @@ class Weight:
             return self.param.shape
         return torch.Size((self.layer.out_features, self.layer.in_features))
 
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return step_of(self.state)
+
     def check(self) -> None:
         """Raise ValueError where the weight cannot be trained as its group says."""
         if self.layer is None and not self.param.is_floating_point():
@@ -166,7 +171,7 @@ class Weight:
 
     def update_scalars(self) -> kernels.StepScalars:
         """What the step row of the next update has to hold."""
-        group, step = self.group, step_of(self.state) + 1
+        group, step = self.group, self.step + 1
         decay = 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
         corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
         step_size = float(group["lr"] * group.get("galore_scale", 1))
@@ -178,8 +183,12 @@ class Weight:
         return self._table.updates[self.index]
 
     def count_update(self) -> None:
-        """Keep the host's account of an update that is made now, or by a CUDA graph, or skipped."""
+        """Count an update that is made or skipped."""
         self.init_state()
+        self.state["step"] += 1
+
+    def count_replayed(self) -> None:
+        """Keep the host's account of an update that a CUDA graph has made."""
         self.state["step"] += 1
 
     def adam_step(
