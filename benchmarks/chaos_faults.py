@@ -45,14 +45,14 @@ SETTINGS = (
 # (file, function, largest number of the call) by what the program is doing then.
 MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     "kill inside an update": [
-        ("update/full_rank.py", "update", 60),
-        ("update/moments.py", "adam_steps", 60),
-        ("update/moments.py", "adam_step", 40),
-        ("update/low_rank.py", "apply_direction", 60),
-        ("layer/grouped_update.py", "update_layers_", 60),
-        ("update/low_rank.py", "end_update", 60),
-        ("update/low_rank.py", "_change_basis", 20),
-        ("update/low_rank.py", "accumulate", 90),
+        ("update/step.py", "finalize_gradients", 60),
+        ("update/step.py", "update_weights", 60),
+        ("update/step.py", "_apply", 40),
+        ("update/step.py", "_update_rows", 40),
+        ("update/weight.py", "adam_step", 60),
+        ("update/weight.py", "rotate_moments", 20),
+        ("subspace/methods.py", "change_after_step", 60),
+        ("update/weight.py", "accumulate", 90),
         ("qgalore/optimizer.py", "step", 12),
     ],
     "kill inside a save": [

@@ -41,6 +41,10 @@ class UpdateChecks:
             if index not in whole:
                 gradient.check_(self.squared_norms, index, self.skip)
 
+    def skip_on_device(self) -> Tensor | None:
+        """The flag `skip` for kernels to read; None on a CPU, where the host can look at it."""
+        return None if self.skip.device.type == "cpu" else self.skip
+
     def remember_first(self) -> None:
         """Keep `skip` as it is when the first weight of the update is written."""
         if not self._remembers:

@@ -37,8 +37,8 @@ def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, checks:
 
 def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
     """Update weights with final gradients, scaled by `clip` (); where a check found one not finite nothing changes."""
-    on_host = checks.skip.device.type == "cpu"
-    skip, skipped = None if on_host else checks.skip, on_host and bool(checks.skip)
+    skip = checks.skip_on_device()
+    skipped = skip is None and bool(checks.skip)
     for group in _groups(weights):
         factors = [_factor(weight, checks, clip) for weight in group]
         for weight in group:
