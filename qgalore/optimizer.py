@@ -122,15 +122,15 @@ class LowRankAdamW(Optimizer):
         """
         self.states_replaced += 1
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
-        index = place = 0
+        index = position = 0
         total = sum(len(group["params"]) for group in self.param_groups)
         if self._step_table is None or len(self._step_table.updates) != total:
             self._step_table = StepTable(total)
         for group in self.param_groups:
             for param in group["params"]:
                 weight = self._weights.get(param) or self._weights.setdefault(param, Weight(param, self._seed))
-                weight.bind(group, self.state, self._step_table, index, place, count)
-                index, place = index + 1, place + ("rank" in group)
+                weight.bind(group, self.state, self._step_table, index, position, count)
+                index, position = index + 1, position + ("rank" in group)
 
     # ---- the backward pass
 
@@ -354,7 +354,7 @@ class LowRankAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
 
-        Ids are matched by their place in the param groups, as torch does, whatever they are. Gradients on their way to
+        Ids are matched by their position in the param groups, as torch does, whatever they are. Gradients on their way to
         an update are forgotten. Raises ValueError for a state of another optimizer or model, and keeps what it has.
         """
         before = {"param_groups": self.param_groups, "state": self.state}

@@ -8,7 +8,7 @@ Where the update waits, for more micro-batches or for the norm of all gradients,
 sums at fixed addresses, and the optimizer updates from Python.
 
 Nothing is computed otherwise: the graphs are captured from the ordinary code, and hold the same kernels in the same
-order, but that a layer's quantized matrices are dequantized together (`qgalore.graphs.dequant_cache`). What changes
+order, but that a layer's quantized matrices are dequantized as a group (`qgalore.graphs.dequant_cache`). What changes
 from step to step (seeds, learning rates, bias corrections) is read from a table on the device, one row a weight,
 written before each backward pass. A layer in which a subspace is to be refreshed runs its backward pass from Python
 that time, over what the graph of the forward pass has saved.

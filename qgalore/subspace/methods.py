@@ -25,7 +25,7 @@ from qgalore.subspace.stored_bases import Basis, StoredBases, decode
 GRADIENT, FULL = "gradient", "full"
 """Names of sums: the gradient in the subspace, the full one. Those of sketches are the sides, "left" and "right"."""
 GROUPED_BASIS_BYTES = 4 << 20
-"""Up to this size a basis is multiplied with the input together with those of the weights that have the same input.
+"""Up to this size a basis is multiplied with the input grouped with those of the other weights of that input.
 
 All of 1B's are; at 7B a product takes longer than reading its input, and three bases would take 25 MB.
 """
@@ -110,14 +110,14 @@ class Streaming(Identity):
 
     def __init__(
         self, config: SubspaceConfig, param: Tensor, shape: torch.Size, state: dict[str, Tensor], seeds: Seeds,
-        place: int, count: int,
+        position: int, count: int,
     ) -> None:  # fmt: skip
-        """state: that of the weight `param`, of `shape` (m, n), which is number `place` of `count` low-rank ones."""
+        """state: that of the weight `param`, of `shape` (m, n), which is number `position` of `count` low-rank ones."""
         super().__init__(shape)
         self.config, self.sides = config, config.sides(shape)
         self.gradient_shape = torch.Size(config.gradient_shape(shape))
         self.stored = StoredBases(config, shape, state, param.dtype if param.is_floating_point() else torch.float32)
-        self.schedule = RefreshSchedule(config, place, count)
+        self.schedule = RefreshSchedule(config, position, count)
         self.schedule.load(state)
         self._device, self._state, self._seeds = param.device, state, seeds
         # In memory of its own: what a refresh allocates may be memory that CUDA graphs write over.

@@ -64,8 +64,8 @@ class RefreshSchedule:
 
     def save(self, state: dict[str, Tensor]) -> None:
         """Put the schedule into a weight's optimizer state, as tensors on the CPU."""
-        numbers = [self.interval, self.next_refresh, self.refreshes, self.saved]
-        state["schedule"] = torch.tensor(numbers, dtype=torch.int64)
+        counters = [self.interval, self.next_refresh, self.refreshes, self.saved]
+        state["schedule"] = torch.tensor(counters, dtype=torch.int64)
         state["similarities"] = torch.tensor(self.window, dtype=torch.float64)
 
     @property
@@ -99,7 +99,7 @@ class RefreshSchedule:
         self.next_refresh = update_step + min(update_step + 1, self.options.update_proj_gap)
 
     def _stagger(self, update_step: int) -> int:
-        """Updates until the weight's own place in the interval comes round."""
+        """Updates until the weight's own offset in the interval comes round."""
         interval = self.options.update_proj_gap
         offset = (self.index * interval) // max(1, self.count)
         return (offset - update_step - 1) % interval + 1

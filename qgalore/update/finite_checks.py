@@ -34,7 +34,7 @@ class UpdateChecks:
         self._remembers = False
 
     def check(self, gradients: Mapping[int, GradientSum]) -> None:
-        """Look at the complete gradients of weights, by their index."""
+        """Look at the final gradients of weights, by their index."""
         whole = {index: total for index, each in gradients.items() if isinstance(total := each.stored, Tensor)}
         kernels.check_gradients_(list(whole.values()), self.squared_norms, list(whole), self.skip)
         for index, gradient in gradients.items():

@@ -44,7 +44,7 @@ class WeightGradient:
         total.add(value, self._rows.write(self._additions, self._dtype))
 
     def keep_full(self, grad: Tensor) -> None:
-        """Keep the full gradient (m, n) of a micro-batch in the place of the one before."""
+        """Keep the full gradient (m, n) of a micro-batch instead of the one before."""
         self._last_full, self._fulls = grad, self._fulls + 1
 
     def last_full(self, dtype: torch.dtype) -> Tensor | None:
@@ -110,7 +110,7 @@ class WeightGradient:
                 self._sums[name] = GradientSum(self._dtype, zeros(shape, self._dtype, self._rows.device))
 
     def next_sum_scalars(self) -> StepScalars:
-        """What the step row of the next gradient that is added has to hold."""
+        """What the step row of the next gradient that is added must contain."""
         return self._rows.scalars(self._additions + 1)
 
     def count_replayed(self) -> None:

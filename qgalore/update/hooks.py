@@ -61,7 +61,7 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         for name, layer in _layers_of(model, weights).items():
             weight = weights[layer.weight]
-            weight.hold(layer, name)
+            weight.attach_to(layer, name)
             layer.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
             self._taps.append((weakref.ref(layer), weakref.ref(weight)))
         names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}

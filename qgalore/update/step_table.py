@@ -49,7 +49,7 @@ class SumRows(NamedTuple):
     device: torch.device
 
     def scalars(self, addition: int) -> StepScalars:
-        """What the row has to hold; addition counts those of the update."""
+        """What the row must contain; addition counts those of the update."""
         return StepScalars(self.seeds(ACCUMULATION, addition), -1.0, 1.0)
 
     def write(self, addition: int, dtype: torch.dtype) -> Tensor:

@@ -40,8 +40,10 @@ class Weight:
         self.layer: LowRankLinear | None = None
         self.name = ""
 
-    def bind(self, group: dict[str, Any], states: States, table: StepTable, index: int, place: int, count: int) -> None:
-        """Take up hyperparameters and state: index numbers the weights, place the low-rank ones among `count`.
+    def bind(
+        self, group: dict[str, Any], states: States, table: StepTable, index: int, position: int, count: int
+    ) -> None:
+        """Take up hyperparameters and state: `index` numbers the weights, `position` the low-rank ones among `count`.
 
         states: those of all weights, into which that of this one goes as soon as it has any; table: of all weights.
         """
@@ -49,11 +51,11 @@ class Weight:
         self.config = subspace_of(group) if "rank" in group else None
         self.direction = DIRECTIONS["adam" if self.config is None else self.config.direction]
         self.state, self.name = states.get(self.param, {}), self.name or str(index)
-        self._seeds, self._place, self._count = Seeds(self._seed, index, self.state), place, count
+        self._seeds, self._position, self._count = Seeds(self._seed, index, self.state), position, count
         self._compose()
 
-    def hold(self, layer: LowRankLinear, name: str) -> None:
-        """Be the weight of a layer, of which a quantized one alone knows the shape."""
+    def attach_to(self, layer: LowRankLinear, name: str) -> None:
+        """Belong to a layer: of a quantized weight it alone knows the shape."""
         before, self.layer, self.name = self.shape, layer, name
         if self.shape != before:
             self._compose()
@@ -61,7 +63,7 @@ class Weight:
     def _compose(self) -> None:
         subspace, shape, config = Identity(self.shape), self.shape, self.config
         if config is not None and len(shape) == 2 and config.sides(shape):
-            rest = (self.param, shape, self.state, self._seeds, self._place, self._count)
+            rest = (self.param, shape, self.state, self._seeds, self._position, self._count)
             subspace = METHODS[config.subspace](config, *rest)
         self.subspace = subspace
         name: Any = self.group["accumulator_dtype"]
@@ -170,7 +172,7 @@ class Weight:
     # ---- the update (`qgalore.update.step`)
 
     def update_scalars(self) -> kernels.StepScalars:
-        """What the step row of the next update has to hold."""
+        """What the step row of the next update must contain."""
         group, step = self.group, self.step + 1
         decay = 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
         corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
