@@ -354,7 +354,7 @@ class LowRankAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
 
-        Ids are matched by their position in the param groups, as torch does, whatever they are. Gradients on their way to
+        Ids are matched by position in the param groups, as torch does, whatever they are. Gradients on their way to
         an update are forgotten. Raises ValueError for a state of another optimizer or model, and keeps what it has.
         """
         before = {"param_groups": self.param_groups, "state": self.state}
