@@ -73,7 +73,10 @@ def main() -> None:
     parser.add_argument("--packing", nargs="+", default=["pad", "pack"], choices=["pad", "pack"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="threads")
     parser.add_argument(
-        "--data_lanes", type=int, default=64, help="with more lanes than shards a shard is read several times"
+        "--data_lanes",
+        type=int,
+        default=64,
+        help="logical shards; with more of them than files each file is read often",
     )
     parser.add_argument("--max_length", type=int, default=256, help="tokens a row")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, each setting")

@@ -175,7 +175,7 @@ def _data_problems(args: RunArgs) -> list[str]:
     if data.data_lanes % args.world_size:
         problems.append(
             f"--data_lanes {data.data_lanes} is not divisible by the {args.world_size} ranks: every rank reads equally "
-            f"many lanes, so use a number of ranks that divides it, or a new run with --data_lanes "
+            f"many logical shards, so use a number of ranks that divides it, or a new run with --data_lanes "
             f"{-(-data.data_lanes // args.world_size) * args.world_size}"
         )
     return problems

@@ -84,10 +84,10 @@ class DataArgs:
     """End each document with the end-of-sequence token."""
     packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
     """pad: a document a row, cut and padded, as in the paper; pack: documents joined end to end, nothing wasted."""
-    data_lanes: Annotated[int, Flag("lanes", at_least=1)] = 64
-    """Virtual readers that fix the order of the data; the number of ranks must divide it."""
+    data_lanes: Annotated[int, Flag("logical shards", at_least=1)] = 64
+    """Logical shards, the streams of rows that fix the order of the data; the number of ranks must divide it."""
     shuffle_buffer: Annotated[int, Flag("documents", at_least=1)] = 64
-    """Documents in the shuffle buffer of each lane; 1 keeps a shard's own order."""
+    """Documents in the shuffle buffer of each logical shard; 1 keeps the order of the files."""
     workers: Annotated[int, Flag("threads", at_least=0)] = 8
     """Threads a rank that read and tokenise ahead, 0 does it between updates; never changes the order."""
     damaged_limit: Annotated[int, Flag("places", at_least=0)] = 100

@@ -4,8 +4,9 @@
 system in the place of huggingface_hub's own. That one returns the body of a range request unchecked, retries some
 faults five times, sleeps as long as a server's Retry-After says, and asks for a listing of the folder first. Here a
 pinned file costs range requests alone. Each stands for itself, so the same range is asked for after a fault and the
-stream goes on at the byte where it was: nothing is read twice or lost, and 64 lanes need no 64 open connections that a
-server would close for idling. huggingface_hub still builds addresses, adds the user's token and keeps the connections.
+stream goes on at the byte where it was: nothing is read twice or lost, and 64 readers need no 64 open connections that
+a server would close for idling. huggingface_hub still builds addresses, adds the user's token and keeps the
+connections.
 
 `patient_requests` gives its other requests (what a repository holds) the same retries.
 """

@@ -289,13 +289,13 @@ def test_many_faults_in_many_threads(hub: DatasetHub, monkeypatch: pytest.Monkey
     hub.faults = [rng.choice(["", "", "cut", "500", "503", "429", "garbage", "short", "refuse"]) for _ in range(60)]
     source = opened(dataset, options=replace(OPTIONS, retry=replace(QUICK, attempts=30)))
 
-    def lane(number: int) -> list[object]:
+    def logical_shard(number: int) -> list[object]:
         shard, part = divmod(number, 2)
         return list(source.read(shard, 2, part, 0))
 
     with ThreadPoolExecutor(6) as pool:
-        lanes = list(pool.map(lane, range(6)))
-    for number, found in enumerate(lanes):
+        logical_shards = list(pool.map(logical_shard, range(6)))
+    for number, found in enumerate(logical_shards):
         shard, part = divmod(number, 2)
         assert found == texts(range(40 * shard + part, 40 * shard + 40, 2))
     assert len(hub.made) > 20

@@ -65,12 +65,12 @@ def run(dataset: Path, updates: int, world_size: int = 1, state: Any = None, **a
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_window_is_read_once_an_epoch(tokens: Path, world_size: int) -> None:
-    rows, _ = run(tokens, 46, world_size)  # 123 windows in 8 lanes of 15 or 16, six epochs
+    rows, _ = run(tokens, 46, world_size)  # 123 windows in 8 logical shards of 15 or 16, six epochs
     assert (rows.diff(dim=1) == 1).all()
     windows = {*range(0, 400, LENGTH), *range(405, 429, LENGTH), *range(429, 989, LENGTH)}
     assert set(rows[:, 0].tolist()) == windows
-    for lane in range(8):
-        own = rows[lane::8, 0].tolist()
+    for logical_shard in range(8):
+        own = rows[logical_shard::8, 0].tolist()
         size = len(set(own))
         assert size in (15, 16)
         epochs = [own[i : i + size] for i in range(0, len(own) - size, size)]

@@ -35,7 +35,8 @@ _BLOCK_BYTES = 1 << 18
 _ROWS = 256
 """Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
 LONGEST_PARAGRAPH_BYTES = 1 << 20
-"""A text without blank lines is divided at the first line end after so much, or it would be held whole by each lane."""
+"""A text without blank lines is divided at the first line end after so much, or each logical shard would keep all of
+it in memory."""
 _PARAGRAPHS = 8
 """In the place of `_ROWS` for them."""
 _HEAD_BYTES = 1 << 16

@@ -4,7 +4,7 @@ A field in quotes may hold line ends, so a quote that was not meant as one takes
 end of the file, or to the next quote. A field that runs to the end costs the line in which it began, and the lines
 after that are read anew. So it does where the field ends in a line that looks like a record by itself; any other stray
 quote is taken as a part of the text. A field that has line ends and more than `LONGEST_RECORD_CHARS` is taken for one
-that runs to the end: a text that long is rare in csv, and every lane keeps what it has to read anew.
+that runs to the end: a text that long is rare in csv, and every logical shard keeps what it has to read anew.
 
 A first line `sep=;`, as spreadsheets write and read it, says what stands between the fields and is no record.
 """

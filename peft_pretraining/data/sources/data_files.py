@@ -19,7 +19,7 @@ from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage, Files
 from peft_pretraining.data.sources.file_heads import NUMBER, columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
-from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.errors import UserError
 
 FORMATS = {
@@ -268,11 +268,11 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
     raise UserError(f"{where} has no {word} of text. It has: {listed}.")
 
 
-def _say_what_has_no_effect(dataset: str, are_text: set[bool], options: SourceOptions) -> None:
+def _log_unused_options(dataset: str, are_text: set[bool], options: SourceOptions) -> None:
     if options.text_column and are_text == {True}:
-        say_once(f"--text_column {options.text_column} has no effect: --dataset {dataset} is text without columns")
+        log_once(f"--text_column {options.text_column} has no effect: --dataset {dataset} is text without columns")
     if options.text_unit != "line" and are_text == {False}:
-        say_once(
+        log_once(
             f"--text_unit {options.text_unit} has no effect: --dataset {dataset} is no plain text, and has a document "
             "in each line or row"
         )
@@ -302,7 +302,7 @@ def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options
         except (OSError, ValueError) as error:
             reason = f"{file.place} cannot be read ({in_words(error)})"
             continue
-        _say_what_has_no_effect(dataset, {each.format == "text" for each in files}, options)
+        _log_unused_options(dataset, {each.format == "text" for each in files}, options)
         return FileShards(dataset, files, identity, column, options.text_unit)
     if wrong:
         raise wrong[0]

@@ -4,7 +4,7 @@ A source is a number of shards; a shard is a sequence of documents. A document's
 what is no document keeps its number, so that a place means the same whatever happens to those before it: an empty
 string stands for nothing (a blank line, null, an empty text), `Damage` for what should have been a document and is not.
 `read(shard, slices, part, start)` yields the documents `part, part + slices, ...` of a shard from the `start`-th of
-them on: with fewer shards than lanes several lanes share a shard.
+them on: with fewer shards than logical shards several of these read one shard.
 """
 
 import hashlib

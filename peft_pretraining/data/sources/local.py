@@ -31,7 +31,7 @@ from peft_pretraining.data.sources.data_files import (
 from peft_pretraining.data.sources.documents import is_text
 from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
-from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
 
@@ -105,7 +105,7 @@ def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> 
         return None
     beside = (other.name for other in sorted(path.parent.iterdir()) if other.name != path.name and is_data(other))
     if held_out := next((name for name in beside if splits_named(name) == {"validation"}), None):
-        say_once(
+        log_once(
             f"--dataset {dataset} is a single file, and {held_out} beside it is not read: to evaluate on that, give "
             "their folder"
         )
@@ -134,7 +134,7 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
         raise others[0]
     if unreadable and len(unreadable) < len(files):
         place, reason = unreadable[0]
-        say_once(
+        log_once(
             f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
             f"places, such as {place} ({reason})"
         )
@@ -155,7 +155,7 @@ def _list_folder(dataset: str, folder: Path) -> _Listed:
     walked = list(_walk(folder))
     found = sorted(path for path in walked if is_data(folder / path))
     if lost := [path for path in walked if format_of(path) and not (folder / path).exists()]:
-        say_once(f"--dataset {dataset}: {sorted(lost)[0]} is a link to a file that is not there, and is left out")
+        log_once(f"--dataset {dataset}: {sorted(lost)[0]} is a link to a file that is not there, and is left out")
     if not found:
         others = sorted({Path(path).suffix or "no ending" for path in _walk(folder)})
         there = f"; there are files of {', '.join(others[:5])}" if others else ""
@@ -246,7 +246,7 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     unnamed = [path for path in listed.paths if not splits_named(path)]
     if split == "train":
         if paths and unnamed:
-            say_once(
+            log_once(
                 f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
                 "left out, because others are called train"
             )
@@ -257,16 +257,16 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
                 f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
                 "Choose one with --train_split."
             )
-        _say_what_is_for_tests(dataset, listed, options.validation_split)
+        _log_unread_test_split(dataset, listed, options.validation_split)
     return _of_one_format(dataset, split, listed.root, paths) if paths else []
 
 
-def _say_what_is_for_tests(dataset: str, listed: _Listed, evaluated: str) -> None:
+def _log_unread_test_split(dataset: str, listed: _Listed, evaluated: str) -> None:
     tests = [
         path for path in listed.paths if splits_named(path) == {"test"} and not (evaluated and named(path, evaluated))
     ]
     if tests:
-        say_once(
+        log_once(
             f"--dataset {dataset}: {_files(len(tests))} called test, such as {tests[0]}, left unread; "
             "--validation_split test evaluates on what is called so"
         )
@@ -294,7 +294,7 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
             suffix: f"{_files(len(group))} of {suffix} ({bytes_in_words(sizes[suffix])})"
             for suffix, group in sorted(by_suffix.items())
         }
-        say_once(
+        log_once(
             f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
             f"are left out: to read those, give them by a pattern such as '*{left}'"
         )
@@ -308,7 +308,7 @@ def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:
     if again:
         path, kept = again[0]
         more = f", and so are {len(again) - 1} more" if len(again) > 1 else ""
-        say_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
+        log_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
     return list(first.values())
 
 
@@ -325,7 +325,7 @@ def _each_once(dataset: str, paths: list[str]) -> list[str]:
         kept.setdefault(_decompressed_name(path), path)
     if len(kept) < len(paths):
         left = next(path for path in paths if path not in kept.values())
-        say_once(
+        log_once(
             f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
             f"{kept[_decompressed_name(left)]} and not {left}"
         )

@@ -16,7 +16,7 @@ from peft_pretraining.data.sources.builders import TEXT, in_words
 from peft_pretraining.data.sources.data_files import plain_text, stamp_of, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
-from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.split_names import WORDS
 from peft_pretraining.data.waiting import with_progress
 from peft_pretraining.errors import UserError
@@ -46,7 +46,7 @@ class SavedDataset(TextKind):
             return None
         if chosen["train"] == chosen["validation"]:
             raise UserError(f"--train_split and --validation_split of --dataset {dataset} are the same: {place.name}.")
-        _say_what_is_for_tests(dataset, folder, options)
+        _log_unread_test_split(dataset, folder, options)
         return _open_rows(dataset, place, options)
 
 
@@ -112,12 +112,12 @@ def _split_folder(dataset: str, folder: Path, split: str, options: SourceOptions
     return None
 
 
-def _say_what_is_for_tests(dataset: str, folder: Path, options: SourceOptions) -> None:
+def _log_unread_test_split(dataset: str, folder: Path, options: SourceOptions) -> None:
     if options.train_split or options.validation_split or not (folder / _SPLITS).is_file():
         return
     there = _read_list(dataset, folder / _SPLITS, "splits")
     if name := next((name for name in WORDS["test"] if name in there), ""):
-        say_once(f"--dataset {dataset}: its split {name} is left unread; --validation_split {name} evaluates on it")
+        log_once(f"--dataset {dataset}: its split {name} is left unread; --validation_split {name} evaluates on it")
 
 
 def _read_list(dataset: str, path: Path, key: str) -> list[Any]:

@@ -18,8 +18,8 @@ import numpy as np
 
 from peft_pretraining.data.sources.kind import SourceOptions, TokenKind
 from peft_pretraining.data.sources.local import is_data
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.mapped_tokens import TokenFile, TokenFiles
-from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import has_word
 from peft_pretraining.errors import UserError
 
@@ -70,7 +70,7 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
                 "single file, the end of which is held out."
             )
         if texts := _texts(path):
-            say_once(f"--dataset {dataset}: its token ids are read, and its text, such as {texts[0].name}, is left out")
+            log_once(f"--dataset {dataset}: its token ids are read, and its text, such as {texts[0].name}, is left out")
         return TokenFiles(dataset, tuple(_open(file) for file in paths))
     validation = path.with_name(path.name.replace("train", "validation"))
     beside = validation != path and validation.is_file()

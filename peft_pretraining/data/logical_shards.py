@@ -1,8 +1,8 @@
-"""Lanes of `--dataset`: what a loader takes its rows from, made from sources of text or from token ids.
+"""Build the logical shards of `--dataset`, the streams of rows that a loader reads, from text or from token ids.
 
-The lanes of a rank are made anew from their states when a run resumes. What the states do not say is how the shards
-were cut and which files there were; both are kept beside them, so that a file that was replaced since is told from
-another data set, and does not deal the others anew.
+A resumed run builds its logical shards again from their saved states. How the source's shards were cut and which files
+there were is saved beside these states: so a file that was replaced since can be told from another data set, and
+replacing it does not change which documents the other logical shards read.
 """
 
 from collections.abc import Sequence
@@ -10,38 +10,45 @@ from typing import Any, Protocol
 
 from peft_pretraining.data.dealing import DealtSource, Unit, cut_shards, deal_units, even_slices
 from peft_pretraining.data.held_out import held_out_state, load_held_out_state
-from peft_pretraining.data.mixed_order import MixedLane
-from peft_pretraining.data.order import DamageCount, Lane, LaneOrder, LaneState, RowFormat, TextLane
+from peft_pretraining.data.mixed_order import MixedLogicalShard
+from peft_pretraining.data.order import (
+    DamageCount,
+    LogicalShard,
+    LogicalShardOrder,
+    LogicalShardState,
+    RowFormat,
+    TextLogicalShard,
+)
 from peft_pretraining.data.sources.documents import Share, Source, files_of
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, fingerprint_of_shares
-from peft_pretraining.data.token_order import TokenLane
+from peft_pretraining.data.token_order import TokenLogicalShard
 
 _NAMED_FILES = 5
 
 
-class Lanes(Protocol):
-    """Makes the lanes of a data set."""
+class LogicalShards(Protocol):
+    """Builds the logical shards of a data set."""
 
     @property
     def names(self) -> list[str]:
-        """Of the sources, as the user gave them."""
+        """The names of the sources, as the user gave them."""
 
-    def make(self, lane: int, state: LaneState | None) -> Lane:
-        """The lane of this number, from its state or from the beginning."""
+    def make(self, index: int, state: LogicalShardState | None) -> LogicalShard:
+        """Build logical shard `index`, from its saved state or at its beginning."""
 
     def fingerprint(self) -> str:
-        """Of all that is read, as it is now."""
+        """A hash of all data that is read, as it is now."""
 
     def state(self) -> list[dict[str, Any]]:
-        """What has to be known beside the lanes' states, of each source; JSON-able."""
+        """What a checkpoint needs besides the logical shards' own states, for each source; JSON-able."""
 
     def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
-        """Take up the `state` of a checkpoint (None: it has none). Returns what was replaced since, in words; None if
-        this is another data set."""
+        """Restore the `state` of a checkpoint (None: it has none). Returns sentences about files that were replaced
+        since; None if this is another data set."""
 
 
-class TextLanes:
-    """Lanes over one or more sources of text."""
+class TextLogicalShards:
+    """Logical shards over one or more sources of text."""
 
     def __init__(
         self,
@@ -49,51 +56,52 @@ class TextLanes:
         row_format: RowFormat,
         *,
         seed: int,
-        lanes: int,
+        logical_shards: int,
         shuffle_buffer: int,
         repeat: bool,
         damage: DamageCount,
     ) -> None:
-        """Reads the beginnings of the shards where there are few. Raises UserError."""
+        """Read the beginnings of the source's shards where there are few of them. Raises UserError."""
         self._shares, self._format, self._damage = shares, row_format, damage
-        self._seed, self._lanes, self._shuffle_buffer, self._repeat = seed, lanes, shuffle_buffer, repeat
-        self._deal([cut_shards(share.source, lanes, seed) for share in shares])
+        self._seed, self._logical_shards = seed, logical_shards
+        self._shuffle_buffer, self._repeat = shuffle_buffer, repeat
+        self._deal([cut_shards(share.source, logical_shards, seed) for share in shares])
 
     @property
     def names(self) -> list[str]:
-        """See `Lanes.names`."""
+        """See `LogicalShards.names`."""
         return [share.source.name for share in self._shares]
 
-    def make(self, lane: int, state: LaneState | None) -> Lane:
-        """See `Lanes.make`."""
+    def make(self, index: int, state: LogicalShardState | None) -> LogicalShard:
+        """See `LogicalShards.make`."""
         if len(self._shares) == 1:
-            return self._text_lane(0, lane, state)
+            return self._text_shard(0, index, state)
         states = [None] * len(self._shares) if state is None else state["sources"]
-        lanes = [self._text_lane(number, lane, own) for number, own in enumerate(states)]
+        parts = [self._text_shard(source, index, own) for source, own in enumerate(states)]
         weights = [share.weight for share in self._shares]
-        return MixedLane(lanes, weights, lane, self._seed, state["row"] if state else 0)
+        return MixedLogicalShard(parts, weights, index, self._seed, state["row"] if state else 0)
 
     def fingerprint(self) -> str:
-        """See `Lanes.fingerprint`."""
+        """See `LogicalShards.fingerprint`."""
         prints = [(str(own["fingerprint"]), share.weight) for own, share in zip(self._state, self._shares, strict=True)]
         return prints[0][0] if len(prints) == 1 else fingerprint_of_shares(prints)
 
     def state(self) -> list[dict[str, Any]]:
-        """See `Lanes.state`."""
+        """See `LogicalShards.state`."""
         return self._state
 
     def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
-        """See `Lanes.load_state`."""
+        """See `LogicalShards.load_state`."""
         if saved is None:
-            # Of a version that cut all shards evenly, whatever they hold.
-            self._deal([(even_slices(s.source.shards, self._lanes),) * s.source.shards for s in self._shares])
+            # Saved by a version that cut all shards evenly, whatever they hold.
+            self._deal([(even_slices(s.source.shards, self._logical_shards),) * s.source.shards for s in self._shares])
             return []
         if len(saved) != len(self._shares):
             return None
         replaced: list[str] = []
         if not all(_has_same_files(share.source, old) for share, old in zip(self._shares, saved, strict=True)):
             return None
-        # Of all first: what one of them holds out is left out of the others, too.
+        # For all sources first: what one of them holds out is left out of the others, too.
         for share, old in zip(self._shares, saved, strict=True):
             replaced += load_held_out_state(share.source, old)
         for share, old in zip(self._shares, saved, strict=True):
@@ -106,60 +114,60 @@ class TextLanes:
 
     def _deal(self, cuts: Sequence[Sequence[int]]) -> None:
         self._dealt: list[tuple[DealtSource, list[list[Unit]]]] = [
-            (DealtSource(share.source, cut), deal_units(cut, self._lanes, self._seed))
+            (DealtSource(share.source, cut), deal_units(cut, self._logical_shards, self._seed))
             for share, cut in zip(self._shares, cuts, strict=True)
         ]
-        # Once: it is asked for before every update, and a fingerprint can be that of all texts.
+        # Computed once: it is asked for before every update, and a fingerprint may have to read all texts.
         self._state = [
             _describe(share.source) | held_out_state(share.source) | {"slices": _packed(cut)}
             for share, cut in zip(self._shares, cuts, strict=True)
         ]
 
-    def _text_lane(self, number: int, lane: int, state: LaneState | None) -> Lane:
-        source, units = self._dealt[number]
-        order = LaneOrder(lane, self._seed, self._shuffle_buffer, self._repeat, number)
-        return TextLane(source, units[lane], self._format, order, self._damage, state)
+    def _text_shard(self, source: int, index: int, state: LogicalShardState | None) -> LogicalShard:
+        dealt, units = self._dealt[source]
+        order = LogicalShardOrder(index, self._seed, self._shuffle_buffer, self._repeat, source)
+        return TextLogicalShard(dealt, units[index], self._format, order, self._damage, state)
 
 
-class TokenLanes:
-    """Lanes over one or more sets of token files."""
+class TokenLogicalShards:
+    """Logical shards over one or more sets of token files."""
 
     def __init__(
-        self, shares: Sequence[tuple[TokenFiles, float]], max_length: int, seed: int, lanes: int, repeat: bool
+        self, shares: Sequence[tuple[TokenFiles, float]], max_length: int, seed: int, logical_shards: int, repeat: bool
     ):
-        self._shares, self._max_length, self._seed, self._lanes = shares, max_length, seed, lanes
+        self._shares, self._max_length, self._seed, self._logical_shards = shares, max_length, seed, logical_shards
         self._repeat = repeat
         self._state = [{"fingerprint": files.fingerprint()} for files, _ in shares]
 
     @property
     def names(self) -> list[str]:
-        """See `Lanes.names`."""
+        """See `LogicalShards.names`."""
         return [files.name for files, _ in self._shares]
 
-    def make(self, lane: int, state: LaneState | None) -> Lane:
-        """See `Lanes.make`."""
+    def make(self, index: int, state: LogicalShardState | None) -> LogicalShard:
+        """See `LogicalShards.make`."""
         if len(self._shares) == 1:
-            return self._token_lane(self._shares[0][0], lane, state)
+            return self._token_shard(self._shares[0][0], index, state)
         states = [None] * len(self._shares) if state is None else state["sources"]
-        lanes = [self._token_lane(files, lane, own) for (files, _), own in zip(self._shares, states, strict=True)]
+        parts = [self._token_shard(files, index, own) for (files, _), own in zip(self._shares, states, strict=True)]
         weights = [weight for _, weight in self._shares]
-        return MixedLane(lanes, weights, lane, self._seed, state["row"] if state else 0)
+        return MixedLogicalShard(parts, weights, index, self._seed, state["row"] if state else 0)
 
     def fingerprint(self) -> str:
-        """See `Lanes.fingerprint`."""
+        """See `LogicalShards.fingerprint`."""
         prints = [(files.fingerprint(), weight) for files, weight in self._shares]
         return prints[0][0] if len(prints) == 1 else fingerprint_of_shares(prints)
 
     def state(self) -> list[dict[str, Any]]:
-        """See `Lanes.state`."""
+        """See `LogicalShards.state`."""
         return self._state
 
     def load_state(self, saved: list[dict[str, Any]] | None) -> list[str] | None:
-        """See `Lanes.load_state`; a window of other ids is another data set."""
+        """See `LogicalShards.load_state`; a window of other ids is another data set."""
         return [] if saved is None or saved == self.state() else None
 
-    def _token_lane(self, files: TokenFiles, lane: int, state: LaneState | None) -> Lane:
-        return TokenLane(files, self._max_length, lane, self._lanes, self._seed, state, self._repeat)
+    def _token_shard(self, files: TokenFiles, index: int, state: LogicalShardState | None) -> LogicalShard:
+        return TokenLogicalShard(files, self._max_length, index, self._logical_shards, self._seed, state, self._repeat)
 
 
 def _describe(source: Source) -> dict[str, Any]:
@@ -193,12 +201,12 @@ def _replaced_files(source: Source, saved: dict[str, Any]) -> list[str] | None:
     more = f" and {len(differing) - _NAMED_FILES} more" if len(differing) > _NAMED_FILES else ""
     return [
         f"--dataset {source.name}: since the checkpoint {', '.join(differing[:_NAMED_FILES])}{more} changed; the run "
-        "goes on with what is there now, and what stands at another place than before may be read twice or not at all"
+        "goes on with what is there now, and documents that moved within a file may be read twice or not at all"
     ]
 
 
 def _packed(cut: Sequence[int]) -> int | list[int]:
-    """One number where all are equal."""
+    """A single number where all are equal."""
     return cut[0] if len(set(cut)) == 1 else list(cut)
 
 

@@ -7,6 +7,6 @@ _logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def say_once(message: str) -> None:
+def log_once(message: str) -> None:
     """Log a warning, but not the same again: both splits are opened, and more than once."""
     _logger.warning("%s", message)
