@@ -19,7 +19,7 @@ import torch
 
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
-from peft_pretraining.checkpoint.store import hold_folder
+from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
@@ -39,7 +39,7 @@ from peft_pretraining.runtime.update_outcomes import (
     UpdateOutcomes,
     too_many_skipped,
 )
-from peft_pretraining.runtime.world import Processes, is_lost_rank, start_processes
+from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -50,35 +50,35 @@ def run(argv: Sequence[str] | None) -> None:
 
         return print_description(args)
     stop = StopRequest()
-    processes = start_processes(args.runtime.device, stop)
+    world = start_world(args.runtime.device, stop)
     try:
         make_reproducible()
-        args = args.in_folder(processes.from_main(lambda: args.save_dir(datetime.now())))
+        args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         held: list[object] = []  # until the process ends
-        processes.from_main(lambda: held.append(hold_folder(args.checkpoint.save_dir)))
-        warning = warning_of_memory(args, processes.device)
-        if warning is not None and processes.is_main:
+        world.from_main(lambda: held.append(lock_folder(args.checkpoint.save_dir)))
+        warning = warning_of_memory(args, world.device)
+        if warning is not None and world.is_main:
             print(f"warning: {warning}", file=sys.stderr)
-        left_out: set[int] = set()
-        while (update_step := train(args, processes, stop, left_out)) is not None:
-            left_out.add(update_step)
-            args = from_newest_checkpoint(args, processes)
+        skip_steps: set[int] = set()
+        while (update_step := train(args, world, stop, skip_steps)) is not None:
+            skip_steps.add(update_step)
+            args = from_newest_checkpoint(args, world)
             gc.collect()  # a model and its hooks refer to each other
     except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory(args, processes.device)) from error
+        raise UserError(out_of_memory(args, world.device)) from error
     finally:
         if not is_lost_rank(sys.exc_info()[1]):  # taking leave would wait for it
-            processes.close()
+            world.close()
 
 
-def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> int | None:
+def train(args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> int | None:
     """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
-    run = Run(args, processes, stop, left_out)
+    run = Run(args, world, stop, skip_steps)
     try:
         run.train()
         return None
     except GoBackError as error:
-        run.metrics.say(str(error))
+        run.metrics.log(str(error))
         return error.update_step
     finally:
         run.close()
@@ -87,17 +87,17 @@ def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[
 class Run:
     """A training run: what it is made of, and its loop."""
 
-    def __init__(self, args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> None:
-        """Build everything and, where asked, take up a checkpoint; the updates in left_out will change nothing."""
-        self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
-        self.loader, self.eval_set = build_data(args, processes)
-        self.model, self.optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
-        self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
+    def __init__(self, args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> None:
+        """Build everything and, where asked, take up a checkpoint; the updates in skip_steps will change nothing."""
+        self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
+        self.loader, self.eval_set = build_data(args, world)
+        self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
+        self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
         ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
         check_vocabulary(ids, self.model.config.vocab_size, are_ids)
-        processes.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
-        self.metrics = RunMetrics(args, processes, self.model, self.position)
+        world.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
+        self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
 
     @property
@@ -125,10 +125,10 @@ class Run:
 
     def data_has_ended(self) -> bool:
         """Whether no rank has a further document (--repeat none); says so."""
-        if self.args.data.repeat == "each" or not self.processes.all_on_host(self.loader.ended):
+        if self.args.data.repeat == "each" or not self.world.all_on_host(self.loader.ended):
             return False
         total = self.args.schedule.num_training_steps
-        self.metrics.say(
+        self.metrics.log(
             f"the data has ended after {self.update_step} of {total} updates (--repeat none); the learning rate was "
             f"scheduled for {total}"
         )
@@ -144,27 +144,29 @@ class Run:
             return False
         update, target_tokens = received
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
-        loss = torch.zeros((), device=self.processes.device)
+        loss = torch.zeros((), device=self.world.device)
         for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
-            if not self.processes.all_on_host(not self.stop.requested):
+            if not self.world.all_on_host(not self.stop.requested):
                 self.end_early(data_before)
                 return False
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
-            input_ids = self.processes.to_device(micro_batch.input_ids)
-            labels = self.processes.to_device(micro_batch.labels)
+            input_ids = self.world.to_device(micro_batch.input_ids)
+            labels = self.world.to_device(micro_batch.labels)
             # Divided by the targets of the whole update, so that how it is split cannot change the gradient.
             micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
             loss += micro_loss.detach()
             if self.optimizer.is_last_micro_batch:
                 # The loss of the update is known before the first weight can be touched.
-                self.processes.all_reduce(loss)
+                self.world.all_reduce(loss)
                 broken = ~loss.isfinite()
-                self.optimizer.skip_update_if(torch.ones_like(broken) if self.update_step in self.left_out else broken)
+                self.optimizer.skip_update_if(
+                    torch.ones_like(broken) if self.update_step in self.skip_steps else broken
+                )
             micro_loss.backward()
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        self.position.tokens += self.processes.sum_on_host(update.tokens)
+        self.position.tokens += self.world.sum_on_host(update.tokens)
         done = self.update_step + 1
         # The update before is waited for within the time of this one: a host that runs ahead would seem faster than the
         # device.
@@ -175,20 +177,20 @@ class Run:
         self.decide(before)
         self.optimizer.zero_grad()
         while self.loader.news:
-            self.metrics.say(f"update {done}: {self.loader.news.pop(0)}")
+            self.metrics.log(f"update {done}: {self.loader.news.pop(0)}")
         if is_due(done, self.args.runtime.check_replicas):
-            self.processes.check_replicas(self.model.state_dict(), done)
+            self.world.check_replicas(self.model.state_dict(), done)
         return True
 
     def next_update(self) -> tuple[Update, int] | None:
         """This rank's part of the next update and the targets of all ranks; None where a stop was asked for."""
         while True:
             update = self.loader.next_update(give_up=lambda: self.stop.requested)
-            if not self.processes.all_on_host(update is not None):
+            if not self.world.all_on_host(update is not None):
                 return None
             assert update is not None
-            # Near the end of data that is not repeated the lanes of an update may all have ended, and others not.
-            if target_tokens := self.processes.sum_on_host(update.target_tokens):
+            # Near the end of data that is not repeated an update may have rows of ended logical shards alone.
+            if target_tokens := self.world.sum_on_host(update.target_tokens):
                 return update, target_tokens
 
     def decide(self, finished: FinishedUpdate | None) -> None:
@@ -207,7 +209,7 @@ class Run:
         """Evaluate at the interval asked for and at the end."""
         if last or is_due(self.update_step, self.args.evaluation.eval_every):
             self.decide(self.outcomes.take())
-            result = evaluate(self.model, self.eval_set, self.processes.device, self.processes.gather)
+            result = evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
             self.metrics.evaluation(self.update_step, result)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
@@ -216,15 +218,15 @@ class Run:
         # That of the next update, whether or not a stop came after it was set.
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
-        self.metrics.say(f"saved {path}")
+        self.metrics.log(f"saved {path}")
 
     def end_early(self, data_before: dict[str, Any]) -> None:
         """Save the state before the update that was begun, and leave a marker."""
         self.optimizer.zero_grad()
         self.save(data_before)
-        signal_name = next(name for name in self.processes.gather(self.stop.signal_name) if name)
+        signal_name = next(name for name in self.world.gather(self.stop.signal_name) if name)
         self.checkpoints.mark_stop(f"{signal_name} after {self.update_step} updates")
-        self.metrics.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
+        self.metrics.log(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     def close(self) -> None:
         """End the loader's threads and close the metrics."""

@@ -40,7 +40,7 @@ from benchmarks.rows import append_row, commit
 from peft_pretraining.reporting.throughput import memory_metrics
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.runtime.world import Processes, start_processes
+from peft_pretraining.runtime.world import World, start_world
 
 OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
 """The methods that `train_ours` trains, on several ranks too, and their recipes."""
@@ -53,33 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
     parser.add_argument("--updates", type=int, default=20, help="timed updates, in a row and again one by one")
     args = parser.parse_args(argv)
-    processes = start_processes(args.device, StopRequest())
+    world = start_world(args.device, StopRequest())
     for model in args.models.split(","):
         for method in args.methods:
-            row = measure(model, method, args, processes)
-            if processes.is_main:
+            row = measure(model, method, args, world)
+            if world.is_main:
                 print(json.dumps(row), flush=True)
                 append_row(Path(args.results), row)
-    processes.close()
+    world.close()
     return 0
 
 
-def measure(model: str, method: str, args: argparse.Namespace, processes: Processes) -> Row:
+def measure(model: str, method: str, args: argparse.Namespace, world: World) -> Row:
     """One row, on every rank; the slowest rank's times."""
-    device = processes.device
+    device = world.device
     setting = setting_of(model, method, args, device)
-    update, replays = training_of(method, setting, processes)
+    update, replays = training_of(method, setting, world)
     seconds_in_a_row(update, args.warmup, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = max(processes.gather(seconds_in_a_row(update, args.updates, device)))
-    host_seconds = max(processes.gather(seconds_of_host(update, args.updates, device)))
+    seconds = max(world.gather(seconds_in_a_row(update, args.updates, device)))
+    host_seconds = max(world.gather(seconds_of_host(update, args.updates, device)))
     memory, graphs = memory_metrics(device), replays()
     del update, replays
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    tokens = processes.world_size * setting.micro_batch * LENGTH
+    tokens = world.world_size * setting.micro_batch * LENGTH
     ours = split_method(method)[0] in OURS
     return {
         "model": model,
@@ -88,7 +88,7 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
         "rank": setting.rank if ours else "",
         "checkpointing": "yes" if setting.checkpoint_every else "no",
         "cuda_graphs": "yes" if graphs else "no",
-        "gpus": processes.world_size,
+        "gpus": world.world_size,
         "update_ms": round(1e3 * seconds, 2),
         "python_ms": round(1e3 * host_seconds, 2),
         "tokens_per_second": round(tokens / seconds),
@@ -101,17 +101,17 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
     }
 
 
-def training_of(method: str, setting: Setting, processes: Processes) -> tuple[Callable[[], Tensor], Callable[[], bool]]:
+def training_of(method: str, setting: Setting, world: World) -> tuple[Callable[[], Tensor], Callable[[], bool]]:
     """What makes an update, and what tells whether it is replayed from CUDA graphs by now."""
     name = split_method(method)[0]
     if name not in OURS:
-        if processes.world_size > 1:
+        if world.world_size > 1:
             raise SystemExit(f"--methods {method}: only {', '.join(OURS)} train on several GPUs")
         return METHODS[name](setting).update, lambda: False
     make_reproducible()
     if name == "q_galore_int8_activations":
         setting = replace(setting, extra=f"--int8_activations {setting.extra}")
-    training, model, _ = train_ours(setting, OURS[name], processes)
+    training, model, _ = train_ours(setting, OURS[name], world)
     return training.update, lambda: bool(getattr(model.model.run_layers, "replays", False))
 
 

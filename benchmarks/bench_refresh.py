@@ -25,7 +25,7 @@ from benchmarks.compare_methods import add_methods, setting_of, split_method, tr
 from benchmarks.rows import append_row, commit
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.runtime.world import Processes, start_processes
+from peft_pretraining.runtime.world import World, start_world
 from qgalore.optimizer import LowRankAdamW
 from qgalore.subspace.schedule import first_refresh_spread
 
@@ -39,21 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=40, help="updates of a block")
     parser.add_argument("--blocks", type=int, default=5, help="pairs of blocks")
     args = parser.parse_args(argv)
-    processes = start_processes(args.device, StopRequest())
+    world = start_world(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
         for method in args.methods:
-            row = measure(model, method, args, processes)
+            row = measure(model, method, args, world)
             print(json.dumps(row), flush=True)
             append_row(Path(args.results), row)
     return 0
 
 
-def measure(model: str, method: str, args: argparse.Namespace, processes: Processes) -> Row:
+def measure(model: str, method: str, args: argparse.Namespace, world: World) -> Row:
     """One row."""
-    device = processes.device
+    device = world.device
     setting = setting_of(model, method, args, device)
-    training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], processes)
+    training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], world)
     assert isinstance(optimizer, LowRankAdamW)
     schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
     interval = schedules[0].options.update_proj_gap

@@ -33,7 +33,7 @@ from peft_pretraining.models.ops.rotary import rotary_tables
 from peft_pretraining.optim.lr_schedule import set_learning_rate
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.process import make_reproducible
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
@@ -165,16 +165,16 @@ def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     make_reproducible()
     if setting.device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(setting.device))  # as a run does, for CUDA graphs
-    return train_ours(setting, recipe, Processes(0, 1, setting.device))[0]
+    return train_ours(setting, recipe, World(0, 1, setting.device))[0]
 
 
-def train_ours(setting: Setting, recipe: str, processes: Processes) -> tuple[Training, CausalLM, TrainingOptimizer]:
+def train_ours(setting: Setting, recipe: str, world: World) -> tuple[Training, CausalLM, TrainingOptimizer]:
     """The same among the processes of a run, each with token ids of its own; also the model and its optimizer."""
     flags = q_galore_flags(setting, recipe)
     args = parse_args(flags)
-    model, optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
-    batches = token_ids(replace(setting, seed=setting.seed + processes.rank), model.config.vocab_size)
-    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * processes.world_size
+    model, optimizer = build_training(args, world.device, world.gradient_all_reduce())
+    batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
+    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
 
     def update() -> Tensor:
         set_learning_rate(optimizer, 1.0)
@@ -184,7 +184,7 @@ def train_ours(setting: Setting, recipe: str, processes: Processes) -> tuple[Tra
             micro_loss = model(input_ids, input_ids).loss_sum / target_tokens
             loss += micro_loss.detach()
             if optimizer.is_last_micro_batch:
-                processes.all_reduce(loss)
+                world.all_reduce(loss)
                 optimizer.skip_update_if(~loss.isfinite())
             micro_loss.backward()
         if args.optimizer.grad_clipping:

@@ -26,7 +26,7 @@ from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 from qgalore.update.all_reduce import AllReduce
 
 
@@ -68,19 +68,19 @@ def build_training(
     return model, optimizer
 
 
-def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
+def build_data(args: RunArgs, world: World) -> tuple[TrainLoader, EvalSet]:
     """The training loader and the validation set of `--dataset` for this rank."""
     data, batch = args.data, args.batch
     kind, options = find_kind(data.dataset), replace(data.source_options, stop=threading.Event())
     if kind.needs_network:
         # All ranks read the commit that is the newest for the main one.
-        newest = processes.from_main(lambda: revision_of(open_dataset(data.dataset, "train", options)))
+        newest = world.from_main(lambda: revision_of(open_dataset(data.dataset, "train", options)))
         options = replace(options, revision=newest or options.revision)
     # The main rank first: what it holds out, trains or downloads the others then find in the cache.
     opened: list[tuple[Splits, Tokenizer | None]] = []
-    processes.from_main(lambda: opened.append(_open_data(args, options)))
+    world.from_main(lambda: opened.append(_open_data(args, options)))
     splits, tokenizer = opened[0] if opened else _open_data(args, options)
-    common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
+    common: dict[str, Any] = {"rank": world.rank, "world_size": world.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
     common |= {"damaged_limit": data.damaged_limit, "options": options}
     # A pause between two tries must not hold up the thread that gets the signals.
@@ -90,7 +90,7 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=workers,
         repeat=data.repeat,
     )  # fmt: skip
-    if processes.is_main:
+    if world.is_main:
         loader.about = partial(_about, data, splits, tokenizer, batch.max_length)
     evaluation = args.evaluation
     eval_set = build_eval_set(
@@ -98,7 +98,7 @@ def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSe
         eval_tokens=evaluation.eval_tokens,
     )  # fmt: skip
     if not kind.needs_network:  # that would have to be waited for
-        processes.from_main(eval_set.check)
+        world.from_main(eval_set.check)
     return loader, eval_set
 
 

@@ -112,7 +112,7 @@ def run_with(fault: Fault, argv: list[str]) -> int:
     update = run_pretrain.Run.update
 
     def update_with_fault(run: run_pretrain.Run) -> bool:
-        if run.update_step not in fault.updates or run.processes.rank != fault.rank:
+        if run.update_step not in fault.updates or run.world.rank != fault.rank:
             return update(run)
 
         def hook(_: object, __: object, output: Any) -> Any:

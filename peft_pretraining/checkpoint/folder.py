@@ -21,7 +21,7 @@ _STEP = re.compile(r"(\.replaced_)?step_\d{8,}")
 _TEMPORARY, _REPLACED, _LOCK = ".tmp_", ".replaced_", ".lock"
 
 
-def hold_folder(save_dir: str | Path) -> IO[str] | None:
+def lock_folder(save_dir: str | Path) -> IO[str] | None:
     """Make a run's folder this process's own until it ends, however it ends, or the file returned is closed.
 
     Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError where another process has

@@ -23,7 +23,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.protocol import TrainingOptimizer
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 
 _STOP_MARKER = "STOPPED"
 # What must be the same for a resumed run to equal an uninterrupted one.
@@ -55,19 +55,19 @@ class RunCheckpoints:
     def __init__(
         self,
         args: RunArgs,
-        processes: Processes,
+        world: World,
         model: CausalLM,
         optimizer: TrainingOptimizer,
         loader: TrainLoader,
     ) -> None:
         """The parts whose state checkpoints hold."""
         self.save_dir = Path(args.checkpoint.save_dir)
-        self._args, self._processes = args, processes
+        self._args, self._world = args, world
         self._model, self._optimizer, self._loader = model, optimizer, loader
 
     def restore(self) -> Position:
         """Take up the checkpoint of `--continue_from`, if there is one. Raises UserError if it is of another run."""
-        checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._processes)
+        checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._world)
         if checkpoint is None:
             return Position()
         described = self._describe()
@@ -84,7 +84,7 @@ class RunCheckpoints:
                 f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
                 f"{position.update_step} updates already; give at least that many, or an older checkpoint"
             )
-        take_over(checkpoint, self.save_dir, self._processes)
+        take_over(checkpoint, self.save_dir, self._world)
         return position
 
     def _with_todays_options(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class RunCheckpoints:
 
         `before` is called on the main rank before anything is written; with `read_back` the checkpoint is read again.
         """
-        state = self._describe() | {"data": merge_states(self._processes.gather(data_state))}
+        state = self._describe() | {"data": merge_states(self._world.gather(data_state))}
         state |= {name: value for name, value in asdict(position).items() if name != "update_step"}
 
         def write() -> Path:
@@ -115,28 +115,28 @@ class RunCheckpoints:
             path = save_checkpoint(self.save_dir, position.update_step, model_tensors, optimizer_state, state, keep)
             return load_checkpoint(path).path if read_back else path
 
-        return self._processes.from_main(write)
+        return self._world.from_main(write)
 
     def mark_stop(self, why: str) -> None:
         """Leave a file in the run's folder that says why it ended early."""
-        if self._processes.is_main:
+        if self._world.is_main:
             (self.save_dir / _STOP_MARKER).write_text(f"{why}\n")
 
     def clear_stop_marker(self) -> None:
         """Remove what an earlier start of the run has left."""
-        if self._processes.is_main:
+        if self._world.is_main:
             (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
 
     def _describe(self) -> dict[str, Any]:
         return {**self._args.to_dict(), "model_config_contents": read_config_json(self._args.model.model_config)}
 
 
-def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) -> Checkpoint | None:
+def choose_checkpoint(continue_from: str, save_dir: Path, world: World) -> Checkpoint | None:
     """The checkpoint of `--continue_from`: a folder, `auto` for the newest valid one in save_dir, or none.
 
     The main rank checks hashes and tells what it refused. Raises UserError, also where save_dir holds another run.
     """
-    processes.from_main(lambda: _refuse_another_run(continue_from, save_dir))
+    world.from_main(lambda: _refuse_another_run(continue_from, save_dir))
     if not continue_from:
         return None
 
@@ -152,22 +152,22 @@ def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) 
         chosen.append(checkpoint)
         return None if checkpoint is None else checkpoint.path
 
-    path = processes.from_main(choose)
-    if processes.is_main:
+    path = world.from_main(choose)
+    if world.is_main:
         return chosen[0]
     return None if path is None else load_checkpoint(path, check=False)
 
 
-def take_over(checkpoint: Checkpoint, save_dir: Path, processes: Processes) -> None:
+def take_over(checkpoint: Checkpoint, save_dir: Path, world: World) -> None:
     """Rename checkpoints later than the one a run goes on from, so that `auto` never mixes two courses of it."""
     if checkpoint.path.resolve().parent == save_dir.resolve():
-        processes.from_main(lambda: set_aside_later(save_dir, checkpoint.update_step) and None)
+        world.from_main(lambda: set_aside_later(save_dir, checkpoint.update_step) and None)
 
 
-def from_newest_checkpoint(args: RunArgs, processes: Processes) -> RunArgs:
+def from_newest_checkpoint(args: RunArgs, world: World) -> RunArgs:
     """The arguments of a run that has to go back: to the newest checkpoint in its folder, else to where it began."""
     save_dir = Path(args.checkpoint.save_dir)
-    has_one = processes.from_main(lambda: bool(list_checkpoints(save_dir)))
+    has_one = world.from_main(lambda: bool(list_checkpoints(save_dir)))
     return args.in_folder(save_dir, "auto" if has_one else None)
 
 

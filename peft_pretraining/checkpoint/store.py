@@ -25,8 +25,8 @@ from torch import Tensor
 
 from peft_pretraining.checkpoint.folder import (
     checkpoint_path,
-    hold_folder,
     list_checkpoints,
+    lock_folder,
     prune,
     put_in_place,
     remove_leftovers,
@@ -56,10 +56,10 @@ __all__ = [
     "Checkpoint",
     "check_compatible",
     "check_model_tensors",
-    "hold_folder",
     "list_checkpoints",
     "load_checkpoint",
     "load_newest_checkpoint",
+    "lock_folder",
     "save_checkpoint",
     "set_aside_later",
     "with_todays_names",

@@ -1,6 +1,6 @@
 """The record of a run: metrics.jsonl is the truth; wandb mirrors it and the progress bar shows it.
 
-A line of metrics.jsonl is a JSON object with `update_step` and the metrics of one call of `log`. Two runs that
+A line of metrics.jsonl is a JSON object with `update_step` and the metrics of one call of `log_metrics`. Two runs that
 should be equal have equal lines but for the names that start with `throughput/`, `memory/`, `data/` or `time/`, which
 depend on the machine and the moment; `deterministic_metrics` leaves those out.
 """
@@ -86,7 +86,7 @@ class MetricsLogger:
         # A crash may have cut the last line off; what is appended must not become a part of it.
         self.truncate_after(sys.maxsize)
         self._wandb = WandbMirror(
-            save_dir, wandb_mode, project=project, name=name, tags=tags, config=run_args, run_id=run_id, warn=self.say
+            save_dir, wandb_mode, project=project, name=name, tags=tags, config=run_args, run_id=run_id, warn=self.log
         )
         self._run_id = self._wandb.run_id
         if show_progress:
@@ -97,7 +97,7 @@ class MetricsLogger:
         """wandb's id of this run, for the checkpoint; None if wandb never ran."""
         return self._run_id
 
-    def log(self, update_step: int, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, update_step: int, metrics: Mapping[str, float]) -> None:
         """Append one line; values that are not finite become null, as JSON has no word for them."""
         if self._file is None:
             return
@@ -107,7 +107,7 @@ class MetricsLogger:
         except OSError as error:
             raise self._cannot_write(error) from error
         if self._wandb is not None:
-            self._wandb.log(update_step, values)
+            self._wandb.log_metrics(update_step, values)
         if self._progress is not None:
             self._progress.show(update_step, metrics)
 
@@ -137,10 +137,10 @@ class MetricsLogger:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line on rank 0 without breaking the progress bar."""
         if self._progress is not None:
-            self._progress.say(text)
+            self._progress.log(text)
         elif self._file is not None:
             print(text, file=sys.stderr, flush=True)
 

@@ -37,9 +37,9 @@ class Progress:
         if time.monotonic() - self._last_line >= _LINE_SECONDS or update_step >= self._total:
             self._last_line = time.monotonic()
             left = f", {format_seconds(self._seconds_left(update_step))} left" if update_step < self._total else ""
-            self.say(f"update {update_step}/{self._total}: {describe(self._shown)}{left}")
+            self.log(f"update {update_step}/{self._total}: {describe(self._shown)}{left}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)

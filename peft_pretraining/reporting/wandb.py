@@ -95,7 +95,7 @@ class WandbMirror:
         if self.mode == "offline":
             self._guard("start", self._start)
 
-    def log(self, update_step: int, metrics: Mapping[str, float | None]) -> None:
+    def log_metrics(self, update_step: int, metrics: Mapping[str, float | None]) -> None:
         """Send the metrics of one update."""
         if self._run is not None:
             self._guard("log", lambda: self._run.log({"update_step": update_step, **metrics}))

@@ -33,7 +33,7 @@ def is_lost_rank(error: BaseException | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """This process among the run's."""
 
     rank: int
@@ -119,7 +119,7 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
 
 
-def start_processes(device: str, stop: StopRequest) -> Processes:
+def start_world(device: str, stop: StopRequest) -> World:
     """Choose this rank's device (`auto`, `cpu`, `cuda`) and join the other ranks; raises UserError, also on a stop."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or auto")
@@ -148,4 +148,4 @@ def start_processes(device: str, stop: StopRequest) -> Processes:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         store = meet(rank, world_size, stop)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    return Processes(rank, world_size, chosen)
+    return World(rank, world_size, chosen)
