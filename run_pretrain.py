@@ -1,4 +1,4 @@
-"""Pretrain LLaMA with Q-GaLore: the run, told from top to bottom.
+"""Pretrain LLaMA with Q-GaLore: a training run from start to end.
 
     torchrun --standalone --nproc_per_node 1 run_pretrain.py --model_config configs/llama_60m.json --batch_size 256 ...
 
@@ -43,7 +43,7 @@ from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """One run of training; raises UserError for what the user can put right."""
+    """Run a training run from its command line; raises UserError for what the user can fix."""
     args = parse_args(argv, world_size_of_launch())
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
@@ -54,8 +54,8 @@ def run(argv: Sequence[str] | None) -> None:
     try:
         make_reproducible()
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
-        held: list[object] = []  # until the process ends
-        world.from_main(lambda: held.append(lock_folder(args.checkpoint.save_dir)))
+        locks: list[object] = []  # kept until the process ends
+        world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
         warning = warning_of_memory(args, world.device)
         if warning is not None and world.is_main:
             print(f"warning: {warning}", file=sys.stderr)
@@ -63,16 +63,16 @@ def run(argv: Sequence[str] | None) -> None:
         while (update_step := train(args, world, stop, skip_steps)) is not None:
             skip_steps.add(update_step)
             args = from_newest_checkpoint(args, world)
-            gc.collect()  # a model and its hooks refer to each other
+            gc.collect()  # a model and its hooks are a reference cycle
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(args, world.device)) from error
     finally:
-        if not is_lost_rank(sys.exc_info()[1]):  # taking leave would wait for it
+        if not is_lost_rank(sys.exc_info()[1]):  # closing the process group would wait for that rank
             world.close()
 
 
 def train(args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> int | None:
-    """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
+    """Train to the end, or to an update that was partly applied; returns its step, for another try that skips it."""
     run = Run(args, world, stop, skip_steps)
     try:
         run.train()
@@ -85,10 +85,10 @@ def train(args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) 
 
 
 class Run:
-    """A training run: what it is made of, and its loop."""
+    """A training run: its parts and its loop."""
 
     def __init__(self, args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> None:
-        """Build everything and, where asked, take up a checkpoint; the updates in skip_steps will change nothing."""
+        """Build all parts and load the checkpoint, if any; updates whose index is in skip_steps change nothing."""
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         self.loader, self.eval_set = build_data(args, world)
         self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
@@ -102,29 +102,29 @@ class Run:
 
     @property
     def update_step(self) -> int:
-        """Updates made."""
+        """The number of finished updates."""
         return self.position.update_step
 
     def train(self) -> None:
-        """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
+        """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
         self.metrics.announce(self.loader.describe())
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
             last = self.update_step == total or self.data_has_ended()
-            # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
+            # A resumed run has the evaluation and the checkpoint of its first step already.
             if self.update_step > first:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
             elif first == 0 and self.args.checkpoint.save_every:
-                # A run that cannot save, or cannot read what it saved, says so before it has anything to lose.
+                # A run that cannot save, or cannot read what it saved, fails before it has anything to lose.
                 self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
                 return
 
     def data_has_ended(self) -> bool:
-        """Whether no rank has a further document (--repeat none); says so."""
+        """Whether no rank has a further document (--repeat none); logs it."""
         if self.args.data.repeat == "each" or not self.world.all_on_host(self.loader.ended):
             return False
         total = self.args.schedule.num_training_steps
@@ -135,7 +135,7 @@ class Run:
         return True
 
     def update(self) -> bool:
-        """One update; False where a stop was asked for, with everything as it was before the update."""
+        """Make one update; returns False on a stop request, after saving the state before the update."""
         data_before = self.loader.state_dict()
         self.metrics.start_update(self.loader.wait_seconds)
         received = self.next_update()
@@ -152,11 +152,11 @@ class Run:
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
             input_ids = self.world.to_device(micro_batch.input_ids)
             labels = self.world.to_device(micro_batch.labels)
-            # Divided by the targets of the whole update, so that how it is split cannot change the gradient.
+            # Divided by the targets of the whole update, so that its split into micro-batches changes no gradient.
             micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
             loss += micro_loss.detach()
             if self.optimizer.is_last_micro_batch:
-                # The loss of the update is known before the first weight can be touched.
+                # The last backward pass may update weights, so the loss of the whole update is checked before it.
                 self.world.all_reduce(loss)
                 broken = ~loss.isfinite()
                 self.optimizer.skip_update_if(
@@ -168,13 +168,12 @@ class Run:
         self.optimizer.step()
         self.position.tokens += self.world.sum_on_host(update.tokens)
         done = self.update_step + 1
-        # The update before is waited for within the time of this one: a host that runs ahead would seem faster than the
-        # device.
-        before = self.outcomes.take()
-        measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=before is not None)
+        # Wait for the previous update within the timing of this one: else only the host's launches would be timed.
+        previous = self.outcomes.take()
+        measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
         metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
         self.outcomes.put(done, metrics, self.optimizer, measured)
-        self.decide(before)
+        self.decide(previous)
         self.optimizer.zero_grad()
         while self.loader.news:
             self.metrics.log(f"update {done}: {self.loader.news.pop(0)}")
@@ -183,18 +182,18 @@ class Run:
         return True
 
     def next_update(self) -> tuple[Update, int] | None:
-        """This rank's part of the next update and the targets of all ranks; None where a stop was asked for."""
+        """(this rank's part of the next update, number of target tokens over all ranks); None on a stop request."""
         while True:
             update = self.loader.next_update(give_up=lambda: self.stop.requested)
             if not self.world.all_on_host(update is not None):
                 return None
             assert update is not None
-            # Near the end of data that is not repeated an update may have rows of ended logical shards alone.
+            # Near the end of data that is not repeated all rows of an update may come from exhausted logical shards.
             if target_tokens := self.world.sum_on_host(update.target_tokens):
                 return update, target_tokens
 
     def decide(self, finished: FinishedUpdate | None) -> None:
-        """Go on after an update whose outcome is known by now, go back, or end the run; logs the update."""
+        """Log an update whose outcome is known by now; raises GoBackError or UserError if the run cannot go on."""
         if finished is None:
             return
         if finished.outcome is Outcome.PARTLY_MADE:
@@ -206,22 +205,25 @@ class Run:
             raise UserError(too_many_skipped(self.args, self.position.skipped_in_a_row, finished.update_step))
 
     def evaluate_if_due(self, last: bool) -> None:
-        """Evaluate at the interval asked for and at the end."""
+        """Evaluate after every `eval_every` updates and after the last one."""
         if last or is_due(self.update_step, self.args.evaluation.eval_every):
             self.decide(self.outcomes.take())
             result = evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
             self.metrics.evaluation(self.update_step, result)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
-        """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
+        """Write a checkpoint of the state after `update_step` updates; data_state is of this rank's loader.
+
+        read_back: also read it again, to test that it can be loaded.
+        """
         self.decide(self.outcomes.take())
-        # That of the next update, whether or not a stop came after it was set.
+        # A checkpoint has the learning rate of the next update, whether or not a stop came after it was set.
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
         self.metrics.log(f"saved {path}")
 
     def end_early(self, data_before: dict[str, Any]) -> None:
-        """Save the state before the update that was begun, and leave a marker."""
+        """Save the state before the unfinished update, and write a marker file."""
         self.optimizer.zero_grad()
         self.save(data_before)
         signal_name = next(name for name in self.world.gather(self.stop.signal_name) if name)
@@ -229,18 +231,18 @@ class Run:
         self.metrics.log(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     def close(self) -> None:
-        """End the loader's threads and close the metrics."""
+        """Stop the loader's threads and close the metrics."""
         self.loader.close()
         self.metrics.close(failed=sys.exc_info()[1] is not None)
 
 
 def is_due(update_step: int, interval: int) -> bool:
-    """Whether something done every `interval` updates (0: never) is due after `update_step` of them."""
+    """Whether something done every `interval` updates (0: never) is due after update `update_step`."""
     return interval > 0 and update_step > 0 and update_step % interval == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
+    """Run the program; returns its exit code."""
     return exit_code_of(lambda: run(argv), "run_pretrain.py")
 
 

@@ -1,7 +1,6 @@
-"""Combinations of flags that cannot work, each as a sentence that says what would.
+"""Find combinations of flags that cannot work; each problem is a sentence that also says what would work.
 
-Everything here needs only the flags, the number of ranks and the model's JSON configuration, and it finds all problems
-at once.
+The checks need only the flags, the number of ranks and the model's JSON configuration, and report all problems at once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if f
 
 
 def find_problems(args: RunArgs) -> list[str]:
-    """Every combination in `args` (batch sizes resolved) that cannot work."""
+    """List every combination in `args` (batch sizes resolved) that cannot work, in sentences."""
     return [
         *_activation_problems(args),
         *_model_problems(args),
@@ -41,7 +40,7 @@ def find_problems(args: RunArgs) -> list[str]:
 
 
 def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
-    """What in `args` works but is probably not meant; `given` are the flags of the command line."""
+    """List what in `args` works but is probably not intended; `given`: the flags of the command line."""
     warnings = []
     if not args.optimizer.is_low_rank:
         idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given]
@@ -122,7 +121,7 @@ def _model_problems(args: RunArgs) -> list[str]:
 
 
 def _family_problems(model: ModelArgs, family: ModelFamily[Any]) -> list[str]:
-    """What is asked for and the family has not got."""
+    """List the flags that ask for a feature which the model family lacks."""
     lacks = {
         "activation_checkpointing": ("cannot recompute its layers", family.recomputes_layers),
         "int8_activations": ("keeps its activations as they are", family.int8_activations),

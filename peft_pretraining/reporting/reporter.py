@@ -1,7 +1,4 @@
-"""What a person sees of a run: the metrics of its updates and evaluations, its speed, its memory.
-
-Nothing here decides what a run does.
-"""
+"""Report a run: the metrics of its updates and evaluations, its speed and memory. Nothing here affects the run."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ class RunMetrics:
     """Measures and writes the metrics of a run."""
 
     def __init__(self, args: RunArgs, world: World, model: CausalLM, position: Position) -> None:
-        """Opens the run's metrics and drops what was written after `position`."""
+        """Open the run's metrics and remove what was written after `position`."""
         self._args, self._world, self._device = args, world, world.device
         self._parameters, self._first = parameter_count(model), position.update_step
         self._logger = MetricsLogger(
@@ -53,7 +50,7 @@ class RunMetrics:
         self.log, self.sync = self._logger.log, self._logger.sync
 
     def announce(self, data: Sequence[str] = ()) -> None:
-        """Say what is trained, how and on which data, where it goes on, and what is probably not meant."""
+        """Log the model, the devices, the data (its lines are given), the first update and the warnings."""
         self.log(f"{self._parameters / 1e6:.1f} M parameters on {self._world.world_size} x {self._device}")
         for line in (*self._args.notes, *data):
             self.log(line)
@@ -63,15 +60,15 @@ class RunMetrics:
             self.log(f"warning: {warning}")
 
     def start_update(self, wait_seconds: float) -> None:
-        """Begin to time an update; wait_seconds is how long this rank has waited for data so far."""
+        """Start to time an update; wait_seconds is how long this rank has waited for data so far."""
         self._waited = wait_seconds
         self._meter.start_update()
 
     def finish_update(self, wait_seconds: float, waited_for_device: bool) -> dict[str, float]:
-        """What was measured of the update that was begun last: its speed and the memory so far.
+        """Stop timing; returns the speed of the update that `start_update` began, and the peak memory so far.
 
-        waited_for_device: whether the host has waited for the update before. Otherwise it may run ahead of a GPU, and
-        then knows no more of the update's speed than when it was launched.
+        waited_for_device: whether the host has waited for the previous update. If not, it may run ahead of a GPU, so
+        that only the launches were timed, and no speed is returned.
         """
         self._meter.finish_update(self._args.tokens_per_update, wait_seconds - self._waited)
         speed = self._meter.report()
