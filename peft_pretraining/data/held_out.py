@@ -293,7 +293,7 @@ def held_out_state(source: Source) -> dict[str, Any]:
 
 
 def load_held_out_state(source: Source, saved: dict[str, Any]) -> list[str]:
-    """Restore the result of `held_out_state`, which old checkpoints lack. Returns lines for the log. Raises UserError."""
+    """Restore `held_out_state`, which old checkpoints lack. Returns lines for the log. Raises UserError."""
     if not isinstance(source, WithoutHeldOut) or source.own is None or "held_out" not in saved:
         return []
     return source.own.load_state(saved["held_out"], source.source)

@@ -110,18 +110,18 @@ def _find(name: str, options: SourceOptions, reading: Reading) -> Repository:
         raise reading.error(
             f"{info.id} holds {builder.name} files, which are not read as text: those that are, are {_listed(FORMATS)}."
         )
-    found = {str(split): tuple(places) for split, places in (builder.config.data_files or {}).items()}
+    found = {str(split): tuple(addresses) for split, addresses in (builder.config.data_files or {}).items()}
     # The library has one builder for all configurations, and a card may list files of any kind.
-    splits = {split: tuple(place for place in places if format_of(place)) for split, places in found.items()}
+    splits = {split: tuple(each for each in addresses if format_of(each)) for split, addresses in found.items()}
     if not any(splits.values()):
-        example = next((place for places in found.values() for place in places), "nothing")
+        example = next((each for addresses in found.values() for each in addresses), "nothing")
         raise reading.error(f"{info.id} holds {example}: files that are read as text are {IN_WORDS}.")
     return Repository(
         info.id,
         info.sha,
         options.config if _converted_configs(files) else builder.config.name,
-        {split: places for split, places in splits.items() if places},
-        _sizes([place for places in splits.values() for place in places]),
+        {split: addresses for split, addresses in splits.items() if addresses},
+        _sizes([each for addresses in splits.values() for each in addresses]),
         {column: getattr(kind, "dtype", type(kind).__name__) for column, kind in (builder.info.features or {}).items()},
     )
 
@@ -167,14 +167,14 @@ def _builder(info: Any, files: Sequence[str], options: SourceOptions, reading: R
     import datasets
 
     configs = _converted_configs(files)
-    place: dict[str, str] = {"name": options.config} if options.config else {}
+    arguments: dict[str, str] = {"name": options.config} if options.config else {}
     if configs:
         # That branch has no card: each configuration is a folder.
         if (len(configs) > 1 or options.config) and options.config not in configs:
             raise reading.error(_configs_in_words(info.id, configs, options.config))
-        place = {"data_dir": options.config or configs[0]}
+        arguments = {"data_dir": options.config or configs[0]}
     try:
-        builder = datasets.load_dataset_builder(info.id, revision=info.sha, **place)
+        builder = datasets.load_dataset_builder(info.id, revision=info.sha, **arguments)
     except Exception as error:
         raise _why_no_builder(error, info, options, reading) from error
     if builder.name == "cache":  # its silent fallback after any error
@@ -204,14 +204,14 @@ def _why_no_builder(error: Exception, info: Any, options: SourceOptions, reading
     return reading.error(f"`datasets` cannot read {info.id} ({type(error).__name__}: {error}).")
 
 
-def _sizes(places: Sequence[str]) -> dict[str, int]:
+def _sizes(addresses: Sequence[str]) -> dict[str, int]:
     """Bytes of each file, from the listings by which `datasets` found them."""
     import datasets
 
     files = CheckedFileSystem(endpoint=datasets.config.HF_ENDPOINT, token=None)
     listed = {info["name"]: info["size"] for listing in files.dircache.values() for info in listing}
-    paths = {place: place.removeprefix("hf://") for place in places}
-    sizes = {place: int(listed[path] if path in listed else files.info(path)["size"]) for place, path in paths.items()}
+    paths = {address: address.removeprefix("hf://") for address in addresses}
+    sizes = {each: int(listed[path] if path in listed else files.info(path)["size"]) for each, path in paths.items()}
     # Otherwise every thread that reads would copy the listings.
     CheckedFileSystem.clear_instance_cache()
     return sizes

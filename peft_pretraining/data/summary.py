@@ -1,4 +1,4 @@
-"""Describe a run's data in a few lines: the splits, and the share of text that is cut off or unknown to the tokenizer."""
+"""Describe a run's data in a few lines: the splits, and how much text is cut off or unknown to the tokenizer."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -10,7 +10,7 @@ from peft_pretraining.data.sources.mixture import Mixture
 from peft_pretraining.data.tokenizer import Tokenizer
 
 # A sample of each source: the first documents of its first shards; of a long document its beginning.
-_SHARDS, _DOCUMENTS, _PLACES, _CHARACTERS = 4, 16, 1000, 20_000
+_SHARDS, _DOCUMENTS, _ITEMS, _CHARACTERS = 4, 16, 1000, 20_000
 _WORTH_SAYING_CUT, _WORTH_SAYING_UNKNOWN = 0.01, 0.001
 
 
@@ -67,7 +67,7 @@ def _first_texts(source: Source) -> list[str]:
     return [
         item
         for shard in range(min(source.shards, _SHARDS))
-        for item in islice(filter(is_text, islice(source.read(shard, 1, 0, 0), _PLACES)), _DOCUMENTS)
+        for item in islice(filter(is_text, islice(source.read(shard, 1, 0, 0), _ITEMS)), _DOCUMENTS)
     ]
 
 

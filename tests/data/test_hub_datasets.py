@@ -183,7 +183,7 @@ def test_a_revision_is_kept_and_can_be_asked_for(hub: DatasetHub) -> None:
     assert newest.revision != old.revision and newest.fingerprint() != old.fingerprint()
     again = opened("org/lines", options=replace(OPTIONS, revision=newest.revision))
     assert (again.revision, again.fingerprint()) == (newest.revision, newest.fingerprint())
-    assert all(f"@{newest.revision}/" in file.place for file in newest.documents.files)
+    assert all(f"@{newest.revision}/" in file.path for file in newest.documents.files)
 
 
 def test_the_parquet_branch_takes_the_place_of_a_script(hub: DatasetHub) -> None:

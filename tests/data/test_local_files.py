@@ -261,7 +261,7 @@ def test_links_are_followed_and_end_and_a_file_is_read_once(tmp_path: Path, capl
     os.link(tmp_path / "far" / "c.jsonl", tmp_path / "data" / "hard.jsonl")
     source = opened(tmp_path / "data")
     assert source is not None
-    names = [str(Path(file.place).relative_to(tmp_path / "data")) for file in source.files]
+    names = [str(Path(file.path).relative_to(tmp_path / "data")) for file in source.files]
     assert names == ["b.jsonl", "hard.jsonl", "link/c2.jsonl"]
     assert "link/a.jsonl and b.jsonl are one file by two names, which is read once, and so are 1 more" in caplog.text
     source = opened(tmp_path / "*" / "*.jsonl")
@@ -293,7 +293,7 @@ def test_a_c4_folder_keeps_its_fingerprint_and_order(c4_dir: Path) -> None:
             source = opened(folder, split)
             paths = sorted((c4_dir / "en").glob(f"*{split}*.json.gz"))
             sizes = [(path.name, path.stat().st_size) for path in paths]
-            assert source is not None and [Path(file.place) for file in source.files] == paths
+            assert source is not None and [Path(file.path) for file in source.files] == paths
             assert source.fingerprint() == hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
     write(c4_dir, "realnewslike/c4-train.00000-of-00001.json.gz")
     assert opened(c4_dir).shards == 6  # type: ignore[union-attr]

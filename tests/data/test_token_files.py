@@ -361,7 +361,7 @@ def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, mo
     for split in ("train", "validation"):
         ids.tofile(tmp_path / f"{split}.bin")
         (tmp_path / f"{split}.bin.json").write_text('{"dtype": "uint16", "vocab_size": 500}')
-    message = r"train.bin: the id 600 at place 2345 is beyond the vocabulary of 500 ids"
+    message = r"train.bin: the id 600 at index 2345 is beyond the vocabulary of 500 ids"
     with pytest.raises(UserError, match=message):
         loaders(1, dataset=str(tmp_path), tokenizer=None)
     evaluation: dict[str, Any] = {"dataset": str(tmp_path), "tokenizer": None, "packing": "pack", "max_length": LENGTH}

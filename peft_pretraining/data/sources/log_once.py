@@ -1,4 +1,4 @@
-"""What is said of a data set while it is opened."""
+"""Warnings about a data set while it is opened."""
 
 import functools
 import logging
@@ -8,5 +8,5 @@ _logger = logging.getLogger(__name__)
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Log a warning, but not the same again: both splits are opened, and more than once."""
+    """Log a warning unless it was logged before: a data set is opened several times."""
     _logger.warning("%s", message)
