@@ -1,11 +1,11 @@
-"""How long an update takes the device and how long its host, by the methods of `benchmarks/compare.py`.
+"""Time of an update on the device and on its host, for the methods of `benchmarks/compare.py`.
 
     python -m benchmarks.bench_engine_steps --models 60m,1b --methods adamw_compiled,q_galore
     torchrun --standalone --nproc_per_node 2 -m benchmarks.bench_engine_steps --models 350m --methods q_galore
 
 `update_ms` is of updates that follow one another without waiting for the device, as in a run. `python_ms` is what the
-host needs for an update that finds the device idle, until all of it is launched: where it is the longer one, Python is
-the limit. Peaks are of the timed updates. Ours trains on all GPUs of a launch, other methods on one. Rows go to
+host needs to launch an update while the device is idle: if it is longer than `update_ms`, Python is the limit. Peaks
+are of the timed updates. Ours trains on all GPUs of a launch, other methods on one. Rows go to
 `benchmarks/results/engine_steps.csv`.
 """
 
@@ -43,11 +43,11 @@ from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import World, start_world
 
 OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
-"""The methods that `train_ours` trains, on several ranks too, and their recipes."""
+"""The recipes of the methods that `train_ours` trains, on any number of ranks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program, one process a GPU."""
+    """Run the program, one process for each GPU."""
     parser = training_parser("bench_engine_steps", __doc__.splitlines()[0], "60m,350m,1b", "engine_steps.csv")
     add_methods(parser, METHODS)
     parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(model: str, method: str, args: argparse.Namespace, world: World) -> Row:
-    """One row, on every rank; the slowest rank's times."""
+    """Measure one row, on every rank; its times are those of the slowest rank."""
     device = world.device
     setting = setting_of(model, method, args, device)
     update, replays = training_of(method, setting, world)
@@ -102,7 +102,7 @@ def measure(model: str, method: str, args: argparse.Namespace, world: World) -> 
 
 
 def training_of(method: str, setting: Setting, world: World) -> tuple[Callable[[], Tensor], Callable[[], bool]]:
-    """What makes an update, and what tells whether it is replayed from CUDA graphs by now."""
+    """(function that makes an update, function that tells whether updates are replayed from CUDA graphs by now)."""
     name = split_method(method)[0]
     if name not in OURS:
         if world.world_size > 1:
@@ -116,7 +116,7 @@ def training_of(method: str, setting: Setting, world: World) -> tuple[Callable[[
 
 
 def seconds_of_host(update: Callable[[], Tensor], count: int, device: torch.device) -> float:
-    """The median time until an update is launched on an idle device."""
+    """The median time in which the host launches an update on an idle device."""
     seconds = []
     for _ in range(count):
         wait_for(device)

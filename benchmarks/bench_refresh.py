@@ -3,10 +3,10 @@
     python -m benchmarks.bench_refresh --models 60m,130m,350m,1b
     python -m benchmarks.bench_refresh --models 7b --methods q_galore_checkpointing,q_galore_orthogonal_checkpointing
 
-The same training makes blocks of updates in turn with the refreshes of its schedule and without any, the schedule put
-off. Updates of a block follow one another without waiting for the device, as in a run. The share is what the blocks
-with refreshes take longer, of their time; a block is at least as long as it takes to meet a few refreshes. Rows go to
-`benchmarks/results/refresh.csv`.
+One training alternates between blocks of updates with the refreshes of its schedule, and blocks without, for which the
+schedule is postponed. Updates of a block follow one another without waiting for the device, as in a run. The share is
+the additional time of the blocks with refreshes, divided by their time; a block has at least a few refreshes. Rows go
+to `benchmarks/results/refresh.csv`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPES = {"q_galore": "paper", "q_galore_orthogonal": "orthogonal"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program."""
+    """Run the program."""
     parser = training_parser("bench_refresh", __doc__.splitlines()[0], "60m,130m,350m,1b", "refresh.csv")
     add_methods(parser, RECIPES)
     parser.add_argument("--updates", type=int, default=40, help="updates of a block")
@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(model: str, method: str, args: argparse.Namespace, world: World) -> Row:
-    """One row."""
+    """Measure one row."""
     device = world.device
     setting = setting_of(model, method, args, device)
     training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], world)
     assert isinstance(optimizer, LowRankAdamW)
     schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
     interval = schedules[0].options.update_proj_gap
-    # With all first refreshes, and the steps before CUDA graphs.
+    # The warm-up has all first refreshes, and the steps before CUDA graphs are captured.
     seconds_in_a_row(training.update, first_refresh_spread(len(schedules), interval) + 3, device)
     with_refreshes, without = [], []
     before = sum(schedule.refreshes for schedule in schedules)

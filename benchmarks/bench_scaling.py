@@ -2,11 +2,12 @@
 
     torchrun --standalone --nproc_per_node 2 -m benchmarks.bench_scaling --models 350m,7b
 
-Every rank first trains alone, all of them at the same time and without a word to each other; then they train together,
-each on as many sequences as before. Updates follow one another without waiting for the device, as in a run. `ratio` is
-the speed together over the mean of the speeds alone; `ratio_to_slowest` takes the slowest GPU, since together all keep
-step with it. `message_mb` is what a rank sends in an update without a refresh, `gradient_mb` what it would be with full
-gradients. Replicas are compared at the end. Rows go to `benchmarks/results/scaling.csv`.
+Every rank first trains alone, all of them at the same time without communication; then they train data-parallel, each
+on as many sequences as before. Updates follow one another without waiting for the device, as in a run. `ratio` is the
+data-parallel speed over the mean of the single speeds; `ratio_to_slowest` compares with the slowest GPU, for which the
+others have to wait. `message_mb` is the size of all buckets that a rank sends in an update without a refresh,
+`gradient_mb` what it would be with full gradients. Replicas are compared at the end. Rows go to
+`benchmarks/results/scaling.csv`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from peft_pretraining.runtime.world import World, start_world
 from qgalore.optimizer import LowRankAdamW
 
 METHODS = {"60m": "q_galore", "130m": "q_galore", "350m": "q_galore", "1b": "q_galore"}
-"""The others are checkpointed."""
+"""Other models use activation checkpointing."""
 _BYTES = 2
-"""Of a value in a message: bfloat16, in which the gradients of one micro-batch come."""
+"""Of a value in a bucket: the gradients of one micro-batch are summed in bfloat16."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program, one process a GPU."""
+    """Run the program, one process for each GPU."""
     parser = training_parser("bench_scaling", __doc__.splitlines()[0], "350m,7b", "scaling.csv")
     parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
     parser.add_argument("--updates", type=int, default=12, help="timed updates")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(model: str, args: argparse.Namespace, world: World) -> Row:
-    """One row, on every rank."""
+    """Measure one row, on every rank."""
     method = METHODS.get(model, f"q_galore{CHECKPOINTING}")
     device = world.device
     setting = setting_of(model, method, args, device)
@@ -88,7 +89,7 @@ def measure(model: str, args: argparse.Namespace, world: World) -> Row:
 
 
 def train(setting: Setting, world: World, args: argparse.Namespace) -> dict[str, float]:
-    """Train on all ranks, compare the replicas, and give what was measured."""
+    """Train on the ranks of `world`, compare the replicas, and return what was measured."""
     device = setting.device
     training, model, optimizer = train_ours(setting, "paper", world)
     assert isinstance(optimizer, LowRankAdamW)
