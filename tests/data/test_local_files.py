@@ -180,7 +180,7 @@ def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     write(tmp_path, "a.json", "b.json", "c.json", "validation.parquet")
     write_texts(tmp_path / "huge.jsonl.gz", [*texts("huge.jsonl.gz"), *("" for _ in range(100_000))])
     write_texts(tmp_path / "d.txt", ["x" * 100])
-    assert opened(tmp_path).files[0].place.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
+    assert opened(tmp_path).files[0].path.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
     assert files_of(tmp_path, "validation") == ["validation.parquet"]
     assert "for train the 1 file of .jsonl (" in caplog.text and " kB) are read, and 3 files of .json (" in caplog.text
     assert (

@@ -376,7 +376,7 @@ def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, mo
     with pytest.raises(UserError, match=message.replace("train", "validation")):
         list(build_eval_set(**evaluation, eval_batch_size=4, eval_tokens=0))
     (tmp_path / "validation.bin").unlink()
-    with pytest.raises(UserError, match="at place 3999"):  # in the stretch that is held out of a single file
+    with pytest.raises(UserError, match="at index 3999"):  # in the part that is held out of a single file
         ids[[2345, 3999]] = 0, 700
         ids.tofile(tmp_path / "train.bin")
         build_eval_set(**{**evaluation, "dataset": str(tmp_path / "train.bin")}, eval_batch_size=4, eval_tokens=0)
