@@ -37,6 +37,7 @@ from peft_pretraining.data.order import DamageCount  # noqa: E402
 from peft_pretraining.data.sources.documents import (  # noqa: E402
     Damage,
     Source,
+    SourceWrapper,
     files_of,
     revision_of,
 )
@@ -119,22 +120,12 @@ def tokenize(data: DataArgs, args: argparse.Namespace) -> None:
 
 
 @dataclass
-class Counted:
+class Counted(SourceWrapper):
     """A source that counts how much of it was read."""
 
     source: Source
     shards_read: int = 0
     text_chars: int = 0
-
-    @property
-    def name(self) -> str:
-        """See `Source.name`."""
-        return self.source.name
-
-    @property
-    def shards(self) -> int:
-        """See `Source.shards`."""
-        return self.source.shards
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
@@ -142,10 +133,6 @@ class Counted:
             self.text_chars += len(item) if isinstance(item, str) else 0
             yield item
         self.shards_read += 1
-
-    def fingerprint(self) -> str:
-        """See `Source.fingerprint`."""
-        return self.source.fingerprint()
 
     @property
     def fraction(self) -> float:

@@ -30,6 +30,7 @@ from peft_pretraining.data.sources.documents import (
     Files,
     LocalSource,
     Source,
+    SourceWrapper,
     describe_source,
     files_of,
     is_text,
@@ -234,22 +235,12 @@ def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int
 
 
 @dataclass(frozen=True)
-class WithoutHeldOut:
+class WithoutHeldOut(SourceWrapper):
     """A source in which held-out documents and their copies are replaced by empty strings."""
 
     source: Source
     held_out: tuple[HeldOut, ...]
     """First the documents held out of this source, if any; then those held out of other sources of its mixture."""
-
-    @property
-    def name(self) -> str:
-        """See `Source.name`."""
-        return self.source.name
-
-    @property
-    def shards(self) -> int:
-        """See `Source.shards`."""
-        return self.source.shards
 
     @property
     def revision(self) -> str:

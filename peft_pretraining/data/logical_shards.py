@@ -19,7 +19,7 @@ from peft_pretraining.data.order import (
     RowFormat,
     TextLogicalShard,
 )
-from peft_pretraining.data.sources.documents import Share, Source, files_of
+from peft_pretraining.data.sources.documents import Files, Share, Source, files_of
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, fingerprint_of_shares
 from peft_pretraining.data.token_order import TokenLogicalShard
 
@@ -65,6 +65,7 @@ class TextLogicalShards:
         self._shares, self._format, self._damage = shares, row_format, damage
         self._seed, self._logical_shards = seed, logical_shards
         self._shuffle_buffer, self._repeat = shuffle_buffer, repeat
+        self._files = [files and files.with_heads() for files in (files_of(share.source) for share in shares)]
         self._deal([cut_shards(share.source, logical_shards, seed) for share in shares])
 
     @property
@@ -104,8 +105,8 @@ class TextLogicalShards:
         # For all sources first: what one of them holds out is left out of the others, too.
         for share, old in zip(self._shares, saved, strict=True):
             replaced += load_held_out_state(share.source, old)
-        for share, old in zip(self._shares, saved, strict=True):
-            names = _replaced_files(share.source, old)
+        for share, files, old in zip(self._shares, self._files, saved, strict=True):
+            names = _replaced_files(share.source, files, old)
             if names is None:
                 return None
             replaced += names
@@ -119,8 +120,8 @@ class TextLogicalShards:
         ]
         # Computed once: it is asked for before every update, and a fingerprint may have to read all texts.
         self._state = [
-            _describe(share.source) | held_out_state(share.source) | {"slices": _packed(cut)}
-            for share, cut in zip(self._shares, cuts, strict=True)
+            _describe(share.source, files) | held_out_state(share.source) | {"slices": _packed(cut)}
+            for share, files, cut in zip(self._shares, self._files, cuts, strict=True)
         ]
 
     def _text_shard(self, source: int, index: int, state: LogicalShardState | None) -> LogicalShard:
@@ -170,10 +171,11 @@ class TokenLogicalShards:
         return TokenLogicalShard(files, self._max_length, index, self._logical_shards, self._seed, state, self._repeat)
 
 
-def _describe(source: Source) -> dict[str, Any]:
+def _describe(source: Source, files: Files | None) -> dict[str, Any]:
+    """The part of a source's state that tells whether its data has changed; `files`: its files with heads."""
     described: dict[str, Any] = {"fingerprint": source.fingerprint()}
-    if files := files_of(source):
-        described |= {"identity": files.identity(), "sizes": list(files.sizes), "heads": list(files.with_heads().heads)}
+    if files:
+        described |= {"identity": files.identity(), "sizes": list(files.sizes), "heads": list(files.heads)}
     return described
 
 
@@ -183,9 +185,9 @@ def _has_same_files(source: Source, saved: dict[str, Any]) -> bool:
     return files is None or "identity" not in saved or saved["identity"] == files.identity()
 
 
-def _replaced_files(source: Source, saved: dict[str, Any]) -> list[str] | None:
+def _replaced_files(source: Source, files: Files | None, saved: dict[str, Any]) -> list[str] | None:
     """Sentences for files of which size, beginning or end differ from what was saved; None if anything else does."""
-    now, files = _describe(source), files_of(source)
+    now = _describe(source, files)
     same = now["fingerprint"] == saved["fingerprint"]
     if files is None or now["identity"] != saved.get("identity") or len(saved.get("sizes", [])) != len(files.sizes):
         return [] if same else None

@@ -406,6 +406,19 @@ def test_a_replaced_file_is_said_and_another_data_set_refused(tokenizer: Tokeniz
             run(tokenizer, other, 1, state=state)
 
 
+def test_the_beginnings_of_files_are_hashed_once_at_a_resume(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Shards(numbered(100, 100), (1000, 1000))
+    _, state = run(tokenizer, source, 3)
+    hashed, with_heads = list[Files](), Files.with_heads
+    monkeypatch.setattr(Files, "with_heads", lambda files: (hashed.append(files), with_heads(files))[1])
+    ranks = loaders(1, tokenizer=tokenizer, source=source)
+    ranks[0].load_state_dict(state)
+    close(ranks)
+    assert len(hashed) == 1
+
+
 def test_a_state_of_an_older_version_is_taken_up_with_its_dealing(tokenizer: Tokenizer, source: MemorySource) -> None:
     whole, _ = run(tokenizer, source, 6)
     _, state = run(tokenizer, source, 3)

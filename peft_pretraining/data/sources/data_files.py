@@ -9,7 +9,7 @@ guessed from other lines and damage costs one line.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,23 +221,31 @@ def _reason(file: DataFile, damage: str) -> str:
 # ---- before reading
 
 
-def check_content(dataset: str, file: DataFile) -> None:
-    """Raise UserError if a file's content is not of the format of its name. Raises OSError if it cannot be opened."""
-    if found := what_is(file.path, file.format):
-        expected = {"json": "a JSON object a line", "text": "plain text"}.get(file.format, file.format)
-        raise UserError(f"--dataset {dataset}: {file.path} is {found}; by its name it should hold {expected}.")
+@dataclass(frozen=True)
+class CheckedFile:
+    """A file, and what its first bytes show to be wrong with it."""
+
+    file: DataFile
+    found: str = ""
+    """What the file is if it is not of the format of its name, such as "a zip archive"; else ""."""
+    unreadable: str = ""
+    """The system's reason why it cannot be opened; "" if it can."""
+
+    def error(self, dataset: str) -> UserError:
+        """The error for a file that is not of the format of its name."""
+        expected = {"json": "a JSON object a line", "text": "plain text"}.get(self.file.format, self.file.format)
+        return UserError(
+            f"--dataset {dataset}: {self.file.path} is {self.found}; by its name it should hold {expected}."
+        )
 
 
-def choose_text_column(dataset: str, file: DataFile, wanted: str) -> str:
-    """The column or field of a file that holds the text: `wanted` if given, else text, else the only one of text.
-
-    Raises UserError that lists the columns, and OSError or ValueError if the file cannot be read.
-    """
-    if file.format == "text":
-        return "text"
-    word = "field" if file.format == "json" else "column"
-    columns = columns_of(file.path, file.format)
-    return text_column_of(f"--dataset {dataset}: {file.path}", word, columns, wanted)
+def check_contents(files: Iterable[DataFile]) -> Iterator[CheckedFile]:
+    """Compare the first bytes of each file with the format of its name; reads a file when its result is asked for."""
+    for file in files:
+        try:
+            yield CheckedFile(file, found=what_is(file.path, file.format) if file.size else "")
+        except OSError as error:
+            yield CheckedFile(file, unreadable=in_words(error))
 
 
 def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) -> str:
@@ -277,32 +285,40 @@ def _log_unused_options(dataset: str, are_text: set[bool], options: SourceOption
         )
 
 
-def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options: SourceOptions) -> FileShards:
+def open_files(
+    dataset: str,
+    files: tuple[DataFile, ...],
+    identity: str,
+    options: SourceOptions,
+    checked: Iterable[CheckedFile] | None = None,
+) -> FileShards:
     """Open the chosen files as a source, with the text column of the first one that can be read.
 
-    Raises UserError if none can be read, or if those that can are of other formats than their names.
+    `checked`: the `check_contents` of the files, if they were checked before; else they are, up to that first one.
+    Other files that cannot be read are damage. Raises UserError if no file can be read, or if those that can are of
+    other formats than their names.
     """
-    reason, wrong = "it is empty", list[UserError]()
-    for file in files:
-        if file.size == 0:
-            continue
-        try:
+    reason, wrong = "it is empty", list[CheckedFile]()
+    for each in check_contents(files) if checked is None else checked:
+        file = each.file
+        if each.found:
+            wrong.append(each)
+        elif each.unreadable:
+            reason = f"{file.path} cannot be read ({each.unreadable})"
+        elif file.size:
             try:
-                check_content(dataset, file)
-            except UserError as error:  # beside good files it counts as damage
-                wrong.append(error)
+                columns = {"text": TEXT} if file.format == "text" else columns_of(file.path, file.format)
+            except (OSError, ValueError) as error:
+                reason = f"{file.path} cannot be read ({in_words(error)})"
                 continue
-            if file.format != "text" and not columns_of(file.path, file.format):
+            if not columns:
                 reason = f"{file.path} holds nothing, as far as its beginning tells"
                 continue
-            column = choose_text_column(dataset, file, options.text_column)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = f"{file.path} cannot be read ({in_words(error)})"
-            continue
-        _log_unused_options(dataset, {each.format == "text" for each in files}, options)
-        return FileShards(dataset, files, identity, column, options.text_unit)
+            wanted = "" if file.format == "text" else options.text_column
+            word = "field" if file.format == "json" else "column"
+            column = text_column_of(f"--dataset {dataset}: {file.path}", word, columns, wanted)
+            _log_unused_options(dataset, {each.format == "text" for each in files}, options)
+            return FileShards(dataset, files, identity, column, options.text_unit)
     if wrong:
-        raise wrong[0]
+        raise wrong[0].error(dataset)
     raise UserError(f"--dataset {dataset}: it has no file that can be read: {reason}.")

@@ -131,6 +131,38 @@ def files_of(source: Source) -> Files | None:
     return source.file_list() if isinstance(source, FileSource) else None
 
 
+class SourceWrapper:
+    """A source that forwards to another one, `source`; subclasses override what differs."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.source.name
+
+    @property
+    def shards(self) -> int:
+        """See `Source.shards`."""
+        return self.source.shards
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        yield from self.source.read(shard, slices, part, start)
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.source.fingerprint()
+
+    def describe(self) -> str:
+        """See `DescribedSource.describe`."""
+        return describe_source(self.source)
+
+    def file_list(self) -> Files | None:
+        """See `FileSource.file_list`."""
+        return files_of(self.source)
+
+
 @dataclass(frozen=True)
 class Share:
     """A source of a mixture, or the only one."""

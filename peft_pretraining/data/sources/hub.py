@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, open_files
-from peft_pretraining.data.sources.documents import Damage, Files, Source
+from peft_pretraining.data.sources.documents import Damage, Files, Source, SourceWrapper
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.retry import Reading, RetryPolicy
 
@@ -63,7 +63,7 @@ class Hub(TextKind):
 
 
 @dataclass(frozen=True)
-class HubSource:
+class HubSource(SourceWrapper):
     """The documents of a split of a data set on the hub; each file is a shard."""
 
     reading: Reading
@@ -71,37 +71,19 @@ class HubSource:
     """Its full name."""
     revision: str
     """The commit, for --dataset_revision of a resumed run."""
-    documents: FileShards
-    """The files, at hf:// addresses."""
-
-    @property
-    def name(self) -> str:
-        """The name that the user gave."""
-        return self.reading.dataset
-
-    @property
-    def shards(self) -> int:
-        """Number of files."""
-        return self.documents.shards
-
-    def describe(self) -> str:
-        """See `DescribedSource`."""
-        return self.documents.describe()
+    source: FileShards
+    """The files, at hf:// addresses; their identity has the commit."""
 
     def file_list(self) -> Files | None:
         """See `FileSource.file_list`; None for C4, whose file sizes are not requested."""
-        files = self.documents.file_list()
+        files = self.source.file_list()
         return None if files is None or SIZE_UNKNOWN in files.sizes else files
-
-    def fingerprint(self) -> str:
-        """A hash of the commit, the files and the column."""
-        return self.documents.fingerprint()
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`. Raises UserError when the hub cannot be reached, even if a library hides the error."""
         from peft_pretraining.data.hub_file_system import reading_for
 
-        documents = self.documents.read(shard, slices, part, start)
+        documents = self.source.read(shard, slices, part, start)
         while True:
             with reading_for(self.reading):
                 document = next(documents, None)

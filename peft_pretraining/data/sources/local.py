@@ -23,7 +23,7 @@ from peft_pretraining.data.sources.data_files import (
     DataFile,
     FileShards,
     bytes_in_words,
-    check_content,
+    check_contents,
     format_of,
     open_files,
     read_file,
@@ -121,29 +121,22 @@ def _looks_like(path: Path) -> str:
 
 def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileShards:
     files = tuple(map(listed.file, listed.paths))
-    unreadable, others = [], []
-    for file in files:
-        try:
-            check_content(dataset, file)
-        except OSError as error:
-            unreadable.append((file.path, error.strerror))
-        except UserError as error:
-            others.append(error)
-            unreadable.append((file.path, f"it is {what_is(file.path, file.format)}"))
+    checked = list(check_contents(files))
+    others = [each for each in checked if each.found]
     if others and len(others) * _FEW >= len(files):
-        raise others[0]
-    if unreadable and len(unreadable) < len(files):
-        path, reason = unreadable[0]
+        raise others[0].error(dataset)
+    bad = [each for each in checked if each.found or each.unreadable]
+    if bad and len(bad) < len(files):
         log_once(
-            f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
-            f"places, such as {path} ({reason})"
+            f"--dataset {dataset}: {len(bad)} of {len(files)} files cannot be read and count as damaged places, such "
+            f"as {bad[0].file.path} ({f'it is {bad[0].found}' if bad[0].found else bad[0].unreadable})"
         )
     common = os.path.commonpath([str(PurePosixPath(path).parent) for path in listed.paths])
     sizes = [
         (path if not common else str(PurePosixPath(path).relative_to(common)), file.size)
         for path, file in zip(listed.paths, files, strict=True)
     ]
-    return open_files(dataset, files, repr(sizes), options)
+    return open_files(dataset, files, repr(sizes), options, checked)
 
 
 # ---- what is there
