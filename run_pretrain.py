@@ -34,8 +34,8 @@ from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.update_outcomes import (
     FinishedUpdate,
-    GoBackError,
     Outcome,
+    RollbackError,
     UpdateOutcomes,
     too_many_skipped,
 )
@@ -77,7 +77,7 @@ def train(args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) 
     try:
         run.train()
         return None
-    except GoBackError as error:
+    except RollbackError as error:
         run.metrics.log(str(error))
         return error.update_step
     finally:
@@ -175,8 +175,8 @@ class Run:
         self.outcomes.put(done, metrics, self.optimizer, measured)
         self.decide(previous)
         self.optimizer.zero_grad()
-        while self.loader.news:
-            self.metrics.log(f"update {done}: {self.loader.news.pop(0)}")
+        while self.loader.notices:
+            self.metrics.log(f"update {done}: {self.loader.notices.pop(0)}")
         if is_due(done, self.args.runtime.check_replicas):
             self.world.check_replicas(self.model.state_dict(), done)
         return True
@@ -193,11 +193,11 @@ class Run:
                 return update, target_tokens
 
     def decide(self, finished: FinishedUpdate | None) -> None:
-        """Log an update whose outcome is known by now; raises GoBackError or UserError if the run cannot go on."""
+        """Log an update whose outcome is known by now; raises RollbackError or UserError if the run cannot go on."""
         if finished is None:
             return
         if finished.outcome is Outcome.PARTLY_MADE:
-            raise GoBackError(finished.update_step - 1)
+            raise RollbackError(finished.update_step - 1)
         self.metrics.update(finished)
         skipped = finished.outcome is Outcome.SKIPPED
         self.position.skipped_in_a_row = self.position.skipped_in_a_row + 1 if skipped else 0

@@ -107,8 +107,8 @@ def table(rows: Sequence[Row]) -> str:
             found = {tree: values(rows, model, tree, name) for tree in ("before", "after")}
             if not all(found.values()):
                 continue
-            medians = {tree: statistics.median(numbers) for tree, numbers in found.items()}
-            spreads = [f"{(max(numbers) - min(numbers)) / medians[tree]:.2%}" for tree, numbers in found.items()]
+            medians = {tree: statistics.median(values) for tree, values in found.items()}
+            spreads = [f"{(max(values) - min(values)) / medians[tree]:.2%}" for tree, values in found.items()]
             ratio = medians["after"] / medians["before"]
             cells = [model, name, f"{medians['before']:,.6g}", f"{medians['after']:,.6g}", f"{ratio:.4f}", *spreads]
             lines.append("| " + " | ".join(map(str, [*cells, len(found["after"])])) + " |")

@@ -35,7 +35,7 @@ from qgalore.optimizer import LowRankAdamW
 METHODS = {"60m": "q_galore", "130m": "q_galore", "350m": "q_galore", "1b": "q_galore"}
 """Other models use activation checkpointing."""
 _BYTES = 2
-"""Of a value in a bucket: the gradients of one micro-batch are summed in bfloat16."""
+"""The size of a value in a bucket: gradients of a single micro-batch are summed in bfloat16."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

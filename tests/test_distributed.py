@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other, on one rank and on several."""
+"""The collectives of a `World` and the rendezvous, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_start_sees_nothing_of_the_starts_before(launcher: torch.distributed.T
     for attempt in range(6):
         with ThreadPoolExecutor(3) as ranks:
             order = [(attempt + i) % 3 for i in range(3)]
-            met = {rank: ranks.submit(world.meet, rank, 3, stop) for rank in order}
+            met = {rank: ranks.submit(world.agree_on_store, rank, 3, stop) for rank in order}
             stores = {rank: each.result(timeout=30) for rank, each in met.items()}
         assert not stores[0].check(["address"]), "left by the start before"
         stores[2].set("address", f"of attempt {attempt}")
@@ -173,7 +173,7 @@ def test_ranks_that_do_not_come(launcher: torch.distributed.TCPStore, monkeypatc
     monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1.2))
     for rank in (0, 1):
         with pytest.raises(UserError, match="not all 3 ranks started within 0 minutes: start torchrun on all machines"):
-            world.meet(rank, 3, StopRequest())
+            world.agree_on_store(rank, 3, StopRequest())
 
 
 def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPStore) -> None:
@@ -181,7 +181,7 @@ def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPS
         stop = StopRequest()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="SIGTERM came while this rank waited for the others"):
-            world.meet(rank, 3, stop)
+            world.agree_on_store(rank, 3, stop)
 
 
 @pytest.mark.parametrize(("ranks", "at_once"), [("1", False), ("2", True)])

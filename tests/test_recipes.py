@@ -1,4 +1,4 @@
-"""Recipes: what they give to the flags that are left out, and which command lines they leave alone."""
+"""Recipes: their values for flags that are not given, and the command lines that they do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of an update: told by the device one update later, decided upon by the loop and by nobody else."""
+"""The outcome of an update: read from the device one update later; the training loop alone acts on it."""
 
 from __future__ import annotations
 

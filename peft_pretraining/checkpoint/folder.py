@@ -106,7 +106,7 @@ def prune(save_dir: str | Path, keep: int, just_written: Path) -> list[Path]:
 def set_aside_later(save_dir: str | Path, update_step: int) -> list[Path]:
     """Rename checkpoints after `update_step` to `abandoned_<n>_step_...`, so that `auto` will not take them.
 
-    For a run that goes on from an older checkpoint than the newest; returns the new names.
+    For a run that is resumed from an older checkpoint than the newest; returns the new names.
     """
     renamed = []
     for path in list_checkpoints(save_dir):

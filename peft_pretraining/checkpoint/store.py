@@ -108,7 +108,7 @@ def save_checkpoint(
     except OSError as error:
         raise UserError(_why_not_saved(folder, target, error)) from error
     finally:
-        # Also after a KeyboardInterrupt or a bug: what is not renamed by now is of no use to anybody.
+        # Also after a KeyboardInterrupt or a bug: what is not renamed by now is useless.
         shutil.rmtree(temporary, ignore_errors=True)
     if keep > 0:
         prune(folder, keep, just_written=target)

@@ -240,7 +240,7 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
         problems.append(
             "--int8_products multiplies stored integers, and --simulation stores float weights: leave one out"
         )
-    # The default cannot be told from the same number on the command line, where the recipes have it.
+    # A default cannot be distinguished from the same value on the command line, as in the recipes.
     if quantization.weight_group_size != type(quantization).weight_group_size:
         problems.append(
             f"--weight_group_size {quantization.weight_group_size} cannot work with --int8_products, which wants one "

@@ -31,9 +31,9 @@ class Update:
 
     micro_batches: list[MicroBatch]
     target_tokens: int
-    """Of this rank, over all its micro-batches; the loss is divided by the sum of this over the ranks."""
+    """The targets of all its micro-batches; the loss is divided by their sum over the ranks."""
     tokens: int
-    """Of this rank, without padding."""
+    """Ids without padding."""
 
 
 def make_micro_batch(rows: NDArray[np.int32], lengths: NDArray[np.int64]) -> MicroBatch:

@@ -57,7 +57,7 @@ class LogicalShard(Protocol):
 
 @dataclass(frozen=True)
 class LogicalShardOrder:
-    """What decides the order of one logical shard, beside its units."""
+    """The values that decide the order of one logical shard, beside its units."""
 
     index: int
     """Of the logical shard."""
@@ -87,9 +87,9 @@ class Position(NamedTuple):
 class DamageCount:
     """Counts what the logical shards of a rank could not read; raises UserError past --damaged_limit."""
 
-    def __init__(self, limit: int, what_then: str = "go on with --continue_from auto") -> None:
-        """what_then: the advice of the error, for when the files are repaired."""
-        self.limit, self._what_then = limit, what_then
+    def __init__(self, limit: int, advice: str = "go on with --continue_from auto") -> None:
+        """advice: the advice of the error, for when the files are repaired."""
+        self.limit, self._advice = limit, advice
         self._counts: dict[tuple[int, int], int] = {}  # by (source, index of the logical shard)
         self._lock = threading.Lock()
 
@@ -117,14 +117,14 @@ class DamageCount:
         if self.total > self.limit:
             raise UserError(
                 f"--dataset: more than {self.limit} damaged places (--damaged_limit {self.limit}), the last in "
-                f"{damage.where} ({damage.reason}). Replace the damaged files and {self._what_then}, or "
+                f"{damage.where} ({damage.reason}). Replace the damaged files and {self._advice}, or "
                 "give a higher --damaged_limit."
             )
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How documents become rows."""
+    """The conversion of documents to rows."""
 
     max_length: int
     packing: str

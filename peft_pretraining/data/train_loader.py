@@ -45,7 +45,7 @@ _LOOK_UP_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """How the global order is divided into ranks and micro-batches."""
+    """The division of the global order into ranks and micro-batches."""
 
     max_length: int
     batch_size: int
@@ -112,7 +112,7 @@ class TrainLoader:
         self.layout, self.tokenizer, self._ids = layout, tokenizer, vocab_size
         self.wait_seconds = 0.0
         """Total time that `next_update` waited for rows."""
-        self.news: list[str] = []
+        self.notices: list[str] = []
         """Sentences about the data for the run's log; whoever logs them empties the list."""
         self.about: Callable[[], list[str]] = list
         """Returns lines that describe what the run reads (`summary`), for `describe`."""
@@ -226,7 +226,7 @@ class TrainLoader:
         epochs = _epochs(self._states.values())
         for name, before, now in zip(self._shard_factory.names, self._epochs, epochs, strict=True):
             if before == 0 < now:
-                self.news.append(
+                self.notices.append(
                     f"--dataset {name}: the first of its logical shards has ended and begins again, in another order: "
                     "from here on documents are read a second time (--repeat each)"
                 )
@@ -238,7 +238,7 @@ class TrainLoader:
                 f"the checkpoint's data state has format {state.get('format')}; this version reads {_STATE_FORMAT}."
             )
         saved_tokenizer = state["order"].get("tokenizer", "")
-        if self.tokenizer is not None and self.tokenizer.go_on_as(saved_tokenizer):
+        if self.tokenizer is not None and self.tokenizer.resume_as(saved_tokenizer):
             self._order["tokenizer"] = saved_tokenizer  # the same ids, by the encoder that the run started with
         replaced = self._shard_factory.load_state(state.get("sources"))
         self._order["dataset"] = self._shard_factory.fingerprint()
@@ -247,7 +247,7 @@ class TrainLoader:
             for flag, saved in state["order"].items()
             if self._order.get(flag) != saved and not (flag == "dataset" and replaced)
         ]
-        self.news += replaced or []
+        self.notices += replaced or []
         if differences:
             raise UserError(
                 f"the run cannot go on in the order of its checkpoint: {'; '.join(differences)} (for --dataset and "

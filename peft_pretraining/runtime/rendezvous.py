@@ -22,7 +22,7 @@ def world_size_of_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def meet(rank: int, world_size: int, stop: StopRequest) -> Store:
+def agree_on_store(rank: int, world_size: int, stop: StopRequest) -> Store:
     """Agree on a prefix of the launcher's store that only the processes of this launch know; returns that part.
 
     torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), and a process that finds the

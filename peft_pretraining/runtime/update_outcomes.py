@@ -40,7 +40,7 @@ class FinishedUpdate:
     metrics: Mapping[str, float]
 
 
-class GoBackError(Exception):
+class RollbackError(Exception):
     """An update was partly applied: the run has to go back to a checkpoint and skip the update after `update_step`."""
 
     def __init__(self, update_step: int) -> None:

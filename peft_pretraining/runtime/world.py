@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime.rendezvous import TIMEOUT, meet, world_size_of_launch
+from peft_pretraining.runtime.rendezvous import TIMEOUT, agree_on_store, world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 
 T = TypeVar("T")
@@ -28,8 +28,8 @@ T = TypeVar("T")
 def is_lost_rank(error: BaseException | None) -> bool:
     """Whether an error of a collective means that another rank has died; gloo raises bare RuntimeErrors."""
     signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Timed out waiting")
-    several = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
-    return several and any(sign in str(error) for sign in signs)
+    may_be = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
+    return may_be and any(sign in str(error) for sign in signs)
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,6 @@ def start_world(device: str, stop: StopRequest) -> World:
     if world_size > 1:
         # Host integers go over gloo, so that counting tokens never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        store = meet(rank, world_size, stop)
+        store = agree_on_store(rank, world_size, stop)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return World(rank, world_size, chosen)

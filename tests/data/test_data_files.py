@@ -1,4 +1,4 @@
-"""One file of documents: every format gives the same texts by the same places, and damage costs what it lies in."""
+"""A file of documents: every format gives the same texts by the same indices, and damage costs only what it hits."""
 
 import errno
 import gc

@@ -1,4 +1,4 @@
-"""Any data set of the hub by its name: what it consists of, what is wrong with it, and faults on the way."""
+"""Data sets of the hub by name: their files, errors, and network faults."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Folders, globs and files as people have them: which files are read, for which split, and what is said."""
+"""Folders, globs and files of users: which files are read for which split, and what is logged."""
 
 import gzip
 import json

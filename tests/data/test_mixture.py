@@ -81,7 +81,7 @@ def test_a_second_reading_names_its_source(tokenizer: Tokenizer, mixture: Mixtur
     (loader,) = loaders(1, tokenizer=tokenizer, source=mixture)
     global_rows([loader], 23)
     close([loader])
-    assert len(loader.news) == 1 and loader.news[0].startswith("--dataset small: ")
+    assert len(loader.notices) == 1 and loader.notices[0].startswith("--dataset small: ")
 
 
 def test_each_source_has_its_share_of_the_evaluation(tokenizer: Tokenizer, mixture: Mixture) -> None:

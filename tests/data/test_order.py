@@ -390,7 +390,7 @@ def test_a_replaced_file_is_said_and_another_data_set_refused(tokenizer: Tokeniz
     good = Shards(numbered(100, 100, 100), (1000, 1000, 1000))
     ranks = loaders(1, tokenizer=tokenizer, source=good, repeat="none")
     ranks[0].load_state_dict(state)
-    (said,) = ranks[0].news
+    (said,) = ranks[0].notices
     assert "2.json (90 bytes, now 1000) changed; the run goes on" in said
     rows = torch.cat([*before, *global_rows(ranks, 25)])
     assert ranks[0].ended

@@ -110,8 +110,8 @@ def test_repeated_data_never_ends_and_its_second_reading_is_said_once(
     heard = []
     for update in range(1, 61):
         loader.next_update()
-        heard += [(update, text) for text in loader.news]
-        loader.news.clear()
+        heard += [(update, text) for text in loader.notices]
+        loader.notices.clear()
         if update == 40:
             state = loader.state_dict()
     assert not loader.ended
@@ -121,7 +121,7 @@ def test_repeated_data_never_ends_and_its_second_reading_is_said_once(
     (resumed,) = loaders(1, tokenizer=tokenizer, source=source)
     resumed.load_state_dict(state)
     global_rows([resumed], 30)
-    assert not resumed.news
+    assert not resumed.notices
     resumed.close()
 
 

@@ -246,7 +246,7 @@ def test_the_script_says_what_it_added(
     said = capsys.readouterr().out
     assert "<|begin|> begins each document and </s> ends each document" in said and "nothing is added" in said
     kept = load_tokenizer(str(tmp_path / "out" / "tokenizer"), "c4", added=Added(eos=False))
-    assert kept.go_on_as(settings["tokenizer_fingerprint"])
+    assert kept.resume_as(settings["tokenizer_fingerprint"])
 
 
 def test_all_splits_of_the_hub_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,7 @@ def _content(path: str) -> Iterator[bytes]:
 def _whole_lines(path: str) -> Iterator[bytes]:
     """Yield blocks of whole lines (the last may lack its line end); at damage the lines before it, then raise."""
     pieces: list[bytes] = []
-    size, begun = 0, False
+    size, is_first = 0, True
     content = _content(path)
     while True:
         fault = None
@@ -224,7 +224,7 @@ def _whole_lines(path: str) -> Iterator[bytes]:
             block = b"".join(pieces)
             # The damaged line is dropped.
             block = block[: block.rfind(b"\n") + 1] if fault else block
-            if block := block if begun else block.removeprefix(b"\xef\xbb\xbf"):
+            if block := block.removeprefix(b"\xef\xbb\xbf") if is_first else block:
                 yield block
             if fault:
                 raise fault
@@ -235,8 +235,8 @@ def _whole_lines(path: str) -> Iterator[bytes]:
             continue
         pieces[-1] = piece[:end]
         block, pieces, size = b"".join(pieces), [piece[end:]], len(piece) - end
-        yield block if begun else block.removeprefix(b"\xef\xbb\xbf")
-        begun = True
+        yield block.removeprefix(b"\xef\xbb\xbf") if is_first else block
+        is_first = False
 
 
 _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
@@ -244,18 +244,18 @@ _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
 
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
     """Split blocks of whole lines at blank lines; a paragraph of `LONGEST_PARAGRAPH_BYTES` ends with its line."""
-    begun: list[bytes] = []
+    unfinished: list[bytes] = []
     size = 0
     for block in blocks:
         first, *others = _BETWEEN_PARAGRAPHS.split(block.replace(b"\r\n", b"\n"))
-        begun.append(first)
+        unfinished.append(first)
         size += len(first)
         if not others and size < LONGEST_PARAGRAPH_BYTES:
             continue
-        *found, rest = [b"".join(begun), *(others or [b""])]
-        begun, size = [rest], len(rest)
+        *found, rest = [b"".join(unfinished), *(others or [b""])]
+        unfinished, size = [rest], len(rest)
         yield [text for paragraph in found if (text := paragraph.strip(b"\n"))]
-    yield [text] if (text := b"".join(begun).strip(b"\n")) else []
+    yield [text] if (text := b"".join(unfinished).strip(b"\n")) else []
 
 
 def _line_array(block: bytes) -> Any:
@@ -290,7 +290,7 @@ def _csv_texts(path: str, column: str, lost: dict[int, str]) -> Iterator[list[st
 
     A damaged row is None, and its reason is put into `lost` by its index. Raises ValueError for an unknown column.
     """
-    head, content = _begun(_content(path))
+    head, content = _with_head(_content(path))
     lines = io.TextIOWrapper(io.BufferedReader(_Pieces(content)), "utf-8-sig", "replace", newline="")
     delimiter = delimiter_of(path, head)
     records = read_records(lines, delimiter)
@@ -329,7 +329,7 @@ def _csv_texts(path: str, column: str, lost: dict[int, str]) -> Iterator[list[st
             return
 
 
-def _begun(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+def _with_head(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     """(the first 64 KiB or so, all pieces from the start); an error is raised by the iterator at its position."""
     first: list[bytes] = []
     fault = None

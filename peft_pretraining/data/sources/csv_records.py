@@ -25,7 +25,7 @@ _COMPARED_RECORDS = 50
 _JOINED_LINES = 1024
 """Lines of a record that are joined into one string: many short strings take far more memory than their text."""
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
-_SAYS_DELIMITER = re.compile(r'"?sep=([^\r\n"])"?[\r\n]*', re.IGNORECASE)
+_DELIMITER_LINE = re.compile(r'"?sep=([^\r\n"])"?[\r\n]*', re.IGNORECASE)
 
 csv.field_size_limit((1 << 31) - 1)  # for the process; a document may be longer than the default of 131,072
 
@@ -48,7 +48,7 @@ def read_records(lines: Iterable[str], delimiter: str) -> Iterator[list[str] | U
     """Yield the records of a text, header first, without blank lines; `lines` include their line ends."""
     source = _Lines(lines)
     source.begin()
-    if _SAYS_DELIMITER.fullmatch(next(source, "")) is None:
+    if _DELIMITER_LINE.fullmatch(next(source, "")) is None:
         source.give_back(but_first=False)
     strict = csv.reader(source, delimiter=delimiter, strict=True)
     width = 0  # of the header
@@ -59,7 +59,7 @@ def read_records(lines: Iterable[str], delimiter: str) -> Iterator[list[str] | U
         except StopIteration:
             return
         except csv.Error:
-            record = _mended(source, delimiter, width)
+            record = _repaired(source, delimiter, width)
             strict = csv.reader(source, delimiter=delimiter, strict=True)  # the old one keeps the long field in memory
         if isinstance(record, list):
             if not record or (len(record) == 1 and record[0].isspace()):
@@ -68,7 +68,7 @@ def read_records(lines: Iterable[str], delimiter: str) -> Iterator[list[str] | U
         yield record
 
 
-def _mended(source: "_Lines", delimiter: str, width: int) -> list[str] | Unclosed:
+def _repaired(source: "_Lines", delimiter: str, width: int) -> list[str] | Unclosed:
     """The result for a record with a stray quote, whose lines were taken from `source`."""
     begun_anew = source.count > 1 and _looks_like_a_record(source.last, delimiter, width)
     if not source.ended and not begun_anew:
@@ -158,8 +158,8 @@ def find_delimiter(head: str, usual: str) -> str:
     """The delimiter of a text that begins with `head`: that of a first line `sep=`, else `usual`, unless another of
     `DELIMITERS` splits the records into as many fields as the header and `usual` does not."""
     lines = list(io.StringIO(head, newline=""))
-    if lines and (said := _SAYS_DELIMITER.fullmatch(lines[0])):
-        return said[1]
+    if lines and (found := _DELIMITER_LINE.fullmatch(lines[0])):
+        return found[1]
     lines = lines[:-1] if len(lines) > 1 else lines  # the last one may be cut off
     shares = {delimiter: _share_alike(lines, delimiter) for delimiter in DELIMITERS}
     # A comma may split texts by chance, and rows may have more or fewer fields than the header.

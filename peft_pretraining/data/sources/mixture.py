@@ -122,26 +122,26 @@ KIND = MixtureKind()
 def split_mixture(dataset: str) -> list[tuple[str, float]]:
     """Parse a mixture into (source, weight) pairs. Raises UserError."""
     parts: list[tuple[str, float]] = []
-    begun: list[str] = []
+    unfinished: list[str] = []
     for piece in dataset.split(","):
-        begun.append(piece)
-        name, _, text = ",".join(begun).rpartition(":")
-        name = name.strip() if len(begun) == 1 else name  # as after a comma in "a:0.5, b:0.5"
+        unfinished.append(piece)
+        name, _, text = ",".join(unfinished).rpartition(":")
+        name = name.strip() if len(unfinished) == 1 else name  # as after a comma in "a:0.5, b:0.5"
         weight = _weight(text)
         if weight is None:
             continue
-        if len(begun) > 1 and not _exists(name):
+        if len(unfinished) > 1 and not _exists(name):
             break
         if not name:
             raise UserError(f"--dataset {dataset}: {piece} names no source: give each a name and a weight, {_EXAMPLE}")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"--dataset {dataset}: the weight {text} of {name} is not a positive number")
         parts.append((str(Path(name).expanduser()) if name.startswith("~") else name, weight))
-        begun = []
-    if begun:
+        unfinished = []
+    if unfinished:
         raise UserError(
-            f"--dataset {dataset}: {begun[0] or 'an empty part'} has no weight, and the whole is no path that exists: "
-            f"give each source a weight, {_EXAMPLE}"
+            f"--dataset {dataset}: {unfinished[0] or 'an empty part'} has no weight, and the whole is no path that "
+            f"exists: give each source a weight, {_EXAMPLE}"
         )
     _refuse_twice(dataset, [name for name, _ in parts])
     return parts

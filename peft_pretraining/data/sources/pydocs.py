@@ -75,7 +75,7 @@ def collect() -> Iterator[tuple[str, str]]:
     with contextlib.suppress(ImportError):  # some distributions leave the module out
         topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
-        for text in _joined(topics[name].split("\n\n")):
+        for text in _concatenated(topics[name].split("\n\n")):
             yield f"topic:{name}", text
     for folder in _folders():
         size = 0
@@ -85,7 +85,7 @@ def collect() -> Iterator[tuple[str, str]]:
             relative = path.relative_to(folder.parent if folder.name in PACKAGES else folder)
             if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
                 module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-                for text in _joined(read_docstrings(path, module, seen)):
+                for text in _concatenated(read_docstrings(path, module, seen)):
                     size += len(text)
                     yield module, text
 
@@ -144,7 +144,7 @@ def _documented(node: _Documented, name: str) -> Iterator[tuple[str, _Documented
             yield from _documented(child, f"{name}.{child.name}")
 
 
-def _joined(pieces: Iterator[str] | list[str]) -> Iterator[str]:
+def _concatenated(pieces: Iterator[str] | list[str]) -> Iterator[str]:
     """Join consecutive pieces by blank lines until they reach DOCUMENT_CHARS."""
     parts: list[str] = []
     size = 0

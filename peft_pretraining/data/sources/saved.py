@@ -87,9 +87,9 @@ class SavedRows:
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         _, begin, count = self.files[shard]
-        numbers = range(part + start * slices, count, slices)
-        for i in range(0, len(numbers), _ROWS):
-            some = numbers[i : i + _ROWS]
+        rows = range(part + start * slices, count, slices)
+        for i in range(0, len(rows), _ROWS):
+            some = rows[i : i + _ROWS]
             column = self.rows[range(begin + some.start, begin + some.stop, slices)].column(0)
             yield from map(plain_text, values_of(column, 0, 1))
 

@@ -138,7 +138,7 @@ class Tokenizer:
         """A hash of the ids of a fixed sentence, by which a resumed run detects another tokenizer."""
         return self._fingerprint(self._encoder)
 
-    def go_on_as(self, fingerprint: str) -> bool:
+    def resume_as(self, fingerprint: str) -> bool:
         """Use the encoder of the run that saved this fingerprint; returns False if it used another tokenizer.
 
         For a resumed run: the first encoder depends on installed packages and on the files beside the tokenizer.

@@ -107,7 +107,7 @@ def read_json(name: str, file: Path) -> TokenizersEncoder:
 
 
 def _read_model(name: str, file: Path, optional: bool) -> SentencePieceEncoder | None:
-    """Of a .model file; None where that is `optional` and cannot be had. Raises UserError."""
+    """Read a .model file; None if that fails and is `optional`. Raises UserError."""
     try:
         import sentencepiece
     except ImportError as error:

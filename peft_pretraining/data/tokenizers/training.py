@@ -56,14 +56,14 @@ class TrainedTokenizer(Tokenizer):
         """See `Tokenizer.fingerprint`; with a hash of its pieces, which old checkpoints lack."""
         return f"{super().fingerprint()}-{self._hash_of_pieces()}"
 
-    def go_on_as(self, fingerprint: str) -> bool:
-        """Become the tokenizer that the run started with; see `Tokenizer.go_on_as`. Raises UserError if it is gone."""
+    def resume_as(self, fingerprint: str) -> bool:
+        """Become the tokenizer that the run started with; see `Tokenizer.resume_as`. Raises UserError if it is gone."""
         if not fingerprint:  # the run was on token ids
             return False
         # The run's folder first: a fingerprint of old checkpoints may fit several tokenizers.
-        if self._take_up(self._kept, fingerprint) or super().go_on_as(fingerprint):
+        if self._adopt(self._kept, fingerprint) or super().resume_as(fingerprint):
             return True
-        if self._take_up(sorted(cache_dir().glob(self._cached)), fingerprint):
+        if self._adopt(sorted(cache_dir().glob(self._cached)), fingerprint):
             return True
         raise UserError(
             f"--tokenizer {self.name}: the run began with another tokenizer than its documents give now, or with other "
@@ -85,13 +85,13 @@ class TrainedTokenizer(Tokenizer):
         ):
             replace_file(file, content.encode())
 
-    def _take_up(self, files: Iterable[Path], fingerprint: str) -> bool:
+    def _adopt(self, files: Iterable[Path], fingerprint: str) -> bool:
         """Become the first tokenizer in `files` with this fingerprint; returns whether there is one."""
         for path in files:
             with suppress(Exception):  # the library raises bare Exception for a file that is no tokenizer
                 content = path.read_text(encoding="utf-8")
                 other = Tokenizer([_encoder(content)], self.name, _SPECIAL, self._added)
-                if other.go_on_as(fingerprint):
+                if other.resume_as(fingerprint):
                     if content != self._content:  # in place, since other objects refer to this one
                         vars(self).update(vars(other), _content=content, _taken_up=path)
                     return True
