@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group
+from qgalore.layer.linear import LowRankLinear
 from qgalore.param_groups import check_low_rank
 from qgalore.saved_state import state_for
 from qgalore.update.all_reduce import AllReduce, RankSum
@@ -133,6 +134,26 @@ class LowRankAdamW(Optimizer):
                 weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
                 weight.bind(group, self.state, self._step_table, index, place, count)
                 index, place = index + 1, place + ("rank" in group)
+
+    @classmethod
+    def initial_states(
+        cls, groups: Iterable[dict[str, Any]], layers: Iterable[LowRankLinear]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """The states of the weights of param groups before their first update; on the meta device without memory.
+
+        layers: those that hold low-rank weights. No optimizer is made, since PyTorch's imports its compiler: seconds.
+        """
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        holders: dict[Tensor, LowRankLinear] = {layer.weight: layer for layer in layers}
+        for group in groups:
+            options = complete_group(group, proj_quant=cls.quant)
+            options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
+            for param in group["params"]:
+                weight = (LowRankWeight if "rank" in options else FullRankWeight)(param, 0)
+                weight.layer = holders.get(param)
+                weight.bind(options, states, StepTable(1), 0, 0, 1)
+                weight._init_state()
+        return states
 
     # ---- the backward pass
 
