@@ -148,6 +148,7 @@ class LowRankAdamW(Optimizer):
         for group in groups:
             options = complete_group(group, proj_quant=cls.quant)
             options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
+            options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
             for param in group["params"]:
                 weight = (LowRankWeight if "rank" in options else FullRankWeight)(param, 0)
                 weight.layer = holders.get(param)

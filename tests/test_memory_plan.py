@@ -187,6 +187,8 @@ def test_refreshes_stay_below_their_bound(subspace: str, tmp_path: Path) -> None
         optimizer.zero_grad()
         most = max(most, before - alive() - memory[GRADIENTS])
     assert memory[REFRESHES] / 4 < most <= memory[REFRESHES]
+    at_once = planned(flags.replace("--gradient_accumulation 3", ""), RAGGED).lasting
+    assert at_once[GRADIENTS] == at_once[REFRESHES] == 0
 
 
 @pytest.mark.parametrize(("name", "published"), [("60m", 0.36), ("130m", 0.76), ("350m", 2.06), ("1b", 7.80)])
@@ -255,36 +257,30 @@ def profiled_peak(work: Callable[[], object]) -> int:
     return peak
 
 
-WIDE = {"vocab_size": 130, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1,
-        "num_attention_heads": 8}  # fmt: skip
+WIDE = RAGGED | {"hidden_size": 512, "intermediate_size": 2048, "num_key_value_heads": 4, "num_hidden_layers": 1}
+WIDE_FLAGS = "--optimizer galore_adamw --rank 128 --subspace streaming --update_proj_gap 1 --dtype float32"
+WIDE_FLAGS += " --device cpu --batch_size 1 --max_length 8"
 
 
-@pytest.mark.parametrize("optimizer", [f"q_galore_adamw8bit {QUANTIZED}", "galore_adamw"])
 @pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.o_proj"])
-def test_projecting_takes_what_is_planned(name: str, optimizer: str, tmp_path: Path) -> None:
+def test_projecting_takes_what_is_planned(name: str, tmp_path: Path) -> None:
     """With a sketch for a refresh, in float32, in which products on the CPU take no memory of their own."""
-    flags = f"--optimizer {optimizer} --recipe paper --subspace streaming --update_proj_gap 1 --rank 128"
-    flags += " --dtype float32 --device cpu --batch_size 1 --max_length 8"
-    _, model, optimizer_of_model = built(flags, WIDE, tmp_path)
+    _, model, optimizer = built(WIDE_FLAGS, WIDE, tmp_path)
     for _ in range(2):
-        train(model, optimizer_of_model)
-        optimizer_of_model.step()
-        optimizer_of_model.zero_grad()
+        train(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
     layer = model.get_submodule(f"model.layers.0.{name}")
-    (weight,) = optimizer_of_model.weights_of(layer)
+    (weight,), run = optimizer.weights_of(layer), run_of(WIDE_FLAGS, WIDE)
     grad, x = torch.randn(8, layer.out_features), torch.randn(8, layer.in_features)
     with torch.no_grad():
         taken = profiled_peak(lambda: weight.accumulate(grad, x))
-    run = run_of(flags, WIDE)
-    matrix = run.matrices[-1 if "mlp" in name else 0]
-    codes = 4 * matrix.gradient if "8bit" in optimizer else 0  # as int32, which a GPU's kernel does without
-    assert 0.99 * taken < PassingBytes(run).projecting(matrix) + codes < 1.1 * taken
+    assert taken <= PassingBytes(run).projecting(run.matrices[-1 if "mlp" in name else 0]) < 1.1 * taken
 
 
 def test_a_new_basis_takes_what_is_planned() -> None:
     """The temporary tensors of a refresh: of a square matrix most are for its basis, of a wide one for its moments."""
-    flags = "--optimizer galore_adamw --subspace streaming --rank 128 --dtype float32 --device cpu --batch_size 1"
-    run = run_of(flags, WIDE)
+    run = run_of(WIDE_FLAGS, WIDE)
     square, wide = (PassingBytes(run).refresh(run.matrices[index]) for index in (0, -1))
     basis, change, state = torch.randn(128, 512), torch.randn(128, 128), dict[str, torch.Tensor]()
     # The sketch, the old basis and the new one are there already.
@@ -381,15 +377,6 @@ def test_cuda_graphs_share_their_memory(checkpointing: str) -> None:
 # ---- the whole
 
 
-def test_checkpointing_saves_memory_and_7b_fits_16_gb() -> None:
-    flags = f"{STREAMING} --rank 1024 --batch_size 16 --cuda_graphs off"
-    plain, checkpointed = planned(flags, "7b"), planned(f"{flags} --activation_checkpointing", "7b")
-    assert checkpointed.activations < plain.activations / 10
-    assert checkpointed.peak_bytes < plain.peak_bytes - 0.8 * (plain.activations - checkpointed.activations)
-    # The paper says 15 GB with everything.
-    assert 10e9 < checkpointed.weights_and_states_bytes < 12e9 and checkpointed.peak_bytes < 16e9
-
-
 def test_largest_model_takes_no_time_and_table_adds_up() -> None:
     run = run_of(f"{STREAMING} --rank 1024 --batch_size 2", "13b")
     start = time.process_time()
@@ -425,7 +412,7 @@ update, which is the peak where layers are recomputed."""
 ROWS = [
     row
     for name in ("memory", "compare")
-    for row in csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").open())
+    for row in csv.DictReader((ROOT / "benchmarks" / "results" / f"{name}.csv").read_text().splitlines())
     if row["commit"] in (*EARLIER, "74e2fbd", "820d367", "caf4340") and "--batch_size" in row["flags"]
 ]
 # The default recipe, whose row in quality.csv has not all of its flags.
