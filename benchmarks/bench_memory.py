@@ -27,8 +27,7 @@ from benchmarks.compare_methods import CHECKPOINTING, Setting, q_galore_flags
 from benchmarks.models import MICRO_BATCHES, RANKS, config, config_path
 from benchmarks.rows import ROOT, append_row
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.plan import MemoryPlan
-from peft_pretraining.memory.plan_of_run import plan
+from peft_pretraining.memory.plan import MemoryPlan, plan
 
 WARMUP, UPDATES = 35, 3  # 7B has its first refreshes in 32 updates
 

@@ -49,7 +49,7 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.eval_set import build_eval_set
 from peft_pretraining.evaluation import evaluate
-from peft_pretraining.memory.plan_of_run import plan
+from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.registry import read_config
 
 QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]

@@ -21,13 +21,26 @@ from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_data
 from peft_pretraining.data.tokenizer import Added, Tokenizer, kept_tokenizers, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
+from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
+from peft_pretraining.models.registry import read_config
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 from qgalore.update.all_reduce import AllReduce
+
+
+def shape_of(args: ModelArgs) -> ModelConfig | None:
+    """The shape of the model to train; None where only transformers' class takes the configuration."""
+    try:
+        return read_config(args.model_config)
+    except UserError:
+        if args.use_hf_model:
+            return None
+        raise
 
 
 def build_model(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
+from peft_pretraining.build import shape_of
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
-from peft_pretraining.memory.plan_of_run import plan, shape_of
+from peft_pretraining.memory.plan import plan
 
 
 def print_description(args: RunArgs) -> None:
@@ -18,7 +19,7 @@ def print_description(args: RunArgs) -> None:
 
 def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
-    config, data = shape_of(args), _data(args)
+    config, data = shape_of(args.model), _data(args)
     updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
     lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
     chosen = _chosen_by_others(args)

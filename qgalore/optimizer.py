@@ -11,7 +11,7 @@ autograd cannot give a gradient, train at all.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group
+from qgalore.layer.linear import LowRankLinear
 from qgalore.param_groups import check_low_rank
 from qgalore.saved_state import state_for
 from qgalore.subspace.methods import Streaming
@@ -131,6 +132,27 @@ class LowRankAdamW(Optimizer):
                 weight = self._weights.get(param) or self._weights.setdefault(param, Weight(param, self._seed))
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
+
+    @classmethod
+    def initial_states(
+        cls, groups: Iterable[dict[str, Any]], layers: Iterable[LowRankLinear]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """The states of the weights of param groups before their first update; on the meta device without memory.
+
+        layers: those that hold low-rank weights. No optimizer is made, since PyTorch's imports its compiler: seconds.
+        """
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        holders: dict[Tensor, LowRankLinear] = {layer.weight: layer for layer in layers}
+        for group in groups:
+            options = complete_group(group, proj_quant=cls.quant)
+            options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
+            options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
+            for param in group["params"]:
+                weight = Weight(param, 0)
+                weight.layer = holders.get(param)
+                weight.bind(options, states, StepTable(1), 0, 0, 1)
+                weight.init_state()
+        return states
 
     # ---- the backward pass
 

@@ -13,8 +13,7 @@ from benchmarks import bench_memory, compare
 from benchmarks.bench_memory import CELLS, COLUMNS, COMPONENTS, Cell
 from benchmarks.compare_methods import Setting, Training, q_galore_flags
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.plan import plan_memory
-from peft_pretraining.memory.plan_of_run import memory_settings
+from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.llama.config import LlamaConfig
 
 FAILED = Cell("7b", 4)
@@ -74,13 +73,13 @@ def test_what_is_planned_is_what_runs(cell: Cell, monkeypatch: pytest.MonkeyPatc
     (setting,) = trained
     assert row["error"] == "" and (options.warmup, options.updates) == (bench_memory.WARMUP, bench_memory.UPDATES)
     on_gpu = str(row["flags"]).replace("--device cpu", "--device cuda")
-    run = memory_settings(parse_args(["--model_config", str(setting.config), *on_gpu.split()]))
-    assert bench_memory.planned(cell) == plan_memory(LlamaConfig.from_json(setting.config), run)
-    assert run.subspace is not None and run.subspace.rank == cell.rank
-    assert (run.batch_size, run.max_length) == (cell.micro_batch, 256)
-    assert (run.grad_accum_steps, run.activation_checkpointing) == (cell.grad_accum, cell.checkpointing)
-    assert (run.weight.stored_bits, run.basis_bits, run.state_bits, run.svd) == (8, 4, 8, False)
-    assert run.cuda and run.compiled and run.per_layer
+    run = parse_args(["--model_config", str(setting.config), *on_gpu.split()])
+    assert bench_memory.planned(cell) == plan(run, LlamaConfig.from_json(setting.config))
+    assert (run.subspace.rank, run.batch.batch_size, run.batch.max_length) == (cell.rank, cell.micro_batch, 256)
+    checkpointing = run.model.activation_checkpointing
+    assert (run.batch.gradient_accumulation, checkpointing) == (cell.grad_accum, cell.checkpointing)
+    assert (run.quantization.weight_format.stored_bits, run.subspace.basis_bits) == (8, 4)
+    assert (run.subspace.subspace, run.optimizer.optimizer) == ("streaming", "q_galore_adamw8bit_per_layer")
 
 
 def test_more_flags_reach_run_and_plan() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.plan_of_run import memory_settings
+from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import build_on_meta, parameter_count
 from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.registry import read_config
 from tests.small_run import INT8_PRODUCTS, SmallRun, flags_of
 
 
@@ -90,24 +91,8 @@ def test_q_galore_takes_less_than_adam(small: SmallRun, capsys: pytest.CaptureFi
 )
 def test_how_the_layers_run(small: SmallRun, flags: dict[str, object], compiled: bool, graphs: bool) -> None:
     given = flags_of("q_galore_adamw8bit_per_layer") | {"batch_size": 4, "total_batch_size": 4} | flags
-    settings = memory_settings(parse_args(small.argv("run", given)))
-    assert (settings.cuda, settings.compiled, settings.cuda_graphs) == (flags["device"] != "cpu", compiled, graphs)
-
-
-@pytest.mark.parametrize(
-    ("flags", "states", "decoder_states"),
-    [
-        (flags_of("adamw"), 2, 2),
-        (flags_of("sgd"), 0, 0),
-        (flags_of("sgd") | {"beta1": 0.9}, 1, 1),
-        (flags_of("muon"), 2, 1),
-        (flags_of("q_galore_adamw8bit"), 2, 2),
-        (flags_of("q_galore_adamw8bit") | {"direction": "orthogonal"}, 2, 1),
-    ],
-)
-def test_states_that_are_counted(small: SmallRun, flags: dict[str, object], states: int, decoder_states: int) -> None:
-    settings = memory_settings(parse_args(small.argv("run", flags)))
-    assert (settings.states, settings.decoder_states) == (states, decoder_states)
+    run = PlannedRun(parse_args(small.argv("run", given)), read_config(small.config))
+    assert (run.cuda, run.compiled, run.graphs) == (flags["device"] != "cpu", compiled, graphs)
 
 
 def test_writes_nothing_and_needs_no_data(

@@ -12,7 +12,7 @@ import run_pretrain
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory import advice
-from peft_pretraining.memory.plan_of_run import plan
+from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.llama.config import LlamaConfig
 from tests.small_run import SmallRun
 

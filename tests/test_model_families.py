@@ -15,7 +15,7 @@ from peft_pretraining.build import build_model
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.plan_of_run import plan
+from peft_pretraining.memory.plan import plan
 from peft_pretraining.models import registry
 from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.network import CausalLM

@@ -214,7 +214,7 @@ def test_a_recipe_that_does_not_exist() -> None:
 
 def test_the_bytes_of_the_paper() -> None:
     """Projections and states of the recipe take no more than those of the paper's rank, a quarter of the width."""
-    from peft_pretraining.memory.plan_of_run import plan
+    from peft_pretraining.memory.plan import plan
     from peft_pretraining.models.llama.config import LlamaConfig
 
     def states(flags: str, model: str) -> int:

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from peft_pretraining.build import shape_of
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.memory.plan_of_run import plan, shape_of
+from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.config import ModelConfig
 
 
 def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
     """A sentence for a run whose planned peak is above what is free on its CUDA device; None if it fits."""
-    if device.type != "cuda" or (config := shape_of(args)) is None:
+    if device.type != "cuda" or (config := shape_of(args.model)) is None:
         return None
     free = torch.cuda.mem_get_info(device)[0]
     if plan(args, config).peak_bytes <= free:
@@ -25,7 +26,7 @@ def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
 
 def out_of_memory(args: RunArgs, device: torch.device) -> str:
     """The sentence for a run that found no memory on its CUDA device."""
-    save_dir, config = args.checkpoint.save_dir, shape_of(args)
+    save_dir, config = args.checkpoint.save_dir, shape_of(args.model)
     # What other processes and CUDA itself hold was never there for this one.
     available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     comparison = f": {_comparison(args, config, available)}" if config is not None else ""
@@ -48,34 +49,27 @@ def flags_that_fit(args: RunArgs, config: ModelConfig, available: int) -> list[s
     The total batch stays what it is.
     """
     found: dict[str, str] = {}
-    for flag, value, changed in _smaller(args):
+    for flag, value, group, options in _smaller(args):
+        changed = dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **options)})
         if flag not in found and plan(changed, config).peak_bytes <= available:
             found[flag] = f"{flag} {value}".strip()
     return list(found.values())
 
 
-def _smaller(args: RunArgs) -> Iterator[tuple[str, object, RunArgs]]:
-    """Flags with values that take less, from little to much, and the arguments they would give."""
-    batch, optimizer = args.batch, args.optimizer
-    if not args.model.activation_checkpointing:
-        yield "--activation_checkpointing", "", _with(args, "model", activation_checkpointing=True, checkpoint_every=1)
-    elif args.model.checkpoint_every > 1:
-        yield "--checkpoint_every", 1, _with(args, "model", checkpoint_every=1)
-    if batch.gradient_accumulation > 1 and optimizer.grad_accum_dtype != "int8":
-        yield "--grad_accum_dtype", "int8", _with(args, "optimizer", grad_accum_dtype="int8")
+def _smaller(args: RunArgs) -> Iterator[tuple[str, object, str, dict[str, Any]]]:
+    """Flags with values that take less, from little to much, and the options they set in a group of the arguments."""
+    batch, model = args.batch, args.model
+    if not model.activation_checkpointing:
+        yield "--activation_checkpointing", "", "model", {"activation_checkpointing": True, "checkpoint_every": 1}
+    elif model.checkpoint_every > 1:
+        yield "--checkpoint_every", 1, "model", {"checkpoint_every": 1}
+    if batch.gradient_accumulation > 1 and args.optimizer.grad_accum_dtype != "int8":
+        yield "--grad_accum_dtype", "int8", "optimizer", {"grad_accum_dtype": "int8"}
     size, accumulation = batch.batch_size, batch.gradient_accumulation
     while size % 2 == 0:
         size, accumulation = size // 2, accumulation * 2
         value = f"{size} --gradient_accumulation {accumulation}"
-        yield "--batch_size", value, _with(args, "batch", batch_size=size, gradient_accumulation=accumulation)
-    if optimizer.is_low_rank:
-        for eighths in (7, 6, 5, 4, 3, 2, 1):
-            rank = args.subspace.rank * eighths // 8
-            if rank:
-                yield "--rank", rank, _with(args, "subspace", rank=rank)
-
-
-def _with(args: RunArgs, group: str, **values: Any) -> RunArgs:
-    """The arguments with other values in one of their groups."""
-    changed: dict[str, Any] = {group: dataclasses.replace(getattr(args, group), **values)}
-    return dataclasses.replace(args, **changed)
+        yield "--batch_size", value, "batch", {"batch_size": size, "gradient_accumulation": accumulation}
+    for eighths in (7, 6, 5, 4, 3, 2, 1) if args.optimizer.is_low_rank else ():
+        if rank := args.subspace.rank * eighths // 8:
+            yield "--rank", rank, "subspace", {"rank": rank}

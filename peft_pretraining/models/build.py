@@ -1,10 +1,14 @@
 """Build a model: read its config, create it without memory, initialise it, compile its layers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import network_of, read_config
@@ -12,10 +16,25 @@ from peft_pretraining.models.registry import network_of, read_config
 
 def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> CausalLM:
     """The model without memory for its parameters."""
-    with torch.device("meta"):
-        if use_hf_model:
+    if use_hf_model:
+        with torch.device("meta"):
             return HFCausalLM(config_path)
-        return network_of(read_config(config_path))
+    return network_on_meta(read_config(config_path))
+
+
+def network_on_meta(config: ModelConfig) -> CausalLM:
+    """The network of a configuration without memory for its parameters."""
+    with torch.device("meta"), _NoInitialValues():
+        return network_of(config)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out `torch.nn.init`, whose random numbers on the meta device import PyTorch's compiler: seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        skipped = getattr(func, "__module__", "") == init.__name__
+        return kwargs["tensor"] if skipped else func(*args, **kwargs)
 
 
 def low_rank_names(model: nn.Module) -> list[str]:

@@ -8,15 +8,16 @@ bfloat16 weights loses every update smaller than 1/512 of a weight. On float32 w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.network import CausalLM
-from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer
+from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer, library_state
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.graphs.runner import LayerGraphs
@@ -60,21 +61,11 @@ def build_optimizer(
 ) -> TrainingOptimizer:
     """Build the optimizer of `--optimizer` and attach it to the model.
 
-    Param groups: embeddings, head and norms, at the full-rank learning rate; the decoder's matrices; those of the MLP,
-    if they have a rank of their own. all_reduce sums a tensor over the ranks in place; None for one rank.
+    all_reduce sums a tensor over the ranks in place; None for one rank.
     """
-    groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
-    groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
-    groups[0]["weight_decay"] = args.decay_of_full_rank
+    groups = _param_groups(model, args, subspace)
     if args.optimizer in LIBRARY_OPTIMIZERS:
         return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
-    if args.is_low_rank:
-        groups[1] |= dataclasses.asdict(subspace.config())
-        if subspace.mlp_rank:
-            mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
-            of_mlp = [param for param in groups[1]["params"] if param in mlp]
-            groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
-            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
     optimizer = _ADAM_FAMILY[args.optimizer](
         groups,
         lr=args.lr,
@@ -90,6 +81,33 @@ def build_optimizer(
     in_backward = args.per_layer and not args.grad_clipping
     optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce)
     return optimizer
+
+
+def _param_groups(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs) -> list[dict[str, Any]]:
+    """Two groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices.
+
+    The matrices of the MLP are a third one if they have another rank.
+    """
+    groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
+    groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
+    groups[0]["weight_decay"] = args.decay_of_full_rank
+    if args.is_low_rank:
+        groups[1] |= dataclasses.asdict(subspace.config())
+        if subspace.mlp_rank:
+            mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
+            of_mlp = [param for param in groups[1]["params"] if param in mlp]
+            groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
+            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
+    return groups
+
+
+def states_on_meta(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs) -> Mapping[Tensor, dict[str, Tensor]]:
+    """What the optimizer of `--optimizer` keeps of each parameter of a model on the meta device, where it is empty."""
+    groups = _param_groups(model, args, subspace)
+    if args.optimizer in LIBRARY_OPTIMIZERS:
+        return {x: library_state(args, x, group is groups[1]) for group in groups for x in group["params"]}
+    layers = (layer for layer in model.modules() if isinstance(layer, LowRankLinear))
+    return _ADAM_FAMILY[args.optimizer].initial_states(groups, layers)
 
 
 def allows_graphs(args: RunArgs) -> bool:

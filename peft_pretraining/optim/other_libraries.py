@@ -155,3 +155,21 @@ def library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torc
         warmup_init=False,
     )
     return adafactor
+
+
+def library_state(args: OptimizerArgs, param: Tensor, is_matrix: bool) -> dict[str, Tensor]:
+    """The tensors that `library_optimizer` keeps of a parameter, as zeros on its device; is_matrix: of the decoder.
+
+    Written down, since making one imports PyTorch's compiler, or transformers: seconds for the memory plan.
+    """
+    whole, momentum, dtype = param.shape, args.beta1 > 0, param.dtype
+    if args.optimizer == "sgd":
+        shapes = {"momentum_buffer": whole} if momentum else {}
+    elif args.optimizer == "muon":
+        shapes = {"momentum_buffer": whole} if is_matrix else {"exp_avg": whole, "exp_avg_sq": whole}
+    else:
+        factors = {"exp_avg_sq_row": whole[:-1], "exp_avg_sq_col": whole[:-2] + whole[-1:]}
+        shapes = {"RMS": torch.Size()} | (factors if len(whole) > 1 else {"exp_avg_sq": whole})
+        shapes |= {"exp_avg": whole} if momentum else {}
+        dtype = torch.float32
+    return {name: torch.zeros(shape, dtype=dtype, device=param.device) for name, shape in shapes.items()}

@@ -299,6 +299,17 @@ def _multiply_as_one(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> boo
     return weights * dtype.itemsize <= JOINED_WEIGHT_BYTES and not any(layer.format.int8_products for layer in layers)
 
 
+def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that multiplying with a weight (out_features, in_features) takes beside factors and result.
+
+    That is the padded weight in dtype where it is quantized, or INT8 codes of both factors and two numbers a token.
+    """
+    rows = -(-shape[0] // 128) * 128
+    if format.int8_products:
+        return tokens * (rows + 8) + rows * shape[1]
+    return 0 if format.stored_bits is None else padded_width(shape[0]) * padded_width(shape[1]) * dtype.itemsize
+
+
 def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1) -> list[Tensor]:
     """What each of `linears` makes of the same input (..., in_features).
 

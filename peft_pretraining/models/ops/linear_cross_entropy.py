@@ -128,6 +128,19 @@ def token_chunks(tokens: int, token_bytes: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+def training_bytes(tokens: int, hidden_size: int, vocabulary: int, itemsize: int) -> int:
+    """Bytes that `linear_cross_entropy` takes with gradients beside its arguments, itemsize a value of these.
+
+    hidden made contiguous and its gradient, one chunk of logits, the weight's gradient and over several chunks its
+    float32 sum, and of each token its target and its loss.
+    """
+    width = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+    chunks = token_chunks(tokens, width * itemsize)
+    of_sum = 4 if len(chunks) > 1 and itemsize < 4 else 0
+    chunk = max(stop - start for start, stop in chunks) * width * itemsize
+    return 2 * tokens * hidden_size * itemsize + chunk + vocabulary * hidden_size * (itemsize + of_sum) + 12 * tokens
+
+
 def softmax_gradient_(
     logits: Tensor, columns: int, targets: Tensor, ignore_index: int, losses: Tensor, write_gradient: bool
 ) -> None:

@@ -1,0 +1,75 @@
+"""Bytes that last for the whole run: weights, projections, optimizer states and sums of gradients, exactly.
+
+They are asked of the classes that own them: the network and its states are made on PyTorch's meta device, where a
+tensor has a size and takes no memory. Layers are alike, so one is made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.models.build import low_rank_names, network_on_meta
+from peft_pretraining.models.network import CausalLM
+from peft_pretraining.optim.build import low_rank_converter, states_on_meta
+from qgalore.subspace.schedule import first_refresh_spread
+from qgalore.update.gradient_sum import zeros
+
+GRADIENTS, REFRESHES = "gradients", "for refreshes of subspaces (at most)"
+_WEIGHTS = ("decoder weights", "embeddings, head, norms")
+_STATES = ("optimizer states, decoder", "optimizer states, embeddings, head, norms")
+
+
+def lasting_bytes(run: PlannedRun) -> dict[str, int]:
+    """What stays on one rank's device between updates, by component."""
+    model, args, layers = _with_one_layer(run), run.args, run.config.num_hidden_layers
+    times = dict.fromkeys(_tensors_of(model.decoder_layers), layers)
+    decoder = {tensor for name in low_rank_names(model) for tensor in _tensors_of(model.get_submodule(name))}
+    found = dict.fromkeys((*_WEIGHTS, "projections", *_STATES, GRADIENTS, REFRESHES), 0)
+    for tensor in _tensors_of(model):
+        found[_WEIGHTS[tensor not in decoder]] += times.get(tensor, 1) * tensor.nbytes
+    for param, state in states_on_meta(model, args.optimizer, args.subspace).items():
+        for key, tensor in state.items():
+            if tensor.is_meta:  # counters stay on the CPU
+                kind = "projections" if "basis" in key else _STATES[param not in decoder]
+                found[kind] += times.get(param, 1) * tensor.nbytes
+    if not run.updates_at_once:
+        rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in model.parameters() if x not in decoder)
+        matrices = sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in run.matrices)
+        found |= {GRADIENTS: rest + layers * matrices, REFRESHES: _refresh_bytes(run)}
+    return found
+
+
+def _with_one_layer(run: PlannedRun) -> CausalLM:
+    """The network on the meta device in the form in which it is trained."""
+    model, convert = network_on_meta(run.config), low_rank_converter(run.args.optimizer, run.args.quantization)
+    del model.decoder_layers[1:]
+    for param in model.parameters():
+        param.data = param.data.to(run.dtype)
+    for name, _ in list(model.named_modules()):
+        convert(model, name)
+    return model
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _sum_bytes(run: PlannedRun, shape: tuple[int, ...]) -> int:
+    return zeros(torch.Size(shape), run.sum_dtype, torch.device("meta")).nbytes
+
+
+def _refresh_bytes(run: PlannedRun) -> int:
+    """Of all that is summed for the subspaces that are due in one update, at most.
+
+    That is a sketch (rank, side), or by SVD from the second refresh on a full gradient. The first refreshes can meet
+    the second ones of a short interval.
+    """
+    count, gap = run.config.num_hidden_layers * len(run.matrices), run.args.subspace.shortest_interval
+    sketches = max(sum(_sum_bytes(run, (x.rank, side)) for side in x.sides) for x in run.matrices)
+    svd = run.args.subspace.subspace == "svd" and sketches
+    later = max(_sum_bytes(run, x.shape) for x in run.matrices) if svd else sketches
+    return math.ceil(count / first_refresh_spread(count, gap)) * sketches + math.ceil(count / gap) * later

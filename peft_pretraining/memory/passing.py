@@ -1,0 +1,192 @@
+"""Bytes that come and go during an update: for each phase what is alive at its worst moment, beside what lasts.
+
+They are those of the tensors that the code on a GPU makes, with fused attention and norms, and that inductor makes of
+compiled layers. An MLP is taken to be 2.5 times as wide as the model: attention counts only in layers that are computed
+again. CUDA graphs have memory of their own, which between replays the loss and refreshes from Python take: their phases
+are as without graphs, over activations that stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from peft_pretraining.memory.planned_run import Matrix, PlannedRun
+from peft_pretraining.models.ops.linear_cross_entropy import training_bytes
+from peft_pretraining.models.ops.swiglu import group_size_of
+from qgalore.graphs.dequant_cache import CACHE_BYTES
+from qgalore.kernels import MATRICES_TOGETHER
+from qgalore.layer.layout import padded_width
+from qgalore.layer.linear import product_bytes
+from qgalore.subspace.fit import projects_directly
+from qgalore.update.directions import DIRECTIONS
+
+_ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
+
+
+class PassingBytes:
+    """The phases of one run's update."""
+
+    def __init__(self, run: PlannedRun) -> None:
+        """Hidden states between layers, an activation of the MLP, the head's table; what graphs hold dequantized."""
+        args, config, self.run, self.b = run.args, run.config, run, run.dtype.itemsize
+        self.options, self.format = args.subspace, args.quantization.weight_format
+        self.layers = layers = config.num_hidden_layers
+        width = padded_width(config.intermediate_size) if args.optimizer.is_low_rank else config.intermediate_size
+        self.hidden, self.wide = run.tokens * config.hidden_size * self.b, run.tokens * width * self.b
+        self.table = config.vocab_size * config.hidden_size * self.b
+        self.every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
+        self.int8_activations = args.model.int8_activations and run.compiled
+        self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
+        self.quantized = self.format.stored_bits is not None and not self.format.int8_products
+        self.converts = self.options.proj_quant or self.format.stored_bits is not None
+        self.weights = self._held(math.prod(map(padded_width, x.shape)) for x in run.matrices if self.quantized)
+        self.bases = self._held(x.bases for x in run.matrices if self.options.proj_quant)
+        # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
+        self.own = run.graphs and (config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums))
+        recomputed = math.ceil(layers / self.every) if self.every else 0
+        self.kept = (recomputed + 1) * self.hidden + (layers - recomputed) * self.layer() + (4 + 8 + 8) * run.tokens
+        """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
+
+    def _held(self, values: Iterable[int]) -> int:
+        together = self.b * sum(values)
+        return together if self.run.graphs and together <= CACHE_BYTES else 0
+
+    def phases(self) -> dict[str, int]:
+        """The moments that can be the peak, in the order in which an update comes to them."""
+        run, config, float32 = self.run, self.run.config, self.table // self.b * 4
+        # Of the head's gradient: what leaves an INT8 sum in float32; rows of a direction, or all of it where blocks of
+        # an 8-bit state straddle them.
+        read = (min(_ROWS, float32) if run.args.world_size == 1 else float32) if self.int8_sums else 0
+        update = read + (float32 if self.int8_states and config.hidden_size % 256 else min(_ROWS, float32))
+        of_table = self.table + (update if run.updates_at_once else read)
+        # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
+        # gradient waits for that of the embeddings.
+        stays, waits = self.kept + self.hidden * run.graphs, self.table * config.tie_word_embeddings
+        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, self.b)
+        head = self.kept + self.hidden + of_table
+        found = {"activations and loss": self.kept + loss, "activations and gradient of the head": head}
+        beside = {} if self.own else self.of_layers()
+        found |= {name: stays + waits + beside.get(name, 0) for name in self.of_layers()}
+        if waits:
+            found["gradients of head and embeddings"] = (stays if run.graphs else self.hidden) + waits + of_table
+        if not run.updates_at_once:
+            found["update of the largest weight"] = max(self.updates(), update)
+        return found
+
+    def held_by_graphs(self) -> int:
+        """What nothing else uses: over ranks also three messages of a layer's gradients, one with sums of a refresh."""
+        run, held = self.run, max(self.of_layers().values()) if self.own else 0
+        if run.args.world_size > 1 and run.updates_at_once:
+            values = sum(x.gradient for x in run.matrices) + 2 * run.config.hidden_size  # of the norms
+            full = max(x.size for x in run.matrices) if self.options.subspace == "svd" else 0
+            held += self.b * (3 * values + max(full, sum(x.bases for x in run.matrices)))
+        return held
+
+    # ---- layers
+
+    def layer(self, recomputed: bool = False) -> int:
+        """What autograd keeps of one decoder layer between forward and backward.
+
+        Each norm: its input and one float32 a token. Attention: rotated queries and keys, values, output and the
+        float32 log-sum-exp of each head. MLP: gate and up, perhaps in INT8. Uncompiled also the norms' outputs,
+        silu(gate) and the product.
+        """
+        config, heads = self.run.config, self.run.config.num_attention_heads
+        size = group_size_of(self.wide // self.b) if self.int8_activations and not recomputed else None
+        of_mlp = 2 * self.wide if size is None else 2 * (self.wide // self.b) * (size + 2) // size
+        again = 0 if self.run.compiled else 2 * (self.hidden + self.wide)
+        attention = 2 * (heads + config.num_key_value_heads) * config.head_dim * self.b + 4 * heads
+        return 2 * self.hidden + self.run.tokens * (attention + 4 * 2) + of_mlp + again
+
+    def of_layers(self) -> dict[str, int]:
+        """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
+        run, above = self.run, (self.layers - 1) % self.every if self.every else 1
+        backward = self.backward(recomputed=False)
+        if self.every:
+            # A compiled layer has both norms' outputs by then; layers above have given up theirs, but not to graphs.
+            again = self.layer(recomputed=True) + (1 if run.compiled else -1) * self.hidden
+            again += self.backward(recomputed=True) - (0 if run.graphs else above * self.layer())
+            backward = again if self.every == 1 else max(again, backward)
+        # Where graphs run a layer and several matrices are due, their sketches wait for the end of its backward pass.
+        due = math.ceil(self.layers * len(run.matrices) / self.options.shortest_interval)
+        waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
+        sketches = self.b * max(x.bases for x in run.matrices) * (waiting if self.options.subspace != "svd" else 0)
+        found = {"activations and backward of one layer": backward + sketches}
+        if run.updates_at_once:
+            gradients = sum((4 if self.int8_sums else self.b) * x.gradient + self.b * x.residual for x in run.matrices)
+            if not run.graphs:  # the layer has given up what it saved, and there is the gradient of its input
+                gradients += self.hidden - (self.layer() if above else self.hidden)
+            found["activations and updates of one layer"] = gradients + self.updates() + sketches
+        return found
+
+    def backward(self, recomputed: bool) -> int:
+        """Inside the backward pass of a layer, beside what is kept and the gradient of the layer's output.
+
+        down_proj: the product or its gradient, and what multiplying or projecting takes. SwiGLU: gradients of product,
+        gate and up, and the product. A compiled layer writes one of them over what it has saved, unless graphs run it
+        again, or it has saved INT8 codes. up_proj: gradients of gate and up, the norm's output and its gradient, and a
+        weight or a projection, beside the projected gradients made so far. Attention: gradients of five inputs, of
+        queries, keys and values, and those of the queries in float32.
+        """
+        run, config = self.run, self.run.config
+        matrix = max(run.matrices, key=lambda x: (x.size, -x.shape[0]))  # down_proj
+        weight = 0 if self.weights else product_bytes(self.format, matrix.shape, run.tokens, run.dtype)
+        multiplying = max(weight, self.projecting(matrix))
+        made = self.b * (matrix.gradient + matrix.residual) if run.updates_at_once else 0
+        if recomputed and run.compiled:
+            queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
+            worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
+        elif run.graphs or self.int8_activations:
+            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + multiplying + made)
+        else:
+            worst = (3 if run.compiled else 2) * self.wide
+        return self.weights + self.bases + max(self.wide + multiplying, worst)
+
+    def projecting(self, matrix: Matrix) -> int:
+        """A gradient with bases, and what makes it: a projected factor, or all of it, or a sketch where one is due."""
+        result = self.b * (matrix.gradient + (0 if self.bases else self.converts * matrix.bases))
+        if not matrix.sides:
+            return result
+        side, tokens = "right" if matrix.sides[-1] == matrix.shape[1] else "left", self.run.tokens
+        formed = matrix.residual or self.options.subspace == "svd"
+        formed = formed or not projects_directly(tokens, *matrix.shape, matrix.rank, side)
+        factor, momentum = self.b * tokens * matrix.rank, 4 * matrix.gradient if self.int8_states else 0
+        # Of a sketch: the momentum in float32, and scaled; that and its product with a factor.
+        refresh = self.b * matrix.gradient + max(momentum, factor + self.b * matrix.bases)
+        return result + max(self.b * matrix.size if formed else len(matrix.sides) * factor, refresh)
+
+    def updates(self) -> int:
+        """At most, beside the gradients: directions of the matrices that are updated together, or a refresh of one."""
+        run, largest = self.run, max(x.gradient for x in self.run.matrices)
+        if not run.args.optimizer.is_low_rank:
+            return min(_ROWS, 4 * largest)
+        one_by_one, layers = run.updates_at_once and not run.graphs, 1 if run.updates_at_once else self.layers
+        limit = 0 if one_by_one else DIRECTIONS[self.options.direction].group_values
+        together = sum(x.gradient for x in run.matrices) * layers
+        values, held = min(together, limit + largest), self.bases if run.updates_at_once else 0
+        if self.options.direction == "orthogonal":  # momenta, two buffers, and two squares a matrix
+            made = 3 * values + 2 * MATRICES_TOGETHER * max(x.rank for x in run.matrices) ** 2
+        else:
+            made = values + (
+                0 if held else self.converts * layers * sum(x.bases for x in run.matrices) * values // together
+            )
+        read = 4 * values if self.int8_sums and not run.updates_at_once else 0
+        steps = self.b * made + read + max(map(self._applying, run.matrices))
+        return held + max(steps, *map(self.refresh, run.matrices))
+
+    def _applying(self, matrix: Matrix) -> int:
+        """Beside direction and bases: the whole direction of a residual; factors and rows of a float weight."""
+        one_side = len(matrix.sides) < 2
+        if matrix.residual or (self.quantized and one_side):
+            return 2 * self.b * matrix.residual
+        on_tensor_cores = self.run.cuda and self.b == 2 and one_side
+        return (0 if on_tensor_cores else 4 * (matrix.gradient + matrix.bases)) + min(_ROWS, 4 * matrix.size)
+
+    def refresh(self, matrix: Matrix) -> int:
+        """The sketch, an orthonormal basis made of it, then the new one and rotated moments."""
+        if self.options.subspace == "svd":  # the gradient in float32 and float64, and eigenvectors, without a workspace
+            return 12 * matrix.size + 24 * min(matrix.shape) ** 2
+        bases, square, rotated = matrix.bases, matrix.rank**2, (2 * self.b if self.int8_states else 8) * matrix.gradient
+        changing = (self.b + 1) * bases + self.b * square + (rotated if matrix.sides else 0)
+        return self.b * bases + max((self.b + 12) * bases + 8 * square, changing)

@@ -1,0 +1,55 @@
+"""What decides the memory of a run, asked of its flags and of the model's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from peft_pretraining.build import compiles_layers
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.models.registry import family_of
+from peft_pretraining.optim.build import allows_graphs
+from qgalore.config import SubspaceConfig
+
+
+class Matrix:
+    """A decoder matrix (m, n) as its updates see it: sizes are numbers of values."""
+
+    def __init__(self, shape: tuple[int, int], subspace: SubspaceConfig | None) -> None:
+        """subspace: None where the matrix is trained in full, and nothing is projected."""
+        names = subspace.sides(shape) if subspace else ()
+        self.shape, self.sides = shape, tuple(shape[0 if name == "left" else 1] for name in names)
+        self.rank = subspace.rank if subspace and names else 0
+        self.gradient_shape = subspace.gradient_shape(shape) if subspace else shape
+        self.size, self.gradient = math.prod(shape), math.prod(self.gradient_shape)
+        self.bases = self.rank * sum(self.sides)
+        self.residual = self.size if subspace and subspace.residual != "none" else 0
+        """Of the full gradient that is kept beside the projected one until the update."""
+
+
+class PlannedRun:
+    """A run of which the memory is planned: on a CUDA GPU, unless `--device cpu` is given."""
+
+    def __init__(self, args: RunArgs, config: ModelConfig) -> None:
+        """config: that of `--model_config`."""
+        self.args, self.config = args, config
+        self.tokens = args.batch.batch_size * args.batch.max_length  # of a micro-batch
+        self.dtype: torch.dtype = getattr(torch, args.model.dtype)
+        self.cuda = args.runtime.device != "cpu"
+        self.compiled = compiles_layers(args.model, pays=self.cuda) and family_of(config).compiles_layers
+        self.graphs = self.compiled and self.cuda and allows_graphs(args)
+        optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
+        self.updates_at_once = optimizer.per_layer and alone
+        """Whether each gradient is used up inside the backward pass of its layer."""
+        # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
+        keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
+        self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
+        subspace = args.subspace.config() if optimizer.is_low_rank else None
+        of_mlp = subspace and dataclasses.replace(subspace, rank=args.subspace.mlp_rank or subspace.rank)
+        shapes = config.matrix_shapes().items()
+        self.matrices = [Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes]
+        """Those of one layer."""
