@@ -196,7 +196,7 @@ class Run:
         """Log an update whose outcome is known by now; raises RollbackError or UserError if the run cannot go on."""
         if finished is None:
             return
-        if finished.outcome is Outcome.PARTLY_MADE:
+        if finished.outcome is Outcome.LATE_OVERFLOW:
             raise RollbackError(finished.update_step - 1)
         self.metrics.update(finished)
         skipped = finished.outcome is Outcome.SKIPPED

@@ -111,7 +111,7 @@ def trained(
         optimizer.step()
         if step >= waits_from:
             torch.cuda.set_sync_debug_mode("default")
-        assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.partly_made())
+        assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.late_overflow())
         assert float(optimizer.grad_norm()) > 0
         optimizer.zero_grad()
         losses.append(float(total))

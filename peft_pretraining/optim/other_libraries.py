@@ -75,7 +75,7 @@ class LibraryOptimizer:
         """See `TrainingOptimizer`."""
         return self._skipped
 
-    def partly_made(self) -> Tensor:
+    def late_overflow(self) -> Tensor:
         """Always False: the whole gradient is known before the update."""
         return torch.zeros_like(self._skipped)
 

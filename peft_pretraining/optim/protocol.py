@@ -32,7 +32,7 @@ class TrainingOptimizer(Protocol):
     def skipped(self) -> Tensor:
         """Whether the last update was skipped, as a 0-dim bool on the device."""
 
-    def partly_made(self) -> Tensor:
+    def late_overflow(self) -> Tensor:
         """Whether it was skipped too late, after some weights had been updated; as a 0-dim bool on the device."""
 
     def zero_grad(self) -> None:

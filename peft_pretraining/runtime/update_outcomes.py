@@ -17,7 +17,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.deferred_metrics import DeferredMetrics
 
-_SKIPPED, _PARTLY_MADE = "train/skipped", "train/partly_made"
+_SKIPPED, _LATE_OVERFLOW = "train/skipped", "train/late_overflow"
 
 
 class Outcome(Enum):
@@ -26,7 +26,7 @@ class Outcome(Enum):
     MADE = "made"
     SKIPPED = "skipped"
     """No weight changed, since the loss or gradient was not finite."""
-    PARTLY_MADE = "partly made"
+    LATE_OVERFLOW = "late overflow"
     """Some weights changed before a gradient of a lower layer was found not to be finite."""
 
 
@@ -73,7 +73,7 @@ class UpdateOutcomes:
         """
         full_rank, low_rank, *_ = optimizer.param_groups
         rates = {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
-        flags = {_SKIPPED: optimizer.skipped(), _PARTLY_MADE: optimizer.partly_made()}
+        flags = {_SKIPPED: optimizer.skipped(), _LATE_OVERFLOW: optimizer.late_overflow()}
         norm = {"train/grad_norm": optimizer.grad_norm()}
         self._deferred.put(
             update_step, {**metrics, **rates, **norm, **flags, **optimizer.subspace_metrics(), **measured}
@@ -86,8 +86,8 @@ class UpdateOutcomes:
             return None
         update_step, metrics = pending
         outcome = Outcome.MADE
-        if metrics.pop(_PARTLY_MADE):
-            outcome = Outcome.PARTLY_MADE
+        if metrics.pop(_LATE_OVERFLOW):
+            outcome = Outcome.LATE_OVERFLOW
         elif metrics[_SKIPPED]:
             outcome = Outcome.SKIPPED
         return FinishedUpdate(update_step, outcome, metrics)
