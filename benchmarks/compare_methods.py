@@ -89,15 +89,15 @@ def training_parser(program: str, description: str, models: str, results: str) -
 
 def add_methods(parser: argparse.ArgumentParser, methods: Collection[str]) -> None:
     """Add `--methods`, which parses names separated by commas, each with or without `CHECKPOINTING`, into a list."""
-    names = f"{', '.join(methods)}, each also {CHECKPOINTING}"
+    choices = f"{', '.join(methods)}, each also {CHECKPOINTING}"
 
     def known(names: str) -> list[str]:
         unknown = [name for name in names.split(",") if split_method(name)[0] not in methods]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: there are {names}")
+            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: there are {choices}")
         return names.split(",")
 
-    parser.add_argument("--methods", type=known, default="q_galore", help=f"of {names}")
+    parser.add_argument("--methods", type=known, default="q_galore", help=f"of {choices}")
 
 
 def setting_of(model: str, method: str, args: argparse.Namespace, device: torch.device) -> Setting:

@@ -84,8 +84,8 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
             part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
             part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
             for p, height in zip(best, y, strict=True):
-                label = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
-                part.annotate(label, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
+                text = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
+                part.annotate(text, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
     for part, within in zip(axes[0], parts, strict=True):
         margin = 0.2 * (within[-1] - within[0]) or 0.02
         part.set_xlim(within[0] - margin, within[-1] + margin)
