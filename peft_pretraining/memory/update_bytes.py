@@ -9,7 +9,7 @@ from peft_pretraining.memory.dequant_cache_bytes import held_bases_bytes
 from peft_pretraining.memory.settings import MemorySettings, Shape
 from peft_pretraining.memory.state_bytes import basis_values, gradient_shape, has_8bit_states, sides
 from peft_pretraining.models.config import ModelConfig
-from qgalore.kernels import MATRICES_TOGETHER
+from qgalore.kernels import GROUP_LIMIT
 from qgalore.kernels.api import PART
 from qgalore.subspace.fit import COLUMNS_AT_ONCE
 from qgalore.update.directions import DIRECTIONS
@@ -112,7 +112,7 @@ def directions_bytes(config: ModelConfig, s: MemorySettings) -> int:
     sizes = [math.prod(gradient_shape(shape, s)) for shape in config.matrix_shapes().values()]
     values = min(layers * sum(sizes), DIRECTIONS["orthogonal"].values_together + max(sizes))
     largest = 0 if s.subspace is None else max(s.subspace.rank, s.mlp_rank)
-    return s.dtype_bytes * (3 * values + 2 * min(MATRICES_TOGETHER, layers * len(sizes)) * largest**2)
+    return s.dtype_bytes * (3 * values + 2 * min(GROUP_LIMIT, layers * len(sizes)) * largest**2)
 
 
 def gradient_values(shapes: list[Shape], s: MemorySettings) -> int:

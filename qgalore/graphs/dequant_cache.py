@@ -15,7 +15,7 @@ import torch
 
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.quantization import dequantize_several
+from qgalore.layer.quantization import grouped_dequantize
 from qgalore.update.full_rank import FullRankWeight
 from qgalore.update.stored_bases import WeightWithBases
 
@@ -59,7 +59,7 @@ def _hold_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
     shapes = [(padded_width(weight.shape[0]), padded_width(weight.shape[1])) for _, weight in stored]
     if sum(map(math.prod, shapes)) * dtype.itemsize > HELD_BYTES:
         return
-    values = dequantize_several([weight for _, weight in stored], dtype, shapes)
+    values = grouped_dequantize([weight for _, weight in stored], dtype, shapes)
     for (layer, _), padded in zip(stored, values, strict=True):
         layer.held_weight = padded
 
@@ -68,6 +68,6 @@ def _hold_bases(weights: Sequence[WeightWithBases], dtype: torch.dtype) -> None:
     stored = [(weight, side, basis) for weight in weights for side, basis in weight.quantized_bases().items()]
     if sum(math.prod(basis.shape) for *_, basis in stored) * dtype.itemsize > HELD_BYTES:
         return
-    values = dequantize_several([basis for *_, basis in stored], dtype)
+    values = grouped_dequantize([basis for *_, basis in stored], dtype)
     for (weight, side, _), value in zip(stored, values, strict=True):
         weight.held_bases[side] = value

@@ -45,8 +45,9 @@ def nesterov_step(step: GradientStep, skip: Tensor | None = None) -> Tensor:
     """Nesterov's momentum like the gradient, in bfloat16 on a GPU."""
     state, grad = step.state, dense(step.grad)
     dtype = torch.bfloat16 if grad.is_cuda else torch.float32
-    momentum, absmax = state["exp_avg"], state.get("exp_avg_absmax")
-    return kernels.momentum_step(grad, momentum, absmax, step.betas[0], moments.BLOCK_SIZE, step.factor, skip, dtype)
+    momentum = state["exp_avg"], state.get("exp_avg_absmax"), None, None
+    argument = kernels.AdamStep(grad, *momentum, step.row, step.betas, step.eps, step.factor, dtype)
+    return kernels.momentum_steps([argument], moments.BLOCK_SIZE, skip)[0]
 
 
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:

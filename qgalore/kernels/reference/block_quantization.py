@@ -6,11 +6,17 @@ After Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 211
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from qgalore.kernels.reference.group_quantization import SMALLEST_NORMAL
+
+__all__ = ["dequantize_blocks", "quantize_blocks_"]
+
+PART = 1 << 20
+"""Values that plain PyTorch reads or writes at a time, in whole blocks: what it makes of a part beside it is small."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -38,7 +44,7 @@ def _map_midpoints(signed: bool, device: torch.device) -> Tensor:
     return (values[:-1] + values[1:]) / 2
 
 
-def quantize_blocks(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
+def _quantize_part(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, Tensor]:
     """Codes like x in uint8 and the largest magnitude of each block of the flattened x, (blocks,) float32.
 
     The nearest code of `dynamic_map`, but an unsigned value above zero never becomes zero.
@@ -58,8 +64,8 @@ def quantize_blocks(x: Tensor, signed: bool, block_size: int) -> tuple[Tensor, T
     return codes.view(-1)[: flat.numel()].view(x.shape), absmax
 
 
-def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
-    """The float32 values of `quantize_blocks`, shaped like codes."""
+def _dequantize_part(codes: Tensor, absmax: Tensor, signed: bool, block_size: int) -> Tensor:
+    """The float32 values of `_quantize_part`, shaped like codes."""
     # Eight bytes a value at the most: moments are read while much else is in memory.
     value = dynamic_map(signed, codes.device).index_select(0, codes.reshape(-1).int())
     whole = value.numel() // block_size
@@ -67,3 +73,29 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: i
     if whole < absmax.numel():
         value[whole * block_size :].mul_(absmax[whole])
     return value.view(codes.shape)
+
+
+def quantize_blocks_(
+    codes: Tensor, absmax: Tensor, x: Tensor, signed: bool, block_size: int, skip: Tensor | None = None
+) -> None:
+    """See `qgalore.kernels.quantize_blocks_`."""
+    for part_x, *outs in _parts(block_size, x.contiguous(), codes, absmax):
+        for out, new in zip(outs, _quantize_part(part_x, signed, block_size), strict=True):
+            out.copy_(new if skip is None else torch.where(skip, out, new))
+
+
+def dequantize_blocks(
+    codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See `qgalore.kernels.dequantize_blocks`."""
+    value = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for part, part_codes, part_absmax in _parts(block_size, value, codes, absmax):
+        part.copy_(_dequantize_part(part_codes, part_absmax, signed, block_size))
+    return value
+
+
+def _parts(block_size: int, value: Tensor, codes: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Flat views of values, their codes and absmax, of some whole blocks each."""
+    blocks = max(1, PART // block_size)
+    parts = (tensor.view(-1).split(blocks * block_size) for tensor in (value, codes))
+    return zip(*parts, absmax.split(blocks), strict=True)

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qgalore.kernels.reference.rows import project_back, row_chunks
 from qgalore.kernels.triton.tiles import random_bits16, read_step_row, round_stochastic_bfloat16, to_float
+
+__all__ = ["update_float_"]
 
 
 @triton.jit(do_not_specialize=["row_start"])
@@ -40,6 +43,19 @@ def _update_float_kernel(
 
 
 def update_float_(
+    weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool,
+    row_start: int, skip: Tensor | None,
+) -> None:  # fmt: skip
+    """See `qgalore.kernels.update_float_`; of a matrix."""
+    if left is None and right is None:
+        _launch(weight, direction, row, stochastic, row_start, skip)
+        return
+    for start, stop in row_chunks(*weight.shape):
+        full = project_back(direction, left, right, start, stop)
+        _launch(weight[start:stop], full, row, stochastic, row_start + start, skip)
+
+
+def _launch(
     weight: Tensor, direction: Tensor, step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None
 ) -> None:
     """W <- round(decay * W - step_size * N) in place; both (rows, columns) and contiguous."""
