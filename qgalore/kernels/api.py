@@ -14,7 +14,6 @@ from qgalore.kernels.arguments import GROUP_LIMIT, AdamStep, QuantizedMatrix, Qu
 from qgalore.kernels.backend import backend, grouped_by_backend, use_triton
 from qgalore.kernels.reference import (
     adam,
-    block_quantization,
     float_update,
     gradient_check,
     group_quantization,
@@ -22,35 +21,15 @@ from qgalore.kernels.reference import (
     low_rank_update,
     newton_schulz,
 )
-from qgalore.kernels.reference.adam import scaled
-from qgalore.kernels.reference.block_quantization import PART
+from qgalore.kernels.reference.adam import PART, scaled
 from qgalore.kernels.reference.rows import project_back, row_chunks
 
 __all__ = [
-    "GROUP_LIMIT",
-    "PART",
-    "AdamStep",
-    "QuantizedMatrix",
-    "QuantizedUpdate",
-    "StepScalars",
-    "adam_steps",
-    "check_gradients_",
-    "dequantize",
-    "dequantize_blocks",
-    "int8_linear",
-    "int8_linear_backward",
-    "momentum_steps",
-    "orthogonalize",
-    "project_back",
-    "quantize",
-    "quantize_blocks_",
-    "reads_rows_on_device",
-    "row_chunks",
-    "scaled",
-    "update_float_",
-    "update_quantized_",
-    "use_triton",
-]
+    "GROUP_LIMIT", "PART", "AdamStep", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
+    "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward", "momentum_steps",
+    "orthogonalize", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "scaled",
+    "update_float_", "update_quantized_", "use_triton",
+]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
 
@@ -148,15 +127,9 @@ def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = 
 
 
 def update_float_(
-    weight: Tensor,
-    direction: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    row: Tensor,
-    stochastic: bool = True,
-    row_start: int = 0,
-    skip: Tensor | None = None,
-) -> None:
+    weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool = True,
+    row_start: int = 0, skip: Tensor | None = None,
+) -> None:  # fmt: skip
     """W <- round(decay * W - step_size * leftᵀ N right) in place on a float tensor, float32 inside.
 
     Step size, decay and seed come from the step row. A bfloat16 weight is rounded stochastically where that is asked
@@ -187,14 +160,14 @@ def quantize_blocks_(
     """
     if codes.shape != x.shape or absmax.numel() != -(-x.numel() // block_size):
         raise ValueError(f"codes {tuple(codes.shape)} and {absmax.numel()} blocks do not hold x {tuple(x.shape)}")
-    backend(block_quantization.quantize_blocks_, x.device)(codes, absmax, x, signed, block_size, skip)
+    backend(adam.quantize_blocks_, x.device)(codes, absmax, x, signed, block_size, skip)
 
 
 def dequantize_blocks(
     codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The values of `quantize_blocks_`, shaped like codes (contiguous), rounded once to `dtype`."""
-    return backend(block_quantization.dequantize_blocks, codes.device)(codes, absmax, signed, block_size, dtype)
+    return backend(adam.dequantize_blocks, codes.device)(codes, absmax, signed, block_size, dtype)
 
 
 def int8_linear(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:

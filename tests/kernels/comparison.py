@@ -66,13 +66,9 @@ OPERAND_TYPES = (torch.float32, torch.bfloat16) if torch.cuda.is_available() els
 
 
 def step_row(
-    step_size: float = 1.0,
-    decay: float = 1.0,
-    seed: int | None = 0,
-    step: int = 1,
-    betas: tuple[float, float] = (0.9, 0.99),
-    device: torch.device | str = "cpu",
-) -> Tensor:
+    step_size: float = 1.0, decay: float = 1.0, seed: int | None = 0, step: int = 1,
+    betas: tuple[float, float] = (0.9, 0.99), device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
     """The step row of an update with these numbers."""
     corrections = [1.0 / (1.0 - beta**step) for beta in betas]
     return kernels.StepScalars(seed or 0, step_size, decay, *corrections).row(device)
@@ -89,6 +85,13 @@ def update_quantized_(
     kernels.update_quantized_([kernels.QuantizedUpdate(*stored, row, seed is not None)], skip)
 
 
+def updated(stored: tuple[Tensor, ...], *how: Any) -> tuple[Tensor, ...]:
+    """Codes, scale and zero point after `update_quantized_` of a copy."""
+    weight = copied(stored)
+    update_quantized_(*weight, *how)
+    return weight
+
+
 def update_float_(
     weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, step_size: float, decay: float,
     seed: int | None, row_start: int = 0, skip: Tensor | None = None,
@@ -99,18 +102,12 @@ def update_float_(
 
 
 def adam_step(
-    state: dict[str, Tensor],
-    grad: Tensor,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> Tensor:
+    state: dict[str, Tensor], grad: Tensor, step: int, betas: tuple[float, float], eps: float,
+    factor: Tensor | None = None, skip: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`moments.adam_step` with the bias corrections of a step, which counts from 1."""
-    return moments.adam_step(
-        state, grad, step_row(step=step, betas=betas, device=grad.device), betas, eps, factor, skip
-    )
+    row = step_row(step=step, betas=betas, device=grad.device)
+    return moments.adam_step(state, grad, row, betas, eps, factor, skip)
 
 
 def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

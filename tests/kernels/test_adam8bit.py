@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.kernels.reference import rows
-from qgalore.kernels.reference.block_quantization import dynamic_map
+from qgalore.kernels.reference.adam import dynamic_map
 from qgalore.update import moments
 from tests.kernels.comparison import adam_step, normal, update_float_
 

@@ -25,7 +25,7 @@ from tests.kernels.comparison import (
     quantize,
     same,
     update_float_,
-    update_quantized_,
+    updated,
     whole_numbers,
 )
 
@@ -137,13 +137,7 @@ def test_add_to_quantized(
     rows, columns, group = shape
     start = stored(rows, columns, bits, group, kernel_device)
     add = normal(rows, columns, seed=1).to(kernel_device, dtype)
-
-    def run() -> object:
-        weight = copied(start)
-        update_quantized_(*weight, add, None, None, columns, bits, group, 0.01, 0.99, seed)
-        return weight
-
-    agreed(run)
+    agreed(lambda: updated(start, add, None, None, columns, bits, group, 0.01, 0.99, seed))
 
 
 # Rows of real matrices, each one group, as products in INT8 want them: ragged, and up to the longest.
@@ -154,13 +148,8 @@ def test_groups_of_a_whole_row(columns: int, seed: int | None, kernel_device: to
     x, add = (normal(2, columns, seed=number).to(kernel_device) for number in (0, 1))
     start = agreed(lambda: quantize(x, 8, group, seed))
     assert start[1].shape == (2, 1)
-
-    def run() -> object:
-        weight = copied(start)
-        update_quantized_(*weight, add, None, None, columns, 8, group, 0.01, 0.99, seed)
-        return *weight, dequantize(*weight, columns, 8, group, torch.bfloat16)
-
-    agreed(run)
+    weight = agreed(lambda: updated(start, add, None, None, columns, 8, group, 0.01, 0.99, seed))
+    agreed(lambda: dequantize(*weight, columns, 8, group, torch.bfloat16))
 
 
 @each("seed", (None, 11))
@@ -176,13 +165,7 @@ def test_low_rank_update(
     direction = whole_numbers(*((rank, columns) if side == "left" else (rows, rank)), seed=2).to(kernel_device, dtype)
     bases = (basis, None) if side == "left" else (None, basis)
     start = stored(rows, columns, bits, 128, kernel_device)
-
-    def run() -> object:
-        weight = copied(start)
-        update_quantized_(*weight, direction, *bases, columns, bits, 128, 0.01, 0.99, seed)
-        return weight
-
-    agreed(run)
+    agreed(lambda: updated(start, direction, *bases, columns, bits, 128, 0.01, 0.99, seed))
 
 
 def test_real_numbers_projected_back_are_rounded_alike_but_for_few(kernel_device: torch.device) -> None:
@@ -191,13 +174,7 @@ def test_real_numbers_projected_back_are_rounded_alike_but_for_few(kernel_device
     direction = normal(32, 600).to(kernel_device, dtype)
     basis = (normal(32, 100, seed=1) / 10).to(kernel_device, dtype)
     start = stored(100, 600, 8, GROUP, kernel_device, seed=2)
-
-    def run() -> object:
-        weight = copied(start)
-        update_quantized_(*weight, direction, basis, None, 600, 8, GROUP, 0.01, 1.0, 5)
-        return weight
-
-    expected, found = both(run)
+    expected, found = both(lambda: updated(start, direction, basis, None, 600, 8, GROUP, 0.01, 1.0, 5))
     difference = (expected[0].int() - found[0].int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
     assert torch.equal(expected[1], found[1]) or torch.allclose(expected[1].float(), found[1].float(), rtol=2**-7)
@@ -401,39 +378,26 @@ def test_newton_schulz(count: str, kernel_device: torch.device, monkeypatch: pyt
 # ---- the flag that skips an update, and the check that raises it
 
 
-def skippable(name: str, device: torch.device, skip: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What an operation writes to, before and after it ran."""
-    full, grad = normal(20, 300, seed=1).to(device), normal(64, 64).to(device)
-    low, basis = normal(4, 300).to(device), normal(4, 20).to(device)
-    state: dict[str, Tensor] = {}
-    moments.init_moments(state, grad.shape, 8, device)
-    momentum = (state["exp_avg"], state["exp_avg_absmax"])
-    written = {
-        "update_low_rank": stored(20, 300, 8, GROUP, device), "update_full_rank": stored(20, 300, 8, GROUP, device),
-        "update_float": (normal(20, 300, seed=2).to(device),), "adam": tuple(state.values()), "momentum": momentum,
-    }[name]  # fmt: skip
-    before = copied(written)
-    if name == "update_low_rank":
-        update_quantized_(*written, low, basis, None, 300, 8, GROUP, 0.1, 1.0, 1, skip=skip)
-    elif name == "update_full_rank":
-        update_quantized_(*written, full, None, None, 300, 8, GROUP, 0.1, 1.0, 1, skip=skip)
-    elif name == "update_float":
-        update_float_(*written, full, None, None, 0.1, 1.0, 1, skip=skip)
-    elif name == "adam":
-        adam_step(state, grad, 1, (0.9, 0.99), 1e-8, skip=skip)
-    else:
-        kernels.momentum_steps([kernels.AdamStep(grad, *momentum, None, None, grad, (0.9, 0.99), 0.0)], 256, skip)
-    return before, written
-
-
 @each("implementation", ("reference", "triton"))
 @each("skip", (True, False))
-@each("name", ("update_low_rank", "update_full_rank", "update_float", "adam", "momentum"))
+@each("operation", ("quantized", "float", "momentum"))
 def test_skipping(
-    name: str, skip: bool, implementation: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    operation: str, skip: bool, implementation: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QGALORE_KERNELS", implementation)
-    assert same(*skippable(name, kernel_device, torch.tensor(skip, device=kernel_device))) == skip
+    flag, full = torch.tensor(skip, device=kernel_device), normal(20, 300, seed=1).to(kernel_device)
+    weight, row = stored(20, 300, 8, GROUP, kernel_device), torch.zeros(8, dtype=torch.int32, device=kernel_device)
+    if operation == "quantized":
+        assert same(updated(weight, full, None, None, 300, 8, GROUP, 0.1, 1.0, 1, flag), weight) == skip
+    elif operation == "float":
+        moved = full.clone()
+        update_float_(moved, full, None, None, 0.1, 1.0, 1, skip=flag)
+        assert same(moved, full) == skip
+    else:
+        codes = torch.full_like(full, 127, dtype=torch.uint8), torch.zeros(24, device=kernel_device)
+        momentum = copied(codes)
+        kernels.momentum_steps([kernels.AdamStep(full, *momentum, None, None, row, (0.9, 0.99), 0.0)], 256, flag)
+        assert same(momentum, codes) == skip
 
 
 @each("skip", (True, False))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,17 +13,6 @@ from qgalore import kernels
 from qgalore.update import moments
 from tests.kernels import comparison
 from tests.kernels.comparison import OPERAND_TYPES, agreed, both, copied, each, normal, same, step_row, whole_numbers
-
-
-def one_by_one(run: Callable[[list[Any]], object]) -> Callable[[list[Any]], None]:
-    """`run` of a list of one for each item."""
-
-    def run_each(items: list[Any]) -> None:
-        for item in items:
-            run([item])
-
-    return run_each
-
 
 # Rows, columns, bits, group, columns of what it is written into: whole groups and ragged ones, a row, a column.
 STORED = [
@@ -90,11 +77,12 @@ def update_of(
 
 
 def updated(
-    updates: list[kernels.QuantizedUpdate], run: Callable[[list[Any]], object] = kernels.update_quantized_
+    updates: list[kernels.QuantizedUpdate], limit: int = 99, skip: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """Codes, scale and zero point of each weight after the update of a copy."""
+    """Codes, scale and zero point of each weight after the update of a copy, `limit` of them at a time."""
     copies = [kernels.QuantizedUpdate(*copied(update[:3]), *update[3:]) for update in updates]
-    run(copies)
+    for start in range(0, len(copies), limit):
+        kernels.update_quantized_(copies[start : start + limit], skip)
     return tuple(copy[:3] for copy in copies)
 
 
@@ -109,7 +97,7 @@ def test_low_rank_updates(chosen: str, dtype: torch.dtype, kernel_device: torch.
     updates = groups[chosen]
     found = agreed(lambda: updated(updates))
     assert all(not same(update[:3], new) for update, new in zip(updates, found, strict=True))
-    assert same(agreed(lambda: updated(updates, one_by_one(kernels.update_quantized_))), found)
+    assert same(agreed(lambda: updated(updates, limit=1)), found)
 
 
 def test_updates_that_other_kernels_make(kernel_device: torch.device) -> None:
@@ -164,7 +152,7 @@ def moments_of(step: kernels.AdamStep) -> tuple[Tensor, ...]:
 def moved(
     steps: list[kernels.AdamStep], limit: int = 99, skip: Tensor | None = None
 ) -> tuple[list[Tensor], tuple[tuple[Tensor, ...], ...]]:
-    """Directions and moments of copies."""
+    """Directions and moments of copies, `limit` of them moved at a time."""
     copies = [
         kernels.AdamStep(step.grad, *(None if x is None else x.clone() for x in step[1:5]), *step[5:]) for step in steps
     ]
@@ -207,5 +195,5 @@ def test_skipping(
     else:
         updates = [update_of(*kind, 5 + i, kernel_device, torch.float32) for i, kind in enumerate(LOW_RANK)]
         before = (update[:3] for update in updates)
-        after = updated(updates, lambda copies: kernels.update_quantized_(copies, flag))
+        after = updated(updates, skip=flag)
     assert all(same(old, new) == skip for old, new in zip(before, after, strict=True))

@@ -1,4 +1,4 @@
-"""Adam's step, and one of momentum alone, on tensors of any shape, in Triton.
+"""Adam's step, one of momentum alone, and block-wise 8-bit moments as such, on tensors of any shape, in Triton.
 
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g²,  N = (m / c1) / (sqrt(v / c2) + eps)
     m <- beta m + (1 - beta) g,  N = beta m + (1 - beta) g
@@ -6,12 +6,16 @@
 Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
 float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
 inside; the direction uses the moments before they are rounded to 8 bits, and Adam's is the only value whose division
-and square root are not rounded to the last bit. Adam's steps of several weights are one launch: what belongs to one of
-them comes as a tuple of as many elements as there are weights. One of momentum is a launch for each.
+and square root are not rounded to the last bit. Adam's steps of a group of weights are one launch: what belongs to one
+of them comes as a tuple of as many elements as there are weights. Steps of momentum are a launch each.
+
+The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
+lowest code of that interval, in which at most one border between two codes lies; one comparison with it decides.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -21,17 +25,71 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import AdamStep, launches
-from qgalore.kernels.triton.block_quantization import (
-    INTERVALS,
-    blocks_of_program,
-    inverse,
-    nearest_code,
-    program_of_blocks,
-    tables,
-)
+from qgalore.kernels.reference.adam import dynamic_map
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
 
-__all__ = ["adam_steps", "momentum_steps"]
+__all__ = ["adam_steps", "dequantize_blocks", "momentum_steps", "quantize_blocks_"]
+
+# Intervals of |x|: seven bits of mantissa for each exponent from 2^-24 to below 1, and 1 itself.
+_FIRST_INTERVAL = (127 - 24) << 7
+_INTERVALS = 24 * 128 + 1
+_SEARCH = {"FIRST": _FIRST_INTERVAL, "INTERVALS": _INTERVALS}
+
+_VALUES, _WARPS = 256, 1
+"""Of a program: a block to a warp, in which its largest value is found. us for a layer of 1B (H100): 60, and 64 to 80
+for two to eight times as many values in one to eight warps."""
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of the codes and borders between them, (256,) float32; the lowest code of each interval, uint8.
+
+    In bytes, because the entries that a warp looks up lie in as many cache lines as they are wide.
+    """
+    values = dynamic_map(signed, torch.device("cpu"))
+    middle = (values[:-1] + values[1:]) / 2
+    bits = (torch.arange(_INTERVALS, dtype=torch.int32) + _FIRST_INTERVAL) << 16
+    low, high = bits.view(torch.float32).clone(), (bits + 0xFFFF).view(torch.float32)
+    low[0], high[-1] = 0.0, 1.0
+    starts = [torch.bucketize(low, middle), torch.bucketize(-high, middle)]
+    ends = [torch.bucketize(high, middle), torch.bucketize(-low, middle)]
+    start, end = torch.cat(starts), torch.cat(ends)
+    assert bool((end - start <= 1).all()), "two borders between codes in one interval"
+    borders = torch.cat((middle, torch.tensor([float("inf")])))
+    return values.to(device), borders.to(device), start.to(torch.uint8).to(device)
+
+
+@triton.jit
+def _code(x, borders, starts, SIGNED: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr):
+    """The nearest code of x in [-1, 1]."""
+    interval = (tl.abs(x).to(tl.int32, bitcast=True) >> 16) - FIRST
+    interval = tl.minimum(tl.maximum(interval, 0), INTERVALS - 1)
+    if SIGNED:
+        interval += tl.where(x < 0, INTERVALS, 0)
+    low = tl.load(starts + interval).to(tl.int32)
+    code = low + (tl.load(borders + low) < x).to(tl.int32)
+    if not SIGNED:
+        code = tl.maximum(code, (x > 0).to(tl.int32))
+    return code
+
+
+@triton.jit
+def _inverse(absmax):
+    smallest_normal = 1.1754943508222875e-38
+    return tl.where(absmax >= smallest_normal, tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax), 0.0)
+
+
+@triton.jit
+def _blocks(program, numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """A program's first value, the offsets of its values from there and which exist; its blocks and which exist."""
+    program = program.to(tl.int64)
+    at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
+    start = program * (BLOCKS * BLOCK)
+    mask = at < numel - start
+    if WIDTH > BLOCK:
+        mask = mask & (tl.arange(0, WIDTH)[None, :] < BLOCK)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    return start, at, mask, block, block * BLOCK < numel
 
 
 @triton.jit(do_not_specialize=["beta1", "rest1", "beta2", "rest2", "eps"])
@@ -51,7 +109,7 @@ def _adam_kernel(
     grad, exp_avg, exp_avg_sq, out = (
         chosen(which, grad), chosen(which, exp_avg), chosen(which, exp_avg_sq), chosen(which, out),
     )  # fmt: skip
-    start, at, mask, block, present = blocks_of_program(program, chosen(which, numel), BLOCK, WIDTH, BLOCKS)
+    start, at, mask, block, present = _blocks(program, chosen(which, numel), BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     exp_avg_sq += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
@@ -75,10 +133,10 @@ def _adam_kernel(
         second_absmax = tl.max(second, axis=1)
         tl.store(exp_avg_absmax + block, first_absmax, mask=present)
         tl.store(exp_avg_sq_absmax + block, second_absmax, mask=present)
-        first *= inverse(first_absmax)[:, None]
-        second *= inverse(second_absmax)[:, None]
-        first = nearest_code(first, borders1, starts1, True, FIRST, INTERVALS).to(tl.uint8)
-        second = nearest_code(second, borders2, starts2, False, FIRST, INTERVALS).to(tl.uint8)
+        first *= _inverse(first_absmax)[:, None]
+        second *= _inverse(second_absmax)[:, None]
+        first = _code(first, borders1, starts1, True, FIRST, INTERVALS).to(tl.uint8)
+        second = _code(second, borders2, starts2, False, FIRST, INTERVALS).to(tl.uint8)
     tl.store(exp_avg + at, first, mask=mask)
     tl.store(exp_avg_sq + at, second, mask=mask)
 
@@ -92,7 +150,7 @@ def _momentum_kernel(
     if HAS_SKIP:
         if tl.load(skip):
             return
-    start, at, mask, block, present = blocks_of_program(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
+    start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
@@ -107,9 +165,66 @@ def _momentum_kernel(
         momentum = tl.where(mask, momentum, 0.0)
         absmax = tl.max(tl.abs(momentum), axis=1)
         tl.store(exp_avg_absmax + block, absmax, mask=present)
-        momentum *= inverse(absmax)[:, None]
-        momentum = nearest_code(momentum, borders, starts, True, FIRST, INTERVALS).to(tl.uint8)
+        momentum *= _inverse(absmax)[:, None]
+        momentum = _code(momentum, borders, starts, True, FIRST, INTERVALS).to(tl.uint8)
     tl.store(exp_avg + at, momentum, mask=mask)
+
+
+@triton.jit
+def _quantize_blocks_kernel(
+    x, codes, absmax, skip, map, borders, starts, numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+    SIGNED: tl.constexpr, HAS_SKIP: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP:
+        if tl.load(skip):
+            return
+    start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
+    value = tl.load(x + start + at, mask=mask, other=0).to(tl.float32)
+    largest = tl.max(tl.abs(value), axis=1)
+    tl.store(absmax + block, largest, mask=present)
+    code = _code(value * _inverse(largest)[:, None], borders, starts, SIGNED, FIRST, INTERVALS)
+    tl.store(codes + start + at, code.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _dequantize_blocks_kernel(
+    codes, absmax, out, map, numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
+    code = tl.load(codes + start + at, mask=mask, other=0).to(tl.int32)
+    value = tl.load(map + code) * tl.load(absmax + block, mask=present, other=0)[:, None]
+    tl.store(out + start + at, to_float(value, out.dtype.element_ty), mask=mask)
+
+
+def _program(block_size: int) -> tuple[int, dict[str, int]]:
+    """Values of a program, and how it is launched."""
+    width = triton.next_power_of_2(block_size)
+    blocks = max(1, _VALUES // width)
+    how = {"BLOCK": block_size, "WIDTH": width, "BLOCKS": blocks, "enable_fp_fusion": False, "num_warps": _WARPS}
+    return block_size * blocks, how
+
+
+def quantize_blocks_(
+    codes: Tensor, absmax: Tensor, x: Tensor, signed: bool, block_size: int, skip: Tensor | None = None
+) -> None:
+    """See `qgalore.kernels.quantize_blocks_`."""
+    values, how = _program(block_size)
+    _quantize_blocks_kernel[(triton.cdiv(x.numel(), values),)](
+        x.contiguous(), codes, absmax, skip, *_tables(signed, x.device), x.numel(), SIGNED=signed,
+        HAS_SKIP=skip is not None, **_SEARCH, **how,
+    )  # fmt: skip
+
+
+def dequantize_blocks(
+    codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See `qgalore.kernels.dequantize_blocks`."""
+    value = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    values, how = _program(block_size)
+    _dequantize_blocks_kernel[(triton.cdiv(value.numel(), values),)](
+        codes, absmax, value, _tables(signed, codes.device)[0], value.numel(), **how
+    )
+    return value
 
 
 def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
@@ -129,14 +244,14 @@ def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size:
     """Steps of one kind."""
     grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, rows, betas, epses, factors, _ = zip(*steps, strict=True)
     device, quantized, (beta1, beta2) = grads[0].device, absmaxes[0] is not None, betas[0]
-    values, how = program_of_blocks(block_size)
-    both_tables = (*tables(True, device), *tables(False, device)) if quantized else (None,) * 6
+    values, how = _program(block_size)
+    both_tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 6
     ends = tuple(itertools.accumulate(triton.cdiv(grad.numel(), values) for grad in grads))
     _adam_kernel[(ends[-1],)](
         tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, exp_avg_sqs,
         sq_absmaxes if quantized else None, tuple(directions), None if factors[0] is None else factors,
         rows, tuple(grad.numel() for grad in grads), ends, skip, *both_tables, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
-        epses[0], QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None, HAS_SKIP=skip is not None, **INTERVALS, **how,
+        epses[0], QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None, HAS_SKIP=skip is not None, **_SEARCH, **how,
     )  # fmt: skip
 
 
@@ -148,10 +263,10 @@ def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
 def _momentum_step(step: AdamStep, block_size: int, skip: Tensor | None) -> Tensor:
     grad, absmax, factor, beta = step.grad.contiguous(), step.exp_avg_absmax, step.factor, step.betas[0]
     ahead = torch.empty(grad.shape, dtype=step.dtype, device=grad.device)
-    values, how = program_of_blocks(block_size)
-    table = tables(True, grad.device) if absmax is not None else (None,) * 3
+    values, how = _program(block_size)
+    table = _tables(True, grad.device) if absmax is not None else (None,) * 3
     _momentum_kernel[(triton.cdiv(grad.numel(), values),)](
         grad, step.exp_avg, absmax, ahead, factor, skip, *table, grad.numel(), beta, 1.0 - beta,
-        QUANTIZED=absmax is not None, HAS_FACTOR=factor is not None, HAS_SKIP=skip is not None, **INTERVALS, **how,
+        QUANTIZED=absmax is not None, HAS_FACTOR=factor is not None, HAS_SKIP=skip is not None, **_SEARCH, **how,
     )  # fmt: skip
     return ahead

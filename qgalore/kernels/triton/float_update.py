@@ -46,23 +46,13 @@ def update_float_(
     weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool,
     row_start: int, skip: Tensor | None,
 ) -> None:  # fmt: skip
-    """See `qgalore.kernels.update_float_`; of a matrix."""
-    if left is None and right is None:
-        _launch(weight, direction, row, stochastic, row_start, skip)
-        return
-    for start, stop in row_chunks(*weight.shape):
-        full = project_back(direction, left, right, start, stop)
-        _launch(weight[start:stop], full, row, stochastic, row_start + start, skip)
-
-
-def _launch(
-    weight: Tensor, direction: Tensor, step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None
-) -> None:
-    """W <- round(decay * W - step_size * N) in place; both (rows, columns) and contiguous."""
-    rows, columns = weight.shape
+    """See `qgalore.kernels.update_float_`; of a contiguous matrix."""
+    whole, columns = left is None and right is None, weight.shape[1]
     block = min(512, max(16, triton.next_power_of_2(columns)))
     block_rows = max(1, 2048 // block)
-    _update_float_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block))](
-        weight, direction, skip, step_row, rows, columns, row_start, M=block_rows, BLOCK=block, STOCHASTIC=stochastic,
-        HAS_SKIP=skip is not None, enable_fp_fusion=False,
-    )  # fmt: skip
+    for start, stop in [(0, len(weight))] if whole else row_chunks(*weight.shape):
+        full = direction if whole else project_back(direction, left, right, start, stop)
+        _update_float_kernel[(triton.cdiv(stop - start, block_rows), triton.cdiv(columns, block))](
+            weight[start:stop], full, skip, row, stop - start, columns, row_start + start, M=block_rows, BLOCK=block,
+            STOCHASTIC=stochastic, HAS_SKIP=skip is not None, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -161,24 +161,15 @@ def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None) -> tuple
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
     zero_point = torch.empty_like(scale)
     stochastic = row is not None
-    _launch(qdata, scale, zero_point, x, columns, bits, group_size, row, stochastic, 0, None, update=False)
+    write_groups_(qdata, scale, zero_point, x, columns, bits, group_size, row, stochastic, 0, None, update=False)
     return qdata, scale, zero_point
 
 
-def update_(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, full: Tensor, columns: int, bits: int, group_size: int,
-    step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None,
-) -> None:  # fmt: skip
-    """W <- quantize(decay * W - step_size * full) for rows row_start: of a matrix, in place."""
-    _launch(
-        qdata, scale, zero_point, full, columns, bits, group_size, step_row, stochastic, row_start, skip, update=True
-    )  # fmt: skip
-
-
-def _launch(
+def write_groups_(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
     step_row: Tensor | None, stochastic: bool, row_start: int, skip: Tensor | None, update: bool,
 ) -> None:  # fmt: skip
+    """Write codes, scale and zero point of x, or with `update` of decay * W - step_size * x, for rows row_start:."""
     rows = qdata.shape[0]
     block_rows, block_columns = block_of_group(group_size)
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from qgalore.kernels.arguments import QuantizedUpdate, launches
 from qgalore.kernels.reference.rows import project_back, row_chunks
-from qgalore.kernels.triton import group_quantization
+from qgalore.kernels.triton.group_quantization import can_handle as can_handle
+from qgalore.kernels.triton.group_quantization import write_groups_
 from qgalore.kernels.triton.tiles import (
     chosen,
     load_codes,
@@ -39,8 +40,6 @@ from qgalore.kernels.triton.tiles import (
 )
 
 __all__ = ["update_quantized_"]
-
-can_handle = group_quantization.can_handle
 
 
 @triton.jit
@@ -158,7 +157,7 @@ def _update_by_rows_(update: QuantizedUpdate, skip: Tensor | None) -> None:
     for start, stop in [(0, len(qdata))] if whole else row_chunks(len(qdata), columns):
         full = direction if whole else project_back(direction, left, right, start, stop)
         stored = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
-        group_quantization.update_(*stored, full, columns, bits, group_size, row, stochastic, start, skip)
+        write_groups_(*stored, full, columns, bits, group_size, row, stochastic, start, skip, update=True)
 
 
 def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
