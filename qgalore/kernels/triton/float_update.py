@@ -51,8 +51,9 @@ def update_float_(
     block = min(512, max(16, triton.next_power_of_2(columns)))
     block_rows = max(1, 2048 // block)
     for start, stop in [(0, len(weight))] if whole else row_chunks(*weight.shape):
+        part = weight if whole else weight[start:stop]
         full = direction if whole else project_back(direction, left, right, start, stop)
         _update_float_kernel[(triton.cdiv(stop - start, block_rows), triton.cdiv(columns, block))](
-            weight[start:stop], full, skip, row, stop - start, columns, row_start + start, M=block_rows, BLOCK=block,
+            part, full, skip, row, stop - start, columns, row_start + start, M=block_rows, BLOCK=block,
             STOCHASTIC=stochastic, HAS_SKIP=skip is not None, enable_fp_fusion=False,
         )  # fmt: skip
