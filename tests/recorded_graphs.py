@@ -22,8 +22,8 @@ from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.eager import Work
 from qgalore.layer import autograd_op
 
-Operation = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
-"""function, arguments, keyword arguments, and what it gave at the capture."""
+Operation = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]
+"""function, arguments, keyword arguments, and the tensors that it gave at the capture."""
 
 _ASKED_BY_THE_HOST = (
     torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default,
@@ -72,7 +72,7 @@ class RecordedGraph(TorchDispatchMode):
     def done(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation and record it."""
         found = function(*args, **kwargs)
-        self.operations.append((function, args, kwargs, found))
+        self.operations.append((function, args, kwargs, list(tensors_in(found))))
         return found
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class RecordedGraph(TorchDispatchMode):
         self.replays += 1
         for function, args, kwargs, found in self.operations if self.replays > 1 else ():
             given = {key: aliases(value) for key, value in kwargs.items()}
-            for old, new in zip(tensors_in(found), tensors_in(function(*aliases(args), **given)), strict=True):
+            for old, new in zip(found, tensors_in(function(*aliases(args), **given)), strict=True):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.data.copy_(new)
 

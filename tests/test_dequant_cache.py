@@ -18,7 +18,7 @@ from qgalore.graphs.runner import LayerGraphs
 from qgalore.layer.linear import LowRankLinear
 from qgalore.update.weight import Weight
 from tests.kernels.comparison import step_row
-from tests.test_layer_graphs import CASES, emulate_graphs, trained
+from tests.test_layer_graphs import CASES, record_graphs, trained
 
 MATRICES = 3
 """Low-rank matrices of a `Block`."""
@@ -156,7 +156,7 @@ def test_nothing_is_made_where_nothing_is_dequantized(calls: list[int]) -> None:
 def test_the_bits_are_those_of_one_by_one(
     case: str, sums: bool, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate_graphs(monkeypatch)
+    record_graphs(monkeypatch)
     flags = f"{CASES[case]} --dtype float32"
     together = trained(tmp_path, "cpu", flags, sums=sums)
     assert calls.count(7) > 9 * 3
