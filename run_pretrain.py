@@ -1,4 +1,4 @@
-"""Pretrain LLaMA with Q-GaLore: the run, told from top to bottom.
+"""Pretrain LLaMA with Q-GaLore: a training run from start to end.
 
     torchrun --standalone --nproc_per_node 1 run_pretrain.py --model_config configs/llama_60m.json --batch_size 256 ...
 
@@ -19,7 +19,7 @@ import torch
 
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
-from peft_pretraining.checkpoint.store import hold_folder
+from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
@@ -34,108 +34,108 @@ from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.update_outcomes import (
     FinishedUpdate,
-    GoBackError,
     Outcome,
+    RollbackError,
     UpdateOutcomes,
     too_many_skipped,
 )
-from peft_pretraining.runtime.world import Processes, is_lost_rank, start_processes
+from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """One run of training; raises UserError for what the user can put right."""
+    """Run a training run from its command line; raises UserError for what the user can fix."""
     args = parse_args(argv, world_size_of_launch())
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
         return print_description(args)
     stop = StopRequest()
-    processes = start_processes(args.runtime.device, stop)
+    world = start_world(args.runtime.device, stop)
     try:
         make_reproducible()
-        args = args.in_folder(processes.from_main(lambda: args.save_dir(datetime.now())))
-        held: list[object] = []  # until the process ends
-        processes.from_main(lambda: held.append(hold_folder(args.checkpoint.save_dir)))
-        warning = warning_of_memory(args, processes.device)
-        if warning is not None and processes.is_main:
+        args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
+        locks: list[object] = []  # kept until the process ends
+        world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
+        warning = warning_of_memory(args, world.device)
+        if warning is not None and world.is_main:
             print(f"warning: {warning}", file=sys.stderr)
-        left_out: set[int] = set()
-        while (update_step := train(args, processes, stop, left_out)) is not None:
-            left_out.add(update_step)
-            args = from_newest_checkpoint(args, processes)
-            gc.collect()  # a model and its hooks refer to each other
+        skip_steps: set[int] = set()
+        while (update_step := train(args, world, stop, skip_steps)) is not None:
+            skip_steps.add(update_step)
+            args = from_newest_checkpoint(args, world)
+            gc.collect()  # a model and its hooks are a reference cycle
     except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory(args, processes.device)) from error
+        raise UserError(out_of_memory(args, world.device)) from error
     finally:
-        if not is_lost_rank(sys.exc_info()[1]):  # taking leave would wait for it
-            processes.close()
+        if not is_lost_rank(sys.exc_info()[1]):  # closing the process group would wait for that rank
+            world.close()
 
 
-def train(args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> int | None:
-    """Train to the end, or up to an update that was partly made: then its step, for another try that leaves it out."""
-    run = Run(args, processes, stop, left_out)
+def train(args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> int | None:
+    """Train to the end, or to an update that was partly applied; returns its step, for another try that skips it."""
+    run = Run(args, world, stop, skip_steps)
     try:
         run.train()
         return None
-    except GoBackError as error:
-        run.metrics.say(str(error))
+    except RollbackError as error:
+        run.metrics.log(str(error))
         return error.update_step
     finally:
         run.close()
 
 
 class Run:
-    """A training run: what it is made of, and its loop."""
+    """A training run: its parts and its loop."""
 
-    def __init__(self, args: RunArgs, processes: Processes, stop: StopRequest, left_out: set[int]) -> None:
-        """Build everything and, where asked, take up a checkpoint; the updates in left_out will change nothing."""
-        self.args, self.processes, self.stop, self.left_out = args, processes, stop, left_out
-        self.loader, self.eval_set = build_data(args, processes)
-        self.model, self.optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
-        self.checkpoints = RunCheckpoints(args, processes, self.model, self.optimizer, self.loader)
+    def __init__(self, args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> None:
+        """Build all parts and load the checkpoint, if any; updates whose index is in skip_steps change nothing."""
+        self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
+        self.loader, self.eval_set = build_data(args, world)
+        self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
+        self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader)
         self.position = self.checkpoints.restore()
         ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
         check_vocabulary(ids, self.model.config.vocab_size, are_ids)
-        processes.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
-        self.metrics = RunMetrics(args, processes, self.model, self.position)
+        world.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
+        self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
 
     @property
     def update_step(self) -> int:
-        """Updates made."""
+        """The number of finished updates."""
         return self.position.update_step
 
     def train(self) -> None:
-        """All updates, with the evaluations and checkpoints that are due; ends early where a stop is asked for."""
+        """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
         self.metrics.announce(self.loader.describe())
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
             last = self.update_step == total or self.data_has_ended()
-            # Nothing is done twice: a resumed run has the evaluation and the checkpoint it starts from.
+            # A resumed run has the evaluation and the checkpoint of its first step already.
             if self.update_step > first:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
             elif first == 0 and self.args.checkpoint.save_every:
-                # A run that cannot save, or cannot read what it saved, says so before it has anything to lose.
+                # A run that cannot save, or cannot read what it saved, fails before it has anything to lose.
                 self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
                 return
 
     def data_has_ended(self) -> bool:
-        """Whether no rank has a further document (--repeat none); says so."""
-        if self.args.data.repeat == "each" or not self.processes.all_on_host(self.loader.ended):
+        """Whether no rank has a further document (--repeat none); logs it."""
+        if self.args.data.repeat == "each" or not self.world.all_on_host(self.loader.ended):
             return False
         total = self.args.schedule.num_training_steps
-        self.metrics.say(
+        self.metrics.log(
             f"the data has ended after {self.update_step} of {total} updates (--repeat none); the learning rate was "
             f"scheduled for {total}"
         )
         return True
 
     def update(self) -> bool:
-        """One update; False where a stop was asked for, with everything as it was before the update."""
+        """Make one update; returns False on a stop request, after saving the state before the update."""
         data_before = self.loader.state_dict()
         self.metrics.start_update(self.loader.wait_seconds)
         received = self.next_update()
@@ -144,59 +144,60 @@ class Run:
             return False
         update, target_tokens = received
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
-        loss = torch.zeros((), device=self.processes.device)
+        loss = torch.zeros((), device=self.world.device)
         for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
-            if not self.processes.all_on_host(not self.stop.requested):
+            if not self.world.all_on_host(not self.stop.requested):
                 self.end_early(data_before)
                 return False
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
-            input_ids = self.processes.to_device(micro_batch.input_ids)
-            labels = self.processes.to_device(micro_batch.labels)
-            # Divided by the targets of the whole update, so that how it is split cannot change the gradient.
+            input_ids = self.world.to_device(micro_batch.input_ids)
+            labels = self.world.to_device(micro_batch.labels)
+            # Divided by the targets of the whole update, so that its split into micro-batches changes no gradient.
             micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
             loss += micro_loss.detach()
             if self.optimizer.is_last_micro_batch:
-                # The loss of the update is known before the first weight can be touched.
-                self.processes.all_reduce(loss)
+                # The last backward pass may update weights, so the loss of the whole update is checked before it.
+                self.world.all_reduce(loss)
                 broken = ~loss.isfinite()
-                self.optimizer.skip_update_if(torch.ones_like(broken) if self.update_step in self.left_out else broken)
+                self.optimizer.skip_update_if(
+                    torch.ones_like(broken) if self.update_step in self.skip_steps else broken
+                )
             micro_loss.backward()
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        self.position.tokens += self.processes.sum_on_host(update.tokens)
+        self.position.tokens += self.world.sum_on_host(update.tokens)
         done = self.update_step + 1
-        # The update before is waited for within the time of this one: a host that runs ahead would seem faster than the
-        # device.
-        before = self.outcomes.take()
-        measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=before is not None)
+        # Wait for the previous update within the timing of this one: else only the host's launches would be timed.
+        previous = self.outcomes.take()
+        measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
         metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
         self.outcomes.put(done, metrics, self.optimizer, measured)
-        self.decide(before)
+        self.decide(previous)
         self.optimizer.zero_grad()
-        while self.loader.news:
-            self.metrics.say(f"update {done}: {self.loader.news.pop(0)}")
+        while self.loader.notices:
+            self.metrics.log(f"update {done}: {self.loader.notices.pop(0)}")
         if is_due(done, self.args.runtime.check_replicas):
-            self.processes.check_replicas(self.model.state_dict(), done)
+            self.world.check_replicas(self.model.state_dict(), done)
         return True
 
     def next_update(self) -> tuple[Update, int] | None:
-        """This rank's part of the next update and the targets of all ranks; None where a stop was asked for."""
+        """(this rank's part of the next update, number of target tokens over all ranks); None on a stop request."""
         while True:
             update = self.loader.next_update(give_up=lambda: self.stop.requested)
-            if not self.processes.all_on_host(update is not None):
+            if not self.world.all_on_host(update is not None):
                 return None
             assert update is not None
-            # Near the end of data that is not repeated the lanes of an update may all have ended, and others not.
-            if target_tokens := self.processes.sum_on_host(update.target_tokens):
+            # Near the end of data that is not repeated all rows of an update may come from exhausted logical shards.
+            if target_tokens := self.world.sum_on_host(update.target_tokens):
                 return update, target_tokens
 
     def decide(self, finished: FinishedUpdate | None) -> None:
-        """Go on after an update whose outcome is known by now, go back, or end the run; logs the update."""
+        """Log an update whose outcome is known by now; raises RollbackError or UserError if the run cannot go on."""
         if finished is None:
             return
-        if finished.outcome is Outcome.PARTLY_MADE:
-            raise GoBackError(finished.update_step - 1)
+        if finished.outcome is Outcome.LATE_OVERFLOW:
+            raise RollbackError(finished.update_step - 1)
         self.metrics.update(finished)
         skipped = finished.outcome is Outcome.SKIPPED
         self.position.skipped_in_a_row = self.position.skipped_in_a_row + 1 if skipped else 0
@@ -204,41 +205,44 @@ class Run:
             raise UserError(too_many_skipped(self.args, self.position.skipped_in_a_row, finished.update_step))
 
     def evaluate_if_due(self, last: bool) -> None:
-        """Evaluate at the interval asked for and at the end."""
+        """Evaluate after every `eval_every` updates and after the last one."""
         if last or is_due(self.update_step, self.args.evaluation.eval_every):
             self.decide(self.outcomes.take())
-            result = evaluate(self.model, self.eval_set, self.processes.device, self.processes.gather)
+            result = evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
             self.metrics.evaluation(self.update_step, result)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
-        """Write a checkpoint of the state after `update_step` updates; data_state is this rank's part of the data's."""
+        """Write a checkpoint of the state after `update_step` updates; data_state is of this rank's loader.
+
+        read_back: also read it again, to test that it can be loaded.
+        """
         self.decide(self.outcomes.take())
-        # That of the next update, whether or not a stop came after it was set.
+        # A checkpoint has the learning rate of the next update, whether or not a stop came after it was set.
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
-        self.metrics.say(f"saved {path}")
+        self.metrics.log(f"saved {path}")
 
     def end_early(self, data_before: dict[str, Any]) -> None:
-        """Save the state before the update that was begun, and leave a marker."""
+        """Save the state before the unfinished update, and write a marker file."""
         self.optimizer.zero_grad()
         self.save(data_before)
-        signal_name = next(name for name in self.processes.gather(self.stop.signal_name) if name)
+        signal_name = next(name for name in self.world.gather(self.stop.signal_name) if name)
         self.checkpoints.mark_stop(f"{signal_name} after {self.update_step} updates")
-        self.metrics.say(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
+        self.metrics.log(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     def close(self) -> None:
-        """End the loader's threads and close the metrics."""
+        """Stop the loader's threads and close the metrics."""
         self.loader.close()
         self.metrics.close(failed=sys.exc_info()[1] is not None)
 
 
 def is_due(update_step: int, interval: int) -> bool:
-    """Whether something done every `interval` updates (0: never) is due after `update_step` of them."""
+    """Whether something done every `interval` updates (0: never) is due after update `update_step`."""
     return interval > 0 and update_step > 0 and update_step % interval == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
+    """Run the program; returns its exit code."""
     return exit_code_of(lambda: run(argv), "run_pretrain.py")
 
 

@@ -1,11 +1,11 @@
-"""Two checkouts side by side: is training as fast, and as small, after a change as before it?
+"""Compare speed and memory of training in two checkouts, before and after a change.
 
     git worktree add /tmp/before COMMIT
     python -m benchmarks.before_after --before /tmp/before --models 60m,1b,7b
 
 Runs `benchmarks.compare --one` in each checkout in turn, before, after, after, before, ..., `--runs` times each, every
-run a process of its own. With `--together N` so many get ready at once; all share one lock, so that each has the device
-to itself for its timed updates. Every run is a row of `benchmarks/results/before_after.csv`; a table of medians and
+run a process of its own. With `--together N` so many are prepared at once; a lock gives each the device to itself for
+its timed updates. Every run is a row of `benchmarks/results/before_after.csv`; a table of medians and
 their ratios is printed last. `warmup_seconds` has the compilation and the capture of CUDA graphs.
 """
 
@@ -34,7 +34,7 @@ COMPARED = ("tokens_per_second", "in_a_row_tokens_per_second", "run_peak_gb", "w
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0 if all runs were made, 1 if one failed."""
+    """Run the program; returns 0 if all runs succeeded, 1 if one failed."""
     args = build_parser().parse_args(argv)
     trees = {"before": Path(args.before).resolve(), "after": ROOT}
     commits = {"before": args.before_commit, "after": args.after_commit}
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(prog="before_after", description=__doc__.splitlines()[0])
     parser.add_argument("--before", required=True, help="folder of the checkout to compare with")
     parser.add_argument("--models", default="60m,1b,7b", help="names of configs, separated by commas")
@@ -73,13 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def schedule(models: Sequence[str], runs: int) -> list[tuple[str, int, str]]:
-    """(model, run, tree) in the order in which they are made: the trees change places from run to run."""
+    """(model, run, tree) of each run in order; the order of the two trees alternates from run to run."""
     orders = (("before", "after"), ("after", "before"))
     return [(model, run, tree) for model in models for run in range(runs) for tree in orders[run % 2]]
 
 
 def measure_one(tree: Path, model: str, turn: Path, args: argparse.Namespace) -> Row:
-    """The row of one run in a checkout; what goes wrong there is in its `error`."""
+    """Measure one run in a checkout; returns its row, with the text of a failure in `error`."""
     command = [sys.executable, "-m", "benchmarks.compare", "--models", model, "--one", args.method]
     command += ["--turn", str(turn), *args.compare.split()]
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ | {"PYTHONPATH": str(tree)}
@@ -99,7 +99,7 @@ def measure_one(tree: Path, model: str, turn: Path, args: argparse.Namespace) ->
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Medians before and after, their ratio and the spread of the runs, in Markdown."""
+    """A Markdown table of medians before and after, their ratio and the spread of the runs."""
     lines = ["| model | figure | before | after | after / before | spread before | spread after | runs |"]
     lines.append("|" + " --- |" * 8)
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -107,8 +107,8 @@ def table(rows: Sequence[Row]) -> str:
             found = {tree: values(rows, model, tree, name) for tree in ("before", "after")}
             if not all(found.values()):
                 continue
-            medians = {tree: statistics.median(numbers) for tree, numbers in found.items()}
-            spreads = [f"{(max(numbers) - min(numbers)) / medians[tree]:.2%}" for tree, numbers in found.items()]
+            medians = {tree: statistics.median(values) for tree, values in found.items()}
+            spreads = [f"{(max(values) - min(values)) / medians[tree]:.2%}" for tree, values in found.items()]
             ratio = medians["after"] / medians["before"]
             cells = [model, name, f"{medians['before']:,.6g}", f"{medians['after']:,.6g}", f"{ratio:.4f}", *spreads]
             lines.append("| " + " | ".join(map(str, [*cells, len(found["after"])])) + " |")
@@ -116,7 +116,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def values(rows: Sequence[Row], model: object, tree: str, name: str) -> list[float]:
-    """A figure of all runs of a model in one checkout that have it."""
+    """The values of a column in all runs of a model in one checkout that have it."""
     chosen = [row for row in rows if row["model"] == model and row["tree"] == tree and not row["error"]]
     return [float(row[name]) for row in chosen if row[name] != ""]  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Speed and memory of the training loader: does it keep up with a GPU?
+"""Measure speed and memory of the training loader.
 
     python -m benchmarks.bench_dataloader --dataset DIR --tokenizer DIR [--packing pad pack] [--workers 1 2] [--seconds
     10] [--against CHECKOUT]
@@ -6,7 +6,7 @@
 
 Reads updates of 512 x 256 as a run does, after the first two, each setting in a process of its own, and appends a row
 for each to results/dataloader.csv. Rows a second are documents with padding; tokens a second do not count padding,
-positions a second do; tokens a second of processor time tell most on a machine that others use, too. `--against`
+positions a second do; on a shared machine tokens a second of processor time are the most reliable. `--against`
 measures another checkout of the project, such as one of an older commit, in turn with this one. Memory is the resident
 set after the first tenth and at the end; "synthetic" are endless short documents.
 """
@@ -41,7 +41,7 @@ FIRST_UPDATES = 2
 
 
 class Synthetic:
-    """Documents of 5 to 15 words in 64 shards that never end; each from its number alone."""
+    """Endless documents of 5 to 15 words in 64 shards, each generated from its index alone."""
 
     name, shards = SYNTHETIC, 64
 
@@ -73,7 +73,10 @@ def main() -> None:
     parser.add_argument("--packing", nargs="+", default=["pad", "pack"], choices=["pad", "pack"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="threads")
     parser.add_argument(
-        "--data_lanes", type=int, default=64, help="with more lanes than shards a shard is read several times"
+        "--data_lanes",
+        type=int,
+        default=64,
+        help="logical shards; with more of them than files each file is read often",
     )
     parser.add_argument("--max_length", type=int, default=256, help="tokens a row")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, each setting")
@@ -95,7 +98,7 @@ def main() -> None:
 
 
 def measure_in_a_process(checkout: Path, packing: str, workers: int) -> dict[str, Any]:
-    """The row of a setting, by the code of a checkout; the other arguments are those of this process."""
+    """Measure a setting with the code of a checkout, with the other arguments of this process; returns its row."""
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--one"]
     command += ["--packing", packing, "--workers", str(workers)]
     environment = {**os.environ, "BENCH_CHECKOUT": str(checkout)}
@@ -105,7 +108,7 @@ def measure_in_a_process(checkout: Path, packing: str, workers: int) -> dict[str
 
 
 def measure(args: argparse.Namespace, packing: str, workers: int) -> dict[str, Any]:
-    """One row of the results."""
+    """Measure one setting; returns its row."""
     synthetic = args.dataset == SYNTHETIC
     tokens_only = not synthetic and isinstance(find_kind(args.dataset), TokenKind)
     tokenizer = None if tokens_only else load_tokenizer(args.tokenizer, args.dataset)
@@ -160,7 +163,7 @@ def measure(args: argparse.Namespace, packing: str, workers: int) -> dict[str, A
 
 
 def resident_mb() -> float:
-    """Resident memory of this process in MB; 0 where the system does not say."""
+    """Resident memory of this process in MB; 0 if unknown."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return 0.0
@@ -168,7 +171,7 @@ def resident_mb() -> float:
 
 
 def cpu_name() -> str:
-    """Model of the processor."""
+    """The model of the processor."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -179,7 +182,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that is measured, or empty."""
+    """The commit of the checkout that is measured, or ""."""
     command = ["git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 

@@ -1,11 +1,11 @@
-"""How long an update takes the device and how long its host, by the methods of `benchmarks/compare.py`.
+"""Time of an update on the device and on its host, for the methods of `benchmarks/compare.py`.
 
     python -m benchmarks.bench_engine_steps --models 60m,1b --methods adamw_compiled,q_galore
     torchrun --standalone --nproc_per_node 2 -m benchmarks.bench_engine_steps --models 350m --methods q_galore
 
 `update_ms` is of updates that follow one another without waiting for the device, as in a run. `python_ms` is what the
-host needs for an update that finds the device idle, until all of it is launched: where it is the longer one, Python is
-the limit. Peaks are of the timed updates. Ours trains on all GPUs of a launch, other methods on one. Rows go to
+host needs to launch an update while the device is idle: if it is longer than `update_ms`, Python is the limit. Peaks
+are of the timed updates. Ours trains on all GPUs of a launch, other methods on one. Rows go to
 `benchmarks/results/engine_steps.csv`.
 """
 
@@ -40,46 +40,46 @@ from benchmarks.rows import append_row, commit
 from peft_pretraining.reporting.throughput import memory_metrics
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.runtime.world import Processes, start_processes
+from peft_pretraining.runtime.world import World, start_world
 
 OURS = {**RECIPES, "q_galore_int8_activations": "paper"}
-"""The methods that `train_ours` trains, on several ranks too, and their recipes."""
+"""The recipes of the methods that `train_ours` trains, on any number of ranks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program, one process a GPU."""
+    """Run the program, one process for each GPU."""
     parser = training_parser("bench_engine_steps", __doc__.splitlines()[0], "60m,350m,1b", "engine_steps.csv")
     add_methods(parser, METHODS)
     parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
     parser.add_argument("--updates", type=int, default=20, help="timed updates, in a row and again one by one")
     args = parser.parse_args(argv)
-    processes = start_processes(args.device, StopRequest())
+    world = start_world(args.device, StopRequest())
     for model in args.models.split(","):
         for method in args.methods:
-            row = measure(model, method, args, processes)
-            if processes.is_main:
+            row = measure(model, method, args, world)
+            if world.is_main:
                 print(json.dumps(row), flush=True)
                 append_row(Path(args.results), row)
-    processes.close()
+    world.close()
     return 0
 
 
-def measure(model: str, method: str, args: argparse.Namespace, processes: Processes) -> Row:
-    """One row, on every rank; the slowest rank's times."""
-    device = processes.device
+def measure(model: str, method: str, args: argparse.Namespace, world: World) -> Row:
+    """Measure one row, on every rank; its times are those of the slowest rank."""
+    device = world.device
     setting = setting_of(model, method, args, device)
-    update, replays = training_of(method, setting, processes)
+    update, replays = training_of(method, setting, world)
     seconds_in_a_row(update, args.warmup, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = max(processes.gather(seconds_in_a_row(update, args.updates, device)))
-    host_seconds = max(processes.gather(seconds_of_host(update, args.updates, device)))
+    seconds = max(world.gather(seconds_in_a_row(update, args.updates, device)))
+    host_seconds = max(world.gather(seconds_of_host(update, args.updates, device)))
     memory, graphs = memory_metrics(device), replays()
     del update, replays
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    tokens = processes.world_size * setting.micro_batch * LENGTH
+    tokens = world.world_size * setting.micro_batch * LENGTH
     ours = split_method(method)[0] in OURS
     return {
         "model": model,
@@ -88,7 +88,7 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
         "rank": setting.rank if ours else "",
         "checkpointing": "yes" if setting.checkpoint_every else "no",
         "cuda_graphs": "yes" if graphs else "no",
-        "gpus": processes.world_size,
+        "gpus": world.world_size,
         "update_ms": round(1e3 * seconds, 2),
         "python_ms": round(1e3 * host_seconds, 2),
         "tokens_per_second": round(tokens / seconds),
@@ -101,22 +101,22 @@ def measure(model: str, method: str, args: argparse.Namespace, processes: Proces
     }
 
 
-def training_of(method: str, setting: Setting, processes: Processes) -> tuple[Callable[[], Tensor], Callable[[], bool]]:
-    """What makes an update, and what tells whether it is replayed from CUDA graphs by now."""
+def training_of(method: str, setting: Setting, world: World) -> tuple[Callable[[], Tensor], Callable[[], bool]]:
+    """(function that makes an update, function that tells whether updates are replayed from CUDA graphs by now)."""
     name = split_method(method)[0]
     if name not in OURS:
-        if processes.world_size > 1:
+        if world.world_size > 1:
             raise SystemExit(f"--methods {method}: only {', '.join(OURS)} train on several GPUs")
         return METHODS[name](setting).update, lambda: False
     make_reproducible()
     if name == "q_galore_int8_activations":
         setting = replace(setting, extra=f"--int8_activations {setting.extra}")
-    training, model, _ = train_ours(setting, OURS[name], processes)
+    training, model, _ = train_ours(setting, OURS[name], world)
     return training.update, lambda: bool(getattr(model.model.run_layers, "replays", False))
 
 
 def seconds_of_host(update: Callable[[], Tensor], count: int, device: torch.device) -> float:
-    """The median time until an update is launched on an idle device."""
+    """The median time in which the host launches an update on an idle device."""
     seconds = []
     for _ in range(count):
         wait_for(device)

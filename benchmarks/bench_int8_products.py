@@ -1,14 +1,14 @@
-"""Time and memory of a linear layer's products, forward and for the gradient of its input: in INT8 and in bfloat16.
+"""Time and memory of the matrix products of a linear layer, forward and for the input gradient, in INT8 and bfloat16.
 
     python -m benchmarks.bench_int8_products [--models 60m,1b] [--results FILE] [--tile 128,256,128,8,3]
 
 Shapes are those of the models' matrices with the tokens of a micro-batch of `benchmarks/compare.py`. Methods:
 
-- int8: `--int8_products`, activations rounded, the weight's codes made signed, and both multiplied;
-- int8, products alone: the last of these;
-- torch._int_mm: PyTorch's product of signed INT8 matrices into int32 and nothing else, where it takes the shape;
+- int8: `--int8_products`: quantize activations, convert the weight's codes to signed ones, multiply;
+- int8, products alone: only the last of these;
+- torch._int_mm: only PyTorch's product of signed INT8 matrices into int32, for shapes that it supports;
 - bfloat16, dequantized: what a layer with an INT8 weight does without the flag;
-- bfloat16, products alone: the same with a weight that is bfloat16 already.
+- bfloat16, products alone: the same with a bfloat16 weight.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Product = Callable[[], Tensor]
 
 
 def layer_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
-    """A layer's own products, as in training."""
+    """The products of a layer, as in training."""
     return lambda: layer.product(x), lambda: layer.input_gradient(grad, x.shape[-1])
 
 
 def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
-    """Those of our kernel with activations that are rounded beforehand."""
+    """The products of our kernel with activations that were quantized before."""
     from qgalore.kernels.triton import int8_matmul
 
     quantized = layer.quantized_weight
@@ -56,7 +56,7 @@ def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[
 
 
 def torch_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product] | None:
-    """PyTorch's, of signed codes; None where it does not take the shape."""
+    """PyTorch's products of signed codes; None for shapes that it does not support."""
     if layer.in_features % 8 or layer.out_features % 8:
         return None
     codes = (layer.weight[:, : layer.in_features] ^ 128).view(torch.int8)
@@ -66,13 +66,13 @@ def torch_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Produ
 
 
 def bfloat16_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
-    """With the dequantized weight, which is made beforehand."""
+    """The products with a weight that was dequantized before."""
     weight = layer.padded_weight(torch.bfloat16)
     return lambda: x @ weight.T, lambda: grad @ weight
 
 
 def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dict[str, tuple[Product, Product] | None]:
-    """By name, both products over the same weight and activations; ragged sides padded as in our model."""
+    """Both products by method, with the same weight and activations; ragged dimensions padded as in our model."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(outputs, inputs, device=device, generator=generator) * 0.02
     rounded = LowRankLinear(weight, None, WeightFormat(bits=8, int8_products=True))
@@ -92,7 +92,7 @@ def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dic
 
 @torch.no_grad()
 def measure(product: Product, repeats: int) -> dict[str, float]:
-    """Median milliseconds as a CUDA graph runs it, without Python, and the peak beyond what was there before in GB."""
+    """The median milliseconds in a CUDA graph, without Python, and the peak beyond the operands in GB."""
     for _ in range(3):
         product()
     torch.cuda.synchronize()
@@ -116,21 +116,21 @@ def measure(product: Product, repeats: int) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     return "\n".join(lines + [f"| {' | '.join(str(row[column]) for column in COLUMNS)} |" for row in rows])
 
 
-def use_tile(numbers: tuple[int, int, int, int, int]) -> None:
-    """Let our kernel use these sizes for many rows: rows, columns, depth, warps, stages."""
+def use_tile(sizes: tuple[int, int, int, int, int]) -> None:
+    """Set the tile of our kernel for many rows: rows, columns, depth, warps, stages."""
     from qgalore.kernels.triton import int8_matmul
 
     usual = int8_matmul.tile
-    int8_matmul.tile = lambda rows: numbers if rows >= 128 else usual(rows)
+    int8_matmul.tile = lambda rows: sizes if rows >= 128 else usual(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every method at the shapes asked for, one row each, and print them as a table."""
+    """Measure every method at the shapes of the models, append a row for each, and print them as a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--repeats", type=int, default=20, help="timed replays of ten calls")
@@ -143,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in args.models.split(",") if name not in MODELS]
     if unknown:
         parser.error(f"--models: {unknown[0]} is none of {', '.join(MODELS)}")
-    numbers = [int(text) for text in args.tile.split(",") if text.isdecimal()]
-    if args.tile and (len(numbers) != 5 or not numbers[2] or 128 % numbers[2]):
+    sizes = [int(text) for text in args.tile.split(",") if text.isdecimal()]
+    if args.tile and (len(sizes) != 5 or not sizes[2] or 128 % sizes[2]):
         parser.error(f"--tile: {args.tile} is not rows,columns,depth,warps,stages with a depth that divides 128")
     if not torch.cuda.is_available():
         print("bench_int8_products needs a CUDA GPU, and there is none here", file=sys.stderr)
@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     if not kernels.use_triton(torch.device("cuda")):
         print("bench_int8_products needs Triton, and QGALORE_KERNELS must not be reference", file=sys.stderr)
         return 2
-    if numbers:
-        use_tile((numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]))
+    if sizes:
+        use_tile((sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]))
     import triton
 
     circumstances = {"tile": args.tile, "device": torch.cuda.get_device_name(), "torch": torch.__version__}

@@ -29,12 +29,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """All logits at once, as PyTorch users write it."""
+    """Compute all logits at once, as PyTorch users do."""
     return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
 
 
 def methods() -> dict[str, Loss]:
-    """By name; Liger only where it is installed."""
+    """The losses by name; Liger only if it is installed."""
     found: dict[str, Loss] = {"ours": linear_cross_entropy, "whole logits": whole}
     found["whole logits, compiled"] = torch.compile(whole)
     try:
@@ -47,7 +47,7 @@ def methods() -> dict[str, Loss]:
 
 
 def measure(loss: Loss, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
-    """Median milliseconds of forward and backward, and the peak beyond the operands in GB."""
+    """The median milliseconds of forward and backward, and the peak beyond the operands in GB."""
     tokens, width, vocabulary = shape
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(tokens, width, device="cuda", generator=generator).bfloat16().requires_grad_()
@@ -70,7 +70,7 @@ def measure(loss: Loss, shape: tuple[int, int, int], repeats: int) -> dict[str, 
 
 
 def main() -> int:
-    """Measure every method at the shapes asked for, one row each."""
+    """Measure every method at the shapes of the models, one row each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--repeats", type=int, default=20, help="timed passes")

@@ -1,4 +1,4 @@
-"""Planned against measured memory: the plan of `--dry_run` for each cell, and the peak of the same command on a GPU.
+"""Compare planned and measured memory: the plan of `--dry_run` for each cell, and the peak of the same run on a GPU.
 
     python -m benchmarks.bench_memory --models 60m,7b
     python -m benchmarks.bench_memory --models 7b --cap_gib 16
@@ -7,7 +7,7 @@ A cell is a model with micro-batch, rank, checkpointing and micro-batches an upd
 `benchmarks/compare.py`: updates to warm up, in which all subspaces have their first refresh, then a few more. A row
 holds the planned bytes by component, the planned peak and what PyTorch's allocator measured: the peak of the later
 updates, that of the whole process (`run_`), and what was reserved. `ratio` is the measured peak of the process over the
-planned one: what CUDA graphs write to inside is measured only while they are captured. Rows go to
+planned one: memory inside CUDA graphs is measured only while they are captured. Rows go to
 `benchmarks/results/memory.csv`, a table is printed last. GB are 10^9 bytes.
 """
 
@@ -34,7 +34,7 @@ WARMUP, UPDATES = 35, 3  # 7B has its first refreshes in 32 updates
 
 @dataclass(frozen=True)
 class Cell:
-    """One command to plan and to measure."""
+    """A command to plan and to measure."""
 
     model: str
     micro_batch: int
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def rank(self) -> int:
-        """Of the subspaces."""
+        """The rank of the subspaces."""
         return RANKS[self.model]
 
 
@@ -67,7 +67,7 @@ COLUMNS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0 if all was measured, failures included; 2 for what the user can mend."""
+    """Run the program; returns 0 if all was measured, failures included, and 2 for a UserError."""
     args = build_parser().parse_args(argv)
     models = args.models.split(",")
     unknown = sorted(set(models) - {cell.model for cell in CELLS})
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(prog="bench_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="60m,130m,350m,1b,7b", help="models of the cells, separated by commas")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/memory.csv"), help="CSV to append to")
@@ -113,12 +113,12 @@ def bench(cells: Sequence[Cell], results: Path, measure_one: Callable[[Cell], Ro
 
 
 def planned(cell: Cell, extra: str = "") -> MemoryPlan:
-    """The plan of the command that is run, to whose flags `extra` is added."""
+    """The plan of the command of a cell with the flags `extra`."""
     return plan(parse_args(q_galore_flags(setting_of(cell, extra))), config(cell.model))
 
 
 def setting_of(cell: Cell, extra: str) -> Setting:
-    """The cell as `compare.py` describes it."""
+    """The `Setting` of a cell for `compare.py`."""
     return Setting(
         config=config_path(cell.model),
         rank=cell.rank,
@@ -136,7 +136,7 @@ def setting_of(cell: Cell, extra: str) -> Setting:
 
 
 def measure(cell: Cell, args: argparse.Namespace) -> Row:
-    """The row that `compare.py` makes of the cell, in a process of its own."""
+    """Measure a cell with `compare.py` in a process of its own; returns its row."""
     return in_own_process(method_of(cell), cell.model, compare_argv(cell, args), args.timeout)
 
 
@@ -146,7 +146,7 @@ def method_of(cell: Cell) -> str:
 
 
 def compare_argv(cell: Cell, args: argparse.Namespace) -> list[str]:
-    """The flags of `compare.py` for the cell, but for model and method."""
+    """The flags of `compare.py` for the cell, without model and method."""
     argv = ["--device", "cuda", "--batch_size", str(cell.micro_batch), "--grad_accum", str(cell.grad_accum)]
     argv += ["--warmup", str(WARMUP), "--updates", str(UPDATES), f"--extra=--rank {cell.rank} {args.extra}"]
     argv += ["--note", args.note]
@@ -157,7 +157,7 @@ def compare_argv(cell: Cell, args: argparse.Namespace) -> list[str]:
 
 
 def row_of(cell: Cell, memory: MemoryPlan, measured: Mapping[str, object]) -> Row:
-    """One row of results."""
+    """The row of a cell for the results."""
     row: Row = dict.fromkeys(COLUMNS, "")
     row |= {name: measured[name] for name in COLUMNS if name in measured}
     row |= {"model": cell.model, "micro_batch": cell.micro_batch, "grad_accum": cell.grad_accum, "rank": cell.rank}
@@ -174,7 +174,7 @@ def row_of(cell: Cell, memory: MemoryPlan, measured: Mapping[str, object]) -> Ro
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """Format the rows as a Markdown table."""
     head = ["model", "rank", "micro-batch", "checkpointing", "planned GB", "measured GB", "measured / planned"]
     head += ["reserved GB", "without warm-up GB", "phase of the planned peak"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]

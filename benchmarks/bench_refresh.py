@@ -3,10 +3,10 @@
     python -m benchmarks.bench_refresh --models 60m,130m,350m,1b
     python -m benchmarks.bench_refresh --models 7b --methods q_galore_checkpointing,q_galore_orthogonal_checkpointing
 
-The same training makes blocks of updates in turn with the refreshes of its schedule and without any, the schedule put
-off. Updates of a block follow one another without waiting for the device, as in a run. The share is what the blocks
-with refreshes take longer, of their time; a block is at least as long as it takes to meet a few refreshes. Rows go to
-`benchmarks/results/refresh.csv`.
+One training alternates between blocks of updates with the refreshes of its schedule, and blocks without, for which the
+schedule is postponed. Updates of a block follow one another without waiting for the device, as in a run. The share is
+the additional time of the blocks with refreshes, divided by their time; a block has at least a few refreshes. Rows go
+to `benchmarks/results/refresh.csv`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.compare_methods import add_methods, setting_of, split_method, tr
 from benchmarks.rows import append_row, commit
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.runtime.world import Processes, start_processes
+from peft_pretraining.runtime.world import World, start_world
 from qgalore.optimizer import LowRankAdamW
 from qgalore.subspace.schedule import first_refresh_spread
 
@@ -33,31 +33,31 @@ RECIPES = {"q_galore": "paper", "q_galore_orthogonal": "orthogonal"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program."""
+    """Run the program."""
     parser = training_parser("bench_refresh", __doc__.splitlines()[0], "60m,130m,350m,1b", "refresh.csv")
     add_methods(parser, RECIPES)
     parser.add_argument("--updates", type=int, default=40, help="updates of a block")
     parser.add_argument("--blocks", type=int, default=5, help="pairs of blocks")
     args = parser.parse_args(argv)
-    processes = start_processes(args.device, StopRequest())
+    world = start_world(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
         for method in args.methods:
-            row = measure(model, method, args, processes)
+            row = measure(model, method, args, world)
             print(json.dumps(row), flush=True)
             append_row(Path(args.results), row)
     return 0
 
 
-def measure(model: str, method: str, args: argparse.Namespace, processes: Processes) -> Row:
-    """One row."""
-    device = processes.device
+def measure(model: str, method: str, args: argparse.Namespace, world: World) -> Row:
+    """Measure one row."""
+    device = world.device
     setting = setting_of(model, method, args, device)
-    training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], processes)
+    training, _, optimizer = train_ours(setting, RECIPES[split_method(method)[0]], world)
     assert isinstance(optimizer, LowRankAdamW)
-    schedules = [weight.schedule for weight in optimizer.low_rank_weights()]
+    schedules = [weight.subspace.schedule for weight in optimizer.low_rank_weights()]
     interval = schedules[0].options.update_proj_gap
-    # With all first refreshes, and the steps before CUDA graphs.
+    # The warm-up has all first refreshes, and the steps before CUDA graphs are captured.
     seconds_in_a_row(training.update, first_refresh_spread(len(schedules), interval) + 3, device)
     with_refreshes, without = [], []
     before = sum(schedule.refreshes for schedule in schedules)

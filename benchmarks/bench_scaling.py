@@ -2,11 +2,12 @@
 
     torchrun --standalone --nproc_per_node 2 -m benchmarks.bench_scaling --models 350m,7b
 
-Every rank first trains alone, all of them at the same time and without a word to each other; then they train together,
-each on as many sequences as before. Updates follow one another without waiting for the device, as in a run. `ratio` is
-the speed together over the mean of the speeds alone; `ratio_to_slowest` takes the slowest GPU, since together all keep
-step with it. `message_mb` is what a rank sends in an update without a refresh, `gradient_mb` what it would be with full
-gradients. Replicas are compared at the end. Rows go to `benchmarks/results/scaling.csv`.
+Every rank first trains alone, all of them at the same time without communication; then they train data-parallel, each
+on as many sequences as before. Updates follow one another without waiting for the device, as in a run. `ratio` is the
+data-parallel speed over the mean of the single speeds; `ratio_to_slowest` compares with the slowest GPU, for which the
+others have to wait. `message_mb` is the size of all buckets that a rank sends in an update without a refresh,
+`gradient_mb` what it would be with full gradients. Replicas are compared at the end. Rows go to
+`benchmarks/results/scaling.csv`.
 """
 
 from __future__ import annotations
@@ -28,58 +29,58 @@ from benchmarks.rows import append_row, commit
 from peft_pretraining.reporting.throughput import memory_metrics
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.runtime.world import Processes, start_processes
+from peft_pretraining.runtime.world import World, start_world
 from qgalore.optimizer import LowRankAdamW
 
 METHODS = {"60m": "q_galore", "130m": "q_galore", "350m": "q_galore", "1b": "q_galore"}
-"""The others are checkpointed."""
+"""Other models use activation checkpointing."""
 _BYTES = 2
-"""Of a value in a message: bfloat16, in which the gradients of one micro-batch come."""
+"""The size of a value in a bucket: gradients of a single micro-batch are summed in bfloat16."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program, one process a GPU."""
+    """Run the program, one process for each GPU."""
     parser = training_parser("bench_scaling", __doc__.splitlines()[0], "350m,7b", "scaling.csv")
     parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
     parser.add_argument("--updates", type=int, default=12, help="timed updates")
     parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
     args = parser.parse_args(argv)
-    processes = start_processes(args.device, StopRequest())
+    world = start_world(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
-        row = measure(model, args, processes)
-        if processes.is_main:
+        row = measure(model, args, world)
+        if world.is_main:
             print(json.dumps(row), flush=True)
             append_row(Path(args.results), row)
-    processes.close()
+    world.close()
     return 0
 
 
-def measure(model: str, args: argparse.Namespace, processes: Processes) -> Row:
-    """One row, on every rank."""
+def measure(model: str, args: argparse.Namespace, world: World) -> Row:
+    """Measure one row, on every rank."""
     method = METHODS.get(model, f"q_galore{CHECKPOINTING}")
-    device = processes.device
+    device = world.device
     setting = setting_of(model, method, args, device)
     micro_batch = setting.micro_batch
-    alone = processes.gather(train(setting, Processes(0, 1, device), args))
-    together = processes.gather(train(setting, processes, args))
-    seconds = max(row["seconds"] for row in together)
-    tokens = processes.world_size * micro_batch * LENGTH
+    alone = world.gather(train(setting, World(0, 1, device), args))
+    all_ranks = world.gather(train(setting, world, args))
+    seconds = max(row["seconds"] for row in all_ranks)
+    tokens = world.world_size * micro_batch * LENGTH
     single = [micro_batch * LENGTH / row["seconds"] for row in alone]
     return {
         "model": model,
         "method": method,
         "micro_batch": micro_batch,
-        "gpus": processes.world_size,
+        "gpus": world.world_size,
         "tokens_per_second": round(tokens / seconds),
         "alone_tokens_per_second": " ".join(str(round(speed)) for speed in single),
         "ratio": round(tokens / seconds / statistics.mean(single), 3),
         "ratio_to_slowest": round(tokens / seconds / min(single), 3),
         "update_ms": round(1e3 * seconds, 2),
-        "peak_gb": max(row["peak_gb"] for row in together),
+        "peak_gb": max(row["peak_gb"] for row in all_ranks),
         "alone_peak_gb": max(row["peak_gb"] for row in alone),
-        "message_mb": round(together[0]["message_mb"], 1),
-        "gradient_mb": round(together[0]["gradient_mb"], 1),
+        "message_mb": round(all_ranks[0]["message_mb"], 1),
+        "gradient_mb": round(all_ranks[0]["gradient_mb"], 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "commit": commit(),
@@ -87,10 +88,10 @@ def measure(model: str, args: argparse.Namespace, processes: Processes) -> Row:
     }
 
 
-def train(setting: Setting, processes: Processes, args: argparse.Namespace) -> dict[str, float]:
-    """Train among these processes, compare the replicas, and give what was measured."""
+def train(setting: Setting, world: World, args: argparse.Namespace) -> dict[str, float]:
+    """Train on the ranks of `world`, compare the replicas, and return what was measured."""
     device = setting.device
-    training, model, optimizer = train_ours(setting, "paper", processes)
+    training, model, optimizer = train_ours(setting, "paper", world)
     assert isinstance(optimizer, LowRankAdamW)
     matrices = len(list(optimizer.low_rank_weights()))
     warmup = args.warmup if args.warmup is not None else max(12, matrices // 7 + 3)
@@ -98,7 +99,7 @@ def train(setting: Setting, processes: Processes, args: argparse.Namespace) -> d
     seconds = statistics.median(
         seconds_in_a_row(training.update, args.updates, device) for _ in range(max(1, args.repeats))
     )
-    processes.check_replicas(model.state_dict(), warmup + args.repeats * args.updates)
+    world.check_replicas(model.state_dict(), warmup + args.repeats * args.updates)
     weights = optimizer.weights_of(model)
     found = {
         "seconds": seconds,

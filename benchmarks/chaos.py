@@ -1,12 +1,11 @@
-"""Kills a small run again and again, fills its disk, damages its checkpoints and its network, and compares the bits.
+"""Kill a small run repeatedly, fill its disk, damage its checkpoints and its network, and compare the resulting bits.
 
     python -m benchmarks.chaos --kills 220 --seed 0 --out benchmarks/results/chaos.csv
     python -m benchmarks.chaos --network 4 --seed 21 --out benchmarks/results/chaos_network.csv
 
-The run is `run_pretrain.py`, started as a user would start it, on one rank and with torchrun on two. It is broken by
-one fault after another and each time started again with the same command, until it ends by itself. Then weights,
-optimizer state, order of the data and metrics of its newest checkpoints are compared with those of a run that nobody
-disturbed.
+The run is `run_pretrain.py`, started as a user would start it, on one rank and with torchrun on two. One fault after
+another interrupts it, and each time the same command starts it again, until it ends normally. Then weights, optimizer
+state, order of the data and metrics of its newest checkpoints are compared with those of an undisturbed run.
 One row for each setting and kind of fault: how many were made, and how many of them lie in runs that ended with the
 same bits. Whatever else goes wrong, such as a start that fails, makes the program end with 1.
 
@@ -70,17 +69,17 @@ from tests.data.hub_server import C4Hub, DatasetHub, HubRepository, HubServer
 from tests.small_run import ROOT, SmallRun, write_text
 
 STARTED = "parameters on"
-"""What the run says when it has been built and its first update begins."""
+"""A text that the run logs when it has been built and its first update begins."""
 LONGEST_SECONDS = 180.0
 SHARE_OF_COMMANDS = 0.1
 LONGEST_CHAIN = 8
 LONGEST_IDLE = 40
-"""Runs in a row in which no fault could be made."""
+"""Limit of consecutive runs in which no fault could be made."""
 
 
 @dataclass
 class Report:
-    """What was done, and what went wrong."""
+    """Counts of faults, and failures."""
 
     made: Counter[tuple[str, int, str]] = field(default_factory=Counter)
     same_bits: Counter[tuple[str, int, str]] = field(default_factory=Counter)
@@ -88,18 +87,18 @@ class Report:
 
     @property
     def kills(self) -> int:
-        """SIGKILLs made."""
+        """The number of SIGKILLs."""
         return sum(count for (_, _, kind), count in self.made.items() if kind in KILLS)
 
     def rows(self) -> Iterator[dict[str, object]]:
-        """For the table."""
+        """The rows of the table."""
         for setting, ranks, kind in sorted(self.made):
             count = self.made[setting, ranks, kind], self.same_bits[setting, ranks, kind]
             yield {"setting": setting, "ranks": ranks, "fault": kind, "made": count[0], "same_bits": count[1]}
 
 
 class Ending(NamedTuple):
-    """How a process ended."""
+    """The end of a process."""
 
     code: int
     output: str
@@ -110,10 +109,10 @@ Act = Callable[[Run, Path], bool]
 
 
 class Chaos:
-    """The runs of one setting, and the faults that are made in them."""
+    """Runs one setting with faults."""
 
     def __init__(self, setting: Setting, folder: Path, report: Report, rng: random.Random) -> None:
-        """Makes model and data in `folder`, and the run that nobody disturbs."""
+        """Create model and data in `folder`, and make the undisturbed run."""
         self.setting, self.folder, self.report, self.rng = setting, folder, report, rng
         folder.mkdir(parents=True)
         self.small = SmallRun(folder)
@@ -138,7 +137,7 @@ class Chaos:
     # ---- one start of the command
 
     def start(self, name: str, act: Act | None = None, launcher: bool = False, **variables: str) -> Ending:
-        """Run the command to its end; `act` may do something to it from outside and says whether it did.
+        """Run the command to its end; `act` may interrupt it from outside and returns whether it did.
 
         With `launcher`, and now and then without, it is the user's command, with torchrun where there are two ranks;
         else the ranks are forked from a process that has loaded torch, which saves most of the time.
@@ -162,21 +161,21 @@ class Chaos:
         return Ending(code, log.read_text() if log.exists() else "", acted or marks.exists())
 
     def network_variables(self) -> dict[str, str]:
-        """Where the hub is, and that nothing else is asked for or remembered."""
+        """Environment variables with the address of the hub, and without other requests and caches."""
         if self.hub is None:
             return {}
         cache = str(self.folder / "hub_cache")
         return {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": cache, "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
     def wait_for_start(self, run: Run, log: Path) -> None:
-        """Return when the run has been built, or has ended."""
+        """Wait until the run has been built or has ended."""
         while run.poll() is None and not (log.exists() and STARTED in log.read_text()):
             time.sleep(0.005)
 
     # ---- faults
 
     def disturb(self, fault: Fault, save_dir: Path) -> bool:
-        """One fault, and the run until it ends; whether it could be made. Notes what must not happen."""
+        """Run the command with one fault; returns whether it could be made. Records failures."""
         kind, name, rng = fault.kind, save_dir.name, self.rng
         if kind in MOMENTS:
             file, function, most = rng.choice(MOMENTS[kind])
@@ -197,13 +196,13 @@ class Chaos:
         return self.damage(fault, save_dir)
 
     def survive_kill(self, ending: Ending) -> bool:
-        """Whether a process was killed; without one the run must have ended well."""
+        """Return whether a process was killed; if not, the run must have ended normally."""
         if not ending.killed:
             self.expect(ending.code == 0, "ended badly although nothing was done to it", ending)
         return ending.killed
 
     def killer(self, kind: str) -> Act:
-        """Kills all processes, or one rank, at a random moment: of the whole time or of the updates alone."""
+        """An `Act` that kills all processes, or one rank, at a random moment of the whole run or of its updates."""
         whole_time, share = self.rng.random() < 0.2, self.rng.random()
 
         def act(run: Run, log: Path) -> bool:
@@ -219,7 +218,7 @@ class Chaos:
         return act
 
     def stop_in_good_order(self, save_dir: Path) -> bool:
-        """A signal after which the run saves and says so."""
+        """Send a signal, after which the run must save and log that."""
         number = self.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
         delay = self.rng.random() * self.training_seconds
 
@@ -231,12 +230,12 @@ class Chaos:
 
         ending = self.start(save_dir.name, act)
         stopped = (save_dir / "STOPPED").exists()
-        said = "--continue_from auto goes on from here" in ending.output
-        self.expect(stopped == said, "left a marker without saying so, or said so without one", ending)
+        logged = "--continue_from auto goes on from here" in ending.output
+        self.expect(stopped == logged, "left a marker without logging it, or logged one without leaving it", ending)
         return stopped
 
     def fill_disk(self, save_dir: Path) -> bool:
-        """A disk that fills up: a real one where this process may mount one, else a limit on the size of files."""
+        """Fill the disk: a real one if this process may mount one, else by a limit on the size of files."""
         room = self.rng.randint(0, 600_000)
         ballast = save_dir / "ballast"
         if save_dir.is_mount():
@@ -247,7 +246,7 @@ class Chaos:
             ending = self.start(save_dir.name, CHAOS_FILE_LIMIT=str(room // 2))
         if ending.code == 0:
             return False
-        self.expect("run_pretrain.py: " in ending.output, "did not say that the disk is full", ending)
+        self.expect("run_pretrain.py: " in ending.output, "did not report that the disk is full", ending)
         self.expect('run_pretrain.py", line' not in ending.output, "a traceback for a full disk", ending)
         return True
 
@@ -269,7 +268,7 @@ class Chaos:
         return True
 
     def break_network(self, alone: bool) -> None:
-        """Let the hub answer its next requests with a few faults, with more among good ones where they are `alone`."""
+        """Make the hub answer its next requests with a few faults; with more of them, among good ones, if `alone`."""
         if self.hub is None:
             return
         count = self.rng.randint(8, 16) if alone else self.rng.randrange(3)
@@ -278,22 +277,22 @@ class Chaos:
         self.hub.made, self.hub.faults = [], self.rng.sample(faults + good, len(faults) + len(good))
 
     def mend_network(self) -> int:
-        """No more faults; how many were made."""
+        """Stop making faults; returns how many were made."""
         if self.hub is None:
             return 0
         self.hub.faults = []
         return len(self.hub.made)
 
     def expect(self, right: bool, what: str, ending: Ending) -> None:
-        """Note a failure."""
+        """Record a failure."""
         if not right:
             name = f"{self.setting.name}, {self.setting.ranks} ranks"
             self.report.failures.append(f"{name}: {what} (exit code {ending.code})\n{ending.output[-3000:]}")
 
-    # ---- a run from its beginning to its end, through several faults
+    # ---- a whole run with several faults
 
     def chain(self, deck: list[Fault]) -> None:
-        """One run, disturbed by faults off the deck until it has ended or has had enough; then compared."""
+        """Make a run with faults from the deck until it has ended, and compare it with the undisturbed one."""
         self.chains += 1
         save_dir = self.folder / f"run_{self.chains}"
         made: Counter[str] = Counter()
@@ -334,7 +333,7 @@ class Chaos:
 
 
 def serve(folder: Path, kind: str) -> tuple[HubServer | None, object]:
-    """(a hub that has the text of the folder as C4 or as parquet, or None; what --dataset is given)."""
+    """(a hub that serves the text of the folder as C4 or as parquet, or None; the value of --dataset)."""
     if not kind:
         return None, folder
     if kind == "json":
@@ -352,7 +351,7 @@ def serve(folder: Path, kind: str) -> tuple[HubServer | None, object]:
 
 
 def pick(deck: list[Fault], save_dir: Path) -> Fault | None:
-    """Take the next fault off the deck that can be made now; None if there is none."""
+    """Take the next fault from the deck that can be made now; None if there is none."""
     for index in reversed(range(len(deck))):
         if list_checkpoints(save_dir) if deck[index].kind in (FLIPPED, CUT) else not ended(save_dir):
             return deck.pop(index)
@@ -360,7 +359,7 @@ def pick(deck: list[Fault], save_dir: Path) -> Fault | None:
 
 
 def disturb_all(folder: Path, settings: Sequence[Setting], decks: Sequence[list[Fault]], seed: int) -> Report:
-    """Every setting in turn with its deck, two runs at a time where they have one rank."""
+    """Run every setting with its deck; two runs at a time if they have one rank."""
     report = Report()
 
     def of(number: int) -> None:
@@ -386,12 +385,12 @@ def disturb_all(folder: Path, settings: Sequence[Setting], decks: Sequence[list[
 
 
 def main() -> int:
-    """The command line; 1 if anything was lost."""
+    """Run the program; returns 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=220, help="SIGKILLs, over all settings")
     parser.add_argument("--faults", type=int, default=80, help="other faults than kills and the network's")
     parser.add_argument(
-        "--every-place", action="store_true", help="all steps of a save and all files, instead of by lot"
+        "--every-place", action="store_true", help="all steps of a save and all files, instead of a random choice"
     )
     parser.add_argument(
         "--network",

@@ -1,4 +1,4 @@
-"""What `benchmarks/chaos.py` disturbs and how: the runs, the kinds of faults, the moments, the decks they come from."""
+"""The runs, kinds of faults and moments of `benchmarks/chaos.py`, and the random decks of faults."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SCHEDULE: dict[str, object] = {
 
 
 class Setting(NamedTuple):
-    """A run to be disturbed."""
+    """A run in which faults are made."""
 
     name: str
     ranks: int
     flags: Mapping[str, object]
     from_hub: str = ""
-    """What the hub has it in, json or parquet; "": a folder."""
+    """The format of the data on the hub, json or parquet; "": a local folder."""
 
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
@@ -45,14 +45,14 @@ SETTINGS = (
 # (file, function, largest number of the call) by what the program is doing then.
 MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     "kill inside an update": [
-        ("update/full_rank.py", "update", 60),
-        ("update/moments.py", "adam_steps", 60),
-        ("update/moments.py", "adam_step", 40),
-        ("update/low_rank.py", "apply_direction", 60),
-        ("layer/grouped_update.py", "update_layers_", 60),
-        ("update/low_rank.py", "end_update", 60),
-        ("update/low_rank.py", "_change_basis", 20),
-        ("update/low_rank.py", "accumulate", 90),
+        ("update/step.py", "finalize_gradients", 60),
+        ("update/step.py", "update_weights", 60),
+        ("update/step.py", "_apply", 40),
+        ("update/step.py", "_update_rows", 40),
+        ("update/weight.py", "adam_step", 60),
+        ("update/weight.py", "rotate_moments", 20),
+        ("subspace/methods.py", "change_after_step", 60),
+        ("update/weight.py", "accumulate", 90),
         ("qgalore/optimizer.py", "step", 12),
     ],
     "kill inside a save": [
@@ -93,7 +93,7 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
 BY_THE_CLOCK, ONE_RANK, RESTART = "kill by the clock", "kill of one rank", "kill of one rank, torchrun restarts"
 FULL_DISK, FLIPPED, CUT = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint"
 NETWORK = "network"
-"""The table adds what the hub has the data in."""
+"""The table adds the format of the data on the hub."""
 STOPPED = "SIGTERM, SIGINT or SIGUSR1"
 KILLS = (*MOMENTS, BY_THE_CLOCK, ONE_RANK, RESTART)
 FAULTS = (FULL_DISK, FLIPPED, CUT, STOPPED)
@@ -104,15 +104,15 @@ NETWORK_FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage", "sho
 
 
 class Fault(NamedTuple):
-    """What is done to a run."""
+    """A fault that is made in a run."""
 
     kind: str
     where: str = ""
-    """A moment, as chaos_inside has it, or a file of the newest checkpoint; by lot where it is empty."""
+    """A moment of chaos_inside, or a file of the newest checkpoint; "": a random one."""
 
 
 def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[Fault]:
-    """A shuffled deck with this many kills and other faults, each kind about equally often, their places by lot."""
+    """A shuffled deck of this many kills and other faults, each kind about equally often, at random places."""
     kinds = [kind for kind in KILLS if ranks > 1 or kind not in SEVERAL_RANKS_ONLY]
     deck = [kinds[i % len(kinds)] for i in range(kills)] + [FAULTS[i % len(FAULTS)] for i in range(faults)]
     rng.shuffle(deck)
@@ -120,7 +120,7 @@ def deal(kills: int, faults: int, ranks: int, rng: random.Random) -> list[Fault]
 
 
 def every_place() -> list[Fault]:
-    """A kill before, between and after all steps of a save, and a flipped byte and a cut in every file."""
+    """A deck with a kill before and after every step of a save, and a flipped byte and a cut in every file."""
     # A context manager: called and left before a file is written, and again when it is, to sync it.
     steps = [f"checkpoint/store.py:_synced_file:{event}:{n}" for n in range(1, 2 * len(FILES) + 1) for event in EVENTS]
     names = ("remove_leftovers", "put_in_place", "sync_directory", "prune")

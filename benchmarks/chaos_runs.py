@@ -1,4 +1,4 @@
-"""How `benchmarks/chaos.py` starts, signals and kills a run, the disk that it gives it, and what it compares."""
+"""Start, signal and kill runs for `benchmarks/chaos.py`, give them a disk, and compare their results."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from tests.small_run import ROOT, TORCHRUN, environment, ranks_of, start_ranks
 
 
 class Run(Protocol):
-    """Processes that compute one run."""
+    """The processes of a run."""
 
     def poll(self) -> int | None:
         """The exit code when all have ended."""
 
     def pids(self) -> list[int]:
-        """The ranks, in their order."""
+        """The process ids of the ranks, in order."""
 
     def kill(self, pids: list[int]) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
 
     def signal(self, number: int) -> None:
-        """Ask for a stop as its user or a scheduler would."""
+        """Send a signal that asks for a stop, as a user or a scheduler would."""
 
 
 class Command:
-    """`python run_pretrain.py`, or torchrun."""
+    """A run by `python run_pretrain.py` or torchrun."""
 
     def __init__(self, ranks: int, argv: list[str], log: Path, variables: dict[str, str], restarts: int) -> None:
         launcher = (*TORCHRUN, f"--max-restarts={restarts}") if ranks > 1 else ()
@@ -58,17 +58,17 @@ class Command:
         return ranks_of(self.process) if self.ranks > 1 else [self.process.pid]
 
     def kill(self, pids: list[int]) -> None:
-        """See `Run`; with all ranks the launcher goes, too, as if the machine lost its power."""
+        """See `Run`; with all ranks the launcher is killed, too, as by a power failure."""
         for pid in [self.process.pid, *pids] if pids == self.pids() else pids:
             kill(pid, signal.SIGKILL)
 
     def signal(self, number: int) -> None:
-        """See `Run`; SIGTERM is what torchrun passes on."""
+        """See `Run`; torchrun passes on SIGTERM only."""
         kill(self.process.pid, signal.SIGTERM if self.ranks > 1 else number)
 
 
 class Forked:
-    """The ranks alone, forked from a process that has loaded torch."""
+    """A run of ranks that are forked from a process with torch already imported."""
 
     def __init__(self, ranks: int, argv: list[str], log: Path, variables: dict[str, str]) -> None:
         self.processes = start_ranks(ranks, forked_run, argv, log=log, **variables)
@@ -99,7 +99,7 @@ def kill(pid: int, number: int) -> None:
 
 
 def forked_run(argv: list[str]) -> int:
-    """A rank of `Forked`: the program, after `chaos_inside` has done what the environment asks for."""
+    """A rank of `Forked`: run the program after `chaos_inside` has read its environment variables."""
     runpy.run_path(str(ROOT / "benchmarks" / "chaos_inside" / "sitecustomize.py"))["arm"]()
     import run_pretrain
 
@@ -108,7 +108,7 @@ def forked_run(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """The folder, on a file system of its own of 16 MB where this process may mount one."""
+    """A folder on a file system of its own of 16 MB, if this process may mount one."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     mounted = shutil.which("mount") is not None and not subprocess.run(mount, capture_output=True).returncode
@@ -137,7 +137,7 @@ def ended(save_dir: Path) -> bool:
 
 
 def fingerprint(save_dir: Path) -> dict[str, Any]:
-    """All that must be the same: hashes of weights and optimizer state, the rest of the state, and the metrics."""
+    """Everything that must be equal: hashes of weights and optimizer state, the rest of the state, and the metrics."""
     result: dict[str, Any] = {"metrics": [deterministic_metrics(line) for line in read_metrics(save_dir)]}
     for path in list_checkpoints(save_dir):
         state = load_checkpoint(path).state
@@ -149,5 +149,5 @@ def fingerprint(save_dir: Path) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints; a stop may have left a checkpoint that the other run does not have."""
+    """The differences between two fingerprints, except for a checkpoint that a stop has left in one run."""
     return [name for name in one.keys() & other.keys() if one[name] != other[name]]

@@ -12,9 +12,9 @@ only while they are captured. Ratios, of memory of the `run_` peaks, are to `ada
 same invocation. `compiled` says whether torch.compile compiled anything. Where `svd_excluded` is true, all SVDs fall
 into the warm-up; ours refreshes its subspaces during the timed updates as in a run.
 
-With `--together N` so many processes get ready at once, which on a machine with many cores saves most of the time of
-such a comparison; for its timed updates each has the device to itself. Their memory has to fit side by side, and the
-seconds of a warm-up count what it waited for others.
+With `--together N` so many processes are prepared at once, which on a machine with many cores saves most of the time of
+such a comparison; for its timed updates each has the device to itself. All of them have to fit into memory, and the
+seconds of a warm-up include waiting for others.
 
 The name of any method may end in `_checkpointing`: each decoder layer is then recomputed in the backward pass, or with
 `_checkpointing2` every second one. The peers' packages and what is adapted in them: `compare_peers.py`.
@@ -62,7 +62,7 @@ COLUMNS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0 if all was measured, failures included; 2 for what the user can mend."""
+    """Run the program; returns 0 if all was measured, failures included, and 2 for a UserError."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     try:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Parse the flags."""
     parser = training_parser("compare", __doc__.splitlines()[0], "60m,130m,350m,1b", "compare.csv")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help=f"of {', '.join(METHODS)}, or with {CHECKPOINTING}")
     parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches an update; ours sums them in INT8")
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The models and methods asked for; raises UserError for a name that does not exist."""
+    """The models and methods of the flags; raises UserError for an unknown name."""
     models, methods = args.models.split(","), ([args.one] if args.one else args.methods.split(","))
     for model in models:
         if not config_path(model).is_file():
@@ -145,7 +145,7 @@ def compare(
 
 
 def ratios(row: Row, baseline: Row) -> Row:
-    """Speed and memory as multiples of the baseline's; empty where either is not known."""
+    """Speed and memory as multiples of the baseline's; "" if either is unknown."""
     found: Row = {}
     for name, column in (
         ("speed_ratio", "tokens_per_second"),
@@ -158,7 +158,7 @@ def ratios(row: Row, baseline: Row) -> Row:
 
 
 def in_own_process(method: str, model: str, argv: Sequence[str], timeout: float) -> Row:
-    """The row of one measurement, made by a process of its own; what goes wrong there is in its `error`."""
+    """Measure in a process of its own; returns the row, with the text of a failure in `error`."""
     command = [sys.executable, "-m", "benchmarks.compare", *argv, "--models", model, "--one", method]
     row: Row = dict.fromkeys(COLUMNS, "") | {"model": model, "method": method, "commit": commit()}
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as a run has it
@@ -179,7 +179,7 @@ def in_own_process(method: str, model: str, argv: Sequence[str], timeout: float)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """Format the rows as a Markdown table."""
     head = ["model", "micro-batch", "method", "compiled", "tokens/s", "x AdamW", "in a row", "x AdamW"]
     head += ["peak GB", "x AdamW", "reserved GB", "warm-up s"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
@@ -200,7 +200,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def measure(method: str, model: str, args: argparse.Namespace) -> Row:
-    """One row, without its ratios, measured in this process; an exception becomes its `error`."""
+    """Measure one row in this process, without its ratios; an exception becomes its `error`."""
     use_cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", 0) if use_cuda else torch.device("cpu")
     setting = replace(
@@ -231,7 +231,7 @@ def measure(method: str, model: str, args: argparse.Namespace) -> Row:
 
 
 def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
-    """Train, and give what was measured."""
+    """Train, and return what was measured."""
     device = setting.device
     if device.type == "cuda" and args.cap_gib:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -276,9 +276,9 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
 
 @contextlib.contextmanager
 def turn(path: str | None, alone: bool) -> Iterator[None]:
-    """Wait until no other process that was given this lock file is in its turn alone, or, `alone`, in any turn.
+    """Hold a readers-writer lock on this file: exclusive with `alone`, else shared.
 
-    Who waits for a turn alone holds the door shut, so that it comes soon.
+    A second lock (the door) keeps new shared holders out while one waits for the exclusive lock.
     """
     if path is None:
         yield
@@ -299,7 +299,7 @@ def turn(path: str | None, alone: bool) -> Iterator[None]:
 def time_updates(
     update: Callable[[], torch.Tensor], count: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds and loss of each of `count` updates."""
+    """The seconds and the loss of each of `count` updates."""
     seconds, losses = [], []
     for _ in range(count):
         wait_for(device)
@@ -311,7 +311,7 @@ def time_updates(
 
 
 def seconds_in_a_row(update: Callable[[], torch.Tensor], count: int, device: torch.device) -> float:
-    """Seconds of an update among `count` that do not wait for the device in between, as in a run."""
+    """The seconds per update of `count` updates without waiting for the device in between, as in a run."""
     wait_for(device)
     start = time.perf_counter()
     for _ in range(count):
@@ -321,7 +321,7 @@ def seconds_in_a_row(update: Callable[[], torch.Tensor], count: int, device: tor
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has done all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -33,7 +33,7 @@ from peft_pretraining.models.ops.rotary import rotary_tables
 from peft_pretraining.optim.lr_schedule import set_learning_rate
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.process import make_reproducible
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 
 CHECKPOINTING = "_checkpointing"  # at the end of a method's name; then perhaps a number: in every so many layers
 ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
@@ -41,7 +41,7 @@ ADAM: Mapping[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95)}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how."""
+    """A model and the options of its training."""
 
     config: Path
     rank: int
@@ -56,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is ready to begin."""
+    """A training that is ready to start."""
 
     update: Callable[[], Tensor]  # makes one update and gives its loss
     flags: str = ""
@@ -65,43 +65,43 @@ class Training:
 
 
 class Steps(Protocol):
-    """What an optimizer is used for here."""
+    """The methods of an optimizer that are used here."""
 
     def step(self) -> Any:
         """Update the weights."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
 
 def training_parser(program: str, description: str, models: str, results: str) -> argparse.ArgumentParser:
-    """The flags of a program that trains models by ours and appends a row for each to a file of results."""
+    """A parser with the flags of a program that trains models with our code and appends rows to a CSV file."""
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--models", default=models, help="names of configs, separated by commas")
     parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results" / results), help="CSV to append to")
-    told = "more flags of run_pretrain.py, in one string (--extra=--flag for one alone)"
-    parser.add_argument("--extra", default="", help=told)
+    text = "more flags of run_pretrain.py, in one string (--extra=--flag for one alone)"
+    parser.add_argument("--extra", default="", help=text)
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     return parser
 
 
 def add_methods(parser: argparse.ArgumentParser, methods: Collection[str]) -> None:
-    """Add `--methods`, names separated by commas of these methods, each also with `CHECKPOINTING`: a list of names."""
-    told = f"{', '.join(methods)}, each also {CHECKPOINTING}"
+    """Add `--methods`, which parses names separated by commas, each with or without `CHECKPOINTING`, into a list."""
+    choices = f"{', '.join(methods)}, each also {CHECKPOINTING}"
 
     def known(names: str) -> list[str]:
         unknown = [name for name in names.split(",") if split_method(name)[0] not in methods]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: there are {told}")
+            raise argparse.ArgumentTypeError(f"{','.join(unknown)}: there are {choices}")
         return names.split(",")
 
-    parser.add_argument("--methods", type=known, default="q_galore", help=f"of {told}")
+    parser.add_argument("--methods", type=known, default="q_galore", help=f"of {choices}")
 
 
 def setting_of(model: str, method: str, args: argparse.Namespace, device: torch.device) -> Setting:
-    """What the flags of `training_parser` ask for of one model, with an update each micro-batch."""
+    """The setting of a model for the flags of `training_parser`, with an update each micro-batch."""
     return Setting(
         config=config_path(model),
         rank=RANKS.get(model) or read_config_json(config_path(model))["hidden_size"] // 4,
@@ -116,7 +116,7 @@ def setting_of(model: str, method: str, args: argparse.Namespace, device: torch.
 
 
 def split_method(name: str) -> tuple[str, int]:
-    """A method's name without what says how many layers are recomputed, and `Setting.checkpoint_every`."""
+    """(a method's name without its suffix for recomputed layers, `Setting.checkpoint_every`)."""
     method, checkpointing, every = name.partition(CHECKPOINTING)
     return (method, int(every or 1)) if checkpointing and (every or "1").isdecimal() else (name, 0)
 
@@ -151,30 +151,30 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
 
 
 def q_galore_orthogonal(setting: Setting) -> Training:
-    """Ours by its own recipe; its rank is the recipe's."""
+    """Our training with the orthogonal recipe and its rank."""
     return q_galore(setting, "orthogonal")
 
 
 def q_galore_int8_activations(setting: Setting) -> Training:
-    """Ours, which keeps gate and up of each MLP in INT8."""
+    """Our training with `--int8_activations`: gate and up of each MLP are kept in INT8."""
     return q_galore(replace(setting, extra=f"--int8_activations {setting.extra}"))
 
 
 def q_galore(setting: Setting, recipe: str = "paper") -> Training:
-    """Ours, as `run_pretrain.py` trains: its model, its optimizer, its order of calls, its deterministic kernels."""
+    """Our training, with the model, optimizer, order of calls and deterministic kernels of `run_pretrain.py`."""
     make_reproducible()
     if setting.device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(setting.device))  # as a run does, for CUDA graphs
-    return train_ours(setting, recipe, Processes(0, 1, setting.device))[0]
+    return train_ours(setting, recipe, World(0, 1, setting.device))[0]
 
 
-def train_ours(setting: Setting, recipe: str, processes: Processes) -> tuple[Training, CausalLM, TrainingOptimizer]:
-    """The same among the processes of a run, each with token ids of its own; also the model and its optimizer."""
+def train_ours(setting: Setting, recipe: str, world: World) -> tuple[Training, CausalLM, TrainingOptimizer]:
+    """Our training on the ranks of `world`, each with token ids of its own; returns (training, model, optimizer)."""
     flags = q_galore_flags(setting, recipe)
     args = parse_args(flags)
-    model, optimizer = build_training(args, processes.device, processes.gradient_all_reduce())
-    batches = token_ids(replace(setting, seed=setting.seed + processes.rank), model.config.vocab_size)
-    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * processes.world_size
+    model, optimizer = build_training(args, world.device, world.gradient_all_reduce())
+    batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
+    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
 
     def update() -> Tensor:
         set_learning_rate(optimizer, 1.0)
@@ -184,7 +184,7 @@ def train_ours(setting: Setting, recipe: str, processes: Processes) -> tuple[Tra
             micro_loss = model(input_ids, input_ids).loss_sum / target_tokens
             loss += micro_loss.detach()
             if optimizer.is_last_micro_batch:
-                processes.all_reduce(loss)
+                world.all_reduce(loss)
                 optimizer.skip_update_if(~loss.isfinite())
             micro_loss.backward()
         if args.optimizer.grad_clipping:
@@ -208,7 +208,7 @@ def others(
     svd_excluded: bool = False,
     use_hf_model: bool = False,
 ) -> Training:
-    """A LLaMA with all its logits at once, as other code has them, and the optimizer of somebody else."""
+    """Train our LLaMA with all logits at once, as other code does, and with another project's optimizer."""
     options = ModelArgs(
         str(setting.config),
         use_hf_model,
@@ -239,26 +239,26 @@ def others(
 
 
 class LayersInTurn:
-    """All layers of a LLaMA with rotary tables that are there before anything is compiled.
+    """All layers of a LLaMA with rotary tables that are computed before anything is compiled.
 
     A compiler that sees how they are made has every kernel of the rotation make them again for each of its values: six
     times the time of those kernels, 16 of the 60 ms of an update of 60M by AdamW.
     """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
-        """The model is on its device."""
+        """Compute the tables for `model`, which must be on its device."""
         config, device = model.config, model.lm_head.weight.device
         self._layers = model.model.layers
         self._tables = rotary_tables(LENGTH, config.head_dim, config.rope_theta, device)
 
     def __call__(self, x: Tensor, *tables: Tensor) -> Tensor:
-        """x (B, LENGTH, hidden_size) through all layers; the tables given are not used."""
+        """Run x (B, LENGTH, hidden_size) through all layers; the tables given are not used."""
         for layer in self._layers:
             x = layer(x, *self._tables)
         return x
 
     def memory(self) -> contextlib.AbstractContextManager[None]:
-        """None of its own."""
+        """Empty: it has no parameters of its own."""
         return contextlib.nullcontext()
 
 
@@ -274,7 +274,7 @@ def mean_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def adamw(setting: Setting, compile_model: bool = False, use_hf_model: bool = False) -> Training:
-    """torch's fused AdamW on bfloat16 weights and states."""
+    """Train with torch's fused AdamW on bfloat16 weights and states."""
 
     def make(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **adam)
@@ -284,38 +284,38 @@ def adamw(setting: Setting, compile_model: bool = False, use_hf_model: bool = Fa
 
 
 def adamw_compiled(setting: Setting) -> Training:
-    """The same with model and loss compiled."""
+    """Train like `adamw` with model and loss compiled."""
     return adamw(setting, compile_model=True)
 
 
 def adamw_compiled_transformers(setting: Setting) -> Training:
-    """The same with the LLaMA of transformers in place of ours."""
+    """Train like `adamw_compiled` with the LLaMA of transformers."""
     return adamw(setting, compile_model=True, use_hf_model=True)
 
 
 def adam8bit_bitsandbytes(setting: Setting) -> Training:
-    """bitsandbytes' 8-bit Adam, model and loss compiled."""
+    """Train with bitsandbytes' 8-bit Adam, model and loss compiled."""
     return others(setting, compare_peers.adam8bit, True, packages=("bitsandbytes",))
 
 
 def galore_torch(setting: Setting) -> Training:
-    """galore-torch's GaLoreAdamW8bit, model and loss compiled."""
+    """Train with galore-torch's GaLoreAdamW8bit, model and loss compiled."""
     return others(setting, compare_peers.galore, True, packages=("galore-torch", "bitsandbytes"), svd_excluded=True)
 
 
 def apollo_torch(setting: Setting) -> Training:
-    """apollo-torch's APOLLOAdamW, model and loss compiled; it makes no SVD."""
+    """Train with apollo-torch's APOLLOAdamW, model and loss compiled; it makes no SVD."""
     return others(setting, compare_peers.apollo, True, packages=("apollo-torch",))
 
 
 def q_galore_torch(setting: Setting, make: Callable[..., Steps] = compare_peers.q_galore) -> Training:
-    """q-galore-torch's QGaLoreAdamW8bit over INT8 weights, eager: gradients leave autograd inside its layers."""
+    """Train with q-galore-torch's QGaLoreAdamW8bit on INT8 weights, eager: gradients leave autograd in its layers."""
     packages = ("q-galore-torch", "bitsandbytes")
     return others(setting, make, False, compare_peers.convert_to_int8, packages, svd_excluded=True)
 
 
 def q_galore_torch_per_layer(setting: Setting) -> Training:
-    """The same with its updates inside the backward pass; embeddings, head and norms do not train there."""
+    """Train with q-galore-torch's updates inside the backward pass, which leave out embeddings, head and norms."""
     if setting.grad_accum > 1:
         raise UserError("--grad_accum: q_galore_torch_per_layer updates at every micro-batch; leave the flag out")
     return q_galore_torch(setting, compare_peers.QGaLorePerLayer)

@@ -72,7 +72,7 @@ class QGaLorePerLayer:
     """
 
     def __init__(self, model: nn.Module, rank: int, **adam: Any) -> None:
-        """Hangs a hook on each matrix that `convert_to_int8` has converted."""
+        """Register a hook on each matrix that `convert_to_int8` has converted."""
         optimizer_class = q_galore_class()
         self._optimizers: dict[nn.Parameter, torch.optim.Optimizer] = {}
         for weight in matrices(model):
@@ -85,10 +85,10 @@ class QGaLorePerLayer:
         self._optimizers[weight].zero_grad()
 
     def step(self) -> None:
-        """Nothing is left to do after the backward pass."""
+        """Do nothing: the updates were made in the backward pass."""
 
     def zero_grad(self) -> None:
-        """As `step`."""
+        """Do nothing, as `step`."""
 
 
 def _q_galore_keys(rank: int) -> dict[str, Any]:
@@ -136,10 +136,10 @@ def q_galore_class() -> Any:
 
 
 def _without_beta3_and_alpha(update: Callable[..., None]) -> Callable[..., None]:
-    place = list(inspect.signature(update).parameters).index("beta3")
+    index = list(inspect.signature(update).parameters).index("beta3")
 
     def call(*args: Any, **keywords: Any) -> None:
-        update(*args[:place], 0.0, 0.0, *args[place:], **keywords)
+        update(*args[:index], 0.0, 0.0, *args[index:], **keywords)
 
     return call
 
@@ -152,7 +152,7 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Quantizes the weight of a layer without bias."""
+        """Quantize the weight of a layer without bias."""
         super().__init__()
         from q_galore_torch import QGaLoreAdamW8bit
 
@@ -196,7 +196,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 def convert_to_int8(model: nn.Module, name: str) -> None:
-    """For `build_model`: turns each decoder matrix into INT8 as soon as it exists."""
+    """Convert a decoder matrix to INT8; a callback for `build_model`."""
     linear = model.get_submodule(name)
     if isinstance(linear, nn.Linear) and name.startswith("model.layers."):
         parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""A row for a whole run on a CPU: how long it took and what it learned, from its metrics.jsonl.
+"""Record a whole run on a CPU as a row: its time and its perplexities, from its metrics.jsonl.
 
     python -m benchmarks.cpu_runs --run "quickstart, default recipe" --save_dir runs/q -- \
         bash scripts/quickstart.sh --save_dir runs/q
@@ -28,7 +28,7 @@ from peft_pretraining.reporting.jsonl import read_metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0 if there is a row, else the exit code of the command."""
+    """Run the program; returns 0 if there is a row, else the exit code of the command."""
     parser = argparse.ArgumentParser(prog="cpu_runs", description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, help="what was run, in words")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder of the run")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def row_of(run: str, lines: Sequence[dict[str, Any]], seconds: float | None) -> dict[str, object]:
-    """What a metrics.jsonl says of its run: perplexities of the first and last update and of the last evaluation."""
+    """The perplexities of the first and last update and of the last evaluation in a metrics.jsonl."""
     train = [line for line in lines if "train/loss" in line]
     evaluation = [line for line in lines if "eval/perplexity" in line][-1]
     times = [line["time/update_seconds"] for line in train if "time/update_seconds" in line]

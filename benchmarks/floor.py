@@ -3,9 +3,9 @@
     python -m benchmarks.floor --models 60m,7b --tflops 790 --tbps 3.0
 
 An update is a list of passes, one after another, and each takes the longer of its two times. A pass is either a matrix
-product, which reads its operands from memory and writes its result there, or all that lies between two products,
-fused: each input read once, each output written once. A better kernel comes nearer to this floor; only a kernel that
-joins passes, as a product that reads INT8 weights itself would, goes below it. Operations are those of matrix products,
+product, which reads its operands from memory and writes its result there, or everything between two products, fused:
+each input read once, each output written once. A better kernel comes closer to this floor; only a kernel that merges
+passes, such as a product that reads INT8 weights, can be faster. Operations are those of matrix products,
 two for a multiplication and an addition, all at the rate of bfloat16, even the few in float32 that refresh a subspace.
 Not counted: launches, the norms' weights and statistics, random bits, zeros that pad a ragged matrix.
 
@@ -41,7 +41,7 @@ from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore.layer.linear import JOINED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
-from qgalore.update.low_rank import JOINED_BASIS_BYTES
+from qgalore.subspace.methods import GROUPED_BASIS_BYTES
 
 CHOLESKY_PASSES = 2
 
@@ -62,7 +62,7 @@ Update = dict[str, Passes]
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and how it is trained."""
+    """A model and the options of its training."""
 
     config: ModelConfig
     micro_batch: int  # sequences
@@ -85,7 +85,7 @@ class Setting:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Values a token of the residual stream, of the queries and of the keys."""
+        """Values per token of the residual stream, of the queries and of the keys."""
         c = self.config
         return c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
@@ -98,49 +98,49 @@ TARGETS: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "7b": ((16, 1024, 1), (16, 1024, 32)),
     "13b": ((8, 1024, 64),),
 }
-"""Micro-batch, rank and micro-batches an update of each model."""
+"""Micro-batch, rank and micro-batches per update of each model."""
 
 
 # ---- a layer and a micro-batch: forward and backward
 
 
 def decoder_products(s: Setting) -> Passes:
-    """x Wᵀ of each matrix; g W and the full gradient gᵀ x multiply as much and touch matrices of the same sizes."""
+    """x Wᵀ of each matrix; g W and the full gradient gᵀ x have as many operations and bytes."""
     return [product(s.tokens, n, m) for m, n in s.shapes]
 
 
-def joins_input_gradients(s: Setting) -> bool:
-    """Whether one product takes the gradients of queries and keys on, as the library has it."""
+def merges_input_gradients(s: Setting) -> bool:
+    """Whether the library computes the input gradients of queries and keys in one product."""
     hidden, query, key = s.widths
     return 2 * (query + key) * hidden <= JOINED_WEIGHT_BYTES
 
 
 def input_gradients(s: Setting) -> Passes:
-    """g W of each matrix, of queries and keys together where that is small."""
+    """g W of each matrix; in one product for queries and keys if they are small."""
     hidden, query, key = s.widths
-    if not joins_input_gradients(s):
+    if not merges_input_gradients(s):
         return decoder_products(s)
     others = [shape for name, shape in s.config.matrix_shapes().items() if not name.endswith(("q_proj", "k_proj"))]
     return [product(s.tokens, query + key, hidden), *(product(s.tokens, m, n) for m, n in others)]
 
 
 def projected_gradients(s: Setting) -> Passes:
-    """gᵀ x of each matrix, projected, in the order that the library chooses; it joins what can read an input once."""
+    """gᵀ x of each matrix, projected, in the library's order; products that share an input are merged."""
     passes = []
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         shapes = [shape for name, shape in s.config.matrix_shapes().items() if name.endswith(names)]
         direct = [projects_directly(s.tokens, *shape, s.rank, side_of(*shape)[0]) for shape in shapes]
         side, width, _ = side_of(*shapes[0])
-        joined = all(direct) and side == "right" and 2 * s.rank * width <= JOINED_BASIS_BYTES
+        merged = all(direct) and side == "right" and 2 * s.rank * width <= GROUPED_BASIS_BYTES
         side_by_side = names[0] == "q_proj" and not any(direct[:2])  # the gradients of queries and keys
-        if joined:
+        if merged:
             passes.append(product(s.tokens, width, s.rank * len(names)))
         if side_by_side:
             passes.append(product(sum(m for m, _ in shapes[:2]), s.tokens, width))
         for index, ((m, n), directly) in enumerate(zip(shapes, direct, strict=True)):
             _, short, long = side_of(m, n)
             if directly:
-                passes += [] if joined else [product(s.tokens, short, s.rank)]
+                passes += [] if merged else [product(s.tokens, short, s.rank)]
                 passes.append(product(long, s.tokens, s.rank))
             else:
                 passes += [] if side_by_side and index < 2 else [product(m, s.tokens, n)]
@@ -149,7 +149,7 @@ def projected_gradients(s: Setting) -> Passes:
 
 
 def attention(s: Setting) -> tuple[Pass, Pass]:
-    """Fused causal attention, forward and backward, which makes five products for the two of the forward."""
+    """Fused causal attention, forward and backward: two products in the forward pass, five in the backward."""
     _, query, key_value = s.widths
     positions = s.micro_batch * s.length * (s.length + 1) // 2
     logsumexp = 4 * s.tokens * s.config.num_attention_heads
@@ -157,22 +157,22 @@ def attention(s: Setting) -> tuple[Pass, Pass]:
     return forward, Pass(10 * positions * query, 2 * s.tokens * (4 * query + 4 * key_value) + logsumexp)
 
 
-def pointwise(s: Setting, joined: bool) -> tuple[Passes, Passes]:
+def pointwise(s: Setting, merged: bool) -> tuple[Passes, Passes]:
     """Passes between a layer's products, forward and backward, with the add and norm that follow the layer's end.
 
-    joined: queries and keys have one product for the gradient of their input.
+    merged: queries and keys have one product for the gradient of their input.
     """
     hidden, query, key_value = s.widths
     inter = s.config.intermediate_size
     rotary = 2 * (query + key_value)
     forward = [4 * hidden, rotary, 3 * inter, 4 * hidden]  # add and norm, rotary, SwiGLU, add and norm
     # The gradient of a norm adds those of the products behind it, three or two, and the residual's.
-    backward = [(5 if joined else 6) * hidden, rotary, 5 * inter, 5 * hidden]
+    backward = [(5 if merged else 6) * hidden, rotary, 5 * inter, 5 * hidden]
     return [moved(2 * s.tokens * w) for w in forward], [moved(2 * s.tokens * w) for w in backward]
 
 
 def recompute(s: Setting, quantized: bool) -> Passes:
-    """What checkpointing computes again: all but down_proj and the sum after it, which no gradient needs."""
+    """The passes that checkpointing repeats: all but down_proj and the sum after it, which no gradient needs."""
     hidden, query, key_value = s.widths
     widths = (2 * hidden, 2 * (query + key_value), 4 * hidden, 3 * s.config.intermediate_size)
     shapes = [shape for name, shape in s.config.matrix_shapes().items() if name != "mlp.down_proj"]
@@ -222,7 +222,7 @@ def int8_sums(rows: int, columns: int, count: int) -> Passes:
 
 
 def adam8bit(rows: int, columns: int, grad_accum: int, result_bytes: int) -> Passes:
-    """The check that a gradient is finite, and then Adam, which moves `result_bytes` for each value besides."""
+    """The check that a gradient is finite, then Adam, which also moves `result_bytes` for each value."""
     values = rows * columns
     gradient = 2 * values if grad_accum == 1 else quantized_bytes(rows, columns, 8)
     states = 2 * (values + 4 * -(-values // GROUP_SIZE))
@@ -230,7 +230,7 @@ def adam8bit(rows: int, columns: int, grad_accum: int, result_bytes: int) -> Pas
 
 
 def project_back(s: Setting, m: int, n: int) -> Pass:
-    """The direction back to full size, added to the INT8 weight, which is rounded again, in one pass."""
+    """Project the direction back, add it to the INT8 weight and requantize that, in one pass."""
     _, short, long = side_of(m, n)
     return Pass(2 * m * n * s.rank, 2 * s.rank * (short + long) + 2 * quantized_bytes(m, n, 8))
 
@@ -254,9 +254,9 @@ def refresh(s: Setting, m: int, n: int) -> Passes:
 
 
 def _shared(s: Setting, quantized: bool) -> Update:
-    """What both methods do, over all layers and micro-batches; of ours, the quantized one, some products are joined."""
+    """The passes of both methods over all layers and micro-batches; `quantized`, ours, merges some products."""
     count = s.grad_accum * s.config.num_hidden_layers
-    forward, backward = pointwise(s, quantized and joins_input_gradients(s))
+    forward, backward = pointwise(s, quantized and merges_input_gradients(s))
     return {
         FORWARD: times(decoder_products(s), count),
         RECOMPUTE: times(recompute(s, quantized), count) if s.checkpointing else [],
@@ -267,7 +267,7 @@ def _shared(s: Setting, quantized: bool) -> Update:
 
 
 def q_galore(s: Setting) -> Update:
-    """Ours."""
+    """The passes of our training."""
     layers, count = s.config.num_hidden_layers, s.grad_accum * s.config.num_hidden_layers
     table = (s.config.vocab_size, s.config.hidden_size)
     weights = [dequantize(m, n, 8) for m, n in s.shapes]
@@ -302,7 +302,7 @@ def adamw(s: Setting) -> Update:
 
 
 def all_passes(update: Update) -> Passes:
-    """Those of all components."""
+    """The passes of all components."""
     return [p for passes in update.values() for p in passes]
 
 
@@ -313,8 +313,8 @@ def settings(model: str, float32_logits: bool = False) -> list[Setting]:
     """A model's targets, without and with checkpointing."""
     config = models.config(model)
     return [
-        Setting(config, *numbers, checkpointing=checkpointing, float32_logits=float32_logits)
-        for numbers in TARGETS[model]
+        Setting(config, *target, checkpointing=checkpointing, float32_logits=float32_logits)
+        for target in TARGETS[model]
         for checkpointing in ((True,) if model in ("7b", "13b") else (False, True))
     ]
 
@@ -325,8 +325,8 @@ def summary(models: Sequence[str], ceilings: Ceilings, float32_logits: bool = Fa
     rows = [[*head, "Q-GaLore ms", "tokens/s", "AdamW ms", "tokens/s"]]
     for model in models:
         for s in settings(model, float32_logits):
-            numbers = (s.rank, s.micro_batch, s.grad_accum)
-            cells = [model.upper(), *map(str, numbers), "yes" if s.checkpointing else "no"]
+            sizes = (s.rank, s.micro_batch, s.grad_accum)
+            cells = [model.upper(), *map(str, sizes), "yes" if s.checkpointing else "no"]
             for update in (q_galore(s), adamw(s)):
                 time = seconds(all_passes(update), ceilings)
                 cells += [f"{time * 1e3:,.1f}", f"{s.tokens * s.grad_accum / time:,.0f}"]
@@ -360,7 +360,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(prog="floor", description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(TARGETS), help="names, separated by commas")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="10^12 bfloat16 operations a second")

@@ -10,9 +10,9 @@ from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.registry import read_config
 
 LENGTH = 256
-"""Tokens of a sequence."""
+"""The tokens of a sequence."""
 MICRO_BATCHES: Mapping[str, int] = {"60m": 256, "130m": 128, "350m": 64, "1b": 16, "7b": 16, "13b": 8}
-"""Sequences."""
+"""Sequences of a micro-batch by model."""
 RANKS: Mapping[str, int] = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024, "13b": 1024}
 
 
@@ -22,10 +22,10 @@ def config_path(model: str) -> Path:
 
 
 def config(model: str) -> ModelConfig:
-    """What is in that file."""
+    """The contents of the configuration file."""
     return read_config(config_path(model))
 
 
 def tokens(model: str) -> int:
-    """Of a micro-batch."""
+    """The tokens of a micro-batch."""
     return MICRO_BATCHES[model] * LENGTH

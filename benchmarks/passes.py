@@ -7,18 +7,19 @@ from typing import NamedTuple
 
 TFLOPS, TBPS = 790.0, 3.0
 """Measured on an H100: a large bfloat16 product, and a large copy, bytes read plus bytes written."""
-GROUP_SIZE = 256  # values of a row that share two bfloat16 numbers, and values of an 8-bit state that share a float32
+GROUP_SIZE = 256
+"""Values of a row that share a scale and zero point (bfloat16), and of an 8-bit state that share a scale (float32)."""
 
 
 class Ceilings(NamedTuple):
-    """What the device can do."""
+    """The peak rates of the device."""
 
     operations_per_second: float = TFLOPS * 1e12
     bytes_per_second: float = TBPS * 1e12
 
 
 class Pass(NamedTuple):
-    """What one kernel, or several equal ones, must do and move through memory."""
+    """The operations and bytes of one kernel, or of `count` equal ones."""
 
     operations: float
     nbytes: float
@@ -34,22 +35,22 @@ def product(rows: int, inner: int, columns: int, result_bytes: float = 2) -> Pas
 
 
 def moved(nbytes: float) -> Pass:
-    """A pass without products."""
+    """A pass that only moves bytes, without a matrix product."""
     return Pass(0, nbytes)
 
 
 def quantized_bytes(rows: int, columns: int, bits: int) -> int:
-    """Bytes of a group-quantized matrix."""
+    """The bytes of a group-quantized matrix."""
     return rows * (-(-columns * bits // 8) + 4 * -(-columns // GROUP_SIZE))
 
 
 def dequantize(rows: int, columns: int, bits: int) -> Pass:
-    """A quantized matrix to bfloat16."""
+    """The pass that dequantizes a matrix to bfloat16."""
     return moved(quantized_bytes(rows, columns, bits) + 2 * rows * columns)
 
 
 def times(passes: Sequence[Pass], count: float) -> Passes:
-    """The same passes `count` times."""
+    """Repeat passes `count` times."""
     return [Pass(p.operations * count, p.nbytes * count) for p in passes]
 
 

@@ -1,4 +1,4 @@
-"""Perplexity of named settings on a fixed token set: each is trained by the real `run_pretrain.py`.
+"""Measure the perplexity of named settings on a fixed token set, each trained by `run_pretrain.py`.
 
     python -m benchmarks.quality --tokens DIR --settings adamw_tuned,q_galore_streaming --seeds 0,1,2
     python -m benchmarks.quality --tokens DIR --runs benchmarks/open_runs.txt --gpus 0,1 --parallel 2
@@ -9,8 +9,8 @@ goes to `benchmarks/results/quality.csv`, with the perplexity on DIR's validatio
 and on those of `--c4_tokens`, which is only reported. Bytes are those of the plan (`--dry_run`). The setting:
 LLaMA-60M, 65,536 tokens an update, sequences of 256, cosine to 10 % after 10 % of warm-up, clipping at 1.
 
-Runs are made by workers, processes that train one run after the other: a start of PyTorch and a compilation take as
-long as a third of a run of 60M. A line of `--runs` has flags of this program that are added to those of the command.
+Worker processes train one run after the other, since starting PyTorch and compiling take as long as a third of a run of
+60M. A line of `--runs` has flags of this program that are added to those of the command.
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ SETTINGS: dict[str, list[str]] = {
 
 
 class Run(NamedTuple):
-    """One training."""
+    """A run to train."""
 
     setting: str
     seed: int
     argv: list[str]
-    """The flags of this program that it is made by."""
+    """The flags of this program for the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train the settings asked for with every seed, and append a row for each run as soon as it has ended."""
+    """Run the program: train every setting with every seed, and append a row for each run when it has ended."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(runs: Sequence[Run], gpus: Sequence[str], results: Path) -> None:
-    """Make the runs by a worker for each entry of `gpus`; raises SystemExit at the end if some have failed."""
+    """Train the runs with a worker for each entry of `gpus`; raises SystemExit at the end if some have failed."""
     idle: queue.Queue[Worker] = queue.Queue()
     failures: list[str] = []
 
@@ -137,7 +137,7 @@ def train(runs: Sequence[Run], gpus: Sequence[str], results: Path) -> None:
 
 
 def runs_of(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Run]:
-    """What a command asks for, line by line if it has `--runs`; a name that does not exist ends the program."""
+    """The runs of a command line, or of each line of `--runs`; an unknown name ends the program."""
     args = parser.parse_args(argv)
     lines: list[list[str]] = [[]]
     if args.runs:
@@ -155,7 +155,7 @@ def runs_of(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[Run]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", help="folder with train and validation token files")
     parser.add_argument("--c4_tokens", help="folder with the validation tokens of C4, which are only reported")
@@ -171,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0", help="seeds of weights, data order and rounding, separated by commas")
     parser.add_argument("--runs", help="file whose lines have more flags, one study each; # begins a comment")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on each GPU")
-    parser.add_argument("--gpus", default="", help="numbers of the GPUs, separated by commas (default: the first)")
+    parser.add_argument("--gpus", default="", help="indices of the GPUs, separated by commas (default: the first)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/quality.csv"), help="CSV to append to")
@@ -180,8 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw perplexity against bytes of --settings with --model and --updates into this file",
     )
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
-    told = "more flags for every run, in one string (--extra=--flag for one alone)"
-    parser.add_argument("--extra", default="", help=told)
+    text = "more flags for every run, in one string (--extra=--flag for one alone)"
+    parser.add_argument("--extra", default="", help=text)
     return parser
 
 
@@ -195,10 +195,10 @@ def flags_of_run(name: str, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 class Worker:
-    """A process that trains one run after another, on a GPU of its own choice if it is given none."""
+    """A process that trains one run after another, on `gpu` or on one that it chooses."""
 
     def __init__(self, gpu: str = "") -> None:
-        """gpu: its number, or nothing."""
+        """gpu: its index, or ""."""
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         command = [sys.executable, "-m", "benchmarks.quality", "--worker"]
         self._process = subprocess.Popen(
@@ -214,7 +214,7 @@ class Worker:
         self._process.wait()
 
     def row_of(self, run: Run) -> dict[str, object]:
-        """Train, and give the row, or `failed` with what the run printed."""
+        """Train; returns the row, or `failed` with the output of the run."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(run) + "\n")
@@ -226,7 +226,7 @@ class Worker:
 
 
 def work(asked: Iterable[str], answers: TextIO) -> None:
-    """Train what each line asks for and answer with a line; what a run prints is kept for the case that it fails."""
+    """Train the run of each input line and answer with a line; the output of a run is kept in case it fails."""
     for line in asked:
         run, printed = Run(*json.loads(line)), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -259,7 +259,7 @@ def measure(run: Run) -> dict[str, object]:
 
 
 def perplexity_on(tokens: str, run: RunArgs) -> float:
-    """Of the newest checkpoint of a run, on the validation tokens of another folder."""
+    """The perplexity of a run's newest checkpoint on the validation tokens of another folder."""
     use_cuda = run.runtime.device == "cuda" or (run.runtime.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
     model, _ = build_training(run, device)
@@ -272,7 +272,7 @@ def perplexity_on(tokens: str, run: RunArgs) -> float:
 
 
 def planned_bytes(run: RunArgs) -> dict[str, float]:
-    """GB of what stays during a run: weights; projections and optimizer states; gradients that wait for the update."""
+    """GB that are allocated throughout a run: weights; projections and optimizer states; summed gradients."""
     lasting = plan(run, read_config(run.model.model_config)).lasting
     first_words = {
         "weights_gb": ("decoder weights", "embeddings"),
@@ -288,7 +288,7 @@ def planned_bytes(run: RunArgs) -> dict[str, float]:
 def summarize(
     name: str, seed: int, args: argparse.Namespace, lines: list[dict[str, float]], seconds: float
 ) -> dict[str, object]:
-    """One row of results from the lines of a metrics.jsonl."""
+    """The row of a run from the lines of its metrics.jsonl."""
     train = [line for line in lines if "train/loss" in line]
     speed = "throughput/tokens_per_second"
     speeds = sorted(line[speed] for line in train if speed in line) or [0.0]
@@ -316,7 +316,7 @@ def summarize(
 
 
 def removed_settings(results: Path) -> list[str]:
-    """Names that a results file has rows of and `SETTINGS` has not."""
+    """Names in a results file that are not in `SETTINGS`."""
     with results.open(newline="") as file:
         return [name for name in dict.fromkeys(row["setting"] for row in csv.DictReader(file)) if name not in SETTINGS]
 

@@ -1,4 +1,4 @@
-"""The picture of the study of perplexity: a frontier of perplexity against bytes for each setting."""
+"""Plot perplexity against bytes for the settings of the study, with the frontier of each model."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 _HIGHEST = 1.35
-"""Perplexities that a picture has room for, as a multiple of the lowest."""
+"""The largest perplexity in a plot, as a multiple of the lowest."""
 BYTES = ("weights_gb", "states_gb", "gradients_gb")
 
 
 class Point(NamedTuple):
-    """The runs of one setting with the same flags; of a seed that has run again the newest."""
+    """The runs of a setting with the same flags; of repeated seeds the newest."""
 
     mean: float
-    """Of the perplexities of its seeds."""
+    """The mean perplexity of its seeds."""
     size: float
     """GB of weights, states and gradients."""
     setting: str
     rank: str
-    """And the bits of weights, if they are not 8; what the flags say of both."""
+    """The rank, and the bits of weights if not 8, by the flags."""
     seeds: list[float]
 
 
 def read_points(results: Path, model: str, updates: int, settings: Sequence[str]) -> list[Point]:
-    """Those of a model and a length with known bytes, the best first."""
+    """The points of a model and a length of run with known bytes, the best first."""
     runs: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     with results.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -39,15 +39,15 @@ def read_points(results: Path, model: str, updates: int, settings: Sequence[str]
         rows = list(by_seed.values())
         seeds = [float(row["perplexity"]) for row in rows]
         ranks = [found[-1] for name in ("rank", "mlp_rank") if (found := re.findall(rf"--{name} (\d+)", flags))]
-        told = [f"rank {' and '.join(ranks)}"] * bool(ranks)
-        told += ["INT4 weights"] * ("--weight_bits 4" in flags)
+        label = [f"rank {' and '.join(ranks)}"] * bool(ranks)
+        label += ["INT4 weights"] * ("--weight_bits 4" in flags)
         size = sum(float(rows[0][name]) for name in BYTES)
-        points.append(Point(sum(seeds) / len(seeds), size, setting, ", ".join(told), seeds))
+        points.append(Point(sum(seeds) / len(seeds), size, setting, ", ".join(label), seeds))
     return sorted(points)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one undercuts in perplexity with as few bytes, by bytes."""
+    """The Pareto-optimal points, by bytes."""
     return sorted(
         (point for point in points if all(other.mean >= point.mean or other.size > point.size for other in points)),
         key=lambda point: point.size,
@@ -84,8 +84,8 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
             part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
             part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
             for p, height in zip(best, y, strict=True):
-                told = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
-                part.annotate(told, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
+                text = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
+                part.annotate(text, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
     for part, within in zip(axes[0], parts, strict=True):
         margin = 0.2 * (within[-1] - within[0]) or 0.02
         part.set_xlim(within[0] - margin, within[-1] + margin)

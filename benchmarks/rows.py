@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str:
-    """The commit measured, from git or, for a copy without a repository, from the variable COMMIT."""
+    """The commit that is measured, from git or, for a copy without a repository, from the variable COMMIT."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     done = subprocess.run(

@@ -1,1 +1,1 @@
-"""Pretraining LLaMA on C4: everything about a run that is not Q-GaLore itself, which lives in `qgalore`."""
+"""Train language models: data, models, flags, checkpoints and reports of a run. The method itself is in `qgalore`."""

@@ -1,4 +1,4 @@
-"""Options into what is trained and what it is trained on: here flags become a model, its optimizer and its data."""
+"""Build the model, its optimizer and its data from the options of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 from qgalore.update.all_reduce import AllReduce
 
 
@@ -46,7 +46,7 @@ def shape_of(args: ModelArgs) -> ModelConfig | None:
 def build_model(
     args: ModelArgs, device: torch.device | str = "cpu", seed: int = 0, on_module: OnModule | None = None
 ) -> CausalLM:
-    """A freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
+    """Build a freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
     device = torch.device(device)
     model = build_on_meta(args.model_config, args.use_hf_model)
     materialize(model, device, getattr(torch, args.dtype), seed, on_module, std=model.config.initializer_range)
@@ -61,14 +61,14 @@ def build_model(
 
 
 def compiles_layers(args: ModelArgs, pays: bool) -> bool:
-    """Whether the decoder layers are to be compiled; pays: whether they are for a CUDA GPU that has Triton."""
+    """Whether to compile the decoder layers; pays: whether they run on a CUDA GPU with Triton."""
     return not args.use_hf_model and (args.compile == "on" or (args.compile == "auto" and pays))
 
 
 def build_training(
     args: RunArgs, device: torch.device, all_reduce: AllReduce | None = None
 ) -> tuple[CausalLM, TrainingOptimizer]:
-    """The model on `device`, its decoder matrices stored as asked, and the optimizer that is attached to it.
+    """Build the model on `device`, with decoder matrices in the format of the options, and its attached optimizer.
 
     Compiled layers and CUDA graphs are set up where the options allow them. all_reduce sums a tensor over the ranks in
     place; None for one rank. Raises UserError for a configuration that does not work.
@@ -82,7 +82,7 @@ def build_training(
 
 
 def model_on_meta(args: RunArgs, config: ModelConfig) -> CausalLM:
-    """The model of `build_training` without memory, and with one of its layers: they are alike."""
+    """Build the model of `build_training` without memory, and with one of its layers: they are alike."""
     model, convert = network_on_meta(config), low_rank_converter(args.optimizer, args.quantization)
     del model.decoder_layers[1:]
     for param in model.parameters():
@@ -92,43 +92,43 @@ def model_on_meta(args: RunArgs, config: ModelConfig) -> CausalLM:
     return model
 
 
-def build_data(args: RunArgs, processes: Processes) -> tuple[TrainLoader, EvalSet]:
-    """The training loader and the validation set of `--dataset` for this rank."""
+def build_data(args: RunArgs, world: World) -> tuple[TrainLoader, EvalSet]:
+    """Build the training loader and the validation set of `--dataset` for this rank."""
     data, batch = args.data, args.batch
     kind, options = find_kind(data.dataset), replace(data.source_options, stop=threading.Event())
     if kind.needs_network:
-        # All ranks read the commit that is the newest for the main one.
-        newest = processes.from_main(lambda: revision_of(open_dataset(data.dataset, "train", options)))
+        # All ranks read the commit that the main rank finds to be the newest.
+        newest = world.from_main(lambda: revision_of(open_dataset(data.dataset, "train", options)))
         options = replace(options, revision=newest or options.revision)
     # The main rank first: what it holds out, trains or downloads the others then find in the cache.
     opened: list[tuple[Splits, Tokenizer | None]] = []
-    processes.from_main(lambda: opened.append(_open_data(args, options)))
+    world.from_main(lambda: opened.append(_open_data(args, options)))
     splits, tokenizer = opened[0] if opened else _open_data(args, options)
-    common: dict[str, Any] = {"rank": processes.rank, "world_size": processes.world_size}
+    common: dict[str, Any] = {"rank": world.rank, "world_size": world.world_size}
     common |= {"dataset": data.dataset, "tokenizer": tokenizer, "packing": data.packing, "max_length": batch.max_length}
     common |= {"damaged_limit": data.damaged_limit, "options": options}
-    # A pause between two tries must not hold up the thread that gets the signals.
+    # A pause between two tries must not block the thread that gets the signals.
     workers = max(1, data.workers) if kind.needs_network else data.workers
     loader = build_train_loader(
         **common, source=splits.train, batch_size=batch.batch_size, grad_accum_steps=batch.gradient_accumulation,
         seed=args.runtime.seed, data_lanes=data.data_lanes, shuffle_buffer=data.shuffle_buffer, workers=workers,
         repeat=data.repeat,
     )  # fmt: skip
-    if processes.is_main:
+    if world.is_main:
         loader.about = partial(_about, data, splits, tokenizer, batch.max_length)
     evaluation = args.evaluation
     eval_set = build_eval_set(
         **common, source=splits.validation, eval_batch_size=evaluation.eval_batch_size,
         eval_tokens=evaluation.eval_tokens,
     )  # fmt: skip
-    if not kind.needs_network:  # that would have to be waited for
-        processes.from_main(eval_set.check)
+    if not kind.needs_network:  # over a network the check would delay the start
+        world.from_main(eval_set.check)
     return loader, eval_set
 
 
 def _about(data: DataArgs, splits: Splits, tokenizer: Tokenizer | None, max_length: int) -> list[str]:
-    """Lines that say what a run reads."""
-    # Where the network fails a signal would have to wait for this.
+    """Lines that describe what a run reads."""
+    # Nothing is read over a network here: while it fails, a stop signal would have to wait.
     reads = not find_kind(data.dataset).needs_network
     lines = describe_data(splits, tokenizer, data.packing, max_length, reads)
     unused = tokenizer is None and data.tokenizer
@@ -136,7 +136,7 @@ def _about(data: DataArgs, splits: Splits, tokenizer: Tokenizer | None, max_leng
 
 
 def _open_data(args: RunArgs, options: SourceOptions) -> tuple[Splits, Tokenizer | None]:
-    """Both splits, and the tokenizer of text; one that is trained sees no document that is held out."""
+    """Open both splits, and the tokenizer if they are text; a trained tokenizer sees no held-out document."""
     data, checkpoint = args.data, args.checkpoint
     splits = open_splits(data.dataset, options)
     if isinstance(splits.train, TokenFiles | TokenMixture):

@@ -1,4 +1,4 @@
-"""What `--dry_run` prints: the resolved configuration, the model's size and the planned memory."""
+"""Describe a run for `--dry_run`: the resolved configuration, the model's size and the planned memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def describe(args: RunArgs) -> str:
 
 
 def _data(args: RunArgs) -> str:
-    """What is trained on, where it lies in files on this machine, which are looked at; raises UserError."""
+    """Describe the training data if it is in local files, which are opened for it; else "". Raises UserError."""
     kind = find_kind(args.data.dataset)
     if kind.name or kind.needs_network:
         return ""
@@ -49,7 +49,7 @@ def _data(args: RunArgs) -> str:
 
 
 def _chosen_by_others(args: RunArgs) -> dict[str, object]:
-    """The values of flags that leave it to others what they mean."""
+    """The resolved values of flags whose default depends on other flags."""
     values: dict[str, object] = {
         "full_rank_lr": args.optimizer.peak_full_rank_lr,
         "full_rank_weight_decay": args.optimizer.decay_of_full_rank,

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right: its text is all that `run_pretrain.py` prints."""
+"""The exception for what a user can fix: `run_pretrain.py` prints its text alone, without a traceback."""
 
 
 class UserError(ValueError):

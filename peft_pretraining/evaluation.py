@@ -1,11 +1,11 @@
-"""Loss and perplexity on a validation set, the same bits on any number of ranks.
+"""Loss and perplexity on a validation set, with the same bits on any number of ranks.
 
-perplexity = exp(mean nats a target token), every token weighted alike. The official code averages the means of its
-batches, whatever their lengths, and divides by the batches plus one; its figures are in every published table, so that
-formula is reported beside the true one, under its own name.
+perplexity = exp(mean nats per target token), every token weighted alike. The official code averages the means of its
+batches, whatever their lengths, and divides by the number of batches plus one; published tables have its figures, so
+that formula is reported as well, as perplexity_official.
 
-Each rank evaluates its batches; the loss sum and token count of every batch are gathered, put in the batches' order and
-summed in float64, so that the split over ranks cannot change the result.
+Each rank evaluates its batches; the loss sum and token count of every batch are gathered, put in the order of the
+batches and summed in float64, so that the split over ranks cannot change the result.
 """
 
 import math
@@ -32,7 +32,7 @@ class Batch(Protocol):
 
 
 class EvalResult(NamedTuple):
-    """What one evaluation found; `loss` is nats a token."""
+    """The result of an evaluation; `loss` is in nats per token."""
 
     loss: float
     perplexity: float
@@ -67,7 +67,7 @@ def _batch_losses(
     counts: list[int] = []
     losses: list[Tensor] = []
     try:
-        # Not inference mode: its tensors may not meet autograd again, and a compiled model would compile anew.
+        # Not inference mode: its tensors cannot be used with autograd later, and a compiled model would be recompiled.
         with torch.no_grad():
             for index, batch in eval_set:
                 indices.append(index)
@@ -84,7 +84,7 @@ def _batch_losses(
 
 
 def summarize(rows: Iterable[BatchLoss]) -> EvalResult:
-    """Combine the batches of all ranks; a batch without a target counts for nothing."""
+    """Combine the batches of all ranks; a batch without a target is ignored."""
     ordered = [row for row in sorted(rows) if row[2] > 0]
     indices = [index for index, _, _ in ordered]
     if len(set(indices)) != len(indices):

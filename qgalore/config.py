@@ -80,9 +80,9 @@ class SubspaceConfig:
     """Multiplier of the projected-back update (alpha in the papers)."""
     proj_type: Annotated[str, Allowed(choices=("std", "reverse_std", "left", "right", "full"))] = "std"
     """Side that is projected: std the smaller one, reverse_std the larger one, full both."""
-    subspace: Annotated[str, Allowed(choices=("svd", "streaming"))] = "svd"
+    subspace: Annotated[str, Allowed(choices=("svd", "streaming", "identity"))] = "svd"
     """How it is found: svd of the full gradient as in the paper, or streaming, one step of subspace iteration from
-    projected gradients alone."""
+    projected gradients alone; identity: the whole space, so that rank and refreshes have no say."""
     svd_method: Annotated[str, Allowed(choices=("full", "randomized"))] = "full"
     """Which SVD the svd subspace uses."""
     update_proj_gap: Annotated[int, Allowed("updates", at_least=1)] = 200
@@ -130,12 +130,17 @@ class SubspaceConfig:
                 f"{said('proj_type')} projects both sides, and {said('subspace')} follows one: use svd, or "
                 "std, reverse_std, left or right"
             )
-        if self.subspace == "streaming" and self.svd_method == "randomized":
+        if self.subspace != "svd" and self.svd_method == "randomized":
             problems.append(f"{said('svd_method')} is for subspaces by SVD: {said('subspace')} needs no SVD")
         if self.residual != "none" and both:
             problems.append(
                 f"{said('residual')} scales across one projected side, and {said('proj_type')} has two: use std, "
                 "reverse_std, left or right"
+            )
+        if self.residual != "none" and self.subspace == "identity":
+            problems.append(
+                f"{said('residual')} brings back what a projection leaves out, and {said('subspace')} leaves out "
+                "nothing: use svd or streaming"
             )
         if 0 < self.max_update_proj_gap < self.update_proj_gap:
             problems.append(
@@ -165,8 +170,10 @@ class SubspaceConfig:
         return self.proj_bits if self.proj_quant else None
 
     def sides(self, shape: tuple[int, ...]) -> tuple[str, ...]:
-        """The sides of an (m, n) matrix that are projected: ("left",), ("right",) or both."""
+        """The sides of an (m, n) matrix that are projected: ("left",), ("right",), both, or none."""
         shorter, longer = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
+        if self.subspace == "identity":
+            return ()
         by_type = {"std": (shorter,), "reverse_std": (longer,), "left": ("left",), "right": ("right",)}
         return by_type.get(self.proj_type, ("left", "right"))
 

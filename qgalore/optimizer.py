@@ -10,7 +10,6 @@ autograd cannot give a gradient, train at all.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,13 +22,13 @@ from qgalore.config import complete_group
 from qgalore.layer.linear import LowRankLinear
 from qgalore.param_groups import check_low_rank
 from qgalore.saved_state import state_for
-from qgalore.update.all_reduce import AllReduce, RankSum
+from qgalore.subspace.methods import Streaming
+from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
-from qgalore.update.full_rank import FullRankWeight
 from qgalore.update.hooks import Attachment
-from qgalore.update.low_rank import LowRankWeight
-from qgalore.update.step import update_weights
+from qgalore.update.step import finalize_gradients, update_weights
 from qgalore.update.step_table import StepTable
+from qgalore.update.weight import Weight
 
 
 class LowRankAdamW(Optimizer):
@@ -64,7 +63,7 @@ class LowRankAdamW(Optimizer):
                 f"lr={lr}, eps={eps}, weight_decay={weight_decay} must not be negative, betas={betas} in [0, 1)"
             )
         self._seed = seed
-        self._begin()
+        self._reset()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -77,14 +76,14 @@ class LowRankAdamW(Optimizer):
         }
         super().__init__(params, defaults)
 
-    def _begin(self) -> None:
-        """What an optimizer has beside its param groups and state: nothing yet."""
-        self._weights: dict[Tensor, FullRankWeight] = {}
+    def _reset(self) -> None:
+        """Reset everything that is not in the state dict."""
+        self._weights: dict[Tensor, Weight] = {}
         self._all_reduce: AllReduce | None = None
         self._clip_factor: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = self._rows_written = False
-        self._completed: set[FullRankWeight] = set()
+        self._finalized: set[Weight] = set()
         self._checks: UpdateChecks | None = None
         self._step_table: StepTable | None = None
         self.update_in_backward = False
@@ -100,9 +99,9 @@ class LowRankAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_weights" not in self.__dict__:  # a copy, and not `load_state_dict`
-            self._begin()
+            self._reset()
         self._build_weights()
-        self._give_up()
+        self._abandon_update()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with the options of a `SubspaceConfig` its weights are under projection."""
@@ -120,20 +119,19 @@ class LowRankAdamW(Optimizer):
     def _build_weights(self) -> None:
         """One object a parameter, numbered in the order of the groups; the low-rank ones also among themselves.
 
-        Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
+        Objects that exist are kept, since hooks and layers hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
-        index = place = 0
+        index = position = 0
         total = sum(len(group["params"]) for group in self.param_groups)
         if self._step_table is None or len(self._step_table.updates) != total:
             self._step_table = StepTable(total)
         for group in self.param_groups:
-            kind = LowRankWeight if "rank" in group else FullRankWeight
             for param in group["params"]:
-                weight = self._weights.get(param) or self._weights.setdefault(param, kind(param, self._seed))
-                weight.bind(group, self.state, self._step_table, index, place, count)
-                index, place = index + 1, place + ("rank" in group)
+                weight = self._weights.get(param) or self._weights.setdefault(param, Weight(param, self._seed))
+                weight.bind(group, self.state, self._step_table, index, position, count)
+                index, position = index + 1, position + ("rank" in group)
 
     @classmethod
     def initial_states(
@@ -150,10 +148,10 @@ class LowRankAdamW(Optimizer):
             options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
             options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
             for param in group["params"]:
-                weight = (LowRankWeight if "rank" in options else FullRankWeight)(param, 0)
+                weight = Weight(param, 0)
                 weight.layer = holders.get(param)
                 weight.bind(options, states, StepTable(1), 0, 0, 1)
-                weight._init_state()
+                weight.init_state()
         return states
 
     # ---- the backward pass
@@ -170,7 +168,7 @@ class LowRankAdamW(Optimizer):
         """
         self.detach()
         self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
-        attachment = Attachment(model, self._weights, weakref.WeakMethod(self._gradient_ready))
+        attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
         self._detach = weakref.finalize(self, attachment.remove)
         self._detach.atexit = False
         for weight in self._weights.values():
@@ -182,14 +180,11 @@ class LowRankAdamW(Optimizer):
         if self._detach is not None:
             self._detach()
 
-    def _gradient_ready(self, weight: FullRankWeight) -> None:
-        self.gradients_ready([weight])
-
     @torch.no_grad()
-    def gradients_ready(self, weights: Sequence[FullRankWeight]) -> None:
+    def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self._complete(weights)
+            self._finalize(weights)
         else:
             self._sums = True
 
@@ -227,45 +222,40 @@ class LowRankAdamW(Optimizer):
         self._stepped = False
         return self._checks
 
-    def _complete(self, weights: Sequence[FullRankWeight]) -> None:
-        message = self.message_of(weights)
-        if message is not None:
-            message.start()
-        self.complete(weights, message)
-
     @property
     def sums_over_ranks(self) -> bool:
         """Whether gradients have to be summed over several ranks."""
         return self._all_reduce is not None
 
     @torch.no_grad()
-    def message_of(self, weights: Sequence[FullRankWeight], buffer: Tensor | None = None) -> RankSum | None:
-        """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `RankSum`."""
+    def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
+        """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
         if self._all_reduce is None:
             return None
-        return RankSum([weight.parts_to_sum() for weight in weights], self._all_reduce, buffer)
+        return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
+
+    def _finalize(self, weights: Sequence[Weight]) -> None:
+        bucket = self.bucket_of(weights)
+        if bucket is not None:
+            bucket.start()
+        self.finalize(weights, bucket)
 
     @torch.no_grad()
-    def complete(self, weights: Sequence[FullRankWeight], message: RankSum | None) -> None:
-        """Take the gradients of an update, from `message_of` where there is a message; update where that is due.
+    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
+        """Make gradients final, those of `bucket_of` where there is a bucket; update where that is due.
 
-        Raises RuntimeError for a weight whose gradient of this update has been taken already.
+        Raises RuntimeError for a weight whose gradient of this update is final already.
         """
         for weight in weights:
-            if weight in self._completed:
+            if weight in self._finalized:
                 raise RuntimeError(
                     f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
                     "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
                     "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums"
                 )
-            self._completed.add(weight)
+            self._finalized.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
-        summed: Iterable[list[Tensor] | None] = itertools.repeat(None, len(weights))
-        if message is not None:
-            summed = message.summed()
-        for weight, parts in zip(weights, summed, strict=True):
-            weight.complete(parts)
-        checks.check({weight.index: weight.complete_gradient for weight in weights})
+        finalize_gradients(weights, bucket, checks)
         if at_once:
             checks.remember_first()
             self.write_update_rows()
@@ -281,10 +271,10 @@ class LowRankAdamW(Optimizer):
     def write_sum_rows(self) -> None:
         """Let the step rows of sums be those of the gradients that the next micro-batch adds."""
         if self._step_table is not None:
-            scalars = [weight.sum_scalars() for weight in self._weights.values()]
+            scalars = [weight.gradient.next_sum_scalars() for weight in self._weights.values()]
             self._step_table.write_sums(scalars, next(iter(self._weights)).device)
 
-    def weights_of(self, module: nn.Module) -> list[FullRankWeight]:
+    def weights_of(self, module: nn.Module) -> list[Weight]:
         """The weights among the parameters of a module, in its order."""
         return [self._weights[param] for param in module.parameters() if param in self._weights]
 
@@ -310,12 +300,12 @@ class LowRankAdamW(Optimizer):
         for param, weight in self._weights.items():
             if weight.layer is None:  # others were looked at when they were attached
                 weight.check()
-            if weight.holds_gradient:
+            if weight.gradient.is_final:
                 continue
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
-            if weight.accumulates:
-                self._complete([weight])
+            if weight.gradient.waits:
+                self._finalize([weight])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -325,13 +315,13 @@ class LowRankAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._collect()
-        waiting = [weight for weight in self._weights.values() if weight.holds_gradient]
+        waiting = [weight for weight in self._weights.values() if weight.gradient.is_final]
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
             self.write_update_rows()
             update_weights(waiting, self._update_checks(), self._clip_factor)
         self._clip_factor, self._stepped, self._sums, self._rows_written = None, True, False, False
-        self._completed.clear()
+        self._finalized.clear()
         return loss
 
     @torch.no_grad()
@@ -345,29 +335,29 @@ class LowRankAdamW(Optimizer):
     def skipped(self) -> Tensor:
         """Whether the last update was skipped because of a gradient or flag that was not finite: a bool, ().
 
-        Weights, moments and bases are then as they were, unless it was `partly_made`.
+        Weights, moments and bases are then as they were, unless there was a `late_overflow`.
         """
         return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.skip.clone()
 
-    def partly_made(self) -> Tensor:
+    def late_overflow(self) -> Tensor:
         """Whether the last update was skipped too late: a bool, ().
 
         That can be where each weight is updated as soon as its gradient is there, if the gradients of upper layers are
         finite and one further down is not. The state is then of no update: go back to a checkpoint.
         """
-        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.came_late()
+        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.late_overflow()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
-        self._give_up()
+        self._abandon_update()
 
-    def _give_up(self) -> None:
-        """Begin the update that goes on anew."""
+    def _abandon_update(self) -> None:
+        """Forget the gradients of the update that goes on, and its checks."""
         self._clip_factor, self._sums, self._rows_written = None, False, False
-        self._completed.clear()
+        self._finalized.clear()
         if self._checks is not None and not self._stepped:
-            self._checks.clear()  # an update that was given up; after a step `grad_norm` can still be read
+            self._checks.clear()  # an abandoned update; after a step `grad_norm` can still be read
         for weight in self._weights.values():
             weight.clear()
 
@@ -386,7 +376,7 @@ class LowRankAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
 
-        Ids are matched by their place in the param groups, as torch does, whatever they are. Gradients on their way to
+        Ids are matched by position in the param groups, as torch does, whatever they are. Gradients on their way to
         an update are forgotten. Raises ValueError for a state of another optimizer or model, and keeps what it has.
         """
         before = {"param_groups": self.param_groups, "state": self.state}
@@ -405,9 +395,9 @@ class LowRankAdamW(Optimizer):
 
     # ---- what the subspaces do
 
-    def low_rank_weights(self) -> Iterator[LowRankWeight]:
-        """The weights under projection, in order."""
-        return (weight for weight in self._weights.values() if isinstance(weight, LowRankWeight))
+    def low_rank_weights(self) -> Iterator[Weight]:
+        """The weights of groups with a rank, in order."""
+        return (weight for weight in self._weights.values() if weight.config is not None)
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """What the refreshes did: their number, the share that the lazy rule saved, and of the newest the similarity.
@@ -415,24 +405,23 @@ class LowRankAdamW(Optimizer):
         `subspace/similarity/<layer>` and `subspace/failures` are there for weights refreshed since the last call, as
         tensors on the device, so that asking does not wait for it.
         """
-        weights = list(self.low_rank_weights())
+        found = {weight: weight.subspace for weight in self._weights.values()}
+        weights = {weight: subspace for weight, subspace in found.items() if isinstance(subspace, Streaming)}
         if not weights:
             return {}
-        saved = sum(weight.schedule.saved for weight in weights)
-        made = sum(weight.schedule.refreshes for weight in weights)
+        saved = sum(subspace.schedule.saved for subspace in weights.values())
+        made = sum(subspace.schedule.refreshes for subspace in weights.values())
         metrics: dict[str, float | Tensor] = {
             "subspace/refreshes": float(made),
             "subspace/refreshes_saved_fraction": saved / max(1, saved + made),
         }
-        refreshed = [weight for weight in weights if weight.similarity is not None]
-        if refreshed:
-            metrics["subspace/failures"] = torch.stack(
-                [weight.state["failures"] for weight in weights if weight.state]
-            ).sum()
-        for weight in refreshed:
-            assert weight.similarity is not None
-            metrics[f"subspace/similarity/{weight.name}"] = weight.similarity
-            weight.similarity = None
+        for weight, subspace in weights.items():
+            if subspace.similarity is not None:
+                metrics[f"subspace/similarity/{weight.name}"] = subspace.similarity
+                subspace.similarity = None
+        if len(metrics) > 2:
+            failures = [weight.state["failures"] for weight in weights if weight.state]
+            metrics["subspace/failures"] = torch.stack(failures).sum()
         return metrics
 
 

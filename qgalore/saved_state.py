@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from qgalore.config import complete_group
-from qgalore.update.full_rank import HOST_STATE
+from qgalore.update.weight import HOST_STATE
 
 Group = dict[str, Any]
 
@@ -49,7 +49,7 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_groups(groups: list[Group], loaded: list[Group]) -> None:
-    """Raise ValueError where a loaded group is of another kind than the one in whose place it comes."""
+    """Raise ValueError where a loaded group is of another kind than ours at its position."""
     other = "it was saved by another optimizer or with other param groups"
     if len(groups) != len(loaded):
         raise ValueError(f"the optimizer has {len(groups)} param groups, the state to load {len(loaded)}: {other}")

@@ -4,7 +4,7 @@
     python scripts/export_hf.py checkpoints/run/step_00010000 exported --tokenizer path/to/tokenizer
 
 Quantized matrices become code * scale + zero_point, so the exported model computes what the trained one did. The
-directory appears by one rename, when it is complete.
+directory is written under a temporary name and renamed when it is finished.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", type=parse_path, help="a step_... directory that run_pretrain.py wrote, or a run: its newest"
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def export(
     checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None = None, model_config: Path | None = None
 ) -> None:
-    """Write the model of `checkpoint` to `output`; raises UserError and leaves nothing behind where that fails."""
+    """Write the model of `checkpoint` to `output`; if that fails it raises UserError and leaves no files."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: give a new directory.")
     loaded = load_checkpoint(next(reversed(list_checkpoints(checkpoint)), checkpoint), asked_by="checkpoint")
@@ -84,7 +84,7 @@ def export(
 
 
 def run_config(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
-    """The model's config.json: the one that is given, the one kept in the checkpoint, or the run's file."""
+    """The model's config.json: the given one, the one in the checkpoint, or the run's file."""
     kept = checkpoint.state.get("model_config_contents")
     if given is None and isinstance(kept, dict):
         return dict(kept)
@@ -97,7 +97,7 @@ def run_config(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
 
 
 def matrix_columns(config: dict[str, Any]) -> dict[str, int]:
-    """Columns of each decoder matrix by its name in a layer; none of a model that transformers alone knows."""
+    """The columns of each decoder matrix by its name in a layer; {} for a model of transformers."""
     try:
         shapes = config_from(config, "the model config").matrix_shapes()
     except UserError:
@@ -108,7 +108,7 @@ def matrix_columns(config: dict[str, Any]) -> dict[str, int]:
 def float_tensors(
     checkpoint: Checkpoint, dtype: torch.dtype, tied: bool, columns_of: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of a float model, one tensor at a time; a tied head is left to the embeddings."""
+    """Yield the state dict of a float model, one tensor at a time, without a tied head."""
     tensors = checkpoint.model_tensors
     for name, tensor in tensors.items():
         of_codes = name.endswith((".weight_scale", ".weight_zero_point", ".weight_format"))
@@ -122,7 +122,7 @@ def float_tensors(
 
 
 def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype, columns_of: Mapping[str, int]) -> Tensor:
-    """One quantized matrix in float; bits and group size are those of the run and must fit its shapes."""
+    """Dequantize a matrix; bits and group size are those of the run and must fit its shapes."""
     tensors, state = checkpoint.model_tensors, checkpoint.state
     codes, scale, zero_point = (tensors.get(f"{name}_{part}") for part in ("qdata", "scale", "zero_point"))
     bits, group_size = state.get("weight_bits"), state.get("weight_group_size")
@@ -130,7 +130,7 @@ def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype, columns_o
         raise UserError(f"{checkpoint.path}: {name} is quantized, but its scales, bits or group size are not there.")
     columns = original_columns(name, checkpoint, codes.shape[1], bits, columns_of)
     if state.get("int8_products"):
-        group_size = columns  # one group a row, whatever the flag says
+        group_size = columns  # one group per row, whatever the value of the flag
     if scale.shape != (codes.shape[0], math.ceil(columns / group_size)):
         raise UserError(
             f"{checkpoint.path}: {name} has scales of shape {tuple(scale.shape)}, which do not fit "
@@ -140,7 +140,7 @@ def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype, columns_o
 
 
 def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int, columns_of: Mapping[str, int]) -> int:
-    """Columns of a matrix from those of its codes: at 4 bits two share a byte, and the last byte may hold one."""
+    """The columns of a matrix from those of its codes: at 4 bits two share a byte, and the last byte may have one."""
     if bits == 8:
         return stored
     for matrix, columns in columns_of.items():
@@ -156,11 +156,11 @@ def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int, 
 
 
 def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Safetensors in shards with an index, or one file if all fits."""
+    """Write safetensors in shards with an index, or one file if all fits."""
     from safetensors.torch import save_file
 
     shards: list[Path] = []
-    places: dict[str, int] = {}
+    shard_of: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
     total = size = 0
 
@@ -168,7 +168,7 @@ def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
         nonlocal size
         shards.append(folder / f"part-{len(shards)}.safetensors")
         save_file(pending, shards[-1], metadata={"format": "pt"})
-        places.update(dict.fromkeys(pending, len(shards) - 1))
+        shard_of.update(dict.fromkeys(pending, len(shards) - 1))
         pending.clear()
         size = 0
 
@@ -186,12 +186,12 @@ def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     for shard, file_name in zip(shards, names, strict=True):
         shard.rename(folder / file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[place] for name, place in places.items()}}
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[shard] for name, shard in shard_of.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_config(config: dict[str, Any], dtype: str, folder: Path) -> None:
-    """config.json with the dtype of the weights as they are written."""
+    """Write config.json with the dtype of the written weights."""
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
 
@@ -223,7 +223,7 @@ def write_tokenizer(source: Path, config: dict[str, Any], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: 0, or 2 with a sentence."""
+    """Run the program; returns 0, or 2 for a UserError."""
     args = parse_args(argv)
     try:
         export(args.checkpoint, args.output, args.dtype, args.tokenizer, args.model_config)

@@ -43,13 +43,13 @@ def smooth(values: list[float], width: int) -> np.ndarray:
 
 
 def layer_order(layer: str) -> tuple[str, int]:
-    """Sorts matrices of one kind next to each other, then by depth."""
+    """A sort key that groups matrices by kind, then by depth."""
     number = re.search(r"\d+", layer)
     return layer.rsplit(".", 1)[-1], int(number[0]) if number else -1
 
 
 def draw_loss(axes: Any, lines: Lines) -> None:
-    """Training loss with its running mean, and evaluations with their perplexity."""
+    """Draw the training loss with its running mean, and evaluations with their perplexity."""
     steps, losses = series(lines, "train/loss")
     if steps:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -66,7 +66,7 @@ def draw_loss(axes: Any, lines: Lines) -> None:
 
 
 def draw_learning_rate(axes: Any, lines: Lines) -> None:
-    """The learning rate."""
+    """Draw the learning rate."""
     axes.plot(*series(lines, "train/lr"), color="tab:green")
     axes.set(ylabel="learning rate", title="Learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
@@ -86,7 +86,7 @@ def similarity_map(lines: Lines, layers: list[str]) -> np.ndarray:
 
 
 def draw_similarity(figure: Any, axes: Any, lines: Lines, layers: list[str]) -> None:
-    """A row for each matrix, grouped by kind and ordered by depth; time runs to the right."""
+    """Draw a row for each matrix, grouped by kind and ordered by depth; time is the x-axis."""
     last = max(line["update_step"] for line in lines)
     image = axes.imshow(
         similarity_map(lines, layers),
@@ -132,7 +132,7 @@ def plot_run(save_dir: Path, output: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Draw a run's metrics.jsonl as a PNG.")
     parser.add_argument("save_dir", type=parse_path, help="folder of the run (--save_dir of run_pretrain.py)")
     parser.add_argument("--output", type=parse_path, help="the PNG (default: curves.png in that folder)")

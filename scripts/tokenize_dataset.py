@@ -1,13 +1,13 @@
-"""Write the token ids of a data set to files, so that repeated runs and benchmarks do not tokenise again.
+"""Write the token ids of a data set to files, so that repeated runs and benchmarks do not tokenize again.
 
     python scripts/tokenize_dataset.py --dataset c4 --output_dir tokens/ --max_tokens 1B
     python run_pretrain.py --dataset tokens/ ...
 
 Writes <output_dir>/train.bin and validation.bin: little-endian uint16 (uint32 for more than 65,536 ids), the documents
-in the order of the files, each with what begins and ends it. Beside each lies a .json with dtype, data set (on the hub:
-its commit), tokenizer, vocab_size, the ids that were put around documents (bos_token_id, eos_token_id; null: none),
-documents, tokens. Where the data set has no validation split, documents are held out of the other. A tokenizer that is
-trained for it (--tokenizer train:N) is written, too: <output_dir>/tokenizer/tokenizer.json.
+in the order of the files, each with bos and eos. Beside each file is a .json with dtype, data set (on the hub: its
+commit), tokenizer, vocab_size, the ids that were added to documents (bos_token_id, eos_token_id; null: none),
+documents, tokens. If the data set has no validation split, documents are held out of the training split. A tokenizer
+that is trained for it (--tokenizer train:N) is saved as <output_dir>/tokenizer/tokenizer.json.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from peft_pretraining.data.order import DamageCount  # noqa: E402
 from peft_pretraining.data.sources.documents import (  # noqa: E402
     Damage,
     Source,
+    SourceWrapper,
     files_of,
     revision_of,
 )
@@ -52,7 +53,7 @@ DATA_FLAGS = (
     "dataset", "tokenizer", "dataset_config", "dataset_revision", "train_split", "validation_split", "text_column",
     "text_unit", "add_bos", "add_eos", "damaged_limit",
 )  # fmt: skip
-"""Flags of run_pretrain.py that say what is read and how it becomes ids."""
+"""The flags of run_pretrain.py for the data and its tokenizer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[DataArgs, argparse.Namespace]:
-    """The flags of the data, as run_pretrain.py reads them, and those of the script. Raises UserError."""
+    """Parse the flags of the data, as run_pretrain.py does, and those of the script. Raises UserError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -95,7 +96,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[DataArgs, argparse.Namespace
 
 
 def tokenize(data: DataArgs, args: argparse.Namespace) -> None:
-    """Write the splits that are asked for. Raises UserError."""
+    """Write the splits of the flags. Raises UserError."""
     kind, options = find_kind(data.dataset), data.source_options
     if not isinstance(kind, TextKind):
         raise UserError(f"--dataset {data.dataset}: it holds token ids already.")
@@ -119,22 +120,12 @@ def tokenize(data: DataArgs, args: argparse.Namespace) -> None:
 
 
 @dataclass
-class Counted:
-    """A source that knows how much of it was read."""
+class Counted(SourceWrapper):
+    """A source that counts how much of it was read."""
 
     source: Source
     shards_read: int = 0
     text_chars: int = 0
-
-    @property
-    def name(self) -> str:
-        """See `Source.name`."""
-        return self.source.name
-
-    @property
-    def shards(self) -> int:
-        """See `Source.shards`."""
-        return self.source.shards
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
@@ -143,13 +134,9 @@ class Counted:
             yield item
         self.shards_read += 1
 
-    def fingerprint(self) -> str:
-        """See `Source.fingerprint`."""
-        return self.source.fingerprint()
-
     @property
     def fraction(self) -> float:
-        """Of its bytes, in whole files, in the first by its text; of its shards where it knows no files."""
+        """The share that was read: by the bytes of whole files, or within the first by its text; else by shards."""
         if not (whole := sum(self._sizes)):
             return self.shards_read / self.shards
         return sum(self._sizes[: self.shards_read]) / whole if self.shards_read else min(0.99, self.text_chars / whole)
@@ -161,34 +148,34 @@ class Counted:
 
 
 class Batch(NamedTuple):
-    """Documents as ids."""
+    """A batch of documents as ids."""
 
     documents: list[list[int]]
     fraction: float
-    """Of the source, read when they were."""
+    """The share of the source that had been read."""
 
 
 def encode_ahead(texts: Iterator[str], tokenizer: Tokenizer, read: Counted) -> Iterator[Batch]:
-    """The documents of `read` in their order, encoded by threads while others are read.
+    """Yield the documents of `read` in order, encoded by threads while others are read.
 
     The tokenizers library spreads a batch over all cores itself, and releases the GIL, as sentencepiece does.
     """
     threads = 1 if tokenizer.encoder == "tokenizers" else os.cpu_count() or 1
-    begun: deque[tuple[Future[list[list[int]]], float]] = deque()
+    pending: deque[tuple[Future[list[list[int]]], float]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         while batch := list(islice(texts, DOCUMENTS_PER_BATCH)):
-            begun.append((pool.submit(tokenizer.encode_documents, batch), read.fraction))
-            if len(begun) > threads:
-                future, fraction = begun.popleft()
+            pending.append((pool.submit(tokenizer.encode_documents, batch), read.fraction))
+            if len(pending) > threads:
+                future, fraction = pending.popleft()
                 yield Batch(future.result(), fraction)
-        for future, fraction in begun:
+        for future, fraction in pending:
             yield Batch(future.result(), fraction)
 
 
 def write_split(
     texts: Iterator[str], read: Counted, tokenizer: Tokenizer, target: Path, max_tokens: int, origin: dict[str, Any]
 ) -> None:
-    """Write `target` and its sidecar; both appear under their names only when they are whole, and else nothing stays.
+    """Write `target` and its sidecar under temporary names and rename them when finished; on failure none is left.
 
     `texts` are the documents of `read`, and `origin` goes into the sidecar.
     """
@@ -225,7 +212,7 @@ def _write_split(
                 tokens += len(ids)
                 if max_tokens and tokens >= max_tokens:
                     break
-            if batch.fraction > fraction:  # the first files tell how many tokens there are in so many bytes
+            if batch.fraction > fraction:  # estimated from the tokens per byte of the files so far
                 fraction, whole = batch.fraction, round(tokens / batch.fraction)
                 expected = min(whole, max_tokens or whole)
             done(tokens - before, expected)

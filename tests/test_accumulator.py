@@ -6,7 +6,7 @@ import torch
 from qgalore.kernels.reference import low_rank_update
 from qgalore.layer.quantization import QuantizedTensor
 from qgalore.update.finite_checks import UpdateChecks
-from qgalore.update.gradient_sum import GradientAccumulator, dense, rows_of_gradient, zeros
+from qgalore.update.gradient_sum import GradientSum, dense, rows_of_gradient, zeros
 from tests.kernels.comparison import step_row
 
 
@@ -19,7 +19,7 @@ def grads(count: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...]
     return [torch.randn(*shape, generator=generator).to(dtype) for _ in range(count)]
 
 
-def total(accumulator: GradientAccumulator, parts: list[torch.Tensor]) -> torch.Tensor:
+def total(accumulator: GradientSum, parts: list[torch.Tensor]) -> torch.Tensor:
     for seed, part in enumerate(parts):
         accumulator.add(part.clone(), sum_row(seed))
     return accumulator.take()
@@ -27,14 +27,14 @@ def total(accumulator: GradientAccumulator, parts: list[torch.Tensor]) -> torch.
 
 def test_float32_sum_is_exact_for_bfloat16_parts() -> None:
     parts = grads(8, torch.bfloat16)
-    found = total(GradientAccumulator(torch.float32), parts)
+    found = total(GradientSum(torch.float32), parts)
     assert found.dtype == torch.float32
     assert torch.allclose(found, torch.stack(parts).double().sum(0).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_sum_is_kept_in_bfloat16() -> None:
     parts = grads(4)
-    found = total(GradientAccumulator(torch.bfloat16), parts)
+    found = total(GradientSum(torch.bfloat16), parts)
     assert found.dtype == torch.bfloat16
     assert torch.allclose(found.float(), torch.stack(parts).sum(0), atol=0.06)
 
@@ -44,7 +44,7 @@ def test_int8_sum_is_unbiased() -> None:
     expected = torch.stack(parts).sum(0)
     errors = []
     for trial in range(100):
-        accumulator = GradientAccumulator(torch.int8)
+        accumulator = GradientSum(torch.int8)
         for number, part in enumerate(parts):
             accumulator.add(part.clone(), sum_row(10 * trial + number))
         errors.append(accumulator.take() - expected)
@@ -56,23 +56,23 @@ def test_int8_sum_is_unbiased() -> None:
 
 
 def test_int8_keeps_a_byte_a_value() -> None:
-    accumulator = GradientAccumulator(torch.int8)
+    accumulator = GradientSum(torch.int8)
     for part in grads(2):
         accumulator.add(part, sum_row(0))
-    held = accumulator._sum
-    assert not isinstance(held, torch.Tensor) and held is not None
-    assert held.nbytes < 1.1 * 16 * 300
+    stored = accumulator._sum
+    assert not isinstance(stored, torch.Tensor) and stored is not None
+    assert stored.nbytes < 1.1 * 16 * 300
 
 
 def test_a_vector_is_summed_exactly_at_int8() -> None:
     parts = grads(3, shape=(50,))
-    found = total(GradientAccumulator(torch.int8), parts)
+    found = total(GradientSum(torch.int8), parts)
     assert torch.allclose(found, torch.stack(parts).sum(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_it_is_empty_until_added_to_and_after_taking(dtype: torch.dtype) -> None:
-    accumulator = GradientAccumulator(dtype)
+    accumulator = GradientSum(dtype)
     assert accumulator.empty
     accumulator.add(grads(1)[0], sum_row(0))
     assert not accumulator.empty
@@ -85,20 +85,20 @@ def test_it_is_empty_until_added_to_and_after_taking(dtype: torch.dtype) -> None
 
 def test_a_gradient_that_comes_alone_is_not_copied() -> None:
     grad = grads(1, torch.bfloat16)[0]
-    accumulator = GradientAccumulator(torch.float32)
+    accumulator = GradientSum(torch.float32)
     accumulator.add(grad, sum_row(0))
     assert accumulator.take() is grad
 
 
 def test_another_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"float32, bfloat16 or int8, not in torch\.float16"):
-        GradientAccumulator(torch.float16)
+        GradientSum(torch.float16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 5 * 300)
-    accumulator = GradientAccumulator(getattr(torch, dtype))
+    accumulator = GradientSum(getattr(torch, dtype))
     for seed, part in enumerate(grads(3)):
         accumulator.add(part, sum_row(seed))
     whole = accumulator.value()
@@ -107,15 +107,15 @@ def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.Monke
     skip, (nothing, squared_norm) = checks.skip, checks.squared_norms
     assert nothing == 0
     assert torch.allclose(squared_norm, whole.float().square().sum(), rtol=1e-5) and not skip
-    held = accumulator.take_as_held()
-    assert accumulator.empty and isinstance(held, QuantizedTensor) == (dtype == "int8")
-    assert torch.equal(torch.cat([rows_of_gradient(held, 0, 7), rows_of_gradient(held, 7, 16)]), whole)
+    stored = accumulator.take_stored()
+    assert accumulator.empty and isinstance(stored, QuantizedTensor) == (dtype == "int8")
+    assert torch.equal(torch.cat([rows_of_gradient(stored, 0, 7), rows_of_gradient(stored, 7, 16)]), whole)
 
 
 @pytest.mark.parametrize("row", [0, 15])
 def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 5 * 300)
-    accumulator = GradientAccumulator(torch.int8)
+    accumulator = GradientSum(torch.int8)
     (part,) = grads(1)
     part[row, 3] = float("inf")
     accumulator.add(part, sum_row(0))
@@ -126,34 +126,34 @@ def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("shape", [(16, 300), (300,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_sum_in_a_place_has_the_same_bits_and_stays_there(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_sum_in_a_buffer_has_the_same_bits_and_stays_there(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Also from the second update on, over whatever the first has left there."""
-    place = zeros(torch.Size(shape), dtype, torch.device("cpu"))
-    fixed = GradientAccumulator(dtype, place)
+    out = zeros(torch.Size(shape), dtype, torch.device("cpu"))
+    fixed = GradientSum(dtype, out)
     for update in range(2):
         parts = [part * (update + 1) for part in grads(3, torch.bfloat16, shape)]
         for seed, part in enumerate(parts):
             fixed.add(part.clone(), sum_row(seed))
-        held = fixed.take_as_held()
-        assert held is place and fixed.empty
-        assert torch.equal(dense(held), total(GradientAccumulator(dtype), parts))
+        stored = fixed.take_stored()
+        assert stored is out and fixed.empty
+        assert torch.equal(dense(stored), total(GradientSum(dtype), parts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_sum_over_ranks_takes_the_place_of_the_sum(dtype: torch.dtype) -> None:
-    place, plain = zeros(torch.Size((16, 300)), dtype, torch.device("cpu")), GradientAccumulator(dtype)
-    fixed = GradientAccumulator(dtype, place)
+def test_a_sum_over_ranks_is_written_over_the_sum(dtype: torch.dtype) -> None:
+    out, plain = zeros(torch.Size((16, 300)), dtype, torch.device("cpu")), GradientSum(dtype)
+    fixed = GradientSum(dtype, out)
     value, other = grads(2)
     fixed.add(other, sum_row(0))
     for accumulator in (fixed, plain):
         accumulator.replace(value.clone(), sum_row(1))
-    assert torch.equal(fixed.value(), plain.value()) and fixed.take_as_held() is place
-    # A view of the sum itself, and a gradient of more bits than the place has.
+    assert torch.equal(fixed.value(), plain.value()) and fixed.take_stored() is out
+    # A view of the sum itself, and a gradient of more bits than the buffer has.
     fixed.add(other, sum_row(0))
     sum_itself = fixed.value()
     before = sum_itself.clone()
     fixed.replace(sum_itself, sum_row(1))
-    alone = GradientAccumulator(torch.float32, zeros(torch.Size((16, 300)), torch.bfloat16, torch.device("cpu")))
+    alone = GradientSum(torch.float32, zeros(torch.Size((16, 300)), torch.bfloat16, torch.device("cpu")))
     alone.replace(value, 0)
     assert torch.equal(alone.take(), value)
     if dtype != torch.int8:

@@ -349,6 +349,7 @@ BAD_COMBINATIONS = [
     ("--proj_quant", 1, "--proj_quant cannot work with --optimizer adam, which has no projections"),
     ("--single_gpu", 2, "--single_gpu runs one process, torchrun started 2: use --nproc_per_node 1"),
     (f"{GALORE} --subspace streaming --proj_type full", 1, "--proj_type full projects both sides"),
+    (f"{GALORE} --subspace identity --residual fira", 1, "--subspace identity leaves out nothing"),
     (f"{GALORE} --subspace streaming --svd_method randomized", 1, "--svd_method randomized is for subspaces by SVD"),
     (f"{GALORE} --max_update_proj_gap 10", 1, "--max_update_proj_gap 10 is less than --update_proj_gap 50"),
     (f"{GALORE} --rank 513", 1, "--rank is 513"),

@@ -64,7 +64,7 @@ def test_a_gpu_computes_what_the_cpu_computes(small: SmallRun, case: str) -> Non
 
 @pytest.mark.gpu
 @one_gpu
-def test_a_partly_made_update_is_left_out(small: SmallRun) -> None:
+def test_an_update_with_a_late_overflow_is_skipped(small: SmallRun) -> None:
     """As on the CPU: the device alone knows the flag, the host hears of it one update later."""
     flags: dict[str, object] = CUDA | {"batch_size": 8, "num_training_steps": 7, "save_every": 2}
     per_layer = outcome(small, "per_layer", Fault("gradient", (3, 4)), 1, PER_LAYER | flags)

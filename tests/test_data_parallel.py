@@ -145,7 +145,7 @@ def stop_after(update_step: int, argv: list[str]) -> int:
     update = run_pretrain.Run.update
 
     def update_with_signal(run: run_pretrain.Run) -> bool:
-        if run.update_step == update_step and run.processes.rank == run.processes.world_size - 1:
+        if run.update_step == update_step and run.world.rank == run.world.world_size - 1:
             run.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         return update(run)
 
@@ -170,7 +170,7 @@ def break_replica(argv: list[str]) -> int:
     update = run_pretrain.Run.update
 
     def update_and_break(run: run_pretrain.Run) -> bool:
-        if run.update_step == 2 and run.processes.rank == 1:
+        if run.update_step == 2 and run.world.rank == 1:
             next(run.model.parameters()).data[3, 3] += 1e-6
         return update(run)
 
@@ -222,7 +222,7 @@ def test_torchrun_starts_a_killed_rank_again_and_ends_in_good_order(small: Small
     assert_same_run(whole, small.result("run"))
 
 
-def test_ranks_that_cannot_share_the_lanes(small: SmallRun) -> None:
+def test_ranks_that_cannot_share_the_logical_shards(small: SmallRun) -> None:
     log = small.folder / "log"
     assert on_ranks(2, run_pretrain.main, small.argv("odd", {"data_lanes": 7}), log=log) == [2, 2]
     assert "--data_lanes 7 is not divisible by the 2 ranks" in log.read_text()

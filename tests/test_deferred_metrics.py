@@ -1,4 +1,4 @@
-"""Metrics come out one update later, in order, complete, and as they were when they were handed in."""
+"""Deferred metrics are returned one update later, in order, all of them, with the values they had when stored."""
 
 from __future__ import annotations
 

@@ -19,13 +19,12 @@ from qgalore import (
     kernels,
     low_rank_param_groups,
 )
-from qgalore.layer.grouped_update import LayerUpdate, update_layers_
 from qgalore.layer.linear import LowRankLinear
 from qgalore.subspace.fira import full_direction
 from qgalore.subspace.fit import rotate_moment
 from qgalore.update import moments
 from qgalore.update.directions import DIRECTIONS, orthogonal_directions
-from qgalore.update.low_rank import LowRankWeight
+from qgalore.update.weight import Weight
 from tests.kernels.comparison import step_row
 
 
@@ -46,7 +45,7 @@ def test_orthogonalized_matrices_have_singular_values_near_1(shape: tuple[int, i
 
 def trained(
     shape: tuple[int, int] = (24, 40), kind: type[GaLoreAdamW] = GaLoreAdamW, **keys: object
-) -> tuple[nn.Linear, GaLoreAdamW, LowRankWeight]:
+) -> tuple[nn.Linear, GaLoreAdamW, Weight]:
     """A linear layer, its optimizer and weight."""
     model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     layer = model[0]
@@ -60,9 +59,10 @@ def trained(
     return layer, optimizer, weight
 
 
-def bases(weight: LowRankWeight) -> tuple[Tensor | None, Tensor | None]:
+def bases(weight: Weight) -> tuple[Tensor | None, Tensor | None]:
     """As they are before a refresh."""
-    left, right = weight.basis("left"), weight.basis("right")
+    weight.init_state()
+    left, right = weight.subspace.stored.read("left"), weight.subspace.stored.read("right")
     return None if left is None else left.clone(), None if right is None else right.clone()
 
 
@@ -95,7 +95,7 @@ def test_an_orthogonal_step_is_muons_in_the_subspace(shape: tuple[int, int], kin
     assert "exp_avg" in weight.state and "exp_avg_sq" not in weight.state
 
 
-def test_directions_are_made_notedup_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directions_are_grouped_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the weights of one rank, and each weight gets its own: what comes out does not depend on how many wait."""
     shapes, ranks = [(24, 40), (40, 24), (24, 24), (40, 24)], [8, 8, 6, 8]
     values = [rank * max(shape) for rank, shape in zip(ranks, shapes, strict=True)]
@@ -108,7 +108,7 @@ def test_directions_are_made_notedup_to_a_size(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("qgalore.update.directions.orthogonal_directions", noted)
 
     def trained_weights(limit: int) -> list[Tensor]:
-        monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(values_together=limit))
+        monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(group_values=limit))
         layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
         for index, layer in enumerate(layers):
             layer.weight.data.copy_(normal(*shapes[index], seed=index))  # type: ignore[operator, union-attr]
@@ -155,7 +155,7 @@ def test_small_quantized_weights_are_updated_together(monkeypatch: pytest.Monkey
     def trained_layers(limit: int, clip: float | None = None) -> list[Tensor]:
         for counts in calls.values():
             counts.clear()
-        monkeypatch.setitem(DIRECTIONS, "adam", DIRECTIONS["adam"]._replace(values_together=limit))
+        monkeypatch.setitem(DIRECTIONS, "adam", DIRECTIONS["adam"]._replace(group_values=limit))
         model = nn.ModuleDict({f"l{i}": nn.Linear(n, m, bias=False) for i, (m, n) in enumerate(shapes)})
         for index, linear in enumerate(model.values()):
             linear.weight.data.copy_(normal(*shapes[index], seed=index))
@@ -185,17 +185,17 @@ def test_small_quantized_weights_are_updated_together(monkeypatch: pytest.Monkey
             assert torch.equal(one, other) and torch.equal(one, third)
 
 
-def test_updates_of_layers_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_of_layers_are_those_of_each() -> None:
     layers = [LowRankLinear(normal(20, 64, seed=seed), None, WeightFormat(8, 32)) for seed in range(3)]
     alone = copy.deepcopy(layers)
     directions, bases = [normal(4, 64, seed=10 + i) for i in range(3)], [normal(4, 20, seed=20 + i) for i in range(3)]
     how = [(0.1, 0.9, 5), (0.0, 1.0, 6), (0.2, 0.8, 7)]
     updates = [
-        LayerUpdate(layer, direction, basis, None, step_row(*numbers))
+        layer.quantized_update(direction, basis, None, step_row(*numbers))
         for layer, direction, basis, numbers in zip(layers, directions, bases, how, strict=True)
     ]
     stays = layers[1].weight.clone()
-    update_layers_(updates)
+    kernels.update_quantized_(updates)
     for layer, direction, basis, numbers in zip(alone, directions, bases, how, strict=True):
         layer.update_(direction, basis, None, step_row(*numbers))
     for one, other in zip(layers, alone, strict=True):
@@ -203,22 +203,23 @@ def test_updates_of_layers_are_those_of_each(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(layers[1].weight, stays), "a learning rate of 0"
     float_layer = LowRankLinear(normal(20, 64), None, WeightFormat())
     with pytest.raises(ValueError, match="float"):
-        update_layers_([updates[0]._replace(layer=float_layer)])
+        float_layer.quantized_update(directions[0], bases[0], None, step_row(*how[0]))
     # Autograd has to see what a kernel writes, unless CUDA graphs run the layer.
-    monkeypatch.setattr(kernels, "update_quantized_", lambda updates, skip: None)
     layers[2].checks_version = False
     before = [layer.weight._version for layer in layers]
-    update_layers_(updates)
+    for layer in layers:
+        layer.was_written()
     assert [layer.weight._version > old for layer, old in zip(layers, before, strict=True)] == [True, True, False]
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_a_refresh_rotates_both_moments(shape: tuple[int, int]) -> None:
     layer, optimizer, weight = trained(shape, update_proj_gap=100)
-    (side,) = weight.sides
-    old, grad = weight.basis(side).clone(), normal(*shape)
+    (side,) = weight.subspace.sides
+    weight.init_state()
+    old, grad = weight.subspace.stored.read(side).clone(), normal(*shape)
     update(layer, optimizer, grad)  # and the first refresh
-    projected, change = old @ grad if side == "left" else grad @ old.T, weight.basis(side) @ old.T
+    projected, change = old @ grad if side == "left" else grad @ old.T, weight.subspace.stored.read(side) @ old.T
     for power, (name, share) in enumerate((("exp_avg", 0.1), ("exp_avg_sq", 0.001)), start=1):
         expected = rotate_moment(share * projected**power, change, side, power)
         torch.testing.assert_close(weight.state[name], expected, rtol=1e-4, atol=1e-6)
@@ -250,7 +251,7 @@ def test_a_residual_reaches_the_weight() -> None:
         taken = update(layer, optimizer, normal(24, 40))
         beyond = taken - left.T @ (left @ taken)
         assert bool(beyond.norm() > 0.3 * taken.norm()) == outside
-        assert weight._last_full is None, "not kept"
+        assert weight.gradient._last_full is None, "not kept"
 
 
 def test_the_residual_of_the_last_micro_batch_stands_for_all() -> None:
@@ -270,7 +271,7 @@ def test_norms_grow_by_the_limit_at_most() -> None:
     layer, optimizer, weight = trained(norm_growth=1.1, update_proj_gap=100)
     direction = normal(24, 40)
     update(layer, optimizer, direction)  # and the first refresh
-    first = float((weight.basis("left") @ direction).norm())
+    first = float((weight.subspace.stored.read("left") @ direction).norm())
     weight.state["limited_norm"].zero_()
     weight.state["exp_avg"].zero_()
     sizes, limited = [1.0, 5.0, 1.05, 0.1, float("nan"), 1.0], [1.0, 1.1, 1.05, 0.1, 0.1, 0.11]
@@ -287,7 +288,7 @@ def test_norms_are_limited_and_clipped_at_once() -> None:
     layer, optimizer, weight = trained(norm_growth=1.1, update_proj_gap=100)
     direction = normal(24, 40)
     update(layer, optimizer, direction)  # and the first refresh
-    norm = float((weight.basis("left") @ direction).norm())
+    norm = float((weight.subspace.stored.read("left") @ direction).norm())
     weight.state["limited_norm"].fill_(norm)
     weight.state["exp_avg"].zero_()
     layer.weight.grad = 5 * direction

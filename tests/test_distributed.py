@@ -1,4 +1,4 @@
-"""What the processes of a run say to each other, on one rank and on several."""
+"""The collectives of a `World` and the rendezvous, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.runtime import process, rendezvous, world
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.runtime.world import Processes, start_processes
+from peft_pretraining.runtime.world import World, start_world
 from tests.small_run import on_ranks, restored_process
 
 
@@ -30,13 +30,13 @@ def _handlers() -> Iterator[None]:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Processes:
+def alone(monkeypatch: pytest.MonkeyPatch) -> World:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    return start_processes("cpu", StopRequest())
+    return start_world("cpu", StopRequest())
 
 
-def test_plain_python_is_one_rank(alone: Processes) -> None:
+def test_plain_python_is_one_rank(alone: World) -> None:
     assert (alone.rank, alone.world_size, alone.device.type, alone.is_main) == (0, 1, "cpu", True)
     assert world_size_of_launch() == 1 and not torch.distributed.is_initialized()
     tensor = torch.ones(3)
@@ -48,7 +48,7 @@ def test_plain_python_is_one_rank(alone: Processes) -> None:
     alone.close()
 
 
-def test_what_fails_on_the_main_rank_fails(alone: Processes) -> None:
+def test_what_fails_on_the_main_rank_fails(alone: World) -> None:
     def fail() -> int:
         raise UserError("a sentence")
 
@@ -62,10 +62,10 @@ def test_the_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_auto_takes_the_cpu_where_there_is_nothing_else(alone: Processes) -> None:
-    assert start_processes("auto", StopRequest()).device.type == "cpu"
+def test_auto_takes_the_cpu_where_there_is_nothing_else(alone: World) -> None:
+    assert start_world("auto", StopRequest()).device.type == "cpu"
     with pytest.raises(UserError, match="--device cuda: no CUDA device is visible"):
-        start_processes("cuda", StopRequest())
+        start_world("cuda", StopRequest())
 
 
 @pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else(alone: Processes) -> Non
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     with pytest.raises(UserError, match=r"--nproc_per_node started rank \d+ of this machine"):
-        start_processes("auto", StopRequest())
+        start_world("auto", StopRequest())
 
 
 @pytest.mark.gpu
@@ -82,9 +82,9 @@ def test_segments_of_device_memory_can_grow() -> None:
     """In a process of its own: the allocator reads its settings once."""
     code = """
 import torch
-from peft_pretraining.runtime.world import start_processes
+from peft_pretraining.runtime.world import start_world
 from peft_pretraining.runtime.signals import StopRequest
-start_processes("cuda", StopRequest())
+start_world("cuda", StopRequest())
 kept = torch.zeros(1 << 20, device="cuda")
 assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 """
@@ -94,35 +94,35 @@ assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 
 def talk(folder: str) -> int:
     """One of several ranks: says everything that can be said and writes down what it heard."""
-    processes = start_processes("cpu", StopRequest())
-    rank = processes.rank
-    heard: dict[str, object] = {"is_main": processes.is_main, "size": processes.world_size}
+    world = start_world("cpu", StopRequest())
+    rank = world.rank
+    heard: dict[str, object] = {"is_main": world.is_main, "size": world.world_size}
     tensor = torch.full((2,), float(rank + 1))
-    reduce = processes.gradient_all_reduce()
+    reduce = world.gradient_all_reduce()
     assert reduce is not None
     waiting = reduce(tensor)
     assert waiting is not None
     waiting.wait()
     heard["sum"] = tensor.tolist()
-    heard["host_sum"] = processes.sum_on_host(10**12 + rank)
-    heard["gathered"] = processes.gather({"rank": rank, "list": [rank] * rank})
-    heard["from_main"] = processes.from_main(lambda: f"said by {rank}")
+    heard["host_sum"] = world.sum_on_host(10**12 + rank)
+    heard["gathered"] = world.gather({"rank": rank, "list": [rank] * rank})
+    heard["from_main"] = world.from_main(lambda: f"said by {rank}")
 
     def fail() -> int:
         raise UserError(f"refused by {rank}")
 
     try:
-        processes.from_main(fail)
+        world.from_main(fail)
     except UserError as error:
         heard["refusal"] = str(error)
     codes = torch.arange(6, dtype=torch.uint8).reshape(2, 3).T  # not contiguous
-    processes.check_replicas({"codes": codes, "empty": torch.empty(0), "scale": torch.ones(1).bfloat16()}, 4)
-    broken = {"same": codes, "other": torch.tensor([0.0, -0.0][rank == processes.world_size - 1])}
+    world.check_replicas({"codes": codes, "empty": torch.empty(0), "scale": torch.ones(1).bfloat16()}, 4)
+    broken = {"same": codes, "other": torch.tensor([0.0, -0.0][rank == world.world_size - 1])}
     try:
-        processes.check_replicas(broken, 9)
+        world.check_replicas(broken, 9)
     except UserError as error:
         heard["replicas"] = str(error)
-    processes.close()
+    world.close()
     assert not torch.distributed.is_initialized()
     (Path(folder) / str(rank)).write_text(json.dumps(heard))
     return 0
@@ -162,7 +162,7 @@ def test_a_start_sees_nothing_of_the_starts_before(launcher: torch.distributed.T
     for attempt in range(6):
         with ThreadPoolExecutor(3) as ranks:
             order = [(attempt + i) % 3 for i in range(3)]
-            met = {rank: ranks.submit(world.meet, rank, 3, stop) for rank in order}
+            met = {rank: ranks.submit(world.agree_on_store, rank, 3, stop) for rank in order}
             stores = {rank: each.result(timeout=30) for rank, each in met.items()}
         assert not stores[0].check(["address"]), "left by the start before"
         stores[2].set("address", f"of attempt {attempt}")
@@ -173,7 +173,7 @@ def test_ranks_that_do_not_come(launcher: torch.distributed.TCPStore, monkeypatc
     monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1.2))
     for rank in (0, 1):
         with pytest.raises(UserError, match="not all 3 ranks started within 0 minutes: start torchrun on all machines"):
-            world.meet(rank, 3, StopRequest())
+            world.agree_on_store(rank, 3, StopRequest())
 
 
 def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPStore) -> None:
@@ -181,7 +181,7 @@ def test_a_signal_ends_the_wait_for_other_ranks(launcher: torch.distributed.TCPS
         stop = StopRequest()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(UserError, match="SIGTERM came while this rank waited for the others"):
-            world.meet(rank, 3, stop)
+            world.agree_on_store(rank, 3, stop)
 
 
 @pytest.mark.parametrize(("ranks", "at_once"), [("1", False), ("2", True)])

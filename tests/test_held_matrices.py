@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
 from qgalore.graphs import dequant_cache
-from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.layer.linear import LowRankLinear
-from qgalore.update.low_rank import LowRankWeight
+from qgalore.update.weight import Weight
 from tests.kernels.comparison import step_row
 from tests.test_layer_graphs import CASES, emulate_graphs, trained
 
@@ -70,7 +70,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def until_no_refresh(self) -> Training:
-        while any(weight.changes_subspace for weight in self.optimizer.low_rank_weights()):
+        while any(weight.subspace.due for weight in self.optimizer.low_rank_weights()):
             self.step()
         return self
 
@@ -79,13 +79,13 @@ class Training:
         return [module for module in self.model.modules() if isinstance(module, LowRankLinear)]
 
     @property
-    def weights(self) -> list[LowRankWeight]:
+    def weights(self) -> list[Weight]:
         return list(self.optimizer.low_rank_weights())
 
     @property
     def nothing_is_held(self) -> bool:
         held = any(layer.held_weight is not None for layer in self.linears)
-        return not held and not any(weight.held_bases for weight in self.weights)
+        return not held and not any(weight.subspace.stored.cached for weight in self.weights)
 
 
 @pytest.fixture
@@ -135,11 +135,11 @@ def test_every_micro_batch_dequantizes_once(calls: list[int]) -> None:
 def test_one_by_one_above_the_limit(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training().until_no_refresh()
     bases = sum(4 * 4 * min(layer.out_features, layer.in_features) for layer in training.linears[:MATRICES])
-    monkeypatch.setattr(dequant_cache, "HELD_BYTES", bases)
+    monkeypatch.setattr(dequant_cache, "CACHE_BYTES", bases)
     calls.clear()
     training.step()
     assert calls == 2 * [1] * MATRICES + 2 * ([MATRICES] + [1] * MATRICES), "bases fit, weights do not"
-    monkeypatch.setattr(dequant_cache, "HELD_BYTES", bases - 1)
+    monkeypatch.setattr(dequant_cache, "CACHE_BYTES", bases - 1)
     calls.clear()
     training.step()
     assert calls == 2 * [1] * MATRICES * (1 + 3)
@@ -175,7 +175,7 @@ def test_the_bits_are_those_of_one_by_one(
     together = trained(tmp_path, "cpu", flags, sums=sums)
     assert calls.count(7) > 9 * 3
     calls.clear()
-    monkeypatch.setattr(dequant_cache, "HELD_BYTES", 0)
+    monkeypatch.setattr(dequant_cache, "CACHE_BYTES", 0)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == together[:2]
     assert set(calls) == {1, 2}, "two where one product takes the weights of queries and keys"
 
@@ -183,7 +183,7 @@ def test_the_bits_are_those_of_one_by_one(
 def test_a_held_weight_is_that_of_its_own(calls: list[int]) -> None:
     layers = Training().linears
     expected = [layer.padded_weight(torch.bfloat16) for layer in layers]
-    with held_weights(layers, torch.bfloat16):
+    with cached_weights(layers, torch.bfloat16):
         calls.clear()
         assert all(
             torch.equal(layer.padded_weight(torch.bfloat16), w) for layer, w in zip(layers, expected, strict=True)
@@ -198,7 +198,7 @@ def test_a_held_weight_is_that_of_its_own(calls: list[int]) -> None:
 def test_a_weight_is_not_held_beyond_its_update() -> None:
     training = Training()
     changed, other = training.linears[:2]
-    with held_weights([changed, other], torch.float32):
+    with cached_weights([changed, other], torch.float32):
         before = changed.padded_weight(torch.float32)
         changed.update_(torch.ones(24, 24), None, None, step_row(0.1, 1.0, 0))
         assert not torch.equal(changed.padded_weight(torch.float32), before)
@@ -208,9 +208,10 @@ def test_a_weight_is_not_held_beyond_its_update() -> None:
 def refresh(training: Training) -> None:
     """New bases of all weights, in the places of the old ones."""
     for weight in training.weights:
-        for side in weight.sides:
-            rank, d = weight.quantized_bases()[side].shape
-            weight._refresh_from_sketch(side, torch.randn(rank, d, generator=torch.Generator().manual_seed(7)))
+        for side in weight.subspace.sides:
+            rank, d = weight.subspace.stored.quantized()[side].shape
+            sketch = torch.randn(rank, d, generator=torch.Generator().manual_seed(7))
+            weight.subspace.change_after_step({side: sketch}, weight.rotate_moments, None)
 
 
 def load(training: Training) -> None:
@@ -230,12 +231,13 @@ def test_bases_are_not_held_beyond_what_they_were_made_of(change: Callable[[Trai
     training = Training()
     training.step()
     weights = training.weights
-    before = [weight.basis(weight.sides[0]) for weight in weights]
-    with held_bases(weights, torch.float32):
-        assert all(weight.basis(weight.sides[0]) is weight.held_bases[weight.sides[0]] for weight in weights)
+    before = [weight.subspace.stored.read(weight.subspace.sides[0]) for weight in weights]
+    with cached_bases(weights, torch.float32):
+        for bases in (weight.subspace.stored for weight in weights):
+            assert bases.read(bases.sides[0]) is bases.cached[bases.sides[0]]
         change(training)
-        assert not any(weight.held_bases for weight in weights)
-        after = [weight.basis(weight.sides[0]) for weight in weights]
+        assert not any(weight.subspace.stored.cached for weight in weights)
+        after = [weight.subspace.stored.read(weight.subspace.sides[0]) for weight in weights]
     changes = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]  # type: ignore[arg-type]
     assert all(changes) if change in (refresh, load) else not any(changes)
 
@@ -244,13 +246,13 @@ def test_bases_are_forgotten_with_the_end_of_their_update() -> None:
     training = Training().until_no_refresh()
     (block, _), weights = training.model, training.weights[:MATRICES]
     training.optimizer.is_last_micro_batch = False
-    with held_bases(weights, torch.float32):
+    with cached_bases(weights, torch.float32):
         block(torch.randn(5, 24)).square().sum().backward()
-        assert all(weight.held_bases for weight in weights), "a micro-batch is no update"
+        assert all(weight.subspace.stored.cached for weight in weights), "a micro-batch is no update"
         training.optimizer.is_last_micro_batch = True
         block(torch.randn(5, 24)).square().sum().backward()
         training.optimizer.step()
-        assert not any(weight.held_bases for weight in weights)
+        assert not any(weight.subspace.stored.cached for weight in weights)
 
 
 def test_nothing_is_held_beyond_an_error() -> None:
@@ -258,8 +260,8 @@ def test_nothing_is_held_beyond_an_error() -> None:
     training.step()
     with (
         pytest.raises(RuntimeError, match="a layer failed"),
-        held_weights(training.linears, torch.float32),
-        held_bases(training.weights, torch.float32),
+        cached_weights(training.linears, torch.float32),
+        cached_bases(training.weights, torch.float32),
     ):
         assert not training.nothing_is_held
         raise RuntimeError("a layer failed")

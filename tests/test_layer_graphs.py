@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,14 +20,13 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import runner
-from qgalore.graphs.captured import CapturedStack
-from qgalore.graphs.eager import Work
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import step_table
-from qgalore.update.all_reduce import RankSum
-from qgalore.update.full_rank import FullRankWeight
-from qgalore.update.low_rank import LowRankWeight
+from qgalore.update.all_reduce import Bucket
+from qgalore.update.finite_checks import UpdateChecks
+from qgalore.update.weight import Weight
+from tests.recorded_graphs import RecordedGraph, RecordedStack, record_kernels
 from tests.small_run import CONFIG
 
 
@@ -38,11 +34,11 @@ class SumOfOne:
     """The sum of a message over one rank; graphs neither begin it nor wait for it."""
 
     def __init__(self, message: Tensor) -> None:
-        assert not EmulatedStack.in_graph
+        assert not in_graph()
 
     def wait(self) -> None:
         """It is there."""
-        assert not EmulatedStack.in_graph
+        assert not in_graph()
 
 
 QUANTIZED = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant"
@@ -111,7 +107,7 @@ def trained(
         optimizer.step()
         if step >= waits_from:
             torch.cuda.set_sync_debug_mode("default")
-        assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.partly_made())
+        assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.late_overflow())
         assert float(optimizer.grad_norm()) > 0
         optimizer.zero_grad()
         losses.append(float(total))
@@ -158,120 +154,78 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
     assert len(calls) % (3 * 9) == 0 and calls
 
 
-class EmulatedGraph:
-    """Runs again what was captured, as a graph would, but from Python and so with the host's account of it."""
-
-    def __init__(self, stack: EmulatedStack, work: Callable[[], None]) -> None:
-        self.stack, self.work, self.replays = stack, work, 0
-
-    def replay(self) -> None:
-        """The first time `work` has already run, when it was captured."""
-        self.replays += 1
-        if self.replays > 1:
-            before = dict(self.stack._messages)  # a graph makes no objects
-            self.stack._launch(self.work)
-            self.stack._messages = before
+def in_graph() -> bool:
+    return RecordedGraph.recording is not None
 
 
-class EmulatedStack(CapturedStack):
-    """The stack of graphs on a CPU: its order, its places and messages."""
-
-    in_memory = False
-    """Whether what is allocated lies where a replay may write over it."""
-
-    in_graph = False
-
-    def _launch(self, work: Callable[[], None]) -> None:
-        EmulatedStack.in_graph = True
-        work()
-        EmulatedStack.in_graph = False
-
-    def _capture(self, work: Callable[[], None]) -> Any:
-        self._launch(work)
-        return EmulatedGraph(self, work)
-
-    def _run_forward(self) -> None:
-        del self._inputs[1:], self._outputs[:]
-        super()._run_forward()
-
-    def _replay(self, work: Work, index: int) -> None:
-        assert not any(weight.changes_subspace for weight in self._weights[index]), "a graph refreshes nothing"
-        super()._replay(work, index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # What has run at the capture saw no input.
-        self._forward_graph.replays += 1  # type: ignore[attr-defined]
-        return super().forward(x)
-
-    @contextlib.contextmanager
-    def memory(self) -> Iterator[None]:
-        EmulatedStack.in_memory = True
-        yield
-        EmulatedStack.in_memory = False
+def skip_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host does not know whether an update is skipped."""
+    monkeypatch.setattr(UpdateChecks, "skip_on_device", lambda checks: checks.skip)
 
 
-def emulate_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs on the CPU go as from graphs, in which no step row can be written."""
     write = step_table._write
 
     def write_outside(rows: Tensor, values: object) -> None:
-        assert not EmulatedStack.in_graph, "a graph would write the rows of its capture again"
+        assert not in_graph(), "a graph would write the rows of its capture again"
         write(rows, values)
 
+    skip_on_device(monkeypatch)
+    record_kernels(monkeypatch)
     monkeypatch.setattr(step_table, "_write", write_outside)
-    monkeypatch.setattr(step_table, "is_capturing", lambda device: EmulatedStack.in_graph)
+    monkeypatch.setattr(step_table, "is_capturing", lambda device: in_graph())
 
     def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
         model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
 
     monkeypatch.setattr(build, "allows_graphs", lambda _: True)
     monkeypatch.setattr(build, "replay_layers", layer_by_layer)
-    monkeypatch.setattr(runner, "CapturedStack", EmulatedStack)
+    monkeypatch.setattr(runner, "CapturedStack", RecordedStack)
     monkeypatch.setattr(runner, "_can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    for kind in (FullRankWeight, LowRankWeight):
-        for name in ("count_replayed_update", "count_replayed_sum"):
-            monkeypatch.setattr(kind, name, lambda _: None)
 
 
 @pytest.mark.parametrize(("case", "sums"), [*((case, False) for case in CASES), *SUMMED])
-def test_emulated_graphs_give_the_bits_of_plain_calls(
+def test_recorded_graphs_give_the_bits_of_plain_calls(
     case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = f"{CASES[case]} --dtype float32"
+    skip_on_device(monkeypatch)
     plain = trained(tmp_path, "cpu", flags, sums=sums)
-    emulate_graphs(monkeypatch)
-    emulated = trained(tmp_path, "cpu", flags, sums=sums)
-    assert emulated[:2] == plain[:2]
-    graphs = emulated[2].model.run_layers
+    record_graphs(monkeypatch)
+    recorded = trained(tmp_path, "cpu", flags, sums=sums)
+    assert recorded[:2] == plain[:2]
+    graphs = recorded[2].model.run_layers
     assert isinstance(graphs, LayerGraphs) and graphs.replays
-    assert all(weight._full.place is None for weight in graphs._optimizer.low_rank_weights()), "none is kept"
+    sums = [weight.gradient._sums for weight in graphs._optimizer.low_rank_weights()]
+    assert all(each.keys() == {"gradient"} for each in sums), "no full gradient is kept"
 
 
 @pytest.mark.parametrize("captures", [False, True])
-def test_no_message_outlives_its_updates(captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is made while the other is under way, and graphs have two places for them."""
-    emulate_graphs(monkeypatch)
+def test_no_bucket_outlives_its_updates(captures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is made while the other is under way, and graphs have two buffers for them."""
+    record_graphs(monkeypatch)
     monkeypatch.setattr(runner, "_can_capture", lambda _: captures)
-    message_of, alive, most = LowRankAdamW.message_of, weakref.WeakSet[RankSum](), []
+    bucket_of, alive, most = LowRankAdamW.bucket_of, weakref.WeakSet[Bucket](), []
 
-    def watched(optimizer: LowRankAdamW, weights: list[FullRankWeight], buffer: Tensor | None = None) -> RankSum | None:
-        message = message_of(optimizer, weights, buffer)
-        assert message is not None
-        if buffer is None or message.message.data_ptr() != buffer.data_ptr():
-            alive.add(message)
-            assert not EmulatedStack.in_memory, "a graph of the layer below would write over it"
+    def watched(optimizer: LowRankAdamW, weights: list[Weight], buffer: Tensor | None = None) -> Bucket | None:
+        bucket = bucket_of(optimizer, weights, buffer)
+        assert bucket is not None
+        if buffer is None or bucket.buffer.data_ptr() != buffer.data_ptr():
+            alive.add(bucket)
+            assert not RecordedStack.in_pool, "a graph of the layer below would write over it"
         most.append(len(alive))
-        return message
+        return bucket
 
-    monkeypatch.setattr(LowRankAdamW, "message_of", watched)
+    monkeypatch.setattr(LowRankAdamW, "bucket_of", watched)
     trained(tmp_path, "cpu", f"{CASES['streaming']} --dtype float32", sums=True)
     assert max(most) == 2 and not alive
 
 
 def test_two_forward_passes_at_once_go_without_graphs_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    emulate_graphs(monkeypatch)
+    record_graphs(monkeypatch)
     layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
     optimizer = LowRankAdamW([parameter for layer in layers for parameter in layer.parameters()], lr=0.02)
     optimizer.attach(nn.ModuleList(layers))
@@ -294,17 +248,21 @@ def test_two_forward_passes_at_once_go_without_graphs_or_are_refused(monkeypatch
 
 @pytest.mark.parametrize("change", ["group", "state"])
 def test_graphs_are_void_after_another_group_or_state(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulate_graphs(monkeypatch)
+    record_graphs(monkeypatch)
     layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
     optimizer = LowRankAdamW([parameter for layer in layers for parameter in layer.parameters()], lr=0.02)
     optimizer.attach(nn.ModuleList(layers), update_in_backward=change == "state")
     graphs = LayerGraphs(layers, lambda layer, x: layer(x), optimizer)
     empty = copy.deepcopy(optimizer.state_dict())
     begins = []
-    init_state = FullRankWeight._init_state
-    monkeypatch.setattr(
-        FullRankWeight, "_init_state", lambda weight: begins.append(graphs.replays) or init_state(weight)
-    )
+    init_state = Weight.init_state
+
+    def noted(weight: Weight) -> None:
+        if not weight.state:
+            begins.append(graphs.replays)
+        init_state(weight)
+
+    monkeypatch.setattr(Weight, "init_state", noted)
 
     def train(steps: int) -> None:
         for _ in range(steps):

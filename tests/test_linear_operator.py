@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer import autograd_op, linear
 from qgalore.layer.gradient_sink import GradientTap
 from qgalore.layer.layout import joined, new_stack
 from qgalore.layer.linear import products
-from qgalore.subspace import fit
-from qgalore.update import low_rank
+from qgalore.subspace import fit, methods
 from tests.taps import FactorTap
 from tests.test_memory_plan import CONFIG
 
@@ -205,8 +204,7 @@ def attached(net: Net, **flags: object) -> tuple[Net, QGaLoreAdamW8bit]:
 @pytest.fixture
 def directly(monkeypatch: pytest.MonkeyPatch) -> None:
     """These matrices are too small for it to pay."""
-    for module in (fit, low_rank):
-        monkeypatch.setattr(module, "projects_directly", lambda tokens, *rest: tokens > 1)
+    monkeypatch.setattr(fit, "projects_directly", lambda tokens, *rest: tokens > 1)
 
 
 def trained(net: Net, optimizer: QGaLoreAdamW8bit, updates: int = 7) -> list[Tensor]:
@@ -260,7 +258,7 @@ def test_only_what_is_projected_directly_from_the_right_is_joined(
     for weight in weights:
         if weight.forms_gradient(x):  # and the factors are not projected one by one
             weight.accumulate(normal(tokens, weight.shape[0]), x)
-    monkeypatch.setattr(low_rank, "JOINED_BASIS_BYTES", 4 * 48 * 4 - 1)
+    monkeypatch.setattr(methods, "GROUPED_BASIS_BYTES", 4 * 48 * 4 - 1)
     assert all(weight.input_basis(x) is None for weight in weights), "too large"
 
 
@@ -270,7 +268,7 @@ def test_what_is_held_needs_no_copy() -> None:
     trained(net, optimizer, 1)
     layers = [layer for layer in net.children() if isinstance(layer, LowRankLinear)]
     weights = list(optimizer.low_rank_weights())
-    with held_weights(layers, torch.float32), held_bases(weights, torch.float32):
+    with cached_weights(layers, torch.float32), cached_bases(weights, torch.float32):
         bases = [weight.input_basis(normal(64, 48)) for weight in weights]
         assert joined([basis for basis in bases if basis is not None], 0) is not None and None not in bases
         assert layers[0].held_weight is not None

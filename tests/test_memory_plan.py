@@ -27,7 +27,7 @@ from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.registry import config_from, read_config
-from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer.linear import product_bytes
 from qgalore.subspace.fit import orthonormalize, rotate_moment
 from qgalore.update.directions import orthogonal_directions
@@ -116,6 +116,7 @@ MODES = {
     "another rank of the MLP": f"{Q_GALORE} --mlp_rank 13",
     "residual": f"{Q_GALORE} --residual fira",
     **{kind: f"{Q_GALORE} --rank 25 --proj_type {kind}" for kind in ("reverse_std", "left", "right", "full")},
+    "identity": f"{Q_GALORE} --subspace identity",
     "sgd": "--optimizer sgd",
     "sgd momentum": "--optimizer sgd --beta1 0.9",
     "muon": "--optimizer muon",
@@ -147,11 +148,12 @@ def test_weights_and_states_are_exact(mode: str, tied: bool, tmp_path: Path) -> 
     gradients = memory.lasting.pop(GRADIENTS)
     bound = memory.lasting.pop(REFRESHES)
     assert memory.lasting == found and gradients > 0
-    assert (bound > 0) == ("rank" in flags)
+    assert (bound > 0) == ("rank" in flags and "identity" not in flags)
     assert memory.weights_and_states_bytes == sum(found.values())
 
 
 SUMS = [
+    f"{Q_GALORE} --subspace identity",
     *(f"{Q_GALORE} {flag}" for flag in ("", "--grad_accum_dtype int8 --batch_size 1", "--residual fira")),
     *(f"{PER_LAYER} --batch_size 1 --grad_accum_dtype {dtype}" for dtype in ("float32", "bfloat16", "int8")),
     "--optimizer adamw --batch_size 1",
@@ -332,9 +334,9 @@ def test_what_a_layer_holds_is_exact(tmp_path: Path) -> None:
     weights: list[Any] = optimizer.weights_of(model.model.layers[0])[:7]
     flags = f"{PER_LAYER} --device cuda --batch_size 2"
     run = PassingBytes(run_of(flags, RAGGED))
-    with held_weights(layers, torch.bfloat16), held_bases(weights, torch.bfloat16):
+    with cached_weights(layers, torch.bfloat16), cached_bases(weights, torch.bfloat16):
         assert run.weights == size(layer.held_weight for layer in layers)
-        assert run.bases == size(basis for weight in weights for basis in weight.held_bases.values()) > 0
+        assert run.bases == size(basis for weight in weights for basis in weight.subspace.stored.cached.values()) > 0
     for other in ("--cuda_graphs off", "--int8_products"):
         assert PassingBytes(run_of(f"{flags} {other}", RAGGED)).weights == 0
     for other in (f"{flags} --cuda_graphs off", flags.replace("--proj_quant", "")):

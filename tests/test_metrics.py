@@ -26,7 +26,7 @@ def make_logger(save_dir: Path, **options: Any) -> MetricsLogger:
 def write_updates(save_dir: Path, steps: range) -> None:
     logger = make_logger(save_dir)
     for step in steps:
-        logger.log(step, {"train/loss": 1 / step, "throughput/tokens_per_second": 100.0 * step})
+        logger.log_metrics(step, {"train/loss": 1 / step, "throughput/tokens_per_second": 100.0 * step})
     logger.close()
 
 
@@ -40,19 +40,19 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_lines_are_written_at_once_and_read_back(tmp_path: Path) -> None:
     logger = make_logger(tmp_path / "new" / "run")
-    logger.log(1, {"train/loss": 0.1 + 0.2, "train/tokens": 7})
+    logger.log_metrics(1, {"train/loss": 0.1 + 0.2, "train/tokens": 7})
     assert read_metrics(tmp_path / "new" / "run") == [{"update_step": 1, "train/loss": 0.1 + 0.2, "train/tokens": 7}]
-    logger.log(1, {"eval/loss": math.nan})
+    logger.log_metrics(1, {"eval/loss": math.nan})
     assert read_metrics(tmp_path / "new" / "run")[1] == {"update_step": 1, "eval/loss": None}
     logger.close()
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
     logger = make_logger(tmp_path / "run", rank=1, wandb_mode="offline")
-    logger.log(1, {"train/loss": 1.0})
+    logger.log_metrics(1, {"train/loss": 1.0})
     logger.truncate_after(0)
     logger.sync()
-    logger.say("unseen")
+    logger.log("unseen")
     logger.close()
     assert not (tmp_path / "run").exists()
     assert logger.run_id is None
@@ -64,7 +64,7 @@ def test_stop_and_resume_gives_the_bytes_of_an_uninterrupted_run(tmp_path: Path)
     logger = make_logger(tmp_path / "parts")
     logger.truncate_after(5)
     for step in range(6, 11):
-        logger.log(step, {"train/loss": 1 / step, "throughput/tokens_per_second": 100.0 * step})
+        logger.log_metrics(step, {"train/loss": 1 / step, "throughput/tokens_per_second": 100.0 * step})
     logger.close()
     whole, parts = (tmp_path / name / "metrics.jsonl" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
@@ -97,12 +97,12 @@ def test_truncation_leaves_the_old_file_if_it_fails(tmp_path: Path, monkeypatch:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     logger = make_logger(tmp_path)
-    logger.log(1, {"train/loss": 1.0})
+    logger.log_metrics(1, {"train/loss": 1.0})
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     logger._open()
     with pytest.raises(UserError, match="No space left on device"):
-        logger.log(2, {"train/loss": 1.0})
+        logger.log_metrics(2, {"train/loss": 1.0})
     logger.close()
 
 
@@ -154,7 +154,7 @@ def test_a_missing_wandb_is_one_warning(
     monkeypatch.setattr(builtins, "__import__", without_wandb)
     logger = make_logger(tmp_path, wandb_mode="offline")
     for step in (1, 2, 3):
-        logger.log(step, {"train/loss": 1.0})
+        logger.log_metrics(step, {"train/loss": 1.0})
     logger.close()
     assert len(read_metrics(tmp_path)) == 3
     assert capsys.readouterr().err.count("wandb could not start (ImportError: No module named 'wandb')") == 1
@@ -170,7 +170,7 @@ def test_a_wandb_that_fails_later_is_one_warning(tmp_path: Path, capsys: pytest.
     assert logger._wandb is not None
     logger._wandb._run = _FailingRun()
     for step in (1, 2, 3):
-        logger.log(step, {"train/loss": 1.0})
+        logger.log_metrics(step, {"train/loss": 1.0})
     logger.close()
     assert len(read_metrics(tmp_path)) == 3
     assert capsys.readouterr().err.count("wandb could not log (RuntimeError: socket closed);") == 1
@@ -184,7 +184,7 @@ directory, mode, *run_id = sys.argv[1:]
 logger = MetricsLogger(
     Path(directory), {"lr": 0.1}, wandb_mode=mode, run_id=(run_id or [None])[0], total_updates=2, show_progress=False
 )
-logger.log(1, {"train/loss": 1.0})
+logger.log_metrics(1, {"train/loss": 1.0})
 logger.close()
 print(logger.run_id)
 """
@@ -256,7 +256,7 @@ def test_bar_shows_the_state(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(10, start_update=4, terminal=True)
     progress.show(10, {"train/loss": 2.0, "memory/peak_gb": 1.5})
     progress.show(10, {"eval/perplexity": 8.0})
-    progress.say("a note")
+    progress.log("a note")
     progress.close()
     text = capsys.readouterr().err
     assert (

@@ -27,8 +27,7 @@ from qgalore import (
 from qgalore.optimizer import LowRankAdamW
 from qgalore.subspace import fit
 from qgalore.update import moments
-from qgalore.update.full_rank import HOST_STATE
-from qgalore.update.low_rank import LowRankWeight
+from qgalore.update.weight import HOST_STATE, Weight
 
 VOCABULARY, HIDDEN, MLP, LENGTH = 13, 24, 40, 6
 CLASSES: dict[str, type[LowRankAdamW]] = {
@@ -195,6 +194,18 @@ def test_a_scalar_parameter_trains() -> None:
     assert parameters[0].item() == pytest.approx(parameters[1].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+@pytest.mark.parametrize("direction", ["adam", "orthogonal"])
+def test_the_identity_projects_stores_and_refreshes_nothing(direction: str, storage: str) -> None:
+    net, optimizer = build("qgalore8bit", storage, options={"lr": 0.01}, subspace="identity", direction=direction)
+    before = values(net)
+    losses = train(net, optimizer, range(12))
+    weights = list(optimizer.low_rank_weights())
+    assert weights and all(weight.state["exp_avg"].shape == weight.shape for weight in weights)
+    assert not any("basis" in key or key == "schedule" for weight in weights for key in weight.state)
+    assert losses[-1] < losses[0] and not any(torch.equal(value, before[name]) for name, value in values(net).items())
+
+
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 def test_a_whole_basis_is_full_rank_with_a_scaled_rate(proj_type: str) -> None:
     # With the identity as basis the projected gradient is the gradient.
@@ -204,10 +215,10 @@ def test_a_whole_basis_is_full_rank_with_a_scaled_rate(proj_type: str) -> None:
     group = {"params": [weight], "rank": 12, "scale": 0.25, "proj_type": proj_type}
     optimizer = GaLoreAdamW([group], lr=0.1, weight_decay=0.0)
     (low_rank,) = optimizer.low_rank_weights()
-    for side in low_rank.sides:
-        assert low_rank.basis(side) is not None
+    low_rank.init_state()
+    for side in low_rank.subspace.sides:
         low_rank.state[f"{side}_basis"] = torch.eye(12)
-    low_rank.schedule.next_refresh = 10**9
+    low_rank.subspace.schedule.next_refresh = 10**9
     expected = torch.optim.AdamW([other], lr=0.025, weight_decay=0.0)
     for step in range(10):
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(step + 1))
@@ -331,7 +342,7 @@ def test_the_split_into_micro_batches_changes_nothing(storage: str, subspace: st
             "galore", storage, update_in_backward=update_in_backward, subspace=subspace, options={"eps": 1e-3}
         )
         train(net, optimizer, range(8), accumulation)  # with refreshes inside
-        assert all(weight.schedule.refreshes >= 2 for weight in optimizer.low_rank_weights())
+        assert all(weight.subspace.schedule.refreshes >= 2 for weight in optimizer.low_rank_weights())
         nets.append(net)
     assert_near(nets[1], nets[0], 2e-4)
     assert_near(nets[2], nets[0], 2e-4)
@@ -578,7 +589,7 @@ def test_ten_updates_and_ten_more_equal_twenty(
             torch.equal(value, found[key]) and value.dtype == found[key].dtype for key, value in expected.items()
         )
     if subspace == "svd":
-        assert any(weight.schedule.saved for weight in again_optimizer.low_rank_weights())
+        assert any(weight.subspace.schedule.saved for weight in again_optimizer.low_rank_weights())
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -637,7 +648,7 @@ def test_a_loaded_state_forgets_the_gradients_of_before() -> None:
         weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
         if in_flight:
             update = 10
-            while not any(weight.changes_subspace for weight in optimizer.low_rank_weights()):
+            while not any(weight.subspace.due for weight in optimizer.low_rank_weights()):
                 train(net, optimizer, range(update, update + 1))
                 update += 1
             assert update > 10
@@ -690,21 +701,21 @@ def test_refreshes_find_the_top_subspace_of_a_lasting_gradient(subspace: str, qu
     for _ in range(24):
         weight.grad = grad.clone()
         optimizer.step()
-    basis = low_rank.basis(side)
+    basis = low_rank.subspace.stored.read(side)
     assert basis is not None
     found = torch.linalg.qr(basis.T)[0].T
     assert float((found @ top.T).square().sum()) / rank > (0.98 if quant else 0.999)
-    assert low_rank.schedule.refreshes > 2
+    assert low_rank.subspace.schedule.refreshes > 2
     metrics = optimizer.subspace_metrics()
     assert float(metrics[f"subspace/similarity/{low_rank.name}"]) > 0.95
 
 
-def trained_weight(**group: Any) -> tuple[nn.Parameter, LowRankAdamW, LowRankWeight]:
+def trained_weight(**group: Any) -> tuple[nn.Parameter, LowRankAdamW, Weight]:
     """A single low-rank weight just before the second refresh of its subspace."""
     parameter = nn.Parameter(torch.zeros(30, 50))
     optimizer = GaLoreAdamW8bit([{"params": [parameter], "rank": 5, "update_proj_gap": 4} | group], lr=1e-3)
     (weight,) = optimizer.low_rank_weights()
-    while weight.schedule.refreshes < 1 or not weight.schedule.due(weight.step):
+    while weight.subspace.schedule.refreshes < 1 or not weight.subspace.schedule.due(weight.step):
         parameter.grad = torch.randn(30, 50, generator=torch.Generator().manual_seed(weight.step))
         optimizer.step()
     optimizer.subspace_metrics()
@@ -739,7 +750,7 @@ def test_a_sketch_is_made_with_the_momentum_in_rows_of_unit_length(side: str) ->
     momentum = moments.read_moment(weight.state, "exp_avg")
     momentum = momentum if side == "left" else momentum.T
     expected = momentum / momentum.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(weight._test_matrix(side, torch.float32), expected)
+    torch.testing.assert_close(weight.subspace._test_matrix(side, torch.float32, weight._momentum), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -777,7 +788,7 @@ def test_a_failed_svd_keeps_the_basis_and_is_counted(
     assert all(torch.equal(weight.state[key], entry) for key, entry in before.items())
     assert int(weight.state["failures"]) == 1
     assert float(optimizer.subspace_metrics()["subspace/failures"]) == 1
-    assert weight.schedule.refreshes == 2 and not weight.schedule.due(weight.step)
+    assert weight.subspace.schedule.refreshes == 2 and not weight.subspace.schedule.due(weight.step)
 
 
 @pytest.mark.parametrize("kind", [GaLoreAdamW, QGaLoreAdamW8bit])
@@ -795,11 +806,15 @@ def test_a_refresh_that_failed_or_is_skipped_keeps_moments_and_basis_to_the_bit(
     sketch = torch.randn(5, 30, generator=torch.Generator().manual_seed(3))
     if fails:
         sketch[2, 3] = float("nan")
-    low_rank._refresh_from_sketch("left", sketch, skip=None if fails else torch.tensor(True))
+    low_rank.subspace.schedule.refreshes = 1
+    skip = None if fails else torch.tensor(True)
+    low_rank.subspace.change_after_step({"left": sketch}, low_rank.rotate_moments, skip)
     for key, value in before.items():
+        if key == "schedule":
+            continue
         expected = value + 1 if key == "failures" and fails else value
         assert torch.equal(low_rank.state[key], expected), key
-    low_rank._refresh_from_sketch("left", torch.randn(5, 30), skip=torch.tensor(False))
+    low_rank.subspace.change_after_step({"left": torch.randn(5, 30)}, low_rank.rotate_moments, torch.tensor(False))
     assert all(not torch.equal(low_rank.state[key], before[key]) for key in ("left_basis", "exp_avg"))
 
 
@@ -843,9 +858,9 @@ def test_refreshes_are_staggered() -> None:
     net, optimizer = build(depth=2, subspace="streaming", update_proj_gap=6)
     made = []
     for update in range(20):
-        before = [weight.schedule.refreshes for weight in optimizer.low_rank_weights()]
+        before = [weight.subspace.schedule.refreshes for weight in optimizer.low_rank_weights()]
         train(net, optimizer, range(update, update + 1))
-        after = [weight.schedule.refreshes for weight in optimizer.low_rank_weights()]
+        after = [weight.subspace.schedule.refreshes for weight in optimizer.low_rank_weights()]
         made.append(sum(after) - sum(before))
     assert max(made) <= 2 and max(made[8:]) == 1
     assert sum(made[8:14]) == 6
@@ -1050,7 +1065,7 @@ def test_states_stay_in_their_tensors_over_refreshes(subspace: str) -> None:
         weight.grad = torch.randn(30, 50, generator=torch.Generator().manual_seed(seed))
         optimizer.step()
         places.append({key: value.data_ptr() for key, value in low_rank.state.items() if key not in HOST_STATE})
-    assert low_rank.schedule.refreshes > 2
+    assert low_rank.subspace.schedule.refreshes > 2
     assert all(place == places[0] for place in places)
 
 

@@ -1,4 +1,4 @@
-"""Recipes: what they give to the flags that are left out, and which command lines they leave alone."""
+"""Recipes: their values for flags that are not given, and the command lines that they do not change."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> No
     assert describe(args).startswith(note) and args.warnings == ()
     said: list[str] = []
     metrics = object.__new__(RunMetrics)
-    vars(metrics).update(_args=args, _parameters=1e6, _processes=Namespace(world_size=1), _device="cpu", _first=0)
-    metrics.say = said.append
+    vars(metrics).update(_args=args, _parameters=1e6, _world=Namespace(world_size=1), _device="cpu", _first=0)
+    metrics.log = said.append
     metrics.announce(["the data"])
     assert said == ["1.0 M parameters on 1 x cpu", *([note] if says else []), "the data"]
     if says:

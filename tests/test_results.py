@@ -1,4 +1,4 @@
-"""Rows of results: every file has a command that writes it or is said to be frozen; what two of the commands write."""
+"""Rows of results: every file has a command that writes it or is marked as frozen; the rows of two of the commands."""
 
 from __future__ import annotations
 

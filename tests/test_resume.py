@@ -1,4 +1,4 @@
-"""A run that stops and goes on ends with the bits of one that was never stopped; what cannot go on is refused."""
+"""A resumed run ends with the bits of an uninterrupted one, and errors for what cannot be resumed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from peft_pretraining.runtime.deferred_metrics import DeferredMetrics
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 from qgalore import LowRankLinear
 from tests.small_run import (
     CONFIG,
@@ -190,9 +190,9 @@ def first_update(small: SmallRun, **flags: object) -> tuple[CausalLM, list[torch
     """The model before the first update, and the token ids and labels of its micro-batches."""
     with restored_process():
         args = parse_args(small.argv("none", flags))
-        processes = Processes(0, 1, torch.device("cpu"))
-        loader, _ = build_data(args, processes)
-        model, _ = build_training(args, processes.device)
+        world = World(0, 1, torch.device("cpu"))
+        loader, _ = build_data(args, world)
+        model, _ = build_training(args, world.device)
         batches = loader.next_update().micro_batches
     return model, [batch.input_ids for batch in batches], [batch.labels for batch in batches]
 
@@ -443,7 +443,7 @@ def test_an_empty_validation_set_is_found_before_the_first_update(
     assert not (small.folder / "run" / METRICS_FILE).exists()
 
 
-def test_too_few_rows_for_the_lanes(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_rows_for_the_logical_shards(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     (small.data / "train.uint16").write_bytes(bytes(2 * 32 * 7))
     assert "--data_lanes 8" in refusal(small, capsys)
 

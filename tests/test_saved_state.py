@@ -18,7 +18,7 @@ from qgalore import GaLoreAdamW
 from qgalore.optimizer import LowRankAdamW
 from qgalore.saved_state import _GROUP_KEYS
 from qgalore.update import moments
-from qgalore.update.full_rank import HOST_STATE
+from qgalore.update.weight import HOST_STATE
 from tests.test_optimizer import Net, assert_same, backward, build, round_trip, train
 
 PAIRS = [("galore", "plain"), ("galore8bit", "float"), ("galore", "simulated"), ("qgalore8bit", "int8")]
@@ -243,13 +243,13 @@ def test_an_update_that_torch_makes_of_zeros_is_no_refresh(name: str, storage: s
     get_optimizer_state_dict(net, optimizer)
     assert_same_state({0: dict(net.state_dict())}, {0: before})
     weights = list(optimizer.low_rank_weights())
-    starts = [copy.deepcopy(weight.basis(*weight.sides)) for weight in weights]
-    assert [(weight.step, weight.schedule.refreshes) for weight in weights] == [(1, 0)] * len(weights)
-    assert weights[0].schedule.next_refresh == 1 and optimizer.subspace_metrics()["subspace/refreshes"] == 0
+    starts = [copy.deepcopy(weight.subspace.stored.read(*weight.subspace.sides)) for weight in weights]
+    assert [(weight.step, weight.subspace.schedule.refreshes) for weight in weights] == [(1, 0)] * len(weights)
+    assert weights[0].subspace.schedule.next_refresh == 1 and optimizer.subspace_metrics()["subspace/refreshes"] == 0
     train(net, optimizer, range(4))
     for weight, start in zip(weights, starts, strict=True):
-        found = weight.basis(*weight.sides)
-        assert weight.schedule.refreshes == 1 and found is not None and not torch.equal(found, start)
+        found = weight.subspace.stored.read(*weight.subspace.sides)
+        assert weight.subspace.schedule.refreshes == 1 and found is not None and not torch.equal(found, start)
 
 
 def test_the_state_is_in_the_order_of_the_groups() -> None:

@@ -1,4 +1,4 @@
-"""A signal ends a run in good order: the state is saved, a marker and a last line say so, and the exit code is 0."""
+"""A signal stops a run cleanly: its state is saved, a marker is written and a line logged, and the exit code is 0."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_nothing_is_touched_inside_the_backward_pass(where: str, subspace: str, 
     for update in range(3):
         backward(net, optimizer, update, accumulation)
         optimizer.step()
-        assert not optimizer.skipped() and not optimizer.partly_made()
+        assert not optimizer.skipped() and not optimizer.late_overflow()
     before = snapshot(net, optimizer)
     spoil(net, where, at_micro_batch=accumulation)
     backward(net, optimizer, 3, accumulation)
@@ -61,12 +61,12 @@ def test_nothing_is_touched_inside_the_backward_pass(where: str, subspace: str, 
     assert optimizer.skipped()
     # With one micro-batch the weights above are updated before the gradient of the lowest one exists: that is said.
     too_late = accumulation == 1 and where == "embed"
-    assert bool(optimizer.partly_made()) == too_late
+    assert bool(optimizer.late_overflow()) == too_late
     if not too_late:
         assert_same_bits(snapshot(net, optimizer), before)
     backward(net, optimizer, 4, accumulation)
     optimizer.step()
-    assert not optimizer.skipped() and not optimizer.partly_made()
+    assert not optimizer.skipped() and not optimizer.late_overflow()
     assert any(not torch.equal(value, before[name]) for name, value in snapshot(net, optimizer).items())
 
 
@@ -80,7 +80,7 @@ def test_a_flag_from_outside_skips_the_update(update_in_backward: bool) -> None:
     optimizer.skip_update_if(torch.tensor(True))
     backward(net, optimizer, 1)
     optimizer.step()
-    assert optimizer.skipped() and not optimizer.partly_made()
+    assert optimizer.skipped() and not optimizer.late_overflow()
     assert_same_bits(snapshot(net, optimizer), before)
     backward(net, optimizer, 2)
     optimizer.step()
@@ -112,7 +112,7 @@ def run_with(fault: Fault, argv: list[str]) -> int:
     update = run_pretrain.Run.update
 
     def update_with_fault(run: run_pretrain.Run) -> bool:
-        if run.update_step not in fault.updates or run.processes.rank != fault.rank:
+        if run.update_step not in fault.updates or run.world.rank != fault.rank:
             return update(run)
 
         def hook(_: object, __: object, output: Any) -> Any:
@@ -152,7 +152,7 @@ def assert_same_training(a: Result, b: Result) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "save_every"), [(1, 2), (1, 0), (2, 2)])
-def test_an_update_that_was_partly_made_is_left_out(small: SmallRun, ranks: int, save_every: int) -> None:
+def test_an_update_with_a_late_overflow_is_skipped(small: SmallRun, ranks: int, save_every: int) -> None:
     """The updated layers cannot be taken back: the run goes back to a checkpoint, or to its beginning."""
     flags: dict[str, object] = {"batch_size": 8 // ranks, "num_training_steps": 7, "eval_every": 2}
     fault = Fault("gradient", (3, 4), rank=ranks - 1)
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_on_all_ranks(small: SmallRun
     assert_same_bits(run.checkpoint(3).model_tensors, run.checkpoint(2).model_tensors)
     changed = run.checkpoint(4).model_tensors
     assert any(not torch.equal(value, changed[name]) for name, value in run.checkpoint(3).model_tensors.items())
-    assert "partly" not in str(run.lines)
+    assert "late_overflow" not in str(run.lines)
 
 
 def test_skipped_updates_are_counted_over_a_resume(small: SmallRun) -> None:

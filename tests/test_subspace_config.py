@@ -67,7 +67,7 @@ def test_a_state_dict_loads_without_pickle() -> None:
     other = optimizer_of(rank=4, scale=1.0, quant_n_bit=8, quant_group_size=64)
     other.load_state_dict(torch.load(file, weights_only=True))
     (weight,) = other.low_rank_weights()
-    assert weight.subspace == subspace_of(other.param_groups[0]) == SubspaceConfig(**OURS)
+    assert weight.config == subspace_of(other.param_groups[0]) == SubspaceConfig(**OURS)
 
 
 def test_groups_of_checkpoints_of_version_0_1_are_read() -> None:
@@ -83,7 +83,7 @@ def test_groups_of_checkpoints_of_version_0_1_are_read() -> None:
 def test_a_copy_keeps_its_options() -> None:
     optimizer = copy.deepcopy(optimizer_of(**THEIRS))
     (weight,) = optimizer.low_rank_weights()
-    assert weight.subspace == SubspaceConfig(**OURS)
+    assert weight.config == SubspaceConfig(**OURS)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(8, 8)
     optimizer.step()
 

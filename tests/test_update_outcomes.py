@@ -1,4 +1,4 @@
-"""What became of an update: told by the device one update later, decided upon by the loop and by nobody else."""
+"""The outcome of an update: read from the device one update later; the training loop alone acts on it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Told:
 
     param_groups = ({"lr": 0.1}, {"lr": 0.2})
 
-    def __init__(self, skipped: bool, partly_made: bool) -> None:
-        self._skipped, self._partly_made = torch.tensor(skipped), torch.tensor(partly_made)
+    def __init__(self, skipped: bool, late_overflow: bool) -> None:
+        self._skipped, self._late_overflow = torch.tensor(skipped), torch.tensor(late_overflow)
 
     def grad_norm(self) -> Tensor:
         return torch.tensor(2.0)
@@ -37,8 +37,8 @@ class Told:
     def skipped(self) -> Tensor:
         return self._skipped
 
-    def partly_made(self) -> Tensor:
-        return self._partly_made
+    def late_overflow(self) -> Tensor:
+        return self._late_overflow
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         return {"subspace/refreshes": 3.0}
@@ -53,18 +53,18 @@ class NothingIsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("skipped", "partly_made", "expected"),
+    ("skipped", "late_overflow", "expected"),
     [
         (False, False, Outcome.MADE),
         (True, False, Outcome.SKIPPED),
-        (True, True, Outcome.PARTLY_MADE),
+        (True, True, Outcome.LATE_OVERFLOW),
     ],
 )
-def test_the_outcome_is_what_the_device_says(skipped: bool, partly_made: bool, expected: Outcome) -> None:
+def test_the_outcome_is_what_the_device_says(skipped: bool, late_overflow: bool, expected: Outcome) -> None:
     outcomes = UpdateOutcomes()
     assert outcomes.take() is None
     with NothingIsRead():
-        outcomes.put(5, {"train/loss": torch.tensor(1.5)}, Told(skipped, partly_made), {"time/x": 0.5})  # type: ignore[arg-type]
+        outcomes.put(5, {"train/loss": torch.tensor(1.5)}, Told(skipped, late_overflow), {"time/x": 0.5})  # type: ignore[arg-type]
     finished = outcomes.take()
     assert finished is not None and (finished.update_step, finished.outcome) == (5, expected)
     assert finished.metrics == {
@@ -91,7 +91,7 @@ def test_too_many_skipped_updates_end_a_run_whatever_its_logger_does(
 
 
 @pytest.mark.usefixtures("blind_logger")
-def test_a_partly_made_update_sends_a_run_back_whatever_its_logger_does(
+def test_an_update_with_a_late_overflow_sends_a_run_back_whatever_its_logger_does(
     small: SmallRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = PER_LAYER | {"num_training_steps": 5, "save_every": 2, "batch_size": 8}

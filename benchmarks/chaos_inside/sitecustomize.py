@@ -1,6 +1,6 @@
 """Runs inside every process that `benchmarks/chaos.py` starts, since Python imports a `sitecustomize` that it finds.
 
-CHAOS_MOMENT="update/full_rank.py:update:call:7" kills the process with SIGKILL at the seventh call of that function
+CHAOS_MOMENT="update/step.py:update_weights:call:7" kills the process with SIGKILL at the seventh call of that function
 ("return": when it returns), wherever it is made. CHAOS_FILE_LIMIT="5000" lets no file grow beyond that many bytes, as
 on a full disk. Both hold for the rank CHAOS_RANK, and only for the first start of torchrun's ranks. So the command that
 runs is the user's, and nothing in the program knows of it.

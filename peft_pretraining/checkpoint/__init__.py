@@ -1,1 +1,1 @@
-"""Saving a run, whole or not at all, and taking it up again."""
+"""Save a run atomically, and resume it."""

@@ -1,8 +1,8 @@
-"""The directory of a run's checkpoints: listing, appearing by rename, pruning, and clearing up after a crash.
+"""The directory of a run's checkpoints: list them, publish one by rename, prune, and clean up after a crash.
 
-Names: `step_<n>` is a checkpoint; `.tmp_step_<n>_...` was not finished, or is on its way out; `.replaced_step_<n>` is
-one whose successor of the same step is just taking its place; `abandoned_<k>_step_<n>` was left behind by a run that
-went on from an older one.
+Names: `step_<n>` is a checkpoint; `.tmp_step_<n>_...` is unfinished or being deleted; `.replaced_step_<n>` is one that
+is being replaced by a newer checkpoint of the same step; `abandoned_<k>_step_<n>` is later than the checkpoint from
+which the run was resumed.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ _STEP = re.compile(r"(\.replaced_)?step_\d{8,}")
 _TEMPORARY, _REPLACED, _LOCK = ".tmp_", ".replaced_", ".lock"
 
 
-def hold_folder(save_dir: str | Path) -> IO[str] | None:
-    """Make a run's folder this process's own until it ends, however it ends, or the file returned is closed.
+def lock_folder(save_dir: str | Path) -> IO[str] | None:
+    """Lock a run's folder until the returned file is closed or the process ends.
 
-    Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError where another process has
-    it or it cannot be made. None on a file system that has no locks.
+    Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError if another process has
+    locked it or it cannot be created. Returns None on a file system without locks.
     """
     path = Path(save_dir) / _LOCK
     try:
@@ -48,12 +48,12 @@ def hold_folder(save_dir: str | Path) -> IO[str] | None:
 
 
 def checkpoint_path(folder: Path, update_step: int) -> Path:
-    """Where the checkpoint after `update_step` updates lies."""
+    """The path of the checkpoint after `update_step` updates."""
     return folder / f"step_{update_step:08d}"
 
 
 def temporary_path(target: Path) -> Path:
-    """Where a checkpoint is written before it is renamed to `target`."""
+    """The path at which a checkpoint is written before it is renamed to `target`."""
     return target.with_name(f"{_TEMPORARY}{target.name}_{os.getpid()}")
 
 
@@ -62,14 +62,14 @@ def list_checkpoints(save_dir: str | Path) -> list[Path]:
     folder = Path(save_dir)
     found: dict[int, Path] = {}
     try:
-        # ".replaced_step_..." sorts before "step_...", which then takes its place.
+        # ".replaced_step_..." sorts before "step_...", which then overwrites its entry.
         for path in sorted(folder.iterdir()):
             if _STEP.fullmatch(path.name) and path.is_dir():
                 found[step_of(path)] = path
     except FileNotFoundError:
         return []
     except OSError as error:
-        # Not the same as an empty directory: a run that starts anew there would bury the old one.
+        # Not the same as an empty directory: a new run there would hide the old one.
         raise UserError(
             f"--save_dir {folder}: cannot be read ({error.strerror}); give a readable directory."
         ) from error
@@ -77,15 +77,15 @@ def list_checkpoints(save_dir: str | Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The number of updates that a checkpoint directory's name gives."""
+    """The number of updates in the name of a checkpoint directory."""
     return int(path.name.rpartition("_")[2])
 
 
 def prune(save_dir: str | Path, keep: int, just_written: Path) -> list[Path]:
-    """Delete all but the newest `keep` whole checkpoints up to `just_written`; returns what was deleted.
+    """Delete all but the newest `keep` valid checkpoints up to `just_written`; returns the deleted paths.
 
-    Damaged ones do not count, so that they cannot push out a good one; checkpoints of later steps, which an earlier
-    attempt may have left, are not touched.
+    Damaged ones do not count, so that none of them causes a good one to be deleted. Checkpoints of later steps, which
+    an earlier attempt may have left, are not touched.
     """
     newest = step_of(just_written)
     earlier = [path for path in list_checkpoints(save_dir) if step_of(path) < newest]
@@ -106,7 +106,7 @@ def prune(save_dir: str | Path, keep: int, just_written: Path) -> list[Path]:
 def set_aside_later(save_dir: str | Path, update_step: int) -> list[Path]:
     """Rename checkpoints after `update_step` to `abandoned_<n>_step_...`, so that `auto` will not take them.
 
-    For a run that goes on from an older checkpoint than the newest; returns the new names.
+    For a run that is resumed from an older checkpoint than the newest; returns the new names.
     """
     renamed = []
     for path in list_checkpoints(save_dir):
@@ -125,12 +125,12 @@ def set_aside_later(save_dir: str | Path, update_step: int) -> list[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Flush the names in a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems cannot sync a directory; their renames are as durable as they get.
+        # Some network file systems cannot sync a directory.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -148,7 +148,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear what a crashed save or prune left; a checkpoint that was set aside and not replaced comes back."""
+    """Delete what a crashed save or prune left; a `.replaced_` checkpoint without a successor gets its name back."""
     for path in folder.iterdir():
         if path.name.startswith(_TEMPORARY + "step_"):
             shutil.rmtree(path, ignore_errors=True)

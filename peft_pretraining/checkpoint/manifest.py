@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: which files it has, how long they are and what their SHA-256 is.
+"""The manifest of a checkpoint: the names, sizes and SHA-256 of its files.
 
-It is written last, so a directory without one was never finished. It covers itself: its bytes must be exactly those
-that its own contents are written as, and its body carries its own hash.
+It is written last, so a directory without one was never finished. It protects itself, too: it contains a hash of its
+own body, and its bytes must be exactly those that `write_manifest` writes for its contents.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 class DamagedError(Exception):
-    """Why a directory is no valid checkpoint, as the end of a sentence without its full stop."""
+    """A directory is no valid checkpoint; the text is the end of a sentence without its full stop."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Sizes and hashes by file name; `aliases` are names that share another name's tensor, by file."""
+    """Sizes and hashes by file name; `aliases`: by file, names of tensors that share the memory of another."""
 
     update_step: int
     files: dict[str, tuple[int, str]]
@@ -36,7 +36,7 @@ class Manifest:
 def write_manifest(
     file: BinaryIO, update_step: int, files: dict[str, tuple[int, str]], aliases: dict[str, dict[str, str]]
 ) -> None:
-    """Write the manifest of files that are complete and synced."""
+    """Write the manifest of files that are finished and synced."""
     listed = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()}
     body = {"format": _FORMAT, "version": _VERSION, "update_step": update_step, "files": listed, "aliases": aliases}
     file.write(_encode(body))

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which one it continues from, what it takes up from it, and what it saves."""
+"""Save a run's state in checkpoints, choose the one to resume from, and restore it."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.protocol import TrainingOptimizer
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 
 _STOP_MARKER = "STOPPED"
-# What must be the same for a resumed run to equal an uninterrupted one.
+# Values that must be the same for a resumed run to equal an uninterrupted one.
 _FIXED = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "mlp_rank", "proj_type", "weight_quant",
     "weight_bits", "weight_group_size", "int8_products", "simulation", "proj_quant", "proj_bits", "proj_group_size",
     "subspace", "direction", "seed", "model_config_contents",
 )  # fmt: skip
-# Flags that came later: what a checkpoint that does not know them was made with.
+# Values of newer flags for checkpoints that were saved before these flags existed.
 _OLD_VALUES = {"int8_products": False, "direction": "adam", "mlp_rank": 0}
 
 
 @dataclass
 class Position:
-    """Where a run stands, beside weights, optimizer state and data."""
+    """The state of a run beside weights, optimizer and data loader."""
 
     update_step: int = 0
     """Updates made."""
     tokens: int = 0
     """Tokens read in them, without padding, over all ranks."""
     skipped_in_a_row: int = 0
-    """The last updates, if they were skipped."""
+    """How many of the latest consecutive updates were skipped."""
     wandb_run_id: str | None = None
 
 
 class RunCheckpoints:
-    """Restores a run and saves it."""
+    """Saves and restores a run."""
 
     def __init__(
         self,
         args: RunArgs,
-        processes: Processes,
+        world: World,
         model: CausalLM,
         optimizer: TrainingOptimizer,
         loader: TrainLoader,
     ) -> None:
-        """The parts whose state checkpoints hold."""
+        """Take the objects whose state goes into checkpoints."""
         self.save_dir = Path(args.checkpoint.save_dir)
-        self._args, self._processes = args, processes
+        self._args, self._world = args, world
         self._model, self._optimizer, self._loader = model, optimizer, loader
 
     def restore(self) -> Position:
-        """Take up the checkpoint of `--continue_from`, if there is one. Raises UserError if it is of another run."""
-        checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._processes)
+        """Load the checkpoint of `--continue_from`, if any. Raises UserError if it is of another run."""
+        checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._world)
         if checkpoint is None:
             return Position()
         described = self._describe()
@@ -84,11 +84,11 @@ class RunCheckpoints:
                 f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
                 f"{position.update_step} updates already; give at least that many, or an older checkpoint"
             )
-        take_over(checkpoint, self.save_dir, self._processes)
+        take_over(checkpoint, self.save_dir, self._world)
         return position
 
     def _with_todays_options(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state with this command's rates and options, not those that it was saved with."""
+        """An optimizer's state with the rates and options of this command, not those that it was saved with."""
         groups = list(state["param_groups"])
         for number, group in enumerate(self._optimizer.param_groups[: len(groups)]):
             groups[number] = groups[number] | {key: value for key, value in group.items() if key != "params"}
@@ -101,11 +101,11 @@ class RunCheckpoints:
         before: Callable[[], None],
         read_back: bool = False,
     ) -> Path:
-        """Write a checkpoint and return its path; data_state is this rank's part of the data's.
+        """Write a checkpoint and return its path; data_state is the state of this rank's loader.
 
         `before` is called on the main rank before anything is written; with `read_back` the checkpoint is read again.
         """
-        state = self._describe() | {"data": merge_states(self._processes.gather(data_state))}
+        state = self._describe() | {"data": merge_states(self._world.gather(data_state))}
         state |= {name: value for name, value in asdict(position).items() if name != "update_step"}
 
         def write() -> Path:
@@ -115,28 +115,28 @@ class RunCheckpoints:
             path = save_checkpoint(self.save_dir, position.update_step, model_tensors, optimizer_state, state, keep)
             return load_checkpoint(path).path if read_back else path
 
-        return self._processes.from_main(write)
+        return self._world.from_main(write)
 
     def mark_stop(self, why: str) -> None:
-        """Leave a file in the run's folder that says why it ended early."""
-        if self._processes.is_main:
+        """Write a file in the run's folder with the reason why it ended early."""
+        if self._world.is_main:
             (self.save_dir / _STOP_MARKER).write_text(f"{why}\n")
 
     def clear_stop_marker(self) -> None:
-        """Remove what an earlier start of the run has left."""
-        if self._processes.is_main:
+        """Delete the file of `mark_stop` of an earlier part of the run."""
+        if self._world.is_main:
             (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
 
     def _describe(self) -> dict[str, Any]:
         return {**self._args.to_dict(), "model_config_contents": read_config_json(self._args.model.model_config)}
 
 
-def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) -> Checkpoint | None:
-    """The checkpoint of `--continue_from`: a folder, `auto` for the newest valid one in save_dir, or none.
+def choose_checkpoint(continue_from: str, save_dir: Path, world: World) -> Checkpoint | None:
+    """Load the checkpoint of `--continue_from`: a folder, `auto` for the newest valid one in save_dir, or "" for none.
 
-    The main rank checks hashes and tells what it refused. Raises UserError, also where save_dir holds another run.
+    The main rank checks hashes and prints what it refused. Raises UserError, also where save_dir holds another run.
     """
-    processes.from_main(lambda: _refuse_another_run(continue_from, save_dir))
+    world.from_main(lambda: _refuse_another_run(continue_from, save_dir))
     if not continue_from:
         return None
 
@@ -152,22 +152,22 @@ def choose_checkpoint(continue_from: str, save_dir: Path, processes: Processes) 
         chosen.append(checkpoint)
         return None if checkpoint is None else checkpoint.path
 
-    path = processes.from_main(choose)
-    if processes.is_main:
+    path = world.from_main(choose)
+    if world.is_main:
         return chosen[0]
     return None if path is None else load_checkpoint(path, check=False)
 
 
-def take_over(checkpoint: Checkpoint, save_dir: Path, processes: Processes) -> None:
-    """Rename checkpoints later than the one a run goes on from, so that `auto` never mixes two courses of it."""
+def take_over(checkpoint: Checkpoint, save_dir: Path, world: World) -> None:
+    """Rename checkpoints later than the one that is resumed, so that `auto` never mixes two histories of a run."""
     if checkpoint.path.resolve().parent == save_dir.resolve():
-        processes.from_main(lambda: set_aside_later(save_dir, checkpoint.update_step) and None)
+        world.from_main(lambda: set_aside_later(save_dir, checkpoint.update_step) and None)
 
 
-def from_newest_checkpoint(args: RunArgs, processes: Processes) -> RunArgs:
-    """The arguments of a run that has to go back: to the newest checkpoint in its folder, else to where it began."""
+def from_newest_checkpoint(args: RunArgs, world: World) -> RunArgs:
+    """The arguments with which a run goes back to the newest checkpoint in its folder, else to its start."""
     save_dir = Path(args.checkpoint.save_dir)
-    has_one = processes.from_main(lambda: bool(list_checkpoints(save_dir)))
+    has_one = world.from_main(lambda: bool(list_checkpoints(save_dir)))
     return args.in_folder(save_dir, "auto" if has_one else None)
 
 

@@ -1,14 +1,15 @@
-"""Checkpoints that are whole or absent: safetensors and JSON in a directory that appears by one rename.
+"""Atomic checkpoints: safetensors and JSON in a directory that is published by one rename.
 
     <save_dir>/step_00001000/
         model.safetensors       weights: codes, scales and zero points where they are quantized
-        optimizer.safetensors   projections and moments; the rest of that state is in optimizer.json
+        optimizer.safetensors   projections and moments; the rest of the optimizer's state is in optimizer.json
         state.json              schedule, data, arguments, ids (tensors among them: state.safetensors)
         manifest.json           size and SHA-256 of each of the above, and of itself
 
-Saving: a temporary directory beside the target, each file synced, the manifest last, the directory synced, renamed, the
-parent synced. So a crash at any moment leaves the older checkpoints and at most a temporary directory, which the next
-save removes. Loading checks every size and hash first and never unpickles. Only rank 0 saves; all ranks may load.
+Saving writes a temporary directory beside the target, syncs each file, writes the manifest last, syncs the directory,
+renames it and syncs the parent. So a crash at any moment leaves the older checkpoints and at most a temporary
+directory, which the next save removes. Loading checks every size and hash first and never unpickles. Only rank 0 saves;
+all ranks may load.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from peft_pretraining.checkpoint.folder import (
     checkpoint_path,
-    hold_folder,
     list_checkpoints,
+    lock_folder,
     prune,
     put_in_place,
     remove_leftovers,
@@ -56,10 +57,10 @@ __all__ = [
     "Checkpoint",
     "check_compatible",
     "check_model_tensors",
-    "hold_folder",
     "list_checkpoints",
     "load_checkpoint",
     "load_newest_checkpoint",
+    "lock_folder",
     "save_checkpoint",
     "set_aside_later",
     "with_todays_names",
@@ -70,7 +71,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, and where it lies."""
+    """A loaded checkpoint: the arguments of `save_checkpoint`, and its path."""
 
     model_tensors: dict[str, Tensor]
     optimizer_state: dict[str, Any]
@@ -107,7 +108,7 @@ def save_checkpoint(
     except OSError as error:
         raise UserError(_why_not_saved(folder, target, error)) from error
     finally:
-        # Also after a KeyboardInterrupt or a bug: what is not renamed by now is of no use to anybody.
+        # Also after a KeyboardInterrupt or a bug: what is not renamed by now is useless.
         shutil.rmtree(temporary, ignore_errors=True)
     if keep > 0:
         prune(folder, keep, just_written=target)
@@ -117,8 +118,8 @@ def save_checkpoint(
 def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--continue_from") -> Checkpoint:
     """Read a checkpoint onto the CPU; raises UserError if it is absent, damaged or of another format.
 
-    `check=False` skips the hashes, for the ranks beside one that has checked them. `asked_by` is what the user gave
-    the path to, for the message.
+    `check=False` skips the hashes, for ranks beside the one that has checked them. `asked_by`: the flag that the path
+    is from, for the error text.
     """
     folder = Path(path)
     try:
@@ -130,7 +131,7 @@ def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--con
 
 
 def load_newest_checkpoint(save_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint in `save_dir`, and a sentence for each newer one that was refused."""
+    """Load the newest valid checkpoint in `save_dir`; also returns a sentence for each newer one that was refused."""
     refusals: list[str] = []
     for path in reversed(list_checkpoints(save_dir)):
         try:
@@ -149,7 +150,7 @@ def _unreadable(asked_by: str, folder: Path, error: Exception) -> str:
 
 
 def _read(folder: Path, check: bool) -> Checkpoint:
-    """Every file is read once, for its hash and for what it holds."""
+    """Load a checkpoint; every file is read once, for its hash and for its contents."""
     manifest = check_sizes(folder) if check else read_manifest(folder)
     contents = {name: map_file(folder / name) for name in manifest.files}
     if check:
@@ -163,15 +164,14 @@ def _read(folder: Path, check: bool) -> Checkpoint:
 
 
 def with_todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Model tensors with codes as `weight_qdata`; once they were `weight`, beside `weight_scale`, and still load so."""
+    """Rename quantized weights of old checkpoints, `weight` beside a `weight_scale`, to `weight_qdata`."""
     return {f"{name}_qdata" if f"{name}_scale" in tensors else name: tensor for name, tensor in tensors.items()}
 
 
 def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> None:
-    """Compare `expected` with the entries of the same names in the checkpoint's state.
+    """Compare `expected`, by flag name as a rule, with the checkpoint's state; a missing entry is a difference, too.
 
-    Raises one UserError for all differences. Names are those of the flags where there is one. An entry that the
-    checkpoint lacks is a difference, too.
+    Raises one UserError for all differences.
     """
     absent = object()
     differences = []
@@ -189,9 +189,9 @@ def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> 
 
 
 def check_model_tensors(checkpoint: Checkpoint, model_tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint whose weights do not fit the model's state dict in names, shapes and dtypes.
+    """Raise UserError unless a checkpoint's weights fit the model's state dict in names, shapes and dtypes.
 
-    What a layer's format is was not recorded once, beside the flags of the run.
+    Old checkpoints lack the entries `weight_format`: the format is then known from the run's flags alone.
     """
     there, here = with_todays_names(checkpoint.model_tensors), with_todays_names(model_tensors)
     lacking = [name for name in here if name not in there and not name.endswith(".weight_format")]
@@ -245,16 +245,19 @@ def _write_parts(
 
 
 def _without_shared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that are one memory under several names (a tied head) are stored once."""
+    """Split off names of tensors that share their memory with another (a tied head), which is then stored once.
+
+    Returns (tensors to store, {other name: stored name}).
+    """
     first: dict[tuple[object, ...], str] = {}
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in first:
-            aliases[name] = first[place]
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and memory in first:
+            aliases[name] = first[memory]
         else:
-            first[place] = name
+            first[memory] = name
             unique[name] = tensor
     return unique, aliases
 

@@ -1,12 +1,12 @@
 """Trees of tensors and plain values on disk: one safetensors file for the tensors, JSON for everything else.
 
-A training state is a nest of dicts, lists, tuples, numbers, strings and tensors. `split_tree` takes the tensors out,
-which leaves something that JSON holds exactly, and `join_tree` puts them back: types, integer keys, tuples and
-non-finite floats survive. Nothing here can run code on load, unlike a pickle.
+A training state consists of nested dicts, lists, tuples, numbers, strings and tensors. `split_tree` takes the tensors
+out, so that JSON can represent the rest exactly, and `join_tree` puts them back: types, integer keys, tuples and
+non-finite floats are kept. Loading runs no code, unlike with a pickle.
 
 The safetensors file is written here, tensor by tensor: the library's own writer copies all tensors into memory first,
-which a 7B state on a small machine does not survive, and a hash of what was meant to be written can be taken on the
-way. It is read here, too, so that what is hashed and what is loaded are the same bytes, read once.
+which is too much for a 7B state on a small machine, and here the hash is taken while writing. It is read here, too, so
+that the bytes that are hashed and those that are loaded are the same, read once.
 Format: https://github.com/huggingface/safetensors (8 bytes length, JSON header, data).
 """
 
@@ -40,7 +40,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 class HashingFile:
-    """A binary file that remembers the size and SHA-256 of everything written to it."""
+    """A binary file that counts and hashes (SHA-256) everything written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -60,14 +60,14 @@ class HashingFile:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A file as memory that is read once it is looked at; writing to it changes nothing on disk."""
+    """Map a file into memory, copy-on-write: pages are read on first access, and the file is never changed."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def write_tensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; at most one tensor at a time is copied to the CPU."""
-    # Wide types first keeps every tensor aligned to its size, which readers that map the file need.
+    # Wide types first: so every tensor is aligned to its element size, which readers that map the file need.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, dict[str, object]] = {}
     offset = 0
@@ -94,7 +94,7 @@ def write_tensors(file: HashingFile, tensors: Mapping[str, Tensor]) -> None:
 
 
 def tensors_in(content: mmap.mmap) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, which stay where the file is mapped; raises ValueError or KeyError."""
+    """All tensors of a mapped safetensors file, as views of that memory; raises ValueError or KeyError."""
     data = 8 + int.from_bytes(content[:8], "little")
     tensors = {}
     for name, entry in json.loads(content[8:data]).items():
@@ -110,9 +110,9 @@ def tensors_in(content: mmap.mmap) -> dict[str, Tensor]:
 
 
 def split_tree(tree: object, tensors: dict[str, Tensor], at: str = "") -> Any:
-    """Move the tensors of `tree` into `tensors`, named by their place, and return the JSON-able rest.
+    """Move the tensors of `tree` into `tensors`, named by their path in it, and return the JSON-able rest.
 
-    Raises TypeError, naming the place, for anything but dict, list, tuple, str, int, float, bool, None and Tensor.
+    Raises TypeError, naming the path, for anything but dict, list, tuple, str, int, float, bool, None and Tensor.
     """
     if tree is None or isinstance(tree, bool | str):
         return tree

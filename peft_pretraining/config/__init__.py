@@ -1,1 +1,1 @@
-"""The command line: flags, checks, recipes, and the resolved values of a run."""
+"""The command line: flags, checks, recipes, and the resolved arguments of a run."""

@@ -1,7 +1,6 @@
-"""Combinations of flags that cannot work, each as a sentence that says what would.
+"""Find combinations of flags that cannot work; each problem is a sentence that also says what would work.
 
-Everything here needs only the flags, the number of ranks and the model's JSON configuration, and it finds all problems
-at once.
+The checks need only the flags, the number of ranks and the model's JSON configuration, and report all problems at once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if f
 
 
 def find_problems(args: RunArgs) -> list[str]:
-    """Every combination in `args` (batch sizes resolved) that cannot work."""
+    """List every combination in `args` (batch sizes resolved) that cannot work, in sentences."""
     return [
         *_activation_problems(args),
         *_model_problems(args),
@@ -41,7 +40,7 @@ def find_problems(args: RunArgs) -> list[str]:
 
 
 def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
-    """What in `args` works but is probably not meant; `given` are the flags of the command line."""
+    """List what in `args` works but is probably not intended; `given`: the flags of the command line."""
     warnings = []
     if not args.optimizer.is_low_rank:
         idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given]
@@ -122,7 +121,7 @@ def _model_problems(args: RunArgs) -> list[str]:
 
 
 def _family_problems(model: ModelArgs, family: ModelFamily[Any]) -> list[str]:
-    """What is asked for and the family has not got."""
+    """List the flags that ask for a feature which the model family lacks."""
     lacks = {
         "activation_checkpointing": ("cannot recompute its layers", family.recomputes_layers),
         "int8_activations": ("keeps its activations as they are", family.int8_activations),
@@ -175,7 +174,7 @@ def _data_problems(args: RunArgs) -> list[str]:
     if data.data_lanes % args.world_size:
         problems.append(
             f"--data_lanes {data.data_lanes} is not divisible by the {args.world_size} ranks: every rank reads equally "
-            f"many lanes, so use a number of ranks that divides it, or a new run with --data_lanes "
+            f"many logical shards, so use a number of ranks that divides it, or a new run with --data_lanes "
             f"{-(-data.data_lanes // args.world_size) * args.world_size}"
         )
     return problems
@@ -241,7 +240,7 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
         problems.append(
             "--int8_products multiplies stored integers, and --simulation stores float weights: leave one out"
         )
-    # The default cannot be told from the same number on the command line, where the recipes have it.
+    # A default cannot be distinguished from the same value on the command line, as in the recipes.
     if quantization.weight_group_size != type(quantization).weight_group_size:
         problems.append(
             f"--weight_group_size {quantization.weight_group_size} cannot work with --int8_products, which wants one "

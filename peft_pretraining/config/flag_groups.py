@@ -1,8 +1,7 @@
-"""The flags of `run_pretrain.py`: one frozen dataclass a group, one field a flag, its help underneath.
+"""The flags of `run_pretrain.py`: a frozen dataclass for each group, a field for each flag, its help below it.
 
-The official flags keep their names and defaults. 0, "" or None as a default means "worked out":
-`peft_pretraining.config.parse.parse_args` fills in what depends on other flags, so that the rest of the program reads
-plain values.
+The official flags keep their names and defaults. A default of 0, "" or None stands for a value that depends on other
+flags: `peft_pretraining.config.parse.parse_args` computes it, so that the rest of the program reads plain values.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _dtype(text: str) -> str:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What is trained."""
+    """The model that is trained."""
 
     model_config: Annotated[str, Flag("file")]
     """Path of the model's JSON configuration, such as configs/llama_60m.json."""
@@ -41,23 +40,23 @@ class ModelArgs:
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
-    """With --activation_checkpointing recompute only every so many layers: 2 for half of the memory's saving at half of
-    its price in time."""
+    """With --activation_checkpointing recompute only one in so many layers: 2 saves half of the memory at half of the
+    cost in time."""
     int8_activations: bool = False
     """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
     pass, in half the bytes. Layers that are recomputed do not round."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
     """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton."""
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
-    """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers, with the updates inside where
-    they wait for nothing; with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum
-    the gradients and updates run from Python. Without graphs run: --simulation, a --weight_group_size that 8 does not
-    divide, --grad_accum_dtype int8 where nothing is summed, --residual where updates wait. The bits are the same."""
+    """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
+    graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
+    and updates run from Python. No graphs are used with --simulation, a --weight_group_size that 8 does not divide,
+    --grad_accum_dtype int8 with one micro-batch, or --residual with updates outside. The bits are the same."""
 
 
 @dataclass(frozen=True)
 class DataArgs:
-    """What it is trained on."""
+    """The data that it is trained on."""
 
     dataset: Annotated[str, Flag("name_or_path", listing=all_kinds_in_words)] = "c4"
     """{listing}."""
@@ -69,33 +68,33 @@ class DataArgs:
     dataset_revision: Annotated[str, Flag("commit", auto="the newest")] = ""
     """Commit, branch or tag of a data set on the hub."""
     train_split: Annotated[str, Flag("name", auto="train")] = ""
-    """The data set's own name of the split that is trained on."""
+    """The data set's own name of its training split."""
     validation_split: Annotated[str, Flag("name", auto="validation, or documents held out of the training split")] = ""
-    """The data set's own name of the split that is evaluated on."""
+    """The data set's own name of its validation split."""
     text_column: Annotated[str, Flag("name", auto="text, or the only column of strings")] = ""
     """Column or field that holds the text."""
     text_unit: Annotated[str, Flag(choices=("line", "paragraph", "file"))] = "line"
-    """What a document of a .txt file is; a paragraph ends at an empty line."""
+    """The unit of a .txt file that is a document; a paragraph ends at an empty line."""
     repeat: Annotated[str, Flag(choices=("each", "none"))] = "each"
     """each: a data set that ends begins again, in another order; none: the run ends with its data."""
     add_bos: Annotated[bool | None, Flag(auto="as the tokenizer does")] = None
-    """Begin each document with the tokenizer's token for that."""
+    """Begin each document with the beginning-of-sequence token."""
     add_eos: bool = True
     """End each document with the end-of-sequence token."""
     packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
-    """pad: a document a row, cut and padded, as in the paper; pack: documents joined end to end, nothing wasted."""
-    data_lanes: Annotated[int, Flag("lanes", at_least=1)] = 64
-    """Virtual readers that fix the order of the data; the number of ranks must divide it."""
+    """pad: a document a row, cut and padded, as in the paper; pack: documents end to end, without padding."""
+    data_lanes: Annotated[int, Flag("logical shards", at_least=1)] = 64
+    """Logical shards, the streams of rows that fix the order of the data; the number of ranks must divide it."""
     shuffle_buffer: Annotated[int, Flag("documents", at_least=1)] = 64
-    """Documents in the shuffle buffer of each lane; 1 keeps a shard's own order."""
+    """Documents in the shuffle buffer of each logical shard; 1 keeps the order of the files."""
     workers: Annotated[int, Flag("threads", at_least=0)] = 8
-    """Threads a rank that read and tokenise ahead, 0 does it between updates; never changes the order."""
+    """Threads per rank that read and tokenize ahead; 0: between updates. They never change the order."""
     damaged_limit: Annotated[int, Flag("places", at_least=0)] = 100
-    """Damaged lines and cut-off shards that a rank skips and counts before the run stops."""
+    """Damaged lines and cut-off files that a rank skips before the run stops."""
 
     @property
     def source_options(self) -> SourceOptions:
-        """How the data set is read, as its flags say."""
+        """The options with which the data set is opened."""
         return SourceOptions(
             config=self.dataset_config,
             revision=self.dataset_revision,
@@ -108,25 +107,25 @@ class DataArgs:
 
 @dataclass(frozen=True)
 class BatchArgs:
-    """How many sequences an update sees. An update is one optimizer step over the total batch."""
+    """The sequences of an update, which is one optimizer step over the total batch."""
 
     batch_size: Annotated[int, Flag("sequences", at_least=1)]
     """Sequences in a micro-batch of one rank."""
     gradient_accumulation: Annotated[
         int, Flag("micro_batches", at_least=1, auto="total_batch_size / (batch_size x ranks)")
     ] = 0
-    """Micro-batches a rank adds up before an update."""
+    """Micro-batches whose gradients a rank sums before an update."""
     total_batch_size: Annotated[
         int, Flag("sequences", at_least=1, auto="batch_size x gradient_accumulation x ranks")
     ] = 0
-    """Sequences an update, over all ranks and micro-batches."""
+    """Sequences per update, over all ranks and micro-batches."""
     max_length: Annotated[int, Flag("tokens", at_least=2)] = 256
     """Length of a sequence."""
 
 
 @dataclass(frozen=True)
 class OptimizerArgs:
-    """How the weights move."""
+    """The optimizer and its hyperparameters."""
 
     optimizer: Annotated[
         str, Flag(choices=FULL_RANK_OPTIMIZERS + GALORE_OPTIMIZERS + Q_GALORE_OPTIMIZERS, parse=str.lower)
@@ -140,7 +139,7 @@ class OptimizerArgs:
             auto="orthogonal for q_galore optimizers; paper for others, or beside galore_scale or SVDs",
         ),
     ] = ""
-    """Values of the flags that are left out. paper: the official defaults, which this help shows. orthogonal:
+    """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
     --direction orthogonal, --subspace streaming, --update_proj_gap 200, --rank 7/16 of the model's width, --lr 0.01,
     --galore_scale 0.5, --norm_growth 1.01, a --full_rank_lr of twice --lr in up to 800 updates, falling with the root
     of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of 65,536 tokens or more, in
@@ -151,23 +150,23 @@ class OptimizerArgs:
     full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None
     """Peak learning rate of embeddings, head and norms."""
     weight_decay: Annotated[float, Flag("rate", at_least=0)] = 0.0
-    """Decoupled weight decay a unit of learning rate; for adam and sgd it is added to the gradient instead."""
+    """Decoupled weight decay, a factor of the learning rate; for adam and sgd it is added to the gradient instead."""
     full_rank_weight_decay: Annotated[float | None, Flag("rate", at_least=0, auto="weight_decay")] = None
-    """That of embeddings, head and norms."""
+    """Weight decay of embeddings, head and norms."""
     beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0
-    """Decay an update of the first moment; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
+    """Decay of the first moment per update; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
     matrices, none for sgd and adafactor."""
     beta2: Annotated[float, Flag("ratio", above=0, below=1)] = 0.95
-    """Decay an update of Adam's second moment, the same in every mode."""
+    """Decay of Adam's second moment per update, the same in every mode."""
     adam_eps: Annotated[float, Flag("number", above=0)] = 1e-8
-    """Number added to the root of Adam's second moment."""
+    """Epsilon that is added to the root of Adam's second moment."""
     grad_clipping: Annotated[float, Flag("norm", at_least=0)] = 0.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
     norm_growth: Annotated[float, Flag("factor", at_least=0)] = 0.0
     """Largest factor by which the norm of each weight's gradient grows from update to update, such as 1.01; 0 sets no
     limit. It also works inside the backward pass, where grad_clipping cannot."""
     grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
-    """Data type in which gradients add up over micro-batches (sgd, adafactor and muon: the weights' own)."""
+    """Data type in which gradients are summed over micro-batches (sgd, adafactor and muon: that of the weights)."""
 
     @property
     def is_low_rank(self) -> bool:
@@ -186,7 +185,7 @@ class OptimizerArgs:
 
     @property
     def adam_beta1(self) -> float:
-        """Adam's beta1, where 0 stands for the usual 0.9."""
+        """Adam's beta1; a flag of 0 stands for the usual 0.9."""
         return self.beta1 or 0.9
 
     @property
@@ -202,17 +201,18 @@ class OptimizerArgs:
 
 @dataclass(frozen=True)
 class QuantizationArgs:
-    """How weights are stored."""
+    """The stored form of weights."""
 
     weight_quant: bool = False
     """Store the decoder matrices as integers of weight_bits (q_galore optimizers only)."""
     weight_bits: Annotated[int, Flag(choices=(8, 4))] = 8
     """Bits in which a weight is stored."""
     weight_group_size: Annotated[int, Flag("weights", at_least=2)] = WeightFormat.group_size
-    """Neighbours in a row that share a scale and a zero point."""
+    """Adjacent weights of a row that share a scale and a zero point."""
     int8_products: bool = False
-    """Round activations to INT8 as they come and multiply the layers' weights in INT8, forward and for the gradients of
-    their inputs; a whole row of a weight then shares its scale, and weight_group_size has no say."""
+    """Quantize activations to INT8 on the fly and multiply them with the layers' weights in INT8, in the forward pass
+    and for the gradients of their inputs; a whole row of a weight then shares its scale, and weight_group_size has no
+    effect."""
     stochastic_round: bool = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
@@ -220,7 +220,7 @@ class QuantizationArgs:
 
     @property
     def weight_format(self) -> WeightFormat:
-        """How the decoder's matrices are stored."""
+        """The stored form of the decoder's matrices."""
         return WeightFormat(
             bits=self.weight_bits if self.weight_quant else None,
             group_size=self.weight_group_size,
@@ -232,26 +232,26 @@ class QuantizationArgs:
 
 @dataclass(frozen=True)
 class SubspaceArgs(SubspaceConfig):
-    """The subspace that low-rank gradients live in, and when it is refreshed (galore and q_galore optimizers)."""
+    """The subspace onto which gradients are projected, and its refreshes (galore and q_galore optimizers)."""
 
-    # The defaults of the official command line; the library's are those that q-galore-torch's users know.
+    # The defaults of the official command line; those of the library are those of q-galore-torch.
     rank: int = 128
     galore_scale: float = 1.0
     update_proj_gap: int = 50
     mlp_rank: Annotated[int, Flag("dimensions", at_least=0, auto="rank")] = 0
-    """Dimension of the subspaces of the MLP's matrices, where it is to be another."""
+    """Dimension of the subspaces of the MLP's matrices."""
 
     def __post_init__(self) -> None:
-        """Nothing: a command line says everything that is wrong with it at once (`config.checks`)."""
+        """Skip the checks of the base class: `config.checks` reports all problems of a command line together."""
 
     def config(self) -> SubspaceConfig:
-        """The options of the library."""
+        """Convert the flags to the library's options."""
         return subspace_of(vars(self))
 
 
 @dataclass(frozen=True)
 class ScheduleArgs:
-    """How long, and the learning rate's way."""
+    """The length of the run and its learning rate schedule."""
 
     num_training_steps: Annotated[int, Flag("updates", at_least=1)] = 10_000
     """Updates of the run."""
@@ -262,7 +262,7 @@ class ScheduleArgs:
     warmup_steps: Annotated[int, Flag("updates", at_least=0)] = 1_000
     """Updates in which the learning rate grows from 0 to its peak."""
     min_lr_ratio: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.1
-    """Last learning rate as a share of the peak."""
+    """Final learning rate, as a share of the peak."""
     restart_cycles: Annotated[int, Flag("cycles", at_least=1)] = 4
     """Equal cycles after the warm-up for cosine_restarts; each starts again at the peak."""
 
@@ -281,22 +281,22 @@ class EvaluationArgs:
 
 @dataclass(frozen=True)
 class CheckpointArgs:
-    """What is kept on disk."""
+    """Checkpoints on disk."""
 
     save_dir: Annotated[str, Flag("folder", auto="checkpoints/<model>-<optimizer>-<time>")] = ""
     """Folder of the run: checkpoints, metrics.jsonl, wandb."""
     save_every: Annotated[int, Flag("updates", at_least=0)] = 10_000
-    """Interval between two checkpoints, the first of them before the first update; the last update is always saved, and
-    where a stop is asked for; 0 means then only."""
+    """Interval between two checkpoints, the first of them before the first update; 0: none of these. A run is always
+    saved after its last update, and where a signal stops it."""
     keep_checkpoints: Annotated[int, Flag("checkpoints", at_least=0)] = 3
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Number of the newest checkpoints to keep; 0 keeps all."""
     continue_from: Annotated[str, Flag("folder")] = ""
     """Checkpoint to resume from, or auto for the newest valid one in save_dir (a fresh start if there is none)."""
 
 
 @dataclass(frozen=True)
 class LoggingArgs:
-    """What is reported. metrics.jsonl in save_dir is always written; wandb mirrors it."""
+    """Metrics. metrics.jsonl in save_dir is always written; wandb mirrors it."""
 
     project: Annotated[str, Flag("text")] = "test"
     """Project of wandb."""
@@ -305,36 +305,36 @@ class LoggingArgs:
     tags: Annotated[str, Flag("text")] = ""
     """Tags of the run in wandb, separated by commas."""
     unset_wandb: bool = False
-    """Switch wandb off (the same as wandb_mode off)."""
+    """Turn wandb off (the same as wandb_mode off)."""
     wandb_mode: Annotated[str, Flag(choices=("auto", "online", "offline", "off"))] = "auto"
-    """auto: what the variable WANDB_MODE says, else online with a login, offline without one."""
+    """auto: the variable WANDB_MODE, else online with a login, offline without one."""
     log_every: Annotated[int, Flag("updates", at_least=1)] = 1
     """Interval between two lines of metrics."""
 
     @property
     def resolved_wandb_mode(self) -> str:
-        """`wandb_mode` with `unset_wandb` taken in."""
+        """`wandb_mode`, or "off" with `unset_wandb`."""
         return "off" if self.unset_wandb else self.wandb_mode
 
     @property
     def tag_list(self) -> list[str]:
-        """The tags one by one."""
+        """The tags as a list."""
         return [tag.strip() for tag in self.tags.split(",") if tag.strip()]
 
 
 @dataclass(frozen=True)
 class RuntimeArgs:
-    """Where and how safely it runs."""
+    """The device, and checks while the run goes on."""
 
     device: Annotated[str, Flag(choices=("auto", "cpu", "cuda"))] = "auto"
-    """auto takes a CUDA GPU where there is one."""
+    """auto: a CUDA GPU if there is one."""
     seed: Annotated[int, Flag("number", at_least=0)] = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""
     single_gpu: bool = False
     """Run without data parallelism, as one process."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
-    """Updates in a row that may be skipped because the loss or gradient is not finite, before the run stops."""
+    """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""
     check_replicas: Annotated[int, Flag("updates", at_least=0)] = 0
-    """Interval between two comparisons of the ranks' weights by hash; 0 never compares."""
+    """Interval between two comparisons of the ranks' weights by hash; 0: never."""
     dry_run: bool = False
     """Print the resolved configuration, the model's size and the planned memory, and stop."""

@@ -2,8 +2,8 @@
 
 Every field of a group is one flag of the same name. Its type and limits come from the annotation
 (`Annotated[int, Flag("updates", at_least=0)]`), its default from the field, and its help from the docstring under the
-field. argparse lays out the help and splits the command line; values are converted here, so that every problem of a
-command line is collected and none hides another.
+field. argparse formats the help and splits the command line; values are converted here, so that all problems of a
+command line are collected.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _COUNT_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class Flag(Allowed):
-    """What an annotation says about a flag beyond its type: its unit, its limits, how its text is read."""
+    """The unit and limits of a flag and the function that parses its text; part of the field's annotation."""
 
     parse: Callable[[str], Any] | None = None
     listing: Callable[[], str] | None = None
-    """Gives what `{listing}` in the docstring stands for, where the rest of the program knows what is allowed."""
+    """Returns the text that replaces `{listing}` in the docstring, for values that other modules define."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FlagSpec:
 
     @property
     def help(self) -> str:
-        """What the flag does, in words."""
+        """The text of the help."""
         return self.docstring.replace("{listing}", self.flag.listing()) if self.flag.listing else self.docstring
 
     @property
@@ -65,7 +65,7 @@ class FlagSpec:
 
     @property
     def can_be_denied(self) -> bool:
-        """Whether a switch has a --no- form: leaving it out does not switch it off."""
+        """Whether a switch has a --no- form, because it is not off by default."""
         return self.is_switch and (self.optional or self.default is True)
 
     @property
@@ -84,12 +84,12 @@ class FlagSpec:
 
 @dataclass(frozen=True)
 class ParsedFlags:
-    """The values that a command line gives, by flag name, and what is wrong with it."""
+    """The values of a command line by flag name, and its problems in sentences."""
 
     values: dict[str, Any]
     problems: list[str]
     unreadable: set[str]
-    """Flags whose value is missing or wrong: no check can judge a combination that they are part of."""
+    """Flags whose value is missing or wrong: combinations with them are not checked."""
 
 
 def parse_count(text: str) -> int:
@@ -123,7 +123,7 @@ def format_count(count: int) -> str:
 def read_specs(group: type) -> tuple[FlagSpec, ...]:
     """The flags of one dataclass group, in the order of its fields."""
     hints, limits = get_type_hints(group), limits_of(group)
-    # A class that restates the default of a field leaves its help where it stands.
+    # A subclass that changes the default of a field keeps the help of its base class.
     texts = {name: text for owner in reversed(group.__mro__[:-1]) for name, text in _field_docstrings(owner).items()}
     specs = []
     for field in dataclasses.fields(group):

@@ -1,7 +1,6 @@
-"""The arguments of a run: read from the command line, checked, and resolved into plain values.
+"""Read the arguments of a run from the command line, check them and resolve them into plain values.
 
-`parse_args` is the only door. All problems of a command line are raised together as one `UserError`; nothing heavy is
-imported before it has passed.
+All problems of a command line are raised together as one `UserError`. Nothing heavy, such as torch, is imported for it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
     for name, group in GROUPS.items():
         fields = dataclasses.fields(group)
         values = {field.name: recipe[field.name] for field in fields if field.name in recipe}
-        # A required flag that is missing or unreadable is among the problems already.
+        # A required flag that is missing or unreadable is in the list of problems already.
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
     args = _resolve(RunArgs(**groups, world_size=world_size))
@@ -50,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
 
 
 def _resolve(args: RunArgs) -> RunArgs:
-    """Fill in what depends on other flags."""
+    """Compute the values that depend on other flags."""
     batch, subspace, schedule, evaluation = args.batch, args.subspace, args.schedule, args.evaluation
     a_pass = batch.batch_size * args.world_size
     accumulation = batch.gradient_accumulation or max(1, batch.total_batch_size // a_pass)

@@ -1,8 +1,8 @@
-"""Recipes: the values of flags that a command line leaves out, found by the study in `docs/quality.md`.
+"""Recipes: defaults of flags that a command line does not give, from the study in `docs/quality.md`.
 
 - paper: the algorithm of arXiv 2407.08296 with the official defaults: subspaces by SVD, Adam's moments.
-- orthogonal: the streaming subspace and Muon's orthogonalised momentum in it. There is no second moment, so seven
-  sixteenths of the width take the bytes of the paper's quarter. Weights decay.
+- orthogonal: the streaming subspace and Muon's orthogonalized momentum in it, with weight decay. There is no second
+  moment, so a rank of 7/16 of the width takes as many bytes as the paper's 1/4.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _ORTHOGONAL: Mapping[str, Any] = {
     "direction": "orthogonal",
 }
 _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
-"""Flags of subspaces by SVD, and the scale, which all official command lines set: one that gives such a flag is tuned
-for the paper's algorithm."""
+"""Flags of subspaces by SVD, and galore_scale, which all official command lines set: a command line that gives one of
+them is tuned for the paper's algorithm."""
 _FULL_RANK_LR, _ITS_UPDATES = 2.0, 800
-"""The learning rate of embeddings, head and norms, as a multiple of the matrices', in runs of up to so many updates; in
-longer ones it falls with the root of their number, 2 in 800 and 1 in 3,200: the best that was measured at both."""
+"""The learning rate of embeddings, head and norms as a multiple of the matrices', in runs of up to 800 updates; in
+longer ones it falls with the square root of their number: 2 in 800 and 1 in 3,200, the best measured at both."""
 _DECAY, _ITS_TOKENS, _DECAYS_A_RUN = 2.5e-3, 65_536, 8.0
-"""At the peak of the learning rate a matrix loses 0.0025 of itself in an update of 65,536 tokens or more, in
-proportion of fewer, or 8 over the updates of the run if that is less: it then remembers an eighth of the run. Measured
-with so many tokens at 800 and 3,200 updates. In small updates most embeddings would decay without being seen, and in
-150,000 updates it comes to 5e-5, which is common practice."""
+"""At the peak learning rate a matrix decays by 0.0025 in an update of 65,536 tokens or more, in proportion less in
+smaller ones, and by at most 8 / updates of the run, so that its memory is an eighth of the run. Measured with 65,536
+tokens at 800 and 3,200 updates. In small updates most embeddings would decay without a gradient, and in 150,000 updates
+the limit is 5e-5, which is common practice."""
 _FULL_RANK_DECAY = 2.0
-"""The decay of embeddings, head and norms, as a multiple."""
+"""The decay of embeddings, head and norms as a multiple of the matrices'."""
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the flags that were given, by name, and those of the recipe for flags that were not.
+    """Add the recipe's values to `given`, the values of the flags on the command line by name.
 
-    Without `recipe` among them the recipe goes by the optimizer, and official command lines keep the paper's.
+    Without --recipe the optimizer decides, and official command lines get the paper's.
     """
     optimizer = given.get("optimizer", OptimizerArgs.optimizer)
     papers = optimizer not in Q_GALORE_OPTIMIZERS or _papers_flags(given)
@@ -59,8 +59,7 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_in_words(given: Mapping[str, Any]) -> str:
-    """Which recipe a q_galore command line gets because of which other flag, as a sentence; "" where it says one
-    itself, or gets what the optimizer's name stands for."""
+    """A sentence on why a q_galore command line gets the paper's recipe; "" if it gives --recipe or has another one."""
     flags = _papers_flags(given)
     if given.get("recipe") or not flags or given.get("optimizer") not in Q_GALORE_OPTIMIZERS:
         return ""
@@ -74,14 +73,14 @@ def recipe_in_words(given: Mapping[str, Any]) -> str:
 
 
 def _papers_flags(given: Mapping[str, Any]) -> list[str]:
-    """Those of the flags that tell a command line which is tuned for the paper's algorithm, with their values."""
+    """The given flags, with values, by which a command line counts as tuned for the paper's algorithm."""
     names = [name for name in given if name in _PAPERS or (name, given[name]) == ("proj_type", "full")]
     return [f"--{name} {given[name]}" for name in sorted(names)]
 
 
 def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractSet[str]) -> OptimizerArgs:
-    """With what the recipe takes from the length of the run, but for what is `given`, the flags' names: the learning
-    rate of embeddings, head and norms, and the weight decays.
+    """Set what the recipe derives from the length of the run, except flags that are `given` by name: the learning rate
+    of embeddings, head and norms, and the weight decays.
 
     updates: of the run; tokens: of an update.
     """
@@ -100,7 +99,7 @@ def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractS
 
 
 def _rank_of(model_config: str) -> int | None:
-    """Seven sixteenths of the model's width, in eights, but no more than the narrowest matrix has; None if unknown."""
+    """7/16 of the model's width, as a multiple of 8 and at most the smallest matrix dimension; None if unknown."""
     try:
         config = read_config(model_config)
     except UserError:  # which the checks report

@@ -1,4 +1,4 @@
-"""The resolved arguments of a run: plain values, a frozen dataclass a group of flags."""
+"""The resolved arguments of a run: plain values, in a frozen dataclass for each group of flags."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GROUPS: Mapping[str, type] = {
 
 @dataclass(frozen=True)
 class RunArgs:
-    """All arguments of a run, resolved: batch sizes, updates and intervals are the numbers that hold."""
+    """All arguments of a run, resolved: no value depends on another flag any more."""
 
     model: ModelArgs
     data: DataArgs
@@ -55,9 +55,9 @@ class RunArgs:
     runtime: RuntimeArgs
     world_size: int = 1
     warnings: tuple[str, ...] = ()
-    """What works but is probably not meant, in sentences."""
+    """Sentences about values that work but are probably not intended."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how the values were chosen, in sentences."""
+    """Sentences about how values were chosen."""
 
     @property
     def tokens_per_update(self) -> int:
@@ -65,9 +65,9 @@ class RunArgs:
         return self.batch.total_batch_size * self.batch.max_length
 
     def save_dir(self, now: datetime) -> Path:
-        """The run's folder: `--save_dir`, else that of the checkpoint it continues from, else a new one named by `now`.
+        """The run's folder: `--save_dir`, else that of the checkpoint to resume from, else a new one named by `now`.
 
-        With several ranks, rank 0 decides and tells the others, since their clocks differ.
+        With several ranks, call it on rank 0 alone, since their clocks differ.
         """
         if self.checkpoint.save_dir:
             return Path(self.checkpoint.save_dir)
@@ -78,11 +78,11 @@ class RunArgs:
         return Path("checkpoints") / f"{stem}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
 
     def in_folder(self, save_dir: Path, continue_from: str | None = None) -> RunArgs:
-        """These arguments with the run's folder made explicit, and another `--continue_from` where one is given."""
+        """A copy with the run's folder set, and with another `--continue_from` if one is given."""
         source = self.checkpoint.continue_from if continue_from is None else continue_from
         checkpoint = dataclasses.replace(self.checkpoint, save_dir=str(save_dir), continue_from=source)
         return dataclasses.replace(self, checkpoint=checkpoint)
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved values by flag name."""
+        """The resolved values, by flag name."""
         return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}

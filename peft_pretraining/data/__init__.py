@@ -1,1 +1,1 @@
-"""Text and token ids on their way to batches, in an order that does not depend on ranks or workers."""
+"""Load text or token ids and cut them into batches, in an order that does not depend on ranks or workers."""

@@ -1,7 +1,7 @@
-"""What the loaders hand out: micro-batches of token ids with their labels.
+"""Micro-batches of token ids with their labels.
 
-A row is a sequence of ids of known length, padded on the right. Padding needs no attention mask, because a causal model
-never looks to the right, and no token of its own, because labels are masked by length: any id serves.
+A row is a sequence of ids of known length, padded on the right. Padding needs no attention mask, because in a causal
+model no token attends to the right, and no special token, because labels are masked by length: any id will do.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass, on the CPU. The model shifts the labels itself."""
+    """The rows of one forward pass, on the CPU. The model shifts the labels."""
 
     input_ids: torch.Tensor  # (batch_size, max_length) int64
     labels: torch.Tensor  # (batch_size, max_length) int64, IGNORED_LABEL where there is padding
@@ -27,18 +27,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Update:
-    """What one rank computes in one update step."""
+    """One rank's part of the global batch of one update step."""
 
     micro_batches: list[MicroBatch]
     target_tokens: int
-    """Of this rank, over all its micro-batches; the loss is divided by the sum of this over the ranks."""
+    """The targets of all its micro-batches; the loss is divided by their sum over the ranks."""
     tokens: int
-    """Of this rank, without padding."""
+    """Ids without padding."""
 
 
 def make_micro_batch(rows: NDArray[np.int32], lengths: NDArray[np.int64]) -> MicroBatch:
-    """Micro-batch of `rows` (batch_size, max_length); the first `lengths` (batch_size,) ids of each are not padding."""
-    # By numpy: torch would start threads for it, which the loader's own then compete with.
+    """Build a micro-batch of `rows` (batch_size, max_length), of which the first `lengths` (batch_size,) ids count."""
+    # In numpy: torch would start threads for it, which would compete with those of the loader.
     input_ids = rows.astype(np.int64)
     labels = np.where(np.arange(rows.shape[1]) < lengths[:, None], input_ids, IGNORED_LABEL)
     target_tokens = int(np.maximum(lengths - 1, 0).sum())

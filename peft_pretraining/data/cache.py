@@ -1,4 +1,4 @@
-"""Derived files that are made once and shared by all runs and ranks of a user: texts held out, trained tokenizers."""
+"""A cache of derived files that all runs and ranks of a user share: held-out texts, trained tokenizers."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ from peft_pretraining.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Where derived files are kept: $QGALORE_CACHE, else the user's cache directory. Raises UserError."""
+    """The directory of the cache: $QGALORE_CACHE, else the user's cache directory. Raises UserError."""
     if path := os.environ.get("QGALORE_CACHE"):
         try:
             return Path(path).expanduser()
@@ -18,7 +18,7 @@ def cache_dir() -> Path:
 
 
 def publish(path: Path, content: bytes) -> bytes:
-    """Write `content` to `path` unless another process did first; returns what lies there then.
+    """Write `content` to `path` unless another process did so first; returns the content of the file.
 
     Atomic: a reader sees the whole file or none. Raises UserError if the directory cannot be written.
     """
@@ -30,7 +30,7 @@ def publish(path: Path, content: bytes) -> bytes:
         except FileExistsError:
             return path.read_bytes()
         except OSError:
-            # Some file systems know no hard links.
+            # Some file systems have no hard links.
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -42,14 +42,14 @@ def publish(path: Path, content: bytes) -> bytes:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whatever lies there; a reader sees the whole file, old or new. Raises OSError."""
+    """Write or overwrite `path` atomically: a reader sees the whole file, old or new. Raises OSError."""
     temporary = _write_beside(path, content)
     temporary.chmod(0o644)
     temporary.replace(path)
 
 
 def _write_beside(path: Path, content: bytes) -> Path:
-    """A hidden file of another name in the folder of `path`, which is made."""
+    """Write a hidden temporary file in the folder of `path`, which is created; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:

@@ -1,13 +1,13 @@
 """The validation set: the same rows in the same batches for any number of ranks, seeds and workers.
 
-Documents come in the order of the files, unshuffled, as rows in the training format; rows are cut into batches of
+Documents are read in the order of the files, unshuffled, as rows in the training format; rows are cut into batches of
 `eval_batch_size`, and batch k belongs to rank k mod W. The set ends with the row in which `eval_tokens` target tokens
 (those that perplexity divides by) are reached, or where the data ends; the last batch may be smaller, and the last row
-of packed data shorter. The first pass tokenises, later ones take this rank's rows from memory (20 to 40 MB for 10 M
+of packed data shorter. The first pass tokenizes, later ones reuse this rank's rows in memory (20 to 40 MB for 10 M
 tokens).
 
-Of a mixture each source in turn gives its share of `eval_tokens`, or what it has, so that perplexity weighs them as
-training does; without a limit each gives all it has.
+In a mixture each source contributes its share of `eval_tokens`, or all it has, so that perplexity weighs the sources as
+training does; without a limit each contributes all it has.
 """
 
 import math
@@ -29,14 +29,14 @@ from peft_pretraining.data.sources.mixture import Mixture
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 
-# The tokenizer spreads them over all cores.
+# The tokenizer distributes a batch of texts over all cores.
 _DOCUMENTS_PER_ENCODING = 256
 
 Row = NDArray[Any]  # (length,) ids of any integer type
 
 
 class EvalSet:
-    """Iterating yields (number of the batch in the whole set, micro-batch) for the batches of this rank, in order."""
+    """An iterable of (index of the batch in the whole set, micro-batch), for the batches of this rank in order."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class EvalSet:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`eval_tokens` 0 takes the whole set; `name` is for messages."""
+        """`eval_tokens` 0 uses the whole set; `name` is for error texts."""
         self._ids, self._tokenizer = vocab_size, tokenizer
         self._source, self._name, self._eval_tokens = rows, name, eval_tokens
         self._max_length, self._batch_size = max_length, batch_size
@@ -60,11 +60,11 @@ class EvalSet:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id there can be."""
+        """One more than the largest id that can occur."""
         return self._ids if self._tokenizer is None else self._tokenizer.vocab_size
 
     def __iter__(self) -> Iterator[tuple[int, MicroBatch]]:
-        """Raises UserError if there is no row or the data cannot be read."""
+        """Iterate over this rank's batches; raises UserError if there is no row or the data cannot be read."""
         if self._batches is None:
             self._batches = self._read()
         for number, rows in self._batches.items():
@@ -75,7 +75,7 @@ class EvalSet:
             yield number, make_micro_batch(padded, np.array([len(row) for row in rows], np.int64))
 
     def check(self) -> None:
-        """Look for the first row with a target; raises UserError as iterating would."""
+        """Read up to the first row with a target; raises UserError as iterating would."""
         if not any(len(row) > 1 for row in self._source()):
             raise self._empty()
 
@@ -111,7 +111,7 @@ def build_eval_set(
     options: SourceOptions = DEFAULT_OPTIONS,
     source: Source | TokenFiles | TokenMixture | None = None,
 ) -> EvalSet:
-    """The validation set of --dataset for one rank; see `train_loader.build_train_loader`. Raises UserError."""
+    """Build one rank's validation set of --dataset; see `train_loader.build_train_loader`. Raises UserError."""
     opened = source or open_split(dataset, "validation", options)
     common: dict[str, Any] = {"name": dataset, "max_length": max_length, "batch_size": eval_batch_size}
     common |= {"eval_tokens": eval_tokens, "rank": rank, "world_size": world_size}
@@ -134,7 +134,7 @@ def build_eval_set(
 
 
 def _in_turn(parts: Sequence[tuple[Callable[[], Iterator[Row]], float]], eval_tokens: int) -> Iterator[Row]:
-    """The rows of the parts one after another, of each up to its share of the target tokens."""
+    """Yield the rows of one part after the other, of each up to its share of the target tokens."""
     total = sum(weight for _, weight in parts)
     for rows, weight in parts:
         limit, targets = math.ceil(eval_tokens * weight / total), 0
@@ -146,7 +146,7 @@ def _in_turn(parts: Sequence[tuple[Callable[[], Iterator[Row]], float]], eval_to
 
 
 def read_documents(source: Source, damage: DamageCount) -> Iterator[str]:
-    """All texts of a source in its own order."""
+    """Yield all texts of a source in its own order; damage is counted in `damage`."""
     for shard in range(source.shards):
         for item in source.read(shard, 1, 0, 0):
             if isinstance(item, Damage):
@@ -178,5 +178,5 @@ def _token_rows(files: TokenFiles, max_length: int, vocab_size: int) -> Iterator
         for start in range(0, len(file.ids), max_length):
             if len(row := file.ids[start : start + max_length]) > 1:
                 if int(row.max()) >= vocab_size:
-                    file.check_ids(vocab_size)  # says where it is
+                    file.check_ids(vocab_size)  # raises with the index of the id
                 yield row

@@ -1,16 +1,15 @@
-"""Documents held out of the training split, where a data set has no validation split.
+"""Hold documents out of the training split for validation, where a data set has no validation split.
 
-A document is held out for its content: of all distinct texts those with the smallest hashes (BLAKE2b, 8 bytes) are, so
+A document is chosen by its content: the distinct texts with the smallest hashes (BLAKE2b, 8 bytes) are held out, so
 that the same texts give the same split whatever the number of ranks and shards and the order of the files. They are
-0.1 % of the documents, at least 500, and never more than 10 % or 10,000; copies count, and a text of which there are so
-many that it would break the limit is not held out. Training passes over every document whose text is held out, wherever
-it stands.
+0.1 % of the documents, at least 500, and never more than 10 % or 10,000. Copies count, and a text with so many copies
+that it would exceed the limit is not held out. Training skips every document whose text is held out, in any file.
 
-Up to a million documents are looked at in the order of the files (half as many over a network), with a progress bar. Of
-a larger data set the held-out documents are among these, as many as for all its documents, whose number is estimated by
-the sizes of the files. What was found is kept in the cache, under the fingerprint of the data set.
+Up to a million documents are read for it in the order of the files (half as many over a network), with a progress bar.
+In a larger data set the held-out documents are all among these; how many they are depends on the number of all
+documents, which is estimated from the sizes of the files. The choice is cached under the fingerprint of the data set.
 
-A run holds out what it began with: the hashes are part of its state, whatever becomes of the files meanwhile.
+The hashes are part of a run's state, so that a resumed run holds out the same documents even if the files have changed.
 """
 
 import base64
@@ -31,6 +30,7 @@ from peft_pretraining.data.sources.documents import (
     Files,
     LocalSource,
     Source,
+    SourceWrapper,
     describe_source,
     files_of,
     is_text,
@@ -43,10 +43,10 @@ from peft_pretraining.data.waiting import with_progress
 from peft_pretraining.errors import UserError
 
 FEWEST_DOCUMENTS = 64
-"""With fewer a validation file is asked for."""
+"""With fewer documents a run has to name a validation file."""
 _LEAST, _MOST = 500, 10_000
 _SCANNED, _SCANNED_OVER_NETWORK = 1_000_000, 500_000
-# Candidates: as many again as can be held out, because a text of many copies may be left out.
+# Twice as many candidates as can be held out, because texts with many copies are not chosen.
 _CANDIDATES = 2 * _MOST
 _CANDIDATE_CHARS = 1 << 29
 _FIRST = 200  # documents by which their number is estimated
@@ -54,9 +54,9 @@ _FORMAT = 2
 
 
 def open_splits(dataset: str, options: SourceOptions = DEFAULT_OPTIONS) -> Splits:
-    """Both splits of `--dataset`; if it has none for validation, documents of train are held out. Raises UserError.
+    """Open both splits of `--dataset`; without a validation split, documents of train are held out. Raises UserError.
 
-    They share no text that was held out.
+    A held-out text is in no document of train.
     """
     kind = find_kind(dataset)
     splits = kind.open_splits(dataset, options)
@@ -69,7 +69,7 @@ def open_splits(dataset: str, options: SourceOptions = DEFAULT_OPTIONS) -> Split
 def open_split(
     dataset: str, split: str, options: SourceOptions = DEFAULT_OPTIONS
 ) -> Source | TokenFiles | TokenMixture:
-    """One of `open_splits`, "train" or "validation"; of token ids the other need not be there. Raises UserError."""
+    """Open split "train" or "validation" as `open_splits` does; token ids need not have both. Raises UserError."""
     kind = find_kind(dataset)
     is_alone = split not in kind.splits or not isinstance(kind, TextKind)
     opened = open_dataset(dataset, split, options) if is_alone else open_splits(dataset, options)._asdict()[split]
@@ -79,28 +79,28 @@ def open_split(
 
 @dataclass
 class HeldOut:
-    """The documents that are held out of a data set: what trains on the rest and what evaluates on them share it."""
+    """The documents held out of a data set; its training source and its validation source share this object."""
 
     name: str
     """Of the data set, as the user gave it."""
     key: str
-    """Of the cache's file."""
+    """Of the file in the cache."""
     texts: list[str] = field(repr=False)
     hashes: frozenset[int] = field(default=frozenset(), repr=False)
-    """Of all texts that are not trained on; those of `texts`, unless some are lost."""
+    """Hashes of all texts that are not trained on: those of `texts`, and of texts whose files are gone."""
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or frozenset(map(hash_of, self.texts))
 
     def state(self) -> dict[str, str]:
-        """Which they are; JSON-able, 11 bytes a document."""
+        """The hashes for a checkpoint; JSON-able, 11 bytes per document."""
         packed = b"".join(digest.to_bytes(8) for digest in sorted(self.hashes))
         return {"key": self.key, "hashes": base64.b64encode(packed).decode()}
 
     def load_state(self, saved: dict[str, str], source: Source) -> list[str]:
-        """Hold out what a run held out when it began, now that the files differ; returns what is to be said.
+        """Restore the documents that a run held out at its start, if the files differ since; returns lines for the log.
 
-        The texts come from the cache, or are looked for in `source`. Raises UserError if none is left.
+        The texts are read from the cache, or found in `source` by their hashes. Raises UserError if none is left.
         """
         if saved == self.state():
             return []
@@ -125,7 +125,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class HeldOutSource:
-    """The documents of a `HeldOut`, whatever it holds when they are read."""
+    """The documents of a `HeldOut` as a source; follows its `load_state`."""
 
     held_out: HeldOut
     shards: int = 1
@@ -144,19 +144,19 @@ class HeldOutSource:
         return f"{len(self.held_out.texts):,} documents of it, held out by a hash of their content"
 
     def fingerprint(self) -> str:
-        """Of the texts."""
+        """A hash of the texts."""
         return hashlib.sha256(repr(sorted(self.held_out.hashes)).encode()).hexdigest()[:16]
 
 
 def hold_out(
     source: Source, options: SourceOptions = DEFAULT_OPTIONS, scanned: int = _SCANNED
 ) -> tuple["WithoutHeldOut", HeldOutSource]:
-    """(what is trained on, what is held out) of a source, of which `scanned` documents are looked at.
+    """Split a source into (training documents, held-out documents), chosen among the first `scanned` documents.
 
-    `options` are those it was opened with. Raises UserError for fewer than 64 documents.
+    `options`: those with which the source was opened. Raises UserError for fewer than 64 documents.
     """
     settings = (options.config, options.revision, options.train_split, options.text_column, options.text_unit)
-    # A fingerprint may be that of sizes alone, and equal for files of other text.
+    # A fingerprint may cover the sizes of files only, and so be equal for other texts.
     stamp = source.stamp() if isinstance(source, LocalSource) else ""
     identity = repr((_FORMAT, source.fingerprint(), settings, scanned, stamp))
     key = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -169,22 +169,22 @@ def hold_out(
 
 
 def held_out_count(documents: int) -> int:
-    """How many of so many documents are held out at most."""
+    """The largest number of documents to hold out of `documents`."""
     return min(max(_LEAST, documents // 1000), documents // 10, _MOST)
 
 
 def hash_of(text: str) -> int:
-    """By which a text is chosen."""
+    """The 64-bit hash of a text by which it is chosen."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def choose(source: Source, scanned: int) -> list[str]:
-    """The distinct texts to hold out, in the order of the files. Raises UserError for too few documents."""
-    candidates: dict[int, list[int]] = {}  # hash: copies, place in the order
+    """Choose the distinct texts to hold out, in the order of the files. Raises UserError for too few documents."""
+    candidates: dict[int, list[int]] = {}  # hash: copies, index of the first one
     texts: dict[int, str] = {}
     largest: list[int] = []  # a heap of the candidates' hashes, negated
     documents = chars = text_bytes = 0
-    bound = 1 << 64  # of what was given up the smallest hash: nothing beyond it comes back
+    bound = 1 << 64  # the smallest hash that was discarded: none above it is a candidate any more
     for text in _documents(source, scanned):
         documents += 1
         text_bytes += len(text.encode("utf-8", "surrogatepass"))
@@ -225,32 +225,22 @@ def choose(source: Source, scanned: int) -> list[str]:
 
 
 def _estimated_documents(source: Source, documents: int, text_bytes: int) -> int | None:
-    """About how many documents a source has, of which the first so many have so many bytes of text.
+    """Estimate the number of documents of a source whose first `documents` documents have `text_bytes`.
 
-    None if it does not know its files. These are taken to hold text as it is, so that compressed ones are
-    underestimated by their ratio.
+    None if it does not know its files. They are treated as plain text, so that the estimate for compressed files is too
+    low by their compression ratio.
     """
     files = files_of(source)
     return max(documents, sum(files.sizes) * documents // max(1, text_bytes)) if files else None
 
 
 @dataclass(frozen=True)
-class WithoutHeldOut:
-    """A source in which nothing stands in the place of held-out documents and their copies."""
+class WithoutHeldOut(SourceWrapper):
+    """A source in which held-out documents and their copies are replaced by empty strings."""
 
     source: Source
     held_out: tuple[HeldOut, ...]
-    """That of this source first, if documents of it are held out; then those of others that it is mixed with."""
-
-    @property
-    def name(self) -> str:
-        """See `Source.name`."""
-        return self.source.name
-
-    @property
-    def shards(self) -> int:
-        """See `Source.shards`."""
-        return self.source.shards
+    """First the documents held out of this source, if any; then those held out of other sources of its mixture."""
 
     @property
     def revision(self) -> str:
@@ -259,7 +249,7 @@ class WithoutHeldOut:
 
     @property
     def own(self) -> HeldOut | None:
-        """What is held out of this very source."""
+        """The documents held out of this source; None if they are all of others."""
         return next((each for each in self.held_out if each.name == self.name), None)
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
@@ -273,7 +263,7 @@ class WithoutHeldOut:
         return f"{describe_source(self.source)}, without the documents held out"
 
     def fingerprint(self) -> str:
-        """Of the source and of what is held out."""
+        """A hash of the source and of the held-out documents."""
         held_out = repr(sorted(self._hashes()))
         return hashlib.sha256(f"{self.source.fingerprint()} {held_out}".encode()).hexdigest()[:16]
 
@@ -284,24 +274,24 @@ class WithoutHeldOut:
 
     def _hashes(self) -> frozenset[int]:
         first, *others = (each.hashes for each in self.held_out)
-        return first.union(*others) if others else first  # no copy for each block that is read
+        return first.union(*others) if others else first  # `union` would copy the set for each block that is read
 
 
 def held_out_state(source: Source) -> dict[str, Any]:
-    """What a checkpoint keeps of the documents held out of a source; {} if there are none."""
+    """The state of the documents held out of a source, for a checkpoint; {} if there are none."""
     own = source.own if isinstance(source, WithoutHeldOut) else None
     return {"held_out": own.state()} if own else {}
 
 
 def load_held_out_state(source: Source, saved: dict[str, Any]) -> list[str]:
-    """Take up what `held_out_state` gave; older checkpoints have nothing. Returns sentences. Raises UserError."""
+    """Restore `held_out_state`, which old checkpoints lack. Returns lines for the log. Raises UserError."""
     if not isinstance(source, WithoutHeldOut) or source.own is None or "held_out" not in saved:
         return []
     return source.own.load_state(saved["held_out"], source.source)
 
 
 def _documents(source: Source, limit: int | None) -> Iterator[str]:
-    """The first texts in the order of the files; None: all."""
+    """Yield the first `limit` texts (None: all) in the order of the files, with a progress bar."""
     items = (item for shard in range(source.shards) for item in source.read(shard, 1, 0, 0))
     texts = (item for item in items if is_text(item))
     what = f"{source.name}: choosing documents for validation"
@@ -323,9 +313,9 @@ def _read(path: Path) -> list[str] | None:
     try:
         content = path.read_bytes()
     except OSError:
-        return None  # if it cannot be written either, that is said
+        return None  # if it cannot be written either, `publish` raises
     try:
         return [str(text) for text in json.loads(gzip.decompress(content))]
     except (OSError, EOFError, ValueError, TypeError, zlib.error):
-        path.unlink(missing_ok=True)  # a damaged cache file is made again
+        path.unlink(missing_ok=True)  # a damaged cache file is written again
         return None

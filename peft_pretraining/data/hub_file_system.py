@@ -1,13 +1,13 @@
-"""The hub's file system under `datasets`, with each byte range checked and asked for again after any fault.
+"""An fsspec file system for files on the Hugging Face hub that checks every byte range and retries after any fault.
 
-`datasets` opens hf://datasets/NAME@COMMIT/FILE through fsspec's registry, where `serve_pinned_files` puts this file
-system in the place of huggingface_hub's own. That one returns the body of a range request unchecked, retries some
-faults five times, sleeps as long as a server's Retry-After says, and asks for a listing of the folder first. Here a
-pinned file costs range requests alone. Each stands for itself, so the same range is asked for after a fault and the
-stream goes on at the byte where it was: nothing is read twice or lost, and 64 lanes need no 64 open connections that a
-server would close for idling. huggingface_hub still builds addresses, adds the user's token and keeps the connections.
+`datasets` opens hf://datasets/NAME@COMMIT/FILE through fsspec's registry, where `serve_pinned_files` replaces
+huggingface_hub's own file system by this one. The original returns the body of a range request unchecked, retries some
+faults five times, sleeps as long as a server's Retry-After says, and first requests a listing of the folder. Here a
+file at a commit needs range requests only. These are independent of each other, so that after a fault the same range is
+requested again and the stream continues at the same byte; and 64 readers need no 64 open connections that a server
+would close for idling. huggingface_hub still builds addresses, adds the user's token and keeps the connections.
 
-`patient_requests` gives its other requests (what a repository holds) the same retries.
+`patient_requests` gives the same retries to its other requests, which list what a repository holds.
 """
 
 import io
@@ -27,11 +27,11 @@ from peft_pretraining.data.sources.retry import Reading, TransientError, Unreach
 from peft_pretraining.errors import UserError
 
 BLOCK_BYTES = 1 << 20
-"""Read at a time where less is asked for, and held for each open file."""
+"""The size of the buffer of each open file, which is filled by one request."""
 LONGEST_RANGE_BYTES = 1 << 23
-"""More is asked for in several requests, so that a fault costs no more than this."""
+"""Longer reads are split into several requests, so that a fault costs no more than this."""
 ATTEMPTS_TO_REACH = 5
-"""Tries of the first request to a hub that nobody can connect to: some ten seconds."""
+"""Tries of the first request to a hub that does not answer: about ten seconds."""
 
 _FINAL_STATUS = {
     401: "needs a login",
@@ -49,7 +49,7 @@ _one_at_a_time = threading.Lock()
 
 @contextmanager
 def reading_for(reading: Reading) -> Iterator[None]:
-    """Files that this thread opens inside belong to `reading`."""
+    """Assign the files that this thread opens in the context to `reading`."""
     before = getattr(_reader, "reading", None)
     _reader.reading = reading
     try:
@@ -59,12 +59,12 @@ def reading_for(reading: Reading) -> Iterator[None]:
 
 
 def serve_pinned_files() -> None:
-    """From now on fsspec, and so `datasets`, opens hf:// with `CheckedFileSystem`."""
+    """Make fsspec, and so `datasets`, open hf:// addresses with `CheckedFileSystem` in this process."""
     fsspec.register_implementation("hf", CheckedFileSystem, clobber=True)
 
 
 class CheckedFileSystem(HfFileSystem):
-    """huggingface_hub's file system, but for files of a data set at a commit, which are `RangedFile`."""
+    """huggingface_hub's file system, in which files of a data set at a commit are opened as `RangedFile`."""
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         pinned = _PINNED.fullmatch(self._strip_protocol(path))
@@ -80,11 +80,11 @@ class CheckedFileSystem(HfFileSystem):
 
 
 class RangedFile(io.BufferedReader):
-    """A file of the hub, read from its first byte or anywhere; holds one block in memory."""
+    """A seekable file of the hub that keeps one block in memory."""
 
 
 class _Ranges(io.RawIOBase):
-    """The bytes of an address, by range requests."""
+    """The bytes at an address, read by range requests."""
 
     def __init__(self, reading: Reading, url: str, what: str, token: bool | str | None) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class _Ranges(io.RawIOBase):
 
     def _get(self, start: int, stop: int) -> bytes:
         """Bytes from `start`, at most to `stop`, empty only at the end of the file; learns the file's size."""
-        # The bytes of the file itself: a server that compresses them once more would break the offsets.
+        # Identity: the offsets are those of the file itself, which a compressed response would change.
         headers = {
             **build_hf_headers(token=self._token),
             "Range": f"bytes={start}-{stop - 1}",
@@ -155,8 +155,8 @@ class _Ranges(io.RawIOBase):
         except OfflineModeIsEnabled as error:
             raise self._reading.error(f"{self._what} is not here: HF_HUB_OFFLINE is set. Unset it.") from error
         except Exception as error:
-            # The HTTP library under huggingface_hub has changed twice, and with it the classes of its errors. Nothing
-            # but the network can fail in these lines.
+            # huggingface_hub has changed its HTTP library twice, and with it the classes of errors. Only the network
+            # can fail in these lines.
             kind = type(error).__name__
             raise TransientError(
                 f"{kind}: {error}", unreachable=kind.startswith("Connect") and not self._reading.answered
@@ -167,7 +167,7 @@ class _Ranges(io.RawIOBase):
         return content
 
     def _announced(self, response: Any, start: int, stop: int) -> tuple[int, int]:
-        """(length of the body, size of the file) as the answer's head has them. Raises TransientError or UserError."""
+        """(length of the body, size of the file) from the response's headers. Raises TransientError or UserError."""
         status, headers = int(response.status_code), response.headers
         if status in _FINAL_STATUS:
             terms = self._url.partition("/resolve/")[0]
@@ -197,10 +197,10 @@ class _Ranges(io.RawIOBase):
 
 @contextmanager
 def patient_requests(reading: Reading, endpoint: str) -> Iterator[None]:
-    """Repeat every request of huggingface_hub to `endpoint` after a fault, as `reading` has it; one thread at a time.
+    """Retry every request of huggingface_hub to `endpoint` by the policy of `reading`; one thread at a time.
 
-    Its own retries cover a part of its requests. What is worse, `datasets` takes a fault on the way to a repository's
-    .huggingface.yaml or dataset_infos.json for a file that is not there, and goes on with other configurations.
+    The library's own retries cover only some of its requests. Worse, `datasets` treats a network fault at a
+    repository's .huggingface.yaml or dataset_infos.json like a missing file, and goes on with other configurations.
     """
     with _one_at_a_time:
         client: Any = get_session()
@@ -209,7 +209,7 @@ def patient_requests(reading: Reading, endpoint: str) -> Iterator[None]:
 
         def once(request: Any, options: dict[str, Any]) -> Any:
             nonlocal answered
-            # Some of its requests would wait for ever.
+            # Some of its requests have no timeout.
             request.extensions = {**request.extensions, "timeout": timeouts}
             try:
                 response = send(request, **options)
@@ -227,7 +227,7 @@ def patient_requests(reading: Reading, endpoint: str) -> Iterator[None]:
             return response
 
         def patient_send(request: Any, **options: Any) -> Any:
-            # Statistics go elsewhere; a range belongs to another data set, which repeats it itself.
+            # Usage statistics go to other addresses; a range request belongs to a `RangedFile`, which retries itself.
             if not str(request.url).startswith(endpoint) or "range" in request.headers:
                 return send(request, **options)
             return reading.retrying(str(request.url), lambda: once(request, options), ATTEMPTS_TO_REACH)

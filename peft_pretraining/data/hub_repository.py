@@ -1,8 +1,7 @@
-"""What a data set on the hub consists of: a name becomes the files of its splits at one commit.
+"""Resolve the name of a data set on the hub to the files of its splits at one commit.
 
-`datasets.load_dataset_builder` says which files a configuration has, in the order that it reads them; nothing of them
-is fetched. What can be wrong with a name, a configuration, a revision or a split becomes a sentence with those that
-there are.
+`datasets.load_dataset_builder` lists the files of a configuration in the order in which it reads them; no file is
+downloaded. A wrong name, configuration, revision or split raises UserError with the ones that exist.
 """
 
 import re
@@ -20,7 +19,7 @@ from peft_pretraining.errors import UserError
 FORMATS = ("json", "text", "csv", "parquet", "arrow")
 """Builders of `datasets` whose files hold text in rows or lines."""
 PARQUET_BRANCH = "refs/convert/parquet"
-"""Where the hub keeps a copy of many data sets as parquet."""
+"""The branch where the hub keeps a copy of many data sets as parquet."""
 _CONVERTED = re.compile(r"(?P<config>[^/]+)/[^/]+/\d+\.parquet")
 _MOST_LISTED = 30
 
@@ -46,7 +45,7 @@ class Repository:
 
 
 def find_repository(name: str, options: SourceOptions, reading: Reading) -> Repository:
-    """The data set `name` as `options` wants it, asked for once a process. Raises UserError."""
+    """Resolve the data set `name` with `options`, once per process. Raises UserError."""
     from huggingface_hub import constants
 
     key = (name, options.config, options.revision, options.endpoint or constants.ENDPOINT)
@@ -70,7 +69,7 @@ def choose_split(repository: Repository, wanted: str, flag: str, reading: Readin
 
 
 def choose_column(repository: Repository, wanted: str, reading: Reading) -> str:
-    """The column that holds the text, `wanted` unless it is empty; "" where the card does not say what there is.
+    """The column that holds the text, `wanted` unless it is empty; "" if the data set's card lists no columns.
 
     Raises UserError that lists the columns that hold text.
     """
@@ -111,24 +110,24 @@ def _find(name: str, options: SourceOptions, reading: Reading) -> Repository:
         raise reading.error(
             f"{info.id} holds {builder.name} files, which are not read as text: those that are, are {_listed(FORMATS)}."
         )
-    found = {str(split): tuple(places) for split, places in (builder.config.data_files or {}).items()}
-    # The library has one builder for all configurations, and a card may name anything.
-    splits = {split: tuple(place for place in places if format_of(place)) for split, places in found.items()}
+    found = {str(split): tuple(addresses) for split, addresses in (builder.config.data_files or {}).items()}
+    # The library has one builder for all configurations, and a card may list files of any kind.
+    splits = {split: tuple(each for each in addresses if format_of(each)) for split, addresses in found.items()}
     if not any(splits.values()):
-        example = next((place for places in found.values() for place in places), "nothing")
+        example = next((each for addresses in found.values() for each in addresses), "nothing")
         raise reading.error(f"{info.id} holds {example}: files that are read as text are {IN_WORDS}.")
     return Repository(
         info.id,
         info.sha,
         options.config if _converted_configs(files) else builder.config.name,
-        {split: places for split, places in splits.items() if places},
-        _sizes([place for places in splits.values() for place in places]),
+        {split: addresses for split, addresses in splits.items() if addresses},
+        _sizes([each for addresses in splits.values() for each in addresses]),
         {column: getattr(kind, "dtype", type(kind).__name__) for column, kind in (builder.info.features or {}).items()},
     )
 
 
 def _dataset_info(api: Any, name: str, revision: str, reading: Reading) -> Any:
-    """What the hub says about a data set; its `sha` is the commit. Raises UserError."""
+    """The hub's information on a data set; its `sha` is the commit. Raises UserError."""
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,
@@ -168,23 +167,23 @@ def _builder(info: Any, files: Sequence[str], options: SourceOptions, reading: R
     import datasets
 
     configs = _converted_configs(files)
-    place: dict[str, str] = {"name": options.config} if options.config else {}
+    arguments: dict[str, str] = {"name": options.config} if options.config else {}
     if configs:
-        # No card there says what a configuration is; each is a folder.
+        # That branch has no card: each configuration is a folder.
         if (len(configs) > 1 or options.config) and options.config not in configs:
             raise reading.error(_configs_in_words(info.id, configs, options.config))
-        place = {"data_dir": options.config or configs[0]}
+        arguments = {"data_dir": options.config or configs[0]}
     try:
-        builder = datasets.load_dataset_builder(info.id, revision=info.sha, **place)
+        builder = datasets.load_dataset_builder(info.id, revision=info.sha, **arguments)
     except Exception as error:
         raise _why_no_builder(error, info, options, reading) from error
-    if builder.name == "cache":  # what it falls back to, without a word, after any error
+    if builder.name == "cache":  # its silent fallback after any error
         raise reading.error(f"{info.id} could not be read at commit {info.sha}: is there a file that is text?")
     return builder
 
 
 def _why_no_builder(error: Exception, info: Any, options: SourceOptions, reading: Reading) -> Exception:
-    """The sentence for what `load_dataset_builder` has raised."""
+    """The error with a sentence on what `load_dataset_builder` has raised."""
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub import constants
@@ -205,21 +204,21 @@ def _why_no_builder(error: Exception, info: Any, options: SourceOptions, reading
     return reading.error(f"`datasets` cannot read {info.id} ({type(error).__name__}: {error}).")
 
 
-def _sizes(places: Sequence[str]) -> dict[str, int]:
+def _sizes(addresses: Sequence[str]) -> dict[str, int]:
     """Bytes of each file, from the listings by which `datasets` found them."""
     import datasets
 
     files = CheckedFileSystem(endpoint=datasets.config.HF_ENDPOINT, token=None)
     listed = {info["name"]: info["size"] for listing in files.dircache.values() for info in listing}
-    paths = {place: place.removeprefix("hf://") for place in places}
-    sizes = {place: int(listed[path] if path in listed else files.info(path)["size"]) for place, path in paths.items()}
-    # Every thread that reads would copy the listings.
+    paths = {address: address.removeprefix("hf://") for address in addresses}
+    sizes = {each: int(listed[path] if path in listed else files.info(path)["size"]) for each, path in paths.items()}
+    # Otherwise every thread that reads would copy the listings.
     CheckedFileSystem.clear_instance_cache()
     return sizes
 
 
 def _converted_configs(files: Sequence[str]) -> list[str]:
-    """The configurations where the files are laid out as in PARQUET_BRANCH, CONFIGURATION/SPLIT/0000.parquet."""
+    """The configurations of files laid out as in PARQUET_BRANCH, CONFIGURATION/SPLIT/0000.parquet; else empty."""
     found = [_CONVERTED.fullmatch(file) for file in files if not file.startswith(".")]
     return sorted({match["config"] for match in found if match}) if all(found) else []
 
@@ -241,7 +240,7 @@ def _in_config(repository: Repository) -> str:
 
 
 def _listed(names: Any) -> str:
-    """ "a, b or c", the first of very many."""
+    """Join names as "a, b or c"; of very many only the first."""
     listed = list(names)
     if len(listed) > _MOST_LISTED:
         return f"{', '.join(listed[:_MOST_LISTED])}, or one of {len(listed) - _MOST_LISTED} more"

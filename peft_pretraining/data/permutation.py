@@ -1,9 +1,9 @@
-"""Seeded permutations that no library version can change.
+"""Seeded permutations that do not depend on library versions.
 
 `random`, numpy and `datasets` promise no stable shuffle across versions, and a run must see the same order on every
-machine for years. So the order is built here from integer arithmetic alone: SplitMix64's finaliser as the hash, and a
-six-round Feistel network over it as the permutation. A Feistel network gives any element without a table, so that the
-position in an epoch is one integer, and a set of a billion windows costs no memory.
+machine for years. So the order is built here from integer arithmetic alone: SplitMix64's finalizer as the hash, and a
+six-round Feistel network over it as the permutation. A Feistel network computes any element without a table, so that
+the position in an epoch is one integer, and a set of a billion windows needs no memory.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014); Black and Rogaway, "Ciphers with
 arbitrary finite domains" (2002), for walking the cycle back into the domain.
@@ -30,7 +30,7 @@ def hash64(*values: int) -> int:
 
 
 def permute(positions: NDArray[np.uint64], count: int, key: int) -> NDArray[np.uint64]:
-    """Elements of the permutation `key` of range(count) that stand at `positions`, each below `count`."""
+    """The elements at `positions`, each below `count`, of the permutation of range(count) with this `key`."""
     if count <= 1:
         return np.zeros_like(positions)
     # At least 16 elements in the domain: smaller halves leave too few round functions to mix with.
@@ -42,7 +42,7 @@ def permute(positions: NDArray[np.uint64], count: int, key: int) -> NDArray[np.u
 
 
 def permutation(count: int, key: int) -> list[int]:
-    """The whole permutation `key` of range(count)."""
+    """The permutation of range(count) with this `key`, as a list."""
     return [int(element) for element in permute(np.arange(count, dtype=np.uint64), count, key)]
 
 

@@ -1,4 +1,4 @@
-"""What a run reads, in a few lines for people: which text, how it is split, and what rows and tokenizer lose of it."""
+"""Describe a run's data in a few lines: the splits, and how much text is cut off or unknown to the tokenizer."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -9,15 +9,15 @@ from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
 from peft_pretraining.data.sources.mixture import Mixture
 from peft_pretraining.data.tokenizer import Tokenizer
 
-# Of each source the first documents of its first shards; of a long one its beginning.
-_SHARDS, _DOCUMENTS, _PLACES, _CHARACTERS = 4, 16, 1000, 20_000
+# A sample of each source: the first documents of its first shards; of a long document its beginning.
+_SHARDS, _DOCUMENTS, _ITEMS, _CHARACTERS = 4, 16, 1000, 20_000
 _WORTH_SAYING_CUT, _WORTH_SAYING_UNKNOWN = 0.01, 0.001
 
 
 def describe_data(
     splits: Splits, tokenizer: Tokenizer | None, packing: str, max_length: int, reads: bool = True
 ) -> list[str]:
-    """Lines that say what is trained and evaluated on; of text also what is lost of it, where it may be read now."""
+    """Lines on the training and validation data; of text also `describe_losses`, unless `reads` is False."""
     lines = [f"training on {describe_split(splits.train)}", f"validation on {describe_split(splits.validation)}"]
     if not reads or tokenizer is None or splits.train is None or isinstance(splits.train, TokenFiles | TokenMixture):
         return lines
@@ -28,9 +28,9 @@ def describe_data(
 def describe_losses(
     samples: Sequence[tuple[Sequence[str], float]], tokenizer: Tokenizer, packing: str, max_length: int
 ) -> list[str]:
-    """Lines that say how much of documents like these is cut off, or unknown to the tokenizer; none for little.
+    """Lines on the share of the sampled text that is cut off or unknown to the tokenizer; none if that is small.
 
-    samples: the documents and the weight of each source.
+    samples: (documents, weight) of each source.
     """
     room = max_length - sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     weights = cut = unknown = 0.0
@@ -67,12 +67,12 @@ def _first_texts(source: Source) -> list[str]:
     return [
         item
         for shard in range(min(source.shards, _SHARDS))
-        for item in islice(filter(is_text, islice(source.read(shard, 1, 0, 0), _PLACES)), _DOCUMENTS)
+        for item in islice(filter(is_text, islice(source.read(shard, 1, 0, 0), _ITEMS)), _DOCUMENTS)
     ]
 
 
 def describe_split(split: Source | TokenFiles | TokenMixture | None) -> str:
-    """A phrase for people."""
+    """A phrase that describes a split."""
     if isinstance(split, Mixture | TokenMixture):
         shares = [(s.source, s.weight) for s in split.shares] if isinstance(split, Mixture) else split.shares
         total = sum(weight for _, weight in shares)

@@ -1,4 +1,4 @@
-"""What --tokenizer names: one from the hub, a folder or a file, or one that is trained on the data set."""
+"""Load the tokenizer of --tokenizer: from the hub, a folder or a file, or trained on the data set."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from peft_pretraining.errors import UserError
 __all__ = ["Added", "Tokenizer", "check_vocabulary", "keep_trained", "kept_tokenizers", "load_tokenizer"]
 
 _KEPT = Path("tokenizer", "tokenizer.json")
-"""Where a tokenizer that was trained lies in the folder of what it was trained for."""
+"""The path of a trained tokenizer in the folder of its run or of its token ids."""
 
 
 def load_tokenizer(
@@ -30,11 +30,11 @@ def load_tokenizer(
     progress: bool = True,
     kept: Sequence[Path] = (),
 ) -> Tokenizer:
-    """The tokenizer that --tokenizer names; "" takes the default of --dataset, which holds text. Raises UserError.
+    """Load the tokenizer of --tokenizer; "" is the default of --dataset, which must hold text. Raises UserError.
 
-    One that is trained reads `source`, the documents that the run trains on, or else the training split of --dataset.
-    `encoder` is "auto", "tokenizers" or "sentencepiece" (`files.ENCODERS`). `kept` are `kept_tokenizers` of a run that
-    may go on.
+    A tokenizer is trained on `source`, the documents that the run trains on, or else on the training split of
+    --dataset. `encoder` is "auto", "tokenizers" or "sentencepiece" (`files.ENCODERS`). `kept`: the `kept_tokenizers` of
+    a run that may be resumed.
     """
     vocab_size = parse_training(name_or_path)
     if name_or_path and vocab_size is None:
@@ -52,7 +52,7 @@ def load_tokenizer(
 
 
 def kept_tokenizers(save_dir: str, continue_from: str) -> list[Path]:
-    """Where a run that goes on may have kept the tokenizer that was trained for it, by the flags of these names."""
+    """The paths where a run with these flags may have saved the tokenizer that was trained for it."""
     folders = [Path(save_dir)] if save_dir else []
     if continue_from not in ("", "auto"):
         folders[:0] = [Path(continue_from).parent, Path(continue_from)]
@@ -60,9 +60,9 @@ def kept_tokenizers(save_dir: str, continue_from: str) -> list[Path]:
 
 
 def keep_trained(tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Keep a tokenizer that was trained on the data set in the folder of a run, for when it goes on, or of token ids.
+    """Save a tokenizer in the folder of a run or of token ids if it was trained on the data set, for resuming.
 
-    Others are left where they are. Raises UserError if it cannot be written.
+    Does nothing for other tokenizers. Raises UserError if it cannot be written.
     """
     if not isinstance(tokenizer, TrainedTokenizer):
         return

@@ -1,14 +1,14 @@
-"""The training loader: rows of the lanes in turn, cut into micro-batches, prepared ahead by threads.
+"""The training loader: one row of each logical shard in turn, cut into micro-batches and prefetched by threads.
 
-Global sequence i comes from lane i mod `lanes`. Update u holds the sequences [u * G, (u + 1) * G) of the global batch
-size G; rank r of W takes those with i mod W = r, which are the rows of its own lanes, in order, cut into
-`grad_accum_steps` micro-batches of `batch_size`.
+Sequence i of a run comes from logical shard i mod L, where L is `--data_lanes` (`order` says what a logical shard is).
+With global batches of G sequences, update u has the sequences u G to (u + 1) G - 1. Rank r of W takes those with
+i mod W = r: the rows of its own logical shards, in order, cut into `grad_accum_steps` micro-batches of `batch_size`.
 
-Worker thread w prepares the rows of every workers-th lane of the rank, update by update, up to `PREFETCHED_UPDATES`
-ahead; what each lane has to give for an update is known beforehand, so neither the number of workers nor their speed
-can change the order. The tokenizer releases the GIL. A lane's state after each update travels with its rows: a
-checkpoint never sees what is only prefetched. Where the data is not repeated, lanes that have ended give empty rows
-until all lanes of all ranks have ended.
+Worker thread w prepares the rows of every workers-th logical shard of the rank, update by update, up to
+`PREFETCHED_UPDATES` ahead. Which rows a logical shard gives to an update is known beforehand, so neither the number of
+workers nor their speed can change the order. The tokenizer releases the GIL. The state of a logical shard after each
+update is kept with its rows, so that a checkpoint never counts what was only prefetched. Where the data is not
+repeated, logical shards that have ended give empty rows until those of all ranks have ended.
 """
 
 import atexit
@@ -24,8 +24,8 @@ import numpy as np
 
 from peft_pretraining.data.batch import Update, make_micro_batch
 from peft_pretraining.data.held_out import open_split
-from peft_pretraining.data.lanes import Lanes, TextLanes, TokenLanes
-from peft_pretraining.data.order import DamageCount, LaneState, RowFormat
+from peft_pretraining.data.logical_shards import LogicalShards, TextLogicalShards, TokenLogicalShards
+from peft_pretraining.data.order import DamageCount, LogicalShardState, RowFormat
 from peft_pretraining.data.sources.documents import Share, Source, revision_of
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, SourceOptions
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
@@ -45,7 +45,7 @@ _LOOK_UP_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Layout:
-    """How the global order is cut up."""
+    """The division of the global order into ranks and micro-batches."""
 
     max_length: int
     batch_size: int
@@ -53,14 +53,14 @@ class Layout:
     grad_accum_steps: int
     rank: int
     world_size: int
-    lanes: int
+    logical_shards: int
+    """Their number, over all ranks."""
 
     def __post_init__(self) -> None:
-        if self.lanes % self.world_size:
+        if self.logical_shards % self.world_size:
             raise UserError(
-                f"--data_lanes {self.lanes} cannot be shared by {self.world_size} processes: give a number of "
-                "processes that divides it, "
-                "or another --data_lanes (which is another order of the data)."
+                f"--data_lanes {self.logical_shards} cannot be shared by {self.world_size} processes: give a number of "
+                "processes that divides it, or another --data_lanes (which is another order of the data)."
             )
 
     @property
@@ -69,36 +69,37 @@ class Layout:
         return self.batch_size * self.grad_accum_steps * self.world_size
 
     @property
-    def own_lanes(self) -> range:
-        """The lanes of this rank."""
-        return range(self.rank, self.lanes, self.world_size)
+    def own_logical_shards(self) -> range:
+        """The logical shards of this rank."""
+        return range(self.rank, self.logical_shards, self.world_size)
 
     def rows_of(self, index: int, sequence: int) -> range:
-        """The rows, of this rank's update that begins at global `sequence`, which `own_lanes[index]` has to give."""
-        lanes = len(self.own_lanes)
-        first = sequence // self.world_size % lanes  # index of the lane that gives row 0
-        return range((index - first) % lanes, self.batch_size * self.grad_accum_steps, lanes)
+        """The rows of `own_logical_shards[index]` in this rank's part of the update that begins at `sequence`."""
+        own = len(self.own_logical_shards)
+        first = sequence // self.world_size % own  # index of the logical shard that gives row 0
+        return range((index - first) % own, self.batch_size * self.grad_accum_steps, own)
 
 
 class _Prepared:
-    """Rows of one update while its lanes come in."""
+    """Rows of one update, which the workers fill in."""
 
     def __init__(self, layout: Layout, workers: int) -> None:
         rows = layout.batch_size * layout.grad_accum_steps
         self.rows = np.empty((rows, layout.max_length), np.int32)
         self.lengths = np.empty(rows, np.int64)
-        self.states: dict[int, LaneState] = {}
+        self.states: dict[int, LogicalShardState] = {}
         self.ended: dict[int, bool] = {}
         self.pending = workers
+        """Workers that have not filled in their rows yet."""
 
 
 class TrainLoader:
-    """This rank's part of the global order. Threads start with the first `next_update`; `close` ends them."""
+    """Loads this rank's part of the global order. Threads start with the first `next_update`; `close` ends them."""
 
     def __init__(
         self,
         layout: Layout,
-        lanes: Lanes,
+        logical_shards: LogicalShards,
         order: dict[str, int | str],
         *,
         workers: int,
@@ -107,20 +108,20 @@ class TrainLoader:
         damage: DamageCount | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """`order` is everything that decides the order, by flag; `stop` ends the pauses of a source when set."""
+        """`order`: all values that decide the order, by flag; `stop`: when set, a source does not wait to try again."""
         self.layout, self.tokenizer, self._ids = layout, tokenizer, vocab_size
         self.wait_seconds = 0.0
-        """Time that `next_update` waited for rows, in total."""
-        self.news: list[str] = []
-        """What a person should hear of the data, in sentences; whoever says them empties the list."""
+        """Total time that `next_update` waited for rows."""
+        self.notices: list[str] = []
+        """Sentences about the data for the run's log; whoever logs them empties the list."""
         self.about: Callable[[], list[str]] = list
-        """Makes lines for people of what the run reads (`summary`), for `describe`."""
-        self._makes_lanes, self._order, self._damage = lanes, order, damage or DamageCount(0)
+        """Returns lines that describe what the run reads (`summary`), for `describe`."""
+        self._shard_factory, self._order, self._damage = logical_shards, order, damage or DamageCount(0)
         self._stop = stop or threading.Event()
-        self._sequence = 0  # global sequences handed out
+        self._sequence = 0  # index of the next sequence over all ranks
         self._ended: dict[int, bool] | None = None
         self._begin({})
-        self._workers = min(max(0, workers), len(self._lanes))
+        self._workers = min(max(0, workers), len(self._own_shards))
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._prepared: dict[int, _Prepared] = {}  # by the update's first global sequence
@@ -130,31 +131,31 @@ class TrainLoader:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; after `load_state_dict` that of the tokenizer that the run began with."""
+        """One more than the largest id; after `load_state_dict` that of the tokenizer that the run started with."""
         return self._ids if self.tokenizer is None else self.tokenizer.vocab_size
 
     def describe(self) -> list[str]:
-        """Lines for people: what is read, at which commit of a data set on the hub, and how text becomes ids."""
+        """Lines for the run's log: what is read, at which commit of a data set on the hub, and the tokenizer."""
         commit = self._order.get("dataset_revision")
         of_hub = [f"data set at commit {commit} (--dataset_revision)"] if commit else []
         return [*self.about(), *of_hub, *([f"tokenizer {self.tokenizer.describe()}"] if self.tokenizer else [])]
 
     @property
     def damaged(self) -> int:
-        """Damaged places that the lanes of this rank met so far."""
+        """Damaged documents that the logical shards of this rank met so far."""
         return self._damage.total
 
     @property
     def ended(self) -> bool:
-        """Whether no lane of this rank has a further row; never where the data is repeated."""
+        """Whether no logical shard of this rank has a further row; always False where the data is repeated."""
         if self._ended is None:
             if self._threads:
-                return False  # they read the lanes now; the first update tells
-            self._ended = {number: lane.ended for number, lane in zip(self.layout.own_lanes, self._lanes, strict=True)}
+                return False  # the threads are reading the logical shards; the first update tells
+            self._ended = {index: shard.ended for index, shard in self._own_shards.items()}
         return all(self._ended.values())
 
     def start(self) -> None:
-        """Begin to prefetch now, rather than at the first `next_update`; after `load_state_dict`."""
+        """Start to prefetch now, rather than at the first `next_update`; only after `load_state_dict`."""
         if self._threads:
             return
         for worker in range(self._workers):
@@ -164,10 +165,10 @@ class TrainLoader:
             thread.start()
 
     def next_update(self, give_up: Callable[[], bool] = lambda: False) -> Update | None:
-        """The next update's micro-batches of this rank; None if `give_up` becomes true while they are waited for.
+        """This rank's micro-batches of the next update; None if `give_up` becomes true while waiting for them.
 
-        Where the data is not repeated an update may have no target: its lanes have ended, and others may not have.
-        Raises what went wrong in a worker, UserError as a rule.
+        Where the data is not repeated an update may have no target, when its logical shards have ended before others.
+        Raises what went wrong in a worker, as a rule UserError.
         """
         wait_start = time.perf_counter()
         prepared = self._receive(give_up) if self._workers else self._prepare_here()
@@ -175,8 +176,8 @@ class TrainLoader:
         if prepared is None:
             return None
         self._states.update(prepared.states)
-        self._ended = (self._ended or dict.fromkeys(self.layout.own_lanes, False)) | prepared.ended
-        self._tell_of_epochs()
+        self._ended = (self._ended or dict.fromkeys(self.layout.own_logical_shards, False)) | prepared.ended
+        self._report_epochs()
         size = self.layout.batch_size
         micro_batches = [
             make_micro_batch(prepared.rows[i : i + size], prepared.lengths[i : i + size])
@@ -185,14 +186,13 @@ class TrainLoader:
         return Update(micro_batches, sum(m.target_tokens for m in micro_batches), sum(m.tokens for m in micro_batches))
 
     def state_dict(self) -> dict[str, Any]:
-        """State of this rank's lanes after the last update that was handed out; JSON-able. See `merge_states`."""
-        lanes = {str(lane): dict(state) for lane, state in self._states.items()}
+        """The state after the last update that was handed out, JSON-able; `merge_states` joins those of all ranks."""
         return {
             "format": _STATE_FORMAT,
             "sequence": self._sequence,
             "order": dict(self._order),
-            "sources": self._makes_lanes.state(),
-            "lanes": lanes,
+            "sources": self._shard_factory.state(),
+            "lanes": {str(index): dict(state) for index, state in self._states.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,7 +201,7 @@ class TrainLoader:
             raise RuntimeError("load_state_dict() has to come before the first next_update()")
         self._check(state)
         self._sequence = int(state["sequence"])
-        self._begin({lane: state["lanes"][str(lane)] for lane in self.layout.own_lanes})
+        self._begin({index: state["lanes"][str(index)] for index in self.layout.own_logical_shards})
 
     def close(self) -> None:
         """End the threads; a read that hangs is left behind in a daemon thread after some seconds."""
@@ -213,20 +213,22 @@ class TrainLoader:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._prepared.clear()
 
-    def _begin(self, states: dict[int, LaneState]) -> None:
-        """Make the lanes, from their states or from the beginning."""
-        self._lanes = [self._makes_lanes.make(lane, states.get(lane)) for lane in self.layout.own_lanes]
-        self._states = {number: lane.state() for number, lane in zip(self.layout.own_lanes, self._lanes, strict=True)}
+    def _begin(self, states: dict[int, LogicalShardState]) -> None:
+        """Build this rank's logical shards, from their states or at the beginning."""
+        self._own_shards = {
+            index: self._shard_factory.make(index, states.get(index)) for index in self.layout.own_logical_shards
+        }
+        self._states = {index: shard.state() for index, shard in self._own_shards.items()}
         self._ended = None
         self._epochs = _epochs(self._states.values())
 
-    def _tell_of_epochs(self) -> None:
+    def _report_epochs(self) -> None:
         epochs = _epochs(self._states.values())
-        for name, before, now in zip(self._makes_lanes.names, self._epochs, epochs, strict=True):
+        for name, before, now in zip(self._shard_factory.names, self._epochs, epochs, strict=True):
             if before == 0 < now:
-                self.news.append(
-                    f"--dataset {name}: the first of its lanes has ended and begins again, in another order: from here "
-                    "on documents are read a second time (--repeat each)"
+                self.notices.append(
+                    f"--dataset {name}: the first of its logical shards has ended and begins again, in another order: "
+                    "from here on documents are read a second time (--repeat each)"
                 )
         self._epochs = epochs
 
@@ -236,48 +238,47 @@ class TrainLoader:
                 f"the checkpoint's data state has format {state.get('format')}; this version reads {_STATE_FORMAT}."
             )
         saved_tokenizer = state["order"].get("tokenizer", "")
-        if self.tokenizer is not None and self.tokenizer.go_on_as(saved_tokenizer):
-            self._order["tokenizer"] = saved_tokenizer  # of the same ids, by the encoder that the run began with
-        replaced = self._makes_lanes.load_state(state.get("sources"))
-        self._order["dataset"] = self._makes_lanes.fingerprint()
+        if self.tokenizer is not None and self.tokenizer.resume_as(saved_tokenizer):
+            self._order["tokenizer"] = saved_tokenizer  # the same ids, by the encoder that the run started with
+        replaced = self._shard_factory.load_state(state.get("sources"))
+        self._order["dataset"] = self._shard_factory.fingerprint()
         differences = [
             f"--{flag} is {self._order.get(flag)!r} but was {saved!r}"
             for flag, saved in state["order"].items()
             if self._order.get(flag) != saved and not (flag == "dataset" and replaced)
         ]
-        self.news += replaced or []
+        self.notices += replaced or []
         if differences:
             raise UserError(
                 f"the run cannot go on in the order of its checkpoint: {'; '.join(differences)} (for --dataset and "
-                "--tokenizer "
-                "these are fingerprints of the content). Resume with the same data and flags."
+                "--tokenizer these are fingerprints of the content). Resume with the same data and flags."
             )
         if state["sequence"] % self.layout.world_size:
             raise UserError(
                 f"the checkpoint was made after {state['sequence']} sequences, which {self.layout.world_size} "
-                "processes cannot share; resume with  a number of processes that divides it."
+                "processes cannot share; resume with a number of processes that divides it."
             )
-        if missing := [lane for lane in self.layout.own_lanes if str(lane) not in state["lanes"]]:
+        if missing := [index for index in self.layout.own_logical_shards if str(index) not in state["lanes"]]:
             raise UserError(
-                f"the checkpoint's data state lacks the lanes {missing}: it does not hold the states of all ranks."
+                f"the checkpoint's data state lacks the logical shards {missing}: it does not hold the states of all "
+                "ranks."
             )
 
-    def _fill(self, prepared: _Prepared, sequence: int, indices: range) -> None:
-        """Put the rows of the lanes `own_lanes[indices]` into the update that begins at `sequence`."""
-        for index in indices:
-            rows = self.layout.rows_of(index, sequence)
+    def _fill(self, prepared: _Prepared, sequence: int, own: range) -> None:
+        """Put the rows of `own_logical_shards[i]` for i in `own` into the update that begins at `sequence`."""
+        for i in own:
+            rows = self.layout.rows_of(i, sequence)
             if self._stop.is_set():
                 raise RuntimeError("the loader is closed")
             if rows:
-                place = slice(rows.start, rows.stop, rows.step)
-                prepared.rows[place], prepared.lengths[place] = self._lanes[index].take(len(rows))
-                number = self.layout.own_lanes[index]
-                prepared.states[number] = self._lanes[index].state()
-                prepared.ended[number] = self._lanes[index].ended
+                index = self.layout.own_logical_shards[i]
+                shard, out = self._own_shards[index], slice(rows.start, rows.stop, rows.step)
+                prepared.rows[out], prepared.lengths[out] = shard.take(len(rows))
+                prepared.states[index], prepared.ended[index] = shard.state(), shard.ended
 
     def _prepare_here(self) -> _Prepared:
         prepared = _Prepared(self.layout, 0)
-        self._fill(prepared, self._sequence, range(len(self._lanes)))
+        self._fill(prepared, self._sequence, range(len(self._own_shards)))
         self._sequence += self.layout.global_batch_size
         return prepared
 
@@ -298,8 +299,8 @@ class TrainLoader:
             return ready
 
     def _work(self, worker: int, begin: int) -> None:
-        """Prepare the rows of every workers-th lane, update by update from the global sequence `begin` on."""
-        indices = range(worker, len(self._lanes), self._workers)
+        """Prepare the rows of every workers-th logical shard, update by update from the sequence `begin` on."""
+        own = range(worker, len(self._own_shards), self._workers)
         step = self.layout.global_batch_size
         try:
             for sequence in itertools.count(begin, step):
@@ -311,7 +312,7 @@ class TrainLoader:
                     if sequence not in self._prepared:
                         self._prepared[sequence] = _Prepared(self.layout, self._workers)
                     prepared = self._prepared[sequence]
-                self._fill(prepared, sequence, indices)
+                self._fill(prepared, sequence, own)
                 with self._changed:
                     prepared.pending -= 1
                     self._changed.notify_all()
@@ -327,17 +328,17 @@ def _close_if_alive(reference: "weakref.ref[TrainLoader]") -> None:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state of all lanes from the `state_dict()` of each rank, taken after the same update."""
+    """Join the `state_dict()` of all ranks, taken after the same update, into one that any number of ranks can load."""
     first = states[0]
     for state in states[1:]:
         if any(state[key] != first[key] for key in ("format", "sequence", "order")):
             raise ValueError("the ranks' data states are of different updates or orders")
-    lanes = {lane: position for state in states for lane, position in state["lanes"].items()}
-    return {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+    positions = {index: position for state in states for index, position in state["lanes"].items()}
+    return {**first, "lanes": dict(sorted(positions.items(), key=lambda item: int(item[0])))}
 
 
-def _epochs(states: Iterable[LaneState]) -> list[int]:
-    """How often the furthest lane has begun anew, of each source."""
+def _epochs(states: Iterable[LogicalShardState]) -> list[int]:
+    """For each source the largest number of epochs that a logical shard has finished."""
     each = [[own["epoch"] for own in state.get("sources", [state])] for state in states]
     return [max(epochs) for epochs in zip(*each, strict=True)]
 
@@ -361,9 +362,10 @@ def build_train_loader(
     options: SourceOptions = DEFAULT_OPTIONS,
     source: Source | TokenFiles | TokenMixture | None = None,
 ) -> TrainLoader:
-    """The loader of --dataset for one rank; `tokenizer` may be None for token ids. Raises UserError.
+    """Build one rank's loader of --dataset; `tokenizer` may be None for token ids. Raises UserError.
 
-    `repeat` as in --repeat. `source` replaces what --dataset is opened as, and `options.stop` the loader's own event.
+    `repeat` as in --repeat. `source`: an open training split to read instead of --dataset; `options.stop`: an event to
+    use instead of the loader's own.
     """
     layout = Layout(max_length, batch_size, grad_accum_steps, rank, world_size, data_lanes)
     order: dict[str, int | str] = {"seed": seed, "data_lanes": data_lanes, "max_length": max_length}
@@ -374,24 +376,21 @@ def build_train_loader(
     if tokenizer is None:
         raise ValueError(f"--dataset {dataset} holds text and needs a tokenizer")
     shares = opened.shares if isinstance(opened, Mixture) else [Share(opened)]
-    lanes = TextLanes(
-        shares, RowFormat(max_length, packing, tokenizer), seed=seed, lanes=data_lanes, shuffle_buffer=shuffle_buffer,
-        repeat=repeats(repeat), damage=damage,
+    logical_shards = TextLogicalShards(
+        shares, RowFormat(max_length, packing, tokenizer), seed=seed, logical_shards=data_lanes,
+        shuffle_buffer=shuffle_buffer, repeat=repeats(repeat), damage=damage,
     )  # fmt: skip
-    order |= {"dataset": lanes.fingerprint(), "tokenizer": tokenizer.fingerprint()}
+    order |= {"dataset": logical_shards.fingerprint(), "tokenizer": tokenizer.fingerprint()}
     order |= {"packing": packing, "shuffle_buffer": shuffle_buffer}
     if revision := revision_of(opened):
         order["dataset_revision"] = revision
     if source is None and find_kind(dataset).needs_network:
-        workers = max(1, workers)  # a pause between two tries must not hold up the thread that gets the signals
-    return TrainLoader(
-        layout, lanes, order, workers=workers, tokenizer=tokenizer, damage=damage,
-        stop=stop,
-    )  # fmt: skip
+        workers = max(1, workers)  # a pause between two tries must not block the thread that gets the signals
+    return TrainLoader(layout, logical_shards, order, workers=workers, tokenizer=tokenizer, damage=damage, stop=stop)
 
 
 def repeats(repeat: str) -> bool:
-    """Whether data that ends begins again, of --repeat."""
+    """Whether a value of --repeat means that data begins again where it ends."""
     return repeat == "each"
 
 
@@ -401,7 +400,9 @@ def _token_loader(
     shares = opened.shares if isinstance(opened, TokenMixture) else [(opened, 1.0)]
     for files, _ in shares:
         files.check_beginnings()
-    lanes = TokenLanes(shares, layout.max_length, int(order["seed"]), layout.lanes, repeats(repeat))
-    order = order | {"dataset": lanes.fingerprint()}
+    logical_shards = TokenLogicalShards(
+        shares, layout.max_length, int(order["seed"]), layout.logical_shards, repeats(repeat)
+    )
+    order = order | {"dataset": logical_shards.fingerprint()}
     # Rows are copied from memory: one thread is the fastest.
-    return TrainLoader(layout, lanes, order, workers=min(workers, 1), vocab_size=opened.vocab_size())
+    return TrainLoader(layout, logical_shards, order, workers=min(workers, 1), vocab_size=opened.vocab_size())

@@ -1,4 +1,4 @@
-"""A progress bar where a person has to wait for data: with its rate, and the time that is left where it is known."""
+"""A progress bar for slow steps of opening data, with the rate and, where known, the time left."""
 
 import os
 import sys
@@ -8,17 +8,17 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 
-# What takes no longer needs no bar; a log file gets a line now and then.
+# Shorter steps show no bar; a log file gets a line in this interval.
 _DELAY_SECONDS = 2.0
 _LINE_SECONDS = 10.0
 
 
 @contextmanager
 def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[..., object]]:
-    """Gives what is to be called with each count of `unit` that is done, and with a better `total` where that is known
-    by then; shown on standard error by the main rank.
+    """Show a bar on standard error of the main rank; yields a function `done(count, better_total=None)`.
 
-    Without `total` there is no time left to show; without tqdm there is nothing.
+    It adds `count` of `unit`, and may correct the `total`. Without `total` the bar shows no time left; without tqdm
+    nothing is shown.
     """
     try:
         from tqdm import tqdm
@@ -41,7 +41,7 @@ def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
 
 
 def with_progress(items: Iterable[_Item], what: str, unit: str, total: int | None = None) -> Iterator[_Item]:
-    """The items, counted by a bar."""
+    """Yield the items, counted by a bar."""
     with progress(what, unit, total) as done:
         for item in items:
             yield item

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from peft_pretraining.models.ops.linear_cross_entropy import training_bytes
 from peft_pretraining.models.ops.swiglu import group_size_of
-from qgalore.graphs.dequant_cache import HELD_BYTES
+from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import MATRICES_TOGETHER
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import product_bytes
@@ -50,7 +50,7 @@ class PassingBytes:
 
     def _held(self, values: Iterable[int]) -> int:
         together = self.b * sum(values)
-        return together if self.run.graphs and together <= HELD_BYTES else 0
+        return together if self.run.graphs and together <= CACHE_BYTES else 0
 
     def phases(self) -> dict[str, int]:
         """The moments that can be the peak, in the order in which an update comes to them."""
@@ -162,7 +162,7 @@ class PassingBytes:
         if not run.args.optimizer.is_low_rank:
             return min(_ROWS, 4 * largest)
         one_by_one, layers = run.updates_at_once and not run.graphs, 1 if run.updates_at_once else self.layers
-        limit = 0 if one_by_one else DIRECTIONS[self.options.direction].values_together
+        limit = 0 if one_by_one else DIRECTIONS[self.options.direction].group_values
         together = sum(x.gradient for x in run.matrices) * layers
         values, held = min(together, limit + largest), self.bases if run.updates_at_once else 0
         if self.options.direction == "orthogonal":  # momenta, two buffers, and two squares a matrix

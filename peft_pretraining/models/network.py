@@ -17,7 +17,7 @@ class LayerRunner(Protocol):
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x (B, L, hidden_size) through all layers; constants are further arguments of each, such as rotary tables."""
 
-    def memory(self) -> AbstractContextManager[None]:
+    def graph_pool(self) -> AbstractContextManager[None]:
         """Within it, what is gone before the backward pass of the layers may take the memory of that pass."""
 
 

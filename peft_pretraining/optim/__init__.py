@@ -1,1 +1,1 @@
-"""Optimizers by name, and the learning rate."""
+"""Build optimizers by name, and the learning rate schedule."""

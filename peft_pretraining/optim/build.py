@@ -1,8 +1,8 @@
-"""Optimizers by name: the one place where the names of `--optimizer` are matched.
+"""Build the optimizer of `--optimizer` and set up CUDA graphs for it.
 
-Every optimizer that comes out of here has the same few methods (`TrainingOptimizer`), so the training loop has no
-branch on its kind. The Adam family is one class of `qgalore`, since it rounds bfloat16 weights stochastically:
-torch's AdamW on bfloat16 weights loses every update smaller than 1/512 of a weight. On float32 weights the two agree.
+All optimizers have the same few methods (`TrainingOptimizer`), so the training loop has no branch on their kind. The
+Adam family uses `qgalore` also at full rank, because it rounds bfloat16 weights stochastically: torch's AdamW on
+bfloat16 weights loses every update smaller than 1/512 of a weight. On float32 weights the two agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ADAM_FAMILY = {
 
 
 def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs) -> Callable[[CausalLM, str], None]:
-    """For `build_model`: turns each decoder matrix into its stored form as soon as it exists."""
+    """A callback for `build_model` that replaces each decoder matrix by a `LowRankLinear` as soon as it exists."""
     format = quantization.weight_format
 
     def convert(model: CausalLM, name: str) -> None:
@@ -59,7 +59,7 @@ def build_optimizer(
     seed: int,
     all_reduce: AllReduce | None = None,
 ) -> TrainingOptimizer:
-    """The optimizer of `--optimizer`, attached to the model.
+    """Build the optimizer of `--optimizer` and attach it to the model.
 
     all_reduce sums a tensor over the ranks in place; None for one rank.
     """
@@ -77,7 +77,7 @@ def build_optimizer(
         norm_growth=args.norm_growth,
         seed=seed,
     )
-    # Between micro-batches all gradients exist anyway, so a clipped run updates after the last one at no memory.
+    # Clipping needs all gradients at once, so a clipped run updates after the last backward pass.
     in_backward = args.per_layer and not args.grad_clipping
     optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce)
     return optimizer
@@ -86,7 +86,7 @@ def build_optimizer(
 def _param_groups(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs) -> list[dict[str, Any]]:
     """Two groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices.
 
-    Those of the MLP are a third where they have another rank.
+    The matrices of the MLP are a third one if they have another rank.
     """
     groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
@@ -111,11 +111,11 @@ def states_on_meta(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs
 
 
 def allows_graphs(args: RunArgs) -> bool:
-    """Whether these flags let compiled decoder layers run from CUDA graphs on a GPU with Triton.
+    """Whether these flags allow CUDA graphs of compiled decoder layers, on a GPU with Triton.
 
-    All that changes from step to step must be read from the device: not so for fake quantization, for groups that
-    Triton's kernels cannot take, for a gradient that is packed into 8 bits without a sum, and for a residual that waits
-    for its update.
+    A graph must read everything that changes from step to step from the device. That is not so for fake quantization,
+    group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
+    residual that is kept until a later update.
     """
     optimizer, quantization = args.optimizer, args.quantization
     waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
@@ -127,7 +127,7 @@ def allows_graphs(args: RunArgs) -> bool:
 
 
 def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Let the decoder layers run from CUDA graphs where they are compiled, on a CUDA GPU, and Triton updates them."""
+    """Run the decoder layers from CUDA graphs if they are compiled, on a CUDA GPU and updated by Triton kernels."""
     run, layers, device = model.compiled_layer, model.decoder_layers, next(model.parameters()).device
     if run is None or not isinstance(optimizer, LowRankAdamW):
         return

@@ -1,4 +1,4 @@
-"""The learning rate's way from 0 to its peak and down again, as a pure function of the update step.
+"""The learning rate schedule as a pure function of the update step.
 
 Warm-up and cosine are those of GaLore's official code: linear growth from 0 at update 0, then half a cosine from the
 peak to `min_lr_ratio` of it at the end. `linear` goes down to `min_lr_ratio` as well (the official one ignores the
@@ -21,7 +21,7 @@ def lr_multiplier(
     min_lr_ratio: float = 0.1,
     restart_cycles: int = 4,
 ) -> float:
-    """The share of the peak learning rate that update `update_step` (from 0) uses; `min_lr_ratio` after the end."""
+    """The factor on the peak learning rate for update `update_step` (from 0); `min_lr_ratio` after the end."""
     if update_step >= total_steps:
         return min_lr_ratio
     if update_step < warmup_steps:
@@ -37,7 +37,7 @@ def lr_multiplier(
 
 
 def scheduled_multiplier(schedule: ScheduleArgs, update_step: int) -> float:
-    """The same by the options of a run."""
+    """`lr_multiplier` with the options of a run."""
     return lr_multiplier(
         update_step,
         schedule.scheduler,
@@ -49,7 +49,7 @@ def scheduled_multiplier(schedule: ScheduleArgs, update_step: int) -> float:
 
 
 class HasParamGroups(Protocol):
-    """What has the param groups of an optimizer."""
+    """An object with param groups, such as an optimizer."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Optimizers of other libraries behind the training loop's few methods."""
+"""Adapt optimizers of other libraries to the training loop's protocol."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qgalore.update.all_reduce import AllReduce
 
 
 class LibraryOptimizer:
-    """An optimizer of another library: its gradients are summed over the ranks when the last micro-batch is in."""
+    """An optimizer of another library whose gradients are summed over the ranks in the last micro-batch's backward."""
 
     def __init__(self, optimizer: torch.optim.Optimizer | OptimizerPair, all_reduce: AllReduce | None) -> None:
-        """Watches the parameters of `optimizer` with hooks if there is something to sum."""
+        """Register hooks on the parameters of `optimizer` if there is more than one rank."""
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self._skip: Tensor | None = None
         self._norm: Tensor | None = None
@@ -41,7 +41,7 @@ class LibraryOptimizer:
         return [param for group in self.param_groups for param in group["params"]]
 
     def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
-        optimizer = weakref.ref(self)  # a hook that held it would keep it, and the weights, forever
+        optimizer = weakref.ref(self)  # a strong reference in a hook would keep the optimizer alive with the weights
 
         def hook(param: Tensor) -> None:
             owner = optimizer()
@@ -75,8 +75,8 @@ class LibraryOptimizer:
         """See `TrainingOptimizer`."""
         return self._skipped
 
-    def partly_made(self) -> Tensor:
-        """Never: the whole gradient is known before the update."""
+    def late_overflow(self) -> Tensor:
+        """Always False: the whole gradient is known before the update."""
         return torch.zeros_like(self._skipped)
 
     def clip_grad_norm_(self, max_norm: float) -> None:
@@ -84,34 +84,34 @@ class LibraryOptimizer:
         self._norm = torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
-        """No subspaces."""
+        """Empty: there are no subspaces."""
         return {}
 
 
 class OptimizerPair:
-    """Two optimizers of other parameters that look like one."""
+    """Two optimizers of different parameters with the interface of one."""
 
     def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
-        """Parameters are numbered through in this order."""
+        """In the state dict the parameters of `second` are numbered after those of `first`."""
         self._both = (first, second)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of both."""
+        """The groups of both optimizers."""
         return [group for optimizer in self._both for group in optimizer.param_groups]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for optimizer in self._both:
             optimizer.zero_grad()
 
     def step(self) -> None:
-        """An update of all parameters."""
+        """Update all parameters."""
         for optimizer in self._both:
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """As of one optimizer."""
+        """The state of both in the format of one optimizer."""
         first, second = (optimizer.state_dict() for optimizer in self._both)
         count = sum(len(group["params"]) for group in first["param_groups"])
         state = first["state"] | {count + index: value for index, value in second["state"].items()}
@@ -119,7 +119,7 @@ class OptimizerPair:
         return {"state": state, "param_groups": first["param_groups"] + moved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Load the result of `state_dict`."""
         groups = list(state_dict["param_groups"])
         for optimizer in self._both:
             own = [groups.pop(0) for _ in optimizer.param_groups]
@@ -129,7 +129,7 @@ class OptimizerPair:
 
 
 def library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | OptimizerPair:
-    """The optimizer of `--optimizer` for these param groups: sgd, muon or adafactor."""
+    """Build the optimizer of `--optimizer` for these param groups: sgd, muon or adafactor."""
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.beta1, weight_decay=args.weight_decay)
     if args.optimizer == "muon":
@@ -137,7 +137,7 @@ def library_optimizer(args: OptimizerArgs, groups: list[dict[str, Any]]) -> torc
         betas, momentum = (args.adam_beta1, args.beta2), args.beta1 or 0.95
         return OptimizerPair(
             torch.optim.AdamW([rest], betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay),
-            # Its rates are comparable with Adam's then.
+            # With this its learning rates are comparable with Adam's.
             torch.optim.Muon(
                 [matrices], momentum=momentum, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
             ),

@@ -1,4 +1,4 @@
-"""What the training loop needs of an optimizer."""
+"""The protocol of an optimizer in the training loop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class TrainingOptimizer(Protocol):
-    """What the training loop needs of an optimizer."""
+    """An optimizer as the training loop uses it."""
 
     is_last_micro_batch: bool
+    """Set before each backward pass: in the last one of an update gradients are summed, and may be applied."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -23,25 +24,25 @@ class TrainingOptimizer(Protocol):
         """Scale the gradients so that their norm is at most max_norm."""
 
     def step(self) -> Any:
-        """Update what the backward pass has not updated already; nothing where the gradient is not finite."""
+        """Update the weights that the backward pass has not updated already; none if the gradient is not finite."""
 
     def skip_update_if(self, flag: Tensor) -> None:
-        """Change nothing in this update where flag, a bool on the device that all ranks share, is true."""
+        """Make this update change nothing if flag, a 0-dim bool on the device and equal on all ranks, is true."""
 
     def skipped(self) -> Tensor:
-        """Whether the last update was skipped, as a bool on the device."""
+        """Whether the last update was skipped, as a 0-dim bool on the device."""
 
-    def partly_made(self) -> Tensor:
-        """Whether it was skipped too late, after some weights had been updated; as a bool on the device."""
+    def late_overflow(self) -> Tensor:
+        """Whether it was skipped too late, after some weights had been updated; as a 0-dim bool on the device."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and plain values."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state up again."""
+        """Load the result of `state_dict`."""
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
-        """Metrics of the low-rank subspaces, if there are any."""
+        """Metrics of the low-rank subspaces by name; empty without any."""

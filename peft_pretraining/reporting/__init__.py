@@ -1,1 +1,1 @@
-"""What a person sees of a run."""
+"""Metrics, progress, speed and memory of a run, for metrics.jsonl, wandb and the terminal."""

@@ -1,8 +1,8 @@
-"""The record of a run: metrics.jsonl is the truth; wandb mirrors it and the progress bar shows it.
+"""The metrics of a run: metrics.jsonl has all of them; wandb mirrors it and the progress bar shows some.
 
-A line of metrics.jsonl is a JSON object with `update_step` and the metrics of one call of `log`. Two runs that
-should be equal have equal lines but for the names that start with `throughput/`, `memory/`, `data/` or `time/`, which
-depend on the machine and the moment; `deterministic_metrics` leaves those out.
+A line of metrics.jsonl is a JSON object with `update_step` and the metrics of one call of `log_metrics`. The lines of
+two equal runs differ only in metrics that were measured, whose names start with `throughput/`, `memory/`, `data/` or
+`time/`; `deterministic_metrics` removes those.
 """
 
 import errno
@@ -27,12 +27,12 @@ MEASURED_PREFIXES = ("throughput/", "memory/", "data/", "time/")
 
 
 def deterministic_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without what was measured rather than computed."""
+    """A line of metrics.jsonl without the metrics that depend on the machine."""
     return {name: value for name, value in line.items() if not name.startswith(MEASURED_PREFIXES)}
 
 
 def read_metrics(save_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """Read the lines of a run's metrics.jsonl, without a last one that a crash has cut off. Raises UserError."""
     path = save_dir / METRICS_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ class MetricsLogger:
         start_update: int = 0,
         show_progress: bool = True,
     ) -> None:
-        """`run_id` is wandb's id of the run that is continued, `start_update` the number of updates it had done.
+        """`run_id`: wandb's id of the run that is resumed; `start_update`: the number of updates it had made.
 
         Raises UserError if `save_dir` cannot be written.
         """
@@ -83,10 +83,10 @@ class MetricsLogger:
         if rank != 0:
             return
         self._open()
-        # A crash may have cut the last line off; what is appended must not become a part of it.
+        # A crash may have cut off the last line, and a new one must not be appended to it.
         self.truncate_after(sys.maxsize)
         self._wandb = WandbMirror(
-            save_dir, wandb_mode, project=project, name=name, tags=tags, config=run_args, run_id=run_id, warn=self.say
+            save_dir, wandb_mode, project=project, name=name, tags=tags, config=run_args, run_id=run_id, warn=self.log
         )
         self._run_id = self._wandb.run_id
         if show_progress:
@@ -97,8 +97,8 @@ class MetricsLogger:
         """wandb's id of this run, for the checkpoint; None if wandb never ran."""
         return self._run_id
 
-    def log(self, update_step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line; values that are not finite become null, as JSON has no word for them."""
+    def log_metrics(self, update_step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line; values that are not finite become null, since JSON cannot express them."""
         if self._file is None:
             return
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
@@ -107,12 +107,12 @@ class MetricsLogger:
         except OSError as error:
             raise self._cannot_write(error) from error
         if self._wandb is not None:
-            self._wandb.log(update_step, values)
+            self._wandb.log_metrics(update_step, values)
         if self._progress is not None:
             self._progress.show(update_step, metrics)
 
     def truncate_after(self, update_step: int) -> None:
-        """Drop the lines of updates later than `update_step`, which a resumed run does again, in one atomic step."""
+        """Remove the lines after `update_step`, whose updates a resumed run repeats; replaces the file atomically."""
         if self._file is None:
             return
         kept = [
@@ -133,14 +133,14 @@ class MetricsLogger:
         self._open()
 
     def sync(self) -> None:
-        """Force the lines onto the disk, so that a checkpoint never outlives the metrics that led to it."""
+        """Flush the lines to the disk, so that no checkpoint is there without the metrics before it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line on rank 0 without breaking the progress bar."""
         if self._progress is not None:
-            self._progress.say(text)
+            self._progress.log(text)
         elif self._file is not None:
             print(text, file=sys.stderr, flush=True)
 
@@ -157,7 +157,7 @@ class MetricsLogger:
     def _open(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a line is one write, and nothing is left over to fail again when the file is closed.
+            # Unbuffered: a line is one write, and a write that failed is not tried again when the file is closed.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise self._cannot_write(error) from error

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, now and then a line in a log file."""
+"""Progress of a run on standard error: a bar on a terminal, now and then a line in a log file."""
 
 import sys
 import time
@@ -9,14 +9,14 @@ _LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows metrics of updates on standard error; a bar where that is a terminal and tqdm is there, else lines.
+    """Shows metrics of updates on standard error: with a bar if that is a terminal and tqdm is installed, else lines.
 
-    Lines come for the first and last update, and at most every ten seconds in between. Of an evaluation the run itself
-    says a line.
+    Lines are printed for the first and last update, and at most every ten seconds in between. The run itself logs a
+    line for each evaluation.
     """
 
     def __init__(self, total_updates: int, start_update: int = 0, terminal: bool | None = None) -> None:
-        """`terminal` overrides the look at standard error."""
+        """`terminal`: whether to show a bar; None: if standard error is a terminal."""
         self._total = total_updates
         self._first = start_update
         self._start = time.monotonic()
@@ -37,9 +37,9 @@ class Progress:
         if time.monotonic() - self._last_line >= _LINE_SECONDS or update_step >= self._total:
             self._last_line = time.monotonic()
             left = f", {format_seconds(self._seconds_left(update_step))} left" if update_step < self._total else ""
-            self.say(f"update {update_step}/{self._total}: {describe(self._shown)}{left}")
+            self.log(f"update {update_step}/{self._total}: {describe(self._shown)}{left}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
@@ -47,7 +47,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar, which stays on the screen."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -76,7 +76,7 @@ _SHORT = {
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """The metrics that a person follows, in a fixed order: `loss 4.213, ppl 67.56, lr 1.00e-03, 12.3k tok/s`."""
+    """The most important metrics in a fixed order, such as `loss 4.213, ppl 67.56, lr 1.00e-03, 12.3k tok/s`."""
     parts = []
     for name, form in _SHORT.items():
         if name in metrics:
@@ -86,7 +86,7 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def format_rate(value: float) -> str:
-    """A rate in three digits: 950, 12.3k, 1.26M."""
+    """Format a rate in three digits: 950, 12.3k, 1.26M."""
     for limit, suffix in ((1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
@@ -94,7 +94,7 @@ def format_rate(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration as 45s, 3m20s, 5h07m or 2d03h."""
+    """Format a duration as 45s, 3m20s, 5h07m or 2d03h."""
     whole = round(seconds)
     for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:

@@ -1,7 +1,4 @@
-"""What a person sees of a run: the metrics of its updates and evaluations, its speed, its memory.
-
-Nothing here decides what a run does.
-"""
+"""Report a run: the metrics of its updates and evaluations, its speed and memory. Nothing here affects the run."""
 
 from __future__ import annotations
 
@@ -25,18 +22,18 @@ from peft_pretraining.reporting.throughput import (
     train_flops_per_token,
 )
 from peft_pretraining.runtime.update_outcomes import FinishedUpdate
-from peft_pretraining.runtime.world import Processes
+from peft_pretraining.runtime.world import World
 
 
 class RunMetrics:
     """Measures and writes the metrics of a run."""
 
-    def __init__(self, args: RunArgs, processes: Processes, model: CausalLM, position: Position) -> None:
-        """Opens the run's metrics and drops what was written after `position`."""
-        self._args, self._processes, self._device = args, processes, processes.device
+    def __init__(self, args: RunArgs, world: World, model: CausalLM, position: Position) -> None:
+        """Open the run's metrics and remove what was written after `position`."""
+        self._args, self._world, self._device = args, world, world.device
         self._parameters, self._first = parameter_count(model), position.update_step
         self._logger = MetricsLogger(
-            Path(args.checkpoint.save_dir), args.to_dict(), rank=processes.rank,
+            Path(args.checkpoint.save_dir), args.to_dict(), rank=world.rank,
             wandb_mode=args.logging.resolved_wandb_mode, project=args.logging.project, name=args.logging.name,
             tags=args.logging.tag_list, run_id=position.wandb_run_id, total_updates=args.schedule.num_training_steps,
             start_update=position.update_step,
@@ -47,31 +44,31 @@ class RunMetrics:
         flops = train_flops_per_token(
             matmul_parameters(model), config.num_hidden_layers, config.hidden_size, args.batch.max_length
         )
-        peak = peak_flops(torch.cuda.get_device_name()) if processes.device.type == "cuda" else None
-        self._meter = ThroughputMeter(flops, peak and peak * processes.world_size)
+        peak = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+        self._meter = ThroughputMeter(flops, peak and peak * world.world_size)
         self._waited = 0.0
-        self.say, self.sync = self._logger.say, self._logger.sync
+        self.log, self.sync = self._logger.log, self._logger.sync
 
     def announce(self, data: Sequence[str] = ()) -> None:
-        """Say what is trained, how and on which data, where it goes on, and what is probably not meant."""
-        self.say(f"{self._parameters / 1e6:.1f} M parameters on {self._processes.world_size} x {self._device}")
+        """Log the model, the devices, the data (its lines are given), the first update and the warnings."""
+        self.log(f"{self._parameters / 1e6:.1f} M parameters on {self._world.world_size} x {self._device}")
         for line in (*self._args.notes, *data):
-            self.say(line)
+            self.log(line)
         if self._first:
-            self.say(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")
+            self.log(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")
         for warning in self._args.warnings:
-            self.say(f"warning: {warning}")
+            self.log(f"warning: {warning}")
 
     def start_update(self, wait_seconds: float) -> None:
-        """Begin to time an update; wait_seconds is how long this rank has waited for data so far."""
+        """Start to time an update; wait_seconds is how long this rank has waited for data so far."""
         self._waited = wait_seconds
         self._meter.start_update()
 
     def finish_update(self, wait_seconds: float, waited_for_device: bool) -> dict[str, float]:
-        """What was measured of the update that was begun last: its speed and the memory so far.
+        """Stop timing; returns the speed of the update that `start_update` began, and the peak memory so far.
 
-        waited_for_device: whether the host has waited for the update before. Otherwise it may run ahead of a GPU, and
-        then knows no more of the update's speed than when it was launched.
+        waited_for_device: whether the host has waited for the previous update. If not, it may run ahead of a GPU, so
+        that only the launches were timed, and no speed is returned.
         """
         self._meter.finish_update(self._args.tokens_per_update, wait_seconds - self._waited)
         speed = self._meter.report()
@@ -83,12 +80,14 @@ class RunMetrics:
         """Write the metrics of an update, if it is one of those to be logged."""
         if finished.update_step % self._args.logging.log_every == 0:
             perplexity = math.exp(min(finished.metrics["train/loss"], 700.0))
-            self._logger.log(finished.update_step, {**finished.metrics, "train/perplexity": perplexity})
+            self._logger.log_metrics(finished.update_step, {**finished.metrics, "train/perplexity": perplexity})
 
     def evaluation(self, update_step: int, result: EvalResult) -> None:
         """Write the result of an evaluation."""
-        self._logger.log(update_step, {f"eval/{name}": float(value) for name, value in result._asdict().items()})
-        self.say(f"update {update_step}: perplexity {result.perplexity:.3f} on {result.tokens} tokens")
+        self._logger.log_metrics(
+            update_step, {f"eval/{name}": float(value) for name, value in result._asdict().items()}
+        )
+        self.log(f"update {update_step}: perplexity {result.perplexity:.3f} on {result.tokens} tokens")
 
     def close(self, failed: bool) -> None:
         """Close the files and wandb's run."""

@@ -1,4 +1,4 @@
-"""How fast a run is and how much memory it takes.
+"""Throughput, model FLOPs utilisation and memory of a run.
 
 Model FLOPs utilisation follows PaLM (arXiv 2204.02311, appendix B): 6 FLOPs a token for every weight that is
 multiplied, plus 12 x layers x hidden x length for attention; recomputed activations and quantization do not count.
@@ -18,7 +18,7 @@ from qgalore import LowRankLinear
 
 GIGABYTE = 10**9
 
-# FLOP/s, dense bfloat16 with float32 accumulation; the longest name that is part of the device's name counts.
+# FLOP/s, dense bfloat16 with float32 accumulation; a device has the longest name that is part of its own.
 PEAK_FLOPS: Mapping[str, float] = {
     "A10": 125e12,
     "A10G": 70e12,
@@ -42,12 +42,12 @@ PEAK_FLOPS: Mapping[str, float] = {
 
 
 def matmul_parameters(model: nn.Module) -> int:
-    """Weights that take part in a matrix product: of all linear layers, quantized or not, but not of the embedding."""
+    """The number of weights of all linear layers, quantized or not, without the embedding."""
     return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear | LowRankLinear))
 
 
 def train_flops_per_token(matmul_parameters: int, num_layers: int, hidden_size: int, max_length: int) -> float:
-    """FLOPs of forward and backward for one token; `matmul_parameters` leaves the embedding table out."""
+    """FLOPs of forward and backward for one token; `matmul_parameters` without the embedding table."""
     return 6.0 * matmul_parameters + 12.0 * num_layers * hidden_size * max_length
 
 
@@ -59,10 +59,10 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class ThroughputMeter:
-    """Tokens a second over the updates since the last report; what happens between updates is not timed."""
+    """Measures tokens per second over the updates since the last report, without the time between updates."""
 
     def __init__(self, flops_per_token: float, peak_flops: float | None) -> None:
-        """`peak_flops` is the sum over all ranks; without it no utilisation is reported."""
+        """`peak_flops`: the sum over all ranks, in FLOP/s; None: no utilisation is reported."""
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._update_start = 0.0
@@ -73,11 +73,11 @@ class ThroughputMeter:
         self._tokens = self._updates = 0
 
     def start_update(self) -> None:
-        """Begin to time an update."""
+        """Start to time an update."""
         self._update_start = time.perf_counter()
 
     def finish_update(self, tokens: int, wait_seconds: float) -> None:
-        """End an update of `tokens` over all ranks, of which this rank spent `wait_seconds` waiting for data."""
+        """Stop timing an update of `tokens` over all ranks; this rank waited `wait_seconds` of it for data."""
         self._seconds += time.perf_counter() - self._update_start
         self._wait_seconds += wait_seconds
         self._tokens += tokens

@@ -1,6 +1,6 @@
 """Weights & Biases as a mirror of metrics.jsonl that can never stop a run.
 
-Whatever goes wrong there is one warning; after it the run goes on without wandb.
+Whatever fails in wandb causes one warning, after which the run goes on without it.
 """
 
 import netrc
@@ -15,7 +15,7 @@ _INIT_SECONDS = 30
 
 
 def has_login() -> bool:
-    """Whether this machine holds a key for wandb; looks at the environment and netrc, never at the network."""
+    """Whether the environment or netrc has an API key for wandb; never uses the network."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     named = os.environ.get("NETRC")
@@ -29,7 +29,7 @@ def has_login() -> bool:
 
 
 def _hosts() -> set[str]:
-    """The servers whose key would be used: the one that is set, else wandb's own, whose name differs by version."""
+    """The servers whose key would be used: $WANDB_BASE_URL, else wandb's own, whose name differs by version."""
     if named := os.environ.get("WANDB_BASE_URL"):
         return {urlparse(named).netloc}
     hosts = {"api.wandb.ai"}
@@ -37,13 +37,13 @@ def _hosts() -> set[str]:
         import wandb
 
         hosts.add(urlparse(str(wandb.Settings().base_url)).netloc)
-    except Exception:  # wandb is absent or broken, which its start will say
+    except Exception:  # wandb is absent or broken, which is reported when it is started
         pass
     return hosts
 
 
 def resolve_mode(mode: str) -> str:
-    """online, offline or off for `auto`: the environment's WANDB_MODE, else online with a login and offline without."""
+    """Resolve `auto` to online, offline or off: by $WANDB_MODE, else online with a login and offline without."""
     if mode != "auto":
         return mode
     wanted = os.environ.get("WANDB_MODE", "").lower()
@@ -53,9 +53,9 @@ def resolve_mode(mode: str) -> str:
 
 
 class WandbMirror:
-    """One run of wandb. Every call returns normally whatever wandb does; `warn` gets the first failure.
+    """A run of wandb. No method raises, whatever wandb does; `warn` gets the first failure.
 
-    A server that cannot be reached at the start turns an online run into an offline one.
+    If the server cannot be reached at the start, an online run becomes an offline one.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class WandbMirror:
         run_id: str | None,
         warn: Callable[[str], None],
     ) -> None:
-        """`mode` is auto, online, offline or off; `run_id` is that of the run that is continued."""
+        """`mode`: auto, online, offline or off; `run_id`: of the run that is resumed."""
         self._warn = warn
         self._warned = False
         self._run: Any = None
@@ -95,13 +95,13 @@ class WandbMirror:
         if self.mode == "offline":
             self._guard("start", self._start)
 
-    def log(self, update_step: int, metrics: Mapping[str, float | None]) -> None:
+    def log_metrics(self, update_step: int, metrics: Mapping[str, float | None]) -> None:
         """Send the metrics of one update."""
         if self._run is not None:
             self._guard("log", lambda: self._run.log({"update_step": update_step, **metrics}))
 
     def close(self, failed: bool = False) -> None:
-        """End the run in wandb's books."""
+        """Finish the run of wandb."""
         run, self._run = self._run, None
         if run is not None:
             self._guard("finish", lambda: run.finish(exit_code=int(failed)))

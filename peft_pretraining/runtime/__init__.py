@@ -1,1 +1,1 @@
-"""The processes of a run and the signals they get."""
+"""The ranks of a run, signals, exit codes and the outcomes of updates."""

@@ -1,7 +1,7 @@
-"""Metrics whose values are still being computed: copied to the host behind the device's back, read one update later.
+"""Metrics that are copied to the host asynchronously and read one update later.
 
-Reading a value with `.item()` makes the host wait until the device has done all that is queued, the next update
-included. A copy into pinned memory and an event wait only for the update that made the value.
+Reading a value with `.item()` makes the host wait until the device has done all queued work, the next update included.
+An asynchronous copy into pinned memory and an event wait only for the update that computed the value.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class DeferredMetrics:
-    """Holds the metrics of one update until the next one is under way."""
+    """Keeps the metrics of one update until the next one has been launched."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Start without metrics."""
         self._pending: tuple[int, dict[str, float], list[str], Tensor, torch.cuda.Event | None] | None = None
 
     def put(self, update_step: int, metrics: Mapping[str, float | Tensor]) -> None:
-        """Hand in an update's metrics, host floats and 0-dim device tensors; those handed in before have been taken."""
+        """Store an update's metrics, host floats and 0-dim device tensors; `take` the stored ones first."""
         assert self._pending is None, f"the metrics of update {self._pending[0]} have not been taken"
         names = [name for name, value in metrics.items() if isinstance(value, Tensor)]
         floats = {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
@@ -33,7 +33,7 @@ class DeferredMetrics:
         self._pending = update_step, floats, names, values, event
 
     def take(self) -> tuple[int, dict[str, float]] | None:
-        """The metrics handed in last, as floats; waits for them. None if there are none."""
+        """Remove and return (update_step, metrics as floats), after waiting for them; None if there are none."""
         if self._pending is None:
             return None
         update_step, floats, names, values, event = self._pending

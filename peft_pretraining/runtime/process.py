@@ -1,4 +1,4 @@
-"""How the process of a run begins and ends: deterministic kernels, and an exit code for each kind of end."""
+"""Set up deterministic kernels at the start of the process, and end it with the right exit code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peft_pretraining.runtime.world import is_lost_rank
 
 
 def make_reproducible() -> None:
-    """Same seed, same bits: only deterministic kernels, and no global generator in use anywhere."""
+    """Allow deterministic kernels only, so that the same seed gives the same bits."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # A debugging aid that costs a pass over every new buffer.
+    # A debugging aid that fills every new buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _end_at_once(code: int) -> NoReturn:
-    """Without what is done at an ordinary end, but for what has been printed and temporary files."""
+    """End the process without Python's shutdown; flushes output and removes temporary files."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -34,9 +34,9 @@ def _end_at_once(code: int) -> NoReturn:
 
 
 def exit_code_of(program: Callable[[], None], name: str) -> int:
-    """Run it: 0 if it ran or stopped in good order, 2 for what the user can mend, said in a sentence after its name.
+    """Run `program`; returns 0 if it ended or was stopped cleanly, 2 for a UserError, whose text is printed.
 
-    Where another rank is lost the process ends here, with 1.
+    Where another rank is lost the process ends here, with exit code 1.
     """
     try:
         program()
@@ -47,15 +47,15 @@ def exit_code_of(program: Callable[[], None], name: str) -> int:
         if not is_lost_rank(error):
             raise
         print(f"{name}: another rank has ended or cannot be reached ({error})", file=sys.stderr)
-        _end_at_once(1)  # an ordinary end would wait for what the device still expects of that rank
+        _end_at_once(1)  # an ordinary exit would wait for collectives that this rank has queued
     return 0
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; everything of a run is closed by now.
+    """End the process, after everything of a run was closed.
 
-    One of several ranks leaves at once. Threads that libraries have left behind can abort an ordinary end (seen once:
-    "terminate called without an active exception"), and torchrun would then take a run that is over for a failed one.
+    With several ranks it skips Python's shutdown. Threads that libraries have left behind can abort that (seen once:
+    "terminate called without an active exception"), and torchrun would report a finished run as failed.
     """
     if world_size_of_launch() > 1:
         _end_at_once(code)

@@ -1,4 +1,4 @@
-"""How the processes of one start find each other in the launcher's store."""
+"""Rendezvous of the processes that were launched together, in the launcher's key-value store."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ TIMEOUT = timedelta(minutes=10)
 
 
 def world_size_of_launch() -> int:
-    """Ranks that the launcher started: `WORLD_SIZE` of torchrun, 1 for plain python."""
+    """The number of ranks that the launcher started: `WORLD_SIZE` of torchrun, 1 for plain python."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def meet(rank: int, world_size: int, stop: StopRequest) -> Store:
-    """A part of the launcher's store that only the processes of this start know.
+def agree_on_store(rank: int, world_size: int, stop: StopRequest) -> Store:
+    """Agree on a prefix of the launcher's store that only the processes of this launch know; returns that part.
 
     torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), and a process that finds the
-    address of a dead predecessor there fails to connect. So rank 0 invents a name for the part, and every other rank
-    asks for it under a name of its own: no answer can be meant for anybody else.
+    address of a dead predecessor there fails to connect. So rank 0 draws a random prefix, and every other rank asks for
+    it under a random name of its own, so that no rank can read an answer of an earlier launch.
     """
     store: Store = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))[0]
     own = uuid.uuid4().hex

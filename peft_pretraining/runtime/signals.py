@@ -1,4 +1,4 @@
-"""Stopping a run in good order: SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning)."""
+"""Stop a run cleanly on SIGTERM (torchrun, SLURM), SIGINT (Ctrl-C) or SIGUSR1 (SLURM's warning)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers that a stop was asked for; a second SIGINT stops at once."""
+    """Records that a signal asked for a stop; a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        """Takes over the signals' handlers; call it in the main thread."""
+        """Install the signal handlers; call it in the main thread."""
         self.signal_name: str | None = None
         for number in _SIGNALS:
             signal.signal(number, self._handle)

@@ -1,8 +1,8 @@
-"""The processes of a run: who this one is, and the few things that they say to each other.
+"""The ranks of a run: this rank's index and device, and the collectives that the run uses.
 
 Data parallelism needs no wrapper around the model. Every rank computes its micro-batches, the optimizer sums each
-complete gradient (the projected one where it is low-rank) over the ranks, and all ranks then make the same update, with
-the same random bits, on the same weights.
+accumulated gradient (the projected one where it is low-rank) over the ranks, and all ranks then apply the same update,
+with the same random bits, to the same weights.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime.rendezvous import TIMEOUT, meet, world_size_of_launch
+from peft_pretraining.runtime.rendezvous import TIMEOUT, agree_on_store, world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 
 T = TypeVar("T")
 
 
 def is_lost_rank(error: BaseException | None) -> bool:
-    """Whether an error of a collective means that another rank has gone; gloo raises bare RuntimeErrors."""
+    """Whether an error of a collective means that another rank has died; gloo raises bare RuntimeErrors."""
     signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Timed out waiting")
-    several = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
-    return several and any(sign in str(error) for sign in signs)
+    may_be = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
+    return may_be and any(sign in str(error) for sign in signs)
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among the run's."""
+class World:
+    """This process's rank, device and collectives."""
 
     rank: int
     world_size: int
@@ -46,7 +46,7 @@ class Processes:
         return self.rank == 0
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A copy of a CPU tensor on the device, for which neither the device nor the host waits."""
+        """Copy a CPU tensor to the device, asynchronously where that is a GPU."""
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -57,7 +57,7 @@ class Processes:
             dist.all_reduce(tensor)
 
     def gradient_all_reduce(self) -> Callable[[Tensor], dist.Work | None] | None:
-        """What begins `all_reduce` and gives what to wait for; None for one rank."""
+        """A function that starts an asynchronous `all_reduce` and returns its `Work`; None for one rank."""
         return functools.partial(dist.all_reduce, async_op=True) if self.world_size > 1 else None
 
     def sum_on_host(self, value: int) -> int:
@@ -81,7 +81,7 @@ class Processes:
         return values  # type: ignore[return-value]
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on every rank; a UserError there is raised on all."""
+        """Call `make` on rank 0 and return its result on every rank; a UserError there is raised on all."""
         outcome: list[object] = [None]
         if self.is_main:
             try:
@@ -94,7 +94,7 @@ class Processes:
             try:
                 raise outcome[0]
             finally:
-                outcome.clear()  # else the error and this frame would keep each other, and what lower frames hold
+                outcome.clear()  # else the error and this frame are a reference cycle that keeps other frames alive
         return outcome[0]  # type: ignore[return-value]
 
     def check_replicas(self, tensors: Mapping[str, Tensor], update_step: int) -> None:
@@ -119,7 +119,7 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
 
 
-def start_processes(device: str, stop: StopRequest) -> Processes:
+def start_world(device: str, stop: StopRequest) -> World:
     """Choose this rank's device (`auto`, `cpu`, `cuda`) and join the other ranks; raises UserError, also on a stop."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or auto")
@@ -134,11 +134,11 @@ def start_processes(device: str, stop: StopRequest) -> Processes:
             )
         chosen = torch.device("cuda", local_rank)
         if "PYTORCH_ALLOC_CONF" not in os.environ:
-            # Read at the first allocation. Free pieces can be joined then, which a card that is nearly full needs.
+            # Read at the first allocation. It lets free blocks be merged, which a nearly full GPU needs.
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(chosen)
-        # CUDA graphs cannot be captured on the default stream, nor beside work of autograd that has begun on it. Each
-        # stream that multiplies keeps 64 MiB for cuBLAS: a process that trains again goes on with the one it has.
+        # CUDA graphs cannot be captured on the default stream, nor while autograd has work pending on it. cuBLAS keeps
+        # a workspace of 64 MiB for each stream: a process that trains again keeps the stream that it has.
         if torch.cuda.current_stream(chosen) == torch.cuda.default_stream(chosen):
             torch.cuda.set_stream(torch.cuda.Stream(chosen))
     else:
@@ -146,6 +146,6 @@ def start_processes(device: str, stop: StopRequest) -> Processes:
     if world_size > 1:
         # Host integers go over gloo, so that counting tokens never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        store = meet(rank, world_size, stop)
+        store = agree_on_store(rank, world_size, stop)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    return Processes(rank, world_size, chosen)
+    return World(rank, world_size, chosen)

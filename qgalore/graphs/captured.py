@@ -15,7 +15,7 @@ from qgalore.graphs.eager import ANY_MEMORY, EagerStack, RunLayer, Work
 from qgalore.optimizer import LowRankAdamW
 from qgalore.torch_internals import allocating_in_pool
 from qgalore.update import moments
-from qgalore.update.all_reduce import RankSum
+from qgalore.update.all_reduce import Bucket
 
 
 class CapturedStack(EagerStack):
@@ -34,27 +34,27 @@ class CapturedStack(EagerStack):
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
-        moments.make_tables(x.device)  # which `memory` must not hold
-        self._buffers = self._message_buffers(x)
-        self._sent: dict[int, RankSum] = {}
-        """The message that a layer's graph makes."""
+        moments.make_tables(x.device)  # which must not lie in `graph_pool`
+        self._buffers = self._bucket_buffers(x)
+        self._sent: dict[int, Bucket] = {}
+        """The bucket that a layer's graph fills."""
         self._inputs.append(torch.empty_like(x).requires_grad_())
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:
                 weight.layer.checks_version = False
             if not self._at_once:
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
-                weight.fix_sum(x.dtype if optimizer.takes_whole_gradients else None)
+                weight.gradient.fix_addresses(x.dtype if optimizer.takes_whole_gradients else None)
         self._forward_graph = self._capture(self._run_forward)
-        # Of the gradients between layers, one after the other: the last layer's output, which nobody needs by then.
-        self._place = self._outputs[-1].data
+        # For the gradients between layers, one after the other: the last layer's output, which nobody needs by then.
+        self._grad_buffer = self._outputs[-1].data
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def serves(self, x: Tensor) -> bool:
         """Whether the graphs are those of a step like the one that begins."""
         return self._shape == x.shape and self._at_once == self._optimizer.updates_at_once
 
-    def memory(self) -> contextlib.AbstractContextManager[None]:
+    def graph_pool(self) -> contextlib.AbstractContextManager[None]:
         """See `LayerGraphs`."""
         return allocating_in_pool(self._inputs[0].device.index, self._pool)
 
@@ -63,7 +63,7 @@ class CapturedStack(EagerStack):
         self.forward_passes += 1
         if not self._at_once and not self._optimizer.has_sums:
             for weight in itertools.chain(*self._weights):
-                weight.begin_sum()
+                weight.gradient.begin()
         # Through .data: autograd would take the write for a change of what the backward passes have saved.
         self._inputs[0].data.copy_(x)
         self._forward_graph.replay()
@@ -75,13 +75,13 @@ class CapturedStack(EagerStack):
             self._optimizer.write_update_rows()
         else:
             self._optimizer.write_sum_rows()
-        self._place.copy_(grad)
+        self._grad_buffer.copy_(grad)
         self._run_backward()
-        return self._place
+        return self._grad_buffer
 
     def _perform(self, work: Work, index: int) -> None:
-        if any(weight.changes_subspace for weight in self._weights[index]):
-            work(index, self.memory())
+        if any(weight.subspace.due for weight in self._weights[index]):
+            work(index, self.graph_pool())
         else:
             self._replay(work, index)
 
@@ -91,24 +91,24 @@ class CapturedStack(EagerStack):
         if key not in self._graphs:
             self._graphs[key] = self._capture(functools.partial(work, index, ANY_MEMORY))
             if only_sends:
-                self._sent[index] = self._messages[index]
+                self._sent[index] = self._buckets[index]
         elif only_sends:
-            self._messages[index] = self._sent[index]
+            self._buckets[index] = self._sent[index]
         else:
             for weight in self._weights[index]:
                 if self._at_once:
-                    weight.count_replayed_update()
+                    weight.count_replayed()
                 else:
-                    weight.count_replayed_sum()
+                    weight.gradient.count_replayed()
         self._graphs[key].replay()
 
     def _backward_of_layer(self, index: int) -> None:
-        grad = self._gradient(index, self._place, keep=True)
-        if grad.data_ptr() != self._place.data_ptr():  # a compiled layer puts it there itself
-            self._place.copy_(grad)
+        grad = self._gradient(index, self._grad_buffer, keep=True)
+        if grad.data_ptr() != self._grad_buffer.data_ptr():  # a compiled layer writes there itself
+            self._grad_buffer.copy_(grad)
 
-    def _message_buffers(self, x: Tensor) -> list[Tensor]:
-        """Two places for the messages of the layers in turn, in the dtype of one micro-batch; none on one rank."""
+    def _bucket_buffers(self, x: Tensor) -> list[Tensor]:
+        """Two buffers for the buckets of the layers in turn, in the dtype of one micro-batch; none on one rank."""
         sizes = [sum(weight.values_to_sum for weight in weights) for weights in self._weights]
         return [x.new_empty(max(sizes)) for _ in range(2)] if self._sends else []
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qgalore.graphs.dequant_cache import held_bases, held_weights
+from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
-from qgalore.update.all_reduce import RankSum
+from qgalore.update.all_reduce import Bucket
 
 RunLayer = Callable[..., Tensor]
 """run(layer, x, *constants) -> x of the next layer."""
@@ -40,7 +40,7 @@ class EagerStack:
         self._weights = [optimizer.weights_of(layer) for layer in layers]
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
-        self._messages: dict[int, RankSum] = {}
+        self._buckets: dict[int, Bucket] = {}
         """The gradients of layers on their way over the ranks."""
         self._at_once = optimizer.updates_at_once
         self._sends = self._at_once and optimizer.sums_over_ranks
@@ -64,7 +64,7 @@ class EagerStack:
     def _run_forward(self) -> None:
         with torch.enable_grad():
             for layer, linears in zip(self._layers, self._linears, strict=True):
-                with held_weights(linears, self._dtype):
+                with cached_weights(linears, self._dtype):
                     self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
@@ -72,7 +72,7 @@ class EagerStack:
         for index in reversed(range(len(self._layers))):
             self._perform(self._gradients, index)
             if self._sends:
-                self._messages[index].start()
+                self._buckets[index].start()
                 self._finish(index + 1)
             elif not self._at_once:
                 self._optimizer.gradients_ready(self._weights[index])
@@ -80,32 +80,32 @@ class EagerStack:
 
     def _finish(self, index: int) -> None:
         """Update a layer whose gradients are on their way, if they are."""
-        if index in self._messages:
-            self._messages[index].wait()
+        if index in self._buckets:
+            self._buckets[index].wait()
             self._perform(self._updates, index)
-            del self._messages[index]
+            del self._buckets[index]
 
     def _perform(self, work: Work, index: int) -> None:
         work(index, ANY_MEMORY)
 
     def _gradients(self, index: int, memory: Memory) -> None:
         """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
-        with memory, held_bases(self._weights[index], self._dtype):
+        with memory, cached_bases(self._weights[index], self._dtype):
             self._backward_of_layer(index)
             if self._at_once and not self._sends:
-                self._optimizer.complete(self._weights[index], None)
+                self._optimizer.finalize(self._weights[index], None)
         if self._sends:
             # Not there: it is still needed when graphs write over their memory.
-            message = self._optimizer.message_of(self._weights[index], self._buffer_of(index))
-            assert message is not None
-            self._messages[index] = message
+            bucket = self._optimizer.bucket_of(self._weights[index], self._buffer_of(index))
+            assert bucket is not None
+            self._buckets[index] = bucket
 
     def _updates(self, index: int, memory: Memory) -> None:
-        with memory, held_bases(self._weights[index], self._dtype):
-            self._optimizer.complete(self._weights[index], self._messages[index])
+        with memory, cached_bases(self._weights[index], self._dtype):
+            self._optimizer.finalize(self._weights[index], self._buckets[index])
 
     def _backward_of_layer(self, index: int) -> None:
-        """From the gradient of the layer's output to that of its input, which takes its place."""
+        """From the gradient of the layer's output to that of its input, which is written over it."""
         self._grad = self._gradient(index, self._grad)
         self._inputs[index] = self._outputs[index] = torch.empty(0)  # what the layer has saved is needed no longer
 
@@ -113,7 +113,7 @@ class EagerStack:
         """The gradient of a layer's input; its weights take theirs. `keep` what the layer has saved."""
         own = [weight for weight in self._weights[index] if weight.layer is None]
         inputs = [self._inputs[index], *(weight.param for weight in own)]
-        with held_weights(self._linears[index], self._dtype):
+        with cached_weights(self._linears[index], self._dtype):
             grad, *own_grads = torch.autograd.grad(self._outputs[index], inputs, grad, retain_graph=keep)
         with torch.no_grad():
             for weight, own_grad in zip(own, own_grads, strict=True):
@@ -121,5 +121,5 @@ class EagerStack:
         return grad
 
     def _buffer_of(self, index: int) -> Tensor | None:
-        """A place for the layer's message to the other ranks; None for any."""
+        """A buffer for the bucket of a layer; None for any."""
         return None

@@ -5,10 +5,10 @@ sooner than Python can ask for them. Here the forward pass of all layers is one 
 its backward pass together with the updates of its weights, which happen as soon as their gradients are there.
 
 Where the update waits, for more micro-batches or for the norm of all gradients, a layer's graph adds its gradients to
-sums that have their fixed places, and the optimizer updates from Python.
+sums at fixed addresses, and the optimizer updates from Python.
 
 Nothing is computed otherwise: the graphs are captured from the ordinary code, and hold the same kernels in the same
-order, but that a layer's quantized matrices are dequantized together (`qgalore.graphs.dequant_cache`). What changes
+order, but that a layer's quantized matrices are dequantized as a group (`qgalore.graphs.dequant_cache`). What changes
 from step to step (seeds, learning rates, bias corrections) is read from a table on the device, one row a weight,
 written before each backward pass. A layer in which a subspace is to be refreshed runs its backward pass from Python
 that time, over what the graph of the forward pass has saved.
@@ -70,7 +70,7 @@ class LayerGraphs:
         """Whether graphs have been captured."""
         return self._captured is not None
 
-    def memory(self) -> contextlib.AbstractContextManager[None]:
+    def graph_pool(self) -> contextlib.AbstractContextManager[None]:
         """Within it this thread allocates in the memory of the graphs, which nobody else needs between two replays.
 
         Only for what is gone before the backward pass of the layers begins, since a replay writes over it; other memory
@@ -78,12 +78,12 @@ class LayerGraphs:
         """
         if self._captured is None or not self._optimizer.keeps_no_gradient:
             return contextlib.nullcontext()
-        return self._captured.memory()
+        return self._captured.graph_pool()
 
     def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> EagerStack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
-            # Ordinary steps come first again: a state that begins in a graph would begin anew with every replay.
+            # Run eagerly first: state initialised during capture would be reset by each replay.
             self._captured, self._states_replaced, self._steps = None, self._optimizer.states_replaced, 1
         if self._captured is not None and self._captured.serves(x):
             return self._captured

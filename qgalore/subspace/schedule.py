@@ -14,7 +14,11 @@ The lazy rule of Q-GaLore (arXiv 2407.08296, section 3.3): when the subspace of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from qgalore.config import SubspaceConfig
 
@@ -52,6 +56,18 @@ class RefreshSchedule:
             self.interval = self.options.update_proj_gap
             self.next_refresh = self.index % first_refresh_spread(self.count, self.interval)
 
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `save` has put into a weight's optimizer state; nothing where there is none."""
+        if "schedule" in state:
+            self.interval, self.next_refresh, self.refreshes, self.saved = state["schedule"].tolist()
+            self.window = state["similarities"].tolist()
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        """Put the schedule into a weight's optimizer state, as tensors on the CPU."""
+        counters = [self.interval, self.next_refresh, self.refreshes, self.saved]
+        state["schedule"] = torch.tensor(counters, dtype=torch.int64)
+        state["similarities"] = torch.tensor(self.window, dtype=torch.float64)
+
     @property
     def lazy(self) -> bool:
         """Whether the interval grows where a subspace changes little."""
@@ -83,7 +99,7 @@ class RefreshSchedule:
         self.next_refresh = update_step + min(update_step + 1, self.options.update_proj_gap)
 
     def _stagger(self, update_step: int) -> int:
-        """Updates until the weight's own place in the interval comes round."""
+        """Updates until the weight's own offset in the interval comes round."""
         interval = self.options.update_proj_gap
-        place = (self.index * interval) // max(1, self.count)
-        return (place - update_step - 1) % interval + 1
+        offset = (self.index * interval) // max(1, self.count)
+        return (offset - update_step - 1) % interval + 1

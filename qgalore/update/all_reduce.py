@@ -1,4 +1,4 @@
-"""The gradients of several weights on their way to be summed over the ranks, as one message."""
+"""The gradients of several weights on their way to be summed over the ranks, in one bucket."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ AllReduce = Callable[[Tensor], Waiting | None]
 """Sums a tensor over all ranks, in place; what it returns, if anything, is to be waited for."""
 
 
-class RankSum:
-    """Tensors that are sent together: made, then `start`ed, then `summed`; other work may come in between.
+class Bucket:
+    """Tensors that are sent as one: made, then `start`ed, then `summed`; other work may come in between.
 
     They are summed in the dtype that all can be held in: bfloat16 gradients of one micro-batch in bfloat16, half the
     bytes of float32, sums over micro-batches in float32.
     """
 
     def __init__(self, parts: list[list[Tensor]], all_reduce: AllReduce, buffer: Tensor | None = None) -> None:
-        """parts: some tensors of each weight. The message is made in `buffer`, flat, if it has just its size.
+        """parts: some tensors of each weight. They are gathered in `buffer`, flat, if it has just its size.
 
         It then has the buffer's dtype.
         """
         self._all_reduce = all_reduce
         self._waiting: Waiting | None = None
-        flat = [part for several in parts for part in several]
-        self._shapes = [[part.shape for part in several] for several in parts]
+        flat = [part for of_weight in parts for part in of_weight]
+        self._shapes = [[part.shape for part in of_weight] for of_weight in parts]
         self._sizes = [part.numel() for part in flat]
         if buffer is not None and buffer.numel() == sum(self._sizes):
-            self.message = torch.cat([part.flatten() for part in flat], out=buffer)
+            self.buffer = torch.cat([part.flatten() for part in flat], out=buffer)
         else:
-            self.message = flat[0].flatten() if len(flat) == 1 else torch.cat([part.flatten() for part in flat])
+            self.buffer = flat[0].flatten() if len(flat) == 1 else torch.cat([part.flatten() for part in flat])
 
     def start(self) -> None:
-        """Send the message; what is launched afterwards does not wait for it."""
-        self._waiting = self._all_reduce(self.message)
+        """Send them; what is launched afterwards does not wait for it."""
+        self._waiting = self._all_reduce(self.buffer)
 
     def wait(self) -> None:
         """Let later work wait for the sums."""
@@ -53,7 +53,7 @@ class RankSum:
             self._waiting = None
 
     def summed(self) -> list[list[Tensor]]:
-        """The sums, in the shape of the parts, as views of the message; later work waits for them."""
+        """The sums, in the shape of the parts, as views of the bucket; later work waits for them."""
         self.wait()
-        pieces = iter(self.message.split(self._sizes))
+        pieces = iter(self.buffer.split(self._sizes))
         return [[next(pieces).view(shape) for shape in shapes] for shapes in self._shapes]

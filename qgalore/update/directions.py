@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
+from qgalore.kernels import AdamStep
 from qgalore.update import moments
-from qgalore.update.gradient_sum import dense
-from qgalore.update.moments import GradientStep
 
 _POLYNOMIALS = ((3.4445, -4.7750, 2.0315),) * 5
 """Muon's, by which singular values above a thousandth of the largest come to lie between 0.7 and 1.2."""
@@ -30,23 +29,22 @@ ORTHOGONAL_RMS = 0.2
 class Direction(NamedTuple):
     """How directions are made and what they keep."""
 
-    steps: Callable[[Sequence[GradientStep], Tensor | None], list[Tensor]]
-    """steps(gradients, skip) -> directions of several weights, whose moments it moves."""
+    of: Callable[[Sequence[AdamStep], Tensor | None], list[Tensor]]
+    """of(steps, skip) -> directions of several weights, whose moments it moves."""
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
-    values_together: int
+    group_values: int
     """Gradients wait until they have more values than so many, and are then made directions of at once.
 
     That is faster for small matrices; of one large matrix there are enough values to fill a GPU.
     """
 
 
-def nesterov_step(step: GradientStep, skip: Tensor | None = None) -> Tensor:
+def nesterov_step(step: AdamStep, skip: Tensor | None = None) -> Tensor:
     """Nesterov's momentum like the gradient, in bfloat16 on a GPU."""
-    state, grad = step.state, dense(step.grad)
-    dtype = torch.bfloat16 if grad.is_cuda else torch.float32
-    momentum, absmax = state["exp_avg"], state.get("exp_avg_absmax")
-    return kernels.momentum_step(grad, momentum, absmax, step.betas[0], moments.BLOCK_SIZE, step.factor, skip, dtype)
+    dtype = torch.bfloat16 if step.grad.is_cuda else torch.float32
+    beta, block = step.betas[0], moments.BLOCK_SIZE
+    return kernels.momentum_step(step.grad, step.exp_avg, step.exp_avg_absmax, beta, block, step.factor, skip, dtype)
 
 
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
@@ -55,19 +53,21 @@ def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
     return [x * (ORTHOGONAL_RMS * max(x.shape) ** 0.5) for x in found]
 
 
-def orthogonal_steps(steps: Sequence[GradientStep], skip: Tensor | None = None) -> list[Tensor]:
-    """The orthogonal directions of several weights, those of one rank at once."""
+def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
+    """Muon's directions, of the momenta with one shorter side at once."""
     values = [nesterov_step(step, skip) for step in steps]
-    places: dict[int, list[int]] = {}
-    for place, momentum in enumerate(values):
-        places.setdefault(min(momentum.shape), []).append(place)
-    for alike in places.values():
-        for place, direction in zip(alike, orthogonal_directions([values[place] for place in alike]), strict=True):
-            values[place] = direction
+    indices: dict[int, list[int]] = {}
+    for index, momentum in enumerate(values):
+        indices.setdefault(min(momentum.shape), []).append(index)
+    for alike in indices.values():
+        for index, direction in zip(alike, orthogonal_directions([values[index] for index in alike]), strict=True):
+            values[index] = direction
     return values
 
 
 DIRECTIONS = {
-    "adam": Direction(moments.adam_steps, moments.MOMENTS, values_together=3 << 20),
-    "orthogonal": Direction(orthogonal_steps, moments.MOMENTS[:1], values_together=1 << 24),
+    "adam": Direction(
+        lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, group_values=3 << 20
+    ),
+    "orthogonal": Direction(_orthogonal, moments.MOMENTS[:1], group_values=1 << 24),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
-from qgalore.update.gradient_sum import GradientAccumulator
+from qgalore.update.gradient_sum import GradientSum
 
 
 class UpdateChecks:
@@ -33,13 +33,17 @@ class UpdateChecks:
             tensor.zero_()
         self._remembers = False
 
-    def check(self, gradients: Mapping[int, GradientAccumulator]) -> None:
-        """Look at the complete gradients of weights, by their index."""
-        whole = {index: held for index, gradient in gradients.items() if isinstance(held := gradient.held, Tensor)}
+    def check(self, gradients: Mapping[int, GradientSum]) -> None:
+        """Look at the final gradients of weights, by their index."""
+        whole = {index: total for index, each in gradients.items() if isinstance(total := each.stored, Tensor)}
         kernels.check_gradients_(list(whole.values()), self.squared_norms, list(whole), self.skip)
         for index, gradient in gradients.items():
             if index not in whole:
                 gradient.check_(self.squared_norms, index, self.skip)
+
+    def skip_on_device(self) -> Tensor | None:
+        """The flag `skip` for kernels to read; None on a CPU, where the host can look at it."""
+        return None if self.skip.device.type == "cpu" else self.skip
 
     def remember_first(self) -> None:
         """Keep `skip` as it is when the first weight of the update is written."""
@@ -47,6 +51,20 @@ class UpdateChecks:
             self._first_skip.copy_(self.skip)
             self._remembers = True
 
-    def came_late(self) -> Tensor:
+    def late_overflow(self) -> Tensor:
         """Whether `skip` became true after the first weight had been written: a bool, ()."""
         return self.skip & ~self._first_skip if self._remembers else torch.zeros_like(self.skip)
+
+
+def limit_growth(state: dict[str, Tensor], growth: float, squared_norm: Tensor, skip: Tensor) -> Tensor:
+    """The factor, (), that lets the norm of a weight's gradient grow by `growth` at most from update to update.
+
+    After Fira's limiter (Chen et al., arXiv 2410.01623). state: the weight's, which keeps the norm; squared_norm and
+    skip are those of `UpdateChecks`: a skipped update leaves no trace.
+    """
+    if "limited_norm" not in state:
+        state["limited_norm"] = torch.zeros_like(squared_norm)
+    before, norm = state["limited_norm"], squared_norm.sqrt()
+    limited = torch.where(before > 0, torch.minimum(norm, growth * before), norm)
+    before.copy_(torch.where(skip, before, limited))
+    return limited / norm.clamp_min(1e-30)

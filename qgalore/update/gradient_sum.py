@@ -1,4 +1,4 @@
-"""Sums a gradient over micro-batches, in float32, bfloat16 or 8 bits a value."""
+"""A gradient summed over micro-batches, in float32, bfloat16 or 8 bits a value."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Gradie
     return quantize(torch.zeros(shape, device=device), bits=8, group_size=GROUP_SIZE)
 
 
-class GradientAccumulator:
+class GradientSum:
     """The running sum of one gradient matrix or vector; empty until the first `add` of an update."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, place: Gradient | None = None) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, out: Gradient | None = None) -> None:
         """dtype: float32, bfloat16, or int8 for group-quantized sums with stochastic (unbiased) rounding.
 
-        The sum is made in `place` (from `zeros`), if there is one: CUDA graphs need it at one address.
+        The sum is made in `out` (from `zeros`), if there is one: CUDA graphs need it at one address.
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.int8):
             raise ValueError(f"a gradient accumulates in float32, bfloat16 or int8, not in {dtype}")
-        self.dtype, self.place = dtype, place
+        self.dtype, self.out = dtype, out
         self._sum: Gradient | None = None
 
     @property
@@ -54,26 +54,26 @@ class GradientAccumulator:
         return self._sum is None
 
     def begin(self) -> None:
-        """Start from zero in the sum's place."""
-        place = self.place
-        assert place is not None
-        for part in (place,) if isinstance(place, Tensor) else (place.qdata, place.scale, place.zero_point):
+        """Start from zero in `out`."""
+        out = self.out
+        assert out is not None
+        for part in (out,) if isinstance(out, Tensor) else (out.qdata, out.scale, out.zero_point):
             part.zero_()
-        self._sum = place
+        self._sum = out
 
     def add(self, grad: Tensor, row: Tensor) -> None:
-        """Add a gradient; without a place, a first one is kept as it is, without a copy.
+        """Add a gradient; without an `out`, a first one is kept as it is, without a copy.
 
         row: a step row of step size -1, for the rounding at int8.
         """
-        if self._sum is None and self.place is not None:
+        if self._sum is None and self.out is not None:
             self.begin()
         if isinstance(self._sum, QuantizedTensor):
             q = self._sum
             stored = (q.qdata, q.scale, q.zero_point)
             added = kernels.QuantizedUpdate(*stored, grad, None, None, q.columns, q.bits, q.group_size, row)
             kernels.update_quantized_([added])
-        elif self._sum is not None and self._sum is self.place:
+        elif self._sum is not None and self._sum is self.out:
             self._sum.add_(grad)
         elif self._sum is not None:
             self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
@@ -83,42 +83,42 @@ class GradientAccumulator:
 
     def value(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone."""
-        return dense(self.held)
+        return dense(self.stored)
 
-    def check_(self, squared_norms: Tensor, place: int, skip: Tensor) -> None:
+    def check_(self, squared_norms: Tensor, index: int, skip: Tensor) -> None:
         """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
-        held = self.held
-        assert isinstance(held, QuantizedTensor)
-        chunks = kernels.row_chunks(*held.shape)
+        total = self.stored
+        assert isinstance(total, QuantizedTensor)
+        chunks = kernels.row_chunks(*total.shape)
         norms = squared_norms.new_zeros(len(chunks))
         for number, (start, stop) in enumerate(chunks):
-            kernels.check_gradients_([held.rows(start, stop).dequantize()], norms, [number], skip)
-        squared_norms[place] = norms.sum()
+            kernels.check_gradients_([total.rows(start, stop).dequantize()], norms, [number], skip)
+        squared_norms[index] = norms.sum()
 
     @property
-    def held(self) -> Gradient:
-        """The sum as it is held."""
+    def stored(self) -> Gradient:
+        """The sum as it is stored."""
         assert self._sum is not None
         return self._sum
 
     def replace(self, value: Tensor, row: Tensor) -> None:
-        """Forget the sum and keep `value` instead, in the accumulator's dtype; row as in `add`."""
+        """Forget the sum and keep `value` instead, in the sum's dtype; row as in `add`."""
         value = value.to(self.dtype) if self.dtype == torch.bfloat16 else value
-        if isinstance(self.place, Tensor):
+        if isinstance(self.out, Tensor):
             # Which the value may be a view of.
-            self._sum = self.place.copy_(value) if self.place.dtype == value.dtype else value
+            self._sum = self.out.copy_(value) if self.out.dtype == value.dtype else value
             return
         self._sum = None
         self.add(value, row)
 
     def take(self) -> Tensor:
-        """`value`; the accumulator is empty afterwards."""
-        return dense(self.take_as_held())
+        """`value`; the sum is empty afterwards."""
+        return dense(self.take_stored())
 
-    def take_as_held(self) -> Gradient:
-        """The sum as it is held; the accumulator is empty afterwards."""
-        held, self._sum = self.held, None
-        return held
+    def take_stored(self) -> Gradient:
+        """The sum as it is stored, which is empty afterwards."""
+        stored, self._sum = self.stored, None
+        return stored
 
     def clear(self) -> None:
         """Forget the sum."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qgalore.layer.linear import LowRankLinear
-from qgalore.update.full_rank import FullRankWeight
+from qgalore.update.weight import Weight
 
-Ready = Callable[[FullRankWeight], None]
-"""What is called with a weight to whose gradient a backward pass has added all that it has."""
+Ready = Callable[[Sequence[Weight]], None]
+"""What is called with weights to whose gradients a backward pass has added all that it has."""
 
 
-def _layers_of(model: nn.Module, weights: Mapping[Tensor, FullRankWeight]) -> dict[str, LowRankLinear]:
+def _layers_of(model: nn.Module, weights: Mapping[Tensor, Weight]) -> dict[str, LowRankLinear]:
     """The layers that hold one of `weights`, by name.
 
     Raises ValueError where another module holds the same weight, and for a model in `DistributedDataParallel`.
@@ -51,19 +51,17 @@ class Attachment:
     every weight, for as long as the process lives. So nothing here holds more than a weak reference.
     """
 
-    def __init__(
-        self, model: nn.Module, weights: Mapping[Tensor, FullRankWeight], ready: weakref.WeakMethod[Ready]
-    ) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[Tensor, Weight], ready: weakref.WeakMethod[Ready]) -> None:
         """Hang a tap on each layer that holds one of `weights`, and a hook on every other one.
 
         Raises ValueError for a weight of a layer that another module holds, too.
         """
         self._ready = ready
-        self._taps: list[tuple[weakref.ref[LowRankLinear], weakref.ref[FullRankWeight]]] = []
+        self._taps: list[tuple[weakref.ref[LowRankLinear], weakref.ref[Weight]]] = []
         self._hooks: list[RemovableHandle] = []
         for name, layer in _layers_of(model, weights).items():
             weight = weights[layer.weight]
-            weight.layer, weight.name = layer, name
+            weight.attach_to(layer, name)
             layer.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
             self._taps.append((weakref.ref(layer), weakref.ref(weight)))
         names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
@@ -85,7 +83,7 @@ class Attachment:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _hook(self, weight: FullRankWeight) -> Callable[[Tensor], None]:
+    def _hook(self, weight: Weight) -> Callable[[Tensor], None]:
         """For the anchor of a layer, or for a parameter that autograd gives its gradient."""
         optimizer_is_ready, watched = self._ready, weakref.ref(weight)
 
@@ -102,6 +100,6 @@ class Attachment:
                     )
                 with torch.no_grad():
                     weight.accumulate_full(grad)
-            ready(weight)
+            ready([weight])
 
         return hook

@@ -5,14 +5,10 @@ The arithmetic and its sources are in `qgalore.kernels.reference`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from qgalore import kernels
-from qgalore.update.gradient_sum import Gradient, dense
 
 BLOCK_SIZE = 256
 """Values that share an absmax in an 8-bit state, as in bitsandbytes."""
@@ -21,18 +17,6 @@ MIN_8BIT_NUMEL = 4096
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 _CODE_OF_ZERO = {"exp_avg": 127, "exp_avg_sq": 0}  # in the dynamic map
-
-
-class GradientStep(NamedTuple):
-    """A gradient that is to move the moments of one weight; arguments as in `adam_step`."""
-
-    state: dict[str, Tensor]
-    grad: Gradient
-    row: Tensor
-    betas: tuple[float, float]
-    eps: float
-    factor: Tensor | None = None
-    dtype: torch.dtype = torch.float32
 
 
 def make_tables(device: torch.device) -> None:
@@ -69,11 +53,11 @@ def read_moment(state: dict[str, Tensor], name: str, dtype: torch.dtype = torch.
 
 def write_moment(state: dict[str, Tensor], name: str, value: Tensor, skip: Tensor | None = None) -> None:
     """Replace exp_avg or exp_avg_sq in place by float values of the same shape, unless the flag `skip` is true."""
-    place = state[name]
+    moment = state[name]
     if f"{name}_absmax" in state:
-        kernels.quantize_blocks_(place, state[f"{name}_absmax"], value, _SIGNED[name], BLOCK_SIZE, skip)
+        kernels.quantize_blocks_(moment, state[f"{name}_absmax"], value, _SIGNED[name], BLOCK_SIZE, skip)
     else:
-        place.copy_(value if skip is None else torch.where(skip, place, value))
+        moment.copy_(value if skip is None else torch.where(skip, moment, value))
 
 
 def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, int]]:
@@ -95,31 +79,3 @@ def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor
                 start * columns // BLOCK_SIZE : -(-stop * columns // BLOCK_SIZE)
             ]
     return views
-
-
-def adam_step(
-    state: dict[str, Tensor],
-    grad: Tensor,
-    row: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    factor: Tensor | None = None,
-    skip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The direction N = m_hat / (sqrt(v_hat) + eps) like grad, in dtype, after moving the moments in place.
-
-    The gradient is factor * grad. Where the flag `skip` is true the moments stay as they are.
-    """
-    return adam_steps([GradientStep(state, grad, row, betas, eps, factor, dtype)], skip)[0]
-
-
-def adam_steps(steps: Sequence[GradientStep], skip: Tensor | None = None) -> list[Tensor]:
-    """`adam_step` of several weights at once."""
-    arguments = []
-    for state, grad, row, betas, eps, factor, dtype in steps:
-        moments = (state[name] for name in MOMENTS), (state.get(f"{name}_absmax") for name in MOMENTS)
-        (first, second), (first_absmax, second_absmax) = moments
-        rates = (row, betas, eps, factor, dtype)
-        arguments.append(kernels.AdamStep(dense(grad), first, first_absmax, second, second_absmax, *rates))
-    return kernels.adam_steps(arguments, BLOCK_SIZE, skip)

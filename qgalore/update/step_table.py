@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgalore.kernels import StepScalars
+from qgalore.seeding import ACCUMULATION, Seeds
 
 
 class StepTable:
@@ -37,6 +39,24 @@ class StepTable:
     def _move_to(self, device: torch.device) -> None:
         if self.updates.device != device:
             self.updates, self.sums = self.updates.to(device), self.sums.to(device)
+
+
+class SumRows(NamedTuple):
+    """The step rows for what one weight adds to its sums of gradients."""
+
+    table: StepTable
+    seeds: Seeds
+    device: torch.device
+
+    def scalars(self, addition: int) -> StepScalars:
+        """What the row must contain; addition counts those of the update."""
+        return StepScalars(self.seeds(ACCUMULATION, addition), -1.0, 1.0)
+
+    def write(self, addition: int, dtype: torch.dtype) -> Tensor:
+        """The row, written for a sum in INT8; others round to nearest and read nothing of it."""
+        if dtype == torch.int8:
+            self.table.write_sum(self.seeds.index, self.scalars(addition), self.device)
+        return self.table.sums[self.seeds.index]
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Reading back what loaders handed out."""
+"""Collect the rows and documents of loaders."""
 
 import json
 from collections.abc import Sequence

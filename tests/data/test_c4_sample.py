@@ -74,10 +74,10 @@ def test_every_real_document_is_read_over_a_resume_on_more_ranks(shared_data: Pa
     rows = torch.cat(batches).tolist()
     source = open_dataset(dataset, "train")
     finished = 0
-    for lane, units in enumerate(deal_units([even_slices(source.shards, 16)] * source.shards, 16, seed=3)):
+    for logical_shard, units in enumerate(deal_units([even_slices(source.shards, 16)] * source.shards, 16, seed=3)):
         texts = [str(text) for unit in units for text in source.read(unit.shard, unit.slices, unit.part, 0)]
         expected = [[*ids, t5.eos_token_id] for ids in t5.encode_beginnings(texts, 63)]
-        epoch = [[i for i in row if i != IGNORED_LABEL] for row in rows[lane::16][: len(expected)]]
+        epoch = [[i for i in row if i != IGNORED_LABEL] for row in rows[logical_shard::16][: len(expected)]]
         if len(epoch) == len(expected):
             finished += 1
             assert sorted(epoch) == sorted(expected)

@@ -1,4 +1,4 @@
-"""One file of documents: every format gives the same texts by the same places, and damage costs what it lies in."""
+"""A file of documents: every format gives the same texts by the same indices, and damage costs only what it hits."""
 
 import errno
 import gc
@@ -138,7 +138,7 @@ def test_an_unclosed_quote_is_given_up_before_the_file_ends(monkeypatch: pytest.
 
 
 def test_what_follows_an_unclosed_quote_is_kept_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every lane keeps it: as strings of short lines it would take many times its size."""
+    """Every logical shard keeps it: as strings of short lines it would take many times its size."""
     assert csv_records.LONGEST_RECORD_CHARS <= 1 << 20
     monkeypatch.setattr(csv_records, "LONGEST_RECORD_CHARS", 1 << 16)
     rows = (f"{i % 10}\r" for i in range(35_000))
@@ -291,7 +291,7 @@ def test_lines_paragraphs_and_whole_files(tmp_path: Path) -> None:
 def test_paragraphs_are_handed_out_while_a_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str
 ) -> None:
-    """With any blank line between them, and in pieces without one: each lane would hold the file."""
+    """With any blank line between them, and in pieces without one: each logical shard would hold the file."""
     monkeypatch.setattr(builders, "LONGEST_PARAGRAPH_BYTES", 300_000)
     texts = [f"{i:05}\n{'x' * 93}" for i in range(20_000)]
     path = tmp_path / "book.txt"

@@ -186,7 +186,7 @@ def test_a_run_holds_out_what_it_began_with(
         )  # fmt: skip
         if state is not None:
             ranks[0].load_state_dict(state)
-        said = list(ranks[0].news)
+        said = list(ranks[0].notices)
         trained = set(documents_of(tokenizer, global_rows(ranks, updates)))
         held_out = {n for _, batch in eval_set for n in documents_of(tokenizer, [batch.labels])}
         state = json.loads(json.dumps(ranks[0].state_dict()))

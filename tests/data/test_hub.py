@@ -99,7 +99,7 @@ def test_the_layout_of_c4_on_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert all(path.startswith(f"/datasets/allenai/c4/resolve/{hub.C4_REVISION}/en/") for path in server.paths)
     source = open_dataset("c4", "train")
     assert isinstance(source, HubSource)
-    assert source.documents.files[17].place.endswith(f"@{hub.C4_REVISION}/en/c4-train.00017-of-01024.json.gz")
+    assert source.source.files[17].path.endswith(f"@{hub.C4_REVISION}/en/c4-train.00017-of-01024.json.gz")
     assert source.shards == 1024
 
 

@@ -1,4 +1,4 @@
-"""Any data set of the hub by its name: what it consists of, what is wrong with it, and faults on the way."""
+"""Data sets of the hub by name: their files, errors, and network faults."""
 
 import bz2
 import gzip
@@ -183,7 +183,7 @@ def test_a_revision_is_kept_and_can_be_asked_for(hub: DatasetHub) -> None:
     assert newest.revision != old.revision and newest.fingerprint() != old.fingerprint()
     again = opened("org/lines", options=replace(OPTIONS, revision=newest.revision))
     assert (again.revision, again.fingerprint()) == (newest.revision, newest.fingerprint())
-    assert all(f"@{newest.revision}/" in file.place for file in newest.documents.files)
+    assert all(f"@{newest.revision}/" in file.path for file in newest.source.files)
 
 
 def test_the_parquet_branch_takes_the_place_of_a_script(hub: DatasetHub) -> None:
@@ -289,13 +289,13 @@ def test_many_faults_in_many_threads(hub: DatasetHub, monkeypatch: pytest.Monkey
     hub.faults = [rng.choice(["", "", "cut", "500", "503", "429", "garbage", "short", "refuse"]) for _ in range(60)]
     source = opened(dataset, options=replace(OPTIONS, retry=replace(QUICK, attempts=30)))
 
-    def lane(number: int) -> list[object]:
+    def logical_shard(number: int) -> list[object]:
         shard, part = divmod(number, 2)
         return list(source.read(shard, 2, part, 0))
 
     with ThreadPoolExecutor(6) as pool:
-        lanes = list(pool.map(lane, range(6)))
-    for number, found in enumerate(lanes):
+        logical_shards = list(pool.map(logical_shard, range(6)))
+    for number, found in enumerate(logical_shards):
         shard, part = divmod(number, 2)
         assert found == texts(range(40 * shard + part, 40 * shard + 40, 2))
     assert len(hub.made) > 20
@@ -373,7 +373,7 @@ def test_nothing_is_downloaded_whole(hub: DatasetHub, tmp_path: Path, monkeypatc
     monkeypatch.setattr(hub_file_system, "BLOCK_BYTES", 1 << 16)
     for config in ("columns", "lines"):
         source = opened("org/big", options=replace(OPTIONS, config=config))
-        size = source.documents.files[0].size
+        size = source.source.files[0].size
         assert size > 6_000_000
         hub.bytes_sent = 0
         first = [text for text, _ in zip(source.read(0, 1, 0, 0), range(20), strict=False)]
@@ -398,7 +398,7 @@ def test_memory_does_not_grow_with_a_file(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert count == 8000 and peak < source.documents.files[0].size / 2
+    assert count == 8000 and peak < source.source.files[0].size / 2
 
 
 def test_each_byte_is_sent_once(hub: DatasetHub) -> None:
@@ -406,7 +406,7 @@ def test_each_byte_is_sent_once(hub: DatasetHub) -> None:
     source = opened("org/lines")
     hub.bytes_sent, before = 0, hub.requests
     documents(source)
-    assert hub.bytes_sent == sum(file.size for file in source.documents.files)
+    assert hub.bytes_sent == sum(file.size for file in source.source.files)
     assert hub.requests - before == source.shards
 
 

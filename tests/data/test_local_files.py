@@ -1,4 +1,4 @@
-"""Folders, globs and files as people have them: which files are read, for which split, and what is said."""
+"""Folders, globs and files of users: which files are read for which split, and what is logged."""
 
 import gzip
 import json
@@ -180,7 +180,7 @@ def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     write(tmp_path, "a.json", "b.json", "c.json", "validation.parquet")
     write_texts(tmp_path / "huge.jsonl.gz", [*texts("huge.jsonl.gz"), *("" for _ in range(100_000))])
     write_texts(tmp_path / "d.txt", ["x" * 100])
-    assert opened(tmp_path).files[0].place.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
+    assert opened(tmp_path).files[0].path.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
     assert files_of(tmp_path, "validation") == ["validation.parquet"]
     assert "for train the 1 file of .jsonl (" in caplog.text and " kB) are read, and 3 files of .json (" in caplog.text
     assert (
@@ -261,7 +261,7 @@ def test_links_are_followed_and_end_and_a_file_is_read_once(tmp_path: Path, capl
     os.link(tmp_path / "far" / "c.jsonl", tmp_path / "data" / "hard.jsonl")
     source = opened(tmp_path / "data")
     assert source is not None
-    names = [str(Path(file.place).relative_to(tmp_path / "data")) for file in source.files]
+    names = [str(Path(file.path).relative_to(tmp_path / "data")) for file in source.files]
     assert names == ["b.jsonl", "hard.jsonl", "link/c2.jsonl"]
     assert "link/a.jsonl and b.jsonl are one file by two names, which is read once, and so are 1 more" in caplog.text
     source = opened(tmp_path / "*" / "*.jsonl")
@@ -293,7 +293,7 @@ def test_a_c4_folder_keeps_its_fingerprint_and_order(c4_dir: Path) -> None:
             source = opened(folder, split)
             paths = sorted((c4_dir / "en").glob(f"*{split}*.json.gz"))
             sizes = [(path.name, path.stat().st_size) for path in paths]
-            assert source is not None and [Path(file.place) for file in source.files] == paths
+            assert source is not None and [Path(file.path) for file in source.files] == paths
             assert source.fingerprint() == hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
     write(c4_dir, "realnewslike/c4-train.00000-of-00001.json.gz")
     assert opened(c4_dir).shards == 6  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL
 from peft_pretraining.data.eval_set import build_eval_set
-from peft_pretraining.data.mixed_order import MixedLane
+from peft_pretraining.data.mixed_order import MixedLogicalShard
 from peft_pretraining.data.sources.documents import MemorySource, Share
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.local import LocalFiles
@@ -33,9 +33,9 @@ def mixture() -> Mixture:
 def test_shares_are_exact(tokenizer: Tokenizer, mixture: Mixture) -> None:
     batches, _ = run(tokenizer, mixture, 40)
     rows = documents_of(tokenizer, batches)
-    for lane in range(8):
+    for logical_shard in range(8):
         for begin in range(0, 80, 20):
-            small = sum(number >= 1000 for number in rows[lane::8][begin : begin + 20])
+            small = sum(number >= 1000 for number in rows[logical_shard::8][begin : begin + 20])
             assert 3 <= small <= 7  # 5 of 20, but for the ends of the stretch
     assert abs(sum(number >= 1000 for number in rows) / len(rows) - 0.25) < 0.01
 
@@ -81,7 +81,7 @@ def test_a_second_reading_names_its_source(tokenizer: Tokenizer, mixture: Mixtur
     (loader,) = loaders(1, tokenizer=tokenizer, source=mixture)
     global_rows([loader], 23)
     close([loader])
-    assert len(loader.news) == 1 and loader.news[0].startswith("--dataset small: ")
+    assert len(loader.notices) == 1 and loader.notices[0].startswith("--dataset small: ")
 
 
 def test_each_source_has_its_share_of_the_evaluation(tokenizer: Tokenizer, mixture: Mixture) -> None:
@@ -165,6 +165,6 @@ def test_a_share_of_a_third() -> None:
         def state(self) -> dict[str, int]:
             return {}
 
-    lane = MixedLane([Endless(i) for i in range(3)], [1.0, 1.0, 1.0], lane=5, seed=7)
-    rows, _ = lane.take(3000)
+    logical_shard = MixedLogicalShard([Endless(i) for i in range(3)], [1.0, 1.0, 1.0], index=5, seed=7)
+    rows, _ = logical_shard.take(3000)
     assert all(abs(int((rows[:, 0] == i).sum()) - 1000) <= 3 for i in range(3))

@@ -11,7 +11,7 @@ import torch
 
 from peft_pretraining.data.batch import IGNORED_LABEL
 from peft_pretraining.data.dealing import POOLED, DealtSource, Unit, cut_shards, deal_units, even_slices
-from peft_pretraining.data.order import DamageCount, LaneOrder, RowFormat, TextLane
+from peft_pretraining.data.order import DamageCount, LogicalShardOrder, RowFormat, TextLogicalShard
 from peft_pretraining.data.sources.documents import Damage, Files, MemorySource
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
@@ -23,7 +23,7 @@ DOCUMENTS = 311
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_document_is_read_once_an_epoch(tokenizer: Tokenizer, source: MemorySource, world_size: int) -> None:
-    # 311 documents in 8 lanes: a lane of 38 or 39. 38 rounds of 8 are 19 updates of 16.
+    # 311 documents in 8 logical shards: a logical shard of 38 or 39. 38 rounds of 8 are 19 updates of 16.
     batches, _ = run(tokenizer, source, 19, world_size)
     first = Counter(documents_of(tokenizer, batches))
     assert max(first.values()) == 1
@@ -32,10 +32,10 @@ def test_every_document_is_read_once_an_epoch(tokenizer: Tokenizer, source: Memo
     counts = Counter(documents_of(tokenizer, batches))
     assert set(counts) == set(range(DOCUMENTS))
     assert max(counts.values()) <= 3
-    # Lane by lane: each finishes its documents before it begins again.
+    # Logical shard by logical shard: each finishes its documents before it begins again.
     rows = documents_of(tokenizer, batches)
-    for lane in range(8):
-        own = rows[lane::8]
+    for logical_shard in range(8):
+        own = rows[logical_shard::8]
         size = len(set(own))
         assert size in (38, 39)
         assert len(set(own[:size])) == size
@@ -80,7 +80,7 @@ def test_workers_do_not_change_the_order(tokenizer: Tokenizer, source: MemorySou
         assert state == inline_state
 
 
-def test_a_global_batch_that_is_no_multiple_of_the_lanes(tokenizer: Tokenizer, source: MemorySource) -> None:
+def test_a_global_batch_that_is_no_multiple_of_the_logical_shards(tokenizer: Tokenizer, source: MemorySource) -> None:
     sixteens, _ = run(tokenizer, source, 9)
     twelves, state = run(tokenizer, source, 6, global_batch=12, world_size=2)
     rest, _ = run(tokenizer, source, 6, global_batch=12, world_size=1, state=state)
@@ -104,8 +104,8 @@ def test_packing_conserves_tokens(tokenizer: Tokenizer, source: MemorySource) ->
     rows = torch.cat(batches)
     assert IGNORED_LABEL not in rows
     encoded = {tuple(ids): i for i, ids in enumerate(tokenizer.encode(source.documents))}
-    for lane in range(8):
-        stream = rows[lane::8].flatten().tolist()
+    for logical_shard in range(8):
+        stream = rows[logical_shard::8].flatten().tolist()
         documents: list[list[int]] = [[]]
         for token in stream:
             if token == tokenizer.eos_token_id:
@@ -158,7 +158,7 @@ def test_a_state_of_one_rank_of_two_is_refused(tokenizer: Tokenizer, source: Mem
         run(tokenizer, source, 1, state=state)
 
 
-def test_ranks_that_do_not_divide_the_lanes_are_refused(tokenizer: Tokenizer, source: MemorySource) -> None:
+def test_ranks_that_do_not_divide_the_logical_shards_are_refused(tokenizer: Tokenizer, source: MemorySource) -> None:
     with pytest.raises(UserError, match="--data_lanes 8 cannot be shared by 3 processes"):
         loaders(3, global_batch=24, tokenizer=tokenizer, source=source)
 
@@ -169,7 +169,7 @@ def test_ranks_that_do_not_divide_what_was_read_are_refused(tokenizer: Tokenizer
         run(tokenizer, source, 1, world_size=4, global_batch=16, state=state)
 
 
-def test_fewer_documents_than_lanes_are_refused(tokenizer: Tokenizer) -> None:
+def test_fewer_documents_than_logical_shards_are_refused(tokenizer: Tokenizer) -> None:
     few = MemorySource("few", ["one text", "another text"])
     with pytest.raises(UserError, match="--data_lanes"):
         run(tokenizer, few, 1)
@@ -182,16 +182,16 @@ def test_an_empty_dataset_is_refused(tokenizer: Tokenizer) -> None:
         run(tokenizer, MemorySource("nothing", ["", "  \n"]), 1, data_lanes=1)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 7, 64])
+@pytest.mark.parametrize("logical_shards", [1, 2, 7, 64])
 @pytest.mark.parametrize("shards", [1, 3, 8, 64, 65, 200, 1024])
-def test_units_are_dealt_evenly(shards: int, lanes: int) -> None:
-    dealt = deal_units([even_slices(shards, lanes)] * shards, lanes, seed=1)
-    units = [unit for lane in dealt for unit in lane]
+def test_units_are_dealt_evenly(shards: int, logical_shards: int) -> None:
+    dealt = deal_units([even_slices(shards, logical_shards)] * shards, logical_shards, seed=1)
+    units = [unit for logical_shard in dealt for unit in logical_shard]
     assert len(set(units)) == len(units)
     for shard in range(shards):
         parts = [unit for unit in units if unit.shard == shard]
         assert sorted(unit.part for unit in parts) == list(range(parts[0].slices))
-    sizes = [len(lane) for lane in dealt]
+    sizes = [len(logical_shard) for logical_shard in dealt]
     assert max(sizes) - min(sizes) <= min(sizes) / 8
     if shards == 1024:
         assert units[0].slices == 1
@@ -274,11 +274,11 @@ def test_a_shard_without_documents_costs_its_own_alone(tokenizer: Tokenizer, ite
 
 
 def test_full_shards_are_cut_as_without_a_look_at_them(source: MemorySource) -> None:
-    for lanes in (1, 2, 8):
-        assert set(cut_shards(source, lanes)) == {even_slices(3, lanes)}
+    for logical_shards in (1, 2, 8):
+        assert set(cut_shards(source, logical_shards)) == {even_slices(3, logical_shards)}
     assert cut_shards(Shards(numbered(200, 0, 200)), 8) == (4, POOLED, 4)
     many = Shards([[]] * 64)
-    assert cut_shards(many, 8) == (1,) * 64  # with many units a lane it does no harm, and nothing is read
+    assert cut_shards(many, 8) == (1,) * 64  # with many units a logical shard it does no harm, and nothing is read
 
 
 HOLLOW: list[str | Damage] = ["", " \n"]
@@ -286,29 +286,33 @@ HOLLOW: list[str | Damage] = ["", " \n"]
 
 @pytest.mark.parametrize("hollow", [[], HOLLOW, DAMAGED], ids=["empty", "blank", "unreadable"])
 @pytest.mark.parametrize("full", [200, 1, 0])
-def test_a_lane_with_nothing_but_empty_files_costs_no_other_document(hollow: list[str | Damage], full: int) -> None:
-    """Of many files most are empty, so that a lane gets no other; each document is read once all the same."""
-    count, lanes = 300, 2
-    whole = even_slices(count, lanes)
-    empty = {unit.shard for unit in deal_units([whole] * count, lanes, 3)[1]}
+def test_a_logical_shard_with_nothing_but_empty_files_costs_no_other_document(
+    hollow: list[str | Damage], full: int
+) -> None:
+    """Of many files most are empty, so that a logical shard gets no other; each document is read once all the same."""
+    count, logical_shards = 300, 2
+    whole = even_slices(count, logical_shards)
+    empty = {unit.shard for unit in deal_units([whole] * count, logical_shards, 3)[1]}
     kept = [shard for shard in range(count) if shard not in empty][:full]
     items = [[document(shard)] * (shard in kept) or hollow for shard in range(count)]
-    assert cut_shards(Shards(items), lanes, 3) == (whole,) * count  # their sizes are not known: perhaps a network
+    assert (
+        cut_shards(Shards(items), logical_shards, 3) == (whole,) * count
+    )  # their sizes are not known: perhaps a network
     source = Shards(items, tuple(100 * (shard in kept) for shard in range(count)))
-    dealing = cut_shards(source, lanes, 3)
+    dealing = cut_shards(source, logical_shards, 3)
     read = []
     dealt = DealtSource(source, dealing)
     for _ in range(2):
-        for lane in deal_units(dealing, lanes, 3):
-            own = [item for unit in lane for item in dealt.read(unit.shard, unit.slices, unit.part, 0)]
-            assert full < lanes or any(isinstance(item, str) and item.strip() for item in own)
+        for logical_shard in deal_units(dealing, logical_shards, 3):
+            own = [item for unit in logical_shard for item in dealt.read(unit.shard, unit.slices, unit.part, 0)]
+            assert full < logical_shards or any(isinstance(item, str) and item.strip() for item in own)
             read += own
     texts = Counter(item for item in read if isinstance(item, str) and item.strip())
     assert texts == {document(shard): 2 for shard in kept}
     assert sum(isinstance(item, Damage) for item in read) == 2 * (hollow is DAMAGED) * (count - len(kept))
 
 
-def test_a_look_at_many_files_is_one_at_each_lane() -> None:
+def test_a_look_at_many_files_is_one_at_each_logical_shard() -> None:
     looked: list[int] = []
 
     class Counting(Shards):
@@ -322,13 +326,15 @@ def test_a_look_at_many_files_is_one_at_each_lane() -> None:
     assert len(looked) == 4 and all(items[shard] for shard in looked)
 
 
-def test_a_lane_without_a_document_names_what_it_read(tokenizer: Tokenizer) -> None:
+def test_a_logical_shard_without_a_document_names_what_it_read(tokenizer: Tokenizer) -> None:
     items = [[document(shard)] * (shard != 7) for shard in range(300)]
-    unknown = TextLane(
+    unknown = TextLogicalShard(
         DealtSource(Shards(items, (0,) * 300), (1,) * 300), [Unit(7, 1, 0)] * 5, RowFormat(48, "pad", tokenizer),
-        LaneOrder(2, 3, 5), DamageCount(0),
+        LogicalShardOrder(2, 3, 5), DamageCount(0),
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"for lane 2: what it reads, 7.json, 7.json, 7.json and 2 more of 300, holds"):
+    with pytest.raises(
+        UserError, match=r"for logical shard 2: what it reads, 7.json, 7.json, 7.json and 2 more of 300, holds"
+    ):
         unknown.take(1)
 
 
@@ -338,11 +344,16 @@ def test_files_of_unequal_size_are_cut_in_proportion(tokenizer: Tokenizer) -> No
     cut = cut_shards(source, 4)
     assert cut == (4, 2, 1, POOLED)
     dealt = deal_units(cut, 4, seed=1)
-    assert all(sum(unit.shard == 0 for unit in lane) == 1 for lane in dealt)
+    assert all(sum(unit.shard == 0 for unit in logical_shard) == 1 for logical_shard in dealt)
     read = once(tokenizer, source, data_lanes=4)
     assert sorted(read) == list(range(sum(counts)))
-    sizes = [sum(-(-counts[unit.shard] // unit.slices) for unit in lane if unit.shard < 4) for lane in dealt]
-    assert max(sizes) - min(sizes) <= 60  # of about 250; evenly cut, a lane would read 4 documents over and over
+    sizes = [
+        sum(-(-counts[unit.shard] // unit.slices) for unit in logical_shard if unit.shard < 4)
+        for logical_shard in dealt
+    ]
+    assert (
+        max(sizes) - min(sizes) <= 60
+    )  # of about 250; evenly cut, a logical shard would read 4 documents over and over
 
 
 NOTHING = "\u200b\u200d\ufeff"
@@ -379,7 +390,7 @@ def test_a_replaced_file_is_said_and_another_data_set_refused(tokenizer: Tokeniz
     good = Shards(numbered(100, 100, 100), (1000, 1000, 1000))
     ranks = loaders(1, tokenizer=tokenizer, source=good, repeat="none")
     ranks[0].load_state_dict(state)
-    (said,) = ranks[0].news
+    (said,) = ranks[0].notices
     assert "2.json (90 bytes, now 1000) changed; the run goes on" in said
     rows = torch.cat([*before, *global_rows(ranks, 25)])
     assert ranks[0].ended
@@ -395,6 +406,19 @@ def test_a_replaced_file_is_said_and_another_data_set_refused(tokenizer: Tokeniz
             run(tokenizer, other, 1, state=state)
 
 
+def test_the_beginnings_of_files_are_hashed_once_at_a_resume(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Shards(numbered(100, 100), (1000, 1000))
+    _, state = run(tokenizer, source, 3)
+    hashed, with_heads = list[Files](), Files.with_heads
+    monkeypatch.setattr(Files, "with_heads", lambda files: (hashed.append(files), with_heads(files))[1])
+    ranks = loaders(1, tokenizer=tokenizer, source=source)
+    ranks[0].load_state_dict(state)
+    close(ranks)
+    assert len(hashed) == 1
+
+
 def test_a_state_of_an_older_version_is_taken_up_with_its_dealing(tokenizer: Tokenizer, source: MemorySource) -> None:
     whole, _ = run(tokenizer, source, 6)
     _, state = run(tokenizer, source, 3)
@@ -403,8 +427,8 @@ def test_a_state_of_an_older_version_is_taken_up_with_its_dealing(tokenizer: Tok
     assert torch.equal(torch.stack(whole[3:]), torch.stack(rest))
 
 
-def test_files_of_one_document_are_read_once_by_all_lanes(tokenizer: Tokenizer) -> None:
-    """They are all in the pool: what a lane has counted the others need not read again."""
+def test_files_of_one_document_are_read_once_by_all_logical_shards(tokenizer: Tokenizer) -> None:
+    """They are all in the pool: what a logical shard has counted the others need not read again."""
     read = Counter[int]()
 
     class Counted(Shards):
@@ -420,5 +444,5 @@ def test_files_of_one_document_are_read_once_by_all_lanes(tokenizer: Tokenizer) 
     rows = torch.cat(global_rows(ranks, 4))
     close(ranks)
     assert sorted(documents_of(tokenizer, [rows[(rows != IGNORED_LABEL).any(dim=1)]])) == list(range(60))
-    # Once to count, in the first lane's first block, and once by its own lane: not 60 files by 16 lanes.
+    # Once to count, in the first logical shard's first block, and once by its own: not 60 files 16 times.
     assert sum(read.values()) <= 3 * 60

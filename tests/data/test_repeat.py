@@ -40,7 +40,7 @@ def test_every_document_once(tokenizer: Tokenizer, source: MemorySource, world_s
     ranks = loaders(world_size, grad_accum_steps=1, **arguments)
     batches = to_the_end(ranks)
     close(ranks)
-    assert len(batches) == 20  # lanes of 38 and 39 documents, two rows of each an update
+    assert len(batches) == 20  # logical shards of 38 and 39 documents, two rows of each an update
     assert sorted(documents_of(tokenizer, [full(batches)])) == list(range(311))
     endless = loaders(1, tokenizer=tokenizer, source=source)
     assert torch.equal(torch.stack(batches[:19]), torch.stack(global_rows(endless, 19)))
@@ -86,8 +86,8 @@ def test_resume_at_every_update(tokenizer: Tokenizer, source: MemorySource, pack
     close(ranks)
 
 
-def test_an_update_of_few_lanes_may_be_empty_before_the_end(tokenizer: Tokenizer) -> None:
-    """With fewer sequences an update than lanes, all lanes of an update may have ended and others not."""
+def test_an_update_of_few_logical_shards_may_be_empty_before_the_end(tokenizer: Tokenizer) -> None:
+    """With fewer sequences an update than logical shards, those of an update may have ended and others not."""
     documents = MemorySource("memory", [document(i) for i in range(19)])
     ranks = loaders(1, 2, tokenizer=tokenizer, source=documents, repeat="none", grad_accum_steps=1)
     batches = to_the_end(ranks)
@@ -97,7 +97,7 @@ def test_an_update_of_few_lanes_may_be_empty_before_the_end(tokenizer: Tokenizer
     assert targets[-1] > 0
 
 
-def test_fewer_documents_than_lanes(tokenizer: Tokenizer) -> None:
+def test_fewer_documents_than_logical_shards(tokenizer: Tokenizer) -> None:
     ranks = loaders(1, tokenizer=tokenizer, source=MemorySource("few", ["one text", "another"]), repeat="none")
     assert len(full(to_the_end(ranks))) == 2
     close(ranks)
@@ -110,8 +110,8 @@ def test_repeated_data_never_ends_and_its_second_reading_is_said_once(
     heard = []
     for update in range(1, 61):
         loader.next_update()
-        heard += [(update, text) for text in loader.news]
-        loader.news.clear()
+        heard += [(update, text) for text in loader.notices]
+        loader.notices.clear()
         if update == 40:
             state = loader.state_dict()
     assert not loader.ended
@@ -121,7 +121,7 @@ def test_repeated_data_never_ends_and_its_second_reading_is_said_once(
     (resumed,) = loaders(1, tokenizer=tokenizer, source=source)
     resumed.load_state_dict(state)
     global_rows([resumed], 30)
-    assert not resumed.news
+    assert not resumed.notices
     resumed.close()
 
 
@@ -132,7 +132,9 @@ def test_token_files_end(tmp_path: Path) -> None:
         rows = full(to_the_end(ranks))
         close(ranks)
         assert sorted(rows[:, 0].tolist()) == list(range(0, 1000, 8))
-    ranks = loaders(1, dataset=str(tmp_path), tokenizer=None, max_length=400, repeat="none")  # 2 windows in 8 lanes
+    ranks = loaders(
+        1, dataset=str(tmp_path), tokenizer=None, max_length=400, repeat="none"
+    )  # 2 windows in 8 logical shards
     assert len(full(to_the_end(ranks))) == 2
     close(ranks)
     with pytest.raises(UserError, match="too few for --data_lanes 8"):
@@ -143,7 +145,7 @@ def test_token_files_end(tmp_path: Path) -> None:
 def test_a_run_ends_with_its_data(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
     small = SmallRun(tmp_path)
     flags: dict[str, object] = {"repeat": "none", "num_training_steps": 60, "save_every": 20}
-    if kind == "text":  # 300 documents in 8 lanes, 8 an update
+    if kind == "text":  # 300 documents in 8 logical shards, 8 an update
         small.config.write_text(json.dumps(CONFIG | {"vocab_size": 210}))
         flags |= write_text(tmp_path / "text")
     else:  # 300 windows

@@ -1,4 +1,4 @@
-"""Folders that `save_to_disk` wrote: the rows by their place, the splits and what can be wrong with them."""
+"""Folders that `save_to_disk` wrote: rows by index, splits, and errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run says of its data in its first lines."""
+"""The description of a run's data in its first lines."""
 
 from pathlib import Path
 

@@ -41,7 +41,7 @@ def test_prefetching_is_bounded(tokenizer: Tokenizer, counting: CountingSource) 
     CountingSource.read_count = 0  # the beginnings of the shards were looked at
     loader.next_update()
     time.sleep(0.5)
-    # The updates ahead, and in each of 8 lanes up to one document more for the block.
+    # The updates ahead, and in each of 8 logical shards up to one document more for the block.
     assert CountingSource.read_count <= 16 * (PREFETCHED_UPDATES + 1) + 8
     assert loader.wait_seconds > 0
     waited = loader.wait_seconds

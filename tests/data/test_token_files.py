@@ -65,12 +65,12 @@ def run(dataset: Path, updates: int, world_size: int = 1, state: Any = None, **a
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_window_is_read_once_an_epoch(tokens: Path, world_size: int) -> None:
-    rows, _ = run(tokens, 46, world_size)  # 123 windows in 8 lanes of 15 or 16, six epochs
+    rows, _ = run(tokens, 46, world_size)  # 123 windows in 8 logical shards of 15 or 16, six epochs
     assert (rows.diff(dim=1) == 1).all()
     windows = {*range(0, 400, LENGTH), *range(405, 429, LENGTH), *range(429, 989, LENGTH)}
     assert set(rows[:, 0].tolist()) == windows
-    for lane in range(8):
-        own = rows[lane::8, 0].tolist()
+    for logical_shard in range(8):
+        own = rows[logical_shard::8, 0].tolist()
         size = len(set(own))
         assert size in (15, 16)
         epochs = [own[i : i + size] for i in range(0, len(own) - size, size)]
@@ -246,7 +246,7 @@ def test_the_script_says_what_it_added(
     said = capsys.readouterr().out
     assert "<|begin|> begins each document and </s> ends each document" in said and "nothing is added" in said
     kept = load_tokenizer(str(tmp_path / "out" / "tokenizer"), "c4", added=Added(eos=False))
-    assert kept.go_on_as(settings["tokenizer_fingerprint"])
+    assert kept.resume_as(settings["tokenizer_fingerprint"])
 
 
 def test_all_splits_of_the_hub_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, mo
     for split in ("train", "validation"):
         ids.tofile(tmp_path / f"{split}.bin")
         (tmp_path / f"{split}.bin.json").write_text('{"dtype": "uint16", "vocab_size": 500}')
-    message = r"train.bin: the id 600 at place 2345 is beyond the vocabulary of 500 ids"
+    message = r"train.bin: the id 600 at index 2345 is beyond the vocabulary of 500 ids"
     with pytest.raises(UserError, match=message):
         loaders(1, dataset=str(tmp_path), tokenizer=None)
     evaluation: dict[str, Any] = {"dataset": str(tmp_path), "tokenizer": None, "packing": "pack", "max_length": LENGTH}
@@ -376,7 +376,7 @@ def test_an_id_beyond_the_vocabulary_is_named_before_training(tmp_path: Path, mo
     with pytest.raises(UserError, match=message.replace("train", "validation")):
         list(build_eval_set(**evaluation, eval_batch_size=4, eval_tokens=0))
     (tmp_path / "validation.bin").unlink()
-    with pytest.raises(UserError, match="at place 3999"):  # in the stretch that is held out of a single file
+    with pytest.raises(UserError, match="at index 3999"):  # in the part that is held out of a single file
         ids[[2345, 3999]] = 0, 700
         ids.tofile(tmp_path / "train.bin")
         build_eval_set(**{**evaluation, "dataset": str(tmp_path / "train.bin")}, eval_batch_size=4, eval_tokens=0)

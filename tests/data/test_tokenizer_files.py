@@ -1,4 +1,4 @@
-"""Tokenizers of every kind by folder, file and hub: what they add, who encodes, and what is said of bad ones."""
+"""Tokenizers of every kind by folder, file and hub: the tokens they add, the library that encodes, and errors."""
 
 import json
 import shutil
@@ -61,11 +61,11 @@ def test_a_run_goes_on_with_the_encoder_of_its_checkpoint(t5_kind: Path) -> None
     fast, slow = load(t5_kind), load(t5_kind, encoder="tokenizers")
     assert fast.fingerprint() != slow.fingerprint()
     resumed = load(t5_kind)
-    assert resumed.go_on_as(slow.fingerprint())
+    assert resumed.resume_as(slow.fingerprint())
     assert (resumed.encoder, resumed.fingerprint()) == ("tokenizers", slow.fingerprint())
-    assert resumed.go_on_as(fast.fingerprint())
+    assert resumed.resume_as(fast.fingerprint())
     assert (resumed.encoder, resumed.fingerprint()) == ("sentencepiece", fast.fingerprint())
-    assert not resumed.go_on_as(load(t5_kind, eos=False).fingerprint())
+    assert not resumed.resume_as(load(t5_kind, eos=False).fingerprint())
     assert resumed.encoder == "sentencepiece"
 
 

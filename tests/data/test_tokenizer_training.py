@@ -79,7 +79,7 @@ def test_the_ids_are_frozen(tokenizer: Tokenizer) -> None:
     trained = train(DOCUMENTS)
     assert trained.fingerprint() == "a2e4628f53798d8d-5017df4d3066a553"
     for fingerprint in ("a2e4628f53798d8d", trained.fingerprint()):
-        assert trained.go_on_as(fingerprint) and tokenizer.go_on_as(fingerprint)
+        assert trained.resume_as(fingerprint) and tokenizer.resume_as(fingerprint)
     assert train(DOCUMENTS).encode(["document 7: word3 naïve"]) == [
         [268, 312, 27, 261, 20, 222, 79, 66, 129, 109, 87, 70]
     ]
@@ -154,10 +154,10 @@ def test_a_run_goes_on_with_the_tokenizer_that_was_trained_when_it_began(
     before = today.encode(DOCUMENTS)
     if place == "nowhere":
         with pytest.raises(UserError, match=rf"train:400: the run began with another .* nor in {cache}.* FILE"):
-            today.go_on_as(first.fingerprint())
-        assert today.encode(DOCUMENTS) == before and not today.go_on_as("")
+            today.resume_as(first.fingerprint())
+        assert today.encode(DOCUMENTS) == before and not today.resume_as("")
         return
-    assert today.go_on_as(first.fingerprint())
+    assert today.resume_as(first.fingerprint())
     assert today.encode_documents(DOCUMENTS) == first.encode_documents(DOCUMENTS) and before != first.encode(DOCUMENTS)
     assert today.fingerprint() == first.fingerprint() and today.vocab_size == first.vocab_size
     assert content_of(today, tmp_path) == content_of(first, tmp_path)
@@ -174,17 +174,17 @@ def test_the_tokenizer_of_the_runs_folder_comes_first(tmp_path: Path) -> None:
     keep_trained(first, tmp_path / "run")
     today = resumed(OTHERS, *kept_tokenizers(str(tmp_path / "run"), "auto"))
     assert today.fingerprint().startswith(old) and not today.fingerprint().endswith(pieces)
-    assert today.go_on_as(old) and content_of(today, tmp_path) == content_of(first, tmp_path)
-    assert first.go_on_as(old) and "as the run began with it" not in first.describe()
-    assert not Tokenizer.go_on_as(resumed(OTHERS), first.fingerprint())
+    assert today.resume_as(old) and content_of(today, tmp_path) == content_of(first, tmp_path)
+    assert first.resume_as(old) and "as the run began with it" not in first.describe()
+    assert not Tokenizer.resume_as(resumed(OTHERS), first.fingerprint())
 
 
 def test_a_kept_tokenizer_can_be_given_by_its_place(tmp_path: Path) -> None:
     first = train(DOCUMENTS)
     keep_trained(first, tmp_path)
     for place in ("tokenizer", "tokenizer/tokenizer.json"):
-        assert load_tokenizer(str(tmp_path / place), "c4").go_on_as(first.fingerprint())
-        assert not load_tokenizer(str(tmp_path / place), "c4").go_on_as(train(OTHERS).fingerprint())
+        assert load_tokenizer(str(tmp_path / place), "c4").resume_as(first.fingerprint())
+        assert not load_tokenizer(str(tmp_path / place), "c4").resume_as(train(OTHERS).fingerprint())
     settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
     keep_trained(load_tokenizer(str(tmp_path / "tokenizer"), "c4"), tmp_path / "other")

@@ -1,1 +1,1 @@
-"""Where documents and token ids come from."""
+"""Open data sets of every kind as sources of documents or token ids."""

@@ -1,12 +1,12 @@
-"""Builders of `datasets`: one streamed `IterableDataset` of arrow tables a file, that ends where the file is damaged.
+"""Stream the rows of a file as arrow tables with builders of `datasets`, up to the point where it is damaged.
 
-Parquet and arrow are read by the library's own builders. Lines have a builder of our own, because the library's loses
-what it was told about encodings where a file is compressed, takes a cut-off zstd file for a whole one and gives up a
-chunk for one bad byte: it hands out lines as bytes, whose array is the block that was read and the places of its line
-ends, so that a line that is skipped is never made. So has csv, because the library's gives up the rest of a file for
+Parquet and arrow are read by builders of the library. Lines and csv have builders of this module. For lines the
+library's ignores its encoding options in compressed files, accepts a truncated zstd file and drops a chunk for one bad
+byte; the builder here returns lines as bytes, in an array that consists of the block that was read and the offsets of
+its line ends, so that no string is made for a line that is skipped. For csv the library's drops the rest of a file for
 one quote that is not closed.
 
-Builders are used without `load_dataset`, which would take `*` and `[` in a path for a pattern.
+Builders are used without `load_dataset`, which treats `*` and `[` in a path as a pattern.
 """
 
 import errno
@@ -31,52 +31,53 @@ from peft_pretraining.errors import UserError
 
 _CHUNK_BYTES = 1 << 18
 _BLOCK_BYTES = 1 << 18
-"""Lines become a table in blocks of at least so much."""
+"""The smallest size of a block of lines that becomes a table."""
 _ROWS = 256
-"""Rows of a table that is handed out; of parquet and csv they are read so many at a time."""
+"""Rows of a table; parquet and csv are read in batches of this size."""
 LONGEST_PARAGRAPH_BYTES = 1 << 20
-"""A text without blank lines is divided at the first line end after so much, or it would be held whole by each lane."""
+"""A text without blank lines is divided at the first line end after this size, or each logical shard would keep all of
+it in memory."""
 _PARAGRAPHS = 8
-"""In the place of `_ROWS` for them."""
+"""Rows of a table of paragraphs."""
 _HEAD_BYTES = 1 << 16
-"""From so much of a csv file it is seen what stands between its fields."""
+"""The size of the beginning of a csv file from which its delimiter is found."""
 TEXT = "text"
-"""What a column of text is called; others have the type that their file gives them."""
-SEVERAL = "several columns of this name"
-"""In the place of the type of columns that a name does not tell apart."""
+"""The type of a column of text in the results of this module; other types are those of the file."""
+AMBIGUOUS = "several columns of this name"
+"""The type of columns that have the same name."""
 
 _PREFIX = "qgalore-datasets-"
 """Of temporary folders."""
 
 _COLUMNAR = ("parquet", "arrow")
-"""Their readers jump in a file: a compressed one is decompressed into a temporary file first."""
+"""Formats whose readers seek: a compressed file is decompressed into a temporary file first."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 _lock = threading.Lock()
 _scratch_folders: "list[tempfile.TemporaryDirectory[str]]" = []
-"""None, or the one there is."""
+"""Empty, or the one folder of this process."""
 
 
 class FileRows:
-    """The rows of one file, as arrow tables of one column; afterwards, why it ended before its end."""
+    """The rows of a file as arrow tables of one column; after reading, `damage` says why it ended early."""
 
-    def __init__(self, place: str, file_format: str, column: str, unit: str, first: int) -> None:
-        """`column` for parquet, arrow and csv; `unit` for text: line, paragraph or file; `first`: the row to reach."""
+    def __init__(self, path: str, file_format: str, column: str, unit: str, first: int) -> None:
+        """`column` for parquet, arrow and csv; `unit` for text: line, paragraph or file; `first`: first row needed."""
         self.damage = ""
         self.end = 0
-        """Rows that were passed over or handed out."""
+        """Rows that were skipped or returned."""
         self.lost: dict[int, str] = {}
-        """Why a row that was handed out as null is damaged."""
-        self._place, self._format, self._column, self._unit, self._first = place, file_format, column, unit, first
+        """By row that was returned as null because it is damaged: the reason."""
+        self._path, self._format, self._column, self._unit, self._first = path, file_format, column, unit, first
 
     def tables(self) -> Iterator[tuple[int, Any]]:
-        """(number of its first row, column (rows,)); rows long before `first` may be passed over."""
+        """Yield (index of its first row, column (rows,)) for each table; rows long before `first` may be skipped."""
         try:
             builder = self._builder()
             data = builder.as_streaming_dataset("train").with_format("arrow")
         except Exception as error:
-            self.damage = self.damage or _damage(error, self._place)
+            self.damage = self.damage or _damage(error, self._path)
             return
         self.end, self.lost = builder.first_row, builder.lost
         for table in data.iter(batch_size=_PARAGRAPHS if self._unit == "paragraph" else _ROWS):
@@ -85,32 +86,32 @@ class FileRows:
             yield begin, column
         self.damage = self.damage or builder.damage
 
-    def _unpacked_file(self, place: str) -> str:
-        """Name of a file with the content of a compressed one, up to its damage; it is there as long as its users."""
-        self._unpacked = unpacked_copy(place)
-        name = self._unpacked.name(lambda: _content(place), _scratch())
+    def _unpacked_file(self, path: str) -> str:
+        """The path of a decompressed copy of a file, up to its damage; the copy is deleted with its last user."""
+        self._unpacked = unpacked_copy(path)
+        name = self._unpacked.name(lambda: _content(path), _scratch())
         self.damage = in_words(self._unpacked.damage) if self._unpacked.damage else ""
         return name
 
     def _builder(self) -> Any:
         from datasets.data_files import DataFilesDict, DataFilesList
 
-        place, settings = self._place, dict[str, Any]()
-        if self._format in _COLUMNAR and compression_of(place):
-            place = self._unpacked_file(place)
-        elif self._format in _COLUMNAR and "::" in place and "://" not in place:
-            self._link = plain_link(place, _scratch())  # fsspec takes :: for the end of an address
-            place = link_in(self._link)
+        path, settings = self._path, dict[str, Any]()
+        if self._format in _COLUMNAR and compression_of(path):
+            path = self._unpacked_file(path)
+        elif self._format in _COLUMNAR and "::" in path and "://" not in path:
+            self._link = plain_link(path, _scratch())  # fsspec takes :: for the end of an address
+            path = link_in(self._link)
         if self._format == "parquet":
             import pyarrow.dataset as ds
 
-            # Else it keeps what it has read up to the end of the file.
+            # Otherwise the reader keeps all it has read in memory up to the end of the file.
             scan = ds.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
             settings = {"columns": [self._column], "batch_size": _ROWS, "fragment_scan_options": scan}
-        # The library changes modules while a builder is made, and leaves a lock in its cache.
+        # The library patches modules while it makes a builder, and leaves a lock file in its cache.
         with _lock, tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as cache:
             builder = _classes()["text" if self._format == "json" else self._format](
-                data_files=DataFilesDict({"train": DataFilesList([place], [()])}),
+                data_files=DataFilesDict({"train": DataFilesList([path], [()])}),
                 config_id="stream",
                 cache_dir=cache,
                 **settings,
@@ -120,55 +121,55 @@ class FileRows:
         return builder
 
 
-def open_binary(place: str) -> IO[bytes]:
-    """A local file or one at an hf:// address, as it lies there."""
-    if "://" not in place:
-        return io.open(place, "rb")  # noqa: UP020 - the library replaces `open` in this module
+def open_binary(path: str) -> IO[bytes]:
+    """Open a local file, or one at an hf:// address, without decompression."""
+    if "://" not in path:
+        return io.open(path, "rb")  # noqa: UP020 - the library replaces `open` in this module
     from datasets.utils.file_utils import xopen
 
-    opened: IO[bytes] = xopen(place, "rb")
+    opened: IO[bytes] = xopen(path, "rb")
     return opened
 
 
-def open_content(place: str) -> IO[bytes]:
-    """The same decompressed. Reading raises DamagedError where it is damaged."""
-    if not (compression := compression_of(place)):
-        return open_binary(place)
-    return io.BufferedReader(_Pieces(decompressed(_chunks(place), compression)))
+def open_content(path: str) -> IO[bytes]:
+    """Open a file with decompression by its name. Reading raises DamagedError where it is damaged."""
+    if not (compression := compression_of(path)):
+        return open_binary(path)
+    return io.BufferedReader(_Pieces(decompressed(_chunks(path), compression)))
 
 
 def in_words(error: BaseException | str) -> str:
-    """An error of a library, or its text, in one line."""
+    """Shorten an error, or its text, to one line."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def delimiter_of(place: str, head: bytes) -> str:
-    """What stands between the fields of a csv file that begins with `head`."""
-    usual = "\t" if re.search(r"\.tsv(\.\w+)?$", place.lower()) else ","
+def delimiter_of(path: str, head: bytes) -> str:
+    """The delimiter of a csv file that begins with `head`."""
+    usual = "\t" if re.search(r"\.tsv(\.\w+)?$", path.lower()) else ","
     return find_delimiter(head.decode("utf-8-sig", "replace"), usual)
 
 
-def _damage(error: Exception, place: str) -> str:
-    """How an error says that the file is damaged. Raised again if it means something else: a network, a shortage."""
+def _damage(error: Exception, path: str) -> str:
+    """The text of an error that means a damaged file; raises it again if it means a network fault or a shortage."""
     if isinstance(error, UserError | MemoryError):
         raise error
     if isinstance(error, OSError) and error.errno in _SHORTAGES:
-        raise UserError(f"--dataset: {place} cannot be read now ({in_words(error)}).") from error
-    # Arrow raises a bare OSError for a damaged page; what a network raises is of a class of its own.
-    if "://" in place and not isinstance(error, ValueError | DamagedError) and type(error) is not OSError:
+        raise UserError(f"--dataset: {path} cannot be read now ({in_words(error)}).") from error
+    # Arrow raises a bare OSError for a damaged page; network faults raise subclasses.
+    if "://" in path and not isinstance(error, ValueError | DamagedError) and type(error) is not OSError:
         raise error
     return in_words(error)
 
 
 def remove_scratch() -> None:
-    """Remove what lies in temporary files, for a process that ends without an ordinary end, which does so itself."""
+    """Delete temporary files, for a process that ends without Python's shutdown, which would delete them."""
     for folder in _scratch_folders:
         folder.cleanup()
 
 
 def _scratch() -> str:
-    """A folder for copies and links, made for the first of them and removed with the process."""
+    """The temporary folder for copies and links, created on first use and deleted with the process."""
     with _lock:
         if not _scratch_folders:
             _scratch_folders.append(tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True))
@@ -194,25 +195,25 @@ class _Pieces(io.RawIOBase):
         return len(taken)
 
 
-def _chunks(place: str) -> Iterator[bytes]:
-    with open_binary(place) as file:
+def _chunks(path: str) -> Iterator[bytes]:
+    with open_binary(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             yield chunk
 
 
-def _content(place: str) -> Iterator[bytes]:
-    compression = compression_of(place)
-    return decompressed(_chunks(place), compression) if compression else _chunks(place)
+def _content(path: str) -> Iterator[bytes]:
+    compression = compression_of(path)
+    return decompressed(_chunks(path), compression) if compression else _chunks(path)
 
 
 # ---- lines
 
 
-def _whole_lines(place: str) -> Iterator[bytes]:
-    """Blocks that end with a line, but for the last of the file; at damage the lines before it, then the error."""
+def _whole_lines(path: str) -> Iterator[bytes]:
+    """Yield blocks of whole lines (the last may lack its line end); at damage the lines before it, then raise."""
     pieces: list[bytes] = []
-    size, begun = 0, False
-    content = _content(place)
+    size, is_first = 0, True
+    content = _content(path)
     while True:
         fault = None
         try:
@@ -221,9 +222,9 @@ def _whole_lines(place: str) -> Iterator[bytes]:
             piece, fault = None, error
         if piece is None:
             block = b"".join(pieces)
-            # The line that damage lies in is lost.
+            # The damaged line is dropped.
             block = block[: block.rfind(b"\n") + 1] if fault else block
-            if block := block if begun else block.removeprefix(b"\xef\xbb\xbf"):
+            if block := block.removeprefix(b"\xef\xbb\xbf") if is_first else block:
                 yield block
             if fault:
                 raise fault
@@ -234,30 +235,27 @@ def _whole_lines(place: str) -> Iterator[bytes]:
             continue
         pieces[-1] = piece[:end]
         block, pieces, size = b"".join(pieces), [piece[end:]], len(piece) - end
-        yield block if begun else block.removeprefix(b"\xef\xbb\xbf")
-        begun = True
+        yield block.removeprefix(b"\xef\xbb\xbf") if is_first else block
+        is_first = False
 
 
 _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:[ \t]*\n)+")
 
 
 def _paragraphs(blocks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What stands between blank lines, without them; at `LONGEST_PARAGRAPH_BYTES` a paragraph ends with its line.
-
-    Every block but the last ends with a line, so that a blank line is in one block.
-    """
-    begun: list[bytes] = []
+    """Split blocks of whole lines at blank lines; a paragraph of `LONGEST_PARAGRAPH_BYTES` ends with its line."""
+    unfinished: list[bytes] = []
     size = 0
     for block in blocks:
         first, *others = _BETWEEN_PARAGRAPHS.split(block.replace(b"\r\n", b"\n"))
-        begun.append(first)
+        unfinished.append(first)
         size += len(first)
         if not others and size < LONGEST_PARAGRAPH_BYTES:
             continue
-        *found, rest = [b"".join(begun), *(others or [b""])]
-        begun, size = [rest], len(rest)
+        *found, rest = [b"".join(unfinished), *(others or [b""])]
+        unfinished, size = [rest], len(rest)
         yield [text for paragraph in found if (text := paragraph.strip(b"\n"))]
-    yield [text] if (text := b"".join(begun).strip(b"\n")) else []
+    yield [text] if (text := b"".join(unfinished).strip(b"\n")) else []
 
 
 def _line_array(block: bytes) -> Any:
@@ -271,10 +269,10 @@ def _line_array(block: bytes) -> Any:
     return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
 
 
-def _line_arrays(place: str, unit: str) -> Iterator[Any]:
+def _line_arrays(path: str, unit: str) -> Iterator[Any]:
     import pyarrow as pa
 
-    blocks = _whole_lines(place)
+    blocks = _whole_lines(path)
     if unit == "line":
         yield from map(_line_array, blocks)
     elif unit == "paragraph":
@@ -287,14 +285,14 @@ def _line_arrays(place: str, unit: str) -> Iterator[Any]:
 # ---- csv
 
 
-def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[str | None]]:
-    """The values of a column, at most `_ROWS` at a time; at damage of the bytes those before it, then the error.
+def _csv_texts(path: str, column: str, lost: dict[int, str]) -> Iterator[list[str | None]]:
+    """Yield the values of a column, at most `_ROWS` at a time; at damaged bytes the values before them, then raise.
 
-    A row that is damaged is None, and why is put into `lost` by its number. Raises ValueError for another column.
+    A damaged row is None, and its reason is put into `lost` by its index. Raises ValueError for an unknown column.
     """
-    head, content = _begun(_content(place))
+    head, content = _with_head(_content(path))
     lines = io.TextIOWrapper(io.BufferedReader(_Pieces(content)), "utf-8-sig", "replace", newline="")
-    delimiter = delimiter_of(place, head)
+    delimiter = delimiter_of(path, head)
     records = read_records(lines, delimiter)
     header = next(records, None)
     if header is None:
@@ -312,7 +310,7 @@ def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[s
                 if isinstance(record, Unclosed):
                     lost[number] = str(record)
                     texts.append(None)
-                elif any(map(str.strip, record[width:])):  # a text in which a delimiter stands is cut there
+                elif any(map(str.strip, record[width:])):  # a delimiter inside an unquoted text has split it
                     sign = "tab" if delimiter == "\t" else delimiter
                     lost[number] = (
                         f"{len(record)} fields where the header has {width}: put text with a {sign} in quotes"
@@ -331,8 +329,8 @@ def _csv_texts(place: str, column: str, lost: dict[int, str]) -> Iterator[list[s
             return
 
 
-def _begun(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """(the first 64 KiB or so, all pieces with these); what goes wrong is raised where it stands."""
+def _with_head(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """(the first 64 KiB or so, all pieces from the start); an error is raised by the iterator at its position."""
     first: list[bytes] = []
     fault = None
     try:
@@ -353,13 +351,13 @@ def _begun(pieces: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
 # ---- the library's builders
 
 
-def columns_of_table(place: str, file_format: str) -> dict[str, str]:
-    """Type of each column of a parquet or arrow file, in order; TEXT for text. Raises OSError or ValueError."""
+def columns_of_table(path: str, file_format: str) -> dict[str, str]:
+    """The type of each column of a parquet or arrow file, in order; TEXT for text. Raises OSError or ValueError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open_content(place) as file:
-        source = io.BytesIO(file.read()) if compression_of(place) else file
+    with open_content(path) as file:
+        source = io.BytesIO(file.read()) if compression_of(path) else file
         if file_format == "parquet":
             return _types(pq.read_schema(source))
         try:
@@ -380,21 +378,21 @@ def _types(schema: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for field in schema:
         kind = TEXT if text(field.type) else str(field.type)
-        found[field.name] = SEVERAL if field.name in found else kind
+        found[field.name] = AMBIGUOUS if field.name in found else kind
     return found
 
 
 def _check_column(columns: dict[str, str], column: str) -> None:
     if column not in columns:
         raise ValueError(f"it has no column {column}, but {', '.join(columns)}")
-    if columns[column] == SEVERAL:
+    if columns[column] == AMBIGUOUS:
         raise ValueError(f"it has several columns called {column}")
     if columns[column] not in (TEXT, "null"):
         raise ValueError(f"its column {column} holds {columns[column]}, not text")
 
 
 def _groups_from(rows_of_groups: list[int], row: int) -> tuple[tuple[int, ...], int]:
-    """(groups of rows that reach to the row `row` and beyond, the first row of the first)."""
+    """(indices of the row groups from that of row `row` on, index of their first row)."""
     first, passed = 0, 0
     while first < len(rows_of_groups) and passed + rows_of_groups[first] <= row:
         passed += rows_of_groups[first]
@@ -403,7 +401,7 @@ def _groups_from(rows_of_groups: list[int], row: int) -> tuple[tuple[int, ...], 
 
 
 class _EndsAtDamage:
-    """Ends at damage, where with an error the library would lose the rows that it has collected."""
+    """A mixin that ends iteration at damage; an exception would make the library lose the rows it has collected."""
 
     damage = ""
     unit, column = "line", "text"
@@ -420,7 +418,7 @@ class _EndsAtDamage:
 
 @functools.cache
 def _classes() -> dict[str, Any]:
-    """The builder of each format; made when first used, since the library takes seconds to load."""
+    """The builder class of each format; defined on first use, since the library takes seconds to import."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import ArrowBasedBuilder, DatasetInfo, SplitGenerator
@@ -429,7 +427,7 @@ def _classes() -> dict[str, Any]:
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     for builder in (Arrow, Parquet):
-        logging.getLogger(builder.__module__).setLevel(logging.CRITICAL)  # what is damaged is said by who counts it
+        logging.getLogger(builder.__module__).setLevel(logging.CRITICAL)  # `DamageCount` logs damage
 
     class OneFile:
         def _split_generators(self, dl_manager: Any) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Compressed bytes, decompressed piece by piece up to the place where they are damaged.
+"""Decompress gzip, zstd, xz and bz2 piece by piece, up to the point where they are damaged.
 
-The four decompressors have one interface. A piece that is handed out is never taken back, so what lies before damage is
-read; a file that ends inside a member is damaged, too, which a reader of streams does not see for zstd.
+The content before damage is returned. A file that ends inside a member is damaged, too; the stream reader of the zstd
+library does not detect that.
 """
 
 import bz2
@@ -23,40 +23,40 @@ _HEADER = re.compile(
     rb"(?P<gzip>\x1f\x8b\x08[\x00-\x1f])|(?P<zstd>\x28\xb5\x2f\xfd)|(?P<xz>\xfd7zXZ\x00\x00)"
     rb"|(?P<bz2>BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90))"
 )
-"""What each begins with, beyond its magic: method and flags of gzip, flags of xz, the first block of bz2 or its end."""
+"""The header of each: its magic, and method and flags of gzip, flags of xz, the first block or the end of bz2."""
 
 _PIECE_BYTES = 1 << 13
-"""Decompressed at a time: what is lost with a damaged piece."""
+"""Compressed bytes that are decompressed at a time, which is what damage costs."""
 _ZSTD_WINDOW = 1 << 31
-"""The largest that `zstd --long` writes; the library refuses more than 128 MB on its own."""
+"""The largest window that `zstd --long` writes; the library's default limit is 128 MB."""
 
 
 class DamagedError(Exception):
     """Compressed bytes that are damaged or cut off."""
 
 
-def compression_of(place: str) -> str:
-    """gzip, zstd, xz or bz2 by the end of a name; "" for none."""
-    return next((kind for suffix, kind in SUFFIXES.items() if place.lower().endswith(suffix)), "")
+def compression_of(path: str) -> str:
+    """The compression by a file's suffix: gzip, zstd, xz or bz2; "" for none."""
+    return next((kind for suffix, kind in SUFFIXES.items() if path.lower().endswith(suffix)), "")
 
 
 def compression_seen(head: bytes) -> str:
-    """gzip, zstd, xz or bz2 by the first bytes of a file; "" for none, and for text whose first letters are theirs."""
+    """The compression by a file's first bytes: gzip, zstd, xz or bz2; "" for none."""
     found = _HEADER.match(head)
     return str(found.lastgroup) if found else ""
 
 
 class UnpackedCopy:
-    """A temporary file with the content of a compressed one, up to its damage. It goes away with its last user."""
+    """A temporary file with the decompressed content of a file, up to its damage; deleted with its last user."""
 
     def __init__(self) -> None:
         self.damage = ""
-        """Why the content ends before its end."""
+        """Why the content ends early; "" if it does not."""
         self._name = ""
         self._lock = threading.Lock()
 
     def name(self, pieces: Callable[[], Iterator[bytes]], folder: str) -> str:
-        """Path of the file, made in `folder` by whoever asks first. Raises what opening and writing raise."""
+        """The path of the file, which the first call writes in `folder`. Raises what opening and writing raise."""
         with self._lock:
             if not self._name:
                 self._name = self._written(pieces, folder)
@@ -79,18 +79,18 @@ _copies: "weakref.WeakValueDictionary[object, UnpackedCopy]" = weakref.WeakValue
 _copies_lock = threading.Lock()
 
 
-def unpacked_copy(place: str) -> UnpackedCopy:
-    """The one copy of a file in this process; another once the file is written anew."""
-    key: object = place
-    if "://" not in place:
-        found = Path(place).stat()
+def unpacked_copy(path: str) -> UnpackedCopy:
+    """The copy of a file, shared in this process until the file changes."""
+    key: object = path
+    if "://" not in path:
+        found = Path(path).stat()
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     with _copies_lock:
         return _copies.setdefault(key, UnpackedCopy())
 
 
 def decompressed(chunks: Iterable[bytes], compression: str) -> Iterator[bytes]:
-    """The content of one or more members (frames) in a row. Raises DamagedError after the last good piece."""
+    """Decompress one or more consecutive members (frames). Raises DamagedError after the last good piece."""
     begin, errors = _decompressor(compression)
     member, inside = begin(), False
     for piece in (chunk[i : i + _PIECE_BYTES] for chunk in chunks for i in range(0, len(chunk), _PIECE_BYTES)):
@@ -113,7 +113,7 @@ def decompressed(chunks: Iterable[bytes], compression: str) -> Iterator[bytes]:
 
 
 def _decompressor(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
-    """(how a member is begun, what damage raises)."""
+    """(factory of the decompressor of a member, exceptions that mean damage)."""
     if compression == "gzip":
         return lambda: zlib.decompressobj(wbits=31), (zlib.error,)
     if compression == "xz":

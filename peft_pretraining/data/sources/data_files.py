@@ -1,25 +1,25 @@
-"""Files of documents in any of the formats that people keep text in, read by `datasets`, a shard a file.
+"""Read files of documents in the usual formats; each file is a shard.
 
-A place is a line of JSON lines, a row of parquet, arrow or csv, and of a text file a line, a paragraph or all of it.
-The library streams each file on its own, as arrow tables; the order is not its business. Strings are made only of the
-documents that are handed out, and a line of JSON is parsed alone, so that types are never guessed from other lines and
-a damaged line stays one line.
+A document is a line of JSON lines, a row of parquet, arrow or csv, and of a text file a line, a paragraph or all of it;
+its index is that of the line or row. `datasets` streams each file on its own, as arrow tables, and does not decide the
+order. Strings are made only for the documents that are returned, and each JSON line is parsed alone, so that no type is
+guessed from other lines and damage costs one line.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.data.sources.builders import SEVERAL, TEXT, FileRows, in_words
+from peft_pretraining.data.sources.builders import AMBIGUOUS, TEXT, FileRows, in_words
 from peft_pretraining.data.sources.compression import SUFFIXES as COMPRESSIONS
 from peft_pretraining.data.sources.documents import Damage, Files
 from peft_pretraining.data.sources.file_heads import NUMBER, columns_of, what_is
 from peft_pretraining.data.sources.kind import SourceOptions
-from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.errors import UserError
 
 FORMATS = {
@@ -39,16 +39,16 @@ IN_WORDS = ".json, .jsonl, .parquet, .arrow, .txt or .csv, each also with .gz, .
 class DataFile:
     """A file of documents."""
 
-    place: str
+    path: str
     """A local path or an address hf://datasets/OWNER/NAME@COMMIT/PATH."""
     format: str
     """json (lines of it), text, csv, parquet or arrow."""
     size: int
-    """Bytes, as it lies there."""
+    """Bytes of the file, which may be compressed."""
 
 
 def bytes_in_words(count: float) -> str:
-    """Such as 3.2 MB, in powers of a thousand."""
+    """Format a number of bytes, such as 3.2 MB, in powers of a thousand."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -57,7 +57,7 @@ def bytes_in_words(count: float) -> str:
 
 
 def format_of(name: str) -> str:
-    """The format that a file's name promises, such as json for a.jsonl.gz; "" for what is no file of documents."""
+    """The format by a file's name, such as json for a.jsonl.gz; "" if it is no file of documents."""
     name = name.lower()
     for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
@@ -71,11 +71,11 @@ class FileShards:
     name: str
     files: tuple[DataFile, ...]
     identity: str
-    """Changes when the files do: their sizes, or the revision of a repository."""
+    """A text that changes when the files do: their sizes, or the revision of a repository."""
     column: str = "text"
     """The column or field that holds the text."""
     unit: str = "line"
-    """What a document of a text file is: line, paragraph or file."""
+    """The unit of a text file that is a document: line, paragraph or file."""
 
     @property
     def shards(self) -> int:
@@ -83,7 +83,7 @@ class FileShards:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Hash of `identity`, and of what else changes the documents where it is not the usual."""
+        """A hash of `identity` and, where they are not the defaults, of column and unit."""
         chosen = self.identity
         if self.column != "text":
             chosen += repr(("column", self.column))
@@ -93,7 +93,7 @@ class FileShards:
 
     def describe(self) -> str:
         """See `documents.DescribedSource`."""
-        endings = sorted({"".join(Path(file.place).suffixes[-2:]) or file.format for file in self.files})
+        endings = sorted({"".join(Path(file.path).suffixes[-2:]) or file.format for file in self.files})
         sizes = [file.size for file in self.files]
         size = "" if min(sizes) < 0 else f", {bytes_in_words(sum(sizes))}"
         what = f"a document a {self.unit}" if self.files[0].format == "text" else f"field {self.column}"
@@ -103,55 +103,55 @@ class FileShards:
 
     def file_list(self) -> Files | None:
         """See `documents.FileSource.file_list`; a folder may be moved."""
-        places = [Path(file.place) for file in self.files]
+        paths = [Path(file.path) for file in self.files]
         if any(file.size < 0 for file in self.files):  # the hub was not asked for sizes
             return None
-        common = os.path.commonpath([place.parent for place in places])
-        names = tuple(os.path.relpath(place, common) for place in places)
-        local = tuple(file.place for file in self.files if "://" not in file.place)
+        common = os.path.commonpath([path.parent for path in paths])
+        names = tuple(os.path.relpath(path, common) for path in paths)
+        local = tuple(file.path for file in self.files if "://" not in file.path)
         return Files(names, tuple(file.size for file in self.files), f"{self.column}, {self.unit}", local)
 
     def stamp(self) -> str:
-        """See `documents.LocalSource.stamp`; the commit says it of files on the hub."""
-        return repr([stamp_of(file.place) for file in self.files if "://" not in file.place])
+        """See `documents.LocalSource.stamp`; files on the hub are identified by their commit."""
+        return repr([stamp_of(file.path) for file in self.files if "://" not in file.path])
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         yield from read_file(self.files[shard], self.column, self.unit, part + start * slices, slices)
 
 
-def stamp_of(place: str) -> tuple[str, int]:
-    """(path, time of writing) of a local file; 0 for one that cannot be looked at."""
+def stamp_of(path: str) -> tuple[str, int]:
+    """(real path, modification time in ns) of a local file; 0 if it cannot be read."""
     try:
-        return os.path.realpath(place), Path(place).stat().st_mtime_ns
+        return os.path.realpath(path), Path(path).stat().st_mtime_ns
     except OSError:
-        return place, 0
+        return path, 0
 
 
 def read_file(
     file: DataFile, column: str = "text", unit: str = "line", first: int = 0, step: int = 1
 ) -> Iterator[str | Damage]:
-    """The places first, first + step, ... of a file: a text, "" for nothing, or Damage.
+    """Yield the documents first, first + step, ... of a file: a text, "" for none, or Damage.
 
-    Where a file ends before its end, the place after the last good one is a Damage that says so. Raises UserError for
-    what a network does not give.
+    If damage ends the file early, the document after the last good one is a Damage with the reason. Raises UserError if
+    a network fails.
     """
     if not file.size:
-        return  # of some formats even nothing takes bytes
+        return  # in some formats even a file without rows has bytes
     word = "line" if file.format in _LINE_FORMATS else "row"
     text_of = _json_text(column) if file.format == "json" else plain_text
-    rows = FileRows(file.place, file.format, column, unit if file.format == "text" else "line", first)
+    rows = FileRows(file.path, file.format, column, unit if file.format == "text" else "line", first)
     for row, values in rows.tables():
         begin = first if row <= first else row + (first - row) % step
         if begin >= rows.end:
             continue
         for number, value in zip(range(begin, rows.end, step), values_of(values, begin - row, step), strict=True):
             text = _NoText(rows.lost[number]) if number in rows.lost else text_of(value)
-            yield text if isinstance(text, str) else Damage(f"{file.place} {word} {number + 1}", text.reason)
-    # Damage before `first` was reported by whoever read that far.
+            yield text if isinstance(text, str) else Damage(f"{file.path} {word} {number + 1}", text.reason)
+    # Damage before `first` belongs to another reader.
     if rows.damage and rows.end >= first and (rows.end - first) % step == 0:
         reason = f"{_reason(file, rows.damage)}; the rest of the file is lost"
-        yield Damage(f"{file.place} after {word} {rows.end}", reason)
+        yield Damage(f"{file.path} after {word} {rows.end}", reason)
 
 
 def values_of(column: Any, begin: int, step: int) -> list[Any]:
@@ -159,11 +159,11 @@ def values_of(column: Any, begin: int, step: int) -> list[Any]:
     import pyarrow as pa
 
     if pa.types.is_string_view(column.type):
-        column = column.cast(pa.large_string())  # of which not every value can be taken
+        column = column.cast(pa.large_string())  # string views do not support `take`
     chosen = column.slice(begin) if step == 1 else column.take(pa.array(range(begin, len(column), step)))
     try:
         return list(chosen.to_pylist())
-    except UnicodeDecodeError:  # bytes that are no UTF-8
+    except UnicodeDecodeError:  # not UTF-8
         return list(chosen.cast(pa.large_binary()).to_pylist())
 
 
@@ -176,14 +176,14 @@ class _NoText:
 
 
 def plain_text(value: str | bytes | None) -> str:
-    """The text of a line or value; "" for nothing, white space alone included."""
+    """The text of a line or value; "" for None and for white space alone."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace").rstrip("\r\n")
     return "" if value is None or value.isspace() else value
 
 
 def _json_text(column: str) -> Callable[[bytes], str | _NoText]:
-    """How a line becomes the text of its field."""
+    """A function that returns the text of the field `column` of a JSON line."""
 
     def text_of(line: bytes) -> str | _NoText:
         try:
@@ -203,17 +203,17 @@ def _json_text(column: str) -> Callable[[bytes], str | _NoText]:
             return _NoText(f"its field {column} is not a string")
         if text.isascii():
             return "" if text.isspace() else text
-        # JSON can hold half of a surrogate pair, which is not text that a tokenizer accepts.
+        # JSON can contain half of a surrogate pair, which no tokenizer accepts.
         return "" if text.isspace() else text.encode("utf-8", "replace").decode()
 
     return text_of
 
 
 def _reason(file: DataFile, damage: str) -> str:
-    """The damage, or what the file is if it is something else altogether."""
+    """The damage, or what the file is if it is of another format altogether."""
     try:
-        found = what_is(file.place, file.format)
-    except Exception:  # what the network raises, too: then the damage is all that is known
+        found = what_is(file.path, file.format)
+    except Exception:  # also a network fault: then only the damage is known
         found = ""
     return f"it is {found}" if found else damage
 
@@ -221,37 +221,44 @@ def _reason(file: DataFile, damage: str) -> str:
 # ---- before reading
 
 
-def check_content(dataset: str, file: DataFile) -> None:
-    """Raise UserError if a file is not what its name says. Raises OSError if it cannot be opened."""
-    if found := what_is(file.place, file.format):
-        expected = {"json": "a JSON object a line", "text": "plain text"}.get(file.format, file.format)
-        raise UserError(f"--dataset {dataset}: {file.place} is {found}; by its name it should hold {expected}.")
+@dataclass(frozen=True)
+class CheckedFile:
+    """A file, and what its first bytes show to be wrong with it."""
+
+    file: DataFile
+    found: str = ""
+    """What the file is if it is not of the format of its name, such as "a zip archive"; else ""."""
+    unreadable: str = ""
+    """The system's reason why it cannot be opened; "" if it can."""
+
+    def error(self, dataset: str) -> UserError:
+        """The error for a file that is not of the format of its name."""
+        expected = {"json": "a JSON object a line", "text": "plain text"}.get(self.file.format, self.file.format)
+        return UserError(
+            f"--dataset {dataset}: {self.file.path} is {self.found}; by its name it should hold {expected}."
+        )
 
 
-def choose_text_column(dataset: str, file: DataFile, wanted: str) -> str:
-    """The column or field of a file that holds the text: `wanted` if given, else text, else the only one of text.
-
-    Raises UserError that lists the columns, and OSError or ValueError if the file cannot be read.
-    """
-    if file.format == "text":
-        return "text"
-    word = "field" if file.format == "json" else "column"
-    columns = columns_of(file.place, file.format)
-    return text_column_of(f"--dataset {dataset}: {file.place}", word, columns, wanted)
+def check_contents(files: Iterable[DataFile]) -> Iterator[CheckedFile]:
+    """Compare the first bytes of each file with the format of its name; reads a file when its result is asked for."""
+    for file in files:
+        try:
+            yield CheckedFile(file, found=what_is(file.path, file.format) if file.size else "")
+        except OSError as error:
+            yield CheckedFile(file, unreadable=in_words(error))
 
 
 def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) -> str:
     """The column that holds the text: `wanted` if given, else text, else the only one of text.
 
-    `columns` has the type of each, TEXT for text; `where` begins the sentence of a UserError, `word` is
-    what a column is called.
+    `columns`: the type of each, TEXT for text; `where`: the beginning of error texts; `word`: "column" or "field".
     """
     texts = [name for name, kind in columns.items() if kind == TEXT]
     listed = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"
     name = wanted or ("text" if "text" in columns else "")
     if name and name not in columns:
         raise UserError(f"{where} has no {word} {name} (--text_column). It has: {listed}.")
-    if name and columns[name] == SEVERAL:
+    if name and columns[name] == AMBIGUOUS:
         raise UserError(
             f"{where} has several {word}s called {name}: rename all but one, or choose another with --text_column."
         )
@@ -268,42 +275,50 @@ def text_column_of(where: str, word: str, columns: dict[str, str], wanted: str) 
     raise UserError(f"{where} has no {word} of text. It has: {listed}.")
 
 
-def _say_what_has_no_effect(dataset: str, are_text: set[bool], options: SourceOptions) -> None:
+def _log_unused_options(dataset: str, are_text: set[bool], options: SourceOptions) -> None:
     if options.text_column and are_text == {True}:
-        say_once(f"--text_column {options.text_column} has no effect: --dataset {dataset} is text without columns")
+        log_once(f"--text_column {options.text_column} has no effect: --dataset {dataset} is text without columns")
     if options.text_unit != "line" and are_text == {False}:
-        say_once(
+        log_once(
             f"--text_unit {options.text_unit} has no effect: --dataset {dataset} is no plain text, and has a document "
             "in each line or row"
         )
 
 
-def open_files(dataset: str, files: tuple[DataFile, ...], identity: str, options: SourceOptions) -> FileShards:
-    """The source of files that were chosen, whose text column is looked for in the first that can be read.
+def open_files(
+    dataset: str,
+    files: tuple[DataFile, ...],
+    identity: str,
+    options: SourceOptions,
+    checked: Iterable[CheckedFile] | None = None,
+) -> FileShards:
+    """Open the chosen files as a source, with the text column of the first one that can be read.
 
-    Raises UserError if none can be read, or holds what its name does not say.
+    `checked`: the `check_contents` of the files, if they were checked before; else they are, up to that first one.
+    Other files that cannot be read are damage. Raises UserError if no file can be read, or if those that can are of
+    other formats than their names.
     """
-    reason, wrong = "it is empty", list[UserError]()
-    for file in files:
-        if file.size == 0:
-            continue
-        try:
+    reason, wrong = "it is empty", list[CheckedFile]()
+    for each in check_contents(files) if checked is None else checked:
+        file = each.file
+        if each.found:
+            wrong.append(each)
+        elif each.unreadable:
+            reason = f"{file.path} cannot be read ({each.unreadable})"
+        elif file.size:
             try:
-                check_content(dataset, file)
-            except UserError as error:  # among others that are right it is damage
-                wrong.append(error)
+                columns = {"text": TEXT} if file.format == "text" else columns_of(file.path, file.format)
+            except (OSError, ValueError) as error:
+                reason = f"{file.path} cannot be read ({in_words(error)})"
                 continue
-            if file.format != "text" and not columns_of(file.place, file.format):
-                reason = f"{file.place} holds nothing, as far as its beginning tells"
+            if not columns:
+                reason = f"{file.path} holds nothing, as far as its beginning tells"
                 continue
-            column = choose_text_column(dataset, file, options.text_column)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = f"{file.place} cannot be read ({in_words(error)})"
-            continue
-        _say_what_has_no_effect(dataset, {each.format == "text" for each in files}, options)
-        return FileShards(dataset, files, identity, column, options.text_unit)
+            wanted = "" if file.format == "text" else options.text_column
+            word = "field" if file.format == "json" else "column"
+            column = text_column_of(f"--dataset {dataset}: {file.path}", word, columns, wanted)
+            _log_unused_options(dataset, {each.format == "text" for each in files}, options)
+            return FileShards(dataset, files, identity, column, options.text_unit)
     if wrong:
-        raise wrong[0]
+        raise wrong[0].error(dataset)
     raise UserError(f"--dataset {dataset}: it has no file that can be read: {reason}.")

@@ -1,10 +1,10 @@
-"""Documents by their place: the interface of sources of text, and a source in memory.
+"""The protocol of sources of text, and a source in memory.
 
-A source is a number of shards; a shard is a sequence of documents. A document's place is its line or row number, and
-what is no document keeps its number, so that a place means the same whatever happens to those before it: an empty
-string stands for nothing (a blank line, null, an empty text), `Damage` for what should have been a document and is not.
-`read(shard, slices, part, start)` yields the documents `part, part + slices, ...` of a shard from the `start`-th of
-them on: with fewer shards than lanes several lanes share a shard.
+A source has shards, and a shard is a sequence of documents. The index of a document is that of its line or row. Lines
+without a document keep their index, so that an index means the same whatever happens to documents before it: an empty
+string stands for no document (a blank line, null, an empty text), `Damage` for one that cannot be read.
+`read(shard, slices, part, start)` yields the documents `part, part + slices, ...` of a shard, from the `start`-th of
+them on: with fewer shards than logical shards several of these read one shard.
 """
 
 import hashlib
@@ -21,59 +21,59 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class Damage:
-    """Stands in the place of what could not be read."""
+    """Returned instead of a document that cannot be read."""
 
     where: str
     reason: str
 
 
 class Source(Protocol):
-    """Documents by (shard, line)."""
+    """Documents by (shard, index)."""
 
     @property
     def name(self) -> str:
-        """As the user gave it, for messages."""
+        """The name that the user gave, for error texts."""
 
     @property
     def shards(self) -> int:
-        """Number of shards, at least 1."""
+        """The number of shards, at least 1."""
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
-        """The documents of a part of a shard, from its `start`-th on."""
+        """Yield the documents of a part of a shard, from its `start`-th on."""
 
     def fingerprint(self) -> str:
-        """Changes when the shards do."""
+        """A hash that changes when the shards do."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files that a source reads, a shard each."""
+    """The files that a source reads; each is a shard."""
 
     names: tuple[str, ...]
     """In the order of the shards."""
     sizes: tuple[int, ...]
     """Bytes of each."""
     settings: str = ""
-    """What else decides what is read from them, such as the name of a column."""
-    places: tuple[str, ...] = ()
-    """Their paths, if they lie on this machine."""
+    """Other values that decide which documents are read from them, such as the name of a column."""
+    paths: tuple[str, ...] = ()
+    """Their paths, if they are local."""
     heads: tuple[str, ...] = ()
-    """Of each of these a hash of its first and last 16 KiB, or "" if it cannot be read; from `with_heads` alone."""
+    """For each path a hash of the file's first and last 16 KiB, or "" if it cannot be read; set by `with_heads`."""
 
     def with_heads(self) -> "Files":
-        """The same with `heads`: a file that was changed to the same size is told by it. Reads at most 32 KiB of each
-        file on this machine, of about 8,000 in a second; those elsewhere have none."""
+        """A copy with `heads`, which show that a file was replaced by one of the same size. Reads at most 32 KiB of
+        each local file, about 8,000 files per second."""
         with ThreadPoolExecutor(_READERS) as readers:
-            return replace(self, heads=tuple(readers.map(_head_of, self.places)))
+            return replace(self, heads=tuple(readers.map(_head_of, self.paths)))
 
     def identity(self) -> str:
-        """Hash of names and settings: equal for a file and what it is replaced with."""
+        """A hash of names and settings, which does not change when files are replaced."""
         return hashlib.sha256(repr((self.names, self.settings)).encode()).hexdigest()[:16]
 
 
-def _head_of(place: str) -> str:
+def _head_of(path: str) -> str:
     try:
-        with Path(place).open("rb") as file:
+        with Path(path).open("rb") as file:
             digest = hashlib.blake2b(file.read(_HEAD_BYTES), digest_size=8)
             file.seek(max(_HEAD_BYTES, file.seek(0, os.SEEK_END) - _HEAD_BYTES))
             digest.update(file.read(_HEAD_BYTES))
@@ -84,28 +84,28 @@ def _head_of(place: str) -> str:
 
 @runtime_checkable
 class FileSource(Source, Protocol):
-    """A source that knows its files. Shards of unequal size are then dealt in proportion, and a file that was replaced
-    is told from another data set."""
+    """A source that knows its files, so that shards of unequal size are dealt in proportion, and a file that was
+    replaced is not mistaken for another data set."""
 
     def file_list(self) -> Files | None:
-        """One for each shard; None if it does not know them after all."""
+        """One file for each shard; None if they are unknown."""
 
 
 @runtime_checkable
 class LocalSource(Source, Protocol):
-    """A source of files that may change without another size or name."""
+    """A source of local files, which may change without a change of size or name."""
 
     def stamp(self) -> str:
-        """Where the files lie and when they were written: what is derived from their content is kept under it."""
+        """The paths and modification times of the files, as a cache key for what is derived from their content."""
 
 
 @runtime_checkable
 class PinnedSource(Source, Protocol):
-    """A source that reads one state of a data set that may change meanwhile."""
+    """A source that reads one revision of a data set that may change."""
 
     @property
     def revision(self) -> str:
-        """The commit, for --dataset_revision of a run that goes on with the same files; "" if there is none."""
+        """The commit, for --dataset_revision of a resumed run; "" if there is none."""
 
 
 def revision_of(source: object) -> str:
@@ -115,20 +115,52 @@ def revision_of(source: object) -> str:
 
 @runtime_checkable
 class DescribedSource(Source, Protocol):
-    """A source that can say what it reads."""
+    """A source that can describe what it reads."""
 
     def describe(self) -> str:
-        """A phrase for people: its name, and which files, field or documents that is."""
+        """A phrase for the log: its name, and its files, field or number of documents."""
 
 
 def describe_source(source: Source) -> str:
-    """A phrase for people; its name alone where it knows no better."""
+    """A phrase for the log: `DescribedSource.describe`, or else its name."""
     return source.describe() if isinstance(source, DescribedSource) else source.name
 
 
 def files_of(source: Source) -> Files | None:
-    """The files of a source that knows them."""
+    """The files of a source; None if it does not know them."""
     return source.file_list() if isinstance(source, FileSource) else None
+
+
+class SourceWrapper:
+    """A source that forwards to another one, `source`; subclasses override what differs."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        """See `Source.name`."""
+        return self.source.name
+
+    @property
+    def shards(self) -> int:
+        """See `Source.shards`."""
+        return self.source.shards
+
+    def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
+        """See `Source.read`."""
+        yield from self.source.read(shard, slices, part, start)
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.source.fingerprint()
+
+    def describe(self) -> str:
+        """See `DescribedSource.describe`."""
+        return describe_source(self.source)
+
+    def file_list(self) -> Files | None:
+        """See `FileSource.file_list`."""
+        return files_of(self.source)
 
 
 @dataclass(frozen=True)
@@ -137,24 +169,24 @@ class Share:
 
     source: Source
     weight: float = 1.0
-    """In proportion to those of the others."""
+    """Relative to those of the other sources."""
 
 
 def is_text(item: str | Damage) -> TypeGuard[str]:
-    """Whether an item is a document, rather than nothing or damage: without text there is no token to predict."""
+    """Whether an item of `Source.read` is a document with text, rather than empty or damage."""
     return isinstance(item, str) and bool(item) and not item.isspace()
 
 
 @dataclass(frozen=True)
 class MemorySource:
-    """Documents in a list: pydocs, and tests."""
+    """Documents in a list, for pydocs and tests."""
 
     name: str
     documents: list[str]
     shards: int = 1
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
-        """See `Source.read`; document i lies in shard i mod `shards`."""
+        """See `Source.read`; document i is in shard i mod `shards`."""
         yield from self.documents[shard :: self.shards][part + start * slices :: slices]
 
     def describe(self) -> str:
@@ -162,5 +194,5 @@ class MemorySource:
         return f"{self.name}: {len(self.documents):,} documents"
 
     def fingerprint(self) -> str:
-        """Hash of all texts."""
+        """A hash of all texts."""
         return hashlib.sha256("\0".join(self.documents).encode("utf-8", "replace")).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, when that is not what its name says; what columns it has."""
+"""Find out from a file's first bytes whether it is of the format of its name, and which columns it has."""
 
 import contextlib
 import io
@@ -31,40 +31,40 @@ _BINARY_MAGIC = {
 _HAS_MAGIC = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 _COMPARED_RECORDS = 50
 NUMBER = "number"
-"""The type of a column of csv that has nothing else in its first records."""
+"""The type of a csv column that has only numbers in its first records."""
 _LFS = b"version https://git-lfs"
 
 
-def what_is(place: str, file_format: str) -> str:
-    """What the file is, such as "a Git LFS pointer (...)", if its name and `file_format` promise something else.
+def what_is(path: str, file_format: str) -> str:
+    """Describe a file, such as "a Git LFS pointer (...)", that is not what its name and `file_format` promise.
 
-    "" if it is what it should be, as far as its first 64 KiB tell; an empty file and one that cannot be decompressed
-    from its beginning on are left to reading. Raises OSError if it cannot be opened.
+    Returns "" if its first 64 KiB are as promised, or if it is empty or cannot be decompressed at all: these are
+    reported when it is read. Raises OSError if it cannot be opened.
     """
-    compression = compression_of(place)
-    with open_binary(place) as file:
+    compression = compression_of(path)
+    with open_binary(path) as file:
         raw = file.read(_HEAD_BYTES)
     packed = compression_seen(raw)
     if not raw.strip(b"\0"):
-        # Lines of it are damage; a decompressor would pass it over.
+        # As lines it is reported as damage when it is read; a decompressor would skip it silently.
         return "nothing but zero bytes, as a crash can leave them" if raw and compression else ""
     if compression:
-        if raw.startswith(MAGIC[compression]):  # a header that is damaged is left to reading, too
-            return _unexpected(_head(place), file_format)
+        if raw.startswith(MAGIC[compression]):  # a damaged header is reported when it is read, too
+            return _unexpected(_head(path), file_format)
         if packed:
             return f"compressed with {packed}"
         return f"{_in_general(raw)}, not compressed with {compression}"
     return f"compressed with {packed}, which its name does not end with" if packed else _unexpected(raw, file_format)
 
 
-def columns_of(place: str, file_format: str) -> dict[str, str]:
-    """Type of each column or field in order, TEXT for text. Raises OSError or ValueError if it cannot be read."""
+def columns_of(path: str, file_format: str) -> dict[str, str]:
+    """The type of each column or field in order, TEXT for text. Raises OSError or ValueError if it cannot be read."""
     if file_format in _HAS_MAGIC:
-        return columns_of_table(place, file_format)
+        return columns_of_table(path, file_format)
     if file_format == "csv":
-        head = _head(place)
+        head = _head(path)
         lines = io.StringIO(head.decode("utf-8-sig", "replace"), newline="")
-        records = read_records(lines, delimiter_of(place, head))
+        records = read_records(lines, delimiter_of(path, head))
         header = next(records, [])
         if isinstance(header, Unclosed):
             raise ValueError("a quote in its first line is not closed")
@@ -76,7 +76,7 @@ def columns_of(place: str, file_format: str) -> dict[str, str]:
                 columns[name] = NUMBER
         return columns
     found: dict[str, str] = {}
-    for item in _objects(_head(place, whole_line=True)):
+    for item in _objects(_head(path, whole_line=True)):
         for key, value in item.items():
             if isinstance(value, str):
                 found[key] = TEXT
@@ -95,11 +95,11 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def _head(place: str, whole_line: bool = False) -> bytes:
-    """The first bytes of the content, as far as they can be had; with `whole_line` at least a line, if at all."""
+def _head(path: str, whole_line: bool = False) -> bytes:
+    """The first bytes of the decompressed content, up to any damage; with `whole_line` at least a line if possible."""
     pieces: list[bytes] = []
     size, found = 0, False
-    with contextlib.suppress(DamagedError), open_content(place) as file:
+    with contextlib.suppress(DamagedError), open_content(path) as file:
         while (size < _HEAD_BYTES or (whole_line and not found and size < _LONGEST_LINE_BYTES)) and (
             piece := file.read(1 << 12)
         ):
@@ -121,7 +121,7 @@ def _objects(head: bytes) -> Iterator[dict[str, object]]:
 
 
 def _unexpected(head: bytes, file_format: str) -> str:
-    """What the content is, if it is not of the format."""
+    """Describe content that is not of the format; else ""."""
     if not head.strip():
         return ""
     if file_format in _HAS_MAGIC:
@@ -152,7 +152,7 @@ _MARKUP = ("an HTML page",)
 
 
 def _spread_out(first: bytes) -> bool:
-    """Whether this begins one JSON value over many lines, of which some may look like a line of JSON lines."""
+    """Whether this is the beginning of one JSON value over many lines, some of which may look like JSON lines."""
     return first.split(b"\n", 1)[0].strip() in (b"[", b"{")
 
 
@@ -163,7 +163,7 @@ def _in_general(head: bytes) -> str:
     for magic, name in _BINARY_MAGIC.items():
         if head.startswith(magic):
             return name
-    if head.startswith(_HAS_MAGIC["parquet"]) and b"\0" in head:  # letters, with which a text may begin
+    if head.startswith(_HAS_MAGIC["parquet"]) and b"\0" in head:  # a text may begin with these letters, too
         return "a parquet file"
     if first[:200].lower().startswith((b"<!doctype html", b"<html")):
         return _MARKUP[0]
@@ -179,21 +179,21 @@ def _in_general(head: bytes) -> str:
 
 
 def _is_binary(head: bytes) -> bool:
-    """Whether there are several NUL bytes; a few in a long text are damage of it."""
+    """Whether there are many NUL bytes; a few in a long text are damage."""
     return (nulls := head.count(b"\0")) > 1 and nulls * _TEXT_BYTES_PER_NUL > len(head)
 
 
 def _is_in_another_encoding(head: bytes) -> bool:
-    """Whether most of what is not ASCII is no UTF-8; a few damaged bytes in a text are not that."""
-    text = head[:-3].decode("utf-8", "replace")  # the last character may be cut
+    """Whether most non-ASCII bytes are not UTF-8; a few in a long text are damage."""
+    text = head[:-3].decode("utf-8", "replace")  # the last character may be cut off
     wrong = text.count("\ufffd") - head.count("\ufffd".encode())
     return wrong >= _FEWEST_WRONG_BYTES and wrong > sum(not character.isascii() for character in text) / 2
 
 
-def why_unreadable(place: str) -> str:
-    """Why the system does not open a file; "" if it does."""
+def why_unreadable(path: str) -> str:
+    """The system's reason why a file cannot be opened; "" if it can."""
     try:
-        with open_binary(place) as file:
+        with open_binary(path) as file:
             file.read(1)
     except OSError as error:
         return in_words(error)

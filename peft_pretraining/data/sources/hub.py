@@ -1,8 +1,8 @@
 """`--dataset NAME`: a data set of the Hugging Face hub, streamed.
 
-Nothing is downloaded whole: `datasets` reads each file through `hub_file_system`. A run stays at the commit at which
-the data set was when it began. `c4` is the short name of allenai/c4's English part at a fixed commit, whose files are
-known and not asked for.
+No file is downloaded as a whole: `datasets` reads them through `hub_file_system`. A run keeps the commit that was the
+newest at its start. `c4` is the short name of allenai/c4's English part at a fixed commit, whose files are known
+without a request.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_pretraining.data.sources.data_files import DataFile, FileShards, format_of, open_files
-from peft_pretraining.data.sources.documents import Damage, Files, Source
+from peft_pretraining.data.sources.documents import Damage, Files, Source, SourceWrapper
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.retry import Reading, RetryPolicy
 
@@ -23,7 +23,7 @@ C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 C4_SHARDS = {"train": 1024, "validation": 8}
 SIZE_UNKNOWN = -1
 VALIDATION_SPLITS = ("validation", "valid", "dev", "val")
-"""What a split to evaluate on is called."""
+"""The usual names of a validation split."""
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -37,11 +37,11 @@ class Hub(TextKind):
 
     name = C4
     in_words = "c4 or another data set of the Hugging Face hub (ORGANISATION/NAME, streamed)"
-    precedence = 9  # what is here comes first
+    precedence = 9  # local files come first
     needs_network = True
 
     def recognises(self, dataset: str) -> bool:
-        """A name that the hub would allow, where there is no file or folder of that name; nobody is asked."""
+        """Whether it is a valid name on the hub and no local file or folder; sends no request."""
         if not _NAME.fullmatch(dataset) or _FILE.fullmatch(dataset) or "--" in dataset or ".." in dataset:
             return False
         return not Path(dataset).exists()
@@ -63,45 +63,27 @@ class Hub(TextKind):
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """Documents of a split of a data set on the hub, a shard a file."""
+class HubSource(SourceWrapper):
+    """The documents of a split of a data set on the hub; each file is a shard."""
 
     reading: Reading
     repository: str
     """Its full name."""
     revision: str
-    """The commit, for --dataset_revision of a run that goes on with the same files."""
-    documents: FileShards
-    """Reads the files, whose addresses are hf://."""
-
-    @property
-    def name(self) -> str:
-        """As the user gave it."""
-        return self.reading.dataset
-
-    @property
-    def shards(self) -> int:
-        """Number of files."""
-        return self.documents.shards
-
-    def describe(self) -> str:
-        """See `DescribedSource`."""
-        return self.documents.describe()
+    """The commit, for --dataset_revision of a resumed run."""
+    source: FileShards
+    """The files, at hf:// addresses; their identity has the commit."""
 
     def file_list(self) -> Files | None:
-        """See `FileSource.file_list`; None for the files of C4, whose sizes are not asked for."""
-        files = self.documents.file_list()
+        """See `FileSource.file_list`; None for C4, whose file sizes are not requested."""
+        files = self.source.file_list()
         return None if files is None or SIZE_UNKNOWN in files.sizes else files
 
-    def fingerprint(self) -> str:
-        """Changes with the commit, the files and the column."""
-        return self.documents.fingerprint()
-
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
-        """See `Source.read`. Raises UserError when the hub stays away, whatever the libraries make of it."""
+        """See `Source.read`. Raises UserError when the hub cannot be reached, even if a library hides the error."""
         from peft_pretraining.data.hub_file_system import reading_for
 
-        documents = self.documents.read(shard, slices, part, start)
+        documents = self.source.read(shard, slices, part, start)
         while True:
             with reading_for(self.reading):
                 document = next(documents, None)
@@ -113,20 +95,20 @@ class HubSource:
 
 
 def _as_pinned(options: SourceOptions) -> bool:
-    """Whether these are the files of C4 whose names are known."""
+    """Whether the options mean the files of C4 whose names are known."""
     wanted = (options.config, options.revision, options.train_split, options.validation_split)
     known = (C4_CONFIG, C4_REVISION, "train", "validation")
     return all(got in ("", own) for got, own in zip(wanted, known, strict=True))
 
 
 def _open_c4(split: str, options: SourceOptions, reading: Reading) -> HubSource:
-    """C4 without a question to the hub."""
+    """Open C4 without a request to the hub."""
     count = C4_SHARDS[split]
-    places = [
+    paths = [
         f"hf://datasets/{C4_REPOSITORY}@{C4_REVISION}/{C4_CONFIG}/c4-{split}.{i:05d}-of-{count:05d}.json.gz"
         for i in range(count)
     ]
-    files = tuple(DataFile(place, "json", SIZE_UNKNOWN) for place in places)
+    files = tuple(DataFile(path, "json", SIZE_UNKNOWN) for path in paths)
     identity = f"{C4_REPOSITORY}@{C4_REVISION}/{split}"
     shards = FileShards(reading.dataset, files, identity, options.text_column or "text")
     return HubSource(reading, C4_REPOSITORY, C4_REVISION, shards)
@@ -141,10 +123,10 @@ def _open_by_name(name: str, split: str, options: SourceOptions, reading: Readin
     validation = options.validation_split or next(
         (each for each in VALIDATION_SPLITS if each in repository.splits and each != train), ""
     )
-    places = choose_split(repository, train, "--train_split", reading)
+    paths = choose_split(repository, train, "--train_split", reading)
     if validation:
         held_out = choose_split(repository, validation, "--validation_split", reading)
-        if both := sorted({*places} & {*held_out}):
+        if both := sorted({*paths} & {*held_out}):
             raise reading.error(
                 f"the splits {train} and {validation} both have the file {both[0].partition('@')[2]}: evaluate on "
                 "documents that are not trained on, with another --validation_split."
@@ -152,10 +134,10 @@ def _open_by_name(name: str, split: str, options: SourceOptions, reading: Readin
     if split != "train":
         if not validation:
             return None
-        places = held_out
-    files = tuple(DataFile(place, format_of(place), repository.sizes[place]) for place in places)
+        paths = held_out
+    files = tuple(DataFile(path, format_of(path), repository.sizes[path]) for path in paths)
     column = choose_column(repository, options.text_column, reading)
-    identity = f"{repository.name}@{repository.revision} {[place.partition('@')[2] for place in places]}"
+    identity = f"{repository.name}@{repository.revision} {[path.partition('@')[2] for path in paths]}"
     with reading_for(reading):
         shards = open_files(reading.dataset, files, identity, replace(options, text_column=column))
     return HubSource(reading, repository.name, repository.revision, shards)

@@ -1,8 +1,8 @@
-"""What a kind of data set says about itself, so that nothing else has to know it by name.
+"""The base classes of kinds of data sets.
 
 To add a kind, add one file to this folder with an object `KIND` of a subclass of `TextKind` or `TokenKind`. The
-registry finds it there: `--dataset` then reads it, and its help and error messages list it. A kind of plain text files,
-a document a line:
+registry finds it there: `--dataset` then reads it, and its help and error messages list it. No other code needs to know
+its name. An example, plain text files with a document in each line:
 
     class Lines(TextKind):
         in_words = "a .txt file with a document a line"
@@ -19,8 +19,7 @@ a document a line:
 
     KIND = Lines()
 
-These files are read before torch is loaded, to check a command line: what takes long to import is imported inside
-`open`.
+These files are imported to check a command line, before torch is: import slow modules inside `open`.
 """
 
 import threading
@@ -35,48 +34,47 @@ from peft_pretraining.data.sources.retry import RetryPolicy
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a data set is read, beside its name. A kind ignores what it has no use for."""
+    """Options for reading a data set; a kind ignores those that do not apply to it."""
 
     config: str = ""
     """Configuration of a data set on the hub, such as sample-10BT; "": its only one, or its default."""
     revision: str = ""
     """Commit, branch or tag of a data set on the hub; "": the newest."""
     train_split: str = ""
-    """The data set's own name of the split that is trained on; "": train."""
+    """The data set's own name of its training split; "": train."""
     validation_split: str = ""
-    """The same of the one that is evaluated on; "": validation, or what people call it (valid, dev, val)."""
+    """The data set's own name of its validation split; "": validation, or another usual name (valid, dev, val)."""
     text_column: str = ""
     """Column or field that holds the text; "": text, or the only one that holds strings."""
     text_unit: str = "line"
-    """What a document of a plain-text file is: "line", "paragraph" (up to an empty line) or "file"."""
+    """The unit of a plain-text file that is a document: "line", "paragraph" (up to an empty line) or "file"."""
     endpoint: str | None = None
     """Address of the hub; None: that of HF_ENDPOINT."""
     retry: RetryPolicy | None = None
-    """How long to go on after a network fault; None: about a quarter of an hour."""
+    """How long to retry after a network fault; None: about a quarter of an hour."""
     stop: threading.Event | None = None
-    """Set by whoever reads, to end a pause between two tries at once."""
+    """Set by the reader, to end a pause between two tries at once."""
 
 
 DEFAULT_OPTIONS = SourceOptions()
 
 
 class Splits(NamedTuple):
-    """What a data set is opened as."""
+    """The open splits of a data set; None for one that it lacks."""
 
     train: Source | TokenFiles | TokenMixture | None
     validation: Source | TokenFiles | TokenMixture | None
-    """None: it has no such split."""
 
 
 @dataclass(frozen=True)
 class OwnBPE:
     """A byte-level BPE that is trained once on the first training documents of a data set, and cached under their hash.
 
-    As --tokenizer train:N trains one (`data.tokenizers.training`): the documents are read twice, never held together.
+    It is trained like that of --tokenizer train:N (`data.tokenizers.training`).
     """
 
     name: str
-    """For the cache's file and for messages."""
+    """For the file in the cache and for error texts."""
     vocab_size: int
 
 
@@ -84,49 +82,49 @@ class DatasetKind(ABC):
     """A kind of `--dataset`."""
 
     name: str = ""
-    """What `--dataset` calls it, such as c4; empty for a kind that is recognised by its files."""
+    """The value of `--dataset` that means it, such as c4; empty for a kind that is recognized by its files."""
     in_words: str
-    """In a list of all kinds, in the help of `--dataset` and in messages, such as "a folder in C4's layout"."""
+    """A phrase for the help of `--dataset` and for error texts, such as "a folder in C4's layout"."""
     precedence: int = 0
-    """Kinds are asked in this order whether they recognise a file or folder, those of equal precedence by the names of
-    their modules. 0: it recognises its own files only. More: it also takes what others leave, to say what is wrong
+    """The order in which kinds are asked whether they recognize a file or folder (equal ones: by the names of their
+    modules). 0: it recognizes its own files only. More: it also takes what other kinds leave, to report what is wrong
     with it."""
     splits: tuple[str, ...] = ("train", "validation")
-    """What can be opened; a run needs these two."""
+    """The splits that can be opened; a run needs these two."""
     needs_network: bool = False
-    """Reading may have to wait for a network, for minutes where it fails."""
+    """Whether reading uses a network, and may wait for minutes where that fails."""
 
     def recognises(self, dataset: str) -> bool:
-        """Whether `--dataset` has given something of this kind; its name is looked at before anybody is asked."""
+        """Whether the value of `--dataset` is of this kind; not called if it is the `name` of a kind."""
         return False
 
     def of(self, dataset: str) -> "DatasetKind":
-        """The kind that this very data set is of: a mixture is of that of its parts. Raises UserError."""
+        """The kind of this data set, which for a mixture depends on its parts. Raises UserError."""
         return self
 
     @abstractmethod
     def open(self, dataset: str, split: str, options: SourceOptions) -> Source | TokenFiles | TokenMixture | None:
-        """What is in one of `splits`, which share no document. Raises UserError, which names `--dataset`."""
+        """Open one of `splits`, which share no document. Raises UserError, which names `--dataset`."""
 
     def open_splits(self, dataset: str, options: SourceOptions) -> Splits:
-        """Both of them, before documents are held out (`held_out.open_splits`). Raises UserError."""
+        """Open both splits, without holding documents out (`held_out.open_splits` does that). Raises UserError."""
         train, validation = (self.open(dataset, s, options) if s in self.splits else None for s in Splits._fields)
         return Splits(train, validation)
 
 
 class TextKind(DatasetKind):
-    """A kind that holds text."""
+    """A kind of data sets of text."""
 
     default_tokenizer: str | OwnBPE = "t5-base"
-    """Where no --tokenizer is given: its name on the hub, or how one is trained."""
+    """The tokenizer without --tokenizer: its name on the hub, or how one is trained."""
 
     @abstractmethod
     def open(self, dataset: str, split: str, options: SourceOptions) -> Source | None:
-        """See `DatasetKind.open`. None for "validation": there is none, and documents of "train" are held out."""
+        """See `DatasetKind.open`. None for a missing validation split, for which documents of train are held out."""
 
 
 class TokenKind(DatasetKind):
-    """A kind that holds token ids, and needs no tokenizer."""
+    """A kind of data sets of token ids, which need no tokenizer."""
 
     @abstractmethod
     def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles | TokenMixture:

@@ -1,9 +1,9 @@
-"""`--dataset FOLDER`, a glob or a file: text in any of the usual formats, read where it lies.
+"""`--dataset` with a folder, glob or file of text on this machine, in any of the usual formats.
 
-The splits come from the names of files and folders (see `split_names`). Files that name no split are for training,
-unless others name train: then they are left out, which is said. Test files are read only when a flag names them, which
-is said, too. Hidden files and what only describes data are no data. Of several formats in a split that with most bytes
-is read, and of several links to one file one; both are said.
+The splits are found by the names of files and folders (see `split_names`). Files that name no split are for training,
+unless others name train: then they are skipped, with a warning. Test files are read only if a flag names them, and are
+mentioned in a warning otherwise. Hidden files and files that only describe data are ignored. Of several formats in a
+split the one with most bytes is read, and of several links to a file one; both are logged.
 """
 
 import filecmp
@@ -23,7 +23,7 @@ from peft_pretraining.data.sources.data_files import (
     DataFile,
     FileShards,
     bytes_in_words,
-    check_content,
+    check_contents,
     format_of,
     open_files,
     read_file,
@@ -31,13 +31,13 @@ from peft_pretraining.data.sources.data_files import (
 from peft_pretraining.data.sources.documents import is_text
 from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
-from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
 
-_COMPARED_FILES, _SAME_DOCUMENTS, _FIRST_PLACES = 64, 5, 200
+_COMPARED_FILES, _SAME_DOCUMENTS, _FIRST_ITEMS = 64, 5, 200
 _FEW = 8
-"""A file in so many that is not what its name says is damage; more are a mistake."""
+"""Up to one file in so many may be of another format than its name and counts as damage; more are an error."""
 _ABOUT = re.compile(r"(?i)(readme|licen[cs]e|copying|notice|changelog|requirements)([-._]\w+)*\.txt")
 _ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json", "state.json"}
 
@@ -51,7 +51,7 @@ class LocalFiles(TextKind):
     precedence = 2  # any folder and file, after those of token ids
 
     def recognises(self, dataset: str) -> bool:
-        """What exists, a glob, and a name that ends like a file of documents."""
+        """Whether it is an existing path, a glob, or a name with the suffix of a file of documents."""
         return Path(dataset).expanduser().exists() or glob.has_magic(dataset) or bool(format_of(dataset))
 
     def open(self, dataset: str, split: str, options: SourceOptions) -> FileShards | None:
@@ -64,19 +64,19 @@ KIND = LocalFiles()
 
 @dataclass(frozen=True)
 class _Listed:
-    """The files of a data set."""
+    """The files of a data set that were found."""
 
     root: Path
     paths: tuple[str, ...]
     """Relative to `root`, with /, in order."""
 
     def file(self, path: str) -> DataFile:
-        place = self.root / path
-        return DataFile(str(place), format_of(path), place.stat().st_size)
+        found = self.root / path
+        return DataFile(str(found), format_of(path), found.stat().st_size)
 
 
 def open_local(dataset: str, split: str, options: SourceOptions) -> FileShards | None:
-    """The files of split "train" or "validation"; None for a validation split that is not there. Raises UserError."""
+    """Open the files of split "train" or "validation"; None for a missing validation split. Raises UserError."""
     path = Path(dataset).expanduser()
     if path.is_file():
         return _open_file(dataset, path, split, options)
@@ -95,7 +95,7 @@ def open_local(dataset: str, split: str, options: SourceOptions) -> FileShards |
 
 
 def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> FileShards | None:
-    """A single file is for training."""
+    """Open a single file, which is for training."""
     if name := options.train_split or options.validation_split:
         flag = "--train_split" if options.train_split else "--validation_split"
         raise UserError(f"{flag} {name}: --dataset {dataset} is a single file and has no splits; give its folder.")
@@ -105,7 +105,7 @@ def _open_file(dataset: str, path: Path, split: str, options: SourceOptions) -> 
         return None
     beside = (other.name for other in sorted(path.parent.iterdir()) if other.name != path.name and is_data(other))
     if held_out := next((name for name in beside if splits_named(name) == {"validation"}), None):
-        say_once(
+        log_once(
             f"--dataset {dataset} is a single file, and {held_out} beside it is not read: to evaluate on that, give "
             "their folder"
         )
@@ -121,29 +121,22 @@ def _looks_like(path: Path) -> str:
 
 def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileShards:
     files = tuple(map(listed.file, listed.paths))
-    unreadable, others = [], []
-    for file in files:
-        try:
-            check_content(dataset, file)
-        except OSError as error:
-            unreadable.append((file.place, error.strerror))
-        except UserError as error:
-            others.append(error)
-            unreadable.append((file.place, f"it is {what_is(file.place, file.format)}"))
+    checked = list(check_contents(files))
+    others = [each for each in checked if each.found]
     if others and len(others) * _FEW >= len(files):
-        raise others[0]
-    if unreadable and len(unreadable) < len(files):
-        place, reason = unreadable[0]
-        say_once(
-            f"--dataset {dataset}: {len(unreadable)} of {len(files)} files cannot be read and count as damaged "
-            f"places, such as {place} ({reason})"
+        raise others[0].error(dataset)
+    bad = [each for each in checked if each.found or each.unreadable]
+    if bad and len(bad) < len(files):
+        log_once(
+            f"--dataset {dataset}: {len(bad)} of {len(files)} files cannot be read and count as damaged places, such "
+            f"as {bad[0].file.path} ({f'it is {bad[0].found}' if bad[0].found else bad[0].unreadable})"
         )
     common = os.path.commonpath([str(PurePosixPath(path).parent) for path in listed.paths])
     sizes = [
         (path if not common else str(PurePosixPath(path).relative_to(common)), file.size)
         for path, file in zip(listed.paths, files, strict=True)
     ]
-    return open_files(dataset, files, repr(sizes), options)
+    return open_files(dataset, files, repr(sizes), options, checked)
 
 
 # ---- what is there
@@ -151,11 +144,11 @@ def _open_listed(dataset: str, listed: _Listed, options: SourceOptions) -> FileS
 
 def _list_folder(dataset: str, folder: Path) -> _Listed:
     if any((folder / "en").glob("c4-*.json*")):
-        folder = folder / "en"  # C4's English part, beside which may lie its others
+        folder = folder / "en"  # C4's English part, beside which may be other parts
     walked = list(_walk(folder))
     found = sorted(path for path in walked if is_data(folder / path))
     if lost := [path for path in walked if format_of(path) and not (folder / path).exists()]:
-        say_once(f"--dataset {dataset}: {sorted(lost)[0]} is a link to a file that is not there, and is left out")
+        log_once(f"--dataset {dataset}: {sorted(lost)[0]} is a link to a file that is not there, and is left out")
     if not found:
         others = sorted({Path(path).suffix or "no ending" for path in _walk(folder)})
         there = f"; there are files of {', '.join(others[:5])}" if others else ""
@@ -165,18 +158,18 @@ def _list_folder(dataset: str, folder: Path) -> _Listed:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """The files below a folder, relative to it; links are followed, each folder once."""
+    """Yield the files below a folder, relative to it; follows links, but visits each folder once."""
     seen = set()
 
     def refuse(error: OSError) -> None:
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith((".", "__"))]
         files = [] if real in seen else files
         seen.add(real)
-        yield from (Path(place, name).relative_to(folder).as_posix() for name in files)
+        yield from (Path(parent, name).relative_to(folder).as_posix() for name in files)
 
 
 def _list_glob(dataset: str, pattern: Path) -> _Listed:
@@ -203,7 +196,7 @@ def _list_glob(dataset: str, pattern: Path) -> _Listed:
 
 
 def _split_pattern(pattern: Path) -> tuple[Path, str]:
-    """(the folder from which files are looked for, the pattern below it); a folder may have the signs in its name."""
+    """(the folder to search, the pattern below it); an existing folder may have glob characters in its name."""
     root = Path()
     for number, part in enumerate(pattern.parts):
         if glob.has_magic(part) and not (root / part).is_dir():
@@ -213,12 +206,12 @@ def _split_pattern(pattern: Path) -> tuple[Path, str]:
 
 
 def _special(path: Path, asked: tuple[str, ...]) -> bool:
-    """Whether a file lies in a folder such as __pycache__ that the pattern does not name."""
+    """Whether a file is in a folder such as __pycache__ that the pattern does not name."""
     return any(part.startswith("__") and part not in asked for part in path.parent.parts)
 
 
 def is_data(path: Path) -> bool:
-    """A file of documents: not hidden, and not one that describes a data set or another file."""
+    """Whether a path is a file of documents: not hidden, and not one that describes a data set or another file."""
     name = path.name
     about = name in _ABOUT_DATA or _ABOUT.fullmatch(name)
     if name.startswith(".") or about or not format_of(name) or not path.is_file():
@@ -230,7 +223,7 @@ def is_data(path: Path) -> bool:
 
 
 def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions) -> list[str]:
-    """The paths of a split, of one format; [] for a validation split that is not there."""
+    """The paths of a split, all of one format; [] for a missing validation split."""
     flag = f"--{split}_split"
     if name := options.train_split if split == "train" else options.validation_split:
         if not (paths := [path for path in listed.paths if named(path, name)]):
@@ -246,7 +239,7 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     unnamed = [path for path in listed.paths if not splits_named(path)]
     if split == "train":
         if paths and unnamed:
-            say_once(
+            log_once(
                 f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
                 "left out, because others are called train"
             )
@@ -257,16 +250,16 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
                 f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
                 "Choose one with --train_split."
             )
-        _say_what_is_for_tests(dataset, listed, options.validation_split)
+        _log_unread_test_split(dataset, listed, options.validation_split)
     return _of_one_format(dataset, split, listed.root, paths) if paths else []
 
 
-def _say_what_is_for_tests(dataset: str, listed: _Listed, evaluated: str) -> None:
+def _log_unread_test_split(dataset: str, listed: _Listed, evaluated: str) -> None:
     tests = [
         path for path in listed.paths if splits_named(path) == {"test"} and not (evaluated and named(path, evaluated))
     ]
     if tests:
-        say_once(
+        log_once(
             f"--dataset {dataset}: {_files(len(tests))} called test, such as {tests[0]}, left unread; "
             "--validation_split test evaluates on what is called so"
         )
@@ -282,7 +275,7 @@ def _files(count: int) -> str:
 
 
 def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> list[str]:
-    """The files of the format with most bytes, each of them once."""
+    """The files of the format with most bytes, without duplicates."""
     by_suffix: dict[str, list[str]] = {}
     for path in _without_links(dataset, root, paths):
         by_suffix.setdefault(_suffix(path), []).append(path)
@@ -294,7 +287,7 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
             suffix: f"{_files(len(group))} of {suffix} ({bytes_in_words(sizes[suffix])})"
             for suffix, group in sorted(by_suffix.items())
         }
-        say_once(
+        log_once(
             f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
             f"are left out: to read those, give them by a pattern such as '*{left}'"
         )
@@ -302,30 +295,30 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
 
 
 def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:
-    """Of paths that are links to one file, or that file and links to it, the first."""
+    """The paths without further links to the same file, of which the first is kept."""
     first: dict[object, str] = {}
     again = [(path, kept) for path in paths if (kept := first.setdefault(_key(root / path), path)) != path]
     if again:
         path, kept = again[0]
         more = f", and so are {len(again) - 1} more" if len(again) > 1 else ""
-        say_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
+        log_once(f"--dataset {dataset}: {path} and {kept} are one file by two names, which is read once{more}")
     return list(first.values())
 
 
 def _key(path: Path) -> object:
-    """What all links to a file have in common."""
+    """An identity of a file that is equal for all links to it."""
     found = path.stat()
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _each_once(dataset: str, paths: list[str]) -> list[str]:
-    """Without the compressed copies of files that are there decompressed, or otherwise compressed, too."""
+    """The paths without further copies of a file in another compression."""
     kept: dict[str, str] = {}
     for path in paths:
         kept.setdefault(_decompressed_name(path), path)
     if len(kept) < len(paths):
         left = next(path for path in paths if path not in kept.values())
-        say_once(
+        log_once(
             f"--dataset {dataset}: of files that are there once more in another compression one is read, so "
             f"{kept[_decompressed_name(left)]} and not {left}"
         )
@@ -333,7 +326,7 @@ def _each_once(dataset: str, paths: list[str]) -> list[str]:
 
 
 def _suffix(path: str) -> str:
-    """.jsonl for a.jsonl.gz."""
+    """The suffix without compression: .jsonl for a.jsonl.gz."""
     return PurePosixPath(_decompressed_name(path)).suffix.lower()
 
 
@@ -345,19 +338,19 @@ def _decompressed_name(path: str) -> str:
 
 
 def _check_beginnings(dataset: str, validation: FileShards, train: list[DataFile]) -> None:
-    """Raise UserError if a validation file begins with the documents of a training file, in whatever format."""
+    """Raise UserError if a validation file and a training file of any format begin with the same documents."""
 
     def beginning(file: DataFile) -> tuple[str, ...]:
-        places = islice(read_file(file, validation.column, validation.unit), _FIRST_PLACES)
-        texts = tuple(islice(filter(is_text, places), _SAME_DOCUMENTS))
+        items = islice(read_file(file, validation.column, validation.unit), _FIRST_ITEMS)
+        texts = tuple(islice(filter(is_text, items), _SAME_DOCUMENTS))
         return texts if len(texts) == _SAME_DOCUMENTS else ()
 
     of_training = {texts: file for file in train[:_COMPARED_FILES] if (texts := beginning(file))}
     for file in validation.files[:_COMPARED_FILES]:
         if other := of_training.get(beginning(file)):
             raise UserError(
-                f"--dataset {dataset}: {file.place} of the validation split begins with the same documents as "
-                f"{other.place} of the training split: perplexity would be measured on text that was trained on. "
+                f"--dataset {dataset}: {file.path} of the validation split begins with the same documents as "
+                f"{other.path} of the training split: perplexity would be measured on text that was trained on. "
                 "Remove one of them."
             )
 

@@ -1,10 +1,10 @@
-"""`--dataset a:0.7,b:0.3`: several sources, of each of which so large a share of the rows is drawn.
+"""`--dataset a:0.7,b:0.3`: several sources, each with its share of the rows.
 
-A source is whatever `--dataset` takes alone: a name, a file, a folder, a glob. Weights are positive and need not add up
-to one. A comma or colon that belongs to a path that exists does not split it. All sources hold text, or all of them
-token ids. Read shard after shard, as tokenizers are trained and data sets tokenized, a mixture is its sources one after
-another; the weights belong to the training rows (`mixed_order`), and to the validation set, where each source in turn
-gives its share of --eval_tokens.
+A source is anything that `--dataset` takes alone: a name, a file, a folder, a glob. Weights are positive and need not
+add up to one. A comma or colon of an existing path does not split it. Either all sources hold text, or all hold token
+ids. As a `Source`, for training tokenizers and tokenizing data sets, a mixture is its sources one after another. The
+weights are used for the training rows (`mixed_order`) and for the validation set, to which each source contributes its
+share of --eval_tokens.
 """
 
 import glob
@@ -26,14 +26,14 @@ _EXAMPLE = "as in a:0.7,b:0.3"
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources of text with their weights; as a `Source` one after another."""
+    """Sources of text with their weights; as a `Source` they follow one another."""
 
     name: str
     shares: tuple[Share, ...]
 
     @property
     def shards(self) -> int:
-        """Of all sources."""
+        """The number of shards of all sources."""
         return sum(share.source.shards for share in self.shares)
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
@@ -45,22 +45,22 @@ class Mixture:
         raise IndexError(f"{self.name} has {self.shards} shards")
 
     def fingerprint(self) -> str:
-        """Of each source, with its share."""
+        """The fingerprint of each source with its share."""
         return fingerprint_of_shares([(share.source.fingerprint(), share.weight) for share in self.shares])
 
 
 class MixtureKind(TextKind):
-    """Several sources of text."""
+    """Mixtures of sources of text; `of` returns `TokenMixtureKind` for token ids."""
 
     in_words = "several of these with weights, such as a:0.7,b:0.3"
-    precedence = -1  # a name of the hub could be one of its parts
+    precedence = -1  # before the hub, as the first part may look like one of its names
 
     def recognises(self, dataset: str) -> bool:
-        """Whatever has a comma or ends in a weight, and is no path that exists."""
+        """Whether it has a comma or ends in a weight, and is no existing path."""
         return ("," in dataset or _weight(dataset.rpartition(":")[2]) is not None) and not _exists(dataset)
 
     def of(self, dataset: str) -> DatasetKind:
-        """See `DatasetKind.of`; it may need the network, or not."""
+        """See `DatasetKind.of`; it needs the network if one of its sources does."""
         kinds = {name: find_kind(name) for name, _ in split_mixture(dataset)}
         ids = [name for name, kind in kinds.items() if isinstance(kind, TokenKind)]
         if ids and len(ids) < len(kinds):
@@ -74,7 +74,7 @@ class MixtureKind(TextKind):
         return found
 
     def open(self, dataset: str, split: str, options: SourceOptions) -> Mixture:
-        """See `DatasetKind.open`; of a source without a validation split documents are held out."""
+        """See `DatasetKind.open`; documents are held out of each source without a validation split."""
         splits = self.open_splits(dataset, options)
         opened = splits.validation if split == "validation" else splits.train
         assert isinstance(opened, Mixture)
@@ -88,7 +88,7 @@ class MixtureKind(TextKind):
                 assert source is not None and not isinstance(source, TokenFiles | TokenMixture)
                 shares[split].append(Share(source, weight))
         _refuse_same_files(dataset, shares["train"])
-        # What one source holds out may stand in another, too.
+        # A text that is held out of one source may be in another, too.
         sources = [share.source for share in shares["train"]]
         held_out = [each for source in sources if isinstance(source, WithoutHeldOut) for each in source.held_out]
         train = [replace(share, source=_without(share.source, held_out)) for share in shares["train"]]
@@ -102,7 +102,7 @@ def _without(source: Source, held_out: Sequence[HeldOut]) -> Source:
 
 
 class TokenMixtureKind(TokenKind):
-    """Several sources of token ids; `MixtureKind` finds it."""
+    """Mixtures of sources of token ids; see `MixtureKind.of`."""
 
     in_words = MixtureKind.in_words
 
@@ -120,28 +120,28 @@ KIND = MixtureKind()
 
 
 def split_mixture(dataset: str) -> list[tuple[str, float]]:
-    """(source, weight) of each part of a mixture. Raises UserError."""
+    """Parse a mixture into (source, weight) pairs. Raises UserError."""
     parts: list[tuple[str, float]] = []
-    begun: list[str] = []
+    unfinished: list[str] = []
     for piece in dataset.split(","):
-        begun.append(piece)
-        name, _, text = ",".join(begun).rpartition(":")
-        name = name.strip() if len(begun) == 1 else name  # as after a comma in "a:0.5, b:0.5"
+        unfinished.append(piece)
+        name, _, text = ",".join(unfinished).rpartition(":")
+        name = name.strip() if len(unfinished) == 1 else name  # as after a comma in "a:0.5, b:0.5"
         weight = _weight(text)
         if weight is None:
             continue
-        if len(begun) > 1 and not _exists(name):
+        if len(unfinished) > 1 and not _exists(name):
             break
         if not name:
             raise UserError(f"--dataset {dataset}: {piece} names no source: give each a name and a weight, {_EXAMPLE}")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"--dataset {dataset}: the weight {text} of {name} is not a positive number")
         parts.append((str(Path(name).expanduser()) if name.startswith("~") else name, weight))
-        begun = []
-    if begun:
+        unfinished = []
+    if unfinished:
         raise UserError(
-            f"--dataset {dataset}: {begun[0] or 'an empty part'} has no weight, and the whole is no path that exists: "
-            f"give each source a weight, {_EXAMPLE}"
+            f"--dataset {dataset}: {unfinished[0] or 'an empty part'} has no weight, and the whole is no path that "
+            f"exists: give each source a weight, {_EXAMPLE}"
         )
     _refuse_twice(dataset, [name for name, _ in parts])
     return parts
@@ -165,11 +165,11 @@ def _refuse_same_files(dataset: str, shares: Sequence[Share]) -> None:
     seen: dict[str, str] = {}
     for share in shares:
         files = files_of(share.source)
-        for place in files.places if files else ():
-            other = seen.setdefault(os.path.realpath(place), share.source.name)
+        for path in files.paths if files else ():
+            other = seen.setdefault(os.path.realpath(path), share.source.name)
             if other != share.source.name:
                 raise UserError(
-                    f"--dataset {dataset}: {other} and {share.source.name} both read {place}: give each file once, "
+                    f"--dataset {dataset}: {other} and {share.source.name} both read {path}: give each file once, "
                     "with the sum of its weights"
                 )
 

@@ -1,17 +1,17 @@
-"""Links with plain names, for a library that takes a file's own name apart."""
+"""Links with plain names, for a library that parses :: in a file's name."""
 
 import os
 import tempfile
 from pathlib import Path
 
 
-def plain_link(place: str, folder: str) -> "tempfile.TemporaryDirectory[str]":
-    """A new folder in `folder` with a link to a local file, for `link_in`; both go away with the object."""
+def plain_link(path: str, folder: str) -> "tempfile.TemporaryDirectory[str]":
+    """Create a folder in `folder` with a link to a local file, for `link_in`; both are deleted with the object."""
     made = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
-    Path(link_in(made)).symlink_to(os.path.realpath(place))
+    Path(link_in(made)).symlink_to(os.path.realpath(path))
     return made
 
 
 def link_in(made: "tempfile.TemporaryDirectory[str]") -> str:
-    """The link in a folder that `plain_link` made."""
+    """The path of the link in a folder of `plain_link`."""
     return f"{made.name}/file"

@@ -1,13 +1,13 @@
-"""`--dataset pydocs`: several megabytes of English and code that lie on every machine that can train.
+"""`--dataset pydocs`: several megabytes of English and code that every machine with Python and torch has.
 
 The text is Python's own documentation topics (`pydoc_data.topics`), the docstrings of the standard library, and those
-of the packages that training needs. Sources are parsed with `ast`; nothing is imported or run. A document is a topic,
-or consecutive docstrings of one module joined up to about the length of a C4 document, so that --packing pad sees
-nearly all of it. A docstring that occurred before is left out. Whole modules and topics are held out for validation, by
+of the packages that training needs. Sources are parsed with `ast`; no module is imported or run for it. A document is a
+topic, or consecutive docstrings of a module, concatenated up to about the length of a C4 document, so that
+--packing pad cuts off little. A repeated docstring is skipped. Whole modules and topics are held out for validation, by
 a hash of their name.
 
-The text depends on the installed versions. It is cached under a hash of them, and a run that resumes where they have
-changed is refused by the loader rather than given another order.
+The text depends on the installed versions. It is cached under a hash of them, and the loader refuses to resume a run
+after they have changed.
 """
 
 import ast
@@ -32,10 +32,10 @@ from peft_pretraining.data.sources.kind import OwnBPE, SourceOptions, TextKind
 from peft_pretraining.errors import UserError
 
 PACKAGES = ("numpy", "pandas", "huggingface_hub", "datasets", "fsspec", "torch", "transformers")
-"""A fixed list, in the order in which they are read: what else is installed must not change the data set.
+"""The packages in the order in which they are read; a fixed list, so that other packages do not change the data set.
 
-Those with much documentation for their code come first, because parsing takes the time; the standard library is read
-before torch.
+Those with much documentation for their code come first, because parsing is slow; the standard library is read before
+torch.
 """
 LIMIT_CHARS = 8_000_000
 PACKAGE_LIMIT_CHARS = 2_000_000
@@ -69,13 +69,13 @@ def pydocs_documents(split: str) -> list[str]:
 
 
 def collect() -> Iterator[tuple[str, str]]:
-    """(name of the module or topic, text of the document) of all there is, but for PACKAGE_LIMIT_CHARS."""
+    """Yield (name of the module or topic, text of the document), of each folder up to PACKAGE_LIMIT_CHARS."""
     seen: set[bytes] = set()
     topics: dict[str, str] = {}
     with contextlib.suppress(ImportError):  # some distributions leave the module out
         topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
-        for text in _joined(topics[name].split("\n\n")):
+        for text in _concatenated(topics[name].split("\n\n")):
             yield f"topic:{name}", text
     for folder in _folders():
         size = 0
@@ -85,13 +85,13 @@ def collect() -> Iterator[tuple[str, str]]:
             relative = path.relative_to(folder.parent if folder.name in PACKAGES else folder)
             if _SKIPPED_FOLDERS.isdisjoint(relative.parts):
                 module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-                for text in _joined(read_docstrings(path, module, seen)):
+                for text in _concatenated(read_docstrings(path, module, seen)):
                     size += len(text)
                     yield module, text
 
 
 def collect_up_to(limit_chars: int) -> Iterator[tuple[str, str]]:
-    """The documents of `collect` until they have `limit_chars` characters."""
+    """Yield the documents of `collect` until they have `limit_chars` characters."""
     size = 0
     for name, text in collect():
         yield name, text
@@ -101,7 +101,7 @@ def collect_up_to(limit_chars: int) -> Iterator[tuple[str, str]]:
 
 
 def _folders() -> list[Path]:
-    """Those of PACKAGES that are installed, with the standard library in its place."""
+    """The folders of installed PACKAGES, with the standard library before torch."""
     paths = sysconfig.get_paths()
     folders: list[Path] = []
     for package in PACKAGES:
@@ -119,10 +119,10 @@ def _version(package: str) -> str | None:
 
 
 def read_docstrings(path: Path, module: str, seen: set[bytes]) -> Iterator[str]:
-    """Docstrings of a file in the order of the source, each under its dotted name; none if it does not parse."""
+    """Yield the docstrings of a file in order, each below its dotted name; none if it does not parse."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in strings of other packages
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
         return
@@ -144,8 +144,8 @@ def _documented(node: _Documented, name: str) -> Iterator[tuple[str, _Documented
             yield from _documented(child, f"{name}.{child.name}")
 
 
-def _joined(pieces: Iterator[str] | list[str]) -> Iterator[str]:
-    """Consecutive pieces joined by blank lines until they reach DOCUMENT_CHARS."""
+def _concatenated(pieces: Iterator[str] | list[str]) -> Iterator[str]:
+    """Join consecutive pieces by blank lines until they reach DOCUMENT_CHARS."""
     parts: list[str] = []
     size = 0
     for piece in pieces:
@@ -172,7 +172,7 @@ def _load() -> list[tuple[str, str]]:
         try:
             return _parse(path.read_bytes())
         except (OSError, EOFError, ValueError, zlib.error):
-            path.unlink()  # a damaged cache file is made again
+            path.unlink()  # a damaged cache file is written again
     _logger.warning("pydocs: reading the docstrings of the installed packages once, into %s", path)
     documents = list(collect_up_to(LIMIT_CHARS))
     if not documents:

@@ -1,4 +1,4 @@
-"""The kinds of `--dataset`: every module of this folder that has an object `KIND` (see `kind`)."""
+"""Find the kinds of `--dataset`: every module of this folder with an object `KIND` (see `kind`)."""
 
 import importlib
 import pkgutil
@@ -34,7 +34,7 @@ def kinds() -> list[DatasetKind]:
 
 
 def find_kind(dataset: str) -> DatasetKind:
-    """The kind that `--dataset` means: by its name, else by who recognises it. Raises UserError that lists them all."""
+    """Find the kind of `--dataset` by its name, else by who recognizes it. Raises UserError that lists all kinds."""
     found = kinds()
     if not dataset.strip():
         raise UserError(f"--dataset is empty: give {in_words(found)}")
@@ -43,7 +43,7 @@ def find_kind(dataset: str) -> DatasetKind:
             return kind
     for kind in sorted(found, key=lambda kind: kind.precedence):
         try:
-            if kind.precedence >= 0:  # of a mixture each part is looked at
+            if kind.precedence >= 0:  # not for mixtures, whose parts are checked one by one
                 _refuse_address(dataset)
             if kind.recognises(dataset):
                 return kind.of(dataset)
@@ -60,7 +60,7 @@ def find_kind(dataset: str) -> DatasetKind:
 
 
 def _refuse_address(dataset: str) -> None:
-    """Raise UserError that says what to give instead, if this is the address of something."""
+    """Raise UserError with what to give instead if `dataset` is an address (a URL)."""
     on_hub = _HUB_ADDRESS.match(dataset)
     if on_hub and not Path(dataset).exists():
         first, *rest = re.split("[/?#@]", on_hub["name"])
@@ -80,8 +80,8 @@ def _refuse_address(dataset: str) -> None:
 def open_dataset(
     dataset: str, split: str, options: SourceOptions = DEFAULT_OPTIONS
 ) -> Source | TokenFiles | TokenMixture | None:
-    """The documents or token ids of a split ("train", "validation") of `--dataset`; None for "validation" if it has
-    none (see `held_out.open_split`). Raises UserError."""
+    """Open split "train" or "validation" of `--dataset`; None for a missing validation split (for which
+    `held_out.open_split` holds documents out). Raises UserError."""
     kind = find_kind(dataset)
     if split not in kind.splits:
         raise UserError(f"--dataset {dataset} has no split {split}: it has {' and '.join(kind.splits)}")
@@ -95,17 +95,17 @@ def in_words(listed: list[DatasetKind]) -> str:
 
 
 def all_kinds_in_words() -> str:
-    """What `--dataset` takes, for its help."""
+    """The values of `--dataset`, for its help."""
     return in_words(kinds())
 
 
 def text_kinds_in_words() -> str:
-    """The same without token ids."""
+    """The values of `--dataset` that are text, for a help text."""
     return in_words([kind for kind in kinds() if isinstance(kind, TextKind)])
 
 
 def default_tokenizers_in_words() -> str:
-    """What takes the place of a `--tokenizer` that is not given, for its help."""
+    """The defaults of `--tokenizer` by kind, for its help."""
     texts = [str(TextKind.default_tokenizer)]
     for kind in kinds():
         if isinstance(kind, TextKind) and kind.default_tokenizer != TextKind.default_tokenizer:

@@ -1,4 +1,4 @@
-"""Trying again after a fault of the network: how often, with what pauses, and what is said when it was in vain."""
+"""Retry requests after network faults, with growing pauses, up to an error for the user."""
 
 import logging
 import random
@@ -11,7 +11,7 @@ from peft_pretraining.errors import UserError
 
 T = TypeVar("T")
 
-# Its own source: a fault in the network must not move the random state of the run.
+# A generator of its own: a network fault must not change the random state of the run.
 _jitter = random.SystemRandom()
 
 _logger = logging.getLogger(__name__)
@@ -19,18 +19,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to go on after a network fault."""
+    """How often and with which pauses to retry after a network fault."""
 
     attempts: int = 20
     """Tries of one request before the run stops; with the pauses below about a quarter of an hour."""
     first_pause_seconds: float = 1.0
     longest_pause_seconds: float = 60.0
-    """Pauses double from the first to this; each is drawn between half and all of it, so that ranks return apart."""
+    """Pauses double from the first to this; each is drawn between half and all of it, so that ranks do not retry
+    together."""
     timeout_seconds: float = 30.0
-    """Without a byte for so long a request has stalled."""
+    """A request that gets no byte for this long has failed."""
 
     def pause_seconds(self, attempt: int, retry_after: str | None) -> float:
-        """Pause after the failed try number `attempt` (from 0); a server's Retry-After (in seconds) is the least."""
+        """The pause after failed try `attempt` (from 0), at least a server's Retry-After (in seconds)."""
         pause = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0**attempt) * _jitter.uniform(0.5, 1.0)
         if retry_after is not None and retry_after.isdigit():
             return max(pause, min(float(retry_after), 2 * self.longest_pause_seconds))
@@ -47,29 +48,29 @@ class TransientError(Exception):
 
 
 class UnreachableError(UserError):
-    """Nobody answers, not once."""
+    """The server has never answered."""
 
 
 @dataclass
 class Reading:
-    """One data set that is being read from the hub: its name for messages, and how its requests are repeated."""
+    """A data set that is being read from the hub: its name for error texts, and how its requests are retried."""
 
     dataset: str
-    """What `--dataset` was given."""
+    """The value of `--dataset`."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to end a pause between two tries at once."""
     endpoint: str | None = None
     """Address of the hub; None: that of HF_ENDPOINT."""
     answered: bool = False
-    """Whether anybody has answered yet: before that nobody is waited for as long."""
+    """Whether the server has answered yet: before that fewer tries are made."""
     failure: UserError | None = None
-    """The error that ended reading a file, in case a library between here and the reader has swallowed it."""
+    """The error that ended reading a file, in case a library between here and the reader hides it."""
 
     def retrying(self, what: str, attempt: Callable[[], T], unreachable_attempts: int | None = None) -> T:
-        """What `attempt` returns; it is tried again after each TransientError. Raises UserError after the last try.
+        """Call `attempt` again after each TransientError and return its result. Raises UserError after the last try.
 
-        After `unreachable_attempts` tries without a connection, UnreachableError.
+        Raises UnreachableError after `unreachable_attempts` tries without a connection.
         """
         reason, attempts = "", self.retry.attempts
         for number in range(attempts):
@@ -90,7 +91,7 @@ class Reading:
         )
 
     def unreachable(self, endpoint: str, error: Exception) -> UserError:
-        """The sentence where nobody answers at the start."""
+        """The error for a hub that does not answer at the start."""
         return self.error(
             f"the hub ({endpoint}) cannot be reached ({error}). Check the network and HF_ENDPOINT. Without a network, "
             "--dataset pydocs needs no download, and a folder of files that were downloaded before can be given as "
@@ -98,5 +99,5 @@ class Reading:
         )
 
     def error(self, what: str) -> UserError:
-        """A sentence that begins with the flag."""
+        """A UserError that begins with the flag."""
         return UserError(f"--dataset {self.dataset}: {what}")

@@ -1,7 +1,6 @@
-"""`--dataset FOLDER` that `save_to_disk` of `datasets` wrote: rows by their place, mapped into memory.
+"""`--dataset` with a folder that `save_to_disk` of `datasets` wrote: memory-mapped rows.
 
-A `DatasetDict` has its splits; of a single `Dataset` documents are held out. The shards are the arrow files that were
-written.
+A `DatasetDict` has splits; of a single `Dataset` documents are held out. The shards are its arrow files.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from peft_pretraining.data.sources.builders import TEXT, in_words
 from peft_pretraining.data.sources.data_files import plain_text, stamp_of, text_column_of, values_of
 from peft_pretraining.data.sources.documents import Damage
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
-from peft_pretraining.data.sources.said import say_once
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.split_names import WORDS
 from peft_pretraining.data.waiting import with_progress
 from peft_pretraining.errors import UserError
@@ -24,7 +23,7 @@ from peft_pretraining.errors import UserError
 _SPLITS = "dataset_dict.json"
 _STATE, _INFO = "state.json", "dataset_info.json"
 _ROWS = 256
-"""Rows whose strings are made at a time."""
+"""Rows that are converted to strings at a time."""
 
 
 class SavedDataset(TextKind):
@@ -33,7 +32,7 @@ class SavedDataset(TextKind):
     in_words = "a folder written by save_to_disk of datasets"
 
     def recognises(self, dataset: str) -> bool:
-        """A folder with the library's list of splits, or of files."""
+        """Whether it is a folder with the library's list of splits, or of files."""
         folder = Path(dataset).expanduser()
         single = (folder / _STATE).is_file() and (folder / _INFO).is_file()
         return single or (folder / _SPLITS).is_file()
@@ -42,12 +41,12 @@ class SavedDataset(TextKind):
         """See `DatasetKind.open`."""
         folder = Path(dataset).expanduser()
         chosen = {each: _split_folder(dataset, folder, each, options) for each in ("train", "validation")}
-        if (place := chosen[split]) is None:
+        if (path := chosen[split]) is None:
             return None
         if chosen["train"] == chosen["validation"]:
-            raise UserError(f"--train_split and --validation_split of --dataset {dataset} are the same: {place.name}.")
-        _say_what_is_for_tests(dataset, folder, options)
-        return _open_rows(dataset, place, options)
+            raise UserError(f"--train_split and --validation_split of --dataset {dataset} are the same: {path.name}.")
+        _log_unread_test_split(dataset, folder, options)
+        return _open_rows(dataset, path, options)
 
 
 KIND = SavedDataset()
@@ -55,17 +54,17 @@ KIND = SavedDataset()
 
 @dataclass(frozen=True)
 class SavedRows:
-    """A source (see `Source`) of the rows of one column; a shard is an arrow file."""
+    """A source (see `Source`) of the rows of one column; each arrow file is a shard."""
 
     name: str
-    place: str
+    path: str
     files: tuple[tuple[str, int, int], ...]
-    """(name, number of its first row, number of its rows) of each."""
+    """(name, index of its first row, number of rows) of each."""
     column: str
     written: str
     """The library's own fingerprint of the data set."""
     rows: Any
-    """The `datasets.Dataset`, of this column alone, in arrow's form."""
+    """The `datasets.Dataset` of this column alone, in arrow format."""
 
     @property
     def shards(self) -> int:
@@ -73,7 +72,7 @@ class SavedRows:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Hash of the files' names and numbers of rows, of the column, and of what the library knows the content by."""
+        """A hash of names and row counts of the files, of the column, and of the library's own fingerprint."""
         return hashlib.sha256(repr((self.files, self.column, self.written)).encode()).hexdigest()[:16]
 
     def describe(self) -> str:
@@ -83,20 +82,20 @@ class SavedRows:
 
     def stamp(self) -> str:
         """See `documents.LocalSource.stamp`."""
-        return repr([stamp_of(str(Path(self.place, name))) for name, _, _ in self.files])
+        return repr([stamp_of(str(Path(self.path, name))) for name, _, _ in self.files])
 
     def read(self, shard: int, slices: int, part: int, start: int) -> Iterator[str | Damage]:
         """See `Source.read`."""
         _, begin, count = self.files[shard]
-        numbers = range(part + start * slices, count, slices)
-        for i in range(0, len(numbers), _ROWS):
-            some = numbers[i : i + _ROWS]
+        rows = range(part + start * slices, count, slices)
+        for i in range(0, len(rows), _ROWS):
+            some = rows[i : i + _ROWS]
             column = self.rows[range(begin + some.start, begin + some.stop, slices)].column(0)
             yield from map(plain_text, values_of(column, 0, 1))
 
 
 def _split_folder(dataset: str, folder: Path, split: str, options: SourceOptions) -> Path | None:
-    """The folder of a split; None for a validation split that is not there."""
+    """The folder of a split; None for a missing validation split."""
     wanted = options.train_split if split == "train" else options.validation_split
     if not (folder / _SPLITS).is_file():
         if wanted:
@@ -112,16 +111,16 @@ def _split_folder(dataset: str, folder: Path, split: str, options: SourceOptions
     return None
 
 
-def _say_what_is_for_tests(dataset: str, folder: Path, options: SourceOptions) -> None:
+def _log_unread_test_split(dataset: str, folder: Path, options: SourceOptions) -> None:
     if options.train_split or options.validation_split or not (folder / _SPLITS).is_file():
         return
     there = _read_list(dataset, folder / _SPLITS, "splits")
     if name := next((name for name in WORDS["test"] if name in there), ""):
-        say_once(f"--dataset {dataset}: its split {name} is left unread; --validation_split {name} evaluates on it")
+        log_once(f"--dataset {dataset}: its split {name} is left unread; --validation_split {name} evaluates on it")
 
 
 def _read_list(dataset: str, path: Path, key: str) -> list[Any]:
-    """A list in one of the library's JSON files. Raises UserError."""
+    """Read a list from one of the library's JSON files. Raises UserError."""
     try:
         return list(json.loads(path.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -150,7 +149,7 @@ def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
     columns = {name: _kind(feature) for name, feature in rows.features.items()}
     column = text_column_of(f"--dataset {dataset}: {folder}", "column", columns, options.text_column)
     if sum(counts) != len(rows):
-        names, counts = ["rows"], [len(rows)]  # a selection of rows, whose indices were saved
+        names, counts = ["rows"], [len(rows)]  # saved with indices that select rows
     if not len(rows):
         raise UserError(f"--dataset {dataset}: {folder} has no rows.")
     begins = [sum(counts[:i]) for i in range(len(counts))]
@@ -161,7 +160,7 @@ def _open_rows(dataset: str, folder: Path, options: SourceOptions) -> SavedRows:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Hides the library's progress bars, unless they are hidden already."""
+    """Hide the library's progress bars, unless they are hidden already."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():

@@ -1,8 +1,8 @@
-"""Which split a file belongs to, by the names that people and `datasets` give files and folders.
+"""Find the split of a file by the names of the file and its folders.
 
-A word such as train, validation, dev or test counts where it stands alone: no letter is before or after it. So
-pretrain-validation-0.json.gz and validation(1).json.gz are validation files. The file's own name goes before
-the folders that it lies in, the nearest first.
+A word such as train, validation, dev or test counts if no letter is before or after it. So
+pretrain-validation-0.json.gz and validation(1).json.gz are validation files. The name of the file takes precedence over
+those of its folders, and a nearer folder over one further up.
 """
 
 import re
@@ -17,12 +17,12 @@ _ALONE = r"(?<![^\W\d_]){}(?![^\W\d_])"
 
 
 def has_word(name: str, word: str) -> bool:
-    """Whether a word stands alone in the name of a file or folder; upper and lower case are one."""
+    """Whether the name of a file or folder contains `word` between non-letters, in any case."""
     return re.search(_ALONE.format(re.escape(word.lower())), name.lower()) is not None
 
 
 def splits_named(path: str) -> set[str]:
-    """The splits that a path (relative to the data set) names: the first part that names any, from the file up."""
+    """The splits in the name of a path (relative to the data set): of its last part that names any."""
     for part in reversed(PurePosixPath(path).parts):
         if found := {split for split, words in WORDS.items() if any(has_word(part, word) for word in words)}:
             return found
@@ -30,7 +30,7 @@ def splits_named(path: str) -> set[str]:
 
 
 def named(path: str, name: str) -> bool:
-    """Whether a path belongs to the split that a person calls `name`: train, dev, or a word of their own."""
+    """Whether a path belongs to the split `name` of a flag: train, dev, or any other word."""
     words = WORDS.get(name, (name,))
     own = {split for split, known in WORDS.items() if name in known}
     if own and not own & splits_named(path):

@@ -1,13 +1,13 @@
-"""`--dataset` of token ids: files of little-endian uint16 or uint32 that are mapped into memory, not read.
+"""`--dataset` with token ids: memory-mapped files of little-endian uint16 or uint32.
 
-The type of the ids comes from a sidecar `<file>.json` with a field dtype (scripts/tokenize_dataset.py writes one), else
-from a suffix .uint16 or .uint32. A folder has files train* and validation*. Of a single file the validation set is the
-file beside it with "validation" for "train" in its name; without one, the last hundredth of the file (at most 10 M ids)
-is held out.
+The type of the ids is given by a sidecar `<file>.json` with a field dtype (scripts/tokenize_dataset.py writes one),
+else by a suffix .uint16 or .uint32. A folder has files train* and validation*. For a single file the validation set is
+the file beside it with "validation" instead of "train" in its name; without one, the last hundredth of the file (at
+most 10 M ids) is held out.
 
-Only what has one of these suffixes, or .bin, or a sidecar with a dtype is taken for a token file. In a folder with text
-a .bin alone is not: it may be anything, such as the training_args.bin of a model. A sidecar is held against its file: a
-file of another length than it says, and a type that the ids cannot have, are refused.
+A token file has one of these suffixes, or .bin, or a sidecar with a dtype. In a folder with text a .bin alone does not
+count: it may be anything, such as the training_args.bin of a model. A sidecar is checked against its file: another
+length, and a type that the ids cannot have, are errors.
 """
 
 import json
@@ -18,25 +18,25 @@ import numpy as np
 
 from peft_pretraining.data.sources.kind import SourceOptions, TokenKind
 from peft_pretraining.data.sources.local import is_data
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.mapped_tokens import TokenFile, TokenFiles
-from peft_pretraining.data.sources.said import say_once
 from peft_pretraining.data.sources.split_names import has_word
 from peft_pretraining.errors import UserError
 
 SUFFIXES = (".bin", ".uint16", ".uint32")
-_FEWEST_LOOKED_AT, _LOOKED_AT = 64, 1 << 16  # ids that tell the type
+_FEWEST_CHECKED, _CHECKED = 64, 1 << 16  # ids by which the type is checked
 _HELD_OUT_FRACTION = 100
 _HELD_OUT_LIMIT = 10_000_000
 
 
 class TokenFilesKind(TokenKind):
-    """A file, or a folder with train* token files."""
+    """Token ids in a file, or in a folder with train* files."""
 
     in_words = "a file or folder of little-endian uint16 or uint32 token ids"
-    precedence = 1  # before what takes any folder
+    precedence = 1  # before kinds that take any folder
 
     def recognises(self, dataset: str) -> bool:
-        """A file of ids, and a folder that holds some; where there is text, too, only if their type is known."""
+        """Whether it is a file of ids or a folder with some; beside text their type has to be known."""
         path = Path(dataset).expanduser()
         if not path.is_dir():
             return _is_token_file(path)
@@ -46,7 +46,7 @@ class TokenFilesKind(TokenKind):
                 return True
             return bool(named or _unnamed_files(path)) and not _texts(path)
         except OSError:
-            return False  # who takes any folder says why
+            return False  # the kind that takes any folder reports the error
 
     def open(self, dataset: str, split: str, options: SourceOptions) -> TokenFiles:
         """See `DatasetKind.open`."""
@@ -57,7 +57,7 @@ KIND = TokenFilesKind()
 
 
 def open_token_files(dataset: str, split: str) -> TokenFiles:
-    """The token files of split "train" or "validation". Raises UserError."""
+    """Open the token files of split "train" or "validation". Raises UserError."""
     path = Path(dataset).expanduser()
     if path.is_dir():
         paths = _split_files(path, split)
@@ -70,7 +70,7 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
                 "single file, the end of which is held out."
             )
         if texts := _texts(path):
-            say_once(f"--dataset {dataset}: its token ids are read, and its text, such as {texts[0].name}, is left out")
+            log_once(f"--dataset {dataset}: its token ids are read, and its text, such as {texts[0].name}, is left out")
         return TokenFiles(dataset, tuple(_open(file) for file in paths))
     validation = path.with_name(path.name.replace("train", "validation"))
     beside = validation != path and validation.is_file()
@@ -89,20 +89,20 @@ def open_token_files(dataset: str, split: str) -> TokenFiles:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split in a folder; a .bin of unknown type only if the word stands alone in its name."""
+    """The files of a split in a folder; a .bin of unknown type only if the split is a whole word of its name."""
     named = sorted(path for path in folder.glob(f"{split}*") if _is_token_file(path))
     return [path for path in named if _has_a_type(path) or has_word(path.name, split)]
 
 
 def _unnamed_files(folder: Path) -> list[Path]:
-    """The files of ids in a folder whose names begin with no split."""
+    """The token files in a folder whose names do not begin with a split."""
     splits = ("train", "validation")
     files = (path for path in sorted(folder.iterdir()) if not path.name.startswith((".", *splits)))
     return [path for path in files if _is_token_file(path) and _has_a_type(path)]
 
 
 def _texts(folder: Path) -> list[Path]:
-    """The files of text in a folder, not those deeper in it."""
+    """The files of text directly in a folder."""
     return [path for path in sorted(folder.iterdir()) if is_data(path) and not _names_a_dtype(_sidecar_of(path))]
 
 
@@ -149,8 +149,8 @@ def _open(path: Path) -> TokenFile:
         ids = np.memmap(path, dtype, mode="r")
     except OSError as error:
         raise UserError(f"--dataset: {path} cannot be read ({error.strerror}).") from error
-    halves = ids[: 2 * (_LOOKED_AT // 2)]
-    if name == "uint16" and len(halves) >= _FEWEST_LOOKED_AT and halves[::2].any() and not halves[1::2].any():
+    halves = ids[: 2 * (_CHECKED // 2)]
+    if name == "uint16" and len(halves) >= _FEWEST_CHECKED and halves[::2].any() and not halves[1::2].any():
         raise UserError(
             f"--dataset {path}: every second id is 0, so its ids are uint32 and not uint16: correct "
             f"{sidecar if settings else 'its name'}."
@@ -160,7 +160,7 @@ def _open(path: Path) -> TokenFile:
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
-    """The object in it, or an empty one if there is none."""
+    """The contents of the sidecar; {} without one. Raises UserError."""
     sidecar = _sidecar_of(path)
     if not sidecar.is_file():
         return {}
@@ -178,7 +178,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def _check_sidecar(path: Path, dtype: str, ids: int, settings: dict[str, Any]) -> None:
-    """Hold a sidecar against its file; raises UserError."""
+    """Check a sidecar against its file; raises UserError."""
     sidecar, tokens = _sidecar_of(path).name, settings.get("tokens", ids)
     if ids != tokens:
         fault = "cut off" if ids < tokens else "longer"

@@ -1,1 +1,1 @@
-"""What turns text into token ids: encoders, the tokenizer around them, where it is read from, how one is trained."""
+"""Tokenizers: encoders, the tokenizer around them, reading one from files, and training one."""

@@ -1,8 +1,8 @@
-"""The tokenizer of a run: texts to the ids of documents, with what begins and ends each.
+"""The tokenizer of a run: it converts texts to the ids of documents, with bos and eos.
 
-A special token never comes out of a text: one that is spelled in a document ("</s>", "<extra_id_0>") becomes pieces of
-ordinary text, or is dropped where the vocabulary has it as a piece. So T5's 100 extra ids need no rows in the
-embedding: `vocab_size` is 32,000 although its file lists 32,100.
+A text never yields a special token: the name of one in a document ("</s>", "<extra_id_0>") is split into ordinary
+pieces, or dropped if the vocabulary has it as a piece of text. So T5's 100 extra ids need no rows in the embedding:
+`vocab_size` is 32,000 although its file lists 32,100.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from peft_pretraining.data.tokenizers.encoders import Encoder
 from peft_pretraining.errors import UserError
 
 _PROBE = "The quick brown fox, 1234.5 naïve façades — \n\tdef f(x): return x**2  # 北京 \U0001f600"
-# A prefix of a document is tokenised first where only its beginning is needed; the last tokens of a prefix may differ
-# from those of the whole text (".\n" can be one token), so this many are never used.
+# Where only the beginning of a document is needed a prefix is tokenized. The last tokens of a prefix may differ from
+# those of the whole text (".\n" can be one token), so this many are never used.
 _PREFIX_MARGIN = 16
 _PREFIX_CHARS_PER_TOKEN = 6
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 
 
 class Added(NamedTuple):
-    """What is put around each document."""
+    """Whether a bos and an eos token are added to each document."""
 
     bos: bool | None = None
-    """--add_bos; None: as the tokenizer does by itself."""
+    """--add_bos; None: as the tokenizer's files define."""
     eos: bool = True
     """--add_eos."""
 
@@ -34,7 +34,7 @@ AS_USUAL = Added()
 
 
 class Tokenizer:
-    """Text to ids; may be used from several threads. `encode` and `encode_beginnings` add no special tokens."""
+    """Converts text to ids; thread-safe. `encode` and `encode_beginnings` add no special tokens."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class Tokenizer:
         settings: Mapping[str, str | bool] | None = None,
         added: Added = AS_USUAL,
     ) -> None:
-        """`encoders` give the same ids, and the first of them is used; tokenizer.json tells which tokens are special.
+        """`encoders` yield the same ids; the first of them is used. tokenizer.json defines which tokens are special.
 
-        `settings` are those of tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token. Raises UserError
-        if the vocabulary lacks what is to be added.
+        `settings`: those of tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token. Raises UserError if
+        the vocabulary lacks a token that is to be added.
         """
         self.name = name
         self._encoders, self._encoder = tuple(encoders), encoders[0]
@@ -56,9 +56,9 @@ class Tokenizer:
         tokens = vocabulary.roles() | {role: token for role, token in named.items() if isinstance(token, str)}
         ids = {role: vocabulary.token_id(token) for role, token in tokens.items()}
         self.bos_token_id: int | None = self._bos(vocabulary, settings or {}, added.bos, ids.get("bos"))
-        """What begins each document, or None."""
+        """The token that is added before each document, or None."""
         self.eos_token_id: int | None = ids.get("eos") if added.eos else None
-        """What ends each document, or None."""
+        """The token that is added after each document, or None."""
         if added.eos and self.eos_token_id is None:
             raise UserError(
                 f"--tokenizer {name}: it has no end-of-sequence token ({tokens.get('eos', 'such as </s>')}), which "
@@ -66,9 +66,9 @@ class Tokenizer:
                 "--no-add_eos."
             )
         self.unk_token_id: int | None = ids.get("unk")
-        """What stands for text that the vocabulary has no other piece for, or None."""
+        """The token for text that the vocabulary has no other piece for, or None."""
         special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
-        # Padding is masked by length, so a tokenizer without a padding token pads with anything.
+        # Padding is masked by length, so that without a padding token any other will do.
         pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
         self.pad_token_id: int = next(pad for pad in pads if pad is not None)
         never_in_text = frozenset(special | {i for i in added_ids if i is not None})
@@ -79,13 +79,13 @@ class Tokenizer:
         """One more than the largest id that can occur in a batch."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """The ids of each text."""
         return self._encode(self._encoder, texts)
 
     def encode_beginnings(self, texts: list[str], count: int) -> list[list[int]]:
-        """The first `count` ids of each text, without tokenising the rest of a long one.
+        """The first `count` ids of each text, without tokenizing the rest of a long one.
 
-        A long text is cut before a white-space character, and further on if that gave too few ids.
+        A long text is cut before a white-space character, and again further on if that yields too few ids.
         """
         encoded: list[list[int]] = [[]] * len(texts)
         pending, length = list(range(len(texts))), count * _PREFIX_CHARS_PER_TOKEN
@@ -100,10 +100,10 @@ class Tokenizer:
         return encoded
 
     def encode_documents(self, texts: list[str], max_length: int | None = None) -> list[list[int]]:
-        """The ids of each document with what begins and ends it, cut to `max_length` with that inside.
+        """The ids of each document with bos and eos, cut to `max_length` including these.
 
-        Empty for a text that has no ids of its own, such as one of zero-width characters. Raises UserError if
-        `max_length` has no room for an id of the text.
+        Empty for a text without ids of its own, such as one of zero-width characters. Raises UserError if `max_length`
+        leaves no room for an id of the text.
         """
         if max_length is None:
             encoded = self.encode(texts)
@@ -122,7 +122,7 @@ class Tokenizer:
         return encoded
 
     def decode(self, batch: list[list[int]]) -> list[str]:
-        """Text of each list of ids, for people to read."""
+        """The text of each list of ids."""
         return self._encoder.decode(batch)
 
     def save(self, path: Path) -> None:
@@ -135,13 +135,13 @@ class Tokenizer:
         return self._encoder.name
 
     def fingerprint(self) -> str:
-        """A hash of how a fixed sentence is tokenised: two tokenizers that differ would make a resumed order wrong."""
+        """A hash of the ids of a fixed sentence, by which a resumed run detects another tokenizer."""
         return self._fingerprint(self._encoder)
 
-    def go_on_as(self, fingerprint: str) -> bool:
-        """Encode as the run did that saved this fingerprint; False, and nothing changes, if it used another tokenizer.
+    def resume_as(self, fingerprint: str) -> bool:
+        """Use the encoder of the run that saved this fingerprint; returns False if it used another tokenizer.
 
-        For a run that goes on: which encoder is the first choice depends on what is installed and beside the tokenizer.
+        For a resumed run: the first encoder depends on installed packages and on the files beside the tokenizer.
         """
         of_sentence, _, of_pieces = fingerprint.partition("-")
         if of_pieces and of_pieces != self._hash_of_pieces():
@@ -153,7 +153,7 @@ class Tokenizer:
         return False
 
     def describe(self) -> str:
-        """One line for people: what it is, who encodes, and what is added."""
+        """A line for the log: its kind and size, the library that encodes, and the tokens that are added."""
         added = [
             f"{self._vocabulary.piece(token_id)} {verb} each document"
             for token_id, verb in ((self.bos_token_id, "begins"), (self.eos_token_id, "ends"))
@@ -174,20 +174,20 @@ class Tokenizer:
 
     def _fingerprint(self, encoder: Encoder) -> str:
         parts: list[int | str] = [*self._encode(encoder, [_PROBE])[0], *self._after, self.vocab_size]
-        # What was not there when the first checkpoints were written is left out where it says nothing new.
+        # Later additions are left out where they have their defaults, so that old checkpoints match.
         parts += [] if encoder.name == "tokenizers" else [encoder.name]
         parts += [f"bos {self.bos_token_id}"] if self._before else []
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _hash_of_pieces(self) -> str:
-        """What a trained tokenizer has in its fingerprint, too: two of them may cut the fixed sentence in one way."""
+        """A hash of the vocabulary; two trained tokenizers may yield the same ids for the fixed sentence."""
         pieces = [self._vocabulary.piece(i) for i in range(self.vocab_size)]
         return hashlib.sha256(repr(pieces).encode()).hexdigest()[:16]
 
     def _bos(
         self, vocabulary: Encoder, settings: Mapping[str, str | bool], asked: bool | None, named: int | None
     ) -> int | None:
-        """Id of what begins a document."""
+        """The id of the token before each document, or None."""
         own = vocabulary.begins_with()
         by_itself = settings.get("add_bos_token")
         if not (asked if asked is not None else by_itself if isinstance(by_itself, bool) else bool(own)):
@@ -208,7 +208,7 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer_size: int, model_vocab: int, are_ids: bool = False) -> None:
-    """Raise UserError if there can be an id that the model's embedding lacks: from the tokenizer, or in token files."""
+    """Raise UserError if ids of the tokenizer, or of token files (`are_ids`), exceed the model's vocabulary."""
     if tokenizer_size <= model_vocab:
         return
     has = "--dataset: its token files have" if are_ids else "--tokenizer yields"

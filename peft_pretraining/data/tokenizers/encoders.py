@@ -1,10 +1,10 @@
-"""The two libraries that turn text into ids, behind one interface: `tokenizers` and `sentencepiece`.
+"""A common interface of the two libraries that convert text to ids: `tokenizers` and `sentencepiece`.
 
 For a unigram vocabulary such as T5's, sentencepiece is eight times as fast as tokenizers (2.1 against 0.27 million ids
-a second of processor time on C4), and gives the same ids but for a few documents in a thousand, where two ways to cut a
-word have equal scores, or where a document spells a special token. For BPE there is no difference that counts. So a
-tokenizer that has both encodes a unigram vocabulary by sentencepiece, once `same_vocabulary` has shown that both mean
-the same.
+per second of processor time on C4). It yields the same ids but for a few documents in a thousand, in which two ways to
+split a word have equal scores, or which contain the name of a special token. For BPE the speeds are about equal. So a
+tokenizer that has both uses sentencepiece for a unigram vocabulary, after `same_vocabulary` has shown that both files
+have the same.
 
 Both release the GIL while they encode, and may be called from several threads.
 """
@@ -28,46 +28,46 @@ _PROBES = (
 
 
 class Encoder(Protocol):
-    """Text to ids by one library."""
+    """Converts text to ids with one library."""
 
     name: str
     """Of the library."""
     kind: str
-    """Of the vocabulary, for messages: unigram, BPE, byte-level BPE."""
+    """Of the vocabulary, for the log: unigram, BPE, byte-level BPE."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, nothing added."""
+        """The ids of each text, without added tokens."""
 
     def decode(self, batch: list[list[int]]) -> list[str]:
-        """Text of each list of ids."""
+        """The text of each list of ids."""
 
     def token_id(self, token: str) -> int | None:
-        """Id of a piece by its name."""
+        """The id of a piece by its name."""
 
     def piece(self, token_id: int) -> str:
-        """Name of a piece by its id."""
+        """The name of a piece by its id."""
 
     def special_ids(self) -> set[int]:
-        """Ids that no text stands for, the unknown piece's aside."""
+        """The ids of special tokens, without that of the unknown piece."""
 
     def text_ids(self) -> set[int]:
-        """Ids of the pieces of text."""
+        """The ids of pieces of text."""
 
     def may_spell(self, ids: frozenset[int]) -> frozenset[int]:
-        """Those of some special ids that `encode` might give for a text that has their names in it."""
+        """Those of the given special ids that `encode` might return for a text with their names in it."""
 
     def begins_with(self) -> list[int]:
-        """What the tokenizer by itself puts before a text."""
+        """The ids that the tokenizer by default puts before a text."""
 
     def roles(self) -> dict[str, str]:
-        """The names of the tokens for "bos", "eos" and "pad", as far as the vocabulary itself says."""
+        """The names of the tokens for "bos", "eos" and "pad", as far as the vocabulary defines them."""
 
     def serialized(self) -> bytes:
-        """The file that it can be read from."""
+        """The contents of its file."""
 
 
 class TokenizersEncoder:
-    """A `tokenizers.Tokenizer`: what tokenizer.json holds."""
+    """An encoder with a `tokenizers.Tokenizer`, from tokenizer.json."""
 
     name = "tokenizers"
 
@@ -118,7 +118,7 @@ class TokenizersEncoder:
         return next((whole[:i] for i in starts if bare and whole[i : i + len(bare)] == bare), [])
 
     def roles(self) -> dict[str, str]:
-        """See `Encoder.roles`: the usual names, where it has them."""
+        """See `Encoder.roles`: the usual names that are in the vocabulary."""
         names = {"eos": _EOS_NAMES, "pad": _SPECIAL_NAMES["pad"]}
         return {
             role: found
@@ -131,18 +131,18 @@ class TokenizersEncoder:
         return str(self._backend.to_str()).encode()
 
     def pieces(self) -> list[tuple[str | None, float | None]]:
-        """(name, score) of each id; the score of a unigram vocabulary alone."""
+        """(name, score) of each id; only a unigram vocabulary has scores."""
         if self.kind == "unigram":
             return [(name, score) for name, score in json.loads(self.serialized())["model"]["vocab"]]
         return [(self._backend.id_to_token(i), None) for i in range(self._backend.get_vocab_size(False))]
 
     def plain_added_tokens(self) -> set[str]:
-        """Added tokens that are found in a text."""
+        """The added tokens that are not special, which are matched in texts."""
         return {token.content for token in self._backend.get_added_tokens_decoder().values() if not token.special}
 
 
 class SentencePieceEncoder:
-    """A `sentencepiece.SentencePieceProcessor`: what a .model file holds."""
+    """An encoder with a `sentencepiece.SentencePieceProcessor`, from a .model file."""
 
     name = "sentencepiece"
 
@@ -155,7 +155,7 @@ class SentencePieceEncoder:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """See `Encoder.encode`."""
-        # A text a call: a batch would start threads of its own, beside those of the loader.
+        # One text per call: a batch would start threads of its own, beside those of the loader.
         encode = self._processor.encode
         return [encode(text, out_type=int, add_bos=False, add_eos=False) for text in texts]
 
@@ -181,11 +181,11 @@ class SentencePieceEncoder:
         return set(range(self.size)) - self.special_ids()
 
     def may_spell(self, ids: frozenset[int]) -> frozenset[int]:
-        """See `Encoder.may_spell`: pieces that are no control symbols but were named as special beside the file."""
+        """See `Encoder.may_spell`: pieces that only tokenizer_config.json, and not the file, defines as special."""
         return ids & self.text_ids()
 
     def begins_with(self) -> list[int]:
-        """See `Encoder.begins_with`: the file does not say; BPE models with a bos, such as LLaMA's, begin with it."""
+        """See `Encoder.begins_with`: not defined in the file; BPE models with a bos, such as LLaMA's, begin with it."""
         bos = self._processor.bos_id()
         return [bos] if bos >= 0 and self.kind == "BPE" else []
 
@@ -211,7 +211,7 @@ class SentencePieceEncoder:
 
 
 def same_vocabulary(fast: TokenizersEncoder, other: SentencePieceEncoder) -> bool:
-    """Whether both give the same ids: equal pieces and scores, and equal ids of texts that show how each normalises."""
+    """Whether both yield the same ids: equal pieces and scores, and equal ids of texts that test normalization."""
     if fast.kind != other.kind or fast.plain_added_tokens() - {name for name, _ in other.pieces()}:
         return False
     theirs, ours = fast.pieces(), other.pieces()
@@ -224,7 +224,7 @@ def same_vocabulary(fast: TokenizersEncoder, other: SentencePieceEncoder) -> boo
 def _equal(
     theirs: Iterable[tuple[str | None, float | None]], ours: Iterable[tuple[str, float]], special: set[int]
 ) -> bool:
-    # Scores are float32 in one file and decimal in the other; those of special tokens mean nothing.
+    # Scores are float32 in one file and decimal in the other; those of special tokens are not used.
     return all(
         name == own and (i in special or score is None or abs(score - own_score) <= 1e-5 * max(1.0, abs(own_score)))
         for i, ((name, score), (own, own_score)) in enumerate(zip(theirs, ours, strict=False))

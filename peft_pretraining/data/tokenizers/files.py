@@ -1,9 +1,8 @@
-"""Tokenizers from a folder, a file or the hub.
+"""Read a tokenizer from a folder, a file or the hub.
 
-tokenizer.json is read by the `tokenizers` library: rebuilding one through transformers depends on that library's
-version and takes five seconds to import. A .model file is read by sentencepiece, alone or beside tokenizer.json, and
-GPT-2's pair of vocab.json and merges.txt by `tokenizers` again. tokenizer_config.json beside them names the special
-tokens.
+tokenizer.json is read by the `tokenizers` library: through transformers the result would depend on that library's
+version, and its import takes five seconds. A .model file is read by sentencepiece, alone or beside tokenizer.json, and
+GPT-2's pair of vocab.json and merges.txt by `tokenizers`. tokenizer_config.json beside them names the special tokens.
 """
 
 import json
@@ -22,7 +21,7 @@ _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 
 def named_tokenizer(name: str, added: Added = AS_USUAL, encoder: str = "auto") -> Tokenizer:
-    """From a folder, a file, or the hub. `encoder` is one of ENCODERS. Raises UserError."""
+    """Read a tokenizer from a folder, a file or the hub. `encoder` is one of ENCODERS. Raises UserError."""
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
@@ -45,7 +44,7 @@ def named_tokenizer(name: str, added: Added = AS_USUAL, encoder: str = "auto") -
 
 
 def _from_folder(name: str, folder: Path, added: Added, encoder: str) -> Tokenizer:
-    """From whatever of the known files is there."""
+    """Read a tokenizer from whichever known files are in a folder."""
     settings = _settings(name, folder)
     if (folder / _JSON).is_file():
         return _tokenizer(name, read_json(name, folder / _JSON), _model_in(folder), settings, added, encoder)
@@ -53,15 +52,15 @@ def _from_folder(name: str, folder: Path, added: Added, encoder: str) -> Tokeniz
         return _tokenizer(name, None, model, settings, added, encoder)
     if all((folder / part).is_file() for part in _PAIR):
         return _tokenizer(name, _read_pair(name, folder, settings), None, settings, added, encoder)
-    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"--tokenizer {name}: {folder / _JSON} is missing, and so are a sentencepiece .model and "
-        f"{' with '.join(_PAIR)}; it holds {held}. Save the tokenizer with save_pretrained() of a fast tokenizer."
+        f"{' with '.join(_PAIR)}; it holds {files}. Save the tokenizer with save_pretrained() of a fast tokenizer."
     )
 
 
 def _from_file(name: str, file: Path, added: Added, encoder: str) -> Tokenizer:
-    """From one file, and what is beside it."""
+    """Read a tokenizer from a file and the settings beside it."""
     folder, settings = file.parent, _settings(name, file.parent)
     if file.name in _PAIR and all((folder / part).is_file() for part in _PAIR):
         return _tokenizer(name, _read_pair(name, folder, settings), None, settings, added, encoder)
@@ -73,11 +72,11 @@ def _from_file(name: str, file: Path, added: Added, encoder: str) -> Tokenizer:
 def _tokenizer(
     name: str, fast: TokenizersEncoder | None, model: Path | None, settings: dict[str, Any], added: Added, encoder: str
 ) -> Tokenizer:
-    """Of the encoders that there are, the one that is asked for first."""
+    """Build a tokenizer with the encoders that there are; the preferred one comes first."""
     if encoder not in ENCODERS:
         raise ValueError(f"encoder {encoder!r} is none of {ENCODERS}")
     other: SentencePieceEncoder | None = None
-    # BPE is as fast in either, so a tokenizer.json decides alone there.
+    # BPE is as fast with either library, so there tokenizer.json suffices.
     if model is not None and (fast is None or fast.kind == "unigram" or encoder == "sentencepiece"):
         other = _read_model(name, model, optional=fast is not None and encoder != "sentencepiece")
     if fast is None:
@@ -93,7 +92,7 @@ def _tokenizer(
 
 
 def read_json(name: str, file: Path) -> TokenizersEncoder:
-    """Of a tokenizer.json. Raises UserError."""
+    """Read a tokenizer.json. Raises UserError."""
     from tokenizers import Tokenizer as Backend
 
     content = file.read_bytes()
@@ -108,7 +107,7 @@ def read_json(name: str, file: Path) -> TokenizersEncoder:
 
 
 def _read_model(name: str, file: Path, optional: bool) -> SentencePieceEncoder | None:
-    """Of a .model file; None where that is `optional` and cannot be had. Raises UserError."""
+    """Read a .model file; None if that fails and is `optional`. Raises UserError."""
     try:
         import sentencepiece
     except ImportError as error:
@@ -133,7 +132,7 @@ def _read_model(name: str, file: Path, optional: bool) -> SentencePieceEncoder |
 
 
 def _read_pair(name: str, folder: Path, settings: dict[str, Any]) -> TokenizersEncoder:
-    """Of GPT-2's vocab.json and merges.txt."""
+    """Read GPT-2's vocab.json and merges.txt. Raises UserError."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -157,7 +156,7 @@ def _read_pair(name: str, folder: Path, settings: dict[str, Any]) -> TokenizersE
 
 
 def _model_in(folder: Path) -> Path | None:
-    """The .model file of a folder, by the usual names or as the only one."""
+    """The .model file of a folder: one with a usual name, or the only one."""
     for name in _MODELS:
         if (folder / name).is_file():
             return folder / name
@@ -166,7 +165,7 @@ def _model_in(folder: Path) -> Path | None:
 
 
 def _settings(name: str, folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer say of its special tokens."""
+    """Read the settings of special tokens beside a tokenizer. Raises UserError."""
     settings: dict[str, Any] = {}
     for config in _SETTINGS:
         if (folder / config).is_file():
@@ -178,12 +177,12 @@ def _settings(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """Special tokens are written as a string or as {"content": ...}."""
+    """The name of a special token, which is written as a string or as {"content": ...}."""
     return value["content"] if isinstance(value, dict) and isinstance(value.get("content"), str) else value
 
 
 def _what_it_is(content: bytes) -> str:
-    """What people take for a tokenizer's file, in words; "" if it is nothing known."""
+    """Describe a file that is often mistaken for a tokenizer's; "" if it is none of these."""
     if content.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: fetch the file itself with git lfs pull"
     if not content.strip():
@@ -196,7 +195,7 @@ def _what_it_is(content: bytes) -> str:
 
 
 def _download(name: str) -> Path:
-    """The folder of the hub's cache with the files of a tokenizer. Raises UserError."""
+    """Download the files of a tokenizer; returns their folder in the hub's cache. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
@@ -219,7 +218,7 @@ def _download(name: str) -> Path:
         if found is None:
             found = next((file for model in _MODELS if (file := fetch(model)) is not None), None)
         else:
-            # Beside tokenizer.json it serves for speed alone.
+            # Beside tokenizer.json it is only for speed.
             fetch_if_possible(_MODELS[0])
         if found is None:
             parts = [fetch(part) for part in _PAIR]

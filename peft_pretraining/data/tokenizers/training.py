@@ -1,9 +1,8 @@
-"""A byte-level BPE that is trained on the first documents of a data set: `--tokenizer train:32000`, and that of pydocs.
+"""Train a byte-level BPE on the first documents of a data set, for `--tokenizer train:32000` and for pydocs.
 
-Ids: pad 0, eos 1, the 256 bytes, then the merges. The documents are those of the first shards in their own order, up
-to `TRAINING_CHARS` characters or `TRAINING_DOCUMENTS`; they are read twice, once for the hash of their content, under
-which the file is kept in the cache, and once for training, and are never held in memory together. The same documents
-give the same file.
+Ids: pad 0, eos 1, the 256 bytes, then the merges. The documents are those of the first shards in order, up to
+`TRAINING_CHARS` characters or `TRAINING_DOCUMENTS`. They are read twice, once for a hash of their content, which is the
+key in the cache, and once for training, and are never all in memory. The same documents give the same file.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 def parse_training(name: str) -> int | None:
-    """The number of pieces that "train:32000" asks for; None if the name asks for no training. Raises UserError."""
+    """The vocabulary size of a name such as "train:32000"; None for other names. Raises UserError."""
     word, colon, number = name.partition(":")
     if word != "train" or not colon:
         return None
@@ -43,28 +42,28 @@ def parse_training(name: str) -> int | None:
 
 
 class TrainedTokenizer(Tokenizer):
-    """One that was trained on a data set."""
+    """A tokenizer that was trained on a data set."""
 
     def __init__(self, content: str, name: str, added: Added, kept: Sequence[Path], cached: str) -> None:
-        """`content` is its tokenizer.json; `kept` are files of the run that may go on, and `cached` is a pattern of
-        files in the cache, any of which may be the tokenizer that the run began with. Raises UserError.
+        """`content`: its tokenizer.json. A resumed run may have started with another one: `kept` are files of that run,
+        `cached` is a pattern of files in the cache, among which it is searched. Raises UserError.
         """
         super().__init__([_encoder(content)], name, _SPECIAL, added)
         self._content, self._added, self._kept, self._cached = content, added, kept, cached
         self._taken_up: Path | None = None
 
     def fingerprint(self) -> str:
-        """See `Tokenizer.fingerprint`; with a hash of its pieces, which first versions did not have."""
+        """See `Tokenizer.fingerprint`; with a hash of its pieces, which old checkpoints lack."""
         return f"{super().fingerprint()}-{self._hash_of_pieces()}"
 
-    def go_on_as(self, fingerprint: str) -> bool:
-        """Become the tokenizer that the run began with; see `Tokenizer.go_on_as`. Raises UserError where it is gone."""
-        if not fingerprint:  # of a run on token ids
+    def resume_as(self, fingerprint: str) -> bool:
+        """Become the tokenizer that the run started with; see `Tokenizer.resume_as`. Raises UserError if it is gone."""
+        if not fingerprint:  # the run was on token ids
             return False
-        # That of the run's folder first: a fingerprint of first versions may fit another one.
-        if self._take_up(self._kept, fingerprint) or super().go_on_as(fingerprint):
+        # The run's folder first: a fingerprint of old checkpoints may fit several tokenizers.
+        if self._adopt(self._kept, fingerprint) or super().resume_as(fingerprint):
             return True
-        if self._take_up(sorted(cache_dir().glob(self._cached)), fingerprint):
+        if self._adopt(sorted(cache_dir().glob(self._cached)), fingerprint):
             return True
         raise UserError(
             f"--tokenizer {self.name}: the run began with another tokenizer than its documents give now, or with other "
@@ -73,27 +72,27 @@ class TrainedTokenizer(Tokenizer):
         )
 
     def describe(self) -> str:
-        """See `Tokenizer.describe`; says so where it is not that of today's documents."""
+        """See `Tokenizer.describe`; with the file if it was not trained on the current documents."""
         text = super().describe()
         return text if self._taken_up is None else f"{text}; as the run began with it ({self._taken_up})"
 
     def keep(self, path: Path) -> None:
-        """Write tokenizer.json to `path` and what names its special tokens beside it; `keep_trained` calls it."""
+        """Write tokenizer.json to `path`, and tokenizer_config.json with its special tokens beside it."""
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_SPECIAL}
-        for place, content in (
+        for file, content in (
             (path.with_name("tokenizer_config.json"), json.dumps(settings, indent=2) + "\n"),
             (path, self._content),
         ):
-            replace_file(place, content.encode())
+            replace_file(file, content.encode())
 
-    def _take_up(self, files: Iterable[Path], fingerprint: str) -> bool:
-        """Become the first of the tokenizers in `files` that has this fingerprint."""
+    def _adopt(self, files: Iterable[Path], fingerprint: str) -> bool:
+        """Become the first tokenizer in `files` with this fingerprint; returns whether there is one."""
         for path in files:
-            with suppress(Exception):  # the library raises bare Exception; a file that is no tokenizer is none of ours
+            with suppress(Exception):  # the library raises bare Exception for a file that is no tokenizer
                 content = path.read_text(encoding="utf-8")
                 other = Tokenizer([_encoder(content)], self.name, _SPECIAL, self._added)
-                if other.go_on_as(fingerprint):
-                    if content != self._content:  # whoever holds this tokenizer is to encode by the other one
+                if other.resume_as(fingerprint):
+                    if content != self._content:  # in place, since other objects refer to this one
                         vars(self).update(vars(other), _content=content, _taken_up=path)
                     return True
         return False
@@ -107,10 +106,9 @@ def train_tokenizer(
     progress: bool = True,
     kept: Sequence[Path] = (),
 ) -> TrainedTokenizer:
-    """Of `vocab_size` pieces, trained on `source` unless the cache has it. `name` is for the cache and for people.
+    """Train a tokenizer of `vocab_size` pieces on `source`, or load it from the cache. Raises UserError without text.
 
-    `kept` are the files that a run which goes on may have (`TrainedTokenizer`). Raises UserError if there are no
-    documents.
+    `name` is for the cache and the log; `kept`: files of a run that may be resumed (`TrainedTokenizer`).
     """
     hashed = _Texts(source, "reading the text of the tokenizer", progress)
     for _ in hashed:
@@ -124,7 +122,7 @@ def train_tokenizer(
             return TrainedTokenizer(path.read_text(encoding="utf-8"), name, added, kept, f"{cached}*.json")
         except UserError:
             raise
-        except Exception:  # the library raises bare Exception; a damaged cache file is made again
+        except Exception:  # the library raises bare Exception; a damaged cache file is written again
             path.unlink(missing_ok=True)
     trained = _Texts(source, "training the tokenizer", progress, hashed.chars)
     content = train_bpe(trained, vocab_size, progress)
@@ -146,7 +144,7 @@ def _encoder(content: str) -> TokenizersEncoder:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> str:
-    """tokenizer.json of a byte-level BPE; pad 0, eos 1. The same texts give the same file."""
+    """Train a byte-level BPE (pad 0, eos 1); returns its tokenizer.json. The same texts give the same file."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -164,7 +162,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = False) -> 
 
 
 class _Texts:
-    """The documents that a tokenizer is trained on, once, with a bar, their hash and their number of characters."""
+    """Iterates once over the training documents, with a progress bar; computes their hash and number of characters."""
 
     def __init__(self, source: Source, what: str, progress: bool, total: int = 0) -> None:
         self.chars = 0
@@ -182,7 +180,7 @@ class _Texts:
                 yield text
 
     def digest(self) -> str:
-        """Of the texts that were read so far."""
+        """The hash of the texts that were read so far."""
         return self._hash.hexdigest()[:16]
 
     def _documents(self) -> Iterator[str]:
@@ -193,4 +191,4 @@ class _Texts:
 
 
 def _nothing(count: int) -> None:
-    """In the place of a bar."""
+    """Do nothing, instead of moving a progress bar."""

@@ -254,7 +254,7 @@ class LlamaForCausalLM(CausalLM):
         # The head's gradient waits for that of the embeddings where they are one.
         if layers is None or labels is None or not torch.is_grad_enabled() or self.config.tie_word_embeddings:
             return head_output(hidden, self.lm_head, labels)
-        with layers.memory():
+        with layers.graph_pool():
             output = head_output(hidden, self.lm_head, labels)
         assert output.loss_sum is not None
         return CausalLMOutput(None, output.loss_sum.clone())

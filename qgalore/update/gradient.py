@@ -1,0 +1,118 @@
+"""What a weight sums over the micro-batches of an update, and the final gradient that is made of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qgalore.kernels import StepScalars
+from qgalore.subspace.methods import FULL, GRADIENT, Identity
+from qgalore.update.gradient_sum import GradientSum, zeros
+from qgalore.update.step_table import SumRows
+
+
+class WeightGradient:
+    """The sums of one weight by name (`qgalore.subspace.methods`), then its final gradient until that is taken.
+
+    Where a residual is asked for, also the full gradient of the last micro-batch.
+    """
+
+    def __init__(self, subspace: Identity, dtype: torch.dtype, rows: SumRows) -> None:
+        """dtype: of the sums; rows: for the rounding of those in INT8."""
+        self._subspace, self._dtype, self._rows = subspace, dtype, rows
+        self.final = GradientSum(dtype)
+        """Summed over micro-batches and ranks, ready for the update."""
+        self._sums = {GRADIENT: GradientSum(dtype)}
+        self._additions = 0
+        self._last_full: Tensor | None = None
+        self._fulls = 0
+
+    @property
+    def is_final(self) -> bool:
+        """Whether there is a final gradient."""
+        return not self.final.empty
+
+    @property
+    def waits(self) -> bool:
+        """Whether a micro-batch has reached the weight since the last final gradient."""
+        return not all(each.empty for each in self._sums.values())
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add what a micro-batch has of a sum."""
+        total = self._sums.setdefault(name, GradientSum(self._dtype))
+        self._additions = 0 if total.empty else self._additions + 1
+        total.add(value, self._rows.write(self._additions, self._dtype))
+
+    def keep_full(self, grad: Tensor) -> None:
+        """Keep the full gradient (m, n) of a micro-batch instead of the one before."""
+        self._last_full, self._fulls = grad, self._fulls + 1
+
+    def last_full(self, dtype: torch.dtype) -> Tensor | None:
+        """The full gradient of the last micro-batch, as if it were the mean of all; None where none is kept."""
+        if self._last_full is None:
+            return None
+        full = self._last_full.to(dtype)
+        return full if self._fulls <= 1 else full * self._fulls
+
+    def parts_to_sum(self) -> list[Tensor]:
+        """What `finalize` needs the sums of over the ranks, in the dtype it has (INT8: float32); not kept here."""
+        parts = [each.take() for each in self._sums.values() if not each.empty]
+        return parts if self._last_full is None else [*parts, self._last_full]
+
+    def finalize(self, summed: list[Tensor] | None = None) -> None:
+        """Make the final gradient, of this rank's sums or of `parts_to_sum` summed over the ranks."""
+        full = None
+        if summed is not None:
+            if self._last_full is not None:
+                *summed, self._last_full = summed
+            full, *sketches = summed
+            for name, value in zip(
+                [name for name in self._sums if name in self._subspace.sides], sketches, strict=True
+            ):
+                self._sums[name].add(value, self._rows.write(-2, self._dtype))
+        if self._subspace.needs_full_gradient:
+            full = self._subspace.finish(self._sums[FULL].take() if full is None else full)
+        if full is None:
+            self._sums[GRADIENT], self.final = self.final, self._sums[GRADIENT]
+        else:
+            self.final.replace(full, self._rows.write(-1, self._dtype))
+
+    def take_sketches(self) -> dict[str, Tensor]:
+        """The sketches of the update by side; none where no subspace is refreshed."""
+        return {side: self._sums[side].take() for side in self._subspace.sides if side in self._sums}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.final.clear()
+        self._sums[GRADIENT].clear()
+        self._sums = {GRADIENT: self._sums[GRADIENT]}
+        self._last_full, self._fulls = None, 0
+
+    # ---- under CUDA graphs
+
+    def fix_addresses(self, alone: torch.dtype | None) -> None:
+        """Give the sum of gradients, and the final one, a buffer each.
+
+        alone: the dtype of gradients that come alone, which is kept but where sums are in INT8. From then on every
+        update begins with `begin`.
+        """
+        dtype = self._dtype if alone is None or self._dtype == torch.int8 else alone
+        device = self._rows.device
+        self._sums[GRADIENT].out = self.final.out = zeros(self._subspace.gradient_shape, dtype, device)
+
+    def begin(self) -> None:
+        """Start the sums of an update from zero, those of a refresh in buffers of their own."""
+        self._additions = -1
+        for name, shape in self._subspace.sums().items():
+            if name == GRADIENT:
+                self._sums[name].begin()
+            else:
+                self._sums[name] = GradientSum(self._dtype, zeros(shape, self._dtype, self._rows.device))
+
+    def next_sum_scalars(self) -> StepScalars:
+        """What the step row of the next gradient that is added must contain."""
+        return self._rows.scalars(self._additions + 1)
+
+    def count_replayed(self) -> None:
+        """Keep the host's account of a gradient that a CUDA graph has added."""
+        self._additions += 1

@@ -1,0 +1,218 @@
+"""A parameter of an optimizer, with what its updates are made of; `qgalore.update.step` makes them.
+
+While backward passes run it is the gradient sink of its layer: `accumulate` or `accumulate_full` once a micro-batch.
+With the last one its gradient is finalized, which sums it over the ranks, and the update may begin: the first to touch
+moments, bases or the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgalore import kernels
+from qgalore.config import subspace_of
+from qgalore.layer.linear import LowRankLinear
+from qgalore.seeding import ROUNDING, Seeds, step_of
+from qgalore.subspace import fit
+from qgalore.subspace.methods import METHODS, Identity
+from qgalore.update import moments
+from qgalore.update.directions import DIRECTIONS
+from qgalore.update.gradient import WeightGradient
+from qgalore.update.step_table import StepTable, SumRows
+
+HOST_STATE = ("step", "schedule", "similarities")
+"""What of a weight's state lives on the CPU."""
+
+States = MutableMapping[Tensor, dict[str, Tensor]]
+"""`torch.optim.Optimizer.state`: a weight without state has no entry."""
+
+
+class Weight:
+    """One parameter: its hyperparameters and state, its gradient, its subspace and how steps in it are made."""
+
+    def __init__(self, param: Tensor, seed: int) -> None:
+        """seed: that of the run, from which with the step and the index all rounding is seeded."""
+        self.param, self._seed = param, seed
+        self.layer: LowRankLinear | None = None
+        self.name = ""
+
+    def bind(
+        self, group: dict[str, Any], states: States, table: StepTable, index: int, position: int, count: int
+    ) -> None:
+        """Take up hyperparameters and state: `index` numbers the weights, `position` the low-rank ones among `count`.
+
+        states: those of all weights, into which that of this one goes as soon as it has any; table: of all weights.
+        """
+        self.group, self.index, self._states, self._table = group, index, states, table
+        self.config = subspace_of(group) if "rank" in group else None
+        self.direction = DIRECTIONS["adam" if self.config is None else self.config.direction]
+        self.state, self.name = states.get(self.param, {}), self.name or str(index)
+        self._seeds, self._position, self._count = Seeds(self._seed, index, self.state), position, count
+        self._compose()
+
+    def attach_to(self, layer: LowRankLinear, name: str) -> None:
+        """Belong to a layer: of a quantized weight it alone knows the shape."""
+        before, self.layer, self.name = self.shape, layer, name
+        if self.shape != before:
+            self._compose()
+
+    def _compose(self) -> None:
+        subspace, shape, config = Identity(self.shape), self.shape, self.config
+        if config is not None and len(shape) == 2 and config.sides(shape):
+            rest = (self.param, shape, self.state, self._seeds, self._position, self._count)
+            subspace = METHODS[config.subspace](config, *rest)
+        self.subspace = subspace
+        name: Any = self.group["accumulator_dtype"]
+        dtype: torch.dtype = getattr(torch, name, name)
+        self.gradient = WeightGradient(subspace, dtype, SumRows(self._table, self._seeds, self.param.device))
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight, whatever its storage."""
+        if self.layer is None:
+            return self.param.shape
+        return torch.Size((self.layer.out_features, self.layer.in_features))
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return step_of(self.state)
+
+    def check(self) -> None:
+        """Raise ValueError where the weight cannot be trained as its group says."""
+        if self.layer is None and not self.param.is_floating_point():
+            raise ValueError(
+                f"parameter {self.name} is quantized and no LowRankLinear of the model holds it: "
+                "call attach(model) with the model whose parameters the optimizer was given"
+            )
+        if self.param.dtype == torch.float64:
+            raise ValueError(f"parameter {self.name} is float64: updates are made in float32; convert the model to it")
+        if self.layer is None and not self.param.is_contiguous():
+            raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
+        if "exp_avg" in self.state and self.state["exp_avg"].shape != self.subspace.gradient_shape:
+            shapes = tuple(self.state["exp_avg"].shape), tuple(self.subspace.gradient_shape)
+            raise ValueError(
+                f"the state of {self.name} is that of a gradient of shape {shapes[0]}, not {shapes[1]}: it was saved "
+                "for another model or other param groups"
+            )
+        if self.layer is not None and self.group["weight_decay"] and not self.group["decoupled_weight_decay"]:
+            raise ValueError(
+                f"weight_decay of {self.name}, the weight of a LowRankLinear, is decoupled (AdamW): leave "
+                "decoupled_weight_decay=False out or set weight_decay=0"
+            )
+        if self.config is None:
+            return
+        rank, shape = self.config.rank, tuple(self.shape)
+        if len(shape) != 2:
+            raise ValueError(f"parameter {self.name} of shape {shape} is not a matrix: it cannot have a rank")
+        for side in self.subspace.sides:
+            if rank > shape[0 if side == "left" else 1]:
+                raise ValueError(f"rank={rank} is larger than the {side} side of {self.name}, of shape {shape}")
+
+    def init_state(self) -> None:
+        """Put the state of a weight without updates into the optimizer's, unless it has one."""
+        if self.state:
+            return
+        self.check()
+        self._states[self.param] = self.state
+        self.state["step"] = torch.zeros((), dtype=torch.int64)
+        shape, device = self.subspace.gradient_shape, self.param.device
+        moments.init_moments(self.state, shape, self.group["state_bits"], device, self.direction.moments)
+        self.subspace.init_state()
+
+    # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
+
+    def forms_gradient(self, input: Tensor) -> bool:
+        """Whether the full gradient is formed, and not the projected one from its factors."""
+        return self.subspace.forms_gradient(len(input))
+
+    def input_basis(self, input: Tensor) -> Tensor | None:
+        """The basis (rank, in_features) that the input is multiplied with, where that is worth a grouped product."""
+        if self.forms_gradient(input):
+            return None
+        self.init_state()
+        return self.subspace.input_basis(input.dtype)
+
+    def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
+        """Add the gradient of one micro-batch, given as factors."""
+        if projected is None and self.forms_gradient(input):
+            self.accumulate_full(fit.gradient(grad_output, input, (self.shape[0], self.shape[1])))
+        else:
+            self._add(grad_output.dtype, self.subspace.project_factors(grad_output, input, projected, self._momentum))
+
+    def accumulate_full(self, grad: Tensor) -> None:
+        """Add the gradient of one micro-batch, of the weight's shape."""
+        if grad.layout != torch.strided:
+            raise ValueError(f"parameter {self.name} has a sparse gradient: use a layer with sparse=False")
+        if self.has_residual:
+            self.gradient.keep_full(grad)
+        self._add(grad.dtype, self.subspace.project(grad, self._momentum))
+
+    def _add(self, dtype: torch.dtype, parts: Iterable[tuple[str, Tensor]]) -> None:
+        if self.config is not None:
+            self.init_state()
+            self.subspace.dtype = dtype
+        for name, part in parts:
+            self.gradient.add(name, part)
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether what the projection leaves out of the last gradient is part of the update."""
+        return self.config is not None and self.config.residual != "none"
+
+    @property
+    def values_to_sum(self) -> int:
+        """Values of `gradient.parts_to_sum` in an update without a refresh."""
+        return self.subspace.gradient_shape.numel() + (self.shape.numel() if self.has_residual else 0)
+
+    # ---- the update (`qgalore.update.step`)
+
+    def update_scalars(self) -> kernels.StepScalars:
+        """What the step row of the next update must contain."""
+        group, step = self.group, self.step + 1
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+        corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
+        step_size = float(group["lr"] * group.get("galore_scale", 1))
+        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections)
+
+    @property
+    def row(self) -> Tensor:
+        """The step row of the update that is being made."""
+        return self._table.updates[self.index]
+
+    def count_update(self) -> None:
+        """Count an update that is made or skipped."""
+        self.init_state()
+        self.state["step"] += 1
+
+    def count_replayed(self) -> None:
+        """Keep the host's account of an update that a CUDA graph has made."""
+        self.state["step"] += 1
+
+    def adam_step(
+        self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None
+    ) -> kernels.AdamStep:
+        """What a direction is made of: a gradient in a float dtype, its moments (those in `state`), the rates."""
+        group, dtype, state = self.group, self.subspace.dtype, self.state if state is None else state
+        read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
+        return kernels.AdamStep(grad, *read, self.row, group["betas"], group["eps"], factor, dtype)  # type: ignore[call-arg]
+
+    def rotate_moments(self, change: Tensor, side: str, wanted: Tensor | None) -> None:
+        """Let the moments be those in another basis, by `change` (rank, rank), unless the flag wanted () is false."""
+        # One after the other: the second is read when the first has been written.
+        for power, name in enumerate(self.direction.moments, start=1):
+            rotated = fit.rotate_moment(moments.read_moment(self.state, name, change.dtype), change, side, power)
+            moments.write_moment(self.state, name, rotated, None if wanted is None else ~wanted)
+            del rotated
+
+    def _momentum(self) -> Tensor:
+        return moments.read_moment(self.state, "exp_avg")
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.gradient.clear()
+        self.subspace.clear()
