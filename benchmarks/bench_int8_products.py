@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
 from qgalore import LowRankLinear, WeightFormat, kernels
+from qgalore.kernels.reference.int8_matmul import quantize_rows
 
 MODELS = ("60m", "1b", "7b")
 CALLS = 10  # in one graph
@@ -61,7 +62,7 @@ def torch_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Produ
         return None
     codes = (layer.weight[:, : layer.in_features] ^ 128).view(torch.int8)
     other_way = codes.T.contiguous()
-    rounded_x, rounded_grad = (kernels.reference.quantize_rows(t.float())[0] for t in (x, grad))
+    rounded_x, rounded_grad = (quantize_rows(t.float())[0] for t in (x, grad))
     return lambda: torch._int_mm(rounded_x, codes.T), lambda: torch._int_mm(rounded_grad, other_way.T)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checks and tests of the project, in its own virtual environment; the seconds of each are printed.
 #   bash scripts/test.sh          all tests but those marked slow
-#   bash scripts/test.sh all      the slow ones, too: whole runs on several ranks, kills, every kernel in the interpreter
+#   bash scripts/test.sh all      the slow ones, too: whole runs on several ranks, kills
 #   bash scripts/test.sh ...      other arguments go to pytest, as in: bash scripts/test.sh -m slow tests/test_golden.py
 # Tests run in as many processes as there are cores, or in PYTEST_XDIST_AUTO_NUM_WORKERS (1 GB each).
 # All checks run even if one fails; the exit code is 0 only if all passed.

@@ -1,11 +1,16 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_A_GPU = torch.cuda.is_available()
+if not ON_A_GPU:
+    # Triton asks for it whenever a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -34,4 +39,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """One body of a test for the CPU and for a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if ON_A_GPU else "cpu"])
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where Triton's kernels can run: a GPU, or else the CPU, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run here")
     return torch.device(request.param)

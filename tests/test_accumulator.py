@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qgalore.kernels.reference import low_rank_update
+from qgalore.kernels.reference import rows
 from qgalore.layer.quantization import QuantizedTensor
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.gradient_sum import GradientSum, dense, rows_of_gradient, zeros
@@ -97,7 +97,7 @@ def test_another_dtype_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 5 * 300)
+    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", 5 * 300)
     accumulator = GradientSum(getattr(torch, dtype))
     for seed, part in enumerate(grads(3)):
         accumulator.add(part, sum_row(seed))
@@ -114,7 +114,7 @@ def test_a_sum_is_checked_and_read_in_rows(dtype: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("row", [0, 15])
 def test_a_broken_sum_in_int8_is_found_in_any_row(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 5 * 300)
+    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", 5 * 300)
     accumulator = GradientSum(torch.int8)
     (part,) = grads(1)
     part[row, 3] = float("inf")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -90,28 +89,15 @@ class Training:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of matrices of each call into the door to dequantize, but for what the reference does inside it."""
+    """The number of matrices of each call into the door to dequantize."""
     found: list[int] = []
-    alone, several, update = kernels.dequantize, kernels.dequantize_several, kernels.update_quantized_
+    dequantize = kernels.dequantize
 
-    def counted(*args: Any) -> Tensor:
-        found.append(1)
-        return alone(*args)
-
-    def counted_together(matrices: Sequence[kernels.QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
-        before = len(found)
-        values = several(matrices, dtype)
-        found[before:] = [len(matrices)] if matrices else []
-        return values
-
-    def uncounted(updates: Sequence[kernels.QuantizedUpdate], skip: Tensor | None = None) -> None:
-        before = len(found)
-        update(updates, skip)
-        del found[before:]
+    def counted(matrices: Sequence[kernels.QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
+        found.append(len(matrices))
+        return dequantize(matrices, dtype)
 
     monkeypatch.setattr(kernels, "dequantize", counted)
-    monkeypatch.setattr(kernels, "dequantize_several", counted_together)
-    monkeypatch.setattr(kernels, "update_quantized_", uncounted)
     yield found
 
 

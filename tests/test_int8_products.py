@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
-from qgalore.kernels import reference
+from qgalore.kernels.reference import int8_matmul
 from tests.kernels.comparison import step_row
 from tests.taps import FactorTap
 
@@ -40,16 +40,16 @@ def step(x: Tensor) -> Tensor:
 
 def test_rows_are_rounded_to_the_nearest_of_255_steps() -> None:
     x = torch.cat((normal(50, 97), normal(3, 97) * 1e30, normal(3, 97) * 1e-30, torch.full((1, 97), -2.5)))
-    codes, scale = reference.quantize_rows(x)
+    codes, scale = int8_matmul.quantize_rows(x)
     assert codes.dtype == torch.int8 and scale.shape == (57,) and scale.dtype == torch.float32
     assert int(codes.abs().amax()) == 127 and (codes.abs().amax(dim=1) == 127).all()
     assert ((codes * scale[:, None] - x).abs() <= 0.5001 * step(x)).all()
-    assert torch.equal(reference.quantize_rows(-x)[0], -codes), "rounding favours a sign"
-    assert torch.equal(reference.quantize_rows(4 * x[:50])[0], codes[:50])
+    assert torch.equal(int8_matmul.quantize_rows(-x)[0], -codes), "rounding favours a sign"
+    assert torch.equal(int8_matmul.quantize_rows(4 * x[:50])[0], codes[:50])
 
 
 def test_rows_of_nothing_are_zeros() -> None:
-    codes, scale = reference.quantize_rows(torch.stack((torch.zeros(5), torch.full((5,), 1e-38))))
+    codes, scale = int8_matmul.quantize_rows(torch.stack((torch.zeros(5), torch.full((5,), 1e-38))))
     assert codes.count_nonzero() == scale.count_nonzero() == 0
 
 
@@ -60,9 +60,9 @@ def test_integer_products_are_exact(depth: int) -> None:
     a[1] = torch.randint(-127, 128, (depth,), generator=torch.Generator().manual_seed(0))
     b = torch.full((depth, 3), -128, dtype=torch.int8)
     b[:, 1], b[0, 2] = 127, 1
-    assert torch.equal(reference.int8_product(a, b).long(), a.long() @ b.long())
+    assert torch.equal(int8_matmul.int8_product(a, b).long(), a.long() @ b.long())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(reference.int8_product(a, b).long(), a.long() @ b.long())
+        assert torch.equal(int8_matmul.int8_product(a, b).long(), a.long() @ b.long())
 
 
 # ---- the layer
@@ -79,7 +79,7 @@ def test_output_is_within_the_rounding_of_the_input(sizes: tuple[int, int, int],
     found, expected = module(x).double(), x.double() @ weight.T
     assert ((found - expected).abs() <= 0.501 * step(x).double() * weight.abs().sum(dim=1)).all()
     # Of the rounded input the product is exact, but for float32.
-    codes, scale = reference.quantize_rows(x)
+    codes, scale = int8_matmul.quantize_rows(x)
     rounded = codes.double() * scale.double()[:, None]
     assert ((found - rounded @ weight.T).abs() <= 1e-6 * (rounded.abs() @ weight.abs().T + step(x))).all()
     assert tokens == 3 or (found - expected).abs().max() > 1e-5, "nothing was rounded"

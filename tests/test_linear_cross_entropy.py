@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.models.ops import linear_cross_entropy as module
 from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy, token_chunks
-from qgalore.kernels.reference import low_rank_update
+from qgalore.kernels.reference import rows
 
 # Tokens, vocabulary, hidden size: one of each, an odd vocabulary, a padded one, several tiles of tokens.
 SHAPES = [(1, 1, 3), (70, 33, 16), (256, 64, 8), (300, 257, 24)]
@@ -241,7 +241,7 @@ def test_one_chunk_of_logits_at_most(needs_gradients: bool, monkeypatch: pytest.
     tokens, vocabulary, size, chunk = 1024, 640, 4, 128
     chunk_bytes = chunk * vocabulary * 4
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", vocabulary)  # plain PyTorch takes each row by itself
+    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", vocabulary)  # plain PyTorch takes each row by itself
     monkeypatch.setenv("QGALORE_KERNELS", "reference")
     hidden, weight, targets = problem((tokens, vocabulary, size), torch.float32, torch.device("cpu"))
     with torch.set_grad_enabled(needs_gradients), Allocations() as allocations:

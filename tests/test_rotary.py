@@ -1,14 +1,11 @@
 """Rotary positions as one operator: what it turns, its gradient, and the kernel against the reference."""
 
-import itertools
-import os
-
 import pytest
 import torch
 
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from qgalore.layer.layout import joined
-from tests.interpreter import compare
+from tests.kernels.comparison import both
 
 CASES = {
     "as they come": (2, 9, 3, 3, 8),
@@ -49,27 +46,24 @@ def test_pairs_are_turned_by_the_angle_of_their_position(case: str, device: torc
         torch.testing.assert_close(before.grad, before.detach(), rtol=1e-5, atol=1e-5)
 
 
-def compare_with_reference(device: torch.device) -> None:
-    """Bit for bit, in all cases and layouts, both ways."""
-    for (batch, length, query_heads, key_heads, head_dim), dtype, layout, back in itertools.product(
-        CASES.values(), (torch.float32, torch.bfloat16), ("tokens", "heads"), (False, True)
-    ):
-        tables = rotary_tables(length, head_dim, 1e4, device)
-        query = heads(batch, length, query_heads, head_dim, 0, layout).to(device, dtype)
-        key = heads(batch, length, key_heads, head_dim, 1, layout).to(device, dtype)
-        found = []
-        for kernels in ("reference", "triton"):
-            os.environ["QGALORE_KERNELS"] = kernels
-            found.append(torch.ops.peft_pretraining.rotate(query, key, *tables, back))
-        for expected, ours in zip(*found, strict=True):
-            assert torch.equal(ours, expected) and ours.stride() == expected.stride() and ours.dtype == dtype
-            assert ours.is_contiguous() or back
-        # Gradients are columns of one matrix.
-        assert (joined([x.flatten(2).flatten(0, 1) for x in found[1]], 1) is not None) == back
-
-
-def test_triton_kernel_equals_reference(device: torch.device) -> None:
-    compare(compare_with_reference, device)
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "back"])
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_triton_kernel_equals_reference(
+    case: str, dtype: torch.dtype, layout: str, back: bool, kernel_device: torch.device
+) -> None:
+    """Bit for bit."""
+    batch, length, query_heads, key_heads, head_dim = CASES[case]
+    tables = rotary_tables(length, head_dim, 1e4, kernel_device)
+    query = heads(batch, length, query_heads, head_dim, 0, layout).to(kernel_device, dtype)
+    key = heads(batch, length, key_heads, head_dim, 1, layout).to(kernel_device, dtype)
+    found = list(both(lambda: torch.ops.peft_pretraining.rotate(query, key, *tables, back)))
+    for expected, ours in zip(*found, strict=True):
+        assert torch.equal(ours, expected) and ours.stride() == expected.stride() and ours.dtype == dtype
+        assert ours.is_contiguous() or back
+    # Gradients are columns of one matrix.
+    assert (joined([x.flatten(2).flatten(0, 1) for x in found[1]], 1) is not None) == back
 
 
 def test_the_operator_is_what_torch_expects() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peft_pretraining.checkpoint.store import check_model_tensors, load_checkpoint, save_checkpoint
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, quantize
-from qgalore.kernels import reference
-from qgalore.layer.quantization import aligned_row_bytes, dequantize_several, row_bytes
+from qgalore.kernels.reference import group_quantization, random_bits
+from qgalore.layer.quantization import aligned_row_bytes, grouped_dequantize, row_bytes
 from tests.kernels.comparison import step_row
 
 ROWS, COLUMNS = 10, 61
@@ -126,12 +126,12 @@ def test_updates_are_those_of_the_formula(format: WeightFormat) -> None:
     for seed in range(5):
         direction = normal(4, COLUMNS, seed=seed)
         module.update_(direction, basis, None, step_row(0.01, 0.99, seed))
-        unpacked = codes if format.bits == 8 else reference.unpack_int4(codes, COLUMNS)
-        weight = reference.dequantize_groups(unpacked, scale, zero_point, module.group_size, torch.float32)
+        unpacked = codes if format.bits == 8 else group_quantization.unpack_int4(codes, COLUMNS)
+        weight = group_quantization.dequantize_groups(unpacked, scale, zero_point, module.group_size, torch.float32)
         weight = weight * 0.99 - (basis.T @ direction) * 0.01
-        random = reference.random_bits16(ROWS, COLUMNS, seed, 0, weight.device)
-        codes, scale, zero_point = reference.quantize_groups(weight, format.bits, module.group_size, random)
-        codes = codes if format.bits == 8 else reference.pack_int4(codes)
+        random = random_bits.random_bits16(ROWS, COLUMNS, seed, 0, weight.device)
+        codes, scale, zero_point = group_quantization.quantize_groups(weight, format.bits, module.group_size, random)
+        codes = codes if format.bits == 8 else group_quantization.pack_int4(codes)
         assert ends_with_zeros(module) and torch.equal(own_codes(module), codes)
         assert module.weight_scale is not None and torch.equal(module.weight_scale, scale)
 
@@ -179,4 +179,4 @@ def test_a_place_that_is_larger_gets_zeros_and_one_that_is_smaller_is_refused(bi
         with pytest.raises(ValueError, match="does not hold a matrix of 5 x 37"):
             stored.dequantize(torch.float32, small)
         with pytest.raises(ValueError, match="does not hold a matrix of 5 x 37"):
-            dequantize_several([stored, stored], torch.float32, [(7, 48), tuple(small.shape)])
+            grouped_dequantize([stored, stored], torch.float32, [(7, 48), tuple(small.shape)])

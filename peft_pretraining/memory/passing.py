@@ -15,7 +15,7 @@ from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from peft_pretraining.models.ops.linear_cross_entropy import training_bytes
 from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
-from qgalore.kernels import MATRICES_TOGETHER
+from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import product_bytes
 from qgalore.subspace.fit import projects_directly
@@ -166,7 +166,7 @@ class PassingBytes:
         together = sum(x.gradient for x in run.matrices) * layers
         values, held = min(together, limit + largest), self.bases if run.updates_at_once else 0
         if self.options.direction == "orthogonal":  # momenta, two buffers, and two squares a matrix
-            made = 3 * values + 2 * MATRICES_TOGETHER * max(x.rank for x in run.matrices) ** 2
+            made = 3 * values + 2 * GROUP_LIMIT * max(x.rank for x in run.matrices) ** 2
         else:
             made = values + (
                 0 if held else self.converts * layers * sum(x.bases for x in run.matrices) * values // together

@@ -15,7 +15,7 @@ import torch
 
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.quantization import dequantize_several
+from qgalore.layer.quantization import grouped_dequantize
 from qgalore.subspace.methods import Streaming
 from qgalore.subspace.stored_bases import StoredBases
 from qgalore.update.weight import Weight
@@ -60,7 +60,7 @@ def _cache_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
     shapes = [(padded_width(weight.shape[0]), padded_width(weight.shape[1])) for _, weight in stored]
     if sum(map(math.prod, shapes)) * dtype.itemsize > CACHE_BYTES:
         return
-    values = dequantize_several([weight for _, weight in stored], dtype, shapes)
+    values = grouped_dequantize([weight for _, weight in stored], dtype, shapes)
     for (layer, _), padded in zip(stored, values, strict=True):
         layer.held_weight = padded
 
@@ -69,6 +69,6 @@ def _cache_bases(stored_bases: Sequence[StoredBases], dtype: torch.dtype) -> Non
     stored = [(bases, side, basis) for bases in stored_bases for side, basis in bases.quantized().items()]
     if sum(math.prod(basis.shape) for *_, basis in stored) * dtype.itemsize > CACHE_BYTES:
         return
-    values = dequantize_several([basis for *_, basis in stored], dtype)
+    values = grouped_dequantize([basis for *_, basis in stored], dtype)
     for (bases, side, _), value in zip(stored, values, strict=True):
         bases.cached[side] = value

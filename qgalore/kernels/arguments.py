@@ -1,4 +1,4 @@
-"""What the work on one matrix is made of, for kernels that work on several matrices in one launch."""
+"""The arguments that belong to one matrix, for operations on a group of matrices."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-MATRICES_TOGETHER = 8
+GROUP_LIMIT = 8
 """Matrices that one launch of a kernel takes."""
 
 Item = TypeVar("Item")
 
 
 class AdamStep(NamedTuple):
-    """Arguments of `qgalore.kernels.adam_steps` that belong to one weight."""
+    """Arguments of `qgalore.kernels.adam_steps` and `momentum_steps` that belong to one weight."""
 
     grad: Tensor
     exp_avg: Tensor
     exp_avg_absmax: Tensor | None
-    exp_avg_sq: Tensor
+    exp_avg_sq: Tensor | None
+    """None where momentum is all that the weight has."""
     exp_avg_sq_absmax: Tensor | None
     row: Tensor
     betas: tuple[float, float]
@@ -58,14 +59,12 @@ class QuantizedMatrix(NamedTuple):
     out: Tensor | None = None
 
 
-def launches(
-    items: Sequence[Item], key: Callable[[Item], Hashable], at_most: int = MATRICES_TOGETHER
-) -> list[list[int]]:
-    """The places of items by launch: those of one key, and not too many."""
+def launches(items: Sequence[Item], key: Callable[[Item], Hashable], at_most: int = GROUP_LIMIT) -> list[list[int]]:
+    """The indices of items by launch: those of one key, and not too many."""
     alike: dict[Hashable, list[int]] = {}
-    for place, item in enumerate(items):
-        alike.setdefault(key(item), []).append(place)
-    return [places[start : start + at_most] for places in alike.values() for start in range(0, len(places), at_most)]
+    for index, item in enumerate(items):
+        alike.setdefault(key(item), []).append(index)
+    return [indices[start : start + at_most] for indices in alike.values() for start in range(0, len(indices), at_most)]
 
 
 class StepScalars(NamedTuple):

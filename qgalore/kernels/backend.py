@@ -1,4 +1,9 @@
-"""Which implementation of the arithmetic runs: `QGALORE_KERNELS` and the device decide."""
+"""Which implementation of an operation runs: `QGALORE_KERNELS`, the device and the sizes decide.
+
+`reference` is plain PyTorch, on any device; `triton` the Triton kernels (on the CPU only with `TRITON_INTERPRET=1`, for
+tests); `auto`, the default, Triton on CUDA where it is installed. Both give the same bits for everything that is
+stored.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,15 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+from qgalore.kernels.arguments import QuantizedMatrix, QuantizedUpdate
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
+Operation = TypeVar("Operation", bound=Callable[..., object])
 
 
 def use_triton(device: torch.device) -> bool:
@@ -30,17 +38,31 @@ def _triton_is_installed() -> bool:
 
 
 @functools.cache
-def _triton_module(name: str) -> Any:
-    """A Triton file of this package; they are imported where they are used, since Triton may be absent."""
-    return importlib.import_module(f"qgalore.kernels.triton.{name}")
+def _triton_file(reference_file: str) -> Any:
+    """The file of the same stem; they are imported where they are used, since Triton may be absent."""
+    return importlib.import_module(reference_file.replace(".reference.", ".triton."))
 
 
-def triton_or_none(device: torch.device, name: str) -> Any:
-    """The Triton file `name` where kernels run in Triton, else None."""
-    return _triton_module(name) if use_triton(device) else None
+def backend(operation: Operation, device: torch.device, *sizes: int) -> Operation:
+    """An operation of `reference`, or that of the same stem and name in Triton where that runs and takes such sizes.
+
+    What sizes it takes, if not all, the function `can_handle` of its file says.
+    """
+    if not use_triton(device):
+        return operation
+    triton = _triton_file(operation.__module__)
+    if sizes and not triton.can_handle(*sizes):
+        return operation
+    found: Operation = getattr(triton, operation.__name__)
+    return found
 
 
-def check_matrix(x: Tensor, name: str) -> None:
-    """Raises ValueError for a tensor that is no matrix."""
-    if x.dim() != 2:
-        raise ValueError(f"{name} must be a matrix, not of shape {tuple(x.shape)}")
+def grouped_by_backend(
+    operation: Operation, matrices: Sequence[QuantizedMatrix | QuantizedUpdate]
+) -> Iterable[tuple[Operation, list[int]]]:
+    """`backend` for matrices that may lie in groups of different sizes: each operation and the indices of its own."""
+    chosen: dict[Operation, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        run = backend(operation, matrix.qdata.device, matrix.group_size)
+        chosen.setdefault(run, []).append(index)
+    return chosen.items()

@@ -26,7 +26,7 @@ from qgalore.layer.codes import Codes
 from qgalore.layer.codes_state_dict import CODES, FORMAT, WEIGHT, add_refusal, entries_for
 from qgalore.layer.gradient_sink import GradientTap
 from qgalore.layer.layout import cut_columns, joined, padded_width, with_padded_columns
-from qgalore.layer.quantization import QuantizedTensor, dequantize_several, quantize
+from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize, quantize
 
 JOINED_WEIGHT_BYTES = 32 << 20
 """Weights that take no more together are one factor where their outputs' gradients are; larger ones would take memory,
@@ -196,7 +196,7 @@ class LowRankLinear(nn.Module):
         stored = [weight for weight in quantized if weight is not None]
         if self.held_weight is None and len(stored) == len(layers):
             shapes = [(padded_width(layer.out_features), padded_width(layer.in_features)) for layer in layers]
-            weights = dequantize_several(stored, dtype, shapes)
+            weights = grouped_dequantize(stored, dtype, shapes)
         else:
             weights = [layer.padded_weight(dtype) for layer in layers]
         whole = joined(weights, 0)

@@ -73,8 +73,12 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """The matrix (rows, columns) in `dtype`, in `out` where that is given, with zeros where that is larger."""
-        return kernels.dequantize(
-            self.qdata, self.scale, self.zero_point, self.columns, self.bits, self.group_size, dtype, out
+        return kernels.dequantize([self.stored(out)], dtype)[0]
+
+    def stored(self, out: Tensor | None = None) -> kernels.QuantizedMatrix:
+        """As an argument of `qgalore.kernels.dequantize`, which writes to `out` where that is given."""
+        return kernels.QuantizedMatrix(
+            self.qdata, self.scale, self.zero_point, self.columns, self.bits, self.group_size, out
         )
 
 
@@ -93,18 +97,14 @@ def quantize(x: Tensor, bits: int = 8, group_size: int = 256, row: Tensor | None
     return QuantizedTensor(qdata, scale, zero_point, x.shape[1], bits, group_size)
 
 
-def dequantize_several(
+def grouped_dequantize(
     matrices: Sequence[QuantizedTensor], dtype: torch.dtype, shapes: Sequence[tuple[int, int]] | None = None
 ) -> list[Tensor]:
-    """`QuantizedTensor.dequantize` of several matrices, on a GPU one launch for those that are stored alike.
+    """`QuantizedTensor.dequantize` of a group of matrices, on a GPU one launch for those that are stored alike.
 
     The results lie one behind the other (`qgalore.layer.layout`). shapes: of the results, where zeros are to follow.
     """
     if not matrices:
         return []
-    places = new_stack(matrices[0].scale, [m.shape for m in matrices] if shapes is None else shapes, dtype)
-    parts = [
-        kernels.QuantizedMatrix(m.qdata, m.scale, m.zero_point, m.columns, m.bits, m.group_size, out)
-        for m, out in zip(matrices, places, strict=True)
-    ]
-    return kernels.dequantize_several(parts, dtype)
+    outs = new_stack(matrices[0].scale, [m.shape for m in matrices] if shapes is None else shapes, dtype)
+    return kernels.dequantize([m.stored(out) for m, out in zip(matrices, outs, strict=True)], dtype)

@@ -40,13 +40,6 @@ class Direction(NamedTuple):
     """
 
 
-def nesterov_step(step: AdamStep, skip: Tensor | None = None) -> Tensor:
-    """Nesterov's momentum like the gradient, in bfloat16 on a GPU."""
-    dtype = torch.bfloat16 if step.grad.is_cuda else torch.float32
-    beta, block = step.betas[0], moments.BLOCK_SIZE
-    return kernels.momentum_step(step.grad, step.exp_avg, step.exp_avg_absmax, beta, block, step.factor, skip, dtype)
-
-
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
     """Of momenta with one shorter side: orthogonalised, of root mean square 0.2."""
     found = kernels.orthogonalize(momenta, _POLYNOMIALS)
@@ -54,8 +47,9 @@ def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
-    """Muon's directions, of the momenta with one shorter side at once."""
-    values = [nesterov_step(step, skip) for step in steps]
+    """Muon's directions, of the momenta with one shorter side at once; in bfloat16 on a GPU."""
+    dtype = torch.bfloat16 if steps[0].grad.is_cuda else torch.float32
+    values = kernels.momentum_steps([step._replace(dtype=dtype) for step in steps], moments.BLOCK_SIZE, skip)
     indices: dict[int, list[int]] = {}
     for index, momentum in enumerate(values):
         indices.setdefault(min(momentum.shape), []).append(index)

@@ -3,10 +3,11 @@
     python tests/kernels/compile_kernels.py 86
 
 prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
-layouts of what `check_gradients_` adds up, which decide the order of its sums. "places": how many kernels it takes for
-norms at different places. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
+layouts of what `check_gradients_` adds up, which decide the order of its sums. "indices": how many kernels it takes for
+norms at different indices. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
 "bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
-8 and in 4 bits. Nothing is launched, so tensors are on the CPU and results are whatever memory held.
+8 and in 4 bits. "int8": the instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so
+tensors are on the CPU and results are whatever memory held.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compiled
 
 
-def several_at_once(skip: torch.Tensor, row: torch.Tensor) -> None:
+def launch_groups(skip: torch.Tensor, row: torch.Tensor) -> None:
     """The updates of as many weights as one launch takes: of a layer of 350M and one more, with ragged ones of 60M."""
     layer, ragged = [(1024, 1024)] * 5 + [(2736, 1024)] * 2 + [(1024, 2736)], [(512, 1376), (1376, 512)]
     for shapes, rank, dtype in ((layer, 256, torch.bfloat16), (ragged, 112, torch.float32)):
@@ -105,12 +106,12 @@ def launch_all() -> None:
     row = kernels.StepScalars(5, 0.1, 1.0).row()
     for bits, dtype, side in ((8, bf16, "left"), (8, torch.float32, "right"), (4, bf16, "right"), (4, bf16, "")):
         stored = kernels.quantize(zeros(width, width), bits, 256, row)
-        kernels.dequantize(*stored, width, bits, 256, bf16)
+        kernels.dequantize([kernels.QuantizedMatrix(*stored, width, bits, 256)], bf16)
         wide, tall = zeros(rank, width, dtype=dtype), zeros(width, rank, dtype=dtype)
         direction = {"left": wide, "right": tall, "": zeros(width, width)}[side]
         bases = (wide if side == "left" else None, wide if side == "right" else None)
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
-    several_at_once(skip, row)
+    launch_groups(skip, row)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
     kernels.update_float_(zeros(width, width), zeros(width, width), None, None, row, skip=skip)
     for grads in ([zeros(rank, width)] * 7 + [zeros(width)] * 2, [zeros(3)], [zeros(16)], [zeros(hidden, width)]):
@@ -120,18 +121,15 @@ def launch_all() -> None:
         absmax = [zeros(rank * width // 256, dtype=torch.float32) if dtype == torch.uint8 else None for _ in range(2)]
         grad = zeros(rank, width)
         both = (moments[0], absmax[0], moments[1], absmax[1])
-        kernels.adam_steps([kernels.AdamStep(grad, *both, row, (0.9, 0.99), 1e-8, factor, bf16)], 256, skip)
-        kernels.momentum_step(grad, moments[0], absmax[0], 0.9, 256, factor, skip, bf16)
+        steps = [kernels.AdamStep(grad, *both, row, (0.9, 0.99), 1e-8, factor, bf16)]
+        kernels.adam_steps(steps, 256, skip)
+        kernels.momentum_steps(steps, 256, skip)
         if absmax[0] is not None:
             for signed in (True, False):
                 value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, bf16)
                 kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
     for rank in (224, 1792):
         kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5)
-    weight = zeros(hidden, width, dtype=torch.uint8), zeros(hidden, 1), zeros(hidden, 1)
-    for rows in (tokens, 40):
-        kernels.int8_linear(zeros(rows, width), *weight, hidden)
-        kernels.int8_linear_backward(zeros(rows, hidden), *weight, width)
     heads, tables = zeros(1, tokens, 32, 128), (zeros(tokens, 64, dtype=torch.float32),) * 2
     for back in (False, True):
         torch.ops.peft_pretraining.rotate(heads, heads, *tables, back)
@@ -139,8 +137,26 @@ def launch_all() -> None:
     softmax_gradient_(logits, 32000, targets, -100, zeros(4, dtype=torch.float32), True)
 
 
-def kernels_of_places() -> int:
-    """How many kernels check the gradients of layers whose norms have places of their own."""
+def int8_instructions() -> dict[str, list[str]]:
+    """What multiplies in INT8 with 7B's weights, by the rows of activations, and that loads do not wait for it."""
+    width, hidden, found = 4096, 11008, {}
+    weight = (torch.zeros(hidden, width, dtype=torch.uint8), *torch.zeros(2, hidden, 1, dtype=torch.bfloat16))
+    for rows in (256, 16):
+        kinds = set()
+        for product, read, given in (
+            (kernels.int8_linear, width, hidden), (kernels.int8_linear_backward, hidden, width),
+        ):  # fmt: skip
+            product(torch.zeros(rows, read, dtype=torch.bfloat16), *weight, given)
+            code = CODE["_int8_matmul_kernel"]
+            assert "cp.async" in code, "loads wait for products"
+            products = re.findall(r"\S*mma(?:_async)?\.sync\S*", code)
+            kinds |= {name.split(".")[0] if ".s32.s8.s8" in name else name for name in products}
+        found[str(rows)] = sorted(kinds)
+    return found
+
+
+def kernels_of_indices() -> int:
+    """How many kernels check the gradients of layers whose norms have indices of their own."""
     MADE.clear()
     for start in (0, 1, 5, 9, 16):
         kernels.check_gradients_(
@@ -160,11 +176,11 @@ def kernels_of_layers() -> dict[str, int]:
                 matrices = []
                 for m, n in stored:
                     rows, columns = padded_width(m), padded_width(n)
-                    place = torch.empty(rows, columns, dtype=torch.bfloat16) if bits == 8 else None
+                    out = torch.empty(rows, columns, dtype=torch.bfloat16) if bits == 8 else None
                     codes, scales = torch.zeros(m, aligned_row_bytes(n, bits)), torch.zeros(m, -(-n // 256)).bfloat16()
                     codes = codes.byte()
-                    matrices.append(kernels.QuantizedMatrix(codes, scales, scales, n, bits, 256, place))
-                kernels.dequantize_several(matrices, torch.bfloat16)
+                    matrices.append(kernels.QuantizedMatrix(codes, scales, scales, n, bits, 256, out))
+                kernels.dequantize(matrices, torch.bfloat16)
         found[f"{width} x {hidden}"] = len(MADE)
     return found
 
@@ -189,5 +205,6 @@ if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
     launch_all()
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
-    found = {"shared": TAKEN, "sums": sums, "places": kernels_of_places()}
-    print(json.dumps(found | {"dequantized": kernels_of_layers(), "bytes": single_bytes()}))
+    found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
+    found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes()}
+    print(json.dumps(found))

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
-from qgalore.kernels import reference
-from qgalore.kernels.reference import low_rank_update
+from qgalore.kernels.reference import rows
+from qgalore.kernels.reference.adam import dynamic_map
 from qgalore.update import moments
-from tests.kernels.comparison import adam_step, update_float_
+from tests.kernels.comparison import adam_step, normal, update_float_
 
 BLOCK = 256
 BETAS, EPS = (0.9, 0.995), 1e-8
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def new_state(shape: tuple[int, ...], bits: int, device: torch.device) -> dict[str, Tensor]:
@@ -37,7 +33,7 @@ def quantized(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 def test_map_is_that_of_bitsandbytes(signed: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
     expected = functional.create_dynamic_map(signed)
-    assert torch.equal(reference.dynamic_map(signed, torch.device("cpu")), expected)
+    assert torch.equal(dynamic_map(signed, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -48,7 +44,7 @@ def test_codes_are_the_nearest_of_the_map(signed: bool, device: torch.device) ->
     flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     assert torch.equal(absmax, flat.abs().amax(1))
     scaled = (flat / absmax[:, None]).flatten()[: x.numel(), None]
-    values = reference.dynamic_map(signed, device)
+    values = dynamic_map(signed, device)
     error = (values[codes.flatten().long()][:, None] - scaled).abs().squeeze(1)
     # A second moment above zero is never rounded down to zero; all others by brute force.
     free = torch.ones_like(error, dtype=torch.bool) if signed else codes.flatten() > 1
@@ -216,7 +212,7 @@ def test_step_in_parts_equals_the_whole(
     grad = normal(*shape).to(device)
     whole, parted = new_state(shape, bits, device), new_state(shape, bits, device)
     expected = adam_step(whole, grad, 1, BETAS, EPS)
-    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 3 * columns)
+    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", 3 * columns)
     parts = moments.row_parts(parted, shape)
     # Rows of 300 values share blocks of 256, so an 8-bit state of them cannot be parted.
     assert len(parts) == (1 if bits == 8 and columns == 300 else 7)

@@ -35,9 +35,10 @@ def test_every_kernel_compiles_and_fits_a_card(card: str, root: Path) -> None:
     assert {name: size for name, size in taken.items() if size > limit} == {}
     # A norm has the same bits whether its gradient is looked at alone, at the end of its hook, or with its layer's.
     assert {name: len(layouts) for name, layouts in found["sums"].items()} == dict.fromkeys(found["sums"], 1)
+    assert found["int8"] == {"256": ["wgmma" if card == "H100" else "mma"], "16": ["mma"]}, "products are not of INT8"
     # The weights and the bases; where a side is ragged, that matrix alone.
     assert found["dequantized"] == {"512 x 1376": 2, "1024 x 2736": 2, "1024 x 2730": 2}
-    assert found["places"] == 2, "one for the partial sums and one for the norms, whatever their places"
+    assert found["indices"] == 2, "one for the partial sums and one for the norms, whatever their indices"
     # 8 bits and 4: as long as rows of 5461 bytes were stored without padding, the update moved 256 single ones.
     assert found["bytes"] == {
         name: [0, 0] for name in ("_dequantize_kernel", "_update_kernel", "_low_rank_update_kernel")

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
-from qgalore.kernels import reference
-from qgalore.kernels.reference import low_rank_update
+from qgalore.kernels.reference import group_quantization, random_bits, rows
+from tests.kernels.comparison import dequantize, update_float_, update_quantized_
 from tests.kernels.comparison import quantize as quantized
-from tests.kernels.comparison import update_float_, update_quantized_
 
 GROUP = 256
 COLUMNS = (1, 255, 256, 257, 1376, 5461)
@@ -48,7 +47,7 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 def quantize(x: Tensor, bits: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Dequantized values in float64, scale and zero point spread over the elements."""
     qdata, scale, zero_point = quantized(x, bits, GROUP, seed)
-    value = kernels.dequantize(qdata, scale, zero_point, x.shape[1], bits, GROUP, torch.float32)
+    value = dequantize(qdata, scale, zero_point, x.shape[1], bits, GROUP, torch.float32)
     spread = [t.double().repeat_interleave(GROUP, dim=1)[:, : x.shape[1]] for t in (scale, zero_point)]
     return value.double(), spread[0], spread[1]
 
@@ -121,9 +120,9 @@ def test_zero_point_is_not_clamped(low: float, device: torch.device) -> None:
 @pytest.mark.parametrize("columns", [1, 2, 3, 8, 255, 5461])
 def test_pack_then_unpack_is_the_identity(columns: int, device: torch.device) -> None:
     codes = torch.randint(0, 16, (5, columns), dtype=torch.uint8, device=device)
-    packed = reference.pack_int4(codes)
+    packed = group_quantization.pack_int4(codes)
     assert packed.dtype == torch.uint8 and packed.shape == (5, (columns + 1) // 2)
-    assert torch.equal(reference.unpack_int4(packed, columns), codes)
+    assert torch.equal(group_quantization.unpack_int4(packed, columns), codes)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -177,7 +176,7 @@ def test_update_in_chunks_of_rows_equals_the_whole(
     left, direction = uniform(4, 37, -1.0, 1.0, 1).to(device), uniform(4, 301, -1.0, 1.0, 2).to(device)
     results = []
     for elements in (1 << 22, 301 * 5):
-        monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", elements)
         weight = stored(37, 301, bits, device)
         update_quantized_(*weight, direction, left, None, 301, bits, GROUP, 0.01, 0.999, 11)
         results.append(weight)
@@ -191,9 +190,9 @@ def test_float_update_in_parts_equals_the_whole(
     start, direction = uniform(20, 33, -1.0, 1.0).to(device, dtype), uniform(20, 33, -1.0, 1.0, 1).to(device)
     whole, chunked, parts = start.clone(), start.clone(), start.clone()
     update_float_(whole, direction, None, None, 1e-3, 1.0, 9)
-    for rows in (slice(0, 7), slice(7, 20)):
-        update_float_(parts[rows], direction[rows], None, None, 1e-3, 1.0, 9, rows.start)
-    monkeypatch.setattr(low_rank_update, "_CHUNK_ELEMENTS", 33 * 3)
+    for part in (slice(0, 7), slice(7, 20)):
+        update_float_(parts[part], direction[part], None, None, 1e-3, 1.0, 9, part.start)
+    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", 33 * 3)
     update_float_(chunked, direction, None, None, 1e-3, 1.0, 9)
     assert not torch.equal(whole, start)
     assert torch.equal(whole, parts) and torch.equal(whole, chunked)
@@ -208,14 +207,14 @@ def moved(size: float, updates: int, seeded: bool, device: torch.device) -> tupl
     codes = codes.round().clamp(1, 254)
     codes[..., 0], codes[..., 1] = 0, 255
     qdata, scale, zero_point = kernels.quantize(((codes - 128) * 2.0**-12).view(128, 512).to(device), 8, GROUP)
-    before = kernels.dequantize(qdata, scale, zero_point, 512, 8, GROUP, torch.float32)
+    before = dequantize(qdata, scale, zero_point, 512, 8, GROUP, torch.float32)
     direction = torch.full((128, 512), -(2.0**-12), device=device)
     for update in range(updates):
         seed = update if seeded else None
         update_quantized_(
             qdata, scale, zero_point, direction, None, None, 512, 8, GROUP, size, 1.0, seed
         )  # fmt: skip
-    after = kernels.dequantize(qdata, scale, zero_point, 512, 8, GROUP, torch.float32)
+    after = dequantize(qdata, scale, zero_point, 512, 8, GROUP, torch.float32)
     shares = (after - before) / (2.0**-12 * size * updates)
     return shares, shares.view(128, 2, GROUP)[..., :2]
 
@@ -238,9 +237,9 @@ def test_tiny_updates_add_up_inside_a_group(device: torch.device) -> None:
         update_quantized_(*weight, direction, None, None, GROUP, 8, GROUP, 0.005, 1.0, update)
         if update < 20:
             update_quantized_(*nearest, direction, None, None, GROUP, 8, GROUP, 0.005, 1.0, None)
-    value = kernels.dequantize(*weight, GROUP, 8, GROUP, torch.float32)
+    value = dequantize(*weight, GROUP, 8, GROUP, torch.float32)
     assert 0.99 < float((value - x)[:, 2:].mean()) / (200 * 0.005) < 1.01
-    assert torch.equal(kernels.dequantize(*nearest, GROUP, 8, GROUP, torch.float32), x)
+    assert torch.equal(dequantize(*nearest, GROUP, 8, GROUP, torch.float32), x)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -267,7 +266,7 @@ def test_bfloat16_rounding_keeps_what_is_exact_or_not_finite(device: torch.devic
     x = torch.tensor([[0.0, -0.0, 1.0, -3.5, 3.3e38, float("inf"), float("-inf"), float("nan")]], device=device)
     x[0, 4] = x[0, 4].bfloat16().float()
     for bits in (0, 1, 0xFFFF):
-        rounded = reference.round_stochastic_bfloat16(x, torch.full((1, 8), bits, dtype=torch.int32, device=device))
+        rounded = random_bits.round_stochastic_bfloat16(x, torch.full((1, 8), bits, dtype=torch.int32, device=device))
         assert torch.equal(rounded.float().nan_to_num(7.0), x.nan_to_num(7.0))
 
 
@@ -283,9 +282,9 @@ def test_update_is_the_formula_rounded_once(sides: str, bits: int, device: torch
     full = full if left is None else left.double().T @ full
     full = full if right is None else full @ right.double()
     weight = stored(rows, columns, bits, device)
-    before = kernels.dequantize(*weight, columns, bits, GROUP, torch.float32).double()
+    before = dequantize(*weight, columns, bits, GROUP, torch.float32).double()
     update_quantized_(*weight, direction, left, right, columns, bits, GROUP, 0.02, 0.9, None)
-    after = kernels.dequantize(*weight, columns, bits, GROUP, torch.float32).double()
+    after = dequantize(*weight, columns, bits, GROUP, torch.float32).double()
     step = weight[1].double().repeat_interleave(GROUP, dim=1)[:, :columns]
     assert ((after - (0.9 * before - 0.02 * full)).abs() <= step * 0.501 + 1e-6).all()
     assert torch.allclose(kernels.project_back(direction, left, right).double(), full, atol=1e-5)

@@ -13,8 +13,16 @@ followed by a sum, and a kernel can be held to `torch.equal`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from qgalore.kernels.arguments import QuantizedMatrix, StepScalars
+from qgalore.kernels.reference.random_bits import random_bits16
+from qgalore.kernels.reference.rows import row_chunks
+
+__all__ = ["dequantize", "quantize"]
 
 SMALLEST_NORMAL = 2.0**-126
 _BFLOAT16_MAX = 3.3895313892515355e38
@@ -90,3 +98,39 @@ def pack_int4(codes: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_int4` for a matrix of `columns` columns."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+
+
+def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qgalore.kernels.quantize`."""
+    seed = None if row is None else StepScalars.unpack(row).seed
+    parts = [quantize_chunk(x[start:stop], bits, group_size, seed, start) for start, stop in row_chunks(*x.shape)]
+    # PyTorch lays them out as x is, and kernels read rows.
+    qdata, scale, zero_point = (
+        tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors) for tensors in zip(*parts, strict=True)
+    )
+    return qdata, scale, zero_point
+
+
+def quantize_chunk(
+    x: Tensor, bits: int, group_size: int, seed: int | None, row_start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` of some rows of a matrix, of which the first has the number `row_start`."""
+    random = None if seed is None else random_bits16(len(x), x.shape[1], seed, row_start, x.device)
+    codes, scale, zero_point = quantize_groups(x, bits, group_size, random)
+    return pack_int4(codes) if bits == 4 else codes, scale, zero_point
+
+
+def dequantize(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
+    """See `qgalore.kernels.dequantize`."""
+    return [_dequantize(matrix, dtype) for matrix in matrices]
+
+
+def _dequantize(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+    qdata, scale, zero_point, columns, bits, group_size, out = matrix
+    codes = unpack_int4(qdata, columns) if bits == 4 else qdata[:, :columns]
+    value = dequantize_groups(codes, scale, zero_point, group_size, dtype)
+    if out is None:
+        return value
+    out.zero_()
+    out[: len(qdata), :columns] = value
+    return out

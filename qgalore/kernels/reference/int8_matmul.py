@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["int8_linear", "int8_linear_backward"]
+
 _SMALLEST_ROW = 2.0**-118  # 127 over a smaller number, or a smaller number over 127, may leave float32
 _EXACT_DEPTH = 1024  # so many products of -127 .. 127 and -128 .. 127 add up to at most 2^24
 
@@ -44,24 +46,30 @@ def _signed_codes(codes: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Ten
     return (codes ^ 128).view(torch.int8), s, zero_point[:, 0].float() + 128.0 * s
 
 
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """x Wᵀ (tokens, out) in float32, of x (tokens, in) rounded by `quantize_rows`; W one group a row.
+def int8_linear(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:
+    """See `qgalore.kernels.int8_linear`.
 
     With q, a the codes and scale of a row of x: a (s (q kᵀ) + o Σ q), exact but for the roundings of float32.
     """
-    k, s, o = _signed_codes(codes, scale, zero_point)
-    q, a = quantize_rows(x.float())
+    k, s, o = _signed_codes(qdata, scale, zero_point)
+    q, a = quantize_rows(x[:, : qdata.shape[1]].float())
     total = q.sum(dim=1, dtype=torch.int32).float()[:, None]
-    return (int8_product(q, k.T).float().mul_(s).add_(total * o)).mul_(a[:, None])
+    value = (int8_product(q, k.T).float().mul_(s).add_(total * o)).mul_(a[:, None])
+    return _with_columns(value.to(x.dtype), width)
 
 
-def int8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """grad W (tokens, in) in float32, of grad s rounded by `quantize_rows`, grad (tokens, out).
+def int8_linear_backward(grad: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:
+    """See `qgalore.kernels.int8_linear_backward`.
 
     The scales of the weight's rows lie along the sum, so they are part of what is quantized: with h, b the codes and
     scale of a row of grad s: b (h k) + Σ grad o. The second sum is one of float32 numbers.
     """
-    k, s, o = _signed_codes(codes, scale, zero_point)
-    grad = grad.float()
-    h, b = quantize_rows(grad * s)
-    return int8_product(h, k).float().mul_(b[:, None]).add_((grad * o).sum(dim=1, keepdim=True))
+    k, s, o = _signed_codes(qdata, scale, zero_point)
+    values = grad[:, : len(qdata)].float()
+    h, b = quantize_rows(values * s)
+    value = int8_product(h, k).float().mul_(b[:, None]).add_((values * o).sum(dim=1, keepdim=True))
+    return _with_columns(value.to(grad.dtype), width)
+
+
+def _with_columns(x: Tensor, width: int) -> Tensor:
+    return x if width == x.shape[1] else torch.nn.functional.pad(x, (0, width - x.shape[1]))

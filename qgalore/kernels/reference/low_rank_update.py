@@ -1,30 +1,36 @@
-"""Directions projected back to the size of a weight, in plain PyTorch."""
+"""Directions projected back and added to quantized weights, in plain PyTorch, some rows at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22
+from qgalore.kernels.arguments import QuantizedMatrix, QuantizedUpdate, StepScalars
+from qgalore.kernels.reference.group_quantization import dequantize, quantize_chunk
+from qgalore.kernels.reference.rows import project_back, row_chunks, undone_if
+
+__all__ = ["update_quantized_"]
 
 
-def project_back_rows(direction: Tensor, left: Tensor | None, right: Tensor | None, start: int, stop: int) -> Tensor:
-    """Rows start:stop of leftᵀ N right, the full-size direction, float32; None stands for the identity."""
-    if left is None:
-        rows = direction[start:stop]
-        return rows.float() if right is None else _product(rows, right)
-    rows = _product(left[:, start:stop].T, direction)
-    return rows if right is None else _product(rows, right)
+def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
+    """See `qgalore.kernels.update_quantized_`."""
+    for update in updates:
+        _update_(update, skip)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b summed in float32 and left so: of two bfloat16 matrices on a GPU's tensor cores, with the same products."""
-    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Row ranges of about 4 M elements, so that no float32 copy of a whole large matrix is made."""
-    size = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _update_(update: QuantizedUpdate, skip: Tensor | None) -> None:
+    columns, bits, group_size = update.columns, update.bits, update.group_size
+    seed, step_size, decay, *_ = scalars = StepScalars.unpack(update.row)
+    if scalars.changes_nothing:
+        return
+    for start, stop in row_chunks(len(update.qdata), columns):
+        qdata, scale, zero_point = (tensor[start:stop] for tensor in update[:3])
+        full = project_back(update.direction, update.left, update.right, start, stop)
+        with undone_if(skip, qdata, scale, zero_point):
+            stored = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size)
+            weight = dequantize([stored], torch.float32)[0].mul_(decay).sub_(full * step_size)
+            rounding = seed if update.stochastic else None
+            codes, scale[:], zero_point[:] = quantize_chunk(weight, bits, group_size, rounding, start)
+            qdata[:, : codes.shape[1]] = codes

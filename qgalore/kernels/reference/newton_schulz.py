@@ -7,8 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["orthogonalize"]
 
-def orthogonalize(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+
+def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+    """See `qgalore.kernels.orthogonalize`."""
+    return [_orthogonalize(matrix, polynomials) for matrix in matrices]
+
+
+def _orthogonalize(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
     """Odd polynomials a x + b x³ + c x⁵ of the singular values of matrix / |matrix|, in its dtype."""
     tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = matrix.T if tall else matrix

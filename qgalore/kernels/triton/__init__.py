@@ -1,1 +1,1 @@
-"""Triton's kernels; imported only where Triton is."""
+"""The operations of `qgalore.kernels.reference` as Triton kernels; imported only where Triton is."""

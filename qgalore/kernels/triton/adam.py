@@ -6,8 +6,8 @@
 Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
 float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
 inside; the direction uses the moments before they are rounded to 8 bits, and Adam's is the only value whose division
-and square root are not rounded to the last bit. Adam's steps of several weights are one launch: what belongs to one of
-them comes as a tuple of as many elements as there are weights.
+and square root are not rounded to the last bit. Adam's steps of a group of weights are one launch: what belongs to one
+of them comes as a tuple of as many elements as there are weights. Steps of momentum are a launch each.
 
 The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
 lowest code of that interval, in which at most one border between two codes lies; one comparison with it decides.
@@ -24,14 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels import reference
 from qgalore.kernels.arguments import AdamStep, launches
+from qgalore.kernels.reference.adam import dynamic_map
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
+
+__all__ = ["adam_steps", "dequantize_blocks", "momentum_steps", "quantize_blocks_"]
 
 # Intervals of |x|: seven bits of mantissa for each exponent from 2^-24 to below 1, and 1 itself.
 _FIRST_INTERVAL = (127 - 24) << 7
 _INTERVALS = 24 * 128 + 1
-
+_SEARCH = {"FIRST": _FIRST_INTERVAL, "INTERVALS": _INTERVALS}
 
 _VALUES, _WARPS = 256, 1
 """Of a program: a block to a warp, in which its largest value is found. us for a layer of 1B (H100): 60, and 64 to 80
@@ -44,7 +46,7 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
     In bytes, because the entries that a warp looks up lie in as many cache lines as they are wide.
     """
-    values = reference.dynamic_map(signed, torch.device("cpu"))
+    values = dynamic_map(signed, torch.device("cpu"))
     middle = (values[:-1] + values[1:]) / 2
     bits = (torch.arange(_INTERVALS, dtype=torch.int32) + _FIRST_INTERVAL) << 16
     low, high = bits.view(torch.float32).clone(), (bits + 0xFFFF).view(torch.float32)
@@ -79,7 +81,7 @@ def _inverse(absmax):
 
 @triton.jit
 def _blocks(program, numel, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
-    """A program's first value, the places of its values from there and which exist; its blocks and which exist."""
+    """A program's first value, the offsets of its values from there and which exist; its blocks and which exist."""
     program = program.to(tl.int64)
     at = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, WIDTH)[None, :]
     start = program * (BLOCKS * BLOCK)
@@ -194,50 +196,34 @@ def _dequantize_blocks_kernel(
     tl.store(out + start + at, to_float(value, out.dtype.element_ty), mask=mask)
 
 
-def _shape(block_size: int) -> tuple[int, int]:
-    """Width of a block in a program, and blocks of a program."""
+def _program(block_size: int) -> tuple[int, dict[str, int]]:
+    """Values of a program, and how it is launched."""
     width = triton.next_power_of_2(block_size)
-    return width, max(1, _VALUES // width)
-
-
-def momentum_step(
-    grad: Tensor, exp_avg: Tensor, exp_avg_absmax: Tensor | None, beta: float, block_size: int, factor: Tensor | None,
-    skip: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """See `qgalore.kernels.momentum_step`."""
-    grad = grad.contiguous()
-    ahead = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    quantized = exp_avg_absmax is not None
-    width, blocks = _shape(block_size)
-    tables = _tables(True, grad.device) if quantized else (None,) * 3
-    _momentum_kernel[(triton.cdiv(grad.numel(), block_size * blocks),)](
-        grad, exp_avg, exp_avg_absmax, ahead, factor, skip, *tables, grad.numel(), beta, 1.0 - beta, BLOCK=block_size,
-        WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factor is not None, HAS_SKIP=skip is not None,
-        FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False, num_warps=_WARPS,
-    )  # fmt: skip
-    return ahead
+    blocks = max(1, _VALUES // width)
+    how = {"BLOCK": block_size, "WIDTH": width, "BLOCKS": blocks, "enable_fp_fusion": False, "num_warps": _WARPS}
+    return block_size * blocks, how
 
 
 def quantize_blocks_(
-    codes: Tensor, absmax: Tensor, x: Tensor, signed: bool, block_size: int, skip: Tensor | None
+    codes: Tensor, absmax: Tensor, x: Tensor, signed: bool, block_size: int, skip: Tensor | None = None
 ) -> None:
     """See `qgalore.kernels.quantize_blocks_`."""
-    width, blocks = _shape(block_size)
-    _quantize_blocks_kernel[(triton.cdiv(x.numel(), block_size * blocks),)](
-        x.contiguous(), codes, absmax, skip, *_tables(signed, x.device), x.numel(), BLOCK=block_size, WIDTH=width,
-        BLOCKS=blocks, SIGNED=signed, HAS_SKIP=skip is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS,
-        enable_fp_fusion=False, num_warps=_WARPS,
+    values, how = _program(block_size)
+    _quantize_blocks_kernel[(triton.cdiv(x.numel(), values),)](
+        x.contiguous(), codes, absmax, skip, *_tables(signed, x.device), x.numel(), SIGNED=signed,
+        HAS_SKIP=skip is not None, **_SEARCH, **how,
     )  # fmt: skip
 
 
-def dequantize_blocks(codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize_blocks(
+    codes: Tensor, absmax: Tensor, signed: bool, block_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See `qgalore.kernels.dequantize_blocks`."""
     value = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    width, blocks = _shape(block_size)
-    _dequantize_blocks_kernel[(triton.cdiv(value.numel(), block_size * blocks),)](
-        codes, absmax, value, _tables(signed, codes.device)[0], value.numel(), BLOCK=block_size, WIDTH=width,
-        BLOCKS=blocks, enable_fp_fusion=False, num_warps=_WARPS,
-    )  # fmt: skip
+    values, how = _program(block_size)
+    _dequantize_blocks_kernel[(triton.cdiv(value.numel(), values),)](
+        codes, absmax, value, _tables(signed, codes.device)[0], value.numel(), **how
+    )
     return value
 
 
@@ -249,8 +235,8 @@ def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) 
         return *formats, step.factor is None
 
     directions = [torch.empty(step.grad.shape, dtype=step.dtype, device=step.grad.device) for step in steps]
-    for places in launches(steps, kind):
-        _launch([steps[place] for place in places], [directions[place] for place in places], block_size, skip)
+    for indices in launches(steps, kind):
+        _launch([steps[index] for index in indices], [directions[index] for index in indices], block_size, skip)
     return directions
 
 
@@ -258,14 +244,29 @@ def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size:
     """Steps of one kind."""
     grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, rows, betas, epses, factors, _ = zip(*steps, strict=True)
     device, quantized, (beta1, beta2) = grads[0].device, absmaxes[0] is not None, betas[0]
-    width, blocks = _shape(block_size)
-    tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 6
-    ends = tuple(itertools.accumulate(triton.cdiv(grad.numel(), block_size * blocks) for grad in grads))
+    values, how = _program(block_size)
+    both_tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 6
+    ends = tuple(itertools.accumulate(triton.cdiv(grad.numel(), values) for grad in grads))
     _adam_kernel[(ends[-1],)](
         tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, exp_avg_sqs,
         sq_absmaxes if quantized else None, tuple(directions), None if factors[0] is None else factors,
-        rows, tuple(grad.numel() for grad in grads), ends, skip, *tables, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
-        epses[0], BLOCK=block_size, WIDTH=width, BLOCKS=blocks, QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None,
-        HAS_SKIP=skip is not None, FIRST=_FIRST_INTERVAL, INTERVALS=_INTERVALS, enable_fp_fusion=False,
-        num_warps=_WARPS,
+        rows, tuple(grad.numel() for grad in grads), ends, skip, *both_tables, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
+        epses[0], QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None, HAS_SKIP=skip is not None, **_SEARCH, **how,
     )  # fmt: skip
+
+
+def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
+    """See `qgalore.kernels.momentum_steps`."""
+    return [_momentum_step(step, block_size, skip) for step in steps]
+
+
+def _momentum_step(step: AdamStep, block_size: int, skip: Tensor | None) -> Tensor:
+    grad, absmax, factor, beta = step.grad.contiguous(), step.exp_avg_absmax, step.factor, step.betas[0]
+    ahead = torch.empty(grad.shape, dtype=step.dtype, device=grad.device)
+    values, how = _program(block_size)
+    table = _tables(True, grad.device) if absmax is not None else (None,) * 3
+    _momentum_kernel[(triton.cdiv(grad.numel(), values),)](
+        grad, step.exp_avg, absmax, ahead, factor, skip, *table, grad.numel(), beta, 1.0 - beta,
+        QUANTIZED=absmax is not None, HAS_FACTOR=factor is not None, HAS_SKIP=skip is not None, **_SEARCH, **how,
+    )  # fmt: skip
+    return ahead

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qgalore.kernels.reference.rows import project_back, row_chunks
 from qgalore.kernels.triton.tiles import random_bits16, read_step_row, round_stochastic_bfloat16, to_float
+
+__all__ = ["update_float_"]
 
 
 @triton.jit(do_not_specialize=["row_start"])
@@ -40,13 +43,17 @@ def _update_float_kernel(
 
 
 def update_float_(
-    weight: Tensor, direction: Tensor, step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None
-) -> None:
-    """W <- round(decay * W - step_size * N) in place; both (rows, columns) and contiguous."""
-    rows, columns = weight.shape
+    weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool,
+    row_start: int, skip: Tensor | None,
+) -> None:  # fmt: skip
+    """See `qgalore.kernels.update_float_`; of a contiguous matrix."""
+    whole, columns = left is None and right is None, weight.shape[1]
     block = min(512, max(16, triton.next_power_of_2(columns)))
     block_rows = max(1, 2048 // block)
-    _update_float_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block))](
-        weight, direction, skip, step_row, rows, columns, row_start, M=block_rows, BLOCK=block, STOCHASTIC=stochastic,
-        HAS_SKIP=skip is not None, enable_fp_fusion=False,
-    )  # fmt: skip
+    for start, stop in [(0, len(weight))] if whole else row_chunks(*weight.shape):
+        part = weight if whole else weight[start:stop]
+        full = direction if whole else project_back(direction, left, right, start, stop)
+        _update_float_kernel[(triton.cdiv(stop - start, block_rows), triton.cdiv(columns, block))](
+            part, full, skip, row, stop - start, columns, row_start + start, M=block_rows, BLOCK=block,
+            STOCHASTIC=stochastic, HAS_SKIP=skip is not None, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -19,8 +19,10 @@ from torch import Tensor
 from qgalore.kernels.arguments import launches
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program
 
+__all__ = ["check_gradients_"]
+
 _BLOCK, _PROGRAMS = 2048, 1024
-_TOGETHER = 16  # gradients of a launch: those of a decoder layer
+_GROUP_LIMIT = 16  # gradients of a launch: those of a decoder layer
 
 
 @triton.jit
@@ -37,23 +39,23 @@ def _partial_sums_kernel(grads, sums, numel, steps, ends, BLOCK: tl.constexpr, W
 
 
 @triton.jit
-def _finish_kernel(sums, squared_norms, places, counts, skip, WIDTH: tl.constexpr):
+def _finish_kernel(sums, squared_norms, indices, counts, skip, WIDTH: tl.constexpr):
     which = tl.program_id(0)
     at = tl.arange(0, WIDTH)
     values = tl.load(sums + which * WIDTH + at, mask=at < chosen(which, counts), other=0.0)
     total = tl.sum(values, axis=0)
-    tl.store(squared_norms + (chosen(which, places) >> 1) - 1, total)
+    tl.store(squared_norms + (chosen(which, indices) >> 1) - 1, total)
     if (total < float("inf")) == 0:
         tl.store(skip, 1)
 
 
-def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, indices: Sequence[int], skip: Tensor) -> None:
     """See `qgalore.kernels.check_gradients_`."""
-    for chosen_ones in launches(grads, lambda grad: grad.dtype, _TOGETHER):
-        _launch([grads[i].contiguous() for i in chosen_ones], squared_norms, [places[i] for i in chosen_ones], skip)
+    for alike in launches(grads, lambda grad: grad.dtype, _GROUP_LIMIT):
+        _launch([grads[i].contiguous() for i in alike], squared_norms, [indices[i] for i in alike], skip)
 
 
-def _launch(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int], skip: Tensor) -> None:
+def _launch(grads: Sequence[Tensor], squared_norms: Tensor, indices: Sequence[int], skip: Tensor) -> None:
     """Gradients of one dtype."""
     numel = tuple(grad.numel() for grad in grads)
     steps = tuple(triton.next_power_of_2(max(1, triton.cdiv(count, _BLOCK * _PROGRAMS))) for count in numel)
@@ -63,6 +65,6 @@ def _launch(grads: Sequence[Tensor], squared_norms: Tensor, places: Sequence[int
     _partial_sums_kernel[(ends[-1],)](
         tuple(grads), sums, numel, steps, ends, BLOCK=_BLOCK, WIDTH=_PROGRAMS, num_warps=8
     )
-    # For numbers that are 1 or multiples of 16 Triton would compile again, and places differ from layer to layer.
-    odd = tuple(2 * place + 3 for place in places)
+    # For numbers that are 1 or multiples of 16 Triton would compile again, and indices differ from layer to layer.
+    odd = tuple(2 * index + 3 for index in indices)
     _finish_kernel[(len(grads),)](sums, squared_norms, odd, counts, skip.view(torch.uint8), WIDTH=_PROGRAMS)

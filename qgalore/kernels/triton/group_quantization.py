@@ -1,4 +1,4 @@
-"""Group quantization in Triton: `dequantize_several`, `quantize` and an update of a quantized matrix, group by group.
+"""Group quantization in Triton: `dequantize`, `quantize` and an update of a quantized matrix, group by group.
 
     dequantize:  out = code * scale + zero_point
     quantize:    (codes, scale, zero_point) of x
@@ -33,6 +33,8 @@ from qgalore.kernels.triton.tiles import (
     store_codes,
     to_float,
 )
+
+__all__ = ["dequantize", "quantize"]
 
 
 @triton.jit
@@ -116,17 +118,17 @@ def can_handle(group_size: int) -> bool:
     return group_size % 8 == 0 and group_size <= _LARGEST_GROUP
 
 
-def dequantize_several(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
-    """See `qgalore.kernels.dequantize_several`."""
+def dequantize(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
+    """See `qgalore.kernels.dequantize`."""
     outs = [
-        torch.empty(matrix.qdata.shape[0], matrix.columns, dtype=dtype, device=matrix.qdata.device)
+        torch.empty(len(matrix.qdata), matrix.columns, dtype=dtype, device=matrix.qdata.device)
         if matrix.out is None
         else matrix.out
         for matrix in matrices
     ]
     matrices = [matrix._replace(out=out) for matrix, out in zip(matrices, outs, strict=True)]
-    for places in launches(matrices, _stored_alike):
-        _launch_dequantize([matrices[place] for place in places], [outs[place] for place in places])
+    for indices in launches(matrices, _stored_alike):
+        _launch_dequantize([matrices[index] for index in indices], [outs[index] for index in indices])
     return outs
 
 
@@ -151,32 +153,23 @@ def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tenso
     )  # fmt: skip
 
 
-def quantize(x: Tensor, bits: int, group_size: int, step_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """See `qgalore.kernels.quantize`."""
     rows, columns = x.shape
     groups = triton.cdiv(columns, group_size)
     qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
     zero_point = torch.empty_like(scale)
-    stochastic = step_row is not None
-    _launch(qdata, scale, zero_point, x, columns, bits, group_size, step_row, stochastic, 0, None, update=False)
+    stochastic = row is not None
+    write_groups_(qdata, scale, zero_point, x, columns, bits, group_size, row, stochastic, 0, None, update=False)
     return qdata, scale, zero_point
 
 
-def update_(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, full: Tensor, columns: int, bits: int, group_size: int,
-    step_row: Tensor, stochastic: bool, row_start: int, skip: Tensor | None,
-) -> None:  # fmt: skip
-    """W <- quantize(decay * W - step_size * full) for rows row_start: of a matrix, in place."""
-    _launch(
-        qdata, scale, zero_point, full, columns, bits, group_size, step_row, stochastic, row_start, skip, update=True
-    )  # fmt: skip
-
-
-def _launch(
+def write_groups_(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
     step_row: Tensor | None, stochastic: bool, row_start: int, skip: Tensor | None, update: bool,
 ) -> None:  # fmt: skip
+    """Write codes, scale and zero point of x, or with `update` of decay * W - step_size * x, for rows row_start:."""
     rows = qdata.shape[0]
     block_rows, block_columns = block_of_group(group_size)
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))

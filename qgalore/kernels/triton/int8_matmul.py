@@ -27,6 +27,8 @@ from torch import Tensor, dtype, empty, float32, int8
 from qgalore.kernels.triton.group_quantization import block_of_group, warps_of_block
 from qgalore.kernels.triton.tiles import to_float
 
+__all__ = ["int8_linear", "int8_linear_backward"]
+
 _LONGEST_ROW = 16384
 _DEPTH = 128  # codes are padded to a multiple along the sum: whole steps of every tile
 _SQUARE = 64  # codes of a weight that a program signs, each way
@@ -86,9 +88,9 @@ def _int8_matmul_kernel(
     row_tiles, column_tiles = tl.cdiv(rows, M), tl.cdiv(width, N)
     band = tl.program_id(0) // (NEIGHBOURS * column_tiles)
     in_band = tl.minimum(row_tiles - band * NEIGHBOURS, NEIGHBOURS)
-    place = tl.program_id(0) % (NEIGHBOURS * column_tiles)
-    row = (band * NEIGHBOURS + place % in_band) * M + tl.arange(0, M)
-    column = place // in_band * N + tl.arange(0, N)
+    index = tl.program_id(0) % (NEIGHBOURS * column_tiles)
+    row = (band * NEIGHBOURS + index % in_band) * M + tl.arange(0, M)
+    column = index // in_band * N + tl.arange(0, N)
     k = tl.arange(0, K)
     # What is beyond an end is read from the beginning, and not stored: the loop needs no masks.
     a_at = a + (row % rows)[:, None].to(tl.int64) * DEPTH + k[None, :]
@@ -123,9 +125,9 @@ def tile(rows: int) -> tuple[int, int, int, int, int]:
     return max(16, triton.next_power_of_2(rows)), 128, 64, 4, 4
 
 
-def can_handle(rows: int, columns: int) -> bool:
-    """Whether a row of activations, of either side of a weight of this shape, fits a tile."""
-    return max(rows, columns) <= _LONGEST_ROW
+def can_handle(tokens: int, rows: int, columns: int) -> bool:
+    """Whether there are tokens, and a row of activations, of either side of a weight of this shape, fits a tile."""
+    return tokens > 0 and max(rows, columns) <= _LONGEST_ROW
 
 
 def int8_linear(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int) -> Tensor:

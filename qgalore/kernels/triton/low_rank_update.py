@@ -1,4 +1,4 @@
-"""Project back, add and requantize several weights in one pass, in Triton: a full-precision matrix is never written.
+"""Project back, add and requantize a group of weights in one pass, in Triton: no full-precision matrix is written.
 
     W <- quantize(decay * W - step_size * A B),   A (rows, rank), B (rank, columns)
 
@@ -8,6 +8,9 @@ or of a column of A; qdata, scale and zero point as in `group_quantization`. Cod
 rows as they are stored, beyond the matrix's own columns, where both hold zeros. One program computes M rows of one
 group of columns of one weight, products accumulate in float32; the group's new scale and zero point are found in the
 program, and its codes are written once, rounded stochastically.
+
+Weights with two bases or none, and those whose groups are no tile of the tensor cores, take two passes: rows of the
+direction are projected back, then added and requantized.
 
 What belongs to one weight comes as a tuple of as many elements as there are weights. What a weight becomes does not
 depend on the others of its launch.
@@ -24,6 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import QuantizedUpdate, launches
+from qgalore.kernels.reference.rows import project_back, row_chunks
+from qgalore.kernels.triton.group_quantization import can_handle as can_handle
+from qgalore.kernels.triton.group_quantization import write_groups_
 from qgalore.kernels.triton.tiles import (
     chosen,
     load_codes,
@@ -32,6 +38,8 @@ from qgalore.kernels.triton.tiles import (
     read_step_row,
     store_codes,
 )
+
+__all__ = ["update_quantized_"]
 
 
 @triton.jit
@@ -106,11 +114,7 @@ def _low_rank_update_kernel(
     tl.store(zero_point + at, offset[:, None].to(tl.bfloat16), mask=row_mask)
 
 
-def can_handle(group_size: int) -> bool:
-    """Whether a group is a tile that the tensor cores take."""
-    return group_size in (32, 64, 128, 256)
-
-
+_GROUP_SIZES = (32, 64, 128, 256)  # that are tiles of the tensor cores
 _ROWS, _WARPS, _STAGES, _DEPTH_BYTES = 64, 4, 4, 64
 """The tile: rows of a program, and bytes of a row of A that a stage holds.
 
@@ -129,14 +133,31 @@ def _factors(update: QuantizedUpdate) -> tuple[Tensor, Tensor]:
     return a if 1 in a.stride() else a.contiguous(), b.contiguous()
 
 
-def low_rank_updates_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
-    """See `qgalore.kernels.update_several_quantized_`; of weights with one basis each."""
+def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
+    """See `qgalore.kernels.update_quantized_`."""
 
     def kind(update: QuantizedUpdate) -> tuple[object, ...]:
         return update.bits, update.group_size, update.direction.dtype, update.stochastic
 
-    for places in launches(updates, kind):
-        _launch([updates[place] for place in places], skip)
+    one_pass = [update for update in updates if _in_one_pass(update)]
+    for indices in launches(one_pass, kind):
+        _launch([one_pass[index] for index in indices], skip)
+    for update in updates:
+        if not _in_one_pass(update):
+            _update_by_rows_(update, skip)
+
+
+def _in_one_pass(update: QuantizedUpdate) -> bool:
+    return (update.left is None) != (update.right is None) and update.group_size in _GROUP_SIZES
+
+
+def _update_by_rows_(update: QuantizedUpdate, skip: Tensor | None) -> None:
+    qdata, scale, zero_point, direction, left, right, columns, bits, group_size, row, stochastic = update
+    whole = left is None and right is None
+    for start, stop in [(0, len(qdata))] if whole else row_chunks(len(qdata), columns):
+        full = direction if whole else project_back(direction, left, right, start, stop)
+        stored = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
+        write_groups_(*stored, full, columns, bits, group_size, row, stochastic, start, skip, update=True)
 
 
 def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:

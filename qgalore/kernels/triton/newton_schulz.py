@@ -1,4 +1,4 @@
-"""Newton-Schulz steps on several matrices X (rows, columns) at once, in Triton; sums in float32.
+"""Newton-Schulz steps on a group of matrices X (rows, columns), in Triton; sums in float32.
 
     A = X Xᵀ,    B = b s² A + c s⁴ A A,    X <- s (a X + B X)
 
@@ -20,10 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import MATRICES_TOGETHER
+from qgalore.kernels.arguments import GROUP_LIMIT
 from qgalore.kernels.triton.tiles import to_float
 
-_ENDS = [f"e{index}" for index in range(MATRICES_TOGETHER)]
+__all__ = ["orthogonalize"]
+
+_ENDS = [f"e{index}" for index in range(GROUP_LIMIT)]
 
 
 @triton.jit
@@ -35,12 +37,12 @@ def _end_of(which, e0, e1, e2, e3, e4, e5, e6, e7):
 
 
 @triton.jit
-def _below_diagonal(place):
+def _below_diagonal(index):
     """Row and column, at most the row, of a tile among those on and below the diagonal, counted row by row."""
-    row = ((tl.sqrt(8.0 * place.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row += ((row + 1) * (row + 2) // 2 <= place).to(tl.int32)  # where the root was rounded down or up
-    row -= (row * (row + 1) // 2 > place).to(tl.int32)
-    return row, place - row * (row + 1) // 2
+    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)  # where the root was rounded down or up
+    row -= (row * (row + 1) // 2 > index).to(tl.int32)
+    return row, index - row * (row + 1) // 2
 
 
 @triton.jit
@@ -96,11 +98,11 @@ def _apply_kernel(
     x, even, scale, out, rows, width, first, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(1)
-    which = (place >= e0).to(tl.int32) + (place >= e1).to(tl.int32) + (place >= e2).to(tl.int32)
-    which += (place >= e3).to(tl.int32) + (place >= e4).to(tl.int32) + (place >= e5).to(tl.int32)
-    which += (place >= e6).to(tl.int32)
-    i, column, k = tl.program_id(0) * T + tl.arange(0, T), place * C + tl.arange(0, C), tl.arange(0, K)
+    index = tl.program_id(1)
+    which = (index >= e0).to(tl.int32) + (index >= e1).to(tl.int32) + (index >= e2).to(tl.int32)
+    which += (index >= e3).to(tl.int32) + (index >= e4).to(tl.int32) + (index >= e5).to(tl.int32)
+    which += (index >= e6).to(tl.int32)
+    i, column, k = tl.program_id(0) * T + tl.arange(0, T), index * C + tl.arange(0, C), tl.arange(0, K)
     even += which * rows * rows
     total = tl.zeros((T, C), dtype=tl.float32)
     for start in range(0, rows, K):
@@ -121,7 +123,13 @@ def tile(rows: int) -> tuple[int, int, int, int, int]:
 
 
 def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
-    """See `qgalore.kernels.orthogonalize`; at most `MATRICES_TOGETHER` matrices whose shorter sides are equal."""
+    """See `qgalore.kernels.orthogonalize`."""
+    starts = range(0, len(matrices), GROUP_LIMIT)
+    return [x for start in starts for x in _launch(matrices[start : start + GROUP_LIMIT], polynomials)]
+
+
+def _launch(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+    """At most `GROUP_LIMIT` matrices whose shorter sides are equal."""
     device, rows = matrices[0].device, min(matrices[0].shape)
     size, columns, depth, warps, stages = tile(rows)
     ends: list[int] = []
@@ -131,8 +139,8 @@ def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float,
     x = torch.zeros(rows, width, dtype=matrices[0].dtype, device=device)
     starts = [end * columns for end in [0, *ends[:-1]]]
     for start, matrix in zip(starts, matrices, strict=True):
-        _place(x, start, matrix).copy_(matrix)
-    ends += [ends[-1]] * (MATRICES_TOGETHER - count)
+        _slot(x, start, matrix).copy_(matrix)
+    ends += [ends[-1]] * (GROUP_LIMIT - count)
     out = torch.empty_like(x)
     gram, even = torch.empty(2, count, rows, rows, dtype=matrices[0].dtype, device=device)
     scale = torch.empty(0, device=device)
@@ -151,11 +159,11 @@ def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float,
             x, even, scale, out, rows, width, first, *ends, T=size, K=depth, C=columns, SCALES=step == 0, **how
         )
         x, out = out, x
-    return [_place(x, start, matrix) for start, matrix in zip(starts, matrices, strict=True)]
+    return [_slot(x, start, matrix) for start, matrix in zip(starts, matrices, strict=True)]
 
 
-def _place(x: Tensor, start: int, matrix: Tensor) -> Tensor:
-    """The place of a matrix in a buffer, in the shape of the matrix."""
+def _slot(x: Tensor, start: int, matrix: Tensor) -> Tensor:
+    """The slot of a matrix in a buffer, in the shape of the matrix."""
     tall = matrix.shape[0] > matrix.shape[1]
     view = x[:, start : start + max(matrix.shape)]
     return view.T if tall else view

@@ -1,4 +1,4 @@
-"""What several Triton kernels share: random bits, group quantization and stochastic rounding of one tile.
+"""What Triton kernels share: random bits, group quantization and stochastic rounding of one tile.
 
 A tile is (M, G): M rows and one group of G columns, so that the group's smallest and largest value are found inside
 it. G is a power of two; a group that is shorter, or the ragged last one of a row, is masked. All arithmetic is float32,
@@ -39,7 +39,7 @@ def matrix_of_program(ends):
 
 @triton.jit
 def random_bits16(row, start, seed_low, seed_high, G: tl.constexpr):
-    """(M, G) uint32 of 16 random bits as in `reference.random_bits16`; row (M, 1) int32, start a multiple of 8."""
+    """(M, G) uint32 of 16 random bits as in `reference.random_bits`; row (M, 1) int32, start a multiple of 8."""
     call = start // 8 + tl.arange(0, G // 8)[None, :]
     counter = call + row * 0
     zero = counter * 0
@@ -73,7 +73,7 @@ def quantize_group(
 ):
     """Codes (M, G) int32, scale and zero point (M,) float32 of columns start:end, x (M, G), of some rows.
 
-    They are those of `reference.quantize_groups`.
+    They are those of `reference.group_quantization.quantize_groups`.
     """
     LEVELS: tl.constexpr = (1 << BITS) - 1
     if end - start == G:
@@ -145,7 +145,7 @@ def read_step_row(row):
 
 @triton.jit
 def round_stochastic_bfloat16(x, random):
-    """float32 x rounded up or down to bfloat16 by 16 random bits: `reference.round_stochastic_bfloat16`."""
+    """float32 x rounded up or down to bfloat16 by 16 random bits: `reference.random_bits`."""
     bits = (x.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000
     rounded = bits.to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), rounded, x).to(tl.bfloat16)

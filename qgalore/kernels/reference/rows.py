@@ -1,0 +1,47 @@
+"""Updates of some rows of a matrix at a time, so that no float32 copy of a whole large one is made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Row ranges of about 4 M elements."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def project_back(
+    direction: Tensor, left: Tensor | None, right: Tensor | None, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """leftᵀ N right or its rows start:stop, float32; a basis that is None stands for the identity."""
+    if left is None:
+        rows = direction[start:stop]
+        return rows.float() if right is None else _product(rows, right)
+    rows = _product(left[:, start:stop].T, direction)
+    return rows if right is None else _product(rows, right)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b summed in float32 and left so: of two bfloat16 matrices on a GPU's tensor cores, with the same products."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@contextlib.contextmanager
+def undone_if(skip: Tensor | None, *tensors: Tensor | None) -> Iterator[None]:
+    """Let the body write to tensors, and undo it on the device where the flag is true."""
+    if skip is None:
+        yield
+        return
+    before = [(tensor, tensor.clone()) for tensor in tensors if tensor is not None]
+    yield
+    for tensor, copy in before:
+        tensor.copy_(torch.where(skip, copy, tensor))
