@@ -22,7 +22,7 @@ from peft_pretraining.data.summary import describe_data
 from peft_pretraining.data.tokenizer import Added, Tokenizer, kept_tokenizers, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.build import build_on_meta
+from peft_pretraining.models.build import build_on_meta, network_on_meta
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
@@ -79,6 +79,17 @@ def build_training(
     if allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
+
+
+def model_on_meta(args: RunArgs, config: ModelConfig) -> CausalLM:
+    """Build the model of `build_training` without memory, and with one of its layers: they are alike."""
+    model, convert = network_on_meta(config), low_rank_converter(args.optimizer, args.quantization)
+    del model.decoder_layers[1:]
+    for param in model.parameters():
+        param.data = param.data.to(getattr(torch, args.model.dtype))
+    for name, _ in list(model.named_modules()):
+        convert(model, name)
+    return model
 
 
 def build_data(args: RunArgs, world: World) -> tuple[TrainLoader, EvalSet]:

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.build import model_on_meta
 from peft_pretraining.memory.planned_run import PlannedRun
-from peft_pretraining.models.build import low_rank_names, network_on_meta
-from peft_pretraining.models.network import CausalLM
-from peft_pretraining.optim.build import low_rank_converter, states_on_meta
+from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.optim.build import states_on_meta
 from qgalore.subspace.schedule import first_refresh_spread
 from qgalore.update.gradient_sum import zeros
 
@@ -25,7 +25,7 @@ _STATES = ("optimizer states, decoder", "optimizer states, embeddings, head, nor
 
 def lasting_bytes(run: PlannedRun) -> dict[str, int]:
     """What stays on one rank's device between updates, by component."""
-    model, args, layers = _with_one_layer(run), run.args, run.config.num_hidden_layers
+    model, args, layers = model_on_meta(run.args, run.config), run.args, run.config.num_hidden_layers
     times = dict.fromkeys(_tensors_of(model.decoder_layers), layers)
     decoder = {tensor for name in low_rank_names(model) for tensor in _tensors_of(model.get_submodule(name))}
     found = dict.fromkeys((*_WEIGHTS, "projections", *_STATES, GRADIENTS, REFRESHES), 0)
@@ -41,17 +41,6 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
         matrices = sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in run.matrices)
         found |= {GRADIENTS: rest + layers * matrices, REFRESHES: _refresh_bytes(run)}
     return found
-
-
-def _with_one_layer(run: PlannedRun) -> CausalLM:
-    """The network on the meta device in the form in which it is trained."""
-    model, convert = network_on_meta(run.config), low_rank_converter(run.args.optimizer, run.args.quantization)
-    del model.decoder_layers[1:]
-    for param in model.parameters():
-        param.data = param.data.to(run.dtype)
-    for name, _ in list(model.named_modules()):
-        convert(model, name)
-    return model
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
