@@ -119,7 +119,7 @@ class LowRankAdamW(Optimizer):
     def _build_weights(self) -> None:
         """One object a parameter, numbered in the order of the groups; the low-rank ones also among themselves.
 
-        Objects that exist are kept, since hooks and taps hold them; group, state and number are brought up to date.
+        Objects that exist are kept, since hooks and layers hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)

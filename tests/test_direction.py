@@ -206,7 +206,7 @@ def test_updates_of_layers_are_those_of_each(monkeypatch: pytest.MonkeyPatch) ->
         update_layers_([updates[0]._replace(layer=float_layer)])
     # Autograd has to see what a kernel writes, unless CUDA graphs run the layer.
     monkeypatch.setattr(kernels, "update_quantized_", lambda updates, skip: None)
-    layers[2].checks_version = False
+    layers[2].allow_backward_after_update()
     before = [layer.weight._version for layer in layers]
     update_layers_(updates)
     assert [layer.weight._version > old for layer, old in zip(layers, before, strict=True)] == [True, True, False]

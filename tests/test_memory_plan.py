@@ -533,7 +533,7 @@ def test_what_a_layer_holds_is_exact() -> None:
     weights = list(optimizer.low_rank_weights())[:7]
     graphs = changed(settings, cuda_graphs=True)
     with held_weights(layers, torch.bfloat16), held_bases(weights, torch.bfloat16):
-        assert held_weights_bytes(CONFIG, graphs) == sum(size(layer.held_weight) for layer in layers)
+        assert held_weights_bytes(CONFIG, graphs) == sum(size(layer.cached_weight) for layer in layers)
         found = [basis for weight in weights for basis in weight.held_bases.values()]
         assert held_bases_bytes(CONFIG, graphs) == sum(map(size, found)) > 0
     for other in (settings, changed(graphs, int8_products=True)):

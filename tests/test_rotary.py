@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
-from qgalore.layer.layout import joined
+from qgalore.layer.layout import as_one_view
 from tests.interpreter import compare
 
 CASES = {
@@ -65,7 +65,7 @@ def compare_with_reference(device: torch.device) -> None:
             assert torch.equal(ours, expected) and ours.stride() == expected.stride() and ours.dtype == dtype
             assert ours.is_contiguous() or back
         # Gradients are columns of one matrix.
-        assert (joined([x.flatten(2).flatten(0, 1) for x in found[1]], 1) is not None) == back
+        assert (as_one_view([x.flatten(2).flatten(0, 1) for x in found[1]], 1) is not None) == back
 
 
 def test_triton_kernel_equals_reference(device: torch.device) -> None:

@@ -38,7 +38,7 @@ def held_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> Iterato
         yield
     finally:
         for layer in layers:
-            layer.held_weight = None
+            layer.cached_weight = None
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def _hold_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
         return
     values = dequantize_several([weight for _, weight in stored], dtype, shapes)
     for (layer, _), padded in zip(stored, values, strict=True):
-        layer.held_weight = padded
+        layer.cached_weight = padded
 
 
 def _hold_bases(weights: Sequence[WeightWithBases], dtype: torch.dtype) -> None:

@@ -102,15 +102,15 @@ class FullRankWeight:
         self._held.clear()
 
     def forms_gradient(self, input: Tensor) -> bool:
-        """See `qgalore.layer.gradient_sink.GradientTap`."""
+        """See `qgalore.layer.gradient_sink.GradientSink`."""
         return True
 
     def input_basis(self, input: Tensor) -> Tensor | None:
-        """See `qgalore.layer.gradient_sink.GradientTap`."""
+        """See `qgalore.layer.gradient_sink.GradientSink`."""
         return None
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
-        """Add the gradient of one micro-batch, given as factors (`qgalore.layer.gradient_sink.GradientTap`)."""
+        """Add the gradient of one micro-batch, given as factors (`qgalore.layer.gradient_sink.GradientSink`)."""
         self._add(self._sum, fit.gradient(grad_output, input, (self.shape[0], self.shape[1])))
 
     def accumulate_full(self, grad: Tensor) -> None:

@@ -132,7 +132,7 @@ class LowRankWeight(WeightWithBases):
         return self.changes_subspace and self.subspace.subspace == "svd" and self.schedule.refreshes > 0
 
     def forms_gradient(self, input: Tensor) -> bool:
-        """See `qgalore.layer.gradient_sink.GradientTap`."""
+        """See `qgalore.layer.gradient_sink.GradientSink`."""
         side = "right" if "right" in self.sides else "left"
         return (
             self._needs_full_gradient
@@ -141,7 +141,7 @@ class LowRankWeight(WeightWithBases):
         )
 
     def input_basis(self, input: Tensor) -> Tensor | None:
-        """See `qgalore.layer.gradient_sink.GradientTap`; None for a large one: several would take much memory."""
+        """See `qgalore.layer.gradient_sink.GradientSink`; None for a large one: several would take much memory."""
         large = self.subspace.rank * self._matrix_shape[1] * input.itemsize > JOINED_BASIS_BYTES
         if large or self.sides != ("right",) or self.forms_gradient(input):
             return None
