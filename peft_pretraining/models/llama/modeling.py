@@ -197,7 +197,7 @@ class LlamaForCausalLM(CausalLM):
 
     def recomputes(self, name: str) -> bool:
         """See `CausalLM`."""
-        layer = self.get_submodule(".".join(name.split(".")[:3]))
+        layer = self.get_submodule(".".join(name.split(".")[:3]))  # model.layers.0
         return isinstance(layer, LlamaDecoderLayer) and layer.gradient_checkpointing
 
     def keep_int8_activations(self) -> None:
