@@ -26,6 +26,7 @@ from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
 from qgalore import LowRankLinear, WeightFormat, kernels
 from qgalore.kernels.reference.int8_matmul import quantize_rows
+from qgalore.layer import autograd_op
 
 MODELS = ("60m", "1b", "7b")
 CALLS = 10  # in one graph
@@ -36,8 +37,13 @@ Product = Callable[[], Tensor]
 
 
 def layer_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
-    """The products of a layer, as in training."""
-    return lambda: layer.product(x), lambda: layer.input_gradient(grad, x.shape[-1])
+    """A layer's own products, as in training."""
+    weight, int8 = layer.quantized_weight, layer.format.int8_products
+    assert weight is not None
+    return (
+        lambda: autograd_op.linear(x, weight, layer.width, int8),
+        lambda: autograd_op.input_gradient(grad, weight, x.shape[-1], int8),
+    )
 
 
 def int8_products_alone(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
@@ -76,9 +82,8 @@ def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dic
     """Both products by method, with the same weight and activations; ragged dimensions padded as in our model."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(outputs, inputs, device=device, generator=generator) * 0.02
-    rounded = LowRankLinear(weight, None, WeightFormat(bits=8, int8_products=True))
-    ordinary = LowRankLinear(weight, None, WeightFormat(bits=8))
-    rounded.pads_output = ordinary.pads_output = True
+    rounded = LowRankLinear(weight, None, WeightFormat(bits=8, int8_products=True), pads_output=True)
+    ordinary = LowRankLinear(weight, None, WeightFormat(bits=8), pads_output=True)
     rows, columns = ordinary.padded_weight(torch.bfloat16).shape
     x, grad = (torch.randn(tokens, width, device=device, generator=generator).bfloat16() for width in (columns, rows))
     x[:, inputs:], grad[:, outputs:] = 0.0, 0.0

@@ -39,7 +39,7 @@ from benchmarks.passes import (
 )
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
-from qgalore.layer.linear import JOINED_WEIGHT_BYTES
+from qgalore.layer.linear import GROUPED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
 from qgalore.subspace.methods import GROUPED_BASIS_BYTES
 
@@ -112,7 +112,7 @@ def decoder_products(s: Setting) -> Passes:
 def merges_input_gradients(s: Setting) -> bool:
     """Whether the library computes the input gradients of queries and keys in one product."""
     hidden, query, key = s.widths
-    return 2 * (query + key) * hidden <= JOINED_WEIGHT_BYTES
+    return 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
 
 
 def input_gradients(s: Setting) -> Passes:

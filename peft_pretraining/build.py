@@ -49,11 +49,11 @@ def build_model(
     """Build a freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
     device = torch.device(device)
     model = build_on_meta(args.model_config, args.use_hf_model)
-    materialize(model, device, getattr(torch, args.dtype), seed, on_module, std=model.config.initializer_range)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(args.checkpoint_every)
     if args.int8_activations:
         model.keep_int8_activations()
+    materialize(model, device, getattr(torch, args.dtype), seed, on_module, std=model.config.initializer_range)
     has_triton = importlib.util.find_spec("triton") is not None
     if compiles_layers(args, device.type == "cuda" and has_triton):
         model.compile_layers()

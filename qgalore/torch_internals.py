@@ -20,11 +20,16 @@ NAMES = {
     "torch._C._cuda_releasePool": "memory of CUDA graphs used between two replays",
     "torch._functorch.config.donated_buffer": "backward passes of compiled layers that are retained",
     "torch._functorch.config.ban_recompute_materialized_backward": "norms computed again in the backward pass",
+    "torch._functorch.partitioners.has_recomputable_rng_ops": "attention that is computed again on a CPU",
+    "torch._functorch.partitioners.must_recompute": "attention that is computed again on a CPU",
     "torch._guards.TracingContext": "compiled backward passes that write over the gradients they are given",
     "torch._inductor.custom_graph_pass.CustomGraphPass": "compiled backward passes that write over given gradients",
     "torch._inductor.custom_graph_pass.get_hash_for_files": "the cache of what is compiled",
     "torch._inductor.lowering.lowerings": "sums that are kept apart from the norm that follows",
     "torch._inductor.lowering.register_lowering": "sums that are kept apart from the norm that follows",
+    "torch._library.opaque_object.get_opaque_type_name": "operands of operators that are no tensors",
+    "torch._library.opaque_object.register_opaque_type": "operands of operators that are no tensors",
+    "torch._opaque_base.OpaqueBase": "operands of operators that are no tensors",
     "torch.ops.aten._scaled_dot_product_cudnn_attention": "attention by cuDNN",
 }
 """Each with what needs it."""

@@ -87,9 +87,9 @@ class RecordedGraph(TorchDispatchMode):
 
 
 OPERATORS = {
-    "low_rank_linears": "_forward",
-    "low_rank_linears_tap": "_tap",
-    "low_rank_linears_input_gradient": "_input_gradient",
+    "grouped_linear": "_forward",
+    "grouped_linear_accumulate": "_accumulate",
+    "grouped_linear_input_gradient": "_input_gradient",
 }
 """Our operators, and the functions that they are."""
 

@@ -31,6 +31,7 @@ def test_all_options_reach_what_is_built(tmp_path: Path) -> None:
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
     assert [layer.mlp.training_swiglu is swiglu_through_int8 for layer in model.model.layers] == [False, True]
     layers = [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
+    assert [layer._frees_input for layer in layers] == [True] * 7 + [False] * 7, "where activations are recomputed"
     assert len(layers) == 14 and {layer.weight.shape[1] for layer in layers} == {32, 64}  # two codes a byte
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
     assert optimizer.param_groups[1]["rank"] == 16

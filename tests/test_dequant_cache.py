@@ -83,8 +83,8 @@ class Training:
 
     @property
     def nothing_is_held(self) -> bool:
-        held = any(layer.held_weight is not None for layer in self.linears)
-        return not held and not any(weight.subspace.stored.cached for weight in self.weights)
+        cached = any(layer.cached_weight is not None for layer in self.linears)
+        return not cached and not any(weight.subspace.stored.cached for weight in self.weights)
 
 
 @pytest.fixture
@@ -177,8 +177,8 @@ def test_a_held_weight_is_that_of_its_own(calls: list[int]) -> None:
         assert not calls
         layers[0].padded_weight(torch.float32)
         assert calls == [1], "another dtype is made as ever"
-        assert copy.deepcopy(layers[0]).held_weight is None
-    assert all(layer.held_weight is None for layer in layers)
+        assert copy.deepcopy(layers[0]).cached_weight is None
+    assert all(layer.cached_weight is None for layer in layers)
 
 
 def test_a_weight_is_not_held_beyond_its_update() -> None:
@@ -188,7 +188,7 @@ def test_a_weight_is_not_held_beyond_its_update() -> None:
         before = changed.padded_weight(torch.float32)
         changed.update_(torch.ones(24, 24), None, None, step_row(0.1, 1.0, 0))
         assert not torch.equal(changed.padded_weight(torch.float32), before)
-        assert changed.held_weight is None and other.held_weight is not None
+        assert changed.cached_weight is None and other.cached_weight is not None
 
 
 def refresh(training: Training) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
 from qgalore.kernels.reference import int8_matmul
 from tests.kernels.comparison import step_row
-from tests.taps import FactorTap
+from tests.sinks import FactorSink
 
 INT8 = WeightFormat(bits=8, int8_products=True)
 # Tokens, inputs, outputs; ragged on purpose, and the last one is longer than what float32 sums exactly.
@@ -25,9 +25,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(inputs: int, outputs: int, bias: bool = False) -> LowRankLinear:
+def layer(inputs: int, outputs: int, bias: bool = False, pads_output: bool = False) -> LowRankLinear:
     torch.manual_seed(3)
-    return LowRankLinear.from_linear(nn.Linear(inputs, outputs, bias=bias), INT8)
+    return LowRankLinear.from_linear(nn.Linear(inputs, outputs, bias=bias), INT8, pads_output=pads_output)
 
 
 def step(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_output_is_within_the_rounding_of_the_input(sizes: tuple[int, int, int],
     tokens, inputs, outputs = sizes
     module, x = layer(inputs, outputs), normal(tokens, inputs) * torch.logspace(-3, 3, tokens)[:, None]
     if attached:
-        module.attach(FactorTap())
+        module.attach(FactorSink())
     weight = module.dequantized_weight(torch.float32).double()
     found, expected = module(x).double(), x.double() @ weight.T
     assert ((found - expected).abs() <= 0.501 * step(x).double() * weight.abs().sum(dim=1)).all()
@@ -88,8 +88,8 @@ def test_output_is_within_the_rounding_of_the_input(sizes: tuple[int, int, int],
 @pytest.mark.parametrize("sizes", SHAPES)
 def test_input_gradient_is_within_the_rounding_of_the_output_gradient(sizes: tuple[int, int, int]) -> None:
     tokens, inputs, outputs = sizes
-    module, tap = layer(inputs, outputs), FactorTap()
-    module.attach(tap)
+    module, sink = layer(inputs, outputs), FactorSink()
+    module.attach(sink)
     x, grad = normal(tokens, inputs).requires_grad_(), normal(tokens, outputs, seed=1) ** 3
     module(x).backward(grad)
     weight, scale = module.dequantized_weight(torch.float32), module.weight_scale
@@ -99,7 +99,7 @@ def test_input_gradient_is_within_the_rounding_of_the_output_gradient(sizes: tup
     bound = 0.501 * step(grad * scale.float().T).double() * signed
     assert ((x.grad.double() - expected).abs() <= bound + 1e-6 * (grad.abs() @ weight.abs())).all()
     # The gradient of the weight is made of what came, not of what was rounded.
-    assert torch.equal(tap.input[:, :inputs], x) and torch.equal(tap.grad_output[:, :outputs], grad)
+    assert torch.equal(sink.input[:, :inputs], x) and torch.equal(sink.grad_output[:, :outputs], grad)
 
 
 @pytest.mark.parametrize("shape", [(21,), (4, 21), (2, 3, 21)])
@@ -113,7 +113,7 @@ def test_tokens_of_any_shape_are_rounded_one_by_one(shape: tuple[int, ...]) -> N
 
 def test_no_weight_is_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     module = layer(24, 16)
-    module.attach(FactorTap())
+    module.attach(FactorSink())
     monkeypatch.setattr(kernels, "dequantize", lambda *args: pytest.fail("a weight was dequantized"))
     module(normal(4, 24).requires_grad_()).sum().backward()
 
@@ -121,12 +121,10 @@ def test_no_weight_is_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_padding_is_never_read_and_comes_back_as_zeros() -> None:
     module, back = layer(24, 21), layer(21, 24)
     x = normal(5, 24)
-    narrow = module(x)
-    module.pads_output = True
-    wide = module(x)
+    narrow, wide = module(x), layer(24, 21, pads_output=True)(x)
     assert wide.shape == (5, 32) and torch.equal(wide[:, :21], narrow) and wide[:, 21:].count_nonzero() == 0
     assert torch.equal(back(wide), back(narrow))
-    back.attach(FactorTap())
+    back.attach(FactorSink())
     wide = wide.detach().requires_grad_()
     back(wide).square().sum().backward()
     assert wide.grad is not None and wide.grad.shape == (5, 32)

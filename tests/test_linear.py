@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qgalore import GaLoreAdamW, LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 from tests.kernels.comparison import step_row
-from tests.taps import FactorTap
+from tests.sinks import FactorSink
 
 FORMATS = {
     "float": WeightFormat(),
@@ -25,8 +25,8 @@ FORMATS = {
 every_format = pytest.mark.parametrize("storage", FORMATS)
 
 
-class Recorder(FactorTap):
-    """A tap that sums the gradient from its factors."""
+class Recorder(FactorSink):
+    """A sink that sums the gradient from its factors."""
 
     def __init__(self) -> None:
         self.grad: Tensor | None = None
@@ -69,17 +69,17 @@ def test_output_is_that_of_a_float_layer_with_the_dequantized_weight(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(21,), (4, 21), (2, 3, 21)])
 def test_gradients_are_those_of_a_float_layer(shape: tuple[int, ...], bias: bool, storage: str) -> None:
-    module, tap = layer(storage, bias), Recorder()
-    module.attach(tap)
+    module, sink = layer(storage, bias), Recorder()
+    module.attach(sink)
     x, weight = normal(*shape).requires_grad_(), module.dequantized_weight(torch.float32).detach().requires_grad_()
     other_x = x.detach().clone().requires_grad_()
     other_bias = module.bias.detach().clone().requires_grad_() if module.bias is not None else None
     module(x).square().sum().backward()
     F.linear(other_x, weight, other_bias).square().sum().backward()
-    assert tap.grad is not None and weight.grad is not None and x.grad is not None and other_x.grad is not None
+    assert sink.grad is not None and weight.grad is not None and x.grad is not None and other_x.grad is not None
     # The factors may come with columns of zeros.
-    assert torch.allclose(tap.grad[:10, :21], weight.grad, atol=1e-4)
-    assert tap.grad[10:].count_nonzero() == tap.grad[:, 21:].count_nonzero() == 0
+    assert torch.allclose(sink.grad[:10, :21], weight.grad, atol=1e-4)
+    assert sink.grad[10:].count_nonzero() == sink.grad[:, 21:].count_nonzero() == 0
     assert torch.allclose(x.grad, other_x.grad, atol=1e-4)
     assert module.weight.grad is None
     if bias:
@@ -89,17 +89,17 @@ def test_gradients_are_those_of_a_float_layer(shape: tuple[int, ...], bias: bool
 
 @every_format
 def test_the_weight_gets_its_gradient_where_the_input_needs_none(storage: str) -> None:
-    module, tap = layer(storage), Recorder()
+    module, sink = layer(storage), Recorder()
     hooked: list[int] = []
-    module.attach(tap).register_post_accumulate_grad_hook(lambda anchor: hooked.append(1))
+    module.attach(sink).register_post_accumulate_grad_hook(lambda proxy: hooked.append(1))
     module(normal(4, 21)).sum().backward()
-    assert tap.calls == 1 and hooked == [1]
+    assert sink.calls == 1 and hooked == [1]
 
 
-def test_the_hook_of_the_anchor_fires_once_after_every_use() -> None:
-    module, tap = layer("int8", sizes=(10, 10)), Recorder()
+def test_the_hook_of_the_proxy_leaf_fires_once_after_every_use() -> None:
+    module, sink = layer("int8", sizes=(10, 10)), Recorder()
     calls: list[int] = []
-    module.attach(tap).register_post_accumulate_grad_hook(lambda anchor: calls.append(tap.calls))
+    module.attach(sink).register_post_accumulate_grad_hook(lambda proxy: calls.append(sink.calls))
     module(torch.tanh(module(normal(4, 10)))).sum().backward()
     assert calls == [2]
 
@@ -205,19 +205,19 @@ def test_nearest_rounding_forgets_small_updates_and_stochastic_does_not() -> Non
 
 @every_format
 def test_a_copy_is_independent(storage: str) -> None:
-    module, tap = layer(storage), Recorder()
-    module.attach(tap)
+    module, sink = layer(storage), Recorder()
+    module.attach(sink)
     twin = copy.deepcopy(module)
-    assert twin.tap is None and twin.anchor is None and module.tap is tap
+    assert twin.sink is None and twin.proxy is None and module.sink is sink
     x = normal(4, 21).requires_grad_()
     before = twin(x)
     module.update_(torch.ones(10, 21), None, None, step_row(0.1, 1.0, 0))
     assert torch.equal(twin(x), before)
     assert not torch.equal(module(x), before)
-    twin_tap = Recorder()
-    twin.attach(twin_tap)
+    twin_sink = Recorder()
+    twin.attach(twin_sink)
     twin(x).sum().backward()
-    assert (tap.calls, twin_tap.calls) == (0, 1)
+    assert (sink.calls, twin_sink.calls) == (0, 1)
 
 
 @every_format
@@ -254,7 +254,7 @@ def test_pickle_gives_the_same_layer(storage: str) -> None:
     torch.save(module, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)
-    assert again.tap is None
+    assert again.sink is None
     assert torch.equal(again(normal(4, 21)), module(normal(4, 21)))
 
 
@@ -409,10 +409,10 @@ def test_compiled_model_trains_the_same(backend: str, update_in_backward: bool) 
 
 
 @pytest.mark.parametrize("frees", [True, False])
-def test_a_compiled_input_gradient_waits_for_the_tap_where_it_frees_the_input(frees: bool) -> None:
-    """Else a compiler may make, in one kernel, what the tap needs and what follows the gradient, and keep it all."""
-    module, graphs = layer("int8"), list[torch.fx.GraphModule]()
-    module.frees_input = frees
+def test_a_compiled_input_gradient_waits_for_the_sink_where_it_frees_the_input(frees: bool) -> None:
+    """Else a compiler may make, in one kernel, what the sink needs and what follows the gradient, and keep it all."""
+    linear, graphs = nn.Linear(21, 10), list[torch.fx.GraphModule]()
+    module = LowRankLinear.from_linear(linear, FORMATS["int8"], frees_input=frees)
     module.attach(Recorder())
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -424,7 +424,7 @@ def test_a_compiled_input_gradient_waits_for_the_tap_where_it_frees_the_input(fr
     torch.compile(module, backend=backend)(x).sum().backward()
     (graph,) = graphs
     calls = {node.target: node for node in graph.graph.nodes if node.op == "call_function"}
-    tap = calls[torch.ops.qgalore.low_rank_linears_tap.default]
-    gradient = calls[torch.ops.qgalore.low_rank_linears_input_gradient.default]
-    waits = any(tap in node.all_input_nodes for node in gradient.all_input_nodes)
+    sink = calls[torch.ops.qgalore.grouped_linear_accumulate.default]
+    gradient = calls[torch.ops.qgalore.grouped_linear_input_gradient.default]
+    waits = any(sink in node.all_input_nodes for node in gradient.all_input_nodes)
     assert waits == frees and x.grad is not None

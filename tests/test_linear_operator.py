@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.library import opcheck
 
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer import autograd_op, linear
-from qgalore.layer.gradient_sink import GradientTap
-from qgalore.layer.layout import joined, new_stack
-from qgalore.layer.linear import products
+from qgalore.layer.gradient_sink import GradientSink
+from qgalore.layer.layout import as_one_view, new_stack
+from qgalore.layer.linear import grouped_linear
 from qgalore.subspace import fit, methods
-from tests.taps import FactorTap
+from tests.sinks import FactorSink
 from tests.test_memory_plan import CONFIG
 
 FORMATS = {
@@ -32,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Tap(FactorTap):
+class Sink(FactorSink):
     """`basis` is what it asks to have multiplied; or it wants the `whole` gradient."""
 
     def __init__(self, basis: Tensor | None = None, whole: bool = False) -> None:
@@ -48,23 +55,23 @@ class Tap(FactorTap):
         self.gradient = grad
 
 
-# ---- neighbours
+# ---- adjacent matrices
 
 
-def test_neighbours_are_found_in_one_storage() -> None:
+def test_adjacent_matrices_are_found_in_one_storage() -> None:
     whole = torch.arange(60.0).view(6, 10)
-    assert joined([whole[:2], whole[2:5]], 0).equal(whole[:5])  # type: ignore[union-attr]
-    columns = joined([whole[:, 1:3], whole[:, 3:4], whole[:, 4:9]], 1)
+    assert as_one_view([whole[:2], whole[2:5]], 0).equal(whole[:5])  # type: ignore[union-attr]
+    columns = as_one_view([whole[:, 1:3], whole[:, 3:4], whole[:, 4:9]], 1)
     assert columns is not None and columns.equal(whole[:, 1:9]) and columns.data_ptr() == whole[:, 1:].data_ptr()
     stack = new_stack(whole, [(2, 10), (3, 10)], torch.bfloat16)
     assert [m.shape for m in stack] == [(2, 10), (3, 10)] and stack[0].dtype == torch.bfloat16
-    assert joined(stack, 0) is not None
+    assert as_one_view(stack, 0) is not None
 
 
 @pytest.mark.parametrize(
     ("case", "dim"), [("order", 0), ("gap", 0), ("width", 0), ("copy", 0), ("order", 1), ("gap", 1), ("rows", 1)]
 )
-def test_what_only_looks_like_neighbours(case: str, dim: int) -> None:
+def test_what_only_looks_adjacent(case: str, dim: int) -> None:
     whole = torch.zeros(6, 12)
     a, b = {
         ("order", 0): (whole[2:4], whole[:2]),
@@ -75,7 +82,7 @@ def test_what_only_looks_like_neighbours(case: str, dim: int) -> None:
         ("gap", 1): (whole[:, :4], whole[:, 5:8]),
         ("rows", 1): (whole[:1], whole[1:2]),
     }[case, dim]
-    assert joined([a, b], dim) is None
+    assert as_one_view([a, b], dim) is None
 
 
 # ---- the node
@@ -85,55 +92,132 @@ def layers_of(format: WeightFormat, outputs: Sequence[int], inputs: int = 24) ->
     return [LowRankLinear(normal(rows, inputs, seed=i), None, format) for i, rows in enumerate(outputs)]
 
 
-@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize("adjacent", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("outputs", [(16, 8, 40), (16, 16), (21, 10, 7)], ids=str)
-def test_several_layers_make_what_each_makes_alone(outputs: tuple[int, ...], format: str, neighbours: bool) -> None:
+def test_several_layers_make_what_each_makes_alone(outputs: tuple[int, ...], format: str, adjacent: bool) -> None:
     layers, x = layers_of(FORMATS[format], outputs), normal(2, 5, 24, seed=9).requires_grad_()
     both = normal(2, 5, sum(outputs), seed=10)
     grads = list(both.split(list(outputs), dim=-1))
-    if not neighbours:
+    if not adjacent:
         grads = [grad.clone() for grad in grads]
     alone = list[Tensor]()
     for layer, grad in zip(layers, grads, strict=True):
-        layer.attach(Tap())
+        layer.attach(Sink())
         y = layer(x)
         alone += [y.detach(), *torch.autograd.grad(y, x, grad)]
-    expected = [(layer.tap.grad_output, layer.tap.input) for layer in layers]  # type: ignore[union-attr]
-    ys = products(x, layers, side_by_side=2)
+    expected = [(layer.sink.grad_output, layer.sink.input) for layer in layers]  # type: ignore[union-attr]
+    ys = grouped_linear(x, layers, adjacent=2)
     (gradient,) = torch.autograd.grad(ys, x, grads)
     assert len({y.grad_fn for y in ys}) == 1
     assert all(torch.equal(y, expected_y) for y, expected_y in zip(ys, alone[::2], strict=True))
     torch.testing.assert_close(gradient, sum(alone[1::2]), rtol=1e-4, atol=1e-4)
     for layer, factors in zip(layers, expected, strict=True):
-        assert isinstance(layer.tap, Tap) and layer.tap.projected is None
-        assert torch.equal(layer.tap.grad_output, factors[0]) and torch.equal(layer.tap.input, factors[1])
+        assert isinstance(layer.sink, Sink) and layer.sink.projected is None
+        assert torch.equal(layer.sink.grad_output, factors[0]) and torch.equal(layer.sink.input, factors[1])
 
 
 def test_a_layer_without_an_optimizer_or_frozen_or_of_another_kind_is_run_alone() -> None:
     first, second = layers_of(WeightFormat(), (8, 8))
     x, other = normal(3, 24).requires_grad_(), nn.Linear(24, 8)
     for layers in ([first, second], [first, other]):
-        assert all(torch.equal(y, layer(x)) for y, layer in zip(products(x, layers), layers, strict=True))
+        assert all(torch.equal(y, layer(x)) for y, layer in zip(grouped_linear(x, layers), layers, strict=True))
     for layer in (first, second):
-        layer.attach(Tap())
+        layer.attach(Sink())
     second.weight.requires_grad_(False)
-    products(x, [first, second])[0].sum().backward()
-    assert not hasattr(second.tap, "input") and hasattr(first.tap, "input")
+    grouped_linear(x, [first, second])[0].sum().backward()
+    assert not hasattr(second.sink, "input") and hasattr(first.sink, "input")
 
 
 def test_biases_are_added() -> None:
-    layers = [LowRankLinear(normal(rows, 24), nn.Parameter(normal(rows)), WeightFormat(8)) for rows in (8, 21)]
-    layers[1].pads_output = True
+    layers = [
+        LowRankLinear(normal(rows, 24), nn.Parameter(normal(rows)), WeightFormat(8), pads_output=rows == 21)
+        for rows in (8, 21)
+    ]
     x = normal(3, 24)
     expected = [layer(x) for layer in layers]
     for layer in layers:
-        layer.attach(Tap())
-    ys = products(x, layers)
+        layer.attach(Sink())
+    ys = grouped_linear(x, layers)
     assert [y.shape for y in ys] == [(3, 8), (3, 32)]
     assert all(map(torch.equal, ys, expected))
     ys[1].sum().backward()
     assert layers[1].bias is not None and torch.equal(layers[1].bias.grad, torch.full((21,), 3.0))  # type: ignore[arg-type]
+
+
+# ---- what PyTorch is told of the operators
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, (16, 24)), (21, (21, 10, 7))], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_operators_are_what_they_are_declared_to_be(format: str, inputs: int, outputs: tuple[int, ...]) -> None:
+    """Schema, autograd, shapes without data, and tracing; the operator of the sinks shows its effect in these alone."""
+    layers = [
+        LowRankLinear(normal(rows, inputs, seed=i), None, FORMATS[format], pads_output=i == 0)
+        for i, rows in enumerate(outputs)
+    ]
+    for layer in layers:
+        layer.attach(Sink())
+    operators, x = torch.ops.qgalore, normal(2, 5, inputs, seed=9)
+    stored, handles = [tensor for layer in layers for tensor in layer._stored], [layer.handle for layer in layers]
+    storage, widths = list(layers[0]._storage), [layer.width for layer in layers]
+    adjacent = 2 if format != "int8 products" else 1
+    grads = [normal(2, 5, width) for width in widths]
+    for proxies in ([layer.proxy for layer in layers], []):
+        arguments = (x.clone().requires_grad_(), stored, proxies, handles, storage, widths, adjacent, False)
+        opcheck(operators.grouped_linear.default, arguments)
+    opcheck(operators.grouped_linear_accumulate.default, (grads, x, handles, inputs, adjacent))
+    detached = [tensor.detach() for tensor in stored]
+    opcheck(operators.grouped_linear_input_gradient.default, (grads, detached, handles, storage, inputs, []))
+
+
+@pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"], FORMATS["float"]], ids=["int8", "int4", "float"])
+@pytest.mark.parametrize("subspace", ["svd", "streaming"])
+def test_one_compilation_serves_all_layers_through_refreshes(format: WeightFormat, subspace: str) -> None:
+    plain = attached(Net(), format, subspace=subspace)
+    pairs = [attached(Net(), format, subspace=subspace, update_proj_gap=gap) for gap in (3, 2, 4)]
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(Net.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    for update in range(7):
+        for net, optimizer in pairs:
+            compiled(net, normal(64, 48, seed=update)).square().sum().backward()
+            optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    expected = trained(*plain)
+    assert all(map(torch.equal, [layer.dequantized_weight(torch.float32) for layer in pairs[0][0].layers], expected))
+
+
+def test_what_is_compiled_keeps_no_weight_alive() -> None:
+    net, optimizer = attached(Net())
+    torch._dynamo.reset()
+    compiled = torch.compile(Net.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled(net, normal(4, 48)).square().sum().backward()
+    kept = [weakref.ref(net.q), *map(weakref.ref, (net.q.weight, *optimizer.low_rank_weights()))]
+    del net, optimizer
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 5
+
+
+def test_copies_of_an_operand_refer_to_nothing() -> None:
+    """torch.compile makes some, and with them would copy the optimizer."""
+    (layer,) = layers_of(WeightFormat(8), (16,))
+    layer.attach(Sink())
+    layer.cached_weight = layer.padded_weight(torch.float32)
+    for copied in (copy.copy(layer.handle), copy.deepcopy(layer.handle), pickle.loads(pickle.dumps(layer.handle))):
+        assert isinstance(copied, autograd_op.WeightHandle) and copied.sink is None and copied.cached is None
+    assert len(pickle.dumps(layer.handle)) < 200 and layer.sink is not None
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_zero_point"])
+def test_a_backward_pass_through_what_was_written_in_between_is_refused(part: str) -> None:
+    (layer,) = layers_of(WeightFormat(8), (16,))
+    layer.attach(Sink())
+    y = layer(normal(3, 24).requires_grad_())
+    getattr(layer, part).data.flatten()[0] += 1  # behind autograd's back
+    torch.autograd.graph.increment_version(getattr(layer, part))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # ---- projections
@@ -145,39 +229,37 @@ def test_an_input_is_projected_once_for_all_that_want_it() -> None:
         basis.copy_(values)
     x = normal(7, 24, seed=2)
     for bases in (stack, [basis.clone() for basis in stack]):
-        found = autograd_op.project_together([Tap(basis) for basis in bases], x)
+        found = autograd_op.project_grouped([Sink(basis) for basis in bases], x)
         for projected, basis in zip(found, bases, strict=True):
             assert projected is not None
             torch.testing.assert_close(projected, x @ basis.T)
     wide = torch.cat((x, torch.zeros(7, 8)), 1)
-    first = autograd_op.project_together([Tap(basis) for basis in stack], wide)[0]
+    first = autograd_op.project_grouped([Sink(basis) for basis in stack], wide)[0]
     assert first is not None
     torch.testing.assert_close(first, x @ stack[0].T)
-    alone: list[list[Tap | None]] = [[Tap(stack[0])], [Tap(stack[0]), Tap()], [Tap(stack[0]), None], []]
-    for taps in alone:
-        assert autograd_op.project_together(taps, x) == [None] * len(taps)
+    alone: list[list[Sink | None]] = [[Sink(stack[0])], [Sink(stack[0]), Sink()], [Sink(stack[0]), None], []]
+    for sinks in alone:
+        assert autograd_op.project_grouped(sinks, x) == [None] * len(sinks)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, True)])
-@pytest.mark.parametrize("neighbours", [True, False])
+@pytest.mark.parametrize("adjacent", [True, False])
 @pytest.mark.parametrize("inputs", [24, 21])
-def test_whole_gradients_are_one_product_where_they_can(
-    wanted: tuple[bool, ...], neighbours: bool, inputs: int
-) -> None:
+def test_whole_gradients_are_one_product_where_they_can(wanted: tuple[bool, ...], adjacent: bool, inputs: int) -> None:
     layers, x = layers_of(WeightFormat(8), (16, 8, 40), inputs), normal(2, 5, inputs).requires_grad_()
     grads = list(normal(2, 5, 64, seed=1).split([16, 8, 40], dim=-1))
-    if not neighbours:
+    if not adjacent:
         grads = [grad.clone() for grad in grads]
     for layer, whole in zip(layers, wanted, strict=True):
-        layer.attach(Tap(whole=whole))
-    torch.autograd.backward(products(x, layers, side_by_side=2), grads)
+        layer.attach(Sink(whole=whole))
+    torch.autograd.backward(grouped_linear(x, layers, adjacent=2), grads)
     for index, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
-        joint = index < 2 and neighbours and all(wanted)
-        assert hasattr(layer.tap, "gradient") == joint and hasattr(layer.tap, "input") != joint
+        joint = index < 2 and adjacent and all(wanted)
+        assert hasattr(layer.sink, "gradient") == joint and hasattr(layer.sink, "input") != joint
         if joint:
-            assert isinstance(layer.tap, Tap)
+            assert isinstance(layer.sink, Sink)
             expected = grad.flatten(0, 1).T @ x.detach().flatten(0, 1)
-            torch.testing.assert_close(layer.tap.gradient, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer.sink.gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 class Net(nn.Module):
@@ -189,12 +271,16 @@ class Net(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, rows, bias=False) for rows in (48, 56, 64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(products(x, (self.q, self.k, self.v)), -1)
+        return torch.cat(grouped_linear(x, (self.q, self.k, self.v)), -1)
+
+    @property
+    def layers(self) -> list[LowRankLinear]:
+        return [layer for layer in self.children() if isinstance(layer, LowRankLinear)]
 
 
-def attached(net: Net, **flags: object) -> tuple[Net, QGaLoreAdamW8bit]:
+def attached(net: Net, format: WeightFormat = FORMATS["int8"], **flags: object) -> tuple[Net, QGaLoreAdamW8bit]:
     net = copy.deepcopy(net)
-    convert_linears(net, ("q", "k", "v"), WeightFormat(8))
+    convert_linears(net, ("q", "k", "v"), format)
     groups = low_rank_param_groups(net, ["q", "k", "v"], **{"rank": 4, "update_proj_gap": 3, **flags})
     optimizer = QGaLoreAdamW8bit(groups, lr=0.01)
     optimizer.attach(net, update_in_backward=True)
@@ -212,7 +298,7 @@ def trained(net: Net, optimizer: QGaLoreAdamW8bit, updates: int = 7) -> list[Ten
     for update in range(updates):
         net(normal(64, 48, seed=update)).square().sum().backward()
         optimizer.step()
-    return [layer.dequantized_weight(torch.float32) for layer in net.children() if isinstance(layer, LowRankLinear)]
+    return [layer.dequantized_weight(torch.float32) for layer in net.layers]
 
 
 @pytest.mark.usefixtures("directly")
@@ -221,13 +307,13 @@ def test_training_is_that_of_projections_one_by_one(monkeypatch: pytest.MonkeyPa
         patch.setattr(fit, "project_factors", None)  # which would project again
         joint = trained(*attached(Net(), subspace="streaming"))
     found = list[bool]()
-    together = autograd_op.project_together
+    together = autograd_op.project_grouped
 
-    def apart(taps: Sequence[GradientTap | None], input: Tensor) -> list[Tensor | None]:
-        found.append(together(taps, input)[0] is not None)
-        return [None] * len(taps)
+    def apart(sinks: Sequence[GradientSink | None], input: Tensor) -> list[Tensor | None]:
+        found.append(together(sinks, input)[0] is not None)
+        return [None] * len(sinks)
 
-    monkeypatch.setattr(autograd_op, "project_together", apart)
+    monkeypatch.setattr(autograd_op, "project_grouped", apart)
     for ours, alone in zip(joint, trained(*attached(Net(), subspace="streaming")), strict=True):
         assert ((ours - alone).abs() > 1e-5).float().mean() < 0.02, "more than roundings that went the other way"
     assert found == [True] * 7
@@ -266,27 +352,29 @@ def test_only_what_is_projected_directly_from_the_right_is_joined(
 def test_what_is_held_needs_no_copy() -> None:
     net, optimizer = attached(Net(), subspace="streaming")
     trained(net, optimizer, 1)
-    layers = [layer for layer in net.children() if isinstance(layer, LowRankLinear)]
+    layers = net.layers
     weights = list(optimizer.low_rank_weights())
     with cached_weights(layers, torch.float32), cached_bases(weights, torch.float32):
         bases = [weight.input_basis(normal(64, 48)) for weight in weights]
-        assert joined([basis for basis in bases if basis is not None], 0) is not None and None not in bases
-        assert layers[0].held_weight is not None
-        below = layers[0].weight_over(layers[1:], torch.float32)
-        assert below.data_ptr() == layers[0].held_weight.data_ptr()
+        assert as_one_view([basis for basis in bases if basis is not None], 0) is not None and None not in bases
+        assert layers[0].cached_weight is not None
+        stored = [layer.quantized_weight or layer.weight for layer in layers]
+        below = autograd_op.stacked_weights(stored, torch.float32, [layer.cached_weight for layer in layers])
+        assert below.data_ptr() == layers[0].cached_weight.data_ptr()
     expected = torch.cat([layer.dequantized_weight(torch.float32) for layer in layers])
-    assert torch.equal(below, expected) and torch.equal(layers[0].weight_over(layers[1:], torch.float32), expected)
+    again = autograd_op.stacked_weights(stored, torch.float32, [None] * len(layers))
+    assert torch.equal(below, expected) and torch.equal(again, expected)
 
 
 def test_large_weights_and_products_in_int8_are_multiplied_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[int]()
+    asked, accumulate_whole = list[int](), autograd_op._accumulate_whole
 
-    def multiply(layers: Sequence[LowRankLinear], input: Tensor, side_by_side: int) -> list[Tensor]:
-        asked.append(side_by_side)
-        return [layer.product(input) for layer in layers]
+    def spied(sinks: Sequence[GradientSink | None], *factors: Any) -> int:
+        asked.append(len(sinks))
+        return accumulate_whole(sinks, *factors)
 
-    monkeypatch.setattr(autograd_op, "multiply", multiply)
-    monkeypatch.setattr(linear, "JOINED_WEIGHT_BYTES", 4 * 24 * (16 + 24))
+    monkeypatch.setattr(autograd_op, "_accumulate_whole", spied)
+    monkeypatch.setattr(linear, "GROUPED_WEIGHT_BYTES", 4 * 24 * (16 + 24))
     for format, outputs in (
         (FORMATS["int8"], (16, 24, 99)),
         (FORMATS["int8"], (16, 25)),
@@ -294,9 +382,9 @@ def test_large_weights_and_products_in_int8_are_multiplied_apart(monkeypatch: py
     ):
         layers = layers_of(format, outputs)
         for layer in layers:
-            layer.attach(Tap())
-        products(normal(3, 24), layers, side_by_side=2)
-    assert asked == [2, 1, 1]
+            layer.attach(Sink())
+        torch.cat(grouped_linear(normal(3, 24), layers, adjacent=2), 1).sum().backward()
+    assert asked == [2]
 
 
 def test_queries_and_keys_of_a_llama_share_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,11 +396,11 @@ def test_queries_and_keys_of_a_llama_share_a_product(monkeypatch: pytest.MonkeyP
     found = list[bool]()
 
     def spied(matrices: Sequence[Tensor], dim: int) -> Tensor | None:
-        whole = joined(matrices, dim)
+        whole = as_one_view(matrices, dim)
         found.extend([whole is not None] if dim == 1 else [])
         return whole
 
-    monkeypatch.setattr(autograd_op, "joined", spied)
+    monkeypatch.setattr(autograd_op, "as_one_view", spied)
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 8))
     loss = model(tokens, tokens).loss_sum
     assert loss is not None

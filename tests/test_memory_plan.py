@@ -335,7 +335,7 @@ def test_what_a_layer_holds_is_exact(tmp_path: Path) -> None:
     flags = f"{PER_LAYER} --device cuda --batch_size 2"
     run = PassingBytes(run_of(flags, RAGGED))
     with cached_weights(layers, torch.bfloat16), cached_bases(weights, torch.bfloat16):
-        assert run.weights == size(layer.held_weight for layer in layers)
+        assert run.weights == size(layer.cached_weight for layer in layers)
         assert run.bases == size(basis for weight in weights for basis in weight.subspace.stored.cached.values()) > 0
     for other in ("--cuda_graphs off", "--int8_products"):
         assert PassingBytes(run_of(f"{flags} {other}", RAGGED)).weights == 0

@@ -959,7 +959,7 @@ def test_an_optimizer_that_is_gone_leaves_the_model_to_autograd(storage: str) ->
     gc.collect()
     net(batch(1)).backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in net.parameters())
-    assert all(module.tap is None for module in net.modules() if isinstance(module, LowRankLinear))
+    assert all(module.sink is None for module in net.modules() if isinstance(module, LowRankLinear))
 
 
 @pytest.mark.parametrize("storage", ["float", "int8"])

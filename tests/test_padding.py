@@ -23,8 +23,8 @@ def trained(pads: bool, format: WeightFormat, rank: int | None, proj_type: str) 
     """Output, input gradient and weights of a ragged pair of layers after some updates inside the backward."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((21, 24), (24, 21))
-    first, second = (LowRankLinear(torch.randn(s, generator=generator), None, format) for s in shapes)
-    first.pads_output = pads
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    first, second = LowRankLinear(matrices[0], None, format, pads), LowRankLinear(matrices[1], None, format)
     low_rank = {"rank": rank, "subspace": "streaming", "update_proj_gap": 2, "proj_type": proj_type} if rank else {}
     optimizer = QGaLoreAdamW8bit([{"params": [first.weight, second.weight]} | low_rank], lr=1e-2)
     model = nn.Sequential(first, nn.SiLU(), second)
@@ -55,11 +55,9 @@ def test_padding_between_two_layers_changes_nothing(format: WeightFormat, rank: 
 
 def test_a_layer_that_pads_gives_zeros_and_takes_them() -> None:
     generator = torch.Generator().manual_seed(1)
-    layer = LowRankLinear(torch.randn(21, 24, generator=generator), nn.Parameter(torch.ones(21)), WeightFormat(bits=8))
+    arguments = (torch.randn(21, 24, generator=generator), nn.Parameter(torch.ones(21)), WeightFormat(bits=8))
     x = torch.randn(5, 24, generator=generator)
-    narrow = layer(x)
-    layer.pads_output = True
-    wide = layer(x)
+    narrow, wide = LowRankLinear(*arguments)(x), LowRankLinear(*arguments, pads_output=True)(x)
     assert wide.shape == (5, 32) and torch.equal(wide[:, :21], narrow) and wide[:, 21:].count_nonzero() == 0
     back = LowRankLinear(torch.randn(24, 21, generator=generator), None, WeightFormat(bits=8))
     assert torch.allclose(back(wide), back(narrow), atol=1e-5)

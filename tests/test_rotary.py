@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
-from qgalore.layer.layout import joined
+from qgalore.layer.layout import as_one_view
 from tests.kernels.comparison import both
 
 CASES = {
@@ -63,7 +63,7 @@ def test_triton_kernel_equals_reference(
         assert torch.equal(ours, expected) and ours.stride() == expected.stride() and ours.dtype == dtype
         assert ours.is_contiguous() or back
     # Gradients are columns of one matrix.
-    assert (joined([x.flatten(2).flatten(0, 1) for x in found[1]], 1) is not None) == back
+    assert (as_one_view([x.flatten(2).flatten(0, 1) for x in found[1]], 1) is not None) == back
 
 
 def test_the_operator_is_what_torch_expects() -> None:

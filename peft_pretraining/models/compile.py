@@ -1,13 +1,33 @@
-"""What `torch.compile` is told about the backward pass of a layer."""
+"""What `torch.compile` is told about the two passes of a layer."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from torch.fx import Graph
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from qgalore.torch_internals import internal
+
+
+def recomputes_random(module: GraphModule) -> bool:
+    """Whether what is computed again draws random numbers, as PyTorch asks: attention without dropout draws none.
+
+    PyTorch takes it for random whatever the dropout and, on a CPU, keeps the generator's state for it behind the opaque
+    objects that a backward pass needs, where it then reads tensors: it fails (2.11, 2.13). On a GPU it is an input.
+    """
+    must_recompute = internal("torch._functorch.partitioners.must_recompute")
+    return any(must_recompute(node) and _draws(node) for node in module.graph.nodes)
+
+
+def _draws(node: Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    values = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return "dropout_p" not in names or values.get("dropout_p", 0.0) != 0.0
+
 
 _CustomGraphPass: Any = internal("torch._inductor.custom_graph_pass.CustomGraphPass")
 

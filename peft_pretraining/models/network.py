@@ -61,8 +61,15 @@ class CausalLM(nn.Module):
         """Whether the output of the decoder matrix of this dotted name may stay padded."""
         return name.rpartition(".")[2] in self.padded_outputs
 
+    def recomputes(self, name: str) -> bool:
+        """Whether the decoder matrix of this dotted name reads an activation that is computed again."""
+        return False
+
     def gradient_checkpointing_enable(self, every: int = 1) -> None:
-        """From now on keep one activation of every so many layers and compute the others again in the backward pass."""
+        """From now on keep one activation of every so many layers and compute the others again in the backward pass.
+
+        To be called before the decoder matrices are converted, which are made for the one or the other.
+        """
         raise UserError(f"{type(self).__name__} cannot recompute its layers: leave --activation_checkpointing out")
 
     def keep_int8_activations(self) -> None:

@@ -45,8 +45,9 @@ def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs)
         linear = model.get_submodule(name)
         if optimizer.is_low_rank and isinstance(linear, nn.Linear) and model.is_decoder_matrix(name):
             parent, _, child = name.rpartition(".")
-            layer = LowRankLinear.from_linear(linear, format)
-            layer.pads_output = model.pads_output(name)
+            # What is computed again for the backward pass can be freed before the gradient of it is made.
+            options = {"pads_output": model.pads_output(name), "frees_input": model.recomputes(name)}
+            layer = LowRankLinear.from_linear(linear, format, **options)
             setattr(model.get_submodule(parent), child, layer)
 
     return convert

@@ -41,7 +41,7 @@ class CapturedStack(EagerStack):
         self._inputs.append(torch.empty_like(x).requires_grad_())
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:
-                weight.layer.checks_version = False
+                weight.layer.allow_backward_after_update()
             if not self._at_once:
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
                 weight.gradient.fix_addresses(x.dtype if optimizer.takes_whole_gradients else None)

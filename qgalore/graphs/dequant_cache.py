@@ -39,7 +39,7 @@ def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> Itera
         yield
     finally:
         for layer in layers:
-            layer.held_weight = None
+            layer.cached_weight = None
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def _cache_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
         return
     values = grouped_dequantize([weight for _, weight in stored], dtype, shapes)
     for (layer, _), padded in zip(stored, values, strict=True):
-        layer.held_weight = padded
+        layer.cached_weight = padded
 
 
 def _cache_bases(stored_bases: Sequence[StoredBases], dtype: torch.dtype) -> None:

@@ -1,154 +1,158 @@
-"""The operator of low-rank linear layers: products with one input, whose gradients go to the layers' taps.
+"""The operators of low-rank linear layers: products with one input, whose gradients go to the layers' gradient sinks.
 
 Autograd cannot hand an integer parameter a gradient, nor should it form a full one. So the backward pass gives the two
-factors of a weight's gradient, that of the output and the input, to the layer's *tap*, which the optimizer hangs on it.
-A scalar leaf, the *anchor*, stands for the weight in autograd's graph: it makes the backward pass run even where the
-input needs no gradient, and its post-accumulate hook fires once a backward pass, after every use of the weight.
+factors of a weight's gradient, that of the output and the input, to the layer's *gradient sink*, which the optimizer
+attaches to it. An empty leaf, the *proxy leaf*, stands for the weight in autograd's graph: it makes the backward pass
+run even where the input needs no gradient, and its post-accumulate hook fires once a backward pass, after every use of
+the weight.
 
-Layers with the same input are one node, so their factors are there at the same time. Where several taps begin with the
+The forward operator and that of the input's gradient are functions of tensors: the stored weights and integers that say
+how they are stored. The operator of the sinks writes into them. A sink is no tensor (what it adds up and what it reads
+changes where a subspace is refreshed), so it comes as an opaque object, a `WeightHandle`, the one operand that may
+change. The gradients of the proxy leaves are its outputs: so a compiler can neither drop a call nor make two of one.
+
+Layers with the same input are one node, so their factors are there at the same time. Where several sinks begin with the
 product of the input and a basis, those are one product, which reads the input once: 85 -> 61 us for queries, keys and
-values of LLaMA-130M, 69 -> 42 us for gate and up of 60M (H100). And where gradients of outputs lie side by side, as
+values of LLaMA-130M, 69 -> 42 us for gate and up of 60M (H100). And where gradients of outputs are adjacent, as
 rotating queries and keys leaves them, one product with both weights makes what they add to the input's gradient, and
 one with the input their gradients as a whole, where those are formed.
 
-These are `torch.library` operators, through which `torch.compile` passes without a graph break.
+`torch.compile` passes through all of them without a graph break.
 """
 
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qgalore.layer.gradient_sink import GradientTap
-from qgalore.layer.layout import cut_columns, joined, with_padded_columns
+from qgalore import kernels
+from qgalore.layer.gradient_sink import GradientSink
+from qgalore.layer.layout import as_one_view, cut_columns, padded_width, with_padded_columns
+from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize
+from qgalore.torch_internals import internal
 
+Weight = Tensor | QuantizedTensor
+"""The weight of a layer as it is stored, (out_features, in_features)."""
 
-class AttachedLayer(Protocol):
-    """What the operator needs of a layer (`qgalore.layer.linear.LowRankLinear`)."""
+Storage = tuple[int, int, int, bool]
+"""How weights with one input are stored: columns, bits (0: float), group size, whether INT8 codes are multiplied."""
 
-    in_features: int
-    weight: nn.Parameter
-    number: Tensor
-    anchor: Tensor | None
-    tap: GradientTap | None
-    frees_input: bool
-
-    @property
-    def width(self) -> int:
-        """Of the outputs, padded where the layer pads them."""
-
-    def product(self, input: Tensor) -> Tensor:
-        """input Wᵀ, (..., width of the layer)."""
-
-    def input_gradient(self, grad_output: Tensor, width: int) -> Tensor:
-        """grad_output W, (..., width)."""
-
-    def weight_over(self, others: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        """The padded weight of this layer and, below it, of others with as many columns."""
+_OpaqueBase: Any = internal("torch._opaque_base.OpaqueBase")
 
 
-_numbers = itertools.count()
-_layers: weakref.WeakValueDictionary[int, AttachedLayer] = weakref.WeakValueDictionary()
+class WeightHandle(_OpaqueBase):
+    """What the operators use of a weight beside its tensors: an operand that a compiler passes on and does not open."""
+
+    def __init__(self) -> None:
+        self.sink: GradientSink | None = None
+        """Takes the gradient."""
+        self.cached: Tensor | None = None
+        """What `padded_weight` gives in one dtype, if that was made ahead: the operators need not make it then."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is of another layer. And torch.compile pickles and copies operands: it would take the optimizer along.
+        return WeightHandle, ()
 
 
-def new_number(layer: AttachedLayer) -> Tensor:
-    """What the operator knows a layer by: a tensor on the CPU, for a compiler would compile a number of Python anew."""
-    number = next(_numbers)
-    _layers[number] = layer
-    return torch.tensor(number)
+internal("torch._library.opaque_object.register_opaque_type")(WeightHandle, typ="reference")
 
 
-def multiply(layers: Sequence[AttachedLayer], input: Tensor, side_by_side: int, trains: bool = True) -> list[Tensor]:
-    """`product` of layers with one input, each (..., width of the layer).
+def padded_weight(weight: Weight, dtype: torch.dtype, cached: Tensor | None = None) -> Tensor:
+    """The weight in `dtype` with zeros up to the padded width on both sides; `cached` where that is it."""
+    if cached is not None and cached.dtype == dtype:
+        return cached
+    rows, columns = weight.shape
+    shape = (padded_width(rows), padded_width(columns))
+    if isinstance(weight, QuantizedTensor):
+        out = None if shape == (rows, columns) else torch.empty(shape, dtype=dtype, device=weight.qdata.device)
+        return weight.dequantize(dtype, out)
+    if shape == (rows, columns):
+        return weight.to(dtype)
+    padded = torch.zeros(shape, dtype=dtype, device=weight.device)
+    padded[:rows, :columns].copy_(weight)
+    return padded
 
-    side_by_side: the gradients of so many first outputs are multiplied at once, which pays where they lie so.
-    trains: the layers are attached, and their taps get the factors of the gradients; else only the input gets one.
-    """
-    weights = [layer.weight for layer in layers]
-    anchors = [layer.anchor for layer in layers if layer.anchor is not None] if trains else []
-    frees_input = any(layer.frees_input for layer in layers)
-    outputs: list[Tensor] = torch.ops.qgalore.low_rank_linears(
-        input, weights, anchors, [layer.number for layer in layers], frees_input, side_by_side,
-        [layer.width for layer in layers],
-    )  # fmt: skip
-    return outputs
+
+def linear(input: Tensor, weight: Weight, width: int, int8_products: bool, cached: Tensor | None = None) -> Tensor:
+    """input (..., in_features), or padded, times Wᵀ: (..., width), which is out_features or that padded."""
+    if int8_products:
+        return _int8(kernels.int8_linear, input, weight, width)
+    return cut_columns(with_padded_columns(input) @ padded_weight(weight, input.dtype, cached).T, width)
 
 
-def project_together(taps: Sequence[GradientTap | None], input: Tensor) -> list[Tensor | None]:
-    """The input (tokens, in_features) times the basis of each tap, by one product; None where there is nothing to join.
+def input_gradient(
+    grad_output: Tensor, weight: Weight, width: int, int8_products: bool, cached: Tensor | None = None
+) -> Tensor:
+    """grad_output (..., padded out_features) times W: (..., width), zeros beyond in_features."""
+    if int8_products:
+        return _int8(kernels.int8_linear_backward, grad_output, weight, width)
+    return cut_columns(grad_output @ padded_weight(weight, grad_output.dtype, cached), width)
+
+
+def _int8(product: Any, x: Tensor, weight: Weight, width: int) -> Tensor:
+    assert isinstance(weight, QuantizedTensor)
+    operands = (weight.qdata[:, : weight.columns], weight.scale, weight.zero_point)
+    out: Tensor = product(x.reshape(-1, x.shape[-1]), *operands, width)
+    return out.view(*x.shape[:-1], width)
+
+
+def stacked_weights(weights: Sequence[Weight], dtype: torch.dtype, cached: Sequence[Tensor | None]) -> Tensor:
+    """`padded_weight` of weights with as many columns, one below the other."""
+    stored = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    if cached[0] is None and len(stored) == len(weights):
+        shapes = [(padded_width(rows), padded_width(columns)) for rows, columns in (weight.shape for weight in stored)]
+        padded = grouped_dequantize(stored, dtype, shapes)
+    else:
+        padded = [padded_weight(weight, dtype, held) for weight, held in zip(weights, cached, strict=True)]
+    whole = as_one_view(padded, 0)
+    return torch.cat(padded) if whole is None else whole
+
+
+def project_grouped(sinks: Sequence[GradientSink | None], input: Tensor) -> list[Tensor | None]:
+    """The input (tokens, in_features) times the basis of each sink, by one product; None where there are not several.
 
     The products are columns of one matrix.
     """
-    found = [None if tap is None else tap.input_basis(input) for tap in taps] if len(taps) > 1 else []
+    found = [None if sink is None else sink.input_basis(input) for sink in sinks] if len(sinks) > 1 else []
     bases = [basis for basis in found if basis is not None]
-    if not bases or len(bases) < len(taps):
-        return [None] * len(taps)
-    stacked = joined(bases, 0)
+    if not bases or len(bases) < len(sinks):
+        return [None] * len(sinks)
+    stacked = as_one_view(bases, 0)
     product = input[:, : bases[0].shape[1]] @ (torch.cat(bases) if stacked is None else stacked).T
     return list(product.split([len(basis) for basis in bases], dim=1))
 
 
 # Defined at the lower level of torch.library: `custom_op` checks each call's tensors for aliases, which costs half a
-# millisecond a layer. Another backward pass needs another name of the product: torch keeps compiled ones on disk, and
-# finds them by the forward pass alone.
+# millisecond a layer. Another backward pass needs another name of the forward operator: torch keeps compiled ones on
+# disk, and finds them by the forward pass alone.
 _library = torch.library.Library("qgalore", "DEF")
+_HANDLES = f"{internal('torch._library.opaque_object.get_opaque_type_name')(WeightHandle)}[] handles"
+# stored: of each layer its float weight, or its codes, scales and zero points. proxies: of the layers, none where only
+# the input gets a gradient. adjacent: the gradients of so many first outputs are multiplied at once.
+_FORWARD = f"""grouped_linear(
+    Tensor input, Tensor[] stored, Tensor[] proxies, {_HANDLES}, int[] storage, int[] widths, int adjacent,
+    bool frees_input) -> Tensor[]"""
+# Apart from the input's gradient, so that the input can be freed before a gradient of its size is made, which then
+# needs what this one returns: the gradients of the proxy leaves, which hold no values.
+_ACCUMULATE = f"""grouped_linear_accumulate(
+    Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent) -> Tensor[]"""
+_INPUT_GRADIENT = f"""grouped_linear_input_gradient(
+    Tensor[] grad_outputs, Tensor[] stored, {_HANDLES}, int[] storage, int width, Tensor[] after) -> Tensor"""
 # Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
-_FORWARD = """low_rank_linears(
-    Tensor input, Tensor[] weights, Tensor[] anchors, Tensor[] layers, bool frees_input, int side_by_side,
-    int[] widths) -> Tensor[]"""
-# In two, so that the input can be freed before a gradient of its size is made, which then needs what the tap returns.
-_TAP = """low_rank_linears_tap(
-    Tensor[] grad_outputs, Tensor input, Tensor[] layers, int side_by_side) -> Tensor[]"""
-_INPUT_GRADIENT = """low_rank_linears_input_gradient(
-    Tensor[] grad_outputs, Tensor[] weights, Tensor[] layers, Tensor[] tapped, int width) -> Tensor"""
-for _schema in (_FORWARD, _TAP, _INPUT_GRADIENT):
+for _schema in (_FORWARD, _ACCUMULATE, _INPUT_GRADIENT):
     _library.define(" ".join(_schema.split()), tags=torch.Tag.flexible_layout)
 
 
-@torch.library.impl(_library, "low_rank_linears", "CompositeExplicitAutograd")
-def _forward(
-    input: Tensor,
-    weights: list[Tensor],
-    anchors: list[Tensor],
-    layers: list[Tensor],
-    frees_input: bool,
-    side_by_side: int,
-    widths: list[int],
-) -> list[Tensor]:
-    return [_layers[int(layer)].product(input) for layer in layers]
-
-
-@torch.library.impl(_library, "low_rank_linears_tap", "CompositeExplicitAutograd")
-def _tap(grad_outputs: list[Tensor], input: Tensor, layers: list[Tensor], side_by_side: int) -> list[Tensor]:
-    modules, grads, factor = [_layers[int(layer)] for layer in layers], list(map(_rows, grad_outputs)), _rows(input)
-    taps, columns = [module.tap for module in modules], modules[0].in_features
-    done = 0
-    if side_by_side > 1:
-        done = _accumulate_whole(taps[:side_by_side], grads[:side_by_side], factor[:, :columns])
-    taps, grads = taps[done:], grads[done:]
-    for tap, grad, projected in zip(taps, grads, project_together(taps, factor), strict=True):
-        if tap is not None:
-            tap.accumulate(grad, factor, projected)
-    # The anchors' gradients are outputs, so that no compiler may drop the call; their values are never read.
-    return [input.new_empty((), dtype=torch.float32) for _ in layers]
-
-
-def _accumulate_whole(taps: Sequence[GradientTap | None], grads: Sequence[Tensor], input: Tensor) -> int:
-    """Give all taps their whole gradients by one product, if that can be, and return how many have theirs now."""
-    if not all(tap is not None and tap.forms_gradient(input) for tap in taps):
-        return 0
-    whole = joined(grads, 1)
-    if whole is None:
-        return 0
-    for tap, grad in zip(taps, (whole.T @ input).split([grad.shape[1] for grad in grads]), strict=True):
-        assert tap is not None
-        tap.accumulate_full(grad)
-    return len(taps)
+def _weights(stored: Sequence[Tensor], storage: Sequence[int]) -> list[Weight]:
+    columns, bits, group_size, _ = storage
+    if bits == 0:
+        return list(stored)
+    parts = zip(stored[::3], stored[1::3], stored[2::3], strict=True)
+    return [QuantizedTensor(*tensors, columns, bits, group_size) for tensors in parts]
 
 
 def _rows(factor: Tensor) -> Tensor:
@@ -156,59 +160,109 @@ def _rows(factor: Tensor) -> Tensor:
     return padded.reshape(-1, padded.shape[-1])
 
 
-@torch.library.impl(_library, "low_rank_linears_input_gradient", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "grouped_linear", "CompositeExplicitAutograd")
+def _forward(
+    input: Tensor,
+    stored: list[Tensor],
+    proxies: list[Tensor],
+    handles: list[WeightHandle],
+    storage: list[int],
+    widths: list[int],
+    adjacent: int,
+    frees_input: bool,
+) -> list[Tensor]:
+    return [
+        linear(input, weight, width, bool(storage[3]), handle.cached)
+        for weight, width, handle in zip(_weights(stored, storage), widths, handles, strict=True)
+    ]
+
+
+@torch.library.impl(_library, "grouped_linear_accumulate", "CompositeExplicitAutograd")
+def _accumulate(
+    grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], columns: int, adjacent: int
+) -> list[Tensor]:
+    sinks, grads, factor = [handle.sink for handle in handles], list(map(_rows, grad_outputs)), _rows(input)
+    done = _accumulate_whole(sinks[:adjacent], grads[:adjacent], factor[:, :columns]) if adjacent > 1 else 0
+    sinks, grads = sinks[done:], grads[done:]
+    for sink, grad, projected in zip(sinks, grads, project_grouped(sinks, factor), strict=True):
+        if sink is not None:
+            sink.accumulate(grad, factor, projected)
+    return [input.new_empty(0, dtype=torch.float32) for _ in handles]
+
+
+def _accumulate_whole(sinks: Sequence[GradientSink | None], grads: Sequence[Tensor], input: Tensor) -> int:
+    """Give all sinks their whole gradients by one product, if that can be, and return how many have theirs now."""
+    if not all(sink is not None and sink.forms_gradient(input) for sink in sinks):
+        return 0
+    whole = as_one_view(grads, 1)
+    if whole is None:
+        return 0
+    for sink, grad in zip(sinks, (whole.T @ input).split([grad.shape[1] for grad in grads]), strict=True):
+        assert sink is not None
+        sink.accumulate_full(grad)
+    return len(sinks)
+
+
+@torch.library.impl(_library, "grouped_linear_input_gradient", "CompositeExplicitAutograd")
 def _input_gradient(
-    grad_outputs: list[Tensor], weights: list[Tensor], layers: list[Tensor], tapped: list[Tensor], width: int
+    grad_outputs: list[Tensor],
+    stored: list[Tensor],
+    handles: list[WeightHandle],
+    storage: list[int],
+    width: int,
+    after: list[Tensor],
 ) -> Tensor:
-    first, *others = (_layers[int(layer)] for layer in layers)
+    weights, cached = _weights(stored, storage), [handle.cached for handle in handles]
     grads = [with_padded_columns(grad) for grad in grad_outputs]
-    whole = joined([_rows(grad) for grad in grads], 1) if others else None
+    whole = as_one_view([_rows(grad) for grad in grads], 1) if len(grads) > 1 else None
     if whole is not None:
-        return cut_columns(whole @ first.weight_over(others, whole.dtype), width).view(*grads[0].shape[:-1], width)
-    total = first.input_gradient(grads[0], width)
-    for layer, grad in zip(others, grads[1:], strict=True):
-        total += layer.input_gradient(grad, width)
+        product = whole @ stacked_weights(weights, whole.dtype, cached)
+        return cut_columns(product, width).view(*grads[0].shape[:-1], width)
+    int8_products = bool(storage[3])
+    total = input_gradient(grads[0], weights[0], width, int8_products, cached[0])
+    for grad, weight, held in zip(grads[1:], weights[1:], cached[1:], strict=True):
+        total += input_gradient(grad, weight, width, int8_products, held)
     return total
 
 
-@torch.library.register_fake("qgalore::low_rank_linears")
+@torch.library.register_fake("qgalore::grouped_linear")
 def _(input: Tensor, *rest: Any) -> list[Tensor]:
-    return [input.new_empty(*input.shape[:-1], width) for width in rest[-1]]
+    return [input.new_empty(*input.shape[:-1], width) for width in rest[4]]
 
 
-@torch.library.register_fake("qgalore::low_rank_linears_tap")
-def _(grad_outputs: list[Tensor], input: Tensor, layers: list[Tensor], side_by_side: int) -> list[Tensor]:
-    return [input.new_empty((), dtype=torch.float32) for _ in layers]
+@torch.library.register_fake("qgalore::grouped_linear_accumulate")
+def _(grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], *rest: Any) -> list[Tensor]:
+    return [input.new_empty(0, dtype=torch.float32) for _ in handles]
 
 
-@torch.library.register_fake("qgalore::low_rank_linears_input_gradient")
+@torch.library.register_fake("qgalore::grouped_linear_input_gradient")
 def _(grad_outputs: list[Tensor], *rest: Any) -> Tensor:
-    return grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], rest[-1])
+    return grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], rest[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, weights, anchors, layers, ctx.frees_input, ctx.side_by_side, _ = inputs
-    ctx.trains, ctx.width = len(anchors) > 0, input.shape[-1]
-    # The weights are saved too: autograd then refuses a backward through a weight that was changed in between.
-    ctx.save_for_backward(*([input] if ctx.trains else []), *weights, *layers)
+    input, stored, proxies, ctx.handles, ctx.storage, _, ctx.adjacent, ctx.frees_input = inputs
+    ctx.trains, ctx.width = len(proxies) > 0, input.shape[-1]
+    # The weights are saved: autograd then refuses a backward through one that was changed in between.
+    ctx.save_for_backward(*([input] if ctx.trains else []), *stored)
 
 
 def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
-    saved = list(ctx.saved_tensors)
-    input, tapped, grad = saved.pop(0) if ctx.trains else None, [], None
-    count = len(saved) // 2
-    weights, layers = saved[:count], saved[count:]
+    stored, handles, after = list(ctx.saved_tensors), ctx.handles, []
+    grad, count = None, len(handles)
     if ctx.trains:
-        tapped = torch.ops.qgalore.low_rank_linears_tap(grad_outputs, input, layers, ctx.side_by_side)
+        after = torch.ops.qgalore.grouped_linear_accumulate(
+            grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent
+        )
     if ctx.needs_input_grad[0]:
-        for start, stop in itertools.pairwise((0, *range(ctx.side_by_side, count + 1))):
-            part = torch.ops.qgalore.low_rank_linears_input_gradient(
-                grad_outputs[start:stop], weights[start:stop], layers[start:stop],
-                tapped[start:stop] if ctx.frees_input else [], ctx.width,
+        each = len(stored) // count
+        for start, stop in itertools.pairwise((0, *range(ctx.adjacent, count + 1))):
+            part = torch.ops.qgalore.grouped_linear_input_gradient(
+                grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
+                ctx.width, after[start:stop] if ctx.frees_input else [],
             )  # fmt: skip
             grad = part if grad is None else grad + part
-    nothing = [None] * count
-    return grad, nothing, tapped, nothing, None, None, None
+    return grad, [None] * len(stored), after, None, None, None, None, None
 
 
-torch.library.register_autograd("qgalore::low_rank_linears", _backward, setup_context=_setup_context)
+torch.library.register_autograd("qgalore::grouped_linear", _backward, setup_context=_setup_context)

@@ -1,8 +1,8 @@
 """The parameter that holds the codes of a quantized weight: an integer one that can be frozen and freed like others.
 
 Autograd gives an integer tensor no gradient, so `requires_grad` is False and says nothing of whether the weight trains:
-its layer has it trained through a tap. What freezes a float parameter, `requires_grad_(False)` of the parameter or of
-any module above it and `requires_grad = False`, sets `frozen` here, and True clears it.
+its layer has it trained through a gradient sink. What freezes a float parameter, `requires_grad_(False)` of the
+parameter or of any module above it and `requires_grad = False`, sets `frozen` here, and True clears it.
 """
 
 from __future__ import annotations

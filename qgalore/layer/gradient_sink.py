@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class GradientTap(Protocol):
+class GradientSink(Protocol):
     """What receives the factors of a weight gradient during the backward pass."""
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
@@ -20,7 +20,7 @@ class GradientTap(Protocol):
     def input_basis(self, input: Tensor) -> Tensor | None:
         """The basis (rank, in_features) that `accumulate` is about to multiply the input with, in its dtype.
 
-        None: with nothing, or not together with that of other taps.
+        None: with nothing, or not with those of other sinks at once.
         """
 
     def forms_gradient(self, input: Tensor) -> bool:

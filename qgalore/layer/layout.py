@@ -33,19 +33,19 @@ def cut_columns(x: Tensor, width: int) -> Tensor:
 def new_stack(like: Tensor, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
     """Uninitialized matrices of these shapes in `dtype`, one behind the other on the device of `like`."""
     sizes = [rows * columns for rows, columns in shapes]
-    places = like.new_empty(sum(sizes), dtype=dtype).split(sizes)
-    return [place.view(shape) for place, shape in zip(places, shapes, strict=True)]
+    parts = like.new_empty(sum(sizes), dtype=dtype).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def joined(matrices: Sequence[Tensor], dim: int) -> Tensor | None:
+def as_one_view(matrices: Sequence[Tensor], dim: int) -> Tensor | None:
     """The matrix whose rows (`dim` 0) or columns (1) these are, in order; None unless they lie so in one storage."""
     first = matrices[0]
-    storage, place = first.untyped_storage().data_ptr(), first.storage_offset()
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
     for matrix in matrices:
         alike = matrix.stride() == first.stride() and matrix.shape[1 - dim] == first.shape[1 - dim]
-        if not alike or matrix.untyped_storage().data_ptr() != storage or matrix.storage_offset() != place:
+        if not alike or matrix.untyped_storage().data_ptr() != storage or matrix.storage_offset() != offset:
             return None
-        place += matrix.shape[dim] * matrix.stride(dim)
+        offset += matrix.shape[dim] * matrix.stride(dim)
     shape = list(first.shape)
     shape[dim] = sum(matrix.shape[dim] for matrix in matrices)
     if dim == 1 and first.stride(0) < shape[1]:

@@ -5,9 +5,9 @@ parameter), so `deepcopy`, `.to()`, safetensors and data parallelism need nothin
 the last two (docs/log has the trial). Rows of codes end with zeros where kernels want longer ones, and a state dict
 has them without, under names of their own: `weight_qdata`, `weight_scale`, `weight_zero_point`, `weight_format`.
 
-In training it is an operator whose backward pass gives the factors of the weight's gradient to a tap, which the
-optimizer hangs on the layer when it is attached to the model (`qgalore.layer.autograd_op`). The operator takes several
-layers with the same input, such as those of queries, keys and values: `products`.
+In training it is an operator whose backward pass gives the factors of the weight's gradient to a gradient sink, which
+the optimizer attaches to the layer (`qgalore.layer.autograd_op`). The operator takes several layers with the same
+input, such as those of queries, keys and values: `grouped_linear`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,37 @@ from qgalore.config import WeightFormat
 from qgalore.layer import autograd_op
 from qgalore.layer.codes import Codes
 from qgalore.layer.codes_state_dict import CODES, FORMAT, WEIGHT, add_refusal, entries_for
-from qgalore.layer.gradient_sink import GradientTap
-from qgalore.layer.layout import cut_columns, joined, padded_width, with_padded_columns
-from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize, quantize
+from qgalore.layer.gradient_sink import GradientSink
+from qgalore.layer.layout import padded_width
+from qgalore.layer.quantization import QuantizedTensor, quantize
 
-JOINED_WEIGHT_BYTES = 32 << 20
-"""Weights that take no more together are one factor where their outputs' gradients are; larger ones would take memory,
+GROUPED_WEIGHT_BYTES = 32 << 20
+"""Weights that take no more in all are one factor where their outputs' gradients are; larger ones would take memory,
 and a product with one of them takes so long that there is nothing to gain."""
 
 
 class LowRankLinear(nn.Module):
-    """`nn.Linear` with a weight in `format` and a tap for its gradient; made by `LowRankLinear.from_linear`."""
+    """`nn.Linear` with a weight in `format` and a sink for its gradient; made by `LowRankLinear.from_linear`."""
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, format: WeightFormat) -> None:
-        """weight: float, (out_features, in_features), stored as `format` says."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        format: WeightFormat,
+        pads_output: bool = False,
+        frees_input: bool = False,
+    ) -> None:
+        """weight: float, (out_features, in_features), stored as `format` says.
+
+        pads_output: give (..., padded_width(out_features)), with zeros at the end: for a following layer that takes it
+        so. frees_input: let the input be freed before its gradient is made; where a compiler computes it again, it
+        would otherwise make it together with what follows that gradient, which takes less time and more memory.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.width = padded_width(self.out_features) if pads_output else self.out_features
+        """Columns of the output."""
+        self._frees_input = frees_input
         self.format, self.group_size = format, format.group_size_of(weight.shape[1])
         self.bias: nn.Parameter | None
         self.weight_scale: Tensor | None
@@ -56,37 +71,21 @@ class LowRankLinear(nn.Module):
             self.weight = Codes(quantized.qdata)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
-        self.tap: GradientTap | None = None
-        self.anchor: Tensor | None = None
-        self.checks_version = True
-        """Let autograd refuse a backward pass through a weight that was updated in between; CUDA graphs need it off."""
-        self.frees_input = False
-        """Let the input be freed before its gradient is made; where a compiler computes it again, it would otherwise
-        make it together with what follows that gradient, which takes less time and more memory."""
-        self.pads_output = False
-        """Give (..., padded_width(out_features)), with zeros at the end: for a following layer that takes it so."""
-        self.held_weight: Tensor | None = None
-        """What `padded_weight` gives in one dtype, made ahead by `qgalore.graphs.dequant_cache`."""
-        self._register()
+        self.proxy: Tensor | None = None
+        """Stands for the weight in autograd's graph while a gradient sink is attached."""
+        self.handle = autograd_op.WeightHandle()
+        self._increments_version = True
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, format: WeightFormat) -> LowRankLinear:
-        """The same layer with its weight in `format`, frozen where it was; the bias is shared."""
-        layer = cls(linear.weight, linear.bias, format)
+    def from_linear(cls, linear: nn.Linear, format: WeightFormat, **options: bool) -> LowRankLinear:
+        """The same layer with its weight in `format`, frozen where it was; the bias is shared. options: `__init__`."""
+        layer = cls(linear.weight, linear.bias, format, **options)
         layer.weight.requires_grad_(linear.weight.requires_grad)
         layer.train(linear.training)
         return layer
 
-    def _register(self) -> None:
-        self.number = autograd_op.new_number(self)
-
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is another layer: it has its own number and no optimizer.
-        return self.__dict__ | {"tap": None, "anchor": None, "number": None, "held_weight": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._register()
+        return self.__dict__ | {"proxy": None}  # a copy has no optimizer, nor has its handle
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         frozen = self.frozen
@@ -160,14 +159,8 @@ class LowRankLinear(nn.Module):
         if self.weight_scale is None or self.weight_zero_point is None:
             return None
         assert self.format.bits is not None
-        return QuantizedTensor(
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.in_features,
-            self.format.bits,
-            self.group_size,
-        )
+        tensors = (self.weight, self.weight_scale, self.weight_zero_point)
+        return QuantizedTensor(*tensors, self.in_features, self.format.bits, self.group_size)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features) in `dtype`; the parameter itself where it already is that."""
@@ -176,73 +169,50 @@ class LowRankLinear(nn.Module):
 
     def padded_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype` with zeros up to the padded width on both sides."""
-        if self.held_weight is not None and self.held_weight.dtype == dtype:
-            return self.held_weight
-        shape = (self.out_features, self.in_features)
-        if tuple(map(padded_width, shape)) == shape:
-            return self.dequantized_weight(dtype)
-        padded = torch.empty(*map(padded_width, shape), dtype=dtype, device=self.weight.device)
-        if self.quantized_weight is not None:
-            return self.quantized_weight.dequantize(dtype, padded)
-        padded[self.out_features :].zero_()
-        padded[:, self.in_features :].zero_()
-        padded[: self.out_features, : self.in_features].copy_(self.weight)
-        return padded
+        return autograd_op.padded_weight(self.quantized_weight or self.weight, dtype, self.handle.cached)
 
-    def weight_over(self, others: Sequence[LowRankLinear], dtype: torch.dtype) -> Tensor:
-        """`padded_weight` of this layer and, below it, of others with as many columns."""
-        layers = [self, *others]
-        quantized = [layer.quantized_weight for layer in layers]
-        stored = [weight for weight in quantized if weight is not None]
-        if self.held_weight is None and len(stored) == len(layers):
-            shapes = [(padded_width(layer.out_features), padded_width(layer.in_features)) for layer in layers]
-            weights = grouped_dequantize(stored, dtype, shapes)
-        else:
-            weights = [layer.padded_weight(dtype) for layer in layers]
-        whole = joined(weights, 0)
-        return torch.cat(weights) if whole is None else whole
+    @property
+    def cached_weight(self) -> Tensor | None:
+        """What `padded_weight` gives in one dtype, made ahead by `qgalore.graphs.dequant_cache`."""
+        cached: Tensor | None = self.handle.cached
+        return cached
 
-    def attach(self, tap: GradientTap | None) -> Tensor:
-        """Hang a tap on the layer (None takes it off) and return the anchor, a leaf whose hook ends the gradient."""
-        self.tap = tap
-        anchor = torch.zeros((), device=self.weight.device, requires_grad=True)
-        self.anchor = None if tap is None else anchor
-        return anchor
+    @cached_weight.setter
+    def cached_weight(self, value: Tensor | None) -> None:
+        self.handle.cached = value
+
+    @property
+    def sink(self) -> GradientSink | None:
+        """What takes the gradient."""
+        sink: GradientSink | None = self.handle.sink
+        return sink
+
+    def attach(self, sink: GradientSink | None) -> Tensor:
+        """Give gradients to a sink (None: to none) and return the proxy leaf, whose hook ends the gradient."""
+        self.handle.sink = sink
+        proxy = torch.empty(0, device=self.weight.device, requires_grad=True)
+        self.proxy = None if sink is None else proxy
+        return proxy
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features), or as wide as it is padded -> (..., out_features) in the dtype of input."""
-        return products(input, [self])[0]
+        return grouped_linear(input, [self])[0]
 
     @property
     def _trains(self) -> bool:
         """Whether an optimizer wants the gradient."""
-        return self.anchor is not None and not self.frozen
+        return self.proxy is not None and not self.frozen
 
     @property
-    def width(self) -> int:
-        """Columns of the output."""
-        return padded_width(self.out_features) if self.pads_output else self.out_features
+    def _storage(self) -> autograd_op.Storage:
+        bits = 0 if self.weight_scale is None else self.format.bits or 0
+        return self.in_features, bits, self.group_size, self.format.int8_products
 
-    def product(self, input: Tensor) -> Tensor:
-        """input (..., in_features), or padded, times the weight: (..., width), without the bias."""
-        if self.format.int8_products:
-            return self._int8(kernels.int8_linear, input, self.width)
-        return cut_columns(with_padded_columns(input) @ self.padded_weight(input.dtype).T, self.width)
-
-    def padded_bias(self, dtype: torch.dtype) -> Tensor:
-        """The bias (width,) in `dtype`, with zeros at the end; there must be one."""
-        assert self.bias is not None
-        return F.pad(self.bias.to(dtype), (0, self.width - self.out_features))
-
-    def input_gradient(self, grad_output: Tensor, width: int) -> Tensor:
-        """grad_output (..., padded out_features) times the weight: (..., width), zeros beyond in_features."""
-        if self.format.int8_products:
-            return self._int8(kernels.int8_linear_backward, grad_output, width)
-        return cut_columns(grad_output @ self.padded_weight(grad_output.dtype), width)
-
-    def _int8(self, product: Callable[..., Tensor], x: Tensor, width: int) -> Tensor:
-        weight = (self.weight[:, : self.in_features], self.weight_scale, self.weight_zero_point)
-        return product(x.reshape(-1, x.shape[-1]), *weight, width).view(*x.shape[:-1], width)
+    @property
+    def _stored(self) -> list[Tensor]:
+        if self.weight_scale is None or self.weight_zero_point is None:
+            return [self.weight]
+        return [self.weight, self.weight_scale, self.weight_zero_point]
 
     @torch.no_grad()
     def update_(
@@ -280,9 +250,16 @@ class LowRankLinear(nn.Module):
 
     def was_written(self) -> None:
         """Forget what was made of the weight before, and tell autograd, behind whose back our kernels write."""
-        self.held_weight = None
-        if self.checks_version:
+        self.cached_weight = None
+        if self._increments_version:
             torch.autograd.graph.increment_version(self.weight)
+
+    def allow_backward_after_update(self) -> None:
+        """From now on autograd does not refuse a backward pass through a weight that was updated in between.
+
+        CUDA graphs need it: they keep what a forward pass has saved once, and run its backward pass in every step.
+        """
+        self._increments_version = False
 
     def _to_grid(self, value: Tensor, row: Tensor | None) -> Tensor:
         assert self.format.bits is not None
@@ -296,7 +273,7 @@ class LowRankLinear(nn.Module):
 
 def _multiply_as_one(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> bool:
     weights = sum(padded_width(layer.out_features) * padded_width(layer.in_features) for layer in layers)
-    return weights * dtype.itemsize <= JOINED_WEIGHT_BYTES and not any(layer.format.int8_products for layer in layers)
+    return weights * dtype.itemsize <= GROUPED_WEIGHT_BYTES and not any(layer.format.int8_products for layer in layers)
 
 
 def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> int:
@@ -310,12 +287,12 @@ def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dty
     return 0 if format.stored_bits is None else padded_width(shape[0]) * padded_width(shape[1]) * dtype.itemsize
 
 
-def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1) -> list[Tensor]:
+def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 1) -> list[Tensor]:
     """What each of `linears` makes of the same input (..., in_features).
 
-    Layers that are trained through low-rank gradients are one node of autograd's graph, where all of them are.
-    side_by_side: the gradients of so many first outputs are likely to be neighbouring columns of one matrix. Raises
-    TypeError for an input that is not float.
+    Layers that are trained through low-rank gradients and stored alike are one node of autograd's graph. adjacent: the
+    gradients of so many first outputs are likely to be adjacent columns of one matrix. Raises TypeError for an input
+    that is not float.
     """
     layers = [linear for linear in linears if isinstance(linear, LowRankLinear)]
     if len(layers) < len(linears):
@@ -325,21 +302,27 @@ def products(input: Tensor, linears: Sequence[nn.Module], side_by_side: int = 1)
             f"the input of a LowRankLinear is {input.dtype}, not float: a model that casts it to the dtype of a "
             "quantized weight, as T5 does before wo, needs that layer left out of convert_linears"
         )
-    if not _multiply_as_one(layers[:side_by_side], input.dtype):
-        side_by_side = 1
-    device = input.device.type
+    device, first = input.device.type, layers[0]
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
-    if all(layer._trains for layer in layers):
-        outputs = autograd_op.multiply(layers, input, side_by_side)
-    elif len(layers) > 1:
-        return [products(input, [layer])[0] for layer in layers]
-    elif layers[0].quantized_weight is not None and input.requires_grad and torch.is_grad_enabled():
-        # Not through what stores and rounds: autograd would keep a float copy of the weight, or find no gradient.
-        outputs = autograd_op.multiply(layers, input, 1, trains=False)
+    trains = all(layer._trains for layer in layers)
+    if len(layers) > 1 and not (trains and all(layer._storage == first._storage for layer in layers)):
+        return [grouped_linear(input, [layer])[0] for layer in layers]
+    if trains or (first.quantized_weight is not None and input.requires_grad and torch.is_grad_enabled()):
+        # A frozen one, too: through what stores and rounds, autograd would keep a float copy of the weight.
+        outputs = torch.ops.qgalore.grouped_linear(
+            input, [tensor for layer in layers for tensor in layer._stored],
+            [layer.proxy for layer in layers] if trains else [], [layer.handle for layer in layers],
+            first._storage, [layer.width for layer in layers],
+            adjacent if _multiply_as_one(layers[:adjacent], input.dtype) else 1,
+            any(layer._frees_input for layer in layers),
+        )  # fmt: skip
     else:
-        outputs = [layers[0].product(input)]
+        weight = first.quantized_weight or first.weight
+        outputs = [autograd_op.linear(input, weight, first.width, first.format.int8_products)]
     return [
-        output if layer.bias is None else output + layer.padded_bias(output.dtype)
+        output
+        if layer.bias is None
+        else output + F.pad(layer.bias.to(output.dtype), (0, layer.width - len(layer.bias)))
         for layer, output in zip(layers, outputs, strict=True)
     ]

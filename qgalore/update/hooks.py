@@ -35,7 +35,7 @@ def _layers_of(model: nn.Module, weights: Mapping[Tensor, Weight]) -> dict[str, 
         if isinstance(module, LowRankLinear) and module.weight in weights:
             layers[name] = module
     for layer in layers.values():
-        # A tap each, or a tap and autograd, would give it several gradients, each as the whole.
+        # A gradient sink each, or one and autograd, would give it several gradients, each as the whole.
         if len(holders[layer.weight]) > 1:
             raise ValueError(
                 f"{' and '.join(holders[layer.weight])} are one parameter: a LowRankLinear cannot share its weight "
@@ -45,25 +45,25 @@ def _layers_of(model: nn.Module, weights: Mapping[Tensor, Weight]) -> dict[str, 
 
 
 class Attachment:
-    """Taps on layers and hooks on parameters, until `remove`.
+    """Gradient sinks of layers and hooks on parameters, until `remove`.
 
     Python's garbage collector does not see what holds a hook: one that held its optimizer would keep it, and with it
     every weight, for as long as the process lives. So nothing here holds more than a weak reference.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[Tensor, Weight], ready: weakref.WeakMethod[Ready]) -> None:
-        """Hang a tap on each layer that holds one of `weights`, and a hook on every other one.
+        """Attach a sink to each layer that holds one of `weights`, and a hook to every other one.
 
         Raises ValueError for a weight of a layer that another module holds, too.
         """
         self._ready = ready
-        self._taps: list[tuple[weakref.ref[LowRankLinear], weakref.ref[Weight]]] = []
+        self._sinks: list[tuple[weakref.ref[LowRankLinear], weakref.ref[Weight]]] = []
         self._hooks: list[RemovableHandle] = []
         for name, layer in _layers_of(model, weights).items():
             weight = weights[layer.weight]
             weight.attach_to(layer, name)
             layer.attach(weight).register_post_accumulate_grad_hook(self._hook(weight))
-            self._taps.append((weakref.ref(layer), weakref.ref(weight)))
+            self._sinks.append((weakref.ref(layer), weakref.ref(weight)))
         names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         for param, weight in weights.items():
             if weight.layer is None:
@@ -72,19 +72,19 @@ class Attachment:
                     self._hooks.append(param.register_post_accumulate_grad_hook(self._hook(weight)))
 
     def remove(self) -> None:
-        """Let gradients arrive in `.grad` again; taps that another optimizer has hung up since stay."""
-        for layer_reference, weight_reference in self._taps:
+        """Let gradients arrive in `.grad` again; sinks that another optimizer has attached since stay."""
+        for layer_reference, weight_reference in self._sinks:
             layer, weight = layer_reference(), weight_reference()
-            if layer is not None and layer.tap is weight:
+            if layer is not None and layer.sink is weight:
                 layer.attach(None)
             if weight is not None:
                 weight.layer = None
-        self._taps.clear()
+        self._sinks.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
     def _hook(self, weight: Weight) -> Callable[[Tensor], None]:
-        """For the anchor of a layer, or for a parameter that autograd gives its gradient."""
+        """For the proxy leaf of a layer, or for a parameter that autograd gives its gradient."""
         optimizer_is_ready, watched = self._ready, weakref.ref(weight)
 
         def hook(tensor: Tensor) -> None:

@@ -22,7 +22,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
-from qgalore.layer.linear import products
+from qgalore.layer.linear import grouped_linear
 from qgalore.torch_internals import internal, set_for_process
 
 
@@ -91,8 +91,8 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
-        # The rotation gives the gradients of queries and keys side by side.
-        of_heads = products(x, (self.q_proj, self.k_proj, self.v_proj), side_by_side=2)
+        # The rotation gives the gradients of queries and keys as adjacent columns.
+        of_heads = grouped_linear(x, (self.q_proj, self.k_proj, self.v_proj), adjacent=2)
         query, key, value = (y.view(heads) for y in of_heads)
         query, key = rotate(query, key, cos, sin)  # (B, L, heads, head_dim), (B, L, kv_heads, head_dim) as value
         # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
@@ -117,7 +117,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation = self.training_swiglu if torch.is_grad_enabled() else swiglu
-        out: Tensor = self.down_proj(activation(*products(x, (self.gate_proj, self.up_proj))))
+        out: Tensor = self.down_proj(activation(*grouped_linear(x, (self.gate_proj, self.up_proj))))
         return out
 
 
@@ -194,10 +194,11 @@ class LlamaForCausalLM(CausalLM):
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, LlamaDecoderLayer)
             layer.gradient_checkpointing = index % every == 0
-            # A low-rank layer can free its input before it makes the gradient of it.
-            for module in layer.modules():
-                if hasattr(module, "frees_input"):
-                    module.frees_input = layer.gradient_checkpointing  # type: ignore[assignment]
+
+    def recomputes(self, name: str) -> bool:
+        """See `CausalLM`."""
+        layer = self.get_submodule(".".join(name.split(".")[:3]))  # model.layers.0
+        return isinstance(layer, LlamaDecoderLayer) and layer.gradient_checkpointing
 
     def keep_int8_activations(self) -> None:
         """From now on keep gate and up of each MLP in INT8 (`swiglu`), but for what is recomputed anyway."""
@@ -213,13 +214,16 @@ class LlamaForCausalLM(CausalLM):
         is inside it: only what a gradient needs is computed again. The gradient of a layer's output is used up by the
         backward pass: that of the input takes its place.
         """
+        from peft_pretraining.models.compile import GivesUpGradients, recomputes_random  # which loads inductor
+
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
         # memory and 1 to 4 % of the speed.
         set_for_process("torch._functorch.config.ban_recompute_materialized_backward", False)
+        device = self.lm_head.weight.device
+        if device.type == "cpu":
+            set_for_process("torch._functorch.partitioners.has_recomputable_rng_ops", recomputes_random)
         options: dict[str, Any] = {}
         if backend == "inductor":
-            from peft_pretraining.models.compile import GivesUpGradients
-
             # Same seed, same bits: no choice between kernels by how fast they happen to run. And what is freed goes
             # back to the allocator at once, instead of waiting for a tensor of its size. Rows are not padded to 128
             # bytes: where they were, a gradient could not be written over what it is made of.
@@ -233,7 +237,7 @@ class LlamaForCausalLM(CausalLM):
         for layer in self.model.layers:
             assert isinstance(layer, LlamaDecoderLayer)
             layer.add_attention = torch.ops.peft_pretraining.saved_sum
-            layer.self_attn.cudnn_length = cudnn_length(self.lm_head.weight.device, self.config)
+            layer.self_attn.cudnn_length = cudnn_length(device, self.config)
         self.model.compiled_layer = torch.compile(
             LlamaDecoderLayer.forward, fullgraph=True, dynamic=False, backend=backend, options=options
         )

@@ -1,12 +1,12 @@
-"""A tap for tests of low-rank layers."""
+"""A sink for tests of low-rank layers."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-class FactorTap:
-    """A tap that wants the two factors and nothing else."""
+class FactorSink:
+    """A sink that wants the two factors and nothing else."""
 
     def forms_gradient(self, input: Tensor) -> bool:
         return False
@@ -15,7 +15,7 @@ class FactorTap:
         return None
 
     def accumulate_full(self, grad: Tensor) -> None:
-        raise AssertionError("a gradient that this tap has not asked for")
+        raise AssertionError("a gradient that this sink has not asked for")
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         self.grad_output, self.input, self.projected = grad_output, input, projected
