@@ -54,7 +54,7 @@ def test_layers_that_are_compiled(options: dict[str, str | bool], on_a_gpu: bool
 
 
 GRAPHS: dict[str, dict[str, object]] = {
-    "updates inside": {},
+    "The updates are inside": {},
     "--grad_clipping": {"grad_clipping": 1.0, "batch_size": 2},
     "several micro-batches": {"batch_size": 2},
     "optimizer without _per_layer": {"optimizer": "q_galore_adamw8bit"},

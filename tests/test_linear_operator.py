@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.library import opcheck
 
+from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 from qgalore.graphs.dequant_cache import cached_bases, cached_weights
@@ -25,7 +26,17 @@ from qgalore.layer.layout import as_one_view, new_stack
 from qgalore.layer.linear import grouped_linear
 from qgalore.subspace import fit, methods
 from tests.sinks import FactorSink
-from tests.test_memory_plan import CONFIG
+
+CONFIG = LlamaConfig.from_dict(
+    {
+        "vocab_size": 130,
+        "hidden_size": 96,
+        "intermediate_size": 342,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+)
 
 FORMATS = {
     "int8": WeightFormat(bits=8),
