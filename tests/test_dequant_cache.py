@@ -197,7 +197,7 @@ def refresh(training: Training) -> None:
         for side in weight.subspace.sides:
             rank, d = weight.subspace.stored.quantized()[side].shape
             sketch = torch.randn(rank, d, generator=torch.Generator().manual_seed(7))
-            weight.subspace.change_after_step({side: sketch}, weight.rotate_moments, None)
+            weight.subspace.refresh_from_sketches({side: sketch}, weight.rotate_moments, None)
 
 
 def load(training: Training) -> None:

@@ -108,7 +108,7 @@ def test_directions_are_grouped_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("qgalore.update.directions.orthogonal_directions", noted)
 
     def trained_weights(limit: int) -> list[Tensor]:
-        monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(group_values=limit))
+        monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(batch_values=limit))
         layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
         for index, layer in enumerate(layers):
             layer.weight.data.copy_(normal(*shapes[index], seed=index))  # type: ignore[operator, union-attr]
@@ -155,7 +155,7 @@ def test_small_quantized_weights_are_updated_together(monkeypatch: pytest.Monkey
     def trained_layers(limit: int, clip: float | None = None) -> list[Tensor]:
         for counts in calls.values():
             counts.clear()
-        monkeypatch.setitem(DIRECTIONS, "adam", DIRECTIONS["adam"]._replace(group_values=limit))
+        monkeypatch.setitem(DIRECTIONS, "adam", DIRECTIONS["adam"]._replace(batch_values=limit))
         model = nn.ModuleDict({f"l{i}": nn.Linear(n, m, bias=False) for i, (m, n) in enumerate(shapes)})
         for index, linear in enumerate(model.values()):
             linear.weight.data.copy_(normal(*shapes[index], seed=index))

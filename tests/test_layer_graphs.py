@@ -158,9 +158,9 @@ def in_graph() -> bool:
     return RecordedGraph.recording is not None
 
 
-def skip_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the host does not know whether an update is skipped."""
-    monkeypatch.setattr(UpdateChecks, "skip_on_device", lambda checks: checks.skip)
+    monkeypatch.setattr(UpdateChecks, "skip_for_kernels", lambda checks: checks.skip)
 
 
 def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not in_graph(), "a graph would write the rows of its capture again"
         write(rows, values)
 
-    skip_on_device(monkeypatch)
+    skip_for_kernels(monkeypatch)
     record_kernels(monkeypatch)
     monkeypatch.setattr(step_table, "_write", write_outside)
     monkeypatch.setattr(step_table, "is_capturing", lambda device: in_graph())
@@ -192,7 +192,7 @@ def test_recorded_graphs_give_the_bits_of_plain_calls(
     case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = f"{CASES[case]} --dtype float32"
-    skip_on_device(monkeypatch)
+    skip_for_kernels(monkeypatch)
     plain = trained(tmp_path, "cpu", flags, sums=sums)
     record_graphs(monkeypatch)
     recorded = trained(tmp_path, "cpu", flags, sums=sums)

@@ -808,13 +808,13 @@ def test_a_refresh_that_failed_or_is_skipped_keeps_moments_and_basis_to_the_bit(
         sketch[2, 3] = float("nan")
     low_rank.subspace.schedule.refreshes = 1
     skip = None if fails else torch.tensor(True)
-    low_rank.subspace.change_after_step({"left": sketch}, low_rank.rotate_moments, skip)
+    low_rank.subspace.refresh_from_sketches({"left": sketch}, low_rank.rotate_moments, skip)
     for key, value in before.items():
         if key == "schedule":
             continue
         expected = value + 1 if key == "failures" and fails else value
         assert torch.equal(low_rank.state[key], expected), key
-    low_rank.subspace.change_after_step({"left": torch.randn(5, 30)}, low_rank.rotate_moments, torch.tensor(False))
+    low_rank.subspace.refresh_from_sketches({"left": torch.randn(5, 30)}, low_rank.rotate_moments, torch.tensor(False))
     assert all(not torch.equal(low_rank.state[key], before[key]) for key in ("left_basis", "exp_avg"))
 
 

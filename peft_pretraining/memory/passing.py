@@ -162,7 +162,7 @@ class PassingBytes:
         if not run.args.optimizer.is_low_rank:
             return min(_ROWS, 4 * largest)
         one_by_one, layers = run.updates_at_once and not run.graphs, 1 if run.updates_at_once else self.layers
-        limit = 0 if one_by_one else DIRECTIONS[self.options.direction].group_values
+        limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         together = sum(x.gradient for x in run.matrices) * layers
         values, held = min(together, limit + largest), self.bases if run.updates_at_once else 0
         if self.options.direction == "orthogonal":  # momenta, two buffers, and two squares a matrix

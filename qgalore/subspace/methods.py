@@ -91,10 +91,10 @@ class Identity:
         """The gradient of an update of the sum `FULL`, where `needs_full_gradient`."""
         raise RuntimeError(f"{type(self).__name__} has no use of a full gradient")
 
-    def change_before_step(self, rotate: Rotate, skip: Tensor | None) -> None:
+    def adopt_fitted_bases(self, rotate: Rotate, skip: Tensor | None) -> None:
         """Take the bases that `finish` has found, before the step is made in them."""
 
-    def change_after_step(self, sketches: Mapping[str, Tensor], rotate: Rotate, skip: Tensor | None) -> None:
+    def refresh_from_sketches(self, sketches: Mapping[str, Tensor], rotate: Rotate, skip: Tensor | None) -> None:
         """Find new bases from the sketches of an update, by side, after the step."""
 
     def bases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -208,7 +208,7 @@ class Streaming(Identity):
 
     # ---- the refresh
 
-    def change_after_step(self, sketches: Mapping[str, Tensor], rotate: Rotate, skip: Tensor | None) -> None:
+    def refresh_from_sketches(self, sketches: Mapping[str, Tensor], rotate: Rotate, skip: Tensor | None) -> None:
         """See `Identity`. The basis changes where orthonormalising worked and the update was made."""
         for side, sketch in sketches.items():
             basis, worked = fit.orthonormalize(sketch, decode(self.stored.stored(side), self.dtype))
@@ -275,7 +275,7 @@ class Svd(Streaming):
         bases = {side: decode(basis) for side, basis in fitted.items()}
         return fit.project(full.float(), bases.get("left"), bases.get("right"))
 
-    def change_before_step(self, rotate: Rotate, skip: Tensor | None) -> None:
+    def adopt_fitted_bases(self, rotate: Rotate, skip: Tensor | None) -> None:
         """See `Identity`."""
         if self._fitted:
             wanted = None if skip is None else ~skip

@@ -33,7 +33,7 @@ class Direction(NamedTuple):
     """of(steps, skip) -> directions of several weights, whose moments it moves."""
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
-    group_values: int
+    batch_values: int
     """Gradients wait until they have more values than so many, and are then made directions of at once.
 
     That is faster for small matrices; of one large matrix there are enough values to fill a GPU.
@@ -61,7 +61,7 @@ def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
 
 DIRECTIONS = {
     "adam": Direction(
-        lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, group_values=3 << 20
+        lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, batch_values=3 << 20
     ),
-    "orthogonal": Direction(_orthogonal, moments.MOMENTS[:1], group_values=1 << 24),
+    "orthogonal": Direction(_orthogonal, moments.MOMENTS[:1], batch_values=1 << 24),
 }

@@ -41,8 +41,8 @@ class UpdateChecks:
             if index not in whole:
                 gradient.check_(self.squared_norms, index, self.skip)
 
-    def skip_on_device(self) -> Tensor | None:
-        """The flag `skip` for kernels to read; None on a CPU, where the host can look at it."""
+    def skip_for_kernels(self) -> Tensor | None:
+        """The flag `skip` where kernels have to read it; None on a CPU, where the host can look at it."""
         return None if self.skip.device.type == "cpu" else self.skip
 
     def remember_first(self) -> None:

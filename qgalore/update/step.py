@@ -1,11 +1,21 @@
-"""One update: finalize the gradients, check, clip, make directions, apply them, refresh the subspaces.
+"""One update of weights: from the sums of their gradients to new weights, in this order.
 
-W <- round(decay * W - step_size * leftᵀ N right), where the direction N is made of the projected gradient by Adam or by
-orthogonalisation (`qgalore.update.directions`), and the bases are those of GaLore (arXiv 2403.03507) and Q-GaLore
-(arXiv 2407.08296). Scalars come from each weight's step row, and whether to skip from a flag, both on the device: the
-host waits for nothing, and a CUDA graph of all this can be replayed.
+1. `finalize_gradients`: the sums over micro-batches become final gradients, over all processes of a data-parallel run,
+   and their norms are checked.
+2. Each gradient gets a factor: that of clipping the whole, and a limit to the growth of its own norm.
+3. Where an SVD has found new bases, they are adopted, and the moments are rotated into them: the final gradient has
+   been projected onto them already.
+4. A direction N is made of each gradient, in the subspace, by Adam or by orthogonalisation
+   (`qgalore.update.directions`); this moves the moments.
+5. W <- decay * W - step_size * leftᵀ N right, where left is (rank, out_features), right (rank, in_features), or one of
+   them is missing, or both. A quantized weight is read from its codes and rounded back to codes, stochastically.
+6. Where a sketch of the gradient was made, the next bases come of it, and the moments are rotated into them.
 
-Lists of weights go in, and are worked on in groups: of small matrices several at once are faster on a GPU.
+The subspaces are those of GaLore (arXiv 2403.03507) and Q-GaLore (arXiv 2407.08296). The learning rate and all other
+scalars of an update come from the weight's *step row*, eight 32-bit values on the device (`qgalore.update.step_table`),
+and one flag on the device says whether the whole update is skipped, since something in it is not finite. So the host of
+a GPU waits for nothing, and a CUDA graph of all this can be replayed; on a CPU the host looks at the flag itself. The
+weights' counts of updates go on in any case.
 """
 
 from __future__ import annotations
@@ -28,7 +38,7 @@ from qgalore.update.weight import Weight
 
 
 def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, checks: UpdateChecks) -> None:
-    """Make the gradients of an update final, of this rank's sums or of those over the ranks, and check their norms."""
+    """Make gradients final: what this process has summed, or with a bucket the sums over all processes; check them."""
     summed = itertools.repeat(None, len(weights)) if bucket is None else bucket.summed()
     for weight, parts in zip(weights, summed, strict=True):
         weight.gradient.finalize(parts)
@@ -36,62 +46,44 @@ def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, checks:
 
 
 def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
-    """Update weights with final gradients, scaled by `clip` (); where a check found one not finite nothing changes."""
-    skip = checks.skip_on_device()
-    skipped = skip is None and bool(checks.skip)
-    for group in _groups(weights):
-        factors = [_factor(weight, checks, clip) for weight in group]
-        for weight in group:
+    """Update weights with final gradients, each multiplied by the scalar tensor `clip`; none if a check has failed."""
+    skip = checks.skip_for_kernels()
+    skip_on_host = skip is None and bool(checks.skip)
+    for batch in _batches(weights):
+        factors = [_gradient_factor(weight, checks, clip) for weight in batch]
+        for weight in batch:
             weight.count_update()
-        if not skipped:
-            _update_group(group, factors, skip)
-        for weight in group:
+        if not skip_on_host:
+            _update_batch(batch, factors, skip)
+        for weight in batch:
             weight.clear()
 
 
-def _update_group(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
-    if _is_plain(weights[0]):
-        _update_rows(weights[0], factors[0], skip)
-        return
-    for weight in weights:
-        weight.subspace.change_before_step(weight.rotate_moments, skip)
-    sketches = [weight.gradient.take_sketches() for weight in weights]
-    steps = [
-        weight.adam_step(dense(weight.gradient.final.take_stored()), factor)
-        for weight, factor in zip(weights, factors, strict=True)
-    ]
-    # A residual is made of the projected gradient, too; others are freed when their directions are there.
-    gradients = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
-    directions = weights[0].direction.of(steps, skip)
-    del steps
-    _apply(weights, directions, gradients, skip)
-    del directions, gradients
-    for weight, found in zip(weights, sketches, strict=True):
-        weight.subspace.change_after_step(found, weight.rotate_moments, skip)
+def _batches(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
+    """Weights that are worked on at once, which is faster for small matrices; a plain one is a batch of its own.
 
-
-def _groups(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Weights whose directions are made at once: of one kind, and no more than fill a GPU; plain ones alone."""
+    A batch is closed by the weight with which its gradients have enough values to fill a GPU. So it also bounds memory.
+    """
     waiting: dict[Direction, list[Weight]] = {}
     for weight in weights:
         if _is_plain(weight):
             yield [weight]
             continue
-        group = waiting.setdefault(weight.direction, [])
-        group.append(weight)
-        if sum(each.subspace.gradient_shape.numel() for each in group) > weight.direction.group_values:
+        batch = waiting.setdefault(weight.direction, [])
+        batch.append(weight)
+        if sum(each.subspace.gradient_shape.numel() for each in batch) > weight.direction.batch_values:
             yield waiting.pop(weight.direction)
     yield from waiting.values()
 
 
 def _is_plain(weight: Weight) -> bool:
-    """Whether a weight is a float parameter under AdamW or Adam: embeddings, head, norms."""
+    """Whether a weight is a float parameter in a param group without a rank: embeddings, head, norms."""
     return weight.layer is None and weight.config is None
 
 
-def _factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor | None:
-    """What a gradient is multiplied by, (), to clip it and to limit the growth of its norm; None for 1."""
-    growth = weight.group["norm_growth"]
+def _gradient_factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor | None:
+    """What a gradient is multiplied by, a scalar tensor; None for 1. The growth limit sees the norm before clipping."""
+    growth = weight.param_group["norm_growth"]
     if not growth:
         return clip
     weight.init_state()
@@ -99,46 +91,72 @@ def _factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor
     return factor if clip is None else factor * clip
 
 
+def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
+    """Steps 3 to 6 for one batch. Where the flag `skip` is true, nothing that lasts is written."""
+    if _is_plain(weights[0]):
+        _update_plain(weights[0], factors[0], skip)
+        return
+    for weight in weights:
+        weight.subspace.adopt_fitted_bases(weight.rotate_moments, skip)
+    sketches = [weight.gradient.take_sketches() for weight in weights]
+    steps = [
+        weight.prepare_step(dense(weight.gradient.final.take_stored()), factor)
+        for weight, factor in zip(weights, factors, strict=True)
+    ]
+    # A residual needs the projected gradient again; all others are freed once there are directions.
+    gradients = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
+    directions = weights[0].direction.of(steps, skip)
+    del steps
+    _apply(weights, directions, gradients, skip)
+    del directions, gradients
+    for weight, sketch in zip(weights, sketches, strict=True):
+        weight.subspace.refresh_from_sketches(sketch, weight.rotate_moments, skip)
+
+
 def _apply(
     weights: list[Weight], directions: list[Tensor], gradients: list[Tensor | None], skip: Tensor | None
 ) -> None:
-    """Project directions back and add them, in the dtype of the activations: to quantized weights at once."""
+    """Project directions back and apply them: to all quantized weights without a residual in one call of a kernel."""
     layers: list[LowRankLinear] = []
     updates: list[kernels.QuantizedUpdate] = []
     for weight, direction, gradient in zip(weights, directions, gradients, strict=True):
         layer, dtype = weight.layer, weight.subspace.dtype
         if layer is None or layer.quantized_weight is None or gradient is not None:
-            _apply_alone(weight, direction.to(dtype), gradient, skip)
+            _apply_one(weight, direction.to(dtype), gradient, skip)
         else:
             left, right = weight.subspace.bases(dtype)
-            updates.append(layer.quantized_update(direction.to(dtype), left, right, weight.row))
+            updates.append(layer.quantized_update(direction.to(dtype), left, right, weight.step_row))
             layers.append(layer)
     kernels.update_quantized_(updates, skip)
     for layer in layers:
         layer.was_written()
 
 
-def _apply_alone(weight: Weight, direction: Tensor, gradient: Tensor | None, skip: Tensor | None) -> None:
-    """The same for a weight that is float, or that has a residual, which is made of the projected gradient, too."""
+def _apply_one(weight: Weight, direction: Tensor, gradient: Tensor | None, skip: Tensor | None) -> None:
+    """Apply a direction to a float weight, or to any with a residual, which makes the direction one of the whole."""
     left, right = weight.subspace.bases(direction.dtype)
     full = weight.gradient.last_full(direction.dtype)
-    if full is not None and gradient is not None:
+    if gradient is not None and full is not None:
         direction, left, right = full_direction(direction, gradient, full, left, right), None, None
     if weight.layer is not None:
-        weight.layer.update_(direction, left, right, weight.row, skip)
+        weight.layer.update_(direction, left, right, weight.step_row, skip)
     else:
-        kernels.update_float_(weight.param.data, direction, left, right, weight.row, skip=skip)
+        kernels.update_float_(weight.param.data, direction, left, right, weight.step_row, skip=skip)
 
 
-def _update_rows(weight: Weight, factor: Tensor | None, skip: Tensor | None) -> None:
-    """A plain parameter's update, a range of rows after the other: no float32 copy of a whole embedding is made."""
-    grad = weight.gradient.final.take_stored()
-    l2 = 0.0 if weight.group["decoupled_weight_decay"] else weight.group["weight_decay"]
+def _update_plain(weight: Weight, factor: Tensor | None, skip: Tensor | None) -> None:
+    """Steps 4 and 5 for a plain weight, some of its rows at a time: no float32 copy of a whole embedding is made.
+
+    Weight decay that is not decoupled (Adam, not AdamW) is added to the gradient here, after the factor.
+    """
+    gradient, decoupled = weight.gradient.final.take_stored(), weight.param_group["decoupled_weight_decay"]
+    l2 = 0.0 if decoupled else weight.param_group["weight_decay"]
     param = torch.atleast_1d(weight.param.data)
     for start, stop in moments.row_parts(weight.state, param.shape):
-        part, scale, rows = rows_of_gradient(grad, start, stop), factor, param[start:stop]
+        rows, grad, scale = param[start:stop], rows_of_gradient(gradient, start, stop), factor
         if l2:
-            part, scale = kernels.scaled(part, factor).add(rows, alpha=l2), None
-        step = weight.adam_step(part, scale, moments.rows_of(weight.state, start, stop))
+            grad = kernels.scaled(grad, factor).add(rows, alpha=l2)
+            scale = None
+        step = weight.prepare_step(grad, scale, moments.rows_of(weight.state, start, stop))
         (direction,) = weight.direction.of([step], skip)
-        kernels.update_float_(rows, direction, None, None, weight.row, row_start=start, skip=skip)
+        kernels.update_float_(rows, direction, None, None, weight.step_row, row_start=start, skip=skip)

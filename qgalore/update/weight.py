@@ -47,7 +47,7 @@ class Weight:
 
         states: those of all weights, into which that of this one goes as soon as it has any; table: of all weights.
         """
-        self.group, self.index, self._states, self._table = group, index, states, table
+        self.param_group, self.index, self._states, self._table = group, index, states, table
         self.config = subspace_of(group) if "rank" in group else None
         self.direction = DIRECTIONS["adam" if self.config is None else self.config.direction]
         self.state, self.name = states.get(self.param, {}), self.name or str(index)
@@ -66,7 +66,7 @@ class Weight:
             rest = (self.param, shape, self.state, self._seeds, self._position, self._count)
             subspace = METHODS[config.subspace](config, *rest)
         self.subspace = subspace
-        name: Any = self.group["accumulator_dtype"]
+        name: Any = self.param_group["accumulator_dtype"]
         dtype: torch.dtype = getattr(torch, name, name)
         self.gradient = WeightGradient(subspace, dtype, SumRows(self._table, self._seeds, self.param.device))
 
@@ -99,7 +99,11 @@ class Weight:
                 f"the state of {self.name} is that of a gradient of shape {shapes[0]}, not {shapes[1]}: it was saved "
                 "for another model or other param groups"
             )
-        if self.layer is not None and self.group["weight_decay"] and not self.group["decoupled_weight_decay"]:
+        if (
+            self.layer is not None
+            and self.param_group["weight_decay"]
+            and not self.param_group["decoupled_weight_decay"]
+        ):
             raise ValueError(
                 f"weight_decay of {self.name}, the weight of a LowRankLinear, is decoupled (AdamW): leave "
                 "decoupled_weight_decay=False out or set weight_decay=0"
@@ -121,7 +125,7 @@ class Weight:
         self._states[self.param] = self.state
         self.state["step"] = torch.zeros((), dtype=torch.int64)
         shape, device = self.subspace.gradient_shape, self.param.device
-        moments.init_moments(self.state, shape, self.group["state_bits"], device, self.direction.moments)
+        moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
         self.subspace.init_state()
 
     # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
@@ -173,14 +177,14 @@ class Weight:
 
     def update_scalars(self) -> kernels.StepScalars:
         """What the step row of the next update must contain."""
-        group, step = self.group, self.step + 1
+        group, step = self.param_group, self.step + 1
         decay = 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
         corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
         step_size = float(group["lr"] * group.get("galore_scale", 1))
         return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections)
 
     @property
-    def row(self) -> Tensor:
+    def step_row(self) -> Tensor:
         """The step row of the update that is being made."""
         return self._table.updates[self.index]
 
@@ -193,13 +197,13 @@ class Weight:
         """Keep the host's account of an update that a CUDA graph has made."""
         self.state["step"] += 1
 
-    def adam_step(
+    def prepare_step(
         self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None
     ) -> kernels.AdamStep:
-        """What a direction is made of: a gradient in a float dtype, its moments (those in `state`), the rates."""
-        group, dtype, state = self.group, self.subspace.dtype, self.state if state is None else state
+        """What a direction is made of: the gradient in a float dtype, its moments (those in `state`), the rates."""
+        group, dtype, state = self.param_group, self.subspace.dtype, self.state if state is None else state
         read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
-        return kernels.AdamStep(grad, *read, self.row, group["betas"], group["eps"], factor, dtype)  # type: ignore[call-arg]
+        return kernels.AdamStep(grad, *read, self.step_row, group["betas"], group["eps"], factor, dtype)  # type: ignore[call-arg]
 
     def rotate_moments(self, change: Tensor, side: str, wanted: Tensor | None) -> None:
         """Let the moments be those in another basis, by `change` (rank, rank), unless the flag wanted () is false."""
