@@ -121,31 +121,31 @@ class SubspaceConfig:
         for problem in self.problems(lambda name: f"{name}={getattr(self, name)!r}"):
             raise ValueError(problem)
 
-    def problems(self, said: Callable[[str], str]) -> list[str]:
-        """Combinations that cannot work, each as a sentence; said(option) names an option with its value."""
+    def problems(self, label: Callable[[str], str]) -> list[str]:
+        """Combinations that cannot work, each as a sentence; label(option) names an option with its value."""
         problems = []
         both = self.proj_type == "full"
         if self.subspace == "streaming" and both:
             problems.append(
-                f"{said('proj_type')} projects both sides, and {said('subspace')} follows one: use svd, or "
+                f"{label('proj_type')} projects both sides, and {label('subspace')} follows one: use svd, or "
                 "std, reverse_std, left or right"
             )
         if self.subspace != "svd" and self.svd_method == "randomized":
-            problems.append(f"{said('svd_method')} is for subspaces by SVD: {said('subspace')} needs no SVD")
+            problems.append(f"{label('svd_method')} is for subspaces by SVD: {label('subspace')} needs no SVD")
         if self.residual != "none" and both:
             problems.append(
-                f"{said('residual')} scales across one projected side, and {said('proj_type')} has two: use std, "
+                f"{label('residual')} scales across one projected side, and {label('proj_type')} has two: use std, "
                 "reverse_std, left or right"
             )
         if self.residual != "none" and self.subspace == "identity":
             problems.append(
-                f"{said('residual')} brings back what a projection leaves out, and {said('subspace')} leaves out "
+                f"{label('residual')} brings back what a projection leaves out, and {label('subspace')} leaves out "
                 "nothing: use svd or streaming"
             )
         if 0 < self.max_update_proj_gap < self.update_proj_gap:
             problems.append(
-                f"{said('max_update_proj_gap')} is less than {said('update_proj_gap')}: the longest interval cannot be "
-                "shorter than the first"
+                f"{label('max_update_proj_gap')} is less than {label('update_proj_gap')}: the longest interval cannot "
+                "be shorter than the first"
             )
         return problems
 

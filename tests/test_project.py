@@ -187,6 +187,26 @@ def test_no_file_is_a_drawer_for_everything() -> None:
     assert not found
 
 
+DIALECT = {
+    "anchor", "begun", "held", "joined", "lane", "lanes", "message_of", "neighbour", "neighbours", "partly", "place",
+    "places", "said", "say", "several", "tap", "taps", "together",
+}  # fmt: skip
+"""Words for which the field has others (CONTRIBUTING.md)."""
+IN_USE = re.compile(r"held_?out|put_in_place|^data_lanes$|^lanes?$", re.IGNORECASE)
+"""Held-out documents; the flag `--data_lanes`, which is older; lanes of a processor, in kernels."""
+
+
+@pytest.mark.parametrize("name", [*FILES, "run_pretrain.py"])
+def test_names_are_words_of_the_field(name: str) -> None:
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        for field in ("name", "arg", "id", "attr"):
+            if isinstance(identifier := getattr(node, field, None), str) and not IN_USE.search(identifier):
+                words = re.sub(r"(?<!^)(?=[A-Z])", "_", identifier).lower().split("_")
+                found |= {identifier for word in words if word in DIALECT}
+    assert not found, f"{name}: {sorted(found)}"
+
+
 def test_no_copies_by_suffix() -> None:
     pattern = re.compile(r"_(v\d+|fast|new|old|simulate|copy)$")
     assert not [name for name in FILES if pattern.search(Path(name).stem)]

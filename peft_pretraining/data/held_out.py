@@ -106,7 +106,7 @@ class HeldOut:
             return []
         packed = base64.b64decode(saved["hashes"])
         hashes = frozenset(int.from_bytes(packed[i : i + 8]) for i in range(0, len(packed), 8))
-        said = f"--dataset {self.name}: the documents held out stay those that the run began with"
+        notice = f"--dataset {self.name}: the documents held out stay those that the run began with"
         if hashes == self.hashes:  # of other files with the same texts
             return []
         texts = _read(_cache_file(saved["key"]))
@@ -118,9 +118,9 @@ class HeldOut:
                     "longer. Put the files back that it began with, or begin a new run in another --save_dir."
                 )
             if len(texts) < len(hashes):
-                said += f", of which {len(hashes) - len(texts)} of {len(hashes)} are no longer there"
+                notice += f", of which {len(hashes) - len(texts)} of {len(hashes)} are no longer there"
         self.key, self.texts, self.hashes = saved["key"], texts, hashes
-        return [said]
+        return [notice]
 
 
 @dataclass(frozen=True)

@@ -40,17 +40,17 @@ class PassingBytes:
         self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
         self.quantized = self.format.stored_bits is not None and not self.format.int8_products
         self.converts = self.options.proj_quant or self.format.stored_bits is not None
-        self.weights = self._held(math.prod(map(padded_width, x.shape)) for x in run.matrices if self.quantized)
-        self.bases = self._held(x.bases for x in run.matrices if self.options.proj_quant)
+        self.weights = self._cached(math.prod(map(padded_width, x.shape)) for x in run.matrices if self.quantized)
+        self.bases = self._cached(x.bases for x in run.matrices if self.options.proj_quant)
         # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
         self.own = run.graphs and (config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums))
         recomputed = math.ceil(layers / self.every) if self.every else 0
         self.kept = (recomputed + 1) * self.hidden + (layers - recomputed) * self.layer() + (4 + 8 + 8) * run.tokens
         """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
 
-    def _held(self, values: Iterable[int]) -> int:
-        together = self.b * sum(values)
-        return together if self.run.graphs and together <= CACHE_BYTES else 0
+    def _cached(self, values: Iterable[int]) -> int:
+        total = self.b * sum(values)
+        return total if self.run.graphs and total <= CACHE_BYTES else 0
 
     def phases(self) -> dict[str, int]:
         """The moments that can be the peak, in the order in which an update comes to them."""
@@ -74,14 +74,14 @@ class PassingBytes:
             found["update of the largest weight"] = max(self.updates(), update)
         return found
 
-    def held_by_graphs(self) -> int:
+    def kept_by_graphs(self) -> int:
         """What nothing else uses: over ranks also three messages of a layer's gradients, one with sums of a refresh."""
-        run, held = self.run, max(self.of_layers().values()) if self.own else 0
+        run, kept = self.run, max(self.of_layers().values()) if self.own else 0
         if run.args.world_size > 1 and run.updates_at_once:
             values = sum(x.gradient for x in run.matrices) + 2 * run.config.hidden_size  # of the norms
             full = max(x.size for x in run.matrices) if self.options.subspace == "svd" else 0
-            held += self.b * (3 * values + max(full, sum(x.bases for x in run.matrices)))
-        return held
+            kept += self.b * (3 * values + max(full, sum(x.bases for x in run.matrices)))
+        return kept
 
     # ---- layers
 
@@ -157,23 +157,23 @@ class PassingBytes:
         return result + max(self.b * matrix.size if formed else len(matrix.sides) * factor, refresh)
 
     def updates(self) -> int:
-        """At most, beside the gradients: directions of the matrices that are updated together, or a refresh of one."""
+        """At most, beside the gradients: directions of matrices that are updated as a batch, or a refresh of one."""
         run, largest = self.run, max(x.gradient for x in self.run.matrices)
         if not run.args.optimizer.is_low_rank:
             return min(_ROWS, 4 * largest)
         one_by_one, layers = run.updates_at_once and not run.graphs, 1 if run.updates_at_once else self.layers
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
-        together = sum(x.gradient for x in run.matrices) * layers
-        values, held = min(together, limit + largest), self.bases if run.updates_at_once else 0
+        total = sum(x.gradient for x in run.matrices) * layers
+        values, cached = min(total, limit + largest), self.bases if run.updates_at_once else 0
         if self.options.direction == "orthogonal":  # momenta, two buffers, and two squares a matrix
             made = 3 * values + 2 * GROUP_LIMIT * max(x.rank for x in run.matrices) ** 2
         else:
             made = values + (
-                0 if held else self.converts * layers * sum(x.bases for x in run.matrices) * values // together
+                0 if cached else self.converts * layers * sum(x.bases for x in run.matrices) * values // total
             )
         read = 4 * values if self.int8_sums and not run.updates_at_once else 0
         steps = self.b * made + read + max(map(self._applying, run.matrices))
-        return held + max(steps, *map(self.refresh, run.matrices))
+        return cached + max(steps, *map(self.refresh, run.matrices))
 
     def _applying(self, matrix: Matrix) -> int:
         """Beside direction and bases: the whole direction of a residual; factors and rows of a float weight."""

@@ -44,11 +44,11 @@ class MemoryPlan:
         """The plan as text, in GB (10^9 bytes)."""
         largest = max(self.passing, key=lambda name: self.passing[name])
         passing = {f"{name} *" if name == largest else name: size for name, size in self.passing.items()}
-        together = {"weights and optimizer states": self.weights_and_states_bytes, "peak": self.peak_bytes}
+        sums = {"weights and optimizer states": self.weights_and_states_bytes, "peak": self.peak_bytes}
         parts = {
             "kept during the run": {name: size for name, size in (self.lasting | self.overhead).items() if size},
             "passing, of which the largest (*) counts": passing | {"of these, activations": self.activations},
-            "together": together,
+            "together": sums,
         }
         lines = ["Planned memory of one rank"]
         for title, sizes in parts.items():
@@ -60,5 +60,5 @@ def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
     """The planned memory of one rank of this run; takes a fraction of a second for any model size."""
     passing = PassingBytes(run := PlannedRun(args, config))
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
-    overhead |= {"memory of CUDA graphs": passing.held_by_graphs()} if run.graphs else {}
+    overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
     return MemoryPlan(lasting_bytes(run), passing.phases(), passing.kept, overhead)

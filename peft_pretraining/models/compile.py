@@ -36,14 +36,14 @@ class GivesUpGradients(_CustomGraphPass):
     """The code generator may write over the gradients that a backward pass is given.
 
     For a function whose outputs have one user each: nobody else needs those gradients then. A decoder layer writes the
-    gradient of its input where that of its output was, so that a stack of layers needs one place for all of them.
+    gradient of its input where that of its output was, so that a stack of layers needs one buffer for all of them.
     PyTorch gives up what the forward pass has saved in the same way ("donated buffers"), but not what it is handed.
     """
 
     def __call__(self, graph: Graph) -> None:
         """Mark the gradients of outputs, if it is a backward pass that is compiled."""
         given = [
-            place for place, node in enumerate(graph.find_nodes(op="placeholder")) if node.name.startswith("tangents")
+            index for index, node in enumerate(graph.find_nodes(op="placeholder")) if node.name.startswith("tangents")
         ]
         context = internal("torch._guards.TracingContext").try_get()
         if given and context is not None and context.fw_metadata is not None:

@@ -107,7 +107,9 @@ def stacked_weights(weights: Sequence[Weight], dtype: torch.dtype, cached: Seque
         shapes = [(padded_width(rows), padded_width(columns)) for rows, columns in (weight.shape for weight in stored)]
         padded = grouped_dequantize(stored, dtype, shapes)
     else:
-        padded = [padded_weight(weight, dtype, held) for weight, held in zip(weights, cached, strict=True)]
+        padded = [
+            padded_weight(weight, dtype, cached_weight) for weight, cached_weight in zip(weights, cached, strict=True)
+        ]
     whole = as_one_view(padded, 0)
     return torch.cat(padded) if whole is None else whole
 
@@ -220,8 +222,8 @@ def _input_gradient(
         return cut_columns(product, width).view(*grads[0].shape[:-1], width)
     int8_products = bool(storage[3])
     total = input_gradient(grads[0], weights[0], width, int8_products, cached[0])
-    for grad, weight, held in zip(grads[1:], weights[1:], cached[1:], strict=True):
-        total += input_gradient(grad, weight, width, int8_products, held)
+    for grad, weight, cached_weight in zip(grads[1:], weights[1:], cached[1:], strict=True):
+        total += input_gradient(grad, weight, width, int8_products, cached_weight)
     return total
 
 

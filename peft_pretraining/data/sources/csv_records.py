@@ -70,8 +70,8 @@ def read_records(lines: Iterable[str], delimiter: str) -> Iterator[list[str] | U
 
 def _repaired(source: "_Lines", delimiter: str, width: int) -> list[str] | Unclosed:
     """The result for a record with a stray quote, whose lines were taken from `source`."""
-    begun_anew = source.count > 1 and _looks_like_a_record(source.last, delimiter, width)
-    if not source.ended and not begun_anew:
+    starts_anew = source.count > 1 and _looks_like_a_record(source.last, delimiter, width)
+    if not source.ended and not starts_anew:
         source.give_back(but_first=False)
         source.begin()
         record = next(csv.reader(source, delimiter=delimiter))

@@ -44,20 +44,20 @@ _library.define(
 
 @torch.library.impl(_library, "rotate", "CompositeExplicitAutograd")
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    places = _places(query, key, back)
+    outputs = _new_outputs(query, key, back)
     if use_triton(query.device):
         from peft_pretraining.models.ops import rotary_kernel
 
-        rotary_kernel.rotate(query, key, cos, sin, back, *places)
+        rotary_kernel.rotate(query, key, cos, sin, back, *outputs)
     else:
-        for x, place in zip((query, key), places, strict=True):
-            place.copy_(_turned(x, cos, -sin if back else sin))
-    return places
+        for x, output in zip((query, key), outputs, strict=True):
+            output.copy_(_turned(x, cos, -sin if back else sin))
+    return outputs
 
 
-def _places(query: Tensor, key: Tensor, side_by_side: bool) -> tuple[Tensor, Tensor]:
+def _new_outputs(query: Tensor, key: Tensor, adjacent: bool) -> tuple[Tensor, Tensor]:
     """Where the turned queries and keys go: side by side they are columns of one matrix (tokens, all of both)."""
-    if not side_by_side:
+    if not adjacent:
         return query.new_empty(query.shape), key.new_empty(key.shape)
     batch, length, heads, head_dim = query.shape
     both = query.new_empty(batch, length, heads + key.shape[2], head_dim)
@@ -72,7 +72,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.library.register_fake("peft_pretraining::rotate")
 def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    return _places(query, key, back)
+    return _new_outputs(query, key, back)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:

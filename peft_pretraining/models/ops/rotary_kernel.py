@@ -26,11 +26,11 @@ def _rotate_rows(
     row = program * BLOCK + tl.arange(0, BLOCK)[:, None]
     token = row // HEADS
     position = token % LENGTH
-    place = (token // LENGTH).to(tl.int64) * batch_stride + position * token_stride + (row % HEADS) * head_stride
+    start = (token // LENGTH).to(tl.int64) * batch_stride + position * token_stride + (row % HEADS) * head_stride
     lane = tl.arange(0, LANES)[None, :]
     mask = (row < rows) & (lane < HALF)
-    first = tl.load(x + place + lane, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(x + place + HALF + lane, mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(x + start + lane, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x + start + HALF + lane, mask=mask, other=0.0).to(tl.float32)
     c = tl.load(cos + position * HALF + lane, mask=mask, other=0.0)
     s = tl.load(sin + position * HALF + lane, mask=mask, other=0.0)
     if BACK:
