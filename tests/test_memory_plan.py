@@ -218,12 +218,12 @@ def test_activations_are_what_autograd_saves(kind: str, kv_heads: int, tmp_path:
         if "compiled" in kind:
             # The partitioner of "inductor" without its code generator: what is saved is decided before that.
             model.compile_layers(backend="aot_eager_decomp_partition")
-        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        stored = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         found: dict[int, torch.Tensor] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            # Anchors and numbers of layers are scalars; bytes are the state of the random generator.
-            if tensor.data_ptr() not in parameters and tensor.dim() and tensor.dtype != torch.uint8:
+            # Bytes are the state of the random generator.
+            if tensor.data_ptr() not in stored and tensor.dim() and tensor.dtype != torch.uint8:
                 found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 

@@ -105,9 +105,10 @@ def adam_step(
     state: dict[str, Tensor], grad: Tensor, step: int, betas: tuple[float, float], eps: float,
     factor: Tensor | None = None, skip: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`moments.adam_step` with the bias corrections of a step, which counts from 1."""
+    """`kernels.adam_steps` of one state, with the bias corrections of a step, which counts from 1."""
     row = step_row(step=step, betas=betas, device=grad.device)
-    return moments.adam_step(state, grad, row, betas, eps, factor, skip)
+    read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
+    return kernels.adam_steps([kernels.AdamStep(grad, *read, row, betas, eps, factor)], moments.BLOCK_SIZE, skip)[0]
 
 
 def quantize(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
