@@ -246,7 +246,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones(small: SmallRun) -> No
         small.config.write_text(json.dumps(CONFIG | {"model_type": model_type}))
         with pytest.raises(UserError) as caught:
             parse_args(small.argv("run"))
-        known = f"model_type is {model_type!r}; it must be 'llama' or 'mixer', or pass --use_hf_model, which trains"
+        known = f"model_type is {model_type!r}; it must be 'llama' or 'mixer' or 'qwen2', or pass --use_hf_model, which"
         assert known in str(caught.value)
     small.config.write_text(json.dumps({"model_type": "mixer"}))
     with pytest.raises(UserError, match="vocab_size is missing"):
@@ -266,9 +266,10 @@ def test_two_families_of_one_name_and_what_is_no_family_are_refused(small: Small
 
 
 def test_a_family_says_of_itself_what_its_network_overrides() -> None:
-    assert list(registry.families()) == ["llama"]
+    assert list(registry.families()) == ["llama", "qwen2"]
     for name, family in registry.families().items():
-        raw = json.loads((Path(__file__).parent.parent / "configs" / f"{name}_9m.json").read_text())
+        raw = json.loads((Path(__file__).parent.parent / "configs" / "llama_9m.json").read_text())
+        raw |= {"model_type": name, "attention_bias": None}
         with torch.device("meta"):
             network = type(family.network(family.config(raw, "a file")))
         overridden = {
