@@ -17,8 +17,7 @@ from peft_pretraining.models.registry import network_of, read_config
 def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> CausalLM:
     """The model without memory for its parameters."""
     if use_hf_model:
-        with torch.device("meta"):
-            return HFCausalLM(config_path)
+        return HFCausalLM(config_path)
     return network_on_meta(read_config(config_path))
 
 
