@@ -130,12 +130,13 @@ class TestEachModel:
 
     def test_trains(self, name: str, tmp_path: Path) -> None:
         small = SmallRun(tmp_path)
+        flags = flags_of("q_galore_adamw8bit_per_layer") | {"num_training_steps": 8, "save_every": 8}
         small.config = write_config(tmp_path, name)
-        updates = 16 if name in ("gemma2", "gemma3_text") else 8  # with norms after each block, they start slowly
-        flags = flags_of("q_galore_adamw8bit_per_layer") | {"num_training_steps": updates, "save_every": updates}
-        result = small.run("run", use_hf_model=True, **flags)
+        if name in ("gemma2", "gemma3_text"):  # with a norm after each block, too, they start slowly
+            small.config, flags["lr"] = write_config(tmp_path, name, initializer_range=0.1), 3e-2
+        result = small.run("run", use_hf_model=True, total_batch_size=4, **flags)
         assert result.losses[-1] < result.losses[0] - 0.05 and result.eval_loss < result.losses[0] - 0.05
-        before, after = result.weights(0), result.weights(updates)
+        before, after = result.weights(0), result.weights(8)
         assert before.keys() == after.keys()
         assert not [key for key, value in after.items() if torch.equal(value, before[key])]
         quantized = [key for key in result.checkpoint().model_tensors if key.endswith("_qdata")]
@@ -173,10 +174,14 @@ def test_recomputed_layers_give_the_same_gradients(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("gemma3_text", "q_galore_adamw8bit_per_layer"), ("gpt2", "galore_adamw8bit"), ("phi", "adamw")],
+)
+def test_a_resumed_run_is_the_run_that_was_not_stopped(name: str, optimizer: str, tmp_path: Path) -> None:
     small = SmallRun(tmp_path)
-    small.config = write_config(tmp_path, "gemma3_text")
-    flags = flags_of("q_galore_adamw8bit_per_layer") | {"use_hf_model": True, "num_training_steps": 5}
+    small.config = write_config(tmp_path, name)
+    flags = flags_of(optimizer) | {"use_hf_model": True, "num_training_steps": 5}
     whole = small.run("whole", **flags)
     small.stop("parts", at=2, **flags)
     assert_same_run(small.run("parts", **flags, continue_from="auto"), whole)
@@ -242,6 +247,24 @@ def test_sequences_longer_than_the_positions_are_refused(tmp_path: Path) -> None
     assert model(tokens(1, 64)).logits is not None
     with pytest.raises(UserError, match=r"--max_length is 65, but .*config\.json has max_position_embeddings 64"):
         model(tokens(1, 65))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"rank": 65}, "--rank is 65, but transformer.h.0.attn.c_attn of {} is 64 x 192: give at most 64."),
+        ({"mlp_rank": 65}, "--mlp_rank is 65, but transformer.h.0.mlp.c_fc of {} is 64 x 256: give at most 64."),
+        ({"max_length": 65}, "--max_length is 65, but --model_config {} has max_position_embeddings 64"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(
+    flags: dict[str, object], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = SmallRun(tmp_path)
+    small.config = write_config(tmp_path, "gpt2")
+    assert small.main("run", use_hf_model=True, **flags_of("q_galore_adamw8bit") | flags) == 2
+    printed = capsys.readouterr().err
+    assert says.format(small.config) in printed and "Traceback" not in printed
 
 
 class Odd(nn.Module):
