@@ -178,6 +178,18 @@ def test_it_learns(small: SmallRun) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_qwen2_trains_and_so_do_its_biases(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path)
+    run.config.write_text(
+        json.dumps(json.loads(run.config.read_text()) | {"model_type": "qwen2", "num_key_value_heads": 1})
+    )
+    result = trained(run, "q_galore_adamw8bit_per_layer", num_training_steps=6, save_every=6)
+    assert result.losses[-1] < result.losses[0] - 0.05
+    before, after = result.weights(0), result.weights(6)
+    assert sum(name.endswith(".bias") for name in after) == 3
+    assert not [name for name, value in after.items() if torch.equal(value, before[name])]
+
+
 def test_the_default_recipe_takes_its_rank_from_another_family(small: SmallRun) -> None:
     args = parse_args(small.argv("run", {"optimizer": "q_galore_adamw8bit", "rank": None, "lr": None}))
     assert args.subspace.rank == 64 * 7 // 16 // 8 * 8
