@@ -108,12 +108,17 @@ def matrix_columns(config: dict[str, Any]) -> dict[str, int]:
 def float_tensors(
     checkpoint: Checkpoint, dtype: torch.dtype, tied: bool, columns_of: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state dict of a float model, one tensor at a time, without a tied head."""
-    tensors = checkpoint.model_tensors
+    """Yield the state dict of a float model, one tensor at a time, without a tied head.
+
+    It is tied, too, where the checkpoint has one tensor for both: transformers' default is not in each config.json.
+    """
+    tensors, addresses = checkpoint.model_tensors, set[int]()
     for name, tensor in tensors.items():
         of_codes = name.endswith((".weight_scale", ".weight_zero_point", ".weight_format"))
-        if of_codes or (tied and name == "lm_head.weight"):
+        again = tensor.data_ptr() in addresses
+        if of_codes or again or (tied and name == "lm_head.weight"):
             continue
+        addresses.add(tensor.data_ptr())
         if tensor.is_floating_point():
             yield name, tensor.to(dtype)
         else:
@@ -146,8 +151,10 @@ def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int, 
     for matrix, columns in columns_of.items():
         if name.endswith(f".{matrix}.weight"):
             return columns
-    # Transformers' decoders have LLaMA's names.
+    # Many of transformers' decoders have LLaMA's names; of others an even number is taken.
     layer = name.rsplit(".", 3)[0]  # model.layers.N
+    if f"{layer}.mlp.gate_proj.weight_qdata" not in checkpoint.model_tensors:
+        return 2 * stored
     if name.endswith("down_proj.weight"):
         return int(checkpoint.model_tensors[f"{layer}.mlp.gate_proj.weight_qdata"].shape[0])
     if name.endswith("o_proj.weight"):

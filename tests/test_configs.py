@@ -1,5 +1,6 @@
 """The shipped model configs have the published shapes, load in transformers, and bad ones are refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, parameter_count
 from peft_pretraining.models.config import check_length, check_rank
 from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.qwen2.config import Qwen2Config
+from peft_pretraining.models.registry import read_config
 
 # name: hidden, MLP, layers, heads, and the parameters in millions that the name rounds
 SHAPES = {
@@ -66,8 +69,8 @@ def test_transformers_reads_the_same(root: Path, name: str) -> None:
     theirs = transformers.AutoConfig.from_pretrained(str(path))
     ours = LlamaConfig.from_json(path)
     assert theirs.architectures == ["LlamaForCausalLM"] and theirs.model_type == "llama"
-    for key in LlamaConfig.__dataclass_fields__:
-        if key not in ("source", "rope_theta"):
+    for key in (field.name for field in dataclasses.fields(LlamaConfig)):
+        if key not in ("source", "rope_theta", "rope_scaling"):
             assert getattr(theirs, key) == getattr(ours, key), key
     assert theirs.rope_parameters == {"rope_theta": ours.rope_theta, "rope_type": "default"}
     assert str(theirs.dtype) == "torch.bfloat16"
@@ -76,6 +79,13 @@ def test_transformers_reads_the_same(root: Path, name: str) -> None:
     assert written == json.loads(path.read_text())
 
 
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 GOOD = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -116,11 +126,24 @@ def test_defaults_of_a_short_config(tmp_path: Path) -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; it must be 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True; it must be false"),
+        ({"attention_bias": 1}, "attention_bias is 1; it must be true or false"),
+        ({"mlp_bias": True}, "mlp_bias is True; it must be false"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
         ({"rope_parameters": 3}, "rope_parameters is 3"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters has values of its own for full_attention"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; it must be 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": {"rope_theta": 2.0}},
+            "give rope_parameters alone",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of rope_type 'llama3' lacks low_freq"),
+        ({"rope_parameters": SCALING | {"factor": 0.5}}, "factor of rope_parameters is 0.5; it must be a number, 1"),
+        ({"rope_scaling": SCALING | {"low_freq_factor": 0}}, "low_freq_factor of rope_scaling is 0; it must be a pos"),
+        ({"rope_scaling": SCALING | {"high_freq_factor": 1}}, "high_freq_factor of rope_scaling is 1; it must be a n"),
+        ({"rope_scaling": SCALING | {"original_max_position_embeddings": 8.5}}, "must be a positive whole number"),
+        ({"rope_scaling": SCALING | {"beta_fast": 32}}, "rope_type 'llama3' has beta_fast, which it does not know"),
     ],
 )
 def test_bad_value_is_named(tmp_path: Path, changes: dict[str, object], says: str) -> None:
@@ -128,6 +151,46 @@ def test_bad_value_is_named(tmp_path: Path, changes: dict[str, object], says: st
     with pytest.raises(UserError) as error:
         LlamaConfig.from_json(path)
     assert says in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"num_key_value_heads": None, "attention_bias": False},
+            "attention_bias is False; it must be true or left out",
+        ),
+        ({"use_sliding_window": True}, "use_sliding_window is True; it must be false"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; it must be 'qwen2'"),
+    ],
+)
+def test_bad_value_of_a_qwen2_is_named(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    path = write(tmp_path, **{"model_type": "qwen2", "num_key_value_heads": 2, "layer_types": None} | changes)
+    with pytest.raises(UserError) as error:
+        Qwen2Config.from_json(path)
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_qwen2_gives_its_heads_of_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"num_key_value_heads missing; a Qwen2 config\.json gives vocab_size, "):
+        read_config(write(tmp_path, model_type="qwen2"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_bias": True, "rope_scaling": SCALING}, {"model_type": "qwen2", "num_key_value_heads": 2}]
+)
+def test_what_is_written_is_read_as_the_same(tmp_path: Path, changes: dict[str, object]) -> None:
+    """By us, and by transformers."""
+    transformers = pytest.importorskip("transformers")
+    path = write(tmp_path, **changes)
+    config = read_config(path)
+    assert isinstance(config, LlamaConfig)
+    path.write_text(json.dumps(config.to_hf_dict("float32")))
+    assert read_config(path) == config
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(str(path)))
+    assert theirs.num_parameters() == config.parameter_count() == parameter_count(build_on_meta(path))
+    assert theirs.config.rope_parameters["rope_type"] == ("llama3" if config.rope_scaling else "default")
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

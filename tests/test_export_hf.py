@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,32 @@ def test_float32_export_has_the_logits_of_the_dequantized_model(
     assert loaded.dtype == torch.float32
     expected = float_copy(model, tmp_path)(tokens()).logits
     assert expected.std() > 0.3
+    torch.testing.assert_close(loaded(tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+@pytest.mark.parametrize("config", [{"rope_scaling": LLAMA_3_1, "attention_bias": True}, QWEN2], ids=["3.1", "qwen2"])
+def test_scaled_positions_and_biases_are_exported(tmp_path: Path, script: ModuleType, config: dict[str, Any]) -> None:
+    model, _ = write_run(tmp_path, **config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()  # zero so far
+    state = {"model_config": str(tmp_path / "model.json"), "weight_bits": 8, "weight_group_size": 32}
+    checkpoint = save_checkpoint(tmp_path / "biased", 7, model.state_dict(), {}, state)
+    script.export(checkpoint, tmp_path / "out", "float32")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [type(loaded).__name__] == (CONFIG | config)["architectures"]
+    expected = float_copy(model, tmp_path)(tokens()).logits
     torch.testing.assert_close(loaded(tokens()).logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -94,7 +94,7 @@ def test_a_shape_that_only_transformers_reads_has_no_plan(
 ) -> None:
     config = tmp_path / "config.json"
     raw = json.loads((root / "configs" / "llama_9m.json").read_text())
-    config.write_text(json.dumps(raw | {"attention_bias": True}))
+    config.write_text(json.dumps(raw | {"mlp_bias": True}))
     flags = f"--model_config {config} --use_hf_model --batch_size 1 --optimizer adamw --dataset pydocs"
     args = parse_args(flags.split())
     fake_memory(monkeypatch, 0, 0)

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 # Ragged on purpose: groups of 64 and 256 do not divide 96 and 342, and 57 x 3 / 2 is odd.
 RAGGED = {
     "vocab_size": 130, "hidden_size": 96, "intermediate_size": 342, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 2, "attention_bias": True,
 }  # fmt: skip
 QUANTIZED = "--weight_quant --stochastic_round --proj_quant"
 Q_GALORE = f"--optimizer q_galore_adamw8bit --recipe paper --rank 24 {QUANTIZED}"

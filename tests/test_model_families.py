@@ -178,6 +178,18 @@ def test_it_learns(small: SmallRun) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+def test_a_qwen2_trains_and_so_do_its_biases(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path)
+    run.config.write_text(
+        json.dumps(json.loads(run.config.read_text()) | {"model_type": "qwen2", "num_key_value_heads": 1})
+    )
+    result = trained(run, "q_galore_adamw8bit_per_layer", num_training_steps=6, save_every=6)
+    assert result.losses[-1] < result.losses[0] - 0.05
+    before, after = result.weights(0), result.weights(6)
+    assert sum(name.endswith(".bias") for name in after) == 3
+    assert not [name for name, value in after.items() if torch.equal(value, before[name])]
+
+
 def test_the_default_recipe_takes_its_rank_from_another_family(small: SmallRun) -> None:
     args = parse_args(small.argv("run", {"optimizer": "q_galore_adamw8bit", "rank": None, "lr": None}))
     assert args.subspace.rank == 64 * 7 // 16 // 8 * 8
@@ -246,7 +258,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones(small: SmallRun) -> No
         small.config.write_text(json.dumps(CONFIG | {"model_type": model_type}))
         with pytest.raises(UserError) as caught:
             parse_args(small.argv("run"))
-        known = f"model_type is {model_type!r}; it must be 'llama' or 'mixer', or pass --use_hf_model, which trains"
+        known = f"model_type is {model_type!r}; it must be 'llama' or 'mixer' or 'qwen2', or pass --use_hf_model, which"
         assert known in str(caught.value)
     small.config.write_text(json.dumps({"model_type": "mixer"}))
     with pytest.raises(UserError, match="vocab_size is missing"):
@@ -266,9 +278,10 @@ def test_two_families_of_one_name_and_what_is_no_family_are_refused(small: Small
 
 
 def test_a_family_says_of_itself_what_its_network_overrides() -> None:
-    assert list(registry.families()) == ["llama"]
+    assert list(registry.families()) == ["llama", "qwen2"]
     for name, family in registry.families().items():
-        raw = json.loads((Path(__file__).parent.parent / "configs" / f"{name}_9m.json").read_text())
+        raw = json.loads((Path(__file__).parent.parent / "configs" / "llama_9m.json").read_text())
+        raw |= {"model_type": name, "attention_bias": None}
         with torch.device("meta"):
             network = type(family.network(family.config(raw, "a file")))
         overridden = {

@@ -25,6 +25,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.llama.modeling import LlamaAttention, LlamaForCausalLM, LlamaRMSNorm, cudnn_length
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.ops.rotary import rotary_tables
+from peft_pretraining.models.rope import RopeScaling
 from qgalore import QGaLoreAdamW8bit, WeightFormat, convert_linears, low_rank_param_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,14 @@ TINY = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
 }
+LLAMA_3_1 = {  # its context of training cut down, so that a head has kept, mixed and slowed pairs
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
 VARIANTS = {
     "plain": {},
     "grouped": {"num_key_value_heads": 2},
@@ -54,6 +63,11 @@ VARIANTS = {
     "theta": {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
     "old theta": {"rope_theta": 250.0},
     "wide heads": {"head_dim": 12},
+    "LLaMA 3.1": {"rope_parameters": LLAMA_3_1 | {"rope_theta": 5e5}},
+    "LLaMA 3.1, older spelling": {"rope_scaling": LLAMA_3_1, "rope_theta": 5e5},
+    "biases": {"attention_bias": True},
+    "Qwen2": QWEN2,
+    "Qwen2, tied": QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1e6, "sliding_window": 4},
 }
 
 
@@ -80,12 +94,29 @@ def test_logits_equal_transformers(tmp_path: Path, variant: str) -> None:
     path = write_config(tmp_path, **VARIANTS[variant])
     ours = built(path, dtype="float32", seed=3)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(str(path)))
+    assert {type(theirs).__name__} == set(json.loads(path.read_text())["architectures"])
     assert set(ours.state_dict()) == set(theirs.state_dict())
+    biases = [parameter for name, parameter in ours.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == 3 * {"biases": 4, "Qwen2": 3, "Qwen2, tied": 3}.get(variant, 0)
+    with torch.no_grad():
+        for bias in biases:  # zero so far
+            bias.normal_()
     theirs.load_state_dict(ours.state_dict())
     logits = ours(tokens()).logits
     expected = theirs(tokens()).logits
     assert logits is not None and expected.std() > 0.3
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_each_part_of_llama_3_1s_scaling_shows() -> None:
+    """Pairs that come around in the old context often, sometimes and hardly ever: kept, mixed, slowed by the factor."""
+    scaling = RopeScaling(8.0, 1.0, 4.0, 40)
+    plain, scaled = (rotary_tables(2, 8, 100.0, torch.device("cpu"), x)[1][1].asin() for x in (None, scaling))
+    frequencies = 100.0 ** -(torch.arange(4) / 4)  # which come around 6.4, 2.0, 0.64 and 0.20 times in 40 tokens
+    torch.testing.assert_close(plain[1:], frequencies[1:])
+    turns = 40 * frequencies[1] / (2 * torch.pi)
+    mixed = (turns - 1) / 3 + (4 - turns) / 3 / 8
+    torch.testing.assert_close(scaled / plain, torch.stack([torch.tensor(1.0), mixed, *torch.tensor([1 / 8, 1 / 8])]))
 
 
 def test_bfloat16_logits_are_near_float32(tmp_path: Path) -> None:

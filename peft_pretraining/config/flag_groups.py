@@ -34,7 +34,7 @@ class ModelArgs:
     model_config: Annotated[str, Flag("file")]
     """Path of the model's JSON configuration, such as configs/llama_60m.json."""
     use_hf_model: bool = False
-    """Train transformers' LlamaForCausalLM instead of the project's own LLaMA."""
+    """Train transformers' own class of the model, of which any causal one will do, instead of the project's."""
     dtype: Annotated[str, Flag(choices=("bfloat16", "float32"), parse=_dtype)] = "bfloat16"
     """Data type of float weights and activations."""
     activation_checkpointing: bool = False

@@ -28,16 +28,17 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
     model, args, layers = model_on_meta(run.args, run.config), run.args, run.config.num_hidden_layers
     times = dict.fromkeys(_tensors_of(model.decoder_layers), layers)
     decoder = {tensor for name in low_rank_names(model) for tensor in _tensors_of(model.get_submodule(name))}
+    weights = {tensor for tensor in decoder if tensor.dim() > 1}  # without biases, which train in full
     found = dict.fromkeys((*_WEIGHTS, "projections", *_STATES, GRADIENTS, REFRESHES), 0)
     for tensor in _tensors_of(model):
         found[_WEIGHTS[tensor not in decoder]] += times.get(tensor, 1) * tensor.nbytes
     for param, state in states_on_meta(model, args.optimizer, args.subspace).items():
         for key, tensor in state.items():
             if tensor.is_meta:  # counters stay on the CPU
-                kind = "projections" if "basis" in key else _STATES[param not in decoder]
+                kind = "projections" if "basis" in key else _STATES[param not in weights]
                 found[kind] += times.get(param, 1) * tensor.nbytes
     if not run.updates_at_once:
-        rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in model.parameters() if x not in decoder)
+        rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in model.parameters() if x not in weights)
         matrices = sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in run.matrices)
         found |= {GRADIENTS: rest + layers * matrices, REFRESHES: _refresh_bytes(run)}
     return found

@@ -8,17 +8,18 @@ from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import network_of, read_config
+from qgalore.layer.linear import LowRankLinear
 
 
 def build_on_meta(config_path: str | Path, use_hf_model: bool = False) -> CausalLM:
     """The model without memory for its parameters."""
     if use_hf_model:
-        with torch.device("meta"):
-            return HFCausalLM(config_path)
+        return HFCausalLM(config_path)
     return network_on_meta(read_config(config_path))
 
 
@@ -42,6 +43,24 @@ def low_rank_names(model: nn.Module) -> list[str]:
     if not isinstance(model, CausalLM):
         raise TypeError(f"{type(model).__name__} is no CausalLM: it is not a model of build_model")
     return [name for name, _ in model.named_modules() if model.is_decoder_matrix(name)]
+
+
+def check_ranks(model: CausalLM, source: str, rank: int, mlp_rank: int = 0) -> None:
+    """Refuse a rank that exceeds the smaller side of a decoder matrix: UserError.
+
+    For models of transformers; of our own, `check_rank` sees it before anything is built. source: the file of the
+    configuration; mlp_rank: of matrices in a module called mlp, 0 for the same.
+    """
+    for name in low_rank_names(model):
+        of_mlp = mlp_rank > 0 and ".mlp." in name
+        matrix, flag = model.get_submodule(name), "mlp_rank" if of_mlp else "rank"
+        shape: tuple[int, ...] = matrix.get_parameter("weight").shape
+        if isinstance(matrix, LowRankLinear):  # whose weight may be packed
+            shape = (matrix.out_features, matrix.in_features)
+        given, most = mlp_rank if of_mlp else rank, min(shape)
+        if given > most:
+            size = " x ".join(map(str, shape))
+            raise UserError(f"--{flag} is {given}, but {name} of {source} is {size}: give at most {most}.")
 
 
 def parameter_count(model: nn.Module) -> int:

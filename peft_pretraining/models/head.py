@@ -17,11 +17,15 @@ class CausalLMOutput(NamedTuple):
     loss_sum: Tensor | None  # () float32, nats summed over the target tokens
 
 
+def shifted(labels: Tensor) -> Tensor:
+    """The targets (B, L) of labels (B, L): the next label, and none at the end."""
+    # Shifting the labels instead of cutting the hidden states saves a copy.
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
 def head_output(hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None) -> CausalLMOutput:
     """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
     if labels is None:
         return CausalLMOutput(lm_head(hidden), None)
-    # Shifting the labels instead of cutting the hidden states saves a copy.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), IGNORE_INDEX)
+    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, shifted(labels).flatten(), IGNORE_INDEX)
     return CausalLMOutput(None, loss_sum)

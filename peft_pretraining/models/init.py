@@ -35,8 +35,8 @@ def materialize(
 ) -> None:
     """Replace the meta parameters of `model` in place by initialised ones of `dtype` on `device`.
 
-    As transformers initialises LLaMA: matrices normal with standard deviation `std`, norms one, biases zero. Buffers
-    keep their dtype. `on_module(model, name)` runs as soon as the parameters of the module `name` exist and before
+    Their values are those of `CausalLM.initial_value`, matrices with standard deviation `std`. Buffers keep their
+    dtype. `on_module(model, name)` runs as soon as the parameters of the module `name` exist and before
     those of the next one do; it may replace that module. A tied parameter is drawn once, under its first name.
     """
     modules = deque(model.named_modules())
@@ -44,7 +44,7 @@ def materialize(
     for name, module in modules:
         for key, parameter in _own_parameters(module):
             uses.setdefault(parameter, []).append(f"{name}.{key}" if name else key)
-    drawn = _draw_ahead([(names[0], parameter.shape) for parameter, names in uses.items()], dtype, seed, std)
+    drawn = _draw_ahead(model, [(names[0], parameter.shape) for parameter, names in uses.items()], dtype, seed, std)
     tied: dict[nn.Parameter, nn.Parameter] = {}
     while modules:
         # Any reference left here would keep a float matrix alive beside its quantized form: hence a queue, not a list.
@@ -68,23 +68,21 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-def _draw_ahead(shapes: list[tuple[str, torch.Size]], dtype: torch.dtype, seed: int, std: float) -> Iterator[Tensor]:
+def _draw_ahead(
+    model: CausalLM, shapes: list[tuple[str, torch.Size]], dtype: torch.dtype, seed: int, std: float
+) -> Iterator[Tensor]:
     """Initial values in the order of `shapes`; a few threads work ahead of the caller, which bounds the memory."""
     with ThreadPoolExecutor(_DRAW_THREADS) as pool:
         waiting: deque[Future[Tensor]] = deque()
         for name, shape in shapes:
-            waiting.append(pool.submit(_initial_value, name, shape, dtype, seed, std))
+            waiting.append(pool.submit(_initial_value, model, name, shape, dtype, seed, std))
             if len(waiting) > _DRAW_THREADS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _initial_value(name: str, shape: torch.Size, dtype: torch.dtype, seed: int, std: float) -> Tensor:
-    if name.endswith(".bias"):
-        return torch.zeros(shape, dtype=dtype)
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
+def _initial_value(model: CausalLM, name: str, shape: torch.Size, dtype: torch.dtype, seed: int, std: float) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator).to(dtype)
+    return model.initial_value(name, shape, generator, std).to(dtype)

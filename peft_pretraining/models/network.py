@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from peft_pretraining.errors import UserError
@@ -45,6 +46,15 @@ class CausalLM(nn.Module):
         labels are not shifted yet: the target of position i is labels[:, i + 1], and -100 is not a target.
         """
         raise NotImplementedError
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator, std: float) -> Tensor:
+        """The float32 values on the CPU that the parameter of this dotted name starts with.
+
+        As transformers initialises LLaMA: biases zero, norms one, matrices normal with standard deviation `std`.
+        """
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        return torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0.0, std, generator=generator)
 
     @property
     def decoder_layers(self) -> nn.ModuleList:

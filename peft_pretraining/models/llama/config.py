@@ -1,17 +1,19 @@
 """The shape of a LLaMA, read from a Hugging Face `config.json` and checked before anything is built.
 
-Only what our LLaMA implements is accepted (SiLU, plain RoPE, no biases, no dropout); everything else is refused by
-name, because a key that is silently ignored trains another model than the one that was asked for.
+Only what our LLaMA implements is accepted (SiLU, RoPE plain or with LLaMA 3.1's scaling, biases in attention alone, no
+dropout); everything else is refused by name, because a key that is silently ignored trains another model than the one
+that was asked for.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import HF_HINT, read_config_json
+from peft_pretraining.models.rope import RopeScaling, read_rope
 
 _RENAMED = {"max_sequence_length": "max_position_embeddings"}  # the official Q-GaLore configs' name
 _SIZES = (
@@ -24,7 +26,6 @@ _SIZES = (
     "max_position_embeddings",
     "head_dim",
 )
-_UNSUPPORTED = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class LlamaConfig:
     """Sizes and constants of one LLaMA, under transformers' names; `source` is the file that errors name."""
 
     model_type: ClassVar[str] = "llama"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    """transformers' class of it."""
+    required: ClassVar[tuple[str, ...]] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    fixed: ClassVar[dict[str, Any]] = {"mlp_bias": False, "attention_dropout": 0.0}
+    """The one value of further keys that is implemented; null and nothing count as it."""
 
     vocab_size: int
     hidden_size: int
@@ -43,6 +55,9 @@ class LlamaConfig:
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    """Whether q, k, v and o have a bias, all of them."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -55,7 +70,8 @@ class LlamaConfig:
             self._require(_is_int(getattr(self, key)) and getattr(self, key) > 0, key, "a positive whole number")
         for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
             self._require(_is_number(getattr(self, key)) and getattr(self, key) > 0, key, "a positive number")
-        self._require(isinstance(self.tie_word_embeddings, bool), "tie_word_embeddings", "true or false")
+        for key in ("tie_word_embeddings", "attention_bias"):
+            self._require(isinstance(getattr(self, key), bool), key, "true or false")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         self._require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
         self._require(self.head_dim % 2 == 0, "head_dim", "even, because RoPE turns pairs (hidden_size / heads)")
@@ -69,21 +85,23 @@ class LlamaConfig:
             raise UserError(f"{self.source}: {key} is {getattr(self, key)!r}; it must be {right}.")
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "LlamaConfig":
+    def from_json(cls, path: str | Path) -> Self:
         """Read and check a `config.json`; raises UserError naming the file and the key."""
         return cls.from_dict(read_config_json(path), source=str(path))
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], source: str = "the model config") -> "LlamaConfig":
+    def from_dict(cls, raw: dict[str, Any], source: str = "the model config") -> Self:
         """The same from the file's contents; keys that say nothing about the model's arithmetic are ignored."""
-        _refuse_unsupported(raw, source)
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [key for key in required if key not in raw]
+        cls._refuse_unsupported(raw, source)
+        missing = [key for key in cls.required if key not in raw]
         if missing:
-            raise UserError(f"{source}: {', '.join(missing)} missing; a LLaMA config.json gives {', '.join(required)}.")
+            kind, needed = cls.architecture.removesuffix("ForCausalLM"), ", ".join(cls.required)
+            raise UserError(f"{source}: {', '.join(missing)} missing; a {kind} config.json gives {needed}.")
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
         values = {field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name != "source"}
-        values["rope_theta"] = _rope_theta(raw, source)
+        values["rope_theta"], values["rope_scaling"] = read_rope(raw, source)
+        if values.get("attention_bias") is None:
+            values.pop("attention_bias", None)
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
         if values.get("head_dim") is None:
@@ -95,13 +113,26 @@ class LlamaConfig:
             values["eos_token_id"] = eos[0]
         return cls(**values, source=source)
 
+    @classmethod
+    def _refuse_unsupported(cls, raw: dict[str, Any], source: str) -> None:
+        for old, new in _RENAMED.items():
+            if old in raw:
+                raise UserError(f"{source}: {old} is the official Q-GaLore code's name; rename it {new}.")
+        for key, only in (("model_type", cls.model_type), ("hidden_act", "silu")):
+            if raw.get(key, only) != only:
+                raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {only!r}, {HF_HINT}.")
+        for key, only in cls.fixed.items():
+            if raw.get(key) not in (only, None):
+                raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {json.dumps(only)}, {HF_HINT}.")
+
     def to_hf_dict(self, dtype: str) -> dict[str, Any]:
         """The `config.json` that transformers reads; `dtype` is the stored weights' ("bfloat16", "float32")."""
         values = asdict(self)
-        del values["source"]
-        rope = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
-        fixed = {"hidden_act": "silu", "use_cache": True, **_UNSUPPORTED}
-        head = {"architectures": ["LlamaForCausalLM"], "model_type": self.model_type}
+        del values["source"], values["rope_scaling"]
+        scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_hf_dict()
+        rope = {"rope_theta": values.pop("rope_theta"), **scaling}
+        fixed = {"hidden_act": "silu", "use_cache": True, **self.fixed}
+        head = {"architectures": [self.architecture], "model_type": self.model_type}
         return {**head, **values, "rope_parameters": rope, **fixed, "dtype": dtype}
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
@@ -118,40 +149,22 @@ class LlamaConfig:
             "mlp.down_proj": (hidden, inter),
         }
 
+    def has_bias(self, matrix: str) -> bool:
+        """Whether a matrix of the attention has a bias, by the last part of its name, such as "q_proj"."""
+        return self.attention_bias
+
     def other_shapes(self) -> list[tuple[int, ...]]:
-        """Of the embedding table, of the head unless it is tied, and of all norms."""
+        """Of the embedding table, of the head unless it is tied, of all norms and biases."""
         tables = [(self.vocab_size, self.hidden_size)] * (1 if self.tie_word_embeddings else 2)
-        return [*tables, *[(self.hidden_size,)] * (2 * self.num_hidden_layers + 1)]
+        of_attention = {name: shape for name, shape in self.matrix_shapes().items() if name.startswith("self_attn.")}
+        biases = [(rows,) for name, (rows, _) in of_attention.items() if self.has_bias(name.removeprefix("self_attn."))]
+        norms = [(self.hidden_size,)] * (2 * self.num_hidden_layers + 1)
+        return [*tables, *norms, *biases * self.num_hidden_layers]
 
     def parameter_count(self) -> int:
         """Trainable values, a tied head counted once."""
         matrices = sum(map(math.prod, self.matrix_shapes().values()))
         return self.num_hidden_layers * matrices + sum(map(math.prod, self.other_shapes()))
-
-
-def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
-    for old, new in _RENAMED.items():
-        if old in raw:
-            raise UserError(f"{source}: {old} is the official Q-GaLore code's name; rename it {new}.")
-    if raw.get("model_type", "llama") != "llama":
-        raise UserError(f"{source}: model_type is {raw['model_type']!r}; it must be 'llama', {HF_HINT}.")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{source}: hidden_act is {raw['hidden_act']!r}; it must be 'silu', {HF_HINT}.")
-    for key, only in _UNSUPPORTED.items():
-        if raw.get(key) not in (only, None):
-            raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {json.dumps(only)}, {HF_HINT}.")
-
-
-def _rope_theta(raw: dict[str, Any], source: str) -> Any:
-    """The base of RoPE from today's `rope_parameters`, else from the older `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    rope = raw.get(key) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{source}: {key} is {rope!r}; it must be an object with rope_theta and rope_type.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{source}: {key} has rope_type {kind!r}; it must be 'default', {HF_HINT}.")
-    return rope.get("rope_theta", raw.get("rope_theta", 10000.0))
 
 
 def _is_int(value: object) -> bool:

@@ -1,8 +1,9 @@
 """LLaMA for pretraining: a causal language model and nothing else.
 
 Method: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020), grouped-query
-attention (Ainslie et al. 2023), as put together in LLaMA (Touvron et al. 2023). Parameter names are those of
-transformers' LlamaForCausalLM, so a state dict fits both; the arithmetic agrees with it within rounding.
+attention (Ainslie et al. 2023), as put together in LLaMA (Touvron et al. 2023); biases in attention as the config says.
+Parameter names are those of transformers' LlamaForCausalLM, so a state dict fits both; the arithmetic agrees with it
+within rounding.
 
 Numbers: norms, rotations, softmax and loss are computed in float32 and rounded once; everything else has the
 parameters' dtype. There are no buffers: the rotary tables are computed in each forward, a few small kernels, so no cast
@@ -83,10 +84,10 @@ class LlamaAttention(nn.Module):
         """Sequences up to this length are trained through cuDNN's attention."""
         query = config.num_attention_heads * config.head_dim
         key_value = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.has_bias("q_proj"))
+        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=config.has_bias("k_proj"))
+        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=config.has_bias("v_proj"))
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.has_bias("o_proj"))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -161,7 +162,8 @@ class LlamaModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
-        cos, sin = rotary_tables(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        config = self.config
+        cos, sin = rotary_tables(input_ids.shape[1], config.head_dim, config.rope_theta, x.device, config.rope_scaling)
         # Batches of training have one shape; an evaluation's may have others, each of which would be compiled.
         training = torch.is_grad_enabled()
         if training and self.run_layers is not None:

@@ -14,18 +14,28 @@ both of its tables: 64 us where the bytes take 31 (64k tokens of 8 heads of 64, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peft_pretraining.models.rope import RopeScaling
 from qgalore.kernels import use_triton
 
 
-def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, theta: float, device: torch.device, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position times frequency, float32 (length, head_dim / 2) each."""
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 1.0 / theta**exponent)
+    frequency = 1.0 / theta**exponent  # (head_dim / 2,)
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequency)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequency = (1 - kept) * (frequency / scaling.factor) + kept * frequency
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
 

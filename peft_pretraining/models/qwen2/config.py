@@ -1,0 +1,49 @@
+"""The shape of a Qwen2: LLaMA's with biases of queries, keys and values (Yang et al., arXiv 2407.10671)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.config import HF_HINT
+from peft_pretraining.models.llama.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Qwen2Config(LlamaConfig):
+    """As `LlamaConfig`, with what transformers' Qwen2Config takes for keys that are not there."""
+
+    model_type: ClassVar[str] = "qwen2"
+    architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    required: ClassVar[tuple[str, ...]] = (*LlamaConfig.required, "num_key_value_heads")
+    fixed: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0, "use_sliding_window": False}
+
+    max_position_embeddings: int = 32768
+    attention_bias: bool = True
+    """Whether q, k and v have a bias; all Qwen2 do, and their files do not say so."""
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.attention_bias is True, "attention_bias", "true or left out: q, k and v have biases")
+
+    @classmethod
+    def _refuse_unsupported(cls, raw: dict[str, Any], source: str) -> None:
+        super()._refuse_unsupported(raw, source)
+        types = raw.get("layer_types") or []
+        others = [kind for kind in types if kind != "full_attention"] if isinstance(types, list) else [types]
+        if others:
+            only = "'full_attention' for every layer"
+            raise UserError(f"{source}: layer_types has {others[0]!r}; it must be {only}, {HF_HINT}.")
+
+    def has_bias(self, matrix: str) -> bool:
+        """See `LlamaConfig.has_bias`."""
+        return matrix in ("q_proj", "k_proj", "v_proj")
+
+    def to_hf_dict(self, dtype: str) -> dict[str, Any]:
+        """See `LlamaConfig.to_hf_dict`."""
+        values = super().to_hf_dict(dtype)
+        del values["attention_bias"]
+        return values
