@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qgalore.layer.linear import LowRankLinear
@@ -19,9 +20,11 @@ _LONGEST_LIST = 8
 def linear_names(model: nn.Module, targets: str | Iterable[str] | None = None) -> list[str]:
     """Dotted names of linear layers, in the order of the model: those of its repeated blocks.
 
+    A linear layer is an `nn.Linear`, a `LowRankLinear` or a `Conv1D` of transformers.
+
     A block is what an `nn.ModuleList` holds, or an `nn.Sequential` of several modules of one class; what has `mlp` or
     `self_attn` in its path counts, too. So embeddings and heads are not chosen. A warning names other matrices of the
-    blocks: they can train in a low-rank group, but only an `nn.Linear` can become a `LowRankLinear`.
+    blocks: they can train in a low-rank group, but only a linear layer can become a `LowRankLinear`.
 
     targets: take the linear layers whose path has one of these as a whole part instead, such as ("mlp",).
 
@@ -38,17 +41,17 @@ def linear_names(model: nn.Module, targets: str | Iterable[str] | None = None) -
         looked_for = "inside the blocks of an nn.ModuleList, or inside a module called 'self_attn' or 'mlp'"
         others = dict(_other_matrices(model, blocks))
     if not names:
-        linears = _summary({name: f"{_shape_of(layer)}" for name, layer in _linears(model)})
+        linears = linears_in_words(model)
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear {looked_for}. Its nn.Linear layers: {linears or 'none'}. "
-            + (f"Other matrices of its blocks: {_summary(others)}. " if others else "")
+            f"{type(model).__name__} has no linear layer {looked_for}. Its linear layers: {linears or 'none'}. "
+            + (f"Other matrices of its blocks: {in_words(others)}. " if others else "")
             + "Give parts of the paths of those that are to be low-rank as targets, or names to low_rank_param_groups, "
             "which also takes other modules with a float matrix as their weight"
         )
     if others:
         warnings.warn(
-            f"linear_names leaves out what is no nn.Linear in the blocks of {type(model).__name__}: "
-            f"{_summary(others)}. With low_rank_param_groups these train at full rank, as under plain AdamW",
+            f"linear_names leaves out what is no linear layer in the blocks of {type(model).__name__}: "
+            f"{in_words(others)}. With low_rank_param_groups these train at full rank, as under plain AdamW",
             stacklevel=2,
         )
     return names
@@ -61,8 +64,27 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
     except AttributeError as error:
         raise AttributeError(
             f"{type(model).__name__} has no module {name}: names are those of model.named_modules(), such as "
-            f"linear_names finds; its linear layers: {_summary({n: str(_shape_of(m)) for n, m in _linears(model)})}"
+            f"linear_names finds; its linear layers: {linears_in_words(model)}"
         ) from error
+
+
+def linears_in_words(model: nn.Module) -> str:
+    """The linear layers of a model with their shapes, those that differ in a number alone as one; "" for none."""
+    return in_words({name: _shape(shape_of(layer)) for name, layer in _linears(model)})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is a `Conv1D` of transformers: a linear layer with a weight (in_features, out_features)."""
+    found = sys.modules.get("transformers.pytorch_utils")  # without which no model has one
+    return found is not None and isinstance(module, found.Conv1D)
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, however its weight is stored."""
+    if isinstance(layer, nn.Linear | LowRankLinear):
+        return layer.out_features, layer.in_features
+    rows, columns = layer.get_parameter("weight").shape
+    return columns, rows
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -73,7 +95,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _can_be_chosen(module: nn.Module) -> bool:
     # The last class is a part of nn.MultiheadAttention, which reads its weight instead of calling it.
-    return isinstance(module, nn.Linear | LowRankLinear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    linear = isinstance(module, nn.Linear | LowRankLinear) or is_conv1d(module)
+    return linear and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _blocks(model: nn.Module) -> set[str]:
@@ -100,18 +123,14 @@ def _other_matrices(model: nn.Module, blocks: set[str]) -> Iterator[tuple[str, s
         for key, param in module.named_parameters(recurse=False):
             full = f"{name}.{key}".lstrip(".")
             if param.dim() in (2, 3) and _is_inside(full, blocks):
-                yield full, f"{_shape(param)} in {type(module).__name__}"
+                yield full, f"{_shape(param.shape)} in {type(module).__name__}"
 
 
-def _shape_of(layer: nn.Module) -> str:
-    return f"{layer.out_features} x {layer.in_features}"
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
-def _shape(param: Tensor) -> str:
-    return " x ".join(map(str, param.shape))
-
-
-def _summary(described: dict[str, str]) -> str:
+def in_words(described: dict[str, str]) -> str:
     """Names with their descriptions, those that differ in a number alone as one."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, description in described.items():
