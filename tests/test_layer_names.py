@@ -10,40 +10,7 @@ import torch
 from torch import nn
 
 from qgalore import GaLoreAdamW, QGaLoreAdamW8bit, WeightFormat, convert_linears, linear_names, low_rank_param_groups
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT = {"max_position_embeddings": 32, "pad_token_id": 0}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-SHORT = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
-GPT2 = {**SHORT, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
-T5 = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "d_kv": 16,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 2,
-    "decoder_start_token_id": 0,
-}
-
-
-def model_of(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    kinds: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
-        "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-        "bert": ("BertForMaskedLM", "BertConfig", SIZES | BERT),
-        "roberta": ("RobertaForMaskedLM", "RobertaConfig", SIZES | BERT),
-        "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES),
-        "falcon": ("FalconForCausalLM", "FalconConfig", SIZES),
-        "mixtral": ("MixtralForCausalLM", "MixtralConfig", GROUPED | {"num_local_experts": 4}),
-        "t5": ("T5ForConditionalGeneration", "T5Config", T5),
-    }
-    kind, config, sizes = kinds[name]
-    model: nn.Module = getattr(transformers, kind)(getattr(transformers, config)(**sizes))
-    return model
+from tests.transformers_families import model_of
 
 
 def in_layers(prefix: str, *parts: str) -> list[str]:

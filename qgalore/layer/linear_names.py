@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -32,14 +32,14 @@ def linear_names(model: nn.Module, targets: str | Iterable[str] | None = None) -
     """
     if targets is not None:
         wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-        names = [name for name, _ in _linears(model) if any(part in wanted for part in name.split("."))]
+        names = [name for name in linear_layers(model) if any(part in wanted for part in name.split("."))]
         looked_for = f"inside a module called {' or '.join(map(repr, wanted)) or '(no targets are given)'}"
         others: dict[str, str] = {}
     else:
-        blocks = _blocks(model)
-        names = [name for name, _ in _linears(model) if _is_inside(name, blocks)]
+        in_blocks = is_in_blocks(model)
+        names = [name for name in linear_layers(model) if in_blocks(name)]
         looked_for = "inside the blocks of an nn.ModuleList, or inside a module called 'self_attn' or 'mlp'"
-        others = dict(_other_matrices(model, blocks))
+        others = dict(_other_matrices(model, in_blocks))
     if not names:
         linears = linears_in_words(model)
         raise ValueError(
@@ -57,6 +57,23 @@ def linear_names(model: nn.Module, targets: str | Iterable[str] | None = None) -
     return names
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers of a model by dotted name, but for parts of `nn.MultiheadAttention`."""
+    return {name: module for name, module in model.named_modules() if _can_be_chosen(module)}
+
+
+def is_in_blocks(model: nn.Module) -> Callable[[str], bool]:
+    """A function that says whether a module or parameter, given its name, is inside a block (see `linear_names`)."""
+    blocks = _blocks(model)
+
+    def is_inside(name: str) -> bool:
+        if any(part in _PARTS_OF_A_BLOCK for part in name.split(".")):
+            return True
+        return any(name[: dot.start()] in blocks for dot in re.finditer(r"\.", name))
+
+    return is_inside
+
+
 def module_of(model: nn.Module, name: str) -> nn.Module:
     """The module of a dotted name; raises AttributeError with a sentence where there is none."""
     try:
@@ -70,7 +87,7 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
 
 def linears_in_words(model: nn.Module) -> str:
     """The linear layers of a model with their shapes, those that differ in a number alone as one; "" for none."""
-    return in_words({name: _shape(shape_of(layer)) for name, layer in _linears(model)})
+    return in_words({name: _shape(shape_of(layer)) for name, layer in linear_layers(model).items()})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -85,12 +102,6 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features
     rows, columns = layer.get_parameter("weight").shape
     return columns, rows
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if _can_be_chosen(module):
-            yield name, module
 
 
 def _can_be_chosen(module: nn.Module) -> bool:
@@ -110,19 +121,13 @@ def _blocks(model: nn.Module) -> set[str]:
     return found
 
 
-def _is_inside(name: str, blocks: set[str]) -> bool:
-    if any(part in _PARTS_OF_A_BLOCK for part in name.split(".")):
-        return True
-    return any(name[: dot.start()] in blocks for dot in re.finditer(r"\.", name))
-
-
-def _other_matrices(model: nn.Module, blocks: set[str]) -> Iterator[tuple[str, str]]:
+def _other_matrices(model: nn.Module, in_blocks: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         if _can_be_chosen(module) or isinstance(module, nn.Embedding | nn.EmbeddingBag):
             continue
         for key, param in module.named_parameters(recurse=False):
             full = f"{name}.{key}".lstrip(".")
-            if param.dim() in (2, 3) and _is_inside(full, blocks):
+            if param.dim() in (2, 3) and in_blocks(full):
                 yield full, f"{_shape(param.shape)} in {type(module).__name__}"
 
 
