@@ -228,6 +228,30 @@ def test_layers_whose_weight_the_model_reads_stay_float(capsys: pytest.CaptureFi
     assert {type(layer) for name, layer in layers.items() if name.endswith(".wi")} == {LowRankLinear}
 
 
+class Router(nn.Linear):
+    """As that of Llama 4: a linear layer that gives more than its product."""
+
+    def forward(self, input: torch.Tensor) -> Any:
+        logits = super().forward(input)
+        return logits, logits.softmax(-1)
+
+
+class Renamed(nn.Linear):
+    """As that of Falcon: a linear layer in other words."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def test_subclasses_are_converted_where_they_compute_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    block = nn.ModuleDict({"router": Router(16, 16), "renamed": Renamed(16, 16)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    optimizer = optimizer_for(model, rank=8)
+    assert type(block["router"]) is Router and type(block["renamed"]) is LowRankLinear
+    assert "float, since Router computes more than a linear layer: blocks.0.router (16 x 16)" in capsys.readouterr().out
+    assert low_rank(model, optimizer) == {"blocks.0.router.weight", "blocks.0.renamed.weight"}
+
+
 # ---- what is said
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qgalore.layer.linear import LowRankLinear
@@ -55,7 +58,8 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
         if stacks:
             found += f"; its stacks of matrices: {in_words({n: ' x '.join(map(str, s)) for n, s in stacks.items()})}"
         raise ValueError(f"nothing of {type(model).__name__} would be low-rank: {said}. Its linear layers: {found}")
-    float_only = {name: why for name in linears if (why := _why_float(model, name))}
+    holders = Counter(id(param) for module in modules.values() for param in module._parameters.values())
+    float_only = {name: why for name in linears if (why := _why_float(model, name, holders))}
     for name in linears:
         weight = modules[name].get_parameter("weight")
         if not weight.is_floating_point() and not isinstance(modules[name], LowRankLinear):
@@ -97,17 +101,35 @@ def _head_of(module: nn.Module) -> object:
     return None if ask is None else ask(module)
 
 
-def _why_float(model: nn.Module, name: str) -> str:
-    """Why a linear layer cannot hold a quantized weight: "" where it can."""
-    if isinstance(model.get_submodule(name), LowRankLinear):
+def _why_float(model: nn.Module, name: str, holders: Counter[int]) -> str:
+    """Why a linear layer cannot hold a quantized weight: "" where it can.
+
+    holders: how many modules hold the parameter of an id.
+    """
+    layer, (path, _, child) = model.get_submodule(name), name.rpartition(".")
+    if isinstance(layer, LowRankLinear):
         return ""
-    path, _, child = name.rpartition(".")
     parent: Any = type(model.get_submodule(path))
     if not child.isdigit() and re.search(rf"\bself\.{child}\.weight\b", _source(parent)):
         return f"code of {parent.__name__} reads the weight"
-    weight = model.get_submodule(name).weight
-    holders = sum(weight is param for module in model.modules() for param in module._parameters.values())
-    return "another module has the weight, too" if holders > 1 else ""
+    if isinstance(layer, nn.Linear) and not _computes_as_linear(layer):
+        return f"{type(layer).__name__} computes more than a linear layer"
+    return "another module has the weight, too" if holders[id(layer.weight)] > 1 else ""
+
+
+@torch.no_grad()
+def _computes_as_linear(layer: nn.Linear) -> bool:
+    """Whether a layer gives what `nn.Linear` would, tried where its class has a forward of its own, as a router has."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    x = torch.ones(2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    try:
+        found = type(layer).forward(layer, x)
+    except Exception:  # of code that is not ours
+        return False
+    expected = F.linear(x, layer.weight, layer.bias)
+    alike = isinstance(found, torch.Tensor) and found.shape == expected.shape
+    return alike and (found.is_meta or torch.allclose(found, expected, rtol=1e-2, atol=1e-3))
 
 
 @cache

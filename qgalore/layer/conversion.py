@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -31,6 +32,12 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
             f"convert_linears got no names: nothing of {type(model).__name__} would be converted; give those of linear "
             "layers, such as linear_names finds"
         )
+    # By id: each float weight is freed as soon as its layer is replaced.
+    holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            parents.setdefault(id(module), []).append((parent, child))
     for name in chosen:
         linear = module_of(model, name)
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
@@ -42,12 +49,11 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
             raise TypeError(
                 f"{name} is a part of nn.MultiheadAttention, which reads its weight: it cannot be converted"
             )
-        modules = list(model.modules())
-        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
+        if holders[id(linear.weight)] > 1:
             raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
         make = LowRankLinear.from_linear if isinstance(linear, nn.Linear) else LowRankLinear.from_conv1d
         layer = make(linear, format)  # type: ignore[arg-type]
-        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
+        for parent, child in parents[id(linear)]:
             setattr(parent, child, layer)
     if format.bits is not None and not format.simulate:
         for module in model.modules():
