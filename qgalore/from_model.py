@@ -68,7 +68,7 @@ def optimizer_for(
     _check(rank, weight_bits, recipe, optimizer_class, options)
     choice, given = choose_matrices(model, names), RECIPES[recipe]
     format = WeightFormat(weight_bits, **{key: options[key] for key in options.keys() & _OF_FORMAT})
-    _check_layers(model, choice, format)
+    _check_model(model, choice, format)
     rank = given.rank(_width(choice)) if rank is None else rank
     low_rank = _subspace(given, options) | {"rank": rank}
     arguments, full_rank = _rates(recipe, given, options, optimizer_class)
@@ -127,11 +127,21 @@ def _check(
 
 
 def _arguments_of(optimizer_class: type[LowRankAdamW]) -> set[str]:
-    return set(inspect.signature(optimizer_class).parameters) - {"params"}
+    parameters = inspect.signature(optimizer_class).parameters.values()
+    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"params"}
 
 
-def _check_layers(model: nn.Module, choice: Choice, format: WeightFormat) -> None:
-    """Raise ValueError for a layer that is converted already, to another format."""
+def _check_model(model: nn.Module, choice: Choice, format: WeightFormat) -> None:
+    """Raise ValueError for what cannot be attached to, and a layer that is converted already, to another format."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'the model'} is a DistributedDataParallel, which does not see the gradients that an attached "
+                "optimizer takes: give the model itself, and then call attach(model, all_reduce=...)"
+            )
+    for name, param in model.named_parameters():
+        if param.dtype == torch.float64 and param.requires_grad:
+            raise ValueError(f"{name} is float64: updates are made in float32; convert the model to it with float()")
     for name in choice.linears:
         layer = model.get_submodule(name)
         if isinstance(layer, LowRankLinear) and layer.format != format:

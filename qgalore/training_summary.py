@@ -107,6 +107,6 @@ def _state_bytes(optimizer: LowRankAdamW, holders: _Holders) -> int:
             for param in group["params"]
         ]
         groups.append({**group, "params": stand_ins})
-        norms += 4 * len(stand_ins) if group["norm_growth"] else 0
+        norms += 4 * len(stand_ins) if group.get("norm_growth") else 0
     states = type(optimizer).initial_states(groups, [])
     return norms + sum(tensor.nbytes for state in states.values() for tensor in state.values())

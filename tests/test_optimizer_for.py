@@ -368,6 +368,13 @@ def test_impossible_values_are_refused_and_the_model_stays(case: str) -> None:
     assert list(model.state_dict()) == before and not any(map(_is_low_rank, model.modules()))
 
 
+def test_a_model_in_float64_is_refused() -> None:
+    model = model_of("llama").to(torch.float64)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is float64: updates are made in float32"):
+        optimizer_for(model, rank=8)
+    assert not any(map(_is_low_rank, model.modules()))
+
+
 # ---- twice
 
 

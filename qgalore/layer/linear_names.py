@@ -51,7 +51,8 @@ def linear_names(model: nn.Module, targets: str | Iterable[str] | None = None) -
     if others:
         warnings.warn(
             f"linear_names leaves out what is no linear layer in the blocks of {type(model).__name__}: "
-            f"{in_words(others)}. With low_rank_param_groups these train at full rank, as under plain AdamW",
+            f"{in_words(others)}. With low_rank_param_groups these train at full rank, as under plain "
+            "AdamW; optimizer_for takes stacks of matrices, such as experts, too",
             stacklevel=2,
         )
     return names
