@@ -136,8 +136,8 @@ def _check_model(model: nn.Module, choice: Choice, format: WeightFormat) -> None
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"{name or 'the model'} is a DistributedDataParallel, which does not see the gradients that an attached "
-                "optimizer takes: give the model itself, and then call attach(model, all_reduce=...)"
+                f"{name or 'the model'} is a DistributedDataParallel, which does not see the gradients that an "
+                "attached optimizer takes: give the model itself, and then call attach(model, all_reduce=...)"
             )
     for name, param in model.named_parameters():
         if param.dtype == torch.float64 and param.requires_grad:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -372,6 +373,19 @@ def test_a_model_in_float64_is_refused() -> None:
     model = model_of("llama").to(torch.float64)
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is float64: updates are made in float32"):
         optimizer_for(model, rank=8)
+    assert not any(map(_is_low_rank, model.modules()))
+
+
+def test_distributed_data_parallel_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(model_of("llama"))
+        with pytest.raises(
+            ValueError, match="the model is a DistributedDataParallel, which does not see the gradients"
+        ):
+            optimizer_for(model, rank=8)
+    finally:
+        torch.distributed.destroy_process_group()
     assert not any(map(_is_low_rank, model.modules()))
 
 
