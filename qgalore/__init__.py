@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qgalore.config import SubspaceConfig, WeightFormat
+    from qgalore.from_model import optimizer_for
     from qgalore.layer.conversion import convert_linears
     from qgalore.layer.linear import LowRankLinear
     from qgalore.layer.linear_names import linear_names
     from qgalore.layer.quantization import QuantizedTensor, quantize
     from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
     from qgalore.param_groups import low_rank_param_groups
+    from qgalore.training_summary import TrainingSummary, summary
 
 __version__ = "0.1.0"
 
@@ -28,21 +30,26 @@ __all__ = [
     "QGaLoreAdamW8bit",
     "QuantizedTensor",
     "SubspaceConfig",
+    "TrainingSummary",
     "WeightFormat",
     "convert_linears",
     "linear_names",
     "low_rank_param_groups",
+    "optimizer_for",
     "quantize",
+    "summary",
 ]
 
 _MODULES = {
     "config": ("SubspaceConfig", "WeightFormat"),
+    "from_model": ("optimizer_for",),
     "layer.conversion": ("convert_linears",),
     "layer.linear": ("LowRankLinear",),
     "layer.linear_names": ("linear_names",),
     "layer.quantization": ("QuantizedTensor", "quantize"),
     "optimizer": ("GaLoreAdamW", "GaLoreAdamW8bit", "QGaLoreAdamW8bit"),
     "param_groups": ("low_rank_param_groups",),
+    "training_summary": ("TrainingSummary", "summary"),
 }
 
 

@@ -23,12 +23,13 @@ def low_rank_param_groups(
 ) -> list[dict[str, Any]]:
     """Two param groups: all parameters but the weights of the named linear layers; those weights, with `config`.
 
-    low_rank: further keys of the second group, such as lr, or instead of `config` its options one by one, `rank`
-    among them. Frozen parameters are in neither, nor are layers of a
-    quantized weight that were frozen. Raises ValueError where no name is given or all that are named is frozen,
-    AttributeError for a name that the model does not have.
+    names: also those of matrices themselves, as `named_parameters` has them. low_rank: further keys of the second
+    group, such as lr, or instead of `config` its options one by one, `rank` among them. Frozen parameters are in
+    neither, nor are layers of a quantized weight that were frozen. Raises ValueError where no name is given or all that
+    are named is frozen, AttributeError for a name that the model does not have.
     """
-    named = list(dict.fromkeys(_weight_of(model, name) for name in names))
+    params = dict(model.named_parameters(remove_duplicate=False))
+    named = list(dict.fromkeys(params[name] if name in params else _weight_of(model, name) for name in names))
     if not named:
         raise ValueError(
             f"low_rank_param_groups got no names: nothing of {type(model).__name__} would be low-rank; give those of "

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -428,3 +429,19 @@ def test_a_compiled_input_gradient_waits_for_the_sink_where_it_frees_the_input(f
     gradient = calls[torch.ops.qgalore.grouped_linear_input_gradient.default]
     waits = any(sink in node.all_input_nodes for node in gradient.all_input_nodes)
     assert waits == frees and x.grad is not None
+
+
+def test_a_float_weight_is_freed_as_soon_as_it_is_converted() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    watched = [weakref.ref(layer.weight) for layer in model]
+    alive: list[int] = []
+    register = LowRankLinear.train
+
+    def counting(self: LowRankLinear, mode: bool = True) -> LowRankLinear:
+        alive.append(sum(reference() is not None for reference in watched))
+        return register(self, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowRankLinear, "train", counting)
+        convert_linears(model, ["0", "1", "2", "3"], FORMATS["int8"])
+    assert alive[-1] <= 2

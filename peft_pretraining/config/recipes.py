@@ -1,14 +1,12 @@
 """Recipes: defaults of flags that a command line does not give, from the study in `docs/quality.md`.
 
-- paper: the algorithm of arXiv 2407.08296 with the official defaults: subspaces by SVD, Adam's moments.
-- orthogonal: the streaming subspace and Muon's orthogonalized momentum in it, with weight decay. There is no second
-  moment, so a rank of 7/16 of the width takes as many bytes as the paper's 1/4.
+`qgalore.recipes` says what each is, with its values. Without flags of its own, the command line's paper has the
+official defaults.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -16,28 +14,12 @@ from typing import Any
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.registry import read_config
+from qgalore.recipes import FULL_RANK_DECAY, ORTHOGONAL, decay_of_matrices, full_rank_multiple
 
-_ORTHOGONAL: Mapping[str, Any] = {
-    "lr": 1e-2,
-    "galore_scale": 0.5,
-    "norm_growth": 1.01,
-    "subspace": "streaming",
-    "update_proj_gap": 200,
-    "direction": "orthogonal",
-}
+_ORTHOGONAL: Mapping[str, Any] = {"lr": ORTHOGONAL.lr, **ORTHOGONAL.subspace, **ORTHOGONAL.optimizer}
 _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
 """Flags of subspaces by SVD, and galore_scale, which all official command lines set: a command line that gives one of
 them is tuned for the paper's algorithm."""
-_FULL_RANK_LR, _ITS_UPDATES = 2.0, 800
-"""The learning rate of embeddings, head and norms as a multiple of the matrices', in runs of up to 800 updates; in
-longer ones it falls with the square root of their number: 2 in 800 and 1 in 3,200, the best measured at both."""
-_DECAY, _ITS_TOKENS, _DECAYS_A_RUN = 2.5e-3, 65_536, 8.0
-"""At the peak learning rate a matrix decays by 0.0025 in an update of 65,536 tokens or more, in proportion less in
-smaller ones, and by at most 8 / updates of the run, so that its memory is an eighth of the run. Measured with 65,536
-tokens at 800 and 3,200 updates. In small updates most embeddings would decay without a gradient, and in 150,000 updates
-the limit is 5e-5, which is common practice."""
-_FULL_RANK_DECAY = 2.0
-"""The decay of embeddings, head and norms as a multiple of the matrices'."""
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,15 +69,14 @@ def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractS
     if args.recipe != "orthogonal" or not args.is_low_rank or args.lr <= 0:
         return args
     if "full_rank_lr" not in given:
-        multiple = _FULL_RANK_LR * math.sqrt(min(1.0, _ITS_UPDATES / max(1, updates)))
-        args = dataclasses.replace(args, full_rank_lr=multiple * args.lr)
+        args = dataclasses.replace(args, full_rank_lr=full_rank_multiple(updates) * args.lr)
     if "weight_decay" in given:
         return args
-    decay = min(_DECAY, _DECAY * tokens / _ITS_TOKENS, _DECAYS_A_RUN / max(1, updates))
+    decay = decay_of_matrices(updates, tokens)
     args = dataclasses.replace(args, weight_decay=decay / args.lr)
     if "full_rank_weight_decay" in given or args.peak_full_rank_lr <= 0:
         return args
-    return dataclasses.replace(args, full_rank_weight_decay=_FULL_RANK_DECAY * decay / args.peak_full_rank_lr)
+    return dataclasses.replace(args, full_rank_weight_decay=FULL_RANK_DECAY * decay / args.peak_full_rank_lr)
 
 
 def _rank_of(model_config: str) -> int | None:
@@ -105,5 +86,4 @@ def _rank_of(model_config: str) -> int | None:
     except UserError:  # which the checks report
         return None
     narrowest = min(min(shape) for shape in config.matrix_shapes().values())
-    rank = config.hidden_size * 7 // 16
-    return min(narrowest, rank // 8 * 8 or rank)
+    return min(narrowest, ORTHOGONAL.rank(config.hidden_size))

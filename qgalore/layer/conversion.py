@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -11,15 +12,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qgalore.config import WeightFormat
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.linear_names import module_of
+from qgalore.layer.linear_names import is_conv1d, module_of
 
 
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
     """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
 
-    A layer that was frozen stays so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules,
-    AttributeError for names that the model does not have, ValueError for no names at all and for a weight that another
-    module holds, too, such as an embedding.
+    A `Conv1D` of transformers, as GPT-2 has it, is taken too: `LowRankLinear.transposed`. A layer that was frozen stays
+    so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules, AttributeError for names that the
+    model does not have, ValueError for no names at all and for a weight that another module holds, too, such as an
+    embedding.
 
     `save_pretrained` of a model with quantized weights is refused from then on: what it writes `from_pretrained` cannot
     read. So give the whole model, rather than a part of it.
@@ -30,19 +32,28 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
             f"convert_linears got no names: nothing of {type(model).__name__} would be converted; give those of linear "
             "layers, such as linear_names finds"
         )
+    # By id: each float weight is freed as soon as its layer is replaced.
+    holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            parents.setdefault(id(module), []).append((parent, child))
     for name in chosen:
         linear = module_of(model, name)
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{name} is a {type(linear).__name__}: only nn.Linear can become a LowRankLinear")
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise TypeError(
+                f"{name} is a {type(linear).__name__}: only nn.Linear, and Conv1D of transformers, can become a "
+                "LowRankLinear"
+            )
         if isinstance(linear, NonDynamicallyQuantizableLinear):
             raise TypeError(
                 f"{name} is a part of nn.MultiheadAttention, which reads its weight: it cannot be converted"
             )
-        modules = list(model.modules())
-        if sum(linear.weight is param for module in modules for param in module.parameters(recurse=False)) > 1:
+        if holders[id(linear.weight)] > 1:
             raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
-        layer = LowRankLinear.from_linear(linear, format)
-        for parent, child in [(p, key) for p in modules for key, module in p._modules.items() if module is linear]:
+        make = LowRankLinear.from_linear if isinstance(linear, nn.Linear) else LowRankLinear.from_conv1d
+        layer = make(linear, format)  # type: ignore[arg-type]
+        for parent, child in parents[id(linear)]:
             setattr(parent, child, layer)
     if format.bits is not None and not format.simulate:
         for module in model.modules():

@@ -36,6 +36,10 @@ and a product with one of them takes so long that there is nothing to gain."""
 class LowRankLinear(nn.Module):
     """`nn.Linear` with a weight in `format` and a sink for its gradient; made by `LowRankLinear.from_linear`."""
 
+    transposed = False
+    """Whether it was a `Conv1D` of transformers, whose weight is (in_features, out_features): here it is (out_features,
+    in_features) as in every layer, and a float one goes into a state dict, and comes out of it, as Conv1D has it."""
+
     def __init__(
         self,
         weight: Tensor,
@@ -84,6 +88,16 @@ class LowRankLinear(nn.Module):
         layer.train(linear.training)
         return layer
 
+    @classmethod
+    def from_conv1d(cls, conv: nn.Module, format: WeightFormat, **options: bool) -> LowRankLinear:
+        """As `from_linear` of a transformers `Conv1D`, a linear layer whose weight is (in_features, out_features)."""
+        weight, bias = conv.get_parameter("weight"), conv._parameters["bias"]
+        layer = cls(weight.T, bias, format, **options)
+        layer.transposed = True
+        layer.weight.requires_grad_(weight.requires_grad)
+        layer.train(conv.training)
+        return layer
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"proxy": None}  # a copy has no optimizer, nor has its handle
 
@@ -118,6 +132,9 @@ class LowRankLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed and self.quantized_weight is None:
+            # safetensors takes no views.
+            destination[f"{prefix}{WEIGHT}"] = destination[f"{prefix}{WEIGHT}"].T.contiguous()
         if self.weight_qdata is not None:
             del destination[f"{prefix}{WEIGHT}"]
             destination[f"{prefix}{CODES}"] = self.weight_qdata if keep_vars else self.weight_qdata.detach()
@@ -138,6 +155,8 @@ class LowRankLinear(nn.Module):
         if isinstance(entries, str):
             add_refusal(error_msgs, entries)
             return
+        if self.transposed and self.quantized_weight is None and key in entries:
+            entries[key] = entries[key].T.contiguous()
         if self._row_padding and key in entries:  # of another width than it should be, it is refused
             entries[key] = F.pad(entries[key], (0, self._row_padding))
         frozen, missing = self.frozen, list[str]()
