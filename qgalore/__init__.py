@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qgalore.config import SubspaceConfig, WeightFormat
     from qgalore.layer.conversion import convert_linears
+    from qgalore.layer.export import dequantize_linears, float_state_dict
     from qgalore.layer.linear import LowRankLinear
     from qgalore.layer.linear_names import linear_names
     from qgalore.layer.quantization import QuantizedTensor, quantize
@@ -30,6 +31,8 @@ __all__ = [
     "SubspaceConfig",
     "WeightFormat",
     "convert_linears",
+    "dequantize_linears",
+    "float_state_dict",
     "linear_names",
     "low_rank_param_groups",
     "quantize",
@@ -38,6 +41,7 @@ __all__ = [
 _MODULES = {
     "config": ("SubspaceConfig", "WeightFormat"),
     "layer.conversion": ("convert_linears",),
+    "layer.export": ("dequantize_linears", "float_state_dict"),
     "layer.linear": ("LowRankLinear",),
     "layer.linear_names": ("linear_names",),
     "layer.quantization": ("QuantizedTensor", "quantize"),

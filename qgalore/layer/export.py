@@ -1,0 +1,261 @@
+"""Quantized layers back to floats: in the model itself, in a state dict, and in what `save_pretrained` writes.
+
+A dequantized weight is code * scale + zero_point, which is what the quantized layer multiplies with, so the float model
+computes the same. Its dtype is that of the layer's bias, or else of the model's first float parameter.
+
+transformers' `save_pretrained` takes `model.state_dict()`, and its Trainer loads the file that it writes back with
+`model.load_state_dict`. So that file needs both: the floats for `from_pretrained`, and the codes for a run that goes
+on to the bit, under their own names (`qgalore.layer.codes_state_dict`), which `from_pretrained` lists as unexpected and
+ignores. It must be one file, since a float weight without its codes is refused by a quantized layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from qgalore.layer.codes_state_dict import CODES, PARTS, SCALE, WEIGHT, ZERO_POINT
+from qgalore.layer.linear import LowRankLinear
+from qgalore.layer.quantization import QuantizedTensor
+
+
+def dequantize_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace each `LowRankLinear` of a model by an `nn.Linear`, or the `Conv1D` that it was, in place.
+
+    dtype: of the weights that were quantized; None: that of the layer's bias, or else of the model's first float
+    parameter. Each layer's codes are freed before the next layer is dequantized, if no optimizer holds them. Weights
+    that are float already and biases stay the same parameters; what was frozen, or one weight in several places, stays
+    so. An attached optimizer loses the layers: a warning names those whose weight is a new parameter, which it does not
+    train. Raises ValueError where the model is such a layer itself: there is nothing to replace it in.
+    """
+    if isinstance(model, LowRankLinear):
+        raise ValueError(
+            "dequantize_linears got a LowRankLinear: it replaces layers inside a model; give the model that has it, or "
+            "take layer.dequantized_weight(dtype)"
+        )
+    default = _dtype_of_floats(model)
+    layers: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+    weights = WeakIdKeyDictionary()
+    lost: list[str] = []
+    for name, key in _places(model):
+        parent = model.get_submodule(name)
+        layer = parent._modules[key]
+        assert isinstance(layer, LowRankLinear)
+        if layer not in layers:
+            if layer.weight not in weights:
+                weights[layer.weight] = _float_parameter(layer, dtype or _dtype_of(layer, default))
+            if layer.sink is not None:
+                if weights[layer.weight] is not layer.weight and not layer.frozen:
+                    lost.append(f"{name}.{key}".lstrip("."))
+                layer.attach(None)
+            layers[layer] = _float_layer(layer, weights[layer.weight])
+        setattr(parent, key, layers[layer])
+        del layer
+    for module in model.modules():
+        if isinstance(module.__dict__.get("save_pretrained"), _SavesFloatsToo):
+            del module.save_pretrained
+    if lost:
+        warnings.warn(
+            f"dequantize_linears has given {len(lost)} layers, such as {lost[0]}, a new float weight, which the "
+            "attached optimizer does not train: call its detach() before, and make another one for further training",
+            stacklevel=2,
+        )
+
+
+def float_state_dict(
+    model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> dict[str, Any]:
+    """The state dict that a model would have with `nn.Linear` in the place of `LowRankLinear`: its names and shapes.
+
+    The model stays as it is, and one layer after the other is dequantized. dtype: of the weights that are quantized;
+    None: that of the layer's bias, or else of the model's first float parameter. device: for these weights; None: where
+    their codes are. "cpu" takes no more memory of a GPU than one layer. All other entries are those of
+    `model.state_dict()`, which shares their memory.
+    """
+    return _with_floats(model, model.state_dict(), dtype, device, keeps_codes=False)
+
+
+def save_floats_too(model: nn.Module) -> None:
+    """Let `save_pretrained` of a model, and of its parts, write quantized weights as floats beside their codes.
+
+    What it writes is read by `from_pretrained` as a float model and by a Trainer that resumes to the bit. A given
+    `state_dict` without codes, such as `float_state_dict` gives, is written as it is. Classes whose `save_pretrained`
+    takes no `state_dict` raise RuntimeError when it is called, as long as there are quantized weights.
+    """
+    for module in model.modules():
+        if callable(getattr(module, "save_pretrained", None)):
+            module.save_pretrained = _SavesFloatsToo(module)  # type: ignore[assignment]
+
+
+class _SavesFloatsToo:
+    """`save_pretrained` of one model; a copy of the model, pickled or deep, has one of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # A strong reference would be a circle, which keeps weights in memory until Python looks for circles.
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model = weakref.ref(state["model"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class of the model has it."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("save_pretrained of a model that is gone: keep the model, and not its method alone")
+        save: Callable[..., Any] = getattr(type(model), "save_pretrained")  # noqa: B009, no attribute of every module
+        if not _quantized_layers(model):
+            return save(model, *args, **kwargs)
+        signature = _signature_with_state_dict(type(model))
+        bound = signature.bind(model, *args, **kwargs)
+        given = dict(list(bound.arguments.items())[1:])
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        if given.get("is_main_process", True):  # elsewhere nothing is written
+            state = given.get("state_dict")
+            state = model.state_dict() if state is None else dict(state)
+            if any(key.endswith(CODES) for key in state):
+                state = _with_floats(model, state, None, "cpu", keeps_codes=True)
+                if "max_shard_size" in signature.parameters and given.get("max_shard_size") is None:
+                    given["max_shard_size"] = 1 + sum(t.nbytes for t in state.values() if isinstance(t, Tensor))
+            given["state_dict"] = state
+        return save(model, **given)
+
+
+def _signature_with_state_dict(kind: type) -> inspect.Signature:
+    """Of the first `save_pretrained` among the classes of a model that takes a state dict.
+
+    Raises RuntimeError where there is none, as in huggingface_hub's mixin.
+    """
+    for each in kind.__mro__:
+        if "save_pretrained" in vars(each):
+            signature = inspect.signature(vars(each)["save_pretrained"])
+            if "state_dict" in signature.parameters:
+                return signature
+    raise RuntimeError(
+        f"save_pretrained of a {kind.__name__} with quantized weights takes no state_dict, so it would write codes "
+        "instead of weights. Call qgalore.dequantize_linears(model) before, on a copy if it is to be trained further, "
+        "or save qgalore.float_state_dict(model)"
+    )
+
+
+# ---- one layer
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers with codes by every name that they have."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        name: module
+        for name, module in modules
+        if isinstance(module, LowRankLinear) and module.quantized_weight is not None
+    }
+
+
+def _places(model: nn.Module) -> list[tuple[str, str]]:
+    """Where a model holds low-rank layers, each as the name of the parent and the key there; they are not kept."""
+    return [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, child in module._modules.items()
+        if isinstance(child, LowRankLinear)
+    ]
+
+
+def _dtype_of_floats(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _dtype_of(layer: LowRankLinear, default: torch.dtype) -> torch.dtype:
+    return default if layer.bias is None else layer.bias.dtype
+
+
+def _transposed(layer: LowRankLinear) -> bool:
+    """Whether the float layer has its weight as (in_features, out_features)."""
+    return bool(getattr(layer, "transposed", False))
+
+
+def _float_parameter(layer: LowRankLinear, dtype: torch.dtype) -> nn.Parameter:
+    """The weight as the float layer has it: the layer's own parameter where that is it."""
+    if layer.quantized_weight is None and not _transposed(layer):
+        return layer.weight
+    weight = layer.weight.detach() if layer.quantized_weight is None else layer.dequantized_weight(dtype)
+    return nn.Parameter(weight.T.contiguous() if _transposed(layer) else weight, not layer.frozen)
+
+
+def _float_layer(layer: LowRankLinear, weight: nn.Parameter) -> nn.Module:
+    sizes = (layer.in_features, layer.out_features)
+    made: Any
+    with torch.device("meta"):  # its own weight is not wanted
+        if _transposed(layer):
+            from transformers.pytorch_utils import Conv1D
+
+            made = Conv1D(nf=sizes[1], nx=sizes[0])
+        else:
+            made = nn.Linear(*sizes, bias=layer.bias is not None)
+    made.weight, made.bias = weight, layer.bias
+    float_layer: nn.Module = made.train(layer.training)
+    return float_layer
+
+
+# ---- state dicts
+
+
+def _with_floats(
+    model: nn.Module,
+    state: dict[str, Any],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    keeps_codes: bool,
+) -> dict[str, Any]:
+    """Put the dequantized weights into a state dict of the model, instead of the codes or beside them; changes `state`.
+
+    Raises ValueError for codes of layers that the model does not have.
+    """
+    layers, default = _quantized_layers(model), _dtype_of_floats(model)
+    made: dict[Tensor, Tensor] = {}
+    entries = dict(state)
+    state.clear()  # and not a new dict: a state dict has its modules' versions as an attribute
+    for key, value in entries.items():
+        prefix, dot, part = key.rpartition(".")
+        layer = layers.get(prefix) or layers.get(_without_wrappers(prefix))
+        if layer is None and part == CODES:
+            raise ValueError(
+                f"the state dict has codes of {prefix}, and {type(model).__name__} has no quantized layer of that "
+                "name: give a state dict of this model"
+            )
+        name = f"{prefix}{dot}{WEIGHT}"
+        if layer is not None and name not in state:
+            if layer.weight not in made:
+                weight = _stored_weight(layer, entries, f"{prefix}{dot}").dequantize(dtype or _dtype_of(layer, default))
+                made[layer.weight] = (weight.T.contiguous() if _transposed(layer) else weight).to(device)
+            state[name] = made[layer.weight]
+        if layer is None or (key != name and (keeps_codes or part not in PARTS)):
+            state[key] = value
+    return state
+
+
+def _stored_weight(layer: LowRankLinear, entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
+    names = [f"{prefix}{part}" for part in (CODES, SCALE, ZERO_POINT)]
+    missing = [name for name in names if name not in entries]
+    if missing:
+        raise ValueError(f"the state dict lacks {', '.join(missing)}: codes are floats only with scale and zero point")
+    codes, scale, zero_point = (entries[name] for name in names)
+    assert layer.format.bits is not None
+    stored = QuantizedTensor(codes, scale, zero_point, layer.in_features, layer.format.bits, layer.group_size)
+    return stored.with_aligned_rows()
+
+
+def _without_wrappers(name: str) -> str:
+    """Without what `DistributedDataParallel` puts before the names of a state dict, and `torch.compile` into them."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
