@@ -23,7 +23,7 @@ from qgalore import (
     linear_names,
     low_rank_param_groups,
 )
-from qgalore.layer.export import save_floats_too
+from qgalore.layer.export import float_entries, save_floats_too
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -197,6 +197,10 @@ def test_a_state_dict_of_another_model_or_in_part_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"has codes of model\.layers\.7\..* and LlamaForCausalLM has no quantized"):
         model.save_pretrained(tmp_path, state_dict=state)
     state = {key: value for key, value in model.state_dict().items() if key != f"{name}.weight_scale"}
+    short = model.state_dict()
+    short[f"{name}.weight_scale"] = short[f"{name}.weight_scale"][:, :1]
+    with pytest.raises(ValueError, match=rf"{name}\.weight_qdata of shape .*do not fit 44 x 32 codes in groups of 16"):
+        model.save_pretrained(tmp_path, state_dict=short)
     with pytest.raises(ValueError, match=rf"lacks {name}\.weight_scale: codes are floats only with scale and zero"):
         model.save_pretrained(tmp_path, state_dict=state)
 
@@ -303,6 +307,17 @@ def test_float_state_dict_is_one_of_the_float_model(family: str, format: str, at
     assert rounded == ([f"{name}.weight" for name in layers_of(model)] if format.startswith("int") else [])
 
 
+@every_family
+def test_a_model_without_memory_is_enough_for_the_entries_of_a_state_dict(family: str) -> None:
+    """As for a checkpoint on disk."""
+    model = converted(family, "int4")
+    state = model.state_dict()
+    entries = float_entries(model.to("meta"), state, torch.float32)
+    made = [weakref.ref(tensor) for name, tensor in entries if f"{name}_qdata" in state]
+    assert sum(tensor() is not None for tensor in made) <= 1, "each weight is freed before the next one is made"
+    assert same(dict(float_entries(model, state, torch.float32)), float_state_dict(converted(family, "int4")))
+
+
 def test_tied_weights_are_one_tensor() -> None:
     model = converted("qwen2")
     layer = model.model.layers[0].mlp.up_proj
@@ -372,6 +387,19 @@ def test_dequantize_linears_gives_the_float_model(tmp_path: Path, family: str, f
     assert not [key for key in read(tmp_path) if ".weight_" in key]
     assert "save_pretrained" not in vars(model)
     dequantize_linears(model)  # there is nothing left to do
+
+
+@pytest.mark.parametrize("update_in_backward", [True, False])
+@pytest.mark.parametrize("format", ["float", "simulated"])
+def test_weights_that_were_float_are_trained_on(format: str, update_in_backward: bool) -> None:
+    model = converted("llama", format)
+    optimizer = QGaLoreAdamW8bit(low_rank_param_groups(model, layers_of(model), rank=8, proj_group_size=16), lr=1e-2)
+    optimizer.attach(model, update_in_backward)
+    dequantize_linears(model)
+    before = copy.deepcopy(model.state_dict())
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    assert not [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
 
 
 def test_one_layer_in_several_places_stays_one() -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from qgalore.layer.codes_state_dict import CODES, PARTS, SCALE, WEIGHT, ZERO_POINT
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.quantization import QuantizedTensor
+from qgalore.layer.quantization import QuantizedTensor, row_bytes
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -79,7 +80,11 @@ def float_state_dict(
     their codes are. "cpu" takes no more memory of a GPU than one layer. All other entries are those of
     `model.state_dict()`, which shares their memory.
     """
-    return _with_floats(model, model.state_dict(), dtype, device, keeps_codes=False)
+    state = model.state_dict()
+    entries = dict(state)
+    state.clear()  # and not a new dict: a state dict has the versions of its modules as an attribute
+    state.update(float_entries(model, entries, dtype, device))
+    return state
 
 
 def save_floats_too(model: nn.Module) -> None:
@@ -125,7 +130,7 @@ class _SavesFloatsToo:
             state = given.get("state_dict")
             state = model.state_dict() if state is None else dict(state)
             if any(key.endswith(CODES) for key in state):
-                state = _with_floats(model, state, None, "cpu", keeps_codes=True)
+                state = dict(float_entries(model, state, device="cpu", keeps_codes=True))
                 if "max_shard_size" in signature.parameters and given.get("max_shard_size") is None:
                     given["max_shard_size"] = 1 + sum(t.nbytes for t in state.values() if isinstance(t, Tensor))
             given["state_dict"] = state
@@ -211,38 +216,47 @@ def _float_layer(layer: LowRankLinear, weight: nn.Parameter) -> nn.Module:
 # ---- state dicts
 
 
-def _with_floats(
+def float_entries(
     model: nn.Module,
-    state: dict[str, Any],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    keeps_codes: bool,
-) -> dict[str, Any]:
-    """Put the dequantized weights into a state dict of the model, instead of the codes or beside them; changes `state`.
+    state: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keeps_codes: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a state dict with dequantized weights instead of the codes, or beside them.
 
-    Raises ValueError for codes of layers that the model does not have.
+    model: what the state dict is of; of its quantized layers only shapes and formats are read, so that it may be on the
+    meta device. dtype, device: as in `float_state_dict`. A weight is dequantized when it is its turn, and kept no
+    longer than the caller does, if it has one name. Raises ValueError for codes that do not fit the model.
     """
     layers, default = _quantized_layers(model), _dtype_of_floats(model)
-    made: dict[Tensor, Tensor] = {}
-    entries = dict(state)
-    state.clear()  # and not a new dict: a state dict has its modules' versions as an attribute
-    for key, value in entries.items():
+    names = Counter(layer.weight for layer in layers.values())
+    shared: dict[Tensor, Tensor] = {}
+    found: set[str] = set()
+    for key, value in state.items():
         prefix, dot, part = key.rpartition(".")
         layer = layers.get(prefix) or layers.get(_without_wrappers(prefix))
-        if layer is None and part == CODES:
-            raise ValueError(
-                f"the state dict has codes of {prefix}, and {type(model).__name__} has no quantized layer of that "
-                "name: give a state dict of this model"
-            )
-        name = f"{prefix}{dot}{WEIGHT}"
-        if layer is not None and name not in state:
-            if layer.weight not in made:
-                weight = _stored_weight(layer, entries, f"{prefix}{dot}").dequantize(dtype or _dtype_of(layer, default))
-                made[layer.weight] = (weight.T.contiguous() if _transposed(layer) else weight).to(device)
-            state[name] = made[layer.weight]
-        if layer is None or (key != name and (keeps_codes or part not in PARTS)):
-            state[key] = value
-    return state
+        if layer is None:
+            if part == CODES:
+                raise ValueError(
+                    f"the state dict has codes of {prefix}, and {type(model).__name__} has no quantized layer of that "
+                    "name: give a state dict of this model"
+                )
+            yield key, value
+            continue
+        if prefix not in found:
+            found.add(prefix)
+            weight = shared.get(layer.weight)
+            if weight is None:
+                stored = _stored_weight(layer, state, f"{prefix}{dot}").dequantize(dtype or _dtype_of(layer, default))
+                weight = (stored.T.contiguous() if _transposed(layer) else stored).to(device)
+                if names[layer.weight] > 1:
+                    shared[layer.weight] = weight
+                del stored
+            yield f"{prefix}{dot}{WEIGHT}", weight
+            del weight
+        if part != WEIGHT and (keeps_codes or part not in PARTS):
+            yield key, value
 
 
 def _stored_weight(layer: LowRankLinear, entries: Mapping[str, Tensor], prefix: str) -> QuantizedTensor:
@@ -251,9 +265,16 @@ def _stored_weight(layer: LowRankLinear, entries: Mapping[str, Tensor], prefix: 
     if missing:
         raise ValueError(f"the state dict lacks {', '.join(missing)}: codes are floats only with scale and zero point")
     codes, scale, zero_point = (entries[name] for name in names)
-    assert layer.format.bits is not None
-    stored = QuantizedTensor(codes, scale, zero_point, layer.in_features, layer.format.bits, layer.group_size)
-    return stored.with_aligned_rows()
+    here = layer.quantized_weight
+    assert here is not None
+    rows, columns, stored_bytes = *here.shape, row_bytes(here.columns, here.bits)
+    if codes.shape != (rows, stored_bytes) or scale.shape != here.scale.shape or zero_point.shape != here.scale.shape:
+        raise ValueError(
+            f"{names[0]} of shape {tuple(codes.shape)}, with scales of shape {tuple(scale.shape)} and zero points of "
+            f"shape {tuple(zero_point.shape)}, do not fit {rows} x {columns} codes in groups of {here.group_size}, as "
+            "the model has them"
+        )
+    return QuantizedTensor(codes, scale, zero_point, columns, here.bits, here.group_size).with_aligned_rows()
 
 
 def _without_wrappers(name: str) -> str:
