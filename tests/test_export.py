@@ -160,6 +160,31 @@ def test_a_trainer_resumes_what_was_saved_to_the_bit(tmp_path: Path, family: str
     assert same(again.state_dict(), model.state_dict())
 
 
+def test_experts_have_the_names_of_the_model_where_there_are_codes(tmp_path: Path) -> None:
+    """A Trainer that resumes does not read those of the original Mixtral, which save_pretrained gives them else."""
+    sizes = SIZES | {"intermediate_size": 44, "num_local_experts": 2, "num_key_value_heads": 2}
+
+    def mixtral(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+        names = linear_names(model, "self_attn")
+        convert_linears(model, names, FORMATS["int8"])
+        save_floats_too(model)
+        return model
+
+    model, again = mixtral(0), mixtral(1)
+    model.save_pretrained(tmp_path)
+    missing, unexpected = again.load_state_dict(read(tmp_path), strict=False)
+    assert not missing and not unexpected and same(again.state_dict(), model.state_dict())
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and same(loaded.state_dict(), float_state_dict(model))
+    model.save_pretrained(tmp_path / "original", save_original_format=True)
+    assert any("experts.0.w1" in name for name in read(tmp_path / "original"))
+    dequantize_linears(model)
+    model.save_pretrained(tmp_path / "floats")
+    assert any("experts.0.w1" in name for name in read(tmp_path / "floats"))
+
+
 def test_what_accelerate_saves_has_the_codes(tmp_path: Path) -> None:
     """Its save_state and load_state call safetensors' save and load of a model's state dict."""
     model = converted("qwen2")

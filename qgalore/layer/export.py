@@ -6,7 +6,10 @@ computes the same. Its dtype is that of the layer's bias, or else of the model's
 transformers' `save_pretrained` takes `model.state_dict()`, and its Trainer loads the file that it writes back with
 `model.load_state_dict`. So that file needs both: the floats for `from_pretrained`, and the codes for a run that goes
 on to the bit, under their own names (`qgalore.layer.codes_state_dict`), which `from_pretrained` lists as unexpected and
-ignores. It must be one file, since a float weight without its codes is refused by a quantized layer.
+ignores. It must be one file, since a float weight without its codes is refused by a quantized layer, and it must have
+the model's own names: a Trainer leaves what transformers saves in its "original format", such as Mixtral's experts, at
+their initial values when it resumes. Who wants a file of floats alone gives `state_dict=float_state_dict(model)`, or
+dequantizes the model before.
 """
 
 from __future__ import annotations
@@ -90,9 +93,10 @@ def float_state_dict(
 def save_floats_too(model: nn.Module) -> None:
     """Let `save_pretrained` of a model, and of its parts, write quantized weights as floats beside their codes.
 
-    What it writes is read by `from_pretrained` as a float model and by a Trainer that resumes to the bit. A given
-    `state_dict` without codes, such as `float_state_dict` gives, is written as it is. Classes whose `save_pretrained`
-    takes no `state_dict` raise RuntimeError when it is called, as long as there are quantized weights.
+    What it writes is read by `from_pretrained` as a float model and by a Trainer that resumes to the bit; for that
+    `max_shard_size` and `save_original_format` are those of one file with the model's own names unless they are given.
+    A given `state_dict` without codes, such as `float_state_dict` gives, is written as it is. As long as there are
+    quantized weights, a `save_pretrained` whose class takes no `state_dict` raises RuntimeError.
     """
     for module in model.modules():
         if callable(getattr(module, "save_pretrained", None)):
@@ -131,8 +135,10 @@ class _SavesFloatsToo:
             state = model.state_dict() if state is None else dict(state)
             if any(key.endswith(CODES) for key in state):
                 state = dict(float_entries(model, state, device="cpu", keeps_codes=True))
-                if "max_shard_size" in signature.parameters and given.get("max_shard_size") is None:
-                    given["max_shard_size"] = 1 + sum(t.nbytes for t in state.values() if isinstance(t, Tensor))
+                size = 1 + sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+                for name, default in {"max_shard_size": size, "save_original_format": False}.items():
+                    if name in signature.parameters:
+                        given.setdefault(name, default)
             given["state_dict"] = state
         return save(model, **given)
 
