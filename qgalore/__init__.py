@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qgalore.config import SubspaceConfig, WeightFormat
     from qgalore.from_model import optimizer_for
     from qgalore.layer.conversion import convert_linears
+    from qgalore.layer.export import dequantize_linears, float_state_dict
     from qgalore.layer.linear import LowRankLinear
     from qgalore.layer.linear_names import linear_names
     from qgalore.layer.quantization import QuantizedTensor, quantize
@@ -33,6 +34,8 @@ __all__ = [
     "TrainingSummary",
     "WeightFormat",
     "convert_linears",
+    "dequantize_linears",
+    "float_state_dict",
     "linear_names",
     "low_rank_param_groups",
     "optimizer_for",
@@ -44,6 +47,7 @@ _MODULES = {
     "config": ("SubspaceConfig", "WeightFormat"),
     "from_model": ("optimizer_for",),
     "layer.conversion": ("convert_linears",),
+    "layer.export": ("dequantize_linears", "float_state_dict"),
     "layer.linear": ("LowRankLinear",),
     "layer.linear_names": ("linear_names",),
     "layer.quantization": ("QuantizedTensor", "quantize"),

@@ -9,17 +9,16 @@ directory is written under a temporary name and renamed when it is finished.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout that is not installed
 
@@ -27,10 +26,13 @@ from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, with_todays_names
 from peft_pretraining.config.flags import parse_path
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.build import build_on_meta, network_on_meta
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.registry import config_from
-from qgalore import QuantizedTensor
+from qgalore import WeightFormat, convert_linears
+from qgalore.layer.export import float_entries
 
+CODES = ".weight_qdata"
 SHARD_BYTES = 4_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -69,9 +71,10 @@ def export(
     temporary = output.with_name(f".tmp_{output.name}_{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        tied = bool(config.get("tie_word_embeddings"))
-        write_weights(float_tensors(loaded, getattr(torch, dtype), tied, matrix_columns(config)), temporary)
         write_config(config, dtype, temporary)
+        model = quantized_model(loaded, config, temporary / "config.json")
+        tied = bool(config.get("tie_word_embeddings"))
+        write_weights(float_tensors(loaded, model, getattr(torch, dtype), tied), temporary)
         if tokenizer is not None:
             write_tokenizer(tokenizer, config, temporary)
         if output.is_dir():
@@ -96,70 +99,48 @@ def run_config(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
     return read_config_json(path)
 
 
-def matrix_columns(config: dict[str, Any]) -> dict[str, int]:
-    """The columns of each decoder matrix by its name in a layer; {} for a model of transformers."""
+def quantized_model(checkpoint: Checkpoint, config: dict[str, Any], config_path: Path) -> nn.Module:
+    """The model of a checkpoint without memory, with its quantized layers; config_path has `config`.
+
+    Raises UserError where the checkpoint is of another model.
+    """
+    names = [name.removesuffix(CODES) for name in checkpoint.model_tensors if name.endswith(CODES)]
+    if not names:
+        return nn.Module()
+    state = checkpoint.state
+    bits, group_size, int8_products = (state.get(f) for f in ("weight_bits", "weight_group_size", "int8_products"))
+    if bits not in (4, 8) or not isinstance(group_size, int):
+        raise UserError(f"{checkpoint.path}: {names[0]} is quantized, but its bits or group size are not there.")
+    if state.get("use_hf_model"):
+        model = build_on_meta(config_path, use_hf_model=True)
+    else:
+        model = network_on_meta(config_from(config, "the model config"))
     try:
-        shapes = config_from(config, "the model config").matrix_shapes()
-    except UserError:
-        return {}
-    return {name: columns for name, (_, columns) in shapes.items()}
+        convert_linears(model, names, WeightFormat(bits, group_size, int8_products=bool(int8_products)))
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{checkpoint.path} does not fit the model config: {error}.") from error
+    return model
 
 
 def float_tensors(
-    checkpoint: Checkpoint, dtype: torch.dtype, tied: bool, columns_of: Mapping[str, int]
+    checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, tied: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the state dict of a float model, one tensor at a time, without a tied head.
 
     It is tied, too, where the checkpoint has one tensor for both: transformers' default is not in each config.json.
     """
-    tensors, addresses = checkpoint.model_tensors, set[int]()
-    for name, tensor in tensors.items():
-        of_codes = name.endswith((".weight_scale", ".weight_zero_point", ".weight_format"))
-        again = tensor.data_ptr() in addresses
-        if of_codes or again or (tied and name == "lm_head.weight"):
-            continue
-        addresses.add(tensor.data_ptr())
-        if tensor.is_floating_point():
-            yield name, tensor.to(dtype)
-        else:
-            name = name.removesuffix("_qdata")
-            yield name, dequantized(name, checkpoint, dtype, columns_of)
-
-
-def dequantized(name: str, checkpoint: Checkpoint, dtype: torch.dtype, columns_of: Mapping[str, int]) -> Tensor:
-    """Dequantize a matrix; bits and group size are those of the run and must fit its shapes."""
-    tensors, state = checkpoint.model_tensors, checkpoint.state
-    codes, scale, zero_point = (tensors.get(f"{name}_{part}") for part in ("qdata", "scale", "zero_point"))
-    bits, group_size = state.get("weight_bits"), state.get("weight_group_size")
-    if codes is None or scale is None or zero_point is None or bits not in (4, 8) or not isinstance(group_size, int):
-        raise UserError(f"{checkpoint.path}: {name} is quantized, but its scales, bits or group size are not there.")
-    columns = original_columns(name, checkpoint, codes.shape[1], bits, columns_of)
-    if state.get("int8_products"):
-        group_size = columns  # one group per row, whatever the value of the flag
-    if scale.shape != (codes.shape[0], math.ceil(columns / group_size)):
-        raise UserError(
-            f"{checkpoint.path}: {name} has scales of shape {tuple(scale.shape)}, which do not fit "
-            f"{codes.shape[0]} x {columns} codes in groups of {group_size}."
-        )
-    return QuantizedTensor(codes, scale, zero_point, columns, bits, group_size).dequantize(dtype)
-
-
-def original_columns(name: str, checkpoint: Checkpoint, stored: int, bits: int, columns_of: Mapping[str, int]) -> int:
-    """The columns of a matrix from those of its codes: at 4 bits two share a byte, and the last byte may have one."""
-    if bits == 8:
-        return stored
-    for matrix, columns in columns_of.items():
-        if name.endswith(f".{matrix}.weight"):
-            return columns
-    # Many of transformers' decoders have LLaMA's names; of others an even number is taken.
-    layer = name.rsplit(".", 3)[0]  # model.layers.N
-    if f"{layer}.mlp.gate_proj.weight_qdata" not in checkpoint.model_tensors:
-        return 2 * stored
-    if name.endswith("down_proj.weight"):
-        return int(checkpoint.model_tensors[f"{layer}.mlp.gate_proj.weight_qdata"].shape[0])
-    if name.endswith("o_proj.weight"):
-        return int(checkpoint.model_tensors[f"{layer}.self_attn.q_proj.weight_qdata"].shape[0])
-    return int(checkpoint.model_tensors["model.embed_tokens.weight"].shape[1])
+    addresses = set[int]()
+    try:
+        for name, tensor in float_entries(model, checkpoint.model_tensors, dtype):
+            stored = checkpoint.model_tensors.get(name)
+            again = stored is not None and stored.data_ptr() in addresses
+            if again or (tied and name == "lm_head.weight"):
+                continue
+            if stored is not None:
+                addresses.add(stored.data_ptr())
+            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}.") from error
 
 
 def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:

@@ -151,15 +151,28 @@ def test_shards(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(loaded(tokens()).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_hugging_face_model_comes_back(tmp_path: Path, script: ModuleType) -> None:
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_hugging_face_model_comes_back(tmp_path: Path, script: ModuleType, bits: int | None) -> None:
     """--use_hf_model saves the same keys."""
     path = tmp_path / "model.json"
     path.write_text(json.dumps(CONFIG))
     model = build_model(ModelArgs(str(path), use_hf_model=True, dtype="float32"))
-    checkpoint = save_checkpoint(tmp_path / "run", 1, model.state_dict(), {}, {"model_config": str(path)})
+    convert_linears(model, low_rank_names(model), WeightFormat(bits, 16))
+    flags = {"weight_bits": bits, "weight_group_size": 16, "use_hf_model": True}
+    checkpoint = save_checkpoint(tmp_path / "run", 1, model.state_dict(), {}, {"model_config": str(path)} | flags)
     script.export(checkpoint, tmp_path / "out", "float32")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits)
+    torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, script: ModuleType) -> None:
+    _, checkpoint = write_run(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"does not fit the model config: .* has no module model\.layers\.1"):
+        script.export(checkpoint, tmp_path / "out", "float32")
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG | {"intermediate_size": 90}))
+    with pytest.raises(UserError, match="do not fit 40 x 90 codes in groups of 32"):
+        script.export(checkpoint, tmp_path / "out", "float32")
 
 
 def test_tokenizer_goes_along(tmp_path: Path, script: ModuleType) -> None:

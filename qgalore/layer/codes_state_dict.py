@@ -2,7 +2,8 @@
 
 Under the name `weight`, codes would be copied into a float layer as they are, as weights from 0 to 255, and float
 weights into codes; torch and transformers convert dtypes in silence. State dicts from before have them there: beside
-scales, integers of that name are still read as codes.
+scales, integers of that name are still read as codes. Where the dequantized weight is there, too, as `save_pretrained`
+writes it (`qgalore.layer.export`), a quantized layer reads the codes and a float one the floats.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WEIGHT, CODES, SCALE, FORMAT = "weight", "weight_qdata", "weight_scale", "weight_format"
+WEIGHT, CODES, SCALE = "weight", "weight_qdata", "weight_scale"
+ZERO_POINT, FORMAT = "weight_zero_point", "weight_format"
+PARTS = (CODES, SCALE, ZERO_POINT, FORMAT)
+"""What stands for a quantized weight in a state dict."""
 _START = "stored weights do not fit the layers' formats"
 
 
@@ -33,8 +37,8 @@ def entries_for(
     here = "float" if bits is None else _described(bits, group_size)
     start = f"{_START}: {prefix}{WEIGHT} is {here} here and"
     if bits is None:
-        if codes is None and not _is_codes(weight):
-            return entries
+        if not _is_codes(weight) and (codes is None or weight is not None):
+            return dict(state_dict)  # codes beside floats are unexpected, as they are to nn.Linear
         return f"{start} {_stored(format)} there. Convert the model to the format of the state dict before it is loaded"
     if codes is None and weight is not None:
         return f"{start} {weight.dtype} there. Load float weights into the model before convert_linears"
