@@ -23,7 +23,7 @@ from qgalore import (
     linear_names,
     low_rank_param_groups,
 )
-from qgalore.layer.export import float_entries, save_floats_too
+from qgalore.layer.export import float_entries
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -71,22 +71,8 @@ def float_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def converted(family: str, format: str = "int8", dtype: torch.dtype = torch.float32) -> Any:
     model = float_model(family, dtype)
-    convert(model, FORMATS[format])
+    convert_linears(model, linear_names(model), FORMATS[format])
     return model
-
-
-def convert(model: Any, format: WeightFormat) -> None:
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, pytorch_utils.Conv1D)}
-    if not convs or hasattr(LowRankLinear, "transposed"):
-        convert_linears(model, linear_names(model), format)
-    else:
-        if format.stored_bits is None:
-            pytest.skip("float layers do not put the weight of a Conv1D into state dicts as it was")
-        for name, conv in convs.items():
-            layer = LowRankLinear(conv.weight.T, conv.bias, format)
-            layer.transposed = True  # type: ignore[assignment]
-            model.set_submodule(name, layer.eval())
-    save_floats_too(model)
 
 
 def layers_of(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -170,7 +156,6 @@ def test_experts_have_the_names_of_the_model_where_there_are_codes(tmp_path: Pat
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
         names = linear_names(model, "self_attn")
         convert_linears(model, names, FORMATS["int8"])
-        save_floats_too(model)
         return model
 
     model, again = mixtral(0), mixtral(1)
@@ -288,7 +273,6 @@ def test_floats_and_codes_are_one_file_unless_asked_otherwise(kind: type[Any]) -
     """A shard of floats alone would be refused when a Trainer loads one after the other."""
     model = kind()
     convert_linears(model, ["layer"], WeightFormat(bits=8))
-    save_floats_too(model)
     model.save_pretrained("here")
     state = model.got["state_dict"]
     assert "layer.weight" in state and model.got["folder"] == "here"
@@ -302,7 +286,6 @@ def test_floats_and_codes_are_one_file_unless_asked_otherwise(kind: type[Any]) -
 def test_a_save_pretrained_that_takes_no_state_dict_is_refused() -> None:
     model = TakesNone()
     convert_linears(model, ["layer"], WeightFormat(bits=8))
-    save_floats_too(model)
     with pytest.raises(RuntimeError, match=r"of a TakesNone with quantized weights takes no state_dict.*dequantize_li"):
         model.save_pretrained("here")
     assert not model.got
@@ -466,7 +449,7 @@ def conv1d() -> Iterator[nn.Module]:
     torch.manual_seed(0)
     conv = pytorch_utils.Conv1D(nf=24, nx=16)
     layer = LowRankLinear(conv.weight.T, conv.bias, WeightFormat(bits=8, group_size=16))
-    layer.transposed = True  # type: ignore[assignment]
+    layer.transposed = True
     yield nn.Sequential(layer)
 
 

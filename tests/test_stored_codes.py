@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -157,20 +156,6 @@ def llama() -> Any:
         vocab_size=64, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
-
-
-def test_save_pretrained_of_codes_is_refused(tmp_path: Path) -> None:
-    net = llama()
-    convert_linears(net, linear_names(net), WeightFormat(bits=8))
-    message = r"save_pretrained of a LlamaForCausalLM with quantized weights: .*Save model\.state_dict\(\)"
-    twins = [net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
-    for twin in twins:
-        for arguments in ({}, {"state_dict": twin.state_dict()}):  # the second is how a Trainer does it
-            with pytest.raises(RuntimeError, match=message):
-                twin.save_pretrained(tmp_path, **arguments)
-        with pytest.raises(RuntimeError, match="save_pretrained of a LlamaModel with quantized weights"):
-            twin.model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", ["float", "simulated"])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable
-from typing import NoReturn
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qgalore.config import WeightFormat
+from qgalore.layer.export import save_floats_too
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import is_conv1d, module_of
 
@@ -23,8 +22,8 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
     model does not have, ValueError for no names at all and for a weight that another module holds, too, such as an
     embedding.
 
-    `save_pretrained` of a model with quantized weights is refused from then on: what it writes `from_pretrained` cannot
-    read. So give the whole model, rather than a part of it.
+    `save_pretrained` of the model, and of its parts, writes quantized weights as floats beside their codes from then on
+    (`qgalore.layer.export.save_floats_too`). So give the whole model, rather than a part of it.
     """
     chosen = list(names)
     if not chosen:
@@ -55,17 +54,5 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
         layer = make(linear, format)  # type: ignore[arg-type]
         for parent, child in parents[id(linear)]:
             setattr(parent, child, layer)
-    if format.bits is not None and not format.simulate:
-        for module in model.modules():
-            if callable(getattr(module, "save_pretrained", None)):
-                refuse = functools.partial(_refuse_save_pretrained, type(module).__name__)
-                module.save_pretrained = refuse  # type: ignore[assignment]
-
-
-def _refuse_save_pretrained(kind: str, *_: object, **__: object) -> NoReturn:
-    raise RuntimeError(
-        f"save_pretrained of a {kind} with quantized weights: from_pretrained does not know them and would start these "
-        "layers at random. Save model.state_dict(), such as with torch.save, and load it with load_state_dict into a "
-        "model that convert_linears has given the same format; under a Trainer set save_strategy='no' and save so from "
-        "a callback or after training"
-    )
+    if format.stored_bits is not None:
+        save_floats_too(model)
