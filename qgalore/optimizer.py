@@ -39,6 +39,8 @@ class LowRankAdamW(Optimizer):
     """Bits of Adam's states: 32 (float32) or 8 (block-wise)."""
     quant = False
     """Whether projections are quantized where a group does not say."""
+    weight_type: type[Weight] = Weight
+    """How one parameter is updated."""
 
     def __init__(
         self,
@@ -78,8 +80,11 @@ class LowRankAdamW(Optimizer):
             "norm_growth": norm_growth,
             "state_bits": self.state_bits,
         }
-        check_rates(defaults)
+        self.check_rates(defaults)
         super().__init__(params, defaults)
+
+    check_rates = staticmethod(check_rates)
+    """Raises ValueError for hyperparameters, of a param group or those by default, that make no sense."""
 
     def _reset(self) -> None:
         """Reset everything that is not in the state dict."""
@@ -115,6 +120,7 @@ class LowRankAdamW(Optimizer):
         param_group.update(completed)
         super().add_param_group(param_group)
         try:
+            self.check_rates(param_group)
             check_group(param_group)
         except ValueError:
             self.param_groups.pop()
@@ -134,7 +140,9 @@ class LowRankAdamW(Optimizer):
             self._step_table = StepTable(total)
         for group in self.param_groups:
             for param in group["params"]:
-                weight = self._weights.get(param) or self._weights.setdefault(param, Weight(param, self._seed))
+                weight = self._weights.get(param) or self._weights.setdefault(
+                    param, self.weight_type(param, self._seed)
+                )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
 
@@ -153,7 +161,7 @@ class LowRankAdamW(Optimizer):
             options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
             options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
             for param in group["params"]:
-                weight = Weight(param, 0)
+                weight = cls.weight_type(param, 0)
                 weight.layer = holders.get(param)
                 weight.bind(options, states, StepTable(1), 0, 0, 1)
                 weight.init_state()

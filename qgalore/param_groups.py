@@ -63,8 +63,10 @@ def _check_rank(model: nn.Module, weights: Iterable[Tensor], options: dict[str, 
     if options.get("rank") is None:
         return
     config = subspace_of(complete_group(options))
-    names = {param: name for name, param in model.named_parameters()}
-    shapes = {layer.weight: (layer.out_features, layer.in_features) for layer in _low_rank_linears(model)}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    shapes: dict[Tensor, tuple[int, ...]] = {
+        layer.weight: (layer.out_features, layer.in_features) for layer in _low_rank_linears(model)
+    }
     for weight in weights:
         config.check_shape(shapes.get(weight, tuple(weight.shape)), names[weight])
 
@@ -82,8 +84,7 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a param group that, with the optimizer's defaults, makes no sense."""
-    check_rates(group)
+    """Raise ValueError for a param group whose subspace, with the optimizer's defaults, makes no sense."""
     if "rank" not in group:
         return
     if not group["params"]:

@@ -927,23 +927,19 @@ def test_two_sides_cannot_stream() -> None:
         build(subspace="streaming", proj_type="full")
 
 
+NAN, INFINITE = float("nan"), float("inf")
+RATES = ("lr", "eps", "weight_decay")
 IMPOSSIBLE = [
-    *[
-        (name, value)
-        for name in ("lr", "eps", "weight_decay")
-        for value in (-1e-8, float("nan"), float("inf"), "1", None)
-    ],
-    ("lr", torch.tensor(float("nan"))),
-    ("norm_growth", float("nan")),
-    *[("betas", value) for value in ((0.9, 1.0), (float("nan"), 0.9), (-0.1, 0.9), (0.9,), 0.9, (0.9, "0.9"))],
+    *[(name, value) for name in RATES for value in (-1e-8, NAN, INFINITE, "1", None)],
+    ("lr", torch.tensor(NAN)),
+    ("norm_growth", NAN),
+    *[("betas", value) for value in ((0.9, 1.0), (NAN, 0.9), (-0.1, 0.9), (0.9,), 0.9, (0.9, "0.9"))],
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
 @pytest.mark.parametrize("of_a_group", [False, True])
-def test_impossible_hyperparameters_are_refused_where_they_are_given(
-    name: str, value: object, of_a_group: bool
-) -> None:
+def test_impossible_rates_are_refused_where_they_are_given(name: str, value: object, of_a_group: bool) -> None:
     params = [nn.Parameter(torch.ones(2, 2))]
     wanted = "two numbers, each at least 0 and less than 1" if name == "betas" else "a finite number, at least 0"
     with pytest.raises(ValueError, match=rf"^{name}=.* must be {wanted}$"):
