@@ -259,9 +259,7 @@ def ignored_arguments(kind: str, given: Mapping[str, Any]) -> str:
     """
     unknown = [name for name in given if name not in _ASK_FOR_NOTHING]
     if unknown:
-        raise TypeError(
-            f"{kind} got an unexpected argument {unknown[0]!r}; options of a subspace go into a param group"
-        )
+        raise TypeError(f"{kind} got an unexpected argument {unknown[0]!r}: options of a subspace go into param groups")
     if not given.get("correct_bias", True):
         raise ValueError(
             f"{kind} got correct_bias={given['correct_bias']!r}: the bias of Adam's moments is always corrected here; "
