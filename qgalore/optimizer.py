@@ -410,7 +410,7 @@ class LowRankAdamW(Optimizer):
 
     def low_rank_weights(self) -> Iterator[Weight]:
         """The weights of groups with a rank, in order."""
-        return (weight for weight in self._weights.values() if weight.config is not None)
+        return (weight for weight in self._weights.values() if "rank" in weight.param_group)
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """What the refreshes did: their number, the share that the lazy rule saved, and of the newest the similarity.
