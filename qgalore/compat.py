@@ -30,6 +30,7 @@ from qgalore.adafactor import GaLoreAdafactor as _GaLoreAdafactor
 from qgalore.config import WeightFormat
 from qgalore.layer.conversion import convert_linears
 from qgalore.layer.linear import LowRankLinear
+from qgalore.update.all_reduce import AllReduce
 from qgalore.update.hooks import Attachment, Ready
 from qgalore.update.weight import Weight
 
@@ -138,6 +139,11 @@ class QGaLoreAdamW8bit(optimizer.QGaLoreAdamW8bit):
         """
         super().__init__(params, lr, betas, eps, weight_decay, **_named("adamw8bit", others, named))
         self._attach_quantized()
+
+    def attach(self, model: nn.Module, update_in_backward: bool = False, all_reduce: AllReduce | None = None) -> None:
+        """See `qgalore.QGaLoreAdamW8bit`: from then on `is_last_micro_batch` counts, and all gradients are taken."""
+        self.is_last_micro_batch = True
+        super().attach(model, update_in_backward, all_reduce)
 
     def _attach_quantized(self) -> None:
         """Attach the layers of quantized weights alone: the gradients of all others stay in `.grad`."""

@@ -300,6 +300,39 @@ def test_tensors_of_more_dimensions_are_refused_at_once(installed: None) -> None
     assert "dim" not in group
 
 
+@pytest.mark.parametrize("name", ["galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise"])
+def test_the_trainer_of_transformers_trains_by_these_names(installed: None, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def trainer() -> Any:
+        torch.manual_seed(0)
+        args = TrainingArguments(
+            str(tmp_path), optim=name, optim_target_modules=[r".*(attn|mlp).*proj"], learning_rate=0.02, max_steps=4,
+            optim_args="rank=4,update_proj_gap=2", per_device_train_batch_size=4, save_steps=2, report_to=[],
+            use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy="no" if "layer" in name else "steps",
+        )  # fmt: skip
+        return Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=rows)
+
+    whole = trainer()
+    before = copies(whole.model)
+    whole.train()
+    assert all_changed(whole.model, before)
+    if "layer" in name:  # of which transformers saves nothing
+        return
+    kind = compat.GaLoreAdafactor if "factor" in name else compat.GaLoreAdamW8bit
+    assert isinstance(whole.optimizer.optimizer, kind)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(value, copies(whole.model)[name]) for name, value in copies(resumed.model).items())
+
+
 # ---- scripts of q-galore-torch
 
 
@@ -342,6 +375,36 @@ def test_a_script_of_q_galore_torch(installed: None, tmp_path: Path) -> None:
     saving_model_weight(model, str(tmp_path / "weights.pth"))
     other = load_model_weight(int8_model(1), str(tmp_path / "weights.pth"))
     assert torch.equal(other(IDS), model(IDS))
+    resumed = QGaLoreAdamW8bit(groups_of(other, **QUANTIZED), lr=0.02, weight_decay=0, betas=(0.9, 0.99))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert train(other, resumed, 6) == train(model, optimizer, 6)
+    assert torch.equal(other(IDS), model(IDS))
+
+
+def test_who_attaches_such_an_optimizer_says_which_micro_batch_is_the_last(installed: None) -> None:
+    from q_galore_torch import QGaLoreAdamW8bit
+
+    model = int8_model()
+    optimizer = QGaLoreAdamW8bit(groups_of(model, **QUANTIZED), lr=0.02, weight_decay=0)
+    optimizer.attach(model, update_in_backward=True)
+    before = dense(model)
+    model(IDS).backward()
+    assert all(not torch.equal(before[name], value) for name, value in dense(model).items())
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_several_processes_need_the_sum_of_int8_gradients(installed: None) -> None:
+    from q_galore_torch import QGaLoreAdamW8bit
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = int8_model()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match=r"INT8 weights of several processes.*attach\(model, all_reduce"):
+            QGaLoreAdamW8bit(groups_of(model, **QUANTIZED), lr=0.02)
+        QGaLoreAdamW8bit(model_of().parameters(), lr=0.02)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_micro_batches_add_up_without_a_word_from_the_script(installed: None) -> None:
