@@ -22,7 +22,7 @@ from qgalore import kernels
 from qgalore.config import SubspaceConfig
 from qgalore.optimizer import LowRankAdamW
 from qgalore.param_groups import is_finite
-from qgalore.seeding import ROUNDING
+from qgalore.seeding import ROUNDING, step_of
 from qgalore.subspace import fit
 from qgalore.update.directions import Direction
 from qgalore.update.step_table import StepTable
@@ -133,14 +133,14 @@ class AdafactorWeight(Weight):
     def update_scalars(self) -> kernels.StepScalars:
         """What the step row of the next update must contain; with scale_parameter it waits for the weight's device."""
         group, step = self.param_group, self.step + 1
-        rate = self._rate(step)
+        rate = self.rate(step)
         outside, inside = (rate, 1.0) if group["beta1"] is None else (1.0, rate)  # momentum is one of scaled updates
         decay, beta2 = 1.0 - rate * group["weight_decay"], 1.0 - step ** group["decay_rate"]
         return kernels.StepScalars(
             self._seeds(ROUNDING), outside * float(group.get("galore_scale", 1.0)), decay, inside, beta2
         )
 
-    def _rate(self, step: int) -> float:
+    def rate(self, step: int) -> float:
         """The learning rate of an update: given or by the number of the step, and relative to the weight if asked."""
         group = self.param_group
         if group["relative_step"]:
@@ -222,6 +222,10 @@ class GaLoreAdafactor(LowRankAdamW):
         }
         self.check_rates(defaults)
         Optimizer.__init__(self, params, defaults)
+
+    def _get_lr(self, group: dict[str, Any], state: dict[str, Tensor]) -> float:
+        """The learning rate of a group's first parameter, for `transformers.optimization.AdafactorSchedule`."""
+        return self._weights[group["params"][0]].rate(max(1, step_of(state)))  # type: ignore[attr-defined, no-any-return]
 
     @staticmethod
     def check_rates(values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from qgalore import GaLoreAdamW, LowRankLinear, WeightFormat, convert_linears, low_rank_param_groups
 from qgalore.adafactor import GaLoreAdafactor
@@ -74,6 +74,21 @@ def test_without_a_rank_it_is_adafactor(options: dict[str, Any]) -> None:
         assert not torch.equal(found, start)
 
 
+def test_the_schedule_of_transformers_shows_its_rate() -> None:
+    rates = []
+    for kind in (Adafactor, GaLoreAdafactor):
+        model = Net()
+        optimizer = kind(model.parameters(), warmup_init=True)
+        schedule = AdafactorSchedule(optimizer)
+        for update in range(3):
+            model(inputs(update)).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+            rates.append(float(schedule.get_last_lr()[0]))
+            optimizer.zero_grad()
+    assert rates[:3] == pytest.approx(rates[3:], rel=1e-4) and rates[0] > 0
+
+
 @pytest.mark.parametrize(("shape", "side"), [((12, 20), 0), ((20, 12), 1)])
 @pytest.mark.parametrize("beta1", [None, 0.9])
 def test_with_a_rank_it_is_adafactor_of_the_projected_gradient(
@@ -135,6 +150,19 @@ def test_a_new_basis_turns_the_moments_on_its_side() -> None:
     assert torch.equal(weight.state["exp_avg_sq_row"], before["exp_avg_sq_row"][order])
     assert torch.equal(weight.state["exp_avg_sq_col"], before["exp_avg_sq_col"])
     assert torch.equal(weight.state["exp_avg"], change @ before["exp_avg"])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4, 3, 3, 3), (2, 3, 4)])
+def test_parameters_of_any_shape_train(shape: tuple[int, ...]) -> None:
+    start = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+    theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = Adafactor([theirs]), GaLoreAdafactor([ours])
+    for update in range(3):
+        theirs.grad = torch.randn(shape, generator=torch.Generator().manual_seed(update))
+        ours.grad = theirs.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
