@@ -7,6 +7,8 @@ and the command line of `run_pretrain.py` take them from these classes.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -116,7 +118,7 @@ class SubspaceConfig:
             if allowed.choices and value not in allowed.choices:
                 known = ", ".join(map(str, allowed.choices))
                 raise ValueError(f"{name}={value!r} is unknown: it must be one of {known}")
-            if not allowed.choices and value is not None and (limits := allowed.missed_limits(value)):
+            if not allowed.choices and value is not None and (limits := _missed(name, value, allowed)):
                 raise ValueError(f"{name}={value!r} must be {limits}")
         for problem in self.problems(lambda name: f"{name}={getattr(self, name)!r}"):
             raise ValueError(problem)
@@ -177,6 +179,20 @@ class SubspaceConfig:
         by_type = {"std": (shorter,), "reverse_std": (longer,), "left": ("left",), "right": ("right",)}
         return by_type.get(self.proj_type, ("left", "right"))
 
+    def check_shape(self, shape: tuple[int, ...], name: str) -> None:
+        """Raise ValueError where the weight `name` of this shape cannot have this rank."""
+        if len(shape) != 2:
+            raise ValueError(
+                f"parameter {name} of shape {shape} is not a matrix: it cannot have a rank; put it into a param group "
+                "without one"
+            )
+        for side in self.sides(shape):
+            if self.rank > shape[0 if side == "left" else 1]:
+                raise ValueError(
+                    f"rank={self.rank} is larger than the {side} side of {name}, of shape {shape}: give a smaller "
+                    "rank, or put it into a param group without one"
+                )
+
     def gradient_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Of the projected gradient of an (m, n) matrix: (rank, n), (m, rank) or (rank, rank)."""
         sides = self.sides(shape)
@@ -196,6 +212,28 @@ def limits_of(options: type) -> dict[str, Allowed]:
     return found
 
 
+@cache
+def _types_of(options: type) -> dict[str, Any]:
+    """The types of a dataclass's fields by name, without what is annotated."""
+    return get_type_hints(options)
+
+
+def _missed(name: str, value: Any, allowed: Allowed) -> str:
+    """What an option of a subspace must be, in words, where its value is not: its type, finite, within its limits."""
+    kind = _types_of(SubspaceConfig)[name]
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if kind is int and not (number and isinstance(value, numbers.Integral)):
+        return _with_limits("a whole number", allowed)
+    if kind is float and not (number and math.isfinite(value)):
+        return _with_limits("a finite number", allowed)
+    return allowed.missed_limits(value)
+
+
+def _with_limits(what: str, allowed: Allowed) -> str:
+    limits = allowed.missed_limits(math.nan)  # misses every limit that there is
+    return f"{what}, {limits}" if limits else what
+
+
 _SPELLINGS = {
     "scale": "galore_scale",
     "quant": "proj_quant",
@@ -204,10 +242,50 @@ _SPELLINGS = {
 }
 """Keys of q-galore-torch, which also the checkpoints of version 0.1.0 have, and ours."""
 
+_ASK_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
+    "correct_bias": (True,), "no_deprecation_warning": (True, False), "amsgrad": (False,), "optim_bits": (8, 32),
+    "args": (None,), "min_8bit_size": (4096,), "percentile_clipping": (100,), "block_wise": (True,),
+    "is_paged": (False,),
+}  # fmt: skip
+"""Arguments of the optimizers of galore-torch and q-galore-torch that ours do not have, and the values that say nothing
+else than what happens here anyway. (Theirs do not read `amsgrad` and `optim_bits`, either.)"""
+
+
+def ignored_arguments(kind: str, given: Mapping[str, Any]) -> str:
+    """A sentence that names what an optimizer of the class `kind` ignores of arguments that it does not have itself.
+
+    Empty where there is none. given: arguments by name. Raises TypeError for one that galore-torch and q-galore-torch
+    do not have, either, ValueError for one that would change the training.
+    """
+    unknown = [name for name in given if name not in _ASK_FOR_NOTHING]
+    if unknown:
+        raise TypeError(f"{kind} got an unexpected argument {unknown[0]!r}: options of a subspace go into param groups")
+    if not given.get("correct_bias", True):
+        raise ValueError(
+            f"{kind} got correct_bias={given['correct_bias']!r}: the bias of Adam's moments is always corrected here; "
+            "leave it out"
+        )
+    ignored = [f"{name}={value!r}" for name, value in given.items() if value not in _ASK_FOR_NOTHING[name]]
+    if not ignored:
+        return ""
+    return f"{kind} ignores {', '.join(ignored)}: arguments of galore-torch that have no meaning here"
+
 
 def complete_names(group: Mapping[str, Any]) -> set[str]:
     """The keys of a param group, those of q-galore-torch under our names."""
     return {_SPELLINGS.get(key, key) for key in group}
+
+
+def _without_dim(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A param group without galore-torch's key `dim` of its low-rank tensors, which are matrices here."""
+    if "rank" not in group or "dim" not in group:
+        return group
+    if not isinstance(group["dim"], int) or group["dim"] > 2:
+        raise ValueError(
+            f"a param group with a rank has dim={group['dim']!r}: the gradients of matrices alone are projected here; "
+            "put tensors of more dimensions into a param group without a rank"
+        )
+    return {key: value for key, value in group.items() if key != "dim"}
 
 
 def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
@@ -217,6 +295,7 @@ def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     ValueError for what makes no sense.
     """
     names = {field.name for field in dataclasses.fields(SubspaceConfig)}
+    group = _without_dim(group)
     options: dict[str, Any] = {}
     spelling: dict[str, str] = {}
     rest: dict[str, Any] = {}

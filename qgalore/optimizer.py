@@ -10,6 +10,7 @@ autograd cannot give a gradient, train at all.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qgalore.config import complete_group
+from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.param_groups import check_low_rank
+from qgalore.param_groups import check_group, check_rates
 from qgalore.saved_state import state_for
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
@@ -38,6 +39,8 @@ class LowRankAdamW(Optimizer):
     """Bits of Adam's states: 32 (float32) or 8 (block-wise)."""
     quant = False
     """Whether projections are quantized where a group does not say."""
+    weight_type: type[Weight] = Weight
+    """How one parameter is updated."""
 
     def __init__(
         self,
@@ -51,17 +54,20 @@ class LowRankAdamW(Optimizer):
         accumulator_dtype: str = "float32",
         norm_growth: float = 0.0,
         seed: int = 0,
+        **of_other_libraries: Any,
     ) -> None:
         """lr, betas, eps, weight_decay as in `torch.optim.AdamW` (`decoupled_weight_decay=False`: as in Adam).
 
         accumulator_dtype is that of gradients summed over micro-batches (float32, bfloat16, int8); norm_growth limits
         how much the norm of each gradient may grow from one update to the next, such as 1.01 (0: no limit); seed is
-        that of the stochastic rounding. Raises ValueError for a group whose keys make no sense.
+        that of the stochastic rounding. of_other_libraries: arguments of the optimizers of galore-torch and
+        q-galore-torch that have no meaning here, such as is_paged: one warning names those that are ignored.
+
+        Raises ValueError for a value that makes no sense, here or in a param group, and for a weight that cannot have
+        the rank of its group, TypeError for an argument that nobody knows.
         """
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"lr={lr}, eps={eps}, weight_decay={weight_decay} must not be negative, betas={betas} in [0, 1)"
-            )
+        if ignored := ignored_arguments(type(self).__name__, of_other_libraries):
+            warnings.warn(ignored, stacklevel=2)
         self._seed = seed
         self._reset()
         defaults = {
@@ -74,7 +80,11 @@ class LowRankAdamW(Optimizer):
             "norm_growth": norm_growth,
             "state_bits": self.state_bits,
         }
+        self.check_rates(defaults)
         super().__init__(params, defaults)
+
+    check_rates = staticmethod(check_rates)
+    """Raises ValueError for hyperparameters, of a param group or those by default, that make no sense."""
 
     def _reset(self) -> None:
         """Reset everything that is not in the state dict."""
@@ -110,7 +120,8 @@ class LowRankAdamW(Optimizer):
         param_group.update(completed)
         super().add_param_group(param_group)
         try:
-            check_low_rank(param_group)
+            self.check_rates(param_group)
+            check_group(param_group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -129,7 +140,9 @@ class LowRankAdamW(Optimizer):
             self._step_table = StepTable(total)
         for group in self.param_groups:
             for param in group["params"]:
-                weight = self._weights.get(param) or self._weights.setdefault(param, Weight(param, self._seed))
+                weight = self._weights.get(param) or self._weights.setdefault(
+                    param, self.weight_type(param, self._seed)
+                )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
 
@@ -148,7 +161,7 @@ class LowRankAdamW(Optimizer):
             options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
             options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
             for param in group["params"]:
-                weight = Weight(param, 0)
+                weight = cls.weight_type(param, 0)
                 weight.layer = holders.get(param)
                 weight.bind(options, states, StepTable(1), 0, 0, 1)
                 weight.init_state()
@@ -397,7 +410,7 @@ class LowRankAdamW(Optimizer):
 
     def low_rank_weights(self) -> Iterator[Weight]:
         """The weights of groups with a rank, in order."""
-        return (weight for weight in self._weights.values() if weight.config is not None)
+        return (weight for weight in self._weights.values() if "rank" in weight.param_group)
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """What the refreshes did: their number, the share that the lazy rule saved, and of the newest the similarity.

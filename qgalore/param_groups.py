@@ -8,12 +8,14 @@ The options of a low-rank group are those of `qgalore.config.SubspaceConfig`, as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from qgalore.config import SubspaceConfig, complete_names
+from qgalore.config import SubspaceConfig, complete_group, complete_names, subspace_of
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
@@ -25,8 +27,8 @@ def low_rank_param_groups(
 
     names: also those of matrices themselves, as `named_parameters` has them. low_rank: further keys of the second
     group, such as lr, or instead of `config` its options one by one, `rank` among them. Frozen parameters are in
-    neither, nor are layers of a quantized weight that were frozen. Raises ValueError where no name is given or all that
-    are named is frozen, AttributeError for a name that the model does not have.
+    neither, nor are layers of a quantized weight that were frozen. Raises ValueError where no name is given, all that
+    are named is frozen or a weight cannot have the rank, AttributeError for a name that the model does not have.
     """
     params = dict(model.named_parameters(remove_duplicate=False))
     named = list(dict.fromkeys(params[name] if name in params else _weight_of(model, name) for name in names))
@@ -35,7 +37,7 @@ def low_rank_param_groups(
             f"low_rank_param_groups got no names: nothing of {type(model).__name__} would be low-rank; give those of "
             "linear layers, such as linear_names finds, or model.parameters() to the optimizer for plain AdamW"
         )
-    quantized = {layer.weight for layer in model.modules() if isinstance(layer, LowRankLinear) and not layer.frozen}
+    quantized = {layer.weight for layer in _low_rank_linears(model) if not layer.frozen}
     trained = [param for param in model.parameters() if param.requires_grad or param in quantized]
     chosen, free = set(named), set(trained)
     weights = [weight for weight in named if weight in free]
@@ -53,7 +55,25 @@ def low_rank_param_groups(
         for field in dataclasses.fields(config):
             if getattr(config, field.name) != field.default:
                 low_rank[field.name] = getattr(config, field.name)
+    _check_rank(model, weights, low_rank)
     return [{"params": [param for param in trained if param not in chosen]}, {"params": weights, **low_rank}]
+
+
+def _check_rank(model: nn.Module, weights: Iterable[Tensor], options: dict[str, Any]) -> None:
+    """Raise ValueError, with its name, for a weight that cannot have the rank among `options`, where there is one."""
+    if options.get("rank") is None:
+        return
+    config = subspace_of(complete_group(options))
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    shapes: dict[Tensor, tuple[int, ...]] = {
+        layer.weight: (layer.out_features, layer.in_features) for layer in _low_rank_linears(model)
+    }
+    for weight in weights:
+        config.check_shape(shapes.get(weight, tuple(weight.shape)), names[weight])
+
+
+def _low_rank_linears(model: nn.Module) -> list[LowRankLinear]:
+    return [module for module in model.modules() if isinstance(module, LowRankLinear)]
 
 
 def _weight_of(model: nn.Module, name: str) -> Tensor:
@@ -64,8 +84,8 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def check_low_rank(group: dict[str, Any]) -> None:
-    """Raise ValueError for a group that has a rank and, with the optimizer's defaults, makes no sense."""
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a param group whose subspace, with the optimizer's defaults, makes no sense."""
     if "rank" not in group:
         return
     if not group["params"]:
@@ -78,3 +98,26 @@ def check_low_rank(group: dict[str, Any]) -> None:
             "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie "
             "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
         )
+    for number, param in enumerate(group["params"]):
+        if param.is_floating_point():  # of a quantized weight its layer alone knows the shape
+            subspace_of(group).check_shape(tuple(param.shape), f"number {number} of its group")
+
+
+def check_rates(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where a hyperparameter of Adam among `values`, by name, is no finite number or out of range."""
+    for name in ("lr", "eps", "weight_decay", "norm_growth"):
+        if name in values and not (is_finite(values[name]) and values[name] >= 0):
+            raise ValueError(f"{name}={values[name]!r} must be a finite number, at least 0")
+    if "betas" not in values:
+        return
+    betas = values["betas"]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not pair or not all(is_finite(beta) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas!r} must be two numbers, each at least 0 and less than 1")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, or a tensor of one, and finite."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite())
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -21,8 +21,10 @@ Group = dict[str, Any]
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth", "state_bits",
+    "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init",
 )  # fmt: skip
-"""What every param group needs. Not `Optimizer.defaults`: loading and copying make torch add keys of its own to it."""
+"""What every param group needs of Adam or of Adafactor, whichever ours has. Not `Optimizer.defaults`: loading and
+copying make torch add keys of its own to it."""
 _LATER_KEYS = {"norm_growth": 0.0}
 """Keys that came later: what states that do not know them were made with. Options of a subspace have their defaults."""
 
@@ -55,7 +57,7 @@ def _check_groups(groups: list[Group], loaded: list[Group]) -> None:
         raise ValueError(f"the optimizer has {len(groups)} param groups, the state to load {len(loaded)}: {other}")
     for number, (ours, group) in enumerate(zip(groups, loaded, strict=True)):
         kinds = ["with a rank" if "rank" in each else "without a rank" for each in (ours, group)]
-        lacking = sorted({*_GROUP_KEYS} - group.keys() - _LATER_KEYS.keys())
+        lacking = sorted({*_GROUP_KEYS} & ours.keys() - group.keys() - _LATER_KEYS.keys())
         if kinds[0] != kinds[1] or lacking:
             lacks = f" and lacks {', '.join(lacking)}" if lacking else ""
             raise ValueError(

@@ -891,11 +891,8 @@ def test_a_rank_that_is_too_large_names_the_parameter(attach: bool) -> None:
 
 
 def test_a_vector_cannot_have_a_rank() -> None:
-    vector = nn.Parameter(torch.ones(5))
-    optimizer = GaLoreAdamW([{"params": [vector], "rank": 2}])
-    vector.grad = torch.ones(5)
     with pytest.raises(ValueError, match=r"of shape \(5,\) is not a matrix"):
-        optimizer.step()
+        GaLoreAdamW([{"params": [nn.Parameter(torch.ones(5))], "rank": 2}])
 
 
 @pytest.mark.parametrize(
@@ -911,6 +908,13 @@ def test_a_vector_cannot_have_a_rank() -> None:
         ("scale", 0.0, "scale=0.0 must be more than 0"),
         ("proj_bits", 3, "proj_bits=3 is unknown: it must be one of 4, 8"),
         ("queue_size", 0, "queue_size=0 must be at least 1"),
+        ("rank", 2.5, "rank=2.5 must be a whole number, at least 1"),
+        ("rank", "8", "rank='8' must be a whole number, at least 1"),
+        ("update_proj_gap", float("inf"), "update_proj_gap=inf must be a whole number, at least 1"),
+        ("scale", float("nan"), "scale=nan must be a finite number, more than 0"),
+        ("galore_scale", float("inf"), "galore_scale=inf must be a finite number, more than 0"),
+        ("cos_threshold", float("nan"), "cos_threshold=nan must be a finite number, at least 0 and at most 1"),
+        ("dim", 4, "dim=4: the gradients of matrices alone are projected here"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(key: str, value: object, message: str) -> None:
@@ -923,10 +927,35 @@ def test_two_sides_cannot_stream() -> None:
         build(subspace="streaming", proj_type="full")
 
 
-@pytest.mark.parametrize("options", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}])
-def test_hyperparameters_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must not be negative, betas=.* in \[0, 1\)"):
-        GaLoreAdamW([nn.Parameter(torch.ones(2, 2))], **options)
+NAN, INFINITE = float("nan"), float("inf")
+RATES = ("lr", "eps", "weight_decay")
+IMPOSSIBLE = [
+    *[(name, value) for name in RATES for value in (-1e-8, NAN, INFINITE, "1", None)],
+    ("lr", torch.tensor(NAN)),
+    ("norm_growth", NAN),
+    *[("betas", value) for value in ((0.9, 1.0), (NAN, 0.9), (-0.1, 0.9), (0.9,), 0.9, (0.9, "0.9"))],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+@pytest.mark.parametrize("of_a_group", [False, True])
+def test_impossible_rates_are_refused_where_they_are_given(name: str, value: object, of_a_group: bool) -> None:
+    params = [nn.Parameter(torch.ones(2, 2))]
+    wanted = "two numbers, each at least 0 and less than 1" if name == "betas" else "a finite number, at least 0"
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be {wanted}$"):
+        if of_a_group:
+            GaLoreAdamW([{"params": params, name: value}])
+        else:
+            GaLoreAdamW([{"params": params, name: 0.0}], **{name: value})  # also where every group has its own
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    optimizer = GaLoreAdamW([nn.Parameter(torch.ones(2, 2))], lr=0.5)
+    with pytest.raises(ValueError, match="lr=nan must be a finite number"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": float("nan")})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": torch.tensor(0.25)})
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.25]
 
 
 def test_an_unknown_dtype_of_sums_is_named() -> None:

@@ -81,6 +81,21 @@ def test_a_name_that_is_not_there_is_refused() -> None:
         low_rank_param_groups(Model(), ["layers.0.self_attn.k_proj"], rank=4)
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("proj_type", "rank", "side"), [("std", 9, "left"), ("right", 17, "right")])
+def test_a_rank_beyond_a_side_is_refused_by_name(bits: int | None, proj_type: str, rank: int, side: str) -> None:
+    model = Model()
+    convert_linears(model, NAMES, WeightFormat(bits=bits))
+    with pytest.raises(ValueError, match=rf"rank={rank} .* {side} side of layers.0.mlp.2.weight, of shape \(8, 16\)"):
+        low_rank_param_groups(model, ["layers.0.mlp.2"], rank=rank, proj_type=proj_type)
+    low_rank_param_groups(model, ["layers.0.mlp.2"], rank=rank - 1, proj_type=proj_type)
+
+
+def test_a_vector_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"parameter layers.0.norm.weight of shape \(8,\) is not a matrix"):
+        low_rank_param_groups(Model(), ["layers.0.norm"], rank=4)
+
+
 def test_groups_carry_the_defaults_of_the_optimizer() -> None:
     model = Model()
     optimizer = QGaLoreAdamW8bit(low_rank_param_groups(model, NAMES, rank=4, update_proj_gap=7), lr=0.01)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qgalore import GaLoreAdamW
+from qgalore.adafactor import GaLoreAdafactor
 from qgalore.optimizer import LowRankAdamW
 from qgalore.saved_state import _GROUP_KEYS
 from qgalore.update import moments
@@ -203,7 +204,8 @@ def test_a_state_of_no_parameter_is_refused() -> None:
 
 
 def test_groups_need_the_keys_of_a_new_optimizer() -> None:
-    assert set(_GROUP_KEYS) == GaLoreAdamW([nn.Parameter(torch.ones(2))]).defaults.keys()
+    adam, adafactor = (kind([nn.Parameter(torch.ones(2))]).defaults.keys() for kind in (GaLoreAdamW, GaLoreAdafactor))
+    assert set(_GROUP_KEYS) == adam | adafactor
 
 
 @pytest.mark.parametrize("storage", ["plain", "int8"])
