@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from qgalore.integrations import OptimizerFactory, QGaLoreCallback, TrainingStat
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import moments
+from tests.small_run import on_ranks
 from tests.test_optimizer import Net, assert_same, backward, build, train
 
 VOCABULARY, LENGTH, ROWS = 16, 8, 20
@@ -382,3 +384,155 @@ def test_the_callback_has_every_event_of_a_trainer() -> None:
             assert callable(getattr(QGaLoreCallback(), name))
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
         QGaLoreCallback().other  # noqa: B018
+
+
+# ---- accelerate
+
+
+def loop(accelerator: Any, model: nn.Module, optimizer: Any, batches: list[Tensor], clip: float) -> list[float]:
+    """accelerate's own loop; gives the norms of the gradients."""
+    norms = []
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            if accelerator.sync_gradients:
+                norms.append(float(accelerator.clip_grad_norm_(model.parameters(), clip)))
+            optimizer.step()
+            optimizer.zero_grad()
+    return norms
+
+
+def accelerated(accumulation: int) -> tuple[Any, nn.Module, Any]:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = causal("int8")
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    connect(optimizer, model)
+    return accelerator, model, optimizer
+
+
+@pytest.fixture
+def _fresh_accelerate() -> Iterator[None]:
+    """What accelerate keeps for the process is made anew, and does not reach other tests."""
+    pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, GradientState
+
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_accelerate_accumulates_clips_and_goes_on_to_the_bit(accumulation: int, tmp_path: Path) -> None:
+    batches = [*torch.tensor([row["input_ids"] for row in rows()]).split(2)]
+    accelerator, model, optimizer = accelerated(accumulation)
+    norms = loop(accelerator, model, optimizer, batches[:4], 0.9)
+    accelerator.save_state(str(tmp_path))
+    norms += loop(accelerator, model, optimizer, batches[4:8], 0.9)
+    other = causal("int8")
+    ours = optimizer_of(other)
+    ours.attach(other)
+    expected = []
+    for first in range(0, 8, accumulation):
+        for number in range(first, first + accumulation):
+            ours.is_last_micro_batch = number == first + accumulation - 1
+            (other(input_ids=batches[number], labels=batches[number]).loss / accumulation).backward()
+        norm = ours.grad_norm()
+        expected.append(float(norm))
+        ours.scale_gradients(norm * (0.9 / (norm + 1e-6)).clamp(max=1.0) / norm)
+        ours.step()
+    assert norms == pytest.approx(expected, rel=1e-6) and max(norms) > 0.9
+    assert_same(model, other)
+    again, resumed, resumed_optimizer = accelerated(accumulation)
+    again.load_state(str(tmp_path))
+    loop(again, resumed, resumed_optimizer, batches[4:8], 0.9)
+    assert_same(resumed, model)
+
+
+# ---- several ranks
+
+
+def train_on_ranks(folder: str) -> int:
+    """A rank of two: a Trainer and accelerate, each over its own rows."""
+    moments.MIN_8BIT_NUMEL = 0
+    rank = int(os.environ["RANK"])
+    model, seen = causal("int8"), Seen()
+    optimizer = optimizer_of(model)
+    if rank:
+        with torch.no_grad():
+            model.model.model.norm.weight.add_(1)  # ranks that begin otherwise go on as the first
+    options = {"optimizers": (optimizer, None), "callbacks": [seen, QGaLoreCallback(optimizer)]}
+    options |= {"train_sampling_strategy": "sequential", "max_grad_norm": 0.9, "ddp_backend": "gloo"}
+    trainer = trainer_of(model, Path(folder), per_device_train_batch_size=1, **options)
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    assert trainer.args.world_size == 2
+    norms = [log["grad_norm"] for log in seen.logs if "grad_norm" in log]
+    state = {"model": trainer.model.state_dict(), "norms": norms}
+    torch.save(state, Path(folder) / f"{rank}.pt")
+    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=Path(folder) / "dcp")
+    return 0
+
+
+def test_two_ranks_of_a_trainer_make_the_updates_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    assert on_ranks(2, train_on_ranks, str(tmp_path)) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    one = causal("int8")
+    norms = by_hand(one, 2, 0.9)
+    assert first["norms"] == second["norms"] == pytest.approx(norms, rel=0.05)
+    assert first["norms"][0] == pytest.approx(norms[0], rel=1e-5)
+    model = causal("int8")
+    optimizer = optimizer_of(model)
+    with pytest.raises(ValueError, match=r"call attach\(model\)"):
+        TrainingState(model, optimizer).state_dict()
+    optimizer.attach(model)
+    dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=tmp_path / "dcp")
+    for name, value in first["model"].items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+# ---- torch.distributed.checkpoint
+
+CONFIGS: list[dict[str, Any]] = [
+    {"storage": "int8", "gamma_proj": 2, "cos_threshold": 0.0, "queue_size": 2},
+    {"storage": "int8", "subspace": "streaming"},
+    {"storage": "float", "options": {"norm_growth": 1.01}, "residual": "fira"},
+    {"storage": "plain", "proj_type": "full"},
+]
+
+
+@pytest.mark.parametrize("updates", [0, 5])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
+def test_a_distributed_checkpoint_goes_on_to_the_bit(config: dict[str, Any], updates: int, tmp_path: Path) -> None:
+    """Saved before any update, too, into a new optimizer and into one that has gone another way."""
+    net, optimizer = build("qgalore8bit", **config)
+    train(net, optimizer, range(updates))
+    dcp.save({"training": TrainingState(net, optimizer)}, checkpoint_id=tmp_path)
+    reference, undisturbed = build("qgalore8bit", **config)
+    train(reference, undisturbed, range(updates + 3))
+    train(net, optimizer, range(updates, updates + 3))
+    assert_same(net, reference)  # saving changes nothing
+    for before in (0, 2):
+        other, loaded = build("qgalore8bit", **config)
+        train(other, loaded, range(20, 20 + before))
+        for group in loaded.param_groups:
+            group["lr"] = 0.5
+        dcp.load({"training": TrainingState(other, loaded)}, checkpoint_id=tmp_path)
+        train(other, loaded, range(updates, updates + 3))
+        assert_same(other, reference)
+        expected = undisturbed.state_dict()["state"]
+        for key, state in loaded.state_dict()["state"].items():
+            assert state.keys() == expected[key].keys()
+            assert all(torch.equal(value, expected[key][name]) for name, value in state.items())
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    net, optimizer = build("qgalore8bit", "int8")
+    with pytest.raises(ValueError, match="9 parameters of the optimizer are not in Net"):
+        TrainingState(Net(), optimizer).state_dict()
