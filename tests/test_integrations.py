@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from qgalore import QGaLoreAdamW8bit, SubspaceConfig, WeightFormat, convert_linears, linear_names, low_rank_param_groups
-from qgalore.integrations import OptimizerFactory, QGaLoreCallback, TrainingState, connect
-from qgalore.layer.linear import LowRankLinear
+from qgalore.integrations import OptimizerFactory, QGaLoreCallback, TrainingState, connect, without_ddp
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import moments
 from tests.small_run import on_ranks
@@ -128,7 +127,7 @@ def test_clipping_is_refused_where_updates_were_made_in_the_backward_pass() -> N
     backward(net, optimizer, 1)
     clip_grad_norm_(net.parameters(), 1e-3)
     with pytest.raises(
-        RuntimeError, match="cannot be clipped where each weight is updated inside .* gradient_clip_val"
+        RuntimeError, match=r"cannot be clipped where each weight is updated inside .* gradient_clip_val"
     ):
         optimizer.step()
 
@@ -337,6 +336,20 @@ def test_a_trainer_resumes_to_the_bit(storage: str, door: str, tmp_path: Path) -
         assert all(torch.equal(value, states[1]["state"][key][name]) for name, value in state.items())
 
 
+def test_a_trainer_resumes_a_model_that_save_pretrained_has_saved(tmp_path: Path) -> None:
+    """What it writes has the codes, beside the floats of `from_pretrained`."""
+    pytest.importorskip("qgalore.layer.export", reason="until save_pretrained writes quantized weights")
+    trained = []
+    for resume in (False, True):
+        model = causal("int8", wrapped=False)
+        optimizer = optimizer_of(model)
+        options = {"optimizers": (optimizer, None), "callbacks": [QGaLoreCallback(optimizer)]}
+        trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=3, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        trained.append(model)
+    assert_same(*trained)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "clipping": ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 needs all gradients at once, .*: set max_grad_norm=0"),
     "fp16": ({"fp16": True, "max_grad_norm": 0.0}, "fp16=True scales the loss .*: set bf16=True instead"),
@@ -361,7 +374,7 @@ def test_what_a_trainer_cannot_do_is_refused_before_it_begins(what: str) -> None
 def test_a_trainer_is_refused_another_optimizer(tmp_path: Path) -> None:
     model = causal("plain")
     trainer = trainer_of(model, tmp_path, callbacks=[QGaLoreCallback()])
-    with pytest.raises(TypeError, match="AdamW is not an optimizer of this library.*optimizer_cls_and_kwargs"):
+    with pytest.raises(TypeError, match=r"AdamW is not an optimizer of this library.*optimizer_cls_and_kwargs"):
         trainer.train()
     one, other = optimizer_of(model), optimizer_of(model)
     trainer = trainer_of(model, tmp_path, optimizers=(one, None), callbacks=[QGaLoreCallback(other)])
@@ -372,7 +385,7 @@ def test_a_trainer_is_refused_another_optimizer(tmp_path: Path) -> None:
 def test_a_factory_that_updates_in_the_backward_pass_is_refused_clipping(tmp_path: Path) -> None:
     factory = {"lr": 0.02, "config": SubspaceConfig(**SUBSPACE), "update_in_backward": True}
     options = {"optimizer_cls_and_kwargs": (OptimizerFactory, factory), "callbacks": [QGaLoreCallback()]}
-    with pytest.raises(ValueError, match="max_grad_norm=1.0 needs all gradients at once"):
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 needs all gradients at once"):
         trainer_of(causal("plain"), tmp_path, **options).train()
 
 
@@ -474,7 +487,23 @@ def train_on_ranks(folder: str) -> int:
     state = {"model": trainer.model.state_dict(), "norms": norms}
     torch.save(state, Path(folder) / f"{rank}.pt")
     dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=Path(folder) / "dcp")
+    torch.save(accelerate_on_ranks(rank), Path(folder) / f"accelerate{rank}.pt")
     return 0
+
+
+def accelerate_on_ranks(rank: int) -> dict[str, Tensor]:
+    """Ten rows, one after the other to each rank; what comes out of their updates."""
+    from accelerate import Accelerator
+
+    model = causal("int8")
+    optimizer = optimizer_of(model)
+    accelerator = Accelerator(cpu=True)
+    without_ddp(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    connect(optimizer, model)
+    batches = [*torch.tensor([row["input_ids"] for row in rows(10)]).split(1)]
+    norms = loop(accelerator, model, optimizer, batches[rank::2], 0.9)
+    return model.state_dict() | {"norms": torch.tensor(norms)}
 
 
 def test_two_ranks_of_a_trainer_make_the_updates_of_one(tmp_path: Path) -> None:
@@ -483,8 +512,17 @@ def test_two_ranks_of_a_trainer_make_the_updates_of_one(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
+    accelerated = [torch.load(tmp_path / f"accelerate{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(value, accelerated[1][name]) for name, value in accelerated[0].items())
     one = causal("int8")
     norms = by_hand(one, 2, 0.9)
+    # The first batch of two rows, before anything is updated: their mean is the gradient of both together.
+    other = causal("int8")
+    ours = optimizer_of(other)
+    ours.attach(other)
+    tokens = torch.tensor([row["input_ids"] for row in rows(10)][:2])
+    other(input_ids=tokens, labels=tokens).loss.backward()
+    assert float(accelerated[0]["norms"][0]) == pytest.approx(float(ours.grad_norm()), rel=1e-5)
     assert first["norms"] == second["norms"] == pytest.approx(norms, rel=0.05)
     assert first["norms"][0] == pytest.approx(norms[0], rel=1e-5)
     model = causal("int8")
@@ -533,6 +571,6 @@ def test_a_distributed_checkpoint_goes_on_to_the_bit(config: dict[str, Any], upd
 
 
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    net, optimizer = build("qgalore8bit", "int8")
+    _, optimizer = build("qgalore8bit", "int8")
     with pytest.raises(ValueError, match="9 parameters of the optimizer are not in Net"):
         TrainingState(Net(), optimizer).state_dict()

@@ -70,12 +70,14 @@ class OptimizerFactory:
     """Makes the optimizer of a Trainer and attaches it: `optimizer_cls_and_kwargs=(OptimizerFactory, {...})`.
 
     The Trainer calls `OptimizerFactory()(model, **kwargs)`; of its own arguments it passes none, so the learning rate
-    stands among them. No callback is needed, but one refuses early what cannot work.
+    stands among them; axolotl passes its training arguments, too. No callback is needed, but one refuses early what
+    cannot work.
     """
 
     def __call__(
         self,
         model: nn.Module,
+        training_args: Any = None,
         *,
         config: SubspaceConfig,
         optimizer_class: type[LowRankAdamW] = QGaLoreAdamW8bit,
@@ -86,8 +88,14 @@ class OptimizerFactory:
         """The optimizer of a model, attached; config: of the low-rank group, the weights of the layers of `names`.
 
         names: if none, the layers that are a `LowRankLinear` already, or those of `qgalore.linear_names`. options:
-        those of optimizer_class, lr among them. Raises ValueError for a model without such layers.
+        those of optimizer_class, lr among them, which is that of training_args where these are given. Raises ValueError
+        for a model without such layers and for training arguments that cannot work.
         """
+        if training_args is not None:
+            problem = _problem(training_args, update_in_backward)
+            if problem:
+                raise ValueError(problem)
+            options = {"lr": training_args.learning_rate} | options
         if names is None:
             converted = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
             names = converted or linear_names(model)
