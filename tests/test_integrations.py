@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from qgalore import QGaLoreAdamW8bit, SubspaceConfig, WeightFormat, convert_linears, linear_names, low_rank_param_groups
-from qgalore.integrations import OptimizerFactory, QGaLoreCallback, TrainingState, connect, without_ddp
+from qgalore.integrations import (
+    OptimizerFactory,
+    QGaLoreCallback,
+    TrainingState,
+    connect,
+    connection,
+    without_ddp,
+)
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import moments
 from tests.small_run import on_ranks
@@ -169,6 +176,14 @@ def test_a_connection_does_not_keep_its_optimizer() -> None:
     gc.collect()
     assert watched() is None
     net(torch.zeros(2, 6, dtype=torch.long)).backward()
+
+
+def test_a_model_without_a_float_parameter_is_refused() -> None:
+    layer = nn.Sequential(nn.Linear(8, 8, bias=False))
+    convert_linears(layer, ["0"], WeightFormat(bits=8))
+    optimizer = QGaLoreAdamW8bit([{"params": [layer[0].weight], "rank": 2}])
+    with pytest.raises(ValueError, match=r"Sequential has no float parameter whose \.grad could show the norm"):
+        connect(optimizer, layer)
 
 
 # ---- the Trainer of transformers
@@ -465,7 +480,37 @@ def test_accelerate_accumulates_clips_and_goes_on_to_the_bit(accumulation: int, 
     assert_same(resumed, model)
 
 
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_only_an_optimizer_that_accelerate_has_prepared_follows_it() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    assert accelerate.Accelerator(cpu=True).sync_gradients
+    net, optimizer = connected()
+    other, ours = build("qgalore8bit", "int8")
+    train(net, optimizer, range(2), accumulation=2)
+    train(other, ours, range(2), accumulation=2)
+    assert_same(net, other)
+
+
 # ---- several ranks
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+def test_a_model_kept_from_ddp_is_cast_as_accelerate_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    monkeypatch.setattr(connection, "_ranks", lambda: 2)
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.load_state_dict(model.state_dict())
+    without_ddp(model)
+    expected = accelerator.prepare(other)(torch.ones(1, 4))
+    without_ddp(other)  # accelerate has prepared it
+    prepared = accelerator.prepare(model)
+    assert prepared is model and torch.equal(model(torch.ones(1, 4)), expected)
+    assert expected.dtype == torch.float32 and not torch.equal(nn.functional.linear(*_of(model)), expected)
+
+
+def _of(model: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones(1, 4), model.weight, model.bias
 
 
 def train_on_ranks(folder: str) -> int:

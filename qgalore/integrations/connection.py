@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +17,11 @@ _connections: weakref.WeakKeyDictionary[LowRankAdamW, Connection] = weakref.Weak
 
 
 class Connection:
-    """An attached optimizer that learns from accelerate which micro-batch is the last; `close` undoes it."""
+    """An optimizer attached for somebody else's loop; `close` undoes it."""
 
-    def __init__(self, optimizer: LowRankAdamW, model: nn.Module, update_in_backward: bool) -> None:
+    def __init__(
+        self, optimizer: LowRankAdamW, model: nn.Module, update_in_backward: bool, follow_accelerate: bool
+    ) -> None:
         """Attach; on several ranks gradients are averaged, and the model's tensors become those of the first rank."""
         self._optimizer = weakref.ref(optimizer)
         ranks = _ranks()
@@ -32,7 +32,7 @@ class Connection:
         self._norm = VisibleNorm(optimizer, model)
         # Losses that are made of the states of the body, as fused ones are, do not call the model itself.
         bodies = {id(each): each for each in (model, getattr(model, "base_model", None)) if isinstance(each, nn.Module)}
-        follow = _Follow(self._optimizer, self._norm)
+        follow = _BeforeForward(self._optimizer, self._norm, follow_accelerate)
         self._handles: list[RemovableHandle] = [body.register_forward_pre_hook(follow) for body in bodies.values()]
 
     def close(self) -> None:
@@ -46,7 +46,9 @@ class Connection:
             optimizer.is_last_micro_batch = True
 
 
-def connect(optimizer: Any, model: nn.Module, update_in_backward: bool = False) -> Connection:
+def connect(
+    optimizer: Any, model: nn.Module, update_in_backward: bool = False, follow_accelerate: bool | None = None
+) -> Connection:
     """Attach an optimizer to a model that a Trainer, accelerate, Lightning or a loop of one's own trains.
 
     Beside what `attach` does: `is_last_micro_batch` follows accelerate's gradient accumulation, which a Trainer uses,
@@ -55,14 +57,16 @@ def connect(optimizer: Any, model: nn.Module, update_in_backward: bool = False) 
     (`qgalore.integrations.visible_norm`).
 
     optimizer: a `LowRankAdamW`, or what accelerate has made of it; model: the one on its device that is trained.
-    A second call takes the place of the first. Raises TypeError for another optimizer, ValueError where `attach` does.
+    follow_accelerate: None is whether accelerate has prepared the optimizer; else the loop sets the flag. A second call
+    takes the place of the first. Raises TypeError for another optimizer, ValueError where `attach` does.
     """
     found = unwrapped(optimizer)
     former = _connections.pop(found, None)
     if former is not None:
         former.close()
     model = model.module if isinstance(model, nn.parallel.DataParallel) else model
-    _connections[found] = connection = Connection(found, model, update_in_backward)
+    follows = found is not optimizer if follow_accelerate is None else follow_accelerate
+    _connections[found] = connection = Connection(found, model, update_in_backward, follows)
     return connection
 
 
@@ -108,16 +112,16 @@ def _average(tensor: Tensor) -> dist.Work | None:
     return work
 
 
-class _Follow:
-    """Before a forward pass, tell the optimizer whether its micro-batch is the last of an update."""
+class _BeforeForward:
+    """Before a forward pass, tell the optimizer what accelerate knows: whether its micro-batch is the last."""
 
-    def __init__(self, optimizer: weakref.ref[LowRankAdamW], norm: VisibleNorm) -> None:
-        self._optimizer, self._norm = optimizer, norm
+    def __init__(self, optimizer: weakref.ref[LowRankAdamW], norm: VisibleNorm, follow_accelerate: bool) -> None:
+        self._optimizer, self._norm, self._follow_accelerate = optimizer, norm, follow_accelerate
 
     def __call__(self, *_: object) -> None:
         self._norm.forget()
-        optimizer, accelerate = self._optimizer(), sys.modules.get("accelerate.state")
-        state: Callable[[], Any] | None = getattr(accelerate, "GradientState", None)
-        # Where accelerate is imported and not used, its state is not made and the loop sets the flag itself.
-        if optimizer is not None and state is not None and state._shared_state:  # type: ignore[attr-defined]
-            optimizer.is_last_micro_batch = bool(state().sync_gradients)
+        optimizer = self._optimizer()
+        if optimizer is not None and self._follow_accelerate:
+            from accelerate.state import GradientState
+
+            optimizer.is_last_micro_batch = bool(GradientState().sync_gradients)

@@ -52,7 +52,7 @@ class QGaLoreCallback:
             if problem:
                 raise ValueError(problem)
             self.update_in_backward = True  # as the factory was told
-        self._connection = connect(trained, model, self.update_in_backward)
+        self._connection = connect(trained, model, self.update_in_backward, follow_accelerate=True)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Detach."""
@@ -101,7 +101,7 @@ class OptimizerFactory:
             names = converted or linear_names(model)
         optimizer = optimizer_class(low_rank_param_groups(model, names, config), **options)
         without_ddp(model)
-        connect(optimizer, model, update_in_backward)
+        connect(optimizer, model, update_in_backward, follow_accelerate=True)
         return optimizer
 
 
