@@ -305,11 +305,20 @@ class LowRankAdamW(Optimizer):
         """
         if self.update_in_backward:
             raise RuntimeError("clip_grad_norm_ needs all gradients at once: attach with update_in_backward=False")
-        self._collect()
-        self._clip_factor = (max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0)
+        self.collect()
+        self.scale_gradients((max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0))
 
-    def _collect(self) -> None:
-        """Take the `.grad` of parameters that no hook watches, and what only an early micro-batch has reached."""
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Let the next `step` scale all gradients that it updates with by a factor, ()."""
+        self._clip_factor = factor
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Make the gradients of this update final where they are not, so that `grad_norm` is that of all of them.
+
+        That is the `.grad` of parameters that no hook watches, and what only an early micro-batch has reached. `step`
+        and `clip_grad_norm_` begin with it.
+        """
         for param, weight in self._weights.items():
             if weight.layer is None:  # others were looked at when they were attached
                 weight.check()
@@ -327,7 +336,7 @@ class LowRankAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._collect()
+        self.collect()
         waiting = [weight for weight in self._weights.values() if weight.gradient.is_final]
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())

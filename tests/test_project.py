@@ -53,7 +53,7 @@ def test_the_library_needs_torch_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
-    lazy = {"datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib"}
+    lazy = {"accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib"}
     assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
 
 
@@ -90,7 +90,8 @@ ROOMS = [
     "qgalore.torch_internals", "qgalore.seeding", "qgalore.config", "qgalore.recipes", "qgalore.kernels",
     "qgalore.layer", "qgalore.subspace", "qgalore.update",
     "qgalore.param_groups", "qgalore.saved_state", "qgalore.optimizer", "qgalore.adafactor",
-    "qgalore.training_summary", "qgalore.from_model", "qgalore.compat", "qgalore.graphs", "qgalore",
+    "qgalore.training_summary", "qgalore.from_model", "qgalore.integrations", "qgalore.compat", "qgalore.graphs",
+    "qgalore",
     "peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config",
     "peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build", "peft_pretraining.evaluation",
     "peft_pretraining.memory", "peft_pretraining.dry_run", "peft_pretraining.checkpoint",
