@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from qgalore.config import WeightFormat
 from qgalore.layer.export import save_floats_too
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.linear_names import is_conv1d, module_of
+from qgalore.layer.linear_names import is_conv1d, linears_in_words, module_of
 
 
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
@@ -29,7 +29,7 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
     if not chosen:
         raise ValueError(
             f"convert_linears got no names: nothing of {type(model).__name__} would be converted; give those of linear "
-            "layers, such as linear_names finds"
+            f"layers, such as linear_names finds; its linear layers: {linears_in_words(model) or 'none'}"
         )
     # By id: each float weight is freed as soon as its layer is replaced.
     holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
