@@ -11,6 +11,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qgalore.adafactor import GaLoreAdafactor
     from qgalore.config import SubspaceConfig, WeightFormat
     from qgalore.from_model import optimizer_for
     from qgalore.layer.conversion import convert_linears
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LowRankLinear",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "adafactor": ("GaLoreAdafactor",),
     "config": ("SubspaceConfig", "WeightFormat"),
     "from_model": ("optimizer_for",),
     "layer.conversion": ("convert_linears",),

@@ -190,13 +190,13 @@ class QGaLoreAdamW8bit_simulate(QGaLoreAdamW8bit):  # noqa: N801 (its name there
             with torch.enable_grad():
                 loss = closure()
         simulated = {layer.weight: layer for model in _models_of(self._weights) for layer in _layers(model)}
-        held = {param: layer for param, layer in simulated.items() if param in self._weights}
-        for param, layer in held.items():
+        ours = {param: layer for param, layer in simulated.items() if param in self._weights}
+        for param, layer in ours.items():
             self._weights[param].layer = layer
         try:
             super().step()
         finally:
-            for param in held:
+            for param in ours:
                 if param.is_floating_point():
                     self._weights[param].layer = None
         return loss

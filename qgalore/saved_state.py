@@ -81,8 +81,9 @@ def _check_codes_have_state(owners: Mapping[Any, Tensor], state: Mapping[Any, An
     if by_name and codes and not any(state.get(key) for key in codes):
         raise ValueError(
             f"the state to load has none of the quantized weights ({codes[0]} is one): set_optimizer_state_dict of "
-            "torch.distributed.checkpoint leaves out parameters without requires_grad; give what "
-            "get_optimizer_state_dict returned (not flattened) to this optimizer's load_state_dict"
+            "torch.distributed.checkpoint leaves out parameters without requires_grad; save and load with "
+            "qgalore.integrations.TrainingState, or give what get_optimizer_state_dict returned (not flattened) to "
+            "this optimizer's load_state_dict"
         )
 
 

@@ -353,7 +353,6 @@ def test_a_trainer_resumes_to_the_bit(storage: str, door: str, tmp_path: Path) -
 
 def test_a_trainer_resumes_a_model_that_save_pretrained_has_saved(tmp_path: Path) -> None:
     """What it writes has the codes, beside the floats of `from_pretrained`."""
-    pytest.importorskip("qgalore.layer.export", reason="until save_pretrained writes quantized weights")
     trained = []
     for resume in (False, True):
         model = causal("int8", wrapped=False)

@@ -93,8 +93,6 @@ def run(heading: str) -> dict[str, Any]:
 
 def needs(heading: str) -> None:
     """Skip without the packages of a section."""
-    if heading in ("Hugging Face's Trainer", "axolotl", "unsloth"):
-        pytest.importorskip("qgalore.layer.export", reason="until save_pretrained writes quantized weights")
     for package in NEEDED.get(heading, []):
         if package == "unsloth" and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")

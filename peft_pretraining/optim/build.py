@@ -22,6 +22,8 @@ from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
+from qgalore.layer.conversion import low_rank_linear
+from qgalore.layer.linear_names import is_conv1d
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update.all_reduce import AllReduce
 
@@ -43,12 +45,12 @@ def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs)
 
     def convert(model: CausalLM, name: str) -> None:
         linear = model.get_submodule(name)
-        if optimizer.is_low_rank and isinstance(linear, nn.Linear) and model.is_decoder_matrix(name):
+        is_linear = isinstance(linear, nn.Linear) or is_conv1d(linear)
+        if optimizer.is_low_rank and is_linear and model.is_decoder_matrix(name):
             parent, _, child = name.rpartition(".")
             # What is computed again for the backward pass can be freed before the gradient of it is made.
             options = {"pads_output": model.pads_output(name), "frees_input": model.recomputes(name)}
-            layer = LowRankLinear.from_linear(linear, format, **options)
-            setattr(model.get_submodule(parent), child, layer)
+            setattr(model.get_submodule(parent), child, low_rank_linear(linear, format, **options))
 
     return convert
 

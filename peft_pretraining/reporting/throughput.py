@@ -5,6 +5,7 @@ multiplied, plus 12 x layers x hidden x length for attention; recomputed activat
 Peaks are the makers' dense bfloat16 figures.
 """
 
+import math
 import resource
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qgalore import LowRankLinear
+from qgalore.layer.linear_names import linear_layers, shape_of
 
 GIGABYTE = 10**9
 
@@ -43,7 +44,7 @@ PEAK_FLOPS: Mapping[str, float] = {
 
 def matmul_parameters(model: nn.Module) -> int:
     """The number of weights of all linear layers, quantized or not, without the embedding."""
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear | LowRankLinear))
+    return sum(math.prod(shape_of(layer)) for layer in linear_layers(model).values())
 
 
 def train_flops_per_token(matmul_parameters: int, num_layers: int, hidden_size: int, max_length: int) -> float:

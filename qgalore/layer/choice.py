@@ -49,15 +49,15 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
         in_blocks, layers = is_in_blocks(model), linear_layers(model)
         linears = [x for x in layers if in_blocks(x) and not any(layers[x] is head for head in heads)]
         chosen = [name for name in stacks if in_blocks(name)]
-        said = "none of its linear layers is in a repeated block: give names"
+        problem = "none of its linear layers is in a repeated block: give names"
     else:
         linears, chosen = _named(model, [names] if isinstance(names, str) else list(names), list(stacks))
-        said = "names is empty"
+        problem = "names is empty"
     if not linears and not chosen:
         found = linears_in_words(model) or "none"
         if stacks:
             found += f"; its stacks of matrices: {in_words({n: ' x '.join(map(str, s)) for n, s in stacks.items()})}"
-        raise ValueError(f"nothing of {type(model).__name__} would be low-rank: {said}. Its linear layers: {found}")
+        raise ValueError(f"nothing of {type(model).__name__} would be low-rank: {problem}. Its linear layers: {found}")
     holders = Counter(id(param) for module in modules.values() for param in module._parameters.values())
     float_only = {name: why for name in linears if (why := _why_float(model, name, holders))}
     for name in linears:

@@ -14,6 +14,13 @@ from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import is_conv1d, linears_in_words, module_of
 
 
+def low_rank_linear(linear: nn.Module, format: WeightFormat, **options: bool) -> LowRankLinear:
+    """A `LowRankLinear` instead of an `nn.Linear` or a `Conv1D` of transformers; options as of `LowRankLinear`."""
+    if isinstance(linear, nn.Linear):
+        return LowRankLinear.from_linear(linear, format, **options)
+    return LowRankLinear.from_conv1d(linear, format, **options)
+
+
 def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat) -> None:
     """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
 
@@ -50,8 +57,7 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
             )
         if holders[id(linear.weight)] > 1:
             raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")
-        make = LowRankLinear.from_linear if isinstance(linear, nn.Linear) else LowRankLinear.from_conv1d
-        layer = make(linear, format)  # type: ignore[arg-type]
+        layer = low_rank_linear(linear, format)
         for parent, child in parents[id(linear)]:
             setattr(parent, child, layer)
     if format.stored_bits is not None:

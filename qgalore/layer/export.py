@@ -48,7 +48,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype | None = None) -> No
     layers: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
     weights = WeakIdKeyDictionary()
     lost: list[str] = []
-    for name, key in _places(model):
+    for name, key in _layer_keys(model):
         parent = model.get_submodule(name)
         layer = parent._modules[key]
         assert isinstance(layer, LowRankLinear)
@@ -173,7 +173,7 @@ def _quantized_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     }
 
 
-def _places(model: nn.Module) -> list[tuple[str, str]]:
+def _layer_keys(model: nn.Module) -> list[tuple[str, str]]:
     """Where a model holds low-rank layers, each as the name of the parent and the key there; they are not kept."""
     return [
         (name, key)

@@ -108,14 +108,8 @@ class Weight:
                 f"weight_decay of {self.name}, the weight of a LowRankLinear, is decoupled (AdamW): leave "
                 "decoupled_weight_decay=False out or set weight_decay=0"
             )
-        if self.config is None:
-            return
-        rank, shape = self.config.rank, tuple(self.shape)
-        if len(shape) != 2:
-            raise ValueError(f"parameter {self.name} of shape {shape} is not a matrix: it cannot have a rank")
-        for side in self.subspace.sides:
-            if rank > shape[0 if side == "left" else 1]:
-                raise ValueError(f"rank={rank} is larger than the {side} side of {self.name}, of shape {shape}")
+        if self.config is not None:
+            self.config.check_shape(tuple(self.shape), self.name)
 
     def init_state(self) -> None:
         """Put the state of a weight without updates into the optimizer's, unless it has one."""
