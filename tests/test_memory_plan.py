@@ -273,7 +273,8 @@ def test_projecting_takes_what_is_planned(name: str, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     layer = model.get_submodule(f"model.layers.0.{name}")
-    (weight,), run = optimizer.weights_of(layer), run_of(WIDE_FLAGS, WIDE)
+    (weight,) = [weight for weight in optimizer.weights_of(layer) if weight.config is not None]
+    run = run_of(WIDE_FLAGS, WIDE)
     grad, x = torch.randn(8, layer.out_features), torch.randn(8, layer.in_features)
     with torch.no_grad():
         taken = profiled_peak(lambda: weight.accumulate(grad, x))
@@ -331,7 +332,7 @@ def test_what_a_layer_holds_is_exact(tmp_path: Path) -> None:
     _, model, optimizer = built(f"{PER_LAYER} --device cpu --batch_size 2 --max_length 8", RAGGED, tmp_path)
     train(model, optimizer)
     layers: list[Any] = [model.get_submodule(name) for name in low_rank_names(model)][:7]
-    weights: list[Any] = optimizer.weights_of(model.model.layers[0])[:7]
+    weights = [weight for weight in optimizer.weights_of(model.model.layers[0]) if weight.config is not None]
     flags = f"{PER_LAYER} --device cuda --batch_size 2"
     run = PassingBytes(run_of(flags, RAGGED))
     with cached_weights(layers, torch.bfloat16), cached_bases(weights, torch.bfloat16):

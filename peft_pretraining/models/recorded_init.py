@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from qgalore.torch_internals import internal
 
 _WRITES_ALL = ("normal_", "uniform_", "fill_", "zero_", "copy_")
 """Operations after which nothing is left of what was there before."""
@@ -65,7 +66,10 @@ class InitialValue:
         return whole
 
 
-class InitRecorder(TorchDispatchMode):
+_DispatchMode: Any = internal("torch.utils._python_dispatch.TorchDispatchMode")
+
+
+class InitRecorder(_DispatchMode):
     """In its context modules are made with parameters on the meta device, whose initialisation is noted."""
 
     def __init__(self) -> None:
