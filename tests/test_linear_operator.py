@@ -177,9 +177,9 @@ def test_the_operators_are_what_they_are_declared_to_be(format: str, inputs: int
     for proxies in ([layer.proxy for layer in layers], []):
         arguments = (x.clone().requires_grad_(), stored, proxies, handles, storage, widths, adjacent, False)
         opcheck(operators.grouped_linear.default, arguments)
-    opcheck(operators.grouped_linear_accumulate.default, (grads, x, handles, inputs, adjacent))
+    opcheck(operators.linear_group_accumulate.default, (grads, x, handles, inputs, adjacent))
     detached = [tensor.detach() for tensor in stored]
-    opcheck(operators.grouped_linear_input_gradient.default, (grads, detached, handles, storage, inputs, []))
+    opcheck(operators.linear_group_input_gradient.default, (grads, detached, handles, storage, inputs, []))
 
 
 @pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"], FORMATS["float"]], ids=["int8", "int4", "float"])

@@ -2,7 +2,7 @@
 
 Autograd cannot hand an integer parameter a gradient, nor should it form a full one. So the backward pass gives the two
 factors of a weight's gradient, that of the output and the input, to the layer's *gradient sink*, which the optimizer
-attaches to it. An empty leaf, the *proxy leaf*, stands for the weight in autograd's graph: it makes the backward pass
+attaches to it. A scalar leaf, the *proxy leaf*, stands for the weight in autograd's graph: it makes the backward pass
 run even where the input needs no gradient, and its post-accumulate hook fires once a backward pass, after every use of
 the weight.
 
@@ -135,14 +135,15 @@ _library = torch.library.Library("qgalore", "DEF")
 _HANDLES = f"{internal('torch._library.opaque_object.get_opaque_type_name')(WeightHandle)}[] handles"
 # stored: of each layer its float weight, or its codes, scales and zero points. proxies: of the layers, none where only
 # the input gets a gradient. adjacent: the gradients of so many first outputs are multiplied at once.
-_FORWARD = f"""grouped_linear(
+_FORWARD = f"""linear_group(
     Tensor input, Tensor[] stored, Tensor[] proxies, {_HANDLES}, int[] storage, int[] widths, int adjacent,
     bool frees_input) -> Tensor[]"""
 # Apart from the input's gradient, so that the input can be freed before a gradient of its size is made, which then
-# needs what this one returns: the gradients of the proxy leaves, which hold no values.
-_ACCUMULATE = f"""grouped_linear_accumulate(
+# needs what this one returns: the gradients of the proxy leaves, whose values are never read. They are scalars, since
+# inductor drops what makes tensors without elements, once those of a layer that is used twice are added up.
+_ACCUMULATE = f"""linear_group_accumulate(
     Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent) -> Tensor[]"""
-_INPUT_GRADIENT = f"""grouped_linear_input_gradient(
+_INPUT_GRADIENT = f"""linear_group_input_gradient(
     Tensor[] grad_outputs, Tensor[] stored, {_HANDLES}, int[] storage, int width, Tensor[] after) -> Tensor"""
 # Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
 for _schema in (_FORWARD, _ACCUMULATE, _INPUT_GRADIENT):
@@ -162,7 +163,7 @@ def _rows(factor: Tensor) -> Tensor:
     return padded.reshape(-1, padded.shape[-1])
 
 
-@torch.library.impl(_library, "grouped_linear", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "linear_group", "CompositeExplicitAutograd")
 def _forward(
     input: Tensor,
     stored: list[Tensor],
@@ -179,7 +180,7 @@ def _forward(
     ]
 
 
-@torch.library.impl(_library, "grouped_linear_accumulate", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "linear_group_accumulate", "CompositeExplicitAutograd")
 def _accumulate(
     grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], columns: int, adjacent: int
 ) -> list[Tensor]:
@@ -189,7 +190,7 @@ def _accumulate(
     for sink, grad, projected in zip(sinks, grads, project_grouped(sinks, factor), strict=True):
         if sink is not None:
             sink.accumulate(grad, factor, projected)
-    return [input.new_empty(0, dtype=torch.float32) for _ in handles]
+    return [input.new_empty((), dtype=torch.float32) for _ in handles]
 
 
 def _accumulate_whole(sinks: Sequence[GradientSink | None], grads: Sequence[Tensor], input: Tensor) -> int:
@@ -205,7 +206,7 @@ def _accumulate_whole(sinks: Sequence[GradientSink | None], grads: Sequence[Tens
     return len(sinks)
 
 
-@torch.library.impl(_library, "grouped_linear_input_gradient", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "linear_group_input_gradient", "CompositeExplicitAutograd")
 def _input_gradient(
     grad_outputs: list[Tensor],
     stored: list[Tensor],
@@ -227,17 +228,17 @@ def _input_gradient(
     return total
 
 
-@torch.library.register_fake("qgalore::grouped_linear")
+@torch.library.register_fake("qgalore::linear_group")
 def _(input: Tensor, *rest: Any) -> list[Tensor]:
     return [input.new_empty(*input.shape[:-1], width) for width in rest[4]]
 
 
-@torch.library.register_fake("qgalore::grouped_linear_accumulate")
+@torch.library.register_fake("qgalore::linear_group_accumulate")
 def _(grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], *rest: Any) -> list[Tensor]:
-    return [input.new_empty(0, dtype=torch.float32) for _ in handles]
+    return [input.new_empty((), dtype=torch.float32) for _ in handles]
 
 
-@torch.library.register_fake("qgalore::grouped_linear_input_gradient")
+@torch.library.register_fake("qgalore::linear_group_input_gradient")
 def _(grad_outputs: list[Tensor], *rest: Any) -> Tensor:
     return grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], rest[3])
 
@@ -253,13 +254,13 @@ def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
     stored, handles, after = list(ctx.saved_tensors), ctx.handles, []
     grad, count = None, len(handles)
     if ctx.trains:
-        after = torch.ops.qgalore.grouped_linear_accumulate(
+        after = torch.ops.qgalore.linear_group_accumulate(
             grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent
         )
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
         for start, stop in itertools.pairwise((0, *range(ctx.adjacent, count + 1))):
-            part = torch.ops.qgalore.grouped_linear_input_gradient(
+            part = torch.ops.qgalore.linear_group_input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
                 ctx.width, after[start:stop] if ctx.frees_input else [],
             )  # fmt: skip
@@ -267,4 +268,4 @@ def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
     return grad, [None] * len(stored), after, None, None, None, None, None
 
 
-torch.library.register_autograd("qgalore::grouped_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("qgalore::linear_group", _backward, setup_context=_setup_context)
