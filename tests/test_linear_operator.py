@@ -176,7 +176,7 @@ def test_the_operators_are_what_they_are_declared_to_be(format: str, inputs: int
     grads = [normal(2, 5, width) for width in widths]
     for proxies in ([layer.proxy for layer in layers], []):
         arguments = (x.clone().requires_grad_(), stored, proxies, handles, storage, widths, adjacent, False)
-        opcheck(operators.grouped_linear.default, arguments)
+        opcheck(operators.linear_group.default, arguments)
     opcheck(operators.linear_group_accumulate.default, (grads, x, handles, inputs, adjacent))
     detached = [tensor.detach() for tensor in stored]
     opcheck(operators.linear_group_input_gradient.default, (grads, detached, handles, storage, inputs, []))
