@@ -176,7 +176,9 @@ def test_the_operators_are_what_they_are_declared_to_be(format: str, inputs: int
     grads = [normal(2, 5, width) for width in widths]
     for proxies in ([layer.proxy for layer in layers], []):
         arguments = (x.clone().requires_grad_(), stored, proxies, handles, storage, widths, adjacent, False)
-        opcheck(operators.linear_group.default, arguments)
+        # The gradients of proxy leaves have values that nobody reads or sets, so no two ways of running give the same.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        opcheck(operators.linear_group.default, arguments, **({"test_utils": tests} if proxies else {}))
     opcheck(operators.linear_group_accumulate.default, (grads, x, handles, inputs, adjacent))
     detached = [tensor.detach() for tensor in stored]
     opcheck(operators.linear_group_input_gradient.default, (grads, detached, handles, storage, inputs, []))
