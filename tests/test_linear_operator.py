@@ -179,7 +179,7 @@ def test_the_operators_are_what_they_are_declared_to_be(format: str, inputs: int
         # The gradients of proxy leaves have values that nobody reads or sets, so no two ways of running give the same.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         opcheck(operators.linear_group.default, arguments, **({"test_utils": tests} if proxies else {}))
-    opcheck(operators.linear_group_accumulate.default, (grads, x, handles, inputs, adjacent))
+    opcheck(operators.linear_group_accumulate.default, (grads, x, handles, inputs, adjacent), test_utils=tests)
     detached = [tensor.detach() for tensor in stored]
     opcheck(operators.linear_group_input_gradient.default, (grads, detached, handles, storage, inputs, []))
 
