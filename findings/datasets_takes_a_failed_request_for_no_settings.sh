@@ -59,9 +59,9 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-hub = ThreadingHTTPServer(("localhost", 0), Hub)
+hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=hub.serve_forever, daemon=True).start()
-os.environ |= {"HF_ENDPOINT": f"http://localhost:{hub.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {"HF_ENDPOINT": "http://{}:{}".format(*hub.server_address), "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_CACHE": f"{sys.argv[1]}/before", "HF_HOME": sys.argv[1]}
 import datasets
 import huggingface_hub
