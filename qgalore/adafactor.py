@@ -117,15 +117,9 @@ class AdafactorWeight(Weight):
             shapes["exp_avg"] = shape
         return {name: torch.zeros(each, device=device) for name, each in shapes.items()}
 
-    def init_state(self) -> None:
+    def _init_moments(self) -> None:
         """See `Weight`."""
-        if self.state:
-            return
-        self.check()
-        self._states[self.param] = self.state
-        self.state["step"] = torch.zeros((), dtype=torch.int64)
         self.state.update(self._moments(self.param.device))
-        self.subspace.init_state()
 
     def _add(self, dtype: torch.dtype, parts: Iterable[tuple[str, Tensor]]) -> None:
         super()._add(torch.float32 if self.config is _WHOLE else dtype, parts)

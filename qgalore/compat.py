@@ -57,13 +57,17 @@ def _named(kind: str, given: Sequence[Any], others: Mapping[str, Any]) -> dict[s
     return named | dict(others)
 
 
-def _keep_interval(group: dict[str, Any]) -> None:
-    """Leave out the lazy rule, which GaLore does not have, where a param group does not ask for it."""
-    if group.get("rank") is not None:
-        group.setdefault("gamma_proj", 1)
+class _FixedInterval(optimizer.LowRankAdamW):
+    """Leaves out the lazy rule, which GaLore does not have, where a param group does not ask for it."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `qgalore.optimizer.LowRankAdamW`."""
+        if param_group.get("rank") is not None:
+            param_group.setdefault("gamma_proj", 1)
+        super().add_param_group(param_group)
 
 
-class GaLoreAdamW(optimizer.GaLoreAdamW):
+class GaLoreAdamW(_FixedInterval, optimizer.GaLoreAdamW):
     """`galore_torch.GaLoreAdamW`."""
 
     def __init__(
@@ -79,13 +83,8 @@ class GaLoreAdamW(optimizer.GaLoreAdamW):
         """others: correct_bias, no_deprecation_warning; named: these, and those of `qgalore.GaLoreAdamW`."""
         super().__init__(params, lr, betas, eps, weight_decay, **_named("adamw", others, named))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See `qgalore.GaLoreAdamW`."""
-        _keep_interval(param_group)
-        super().add_param_group(param_group)
 
-
-class GaLoreAdamW8bit(optimizer.GaLoreAdamW8bit):
+class GaLoreAdamW8bit(_FixedInterval, optimizer.GaLoreAdamW8bit):
     """`galore_torch.GaLoreAdamW8bit`, whose weight_decay is 0.01 where none is given."""
 
     def __init__(
@@ -101,19 +100,9 @@ class GaLoreAdamW8bit(optimizer.GaLoreAdamW8bit):
         """others: amsgrad and what follows it there; named: these, and those of `qgalore.GaLoreAdamW8bit`."""
         super().__init__(params, lr, betas, eps, weight_decay, **_named("adamw8bit", others, named))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See `qgalore.GaLoreAdamW8bit`."""
-        _keep_interval(param_group)
-        super().add_param_group(param_group)
 
-
-class GaLoreAdafactor(_GaLoreAdafactor):
+class GaLoreAdafactor(_FixedInterval, _GaLoreAdafactor):
     """`galore_torch.GaLoreAdafactor`."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See `qgalore.adafactor.GaLoreAdafactor`."""
-        _keep_interval(param_group)
-        super().add_param_group(param_group)
 
 
 class QGaLoreAdamW8bit(optimizer.QGaLoreAdamW8bit):

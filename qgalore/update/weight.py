@@ -118,9 +118,13 @@ class Weight:
         self.check()
         self._states[self.param] = self.state
         self.state["step"] = torch.zeros((), dtype=torch.int64)
+        self._init_moments()
+        self.subspace.init_state()
+
+    def _init_moments(self) -> None:
+        """Put moments of zero into the state."""
         shape, device = self.subspace.gradient_shape, self.param.device
         moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
-        self.subspace.init_state()
 
     # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
 
