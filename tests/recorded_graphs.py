@@ -87,9 +87,9 @@ class RecordedGraph(TorchDispatchMode):
 
 
 OPERATORS = {
-    "linear_group": "_forward",
-    "linear_group_accumulate": "_accumulate",
-    "linear_group_input_gradient": "_input_gradient",
+    "grouped_linear": "_forward",
+    "grouped_linear_accumulate": "_accumulate",
+    "grouped_linear_input_gradient": "_input_gradient",
 }
 """Our operators, and the functions that they are."""
 

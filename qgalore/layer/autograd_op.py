@@ -9,7 +9,8 @@ the weight.
 The forward operator and that of the input's gradient are functions of tensors: the stored weights and integers that say
 how they are stored. The operator of the sinks writes into them. A sink is no tensor (what it adds up and what it reads
 changes where a subspace is refreshed), so it comes as an opaque object, a `WeightHandle`, the one operand that may
-change. The gradients of the proxy leaves are its outputs: so a compiler can neither drop a call nor make two of one.
+change. The gradients of the proxy leaves, zeros, are its output: so a compiler can neither drop a call nor make two of
+one.
 
 Layers with the same input are one node, so their factors are there at the same time. Where several sinks begin with the
 product of the input and a basis, those are one product, which reads the input once: 85 -> 61 us for queries, keys and
@@ -135,16 +136,16 @@ _library = torch.library.Library("qgalore", "DEF")
 _HANDLES = f"{internal('torch._library.opaque_object.get_opaque_type_name')(WeightHandle)}[] handles"
 # stored: of each layer its float weight, or its codes, scales and zero points. proxies: of the layers, none where only
 # the input gets a gradient. adjacent: the gradients of so many first outputs are multiplied at once.
-_FORWARD = f"""linear_group(
+_FORWARD = f"""grouped_linear(
     Tensor input, Tensor[] stored, Tensor[] proxies, {_HANDLES}, int[] storage, int[] widths, int adjacent,
     bool frees_input) -> Tensor[]"""
 # Apart from the input's gradient, so that the input can be freed before a gradient of its size is made, which then
-# needs what this one returns: the gradients of the proxy leaves, whose values are never read. They are scalars, since
+# needs what this one returns: (layers,) zeros, the gradients of the proxy leaves. They have an element each, since
 # inductor drops what makes tensors without elements, once those of a layer that is used twice are added up.
-_ACCUMULATE = f"""linear_group_accumulate(
-    Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent) -> Tensor[]"""
-_INPUT_GRADIENT = f"""linear_group_input_gradient(
-    Tensor[] grad_outputs, Tensor[] stored, {_HANDLES}, int[] storage, int width, Tensor[] after) -> Tensor"""
+_ACCUMULATE = f"""grouped_linear_accumulate(
+    Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent) -> Tensor"""
+_INPUT_GRADIENT = f"""grouped_linear_input_gradient(
+    Tensor[] grad_outputs, Tensor[] stored, {_HANDLES}, int[] storage, int width, Tensor? after) -> Tensor"""
 # Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
 for _schema in (_FORWARD, _ACCUMULATE, _INPUT_GRADIENT):
     _library.define(" ".join(_schema.split()), tags=torch.Tag.flexible_layout)
@@ -163,7 +164,7 @@ def _rows(factor: Tensor) -> Tensor:
     return padded.reshape(-1, padded.shape[-1])
 
 
-@torch.library.impl(_library, "linear_group", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "grouped_linear", "CompositeExplicitAutograd")
 def _forward(
     input: Tensor,
     stored: list[Tensor],
@@ -180,17 +181,17 @@ def _forward(
     ]
 
 
-@torch.library.impl(_library, "linear_group_accumulate", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "grouped_linear_accumulate", "CompositeExplicitAutograd")
 def _accumulate(
     grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], columns: int, adjacent: int
-) -> list[Tensor]:
+) -> Tensor:
     sinks, grads, factor = [handle.sink for handle in handles], list(map(_rows, grad_outputs)), _rows(input)
     done = _accumulate_whole(sinks[:adjacent], grads[:adjacent], factor[:, :columns]) if adjacent > 1 else 0
     sinks, grads = sinks[done:], grads[done:]
     for sink, grad, projected in zip(sinks, grads, project_grouped(sinks, factor), strict=True):
         if sink is not None:
             sink.accumulate(grad, factor, projected)
-    return [input.new_empty((), dtype=torch.float32) for _ in handles]
+    return input.new_zeros(len(handles), dtype=torch.float32)
 
 
 def _accumulate_whole(sinks: Sequence[GradientSink | None], grads: Sequence[Tensor], input: Tensor) -> int:
@@ -206,14 +207,14 @@ def _accumulate_whole(sinks: Sequence[GradientSink | None], grads: Sequence[Tens
     return len(sinks)
 
 
-@torch.library.impl(_library, "linear_group_input_gradient", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "grouped_linear_input_gradient", "CompositeExplicitAutograd")
 def _input_gradient(
     grad_outputs: list[Tensor],
     stored: list[Tensor],
     handles: list[WeightHandle],
     storage: list[int],
     width: int,
-    after: list[Tensor],
+    after: Tensor | None,
 ) -> Tensor:
     weights, cached = _weights(stored, storage), [handle.cached for handle in handles]
     grads = [with_padded_columns(grad) for grad in grad_outputs]
@@ -228,17 +229,17 @@ def _input_gradient(
     return total
 
 
-@torch.library.register_fake("qgalore::linear_group")
+@torch.library.register_fake("qgalore::grouped_linear")
 def _(input: Tensor, *rest: Any) -> list[Tensor]:
     return [input.new_empty(*input.shape[:-1], width) for width in rest[4]]
 
 
-@torch.library.register_fake("qgalore::linear_group_accumulate")
-def _(grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], *rest: Any) -> list[Tensor]:
-    return [input.new_empty((), dtype=torch.float32) for _ in handles]
+@torch.library.register_fake("qgalore::grouped_linear_accumulate")
+def _(grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], *rest: Any) -> Tensor:
+    return input.new_empty(len(handles), dtype=torch.float32)
 
 
-@torch.library.register_fake("qgalore::linear_group_input_gradient")
+@torch.library.register_fake("qgalore::grouped_linear_input_gradient")
 def _(grad_outputs: list[Tensor], *rest: Any) -> Tensor:
     return grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], rest[3])
 
@@ -251,21 +252,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
-    stored, handles, after = list(ctx.saved_tensors), ctx.handles, []
-    grad, count = None, len(handles)
+    stored, handles = list(ctx.saved_tensors), ctx.handles
+    grad, after, count = None, None, len(handles)
     if ctx.trains:
-        after = torch.ops.qgalore.linear_group_accumulate(
+        after = torch.ops.qgalore.grouped_linear_accumulate(
             grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent
         )
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
         for start, stop in itertools.pairwise((0, *range(ctx.adjacent, count + 1))):
-            part = torch.ops.qgalore.linear_group_input_gradient(
+            part = torch.ops.qgalore.grouped_linear_input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
-                ctx.width, after[start:stop] if ctx.frees_input else [],
+                ctx.width, after if ctx.frees_input else None,
             )  # fmt: skip
             grad = part if grad is None else grad + part
-    return grad, [None] * len(stored), after, None, None, None, None, None
+    proxies = [] if after is None else list(after.unbind())
+    return grad, [None] * len(stored), proxies, None, None, None, None, None
 
 
-torch.library.register_autograd("qgalore::linear_group", _backward, setup_context=_setup_context)
+torch.library.register_autograd("qgalore::grouped_linear", _backward, setup_context=_setup_context)
