@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_engine_steps, cpu_runs
+from benchmarks import bench_engine_steps, code_size, cpu_runs, same_bits
 from tests.small_run import SmallRun, flags_of, restored_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,3 +86,31 @@ def test_a_row_of_a_run_on_a_cpu(tmp_path: Path) -> None:
     assert cpu_runs.main([*argv, "--", "true"]) == 0 and float(only_row(path)["seconds"]) < 60
     path.unlink()
     assert cpu_runs.main([*argv, "--", "false"]) == 1 and not path.exists(), "a run that failed is no row"
+
+
+def test_a_row_of_the_size_of_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "code_size.csv"
+    assert code_size.main(["--commit", "abc1234", "--results", str(path)]) == 0
+    row, functions = only_row(path), [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert header(path) == header(RESULTS / "code_size.csv") and row["commit"] == "abc1234"
+    assert (
+        functions[0][0] == "layer/autograd_op.py" and ["layer/linear.py", "LowRankLinear.quantized_update"] in functions
+    )
+    assert len(functions) == int(row["gradient_functions"]) > int(row["gradient_functions_in_kernels"]) > 0
+    assert int(row["files"]) > 100 and int(row["lines"]) > 100 * int(row["files"])
+
+
+@pytest.mark.slow
+def test_rows_of_random_settings_in_two_checkouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, path = tmp_path / "other", tmp_path / "same_bits.csv"
+    shutil.copytree(ROOT / "qgalore", other / "qgalore")
+    argv = ["--before", str(other), "--before_commit", "abc1234", "--settings", "3", "--results", str(path)]
+    assert same_bits.main(argv) == 0
+    row = only_row(path)
+    assert header(path) == header(RESULTS / "same_bits.csv")
+    assert (row["before"], row["settings"], row["refused_by_both"], row["differing"]) == ("abc1234", "3", "0", "0")
+    seeding = other / "qgalore/seeding.py"
+    seeding.write_text(seeding.read_text(encoding="utf-8").replace("for part in parts:", "for part in (1, *parts):"))
+    path.unlink()
+    assert same_bits.main(argv) == 1
+    assert int(only_row(path)["differing"]) > 0 and "setting 0: " in capsys.readouterr().out
