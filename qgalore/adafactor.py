@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore import kernels
-from qgalore.config import SubspaceConfig
+from qgalore.config import FULL, SubspaceConfig
 from qgalore.optimizer import LowRankAdamW
 from qgalore.param_groups import is_finite
 from qgalore.seeding import ROUNDING, step_of
@@ -28,7 +28,7 @@ from qgalore.update.directions import Direction
 from qgalore.update.step_table import StepTable
 from qgalore.update.weight import States, Weight
 
-_WHOLE = SubspaceConfig(rank=1, subspace="identity", galore_scale=1.0)
+_WHOLE = SubspaceConfig(rank=FULL, galore_scale=1.0)
 """Of a parameter without a rank. Adafactor needs the whole gradient, not some of its rows at a time."""
 
 

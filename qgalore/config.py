@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+FULL = "full"
+"""The rank of the whole space: nothing is projected, stored or refreshed."""
+
 
 @dataclass(frozen=True)
 class Allowed:
@@ -25,6 +28,8 @@ class Allowed:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[str | int, ...] = ()
+    words: tuple[str, ...] = ()
+    """Values beside numbers."""
     auto: str | Callable[[], str] = ""
     """The default in words, or what gives them, where its value (0, "" or None) means that it is worked out."""
 
@@ -76,15 +81,15 @@ class WeightFormat:
 class SubspaceConfig:
     """The subspace that the gradients of a weight matrix are projected onto: how it is found, refreshed and used."""
 
-    rank: Annotated[int, Allowed("dimensions", at_least=1)]
-    """Dimensions of the subspace of each decoder matrix."""
+    rank: Annotated[int | str, Allowed("dimensions", at_least=1, words=(FULL,))]
+    """Dimensions of the subspace of each decoder matrix; full: the whole space, with no projection."""
     galore_scale: Annotated[float, Allowed("factor", above=0)] = 0.25
     """Multiplier of the projected-back update (alpha in the papers)."""
     proj_type: Annotated[str, Allowed(choices=("std", "reverse_std", "left", "right", "full"))] = "std"
     """Side that is projected: std the smaller one, reverse_std the larger one, full both."""
-    subspace: Annotated[str, Allowed(choices=("svd", "streaming", "identity"))] = "svd"
+    subspace: Annotated[str, Allowed(choices=("svd", "streaming"))] = "svd"
     """How it is found: svd of the full gradient as in the paper, or streaming, one step of subspace iteration from
-    projected gradients alone; identity: the whole space, so that rank and refreshes have no say."""
+    projected gradients alone."""
     svd_method: Annotated[str, Allowed(choices=("full", "randomized"))] = "full"
     """Which SVD the svd subspace uses."""
     update_proj_gap: Annotated[int, Allowed("updates", at_least=1)] = 200
@@ -125,6 +130,10 @@ class SubspaceConfig:
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """Combinations that cannot work, each as a sentence; label(option) names an option with its value."""
+        if self.rank == FULL:
+            given = [label(name) for name in OF_PROJECTIONS if getattr(self, name) != default_of(type(self), name)]
+            none = f"{label('rank')} projects nothing, so that {{}} has no meaning: leave it out, or give a rank"
+            return [none.format(each) for each in given]
         problems = []
         both = self.proj_type == "full"
         if self.subspace == "streaming" and both:
@@ -132,17 +141,12 @@ class SubspaceConfig:
                 f"{label('proj_type')} projects both sides, and {label('subspace')} follows one: use svd, or "
                 "std, reverse_std, left or right"
             )
-        if self.subspace != "svd" and self.svd_method == "randomized":
+        if self.subspace == "streaming" and self.svd_method == "randomized":
             problems.append(f"{label('svd_method')} is for subspaces by SVD: {label('subspace')} needs no SVD")
         if self.residual != "none" and both:
             problems.append(
                 f"{label('residual')} scales across one projected side, and {label('proj_type')} has two: use std, "
                 "reverse_std, left or right"
-            )
-        if self.residual != "none" and self.subspace == "identity":
-            problems.append(
-                f"{label('residual')} brings back what a projection leaves out, and {label('subspace')} leaves out "
-                "nothing: use svd or streaming"
             )
         if 0 < self.max_update_proj_gap < self.update_proj_gap:
             problems.append(
@@ -150,6 +154,13 @@ class SubspaceConfig:
                 "be shorter than the first"
             )
         return problems
+
+    @property
+    def dimensions(self) -> int:
+        """The rank as a number; raises ValueError for the whole space."""
+        if not isinstance(self.rank, int):
+            raise ValueError(f"rank={self.rank!r} is no number of dimensions")
+        return self.rank
 
     @property
     def rotates_moments(self) -> bool:
@@ -174,7 +185,7 @@ class SubspaceConfig:
     def sides(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The sides of an (m, n) matrix that are projected: ("left",), ("right",), both, or none."""
         shorter, longer = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
-        if self.subspace == "identity":
+        if self.rank == FULL:
             return ()
         by_type = {"std": (shorter,), "reverse_std": (longer,), "left": ("left",), "right": ("right",)}
         return by_type.get(self.proj_type, ("left", "right"))
@@ -187,7 +198,7 @@ class SubspaceConfig:
                 "without one"
             )
         for side in self.sides(shape):
-            if self.rank > shape[0 if side == "left" else 1]:
+            if self.dimensions > shape[0 if side == "left" else 1]:
                 raise ValueError(
                     f"rank={self.rank} is larger than the {side} side of {name}, of shape {shape}: give a smaller "
                     "rank, or put it into a param group without one"
@@ -196,7 +207,18 @@ class SubspaceConfig:
     def gradient_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Of the projected gradient of an (m, n) matrix: (rank, n), (m, rank) or (rank, rank)."""
         sides = self.sides(shape)
-        return self.rank if "left" in sides else shape[0], self.rank if "right" in sides else shape[1]
+        rows, columns = shape
+        return self.dimensions if "left" in sides else rows, self.dimensions if "right" in sides else columns
+
+
+def default_of(options: type, name: str) -> Any:
+    """The default of a dataclass's field."""
+    return next(field.default for field in dataclasses.fields(options) if field.name == name)
+
+
+_ALWAYS = {"rank", "galore_scale", "direction"}
+OF_PROJECTIONS = tuple(field.name for field in dataclasses.fields(SubspaceConfig) if field.name not in _ALWAYS)
+"""Options of a `SubspaceConfig` that have no meaning with the rank `FULL`."""
 
 
 @cache
@@ -220,7 +242,10 @@ def _types_of(options: type) -> dict[str, Any]:
 
 def _missed(name: str, value: Any, allowed: Allowed) -> str:
     """What an option of a subspace must be, in words, where its value is not: its type, finite, within its limits."""
+    if value in allowed.words:
+        return ""
     kind = _types_of(SubspaceConfig)[name]
+    kind = get_args(kind)[0] if allowed.words else kind
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if kind is int and not (number and isinstance(value, numbers.Integral)):
         return _with_limits("a whole number", allowed)
@@ -231,7 +256,7 @@ def _missed(name: str, value: Any, allowed: Allowed) -> str:
 
 def _with_limits(what: str, allowed: Allowed) -> str:
     limits = allowed.missed_limits(math.nan)  # misses every limit that there is
-    return f"{what}, {limits}" if limits else what
+    return " or ".join([f"{what}, {limits}" if limits else what, *map(repr, allowed.words)])
 
 
 _SPELLINGS = {
@@ -317,6 +342,8 @@ def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     if options.get("rank") is None:
         return rest
     options = {name: value for name, value in options.items() if value is not None}  # None: not given
+    if options["rank"] == FULL:
+        defaults = {name: value for name, value in defaults.items() if name not in OF_PROJECTIONS}
     try:
         return {**rest, **dataclasses.asdict(SubspaceConfig(**(defaults | options)))}
     except ValueError as error:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qgalore.config import SubspaceConfig, WeightFormat, complete_names, subspace_of
+from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, complete_names, subspace_of
 from qgalore.layer.choice import Choice, choose_matrices
 from qgalore.layer.conversion import convert_linears
 from qgalore.layer.linear import LowRankLinear
@@ -35,7 +35,7 @@ _OF_RUN = {"updates": 0, "tokens_per_update": 65_536, "full_rank_lr": None, "ful
 
 def optimizer_for(
     model: nn.Module,
-    rank: int | None = None,
+    rank: int | str | None = None,
     names: Iterable[str] | None = None,
     *,
     weight_bits: int | None = 8,
@@ -52,7 +52,7 @@ def optimizer_for(
     frozen is converted and stays frozen. What was chosen is printed, on the first rank alone;
     `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before.
 
-    rank: None takes the recipe's share of the width. names: of linear layers, or of stacks, instead of all.
+    rank: "full" for the whole space, without a projection; None takes the recipe's share of the width. names: of linear layers, or of stacks, instead of all.
     weight_bits: 8 or 4, or None for float weights. recipe: "orthogonal" or "paper" (`qgalore.recipes`).
     optimizer_class: holds the bits of the states. update_in_backward: as of `LowRankAdamW.attach`, which may be called
     again, such as with `all_reduce`.
@@ -70,10 +70,11 @@ def optimizer_for(
     format = WeightFormat(weight_bits, **{key: options[key] for key in options.keys() & _OF_FORMAT})
     _check_model(model, choice, format)
     rank = given.rank(_width(choice)) if rank is None else rank
-    low_rank = _subspace(given, options) | {"rank": rank}
+    low_rank = _subspace(given, options, rank) | {"rank": rank}
     arguments, full_rank = _rates(recipe, given, options, optimizer_class)
     # Refuses, before anything is changed, what makes no sense.
-    probe = optimizer_class([{"params": [torch.empty(rank, rank, device="meta")], **low_rank}], **arguments)
+    size = rank if isinstance(rank, int) else 1
+    probe = optimizer_class([{"params": [torch.empty(size, size, device="meta")], **low_rank}], **arguments)
     narrow = _narrow(choice, subspace_of(probe.param_groups[0]), names is not None)
     chosen = [name for name in [*choice.linears, *choice.stacks] if name not in narrow]
     _check_any_trains(model, chosen)
@@ -102,15 +103,18 @@ def _is_first_rank() -> bool:
 
 
 def _check(
-    rank: int | None,
+    rank: int | str | None,
     weight_bits: int | None,
     recipe: str,
     optimizer_class: type[LowRankAdamW],
     options: Mapping[str, Any],
 ) -> None:
     """Raise for arguments that no model makes right."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r} must be a whole number of dimensions, at least 1, or None for the recipe's")
+    if rank not in (None, FULL) and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(
+            f"rank={rank!r} must be a whole number of dimensions, at least 1, {FULL!r} for the whole space, or None for "
+            "the recipe's"
+        )
     if weight_bits not in (8, 4, None):
         raise ValueError(f"weight_bits={weight_bits!r} must be 8 or 4, or None for weights that stay float")
     if recipe not in RECIPES:
@@ -161,10 +165,11 @@ def _width(choice: Choice) -> int:
     return statistics.mode(min(shape) for shape in shapes)
 
 
-def _subspace(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
+def _subspace(recipe: Recipe, options: Mapping[str, Any], rank: int | str) -> dict[str, Any]:
     """The options of the subspace, those that are given under their names or under those of q-galore-torch."""
     given = {key: value for key, value in options.items() if complete_names({key: value}) & _OF_SUBSPACE}
-    return {key: value for key, value in recipe.subspace.items() if key not in complete_names(given)} | given
+    unwanted = complete_names(given).union(OF_PROJECTIONS if rank == FULL else ())
+    return {key: value for key, value in recipe.subspace.items() if key not in unwanted} | given
 
 
 def _rates(
@@ -194,8 +199,7 @@ def _narrow(choice: Choice, config: SubspaceConfig, given: bool) -> dict[str, st
     shapes: dict[str, tuple[int, ...]] = {**choice.linears, **{name: x[1:] for name, x in choice.stacks.items()}}
     found = {}
     for name, shape in shapes.items():
-        short = min((shape[0 if side == "left" else 1] for side in config.sides(shape)), default=config.rank)
-        if config.rank > short:
+        if any(config.dimensions > shape[0 if side == "left" else 1] for side in config.sides(shape)):
             found[name] = _shape(shape)
     if found and (given or len(found) == len(shapes)):
         raise ValueError(
@@ -224,7 +228,7 @@ def _check_any_trains(model: nn.Module, names: Iterable[str]) -> None:
     )
 
 
-def _notes(choice: Choice, narrow: Mapping[str, str], rank: int, weight_bits: int | None) -> tuple[str, ...]:
+def _notes(choice: Choice, narrow: Mapping[str, str], rank: int | str, weight_bits: int | None) -> tuple[str, ...]:
     """What is not as one might expect, in sentences."""
     notes = []
     if narrow:

@@ -21,8 +21,8 @@ class TrainingSummary:
 
     model: str
     """The class of the model."""
-    ranks: tuple[int, ...]
-    """The ranks that there are, in order."""
+    ranks: tuple[int | str, ...]
+    """The ranks that there are, in order; "full" for the whole space."""
     low_rank_matrices: int
     low_rank_values: int
     """In low-rank matrices."""
@@ -58,13 +58,14 @@ def summary(model: nn.Module, optimizer: LowRankAdamW, notes: tuple[str, ...] = 
     low, rest = list[Tensor](), list[Tensor]()
     for group in optimizer.param_groups:
         (low if "rank" in group else rest).extend(group["params"])
+    ranks = {group["rank"] for group in optimizer.param_groups if "rank" in group}
     trained, stored = {*low, *rest}, dict[str, int]()
     for param in low:
         kind = _kind(param, holders.get(param))
         stored[kind] = stored.get(kind, 0) + 1
     return TrainingSummary(
         model=type(model).__name__,
-        ranks=tuple(sorted({group["rank"] for group in optimizer.param_groups if "rank" in group})),
+        ranks=tuple(sorted(ranks, key=lambda rank: (isinstance(rank, str), rank))),
         low_rank_matrices=len(low),
         low_rank_values=sum(_shape(param, holders).numel() for param in low),
         stored_bits=stored,

@@ -196,8 +196,9 @@ def test_a_scalar_parameter_trains() -> None:
 
 @pytest.mark.parametrize("storage", ["plain", "int8"])
 @pytest.mark.parametrize("direction", ["adam", "orthogonal"])
-def test_the_identity_projects_stores_and_refreshes_nothing(direction: str, storage: str) -> None:
-    net, optimizer = build("qgalore8bit", storage, options={"lr": 0.01}, subspace="identity", direction=direction)
+def test_the_whole_space_needs_no_projection_and_no_refresh(direction: str, storage: str) -> None:
+    whole = {"rank": "full", "update_proj_gap": 200, "direction": direction}
+    net, optimizer = build("qgalore8bit", storage, options={"lr": 0.01}, **whole)
     before = values(net)
     losses = train(net, optimizer, range(12))
     weights = list(optimizer.low_rank_weights())

@@ -213,8 +213,6 @@ def test_matrices_that_are_narrower_than_the_rank_train_at_full_rank(capsys: pyt
     for names, rank in ((["model.layers.0.self_attn.k_proj"], 16), (None, 64)):
         with pytest.raises(ValueError, match=rf"rank={rank} is larger than the projected side of model\.layers\."):
             optimizer_for(model_of("llama", num_key_value_heads=1, num_attention_heads=4), rank, names)
-    # The identity projects nothing.
-    optimizer_for(model_of("llama"), 64, subspace="identity")
 
 
 def test_layers_whose_weight_the_model_reads_stay_float(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,20 @@ def test_a_configuration_means_what_its_options_mean_one_by_one() -> None:
         low_rank_param_groups(nn.Sequential(nn.Linear(8, 8)), ["0"], SubspaceConfig(rank=4), rank=8, scale=1.0)
 
 
+def test_the_whole_space_takes_no_options_of_projections() -> None:
+    group = optimizer_of(rank="full", direction="orthogonal").param_groups[0]
+    assert subspace_of(group) == SubspaceConfig(rank="full", direction="orthogonal"), "their class stores bases in INT4"
+    assert complete_group(group) == group
+    for option, value in {"subspace": "streaming", "quant": True, "update_proj_gap": 3, "residual": "fira"}.items():
+        with pytest.raises(
+            ValueError, match=f"rank='full' projects nothing, so that {option}={value!r} has no meaning"
+        ):
+            optimizer_of(rank="full", **{option: value})
+    for rank in ("half", 0, 2.5, True):
+        with pytest.raises(ValueError, match=f"rank={rank!r} must be .*'full'|rank={rank!r} must be at least 1"):
+            optimizer_of(rank=rank)
+
+
 def test_a_param_group_is_the_dict_that_the_caller_has() -> None:
     group = {"params": [nn.Parameter(torch.ones(8, 8))], **THEIRS}
     optimizer = QGaLoreAdamW8bit([group], lr=0.1)

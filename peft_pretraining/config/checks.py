@@ -16,6 +16,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import check_length, check_rank, read_config_json
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
+from qgalore.config import OF_PROJECTIONS
 
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
@@ -36,6 +37,18 @@ def find_problems(args: RunArgs) -> list[str]:
         *_int8_products_problems(args),
         *_subspace_problems(args),
         *_run_problems(args),
+    ]
+
+
+def unused_by_full_rank(args: RunArgs, given: Collection[str]) -> list[str]:
+    """List the flags of projections among those `given` by name where `--rank full` leaves nothing to project."""
+    if not args.optimizer.is_low_rank or args.subspace.projects:
+        return []
+    return [
+        f"--{name} {getattr(args.subspace, name)}".removesuffix(" True")
+        + " has no meaning with --rank full, which projects nothing: leave it out, or give a number of dimensions"
+        for name in OF_PROJECTIONS
+        if name in given
     ]
 
 

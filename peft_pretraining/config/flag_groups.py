@@ -6,13 +6,15 @@ flags: `peft_pretraining.config.parse.parse_args` computes it, so that the rest 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from peft_pretraining.config.flags import Flag, parse_count
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
-from qgalore.config import SubspaceConfig, WeightFormat, subspace_of
+from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
@@ -235,18 +237,30 @@ class SubspaceArgs(SubspaceConfig):
     """The subspace onto which gradients are projected, and its refreshes (galore and q_galore optimizers)."""
 
     # The defaults of the official command line; those of the library are those of q-galore-torch.
-    rank: int = 128
+    rank: int | str = 128
     galore_scale: float = 1.0
     update_proj_gap: int = 50
-    mlp_rank: Annotated[int, Flag("dimensions", at_least=0, auto="rank")] = 0
-    """Dimension of the subspaces of the MLP's matrices."""
+    mlp_rank: Annotated[int | str, Flag("dimensions", at_least=0, words=(FULL,), auto="rank")] = 0
+    """Dimensions of the subspaces of the MLP's matrices, or full."""
 
     def __post_init__(self) -> None:
         """Skip the checks of the base class: `config.checks` reports all problems of a command line together."""
 
-    def config(self) -> SubspaceConfig:
-        """Convert the flags to the library's options."""
-        return subspace_of(vars(self))
+    @property
+    def projects(self) -> bool:
+        """Whether any gradient is projected."""
+        return self.rank != FULL or self.mlp_rank not in (0, FULL)
+
+    def problems(self, label: Callable[[str], str]) -> list[str]:
+        """See `SubspaceConfig`; what has no meaning where nothing is projected is seen where it is given."""
+        return SubspaceConfig.problems(dataclasses.replace(self, rank=1), label) if self.projects else []
+
+    def config(self, of_mlp: bool = False) -> SubspaceConfig:
+        """Convert the flags to the library's options; of_mlp: for the MLP's matrices."""
+        options = vars(self) | {"rank": (of_mlp and self.mlp_rank) or self.rank}
+        if options["rank"] == FULL:
+            options |= {name: default_of(SubspaceConfig, name) for name in OF_PROJECTIONS}
+        return subspace_of(options)
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,8 @@ def read_specs(group: type) -> tuple[FlagSpec, ...]:
     for field in dataclasses.fields(group):
         hint, allowed = hints[field.name], limits.get(field.name, Allowed())
         flag = allowed if isinstance(allowed, Flag) else Flag(**vars(allowed))
-        optional = isinstance(hint, UnionType) and NoneType in get_args(hint)
-        kind = next(kind for kind in get_args(hint) if kind is not NoneType) if optional else hint
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        optional, kind = NoneType in kinds, next(kind for kind in kinds if kind is not NoneType)
         specs.append(FlagSpec(field.name, group, kind, optional, field.default, texts[field.name], flag))
     return tuple(specs)
 
@@ -244,6 +244,8 @@ def convert(spec: FlagSpec, raw: str) -> Any:
     flag = spec.flag
     if flag.choices:
         return _choose(spec, raw)
+    if raw in flag.words:
+        return raw
     if flag.unit in _PATH_UNITS and raw.startswith("~"):
         try:
             raw = str(parse_path(raw))
@@ -253,6 +255,7 @@ def convert(spec: FlagSpec, raw: str) -> Any:
         value = flag.parse(raw) if flag.parse else spec.kind(raw)
     except ValueError as error:
         right = str(error) if flag.parse else {int: "a whole number", float: "a number"}.get(spec.kind, "text")
+        right = " or ".join([right, *flag.words])
         raise ValueError(f"--{spec.name} is {raw!r}, it must be {right}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{spec.name} is {raw!r}, it must be a finite number")

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from peft_pretraining.config.checks import find_problems, find_warnings
+from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.flags import build_parser, parse_flags
 from peft_pretraining.config.recipes import recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
@@ -41,7 +41,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArg
     args = dataclasses.replace(args, optimizer=optimizer)
     problems = list(parsed.problems)
     unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable]
-    problems += [text for text in find_problems(args) if not any(flag.search(text) for flag in unreadable)]
+    found = [*find_problems(args), *unused_by_full_rank(args, parsed.values.keys())]
+    problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
         raise UserError(_list_problems(problems))
     notes = tuple(filter(None, [recipe_in_words(parsed.values)]))
@@ -58,7 +59,8 @@ def _resolve(args: RunArgs) -> RunArgs:
         gradient_accumulation=accumulation,
         total_batch_size=batch.total_batch_size or accumulation * a_pass,
     )
-    subspace = dataclasses.replace(subspace, max_update_proj_gap=subspace.longest_interval)
+    if subspace.projects:
+        subspace = dataclasses.replace(subspace, max_update_proj_gap=subspace.longest_interval)
     if schedule.max_train_tokens:
         updates = -(-schedule.max_train_tokens // (batch.total_batch_size * batch.max_length))
         schedule = dataclasses.replace(schedule, num_training_steps=updates)

@@ -14,6 +14,7 @@ from typing import Any
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.registry import read_config
+from qgalore.config import FULL, OF_PROJECTIONS
 from qgalore.recipes import FULL_RANK_DECAY, ORTHOGONAL, decay_of_matrices, full_rank_multiple
 
 _ORTHOGONAL: Mapping[str, Any] = {"lr": ORTHOGONAL.lr, **ORTHOGONAL.subspace, **ORTHOGONAL.optimizer}
@@ -33,7 +34,8 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {**given, "recipe": name}
     if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:
         return values
-    values = {**_ORTHOGONAL, **values}
+    whole = values.get("rank") == FULL and values.get("mlp_rank", FULL) == FULL
+    values = {**{key: value for key, value in _ORTHOGONAL.items() if not (whole and key in OF_PROJECTIONS)}, **values}
     rank = _rank_of(given.get("model_config", ""))
     if rank:
         values.setdefault("rank", rank)
@@ -55,7 +57,12 @@ def recipe_in_words(given: Mapping[str, Any]) -> str:
 
 
 def _papers_flags(given: Mapping[str, Any]) -> list[str]:
-    """The given flags, with values, by which a command line counts as tuned for the paper's algorithm."""
+    """The given flags, with values, by which a command line counts as tuned for the paper's algorithm.
+
+    Which has a rank, and not the whole space.
+    """
+    if given.get("rank") == FULL:
+        return []
     names = [name for name in given if name in _PAPERS or (name, given[name]) == ("proj_type", "full")]
     return [f"--{name} {given[name]}" for name in sorted(names)]
 

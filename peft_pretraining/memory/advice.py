@@ -12,6 +12,8 @@ from peft_pretraining.build import shape_of
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.config import ModelConfig
+from qgalore.config import FULL
+from qgalore.recipes import RECIPES
 
 
 def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
@@ -49,14 +51,14 @@ def flags_that_fit(args: RunArgs, config: ModelConfig, available: int) -> list[s
     The total batch stays what it is.
     """
     found: dict[str, str] = {}
-    for flag, value, group, options in _smaller(args):
+    for flag, value, group, options in _smaller(args, config):
         changed = dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **options)})
         if flag not in found and plan(changed, config).peak_bytes <= available:
             found[flag] = f"{flag} {value}".strip()
     return list(found.values())
 
 
-def _smaller(args: RunArgs) -> Iterator[tuple[str, object, str, dict[str, Any]]]:
+def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, str, dict[str, Any]]]:
     """Flags with values that take less, from little to much, and the options they set in a group of the arguments."""
     batch, model = args.batch, args.model
     if not model.activation_checkpointing:
@@ -71,5 +73,8 @@ def _smaller(args: RunArgs) -> Iterator[tuple[str, object, str, dict[str, Any]]]
         value = f"{size} --gradient_accumulation {accumulation}"
         yield "--batch_size", value, "batch", {"batch_size": size, "gradient_accumulation": accumulation}
     for eighths in (7, 6, 5, 4, 3, 2, 1) if args.optimizer.is_low_rank else ():
-        if rank := args.subspace.rank * eighths // 8:
-            yield "--rank", rank, "subspace", {"rank": rank}
+        whole = args.subspace.rank == FULL
+        given = min(map(min, config.matrix_shapes().values())) if whole else args.subspace.dimensions
+        if rank := given * eighths // 8:
+            recipe = RECIPES[args.optimizer.recipe or "paper"].subspace if whole else {}
+            yield "--rank", rank, "subspace", {**recipe, "rank": rank}

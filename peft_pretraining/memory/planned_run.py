@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -23,7 +22,7 @@ class Matrix:
         """subspace: None where the matrix is trained in full, and nothing is projected."""
         names = subspace.sides(shape) if subspace else ()
         self.shape, self.sides = shape, tuple(shape[0 if name == "left" else 1] for name in names)
-        self.rank = subspace.rank if subspace and names else 0
+        self.rank = subspace.dimensions if subspace and names else 0
         self.gradient_shape = subspace.gradient_shape(shape) if subspace else shape
         self.size, self.gradient = math.prod(shape), math.prod(self.gradient_shape)
         self.bases = self.rank * sum(self.sides)
@@ -49,7 +48,7 @@ class PlannedRun:
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
         subspace = args.subspace.config() if optimizer.is_low_rank else None
-        of_mlp = subspace and dataclasses.replace(subspace, rank=args.subspace.mlp_rank or subspace.rank)
+        of_mlp = args.subspace.config(of_mlp=True) if optimizer.is_low_rank else None
         shapes = config.matrix_shapes().items()
         self.matrices = [Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes]
         """Those of one layer."""

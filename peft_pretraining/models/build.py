@@ -45,20 +45,20 @@ def low_rank_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if model.is_decoder_matrix(name)]
 
 
-def check_ranks(model: CausalLM, source: str, rank: int, mlp_rank: int = 0) -> None:
+def check_ranks(model: CausalLM, source: str, rank: int | str, mlp_rank: int | str = 0) -> None:
     """Refuse a rank that exceeds the smaller side of a decoder matrix: UserError.
 
     For models of transformers; of our own, `check_rank` sees it before anything is built. source: the file of the
     configuration; mlp_rank: of matrices in a module called mlp, 0 for the same.
     """
     for name in low_rank_names(model):
-        of_mlp = mlp_rank > 0 and ".mlp." in name
+        of_mlp = mlp_rank != 0 and ".mlp." in name
         matrix, flag = model.get_submodule(name), "mlp_rank" if of_mlp else "rank"
         shape: tuple[int, ...] = matrix.get_parameter("weight").shape
         if isinstance(matrix, LowRankLinear):  # whose weight may be packed
             shape = (matrix.out_features, matrix.in_features)
         given, most = mlp_rank if of_mlp else rank, min(shape)
-        if given > most:
+        if isinstance(given, int) and given > most:
             size = " x ".join(map(str, shape))
             raise UserError(f"--{flag} is {given}, but {name} of {source} is {size}: give at most {most}.")
 

@@ -89,10 +89,10 @@ def check_length(config: ModelConfig, max_length: int) -> None:
         )
 
 
-def check_rank(config: ModelConfig, rank: int, flag: str = "rank") -> None:
-    """Refuse a rank that exceeds the smaller side of a decoder matrix: UserError."""
+def check_rank(config: ModelConfig, rank: int | str, flag: str = "rank") -> None:
+    """Refuse a rank that exceeds the smaller side of a decoder matrix: UserError. A word is no such rank."""
     name, shape = min(config.matrix_shapes().items(), key=lambda item: min(item[1]))
-    if rank > min(shape):
+    if isinstance(rank, int) and rank > min(shape):
         size = f"{shape[0]} x {shape[1]}"
         raise UserError(f"--{flag} is {rank}, but {name} of {config.source} is {size}: give at most {min(shape)}.")
 

@@ -100,7 +100,7 @@ def _param_groups(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs)
             mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
             of_mlp = [param for param in groups[1]["params"] if param in mlp]
             groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
-            groups.append(groups[1] | {"params": of_mlp, "rank": subspace.mlp_rank})
+            groups.append(groups[1] | dataclasses.asdict(subspace.config(of_mlp=True)) | {"params": of_mlp})
     return groups
 
 

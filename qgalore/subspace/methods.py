@@ -134,7 +134,7 @@ class Streaming(Identity):
         self._state["failures"] = torch.zeros((), dtype=torch.int64, device=self._device)
         for side in self.sides:
             start = fit.random_basis(
-                self.config.rank, self._length(side), self._seeds(START, self._length(side)), self._device
+                self.config.dimensions, self._length(side), self._seeds(START, self._length(side)), self._device
             )
             self.stored.write(side, self.stored.encode(start))
         self.schedule.save(self._state)
@@ -148,18 +148,18 @@ class Streaming(Identity):
         """See `Identity`: only where that is cheaper, or the full gradient is needed."""
         side = "right" if "right" in self.sides else "left"
         whole = self.needs_full_gradient or self.config.residual != "none"
-        return whole or not fit.projects_directly(tokens, self.shape[0], self.shape[1], self.config.rank, side)
+        return whole or not fit.projects_directly(tokens, self.shape[0], self.shape[1], self.config.dimensions, side)
 
     def input_basis(self, dtype: torch.dtype) -> Tensor | None:
         """See `Identity`."""
-        large = self.config.rank * self.shape[1] * dtype.itemsize > GROUPED_BASIS_BYTES
+        large = self.config.dimensions * self.shape[1] * dtype.itemsize > GROUPED_BASIS_BYTES
         return None if large or self.sides != ("right",) else self.stored.read("right", dtype)
 
     def sums(self) -> dict[str, torch.Size]:
         """See `Identity`."""
         if self.needs_full_gradient:
             return {FULL: self.shape}
-        sketches = {side: torch.Size((self.config.rank, self._length(side))) for side in self.sides if self.due}
+        sketches = {side: torch.Size((self.config.dimensions, self._length(side))) for side in self.sides if self.due}
         return {GRADIENT: self.gradient_shape, **sketches}
 
     def project(self, grad: Tensor, momentum: Read) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +195,7 @@ class Streaming(Identity):
         if self.schedule.refreshes == 0 or len(self.sides) == 2:
             other = self._length("right" if side == "left" else "left")
             test = fit.random_matrix(
-                self.config.rank, other, self._seeds(TEST_MATRIX, self._length(side)), self._device
+                self.config.dimensions, other, self._seeds(TEST_MATRIX, self._length(side)), self._device
             )
         else:
             test = momentum() if side == "left" else momentum().T
@@ -268,7 +268,7 @@ class Svd(Streaming):
         self._failed = False
         for side in self.sides:
             seed = self._seeds(RANGE_FINDER) if self.config.svd_method == "randomized" else None
-            found, old = fit.fit_svd(full, self.config.rank, side, seed), self.stored.stored(side)
+            found, old = fit.fit_svd(full, self.config.dimensions, side, seed), self.stored.stored(side)
             self._failed |= found is None
             fitted[side] = old if found is None else self.stored.encode(fit.with_signs_of(found, decode(old)))
         self._fitted = fitted
