@@ -26,7 +26,7 @@ device is then idle until the host has launched more. With `--no_waits` it does 
 
 Ratios are to adamw_torch_fused of the same model in the same invocation, of memory those of the `run_` peaks. Rows go
 to `benchmarks/results/trainer.csv`, a table is printed last. One that fails is a row with its error, and the others go
-on. `--together N` as in `benchmarks/compare.py`.
+on. With `--together N` so many processes get ready at once; each has the device to itself while it trains.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ MODELS: Mapping[str, Shape] = {
             "use_cache": False,
         },
         tiny={**_TINY, "num_key_value_heads": 1, "vocab_size": 256},
-        micro_batch=16,
+        micro_batch=32,
     ),
     "roberta_base": Shape(
         model_type="roberta",
@@ -105,7 +105,7 @@ MODELS: Mapping[str, Shape] = {
             "num_labels": 2,
         },
         tiny={**_TINY, "vocab_size": 256},
-        micro_batch=64,
+        micro_batch=128,
     ),
 }
 BASELINE = "adamw_torch_fused"
@@ -340,54 +340,57 @@ class Clock:
 
     def __init__(self, device: torch.device, warmup: int, updates: int, lock: str | None) -> None:
         self.turns = contextlib.ExitStack()
-        """Closed when the training has ended, also by an exception."""
+        """Holds the turn; closed when the training has ended, also by an exception."""
         self.last = warmup + updates + 1
         """Updates in all: after the timed ones there is one in which waits for the device are counted."""
         self.optimizer: Any = None
         self._device, self._lock = device, lock
         self._timed_from, self._timed_to = warmup, warmup + updates
-        self._begin = self._start = self._end = time.perf_counter()
+        self._begin = self._start = self._end = 0.0
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
         self._between = 0.0
         self._refreshes = 0.0
         self._waits: list[str] = []
+        self._last_update: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
     def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
-        """Find the optimizer itself inside of accelerate's."""
+        """Wait for the turn on the device, and find the optimizer itself inside of accelerate's."""
+        self.turns.enter_context(turn(self._lock, alone=True))
+        self._begin = time.perf_counter()
         while not isinstance(optimizer, LowRankAdamW) and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Before an update: while it warms up, it may share the device with others."""
-        if state.global_step < self._timed_from:
-            self.turns.enter_context(turn(self._lock, alone=False))
-        elif state.global_step == self._timed_to:
-            self.turns.enter_context(waits(self._device, self._waits))
+        """Before an update; the last one is that in which waits are counted."""
+        if state.global_step == self._timed_to:
+            self._last_update = waits(self._device, self._waits)
+            self._last_update.__enter__()
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """After an update."""
         done = state.global_step
-        if self._timed_from < done < self._timed_to:
-            return
         if done == self.last:
-            self.turns.close()
-            return
-        wait_for(self._device)
-        now = time.perf_counter()
-        if done == self._timed_to:
-            self._end, self._after = now, memory_metrics(self._device)
-            if self._device.type == "cuda":
-                self._between = torch.cuda.memory_allocated(self._device) / GIGABYTE
-            self._refreshes = refreshes(self.optimizer) - self._refreshes
-        self.turns.close()
-        if done == self._timed_from:
-            self.turns.enter_context(turn(self._lock, alone=True))
+            self._last_update.__exit__(None, None, None)
+        elif done in (self._timed_from, self._timed_to):
+            wait_for(self._device)
+            now, on_gpu = time.perf_counter(), self._device.type == "cuda"
+            if done == self._timed_to:
+                self._end, self._after = now, memory_metrics(self._device)
+                self._between = torch.cuda.memory_allocated(self._device) / GIGABYTE if on_gpu else 0.0
+                self._refreshes = refreshes(self.optimizer) - self._refreshes
+                return
             self._before, self._refreshes = memory_metrics(self._device), refreshes(self.optimizer)
-            if self._device.type == "cuda":
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self._device)
             self._start = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave the device to others, with the memory that is free in this process."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.turns.close()
 
     def row(self, tokens: int) -> Row:
         """What was measured, by column; tokens: of an update."""
