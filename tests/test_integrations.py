@@ -24,6 +24,7 @@ from qgalore.integrations import (
     TrainingState,
     connect,
     connection,
+    visible_norm,
     without_ddp,
 )
 from qgalore.optimizer import LowRankAdamW
@@ -136,6 +137,49 @@ def test_clipping_is_refused_where_updates_were_made_in_the_backward_pass() -> N
     with pytest.raises(
         RuntimeError, match=r"cannot be clipped where each weight is updated inside .* gradient_clip_val"
     ):
+        optimizer.step()
+
+
+def test_a_gpu_says_one_update_later_that_gradients_were_clipped() -> None:
+    """What is still on its way to the host when the next update begins, or when all ends, is refused then."""
+    for at_end in (False, True):
+        net, optimizer = connected(update_in_backward=True)
+        connection_of_net = connection._connections[optimizer]
+        backward(net, optimizer, 0)
+        optimizer.step()
+        connection_of_net._norm._scaled = visible_norm._HostFlag(torch.tensor(True))
+        backward(net, optimizer, 1)
+        with pytest.raises(RuntimeError, match="cannot be clipped"):
+            connection_of_net.close() if at_end else optimizer.step()
+        connection_of_net.close()
+        net(torch.zeros(2, 6, dtype=torch.long)).backward()
+        assert net.embed.weight.grad is not None, "detached all the same"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_after_updates_in_the_backward_pass_does_not_wait_for_a_gpu() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64, 64, device="cuda"))
+
+        def forward(self) -> Tensor:
+            return (self.weight**2).sum()
+
+    net = Fixed()
+    optimizer = QGaLoreAdamW8bit([{"params": [net.weight]}], lr=1e-3)
+    connect(optimizer, net, update_in_backward=True)
+    for update in range(4):
+        net().backward()
+        clip_grad_norm_(net.parameters(), 1e-3 if update == 3 else float("inf"))
+        torch.cuda.set_sync_debug_mode("error" if update else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    net().backward()
+    with pytest.raises(RuntimeError, match="cannot be clipped"):
         optimizer.step()
 
 

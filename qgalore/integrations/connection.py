@@ -36,14 +36,20 @@ class Connection:
         self._handles: list[RemovableHandle] = [body.register_forward_pre_hook(follow) for body in bodies.values()]
 
     def close(self) -> None:
-        """Let gradients arrive in `.grad` again, as before `connect`."""
+        """Let gradients arrive in `.grad` again, as before `connect`.
+
+        Raises RuntimeError where gradients were clipped in the last update and it was made in the backward pass, as far
+        as the update itself has not.
+        """
         while self._handles:
             self._handles.pop().remove()
-        self._norm.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            optimizer.detach()
-            optimizer.is_last_micro_batch = True
+        try:
+            self._norm.remove()
+        finally:
+            optimizer = self._optimizer()
+            if optimizer is not None:
+                optimizer.detach()
+                optimizer.is_last_micro_batch = True
 
 
 def connect(
