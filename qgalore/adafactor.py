@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from qgalore import kernels
 from qgalore.config import SubspaceConfig
 from qgalore.optimizer import LowRankAdamW
-from qgalore.param_groups import is_finite
+from qgalore.param_groups import check_common, check_seed, is_finite
 from qgalore.seeding import ROUNDING, step_of
 from qgalore.subspace import fit
 from qgalore.update.directions import Direction
@@ -197,6 +197,7 @@ class GaLoreAdafactor(LowRankAdamW):
 
         Raises ValueError for a value that makes no sense, here or in a param group.
         """
+        check_seed(seed)
         self._seed = seed
         self._reset()
         defaults = {
@@ -236,14 +237,15 @@ class GaLoreAdafactor(LowRankAdamW):
             raise ValueError(f"eps={eps!r} must be two finite numbers, each at least 0, such as (1e-30, 1e-3)")
         if beta1 is not None and not (is_finite(beta1) and 0 <= beta1 < 1):
             raise ValueError(f"beta1={beta1!r} must be None or a number, at least 0 and less than 1")
-        for name in ("weight_decay", "norm_growth"):
-            if not (is_finite(values[name]) and values[name] >= 0):
-                raise ValueError(f"{name}={values[name]!r} must be a finite number, at least 0")
+        check_common(values)
         if not (is_finite(values["clip_threshold"]) and values["clip_threshold"] > 0):
             raise ValueError(f"clip_threshold={values['clip_threshold']!r} must be a finite number, more than 0")
         if not (is_finite(values["decay_rate"]) and values["decay_rate"] < 0):
             raise ValueError(f"decay_rate={values['decay_rate']!r} must be a finite number, less than 0")
         if values.get("direction", "adam") != "adam":
-            raise ValueError(f"direction={values['direction']!r} has no second moment: Adafactor is one of its own")
+            raise ValueError(
+                f"direction={values['direction']!r} has no second moment: Adafactor has its own: take "
+                "direction='adam', in optimizer_for recipe='paper'"
+            )
         if values.get("subspace") == "streaming" and beta1 is None:
             raise ValueError("subspace='streaming' follows the momentum, and beta1=None keeps none: give beta1, or svd")

@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.param_groups import check_group, check_rates
+from qgalore.param_groups import check_group, check_rates, check_seed
 from qgalore.saved_state import state_for
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
@@ -68,6 +68,7 @@ class LowRankAdamW(Optimizer):
         """
         if ignored := ignored_arguments(type(self).__name__, of_other_libraries):
             warnings.warn(ignored, stacklevel=2)
+        check_seed(seed)
         self._seed = seed
         self._reset()
         defaults = {

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.linear_names import in_words, is_in_blocks, linear_layers, linears_in_words, module_of, shape_of
+from qgalore.layer.linear_names import (
+    check_replaceable,
+    in_words,
+    is_in_blocks,
+    linear_layers,
+    linears_in_words,
+    module_of,
+    shape_of,
+)
 from qgalore.layer.stacks import matrices_of, stack_names
 
 
@@ -40,7 +48,8 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
 
     names: of linear layers, of 3-D parameters, or of modules that hold some of those themselves, such as experts.
     Raises ValueError where nothing is chosen, with the linear layers that there are; for a weight that is not float;
-    AttributeError for a name that the model does not have; TypeError for one of another module.
+    AttributeError for a name that the model does not have; TypeError for one of another module, and for a layer that
+    cannot be replaced (`check_replaceable`).
     """
     stacks = {name: _stack_shape(model, name) for name in stack_names(model)}
     modules = dict(model.named_modules())
@@ -58,14 +67,15 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
         if stacks:
             found += f"; its stacks of matrices: {in_words({n: ' x '.join(map(str, s)) for n, s in stacks.items()})}"
         raise ValueError(f"nothing of {type(model).__name__} would be low-rank: {problem}. Its linear layers: {found}")
-    holders = Counter(id(param) for module in modules.values() for param in module._parameters.values())
-    float_only = {name: why for name in linears if (why := _why_float(model, name, holders))}
     for name in linears:
+        check_replaceable(modules[name], name)
         weight = modules[name].get_parameter("weight")
         if not weight.is_floating_point() and not isinstance(modules[name], LowRankLinear):
             raise ValueError(
                 f"the weight of {name} is {weight.dtype}, quantized by another library: load the model in float"
             )
+    holders = Counter(id(param) for module in modules.values() for param in module._parameters.values())
+    float_only = {name: why for name in linears if (why := _why_float(model, name, holders))}
     return Choice({name: shape_of(modules[name]) for name in linears}, {n: stacks[n] for n in chosen}, float_only)
 
 

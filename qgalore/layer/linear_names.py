@@ -91,6 +91,23 @@ def linears_in_words(model: nn.Module) -> str:
     return in_words({name: _shape(shape_of(layer)) for name, layer in linear_layers(model).items()})
 
 
+def check_replaceable(layer: nn.Module, name: str) -> None:
+    """Raise TypeError for a linear layer that nothing can take the place of without a loss.
+
+    That is the model itself, and one whose weight is made of other parameters (`parametrize`, `prune`).
+    """
+    if not name:
+        raise TypeError(
+            f"the model is itself a {type(layer).__name__}, and layers are replaced inside a model: put it into one, "
+            "such as nn.Sequential(layer), whose layer is called 0"
+        )
+    if "weight" not in layer._parameters:
+        raise TypeError(
+            f"the weight of {name} is computed from other parameters, as with torch.nn.utils.parametrize and prune: "
+            "make it one parameter first (remove_parametrizations, prune.remove), or give names without it"
+        )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is a `Conv1D` of transformers: a linear layer with a weight (in_features, out_features)."""
     found = sys.modules.get("transformers.pytorch_utils")  # without which no model has one
