@@ -265,7 +265,8 @@ class LowRankAdamW(Optimizer):
                 raise RuntimeError(
                     f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
                     "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
-                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums"
+                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums. In a Trainer "
+                    "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect"
                 )
             self._finalized.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
