@@ -41,12 +41,18 @@ class _Step(NamedTuple):
     group: dict[str, Any]
     factor: Tensor | None
     dtype: torch.dtype
+    size: Tensor | None
+    """Of the weight, (), that the rate is relative to; None where it is not."""
 
 
 def _direction(step: _Step, skip: Tensor | None) -> Tensor:
     """The update of the gradient factor * grad; moves the moments, unless the flag `skip` is true."""
     grad, group, new = kernels.scaled(step.grad, step.factor), step.group, dict[str, Tensor]()
-    rate, beta2 = step.row.view(torch.float32)[4:6].unbind()
+    row = step.row.view(torch.float32)
+    rate, beta2 = row[4:6].unbind()
+    if step.size is not None:
+        row[3] = 1 - row[2] * rate * step.size * (group["weight_decay"] / group.get("galore_scale", 1.0))
+        rate = rate * step.size
     square = grad.square().add_(group["eps"][0])
     means = {"exp_avg_sq": square}
     if grad.dim() >= 2:
@@ -125,9 +131,12 @@ class AdafactorWeight(Weight):
         super()._add(torch.float32 if self.config is _WHOLE else dtype, parts)
 
     def update_scalars(self) -> kernels.StepScalars:
-        """What the step row of the next update must contain; with scale_parameter it waits for the weight's device."""
+        """What the step row of the next update must contain; with scale_parameter its rate and decay are scaled later.
+
+        `_direction` does so, on the device.
+        """
         group, step = self.param_group, self.step + 1
-        rate = self.rate(step)
+        rate = self._rate_of_step(step)
         outside, inside = (rate, 1.0) if group["beta1"] is None else (1.0, rate)  # momentum is one of scaled updates
         decay, beta2 = 1.0 - rate * group["weight_decay"], 1.0 - step ** group["decay_rate"]
         return kernels.StepScalars(
@@ -135,23 +144,32 @@ class AdafactorWeight(Weight):
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate of an update: given or by the number of the step, and relative to the weight if asked."""
+        """The learning rate of an update: given or by the number of the step, and relative to the weight if asked.
+
+        Then it waits for the weight's device.
+        """
+        size = self._size()
+        return self._rate_of_step(step) * (1.0 if size is None else float(size))
+
+    def _rate_of_step(self, step: int) -> float:
         group = self.param_group
         if group["relative_step"]:
-            rate = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-        else:
-            rate = float(group["lr"])
-        if group["scale_parameter"]:
-            weight = self.param if self.layer is None else self.layer.dequantized_weight(torch.float32)
-            rate *= max(group["eps"][1], float(weight.detach().float().square().mean().sqrt()))
-        return rate
+            return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        return float(group["lr"])
+
+    def _size(self) -> Tensor | None:
+        """The root mean square of the weight, (), that scale_parameter multiplies the rate by; None without it."""
+        if not self.param_group["scale_parameter"]:
+            return None
+        weight = self.param if self.layer is None else self.layer.dequantized_weight(torch.float32)
+        return weight.detach().float().square().mean().sqrt().clamp(min=self.param_group["eps"][1])
 
     def prepare_step(  # type: ignore[override]
         self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None
     ) -> _Step:
         """See `Weight`."""
         state = self.state if state is None else state
-        return _Step(grad, state, self.step_row, self.param_group, factor, self.subspace.dtype)
+        return _Step(grad, state, self.step_row, self.param_group, factor, self.subspace.dtype, self._size())
 
     def rotate_moments(self, change: Tensor, side: str, wanted: Tensor | None) -> None:
         """See `Weight`. Of the second moment the side of the basis alone changes."""
