@@ -78,9 +78,7 @@ def _warn_of_other_subspaces(groups: list[Group], loaded: list[Group]) -> None:
     differ: dict[str, str] = {}
     for ours, group in zip(groups, loaded, strict=True):
         if "rank" in ours:
-            names = [
-                field.name for field in dataclasses.fields(SubspaceConfig) if ours[field.name] != group[field.name]
-            ]
+            fields = [field.name for field in dataclasses.fields(SubspaceConfig)]
             differ |= {x: f"{x}={group[x]!r}, here {ours[x]!r}" for x in fields if ours[x] != group[x]}
     if differ:
         warnings.warn(
