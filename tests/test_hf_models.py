@@ -58,6 +58,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "falcon": (BASIC, 4, True),
     "phi": (BASIC, 6, False),  # its head has a bias
     "stablelm": (BASIC, 7, True),
+    "dory": (BASIC, 8, False),  # its head has a learned scale
     "mixtral": (BASIC | {"num_local_experts": 4}, 4, True),
 }
 

@@ -418,6 +418,33 @@ def test_a_weight_that_is_computed_from_others_is_refused(kind: str) -> None:
     assert not any(map(_is_low_rank, model.modules()))
 
 
+class WithLoRA(nn.Linear):
+    """As loralib has it: the second factor starts at zero, so that at first it computes as a linear layer."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.lora_A = nn.Parameter(torch.ones(2, columns))
+        self.lora_B = nn.Parameter(torch.zeros(rows, 2))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + input @ self.lora_A.T @ self.lora_B.T
+
+
+def test_a_layer_with_parameters_of_its_own_keeps_them(capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of("llama")
+    block = model.get_submodule("model.layers.0.mlp")
+    block.up_proj = WithLoRA(32, 48)
+    with pytest.raises(TypeError, match=r"up_proj is a WithLoRA with lora_A, lora_B beside weight and bias, which a"):
+        convert_linears(model, ["model.layers.0.mlp.up_proj"], WeightFormat(8))
+    optimizer = optimizer_for(model, rank=8)
+    assert (
+        "float, since WithLoRA holds more than weight and bias: model.layers.0.mlp.up_proj" in capsys.readouterr().out
+    )
+    before = dict(stored(model))
+    train(model, optimizer, 2)
+    assert isinstance(block.up_proj, WithLoRA) and not unchanged(model, before)
+
+
 def test_what_is_no_model_with_layers_inside_is_refused() -> None:
     with pytest.raises(TypeError, match="got a generator as model: give the torch"):
         optimizer_for(model_of("llama").parameters(), rank=8)  # type: ignore[arg-type]

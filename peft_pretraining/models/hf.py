@@ -259,6 +259,8 @@ def _head_is_plain(network: Any) -> bool:
     base_name, head_name = names.get(id(network.base_model)), names.get(id(head))
     if base_name is None or head_name is None or not isinstance(head, nn.Linear) or head.bias is not None:
         return False
+    if type(head).forward is not nn.Linear.forward:  # such as one with a learned scale, which starts at one
+        return False
     hidden = torch.linspace(-90.0, 90.0, 2 * 3 * head.in_features).view(2, 3, -1)
     kept = dict(network._modules)
     network._modules |= {base_name: _Given(hidden), head_name: _Unchanged()}

@@ -26,6 +26,7 @@ from qgalore.layer.linear_names import (
     linear_layers,
     linears_in_words,
     module_of,
+    parts_beside_weight,
     shape_of,
 )
 from qgalore.layer.stacks import matrices_of, stack_names
@@ -122,6 +123,8 @@ def _why_float(model: nn.Module, name: str, holders: Counter[int]) -> str:
     parent: Any = type(model.get_submodule(path))
     if not child.isdigit() and re.search(rf"\bself\.{child}\.weight\b", _source(parent)):
         return f"code of {parent.__name__} reads the weight"
+    if parts_beside_weight(layer):  # which may compute the same only as long as they are at their initial values
+        return f"{type(layer).__name__} holds more than weight and bias"
     if isinstance(layer, nn.Linear) and not _computes_as_linear(layer):
         return f"{type(layer).__name__} computes more than a linear layer"
     return "another module has the weight, too" if holders[id(layer.weight)] > 1 else ""

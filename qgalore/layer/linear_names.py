@@ -108,6 +108,17 @@ def check_replaceable(layer: nn.Module, name: str) -> None:
         )
 
 
+def parts_beside_weight(layer: nn.Module) -> list[str]:
+    """Names of what a linear layer holds beside weight and bias, such as the factors of LoRA: a `LowRankLinear` cannot.
+
+    Of a `LowRankLinear` itself there are none.
+    """
+    if isinstance(layer, LowRankLinear):
+        return []
+    found = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
+    return [name for name in found if name not in ("weight", "bias")]
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is a `Conv1D` of transformers: a linear layer with a weight (in_features, out_features)."""
     found = sys.modules.get("transformers.pytorch_utils")  # without which no model has one
