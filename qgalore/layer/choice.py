@@ -75,9 +75,8 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
             raise ValueError(
                 f"the weight of {name} is {weight.dtype}, quantized by another library: load the model in float"
             )
-    holders = Counter(id(param) for module in modules.values() for param in module._parameters.values())
-    float_only = {name: why for name in linears if (why := _why_float(model, name, holders))}
-    return Choice({name: shape_of(modules[name]) for name in linears}, {n: stacks[n] for n in chosen}, float_only)
+    shapes = {name: shape_of(modules[name]) for name in linears}
+    return Choice(shapes, {name: stacks[name] for name in chosen}, why_float(model, linears))
 
 
 def _named(model: nn.Module, names: list[str], stacks: list[str]) -> tuple[list[str], list[str]]:
@@ -112,11 +111,14 @@ def _head_of(module: nn.Module) -> object:
     return None if ask is None else ask(module)
 
 
-def _why_float(model: nn.Module, name: str, holders: Counter[int]) -> str:
-    """Why a linear layer cannot hold a quantized weight: "" where it can.
+def why_float(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of linear layers, by name, those that cannot hold a quantized weight, and why."""
+    holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    return {name: why for name in names if (why := _why_float(model, name, holders))}
 
-    holders: how many modules hold the parameter of an id.
-    """
+
+def _why_float(model: nn.Module, name: str, holders: Counter[int]) -> str:
+    """holders: how many modules hold the parameter of an id."""
     layer, (path, _, child) = model.get_submodule(name), name.rpartition(".")
     if isinstance(layer, LowRankLinear):
         return ""
