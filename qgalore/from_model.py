@@ -154,7 +154,7 @@ def _finds_its_rate(optimizer_class: type[LowRankAdamW], options: Mapping[str, A
 
 
 def _check_model(model: nn.Module, choice: Choice, format: WeightFormat) -> None:
-    """Raise ValueError for what cannot be attached to, and a layer that is converted already, to another format."""
+    """Raise ValueError for what cannot be attached to, has no values, or is converted already, to another format."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -162,6 +162,11 @@ def _check_model(model: nn.Module, choice: Choice, format: WeightFormat) -> None
                 "attached optimizer takes: give the model itself, and then call attach(model, all_reduce=...)"
             )
     for name, param in model.named_parameters():
+        if param.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values: load the model, or move it with to_empty and "
+                "initialise it, before optimizer_for"
+            )
         if param.dtype == torch.float64 and param.requires_grad:
             raise ValueError(f"{name} is float64: updates are made in float32; convert the model to it with float()")
     for name in choice.linears:

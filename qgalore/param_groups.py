@@ -49,6 +49,8 @@ def low_rank_param_groups(
             "requires_grad_(True), or name others"
         )
     if config is not None:
+        if not isinstance(config, SubspaceConfig):
+            raise TypeError(f"config={config!r} must be a SubspaceConfig, such as SubspaceConfig(rank=128)")
         twice = sorted({field.name for field in dataclasses.fields(config)} & complete_names(low_rank))
         if twice:
             raise ValueError(f"{', '.join(twice)} beside a SubspaceConfig: put all options of the subspace into it")

@@ -456,6 +456,13 @@ def test_what_is_no_model_with_layers_inside_is_refused() -> None:
             refused(nn.Linear(16, 16))
 
 
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = model_of("llama")
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is on the meta device and has no values"):
+        optimizer_for(model, rank=8)
+
+
 def test_a_model_in_float64_is_refused() -> None:
     model = model_of("llama").to(torch.float64)
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is float64: updates are made in float32"):
