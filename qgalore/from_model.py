@@ -53,7 +53,8 @@ def optimizer_for(
     and norms, which train at full rank, as do matrices with a shorter side than the rank. Stacks of matrices in one
     parameter, such as experts, are split and stay float, as do layers whose weight the model itself reads. What is
     frozen is converted and stays frozen. What was chosen is printed, on the first rank alone;
-    `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before.
+    `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before. `.grad` stays empty:
+    clip with the optimizer's `clip_grad_norm_`, or by `qgalore.integrations.connect` with that of others.
 
     rank: None takes the recipe's share of the width. names: of linear layers, or of stacks, instead of all.
     weight_bits: 8 or 4, or None for float weights. recipe: "orthogonal" or "paper" (`qgalore.recipes`).
