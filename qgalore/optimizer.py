@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.param_groups import check_group, check_rates
+from qgalore.param_groups import check_group, check_rates, check_seed
 from qgalore.saved_state import state_for
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
@@ -68,6 +68,7 @@ class LowRankAdamW(Optimizer):
         """
         if ignored := ignored_arguments(type(self).__name__, of_other_libraries):
             warnings.warn(ignored, stacklevel=2)
+        check_seed(seed)
         self._seed = seed
         self._reset()
         defaults = {
@@ -264,7 +265,8 @@ class LowRankAdamW(Optimizer):
                 raise RuntimeError(
                     f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
                     "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
-                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums"
+                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums. In a Trainer "
+                    "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect"
                 )
             self._finalized.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once

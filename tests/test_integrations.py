@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import os
 import weakref
 from collections.abc import Iterator
@@ -17,7 +18,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from qgalore import QGaLoreAdamW8bit, SubspaceConfig, WeightFormat, convert_linears, linear_names, low_rank_param_groups
+from qgalore import (
+    LowRankLinear,
+    QGaLoreAdamW8bit,
+    SubspaceConfig,
+    WeightFormat,
+    convert_linears,
+    linear_names,
+    low_rank_param_groups,
+    optimizer_for,
+)
 from qgalore.integrations import (
     OptimizerFactory,
     QGaLoreCallback,
@@ -31,6 +41,7 @@ from qgalore.optimizer import LowRankAdamW
 from qgalore.update import moments
 from tests.small_run import on_ranks
 from tests.test_optimizer import Net, assert_same, backward, build, train
+from tests.transformers_families import model_of
 
 VOCABULARY, LENGTH, ROWS = 16, 8, 20
 SUBSPACE: dict[str, Any] = {"rank": 4, "update_proj_gap": 2}
@@ -210,6 +221,20 @@ def test_connecting_again_and_closing() -> None:
     assert net.embed.weight.grad is not None and net.embed.weight.grad.count_nonzero() > 1
     with pytest.raises(TypeError, match="AdamW is not an optimizer of this library: give a GaLoreAdamW"):
         connect(torch.optim.AdamW(net.parameters()), net)
+
+
+def test_copies_of_a_connected_model_are_connected_to_nothing() -> None:
+    net, optimizer = connected()
+    saved = io.BytesIO()
+    torch.save(net, saved)
+    saved.seek(0)
+    for made in (copy.deepcopy(net), torch.load(saved, weights_only=False)):
+        backward(net, optimizer, 0)
+        made(torch.tensor([[1, 2, 3]])).sum().backward()
+        assert all(layer.sink is None for layer in made.modules() if isinstance(layer, LowRankLinear))
+        before = [param.clone() for param in made.parameters()]
+        optimizer.step()
+        assert all(torch.equal(param, value) for param, value in zip(made.parameters(), before, strict=True))
 
 
 def test_a_connection_does_not_keep_its_optimizer() -> None:
@@ -406,6 +431,23 @@ def test_a_trainer_resumes_a_model_that_save_pretrained_has_saved(tmp_path: Path
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
         trained.append(model)
     assert_same(*trained)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_a_trainer_resumes_what_transformers_saves_in_another_form(family: str, tmp_path: Path) -> None:
+    """With float weights, too; once training has ended, the model saves as transformers does."""
+    trained = []
+    for resume in (False, True):
+        model = model_of(family, num_hidden_layers=1)
+        before = {name: param.clone() for name, param in model.named_parameters()}
+        optimizer = optimizer_for(model, rank=4, weight_bits=None)
+        options = {"optimizers": (optimizer, None), "callbacks": [QGaLoreCallback(optimizer)]}
+        trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=3, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        trained.append(model)
+    assert_same(*trained)
+    assert all(name not in before or not torch.equal(param, before[name]) for name, param in model.named_parameters())
+    assert "save_pretrained" not in vars(model)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
