@@ -197,7 +197,7 @@ class LowRankAdamW(Optimizer):
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self._finalize(weights)
+            self.finalize(weights)
         else:
             self._sums = True
 
@@ -247,18 +247,15 @@ class LowRankAdamW(Optimizer):
             return None
         return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
 
-    def _finalize(self, weights: Sequence[Weight]) -> None:
-        bucket = self.bucket_of(weights)
-        if bucket is not None:
-            bucket.start()
-        self.finalize(weights, bucket)
-
     @torch.no_grad()
-    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
-        """Make gradients final, those of `bucket_of` where there is a bucket; update where that is due.
+    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None) -> None:
+        """Make gradients final, and update where that is due.
 
-        Raises RuntimeError for a weight whose gradient of this update is final already.
+        bucket: that of `bucket_of`, sent already; else on several ranks one is sent and waited for. Raises RuntimeError
+        for a weight whose gradient of this update is final already.
         """
+        if bucket is None and (bucket := self.bucket_of(weights)) is not None:
+            bucket.start()
         for weight in weights:
             if weight in self._finalized:
                 raise RuntimeError(
@@ -327,7 +324,7 @@ class LowRankAdamW(Optimizer):
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
             if weight.gradient.waits:
-                self._finalize([weight])
+                self.finalize([weight])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

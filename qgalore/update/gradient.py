@@ -47,8 +47,11 @@ class WeightGradient:
         """Keep the full gradient (m, n) of a micro-batch instead of the one before."""
         self._last_full, self._fulls = grad, self._fulls + 1
 
-    def last_full(self, dtype: torch.dtype) -> Tensor | None:
-        """The full gradient of the last micro-batch, as if it were the mean of all; None where none is kept."""
+    def full_of_last_micro_batch(self, dtype: torch.dtype) -> Tensor | None:
+        """The full gradient (m, n) of the last micro-batch times their number; None where none is kept.
+
+        So it has the size of the sum of all.
+        """
         if self._last_full is None:
             return None
         full = self._last_full.to(dtype)
