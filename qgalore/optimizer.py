@@ -104,6 +104,7 @@ class LowRankAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no model.
+        self._settle()
         return super().__getstate__() | {"_seed": self._seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,6 +134,7 @@ class LowRankAdamW(Optimizer):
         Objects that exist are kept, since hooks and layers hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
+        self._settle()
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = position = 0
         total = sum(len(group["params"]) for group in self.param_groups)
@@ -145,6 +147,11 @@ class LowRankAdamW(Optimizer):
                 )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
+
+    def _settle(self) -> None:
+        """Let the states be those of updates that were made, which the host learns last where the device is a GPU."""
+        for weight in self._weights.values():
+            weight.subspace.settle()
 
     @classmethod
     def initial_states(
@@ -387,6 +394,7 @@ class LowRankAdamW(Optimizer):
 
         So equal runs write equal files, whichever weights were updated first and however often a state was loaded.
         """
+        self._settle()
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
         groups = [dict(sorted(group.items())) for group in found["param_groups"]]
