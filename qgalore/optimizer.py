@@ -205,8 +205,10 @@ class LowRankAdamW(Optimizer):
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
             self.finalize(weights)
-        else:
-            self._sums = True
+            return
+        self._sums = True
+        for weight in weights:
+            weight.gradient.end_micro_batch()
 
     @property
     def updates_at_once(self) -> bool:
