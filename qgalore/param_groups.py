@@ -20,6 +20,10 @@ from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
 
+ACCUMULATOR_DTYPES = ("float32", "bfloat16", "int8")
+"""In which gradients are summed over micro-batches."""
+
+
 def low_rank_param_groups(
     model: nn.Module, names: Iterable[str], config: SubspaceConfig | None = None, **low_rank: Any
 ) -> list[dict[str, Any]]:
@@ -85,7 +89,10 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a param group whose subspace, with the optimizer's defaults, makes no sense."""
+    """Raise ValueError for a param group whose options, with the optimizer's defaults, make no sense."""
+    for name, known in (("accumulator_dtype", ACCUMULATOR_DTYPES), ("state_bits", (32, 8))):
+        if group[name] not in known:
+            raise ValueError(f"{name}={group[name]!r} is unknown: it must be one of {', '.join(map(str, known))}")
     if "rank" not in group:
         return
     if not group["params"]:

@@ -70,6 +70,11 @@ def test_a_vector_is_summed_exactly_at_int8() -> None:
     assert torch.allclose(found, torch.stack(parts).sum(0), atol=1e-6)
 
 
+def test_a_matrix_without_values_is_summed_at_int8() -> None:
+    for shape in ((0, 5), (5, 0)):
+        assert total(GradientSum(torch.int8), grads(2, shape=shape)).shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_it_is_empty_until_added_to_and_after_taking(dtype: torch.dtype) -> None:
     accumulator = GradientSum(dtype)
