@@ -19,7 +19,6 @@ from qgalore.config import SubspaceConfig, complete_group, complete_names, subsp
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
-
 ACCUMULATOR_DTYPES = ("float32", "bfloat16", "int8")
 """In which gradients are summed over micro-batches."""
 

@@ -964,7 +964,7 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
 
 
 def test_an_unknown_dtype_of_sums_is_named() -> None:
-    with pytest.raises(ValueError, match="accumulator_dtype='flaot32' is unknown: it must be one of float32, bfloat16, int8"):
+    with pytest.raises(ValueError, match="'flaot32' is unknown: it must be one of float32, bfloat16, int8"):
         build(options={"accumulator_dtype": "flaot32"})
 
 
