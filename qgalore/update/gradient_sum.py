@@ -86,10 +86,6 @@ class GradientSum:
             packed = _is_packed(grad.shape, self.dtype)
             self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, row=row) if packed else grad
 
-    def value(self) -> Tensor:
-        """The sum, in float32 or the dtype of a gradient that came alone."""
-        return dense(self.stored)
-
     def check_(self, squared_norms: Tensor, index: int, skip: Tensor) -> None:
         """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
         total = self.stored
@@ -117,7 +113,7 @@ class GradientSum:
         self.add(value, row)
 
     def take(self) -> Tensor:
-        """`value`; the sum is empty afterwards."""
+        """The sum, in float32 or the dtype of a gradient that came alone; it is empty afterwards."""
         return dense(self.take_stored())
 
     def take_stored(self) -> Gradient:

@@ -45,7 +45,7 @@ from qgalore.update import moments
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
-from qgalore.update.gradient_sum import dense, rows_of_gradient
+from qgalore.update.gradient_sum import rows_of_gradient
 from qgalore.update.weight import Weight
 
 
@@ -128,7 +128,7 @@ def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Ten
         weight.subspace.adopt_fitted_bases(weight.rotate_moments, skip)
     sketches = [weight.gradient.take_sketches() for weight in weights]
     steps = [
-        weight.prepare_step(dense(weight.gradient.final.take_stored()), factor)
+        weight.prepare_step(weight.gradient.final.take(), factor)
         for weight, factor in zip(weights, factors, strict=True)
     ]
     # Fira's residual needs the projected gradient again; all others are freed once there are directions.
