@@ -269,6 +269,17 @@ def test_the_residual_of_the_last_micro_batch_stands_for_all() -> None:
     torch.testing.assert_close(before - layer.weight.detach(), update(whole_layer, whole, 3 * grad))
 
 
+def test_the_residual_is_that_of_the_last_micro_batch() -> None:
+    _, optimizer, weight = trained(residual="fira")
+    for seed in range(3):
+        optimizer.is_last_micro_batch = seed == 2
+        with torch.no_grad():
+            weight.accumulate_full(normal(24, 40, seed=seed))
+        optimizer.gradients_ready([weight])
+    full = weight.gradient.full_of_last_micro_batch(torch.float32)
+    assert full is not None and torch.equal(full, 3 * normal(24, 40, seed=2))
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_residual_of_a_layer_that_is_used_twice_is_that_of_both_uses(micro_batches: int) -> None:
     taken = []
