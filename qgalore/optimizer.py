@@ -105,6 +105,7 @@ class LowRankAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no model.
+        self._settle()
         return super().__getstate__() | {"_seed": self._seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,6 +135,7 @@ class LowRankAdamW(Optimizer):
         Objects that exist are kept, since hooks and layers hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
+        self._settle()
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = position = 0
         total = sum(len(group["params"]) for group in self.param_groups)
@@ -146,6 +148,11 @@ class LowRankAdamW(Optimizer):
                 )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
+
+    def _settle(self) -> None:
+        """Let the states be those of updates that were made, which the host learns last where the device is a GPU."""
+        for weight in self._weights.values():
+            weight.subspace.settle()
 
     @classmethod
     def initial_states(
@@ -198,9 +205,11 @@ class LowRankAdamW(Optimizer):
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self._finalize(weights)
-        else:
-            self._sums = True
+            self.finalize(weights)
+            return
+        self._sums = True
+        for weight in weights:
+            weight.gradient.end_micro_batch()
 
     @property
     def updates_at_once(self) -> bool:
@@ -248,18 +257,15 @@ class LowRankAdamW(Optimizer):
             return None
         return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
 
-    def _finalize(self, weights: Sequence[Weight]) -> None:
-        bucket = self.bucket_of(weights)
-        if bucket is not None:
-            bucket.start()
-        self.finalize(weights, bucket)
-
     @torch.no_grad()
-    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
-        """Make gradients final, those of `bucket_of` where there is a bucket; update where that is due.
+    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None) -> None:
+        """Make gradients final, and update where that is due.
 
-        Raises RuntimeError for a weight whose gradient of this update is final already.
+        bucket: that of `bucket_of`, sent already; else on several ranks one is sent and waited for. Raises RuntimeError
+        for a weight whose gradient of this update is final already.
         """
+        if bucket is None and (bucket := self.bucket_of(weights)) is not None:
+            bucket.start()
         for weight in weights:
             if weight in self._finalized:
                 raise RuntimeError(
@@ -329,7 +335,7 @@ class LowRankAdamW(Optimizer):
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
             if weight.gradient.waits:
-                self._finalize([weight])
+                self.finalize([weight])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -392,6 +398,7 @@ class LowRankAdamW(Optimizer):
 
         So equal runs write equal files, whichever weights were updated first and however often a state was loaded.
         """
+        self._settle()
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
         groups = [dict(sorted(group.items())) for group in found["param_groups"]]

@@ -19,7 +19,8 @@ from qgalore.config import SubspaceConfig, complete_group, complete_names, subsp
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
-_ACCUMULATORS = ("float32", "bfloat16", "int8")
+ACCUMULATOR_DTYPES = ("float32", "bfloat16", "int8")
+"""In which gradients are summed over micro-batches."""
 
 
 def low_rank_param_groups(
@@ -89,7 +90,10 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a param group whose subspace, with the optimizer's defaults, makes no sense."""
+    """Raise ValueError for a param group whose options, with the optimizer's defaults, make no sense."""
+    for name, known in (("accumulator_dtype", ACCUMULATOR_DTYPES), ("state_bits", (32, 8))):
+        if group[name] not in known:
+            raise ValueError(f"{name}={group[name]!r} is unknown: it must be one of {', '.join(map(str, known))}")
     if "rank" not in group:
         return
     if not group["params"]:
@@ -133,8 +137,8 @@ def check_common(values: Mapping[str, Any]) -> None:
             "gradient would shrink away"
         )
     dtype = values.get("accumulator_dtype", "float32")
-    if dtype not in _ACCUMULATORS:
-        raise ValueError(f"accumulator_dtype={dtype!r} must be one of {', '.join(map(repr, _ACCUMULATORS))}")
+    if dtype not in ACCUMULATOR_DTYPES:
+        raise ValueError(f"accumulator_dtype={dtype!r} must be one of {', '.join(map(repr, ACCUMULATOR_DTYPES))}")
 
 
 def check_seed(seed: object) -> None:

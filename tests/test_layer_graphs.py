@@ -193,7 +193,6 @@ def test_recorded_graphs_give_the_bits_of_plain_calls(
     case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = f"{CASES[case]} --dtype float32"
-    skip_for_kernels(monkeypatch)
     plain = trained(tmp_path, "cpu", flags, sums=sums)
     record_graphs(monkeypatch)
     recorded = trained(tmp_path, "cpu", flags, sums=sums)

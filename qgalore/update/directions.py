@@ -29,8 +29,8 @@ ORTHOGONAL_RMS = 0.2
 class Direction(NamedTuple):
     """How directions are made and what they keep."""
 
-    of: Callable[[Sequence[AdamStep], Tensor | None], list[Tensor]]
-    """of(steps, skip) -> directions of several weights, whose moments it moves."""
+    advance: Callable[[Sequence[AdamStep], Tensor | None], list[Tensor]]
+    """advance(steps, skip) -> directions of several weights, whose moments it moves in place."""
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
     batch_values: int
