@@ -27,7 +27,7 @@ from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
-from qgalore.update.step import finalize_gradients, update_weights
+from qgalore.update.step import check_gradients, finalize_gradients, update_weights
 from qgalore.update.step_table import StepTable
 from qgalore.update.weight import Weight
 
@@ -95,6 +95,8 @@ class LowRankAdamW(Optimizer):
         self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = self._rows_written = False
         self._finalized: set[Weight] = set()
+        self._unchecked: list[Weight] = []
+        """Those with a final gradient that `checks` have not seen."""
         self._checks: UpdateChecks | None = None
         self._step_table: StepTable | None = None
         self.update_in_backward = False
@@ -205,7 +207,7 @@ class LowRankAdamW(Optimizer):
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self.finalize(weights)
+            self.finalize(weights, check=self.updates_at_once)
             return
         self._sums = True
         for weight in weights:
@@ -258,11 +260,12 @@ class LowRankAdamW(Optimizer):
         return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
 
     @torch.no_grad()
-    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None) -> None:
+    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
         """Make gradients final, and update where that is due.
 
-        bucket: that of `bucket_of`, sent already; else on several ranks one is sent and waited for. Raises RuntimeError
-        for a weight whose gradient of this update is final already.
+        bucket: that of `bucket_of`, sent already; else on several ranks one is sent and waited for. check: now, and not
+        in `collect`, which checks all that are left at once. Raises RuntimeError for a weight whose gradient of this
+        update is final already.
         """
         if bucket is None and (bucket := self.bucket_of(weights)) is not None:
             bucket.start()
@@ -276,7 +279,11 @@ class LowRankAdamW(Optimizer):
                 )
             self._finalized.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
-        finalize_gradients(weights, bucket, checks)
+        finalize_gradients(weights, bucket)
+        if not check:
+            self._unchecked += weights
+            return
+        check_gradients(weights, checks)
         if at_once:
             checks.remember_first()
             self.write_update_rows()
@@ -303,6 +310,7 @@ class LowRankAdamW(Optimizer):
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
+        self._check_rest()
         return torch.zeros(()) if self._checks is None else self._checks.squared_norms.sum().sqrt()
 
     @torch.no_grad()
@@ -335,7 +343,13 @@ class LowRankAdamW(Optimizer):
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
             if weight.gradient.waits:
-                self.finalize([weight])
+                self.finalize([weight], check=self.updates_at_once)
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        if self._unchecked:
+            check_gradients(self._unchecked, self._update_checks())
+            self._unchecked = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -386,6 +400,7 @@ class LowRankAdamW(Optimizer):
         """Forget the gradients of the update that goes on, and its checks."""
         self._clip_factor, self._sums, self._rows_written = None, False, False
         self._finalized.clear()
+        self._unchecked = []
         if self._checks is not None and not self._stepped:
             self._checks.clear()  # an abandoned update; after a step `grad_norm` can still be read
         for weight in self._weights.values():

@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tokens": ({"updates": 5, "tokens_per_update": 0}, ValueError, "tokens_per_update=0 must be a whole number, at"),
     "another library's optimizer": ({"optimizer_class": torch.optim.AdamW}, TypeError, "must be one of this library"),
     "seed": ({"seed": None}, ValueError, "seed=None must be a whole number"),
-    "sums": ({"accumulator_dtype": torch.bfloat16}, ValueError, "accumulator_dtype=torch.bfloat16 must be one of"),
+    "sums": ({"accumulator_dtype": torch.bfloat16}, ValueError, "accumulator_dtype=torch.bfloat16 is unknown: it must be"),
     "shrinking": ({"norm_growth": 0.5}, ValueError, "norm_growth=0.5 must be at least 1, such as 1.01, or 0"),
     "Adafactor with the orthogonal recipe": (
         {"optimizer_class": GaLoreAdafactor},

@@ -11,12 +11,13 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qgalore.config import SubspaceConfig
+from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize
 from qgalore.seeding import RANGE_FINDER, START, TEST_MATRIX, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.schedule import RefreshSchedule
@@ -307,6 +308,26 @@ class Svd(Streaming):
         """See `Identity`."""
         super().clear()
         self._fitted = {}
+
+
+def grouped_bases(subspaces: Sequence[Identity]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """`bases` of several, each in its own dtype: on a GPU one launch for quantized ones that are stored alike."""
+    found: list[dict[str, Tensor]] = [{} for _ in subspaces]
+    quantized: dict[torch.dtype, list[tuple[int, str, QuantizedTensor]]] = {}
+    for index, subspace in enumerate(subspaces):
+        if not isinstance(subspace, Streaming):
+            continue
+        for side in subspace.sides:
+            basis = subspace.stored.as_read(side, subspace.dtype)
+            if isinstance(basis, QuantizedTensor):
+                quantized.setdefault(subspace.dtype, []).append((index, side, basis))
+            else:
+                found[index][side] = basis
+    for dtype, bases in quantized.items():
+        values = grouped_dequantize([basis for _, _, basis in bases], dtype)
+        for (index, side, _), value in zip(bases, values, strict=True):
+            found[index][side] = value
+    return [(sides.get("left"), sides.get("right")) for sides in found]
 
 
 METHODS = {"streaming": Streaming, "svd": Svd}

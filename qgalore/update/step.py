@@ -41,22 +41,30 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.layer.linear import LowRankLinear
 from qgalore.subspace.fira import full_direction
+from qgalore.subspace.methods import grouped_bases
 from qgalore.update import moments
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
-from qgalore.update.gradient_sum import rows_of_gradient
+from qgalore.update.gradient_sum import Gradient, rows_of_gradient
 from qgalore.update.weight import Weight
 
+_SMALL = 1 << 16
+"""Plain weights of up to so many values, norms and biases, share the launches of a batch."""
 
-def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, checks: UpdateChecks) -> None:
-    """Step 1: leaves `weight.gradient.final`, the squared norms in `checks` and the flag `checks.skip`.
+
+def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None) -> None:
+    """Step 1, but for the check: leaves `weight.gradient.final`.
 
     bucket: the sums of all processes, sent and on their way; None where this process is alone.
     """
     summed = itertools.repeat(None, len(weights)) if bucket is None else bucket.summed()
     for weight, parts in zip(weights, summed, strict=True):
         weight.gradient.finalize(parts)
+
+
+def check_gradients(weights: Sequence[Weight], checks: UpdateChecks) -> None:
+    """The rest of step 1: the squared norms of final gradients go into `checks`, with the flag `checks.skip`."""
     checks.check({weight.index: weight.gradient.final for weight in weights})
 
 
@@ -67,31 +75,33 @@ def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor
     """
     skip = checks.skip_for_kernels()
     skip_on_host = skip is None and bool(checks.skip)
+    for weight in weights:
+        weight.count_update()
+    factors = _gradient_factors(weights, checks, clip)
     for batch in _batches(weights):
-        factors = [_gradient_factor(weight, checks, clip) for weight in batch]
-        for weight in batch:
-            weight.count_update()
         if not skip_on_host:
-            _update_batch(batch, factors, skip)
+            _update_batch(batch, [factors[weight] for weight in batch], skip)
         for weight in batch:
             weight.clear()
 
 
 def _batches(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Weights that are worked on at once, of one kind of direction; a plain one is a batch of its own.
+    """Weights that are worked on at once, of one kind of direction; a large plain one is a batch of its own.
 
-    That is faster for small matrices. A batch is closed by the weight with which its gradients have enough values to
-    fill a GPU, `batch_values`. So it also bounds memory.
+    That is faster for small ones. A batch is closed by the weight with which its gradients have enough values to fill a
+    GPU, `batch_values`. So it also bounds memory.
     """
-    waiting: dict[Direction, list[Weight]] = {}
+    waiting: dict[tuple[Direction, bool], list[Weight]] = {}
     for weight in weights:
-        if _is_plain(weight):
+        plain = _is_plain(weight)
+        if plain and weight.shape.numel() > _SMALL:
             yield [weight]
             continue
-        batch = waiting.setdefault(weight.direction, [])
+        batch = waiting.setdefault((weight.direction, plain), [])
         batch.append(weight)
-        if sum(each.subspace.gradient_shape.numel() for each in batch) > weight.direction.batch_values:
-            yield waiting.pop(weight.direction)
+        most = kernels.PART if plain else weight.direction.batch_values
+        if sum(each.subspace.gradient_shape.numel() for each in batch) > most:
+            yield waiting.pop((weight.direction, plain))
     yield from waiting.values()
 
 
@@ -103,17 +113,25 @@ def _is_plain(weight: Weight) -> bool:
     return weight.layer is None and weight.config is None
 
 
-def _gradient_factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor | None:
-    """Step 2: what a gradient is to be multiplied by, a tensor (); None for 1.
+def _gradient_factors(
+    weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None
+) -> dict[Weight, Tensor | None]:
+    """Step 2: what each gradient is to be multiplied by, a tensor (); None for 1.
 
     The growth limit sees the norm before clipping.
     """
-    growth = weight.param_group["norm_growth"]
-    if not growth:
-        return clip
-    weight.init_state()
-    factor = limit_growth(weight.state, growth, checks.squared_norms[weight.index], checks.skip)
-    return factor if clip is None else factor * clip
+    factors: dict[Weight, Tensor | None] = dict.fromkeys(weights, clip)
+    limited: dict[float, list[Weight]] = {}
+    for weight in weights:
+        if growth := weight.param_group["norm_growth"]:
+            limited.setdefault(growth, []).append(weight)
+    for growth, alike in limited.items():
+        norms = [checks.squared_norms[weight.index] for weight in alike]
+        for weight, factor in zip(
+            alike, limit_growth([weight.state for weight in alike], growth, norms, checks.skip), strict=True
+        ):
+            factors[weight] = factor if clip is None else factor * clip
+    return factors
 
 
 def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
@@ -122,7 +140,7 @@ def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Ten
     skip: a bool () on a GPU, None on a CPU, where this is not called for an update that is skipped.
     """
     if _is_plain(weights[0]):
-        _update_plain(weights[0], factors[0], skip)
+        _update_plain(weights, factors, skip)
         return
     for weight in weights:
         weight.subspace.adopt_fitted_bases(weight.rotate_moments, skip)
@@ -149,15 +167,20 @@ def _apply(
     gradients: the projected ones of weights with a residual (`qgalore.subspace.fira`), else None.
     """
     layers: list[LowRankLinear] = []
-    updates: list[kernels.QuantizedUpdate] = []
+    grouped: list[Weight] = []
     for weight, direction, gradient in zip(weights, directions, gradients, strict=True):
-        layer, dtype = weight.layer, weight.subspace.dtype
+        layer = weight.layer
         if layer is None or layer.quantized_weight is None or gradient is not None:
-            _apply_one(weight, direction.to(dtype), gradient, skip)
+            _apply_one(weight, direction.to(weight.subspace.dtype), gradient, skip)
         else:
-            left, right = weight.subspace.bases(dtype)
-            updates.append(layer.quantized_update(direction.to(dtype), left, right, weight.step_row))
+            grouped.append(weight)
             layers.append(layer)
+    found = dict(zip(weights, directions, strict=True))
+    bases = grouped_bases([weight.subspace for weight in grouped])
+    updates = [
+        layer.quantized_update(found[weight].to(weight.subspace.dtype), left, right, weight.step_row)
+        for layer, weight, (left, right) in zip(layers, grouped, bases, strict=True)
+    ]
     kernels.update_quantized_(updates, skip)
     for layer in layers:
         layer.was_written()
@@ -175,22 +198,39 @@ def _apply_one(weight: Weight, direction: Tensor, gradient: Tensor | None, skip:
     if weight.layer is not None:
         weight.layer.update_(direction, left, right, weight.step_row, skip)
     else:
-        kernels.update_float_(weight.param.data, direction, left, right, weight.step_row, skip=skip)
+        kernels.update_float_([kernels.FloatUpdate(weight.param.data, direction, left, right, weight.step_row)], skip)
 
 
-def _update_plain(weight: Weight, factor: Tensor | None, skip: Tensor | None) -> None:
-    """Steps 4 and 5 for a plain weight, some of its rows at a time: no float32 copy of a whole embedding is made.
+def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
+    """Steps 4 and 5 for plain weights: small ones at once, or one large one, some of its rows at a time.
+
+    So no float32 copy of a whole embedding is made.
+    """
+    gradients = [weight.gradient.final.take_stored() for weight in weights]
+    parts = [
+        (weight, gradient, factor, start, stop)
+        for weight, gradient, factor in zip(weights, gradients, factors, strict=True)
+        for start, stop in moments.row_parts(weight.state, torch.atleast_1d(weight.param).shape)
+    ]
+    at_once = len(parts) if len(weights) > 1 else 1
+    for first in range(0, len(parts), at_once):
+        chosen = parts[first : first + at_once]
+        steps = [_step_of_rows(*part) for part in chosen]
+        directions = weights[0].direction.advance(steps, skip)
+        updates = []
+        for (weight, _, _, start, stop), direction in zip(chosen, directions, strict=True):
+            rows = torch.atleast_1d(weight.param.data)[start:stop]
+            updates.append(kernels.FloatUpdate(rows, direction, None, None, weight.step_row, row_start=start))
+        kernels.update_float_(updates, skip)
+
+
+def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, start: int, stop: int) -> kernels.AdamStep:
+    """The step of rows start:stop of a plain weight.
 
     Weight decay that is not decoupled (Adam, not AdamW) is added to the gradient here, after the factor.
     """
-    gradient, decoupled = weight.gradient.final.take_stored(), weight.param_group["decoupled_weight_decay"]
-    l2 = 0.0 if decoupled else weight.param_group["weight_decay"]
-    param = torch.atleast_1d(weight.param.data)
-    for start, stop in moments.row_parts(weight.state, param.shape):
-        rows, grad, scale = param[start:stop], rows_of_gradient(gradient, start, stop), factor
-        if l2:
-            grad = kernels.scaled(grad, factor).add(rows, alpha=l2)
-            scale = None
-        step = weight.prepare_step(grad, scale, moments.rows_of(weight.state, start, stop))
-        (direction,) = weight.direction.advance([step], skip)
-        kernels.update_float_(rows, direction, None, None, weight.step_row, row_start=start, skip=skip)
+    grad, l2 = rows_of_gradient(gradient, start, stop), weight.param_group["weight_decay"]
+    if l2 and not weight.param_group["decoupled_weight_decay"]:
+        grad = kernels.scaled(grad, factor).add(torch.atleast_1d(weight.param.data)[start:stop], alpha=l2)
+        factor = None
+    return weight.prepare_step(grad, factor, moments.rows_of(weight.state, start, stop))

@@ -79,7 +79,8 @@ def _has_bases(update: FloatUpdate) -> bool:
 
 
 def _block(columns: int) -> int:
-    return min(512, max(16, triton.next_power_of_2(columns)))
+    block: int = min(512, max(16, triton.next_power_of_2(columns)))
+    return block
 
 
 def _launch(updates: Sequence[FloatUpdate], skip: Tensor | None) -> None:
