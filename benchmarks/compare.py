@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +59,12 @@ COLUMNS = (
     *("micro_batch", "grad_accum", "length", "rank", "warmup_updates", "updates", "compiled", "svd_excluded"),
     *("first_loss", "last_loss", "cap_gib", "flags", "libraries", "device", "torch", "commit", "note", "error"),
 )
+RATIOS = {
+    "speed_ratio": "tokens_per_second",
+    "in_a_row_speed_ratio": "in_a_row_tokens_per_second",
+    "memory_ratio": "run_peak_gb",
+}
+"""Columns of ratios to the baseline, each with the column that is compared."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,40 +133,51 @@ def compare(
     results: Path,
     measure_one: Callable[[str, str], Row],
     together: int = 1,
+    baseline: str = BASELINE,
+    columns: Mapping[str, str] = RATIOS,
 ) -> list[Row]:
-    """Measure every method on every model, append a row for each to `results` at once, and return the rows."""
+    """Measure every method on every model, append a row for each to `results` at once, and return the rows.
+
+    baseline: the method that `columns`, like `RATIOS`, compare with.
+    """
     rows = []
     # What the others are compared with comes first; otherwise in the order asked for.
-    names = [(method, model) for model in models for method in sorted(methods, key=lambda name: name != BASELINE)]
+    names = [(method, model) for model in models for method in sorted(methods, key=lambda name: name != baseline)]
     baselines: dict[str, Row] = {}
     with ThreadPoolExecutor(together) as threads:
         for (method, model), row in zip(names, threads.map(lambda name: measure_one(*name), names), strict=True):
-            if method == BASELINE:
+            if method == baseline:
                 baselines[model] = row
-            row |= ratios(row, baselines.get(model, {}))
+            row |= ratios(row, baselines.get(model, {}), columns)
             append_row(results, row)
             print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
             rows.append(row)
     return rows
 
 
-def ratios(row: Row, baseline: Row) -> Row:
-    """Speed and memory as multiples of the baseline's; "" if either is unknown."""
-    found: Row = {}
-    for name, column in (
-        ("speed_ratio", "tokens_per_second"),
-        ("in_a_row_speed_ratio", "in_a_row_tokens_per_second"),
-        ("memory_ratio", "run_peak_gb"),
-    ):
-        if row.get(column) and baseline.get(column):
-            found[name] = round(row[column] / baseline[column], 3)  # type: ignore[operator]
-    return found
+def ratios(row: Row, baseline: Row, columns: Mapping[str, str] = RATIOS) -> Row:
+    """The ratios of `columns` as multiples of the baseline's; without one where either is unknown."""
+    return {
+        name: round(row[column] / baseline[column], 3)  # type: ignore[operator]
+        for name, column in columns.items()
+        if row.get(column) and baseline.get(column)
+    }
 
 
-def in_own_process(method: str, model: str, argv: Sequence[str], timeout: float) -> Row:
-    """Measure in a process of its own; returns the row, with the text of a failure in `error`."""
-    command = [sys.executable, "-m", "benchmarks.compare", *argv, "--models", model, "--one", method]
-    row: Row = dict.fromkeys(COLUMNS, "") | {"model": model, "method": method, "commit": commit()}
+def in_own_process(
+    method: str,
+    model: str,
+    argv: Sequence[str],
+    timeout: float,
+    program: str = "compare",
+    columns: Sequence[str] = COLUMNS,
+) -> Row:
+    """Measure in a process of its own; returns the row, with the text of a failure in `error`.
+
+    program: a module of `benchmarks` that has the flags --models and --one, with the columns of its rows.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{program}", *argv, "--models", model, "--one", method]
+    row: Row = dict.fromkeys(columns, "") | {"model": model, "method": method, "commit": commit()}
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as a run has it
     try:
         done = subprocess.run(

@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from qgalore import kernels
 from qgalore.config import FULL, SubspaceConfig
 from qgalore.optimizer import LowRankAdamW
-from qgalore.param_groups import is_finite
+from qgalore.param_groups import check_common, check_seed, is_finite
 from qgalore.seeding import ROUNDING, step_of
 from qgalore.subspace import fit
 from qgalore.update.directions import Direction
@@ -41,12 +41,18 @@ class _Step(NamedTuple):
     group: dict[str, Any]
     factor: Tensor | None
     dtype: torch.dtype
+    size: Tensor | None
+    """Of the weight, (), that the rate is relative to; None where it is not."""
 
 
 def _direction(step: _Step, skip: Tensor | None) -> Tensor:
     """The update of the gradient factor * grad; moves the moments, unless the flag `skip` is true."""
     grad, group, new = kernels.scaled(step.grad, step.factor), step.group, dict[str, Tensor]()
-    rate, beta2 = step.row.view(torch.float32)[4:6].unbind()
+    row = step.row.view(torch.float32)
+    rate, beta2 = row[4:6].unbind()
+    if step.size is not None:
+        row[3] = 1 - row[2] * rate * step.size * (group["weight_decay"] / group.get("galore_scale", 1.0))
+        rate = rate * step.size
     square = grad.square().add_(group["eps"][0])
     means = {"exp_avg_sq": square}
     if grad.dim() >= 2:
@@ -125,9 +131,12 @@ class AdafactorWeight(Weight):
         super()._add(torch.float32 if self.config is _WHOLE else dtype, parts)
 
     def update_scalars(self) -> kernels.StepScalars:
-        """What the step row of the next update must contain; with scale_parameter it waits for the weight's device."""
+        """What the step row of the next update must contain; with scale_parameter its rate and decay are scaled later.
+
+        `_direction` does so, on the device.
+        """
         group, step = self.param_group, self.step + 1
-        rate = self.rate(step)
+        rate = self._rate_of_step(step)
         outside, inside = (rate, 1.0) if group["beta1"] is None else (1.0, rate)  # momentum is one of scaled updates
         decay, beta2 = 1.0 - rate * group["weight_decay"], 1.0 - step ** group["decay_rate"]
         return kernels.StepScalars(
@@ -135,23 +144,32 @@ class AdafactorWeight(Weight):
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate of an update: given or by the number of the step, and relative to the weight if asked."""
+        """The learning rate of an update: given or by the number of the step, and relative to the weight if asked.
+
+        Then it waits for the weight's device.
+        """
+        size = self._size()
+        return self._rate_of_step(step) * (1.0 if size is None else float(size))
+
+    def _rate_of_step(self, step: int) -> float:
         group = self.param_group
         if group["relative_step"]:
-            rate = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-        else:
-            rate = float(group["lr"])
-        if group["scale_parameter"]:
-            weight = self.param if self.layer is None else self.layer.dequantized_weight(torch.float32)
-            rate *= max(group["eps"][1], float(weight.detach().float().square().mean().sqrt()))
-        return rate
+            return min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        return float(group["lr"])
+
+    def _size(self) -> Tensor | None:
+        """The root mean square of the weight, (), that scale_parameter multiplies the rate by; None without it."""
+        if not self.param_group["scale_parameter"]:
+            return None
+        weight = self.param if self.layer is None else self.layer.dequantized_weight(torch.float32)
+        return weight.detach().float().square().mean().sqrt().clamp(min=self.param_group["eps"][1])
 
     def prepare_step(  # type: ignore[override]
         self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None
     ) -> _Step:
         """See `Weight`."""
         state = self.state if state is None else state
-        return _Step(grad, state, self.step_row, self.param_group, factor, self.subspace.dtype)
+        return _Step(grad, state, self.step_row, self.param_group, factor, self.subspace.dtype, self._size())
 
     def rotate_moments(self, change: Tensor, side: str, wanted: Tensor | None) -> None:
         """See `Weight`. Of the second moment the side of the basis alone changes."""
@@ -197,6 +215,7 @@ class GaLoreAdafactor(LowRankAdamW):
 
         Raises ValueError for a value that makes no sense, here or in a param group.
         """
+        check_seed(seed)
         self._seed = seed
         self._reset()
         defaults = {
@@ -236,14 +255,15 @@ class GaLoreAdafactor(LowRankAdamW):
             raise ValueError(f"eps={eps!r} must be two finite numbers, each at least 0, such as (1e-30, 1e-3)")
         if beta1 is not None and not (is_finite(beta1) and 0 <= beta1 < 1):
             raise ValueError(f"beta1={beta1!r} must be None or a number, at least 0 and less than 1")
-        for name in ("weight_decay", "norm_growth"):
-            if not (is_finite(values[name]) and values[name] >= 0):
-                raise ValueError(f"{name}={values[name]!r} must be a finite number, at least 0")
+        check_common(values)
         if not (is_finite(values["clip_threshold"]) and values["clip_threshold"] > 0):
             raise ValueError(f"clip_threshold={values['clip_threshold']!r} must be a finite number, more than 0")
         if not (is_finite(values["decay_rate"]) and values["decay_rate"] < 0):
             raise ValueError(f"decay_rate={values['decay_rate']!r} must be a finite number, less than 0")
         if values.get("direction", "adam") != "adam":
-            raise ValueError(f"direction={values['direction']!r} has no second moment: Adafactor is one of its own")
+            raise ValueError(
+                f"direction={values['direction']!r} has no second moment: Adafactor has its own: take "
+                "direction='adam', in optimizer_for recipe='paper'"
+            )
         if values.get("subspace") == "streaming" and beta1 is None:
             raise ValueError("subspace='streaming' follows the momentum, and beta1=None keeps none: give beta1, or svd")

@@ -28,6 +28,7 @@ from torch.optim.optimizer import ParamsT
 from qgalore import optimizer
 from qgalore.adafactor import GaLoreAdafactor as _GaLoreAdafactor
 from qgalore.config import WeightFormat
+from qgalore.kernels import StepScalars
 from qgalore.layer.conversion import convert_linears
 from qgalore.layer.linear import LowRankLinear
 from qgalore.update.all_reduce import AllReduce
@@ -67,8 +68,21 @@ class _FixedInterval(optimizer.LowRankAdamW):
         super().add_param_group(param_group)
 
 
+class _AdamWWeight(Weight):
+    """A parameter whose moments are not corrected for their bias where its group has `correct_bias=False`."""
+
+    def update_scalars(self) -> StepScalars:
+        """See `Weight`."""
+        scalars = super().update_scalars()
+        if self.param_group.get("correct_bias", True):
+            return scalars
+        return scalars._replace(inverse_correction1=1.0, inverse_correction2=1.0)
+
+
 class GaLoreAdamW(_FixedInterval, optimizer.GaLoreAdamW):
     """`galore_torch.GaLoreAdamW`."""
+
+    weight_type = _AdamWWeight
 
     def __init__(
         self,
@@ -81,7 +95,13 @@ class GaLoreAdamW(_FixedInterval, optimizer.GaLoreAdamW):
         **named: Any,
     ) -> None:
         """others: correct_bias, no_deprecation_warning; named: these, and those of `qgalore.GaLoreAdamW`."""
-        super().__init__(params, lr, betas, eps, weight_decay, **_named("adamw", others, named))
+        options = _named("adamw", others, named)
+        corrects = bool(options.pop("correct_bias", True))
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+        if not corrects:
+            self.defaults["correct_bias"] = False
+            for group in self.param_groups:
+                group.setdefault("correct_bias", False)
 
 
 class GaLoreAdamW8bit(_FixedInterval, optimizer.GaLoreAdamW8bit):

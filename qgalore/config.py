@@ -288,7 +288,7 @@ def ignored_arguments(kind: str, given: Mapping[str, Any]) -> str:
     if not given.get("correct_bias", True):
         raise ValueError(
             f"{kind} got correct_bias={given['correct_bias']!r}: the bias of Adam's moments is always corrected here; "
-            "leave it out"
+            "leave it out, or take GaLoreAdamW of qgalore.compat"
         )
     ignored = [f"{name}={value!r}" for name, value in given.items() if value not in _ASK_FOR_NOTHING[name]]
     if not ignored:

@@ -23,7 +23,7 @@ from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import in_words
 from qgalore.layer.stacks import split_stacks
 from qgalore.optimizer import LowRankAdamW, QGaLoreAdamW8bit
-from qgalore.param_groups import low_rank_param_groups
+from qgalore.param_groups import is_finite, low_rank_param_groups
 from qgalore.recipes import FULL_RANK_DECAY, RECIPES, Recipe, decay_of_matrices, full_rank_multiple
 from qgalore.training_summary import summary
 
@@ -31,6 +31,9 @@ _OF_SUBSPACE = {field.name for field in dataclasses.fields(SubspaceConfig)}
 _OF_FORMAT = {field.name for field in dataclasses.fields(WeightFormat)} - {"bits"}
 _OF_RUN = {"updates": 0, "tokens_per_update": 65_536, "full_rank_lr": None, "full_rank_weight_decay": None}
 """Options of neither, with their defaults."""
+_RATES = {"lr", "weight_decay", "full_rank_lr", "full_rank_weight_decay"}
+_COUNTS = {"updates": 0, "tokens_per_update": 1}
+"""Options that are whole numbers, each with the least."""
 
 
 def optimizer_for(
@@ -50,9 +53,11 @@ def optimizer_for(
     and norms, which train at full rank, as do matrices with a shorter side than the rank. Stacks of matrices in one
     parameter, such as experts, are split and stay float, as do layers whose weight the model itself reads. What is
     frozen is converted and stays frozen. What was chosen is printed, on the first rank alone;
-    `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before.
+    `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before. `.grad` stays empty:
+    clip with the optimizer's `clip_grad_norm_`, or by `qgalore.integrations.connect` with that of others.
 
-    rank: "full" for the whole space, without a projection; None takes the recipe's share of the width. names: of linear layers, or of stacks, instead of all.
+    rank: "full" for the whole space, without a projection; None takes the recipe's share of the width. names: of linear
+    layers, or of stacks, instead of all.
     weight_bits: 8 or 4, or None for float weights. recipe: "orthogonal" or "paper" (`qgalore.recipes`).
     optimizer_class: holds the bits of the states. update_in_backward: as of `LowRankAdamW.attach`, which may be called
     again, such as with `all_reduce`.
@@ -65,6 +70,8 @@ def optimizer_for(
     Raises ValueError where nothing would be low-rank or values make no sense, TypeError for unknown options or modules
     that are not linear; the model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimizer_for got a {type(model).__name__} as model: give the torch.nn.Module itself")
     _check(rank, weight_bits, recipe, optimizer_class, options)
     choice, given = choose_matrices(model, names), RECIPES[recipe]
     format = WeightFormat(weight_bits, **{key: options[key] for key in options.keys() & _OF_FORMAT})
@@ -112,13 +119,18 @@ def _check(
     """Raise for arguments that no model makes right."""
     if rank not in (None, FULL) and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(
-            f"rank={rank!r} must be a whole number of dimensions, at least 1, {FULL!r} for the whole space, or None for "
-            "the recipe's"
+            f"rank={rank!r} must be a whole number of dimensions, at least 1, or None for the recipe's, or {FULL!r} "
+            "for the whole space"
         )
-    if weight_bits not in (8, 4, None):
+    if weight_bits is not None and (not isinstance(weight_bits, int) or weight_bits not in (8, 4)):
         raise ValueError(f"weight_bits={weight_bits!r} must be 8 or 4, or None for weights that stay float")
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown: it must be one of {', '.join(RECIPES)}")
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, LowRankAdamW)):
+        raise TypeError(
+            f"optimizer_class={optimizer_class!r} must be one of this library's classes: QGaLoreAdamW8bit, "
+            "GaLoreAdamW8bit, GaLoreAdamW or GaLoreAdafactor"
+        )
     known = {*_OF_SUBSPACE, *_OF_FORMAT, *_OF_RUN, *_arguments_of(optimizer_class)}
     for name in options:
         if complete_names({name: None}) <= known:
@@ -128,6 +140,12 @@ def _check(
             f"optimizer_for has no option {name}{f' (did you mean {close[0]}?)' if close else ''}: options are those "
             f"of {optimizer_class.__name__}, SubspaceConfig and WeightFormat, and {', '.join(_OF_RUN)}"
         )
+    for name, value in options.items():
+        unset = value is None and (name in _OF_RUN or _finds_its_rate(optimizer_class, options))
+        if name in _RATES and not unset and not (is_finite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r} must be a finite number, at least 0")
+        if name in _COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < _COUNTS[name]):
+            raise ValueError(f"{name}={value!r} must be a whole number, at least {_COUNTS[name]}")
 
 
 def _arguments_of(optimizer_class: type[LowRankAdamW]) -> set[str]:
@@ -135,8 +153,14 @@ def _arguments_of(optimizer_class: type[LowRankAdamW]) -> set[str]:
     return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"params"}
 
 
+def _finds_its_rate(optimizer_class: type[LowRankAdamW], options: Mapping[str, Any]) -> bool:
+    """Whether an optimizer has no learning rate to be given, as Adafactor with relative steps."""
+    own = inspect.signature(optimizer_class).parameters.get("relative_step")
+    return own is not None and bool(options.get("relative_step", own.default))
+
+
 def _check_model(model: nn.Module, choice: Choice, format: WeightFormat) -> None:
-    """Raise ValueError for what cannot be attached to, and a layer that is converted already, to another format."""
+    """Raise ValueError for what cannot be attached to, has no values, or is converted already, to another format."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -144,6 +168,11 @@ def _check_model(model: nn.Module, choice: Choice, format: WeightFormat) -> None
                 "attached optimizer takes: give the model itself, and then call attach(model, all_reduce=...)"
             )
     for name, param in model.named_parameters():
+        if param.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values: load the model, or move it with to_empty and "
+                "initialise it, before optimizer_for"
+            )
         if param.dtype == torch.float64 and param.requires_grad:
             raise ValueError(f"{name} is float64: updates are made in float32; convert the model to it with float()")
     for name in choice.linears:
@@ -179,6 +208,10 @@ def _rates(
     arguments = {"lr": recipe.lr, **recipe.optimizer}
     arguments |= {key: options[key] for key in options.keys() & _arguments_of(optimizer_class)}
     updates, tokens, rest_lr, rest_decay = (options.get(key, default) for key, default in _OF_RUN.items())
+    if _finds_its_rate(optimizer_class, options):
+        arguments["lr"] = options.get("lr")
+        given = {"lr": rest_lr, "weight_decay": rest_decay}
+        return arguments, {key: value for key, value in given.items() if value is not None}
     lr, by_length = arguments["lr"], name == "orthogonal" and updates
     if rest_lr is None:
         rest_lr = lr * full_rank_multiple(updates) if by_length else lr
@@ -188,9 +221,6 @@ def _rates(
         if rest_decay is None and rest_lr > 0:
             rest_decay = FULL_RANK_DECAY * decay / rest_lr
     rest = {"lr": rest_lr} | ({} if rest_decay is None else {"weight_decay": rest_decay})
-    for key, value in rest.items():
-        if not value >= 0:
-            raise ValueError(f"full_rank_{key}={value} must not be negative")
     return arguments, rest
 
 

@@ -21,13 +21,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.param_groups import check_group, check_rates
+from qgalore.param_groups import check_group, check_rates, check_seed
 from qgalore.saved_state import state_for
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
-from qgalore.update.step import finalize_gradients, update_weights
+from qgalore.update.step import check_gradients, finalize_gradients, update_weights
 from qgalore.update.step_table import StepTable
 from qgalore.update.weight import Weight
 
@@ -68,6 +68,7 @@ class LowRankAdamW(Optimizer):
         """
         if ignored := ignored_arguments(type(self).__name__, of_other_libraries):
             warnings.warn(ignored, stacklevel=2)
+        check_seed(seed)
         self._seed = seed
         self._reset()
         defaults = {
@@ -94,6 +95,8 @@ class LowRankAdamW(Optimizer):
         self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = self._rows_written = False
         self._finalized: set[Weight] = set()
+        self._unchecked: list[Weight] = []
+        """Those with a final gradient that `checks` have not seen."""
         self._checks: UpdateChecks | None = None
         self._step_table: StepTable | None = None
         self.update_in_backward = False
@@ -104,6 +107,7 @@ class LowRankAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no model.
+        self._settle()
         return super().__getstate__() | {"_seed": self._seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,6 +137,7 @@ class LowRankAdamW(Optimizer):
         Objects that exist are kept, since hooks and layers hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
+        self._settle()
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = position = 0
         total = sum(len(group["params"]) for group in self.param_groups)
@@ -145,6 +150,11 @@ class LowRankAdamW(Optimizer):
                 )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
+
+    def _settle(self) -> None:
+        """Let the states be those of updates that were made, which the host learns last where the device is a GPU."""
+        for weight in self._weights.values():
+            weight.subspace.settle()
 
     @classmethod
     def initial_states(
@@ -197,9 +207,11 @@ class LowRankAdamW(Optimizer):
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self._finalize(weights)
-        else:
-            self._sums = True
+            self.finalize(weights, check=self.updates_at_once)
+            return
+        self._sums = True
+        for weight in weights:
+            weight.gradient.end_micro_batch()
 
     @property
     def updates_at_once(self) -> bool:
@@ -247,28 +259,31 @@ class LowRankAdamW(Optimizer):
             return None
         return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
 
-    def _finalize(self, weights: Sequence[Weight]) -> None:
-        bucket = self.bucket_of(weights)
-        if bucket is not None:
-            bucket.start()
-        self.finalize(weights, bucket)
-
     @torch.no_grad()
-    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
-        """Make gradients final, those of `bucket_of` where there is a bucket; update where that is due.
+    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
+        """Make gradients final, and update where that is due.
 
-        Raises RuntimeError for a weight whose gradient of this update is final already.
+        bucket: that of `bucket_of`, sent already; else on several ranks one is sent and waited for. check: now, and not
+        in `collect`, which checks all that are left at once. Raises RuntimeError for a weight whose gradient of this
+        update is final already.
         """
+        if bucket is None and (bucket := self.bucket_of(weights)) is not None:
+            bucket.start()
         for weight in weights:
             if weight in self._finalized:
                 raise RuntimeError(
                     f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
                     "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
-                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums"
+                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums. In a Trainer "
+                    "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect"
                 )
             self._finalized.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
-        finalize_gradients(weights, bucket, checks)
+        finalize_gradients(weights, bucket)
+        if not check:
+            self._unchecked += weights
+            return
+        check_gradients(weights, checks)
         if at_once:
             checks.remember_first()
             self.write_update_rows()
@@ -295,6 +310,7 @@ class LowRankAdamW(Optimizer):
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
+        self._check_rest()
         return torch.zeros(()) if self._checks is None else self._checks.squared_norms.sum().sqrt()
 
     @torch.no_grad()
@@ -327,7 +343,13 @@ class LowRankAdamW(Optimizer):
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
             if weight.gradient.waits:
-                self._finalize([weight])
+                self.finalize([weight], check=self.updates_at_once)
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        if self._unchecked:
+            check_gradients(self._unchecked, self._update_checks())
+            self._unchecked = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -378,6 +400,7 @@ class LowRankAdamW(Optimizer):
         """Forget the gradients of the update that goes on, and its checks."""
         self._clip_factor, self._sums, self._rows_written = None, False, False
         self._finalized.clear()
+        self._unchecked = []
         if self._checks is not None and not self._stepped:
             self._checks.clear()  # an abandoned update; after a step `grad_norm` can still be read
         for weight in self._weights.values():
@@ -390,6 +413,7 @@ class LowRankAdamW(Optimizer):
 
         So equal runs write equal files, whichever weights were updated first and however often a state was loaded.
         """
+        self._settle()
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
         groups = [dict(sorted(group.items())) for group in found["param_groups"]]

@@ -19,6 +19,9 @@ from qgalore.config import SubspaceConfig, complete_group, complete_names, subsp
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
+ACCUMULATOR_DTYPES = ("float32", "bfloat16", "int8")
+"""In which gradients are summed over micro-batches."""
+
 
 def low_rank_param_groups(
     model: nn.Module, names: Iterable[str], config: SubspaceConfig | None = None, **low_rank: Any
@@ -47,6 +50,8 @@ def low_rank_param_groups(
             "requires_grad_(True), or name others"
         )
     if config is not None:
+        if not isinstance(config, SubspaceConfig):
+            raise TypeError(f"config={config!r} must be a SubspaceConfig, such as SubspaceConfig(rank=128)")
         twice = sorted({field.name for field in dataclasses.fields(config)} & complete_names(low_rank))
         if twice:
             raise ValueError(f"{', '.join(twice)} beside a SubspaceConfig: put all options of the subspace into it")
@@ -105,15 +110,38 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def check_rates(values: Mapping[str, Any]) -> None:
     """Raise ValueError where a hyperparameter of Adam among `values`, by name, is no finite number or out of range."""
-    for name in ("lr", "eps", "weight_decay", "norm_growth"):
+    for name in ("lr", "eps"):
         if name in values and not (is_finite(values[name]) and values[name] >= 0):
             raise ValueError(f"{name}={values[name]!r} must be a finite number, at least 0")
+    check_common(values)
     if "betas" not in values:
         return
     betas = values["betas"]
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     if not pair or not all(is_finite(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas!r} must be two numbers, each at least 0 and less than 1")
+
+
+def check_common(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where a hyperparameter that all optimizers here have makes no sense, if it is among `values`."""
+    for name in ("weight_decay", "norm_growth"):
+        if name in values and not (is_finite(values[name]) and values[name] >= 0):
+            raise ValueError(f"{name}={values[name]!r} must be a finite number, at least 0")
+    growth = values.get("norm_growth", 0.0)
+    if 0 < growth < 1:
+        raise ValueError(
+            f"norm_growth={growth!r} must be at least 1, such as 1.01, or 0 for no limit: with less than 1 every "
+            "gradient would shrink away"
+        )
+    for name, known in (("accumulator_dtype", ACCUMULATOR_DTYPES), ("state_bits", (32, 8))):
+        if name in values and values[name] not in known:
+            raise ValueError(f"{name}={values[name]!r} is unknown: it must be one of {', '.join(map(str, known))}")
+
+
+def check_seed(seed: object) -> None:
+    """Raise ValueError for what is no seed of the stochastic rounding."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed={seed!r} must be a whole number")
 
 
 def is_finite(value: Any) -> bool:

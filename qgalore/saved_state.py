@@ -8,13 +8,15 @@ already is taken as it is.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from qgalore.config import complete_group
+from qgalore.config import SubspaceConfig, complete_group
 from qgalore.update.weight import HOST_STATE
 
 Group = dict[str, Any]
@@ -33,7 +35,8 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
     """`saved`, a state dict, with groups as `groups` need them and the state of each parameter under the parameter.
 
     Tensors are copies on the parameter's device (counters: on the CPU), in the dtypes they were saved in; `saved` stays
-    as it is. Raises ValueError for the state of another optimizer or model.
+    as it is. As torch does, the saved hyperparameters are taken; a warning names options of a subspace that were
+    others. Raises ValueError for the state of another optimizer or model.
     """
     _check_groups(groups, saved["param_groups"])
     loaded = [complete_group(_LATER_KEYS | group) for group in saved["param_groups"]]
@@ -46,6 +49,7 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
             f"the state to load has entries of parameters that its param groups do not have: {', '.join(unknown[:3])}"
         )
     _check_codes_have_state(owners, saved["state"])
+    _warn_of_other_subspaces(groups, loaded)
     state = {owners[key]: _placed(key, entries, owners[key]) for key, entries in saved["state"].items() if entries}
     return saved | {"state": state, "param_groups": loaded}
 
@@ -68,6 +72,20 @@ def _check_groups(groups: list[Group], loaded: list[Group]) -> None:
             raise ValueError(
                 f"param group {number} has {counts[0]} parameters, that of the state to load {counts[1]}: {other}"
             )
+
+
+def _warn_of_other_subspaces(groups: list[Group], loaded: list[Group]) -> None:
+    differ: dict[str, str] = {}
+    for ours, group in zip(groups, loaded, strict=True):
+        if "rank" in ours:
+            fields = [field.name for field in dataclasses.fields(SubspaceConfig)]
+            differ |= {x: f"{x}={group[x]!r}, here {ours[x]!r}" for x in fields if ours[x] != group[x]}
+    if differ:
+        warnings.warn(
+            f"the state to load was saved with {'; '.join(differ.values())}: training goes on with what was saved; for "
+            "other options begin with a fresh optimizer",
+            stacklevel=2,
+        )
 
 
 def _check_codes_have_state(owners: Mapping[Any, Tensor], state: Mapping[Any, Any]) -> None:

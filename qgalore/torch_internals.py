@@ -18,6 +18,8 @@ NAMES = {
     "torch._C._cuda_beginAllocateCurrentThreadToPool": "memory of CUDA graphs used between two replays",
     "torch._C._cuda_endAllocateToPool": "memory of CUDA graphs used between two replays",
     "torch._C._cuda_releasePool": "memory of CUDA graphs used between two replays",
+    "torch._foreach_copy_": "one launch for what is written to many weights",
+    "torch._foreach_mul": "one launch for the sizes of many directions",
     "torch._functorch.config.donated_buffer": "backward passes of compiled layers that are retained",
     "torch._functorch.config.ban_recompute_materialized_backward": "norms computed again in the backward pass",
     "torch._functorch.partitioners.has_recomputable_rng_ops": "attention that is computed again on a CPU",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from qgalore import GaLoreAdamW, LowRankLinear, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.adafactor import GaLoreAdafactor
+from qgalore.adafactor import AdafactorWeight, GaLoreAdafactor
 
 FIXED: dict[str, Any] = {"lr": 0.02, "relative_step": False, "scale_parameter": False}
 NAN = float("nan")
@@ -72,6 +72,40 @@ def test_without_a_rank_it_is_adafactor(options: dict[str, Any]) -> None:
     for expected, found, start in zip(theirs.parameters(), ours.parameters(), Net().parameters(), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
         assert not torch.equal(found, start)
+
+
+@pytest.mark.parametrize("beta1", [None, 0.9])
+def test_weights_are_not_read_by_the_host(beta1: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scale_parameter the size of each weight stays on its device: a step asks for no number."""
+    model, optimizer = low_rank(8, scale_parameter=True, weight_decay=0.1, beta1=beta1)
+    train(model, optimizer, range(1))
+    before = values(model)
+    for weight in optimizer._weights.values():
+        monkeypatch.setattr(weight, "rate", None)
+    read = AdafactorWeight._size
+    made: list[Any] = []
+
+    def size(self: AdafactorWeight) -> Tensor | None:
+        found = read(self)
+        made.append(NotForTheHost(found) if found is not None else None)
+        return made[-1]
+
+    monkeypatch.setattr(AdafactorWeight, "_size", size)
+    train(model, optimizer, range(1, 2))
+    assert len(made) == 6 and all(type(each) is NotForTheHost for each in made)
+    assert not any(torch.equal(*pair) for pair in zip(before, values(model), strict=True))
+
+
+class NotForTheHost(Tensor):
+    """A tensor of which no number may be taken."""
+
+    def __new__(cls, data: Tensor) -> NotForTheHost:
+        return data.as_subclass(cls)
+
+    def item(self) -> Any:
+        raise AssertionError("a number was read from the device")
+
+    __float__ = __bool__ = item
 
 
 def test_the_schedule_of_transformers_shows_its_rate() -> None:

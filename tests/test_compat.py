@@ -225,6 +225,8 @@ def test_a_package_that_is_installed_stays_unless_asked(
 
 # ---- scripts of galore-torch
 
+NOT_CORRECTED = {"correct_bias": False}
+
 
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor"])
 def test_a_script_of_galore_torch(installed: None, name: str) -> None:
@@ -244,6 +246,28 @@ def test_a_script_of_galore_torch(installed: None, name: str) -> None:
         assert max(sizes) <= 4 * max(param.shape)  # states of the projection
     restored = getattr(galore_torch, name)(groups_of(model), lr=0.02, **options)
     restored.load_state_dict(optimizer.state_dict())
+
+
+def test_moments_are_not_corrected_where_a_script_says_so(installed: None) -> None:
+    """With correct_bias=False the first update is (1 - b1) g / (sqrt((1 - b2) g^2) + eps), as in galore-torch."""
+    import galore_torch
+
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.96), "eps": 0.5}
+    grads = torch.tensor([3.0, -2.0, 0.5]), torch.tensor([-1.0, 4.0, 2.0])
+    for place in ("argument", "group"):
+        param = nn.Parameter(torch.ones(3))
+        group = {"params": [param], **({"correct_bias": False} if place == "group" else {})}
+        optimizer = galore_torch.GaLoreAdamW([group], **options, **({} if group.keys() > {"params"} else NOT_CORRECTED))
+        expected, first, second = torch.ones(3), torch.zeros(3), torch.zeros(3)
+        for grad in grads:
+            param.grad = grad.clone()
+            optimizer.step()
+            first, second = 0.8 * first + 0.2 * grad, 0.96 * second + 0.04 * grad.square()
+            expected = expected - 0.1 * first / (second.sqrt() + 0.5)
+            torch.testing.assert_close(param.detach(), expected, atol=1e-6, rtol=1e-6)
+        later = nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [later]})
+        assert optimizer.param_groups[1].get("correct_bias", True) is (place == "group")
 
 
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit"])

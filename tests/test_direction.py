@@ -259,12 +259,44 @@ def test_the_residual_of_the_last_micro_batch_stands_for_all() -> None:
     grad = normal(24, 40)
     layer, optimizer, weight = trained(residual="fira")
     before = layer.weight.detach().clone()
-    for _ in range(3):
+    for last in (False, False, True):
+        optimizer.is_last_micro_batch = last
         with torch.no_grad():
             weight.accumulate_full(grad)
+        optimizer.gradients_ready([weight])
     optimizer.step()
     whole_layer, whole, _ = trained(residual="fira")
     torch.testing.assert_close(before - layer.weight.detach(), update(whole_layer, whole, 3 * grad))
+
+
+def test_the_residual_is_that_of_the_last_micro_batch() -> None:
+    _, optimizer, weight = trained(residual="fira")
+    for seed in range(3):
+        optimizer.is_last_micro_batch = seed == 2
+        with torch.no_grad():
+            weight.accumulate_full(normal(24, 40, seed=seed))
+        optimizer.gradients_ready([weight])
+    full = weight.gradient.full_of_last_micro_batch(torch.float32)
+    assert full is not None and torch.equal(full, 3 * normal(24, 40, seed=2))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_residual_of_a_layer_that_is_used_twice_is_that_of_both_uses(micro_batches: int) -> None:
+    taken = []
+    for form in ("used twice", "at once"):
+        layer = LowRankLinear(normal(24, 40, seed=5), None, WeightFormat())
+        optimizer = GaLoreAdamW([{"params": [layer.weight], "rank": 8, "residual": "fira"}], lr=0.1)
+        optimizer.attach(layer)
+        before = layer.weight.detach().clone()
+        for number in range(micro_batches):
+            optimizer.is_last_micro_batch = number + 1 == micro_batches
+            inputs, grads = [normal(6, 40, seed=seed) for seed in (1, 2)], [normal(6, 24, seed=seed) for seed in (3, 4)]
+            if form == "at once":
+                inputs, grads = [torch.cat(inputs)], [torch.cat(grads)]
+            torch.autograd.backward([layer(x) for x in inputs], grads)
+        optimizer.step()
+        taken.append(before - layer.weight.detach())
+    torch.testing.assert_close(*taken)
 
 
 def test_norms_grow_by_the_limit_at_most() -> None:

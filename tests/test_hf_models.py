@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from peft_pretraining.build import build_model
-from peft_pretraining.config.flag_groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs, OptimizerArgs, QuantizationArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, low_rank_names
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.recorded_init import InitRecorder, UnreadableInitError
+from peft_pretraining.optim.build import low_rank_converter
 from scripts.export_hf import export
 from tests.small_run import VOCAB, SmallRun, assert_same_run, flags_of
 
@@ -58,6 +59,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "falcon": (BASIC, 4, True),
     "phi": (BASIC, 6, False),  # its head has a bias
     "stablelm": (BASIC, 7, True),
+    "dory": (BASIC, 8, False),  # its head has a learned scale
     "mixtral": (BASIC | {"num_local_experts": 4}, 4, True),
 }
 
@@ -141,6 +143,32 @@ class TestEachModel:
         assert not [key for key, value in after.items() if torch.equal(value, before[key])]
         quantized = [key for key in result.checkpoint().model_tensors if key.endswith("_qdata")]
         assert quantized
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "kept"),
+    [
+        ("llama4_text", HEADS | {"num_local_experts": 4}, ["feed_forward.router"]),
+        ("phimoe", {"num_local_experts": 4}, ["mlp.router"]),
+        ("mamba", {"state_size": 8}, ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"]),
+    ],
+)
+def test_what_is_more_than_a_linear_layer_is_not_converted(
+    name: str, changes: dict[str, Any], kept: list[str], tmp_path: Path
+) -> None:
+    """Routers that give more than scores, and a weight that the model multiplies with by itself."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(BASIC | {"model_type": name} | changes))
+    model = built(path)
+    convert = low_rank_converter(OptimizerArgs("q_galore_adamw8bit"), QuantizationArgs(weight_quant=True))
+    names = [each for each, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for each in names:
+        convert(model, each)
+    left = [each for each in names if isinstance(model.get_submodule(each), nn.Linear)]
+    assert [each.partition(".0.")[2] for each in left] == [*kept, ""]  # the last is the head
+    loss = model(tokens(), tokens()).loss_sum
+    assert loss is not None
+    loss.backward()
 
 
 def test_gemmas_norms_start_at_zero(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import os
 import weakref
 from collections.abc import Iterator
@@ -17,19 +18,30 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from qgalore import QGaLoreAdamW8bit, SubspaceConfig, WeightFormat, convert_linears, linear_names, low_rank_param_groups
+from qgalore import (
+    LowRankLinear,
+    QGaLoreAdamW8bit,
+    SubspaceConfig,
+    WeightFormat,
+    convert_linears,
+    linear_names,
+    low_rank_param_groups,
+    optimizer_for,
+)
 from qgalore.integrations import (
     OptimizerFactory,
     QGaLoreCallback,
     TrainingState,
     connect,
     connection,
+    visible_norm,
     without_ddp,
 )
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import moments
 from tests.small_run import on_ranks
 from tests.test_optimizer import Net, assert_same, backward, build, train
+from tests.transformers_families import model_of
 
 VOCABULARY, LENGTH, ROWS = 16, 8, 20
 SUBSPACE: dict[str, Any] = {"rank": 4, "update_proj_gap": 2}
@@ -139,6 +151,49 @@ def test_clipping_is_refused_where_updates_were_made_in_the_backward_pass() -> N
         optimizer.step()
 
 
+def test_a_gpu_says_one_update_later_that_gradients_were_clipped() -> None:
+    """What is still on its way to the host when the next update begins, or when all ends, is refused then."""
+    for at_end in (False, True):
+        net, optimizer = connected(update_in_backward=True)
+        connection_of_net = connection._connections[optimizer]
+        backward(net, optimizer, 0)
+        optimizer.step()
+        connection_of_net._norm._scaled = visible_norm._HostFlag(torch.tensor(True))
+        backward(net, optimizer, 1)
+        with pytest.raises(RuntimeError, match="cannot be clipped"):
+            connection_of_net.close() if at_end else optimizer.step()
+        connection_of_net.close()
+        net(torch.zeros(2, 6, dtype=torch.long)).backward()
+        assert net.embed.weight.grad is not None, "detached all the same"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_after_updates_in_the_backward_pass_does_not_wait_for_a_gpu() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64, 64, device="cuda"))
+
+        def forward(self) -> Tensor:
+            return (self.weight**2).sum()
+
+    net = Fixed()
+    optimizer = QGaLoreAdamW8bit([{"params": [net.weight]}], lr=1e-3)
+    connect(optimizer, net, update_in_backward=True)
+    for update in range(4):
+        net().backward()
+        clip_grad_norm_(net.parameters(), 1e-3 if update == 3 else float("inf"))
+        torch.cuda.set_sync_debug_mode("error" if update else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    net().backward()
+    with pytest.raises(RuntimeError, match="cannot be clipped"):
+        optimizer.step()
+
+
 def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
     net, optimizer = connected()
 
@@ -166,6 +221,20 @@ def test_connecting_again_and_closing() -> None:
     assert net.embed.weight.grad is not None and net.embed.weight.grad.count_nonzero() > 1
     with pytest.raises(TypeError, match="AdamW is not an optimizer of this library: give a GaLoreAdamW"):
         connect(torch.optim.AdamW(net.parameters()), net)
+
+
+def test_copies_of_a_connected_model_are_connected_to_nothing() -> None:
+    net, optimizer = connected()
+    saved = io.BytesIO()
+    torch.save(net, saved)
+    saved.seek(0)
+    for made in (copy.deepcopy(net), torch.load(saved, weights_only=False)):
+        backward(net, optimizer, 0)
+        made(torch.tensor([[1, 2, 3]])).sum().backward()
+        assert all(layer.sink is None for layer in made.modules() if isinstance(layer, LowRankLinear))
+        before = [param.clone() for param in made.parameters()]
+        optimizer.step()
+        assert all(torch.equal(param, value) for param, value in zip(made.parameters(), before, strict=True))
 
 
 def test_a_connection_does_not_keep_its_optimizer() -> None:
@@ -362,6 +431,23 @@ def test_a_trainer_resumes_a_model_that_save_pretrained_has_saved(tmp_path: Path
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
         trained.append(model)
     assert_same(*trained)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_a_trainer_resumes_what_transformers_saves_in_another_form(family: str, tmp_path: Path) -> None:
+    """With float weights, too; once training has ended, the model saves as transformers does."""
+    trained = []
+    for resume in (False, True):
+        model = model_of(family, num_hidden_layers=1)
+        before = {name: param.clone() for name, param in model.named_parameters()}
+        optimizer = optimizer_for(model, rank=4, weight_bits=None)
+        options = {"optimizers": (optimizer, None), "callbacks": [QGaLoreCallback(optimizer)]}
+        trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=3, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        trained.append(model)
+    assert_same(*trained)
+    assert all(name not in before or not torch.equal(param, before[name]) for name, param in model.named_parameters())
+    assert "save_pretrained" not in vars(model)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

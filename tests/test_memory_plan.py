@@ -157,16 +157,11 @@ def test_weights_and_states_are_exact(mode: str, tied: bool, tmp_path: Path) -> 
     assert memory.weights_and_states_bytes == sum(found.values())
 
 
+GAP = "--update_proj_gap 200"
 SUMS = [
     f"{FULL_RANK} --batch_size 1 --grad_accum_dtype int8",
-    *(
-        f"{Q_GALORE} --update_proj_gap 200 {flag}"
-        for flag in ("", "--grad_accum_dtype int8 --batch_size 1", "--residual fira")
-    ),
-    *(
-        f"{PER_LAYER} --update_proj_gap 200 --batch_size 1 --grad_accum_dtype {dtype}"
-        for dtype in ("float32", "bfloat16", "int8")
-    ),
+    *(f"{Q_GALORE} {GAP} {flag}" for flag in ("", "--grad_accum_dtype int8 --batch_size 1", "--residual fira")),
+    *(f"{PER_LAYER} {GAP} --batch_size 1 --grad_accum_dtype {dtype}" for dtype in ("float32", "bfloat16", "int8")),
     "--optimizer adamw --batch_size 1",
     "--optimizer muon --batch_size 1",
 ]

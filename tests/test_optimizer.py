@@ -952,15 +952,20 @@ def test_impossible_rates_are_refused_where_they_are_given(name: str, value: obj
 
 def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
     optimizer = GaLoreAdamW([nn.Parameter(torch.ones(2, 2))], lr=0.5)
-    with pytest.raises(ValueError, match="lr=nan must be a finite number"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": float("nan")})
+    for name, value, text in (
+        ("lr", float("nan"), "lr=nan must be a finite number"),
+        ("accumulator_dtype", "float16", "'float16' is unknown: it must be one of float32, bfloat16, int8"),
+        ("state_bits", 4, "state_bits=4 is unknown: it must be one of 32, 8"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], name: value})
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": torch.tensor(0.25)})
     assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.25]
 
 
 def test_an_unknown_dtype_of_sums_is_named() -> None:
-    with pytest.raises(ValueError, match="accumulates in float32, bfloat16 or int8, not in flaot32"):
+    with pytest.raises(ValueError, match="'flaot32' is unknown: it must be one of float32, bfloat16, int8"):
         build(options={"accumulator_dtype": "flaot32"})
 
 

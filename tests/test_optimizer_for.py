@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import qgalore
-from qgalore import GaLoreAdamW, LowRankLinear, WeightFormat, optimizer_for, summary
+from qgalore import GaLoreAdafactor, GaLoreAdamW, LowRankLinear, WeightFormat, convert_linears, optimizer_for, summary
 from qgalore.optimizer import LowRankAdamW
 from tests.transformers_families import FAMILIES, loss_of, model_of, stored
 
@@ -19,6 +20,7 @@ MATRICES = {
     "gpt2": 8, "gpt_neox": 8, "falcon": 8, "bert": 12, "roberta": 12, "t5": 32, "mixtral": 24,
 }  # fmt: skip
 """In two layers of each family."""
+
 FLOAT = {"t5": 4, "mixtral": 16}
 """Of those the ones that cannot be converted."""
 
@@ -350,8 +352,27 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bits": ({"bits": 8}, TypeError, "has no option bits"),
     "subspace": ({"subspace": "pca"}, ValueError, "subspace='pca' is unknown"),
     "lr": ({"lr": -1.0}, ValueError, r"lr=-1\.0"),
-    "full_rank_lr": ({"full_rank_lr": -1.0}, ValueError, r"full_rank_lr=-1\.0 must not be negative"),
-    "full_rank_lr nan": ({"full_rank_lr": float("nan")}, ValueError, "full_rank_lr=nan must not be negative"),
+    "full_rank_lr": ({"full_rank_lr": -1.0}, ValueError, r"full_rank_lr=-1\.0 must be a finite number, at least 0"),
+    "full_rank_lr nan": ({"full_rank_lr": float("nan")}, ValueError, "full_rank_lr=nan must be a finite number"),
+    "lr nan": ({"lr": float("nan")}, ValueError, "^lr=nan must be a finite number, at least 0"),
+    "lr as text": ({"lr": "1e-3", "updates": 10}, ValueError, "^lr='1e-3' must be a finite number"),
+    "no lr": ({"lr": None, "updates": 10}, ValueError, "^lr=None must be a finite number"),
+    "weight_bits that are no integer": ({"weight_bits": 8.0}, ValueError, r"weight_bits=8\.0 must be 8 or 4"),
+    "updates": ({"updates": -5}, ValueError, "updates=-5 must be a whole number, at least 0"),
+    "tokens": ({"updates": 5, "tokens_per_update": 0}, ValueError, "tokens_per_update=0 must be a whole number, at"),
+    "another library's optimizer": ({"optimizer_class": torch.optim.AdamW}, TypeError, "must be one of this library"),
+    "seed": ({"seed": None}, ValueError, "seed=None must be a whole number"),
+    "sums": (
+        {"accumulator_dtype": torch.bfloat16},
+        ValueError,
+        "accumulator_dtype=torch.bfloat16 is unknown: it must be",
+    ),
+    "shrinking": ({"norm_growth": 0.5}, ValueError, "norm_growth=0.5 must be at least 1, such as 1.01, or 0"),
+    "Adafactor with the orthogonal recipe": (
+        {"optimizer_class": GaLoreAdafactor},
+        ValueError,
+        "take direction='adam', in optimizer_for recipe='paper'",
+    ),
     "L2": ({"weight_decay": 0.1, "decoupled_weight_decay": False}, ValueError, "is decoupled"),
     "products": ({"weight_bits": 4, "int8_products": True}, ValueError, "int8_products multiplies the codes"),
 }
@@ -365,6 +386,83 @@ def test_impossible_values_are_refused_and_the_model_stays(case: str) -> None:
     with pytest.raises(error, match=message):
         optimizer_for(model, **{"rank": 8} | options)
     assert list(model.state_dict()) == before and not any(map(_is_low_rank, model.modules()))
+
+
+def test_adafactor_finds_its_own_rate_and_takes_a_given_one() -> None:
+    model = model_of("llama")
+    optimizer = optimizer_for(model, rank=8, recipe="paper", optimizer_class=GaLoreAdafactor)
+    assert [group["lr"] for group in optimizer.param_groups] == [None, None]
+    before = dict(stored(model))
+    train(model, optimizer, 1)
+    assert all(not torch.equal(param, before[name]) for name, param in model.named_parameters())
+    options = {"relative_step": False, "lr": 1e-3, "full_rank_lr": 2e-3}
+    optimizer = optimizer_for(model, rank=8, recipe="paper", optimizer_class=GaLoreAdafactor, **options)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 1e-3]
+
+
+def _with_computed_weight(kind: str) -> nn.Module:
+    model = model_of("llama")
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    if kind == "parametrize":
+        nn.utils.parametrizations.weight_norm(layer)
+    else:
+        prune.l1_unstructured(layer, "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["parametrize", "prune"])
+def test_a_weight_that_is_computed_from_others_is_refused(kind: str) -> None:
+    model = _with_computed_weight(kind)
+    with pytest.raises(TypeError, match=r"the weight of model\.layers\.0\.mlp\.up_proj is computed from other"):
+        optimizer_for(model, rank=8)
+    with pytest.raises(TypeError, match=r"the weight of model\.layers\.0\.mlp\.up_proj is computed from other"):
+        convert_linears(model, ["model.layers.0.mlp.up_proj"], WeightFormat(8))
+    assert not any(map(_is_low_rank, model.modules()))
+
+
+class WithLoRA(nn.Linear):
+    """As loralib has it: the second factor starts at zero, so that at first it computes as a linear layer."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.lora_A = nn.Parameter(torch.ones(2, columns))
+        self.lora_B = nn.Parameter(torch.zeros(rows, 2))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + input @ self.lora_A.T @ self.lora_B.T
+
+
+def test_a_layer_with_parameters_of_its_own_keeps_them(capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of("llama")
+    block = model.get_submodule("model.layers.0.mlp")
+    block.up_proj = WithLoRA(32, 48)
+    with pytest.raises(TypeError, match=r"up_proj is a WithLoRA with lora_A, lora_B beside weight and bias, which a"):
+        convert_linears(model, ["model.layers.0.mlp.up_proj"], WeightFormat(8))
+    optimizer = optimizer_for(model, rank=8)
+    assert (
+        "float, since WithLoRA holds more than weight and bias: model.layers.0.mlp.up_proj" in capsys.readouterr().out
+    )
+    before = dict(stored(model))
+    train(model, optimizer, 2)
+    assert isinstance(block.up_proj, WithLoRA) and not unchanged(model, before)
+
+
+def test_what_is_no_model_with_layers_inside_is_refused() -> None:
+    with pytest.raises(TypeError, match="got a generator as model: give the torch"):
+        optimizer_for(model_of("llama").parameters(), rank=8)  # type: ignore[arg-type]
+    for refused in (
+        lambda model: optimizer_for(model, 8, [""]),
+        lambda model: convert_linears(model, [""], WeightFormat(8)),
+    ):
+        with pytest.raises(TypeError, match="the model is itself a Linear, and layers are replaced inside a model"):
+            refused(nn.Linear(16, 16))
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = model_of("llama")
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is on the meta device and has no values"):
+        optimizer_for(model, rank=8)
 
 
 def test_a_model_in_float64_is_refused() -> None:

@@ -107,3 +107,8 @@ def test_groups_carry_the_defaults_of_the_optimizer() -> None:
     }  # fmt: skip
     assert {key: group[key] for key in expected} == expected
     assert torch.optim.Optimizer in type(optimizer).__mro__
+
+
+def test_a_config_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"config=\{'rank': 2\} must be a SubspaceConfig, such as SubspaceConfig\(rank"):
+        low_rank_param_groups(nn.Sequential(nn.Linear(4, 4)), ["0"], {"rank": 2})  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,21 @@ def test_a_copy_takes_a_state(reference: tuple[Net, LowRankAdamW], name: str, st
 
 
 # ---- whose state is whose
+
+
+def test_other_options_of_the_subspace_are_named() -> None:
+    """As under torch, what was saved is taken: a run that is resumed with another rank should know."""
+    net, optimizer = build("galore", "float")
+    train(net, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    rank = optimizer.param_groups[1]["rank"]
+    optimizer.param_groups[1] |= {"rank": rank + 1, "update_proj_gap": 7}
+    with pytest.warns(UserWarning, match=rf"with rank={rank}, here {rank + 1}; update_proj_gap=\d+, here 7: training"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[1]["rank"] == rank
 
 
 @every_pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import run_pretrain
+from qgalore.update.finite_checks import UpdateChecks
 from tests.small_run import Result, SmallRun, assert_same_bits, flags_of, on_ranks
 from tests.test_optimizer import backward, build
 
@@ -94,6 +96,45 @@ def test_a_flag_of_an_update_that_is_given_up_is_forgotten() -> None:
     backward(net, optimizer, 0)
     optimizer.step()
     assert not optimizer.skipped()
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "sums"),
+    [("svd", "head", "float32"), ("streaming", "embed", "int8"), ("streaming", "flag", "float32"),
+     ("lazy", "flag", "float32")],
+)  # fmt: skip
+def test_a_refresh_of_a_skipped_update_stays_due_whether_the_host_knows_or_not(
+    method: str, where: str, sums: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is ahead of a GPU counts a refresh before it can know that the update is skipped."""
+    rule: dict[str, Any] = {"subspace": "svd", "gamma_proj": 2.0, "queue_size": 1} if method == "lazy" else {
+        "subspace": method
+    }  # fmt: skip
+    found = []
+    for in_kernels in (False, True):
+        if in_kernels:
+            monkeypatch.setattr(UpdateChecks, "skip_for_kernels", lambda checks: checks.skip)
+        net, optimizer = build("qgalore8bit", "int8", options={"accumulator_dtype": sums}, **rule)
+        states = []
+        for update in range(13):
+            # First refreshes are among them and later ones; two in a row.
+            skipped = update in (1, 6, 7, 9)
+            accumulation = 1 + (sums == "int8")
+            if skipped and where != "flag":
+                spoil(net, where, at_micro_batch=accumulation)
+            if skipped and where == "flag":
+                optimizer.skip_update_if(torch.tensor(True))
+            backward(net, optimizer, update, accumulation)
+            optimizer.step()
+            assert bool(optimizer.skipped()) == skipped
+            optimizer.zero_grad()
+            if update % 2:
+                states.append(copy.deepcopy((net.state_dict(), optimizer.state_dict())))
+        states.append((net.state_dict(), copy.deepcopy(optimizer).state_dict()))
+        found.append(states)
+        counts = [weight.subspace.schedule.refreshes for weight in optimizer.low_rank_weights()]
+        assert min(counts) > 2
+    assert_same_bits(*found)
 
 
 # ---- a run

@@ -15,6 +15,7 @@ from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.head import IGNORE_INDEX, CausalLMOutput, head_output, shifted
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.recorded_init import InitialValue, InitRecorder, UnreadableInitError
+from qgalore.layer.choice import why_float
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class HFConfig:
 class HFCausalLM(CausalLM):
     """A causal model of transformers with its own state-dict keys, its own initial values, and our loss.
 
-    Decoder matrices are the linear layers inside the decoder layers, and GPT-2's Conv1D. Where the class makes its
+    Decoder matrices are the linear layers inside the decoder layers, and GPT-2's Conv1D, but for those that compute
+    more, as some routers do, or whose weight the class reads itself (`qgalore.layer.choice`). Where the class makes its
     logits by the head alone, the loss never has them all at once; where it caps, scales or shifts them, it has. The
     losses that a class adds to that of the next token are left out, such as for the balance of experts.
     """
@@ -47,7 +49,8 @@ class HFCausalLM(CausalLM):
         self.config = _config_of(network, self._source)
         self._longest: int | None = getattr(network.config, "max_position_embeddings", None)
         self.layers_name = _layers_name(network, self.config.num_hidden_layers, self._source)
-        self._matrices = frozenset(_matrix_names(self, self.layers_name))
+        matrices = _matrix_names(self, self.layers_name)
+        self._matrices = frozenset(matrices) - why_float(network, matrices).keys()
         if not self._matrices:
             raise UserError(f"{self._source}: {_kind(network)} has no linear layers inside its decoder layers.")
         _refuse_dropout(network, self._source)
@@ -258,6 +261,8 @@ def _head_is_plain(network: Any) -> bool:
     names = {id(module): name for name, module in network.named_children()}
     base_name, head_name = names.get(id(network.base_model)), names.get(id(head))
     if base_name is None or head_name is None or not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    if type(head).forward is not nn.Linear.forward:  # such as one with a learned scale, which starts at one
         return False
     hidden = torch.linspace(-90.0, 90.0, 2 * 3 * head.in_features).view(2, 3, -1)
     kept = dict(network._modules)

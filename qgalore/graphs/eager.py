@@ -93,7 +93,7 @@ class EagerStack:
         with memory, cached_bases(self._weights[index], self._dtype):
             self._backward_of_layer(index)
             if self._at_once and not self._sends:
-                self._optimizer.finalize(self._weights[index], None)
+                self._optimizer.finalize(self._weights[index])
         if self._sends:
             # Not there: it is still needed when graphs write over their memory.
             bucket = self._optimizer.bucket_of(self._weights[index], self._buffer_of(index))

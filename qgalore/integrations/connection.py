@@ -36,14 +36,20 @@ class Connection:
         self._handles: list[RemovableHandle] = [body.register_forward_pre_hook(follow) for body in bodies.values()]
 
     def close(self) -> None:
-        """Let gradients arrive in `.grad` again, as before `connect`."""
+        """Let gradients arrive in `.grad` again, as before `connect`.
+
+        Raises RuntimeError where gradients were clipped in the last update and it was made in the backward pass, as far
+        as the update itself has not.
+        """
         while self._handles:
             self._handles.pop().remove()
-        self._norm.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            optimizer.detach()
-            optimizer.is_last_micro_batch = True
+        try:
+            self._norm.remove()
+        finally:
+            optimizer = self._optimizer()
+            if optimizer is not None:
+                optimizer.detach()
+                optimizer.is_last_micro_batch = True
 
 
 def connect(
@@ -113,12 +119,25 @@ def _average(tensor: Tensor) -> dist.Work | None:
 
 
 class _BeforeForward:
-    """Before a forward pass, tell the optimizer what accelerate knows: whether its micro-batch is the last."""
+    """Before a forward pass, tell the optimizer what accelerate knows: whether its micro-batch is the last.
 
-    def __init__(self, optimizer: weakref.ref[LowRankAdamW], norm: VisibleNorm, follow_accelerate: bool) -> None:
+    In a copy of the model, deep or pickled, it does nothing: the copy is connected to no optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: weakref.ref[LowRankAdamW] | None = None,
+        norm: VisibleNorm | None = None,
+        follow_accelerate: bool = False,
+    ) -> None:
         self._optimizer, self._norm, self._follow_accelerate = optimizer, norm, follow_accelerate
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BeforeForward, ()
+
     def __call__(self, *_: object) -> None:
+        if self._optimizer is None or self._norm is None:
+            return
         self._norm.forget()
         optimizer = self._optimizer()
         if optimizer is not None and self._follow_accelerate:

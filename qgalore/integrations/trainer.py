@@ -5,6 +5,7 @@ The model is converted before the Trainer is made, since a checkpoint is loaded 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from qgalore.config import SubspaceConfig
 from qgalore.integrations.connection import Connection, connect, unwrapped, without_ddp
+from qgalore.layer.export import SaveMethod
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import linear_names
 from qgalore.optimizer import LowRankAdamW, QGaLoreAdamW8bit
@@ -31,6 +33,7 @@ class QGaLoreCallback:
         self.optimizer = None if optimizer is None else unwrapped(optimizer)
         self.update_in_backward = update_in_backward
         self._connection: Connection | None = None
+        self._own_names: _SavesOwnNames | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """Refuse what cannot work before anything is trained; raises ValueError."""
@@ -53,9 +56,13 @@ class QGaLoreCallback:
                 raise ValueError(problem)
             self.update_in_backward = True  # as the factory was told
         self._connection = connect(trained, model, self.update_in_backward, follow_accelerate=True)
+        self._own_names = _SavesOwnNames(model)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Detach."""
+        if self._own_names is not None:
+            self._own_names.remove()
+            self._own_names = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -64,6 +71,33 @@ class QGaLoreCallback:
         if name.startswith("on_"):
             return _do_nothing
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+class _SavesOwnNames(SaveMethod):
+    """Lets a model's `save_pretrained` write the names and forms of its own state dict until `remove`.
+
+    A Trainer resumes, and finds its best model, by `load_state_dict` of what it has saved: of what transformers writes
+    in the "original format" of a family, such as Mixtral's experts or GPT-NeoX's head, it would keep what it has
+    (findings/transformers_trainer_resume_loses_experts.sh). `from_pretrained` reads both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        save = getattr(type(model), "save_pretrained", None)
+        takes_it = save is not None and "save_original_format" in inspect.signature(save).parameters
+        if takes_it and "save_pretrained" not in vars(model):  # a quantized model's does it already
+            model.save_pretrained = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class of the model has it."""
+        model, save = self.parts()
+        return save(model, *args, **{"save_original_format": False} | kwargs)
+
+    def remove(self) -> None:
+        """Let the model save as its class does."""
+        model = self._model()
+        if model is not None and vars(model).get("save_pretrained") is self:
+            del model.save_pretrained
 
 
 class OptimizerFactory:

@@ -30,6 +30,7 @@ class VisibleNorm:
         self._carrier = weakref.ref(_smallest(optimizer, model))
         self._optimizer = weakref.ref(optimizer)
         self._shown: Tensor | None = None
+        self._scaled: _HostFlag | None = None
         self._queued = False
         # What holds a hook is out of the garbage collector's sight: it gets weak references only.
         this = weakref.WeakMethod(self._leaf_is_ready)
@@ -43,10 +44,11 @@ class VisibleNorm:
         self._queued = False
 
     def remove(self) -> None:
-        """Show nothing from now on."""
+        """Show nothing from now on; raises RuntimeError as `take` does, of the last update."""
         self._take_away()
         while self._handles:
             self._handles.pop().remove()
+        self._refuse_scaled()
 
     def _leaf_is_ready(self, _: Tensor) -> None:
         if not self._queued:
@@ -73,8 +75,10 @@ class VisibleNorm:
     def take(self) -> None:
         """Let the update be scaled as the norm was since it was shown, and show it no longer.
 
-        Raises RuntimeError where it was scaled and the updates have been made in the backward pass.
+        Raises RuntimeError where it was scaled and the updates have been made in the backward pass; of a GPU, which
+        the host does not wait for, one update later, or in `remove`.
         """
+        self._refuse_scaled()
         optimizer, carrier, shown = self._optimizer(), self._carrier(), self._shown
         if optimizer is None or carrier is None or shown is None or carrier.grad is None:
             self._take_away()
@@ -82,16 +86,23 @@ class VisibleNorm:
         norm = carrier.grad.view(-1)[0]
         self._take_away()
         if optimizer.update_in_backward:
-            if bool((norm != shown) & shown.isfinite()):
-                raise RuntimeError(
-                    "gradients cannot be clipped where each weight is updated inside the backward pass: leave "
-                    "update_in_backward=False, or set the norm that gradients are clipped to (max_grad_norm of a "
-                    "Trainer, gradient_clip_val of Lightning) to 0; norm_growth of the optimizer limits each "
-                    "gradient's growth instead"
-                )
+            self._scaled = _HostFlag((norm != shown) & shown.isfinite())
+            if not norm.is_cuda:
+                self._refuse_scaled()
             return
         usable = shown.isfinite() & (shown > 0)
         optimizer.scale_gradients(torch.where(usable, norm / shown, torch.ones_like(shown)))
+
+    def _refuse_scaled(self) -> None:
+        """Raise RuntimeError where the norm was scaled in an update that was made in the backward pass."""
+        scaled, self._scaled = self._scaled, None
+        if scaled is not None and scaled.value():
+            raise RuntimeError(
+                "gradients cannot be clipped where each weight is updated inside the backward pass: leave "
+                "update_in_backward=False, or set the norm that gradients are clipped to (max_grad_norm of a "
+                "Trainer, gradient_clip_val of Lightning) to 0; norm_growth of the optimizer limits each "
+                "gradient's growth instead"
+            )
 
     def _take_away(self) -> None:
         carrier = self._carrier()
@@ -100,6 +111,23 @@ class VisibleNorm:
             if carrier.grad_dtype != carrier.dtype:
                 carrier.grad_dtype = carrier.dtype
         self._shown = None
+
+
+class _HostFlag:
+    """A bool, (), on its way to the host: from a GPU into pinned memory, with an event, so that nothing waits yet."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag, self._event = flag, None
+        if flag.is_cuda:
+            host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+            self._flag, self._event = host.copy_(flag, non_blocking=True), torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(flag.device))
+
+    def value(self) -> bool:
+        """The bool itself; waits for the work that was queued before it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
 
 
 class _StepHook:

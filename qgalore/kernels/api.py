@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT, AdamStep, QuantizedMatrix, QuantizedUpdate, StepScalars
+from qgalore.kernels.arguments import (
+    GROUP_LIMIT,
+    AdamStep,
+    FloatUpdate,
+    QuantizedMatrix,
+    QuantizedUpdate,
+    StepScalars,
+)
 from qgalore.kernels.backend import backend, grouped_by_backend, use_triton
 from qgalore.kernels.reference import (
     adam,
@@ -25,7 +32,7 @@ from qgalore.kernels.reference.adam import PART, scaled
 from qgalore.kernels.reference.rows import project_back, row_chunks
 
 __all__ = [
-    "GROUP_LIMIT", "PART", "AdamStep", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
+    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
     "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward", "momentum_steps",
     "orthogonalize", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "scaled",
     "update_float_", "update_quantized_", "use_triton",
@@ -126,22 +133,24 @@ def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = 
         run([updates[index] for index in indices], skip)
 
 
-def update_float_(
-    weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool = True,
-    row_start: int = 0, skip: Tensor | None = None,
-) -> None:  # fmt: skip
-    """W <- round(decay * W - step_size * leftᵀ N right) in place on a float tensor, float32 inside.
+def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None = None) -> None:
+    """W <- round(decay * W - step_size * leftᵀ N right) in place on each float tensor, float32 inside.
 
     Step size, decay and seed come from the step row. A bfloat16 weight is rounded stochastically where that is asked
     for, since a nearest rounding loses every update below 1/512 of the weight; other dtypes round to nearest. A vector
-    is a matrix of one row; `row_start` is the number of the first row in the matrix that the seed belongs to. Where the
-    flag `skip` is true nothing changes.
+    is a matrix of one row. Where the flag `skip` is true nothing changes. In Triton one launch for those of about one
+    width and one dtype without bases.
     """
-    matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
-    direction = direction if left is not None or right is not None else direction.view(matrix.shape)
-    stochastic = stochastic and weight.dtype == torch.bfloat16
-    run = backend(float_update.update_float_, weight.device)
-    run(matrix, direction, left, right, row, stochastic, row_start, skip)
+    matrices = []
+    for update in updates:
+        weight, direction = update.weight, update.direction
+        matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
+        whole = update.left is None and update.right is None
+        direction = direction.view(matrix.shape) if whole else direction
+        stochastic = update.stochastic and weight.dtype == torch.bfloat16
+        matrices.append(update._replace(weight=matrix, direction=direction, stochastic=stochastic))
+    if matrices:
+        backend(float_update.update_float_, matrices[0].weight.device)(matrices, skip)
 
 
 def reads_rows_on_device(device: torch.device, group_size: int) -> bool:

@@ -31,6 +31,19 @@ class AdamStep(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
+class FloatUpdate(NamedTuple):
+    """Arguments of `qgalore.kernels.update_float_` that belong to one weight."""
+
+    weight: Tensor
+    direction: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    row: Tensor
+    stochastic: bool = True
+    row_start: int = 0
+    """The number of the first row in the matrix that the seed belongs to."""
+
+
 class QuantizedUpdate(NamedTuple):
     """Arguments of `qgalore.kernels.update_quantized_` that belong to one weight."""
 

@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.linear_names import in_words, is_in_blocks, linear_layers, linears_in_words, module_of, shape_of
+from qgalore.layer.linear_names import (
+    check_replaceable,
+    in_words,
+    is_in_blocks,
+    linear_layers,
+    linears_in_words,
+    module_of,
+    parts_beside_weight,
+    shape_of,
+)
 from qgalore.layer.stacks import matrices_of, stack_names
 
 
@@ -40,7 +49,8 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
 
     names: of linear layers, of 3-D parameters, or of modules that hold some of those themselves, such as experts.
     Raises ValueError where nothing is chosen, with the linear layers that there are; for a weight that is not float;
-    AttributeError for a name that the model does not have; TypeError for one of another module.
+    AttributeError for a name that the model does not have; TypeError for one of another module, and for a layer that
+    cannot be replaced (`check_replaceable`).
     """
     stacks = {name: _stack_shape(model, name) for name in stack_names(model)}
     modules = dict(model.named_modules())
@@ -58,15 +68,15 @@ def choose_matrices(model: nn.Module, names: Iterable[str] | None = None) -> Cho
         if stacks:
             found += f"; its stacks of matrices: {in_words({n: ' x '.join(map(str, s)) for n, s in stacks.items()})}"
         raise ValueError(f"nothing of {type(model).__name__} would be low-rank: {problem}. Its linear layers: {found}")
-    holders = Counter(id(param) for module in modules.values() for param in module._parameters.values())
-    float_only = {name: why for name in linears if (why := _why_float(model, name, holders))}
     for name in linears:
+        check_replaceable(modules[name], name)
         weight = modules[name].get_parameter("weight")
         if not weight.is_floating_point() and not isinstance(modules[name], LowRankLinear):
             raise ValueError(
                 f"the weight of {name} is {weight.dtype}, quantized by another library: load the model in float"
             )
-    return Choice({name: shape_of(modules[name]) for name in linears}, {n: stacks[n] for n in chosen}, float_only)
+    shapes = {name: shape_of(modules[name]) for name in linears}
+    return Choice(shapes, {name: stacks[name] for name in chosen}, why_float(model, linears))
 
 
 def _named(model: nn.Module, names: list[str], stacks: list[str]) -> tuple[list[str], list[str]]:
@@ -101,17 +111,22 @@ def _head_of(module: nn.Module) -> object:
     return None if ask is None else ask(module)
 
 
-def _why_float(model: nn.Module, name: str, holders: Counter[int]) -> str:
-    """Why a linear layer cannot hold a quantized weight: "" where it can.
+def why_float(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of linear layers, by name, those that cannot hold a quantized weight, and why."""
+    holders = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    return {name: why for name in names if (why := _why_float(model, name, holders))}
 
-    holders: how many modules hold the parameter of an id.
-    """
+
+def _why_float(model: nn.Module, name: str, holders: Counter[int]) -> str:
+    """holders: how many modules hold the parameter of an id."""
     layer, (path, _, child) = model.get_submodule(name), name.rpartition(".")
     if isinstance(layer, LowRankLinear):
         return ""
     parent: Any = type(model.get_submodule(path))
     if not child.isdigit() and re.search(rf"\bself\.{child}\.weight\b", _source(parent)):
         return f"code of {parent.__name__} reads the weight"
+    if parts_beside_weight(layer):  # which may compute the same only as long as they are at their initial values
+        return f"{type(layer).__name__} holds more than weight and bias"
     if isinstance(layer, nn.Linear) and not _computes_as_linear(layer):
         return f"{type(layer).__name__} computes more than a linear layer"
     return "another module has the weight, too" if holders[id(layer.weight)] > 1 else ""

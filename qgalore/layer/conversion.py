@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from qgalore.config import WeightFormat
 from qgalore.layer.export import save_floats_too
 from qgalore.layer.linear import LowRankLinear
-from qgalore.layer.linear_names import is_conv1d, linears_in_words, module_of
+from qgalore.layer.linear_names import check_replaceable, is_conv1d, linears_in_words, module_of, parts_beside_weight
 
 
 def low_rank_linear(linear: nn.Module, format: WeightFormat, **options: bool) -> LowRankLinear:
@@ -25,8 +25,9 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
     """Replace the named `nn.Linear` modules of a model by `LowRankLinear`, in place, wherever the model uses them.
 
     A `Conv1D` of transformers, as GPT-2 has it, is taken too: `LowRankLinear.transposed`. A layer that was frozen stays
-    so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules, AttributeError for names that the
-    model does not have, ValueError for no names at all and for a weight that another module holds, too, such as an
+    so, in every format: `LowRankLinear.frozen`. Raises TypeError for other modules, the model itself, a layer whose
+    weight is computed from other parameters and one that holds more than weight and bias, AttributeError for names that
+    the model does not have, ValueError for no names at all and for a weight that another module holds, too, such as an
     embedding.
 
     `save_pretrained` of the model, and of its parts, writes quantized weights as floats beside their codes from then on
@@ -54,6 +55,12 @@ def convert_linears(model: nn.Module, names: Iterable[str], format: WeightFormat
         if isinstance(linear, NonDynamicallyQuantizableLinear):
             raise TypeError(
                 f"{name} is a part of nn.MultiheadAttention, which reads its weight: it cannot be converted"
+            )
+        check_replaceable(linear, name)
+        if parts := parts_beside_weight(linear):
+            raise TypeError(
+                f"{name} is a {type(linear).__name__} with {', '.join(parts)} beside weight and bias, which a "
+                "LowRankLinear would lose: leave its name out"
             )
         if holders[id(linear.weight)] > 1:
             raise ValueError(f"{name}.weight is a parameter of another module, too: a LowRankLinear cannot share it")

@@ -103,7 +103,7 @@ def save_floats_too(model: nn.Module) -> None:
             module.save_pretrained = _SavesFloatsToo(module)  # type: ignore[assignment]
 
 
-class _SavesFloatsToo:
+class SaveMethod:
     """`save_pretrained` of one model; a copy of the model, pickled or deep, has one of its own."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,12 +116,18 @@ class _SavesFloatsToo:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model = weakref.ref(state["model"])
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class of the model has it."""
+    def parts(self) -> tuple[nn.Module, Callable[..., Any]]:
+        """The model and what its class has. Raises RuntimeError where the model is gone."""
         model = self._model()
         if model is None:
             raise RuntimeError("save_pretrained of a model that is gone: keep the model, and not its method alone")
-        save: Callable[..., Any] = getattr(type(model), "save_pretrained")  # noqa: B009, no attribute of every module
+        return model, getattr(type(model), "save_pretrained")  # noqa: B009, no attribute of every module
+
+
+class _SavesFloatsToo(SaveMethod):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class of the model has it."""
+        model, save = self.parts()
         if not _quantized_layers(model):
             return save(model, *args, **kwargs)
         signature = _signature_with_state_dict(type(model))

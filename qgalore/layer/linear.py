@@ -249,7 +249,8 @@ class LowRankLinear(nn.Module):
             skip = unchanged if skip is None else skip | unchanged
             self.weight.copy_(torch.where(skip, self.weight, value))
         else:
-            kernels.update_float_(self.weight, direction, left, right, row, self.format.stochastic_rounding, skip=skip)
+            stochastic = self.format.stochastic_rounding
+            kernels.update_float_([kernels.FloatUpdate(self.weight, direction, left, right, row, stochastic)], skip)
         self.was_written()
 
     def quantized_update(

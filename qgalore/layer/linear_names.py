@@ -91,6 +91,34 @@ def linears_in_words(model: nn.Module) -> str:
     return in_words({name: _shape(shape_of(layer)) for name, layer in linear_layers(model).items()})
 
 
+def check_replaceable(layer: nn.Module, name: str) -> None:
+    """Raise TypeError for a linear layer that nothing can take the place of without a loss.
+
+    That is the model itself, and one whose weight is made of other parameters (`parametrize`, `prune`).
+    """
+    if not name:
+        raise TypeError(
+            f"the model is itself a {type(layer).__name__}, and layers are replaced inside a model: put it into one, "
+            "such as nn.Sequential(layer), whose layer is called 0"
+        )
+    if "weight" not in layer._parameters:
+        raise TypeError(
+            f"the weight of {name} is computed from other parameters, as with torch.nn.utils.parametrize and prune: "
+            "make it one parameter first (remove_parametrizations, prune.remove), or give names without it"
+        )
+
+
+def parts_beside_weight(layer: nn.Module) -> list[str]:
+    """Names of what a linear layer holds beside weight and bias, such as the factors of LoRA: a `LowRankLinear` cannot.
+
+    Of a `LowRankLinear` itself there are none.
+    """
+    if isinstance(layer, LowRankLinear):
+        return []
+    found = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
+    return [name for name in found if name not in ("weight", "bias")]
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is a `Conv1D` of transformers: a linear layer with a weight (in_features, out_features)."""
     found = sys.modules.get("transformers.pytorch_utils")  # without which no model has one

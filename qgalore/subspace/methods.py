@@ -11,12 +11,13 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qgalore.config import SubspaceConfig
+from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize
 from qgalore.seeding import RANGE_FINDER, START, TEST_MATRIX, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.schedule import RefreshSchedule
@@ -97,6 +98,9 @@ class Identity:
     def refresh_from_sketches(self, sketches: Mapping[str, Tensor], rotate: Rotate, skip: Tensor | None) -> None:
         """Find new bases from the sketches of an update, by side, after the step."""
 
+    def settle(self) -> None:
+        """Let the schedule be that of updates that were made: takes back a refresh of one that was skipped."""
+
     def bases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The left and the right basis; None for a side that is not projected."""
         return None, None
@@ -123,10 +127,13 @@ class Streaming(Identity):
         # In memory of its own: what a refresh allocates may be memory that CUDA graphs write over.
         self._newest_similarity = torch.zeros((), device=param.device)
         self._failed = False
+        self._unsettled: tuple[_FlagForHost, dict[str, Tensor]] | None = None
+        """Whether the newest refresh was skipped, and the schedule before it."""
 
     @property
     def due(self) -> bool:
         """See `Identity`."""
+        self.settle()
         return self.schedule.due(step_of(self._state))
 
     def init_state(self) -> None:
@@ -215,12 +222,14 @@ class Streaming(Identity):
             wanted = worked if skip is None else worked & ~skip
             self._remember(self._change(side, self.stored.encode(basis), rotate, wanted))
             self._state["failures"] += ~worked if skip is None else ~worked & ~skip
-        if sketches and self.schedule.refreshes == 0 and not _found_gradient(sketches, skip):
+        if not sketches:
+            return
+        if self.schedule.refreshes > 0 or _found_gradient(sketches):
+            self._record(skip)
+        elif skip is None or not bool(skip):
             self.schedule.put_off(step_of(self._state) - 1)
             self.similarity = None
             self.schedule.save(self._state)
-        elif sketches:
-            self._record()
 
     def _change(self, side: str, encoded: Basis, rotate: Rotate, wanted: Tensor | None) -> Tensor:
         """Store a new basis and rotate the moments into it if asked; returns the similarity with the old one, ().
@@ -239,13 +248,24 @@ class Streaming(Identity):
     def _remember(self, similarity: Tensor) -> None:
         self.similarity = self._newest_similarity.copy_(similarity)
 
-    def _record(self) -> None:
-        """Count the refresh of the update that has just been counted."""
+    def _record(self, skip: Tensor | None) -> None:
+        """Count the refresh of the update that has just been counted, until `settle` knows that it was skipped."""
+        if skip is not None:
+            self._unsettled = _FlagForHost(skip), {key: self._state[key] for key in self.schedule.KEYS}
         assert self.similarity is not None
         # Only the lazy rule needs the number on the host, and only an SVD, which waits for the device anyway, is lazy.
         known = float(self.similarity) if self.schedule.lazy and self.schedule.refreshes > 0 else None
         self.schedule.record(step_of(self._state) - 1, None if self._failed else known)
         self.schedule.save(self._state)
+
+    def settle(self) -> None:
+        """See `Identity`. A host that is ahead of its device waits for the update before, and not for what follows."""
+        if self._unsettled is None:
+            return
+        (skipped, before), self._unsettled = self._unsettled, None
+        if skipped:
+            self.schedule.load(before)
+            self.schedule.save(self._state)
 
     def clear(self) -> None:
         """See `Identity`."""
@@ -281,8 +301,8 @@ class Svd(Streaming):
             wanted = None if skip is None else ~skip
             found = [self._change(side, basis, rotate, wanted) for side, basis in self._fitted.items()]
             self._remember(torch.stack(found).mean())
-            self._state["failures"] += self._failed
-            self._record()
+            self._state["failures"] += self._failed if skip is None else ~skip & self._failed
+            self._record(skip)
 
     def clear(self) -> None:
         """See `Identity`."""
@@ -290,14 +310,48 @@ class Svd(Streaming):
         self._fitted = {}
 
 
+def grouped_bases(subspaces: Sequence[Identity]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """`bases` of several, each in its own dtype: on a GPU one launch for quantized ones that are stored alike."""
+    found: list[dict[str, Tensor]] = [{} for _ in subspaces]
+    quantized: dict[torch.dtype, list[tuple[int, str, QuantizedTensor]]] = {}
+    for index, subspace in enumerate(subspaces):
+        if not isinstance(subspace, Streaming):
+            continue
+        for side in subspace.sides:
+            basis = subspace.stored.as_read(side, subspace.dtype)
+            if isinstance(basis, QuantizedTensor):
+                quantized.setdefault(subspace.dtype, []).append((index, side, basis))
+            else:
+                found[index][side] = basis
+    for dtype, bases in quantized.items():
+        values = grouped_dequantize([basis for _, _, basis in bases], dtype)
+        for (index, side, _), value in zip(bases, values, strict=True):
+            found[index][side] = value
+    return [(sides.get("left"), sides.get("right")) for sides in found]
+
+
 METHODS = {"streaming": Streaming, "svd": Svd}
 """The methods that project, by the option `subspace`."""
 
 
-def _found_gradient(sketches: Mapping[str, Tensor], skip: Tensor | None) -> bool:
-    """Whether the sketches of an update that was made are of a gradient other than zero: it waits for the device.
+def _found_gradient(sketches: Mapping[str, Tensor]) -> bool:
+    """Whether the sketches of an update are of a gradient other than zero: it waits for the device.
 
     Only a first refresh asks, so that the steady step waits for nothing.
     """
-    found = torch.stack([sketch.any() for sketch in sketches.values()]).all()
-    return bool(found if skip is None else found & ~skip)
+    return bool(torch.stack([sketch.any() for sketch in sketches.values()]).all())
+
+
+class _FlagForHost:
+    """A flag as it is now on its device, on its way to the host; only who asks for it waits, and for it alone."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag = torch.empty((), dtype=torch.bool, pin_memory=flag.is_cuda).copy_(flag, non_blocking=True)
+        self._arrived = torch.cuda.Event() if flag.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(flag.device))
+
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._flag)

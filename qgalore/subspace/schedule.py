@@ -6,6 +6,7 @@ gradients or sketches exist.
 
 The first refresh counts only if there was a gradient: behind a layer that begins at zero there is none at first, nor
 in the update that torch's `get_optimizer_state_dict` makes. Else the subspace would be a random one for an interval.
+Nor does any refresh count of an update that was skipped: it stays due.
 
 The lazy rule of Q-GaLore (arXiv 2407.08296, section 3.3): when the subspace of a layer has changed little over
 `queue_size` refreshes in a row, its interval is multiplied by `gamma_proj`. Change is measured by
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +57,9 @@ class RefreshSchedule:
         if not self.interval:
             self.interval = self.options.update_proj_gap
             self.next_refresh = self.index % first_refresh_spread(self.count, self.interval)
+
+    KEYS: ClassVar = ("schedule", "similarities")
+    """What `save` puts into a state."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `save` has put into a weight's optimizer state; nothing where there is none."""

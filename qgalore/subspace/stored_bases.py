@@ -29,10 +29,15 @@ class StoredBases:
 
     def read(self, side: str, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The basis (rank, d) of a side; None where that side is not projected."""
-        if side not in self.sides:
-            return None
+        return decode(self.as_read(side, dtype), dtype) if side in self.sides else None
+
+    def as_read(self, side: str, dtype: torch.dtype) -> Basis:
+        """What `read` makes its value of: a float basis in `dtype`, or a quantized one."""
         cached = self.cached.get(side)
-        return cached if cached is not None and cached.dtype == dtype else decode(self.stored(side), dtype)
+        if cached is not None and cached.dtype == dtype:
+            return cached
+        basis = self.stored(side)
+        return basis if isinstance(basis, QuantizedTensor) else basis.to(dtype)
 
     def stored(self, side: str) -> Basis:
         """The basis of a projected side as it is stored: views of the state."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.kernels import AdamStep
+from qgalore.torch_internals import internal
 from qgalore.update import moments
 
 _POLYNOMIALS = ((3.4445, -4.7750, 2.0315),) * 5
@@ -29,8 +30,8 @@ ORTHOGONAL_RMS = 0.2
 class Direction(NamedTuple):
     """How directions are made and what they keep."""
 
-    of: Callable[[Sequence[AdamStep], Tensor | None], list[Tensor]]
-    """of(steps, skip) -> directions of several weights, whose moments it moves."""
+    advance: Callable[[Sequence[AdamStep], Tensor | None], list[Tensor]]
+    """advance(steps, skip) -> directions of several weights, whose moments it moves in place."""
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
     batch_values: int
@@ -43,7 +44,8 @@ class Direction(NamedTuple):
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
     """Of momenta with one shorter side: orthogonalised, of root mean square 0.2."""
     found = kernels.orthogonalize(momenta, _POLYNOMIALS)
-    return [x * (ORTHOGONAL_RMS * max(x.shape) ** 0.5) for x in found]
+    scaled: list[Tensor] = internal("torch._foreach_mul")(found, [ORTHOGONAL_RMS * max(x.shape) ** 0.5 for x in found])
+    return scaled
 
 
 def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:

@@ -5,12 +5,13 @@ The tensors stay where they are for the whole run and are written in place, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qgalore import kernels
+from qgalore.torch_internals import internal
 from qgalore.update.gradient_sum import GradientSum
 
 
@@ -56,15 +57,16 @@ class UpdateChecks:
         return self.skip & ~self._first_skip if self._remembers else torch.zeros_like(self.skip)
 
 
-def limit_growth(state: dict[str, Tensor], growth: float, squared_norm: Tensor, skip: Tensor) -> Tensor:
-    """The factor, (), that lets the norm of a weight's gradient grow by `growth` at most from update to update.
+def limit_growth(
+    states: Sequence[dict[str, Tensor]], growth: float, squared_norms: Sequence[Tensor], skip: Tensor
+) -> list[Tensor]:
+    """Factors, (), that let the norm of each weight's gradient grow by `growth` at most from update to update.
 
-    After Fira's limiter (Chen et al., arXiv 2410.01623). state: the weight's, which keeps the norm; squared_norm and
-    skip are those of `UpdateChecks`: a skipped update leaves no trace.
+    After Fira's limiter (Chen et al., arXiv 2410.01623). states: those of the weights, which keep the norms;
+    squared_norms, each (), and skip are those of `UpdateChecks`: a skipped update leaves no trace.
     """
-    if "limited_norm" not in state:
-        state["limited_norm"] = torch.zeros_like(squared_norm)
-    before, norm = state["limited_norm"], squared_norm.sqrt()
-    limited = torch.where(before > 0, torch.minimum(norm, growth * before), norm)
-    before.copy_(torch.where(skip, before, limited))
-    return limited / norm.clamp_min(1e-30)
+    kept = [state.setdefault("limited_norm", torch.zeros_like(skip, dtype=torch.float32)) for state in states]
+    before, norms = torch.stack(kept), torch.stack(list(squared_norms)).sqrt()
+    limited = torch.where(before > 0, torch.minimum(norms, growth * before), norms)
+    internal("torch._foreach_copy_")(kept, list(torch.where(skip, before, limited).unbind()))
+    return list((limited / norms.clamp_min(1e-30)).unbind())

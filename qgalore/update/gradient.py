@@ -25,7 +25,8 @@ class WeightGradient:
         self._sums = {GRADIENT: GradientSum(dtype)}
         self._additions = 0
         self._last_full: Tensor | None = None
-        self._fulls = 0
+        self._ended, self._micro_batches = True, 0
+        """Whether the micro-batch of `_last_full` has ended, and those with a full gradient."""
 
     @property
     def is_final(self) -> bool:
@@ -44,15 +45,25 @@ class WeightGradient:
         total.add(value, self._rows.write(self._additions, self._dtype))
 
     def keep_full(self, grad: Tensor) -> None:
-        """Keep the full gradient (m, n) of a micro-batch instead of the one before."""
-        self._last_full, self._fulls = grad, self._fulls + 1
+        """Keep the full gradient (m, n) of a micro-batch, summed over all uses of the weight; not of the one before."""
+        if self._ended or self._last_full is None:
+            self._last_full, self._ended, self._micro_batches = grad, False, self._micro_batches + 1
+        else:
+            self._last_full = self._last_full + grad
 
-    def last_full(self, dtype: torch.dtype) -> Tensor | None:
-        """The full gradient of the last micro-batch, as if it were the mean of all; None where none is kept."""
+    def end_micro_batch(self) -> None:
+        """A backward pass has added all that it has, and another one follows."""
+        self._ended = True
+
+    def full_of_last_micro_batch(self, dtype: torch.dtype) -> Tensor | None:
+        """The full gradient (m, n) of the last micro-batch times their number; None where none is kept.
+
+        So it has the size of the sum of all.
+        """
         if self._last_full is None:
             return None
         full = self._last_full.to(dtype)
-        return full if self._fulls <= 1 else full * self._fulls
+        return full if self._micro_batches <= 1 else full * self._micro_batches
 
     def parts_to_sum(self) -> list[Tensor]:
         """What `finalize` needs the sums of over the ranks, in the dtype it has (INT8: float32); not kept here."""
@@ -86,7 +97,7 @@ class WeightGradient:
         self.final.clear()
         self._sums[GRADIENT].clear()
         self._sums = {GRADIENT: self._sums[GRADIENT]}
-        self._last_full, self._fulls = None, 0
+        self._last_full, self._ended, self._micro_batches = None, True, 0
 
     # ---- under CUDA graphs
 

@@ -29,10 +29,15 @@ def rows_of_gradient(gradient: Gradient, start: int, stop: int) -> Tensor:
 
 
 def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Gradient:
-    """A sum of nothing; int8 matrices in groups, int8 vectors in float32."""
-    if dtype != torch.int8 or len(shape) != 2:
+    """A sum of nothing; int8 matrices in groups, what `_is_packed` is not in float32."""
+    if not _is_packed(shape, dtype):
         return torch.zeros(shape, dtype=torch.float32 if dtype == torch.int8 else dtype, device=device)
     return quantize(torch.zeros(shape, device=device), bits=8, group_size=GROUP_SIZE)
+
+
+def _is_packed(shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether a sum is stored as codes; vectors, what has more dimensions and what has no values are not."""
+    return dtype == torch.int8 and len(shape) == 2 and shape.numel() > 0
 
 
 class GradientSum:
@@ -78,12 +83,8 @@ class GradientSum:
         elif self._sum is not None:
             self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
         else:
-            packs = self.dtype == torch.int8 and grad.dim() == 2
-            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, row=row) if packs else grad
-
-    def value(self) -> Tensor:
-        """The sum, in float32 or the dtype of a gradient that came alone."""
-        return dense(self.stored)
+            packed = _is_packed(grad.shape, self.dtype)
+            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, row=row) if packed else grad
 
     def check_(self, squared_norms: Tensor, index: int, skip: Tensor) -> None:
         """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
@@ -112,7 +113,7 @@ class GradientSum:
         self.add(value, row)
 
     def take(self) -> Tensor:
-        """`value`; the sum is empty afterwards."""
+        """The sum, in float32 or the dtype of a gradient that came alone; it is empty afterwards."""
         return dense(self.take_stored())
 
     def take_stored(self) -> Gradient:

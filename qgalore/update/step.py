@@ -1,21 +1,33 @@
-"""One update of weights: from the sums of their gradients to new weights, in this order.
+"""One update of weights: from the sums of their gradients to new weights.
 
-1. `finalize_gradients`: the sums over micro-batches become final gradients, over all processes of a data-parallel run,
-   and their norms are checked.
-2. Each gradient gets a factor: that of clipping the whole, and a limit to the growth of its own norm.
-3. Where an SVD has found new bases, they are adopted, and the moments are rotated into them: the final gradient has
-   been projected onto them already.
+Before: during backward passes each layer's gradient sink and each parameter's hook (`qgalore.update.hooks`) add
+gradients to `weight.gradient`, already projected where the weight has a subspace, without any clipping. With the last
+micro-batch the optimizer calls `finalize_gradients`, then `update_weights`: at once for the weights of each hook, if
+updates are made in the backward pass, else in `LowRankAdamW.step` for all. In this order:
+
+1. `finalize_gradients`: the sums over micro-batches become final gradients, over all processes of a data-parallel run.
+   Where a refresh by SVD is due the sum is that of the full gradient: it gives the new bases here, and is projected
+   onto them. Norms are taken; one that is not finite sets the flag `checks.skip`.
+2. Each gradient gets a factor, by which it is multiplied in step 4: that of clipping the norm of all gradients, which
+   `LowRankAdamW.clip_grad_norm_` has worked out, and a limit to the growth of its own norm.
+3. Bases that step 1 has found are stored, and the moments are rotated into them where the group says so.
 4. A direction N is made of each gradient, in the subspace, by Adam or by orthogonalisation
    (`qgalore.update.directions`); this moves the moments.
 5. W <- decay * W - step_size * leftᵀ N right, where left is (rank, out_features), right (rank, in_features), or one of
    them is missing, or both. A quantized weight is read from its codes and rounded back to codes, stochastically.
-6. Where a sketch of the gradient was made, the next bases come of it, and the moments are rotated into them.
+6. Where a streaming refresh was due, or the first one of an SVD, the backward passes have made a sketch beside the
+   projected gradient: the next bases come of it, and the moments are rotated into them. Only the next update sees them.
 
-The subspaces are those of GaLore (arXiv 2403.03507) and Q-GaLore (arXiv 2407.08296). The learning rate and all other
-scalars of an update come from the weight's *step row*, eight 32-bit values on the device (`qgalore.update.step_table`),
-and one flag on the device says whether the whole update is skipped, since something in it is not finite. So the host of
-a GPU waits for nothing, and a CUDA graph of all this can be replayed; on a CPU the host looks at the flag itself. The
-weights' counts of updates go on in any case.
+When a subspace is refreshed its schedule says (`qgalore.subspace.schedule`), before the gradients of the update are
+made. The subspaces are those of GaLore (arXiv 2403.03507) and Q-GaLore (arXiv 2407.08296).
+
+The learning rate and all other scalars of an update come from the weight's *step row*, eight 32-bit values on the
+device (`qgalore.update.step_table`), which the optimizer writes before. The flag `skip`, also on the device, is
+cumulative over an update: it keeps every weight that is written after it was set, with its moments and bases, as it was
+to the bit. That is the whole update where `step` makes it; in the backward pass upper layers may have been written
+before (`LowRankAdamW.late_overflow`). So the host of a GPU waits for nothing, and a CUDA graph of all this can be
+replayed; on a CPU the host looks at the flag itself. The count of updates, hence bias correction and random numbers,
+goes on in any case; a refresh that was due stays due.
 """
 
 from __future__ import annotations
@@ -29,83 +41,117 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.layer.linear import LowRankLinear
 from qgalore.subspace.fira import full_direction
+from qgalore.subspace.methods import grouped_bases
 from qgalore.update import moments
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
-from qgalore.update.gradient_sum import dense, rows_of_gradient
+from qgalore.update.gradient_sum import Gradient, rows_of_gradient
 from qgalore.update.weight import Weight
 
+_SMALL = 1 << 16
+"""Plain weights of up to so many values, norms and biases, share the launches of a batch."""
 
-def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, checks: UpdateChecks) -> None:
-    """Make gradients final: what this process has summed, or with a bucket the sums over all processes; check them."""
+
+def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None) -> None:
+    """Step 1, but for the check: leaves `weight.gradient.final`.
+
+    bucket: the sums of all processes, sent and on their way; None where this process is alone.
+    """
     summed = itertools.repeat(None, len(weights)) if bucket is None else bucket.summed()
     for weight, parts in zip(weights, summed, strict=True):
         weight.gradient.finalize(parts)
+
+
+def check_gradients(weights: Sequence[Weight], checks: UpdateChecks) -> None:
+    """The rest of step 1: the squared norms of final gradients go into `checks`, with the flag `checks.skip`."""
     checks.check({weight.index: weight.gradient.final for weight in weights})
 
 
 def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
-    """Update weights with final gradients, each multiplied by the scalar tensor `clip`; none if a check has failed."""
+    """Steps 2 to 6, which use up the final gradients; where `checks.skip` is true only the weights' steps are counted.
+
+    The step rows of the update must have been written. clip: a factor () of all gradients; None for 1.
+    """
     skip = checks.skip_for_kernels()
     skip_on_host = skip is None and bool(checks.skip)
+    for weight in weights:
+        weight.count_update()
+    factors = _gradient_factors(weights, checks, clip)
     for batch in _batches(weights):
-        factors = [_gradient_factor(weight, checks, clip) for weight in batch]
-        for weight in batch:
-            weight.count_update()
         if not skip_on_host:
-            _update_batch(batch, factors, skip)
+            _update_batch(batch, [factors[weight] for weight in batch], skip)
         for weight in batch:
             weight.clear()
 
 
 def _batches(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Weights that are worked on at once, which is faster for small matrices; a plain one is a batch of its own.
+    """Weights that are worked on at once, of one kind of direction; a large plain one is a batch of its own.
 
-    A batch is closed by the weight with which its gradients have enough values to fill a GPU. So it also bounds memory.
+    That is faster for small ones. A batch is closed by the weight with which its gradients have enough values to fill a
+    GPU, `batch_values`. So it also bounds memory.
     """
-    waiting: dict[Direction, list[Weight]] = {}
+    waiting: dict[tuple[Direction, bool], list[Weight]] = {}
     for weight in weights:
-        if _is_plain(weight):
+        plain = _is_plain(weight)
+        if plain and weight.shape.numel() > _SMALL:
             yield [weight]
             continue
-        batch = waiting.setdefault(weight.direction, [])
+        batch = waiting.setdefault((weight.direction, plain), [])
         batch.append(weight)
-        if sum(each.subspace.gradient_shape.numel() for each in batch) > weight.direction.batch_values:
-            yield waiting.pop(weight.direction)
+        most = kernels.PART if plain else weight.direction.batch_values
+        if sum(each.subspace.gradient_shape.numel() for each in batch) > most:
+            yield waiting.pop((weight.direction, plain))
     yield from waiting.values()
 
 
 def _is_plain(weight: Weight) -> bool:
-    """Whether a weight is a float parameter in a param group without a rank: embeddings, head, norms."""
+    """Whether a weight is a float parameter in a param group without a rank: embeddings, head, norms.
+
+    What is not takes the way of batches, also with `Identity` for a subspace: a quantized layer without a rank.
+    """
     return weight.layer is None and weight.config is None
 
 
-def _gradient_factor(weight: Weight, checks: UpdateChecks, clip: Tensor | None) -> Tensor | None:
-    """What a gradient is multiplied by, a scalar tensor; None for 1. The growth limit sees the norm before clipping."""
-    growth = weight.param_group["norm_growth"]
-    if not growth:
-        return clip
-    weight.init_state()
-    factor = limit_growth(weight.state, growth, checks.squared_norms[weight.index], checks.skip)
-    return factor if clip is None else factor * clip
+def _gradient_factors(
+    weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None
+) -> dict[Weight, Tensor | None]:
+    """Step 2: what each gradient is to be multiplied by, a tensor (); None for 1.
+
+    The growth limit sees the norm before clipping.
+    """
+    factors: dict[Weight, Tensor | None] = dict.fromkeys(weights, clip)
+    limited: dict[float, list[Weight]] = {}
+    for weight in weights:
+        if growth := weight.param_group["norm_growth"]:
+            limited.setdefault(growth, []).append(weight)
+    for growth, alike in limited.items():
+        norms = [checks.squared_norms[weight.index] for weight in alike]
+        for weight, factor in zip(
+            alike, limit_growth([weight.state for weight in alike], growth, norms, checks.skip), strict=True
+        ):
+            factors[weight] = factor if clip is None else factor * clip
+    return factors
 
 
 def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
-    """Steps 3 to 6 for one batch. Where the flag `skip` is true, nothing that lasts is written."""
+    """Steps 3 to 6 for one batch. Where the flag `skip` is true, nothing that lasts is written.
+
+    skip: a bool () on a GPU, None on a CPU, where this is not called for an update that is skipped.
+    """
     if _is_plain(weights[0]):
-        _update_plain(weights[0], factors[0], skip)
+        _update_plain(weights, factors, skip)
         return
     for weight in weights:
         weight.subspace.adopt_fitted_bases(weight.rotate_moments, skip)
     sketches = [weight.gradient.take_sketches() for weight in weights]
     steps = [
-        weight.prepare_step(dense(weight.gradient.final.take_stored()), factor)
+        weight.prepare_step(weight.gradient.final.take(), factor)
         for weight, factor in zip(weights, factors, strict=True)
     ]
-    # A residual needs the projected gradient again; all others are freed once there are directions.
+    # Fira's residual needs the projected gradient again; all others are freed once there are directions.
     gradients = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
-    directions = weights[0].direction.of(steps, skip)
+    directions = weights[0].direction.advance(steps, skip)
     del steps
     _apply(weights, directions, gradients, skip)
     del directions, gradients
@@ -116,47 +162,75 @@ def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Ten
 def _apply(
     weights: list[Weight], directions: list[Tensor], gradients: list[Tensor | None], skip: Tensor | None
 ) -> None:
-    """Project directions back and apply them: to all quantized weights without a residual in one call of a kernel."""
+    """Step 5: project directions back and apply them, to quantized weights without a residual in one call of a kernel.
+
+    gradients: the projected ones of weights with a residual (`qgalore.subspace.fira`), else None.
+    """
     layers: list[LowRankLinear] = []
-    updates: list[kernels.QuantizedUpdate] = []
+    grouped: list[Weight] = []
     for weight, direction, gradient in zip(weights, directions, gradients, strict=True):
-        layer, dtype = weight.layer, weight.subspace.dtype
+        layer = weight.layer
         if layer is None or layer.quantized_weight is None or gradient is not None:
-            _apply_one(weight, direction.to(dtype), gradient, skip)
+            _apply_one(weight, direction.to(weight.subspace.dtype), gradient, skip)
         else:
-            left, right = weight.subspace.bases(dtype)
-            updates.append(layer.quantized_update(direction.to(dtype), left, right, weight.step_row))
+            grouped.append(weight)
             layers.append(layer)
+    found = dict(zip(weights, directions, strict=True))
+    bases = grouped_bases([weight.subspace for weight in grouped])
+    updates = [
+        layer.quantized_update(found[weight].to(weight.subspace.dtype), left, right, weight.step_row)
+        for layer, weight, (left, right) in zip(layers, grouped, bases, strict=True)
+    ]
     kernels.update_quantized_(updates, skip)
     for layer in layers:
         layer.was_written()
 
 
 def _apply_one(weight: Weight, direction: Tensor, gradient: Tensor | None, skip: Tensor | None) -> None:
-    """Apply a direction to a float weight, or to any with a residual, which makes the direction one of the whole."""
+    """Step 5 for a float weight, or for any with a residual.
+
+    That makes the direction, by the full gradient of the last micro-batch, one of the whole weight, without bases.
+    """
     left, right = weight.subspace.bases(direction.dtype)
-    full = weight.gradient.last_full(direction.dtype)
+    full = weight.gradient.full_of_last_micro_batch(direction.dtype)
     if gradient is not None and full is not None:
         direction, left, right = full_direction(direction, gradient, full, left, right), None, None
     if weight.layer is not None:
         weight.layer.update_(direction, left, right, weight.step_row, skip)
     else:
-        kernels.update_float_(weight.param.data, direction, left, right, weight.step_row, skip=skip)
+        kernels.update_float_([kernels.FloatUpdate(weight.param.data, direction, left, right, weight.step_row)], skip)
 
 
-def _update_plain(weight: Weight, factor: Tensor | None, skip: Tensor | None) -> None:
-    """Steps 4 and 5 for a plain weight, some of its rows at a time: no float32 copy of a whole embedding is made.
+def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
+    """Steps 4 and 5 for plain weights: small ones at once, or one large one, some of its rows at a time.
+
+    So no float32 copy of a whole embedding is made.
+    """
+    gradients = [weight.gradient.final.take_stored() for weight in weights]
+    parts = [
+        (weight, gradient, factor, start, stop)
+        for weight, gradient, factor in zip(weights, gradients, factors, strict=True)
+        for start, stop in moments.row_parts(weight.state, torch.atleast_1d(weight.param).shape)
+    ]
+    at_once = len(parts) if len(weights) > 1 else 1
+    for first in range(0, len(parts), at_once):
+        chosen = parts[first : first + at_once]
+        steps = [_step_of_rows(*part) for part in chosen]
+        directions = weights[0].direction.advance(steps, skip)
+        updates = []
+        for (weight, _, _, start, stop), direction in zip(chosen, directions, strict=True):
+            rows = torch.atleast_1d(weight.param.data)[start:stop]
+            updates.append(kernels.FloatUpdate(rows, direction, None, None, weight.step_row, row_start=start))
+        kernels.update_float_(updates, skip)
+
+
+def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, start: int, stop: int) -> kernels.AdamStep:
+    """The step of rows start:stop of a plain weight.
 
     Weight decay that is not decoupled (Adam, not AdamW) is added to the gradient here, after the factor.
     """
-    gradient, decoupled = weight.gradient.final.take_stored(), weight.param_group["decoupled_weight_decay"]
-    l2 = 0.0 if decoupled else weight.param_group["weight_decay"]
-    param = torch.atleast_1d(weight.param.data)
-    for start, stop in moments.row_parts(weight.state, param.shape):
-        rows, grad, scale = param[start:stop], rows_of_gradient(gradient, start, stop), factor
-        if l2:
-            grad = kernels.scaled(grad, factor).add(rows, alpha=l2)
-            scale = None
-        step = weight.prepare_step(grad, scale, moments.rows_of(weight.state, start, stop))
-        (direction,) = weight.direction.of([step], skip)
-        kernels.update_float_(rows, direction, None, None, weight.step_row, row_start=start, skip=skip)
+    grad, l2 = rows_of_gradient(gradient, start, stop), weight.param_group["weight_decay"]
+    if l2 and not weight.param_group["decoupled_weight_decay"]:
+        grad = kernels.scaled(grad, factor).add(torch.atleast_1d(weight.param.data)[start:stop], alpha=l2)
+        factor = None
+    return weight.prepare_step(grad, factor, moments.rows_of(weight.state, start, stop))

@@ -187,7 +187,7 @@ class Weight:
         return self._table.updates[self.index]
 
     def count_update(self) -> None:
-        """Count an update that is made or skipped."""
+        """Count an update that is made or skipped, after its step row was written and before its moments move."""
         self.init_state()
         self.state["step"] += 1
 
@@ -198,7 +198,10 @@ class Weight:
     def prepare_step(
         self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None
     ) -> kernels.AdamStep:
-        """What a direction is made of: the gradient in a float dtype, its moments (those in `state`), the rates."""
+        """The arguments of `Direction.advance` for this weight, of which nothing is changed yet.
+
+        grad in a float dtype, which is to be multiplied by `factor`; state: that of the weight, or views of some rows.
+        """
         group, dtype, state = self.param_group, self.subspace.dtype, self.state if state is None else state
         read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
         return kernels.AdamStep(grad, *read, self.step_row, group["betas"], group["eps"], factor, dtype)  # type: ignore[call-arg]
@@ -215,6 +218,6 @@ class Weight:
         return moments.read_moment(self.state, "exp_avg")
 
     def clear(self) -> None:
-        """Forget the gradient."""
+        """Forget the gradient, and what was cached or found for the update that goes on."""
         self.gradient.clear()
         self.subspace.clear()

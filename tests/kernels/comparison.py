@@ -98,7 +98,8 @@ def update_float_(
 ) -> None:  # fmt: skip
     """`kernels.update_float_` with these numbers; nearest rounding without a seed."""
     row = step_row(step_size, decay, seed, device=weight.device)
-    kernels.update_float_(weight, direction, left, right, row, seed is not None, row_start, skip)
+    update = kernels.FloatUpdate(weight, direction, left, right, row, seed is not None, row_start)
+    kernels.update_float_([update], skip)
 
 
 def adam_step(

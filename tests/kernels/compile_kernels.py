@@ -113,7 +113,9 @@ def launch_all() -> None:
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
     launch_groups(skip, row)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
-    kernels.update_float_(zeros(width, width), zeros(width, width), None, None, row, skip=skip)
+    for shapes in ([(width, width)], [(width,)] * 7 + [(hidden,), (1,)], [(2, width)] * 2):
+        floats = [kernels.FloatUpdate(zeros(*shape), zeros(*shape), None, None, row) for shape in shapes]
+        kernels.update_float_(floats, skip)
     for grads in ([zeros(rank, width)] * 7 + [zeros(width)] * 2, [zeros(3)], [zeros(16)], [zeros(hidden, width)]):
         kernels.check_gradients_(grads, torch.zeros(9), range(len(grads)), skip)
     for dtype in (torch.uint8, torch.float32):

@@ -197,3 +197,59 @@ def test_skipping(
         before = (update[:3] for update in updates)
         after = updated(updates, skip=flag)
     assert all(same(old, new) == skip for old, new in zip(before, after, strict=True))
+
+
+# ---- updates of float weights, and steps of momentum
+
+FLOAT_SHAPES = [(896,), (128,), (5,), (1,), (3, 200), (64, 128), (1030, 3), (896,), (7, 513)]
+
+
+@each("dtype", (torch.float32, torch.bfloat16))
+@each("chosen", ("one", "alike", "mixed"))
+def test_float_updates(chosen: str, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    shapes = {"one": FLOAT_SHAPES[:1], "alike": [(896,)] * 11, "mixed": FLOAT_SHAPES}[chosen]
+
+    def run(grouped: bool) -> tuple[Tensor, ...]:
+        updates = []
+        for number, shape in enumerate(shapes):
+            row = step_row(0.01 * (1 + number), 0.99, 7 + number, device=kernel_device)
+            # One that an earlier row number belongs to, one that is rounded to nearest, one that changes nothing.
+            if number == 4:
+                row = step_row(0.0, 1.0, 3, device=kernel_device)
+            weight = normal(*shape, seed=number).to(kernel_device, dtype)
+            direction = whole_numbers(*shape, seed=number + 1).to(kernel_device, dtype)
+            start = 2 if number == 6 else 0
+            updates.append(kernels.FloatUpdate(weight, direction, None, None, row, number != 5, start))
+        if chosen == "mixed":
+            basis = whole_numbers(4, 12, seed=1).to(kernel_device, dtype)
+            weight, direction = normal(6, 12, seed=2).to(kernel_device, dtype), whole_numbers(6, 4, seed=3)
+            row = step_row(0.5, 0.9, 5, device=kernel_device)
+            updates.append(kernels.FloatUpdate(weight, direction.to(kernel_device, dtype), None, basis, row))
+        for part in [updates] if grouped else [[update] for update in updates]:
+            kernels.update_float_(part)
+        return tuple(update.weight for update in updates)
+
+    found = agreed(lambda: run(True))
+    assert same(found, agreed(lambda: run(False)))
+    before = [normal(*shape, seed=number).to(kernel_device, dtype) for number, shape in enumerate(shapes)]
+    unchanged = [torch.equal(old, new) for old, new in zip(before, found, strict=False)]
+    assert unchanged == [number == 4 for number in range(len(before))]
+
+
+def test_momentum_steps(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some have an 8-bit momentum, some a float32 one, factors, another rate or dtype."""
+    steps = [adam_step_of(shape, i, kernel_device, factor=i % 4 == 1) for i, shape in enumerate(ADAM_SHAPES)]
+    steps = [step._replace(exp_avg_sq=None, exp_avg_sq_absmax=None) for step in steps]
+    steps += [steps[0]._replace(betas=(0.8, 0.9)), steps[4]._replace(dtype=torch.bfloat16)]
+
+    def run(limit: int) -> tuple[tuple[Tensor, ...], ...]:
+        copies = [
+            step._replace(
+                exp_avg=step.exp_avg.clone(), exp_avg_absmax=None if (x := step.exp_avg_absmax) is None else x.clone()
+            )
+            for step in steps
+        ]
+        ahead = [x for i in range(0, len(copies), limit) for x in kernels.momentum_steps(copies[i : i + limit], 256)]
+        return tuple(ahead), *map(moments_of, copies)
+
+    assert same(agreed(lambda: run(99)), agreed(lambda: run(1)))

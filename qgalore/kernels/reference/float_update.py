@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from qgalore.kernels.arguments import StepScalars
+from qgalore.kernels.arguments import FloatUpdate, StepScalars
 from qgalore.kernels.reference.random_bits import random_bits16, round_stochastic_bfloat16
 from qgalore.kernels.reference.rows import project_back, row_chunks, undone_if
 
 __all__ = ["update_float_"]
 
 
-def update_float_(
+def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None) -> None:
+    """See `qgalore.kernels.update_float_`; of matrices."""
+    for update in updates:
+        _update_(*update, skip)
+
+
+def _update_(
     weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool,
     row_start: int, skip: Tensor | None,
 ) -> None:  # fmt: skip
-    """See `qgalore.kernels.update_float_`; of a matrix."""
     seed, step_size, decay, *_ = StepScalars.unpack(row)
     for start, stop in row_chunks(*weight.shape):
         full, part = project_back(direction, left, right, start, stop), weight[start:stop]

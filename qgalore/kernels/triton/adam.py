@@ -6,8 +6,8 @@
 Layout: everything flat and contiguous; moments uint8 with a float32 absmax for each block of `block_size` values, or
 float32. One program handles BLOCKS whole blocks, so that the largest magnitude of a block is found inside it. Float32
 inside; the direction uses the moments before they are rounded to 8 bits, and Adam's is the only value whose division
-and square root are not rounded to the last bit. Adam's steps of a group of weights are one launch: what belongs to one
-of them comes as a tuple of as many elements as there are weights. Steps of momentum are a launch each.
+and square root are not rounded to the last bit. The steps of a group of weights are one launch: what belongs to one of
+them comes as a tuple of as many elements as there are weights.
 
 The nearest of 256 codes is found without a search: the upper 16 bits of |x| choose an entry of a table that holds the
 lowest code of that interval, in which at most one border between two codes lies; one comparison with it decides.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -141,22 +141,25 @@ def _adam_kernel(
     tl.store(exp_avg_sq + at, second, mask=mask)
 
 
-@triton.jit(do_not_specialize=["numel", "beta", "rest"])
+@triton.jit(do_not_specialize=["beta", "rest"])
 def _momentum_kernel(
-    grad, exp_avg, exp_avg_absmax, out, factor, skip, map, borders, starts, numel, beta, rest, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    grad, exp_avg, exp_avg_absmax, out, factor, numel, ends, skip, map, borders, starts, beta, rest,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, QUANTIZED: tl.constexpr, HAS_FACTOR: tl.constexpr,
     HAS_SKIP: tl.constexpr, FIRST: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
-    start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
+    which, program = matrix_of_program(ends)
+    grad, exp_avg, out = chosen(which, grad), chosen(which, exp_avg), chosen(which, out)
+    start, at, mask, block, present = _blocks(program, chosen(which, numel), BLOCK, WIDTH, BLOCKS)
     exp_avg += start
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
-        g *= tl.load(factor)
+        g *= tl.load(chosen(which, factor))
     momentum = tl.load(exp_avg + at, mask=mask, other=0)
     if QUANTIZED:
+        exp_avg_absmax = chosen(which, exp_avg_absmax)
         absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
         momentum = tl.load(map + momentum.to(tl.int32)) * absmax
     momentum = momentum * beta + g * rest
@@ -229,6 +232,18 @@ def dequantize_blocks(
 
 def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
     """See `qgalore.kernels.adam_steps`."""
+    return _in_groups(_launch_adam, steps, block_size, skip)
+
+
+def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
+    """See `qgalore.kernels.momentum_steps`."""
+    return _in_groups(_launch_momentum, steps, block_size, skip)
+
+
+def _in_groups(
+    launch: Callable[..., None], steps: Sequence[AdamStep], block_size: int, skip: Tensor | None
+) -> list[Tensor]:
+    """Call launch(steps, directions, block_size, skip) for the steps of each kind, and return all directions."""
 
     def kind(step: AdamStep) -> tuple[object, ...]:
         formats = step.grad.dtype, step.exp_avg.dtype, step.dtype, step.betas, step.eps
@@ -236,17 +251,16 @@ def adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) 
 
     directions = [torch.empty(step.grad.shape, dtype=step.dtype, device=step.grad.device) for step in steps]
     for indices in launches(steps, kind):
-        _launch([steps[index] for index in indices], [directions[index] for index in indices], block_size, skip)
+        launch([steps[index] for index in indices], [directions[index] for index in indices], block_size, skip)
     return directions
 
 
-def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size: int, skip: Tensor | None) -> None:
-    """Steps of one kind."""
+def _launch_adam(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size: int, skip: Tensor | None) -> None:
     grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, rows, betas, epses, factors, _ = zip(*steps, strict=True)
     device, quantized, (beta1, beta2) = grads[0].device, absmaxes[0] is not None, betas[0]
     values, how = _program(block_size)
     both_tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 6
-    ends = tuple(itertools.accumulate(triton.cdiv(grad.numel(), values) for grad in grads))
+    ends = _ends(grads, values)
     _adam_kernel[(ends[-1],)](
         tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, exp_avg_sqs,
         sq_absmaxes if quantized else None, tuple(directions), None if factors[0] is None else factors,
@@ -255,18 +269,21 @@ def _launch(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size:
     )  # fmt: skip
 
 
-def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
-    """See `qgalore.kernels.momentum_steps`."""
-    return [_momentum_step(step, block_size, skip) for step in steps]
-
-
-def _momentum_step(step: AdamStep, block_size: int, skip: Tensor | None) -> Tensor:
-    grad, absmax, factor, beta = step.grad.contiguous(), step.exp_avg_absmax, step.factor, step.betas[0]
-    ahead = torch.empty(grad.shape, dtype=step.dtype, device=grad.device)
+def _launch_momentum(
+    steps: Sequence[AdamStep], directions: Sequence[Tensor], block_size: int, skip: Tensor | None
+) -> None:
+    grads, exp_avgs, absmaxes, *_, factors, _ = zip(*steps, strict=True)
+    quantized, beta = absmaxes[0] is not None, steps[0].betas[0]
     values, how = _program(block_size)
-    table = _tables(True, grad.device) if absmax is not None else (None,) * 3
-    _momentum_kernel[(triton.cdiv(grad.numel(), values),)](
-        grad, step.exp_avg, absmax, ahead, factor, skip, *table, grad.numel(), beta, 1.0 - beta,
-        QUANTIZED=absmax is not None, HAS_FACTOR=factor is not None, HAS_SKIP=skip is not None, **_SEARCH, **how,
+    table = _tables(True, grads[0].device) if quantized else (None,) * 3
+    ends = _ends(grads, values)
+    _momentum_kernel[(ends[-1],)](
+        tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, tuple(directions),
+        None if factors[0] is None else factors, tuple(grad.numel() for grad in grads), ends, skip, *table, beta,
+        1.0 - beta, QUANTIZED=quantized, HAS_FACTOR=factors[0] is not None, HAS_SKIP=skip is not None, **_SEARCH, **how,
     )  # fmt: skip
-    return ahead
+
+
+def _ends(grads: Sequence[Tensor], values: int) -> tuple[int, ...]:
+    """Programs of `values` values each up to the end of each gradient."""
+    return tuple(itertools.accumulate(triton.cdiv(grad.numel(), values) for grad in grads))

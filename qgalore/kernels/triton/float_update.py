@@ -1,38 +1,53 @@
-"""W <- round(decay * W - step_size * N) on a float matrix, in Triton, with stochastic rounding to bfloat16.
+"""W <- round(decay * W - step_size * N) on float matrices, in Triton, with stochastic rounding to bfloat16.
 
 Layout: W (rows, columns) contiguous, bfloat16 or another float dtype; N (rows, columns) contiguous float. One program
-handles BLOCK neighbouring columns of one row; the random bits of element (i, j) are those of `reference`. Float32
-inside, rounded once.
+handles BLOCK neighbouring columns of M rows; the random bits of element (i, j) are those of `reference`. Float32
+inside, rounded once. Matrices of about one width are one launch: what belongs to one of them comes as a tuple of as
+many elements as there are matrices.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qgalore.kernels.arguments import FloatUpdate, launches
 from qgalore.kernels.reference.rows import project_back, row_chunks
-from qgalore.kernels.triton.tiles import random_bits16, read_step_row, round_stochastic_bfloat16, to_float
+from qgalore.kernels.triton.tiles import (
+    chosen,
+    matrix_of_program,
+    random_bits16,
+    read_step_row,
+    round_stochastic_bfloat16,
+    to_float,
+)
 
 __all__ = ["update_float_"]
 
 
 @triton.jit(do_not_specialize=["row_start"])
 def _update_float_kernel(
-    weight, direction, skip, step_row, rows, columns, row_start, M: tl.constexpr, BLOCK: tl.constexpr,
+    weight, direction, step_rows, rows, columns, ends, skip, row_start, M: tl.constexpr, BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
-    seed_low, seed_high, step_size, decay = read_step_row(step_row)
+    which, program = matrix_of_program(ends)
+    seed_low, seed_high, step_size, decay = read_step_row(chosen(which, step_rows))
     if (step_size == 0.0) & (decay == 1.0):
         return
-    row = tl.program_id(0) * M + tl.arange(0, M)[:, None]
-    start = tl.program_id(1) * BLOCK
+    weight, direction, width = chosen(which, weight), chosen(which, direction), chosen(which, columns)
+    across = tl.cdiv(width, BLOCK)
+    row = program // across * M + tl.arange(0, M)[:, None]
+    start = program % across * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < columns)
-    at = row.to(tl.int64) * columns + column
+    mask = (row < chosen(which, rows)) & (column < width)
+    at = row.to(tl.int64) * width + column
     value = tl.load(weight + at, mask=mask, other=0).to(tl.float32) * decay
     value -= tl.load(direction + at, mask=mask, other=0).to(tl.float32) * step_size
     if STOCHASTIC:
@@ -42,18 +57,41 @@ def _update_float_kernel(
         tl.store(weight + at, to_float(value, weight.dtype.element_ty), mask=mask)
 
 
-def update_float_(
-    weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool,
-    row_start: int, skip: Tensor | None,
-) -> None:  # fmt: skip
-    """See `qgalore.kernels.update_float_`; of a contiguous matrix."""
-    whole, columns = left is None and right is None, weight.shape[1]
-    block = min(512, max(16, triton.next_power_of_2(columns)))
+def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None) -> None:
+    """See `qgalore.kernels.update_float_`; of contiguous matrices."""
+    whole = [update for update in updates if not _has_bases(update)]
+    for update in updates:
+        for start, stop in row_chunks(*update.weight.shape) if _has_bases(update) else ():
+            full = project_back(update.direction, update.left, update.right, start, stop)
+            part = update._replace(weight=update.weight[start:stop], direction=full, row_start=update.row_start + start)
+            _launch([part], skip)
+
+    def kind(update: FloatUpdate) -> tuple[object, ...]:
+        formats = update.weight.dtype, update.direction.dtype, update.stochastic
+        return *formats, update.row_start, _block(update.weight.shape[1])
+
+    for indices in launches(whole, kind):
+        _launch([whole[index] for index in indices], skip)
+
+
+def _has_bases(update: FloatUpdate) -> bool:
+    return update.left is not None or update.right is not None
+
+
+def _block(columns: int) -> int:
+    block: int = min(512, max(16, triton.next_power_of_2(columns)))
+    return block
+
+
+def _launch(updates: Sequence[FloatUpdate], skip: Tensor | None) -> None:
+    """Updates of one kind, without bases."""
+    shapes, block = [update.weight.shape for update in updates], _block(updates[0].weight.shape[1])
     block_rows = max(1, 2048 // block)
-    for start, stop in [(0, len(weight))] if whole else row_chunks(*weight.shape):
-        part = weight if whole else weight[start:stop]
-        full = direction if whole else project_back(direction, left, right, start, stop)
-        _update_float_kernel[(triton.cdiv(stop - start, block_rows), triton.cdiv(columns, block))](
-            part, full, skip, row, stop - start, columns, row_start + start, M=block_rows, BLOCK=block,
-            STOCHASTIC=stochastic, HAS_SKIP=skip is not None, enable_fp_fusion=False,
-        )  # fmt: skip
+    programs = (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block) for rows, columns in shapes)
+    ends = tuple(itertools.accumulate(programs))
+    _update_float_kernel[(ends[-1],)](
+        tuple(update.weight for update in updates), tuple(update.direction for update in updates),
+        tuple(update.row for update in updates), *zip(*shapes, strict=True), ends, skip, updates[0].row_start,
+        M=block_rows, BLOCK=block, STOCHASTIC=updates[0].stochastic, HAS_SKIP=skip is not None,
+        enable_fp_fusion=False,
+    )  # fmt: skip
