@@ -65,7 +65,10 @@ def limit_growth(
     After Fira's limiter (Chen et al., arXiv 2410.01623). states: those of the weights, which keep the norms;
     squared_norms, each (), and skip are those of `UpdateChecks`: a skipped update leaves no trace.
     """
-    kept = [state.setdefault("limited_norm", torch.zeros_like(skip, dtype=torch.float32)) for state in states]
+    for state in states:
+        if "limited_norm" not in state:
+            state["limited_norm"] = torch.zeros_like(skip, dtype=torch.float32)
+    kept = [state["limited_norm"] for state in states]
     before, norms = torch.stack(kept), torch.stack(list(squared_norms)).sqrt()
     limited = torch.where(before > 0, torch.minimum(norms, growth * before), norms)
     internal("torch._foreach_copy_")(kept, list(torch.where(skip, before, limited).unbind()))
