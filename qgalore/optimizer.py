@@ -170,6 +170,7 @@ class LowRankAdamW(Optimizer):
             options = complete_group(group, proj_quant=cls.quant)
             options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
             options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
+            options.setdefault("norm_growth", 0.0)
             for param in group["params"]:
                 weight = cls.weight_type(param, 0)
                 weight.layer = holders.get(param)

@@ -95,11 +95,8 @@ def _scales(holders: _Holders) -> Iterator[Tensor]:
 
 
 def _state_bytes(optimizer: LowRankAdamW, holders: _Holders) -> int:
-    """Counted on the meta device, of parameters that have only the shapes and dtypes of the optimizer's.
-
-    Where norms must not grow faster than `norm_growth`, each weight keeps one, too.
-    """
-    groups, norms = [], 0
+    """Counted on the meta device, of parameters that have only the shapes and dtypes of the optimizer's."""
+    groups = []
     for group in optimizer.param_groups:
         stand_ins = [
             torch.empty(
@@ -108,6 +105,5 @@ def _state_bytes(optimizer: LowRankAdamW, holders: _Holders) -> int:
             for param in group["params"]
         ]
         groups.append({**group, "params": stand_ins})
-        norms += 4 * len(stand_ins) if group.get("norm_growth") else 0
     states = type(optimizer).initial_states(groups, [])
-    return norms + sum(tensor.nbytes for state in states.values() for tensor in state.values())
+    return sum(tensor.nbytes for state in states.values() for tensor in state.values())

@@ -110,6 +110,8 @@ def states_on_meta(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs
     if args.optimizer in LIBRARY_OPTIMIZERS:
         return {x: library_state(args, x, group is groups[1]) for group in groups for x in group["params"]}
     layers = (layer for layer in model.modules() if isinstance(layer, LowRankLinear))
+    for group in groups:
+        group["norm_growth"] = args.norm_growth
     return _ADAM_FAMILY[args.optimizer].initial_states(groups, layers)
 
 

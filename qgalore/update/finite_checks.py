@@ -66,7 +66,7 @@ def limit_growth(
     squared_norms, each (), and skip are those of `UpdateChecks`: a skipped update leaves no trace.
     """
     for state in states:
-        if "limited_norm" not in state:
+        if "limited_norm" not in state:  # where the limit was set later
             state["limited_norm"] = torch.zeros_like(skip, dtype=torch.float32)
     kept = [state["limited_norm"] for state in states]
     before, norms = torch.stack(kept), torch.stack(list(squared_norms)).sqrt()

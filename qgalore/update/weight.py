@@ -120,6 +120,8 @@ class Weight:
         self.state["step"] = torch.zeros((), dtype=torch.int64)
         self._init_moments()
         self.subspace.init_state()
+        if self.param_group["norm_growth"]:
+            self.state["limited_norm"] = torch.zeros((), device=self.param.device)
 
     def _init_moments(self) -> None:
         """Put moments of zero into the state."""
