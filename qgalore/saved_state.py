@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qgalore.config import SubspaceConfig, complete_group
+from qgalore.config import SubspaceConfig, complete_group, subspace_of
 from qgalore.update.weight import HOST_STATE
 
 Group = dict[str, Any]
@@ -78,8 +78,10 @@ def _warn_of_other_subspaces(groups: list[Group], loaded: list[Group]) -> None:
     differ: dict[str, str] = {}
     for ours, group in zip(groups, loaded, strict=True):
         if "rank" in ours:
-            fields = [field.name for field in dataclasses.fields(SubspaceConfig)]
-            differ |= {x: f"{x}={group[x]!r}, here {ours[x]!r}" for x in fields if ours[x] != group[x]}
+            here, saved = subspace_of(ours), subspace_of(group)
+            alike = {"rotate_moments"} if here.rotates_moments == saved.rotates_moments else set()
+            fields = {field.name for field in dataclasses.fields(SubspaceConfig)} - alike
+            differ |= {x: f"{x}={group[x]!r}, here {ours[x]!r}" for x in sorted(fields) if ours[x] != group[x]}
     if differ:
         warnings.warn(
             f"the state to load was saved with {'; '.join(differ.values())}: training goes on with what was saved; for "

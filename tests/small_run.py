@@ -80,6 +80,10 @@ Q_GALORE: Mapping[str, object] = {
     "stochastic_round": True,
     "proj_quant": True,
 }
+FULL_RANK: Mapping[str, object] = {
+    "optimizer": "q_galore_adamw8bit_per_layer", "rank": "full", "weight_quant": True, "weight_group_size": 48,
+    "stochastic_round": True,
+}  # fmt: skip
 RECIPE: Mapping[str, object] = {"recipe": None, "rank": None, "lr": None}
 """Beside the flags of a q_galore optimizer: its default recipe decides."""
 INT8_PRODUCTS: Mapping[str, object] = {"int8_products": True, "weight_group_size": None}

@@ -17,6 +17,7 @@ import run_pretrain
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.train_loader import TrainLoader
 from tests.small_run import (
+    FULL_RANK,
     OPTIMIZERS,
     RECIPE,
     TORCHRUN,
@@ -36,6 +37,7 @@ CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZE
     "sgd_clipping": flags_of("sgd") | {"grad_clipping": 0.5},
     "streaming": Q_GALORE_PER_LAYER | {"subspace": "streaming"},
     "recipe": Q_GALORE_PER_LAYER | RECIPE,
+    "full_rank": {**FULL_RANK},
 }
 INT8_SUMS = CASES["streaming"] | {"grad_accum_dtype": "int8"}
 # With a large eps Adam's step is linear in the gradient: it does not amplify rounding, and shows a wrong size as well.
@@ -47,6 +49,7 @@ ACCUMULATING: dict[str, dict[str, object]] = {
     "sgd_clipping": CASES["sgd_clipping"],
     "clipping": GALORE | SVD | {"grad_clipping": 0.5},
     "streaming": GALORE | LINEAR | {"subspace": "streaming"},
+    "full_rank": LINEAR | {"optimizer": "galore_adamw", "rank": "full", "direction": "adam"},
     "fira": GALORE | LINEAR | {"subspace": "streaming", "residual": "fira", "norm_growth": 1.01},
     "int8_sums": GALORE | SVD | {"grad_accum_dtype": "int8"},
     "q_galore": Q_GALORE_PER_LAYER | SVD,

@@ -30,6 +30,12 @@ RUNS = {  # flags of 7B: GB available, and what is advised
         15.9,
         ["--batch_size 8 --gradient_accumulation 64", "--rank 1568"],
     ),
+    "full rank": (
+        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --rank full --batch_size 16 --total_batch_size 512 "
+        "--activation_checkpointing --grad_accum_dtype int8",
+        17.0,
+        ["--rank 1024"],
+    ),
     "one micro-batch": (
         "--optimizer adamw --batch_size 64",
         130.0,

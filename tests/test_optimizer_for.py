@@ -217,6 +217,19 @@ def test_matrices_that_are_narrower_than_the_rank_train_at_full_rank(capsys: pyt
             optimizer_for(model_of("llama", num_key_value_heads=1, num_attention_heads=4), rank, names)
 
 
+@pytest.mark.parametrize("recipe", ["orthogonal", "paper"])
+def test_the_whole_space(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of("llama")
+    optimizer = optimizer_for(model, "full", recipe=recipe, lr=1e-2)
+    assert "rank full (14 in INT8)" in capsys.readouterr().out and summary(model, optimizer).ranks == ("full",)
+    assert losses_fall(model, optimizer)
+    expected = {"step", "exp_avg", "limited_norm"} if recipe == "orthogonal" else {"step", "exp_avg", "exp_avg_sq"}
+    for weight in optimizer.low_rank_weights():
+        assert weight.state.keys() == expected and weight.state["exp_avg"].shape == weight.shape
+    with pytest.raises(ValueError, match="rank='full' projects nothing, so that subspace='streaming' has no meaning"):
+        optimizer_for(model_of("llama"), "full", recipe="paper", subspace="streaming")
+
+
 def test_layers_whose_weight_the_model_reads_stay_float(capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("t5")
     optimizer_for(model, rank=8)

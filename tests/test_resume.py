@@ -18,6 +18,7 @@ from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from tests.file_opens import counted_opens
 from tests.small_run import (
     CONFIG,
+    FULL_RANK,
     INT8_PRODUCTS,
     OPTIMIZERS,
     RECIPE,
@@ -70,6 +71,9 @@ MODES: dict[str, dict[str, object]] = {
     "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "recipe": Q_GALORE_PER_LAYER | RECIPE,
     "fira": Q_GALORE_PER_LAYER | {"subspace": "streaming", "residual": "fira", "norm_growth": 1.01},
+    "full_rank": {**FULL_RANK},
+    "full_rank_adam": FULL_RANK | {"direction": "adam", "simulation": True, "grad_accum_dtype": "int8", "lr": 1e-2},
+    "full_rank_of_mlp": Q_GALORE_PER_LAYER | {"mlp_rank": "full"},
     "clipping": flags_of("q_galore_adamw8bit_per_layer") | {"grad_clipping": 0.5},
     "muon": flags_of("muon") | {"lr": 1e-2},
     "momentum": flags_of("sgd") | {"beta1": 0.9},
