@@ -53,13 +53,15 @@ class LowRankAdamW(Optimizer):
         decoupled_weight_decay: bool = True,
         accumulator_dtype: str = "float32",
         norm_growth: float = 0.0,
+        second_moment: str = "value",
         seed: int = 0,
         **of_other_libraries: Any,
     ) -> None:
         """lr, betas, eps, weight_decay as in `torch.optim.AdamW` (`decoupled_weight_decay=False`: as in Adam).
 
         accumulator_dtype is that of gradients summed over micro-batches (float32, bfloat16, int8); norm_growth limits
-        how much the norm of each gradient may grow from one update to the next, such as 1.01 (0: no limit); seed is
+        how much the norm of each gradient may grow from one update to the next, such as 1.01 (0: no limit);
+        second_moment is that of matrices at full rank, in groups without a rank: one a "value", or one a "row"; seed is
         that of the stochastic rounding. of_other_libraries: arguments of the optimizers of galore-torch and
         q-galore-torch that have no meaning here, such as is_paged: one warning names those that are ignored.
 
@@ -79,6 +81,7 @@ class LowRankAdamW(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "accumulator_dtype": accumulator_dtype,
             "norm_growth": norm_growth,
+            "second_moment": second_moment,
             "state_bits": self.state_bits,
         }
         self.check_rates(defaults)

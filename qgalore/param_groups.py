@@ -133,7 +133,9 @@ def check_common(values: Mapping[str, Any]) -> None:
             f"norm_growth={growth!r} must be at least 1, such as 1.01, or 0 for no limit: with less than 1 every "
             "gradient would shrink away"
         )
-    for name, known in (("accumulator_dtype", ACCUMULATOR_DTYPES), ("state_bits", (32, 8))):
+    for name, known in (
+        ("accumulator_dtype", ACCUMULATOR_DTYPES), ("second_moment", ("value", "row")), ("state_bits", (32, 8)),
+    ):  # fmt: skip
         if name in values and values[name] not in known:
             raise ValueError(f"{name}={values[name]!r} is unknown: it must be one of {', '.join(map(str, known))}")
 

@@ -22,12 +22,12 @@ from qgalore.update.weight import HOST_STATE
 Group = dict[str, Any]
 
 _GROUP_KEYS = (
-    "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth", "state_bits",
-    "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init",
+    "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth",
+    "second_moment", "state_bits", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init",
 )  # fmt: skip
 """What every param group needs of Adam or of Adafactor, whichever ours has. Not `Optimizer.defaults`: loading and
 copying make torch add keys of its own to it."""
-_LATER_KEYS = {"norm_growth": 0.0}
+_LATER_KEYS = {"norm_growth": 0.0, "second_moment": "value"}
 """Keys that came later: what states that do not know them were made with. Options of a subspace have their defaults."""
 
 

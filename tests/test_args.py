@@ -353,6 +353,11 @@ BAD_COMBINATIONS = [
     (f"{Q_GALORE} --rank full --subspace svd", 1, "--subspace svd has no meaning with --rank full"),
     (f"{GALORE} --rank full --mlp_rank full --update_proj_gap 50", 1, "leave it out, or give a number of dimensions"),
     (f"{GALORE} --rank full --mlp_rank 64 --subspace streaming --proj_type full", 1, "--proj_type full projects both"),
+    (
+        "--optimizer muon --full_rank_second_moment row",
+        1,
+        "row cannot work with --optimizer muon, which is",
+    ),
     ("--optimizer galore_adamw --rank half", 1, "--rank is 'half', it must be a whole number or full"),
     (f"{GALORE} --subspace streaming --svd_method randomized", 1, "--svd_method randomized is for subspaces by SVD"),
     (f"{GALORE} --max_update_proj_gap 10", 1, "--max_update_proj_gap 10 is less than --update_proj_gap 50"),

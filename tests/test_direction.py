@@ -23,7 +23,7 @@ from qgalore.layer.linear import LowRankLinear
 from qgalore.subspace.fira import full_direction
 from qgalore.subspace.fit import rotate_moment
 from qgalore.update import moments
-from qgalore.update.directions import DIRECTIONS, orthogonal_directions
+from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, orthogonal_directions
 from qgalore.update.weight import Weight
 from tests.kernels.comparison import step_row
 
@@ -327,3 +327,50 @@ def test_norms_are_limited_and_clipped_at_once() -> None:
     optimizer.clip_grad_norm_(2.5 * norm)  # to a half, before any limit
     optimizer.step()
     assert float(weight.state["exp_avg"].norm()) == pytest.approx(0.1 * 1.1 * norm * 0.5, rel=1e-4)
+
+
+# ---- second moments of rows
+
+
+def adam_by_row(weight: Tensor, grads: list[Tensor], lr: float, betas: tuple[float, float]) -> Tensor:
+    """Adam with Nesterov's momentum and one second moment a row, written down again."""
+    value, first, second = weight.clone(), torch.zeros_like(weight), torch.zeros(len(weight), 1)
+    for step, grad in enumerate(grads, start=1):
+        first = betas[0] * first + (1 - betas[0]) * grad
+        second = betas[1] * second + (1 - betas[1]) * grad.square().mean(1, keepdim=True)
+        ahead = (betas[0] * first + (1 - betas[0]) * grad) / (1 - betas[0] ** (step + 1))
+        value -= lr * ahead / ((second / (1 - betas[1] ** step)).sqrt() + 1e-8)
+    return value
+
+
+@pytest.mark.parametrize("shape", [(11, 24), (5000, 300)])  # the larger one is updated some of its rows at a time
+def test_second_moments_of_rows(shape: tuple[int, int]) -> None:
+    weight = nn.Parameter(normal(*shape))
+    vector = nn.Parameter(torch.ones(7))
+    before, lr, betas = weight.detach().clone(), 0.05, (0.8, 0.9)
+    optimizer = GaLoreAdamW([weight, vector], lr=lr, betas=betas, weight_decay=0.0, second_moment="row")
+    grads = [normal(*shape, seed=i) * (1 + torch.arange(len(before)))[:, None] for i in range(1, 5)]
+    for grad in grads:
+        weight.grad, vector.grad = grad.clone(), torch.ones(7)
+        optimizer.step()
+    assert torch.allclose(weight, adam_by_row(before, grads, lr, betas), atol=1e-5)
+    assert optimizer.state[weight].keys() == {"step", "exp_avg", "exp_avg_sq_row"}
+    assert optimizer.state[weight]["exp_avg_sq_row"].shape == shape[:1]
+    assert optimizer.state[vector].keys() == {"step", "exp_avg", "exp_avg_sq"}, "a vector has no rows"
+
+
+def test_second_moments_of_rows_are_kept_in_a_skipped_update() -> None:
+    weight = nn.Parameter(normal(6, 8))
+    optimizer = GaLoreAdamW([weight], lr=0.1, second_moment="row")
+    weight.grad = normal(6, 8, seed=1)
+    optimizer.step()
+    row = torch.tensor(kernels.StepScalars(1, 0.1, 1.0, 2.0, 3.0).pack(), dtype=torch.int32)
+    state = optimizer.state[weight]
+    kept = {name: value.clone() for name, value in state.items()}
+    for skip in (torch.tensor(True), torch.tensor(False)):
+        step = kernels.AdamStep(
+            weight.grad, state["exp_avg"], None, state["exp_avg_sq_row"], None, row, (0.9, 0.99), 1e-8
+        )
+        ADAM_BY_ROW.advance([step], skip)
+        same = [torch.equal(state[name], kept[name]) for name in ("exp_avg", "exp_avg_sq_row")]
+        assert same == [bool(skip)] * 2

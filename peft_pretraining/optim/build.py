@@ -94,6 +94,8 @@ def _param_groups(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs)
     groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
     groups[0]["weight_decay"] = args.decay_of_full_rank
+    if args.optimizer not in LIBRARY_OPTIMIZERS:
+        groups[0]["second_moment"] = args.full_rank_second_moment
     if args.is_low_rank:
         groups[1] |= dataclasses.asdict(subspace.config())
         if subspace.mlp_rank:

@@ -1,6 +1,8 @@
-"""The direction of a low-rank update from the projected gradient: Adam's, or one that needs less state.
+"""The direction of an update from the gradient, projected where that is low-rank: Adam's, or one that needs less state.
 
 - adam: both moments of each value (`qgalore.update.moments`).
+- `ADAM_BY_ROW`, of matrices at full rank: Adam's with one second moment a row, the mean over its values, as Adam-mini
+  has it for embeddings and head (Zhang et al., arXiv 2406.16793), and Nesterov's momentum.
 - orthogonal: Muon's (Jordan et al., kellerjordan.github.io/posts/muon, 2024), which replaces the momentum M = U S Vᵀ by
   U Vᵀ, so that all directions of the momentum move the weight alike. No second moment.
 
@@ -61,6 +63,26 @@ def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
     return values
 
 
+def _adam_by_row(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
+    """exp_avg_sq of the steps: (rows,)."""
+    momenta = kernels.momentum_steps([step._replace(dtype=torch.float32) for step in steps], moments.BLOCK_SIZE, skip)
+    return [_over_rms_of_rows(step, momentum, skip) for step, momentum in zip(steps, momenta, strict=True)]
+
+
+def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> Tensor:
+    """The momentum over the root of its rows' second moments, which are moved; both without bias."""
+    assert step.exp_avg_sq is not None
+    beta1, beta2 = step.betas
+    squares = kernels.scaled(step.grad, step.factor).square_().mean(dim=1)
+    second = step.exp_avg_sq * beta2 + squares * (1.0 - beta2)
+    step.exp_avg_sq.copy_(second if skip is None else torch.where(skip, step.exp_avg_sq, second))
+    inverse1, inverse2 = step.row.view(torch.float32)[4:6].unbind()
+    # Nesterov's momentum of a constant gradient g is (1 - beta1^(step + 1)) g.
+    ahead = 1.0 - beta1 * (1.0 - 1.0 / inverse1)
+    return momentum.mul_((1.0 / (ahead * ((second * inverse2).sqrt_() + step.eps)))[:, None]).to(step.dtype)
+
+
+ADAM_BY_ROW = Direction(_adam_by_row, moments.MOMENTS[:1], batch_values=3 << 20)
 DIRECTIONS = {
     "adam": Direction(
         lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, batch_values=3 << 20

@@ -15,6 +15,8 @@ BLOCK_SIZE = 256
 MIN_8BIT_NUMEL = 4096
 """Smaller weights keep float32 moments, as in bitsandbytes: a norm's 8-bit states would save nothing."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ROW_MOMENT = "exp_avg_sq_row"
+"""A second moment of each row of a matrix, (rows,) float32, in the place of exp_avg_sq."""
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 _CODE_OF_ZERO = {"exp_avg": 127, "exp_avg_sq": 0}  # in the dynamic map
 
@@ -70,7 +72,7 @@ def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, in
 
 def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Views of the moments of rows start:stop, a range of `row_parts`."""
-    moments = {name: torch.atleast_1d(state[name]) for name in MOMENTS}
+    moments = {name: torch.atleast_1d(state[name]) for name in (*MOMENTS, ROW_MOMENT) if name in state}
     columns = moments["exp_avg"].shape[1:].numel()
     views = {name: value[start:stop] for name, value in moments.items()}
     for name in moments:

@@ -20,7 +20,7 @@ from qgalore.seeding import ROUNDING, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.methods import METHODS, Identity
 from qgalore.update import moments
-from qgalore.update.directions import DIRECTIONS
+from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction
 from qgalore.update.gradient import WeightGradient
 from qgalore.update.step_table import StepTable, SumRows
 
@@ -49,10 +49,16 @@ class Weight:
         """
         self.param_group, self.index, self._states, self._table = group, index, states, table
         self.config = subspace_of(group) if "rank" in group else None
-        self.direction = DIRECTIONS["adam" if self.config is None else self.config.direction]
+        self.direction = self._direction()
         self.state, self.name = states.get(self.param, {}), self.name or str(index)
         self._seeds, self._position, self._count = Seeds(self._seed, index, self.state), position, count
         self._compose()
+
+    def _direction(self) -> Direction:
+        if self.config is not None:
+            return DIRECTIONS[self.config.direction]
+        by_row = self.param_group.get("second_moment") == "row" and self.param.dim() == 2
+        return ADAM_BY_ROW if by_row else DIRECTIONS["adam"]
 
     def attach_to(self, layer: LowRankLinear, name: str) -> None:
         """Belong to a layer: of a quantized weight it alone knows the shape."""
@@ -127,6 +133,8 @@ class Weight:
         """Put moments of zero into the state."""
         shape, device = self.subspace.gradient_shape, self.param.device
         moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
+        if self.direction is ADAM_BY_ROW:
+            self.state[moments.ROW_MOMENT] = torch.zeros(shape[0], device=device)
 
     # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
 
@@ -206,6 +214,8 @@ class Weight:
         """
         group, dtype, state = self.param_group, self.subspace.dtype, self.state if state is None else state
         read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
+        if moments.ROW_MOMENT in state:
+            read[2] = state[moments.ROW_MOMENT]
         return kernels.AdamStep(grad, *read, self.step_row, group["betas"], group["eps"], factor, dtype)  # type: ignore[call-arg]
 
     def rotate_moments(self, change: Tensor, side: str, wanted: Tensor | None) -> None:
