@@ -23,7 +23,8 @@ Group = dict[str, Any]
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth",
-    "second_moment", "state_bits", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init",
+    "second_moment", "state_bits", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step",
+    "warmup_init",
 )  # fmt: skip
 """What every param group needs of Adam or of Adafactor, whichever ours has. Not `Optimizer.defaults`: loading and
 copying make torch add keys of its own to it."""

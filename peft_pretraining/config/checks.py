@@ -216,8 +216,8 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
         problems.append(f"--norm_growth cannot work with --optimizer {name}: use --grad_clipping, or leave it out")
     if optimizer.full_rank_second_moment != "value" and name in LIBRARY_OPTIMIZERS:
         problems.append(
-            f"--full_rank_second_moment {optimizer.full_rank_second_moment} cannot work with --optimizer {name}, which is "
-            "another library's: leave it out or use another optimizer"
+            f"--full_rank_second_moment {optimizer.full_rank_second_moment} cannot work with --optimizer {name}, which "
+            "is another library's: leave it out or use another optimizer"
         )
     return problems
 

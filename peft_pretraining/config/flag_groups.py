@@ -156,7 +156,7 @@ class OptimizerArgs:
     full_rank_weight_decay: Annotated[float | None, Flag("rate", at_least=0, auto="weight_decay")] = None
     """Weight decay of embeddings, head and norms."""
     full_rank_second_moment: Annotated[str, Flag(choices=("value", "row"))] = "value"
-    """Adam's second moment of embeddings and head: one a value, or one a row, so that the first is all that they keep."""
+    """Adam's second moment of embeddings and head: one a value, or one a row, so that they keep the first alone."""
     beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0
     """Decay of the first moment per update; 0 is the optimizer's usual momentum: 0.9 for Adam, 0.95 for muon's
     matrices, none for sgd and adafactor."""
