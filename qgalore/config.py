@@ -102,8 +102,9 @@ class SubspaceConfig:
     """Lazy rule: factor by which the interval grows; 1 keeps it."""
     queue_size: Annotated[int, Allowed("refreshes", at_least=1)] = 5
     """Lazy rule: successive refreshes that must all be similar."""
-    direction: Annotated[str, Allowed(choices=("adam", "orthogonal"))] = "adam"
-    """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment."""
+    direction: Annotated[str, Allowed(choices=("adam", "orthogonal", "normuon"))] = "adam"
+    """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment; normuon:
+    with all rows of that of one size."""
     residual: Annotated[str, Allowed(choices=("none", "fira"))] = "none"
     """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
     that Adam gives the rest (fira)."""

@@ -374,3 +374,33 @@ def test_second_moments_of_rows_are_kept_in_a_skipped_update() -> None:
         ADAM_BY_ROW.advance([step], skip)
         same = [torch.equal(state[name], kept[name]) for name in ("exp_avg", "exp_avg_sq_row")]
         assert same == [bool(skip)] * 2
+
+
+# ---- NorMuon
+
+
+def test_normuon_is_muon_with_rows_of_one_size() -> None:
+    shape, betas = (12, 40), (0.9, 0.5)
+    weights = [nn.Parameter(normal(*shape)) for _ in range(2)]
+    optimizers = [
+        GaLoreAdamW(
+            [{"params": [weight], "rank": "full", "direction": name, "galore_scale": 1.0}],
+            lr=1.0,
+            betas=betas,
+            weight_decay=0.0,
+        )
+        for weight, name in zip(weights, ("orthogonal", "normuon"), strict=True)
+    ]
+    second = torch.zeros(shape[0])
+    for step in range(1, 4):
+        grad, moved = normal(*shape, seed=step) * torch.linspace(0.01, 5, shape[0])[:, None], []
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            before, weight.grad = weight.detach().clone(), grad.clone()
+            optimizer.step()
+            moved.append(before - weight.detach())
+        muon, normuon = moved
+        second = 0.5 * second + 0.5 * muon.square().mean(1)
+        expected = muon / (second / (1 - 0.5**step)).sqrt()[:, None]
+        expected *= muon.square().mean().sqrt() / expected.square().mean().sqrt()
+        assert torch.allclose(normuon, expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(optimizers[1].state[weights[1]]["exp_avg_sq_row"], second, rtol=1e-4)

@@ -122,6 +122,7 @@ MODES = {
     "full rank, Adam, float": f"{FULL_RANK.replace(' --weight_quant', '')} --direction adam --recipe paper",
     "full rank, second moments of rows": f"{FULL_RANK} --full_rank_second_moment row",
     "8-bit Adam, second moments of rows": "--optimizer adam8bit --full_rank_second_moment row",
+    "normuon": f"{Q_GALORE} --direction normuon",
     "full rank of the MLP": f"{Q_GALORE} --mlp_rank full",
     "full rank but for the MLP": f"{Q_GALORE} --rank full --mlp_rank 13",
     "sgd": "--optimizer sgd",

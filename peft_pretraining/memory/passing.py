@@ -165,8 +165,8 @@ class PassingBytes:
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         total = sum(x.gradient for x in run.matrices) * layers
         values, cached = min(total, limit + largest), self.bases if run.updates_at_once else 0
-        if self.options.direction == "orthogonal":  # momenta, two buffers, and two squares a matrix
-            made = 3 * values + 2 * GROUP_LIMIT * max(x.rank for x in run.matrices) ** 2
+        if self.options.direction != "adam":  # momenta, two buffers, and two squares a matrix
+            made = 3 * values + 2 * GROUP_LIMIT * max(min(x.gradient_shape) for x in run.matrices) ** 2
         else:
             made = values + (
                 0 if cached else self.converts * layers * sum(x.bases for x in run.matrices) * values // total
@@ -185,8 +185,10 @@ class PassingBytes:
 
     def refresh(self, matrix: Matrix) -> int:
         """The sketch, an orthonormal basis made of it, then the new one and rotated moments."""
+        if not matrix.sides:
+            return 0
         if self.options.subspace == "svd":  # the gradient in float32 and float64, and eigenvectors, without a workspace
             return 12 * matrix.size + 24 * min(matrix.shape) ** 2
         bases, square, rotated = matrix.bases, matrix.rank**2, (2 * self.b if self.int8_states else 8) * matrix.gradient
-        changing = (self.b + 1) * bases + self.b * square + (rotated if matrix.sides else 0)
+        changing = (self.b + 1) * bases + self.b * square + rotated
         return self.b * bases + max((self.b + 12) * bases + 8 * square, changing)

@@ -5,6 +5,7 @@
   has it for embeddings and head (Zhang et al., arXiv 2406.16793), and Nesterov's momentum.
 - orthogonal: Muon's (Jordan et al., kellerjordan.github.io/posts/muon, 2024), which replaces the momentum M = U S Vᵀ by
   U Vᵀ, so that all directions of the momentum move the weight alike. No second moment.
+- normuon: that with each row over the root of its second moment, one number a row (Li et al., arXiv 2510.05491).
 
 Both move their moments in place and keep them, to the bit, where the flag `skip` is true. The gradient is
 factor * grad.
@@ -41,6 +42,8 @@ class Direction(NamedTuple):
 
     That is faster for small matrices; of one large matrix there are enough values to fill a GPU.
     """
+    by_row: bool = False
+    """Whether there is a second moment of each row of the gradient (`qgalore.update.moments.ROW_MOMENT`)."""
 
 
 def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
@@ -82,10 +85,28 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
     return momentum.mul_((1.0 / (ahead * ((second * inverse2).sqrt_() + step.eps)))[:, None]).to(step.dtype)
 
 
-ADAM_BY_ROW = Direction(_adam_by_row, moments.MOMENTS[:1], batch_values=3 << 20)
+def _normuon(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
+    """Orthogonalised momenta whose rows are alike in size; as a whole of the size of `_orthogonal`."""
+    return [_rows_alike(step, x, skip) for step, x in zip(steps, _orthogonal(steps, skip), strict=True)]
+
+
+def _rows_alike(step: AdamStep, direction: Tensor, skip: Tensor | None) -> Tensor:
+    assert step.exp_avg_sq is not None
+    squares = torch.linalg.vector_norm(direction, dim=1, dtype=torch.float32).square_() / direction.shape[1]
+    second = step.exp_avg_sq * step.betas[1] + squares * (1.0 - step.betas[1])
+    step.exp_avg_sq.copy_(second if skip is None else torch.where(skip, step.exp_avg_sq, second))
+    inverse2 = step.row.view(torch.float32)[5]
+    factor = 1.0 / ((second * inverse2).sqrt_() + step.eps)
+    # So that the root mean square of the whole stays what it was.
+    size = (squares.mean() / (squares * factor.square()).mean().clamp_min(1e-30)).sqrt_()
+    return direction.mul_((factor * size).to(direction.dtype)[:, None])
+
+
+ADAM_BY_ROW = Direction(_adam_by_row, moments.MOMENTS[:1], batch_values=3 << 20, by_row=True)
 DIRECTIONS = {
     "adam": Direction(
         lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, batch_values=3 << 20
     ),
     "orthogonal": Direction(_orthogonal, moments.MOMENTS[:1], batch_values=1 << 24),
+    "normuon": Direction(_normuon, moments.MOMENTS[:1], batch_values=1 << 24, by_row=True),
 }

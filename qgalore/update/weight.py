@@ -133,7 +133,7 @@ class Weight:
         """Put moments of zero into the state."""
         shape, device = self.subspace.gradient_shape, self.param.device
         moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
-        if self.direction is ADAM_BY_ROW:
+        if self.direction.by_row:
             self.state[moments.ROW_MOMENT] = torch.zeros(shape[0], device=device)
 
     # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
