@@ -76,6 +76,10 @@ SETTINGS: dict[str, list[str]] = {
     "q_galore_recipe": ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_per_layer": ["--optimizer", "q_galore_adamw8bit_per_layer", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_float": ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"],
+    "full_rank": [
+        "--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--grad_clipping", "0",
+        "--rank", "full", "--norm_growth", "0", "--weight_decay", "0.4", "--full_rank_weight_decay", "0",
+    ],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
 }  # fmt: skip

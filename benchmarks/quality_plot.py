@@ -38,7 +38,7 @@ def read_points(results: Path, model: str, updates: int, settings: Sequence[str]
     for (setting, flags), by_seed in runs.items():
         rows = list(by_seed.values())
         seeds = [float(row["perplexity"]) for row in rows]
-        ranks = [found[-1] for name in ("rank", "mlp_rank") if (found := re.findall(rf"--{name} (\d+)", flags))]
+        ranks = [found[-1] for name in ("rank", "mlp_rank") if (found := re.findall(rf"--{name} (\d+|full)\b", flags))]
         label = [f"rank {' and '.join(ranks)}"] * bool(ranks)
         label += ["INT4 weights"] * ("--weight_bits 4" in flags)
         size = sum(float(rows[0][name]) for name in BYTES)
