@@ -114,8 +114,8 @@ def test_every_micro_batch_dequantizes_once(calls: list[int]) -> None:
     training = Training().until_no_refresh()
     calls.clear()
     training.step(micro_batches=3)
-    # The updates come when all gradients are there, with what is not held any longer.
-    assert calls == [MATRICES] * 3 * 2 * (1 + 2) + [1] * 2 * MATRICES
+    # The updates come when all gradients are there, with what is not held any longer: the bases of a batch at once.
+    assert calls == [MATRICES] * 3 * 2 * (1 + 2) + [2 * MATRICES]
 
 
 def test_one_by_one_above_the_limit(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_one_by_one_above_the_limit(calls: list[int], monkeypatch: pytest.Monkey
     monkeypatch.setattr(dequant_cache, "CACHE_BYTES", bases - 1)
     calls.clear()
     training.step()
-    assert calls == 2 * [1] * MATRICES * (1 + 3)
+    assert calls == 2 * [1] * MATRICES + 2 * ([1] * 2 * MATRICES + [MATRICES]), "bases of a batch of updates at once"
 
 
 def test_nothing_is_made_where_nothing_is_dequantized(calls: list[int]) -> None:
@@ -163,7 +163,8 @@ def test_the_bits_are_those_of_one_by_one(
     calls.clear()
     monkeypatch.setattr(dequant_cache, "CACHE_BYTES", 0)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == together[:2]
-    assert set(calls) == {1, 2}, "two where one product takes the weights of queries and keys"
+    of_updates = {count for count in calls if count % 7 == 0}
+    assert set(calls) - of_updates == {1, 2}, "two where one product takes the weights of queries and keys"
 
 
 def test_a_held_weight_is_that_of_its_own(calls: list[int]) -> None:
