@@ -309,7 +309,9 @@ _NAMES: dict[str, dict[str, Any]] = {
 
 
 def install(shadow: bool = False) -> list[str]:
-    """Let `import galore_torch` and `import q_galore_torch`, and of their submodules, give modules of this library.
+    """Let `import galore_torch` and `import q_galore_torch` give modules of this library.
+
+    Also of their modules of optimizers and of INT8 layers, but not of projectors.
 
     A package that is really installed stays, and a warning names it, unless `shadow`. Call it before what imports
     them. Returns the packages that are provided.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, complete_names, subspace_of
+from qgalore.integrations.connection import connect
 from qgalore.layer.choice import Choice, choose_matrices
 from qgalore.layer.conversion import convert_linears
 from qgalore.layer.linear import LowRankLinear
@@ -53,14 +54,16 @@ def optimizer_for(
     and norms, which train at full rank, as do matrices with a shorter side than the rank. Stacks of matrices in one
     parameter, such as experts, are split and stay float, as do layers whose weight the model itself reads. What is
     frozen is converted and stays frozen. What was chosen is printed, on the first rank alone;
-    `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before. `.grad` stays empty:
-    clip with the optimizer's `clip_grad_norm_`, or by `qgalore.integrations.connect` with that of others.
+    `qgalore.summary(model, optimizer)` gives the numbers. Move the model to its device before.
 
-    rank: "full" for the whole space, without a projection; None takes the recipe's share of the width. names: of linear
-    layers, or of stacks, instead of all.
+    The optimizer is attached by `qgalore.integrations.connect`: `.grad` holds no gradients, but functions that clip by
+    the norm find it there. Before a micro-batch that is not the last of its update set `optimizer.is_last_micro_batch =
+    False`. On several ranks call `connect` yourself, when the model is on its device: gradients are averaged from then.
+
+    rank: "full" for the whole space, without a projection (galore_scale still scales its updates); None takes the
+    recipe's share of the width. names: of linear layers, or of stacks, instead of all.
     weight_bits: 8 or 4, or None for float weights. recipe: "orthogonal" or "paper" (`qgalore.recipes`).
-    optimizer_class: holds the bits of the states. update_in_backward: as of `LowRankAdamW.attach`, which may be called
-    again, such as with `all_reduce`.
+    optimizer_class: holds the bits of the states. update_in_backward: as of `LowRankAdamW.attach`.
 
     options, which have their say over the recipe: those of the optimizer (lr, betas, weight_decay, seed, ...), of a
     `SubspaceConfig`, and of a `WeightFormat` but bits. With `updates`, the length of the run, and `tokens_per_update`
@@ -79,20 +82,28 @@ def optimizer_for(
     rank = given.rank(_width(choice)) if rank is None else rank
     low_rank = _subspace(given, options, rank) | {"rank": rank}
     arguments, full_rank = _rates(recipe, given, options, optimizer_class)
-    # Refuses, before anything is changed, what makes no sense.
-    size = rank if isinstance(rank, int) else 1
-    probe = optimizer_class([{"params": [torch.empty(size, size, device="meta")], **low_rank}], **arguments)
-    narrow = _narrow(choice, subspace_of(probe.param_groups[0]), names is not None)
+    narrow = _narrow(choice, _probe(optimizer_class, rank, low_rank, arguments), names is not None)
     chosen = [name for name in [*choice.linears, *choice.stacks] if name not in narrow]
     _check_any_trains(model, chosen)
 
     groups = low_rank_param_groups(model, _convert(model, choice, chosen, format), **low_rank)
     groups[0] |= full_rank
     optimizer = optimizer_class(groups, **arguments)
-    optimizer.attach(model, update_in_backward=update_in_backward)
+    shows_norm = _ranks() == 1 and any(param.is_floating_point() for param in model.parameters())
+    (connect if shows_norm else LowRankAdamW.attach)(optimizer, model, update_in_backward)
     if _is_first_rank():
-        print(summary(model, optimizer, _notes(choice, narrow, rank, weight_bits)))
+        rates = f"recipe {recipe}, lr {optimizer.param_groups[1].get('lr')}, at full rank {groups[0]['lr']}"
+        print(summary(model, optimizer, (rates, *_notes(choice, narrow, rank, weight_bits))))
     return optimizer
+
+
+def _probe(
+    optimizer_class: type[LowRankAdamW], rank: int | str, low_rank: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> SubspaceConfig:
+    """The subspace of such a weight; raises ValueError, before anything is changed, for what makes no sense."""
+    size = rank if isinstance(rank, int) else 1
+    optimizer = optimizer_class([{"params": [torch.empty(size, size, device="meta")], **low_rank}], **arguments)
+    return subspace_of(optimizer.param_groups[0])
 
 
 def _convert(model: nn.Module, choice: Choice, chosen: list[str], format: WeightFormat) -> list[str]:
@@ -104,9 +115,13 @@ def _convert(model: nn.Module, choice: Choice, chosen: list[str], format: Weight
     return [*(name for name in choice.linears if name in chosen), *matrices]
 
 
-def _is_first_rank() -> bool:
+def _ranks() -> int:
     ranks = torch.distributed
-    return not (ranks.is_available() and ranks.is_initialized()) or ranks.get_rank() == 0
+    return ranks.get_world_size() if ranks.is_available() and ranks.is_initialized() else 1
+
+
+def _is_first_rank() -> bool:
+    return _ranks() == 1 or torch.distributed.get_rank() == 0
 
 
 def _check(

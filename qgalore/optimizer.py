@@ -10,6 +10,7 @@ autograd cannot give a gradient, train at all.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,6 +96,7 @@ class LowRankAdamW(Optimizer):
         self._weights: dict[Tensor, Weight] = {}
         self._all_reduce: AllReduce | None = None
         self._clip_factor: Tensor | None = None
+        self._scale: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = self._rows_written = False
         self._finalized: set[Weight] = set()
@@ -279,7 +281,8 @@ class LowRankAdamW(Optimizer):
                     f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
                     "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
                     "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums. In a Trainer "
-                    "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect"
+                    "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect after "
+                    "accelerator.prepare"
                 )
             self._finalized.add(weight)
         checks, at_once = self._update_checks(), self.updates_at_once
@@ -318,19 +321,21 @@ class LowRankAdamW(Optimizer):
         return torch.zeros(()) if self._checks is None else self._checks.squared_norms.sum().sqrt()
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> None:
-        """Let `step` scale all gradients so that `grad_norm` is at most max_norm.
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Let `step` scale all gradients so that `grad_norm` is at most max_norm; returns the norm before, ().
 
         Raises RuntimeError where the updates are made inside the backward pass.
         """
         if self.update_in_backward:
             raise RuntimeError("clip_grad_norm_ needs all gradients at once: attach with update_in_backward=False")
         self.collect()
-        self.scale_gradients((max_norm / (self.grad_norm() + 1e-6)).clamp(max=1.0))
+        norm = self.grad_norm()
+        self._clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Let the next `step` scale all gradients that it updates with by a factor, ()."""
-        self._clip_factor = factor
+        """Let the next `step` scale all gradients that it updates with by a factor, (), beside what clips them."""
+        self._scale = factor
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -367,8 +372,11 @@ class LowRankAdamW(Optimizer):
         if waiting:
             self.skip_update_if(~self.grad_norm().isfinite())
             self.write_update_rows()
-            update_weights(waiting, self._update_checks(), self._clip_factor)
-        self._clip_factor, self._stepped, self._sums, self._rows_written = None, True, False, False
+            factors = [factor for factor in (self._clip_factor, self._scale) if factor is not None]
+            clip = functools.reduce(torch.mul, factors) if factors else None
+            update_weights(waiting, self._update_checks(), clip)
+        self._clip_factor = self._scale = None
+        self._stepped, self._sums, self._rows_written = True, False, False
         self._finalized.clear()
         return loss
 
@@ -402,7 +410,8 @@ class LowRankAdamW(Optimizer):
 
     def _abandon_update(self) -> None:
         """Forget the gradients of the update that goes on, and its checks."""
-        self._clip_factor, self._sums, self._rows_written = None, False, False
+        self._clip_factor = self._scale = None
+        self._sums = self._rows_written = False
         self._finalized.clear()
         self._unchecked = []
         if self._checks is not None and not self._stepped:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qgalore.config import FULL
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
 
@@ -30,6 +31,8 @@ class TrainingSummary:
     """How many of those matrices are stored as "INT8", "INT4" or in a float dtype, by its name."""
     full_rank_parameters: int
     full_rank_values: int
+    full_rank_stored_bits: dict[str, int]
+    """How many of those parameters are stored as "INT8" or "INT4"."""
     frozen_values: int
     """In parameters and layers that the optimizer does not train."""
     weight_bytes: int
@@ -42,10 +45,14 @@ class TrainingSummary:
     def __str__(self) -> str:
         stored = ", ".join(f"{count} in {kind}" for kind, count in self.stored_bits.items())
         ranks = " and ".join(map(str, self.ranks))
+        codes = ", ".join(f"{count} in {kind}" for kind, count in self.full_rank_stored_bits.items())
+        what = "without projections" if self.ranks == (FULL,) else "low-rank"
+        rank = "" if self.ranks == (FULL,) else f", rank {ranks}"
         lines = [
-            f"{self.model} under low-rank training:",
-            f"  low-rank: {self.low_rank_matrices} matrices, {self.low_rank_values:,} values, rank {ranks} ({stored})",
-            f"  full-rank: {self.full_rank_parameters} parameters, {self.full_rank_values:,} values",
+            f"{self.model} under {'full-rank' if self.ranks == (FULL,) else 'low-rank'} training:",
+            f"  {what}: {self.low_rank_matrices} matrices, {self.low_rank_values:,} values{rank} ({stored})",
+            f"  {'others' if self.ranks == (FULL,) else 'full-rank'}: {self.full_rank_parameters} parameters, "
+            f"{self.full_rank_values:,} values{f' ({codes})' if codes else ''}",
             f"  frozen: {self.frozen_values:,} values",
             f"  bytes: {self.weight_bytes:,} of weights, {self.state_bytes:,} of optimizer states",
         ]
@@ -60,6 +67,10 @@ def summary(model: nn.Module, optimizer: LowRankAdamW, notes: tuple[str, ...] = 
         (low if "rank" in group else rest).extend(group["params"])
     ranks = {group["rank"] for group in optimizer.param_groups if "rank" in group}
     trained, stored = {*low, *rest}, dict[str, int]()
+    coded: dict[str, int] = {}
+    for param in rest:
+        if (kind := _kind(param, holders.get(param))).startswith("INT"):
+            coded[kind] = coded.get(kind, 0) + 1
     for param in low:
         kind = _kind(param, holders.get(param))
         stored[kind] = stored.get(kind, 0) + 1
@@ -71,6 +82,7 @@ def summary(model: nn.Module, optimizer: LowRankAdamW, notes: tuple[str, ...] = 
         stored_bits=stored,
         full_rank_parameters=len(rest),
         full_rank_values=sum(_shape(param, holders).numel() for param in rest),
+        full_rank_stored_bits=coded,
         frozen_values=sum(_shape(x, holders).numel() for x in model.parameters() if x not in trained),
         weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *_scales(holders)]),
         state_bytes=_state_bytes(optimizer, holders),

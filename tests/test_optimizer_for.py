@@ -221,7 +221,9 @@ def test_matrices_that_are_narrower_than_the_rank_train_at_full_rank(capsys: pyt
 def test_the_whole_space(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("llama")
     optimizer = optimizer_for(model, "full", recipe=recipe, lr=1e-2)
-    assert "rank full (14 in INT8)" in capsys.readouterr().out and summary(model, optimizer).ranks == ("full",)
+    said = capsys.readouterr().out
+    assert "under full-rank training:\n  without projections: 14 matrices, " in said and "values (14 in INT8)" in said
+    assert f"\n  recipe {recipe}, lr 0.01, at full rank 0.01" in said and summary(model, optimizer).ranks == ("full",)
     assert losses_fall(model, optimizer)
     expected = {"step", "exp_avg", "limited_norm"} if recipe == "orthogonal" else {"step", "exp_avg", "exp_avg_sq"}
     for weight in optimizer.low_rank_weights():
@@ -513,3 +515,24 @@ def test_a_model_may_get_another_optimizer(family: str) -> None:
         ValueError, match=r"is converted to WeightFormat\(bits=8.* already, not to WeightFormat\(bits=4"
     ):
         optimizer_for(model, rank=4, weight_bits=4)
+
+
+def test_a_plain_loop_clips_with_the_function_of_torch() -> None:
+    """It finds the norm; the update is that which the optimizer's own clipping makes, also where both are called."""
+    weights = []
+    for torchs, ours in ((0.5, None), (None, 0.5), (1e9, 0.5)):
+        model = model_of("llama")
+        optimizer = optimizer_for(model, rank=8, weight_bits=None, lr=1e-3, norm_growth=0.0, direction="adam")
+        before, norms = dict(stored(model)), []
+        for _ in range(3):
+            loss_of(model).backward()
+            if torchs is not None:
+                norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), torchs)))
+            if ours is not None:
+                optimizer.clip_grad_norm_(ours)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(norm > 0.5 for norm in norms) and unchanged(model, before) == []
+        weights.append([value for _, value in stored(model)])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(weights[0], weights[1], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(weights[1], weights[2], strict=True))

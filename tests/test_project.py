@@ -90,7 +90,7 @@ ROOMS = [
     "qgalore.torch_internals", "qgalore.seeding", "qgalore.config", "qgalore.recipes", "qgalore.kernels",
     "qgalore.layer", "qgalore.subspace", "qgalore.update",
     "qgalore.param_groups", "qgalore.saved_state", "qgalore.optimizer", "qgalore.adafactor",
-    "qgalore.training_summary", "qgalore.from_model", "qgalore.integrations", "qgalore.compat", "qgalore.graphs",
+    "qgalore.training_summary", "qgalore.integrations", "qgalore.from_model", "qgalore.compat", "qgalore.graphs",
     "qgalore",
     "peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config",
     "peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build", "peft_pretraining.evaluation",

@@ -31,6 +31,10 @@ NEEDED = {
 """Packages of a section; those that the development environment lacks were there when the page was written."""
 
 
+ELSEWHERE = ("Save the model", "Scripts written for galore-torch")
+"""Sections without training."""
+
+
 def sections() -> dict[str, str]:
     """The code of each section by its heading, the first lines of the page before it."""
     start, *rest = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -101,10 +105,10 @@ def needs(heading: str) -> None:
 
 
 def test_the_page_has_a_section_for_each_trainer() -> None:
-    assert {*NEEDED, "A loop of your own", "torch.distributed.checkpoint"} == sections().keys()
+    assert {*NEEDED, "A loop of your own", "torch.distributed.checkpoint", *ELSEWHERE} == sections().keys()
 
 
-@pytest.mark.parametrize("heading", [each for each in sections() if each not in ("axolotl", "unsloth")])
+@pytest.mark.parametrize("heading", [each for each in sections() if each not in ("axolotl", "unsloth", *ELSEWHERE)])
 def test_each_example_trains(heading: str, place: Path) -> None:
     needs(heading)
     names = run(heading)
@@ -118,6 +122,26 @@ def test_each_example_trains(heading: str, place: Path) -> None:
                 assert not torch.equal(layers[name].weight, before), name
     if "norm" in names:
         assert float(names["norm"]) > 0
+
+
+def test_what_is_saved_is_a_float_model(place: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = run("Save the model")["model"].eval()
+    tokens = torch.arange(LENGTH)[None]
+    loaded = AutoModelForCausalLM.from_pretrained("floats", dtype=torch.bfloat16).eval()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    size = sum(param.numel() for param in loaded.parameters()) * 2
+    assert size < (place / "floats" / "model.safetensors").stat().st_size < 1.3 * size, "floats alone"
+
+
+def test_scripts_for_galore_torch(place: Path) -> None:
+    """In a process of its own: the modules stay."""
+    code = sections()["Scripts written for galore-torch"].partition("optimizer = ")[2].partition("\n")[2]
+    program = f"{code}\nfrom galore_torch import GaLoreAdamW8bit, GaLoreAdafactor\nprint(GaLoreAdafactor.__module__)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.startswith("qgalore."), done.stderr
 
 
 def test_the_plugin_for_axolotl(place: Path) -> None:

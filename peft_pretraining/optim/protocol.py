@@ -20,7 +20,7 @@ class TrainingOptimizer(Protocol):
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
 
-    def clip_grad_norm_(self, max_norm: float) -> None:
+    def clip_grad_norm_(self, max_norm: float) -> Any:
         """Scale the gradients so that their norm is at most max_norm."""
 
     def step(self) -> Any:
