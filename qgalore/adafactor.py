@@ -51,7 +51,7 @@ def _direction(step: _Step, skip: Tensor | None) -> Tensor:
     row = step.row.view(torch.float32)
     rate, beta2 = row[4:6].unbind()
     if step.size is not None:
-        row[3] = 1 - row[2] * rate * step.size * (group["weight_decay"] / group.get("galore_scale", 1.0))
+        row[3] = row[6] = 1 - row[2] * rate * step.size * (group["weight_decay"] / group.get("galore_scale", 1.0))
         rate = rate * step.size
     square = grad.square().add_(group["eps"][0])
     means = {"exp_avg_sq": square}

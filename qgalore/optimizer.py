@@ -55,6 +55,7 @@ class LowRankAdamW(Optimizer):
         accumulator_dtype: str = "float32",
         norm_growth: float = 0.0,
         second_moment: str = "value",
+        cautious_decay: bool = False,
         seed: int = 0,
         **of_other_libraries: Any,
     ) -> None:
@@ -62,9 +63,11 @@ class LowRankAdamW(Optimizer):
 
         accumulator_dtype is that of gradients summed over micro-batches (float32, bfloat16, int8); norm_growth limits
         how much the norm of each gradient may grow from one update to the next, such as 1.01 (0: no limit);
-        second_moment is that of matrices at full rank, in groups without a rank: one a "value", or one a "row"; seed is
-        that of the stochastic rounding. of_other_libraries: arguments of the optimizers of galore-torch and
-        q-galore-torch that have no meaning here, such as is_paged: one warning names those that are ignored.
+        second_moment is that of matrices at full rank, in groups without a rank: one a "value", or one a "row";
+        cautious_decay leaves out the weight decay of values that an update moves away from zero (Chen et al., arXiv
+        2510.12402); seed is that of the stochastic rounding. of_other_libraries: arguments of the optimizers of
+        galore-torch and q-galore-torch that have no meaning here, such as is_paged: one warning names those that are
+        ignored.
 
         Raises ValueError for a value that makes no sense, here or in a param group, and for a weight that cannot have
         the rank of its group, TypeError for an argument that nobody knows.
@@ -83,6 +86,7 @@ class LowRankAdamW(Optimizer):
             "accumulator_dtype": accumulator_dtype,
             "norm_growth": norm_growth,
             "second_moment": second_moment,
+            "cautious_decay": cautious_decay,
             "state_bits": self.state_bits,
         }
         self.check_rates(defaults)

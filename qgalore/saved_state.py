@@ -23,12 +23,12 @@ Group = dict[str, Any]
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth",
-    "second_moment", "state_bits", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step",
-    "warmup_init",
+    "second_moment", "cautious_decay", "state_bits", "clip_threshold", "decay_rate", "beta1", "scale_parameter",
+    "relative_step", "warmup_init",
 )  # fmt: skip
 """What every param group needs of Adam or of Adafactor, whichever ours has. Not `Optimizer.defaults`: loading and
 copying make torch add keys of its own to it."""
-_LATER_KEYS = {"norm_growth": 0.0, "second_moment": "value"}
+_LATER_KEYS = {"norm_growth": 0.0, "second_moment": "value", "cautious_decay": False}
 """Keys that came later: what states that do not know them were made with. Options of a subspace have their defaults."""
 
 

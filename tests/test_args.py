@@ -358,6 +358,11 @@ BAD_COMBINATIONS = [
         1,
         "row cannot work with --optimizer muon, which is",
     ),
+    (
+        "--optimizer adam --cautious_decay",
+        1,
+        "--cautious_decay cannot work with --optimizer adam: its decay is part of",
+    ),
     ("--optimizer galore_adamw --rank half", 1, "--rank is 'half', it must be a whole number or full"),
     (f"{GALORE} --subspace streaming --svd_method randomized", 1, "--svd_method randomized is for subspaces by SVD"),
     (f"{GALORE} --max_update_proj_gap 10", 1, "--max_update_proj_gap 10 is less than --update_proj_gap 50"),

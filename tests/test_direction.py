@@ -404,3 +404,26 @@ def test_normuon_is_muon_with_rows_of_one_size() -> None:
         expected *= muon.square().mean().sqrt() / expected.square().mean().sqrt()
         assert torch.allclose(normuon, expected, rtol=1e-3, atol=1e-5)
     assert torch.allclose(optimizers[1].state[weights[1]]["exp_avg_sq_row"], second, rtol=1e-4)
+
+
+# ---- cautious decay
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8", "simulated"])
+def test_cautious_decay_spares_what_grows(storage: str) -> None:
+    """With a step too small to be seen, the weights that change are those that the direction moves towards zero."""
+    layer = nn.Linear(32, 48, bias=False)
+    model = nn.Sequential(layer)
+    if storage != "plain":
+        convert_linears(model, ["0"], WeightFormat(8, 16, stochastic_rounding=False, simulate=storage == "simulated"))
+    groups = low_rank_param_groups(model, ["0"], rank="full", direction="adam", galore_scale=1e-9)
+    optimizer = GaLoreAdamW(groups[1:], lr=0.5, weight_decay=0.8, cautious_decay=True)
+    optimizer.attach(model)
+    read = lambda: getattr(model[0], "dequantized_weight", lambda _: model[0].weight.detach().clone())(torch.float32)  # noqa: E731
+    before = read().clone()
+    model(normal(64, 32)).mul(normal(64, 48, seed=1)).sum().backward()
+    gradient = normal(64, 48, seed=1).T @ normal(64, 32)
+    optimizer.step()
+    expected = before * torch.where(before * gradient >= 0, 0.6, 1.0)
+    error = 1e-5 if storage == "plain" else 0.02 * float(before.detach().abs().max())
+    assert torch.allclose(read(), expected, atol=error)

@@ -59,6 +59,7 @@ CASES = {
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
     "recipe": QUANTIZED,
     "second moments of rows": f"{QUANTIZED} --full_rank_second_moment row",
+    "cautious decay": f"{QUANTIZED} --cautious_decay --weight_decay 0.5",
     "normuon": f"{QUANTIZED} --direction normuon",
     "full rank": "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full",
     "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",

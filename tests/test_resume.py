@@ -73,6 +73,7 @@ MODES: dict[str, dict[str, object]] = {
     "fira": Q_GALORE_PER_LAYER | {"subspace": "streaming", "residual": "fira", "norm_growth": 1.01},
     "full_rank": {**FULL_RANK},
     "full_rank_adam": FULL_RANK | {"direction": "adam", "simulation": True, "grad_accum_dtype": "int8", "lr": 1e-2},
+    "cautious": FULL_RANK | {"cautious_decay": True, "weight_decay": 0.5, "lr": 1e-2},
     "normuon": FULL_RANK | {"direction": "normuon"},
     "second_moments_of_rows": FULL_RANK | {"full_rank_second_moment": "row"},
     "full_rank_of_mlp": Q_GALORE_PER_LAYER | {"mlp_rank": "full"},

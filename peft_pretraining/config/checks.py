@@ -214,6 +214,11 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
         )
     if optimizer.norm_growth and name in LIBRARY_OPTIMIZERS:
         problems.append(f"--norm_growth cannot work with --optimizer {name}: use --grad_clipping, or leave it out")
+    if optimizer.cautious_decay and (name in LIBRARY_OPTIMIZERS or name == "adam"):
+        problems.append(
+            f"--cautious_decay cannot work with --optimizer {name}: its decay is part of the gradient or another "
+            "library's; leave it out or use another optimizer"
+        )
     if optimizer.full_rank_second_moment != "value" and name in LIBRARY_OPTIMIZERS:
         problems.append(
             f"--full_rank_second_moment {optimizer.full_rank_second_moment} cannot work with --optimizer {name}, which "

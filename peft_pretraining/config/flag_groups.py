@@ -155,6 +155,8 @@ class OptimizerArgs:
     """Decoupled weight decay, a factor of the learning rate; for adam and sgd it is added to the gradient instead."""
     full_rank_weight_decay: Annotated[float | None, Flag("rate", at_least=0, auto="weight_decay")] = None
     """Weight decay of embeddings, head and norms."""
+    cautious_decay: bool = False
+    """Leave out the weight decay of values that an update moves away from zero."""
     full_rank_second_moment: Annotated[str, Flag(choices=("value", "row"))] = "value"
     """Adam's second moment of embeddings and head: one a value, or one a row, so that they keep the first alone."""
     beta1: Annotated[float, Flag("ratio", at_least=0, below=1)] = 0.0

@@ -78,6 +78,7 @@ def build_optimizer(
         decoupled_weight_decay=args.optimizer != "adam",
         accumulator_dtype=args.grad_accum_dtype,
         norm_growth=args.norm_growth,
+        cautious_decay=args.cautious_decay,
         seed=seed,
     )
     # Clipping needs all gradients at once, so a clipped run updates after the last backward pass.

@@ -93,15 +93,18 @@ class StepScalars(NamedTuple):
     """1 / (1 - beta1^step), Adam's bias correction of the first moment."""
     inverse_correction2: float = 1.0
     """The same of the second."""
+    decay_of_growing: float | None = None
+    """In the place of `decay` for values that the direction moves away from zero; None: `decay`."""
 
     def pack(self) -> list[int]:
         """As the eight 32-bit integers of a step row, floats by their bits.
 
-        The last two are zeros, so that all rows of a table are aligned alike: for another alignment Triton would
-        compile again.
+        The last is zero, so that all rows of a table are aligned alike: for another alignment Triton would compile
+        again.
         """
-        low, high = self.seed & 0xFFFFFFFF, self.seed >> 32
-        return list(struct.unpack("<8i", struct.pack("<2I4f2i", low, high, *self[1:], 0, 0)))
+        low, high, growing = self.seed & 0xFFFFFFFF, self.seed >> 32, self.decay_of_growing
+        floats = *self[1:5], self.decay if growing is None else growing
+        return list(struct.unpack("<8i", struct.pack("<2I5fi", low, high, *floats, 0)))
 
     def row(self, device: torch.device | str = "cpu") -> Tensor:
         """As a step row, (8,) int32, which kernels read: so CUDA graphs can be replayed in a later step."""
@@ -110,7 +113,7 @@ class StepScalars(NamedTuple):
     @classmethod
     def unpack(cls, row: Tensor) -> StepScalars:
         """From a step row; waits for its device."""
-        low, high, *floats, _, _ = struct.unpack("<2I4f2i", struct.pack("<8i", *row.tolist()))
+        low, high, *floats, _ = struct.unpack("<2I5fi", struct.pack("<8i", *row.tolist()))
         return cls(low | high << 32, *floats)
 
     @property

@@ -242,9 +242,10 @@ class LowRankLinear(nn.Module):
             kernels.update_quantized_([self.quantized_update(direction, left, right, row)], skip)
         elif self.format.simulate:
             # Scalars (), which may lie on a device: nothing waits for them.
-            step_size, decay = row.view(torch.float32)[2:4].unbind()
+            step_size, decay, _, _, growing = row.view(torch.float32)[2:7].unbind()
             full = kernels.project_back(direction, left, right)
-            value = self._to_grid(self.weight.float().mul(decay).sub_(full * step_size), row)
+            old = self.weight.float()
+            value = self._to_grid(old.mul_(torch.where(old * full >= 0, decay, growing)).sub_(full * step_size), row)
             unchanged = (step_size == 0) & (decay == 1)
             skip = unchanged if skip is None else skip | unchanged
             self.weight.copy_(torch.where(skip, self.weight, value))

@@ -189,7 +189,8 @@ class Weight:
         decay = 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
         corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
         step_size = float(group["lr"] * group.get("galore_scale", 1))
-        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections)
+        growing = 1.0 if group.get("cautious_decay") else None
+        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections, growing)
 
     @property
     def step_row(self) -> Tensor:

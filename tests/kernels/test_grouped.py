@@ -253,3 +253,31 @@ def test_momentum_steps(kernel_device: torch.device, monkeypatch: pytest.MonkeyP
         return tuple(ahead), *map(moments_of, copies)
 
     assert same(agreed(lambda: run(99)), agreed(lambda: run(1)))
+
+
+# ---- decay of what grows
+
+
+@each("kind", ("float", "low rank", "group of a row"))
+def test_values_that_grow_have_a_decay_of_their_own(kind: str, kernel_device: torch.device) -> None:
+    """Those that the direction moves away from zero; whole numbers, so that nothing is rounded."""
+    signs = torch.tensor([-3.0, -1.0, 1.0, 2.0])
+    weight = signs.repeat(6, 64).to(kernel_device)  # 6 x 256
+    direction = torch.tensor([1.0, 1.0, 1.0, 0.0, -1.0, -1.0])[:, None].expand(6, 256).contiguous()
+    direction = direction.to(kernel_device)
+    row = kernels.StepScalars(1, 1.0, 0.5, decay_of_growing=0.75).row(kernel_device)
+    expected = weight * torch.where(weight * direction >= 0, 0.5, 0.75) - direction
+
+    def run() -> Tensor:
+        if kind == "float":
+            value = weight.clone()
+            kernels.update_float_([kernels.FloatUpdate(value, direction, None, None, row)])
+            return value
+        group = 256 if kind == "low rank" else 300
+        stored = kernels.quantize(weight, 8, group)
+        basis = torch.ones(1, 256, device=kernel_device)
+        update = kernels.QuantizedUpdate(*stored, direction[:, :1].contiguous(), None, basis, 256, 8, group, row, False)
+        kernels.update_quantized_([update])
+        return kernels.dequantize([kernels.QuantizedMatrix(*stored, 256, 8, group)], torch.float32)[0]
+
+    assert torch.allclose(agreed(run), expected, atol=0.0 if kind == "float" else 0.03)

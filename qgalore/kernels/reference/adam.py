@@ -116,7 +116,7 @@ def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
 def _adam_step(step: AdamStep, block_size: int, skip: Tensor | None) -> Tensor:
     grad, exp_avg, absmax, exp_avg_sq, sq_absmax, row, betas, eps, factor, dtype = step
     assert exp_avg_sq is not None
-    grad, corrections = scaled(grad, factor), StepScalars.unpack(row)[3:]
+    grad, corrections = scaled(grad, factor), StepScalars.unpack(row)[3:5]
     with undone_if(skip, exp_avg, absmax, exp_avg_sq, sq_absmax):
         if absmax is None or sq_absmax is None:
             return adam_direction(grad, exp_avg, exp_avg_sq, corrections, betas, eps).to(dtype)

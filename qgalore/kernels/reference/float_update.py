@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qgalore.kernels.arguments import FloatUpdate, StepScalars
 from qgalore.kernels.reference.random_bits import random_bits16, round_stochastic_bfloat16
-from qgalore.kernels.reference.rows import project_back, row_chunks, undone_if
+from qgalore.kernels.reference.rows import decayed, project_back, row_chunks, undone_if
 
 __all__ = ["update_float_"]
 
@@ -23,11 +23,11 @@ def _update_(
     weight: Tensor, direction: Tensor, left: Tensor | None, right: Tensor | None, row: Tensor, stochastic: bool,
     row_start: int, skip: Tensor | None,
 ) -> None:  # fmt: skip
-    seed, step_size, decay, *_ = StepScalars.unpack(row)
+    seed, step_size, *_ = scalars = StepScalars.unpack(row)
     for start, stop in row_chunks(*weight.shape):
         full, part = project_back(direction, left, right, start, stop), weight[start:stop]
         with undone_if(skip, part):
-            value = part.float().mul(decay).sub_(full * step_size)
+            value = decayed(part.float(), full, scalars).sub_(full * step_size)
             if stochastic:
                 random = random_bits16(len(part), part.shape[1], seed, row_start + start, weight.device)
                 value = round_stochastic_bfloat16(value, random)

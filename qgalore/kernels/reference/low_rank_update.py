@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qgalore.kernels.arguments import QuantizedMatrix, QuantizedUpdate, StepScalars
 from qgalore.kernels.reference.group_quantization import dequantize, quantize_chunk
-from qgalore.kernels.reference.rows import project_back, row_chunks, undone_if
+from qgalore.kernels.reference.rows import decayed, project_back, row_chunks, undone_if
 
 __all__ = ["update_quantized_"]
 
@@ -22,7 +22,7 @@ def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -
 
 def _update_(update: QuantizedUpdate, skip: Tensor | None) -> None:
     columns, bits, group_size = update.columns, update.bits, update.group_size
-    seed, step_size, decay, *_ = scalars = StepScalars.unpack(update.row)
+    seed, step_size, *_ = scalars = StepScalars.unpack(update.row)
     if scalars.changes_nothing:
         return
     for start, stop in row_chunks(len(update.qdata), columns):
@@ -30,7 +30,7 @@ def _update_(update: QuantizedUpdate, skip: Tensor | None) -> None:
         full = project_back(update.direction, update.left, update.right, start, stop)
         with undone_if(skip, qdata, scale, zero_point):
             stored = QuantizedMatrix(qdata, scale, zero_point, columns, bits, group_size)
-            weight = dequantize([stored], torch.float32)[0].mul_(decay).sub_(full * step_size)
+            weight = decayed(dequantize([stored], torch.float32)[0], full, scalars).sub_(full * step_size)
             rounding = seed if update.stochastic else None
             codes, scale[:], zero_point[:] = quantize_chunk(weight, bits, group_size, rounding, start)
             qdata[:, : codes.shape[1]] = codes

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qgalore.kernels.arguments import StepScalars
+
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -15,6 +17,14 @@ def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Row ranges of about 4 M elements."""
     size = max(1, _CHUNK_ELEMENTS // max(1, columns))
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def decayed(weight: Tensor, direction: Tensor, scalars: StepScalars) -> Tensor:
+    """The weight, float32, after its decay, before the direction is subtracted."""
+    growing = scalars.decay_of_growing
+    if growing is None or growing == scalars.decay:
+        return weight * scalars.decay
+    return weight * torch.where(weight * direction >= 0, scalars.decay, growing)
 
 
 def project_back(

@@ -24,6 +24,7 @@ from qgalore.kernels.triton.tiles import (
     read_step_row,
     round_stochastic_bfloat16,
     to_float,
+    updated,
 )
 
 __all__ = ["update_float_"]
@@ -38,7 +39,7 @@ def _update_float_kernel(
         if tl.load(skip):
             return
     which, program = matrix_of_program(ends)
-    seed_low, seed_high, step_size, decay = read_step_row(chosen(which, step_rows))
+    seed_low, seed_high, step_size, decay, growing = read_step_row(chosen(which, step_rows))
     if (step_size == 0.0) & (decay == 1.0):
         return
     weight, direction, width = chosen(which, weight), chosen(which, direction), chosen(which, columns)
@@ -48,8 +49,8 @@ def _update_float_kernel(
     column = start + tl.arange(0, BLOCK)[None, :]
     mask = (row < chosen(which, rows)) & (column < width)
     at = row.to(tl.int64) * width + column
-    value = tl.load(weight + at, mask=mask, other=0).to(tl.float32) * decay
-    value -= tl.load(direction + at, mask=mask, other=0).to(tl.float32) * step_size
+    value = tl.load(weight + at, mask=mask, other=0).to(tl.float32)
+    value = updated(value, tl.load(direction + at, mask=mask, other=0).to(tl.float32), step_size, decay, growing)
     if STOCHASTIC:
         random = random_bits16(row_start + row, start, seed_low, seed_high, BLOCK)
         tl.store(weight + at, round_stochastic_bfloat16(value, random), mask=mask)

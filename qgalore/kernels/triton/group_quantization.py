@@ -32,6 +32,7 @@ from qgalore.kernels.triton.tiles import (
     read_step_row,
     store_codes,
     to_float,
+    updated,
 )
 
 __all__ = ["dequantize", "quantize"]
@@ -74,7 +75,7 @@ def _update_kernel(
             return
     seed_low, seed_high = 0, 0
     if STOCHASTIC or UPDATE:
-        seed_low, seed_high, step_size, decay = read_step_row(step_row)
+        seed_low, seed_high, step_size, decay, growing = read_step_row(step_row)
         if UPDATE:
             if (step_size == 0.0) & (decay == 1.0):
                 return
@@ -91,7 +92,8 @@ def _update_kernel(
         codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
         factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
         offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
-        value = tl.fma(codes, factor, offset) * decay - value * step_size  # the first product is exact
+        # The first product is exact.
+        value = updated(tl.fma(codes, factor, offset), value, step_size, decay, growing)
     number = (row_start + row).to(tl.int32)
     codes, factor, offset = quantize_group(value, number, start, end, seed_low, seed_high, G, BITS, STOCHASTIC)
     store_codes(qdata, codes, row, q_stride, q_width, row_mask, start, end, GROUP, G, BITS)

@@ -37,6 +37,7 @@ from qgalore.kernels.triton.tiles import (
     quantize_group,
     read_step_row,
     store_codes,
+    updated,
 )
 
 __all__ = ["update_quantized_"]
@@ -78,7 +79,7 @@ def _low_rank_update_kernel(
         if tl.load(skip):
             return
     which, program = matrix_of_program(ends)
-    seed_low, seed_high, step_size, decay = read_step_row(chosen(which, step_rows))
+    seed_low, seed_high, step_size, decay, growing = read_step_row(chosen(which, step_rows))
     if (step_size == 0.0) & (decay == 1.0):
         return
     rows, columns, rank = chosen(which, rows), chosen(which, columns), chosen(which, rank)
@@ -106,7 +107,8 @@ def _low_rank_update_kernel(
     scale, zero_point = chosen(which, scale), chosen(which, zero_point)
     factor = tl.load(scale + at, mask=row_mask, other=0).to(tl.float32)
     offset = tl.load(zero_point + at, mask=row_mask, other=0).to(tl.float32)
-    value = tl.fma(codes, factor, offset) * decay - product * step_size  # the first product is exact
+    # The first product is exact.
+    value = updated(tl.fma(codes, factor, offset), product, step_size, decay, growing)
     number = row[:, None].to(tl.int32)
     new, factor, offset = quantize_group(value, number, start, end, seed_low, seed_high, G, BITS, STOCHASTIC)
     store_codes(qdata, new, row[:, None], q_stride, q_width, row_mask, start, end, GROUP, G, BITS)

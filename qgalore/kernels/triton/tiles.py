@@ -137,10 +137,17 @@ def store_codes(
 
 @triton.jit
 def read_step_row(row):
-    """Both words of the seed, step size and decay of a step row (`qgalore.kernels.StepScalars`)."""
+    """Both words of the seed, step size, decay and that of growing values (`qgalore.kernels.StepScalars`)."""
     step_size = tl.load(row + 2).to(tl.float32, bitcast=True)
     decay = tl.load(row + 3).to(tl.float32, bitcast=True)
-    return tl.load(row), tl.load(row + 1), step_size, decay
+    growing = tl.load(row + 6).to(tl.float32, bitcast=True)
+    return tl.load(row), tl.load(row + 1), step_size, decay, growing
+
+
+@triton.jit
+def updated(value, direction, step_size, decay, growing):
+    """decay * value - step_size * direction; `growing` is the decay where the direction moves away from zero."""
+    return value * tl.where(value * direction >= 0, decay, growing) - direction * step_size
 
 
 @triton.jit
