@@ -190,7 +190,7 @@ class Weight:
         corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
         step_size = float(group["lr"] * group.get("galore_scale", 1))
         growing = 1.0 if group.get("cautious_decay") else None
-        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections, growing)
+        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections, decay_of_growing=growing)
 
     @property
     def step_row(self) -> Tensor:
