@@ -187,10 +187,10 @@ class Weight:
         """What the step row of the next update must contain."""
         group, step = self.param_group, self.step + 1
         decay = 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-        corrections = [1.0 / (1.0 - beta**step) for beta in group["betas"]]
+        first, second = (1.0 / (1.0 - beta**step) for beta in group["betas"])
         step_size = float(group["lr"] * group.get("galore_scale", 1))
         growing = 1.0 if group.get("cautious_decay") else None
-        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, *corrections, decay_of_growing=growing)
+        return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, first, second, growing)
 
     @property
     def step_row(self) -> Tensor:
