@@ -51,7 +51,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compare import Row, compare, in_own_process, turn, wait_for
+from benchmarks.compare import Row, add_process_flags, compare, in_own_process, turn, wait_for
 from benchmarks.rows import ROOT, commit
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.throughput import GIGABYTE, memory_metrics
@@ -162,10 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/trainer.csv"), help="CSV to append to")
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and tokens")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a measurement may take")
-    parser.add_argument("--together", type=int, default=1, help="measurements that get ready at the same time")
-    parser.add_argument("--turn", help="lock file: who holds it times updates (default: one for each invocation)")
-    parser.add_argument("--one", metavar="METHOD", help="measure this in this process and print its row as JSON")
+    add_process_flags(parser, timeout=300.0)
     return parser
 
 

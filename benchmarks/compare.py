@@ -99,11 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_compile", action="store_true", help="compile nothing")
     parser.add_argument("--cap_gib", type=float, help="device memory in GiB that a process may take")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and token ids")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that a measurement may take")
+    add_process_flags(parser, timeout=900.0)
+    return parser
+
+
+def add_process_flags(parser: argparse.ArgumentParser, timeout: float) -> None:
+    """Add the flags of a program whose measurements are processes of their own; timeout: the default, in seconds."""
+    parser.add_argument("--timeout", type=float, default=timeout, help="seconds that a measurement may take")
     parser.add_argument("--together", type=int, default=1, help="measurements that get ready at the same time")
     parser.add_argument("--turn", help="lock file: who holds it times updates (default: one for each invocation)")
     parser.add_argument("--one", metavar="METHOD", help="measure this in this process and print its row as JSON")
-    return parser
 
 
 def check_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:

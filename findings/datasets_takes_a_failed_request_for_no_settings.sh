@@ -61,7 +61,8 @@ class Hub(BaseHTTPRequestHandler):
 
 hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=hub.serve_forever, daemon=True).start()
-os.environ |= {"HF_ENDPOINT": "http://{}:{}".format(*hub.server_address), "HF_HUB_DISABLE_TELEMETRY": "1"}
+endpoint = urllib.parse.urlunsplit(("http", "{}:{}".format(*hub.server_address), "", "", ""))
+os.environ |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_CACHE": f"{sys.argv[1]}/before", "HF_HOME": sys.argv[1]}
 import datasets
 import huggingface_hub

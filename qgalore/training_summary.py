@@ -46,13 +46,16 @@ class TrainingSummary:
         stored = ", ".join(f"{count} in {kind}" for kind, count in self.stored_bits.items())
         ranks = " and ".join(map(str, self.ranks))
         codes = ", ".join(f"{count} in {kind}" for kind, count in self.full_rank_stored_bits.items())
-        what = "without projections" if self.ranks == (FULL,) else "low-rank"
-        rank = "" if self.ranks == (FULL,) else f", rank {ranks}"
+        whole = self.ranks == (FULL,)
+        kind, matrices, others = (
+            ("full-rank", "without projections", "others") if whole else ("low-rank", "low-rank", "full-rank")
+        )
+        rank = "" if whole else f", rank {ranks}"
         lines = [
-            f"{self.model} under {'full-rank' if self.ranks == (FULL,) else 'low-rank'} training:",
-            f"  {what}: {self.low_rank_matrices} matrices, {self.low_rank_values:,} values{rank} ({stored})",
-            f"  {'others' if self.ranks == (FULL,) else 'full-rank'}: {self.full_rank_parameters} parameters, "
-            f"{self.full_rank_values:,} values{f' ({codes})' if codes else ''}",
+            f"{self.model} under {kind} training:",
+            f"  {matrices}: {self.low_rank_matrices} matrices, {self.low_rank_values:,} values{rank} ({stored})",
+            f"  {others}: {self.full_rank_parameters} parameters, {self.full_rank_values:,} values"
+            + (f" ({codes})" if codes else ""),
             f"  frozen: {self.frozen_values:,} values",
             f"  bytes: {self.weight_bytes:,} of weights, {self.state_bytes:,} of optimizer states",
         ]

@@ -37,8 +37,6 @@ class TrainingState:
         names = self._names()
         for weight in self.optimizer.weights_of(self.model):
             weight.init_state()
-            if weight.param_group["norm_growth"] and "limited_norm" not in weight.state:
-                weight.state["limited_norm"] = torch.zeros((), device=weight.param.device)
         saved = self.optimizer.state_dict()
         groups = [group | {"params": [names[index] for index in group["params"]]} for group in saved["param_groups"]]
         states = {names[index]: _listed(state) for index, state in saved["state"].items()}
