@@ -438,3 +438,11 @@ def test_plan_agrees_with_recorded_peaks(row: dict[str, str]) -> None:
     peak = plan(run.args, run.config).peak_bytes + earlier * run.tokens * run.config.hidden_size * 2
     timing = TIMING_BUFFER if run.args.model.activation_checkpointing else 0
     assert (0.99 if earlier else 0.995) * peak < 1e9 * float(row["run_peak_gb"]) < 1.005 * peak + timing
+
+
+def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() -> None:
+    run = run_of(f"{FULL_RANK} --device cuda --batch_size 1", "60m")
+    passing = PassingBytes(run)
+    assert [passing.refresh(matrix) for matrix in run.matrices] == [0] * 7
+    values, squares = sum(matrix.size for matrix in run.matrices), 2 * 8 * 512**2
+    assert passing.updates() >= 2 * (3 * values + squares)
