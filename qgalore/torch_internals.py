@@ -34,6 +34,7 @@ NAMES = {
     "torch._opaque_base.OpaqueBase": "operands of operators that are no tensors",
     "torch.autograd.Variable._execution_engine.queue_callback": "the norm of the gradient after a backward pass",
     "torch.utils._python_dispatch.TorchDispatchMode": "how a model of transformers initialises its parameters",
+    "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "layers that something traces",
     "torch.ops.aten._scaled_dot_product_cudnn_attention": "attention by cuDNN",
 }
 """Each with what needs it."""

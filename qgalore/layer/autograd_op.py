@@ -18,13 +18,14 @@ values of LLaMA-130M, 69 -> 42 us for gate and up of 60M (H100). And where gradi
 rotating queries and keys leaves them, one product with both weights makes what they add to the input's gradient, and
 one with the input their gradients as a whole, where those are formed.
 
-`torch.compile` passes through all of them without a graph break.
+`torch.compile` passes through all of them without a graph break. Where nothing traces, the same functions are called
+without operators around them, since `torch.library` takes longer on the host than all else that a call does there.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,10 @@ class WeightHandle(_OpaqueBase):
 
 
 internal("torch._library.opaque_object.register_opaque_type")(WeightHandle, typ="reference")
+
+
+_is_traced: Callable[[], bool] = internal("torch.utils._python_dispatch.is_in_torch_dispatch_mode")
+"""Whether a `TorchDispatchMode`, as selective checkpoints or fake tensors have it, wants to see operators."""
 
 
 def padded_weight(weight: Weight, dtype: torch.dtype, cached: Tensor | None = None) -> Tensor:
@@ -251,23 +256,62 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(*([input] if ctx.trains else []), *stored)
 
 
-def _backward(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_outputs: Sequence[Tensor], accumulate: Callable[..., Tensor], input_gradient: Callable[..., Tensor]
+) -> tuple[Tensor | None, Sequence[Tensor], int]:
+    """The gradients of the input and the proxy leaves, and the number of stored tensors.
+
+    accumulate, input_gradient: the operators, or the functions below them.
+    """
     stored, handles = list(ctx.saved_tensors), ctx.handles
     grad, after, count = None, None, len(handles)
     if ctx.trains:
-        after = torch.ops.qgalore.grouped_linear_accumulate(
-            grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent
-        )
+        after = accumulate(grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent)
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
         for start, stop in itertools.pairwise((0, *range(ctx.adjacent, count + 1))):
-            part = torch.ops.qgalore.grouped_linear_input_gradient(
+            part = input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
                 ctx.width, after if ctx.frees_input else None,
             )  # fmt: skip
             grad = part if grad is None else grad + part
-    proxies = [] if after is None else list(after.unbind())
-    return grad, [None] * len(stored), proxies, None, None, None, None, None
+    return grad, () if after is None else after.unbind(), len(stored)
 
 
-torch.library.register_autograd("qgalore::grouped_linear", _backward, setup_context=_setup_context)
+def _backward_of_operator(ctx: Any, grad_outputs: list[Tensor]) -> tuple[Any, ...]:
+    operators = torch.ops.qgalore
+    grad, proxies, stored = _backward(
+        ctx, grad_outputs, operators.grouped_linear_accumulate, operators.grouped_linear_input_gradient
+    )
+    return grad, [None] * stored, list(proxies), None, None, None, None, None
+
+
+torch.library.register_autograd("qgalore::grouped_linear", _backward_of_operator, setup_context=_setup_context)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The operator `grouped_linear` with its backward pass, for when nothing traces."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, stored: list[Tensor], rest: tuple[Any, ...], *proxies: Tensor
+    ) -> tuple[Tensor, ...]:
+        """rest: the operands of `_forward` behind `proxies`."""
+        _setup_context(ctx, (input, stored, proxies, *rest), [])
+        return tuple(_forward(input, stored, [], *rest))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """See `_backward`."""
+        grad, proxies, _ = _backward(ctx, grad_outputs, _accumulate, _input_gradient)
+        return grad, None, None, *proxies
+
+
+def grouped_linear(input: Tensor, stored: list[Tensor], proxies: list[Tensor], *rest: Any) -> Sequence[Tensor]:
+    """The operator `grouped_linear`, by the shortest way there is."""
+    if torch.compiler.is_compiling() or _is_traced():
+        outputs: list[Tensor] = torch.ops.qgalore.grouped_linear(input, stored, proxies, *rest)
+        return outputs
+    found: tuple[Tensor, ...] = _GroupedLinear.apply(input, stored, rest, *proxies)
+    return found

@@ -331,7 +331,7 @@ def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 
         return [grouped_linear(input, [layer])[0] for layer in layers]
     if trains or (first.quantized_weight is not None and input.requires_grad and torch.is_grad_enabled()):
         # A frozen one, too: through what stores and rounds, autograd would keep a float copy of the weight.
-        outputs = torch.ops.qgalore.grouped_linear(
+        outputs = autograd_op.grouped_linear(
             input, [tensor for layer in layers for tensor in layer._stored],
             [layer.proxy for layer in layers] if trains else [], [layer.handle for layer in layers],
             first._storage, [layer.width for layer in layers],
