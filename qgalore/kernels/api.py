@@ -29,13 +29,13 @@ from qgalore.kernels.reference import (
     newton_schulz,
 )
 from qgalore.kernels.reference.adam import PART, scaled
-from qgalore.kernels.reference.rows import project_back, row_chunks
+from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
-    "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward", "momentum_steps",
-    "orthogonalize", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "scaled",
-    "update_float_", "update_quantized_", "use_triton",
+    "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward",
+    "momentum_steps", "orthogonalize", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device",
+    "row_chunks", "scaled", "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -73,11 +73,14 @@ def dequantize(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[
     for matrix in matrices:
         _check_matrix(matrix.qdata, "qdata")
         _check_format(matrix.bits, matrix.group_size)
-        rows, out = len(matrix.qdata), matrix.out
+        rows, out = matrix.qdata.shape[0], matrix.out
         if out is not None and (out.shape[0] < rows or out.shape[1] < matrix.columns):
             raise ValueError(f"out of shape {tuple(out.shape)} does not hold a matrix of {rows} x {matrix.columns}")
+    runs = grouped_by_backend(group_quantization.dequantize, matrices)
+    if len(runs) == 1:
+        return runs[0][0](matrices, dtype)
     values: dict[int, Tensor] = {}
-    for run, indices in grouped_by_backend(group_quantization.dequantize, matrices):
+    for run, indices in runs:
         values.update(zip(indices, run([matrices[index] for index in indices], dtype), strict=True))
     return [values[index] for index in range(len(matrices))]
 

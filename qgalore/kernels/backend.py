@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -59,10 +59,12 @@ def backend(operation: Operation, device: torch.device, *sizes: int) -> Operatio
 
 def grouped_by_backend(
     operation: Operation, matrices: Sequence[QuantizedMatrix | QuantizedUpdate]
-) -> Iterable[tuple[Operation, list[int]]]:
+) -> list[tuple[Operation, list[int]]]:
     """`backend` for matrices that may lie in groups of different sizes: each operation and the indices of its own."""
-    chosen: dict[Operation, list[int]] = {}
+    by_size: dict[int, list[int]] = {}
     for index, matrix in enumerate(matrices):
-        run = backend(operation, matrix.qdata.device, matrix.group_size)
-        chosen.setdefault(run, []).append(index)
-    return chosen.items()
+        by_size.setdefault(matrix.group_size, []).append(index)
+    chosen: dict[Operation, list[int]] = {}
+    for group_size, indices in by_size.items():
+        chosen.setdefault(backend(operation, matrices[0].qdata.device, group_size), []).extend(indices)
+    return [(run, sorted(indices)) for run, indices in chosen.items()]

@@ -13,6 +13,11 @@ from qgalore.kernels.arguments import StepScalars
 _CHUNK_ELEMENTS = 1 << 22
 
 
+def at_least_1d(x: Tensor) -> Tensor:
+    """As `torch.atleast_1d` of one tensor, which takes longer on the host than many a launch."""
+    return x if x.dim() else x.view(1)
+
+
 def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Row ranges of about 4 M elements."""
     size = max(1, _CHUNK_ELEMENTS // max(1, columns))

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import AdamStep, launches
+from qgalore.kernels.arguments import AdamStep, ceil_div, launches, next_power_of_2
 from qgalore.kernels.reference.adam import dynamic_map
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
 
@@ -201,7 +201,7 @@ def _dequantize_blocks_kernel(
 
 def _program(block_size: int) -> tuple[int, dict[str, int]]:
     """Values of a program, and how it is launched."""
-    width = triton.next_power_of_2(block_size)
+    width = next_power_of_2(block_size)
     blocks = max(1, _VALUES // width)
     how = {"BLOCK": block_size, "WIDTH": width, "BLOCKS": blocks, "enable_fp_fusion": False, "num_warps": _WARPS}
     return block_size * blocks, how
@@ -212,7 +212,7 @@ def quantize_blocks_(
 ) -> None:
     """See `qgalore.kernels.quantize_blocks_`."""
     values, how = _program(block_size)
-    _quantize_blocks_kernel[(triton.cdiv(x.numel(), values),)](
+    _quantize_blocks_kernel[(ceil_div(x.numel(), values),)](
         x.contiguous(), codes, absmax, skip, *_tables(signed, x.device), x.numel(), SIGNED=signed,
         HAS_SKIP=skip is not None, **_SEARCH, **how,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def dequantize_blocks(
     """See `qgalore.kernels.dequantize_blocks`."""
     value = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     values, how = _program(block_size)
-    _dequantize_blocks_kernel[(triton.cdiv(value.numel(), values),)](
+    _dequantize_blocks_kernel[(ceil_div(value.numel(), values),)](
         codes, absmax, value, _tables(signed, codes.device)[0], value.numel(), **how
     )
     return value
@@ -286,4 +286,4 @@ def _launch_momentum(
 
 def _ends(grads: Sequence[Tensor], values: int) -> tuple[int, ...]:
     """Programs of `values` values each up to the end of each gradient."""
-    return tuple(itertools.accumulate(triton.cdiv(grad.numel(), values) for grad in grads))
+    return tuple(itertools.accumulate(ceil_div(grad.numel(), values) for grad in grads))

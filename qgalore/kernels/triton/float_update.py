@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import FloatUpdate, launches
+from qgalore.kernels.arguments import FloatUpdate, ceil_div, launches, next_power_of_2
 from qgalore.kernels.reference.rows import project_back, row_chunks
 from qgalore.kernels.triton.tiles import (
     chosen,
@@ -80,7 +80,7 @@ def _has_bases(update: FloatUpdate) -> bool:
 
 
 def _block(columns: int) -> int:
-    block: int = min(512, max(16, triton.next_power_of_2(columns)))
+    block: int = min(512, max(16, next_power_of_2(columns)))
     return block
 
 
@@ -88,7 +88,7 @@ def _launch(updates: Sequence[FloatUpdate], skip: Tensor | None) -> None:
     """Updates of one kind, without bases."""
     shapes, block = [update.weight.shape for update in updates], _block(updates[0].weight.shape[1])
     block_rows = max(1, 2048 // block)
-    programs = (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block) for rows, columns in shapes)
+    programs = (ceil_div(rows, block_rows) * ceil_div(columns, block) for rows, columns in shapes)
     ends = tuple(itertools.accumulate(programs))
     _update_float_kernel[(ends[-1],)](
         tuple(update.weight for update in updates), tuple(update.direction for update in updates),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import launches
+from qgalore.kernels.arguments import ceil_div, launches, next_power_of_2
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program
 
 __all__ = ["check_gradients_"]
@@ -58,8 +58,8 @@ def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, indices: Se
 def _launch(grads: Sequence[Tensor], squared_norms: Tensor, indices: Sequence[int], skip: Tensor) -> None:
     """Gradients of one dtype."""
     numel = tuple(grad.numel() for grad in grads)
-    steps = tuple(triton.next_power_of_2(max(1, triton.cdiv(count, _BLOCK * _PROGRAMS))) for count in numel)
-    counts = tuple(max(1, triton.cdiv(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
+    steps = tuple(next_power_of_2(max(1, ceil_div(count, _BLOCK * _PROGRAMS))) for count in numel)
+    counts = tuple(max(1, ceil_div(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
     ends = tuple(itertools.accumulate(counts))
     sums = torch.empty(len(grads), _PROGRAMS, dtype=torch.float32, device=grads[0].device)
     _partial_sums_kernel[(ends[-1],)](

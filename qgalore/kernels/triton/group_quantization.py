@@ -9,8 +9,7 @@ of its rows, with zeros beyond the matrix; scale and zero point (rows, groups) b
 columns) with any strides; out (rows or more, columns or more) with any row stride. One program handles one group of
 BLOCK_ROWS rows. Values are float32 inside and rounded once; the bits are those of `reference`.
 
-Several matrices are dequantized in one launch: what belongs to one of them comes as a tuple of as many elements as
-there are matrices.
+Several matrices share a launch: what belongs to one of them comes as a tuple of as many elements as there are matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import QuantizedMatrix, launches
+from qgalore.kernels.arguments import QuantizedMatrix, QuantizedUpdate, ceil_div, launches, next_power_of_2
 from qgalore.kernels.triton.tiles import (
     chosen,
     load_codes,
@@ -66,27 +65,33 @@ def _dequantize_kernel(
 
 @triton.jit(do_not_specialize=["row_start"])
 def _update_kernel(
-    qdata, scale, zero_point, x, skip, step_row, rows, columns, q_stride, q_width, groups, x_row, x_column, row_start,
-    GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    qdata, scale, zero_point, x, step_rows, rows, columns, q_stride, q_width, groups, x_row, x_column, ends, skip,
+    row_start, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
     UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
             return
+    which, program = matrix_of_program(ends)
     seed_low, seed_high = 0, 0
     if STOCHASTIC or UPDATE:
-        seed_low, seed_high, step_size, decay, growing = read_step_row(step_row)
+        seed_low, seed_high, step_size, decay, growing = read_step_row(chosen(which, step_rows))
         if UPDATE:
             if (step_size == 0.0) & (decay == 1.0):
                 return
-    row = (tl.program_id(0) * M + tl.arange(0, M)[:, None]).to(tl.int64)
-    group = tl.program_id(1)
+    rows, columns, groups = chosen(which, rows), chosen(which, columns), chosen(which, groups)
+    row_blocks = tl.cdiv(rows, M)
+    row = ((program % row_blocks) * M + tl.arange(0, M)[:, None]).to(tl.int64)
+    group = program // row_blocks
     start = group * GROUP
     end = tl.minimum(start + GROUP, columns)
     column = start + tl.arange(0, G)[None, :]
     row_mask = row < rows
     mask = row_mask & (column < end)
-    value = tl.load(x + row * x_row + column * x_column, mask=mask, other=0).to(tl.float32)
+    at = row * chosen(which, x_row) + column * chosen(which, x_column)
+    value = tl.load(chosen(which, x) + at, mask=mask, other=0).to(tl.float32)
+    qdata, q_stride, q_width = chosen(which, qdata), chosen(which, q_stride), chosen(which, q_width)
+    scale, zero_point = chosen(which, scale), chosen(which, zero_point)
     at = row * groups + group
     if UPDATE:
         codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
@@ -106,7 +111,7 @@ _LARGEST_GROUP = 16384
 
 def block_of_group(group_size: int) -> tuple[int, int]:
     """(rows, columns) of a program's tile: one group, and rows for about 2,048 values."""
-    columns = max(16, triton.next_power_of_2(group_size))
+    columns = max(16, next_power_of_2(group_size))
     return max(1, 2048 // columns), columns
 
 
@@ -123,21 +128,24 @@ def can_handle(group_size: int) -> bool:
 def dequantize(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:
     """See `qgalore.kernels.dequantize`."""
     outs = [
-        torch.empty(len(matrix.qdata), matrix.columns, dtype=dtype, device=matrix.qdata.device)
+        torch.empty(matrix.qdata.shape[0], matrix.columns, dtype=dtype, device=matrix.qdata.device)
         if matrix.out is None
         else matrix.out
         for matrix in matrices
     ]
-    matrices = [matrix._replace(out=out) for matrix, out in zip(matrices, outs, strict=True)]
-    for indices in launches(matrices, _stored_alike):
+    if len(matrices) == 1:
+        _launch_dequantize(matrices, outs)
+        return outs
+    pairs = list(zip(matrices, outs, strict=True))
+    for indices in launches(pairs, _stored_alike):
         _launch_dequantize([matrices[index] for index in indices], [outs[index] for index in indices])
     return outs
 
 
-def _stored_alike(matrix: QuantizedMatrix) -> tuple[object, ...]:
-    assert matrix.out is not None
+def _stored_alike(pair: tuple[QuantizedMatrix, Tensor]) -> tuple[object, ...]:
+    matrix, out = pair
     # One ragged matrix in a launch would make the loads and stores of all others as narrow as its own.
-    in_vectors = all(x % 16 == 0 for x in (matrix.out.shape[1], matrix.out.stride(0), matrix.qdata.stride(0)))
+    in_vectors = all(x % 16 == 0 for x in (out.shape[1], out.stride(0), matrix.qdata.stride(0)))
     return matrix.bits, matrix.group_size, in_vectors
 
 
@@ -145,39 +153,53 @@ def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tenso
     """Matrices that are stored alike."""
     qdata, scale, zero_point, columns, (bits, *_), (group_size, *_), _ = zip(*matrices, strict=True)
     block_rows, block_columns = block_of_group(group_size)
-    rows, groups = [len(x) for x in outs], [triton.cdiv(x.shape[1], group_size) for x in outs]
-    ends = tuple(itertools.accumulate(triton.cdiv(r, block_rows) * g for r, g in zip(rows, groups, strict=True)))
+    rows, width = zip(*(x.shape for x in outs), strict=True)
+    stored_rows, stored_width = zip(*(x.shape for x in qdata), strict=True)
+    groups = [ceil_div(columns, group_size) for columns in width]
+    ends = tuple(itertools.accumulate(ceil_div(r, block_rows) * g for r, g in zip(rows, groups, strict=True)))
     _dequantize_kernel[(ends[-1],)](
-        qdata, scale, zero_point, tuple(outs), tuple(len(x) for x in qdata), columns, tuple(x.stride(0) for x in qdata),
-        tuple(x.shape[1] for x in qdata), tuple(rows), tuple(x.shape[1] for x in outs),
-        tuple(x.stride(0) for x in outs), tuple(x.stride(0) for x in scale), ends, GROUP=group_size, G=block_columns,
-        M=block_rows, BITS=bits, enable_fp_fusion=False, num_warps=warps_of_block(block_rows, block_columns),
+        qdata, scale, zero_point, tuple(outs), stored_rows, columns, tuple(x.stride(0) for x in qdata), stored_width,
+        rows, width, tuple(x.stride(0) for x in outs), tuple(x.stride(0) for x in scale), ends, GROUP=group_size,
+        G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
+        num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip
 
 
 def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """See `qgalore.kernels.quantize`."""
     rows, columns = x.shape
-    groups = triton.cdiv(columns, group_size)
+    groups = ceil_div(columns, group_size)
     qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
     zero_point = torch.empty_like(scale)
-    stochastic = row is not None
-    write_groups_(qdata, scale, zero_point, x, columns, bits, group_size, row, stochastic, 0, None, update=False)
+    without_row = torch.empty(0, dtype=torch.int32) if row is None else row
+    parts = QuantizedUpdate(
+        qdata, scale, zero_point, x, None, None, columns, bits, group_size, without_row, row is not None
+    )
+    write_groups_([parts], None, update=False)
     return qdata, scale, zero_point
 
 
 def write_groups_(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, columns: int, bits: int, group_size: int,
-    step_row: Tensor | None, stochastic: bool, row_start: int, skip: Tensor | None, update: bool,
-) -> None:  # fmt: skip
-    """Write codes, scale and zero point of x, or with `update` of decay * W - step_size * x, for rows row_start:."""
-    rows = qdata.shape[0]
+    updates: Sequence[QuantizedUpdate], skip: Tensor | None, update: bool = True, row_start: int = 0
+) -> None:
+    """Write codes, scale and zero point of decay * W - step_size * N for weights that are stored and rounded alike.
+
+    N without bases; without `update`, of N itself, whose step row is read where the rounding is stochastic. The rows
+    are row_start: of the matrix that the seed belongs to.
+    """
+    qdata, scale, zero_point, x, _, _, columns, (bits, *_), (group_size, *_), step_rows, (stochastic, *_) = zip(
+        *updates, strict=True
+    )
     block_rows, block_columns = block_of_group(group_size)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, group_size))
-    _update_kernel[grid](
-        qdata, scale, zero_point, x, skip, step_row, rows, columns, qdata.stride(0), qdata.shape[1], scale.stride(0),
-        x.stride(0), x.stride(1), row_start, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits,
-        STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None, enable_fp_fusion=False,
+    rows, q_width = zip(*(codes.shape for codes in qdata), strict=True)
+    programs = (ceil_div(r, block_rows) * ceil_div(c, group_size) for r, c in zip(rows, columns, strict=True))
+    ends = tuple(itertools.accumulate(programs))
+    x_row, x_column = zip(*(each.stride() for each in x), strict=True)
+    _update_kernel[(ends[-1],)](
+        qdata, scale, zero_point, x, step_rows if update or stochastic else None, rows, columns,
+        tuple(codes.stride(0) for codes in qdata), q_width, tuple(each.stride(0) for each in scale), x_row, x_column,
+        ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=stochastic,
+        UPDATE=update, HAS_SKIP=skip is not None, enable_fp_fusion=False,
         num_warps=warps_of_block(block_rows, block_columns),
     )  # fmt: skip

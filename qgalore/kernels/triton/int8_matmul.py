@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, dtype, empty, float32, int8
 
+from qgalore.kernels.arguments import ceil_div, next_power_of_2
 from qgalore.kernels.triton.group_quantization import block_of_group, warps_of_block
 from qgalore.kernels.triton.tiles import to_float
 
@@ -122,7 +123,7 @@ def tile(rows: int) -> tuple[int, int, int, int, int]:
     """
     if rows >= 128:
         return 128, 128, 128, 8, 3
-    return max(16, triton.next_power_of_2(rows)), 128, 64, 4, 4
+    return max(16, next_power_of_2(rows)), 128, 64, 4, 4
 
 
 def can_handle(tokens: int, rows: int, columns: int) -> bool:
@@ -150,7 +151,7 @@ def _quantize_rows(
     codes = empty(rows, depth, dtype=int8, device=x.device)
     row_scale, row_sum = empty(2, rows, dtype=float32, device=x.device)
     block_rows, block_columns = block_of_group(depth)
-    _quantize_rows_kernel[(triton.cdiv(rows, block_rows),)](
+    _quantize_rows_kernel[(ceil_div(rows, block_rows),)](
         x, scale, zero_point, codes, row_scale, row_sum, rows, columns, *x.stride(), depth, G=block_columns,
         M=block_rows, FOLDS_SCALE=scale is not None, enable_fp_fusion=False,
         num_warps=warps_of_block(block_rows, block_columns),
@@ -166,7 +167,7 @@ def _signed(qdata: Tensor, turns: bool) -> Tensor:
     depth = _depth(rows if turns else columns)
     covered = (depth, columns) if turns else (rows, depth)
     signed = empty(columns if turns else rows, depth, dtype=int8, device=qdata.device)
-    _signed_kernel[(triton.cdiv(covered[0], _SQUARE), triton.cdiv(covered[1], _SQUARE))](
+    _signed_kernel[(ceil_div(covered[0], _SQUARE), ceil_div(covered[1], _SQUARE))](
         qdata, signed, rows, columns, qdata.stride(0), depth, TURNS=turns, S=_SQUARE, num_warps=4
     )
     return signed
@@ -180,7 +181,7 @@ def _multiply(
     (rows, depth), columns = a.shape, signed.shape[0]
     out = empty(rows, width, dtype=type, device=a.device)
     block_rows, block_columns, block_depth, warps, stages = tile(rows)
-    grid = (triton.cdiv(rows, block_rows) * triton.cdiv(width, block_columns),)
+    grid = (ceil_div(rows, block_rows) * ceil_div(width, block_columns),)
     _int8_matmul_kernel[grid](
         a, signed, row_scale, row_sum, scale, zero_point, out, rows, columns, width, DEPTH=depth, M=block_rows,
         N=block_columns, K=block_depth, NEIGHBOURS=8, SCALES_COLUMNS=forward, enable_fp_fusion=False, num_warps=warps,

@@ -9,8 +9,8 @@ rows as they are stored, beyond the matrix's own columns, where both hold zeros.
 group of columns of one weight, products accumulate in float32; the group's new scale and zero point are found in the
 program, and its codes are written once, rounded stochastically.
 
-Weights with two bases or none, and those whose groups are no tile of the tensor cores, take two passes: rows of the
-direction are projected back, then added and requantized.
+Weights with two bases, and those whose groups are no tile of the tensor cores, take two passes: rows of the direction
+are projected back, then added and requantized. For those without a basis the second one is all that there is.
 
 What belongs to one weight comes as a tuple of as many elements as there are weights. What a weight becomes does not
 depend on the others of its launch.
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import QuantizedUpdate, launches
+from qgalore.kernels.arguments import QuantizedUpdate, ceil_div, launches
 from qgalore.kernels.reference.rows import project_back, row_chunks
 from qgalore.kernels.triton.group_quantization import can_handle as can_handle
 from qgalore.kernels.triton.group_quantization import write_groups_
@@ -139,27 +139,28 @@ def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -
     """See `qgalore.kernels.update_quantized_`."""
 
     def kind(update: QuantizedUpdate) -> tuple[object, ...]:
-        return update.bits, update.group_size, update.direction.dtype, update.stochastic
+        bases = (update.left is not None) + (update.right is not None)
+        one_pass = bases == 1 and update.group_size in _GROUP_SIZES
+        return one_pass, bases == 0, update.bits, update.group_size, update.direction.dtype, update.stochastic
 
-    one_pass = [update for update in updates if _in_one_pass(update)]
-    for indices in launches(one_pass, kind):
-        _launch([one_pass[index] for index in indices], skip)
-    for update in updates:
-        if not _in_one_pass(update):
-            _update_by_rows_(update, skip)
-
-
-def _in_one_pass(update: QuantizedUpdate) -> bool:
-    return (update.left is None) != (update.right is None) and update.group_size in _GROUP_SIZES
+    for indices in launches(updates, kind):
+        alike = [updates[index] for index in indices]
+        one_pass, whole, *_ = kind(alike[0])
+        if one_pass:
+            _launch(alike, skip)
+        elif whole:
+            write_groups_(alike, skip)
+        else:
+            for update in alike:
+                _update_by_rows_(update, skip)
 
 
 def _update_by_rows_(update: QuantizedUpdate, skip: Tensor | None) -> None:
-    qdata, scale, zero_point, direction, left, right, columns, bits, group_size, row, stochastic = update
-    whole = left is None and right is None
-    for start, stop in [(0, len(qdata))] if whole else row_chunks(len(qdata), columns):
-        full = direction if whole else project_back(direction, left, right, start, stop)
-        stored = (qdata[start:stop], scale[start:stop], zero_point[start:stop])
-        write_groups_(*stored, full, columns, bits, group_size, row, stochastic, start, skip, update=True)
+    for start, stop in row_chunks(update.qdata.shape[0], update.columns):
+        full = project_back(update.direction, update.left, update.right, start, stop)
+        qdata, scale, zero_point = (part[start:stop] for part in update[:3])
+        part = update._replace(qdata=qdata, scale=scale, zero_point=zero_point, direction=full)
+        write_groups_([part], skip, row_start=start)
 
 
 def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
@@ -167,9 +168,9 @@ def _launch(updates: Sequence[QuantizedUpdate], skip: Tensor | None) -> None:
     _, _, _, _, _, _, _, bits, group_size, _, stochastic = updates[0]
     factors = [_factors(update) for update in updates]
     a, b = zip(*factors, strict=True)
-    rows, groups = [len(x) for x in a], [triton.cdiv(update.columns, group_size) for update in updates]
+    rows, groups = [x.shape[0] for x in a], [ceil_div(update.columns, group_size) for update in updates]
     by_columns = [x.stride(1) != 1 for x in a]
-    ends = list(itertools.accumulate(triton.cdiv(r, _ROWS) * g for r, g in zip(rows, groups, strict=True)))
+    ends = list(itertools.accumulate(ceil_div(r, _ROWS) * g for r, g in zip(rows, groups, strict=True)))
     qdata, scale, zero_point = zip(*(update[:3] for update in updates), strict=True)
     _low_rank_update_kernel[(ends[-1],)](
         qdata, scale, zero_point, a, b, tuple(update.row for update in updates),
