@@ -217,7 +217,7 @@ class LowRankAdamW(Optimizer):
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self.finalize(weights, check=self.updates_at_once)
+            self._finalize(weights, None, self.updates_at_once)
             return
         self._sums = True
         for weight in weights:
@@ -262,12 +262,12 @@ class LowRankAdamW(Optimizer):
         """Whether gradients have to be summed over several ranks."""
         return self._all_reduce is not None
 
-    @torch.no_grad()
     def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
         if self._all_reduce is None:
             return None
-        return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
+        with torch.no_grad():
+            return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
 
     @torch.no_grad()
     def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
@@ -277,6 +277,9 @@ class LowRankAdamW(Optimizer):
         in `collect`, which checks all that are left at once. Raises RuntimeError for a weight whose gradient of this
         update is final already.
         """
+        self._finalize(weights, bucket, check)
+
+    def _finalize(self, weights: Sequence[Weight], bucket: Bucket | None, check: bool) -> None:
         if bucket is None and (bucket := self.bucket_of(weights)) is not None:
             bucket.start()
         for weight in weights:

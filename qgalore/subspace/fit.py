@@ -71,7 +71,12 @@ def projects_directly(tokens: int, m: int, n: int, rank: int, side: str) -> bool
 
 def gradient(grad_output: Tensor, input: Tensor, shape: tuple[int, int]) -> Tensor:
     """gᵀx (m, n) from g (tokens, m) and x (tokens, n), either of which may have columns of zeros at the end."""
-    return (grad_output.T @ input)[: shape[0], : shape[1]].contiguous()
+    product = grad_output.T @ input
+    return product if product.shape == shape else product[: shape[0], : shape[1]].contiguous()
+
+
+def _columns(x: Tensor, count: int) -> Tensor:
+    return x if x.shape[1] == count else x[:, :count]
 
 
 def project_factors(
@@ -80,9 +85,9 @@ def project_factors(
     """R = left (gᵀx) rightᵀ from the factors of a gradient of `shape` (m, n), as in `gradient`, which is not formed."""
     m, n = shape
     if left is not None:
-        grad_output, m = grad_output[:, :m] @ left.to(grad_output.dtype).T, len(left)
+        grad_output, m = _columns(grad_output, m) @ left.to(grad_output.dtype).T, left.shape[0]
     if right is not None:
-        input, n = input[:, :n] @ right.to(input.dtype).T, len(right)
+        input, n = _columns(input, n) @ right.to(input.dtype).T, right.shape[0]
     return gradient(grad_output, input, (m, n))
 
 

@@ -59,8 +59,8 @@ class UpdateChecks:
 
 def limit_growth(
     states: Sequence[dict[str, Tensor]], growth: float, squared_norms: Sequence[Tensor], skip: Tensor
-) -> list[Tensor]:
-    """Factors, (), that let the norm of each weight's gradient grow by `growth` at most from update to update.
+) -> Tensor:
+    """Factors (weights,) that let the norm of each gradient grow by `growth` at most from update to update.
 
     After Fira's limiter (Chen et al., arXiv 2410.01623). states: those of the weights, which keep the norms;
     squared_norms, each (), and skip are those of `UpdateChecks`: a skipped update leaves no trace.
@@ -72,4 +72,4 @@ def limit_growth(
     before, norms = torch.stack(kept), torch.stack(list(squared_norms)).sqrt()
     limited = torch.where(before > 0, torch.minimum(norms, growth * before), norms)
     internal("torch._foreach_copy_")(kept, list(torch.where(skip, before, limited).unbind()))
-    return list((limited / norms.clamp_min(1e-30)).unbind())
+    return limited / norms.clamp_min(1e-30)

@@ -24,7 +24,7 @@ def rows_of_gradient(gradient: Gradient, start: int, stop: int) -> Tensor:
     """Rows start:stop of a gradient, in a float dtype."""
     if isinstance(gradient, QuantizedTensor):
         return gradient.rows(start, stop).dequantize()
-    rows: Tensor = torch.atleast_1d(gradient)[start:stop]
+    rows: Tensor = kernels.at_least_1d(gradient)[start:stop]
     return rows
 
 

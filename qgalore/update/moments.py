@@ -72,7 +72,7 @@ def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, in
 
 def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Views of the moments of rows start:stop, a range of `row_parts`."""
-    moments = {name: torch.atleast_1d(state[name]) for name in (*MOMENTS, ROW_MOMENT) if name in state}
+    moments = {name: kernels.at_least_1d(state[name]) for name in (*MOMENTS, ROW_MOMENT) if name in state}
     columns = moments["exp_avg"].shape[1:].numel()
     views = {name: value[start:stop] for name, value in moments.items()}
     for name in moments:

@@ -32,10 +32,10 @@ goes on in any case; a refresh that was due stays due.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from qgalore import kernels
@@ -92,16 +92,18 @@ def _batches(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
     GPU, `batch_values`. So it also bounds memory.
     """
     waiting: dict[tuple[Direction, bool], list[Weight]] = {}
+    values: dict[tuple[Direction, bool], int] = collections.defaultdict(int)
     for weight in weights:
         plain = _is_plain(weight)
         if plain and weight.shape.numel() > _SMALL:
             yield [weight]
             continue
-        batch = waiting.setdefault((weight.direction, plain), [])
-        batch.append(weight)
-        most = kernels.PART if plain else weight.direction.batch_values
-        if sum(each.subspace.gradient_shape.numel() for each in batch) > most:
-            yield waiting.pop((weight.direction, plain))
+        kind = weight.direction, plain
+        waiting.setdefault(kind, []).append(weight)
+        values[kind] += weight.subspace.gradient_shape.numel()
+        if values[kind] > (kernels.PART if plain else weight.direction.batch_values):
+            del values[kind]
+            yield waiting.pop(kind)
     yield from waiting.values()
 
 
@@ -125,12 +127,11 @@ def _gradient_factors(
     for weight in weights:
         if growth := weight.param_group["norm_growth"]:
             limited.setdefault(growth, []).append(weight)
+    squared_norms = checks.squared_norms.unbind() if limited else ()
     for growth, alike in limited.items():
-        norms = [checks.squared_norms[weight.index] for weight in alike]
-        for weight, factor in zip(
-            alike, limit_growth([weight.state for weight in alike], growth, norms, checks.skip), strict=True
-        ):
-            factors[weight] = factor if clip is None else factor * clip
+        norms = [squared_norms[weight.index] for weight in alike]
+        found = limit_growth([weight.state for weight in alike], growth, norms, checks.skip)
+        factors |= zip(alike, (found if clip is None else found * clip).unbind(), strict=True)
     return factors
 
 
@@ -210,7 +211,7 @@ def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Ten
     parts = [
         (weight, gradient, factor, start, stop)
         for weight, gradient, factor in zip(weights, gradients, factors, strict=True)
-        for start, stop in moments.row_parts(weight.state, torch.atleast_1d(weight.param).shape)
+        for start, stop in moments.row_parts(weight.state, kernels.at_least_1d(weight.param).shape)
     ]
     at_once = len(parts) if len(weights) > 1 else 1
     for first in range(0, len(parts), at_once):
@@ -219,7 +220,7 @@ def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Ten
         directions = weights[0].direction.advance(steps, skip)
         updates = []
         for (weight, _, _, start, stop), direction in zip(chosen, directions, strict=True):
-            rows = torch.atleast_1d(weight.param.data)[start:stop]
+            rows = kernels.at_least_1d(weight.param.data)[start:stop]
             updates.append(kernels.FloatUpdate(rows, direction, None, None, weight.step_row, row_start=start))
         kernels.update_float_(updates, skip)
 
@@ -231,6 +232,6 @@ def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, sta
     """
     grad, l2 = rows_of_gradient(gradient, start, stop), weight.param_group["weight_decay"]
     if l2 and not weight.param_group["decoupled_weight_decay"]:
-        grad = kernels.scaled(grad, factor).add(torch.atleast_1d(weight.param.data)[start:stop], alpha=l2)
+        grad = kernels.scaled(grad, factor).add(kernels.at_least_1d(weight.param.data)[start:stop], alpha=l2)
         factor = None
     return weight.prepare_step(grad, factor, moments.rows_of(weight.state, start, stop))

@@ -18,7 +18,10 @@ class StepTable:
     def __init__(self, count: int) -> None:
         """count: the number of weights. The rows move to the device of the first write."""
         self.updates = torch.zeros(count, 8, dtype=torch.int32)
+        self.update_rows = self.updates.unbind()
+        """A view of each row."""
         self.sums = torch.zeros_like(self.updates)
+        self.sum_rows = self.sums.unbind()
 
     def write_updates(self, scalars: Sequence[StepScalars], device: torch.device) -> None:
         """Set the rows of all updates."""
@@ -34,11 +37,12 @@ class StepTable:
         """Set the row of one sum; nothing while a graph is captured, whose rows are written before it is replayed."""
         self._move_to(device)
         if not is_capturing(device):
-            _write(self.sums[index], scalars.pack())
+            _write(self.sum_rows[index], scalars.pack())
 
     def _move_to(self, device: torch.device) -> None:
         if self.updates.device != device:
             self.updates, self.sums = self.updates.to(device), self.sums.to(device)
+            self.update_rows, self.sum_rows = self.updates.unbind(), self.sums.unbind()
 
 
 class SumRows(NamedTuple):
@@ -56,7 +60,7 @@ class SumRows(NamedTuple):
         """The row, written for a sum in INT8; others round to nearest and read nothing of it."""
         if dtype == torch.int8:
             self.table.write_sum(self.seeds.index, self.scalars(addition), self.device)
-        return self.table.sums[self.seeds.index]
+        return self.table.sum_rows[self.seeds.index]
 
 
 def is_capturing(device: torch.device) -> bool:

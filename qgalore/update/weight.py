@@ -140,7 +140,7 @@ class Weight:
 
     def forms_gradient(self, input: Tensor) -> bool:
         """Whether the full gradient is formed, and not the projected one from its factors."""
-        return self.subspace.forms_gradient(len(input))
+        return self.subspace.forms_gradient(input.shape[0])
 
     def input_basis(self, input: Tensor) -> Tensor | None:
         """The basis (rank, in_features) that the input is multiplied with, where that is worth a grouped product."""
@@ -195,7 +195,7 @@ class Weight:
     @property
     def step_row(self) -> Tensor:
         """The step row of the update that is being made."""
-        return self._table.updates[self.index]
+        return self._table.update_rows[self.index]
 
     def count_update(self) -> None:
         """Count an update that is made or skipped, after its step row was written and before its moments move."""
