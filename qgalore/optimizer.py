@@ -28,7 +28,7 @@ from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
-from qgalore.update.step import check_gradients, finalize_gradients, update_weights
+from qgalore.update.step import check_gradients, finalize_gradients, is_small, update_weights
 from qgalore.update.step_table import StepTable
 from qgalore.update.weight import Weight
 
@@ -193,8 +193,9 @@ class LowRankAdamW(Optimizer):
         """Take every gradient as soon as the backward pass has it, and keep of a low-rank one the projection alone.
 
         With `update_in_backward` each weight is updated there and then, so that its gradient lives only inside the
-        backward of its layer; `step` then has nothing left to do. Over several micro-batches the sums of all gradients
-        exist anyway: updating before `step` would save nothing, so it is left to `step`, which knows them all.
+        backward of its layer; `step` is left with norms and biases, whose gradients take no memory to speak of and
+        which are faster updated as one. Over several micro-batches the sums of all gradients exist anyway: updating
+        before `step` would save nothing, so it is left to `step`, which knows them all.
         `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.update.all_reduce.AllReduce`).
         `.grad` stays None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the
         optimizer cannot train.
@@ -217,7 +218,8 @@ class LowRankAdamW(Optimizer):
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
         if self.is_last_micro_batch:
-            self._finalize(weights, None, self.updates_at_once)
+            now = self.updates_at_once and not all(map(is_small, weights))
+            self._finalize(weights, None, now)
             return
         self._sums = True
         for weight in weights:
@@ -292,13 +294,13 @@ class LowRankAdamW(Optimizer):
                     "accelerator.prepare"
                 )
             self._finalized.add(weight)
-        checks, at_once = self._update_checks(), self.updates_at_once
+        checks = self._update_checks()
         finalize_gradients(weights, bucket)
         if not check:
             self._unchecked += weights
             return
         check_gradients(weights, checks)
-        if at_once:
+        if self.updates_at_once:
             checks.remember_first()
             self.write_update_rows()
             update_weights(weights, checks)
@@ -377,7 +379,8 @@ class LowRankAdamW(Optimizer):
         self.collect()
         waiting = [weight for weight in self._weights.values() if weight.gradient.is_final]
         if waiting:
-            self.skip_update_if(~self.grad_norm().isfinite())
+            if not self.updates_at_once:  # else most weights have been updated
+                self.skip_update_if(~self.grad_norm().isfinite())
             self.write_update_rows()
             factors = [factor for factor in (self._clip_factor, self._scale) if factor is not None]
             clip = functools.reduce(torch.mul, factors) if factors else None

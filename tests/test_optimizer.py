@@ -387,12 +387,18 @@ def test_updates_in_backward_equal_ordinary_ones(name: str, storage: str, subspa
 
 
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])
-def test_updates_in_backward_leave_nothing_for_step(subspace: str) -> None:
+def test_updates_in_backward_leave_norms_and_biases_for_step(subspace: str) -> None:
     net, optimizer = build("qgalore8bit", "int8", update_in_backward=True, subspace=subspace)
+    start = copy.deepcopy(net.state_dict())
     backward(net, optimizer, 0)
     before = copy.deepcopy(net.state_dict())
     optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    low_rank = {id(param) for group in optimizer.param_groups if "rank" in group for param in group["params"]}
+    small = {name for name, param in net.named_parameters() if id(param) not in low_rank}
+    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == small
+    assert all(torch.equal(before[name], start[name]) for name in small)
+    assert not all(torch.equal(before[name], value) for name, value in start.items())
 
 
 def full_size_floats(net: Net) -> list[Tensor]:

@@ -95,7 +95,7 @@ def _batches(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
     values: dict[tuple[Direction, bool], int] = collections.defaultdict(int)
     for weight in weights:
         plain = _is_plain(weight)
-        if plain and weight.shape.numel() > _SMALL:
+        if plain and not is_small(weight):
             yield [weight]
             continue
         kind = weight.direction, plain
@@ -105,6 +105,11 @@ def _batches(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
             del values[kind]
             yield waiting.pop(kind)
     yield from waiting.values()
+
+
+def is_small(weight: Weight) -> bool:
+    """Whether a weight is a norm, a bias or another one that is best updated along with others."""
+    return _is_plain(weight) and weight.param.numel() <= _SMALL
 
 
 def _is_plain(weight: Weight) -> bool:
