@@ -7,8 +7,8 @@
   U Vᵀ, so that all directions of the momentum move the weight alike. No second moment.
 - normuon: that with each row over the root of its second moment, one number a row (Li et al., arXiv 2510.05491).
 
-How a momentum is orthogonalised, `qgalore.update.newton_schulz` says. All move their moments in place and keep them, to the bit, where the flag `skip` is true. The gradient is
-factor * grad.
+How a momentum is orthogonalised, `qgalore.update.newton_schulz` says. All move their moments in place and keep them,
+to the bit, where the flag `skip` is true. The gradient is factor * grad.
 """
 
 from __future__ import annotations

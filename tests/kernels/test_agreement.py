@@ -389,7 +389,7 @@ TILES = {
 
 @each("tiles", TILES)
 def test_newton_schulz_by_other_tiles(tiles: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that are wider than high, which reach over the diagonal; and in bfloat16, within which values are float16."""
+    """Tiles that are wider than high reach over the diagonal; within bfloat16 values are float16."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz", reason="Triton is not installed")
     dtype, tolerance, chosen = TILES[tiles]
     monkeypatch.setattr(triton, "TILES", {1 << 30: triton.Tiles(*chosen)})
