@@ -6,9 +6,9 @@
 
 A sample of each distinct shape is timed, as many matrices as are updated at once, and multiplied by how many there are.
 Rows have an op: `direction` is the whole of it, momentum in 8 bits, orthogonalisation and scale; `orthogonalize` is
-that alone, in the plain form and in segments. Their floors are the multiply-adds of the form's products over the rate of one
-large product on the same device: `floor_ms` with symmetric products counted by half, `floor_full_ms` the plain form
-with all products counted whole. `--sweep` times one product at a time, `gram`, `square` and `apply`
+that alone, in the plain form and in segments. Their floors are the multiply-adds of the form's products over the rate
+of one large product on the same device: `floor_ms` with symmetric products counted by half, `floor_full_ms` the plain
+form with all products counted whole. `--sweep` times one product at a time, `gram`, `square` and `apply`
 (`qgalore.kernels.triton.newton_schulz`), each with every candidate for its tiles, and prints the fastest: what
 `TILES` there should have.
 """

@@ -61,7 +61,8 @@ def unit_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def gram_scales(grams: Tensor) -> Tensor:
     """1 / |R| (count,) of Gram matrices (count, rows, rows) of such values: |R| is above 1/2, or 0."""
-    return torch.linalg.vector_norm(grams, dim=(1, 2), dtype=_at_least_float32(grams)).clamp_min_(1e-6).reciprocal_()
+    sizes: Tensor = torch.linalg.vector_norm(grams, dim=(1, 2), dtype=_at_least_float32(grams))
+    return sizes.clamp_min_(1e-6).reciprocal_()
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

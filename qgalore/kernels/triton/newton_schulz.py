@@ -268,7 +268,7 @@ class _Group:
     def _below(self) -> int:
         """Tiles of a symmetric matrix that reach below its diagonal."""
         rows, columns = self._tiles.square[:2]
-        across = triton.cdiv(self._rows, columns)
+        across: int = triton.cdiv(self._rows, columns)
         return columns // rows * (across * (across + 1) // 2)
 
     def _gram(self, gram: Tensor, factor: float) -> None:
