@@ -105,6 +105,9 @@ class SubspaceConfig:
     direction: Annotated[str, Allowed(choices=("adam", "orthogonal", "normuon"))] = "adam"
     """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment; normuon:
     with all rows of that of one size."""
+    newton_schulz: Annotated[str, Allowed(choices=("muon", "polar5", "polar4"))] = "muon"
+    """Polynomials that orthogonalise a momentum: Muon's one polynomial five times, or five or four, each the best for
+    what the one before leaves (Polar Express), on Gram matrices where that is cheaper."""
     residual: Annotated[str, Allowed(choices=("none", "fira"))] = "none"
     """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
     that Adam gives the rest (fira)."""
@@ -131,11 +134,11 @@ class SubspaceConfig:
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """Combinations that cannot work, each as a sentence; label(option) names an option with its value."""
+        problems = self.direction_problems(label)
         if self.rank == FULL:
             given = [label(name) for name in OF_PROJECTIONS if getattr(self, name) != default_of(type(self), name)]
             none = f"{label('rank')} projects nothing, so that {{}} has no meaning: leave it out, or give a rank"
-            return [none.format(each) for each in given]
-        problems = []
+            return problems + [none.format(each) for each in given]
         both = self.proj_type == "full"
         if self.subspace == "streaming" and both:
             problems.append(
@@ -155,6 +158,15 @@ class SubspaceConfig:
                 "be shorter than the first"
             )
         return problems
+
+    def direction_problems(self, label: Callable[[str], str]) -> list[str]:
+        """Those of `problems` that do not depend on projections."""
+        if self.newton_schulz == "muon" or self.direction != "adam":
+            return []
+        return [
+            f"{label('newton_schulz')} orthogonalises a momentum, and {label('direction')} has none that is "
+            "orthogonalised: leave it out, or use direction orthogonal or normuon"
+        ]
 
     @property
     def dimensions(self) -> int:
@@ -217,7 +229,7 @@ def default_of(options: type, name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
-_ALWAYS = {"rank", "galore_scale", "direction"}
+_ALWAYS = {"rank", "galore_scale", "direction", "newton_schulz"}
 OF_PROJECTIONS = tuple(field.name for field in dataclasses.fields(SubspaceConfig) if field.name not in _ALWAYS)
 """Options of a `SubspaceConfig` that have no meaning with the rank `FULL`."""
 

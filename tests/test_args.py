@@ -364,6 +364,13 @@ BAD_COMBINATIONS = [
         "--cautious_decay cannot work with --optimizer adam: its decay is part of",
     ),
     ("--optimizer galore_adamw --rank half", 1, "--rank is 'half', it must be a whole number or full"),
+    (
+        f"{GALORE} --newton_schulz polar4",
+        1,
+        "--newton_schulz polar4 orthogonalises a momentum, and --direction adam has",
+    ),
+    (f"{GALORE} --rank full --direction adam --newton_schulz polar5", 1, "or use direction orthogonal or normuon"),
+    (f"{GALORE} --newton_schulz polar6", 1, "--newton_schulz is 'polar6'"),
     (f"{GALORE} --subspace streaming --svd_method randomized", 1, "--svd_method randomized is for subspaces by SVD"),
     (f"{GALORE} --max_update_proj_gap 10", 1, "--max_update_proj_gap 10 is less than --update_proj_gap 50"),
     (f"{GALORE} --rank 513", 1, "--rank is 513"),

@@ -101,9 +101,9 @@ def test_directions_are_grouped_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
     values = [rank * max(shape) for rank, shape in zip(ranks, shapes, strict=True)]
     calls: list[list[int]] = []
 
-    def noted(momenta: Sequence[Tensor]) -> list[Tensor]:
+    def noted(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor]:
         calls.append([momentum.numel() for momentum in momenta])
-        return orthogonal_directions(momenta)
+        return orthogonal_directions(momenta, newton_schulz)
 
     monkeypatch.setattr("qgalore.update.directions.orthogonal_directions", noted)
 

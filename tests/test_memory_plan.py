@@ -309,12 +309,14 @@ def test_a_new_basis_takes_what_is_planned() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_orthogonal_directions_take_what_is_planned() -> None:
-    run = run_of(f"{STREAMING} --rank 224 --direction orthogonal --batch_size 256", "60m")
+@pytest.mark.parametrize("method", ["muon", "polar5"])
+def test_orthogonal_directions_take_what_is_planned(method: str) -> None:
+    flags = f"{STREAMING} --rank 224 --direction orthogonal --newton_schulz {method} --batch_size 256"
+    run = run_of(flags, "60m")
     momenta = [torch.randn(x.gradient_shape, device="cuda").bfloat16() for x in run.matrices]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    orthogonal_directions(momenta)
+    orthogonal_directions(momenta, method)
     taken = torch.cuda.max_memory_allocated() - before
     passing = PassingBytes(run)
     assert 0.9 * taken < passing.updates() - passing.bases - size(momenta) < 1.1 * taken
@@ -447,3 +449,5 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     # Momenta and two buffers of a batch, which is closed at 2^24 values: all eight layers have more.
     values, squares = (1 << 24) + max(matrix.size for matrix in run.matrices), 2 * 8 * 512**2
     assert passing.updates() == 2 * (3 * values + squares)
+    run = run_of(f"{FULL_RANK} --newton_schulz polar4 --device cuda --batch_size 1", "60m")
+    assert PassingBytes(run).updates() == 2 * (3 * values + 2 * squares), "in segments four"

@@ -257,7 +257,9 @@ class SubspaceArgs(SubspaceConfig):
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """See `SubspaceConfig`; what has no meaning where nothing is projected is seen where it is given."""
-        return SubspaceConfig.problems(dataclasses.replace(self, rank=1), label) if self.projects else []
+        if not self.projects:
+            return self.direction_problems(label)
+        return SubspaceConfig.problems(dataclasses.replace(self, rank=1), label)
 
     def config(self, of_mlp: bool = False) -> SubspaceConfig:
         """Convert the flags to the library's options; of_mlp: for the MLP's matrices."""

@@ -165,8 +165,9 @@ class PassingBytes:
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         total = sum(x.gradient for x in run.matrices) * layers
         values, cached = min(total, limit + largest), self.bases if run.updates_at_once else 0
-        if self.options.direction != "adam":  # momenta, two buffers, and two squares a matrix
-            made = 3 * values + 2 * GROUP_LIMIT * max(min(x.gradient_shape) for x in run.matrices) ** 2
+        if self.options.direction != "adam":  # momenta, two buffers, and two squares a matrix, in segments four
+            squares = 2 if self.options.newton_schulz == "muon" else 4
+            made = 3 * values + squares * GROUP_LIMIT * max(min(x.gradient_shape) for x in run.matrices) ** 2
         else:
             made = values + (
                 0 if cached else self.converts * layers * sum(x.bases for x in run.matrices) * values // total

@@ -113,13 +113,21 @@ def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
     return backend(adam.momentum_steps, steps[0].grad.device)(steps, block_size, skip)
 
 
-def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+def orthogonalize(
+    matrices: Sequence[Tensor],
+    polynomials: Sequence[tuple[float, float, float]],
+    segments: Sequence[int] | None = None,
+) -> list[Tensor]:
     """About U Vᵀ of each M = U S Vᵀ by Newton-Schulz iteration; matrices of any shapes with one shorter side.
 
     Step after step the singular values of M / |M| (Frobenius) go through an odd polynomial a x + b x³ + c x⁵, of which
-    `polynomials` are (a, b, c).
+    `polynomials` are (a, b, c). segments: numbers of steps, each made on Gram matrices alone before M is multiplied;
+    then M is divided by the fourth root of Σ σ⁴ instead, and within them bfloat16 is float16. Raises ValueError for
+    segments that do not have as many steps as there are polynomials.
     """
-    return backend(newton_schulz.orthogonalize, matrices[0].device)(matrices, polynomials)
+    if segments is not None and (sum(segments) != len(polynomials) or min(segments) < 1):
+        raise ValueError(f"segments={tuple(segments)} must be positive and sum to {len(polynomials)} polynomials")
+    return backend(newton_schulz.orthogonalize, matrices[0].device)(matrices, polynomials, segments)
 
 
 def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:

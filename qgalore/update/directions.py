@@ -7,13 +7,14 @@
   U Vᵀ, so that all directions of the momentum move the weight alike. No second moment.
 - normuon: that with each row over the root of its second moment, one number a row (Li et al., arXiv 2510.05491).
 
-Both move their moments in place and keep them, to the bit, where the flag `skip` is true. The gradient is
-factor * grad.
+How a momentum is orthogonalised, `qgalore.update.newton_schulz` says. All move their moments in place and keep them,
+to the bit, where the flag `skip` is true. The gradient is factor * grad.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,8 @@ from qgalore import kernels
 from qgalore.kernels import AdamStep
 from qgalore.torch_internals import internal
 from qgalore.update import moments
+from qgalore.update.newton_schulz import METHODS, segments_of
 
-_POLYNOMIALS = ((3.4445, -4.7750, 2.0315),) * 5
-"""Muon's, by which singular values above a thousandth of the largest come to lie between 0.7 and 1.2."""
 ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
 
@@ -46,14 +46,23 @@ class Direction(NamedTuple):
     """Whether there is a second moment of each row of the gradient (`qgalore.update.moments.ROW_MOMENT`)."""
 
 
-def orthogonal_directions(momenta: Sequence[Tensor]) -> list[Tensor]:
-    """Of momenta with one shorter side: orthogonalised, of root mean square 0.2."""
-    found = kernels.orthogonalize(momenta, _POLYNOMIALS)
+def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
+    """Of momenta with one shorter side: orthogonalised, of root mean square 0.2; newton_schulz names a method."""
+    polynomials, segmented = METHODS[newton_schulz]
+    forms: dict[tuple[int, ...] | None, list[int]] = {}
+    for index, momentum in enumerate(momenta):
+        form = segments_of(momentum.shape, len(polynomials)) if segmented else None
+        forms.setdefault(form, []).append(index)
+    by_index: dict[int, Tensor] = {}
+    for form, indices in forms.items():
+        alike = kernels.orthogonalize([momenta[index] for index in indices], polynomials, form)
+        by_index.update(zip(indices, alike, strict=True))
+    found = [by_index[index] for index in range(len(momenta))]
     scaled: list[Tensor] = internal("torch._foreach_mul")(found, [ORTHOGONAL_RMS * max(x.shape) ** 0.5 for x in found])
     return scaled
 
 
-def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
+def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Muon's directions, of the momenta with one shorter side at once; in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if steps[0].grad.is_cuda else torch.float32
     values = kernels.momentum_steps([step._replace(dtype=dtype) for step in steps], moments.BLOCK_SIZE, skip)
@@ -61,7 +70,8 @@ def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
     for index, momentum in enumerate(values):
         indices.setdefault(min(momentum.shape), []).append(index)
     for alike in indices.values():
-        for index, direction in zip(alike, orthogonal_directions([values[index] for index in alike]), strict=True):
+        made = orthogonal_directions([values[index] for index in alike], newton_schulz)
+        for index, direction in zip(alike, made, strict=True):
             values[index] = direction
     return values
 
@@ -85,9 +95,10 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
     return momentum.mul_((1.0 / (ahead * ((second * inverse2).sqrt_() + step.eps)))[:, None]).to(step.dtype)
 
 
-def _normuon(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
+def _normuon(steps: Sequence[AdamStep], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Orthogonalised momenta whose rows are alike in size; as a whole of the size of `_orthogonal`."""
-    return [_rows_alike(step, x, skip) for step, x in zip(steps, _orthogonal(steps, skip), strict=True)]
+    found = _orthogonal(steps, skip, newton_schulz)
+    return [_rows_alike(step, x, skip) for step, x in zip(steps, found, strict=True)]
 
 
 def _rows_alike(step: AdamStep, direction: Tensor, skip: Tensor | None) -> Tensor:
@@ -110,3 +121,17 @@ DIRECTIONS = {
     "orthogonal": Direction(_orthogonal, moments.MOMENTS[:1], batch_values=1 << 24),
     "normuon": Direction(_normuon, moments.MOMENTS[:1], batch_values=1 << 24, by_row=True),
 }
+
+
+def direction_of(name: str, newton_schulz: str) -> Direction:
+    """The direction of a name; where it is orthogonalised, by that method of `qgalore.update.newton_schulz`.
+
+    Equal arguments give equal directions, by which weights are batched.
+    """
+    return DIRECTIONS[name] if newton_schulz == "muon" else _by_method(name, DIRECTIONS[name], newton_schulz)
+
+
+@cache
+def _by_method(name: str, direction: Direction, newton_schulz: str) -> Direction:
+    advance = {"orthogonal": _orthogonal, "normuon": _normuon}[name]
+    return direction._replace(advance=partial(advance, newton_schulz=newton_schulz))

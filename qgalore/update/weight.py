@@ -20,7 +20,7 @@ from qgalore.seeding import ROUNDING, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.methods import METHODS, Identity
 from qgalore.update import moments
-from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction
+from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, direction_of
 from qgalore.update.gradient import WeightGradient
 from qgalore.update.step_table import StepTable, SumRows
 
@@ -56,7 +56,7 @@ class Weight:
 
     def _direction(self) -> Direction:
         if self.config is not None:
-            return DIRECTIONS[self.config.direction]
+            return direction_of(self.config.direction, self.config.newton_schulz)
         by_row = self.param_group.get("second_moment") == "row" and self.param.dim() == 2
         return ADAM_BY_ROW if by_row else DIRECTIONS["adam"]
 

@@ -131,7 +131,8 @@ def launch_all() -> None:
                 value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, bf16)
                 kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
     for rank in (224, 1792):
-        kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5)
+        for segments in (None, (2, 3)):
+            kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5, segments)
     heads, tables = zeros(1, tokens, 32, 128), (zeros(tokens, 64, dtype=torch.float32),) * 2
     for back in (False, True):
         torch.ops.peft_pretraining.rotate(heads, heads, *tables, back)

@@ -3,10 +3,11 @@
     A = X Xᵀ,    B = b s² A + c s⁴ A A,    X <- s (a X + B X)
 
 with s = 1 / |X| in the first step, where |X|² is the trace of A, and 1 afterwards. A and B are symmetric: tiles on and
-below the diagonal are computed and stored twice.
+below the diagonal are computed and stored twice. In segments, products of such squares take more of the work
+(`reference.newton_schulz` has the formulas); where the tables say so, cuBLAS multiplies X.
 
 Layout: the matrices have equally many rows and lie side by side in one buffer (rows, width), each padded with zeros to
-whole tiles of columns; a second buffer takes the result, in turn. A and B (count, rows, rows). `ends` are the tiles of
+whole tiles of columns; a second buffer takes the result, in turn. Squares (count, rows, rows). `ends` are the tiles of
 columns after each matrix, as arguments of the launch: a table on the device could not be made while a graph is
 captured. What a matrix becomes does not depend on its neighbours.
 """
@@ -14,6 +15,7 @@ captured. What a matrix becomes does not depend on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import GROUP_LIMIT
+from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, unit_factors, working_dtype
 from qgalore.kernels.triton.tiles import to_float
 
 __all__ = ["orthogonalize"]
@@ -46,51 +49,84 @@ def _below_diagonal(index):
 
 
 @triton.jit
-def _store_both(out, value, i, j, rows):
-    at = out + i[:, None] * rows + j[None, :]
-    tl.store(at, value, mask=(i < rows)[:, None] & (j < rows)[None, :])
-    at = out + j[:, None] * rows + i[None, :]
-    tl.store(at, tl.trans(value), mask=(j < rows)[:, None] & (i < rows)[None, :])
+def _rows_and_columns(index, T: tl.constexpr, S: tl.constexpr):
+    """Rows (T,) and columns (S,), S a multiple of T, of a tile among those that reach below the diagonal."""
+    EACH: tl.constexpr = S // T
+    row, column = _below_diagonal(index // EACH)
+    return (row * EACH + index % EACH) * T + tl.arange(0, T), column * S + tl.arange(0, S)
+
+
+@triton.jit
+def _store_both(out, value, i, j, rows, ONCE: tl.constexpr):
+    """A tile, and its transpose on the other side of the diagonal.
+
+    ONCE: where it reaches over the diagonal, only what is on and below that, so that no two stores meet: of two
+    different factors, value (i, j) and value (j, i) may differ in their last bit.
+    """
+    inside = (i < rows)[:, None] & (j < rows)[None, :]
+    turned = (j < rows)[:, None] & (i < rows)[None, :]
+    at, other = out + i[:, None] * rows + j[None, :], out + j[:, None] * rows + i[None, :]
+    if ONCE and tl.max(j, axis=0) > tl.min(i, axis=0):
+        inside = inside & (i[:, None] >= j[None, :])
+        turned = turned & (j[:, None] < i[None, :])
+        tl.store(at, value, mask=inside)
+        tl.store(other, tl.trans(value), mask=turned)
+    else:
+        tl.store(at, value, mask=inside)
+        tl.store(other, tl.trans(value), mask=turned)
 
 
 @triton.jit(do_not_specialize=_ENDS)
 def _gram_kernel(
-    x, gram, rows, width, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr, C: tl.constexpr
-):
+    x, gram, rows, width, factor, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
     which = tl.program_id(1)
-    row, column = _below_diagonal(tl.program_id(0))
-    i, j, k = row * T + tl.arange(0, T), column * T + tl.arange(0, T), tl.arange(0, K)
+    i, j = _rows_and_columns(tl.program_id(0), T, S)
+    k = tl.arange(0, K)
     start = _end_of(which - 1, e0, e1, e2, e3, e4, e5, e6, e7) * C
     end = _end_of(which, e0, e1, e2, e3, e4, e5, e6, e7) * C
     # Rows beyond the last are read from the beginning, and not stored.
     a_at = x + (i % rows)[:, None] * width + (start + k)[None, :]
     b_at = x + (j % rows)[None, :] * width + (start + k)[:, None]
-    total = tl.zeros((T, T), dtype=tl.float32)
+    total = tl.zeros((T, S), dtype=tl.float32)
     for _ in range(start, end, K):
         total = tl.dot(tl.load(a_at), tl.load(b_at), total)
         a_at += K
         b_at += K
-    _store_both(gram + which * rows * rows, to_float(total, gram.dtype.element_ty), i, j, rows)
+    _store_both(gram + which * rows * rows, to_float(total * factor, gram.dtype.element_ty), i, j, rows, ONCE)
 
 
 @triton.jit
-def _polynomial_kernel(gram, even, scale, rows, third, fifth, T: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr):
+def _square_kernel(
+    a, b, out, scale, rows, product, first, second, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    SCALES: tl.constexpr, SECOND: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """out = product a b + first a + second b of commuting symmetric matrices; b is read by its rows.
+
+    SCALES: 1 where a is to be multiplied by `scale`, 2 where b, the same matrix, is, too.
+    """
     which = tl.program_id(1)
-    row, column = _below_diagonal(tl.program_id(0))
-    i, j, k = row * T + tl.arange(0, T), column * T + tl.arange(0, T), tl.arange(0, K)
-    gram += which * rows * rows
-    total = tl.zeros((T, T), dtype=tl.float32)
+    i, j = _rows_and_columns(tl.program_id(0), T, S)
+    k = tl.arange(0, K)
+    a += which * rows * rows
+    b += which * rows * rows
+    total = tl.zeros((T, S), dtype=tl.float32)
     for start in range(0, rows, K):
         inside = start + k < rows
-        a = tl.load(gram + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-        b = tl.load(gram + (j % rows)[None, :] * rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(a, b, total)
-    own = tl.load(gram + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
+        left = tl.load(a + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
+        right = tl.load(b + (j % rows)[None, :] * rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
+        total = tl.dot(left, right, total)
+    own = tl.load(a + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
     if SCALES:
         square = tl.load(scale + which)
-        third, fifth = third * square, fifth * square * square
-    value = to_float(third * own + fifth * total, even.dtype.element_ty)
-    _store_both(even + which * rows * rows, value, i, j, rows)
+        first, product = first * square, product * square
+        if SCALES == 2:
+            product *= square
+    value = first * own + product * total
+    if SECOND:
+        value += second * tl.load(b + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
+    _store_both(out + which * rows * rows, to_float(value, out.dtype.element_ty), i, j, rows, ONCE)
 
 
 @triton.jit(do_not_specialize=_ENDS)
@@ -117,49 +153,162 @@ def _apply_kernel(
     tl.store(at, to_float(value, out.dtype.element_ty), mask=(i < rows)[:, None])
 
 
-def tile(rows: int) -> tuple[int, int, int, int, int]:
-    """Rows and columns of a tile, columns or rows that are summed at a time, warps, stages."""
-    return (64, 64, 64, 4, 4) if rows <= 512 else (128, 128, 64, 4, 3)
+class Tiles(NamedTuple):
+    """How products are computed; all numbers but warps and stages are powers of two of at least 16."""
+
+    square: tuple[int, int, int, int, int]
+    """Rows of a tile of a symmetric matrix, its columns, a multiple of them, terms summed at a time, warps, stages."""
+    full: tuple[int, int, int, int, int]
+    """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
+    library: bool = False
+    """Whether cuBLAS makes the products with X, in segments alone."""
 
 
-def orthogonalize(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+TILES: dict[int, Tiles] = {
+    512: Tiles((64, 64, 64, 4, 4), (64, 64, 64, 4, 4)),
+    1 << 30: Tiles((128, 128, 64, 4, 3), (128, 128, 64, 4, 3)),
+}
+"""By the most rows that they are for; `python -m benchmarks.bench_direction --sweep` compares others."""
+
+
+def tiles_for(rows: int) -> Tiles:
+    """Those of the table."""
+    return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
+
+
+def orthogonalize(
+    matrices: Sequence[Tensor],
+    polynomials: Sequence[tuple[float, float, float]],
+    segments: Sequence[int] | None = None,
+) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize`."""
-    starts = range(0, len(matrices), GROUP_LIMIT)
-    return [x for start in starts for x in _launch(matrices[start : start + GROUP_LIMIT], polynomials)]
+    found = []
+    for start in range(0, len(matrices), GROUP_LIMIT):
+        group = _Group(matrices[start : start + GROUP_LIMIT], in_segments=segments is not None)
+        found += group.plain(polynomials) if segments is None else group.by_segments(polynomials, segments)
+    return found
 
 
-def _launch(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
-    """At most `GROUP_LIMIT` matrices whose shorter sides are equal."""
-    device, rows = matrices[0].device, min(matrices[0].shape)
-    size, columns, depth, warps, stages = tile(rows)
-    ends: list[int] = []
-    for matrix in matrices:
-        ends.append((ends[-1] if ends else 0) + triton.cdiv(max(matrix.shape), columns))
-    width, count = ends[-1] * columns, len(matrices)
-    x = torch.zeros(rows, width, dtype=matrices[0].dtype, device=device)
-    starts = [end * columns for end in [0, *ends[:-1]]]
-    for start, matrix in zip(starts, matrices, strict=True):
-        _slot(x, start, matrix).copy_(matrix)
-    ends += [ends[-1]] * (GROUP_LIMIT - count)
-    out = torch.empty_like(x)
-    gram, even = torch.empty(2, count, rows, rows, dtype=matrices[0].dtype, device=device)
-    scale = torch.empty(0, device=device)
-    across = triton.cdiv(rows, size)
-    below = across * (across + 1) // 2
-    how = {"num_warps": warps, "num_stages": stages}
-    for step, (first, third, fifth) in enumerate(polynomials):
-        _gram_kernel[(below, count)](x, gram, rows, width, *ends, T=size, K=depth, C=columns, **how)
-        if step == 0:
-            trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32)
-            scale = trace.clamp_min_(1e-30).reciprocal_()
-        _polynomial_kernel[(below, count)](
-            gram, even, scale, rows, third, fifth, T=size, K=depth, SCALES=step == 0, **how
-        )
-        _apply_kernel[(across, width // columns)](
-            x, even, scale, out, rows, width, first, *ends, T=size, K=depth, C=columns, SCALES=step == 0, **how
-        )
-        x, out = out, x
-    return [_slot(x, start, matrix) for start, matrix in zip(starts, matrices, strict=True)]
+class _Group:
+    """At most `GROUP_LIMIT` matrices whose shorter sides are equal, side by side in a buffer."""
+
+    def __init__(self, matrices: Sequence[Tensor], in_segments: bool) -> None:
+        self._matrices, self._rows = matrices, min(matrices[0].shape)
+        self._tiles, self._in_segments = tiles_for(self._rows), in_segments
+        dtype, device, columns = matrices[0].dtype, matrices[0].device, self._tiles.full[1]
+        ends: list[int] = []
+        for matrix in matrices:
+            ends.append((ends[-1] if ends else 0) + triton.cdiv(max(matrix.shape), columns))
+        self._width, self._count = ends[-1] * columns, len(matrices)
+        self._starts = [end * columns for end in [0, *ends[:-1]]]
+        self._dtype = working_dtype(dtype) if in_segments else dtype
+        self._x = torch.zeros(self._rows, self._width, dtype=self._dtype, device=device)
+        self._ends = [*ends, *[ends[-1]] * (GROUP_LIMIT - self._count)]
+        # cuBLAS writes the matrices alone; kernels write the zeros between, too.
+        self._out = (torch.zeros_like if in_segments and self._tiles.library else torch.empty_like)(self._x)
+
+    def plain(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+        """Each step on X, scaled by |X|."""
+        for start, matrix in zip(self._starts, self._matrices, strict=True):
+            _slot(self._x, start, matrix).copy_(matrix)
+        gram, even = self._squares(2)
+        scale = torch.empty(0, device=gram.device)
+        for step, (first, third, fifth) in enumerate(polynomials):
+            self._gram(gram, 1.0)
+            if step == 0:
+                trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32)
+                # Its square must be finite, as 0 times infinity is none: of |X| below 1e-9 the result is 0.
+                scale = torch.where(trace < 1e-18, 0.0, trace.reciprocal())
+            self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 if step == 0 else 0)
+            self._apply(even, first, scale if step == 0 else None, self._out)
+            self._x, self._out = self._out, self._x
+        return self._slots(self._x)
+
+    def by_segments(self, polynomials: Sequence[tuple[float, float, float]], segments: Sequence[int]) -> list[Tensor]:
+        """Segments of steps on the Gram matrix, scaled by its norm."""
+        factors = unit_factors(self._matrices)
+        for start, matrix, factor in zip(self._starts, self._matrices, factors, strict=True):
+            torch.mul(matrix, factor, out=_slot(self._x, start, matrix))
+        squares = self._squares(4 if max(segments) > 1 else 2)
+        for index, steps in enumerate(steps_by_segment(polynomials, segments)):
+            self._gram(squares[0], 1.0 if index else 1.0 / self._rows)
+            scale = None if index else gram_scales(squares[0])
+            factor, first = self._segment(squares, steps, scale)
+            last, size = index == len(segments) - 1, None if scale is None else scale / self._rows
+            # A buffer of values of 16 bits holds those of the other type of 16 bits.
+            out = self._out.view(self._matrices[0].dtype) if last else self._out
+            (self._apply_by_library if self._tiles.library else self._apply)(factor, first, size, out)
+            self._x, self._out = out, self._x
+        return self._slots(self._x)
+
+    def _segment(
+        self, squares: Sequence[Tensor], steps: Sequence[tuple[float, float, float]], scale: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """W and q; squares: the Gram matrices, which are used up, and three more, or one for a single step."""
+        gram, factor, *more = squares
+        whole = 1.0
+        for index, (first, third, fifth) in enumerate(steps):
+            scales = 1 if scale is not None and index == 0 else 0
+            even = factor if index == 0 else more[0]
+            self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 * scales)
+            moves = index < len(steps) - 1
+            if moves:
+                self._square(gram, even, more[1], (1.0, first, 0.0), scale, scales)
+                self._square(more[1], even, gram, (1.0, first, 0.0), None, 0)
+            if index:
+                self._square(factor, even, more[1], (1.0, first, whole), None, 0)
+                factor, more[1] = more[1], factor
+            whole *= first
+        return factor, whole
+
+    def _squares(self, count: int) -> tuple[Tensor, ...]:
+        shape = (count, self._count, self._rows, self._rows)
+        return torch.empty(*shape, dtype=self._dtype, device=self._x.device).unbind()
+
+    def _below(self) -> int:
+        """Tiles of a symmetric matrix that reach below its diagonal."""
+        rows, columns = self._tiles.square[:2]
+        across: int = triton.cdiv(self._rows, columns)
+        return columns // rows * (across * (across + 1) // 2)
+
+    def _gram(self, gram: Tensor, factor: float) -> None:
+        rows, columns, depth, warps, stages = self._tiles.square
+        _gram_kernel[(self._below(), self._count)](
+            self._x, gram, self._rows, self._width, factor, *self._ends, T=rows, S=columns, K=depth,
+            C=self._tiles.full[1], ONCE=self._in_segments, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def _square(
+        self, a: Tensor, b: Tensor, out: Tensor, factors: tuple[float, float, float], scale: Tensor | None, scales: int
+    ) -> None:
+        """out = factors · (a b, a, b), as `_square_kernel` has it."""
+        rows, columns, depth, warps, stages = self._tiles.square
+        _square_kernel[(self._below(), self._count)](
+            a, b, out, a if scale is None else scale, self._rows, *factors, T=rows, S=columns, K=depth, SCALES=scales,
+            SECOND=factors[2] != 0.0, ONCE=self._in_segments, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def _apply(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
+        """out = (first X + factor X) sqrt(scale)."""
+        rows, columns, depth, warps, stages = self._tiles.full
+        _apply_kernel[(triton.cdiv(self._rows, rows), self._width // columns)](
+            self._x, factor, factor if scale is None else scale, out, self._rows, self._width, first, *self._ends,
+            T=rows, K=depth, C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def _apply_by_library(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
+        """`_apply`, of each matrix by itself; uses up X."""
+        for index, (start, matrix) in enumerate(zip(self._starts, self._matrices, strict=True)):
+            x, result = (each[:, start : start + max(matrix.shape)] for each in (self._x, out))
+            if scale is not None:
+                x.mul_(scale[index].sqrt())
+            if out.dtype == x.dtype:
+                torch.addmm(x, factor[index], x, beta=first, out=result)
+            else:
+                result.copy_(torch.addmm(x, factor[index], x, beta=first))
+
+    def _slots(self, x: Tensor) -> list[Tensor]:
+        return [_slot(x, start, matrix) for start, matrix in zip(self._starts, self._matrices, strict=True)]
 
 
 def _slot(x: Tensor, start: int, matrix: Tensor) -> Tensor:

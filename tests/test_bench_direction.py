@@ -1,0 +1,73 @@
+"""`benchmarks/bench_direction.py` on a CPU: floors by hand, totals, and tiles in Triton's interpreter."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_direction, models
+from qgalore.update.newton_schulz import multiply_adds
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_have_floors_and_totals(tmp_path: Path) -> None:
+    path = tmp_path / "direction.csv"
+    argv = ["--shapes", "16x48,16x16,16x16", "--methods", "muon,polar4", "--device", "cpu", "--results", str(path)]
+    assert bench_direction.main(argv) == 0
+    rows = rows_of(path)
+    written = Path(bench_direction.ROOT / "benchmarks/results/direction.csv")
+    assert list(rows[0]) == list(rows_of(written)[0]), "the file of results has other columns"
+    by_key = {(row["method"], row["op"], row["form"], row["shape"]): row for row in rows}
+    assert len(by_key) == len(rows) == 3 * 2 + 3 * 3
+    for row in rows:
+        assert 0 < float(row["floor_ms"]) < float(row["floor_full_ms"]) and float(row["ms"]) > 0
+    # In products of two (16, 16) matrices: a wide one in four plain steps, in two segments, and two square ones.
+    expected = {
+        ("direction", "chosen"): 14 + 16,
+        ("orthogonalize", "plain"): 20 + 16,
+        ("orthogonalize", "segments"): 14 + 16,
+    }
+    rate = 1e12 * float(rows[0]["large_product_tflops"])
+    for (op, form), products in expected.items():
+        total = by_key["polar4", op, form, "all"]
+        assert total["matrices"] == "3"
+        assert float(total["floor_ms"]) == pytest.approx(2e3 * products * 16**3 / rate, rel=0.01)
+        assert float(total["floor_full_ms"]) == pytest.approx(2e3 * (28 + 24) * 16**3 / rate, rel=0.01)
+
+
+def test_floors_of_7b_are_those_of_the_plan() -> None:
+    """Seconds an update at 790 TFLOP/s: five plain steps, with their symmetry, and what the methods choose."""
+    shapes = bench_direction._shapes_by_model("7b", "")["7b"]
+    assert sum(shapes.values()) == 7 * 32
+    seconds = []
+    for wide, square, symmetric in (
+        ((1,) * 5, (1,) * 5, False), ((1,) * 5, (1,) * 5, True), ((2, 3), (1,) * 5, True), ((2, 2), (1,) * 4, True),
+    ):  # fmt: skip
+        counted = sum(
+            count * multiply_adds(shape, square if shape[0] == shape[1] else wide, symmetric)
+            for shape, count in shapes.items()
+        )
+        seconds.append(round(2 * counted / 790e12, 2))
+    assert seconds == [0.87, 0.60, 0.47, 0.40]
+    assert set(bench_direction.MODELS) <= set(models.MICRO_BATCHES)
+
+
+def test_a_sweep_times_single_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz", reason="Triton is not installed")
+    kept, path = dict(triton.TILES), tmp_path / "direction.csv"
+    monkeypatch.setattr(bench_direction, "CANDIDATES", ((32, 16, 16, 4, 1), (16, 12, 16, 4, 1)))
+    monkeypatch.setattr(bench_direction, "REPEATS", 1)
+    bench_direction.main(["--shapes", "16x32", "--sweep", "--device", "cpu", "--results", str(path)])
+    found = [(row["op"], row["form"]) for row in rows_of(path)]
+    assert found == [(op, "32x16x16x4x1") for op in ("gram", "square", "apply")] + [("apply", "library")]
+    said = capsys.readouterr()
+    assert "tiles 16x12x16x4x1 do not run" in said.err and "the fastest tiles of gram are 32x16x16x4x1" in said.out
+    assert kept == triton.TILES

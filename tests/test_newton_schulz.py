@@ -1,0 +1,189 @@
+"""The methods of `--newton_schulz`: their polynomials, the form that is chosen for a shape, and the error of both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import models
+from benchmarks.polar_polynomials import LOWEST, best_polynomial, best_steps, deviations, synthetic
+from qgalore import GaLoreAdamW, kernels
+from qgalore.config import SubspaceConfig
+from qgalore.update.directions import DIRECTIONS, direction_of, orthogonal_directions
+from qgalore.update.newton_schulz import METHODS, multiply_adds, segments_of
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- polynomials
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.003, 1.0), (0.2, 1.8), (0.9, 1.1), (0.999999, 1.000001)])
+def test_the_best_polynomial_is_as_far_from_1_at_four_points(low: float, high: float) -> None:
+    """What Chebyshev's theorem asks of the best one of three coefficients: the largest distance, with signs in turn."""
+    a, b, c = best_polynomial(low, high)
+    x = torch.linspace(low, high, 20001, dtype=torch.float64)
+    distance = a * x + b * x**3 + c * x**5 - 1
+    largest = float(distance.abs().max())
+    inside = distance[1:-1]
+    turns = torch.nonzero((inside - distance[:-2]) * (distance[2:] - inside) < 0).flatten() + 1
+    points = [0, *turns.tolist(), len(x) - 1]
+    if low < 0.99:  # nearer than that, the distance is below what float64 tells apart
+        expected = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64) * largest
+        torch.testing.assert_close(distance[points], expected, rtol=1e-6, atol=1e-9)
+    assert largest < 1 and (low < 0.9 or largest < 1e-3)
+
+
+@pytest.mark.parametrize("name", LOWEST)
+def test_polynomials_are_those_of_the_exchange(name: str) -> None:
+    found = METHODS[name].polynomials
+    expected = best_steps(LOWEST[name], len(found))
+    assert [[round(value, 4) for value in step] for step in expected] == [list(step) for step in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "worst", "mean"), [("muon", 0.32, 0.18), ("polar5", 0.008, 0.005), ("polar4", 0.22, 0.16)]
+)
+def test_how_near_to_1_singular_values_come(name: str, worst: float, mean: float) -> None:
+    """Three laws whose least value is above the bound that the polynomials are made for."""
+    spectra = synthetic(64, 172)
+    for law in ("normal", "1 / sqrt(k)", "1 / k"):
+        found = deviations(spectra[law], name)
+        assert found[0] < worst and found[1] < mean, law
+
+
+# ---- the form
+
+
+@pytest.mark.parametrize("segments", [(1, 1, 1, 1, 1), (2, 3), (1, 4), (5,), (2, 2)])
+def test_multiply_adds_are_those_of_the_reference(segments: tuple[int, ...]) -> None:
+    polynomials = METHODS["muon"].polynomials[: sum(segments)]
+    with FlopCounterMode(display=False) as counter:
+        kernels.orthogonalize([torch.ones(24, 40)], polynomials, segments)
+    assert counter.get_total_flops() == 2 * multiply_adds((40, 24), segments, symmetric=False)
+
+
+def test_the_cheaper_form_is_chosen() -> None:
+    """Counted in products of two (4096, 4096) matrices for 7B's: five plain steps, with their symmetry, in segments."""
+    square, wide, unit = (4096, 4096), (4096, 11008), 4096.0**3
+    assert segments_of(square, 5) == (1, 1, 1, 1, 1), "costs the same, and is more accurate"
+    assert segments_of(wide, 5) == segments_of(wide[::-1], 5) == (2, 3)
+    assert segments_of(wide, 4) == (2, 2)
+    assert [multiply_adds(square, (1,) * 5, symmetric) / unit for symmetric in (False, True)] == [15, 10]
+    plain = [multiply_adds(wide, (1,) * 5, symmetric) / unit for symmetric in (False, True)]
+    assert plain == [31.875, 22.65625] and multiply_adds(wide, (2, 3)) / unit == 15.0625
+    for model in ("60m", "130m", "350m", "1b", "7b"):
+        shapes = models.config(model).matrix_shapes().values()
+        assert {segments_of(shape, 5) for shape in shapes} == {(1,) * 5, (2, 3)}
+
+
+SHAPES = [(48, 130), (130, 48), (48, 48)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "segments"), [("polar5", (2, 3)), ("polar4", (2, 2))])
+def test_segments_agree_with_the_plain_form_in_float32(
+    shape: tuple[int, int], name: str, segments: tuple[int, ...]
+) -> None:
+    """To 5e-5: both round to 6e-8 in each product, and the steps multiply small singular values by 300 to 550."""
+    matrix, polynomials = normal(*shape) * 1e-6, METHODS[name].polynomials
+    plain, found = (kernels.orthogonalize([matrix], polynomials, form)[0] for form in ((1,) * sum(segments), segments))
+    assert (plain - found).norm() < 5e-5 * plain.norm()
+
+
+@pytest.mark.parametrize(("law", "today"), [("normal", 0.017), ("1 / k", 0.02)])
+def test_errors_of_both_forms_in_bfloat16(law: str, today: float) -> None:
+    """Against float64, of the Frobenius norm; bfloat16 without segments, as `muon` has it, has `today`.
+
+    Values within segments are float16: the plain form has a third of that, and segments less, too.
+    """
+    matrix = synthetic(64, 172)[law].bfloat16()
+    errors = {}
+    for name, forms in (("muon", (None,)), ("polar5", ((1,) * 5, (2, 3))), ("polar4", ((1,) * 4, (2, 2)))):
+        polynomials = METHODS[name].polynomials
+        for form in forms:
+            exact = kernels.orthogonalize([matrix.double()], polynomials, form and (1,) * len(polynomials))[0]
+            found = kernels.orthogonalize([matrix], polynomials, form)[0]
+            assert found.dtype == torch.bfloat16
+            errors[name, form] = float((found.double() - exact).norm() / exact.norm())
+    assert today / 2 < errors.pop(("muon", None)) < today
+    for (name, form), error in errors.items():
+        assert 0.0005 < error < (0.005 if form == (1,) * len(form) else 0.012), (name, form)
+
+
+def test_without_a_new_gram_matrix_float16_is_not_enough() -> None:
+    """Why there are two segments: five steps on one Gram matrix amplify what it has lost."""
+    matrix, polynomials = synthetic()["1 / k"].bfloat16(), METHODS["polar5"].polynomials
+    exact = kernels.orthogonalize([matrix.double()], polynomials, (1,) * 5)[0]
+    found = kernels.orthogonalize([matrix], polynomials, (5,))[0]
+    assert (found.double() - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("segments", [(1, 1, 1, 1), (2, 2)])
+def test_the_size_of_a_momentum_does_not_matter(segments: tuple[int, ...]) -> None:
+    """Powers of two change no bit, and a momentum of zeros has a direction of zeros."""
+    matrix, polynomials = normal(24, 40).bfloat16(), METHODS["polar4"].polynomials
+    expected = kernels.orthogonalize([matrix], polynomials, segments)[0]
+    for power in (-50, -20, 40):
+        assert torch.equal(kernels.orthogonalize([matrix * 2.0**power], polynomials, segments)[0], expected)
+    for tiny in (torch.zeros(24, 40), normal(24, 40) * 1e-30):
+        assert not kernels.orthogonalize([tiny.bfloat16()], polynomials, segments)[0].any()
+    spike = torch.zeros(24, 40)
+    spike[3, 5] = 7.0
+    found = kernels.orthogonalize([spike.bfloat16()], polynomials, segments)[0].float()
+    assert 0.78 < found[3, 5] < 1.22 and found.norm() < 1.23
+
+
+def test_segments_must_have_the_steps() -> None:
+    for segments in ((2, 2), (5, 0), (2, 4)):
+        with pytest.raises(ValueError, match=r"segments=\(.*\) must be positive and sum to 5 polynomials"):
+            kernels.orthogonalize([torch.ones(4, 8)], METHODS["muon"].polynomials, segments)
+
+
+# ---- the option
+
+
+@pytest.mark.parametrize("direction", ["orthogonal", "normuon"])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_is_made_by_the_method(name: str, direction: str) -> None:
+    weights = [nn.Parameter(normal(*shape)) for shape in SHAPES]
+    group = {"params": weights, "rank": "full", "direction": direction, "newton_schulz": name, "galore_scale": 1.0}
+    optimizer = GaLoreAdamW([group], lr=1.0, weight_decay=0.0)
+    before = [weight.detach().clone() for weight in weights]
+    for index, weight in enumerate(weights):
+        weight.grad = normal(*weight.shape, seed=index + 1)
+    momenta = [0.19 * weight.grad for weight in weights if weight.grad is not None]
+    optimizer.step()
+    for weight, old, momentum in zip(weights, before, momenta, strict=True):
+        (expected,) = orthogonal_directions([momentum], name)
+        if direction == "normuon":
+            rows = expected.square().mean(dim=1, keepdim=True).sqrt()
+            size = expected.square().mean().sqrt()
+            expected = expected / rows * size
+        torch.testing.assert_close(old - weight.detach(), expected, rtol=2e-3, atol=1e-4)
+        assert 0.13 < float(expected.square().mean().sqrt()) < 0.25
+
+
+def test_what_a_direction_is_does_not_depend_on_its_neighbours() -> None:
+    """Wide and square momenta are made in different forms; their order stays."""
+    momenta = [normal(48, width, seed=width) for width in (48, 130, 48, 300)]
+    together = orthogonal_directions(momenta, "polar4")
+    for momentum, found in zip(momenta, together, strict=True):
+        assert torch.equal(orthogonal_directions([momentum], "polar4")[0], found)
+
+
+def test_weights_are_batched_by_the_method() -> None:
+    assert direction_of("orthogonal", "muon") is DIRECTIONS["orthogonal"]
+    assert direction_of("orthogonal", "polar5") == direction_of("orthogonal", "polar5")
+    assert len({direction_of(name, method) for name in ("orthogonal", "normuon") for method in METHODS}) == 6
+
+
+@pytest.mark.parametrize("rank", ["full", 8])
+def test_adam_has_nothing_to_orthogonalise(rank: int | str) -> None:
+    with pytest.raises(ValueError, match="newton_schulz='polar5' orthogonalises a momentum, and direction='adam' has"):
+        SubspaceConfig(rank=rank, newton_schulz="polar5")
+    assert SubspaceConfig(rank=rank, direction="normuon", newton_schulz="polar5").newton_schulz == "polar5"
