@@ -80,9 +80,7 @@ class MomentumFormat(NamedTuple):
 
     def fits(self, state: dict[str, Tensor]) -> bool:
         """Whether a state has all tensors of this format, in its shapes."""
-        wanted: dict[str, Tensor] = {}
-        self.init_state(wanted, 0, torch.device("meta"))
-        return all(key in state and state[key].shape == tensor.shape for key, tensor in wanted.items())
+        return all(key in state and state[key].shape == shape for key, shape in _shapes(self).items())
 
     def read(self, state: dict[str, Tensor]) -> Tensor:
         """The momentum (m, n), float32."""
@@ -170,6 +168,14 @@ class FactoredStep(NamedTuple):
         (ahead,) = kernels.momentum_steps([step], moments.BLOCK_SIZE, skip)
         self.format.write(self.state, momentum, skip)
         return ahead
+
+
+@functools.cache
+def _shapes(format: MomentumFormat) -> dict[str, torch.Size]:
+    """Of the tensors of a state; cached, since float weights are checked in each update."""
+    state: dict[str, Tensor] = {}
+    format.init_state(state, 0, torch.device("meta"))
+    return {key: tensor.shape for key, tensor in state.items()}
 
 
 def _orthonormal_rows(sketch: Tensor, old: Tensor) -> Tensor:
