@@ -144,10 +144,10 @@ def continued(net: nn.Module, optimizer: GaLoreAdamW8bit, steps: range, skip: in
 
 @pytest.mark.parametrize("direction", ["orthogonal", "normuon"])
 def test_it_trains_as_a_momentum_in_eight_bits_does(direction: str) -> None:
-    whole, *_ = trained(40, direction=direction)
-    assert whole[-1] < 0.9 * whole[0]
-    for rank, bits in ((8, 8), (8, 4), (0.25, 2)):
-        parts, *_ = trained(40, direction=direction, momentum_rank=rank, momentum_rest_bits=bits)
+    whole, *_ = trained(25, direction=direction)
+    assert whole[-1] < 0.95 * whole[0]
+    for rank, bits in ((8, 4), (0.25, 2)):
+        parts, *_ = trained(25, direction=direction, momentum_rank=rank, momentum_rest_bits=bits)
         assert parts[-1] == pytest.approx(whole[-1], rel=0.03)
 
 

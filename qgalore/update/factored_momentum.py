@@ -101,20 +101,20 @@ class MomentumFormat(NamedTuple):
         basis, sizes = (self._factor(state, side).dequantize(dtype) for side in self.sides)
         sizes /= sizes.norm(dim=1, keepdim=True).clamp_min_(_SMALLEST)
         basis = _orthonormal_rows(kernels.project_back(sizes, None, matrix.T), basis.float())
-        new: dict[str, Tensor] = {}
-        _put(new, short, quantize(basis, _FACTOR_BITS, _FACTOR_GROUP))
-        basis = self._factor(new, short).dequantize(dtype)
-        _put(new, long, quantize(kernels.project_back(basis, None, matrix), _FACTOR_BITS, _FACTOR_GROUP))
+        row = _row_of_replacing(momentum.device)
+        _replace_(self._factor(state, short), basis, row, skip)
+        basis = self._factor(state, short).dequantize(dtype)
+        _replace_(self._factor(state, long), kernels.project_back(basis, None, matrix), row, skip)
         del matrix, basis, sizes
         if self.rest_bits:
-            self._put_rest(new, self._add_factors(momentum, new, -1.0))
-        for key, value in new.items():
-            state[key].copy_(value if skip is None else torch.where(skip, state[key], value))
+            self._write_rest(state, self._add_factors(momentum, state, -1.0), row, skip)
 
     def _factor(self, state: dict[str, Tensor], side: str) -> QuantizedTensor:
-        columns = self.shape[0 if side == "left" else 1]
-        qdata, scale, zero_point = (state[key] for key in _keys(side))
-        return QuantizedTensor(qdata, scale, zero_point, columns, _FACTOR_BITS, _FACTOR_GROUP)
+        return _stored(state, side, self.shape[0 if side == "left" else 1], _FACTOR_BITS, _FACTOR_GROUP)
+
+    def _rest(self, state: dict[str, Tensor]) -> QuantizedTensor:
+        """Of 8 or 4 bits."""
+        return _stored(state, "rest", self.shape[1], self.rest_bits, _REST_GROUP[self.rest_bits])
 
     def _add_factors(self, matrix: Tensor, state: dict[str, Tensor], sign: float) -> Tensor:
         """Add leftᵀ right times `sign` to a float32 matrix (m, n) in place, some rows at a time; returns it."""
@@ -124,24 +124,25 @@ class MomentumFormat(NamedTuple):
         return matrix
 
     def _read_rest(self, state: dict[str, Tensor]) -> Tensor:
-        bits, columns, (codes, scale, zero_point) = self.rest_bits, self.shape[1], _keys("rest")
-        if bits == 2:
-            rest = _from_two_bits(state[codes], state[scale], columns)
+        if self.rest_bits == 2:
+            codes, scale, _ = _keys("rest")
+            rest = _from_two_bits(state[codes], state[scale], self.shape[1])
         else:
-            stored = (state[codes], state[scale], state[zero_point])
-            rest = QuantizedTensor(*stored, columns, bits, _REST_GROUP[bits]).dequantize()
-        return rest if bits == 8 else rest.mul_(state[_COLUMNS])
+            rest = self._rest(state).dequantize()
+        return rest if self.rest_bits == 8 else rest.mul_(state[_COLUMNS])
 
-    def _put_rest(self, state: dict[str, Tensor], rest: Tensor) -> None:
-        """Quantize a rest (m, n) float32, which is used up, into `state`."""
-        bits = self.rest_bits
-        if bits != 8:
-            state[_COLUMNS] = torch.linalg.vector_norm(rest, dim=0) / len(rest) ** 0.5
-            rest.div_(state[_COLUMNS].clamp_min(_SMALLEST))
-        if bits == 2:
-            state.update(zip(_keys("rest")[:2], _to_two_bits(rest), strict=True))
+    def _write_rest(self, state: dict[str, Tensor], rest: Tensor, row: Tensor, skip: Tensor | None) -> None:
+        """Store a rest (m, n) float32, which is used up, unless the flag `skip` is true."""
+        new: dict[str, Tensor] = {}
+        if self.rest_bits != 8:
+            new[_COLUMNS] = torch.linalg.vector_norm(rest, dim=0) / len(rest) ** 0.5
+            rest.div_(new[_COLUMNS].clamp_min(_SMALLEST))
+        if self.rest_bits == 2:
+            new.update(zip(_keys("rest")[:2], _to_two_bits(rest), strict=True))
         else:
-            _put(state, "rest", quantize(rest, bits, _REST_GROUP[bits]))
+            _replace_(self._rest(state), rest, row, skip)
+        for key, value in new.items():
+            state[key].copy_(value if skip is None else torch.where(skip, state[key], value))
 
 
 class FactoredStep(NamedTuple):
@@ -204,6 +205,28 @@ def _keys(part: str) -> tuple[str, str, str]:
 
 def _put(state: dict[str, Tensor], part: str, stored: QuantizedTensor) -> None:
     state.update(zip(_keys(part), (stored.qdata, stored.scale, stored.zero_point), strict=True))
+
+
+def _stored(state: dict[str, Tensor], part: str, columns: int, bits: int, group_size: int) -> QuantizedTensor:
+    qdata, scale, zero_point = (state[key] for key in _keys(part))
+    return QuantizedTensor(qdata, scale, zero_point, columns, bits, group_size)
+
+
+def _row_of_replacing(device: torch.device) -> Tensor:
+    """A step row of step size -1 and decay 0, made on the device, where a CUDA graph can make it again."""
+    row = torch.zeros(8, dtype=torch.int32, device=device)
+    row.view(torch.float32)[2].fill_(-1.0)
+    return row
+
+
+def _replace_(stored: QuantizedTensor, value: Tensor, row: Tensor, skip: Tensor | None) -> None:
+    """Round a float32 matrix to the codes of `stored`, in place, unless the flag `skip` is true.
+
+    As an update with `_row_of_replacing`: one launch, which reads the flag.
+    """
+    parts, sizes = (stored.qdata, stored.scale, stored.zero_point), (stored.columns, stored.bits, stored.group_size)
+    update = kernels.QuantizedUpdate(*parts, value, None, None, *sizes, row, stochastic=False)
+    kernels.update_quantized_([update], skip)
 
 
 def _zeros(rows: int, columns: int, bits: int, group_size: int, device: torch.device) -> QuantizedTensor:
