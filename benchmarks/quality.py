@@ -58,6 +58,10 @@ LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update
 STREAMING = ["--subspace", "streaming", "--update_proj_gap", "20"]
 PER_LAYER = ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"]
 LIMITED = [*Q_GALORE, *LOW_RANK, *STREAMING, *PER_LAYER, "--norm_growth", "1.01"]
+FULL_RANK = [
+    "--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--grad_clipping", "0",
+    "--rank", "full", "--norm_growth", "0", "--weight_decay", "0.4", "--full_rank_weight_decay", "0",
+]  # fmt: skip
 SETTINGS: dict[str, list[str]] = {
     "adamw": ["--optimizer", "adamw", "--lr", "1e-3"],
     "adamw_tuned": ["--optimizer", "adamw", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
@@ -76,10 +80,8 @@ SETTINGS: dict[str, list[str]] = {
     "q_galore_recipe": ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_per_layer": ["--optimizer", "q_galore_adamw8bit_per_layer", *QUANTIZED, "--grad_clipping", "0"],
     "q_galore_recipe_float": ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"],
-    "full_rank": [
-        "--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--grad_clipping", "0",
-        "--rank", "full", "--norm_growth", "0", "--weight_decay", "0.4", "--full_rank_weight_decay", "0",
-    ],
+    "full_rank": FULL_RANK,
+    "full_rank_in_parts": [*FULL_RANK, "--momentum_rank", "1/16", "--momentum_rest_bits", "4"],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],
 }  # fmt: skip

@@ -111,6 +111,11 @@ class SubspaceConfig:
     residual: Annotated[str, Allowed(choices=("none", "fira"))] = "none"
     """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
     that Adam gives the rest (fira)."""
+    momentum_rank: Annotated[float, Allowed("dimensions_or_share", at_least=0, auto="stored as a whole")] = 0.0
+    """At full rank, store the momentum as low-rank factors in 8 bits, of so many dimensions or below 1 of that share of
+    the shorter side, and a rest of momentum_rest_bits (Muon-GRASP); whole where the shorter side is no longer."""
+    momentum_rest_bits: Annotated[int, Allowed(choices=(8, 4, 2, 0))] = 4
+    """Bits in which a value of that rest is stored; 0: what the factors leave out is lost."""
     rotate_moments: Annotated[bool | None, Allowed(auto="on for streaming, off for svd as in the paper")] = None
     """Rotate Adam's moments into the new basis at a refresh."""
     proj_quant: bool = False
@@ -134,11 +139,11 @@ class SubspaceConfig:
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """Combinations that cannot work, each as a sentence; label(option) names an option with its value."""
-        problems = self.direction_problems(label)
+        problems = self.full_rank_problems(label)
         if self.rank == FULL:
             given = [label(name) for name in OF_PROJECTIONS if getattr(self, name) != default_of(type(self), name)]
             none = f"{label('rank')} projects nothing, so that {{}} has no meaning: leave it out, or give a rank"
-            return problems + [none.format(each) for each in given]
+            return [*problems, *(none.format(each) for each in given)]
         both = self.proj_type == "full"
         if self.subspace == "streaming" and both:
             problems.append(
@@ -159,14 +164,40 @@ class SubspaceConfig:
             )
         return problems
 
-    def direction_problems(self, label: Callable[[str], str]) -> list[str]:
+    def full_rank_problems(self, label: Callable[[str], str]) -> list[str]:
         """Those of `problems` that do not depend on projections."""
+        return [*self._direction_problems(label), *self._momentum_problems(label)]
+
+    def _direction_problems(self, label: Callable[[str], str]) -> list[str]:
         if self.newton_schulz == "muon" or self.direction != "adam":
             return []
         return [
             f"{label('newton_schulz')} orthogonalises a momentum, and {label('direction')} has none that is "
             "orthogonalised: leave it out, or use direction orthogonal or normuon"
         ]
+
+    def _momentum_problems(self, label: Callable[[str], str]) -> list[str]:
+        given = label("momentum_rank")
+        if not self.momentum_rank:
+            default = default_of(type(self), "momentum_rest_bits")
+            idle = (
+                f"{label('momentum_rest_bits')} is about a momentum in parts: give momentum_rank, too, or leave it out"
+            )
+            return [idle] if self.momentum_rest_bits != default else []
+        problems = []
+        if self.momentum_rank > 1 and self.momentum_rank != int(self.momentum_rank):
+            problems.append(f"{given} must be a whole number of dimensions, or a share of the shorter side below 1")
+        if self.rank != FULL:
+            problems.append(
+                f"{given} stores the momentum of a full rank in parts, and {label('rank')} projects it: give the rank "
+                f"{FULL}, or leave momentum_rank out"
+            )
+        if self.direction == "adam":
+            problems.append(
+                f"{given} stores a momentum in parts that is then orthogonalised, and {label('direction')} needs every "
+                "value of it and a second moment: use the direction orthogonal or normuon, or leave momentum_rank out"
+            )
+        return problems
 
     @property
     def dimensions(self) -> int:
@@ -217,6 +248,15 @@ class SubspaceConfig:
                     "rank, or put it into a param group without one"
                 )
 
+    def momentum_dimensions(self, shape: tuple[int, ...]) -> int:
+        """The rank of the factors of the momentum of an (m, n) matrix; 0 where that is stored as a whole.
+
+        So it is, too, where the shorter side is no longer than momentum_rank.
+        """
+        given = self.momentum_rank
+        rank = max(1, round(given * min(shape))) if 0 < given < 1 else int(given)
+        return rank if rank < min(shape) else 0
+
     def gradient_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Of the projected gradient of an (m, n) matrix: (rank, n), (m, rank) or (rank, rank)."""
         sides = self.sides(shape)
@@ -229,7 +269,7 @@ def default_of(options: type, name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
-_ALWAYS = {"rank", "galore_scale", "direction", "newton_schulz"}
+_ALWAYS = {"rank", "galore_scale", "direction", "newton_schulz", "momentum_rank", "momentum_rest_bits"}
 OF_PROJECTIONS = tuple(field.name for field in dataclasses.fields(SubspaceConfig) if field.name not in _ALWAYS)
 """Options of a `SubspaceConfig` that have no meaning with the rank `FULL`."""
 

@@ -351,6 +351,17 @@ BAD_COMBINATIONS = [
     (f"{GALORE} --subspace streaming --proj_type full", 1, "--proj_type full projects both sides"),
     (f"{Q_GALORE} --rank full --proj_quant", 1, "--proj_quant has no meaning with --rank full, which projects nothing"),
     (f"{Q_GALORE} --rank full --subspace svd", 1, "--subspace svd has no meaning with --rank full"),
+    (f"{GALORE} --rank full --direction normuon --momentum_rank 512", 1, "--momentum_rank is 512, but"),
+    (f"{GALORE} --rank full --momentum_rank 1/16", 1, "--direction adam needs every value of it and a second moment"),
+    (f"{Q_GALORE} --rank full --momentum_rank 1/0", 1, "a share of the shorter side such as 1/16"),
+    (f"{Q_GALORE} --rank full --momentum_rank 2.5", 1, "must be a whole number of dimensions, or a share"),
+    (f"{Q_GALORE} --rank full --momentum_rest_bits 2", 1, "--momentum_rest_bits 2 is about a momentum in parts"),
+    (
+        f"{Q_GALORE} --momentum_rank 16",
+        1,
+        "--momentum_rank 16 stores the momentum of a full rank in parts, and --rank 224",
+    ),
+    (f"{Q_GALORE} --rank full --mlp_rank 64 --momentum_rank 16", 1, "and --mlp_rank 64 projects it"),
     (f"{GALORE} --rank full --mlp_rank full --update_proj_gap 50", 1, "leave it out, or give a number of dimensions"),
     (f"{GALORE} --rank full --mlp_rank 64 --subspace streaming --proj_type full", 1, "--proj_type full projects both"),
     (

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZE
     "streaming": Q_GALORE_PER_LAYER | {"subspace": "streaming"},
     "recipe": Q_GALORE_PER_LAYER | RECIPE,
     "full_rank": {**FULL_RANK},
+    "momentum_in_parts": FULL_RANK | {"momentum_rank": "1/8"},
 }
 INT8_SUMS = CASES["streaming"] | {"grad_accum_dtype": "int8"}
 # With a large eps Adam's step is linear in the gradient: it does not amplify rounding, and shows a wrong size as well.

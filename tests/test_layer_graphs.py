@@ -62,6 +62,12 @@ CASES = {
     "cautious decay": f"{QUANTIZED} --cautious_decay --weight_decay 0.5",
     "normuon": f"{QUANTIZED} --direction normuon",
     "full rank": "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full",
+    "momentum in parts": (
+        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full --momentum_rank 1/8"
+    ),
+    "momentum in parts, two bits": (
+        "--optimizer galore_adamw8bit --rank full --recipe orthogonal --momentum_rank 3 --momentum_rest_bits 2"
+    ),
     "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",
     "in step": STREAMING.replace("_per_layer", ""),
     "clipping": f"{STREAMING} --grad_clipping 0.5".replace("_per_layer", ""),

@@ -121,6 +121,10 @@ MODES = {
     "full rank": FULL_RANK,
     "full rank, Adam, float": f"{FULL_RANK.replace(' --weight_quant', '')} --direction adam --recipe paper",
     "full rank, second moments of rows": f"{FULL_RANK} --full_rank_second_moment row",
+    **{
+        f"momentum in parts, {bits} bits": f"{FULL_RANK} --momentum_rank 1/16 --momentum_rest_bits {bits}"
+        for bits in (8, 4, 2, 0)
+    },
     "8-bit Adam, second moments of rows": "--optimizer adam8bit --full_rank_second_moment row",
     "normuon": f"{Q_GALORE} --direction normuon",
     "full rank of the MLP": f"{Q_GALORE} --mlp_rank full",
@@ -156,7 +160,7 @@ def test_weights_and_states_are_exact(mode: str, tied: bool, tmp_path: Path) -> 
     gradients = memory.lasting.pop(GRADIENTS)
     bound = memory.lasting.pop(REFRESHES)
     assert memory.lasting == found and gradients > 0
-    assert (bound > 0) == bool(re.search(r"rank \d", flags))
+    assert (bound > 0) == bool(re.search(r"--(mlp_)?rank \d", flags))
     assert memory.weights_and_states_bytes == sum(found.values())
 
 

@@ -75,6 +75,8 @@ MODES: dict[str, dict[str, object]] = {
     "full_rank_adam": FULL_RANK | {"direction": "adam", "simulation": True, "grad_accum_dtype": "int8", "lr": 1e-2},
     "cautious": FULL_RANK | {"cautious_decay": True, "weight_decay": 0.5, "lr": 1e-2},
     "normuon": FULL_RANK | {"direction": "normuon"},
+    "momentum_in_parts": FULL_RANK | {"momentum_rank": "1/8", "grad_accum_dtype": "int8"},
+    "momentum_in_parts_normuon": FULL_RANK | {"momentum_rank": 5, "momentum_rest_bits": 2, "direction": "normuon"},
     "second_moments_of_rows": FULL_RANK | {"full_rank_second_moment": "row"},
     "full_rank_of_mlp": Q_GALORE_PER_LAYER | {"mlp_rank": "full"},
     "clipping": flags_of("q_galore_adamw8bit_per_layer") | {"grad_clipping": 0.5},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, SubspaceArgs
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import check_length, check_rank, read_config_json
+from peft_pretraining.models.config import check_length, check_momentum_rank, check_rank, read_config_json
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
 from qgalore.config import OF_PROJECTIONS
@@ -63,6 +63,8 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
         if idle and not used:
             warnings.append(f"{_idle(idle)} without --{kind}_quant")
+    if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
+        warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
     if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
@@ -124,6 +126,8 @@ def _model_problems(args: RunArgs) -> list[str]:
         checks.append(lambda: check_rank(config, args.subspace.rank))
         if args.subspace.mlp_rank:
             checks.append(lambda: check_rank(config, args.subspace.mlp_rank, "mlp_rank"))
+        if not args.subspace.projects:
+            checks.append(lambda: check_momentum_rank(config, args.subspace.momentum_rank))
     problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
     for check in checks:
         try:

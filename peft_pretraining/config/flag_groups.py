@@ -29,6 +29,15 @@ def _dtype(text: str) -> str:
     return _DTYPE_ALIASES.get(text, text)
 
 
+def _dimensions_or_share(text: str) -> float:
+    numerator, line, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator) if line else float(text)
+        return int(value) if value.is_integer() else value
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None
+
+
 @dataclass(frozen=True)
 class ModelArgs:
     """The model that is trained."""
@@ -244,6 +253,9 @@ class SubspaceArgs(SubspaceConfig):
     rank: int | str = 128
     galore_scale: float = 1.0
     update_proj_gap: int = 50
+    momentum_rank: Annotated[
+        float, Flag("dimensions_or_share", at_least=0, parse=_dimensions_or_share, auto="stored as a whole")
+    ] = 0.0
     mlp_rank: Annotated[int | str, Flag("dimensions", at_least=0, words=(FULL,), auto="rank")] = 0
     """Dimensions of the subspaces of the MLP's matrices, or full."""
 
@@ -258,8 +270,10 @@ class SubspaceArgs(SubspaceConfig):
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """See `SubspaceConfig`; what has no meaning where nothing is projected is seen where it is given."""
         if not self.projects:
-            return self.direction_problems(label)
-        return SubspaceConfig.problems(dataclasses.replace(self, rank=1), label)
+            return self.full_rank_problems(label)
+        projecting = "mlp_rank" if self.rank == FULL else "rank"
+        with_rank = dataclasses.replace(self, rank=1)
+        return SubspaceConfig.problems(with_rank, lambda name: label(projecting if name == "rank" else name))
 
     def config(self, of_mlp: bool = False) -> SubspaceConfig:
         """Convert the flags to the library's options; of_mlp: for the MLP's matrices."""

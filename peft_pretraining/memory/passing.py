@@ -172,6 +172,8 @@ class PassingBytes:
             made = values + (
                 0 if cached else self.converts * layers * sum(x.bases for x in run.matrices) * values // total
             )
+        if self.options.momentum_rank:  # one momentum in float32 and bfloat16, beside those that are made
+            made = max(made, values + (4 + self.b) * largest // self.b)
         read = 4 * values if self.int8_sums and not run.updates_at_once else 0
         steps = self.b * made + read + max(map(self._applying, run.matrices))
         return cached + max(steps, *map(self.refresh, run.matrices))

@@ -97,6 +97,17 @@ def check_rank(config: ModelConfig, rank: int | str, flag: str = "rank") -> None
         raise UserError(f"--{flag} is {rank}, but {name} of {config.source} is {size}: give at most {min(shape)}.")
 
 
+def check_momentum_rank(config: ModelConfig, rank: float) -> None:
+    """Refuse factors of momenta that are smaller than no decoder matrix: UserError. rank: or below 1, a share."""
+    name, shape = max(config.matrix_shapes().items(), key=lambda item: min(item[1]))
+    if rank >= min(shape):
+        size = f"{shape[0]} x {shape[1]}"
+        raise UserError(
+            f"--momentum_rank is {rank:g}, but {name} of {config.source} is {size} and the others are no wider: give "
+            f"less than {min(shape)}, or a share of the shorter side such as 1/16."
+        )
+
+
 def read_config_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a model config; raises UserError if there is none."""
     try:

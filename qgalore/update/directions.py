@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from qgalore import kernels
 from qgalore.kernels import AdamStep
 from qgalore.torch_internals import internal
 from qgalore.update import moments
+from qgalore.update.factored_momentum import FactoredStep
 from qgalore.update.newton_schulz import METHODS, segments_of
 
 ORTHOGONAL_RMS = 0.2
@@ -33,8 +34,11 @@ ORTHOGONAL_RMS = 0.2
 class Direction(NamedTuple):
     """How directions are made and what they keep."""
 
-    advance: Callable[[Sequence[AdamStep], Tensor | None], list[Tensor]]
-    """advance(steps, skip) -> directions of several weights, whose moments it moves in place."""
+    advance: Callable[[Sequence[Any], Tensor | None], list[Tensor]]
+    """advance(steps, skip) -> directions of several weights, whose moments it moves in place.
+
+    steps: `AdamStep`, and with one moment also `qgalore.update.factored_momentum.FactoredStep`.
+    """
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
     batch_values: int
@@ -62,10 +66,24 @@ def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon"
     return scaled
 
 
-def _orthogonal(steps: Sequence[AdamStep], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
+Step = AdamStep | FactoredStep
+
+
+def _momenta(steps: Sequence[Step], dtype: torch.dtype, skip: Tensor | None) -> list[Tensor]:
+    """`kernels.momentum_steps` in dtype; momenta in parts are made whole and taken apart one after the other."""
+    whole = {index: step._replace(dtype=dtype) for index, step in enumerate(steps) if isinstance(step, AdamStep)}
+    moved = kernels.momentum_steps(list(whole.values()), moments.BLOCK_SIZE, skip) if whole else []
+    found = dict(zip(whole, moved, strict=True))
+    for index, step in enumerate(steps):
+        if isinstance(step, FactoredStep):
+            found[index] = step.advance(dtype, skip)
+    return [found[index] for index in range(len(steps))]
+
+
+def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Muon's directions, of the momenta with one shorter side at once; in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if steps[0].grad.is_cuda else torch.float32
-    values = kernels.momentum_steps([step._replace(dtype=dtype) for step in steps], moments.BLOCK_SIZE, skip)
+    values = _momenta(steps, dtype, skip)
     indices: dict[int, list[int]] = {}
     for index, momentum in enumerate(values):
         indices.setdefault(min(momentum.shape), []).append(index)
@@ -95,13 +113,13 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
     return momentum.mul_((1.0 / (ahead * ((second * inverse2).sqrt_() + step.eps)))[:, None]).to(step.dtype)
 
 
-def _normuon(steps: Sequence[AdamStep], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
+def _normuon(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Orthogonalised momenta whose rows are alike in size; as a whole of the size of `_orthogonal`."""
     found = _orthogonal(steps, skip, newton_schulz)
     return [_rows_alike(step, x, skip) for step, x in zip(steps, found, strict=True)]
 
 
-def _rows_alike(step: AdamStep, direction: Tensor, skip: Tensor | None) -> Tensor:
+def _rows_alike(step: Step, direction: Tensor, skip: Tensor | None) -> Tensor:
     assert step.exp_avg_sq is not None
     squares = torch.linalg.vector_norm(direction, dim=1, dtype=torch.float32).square_() / direction.shape[1]
     second = step.exp_avg_sq * step.betas[1] + squares * (1.0 - step.betas[1])

@@ -44,7 +44,7 @@ from qgalore.subspace.fira import full_direction
 from qgalore.subspace.methods import grouped_bases
 from qgalore.update import moments
 from qgalore.update.all_reduce import Bucket
-from qgalore.update.directions import Direction
+from qgalore.update.directions import Direction, Step
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
 from qgalore.update.gradient_sum import Gradient, rows_of_gradient
 from qgalore.update.weight import Weight
@@ -230,7 +230,7 @@ def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Ten
         kernels.update_float_(updates, skip)
 
 
-def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, start: int, stop: int) -> kernels.AdamStep:
+def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, start: int, stop: int) -> Step:
     """The step of rows start:stop of a plain weight.
 
     Weight decay that is not decoupled (Adam, not AdamW) is added to the gradient here, after the factor.

@@ -16,11 +16,12 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.config import subspace_of
 from qgalore.layer.linear import LowRankLinear
-from qgalore.seeding import ROUNDING, Seeds, step_of
+from qgalore.seeding import ROUNDING, START, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.methods import METHODS, Identity
 from qgalore.update import moments
-from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, direction_of
+from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, Step, direction_of
+from qgalore.update.factored_momentum import FactoredStep, MomentumFormat
 from qgalore.update.gradient import WeightGradient
 from qgalore.update.step_table import StepTable, SumRows
 
@@ -84,6 +85,15 @@ class Weight:
         return torch.Size((self.layer.out_features, self.layer.in_features))
 
     @property
+    def momentum_format(self) -> MomentumFormat | None:
+        """How the momentum is stored in parts; None where each moment is one tensor."""
+        shape, config = self.shape, self.config
+        rank = config.momentum_dimensions(shape) if config is not None and len(shape) == 2 else 0
+        if config is None or not rank or shape.numel() < moments.MIN_8BIT_NUMEL:
+            return None
+        return MomentumFormat((shape[0], shape[1]), rank, config.momentum_rest_bits)
+
+    @property
     def step(self) -> int:
         """Updates made so far."""
         return step_of(self.state)
@@ -116,6 +126,11 @@ class Weight:
             )
         if self.config is not None:
             self.config.check_shape(tuple(self.shape), self.name)
+        if self.state and (parts := self.momentum_format) and not parts.fits(self.state):
+            raise ValueError(
+                f"the state of {self.name} does not have the momentum of {parts.shape} in factors of rank {parts.rank} "
+                f"and a rest in {parts.rest_bits} bits: it was saved for another model or other param groups"
+            )
 
     def init_state(self) -> None:
         """Put the state of a weight without updates into the optimizer's, unless it has one."""
@@ -132,7 +147,10 @@ class Weight:
     def _init_moments(self) -> None:
         """Put moments of zero into the state."""
         shape, device = self.subspace.gradient_shape, self.param.device
-        moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
+        if parts := self.momentum_format:
+            parts.init_state(self.state, self._seeds(START), device)
+        else:
+            moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
         if self.direction.by_row:
             self.state[moments.ROW_MOMENT] = torch.zeros(shape[0], device=device)
 
@@ -206,14 +224,15 @@ class Weight:
         """Keep the host's account of an update that a CUDA graph has made."""
         self.state["step"] += 1
 
-    def prepare_step(
-        self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None
-    ) -> kernels.AdamStep:
+    def prepare_step(self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None) -> Step:
         """The arguments of `Direction.advance` for this weight, of which nothing is changed yet.
 
         grad in a float dtype, which is to be multiplied by `factor`; state: that of the weight, or views of some rows.
         """
         group, dtype, state = self.param_group, self.subspace.dtype, self.state if state is None else state
+        if parts := self.momentum_format:
+            second = state.get(moments.ROW_MOMENT)
+            return FactoredStep(grad, parts, state, second, self.step_row, group["betas"], group["eps"], factor, dtype)
         read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
         if moments.ROW_MOMENT in state:
             read[2] = state[moments.ROW_MOMENT]
