@@ -105,6 +105,9 @@ class SubspaceConfig:
     direction: Annotated[str, Allowed(choices=("adam", "orthogonal", "normuon"))] = "adam"
     """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment; normuon:
     with all rows of that of one size."""
+    rounding_feedback: Annotated[float, Allowed("share", at_least=0, at_most=1)] = 0.0
+    """Share of the rounding error of quantized weights that is fed into their momentum, by which the next updates make
+    up for what they can of it; for rank full with the orthogonal direction. 0 is off, 1 all."""
     residual: Annotated[str, Allowed(choices=("none", "fira"))] = "none"
     """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
     that Adam gives the rest (fira)."""
@@ -131,11 +134,11 @@ class SubspaceConfig:
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """Combinations that cannot work, each as a sentence; label(option) names an option with its value."""
+        problems = self.feedback_problems(label)
         if self.rank == FULL:
             given = [label(name) for name in OF_PROJECTIONS if getattr(self, name) != default_of(type(self), name)]
             none = f"{label('rank')} projects nothing, so that {{}} has no meaning: leave it out, or give a rank"
-            return [none.format(each) for each in given]
-        problems = []
+            return [*problems, *map(none.format, given)]
         both = self.proj_type == "full"
         if self.subspace == "streaming" and both:
             problems.append(
@@ -153,6 +156,23 @@ class SubspaceConfig:
             problems.append(
                 f"{label('max_update_proj_gap')} is less than {label('update_proj_gap')}: the longest interval cannot "
                 "be shorter than the first"
+            )
+        return problems
+
+    def feedback_problems(self, label: Callable[[str], str], rank: str = "rank") -> list[str]:
+        """Why rounding errors cannot be fed into the momentum; rank: the option that says what is projected."""
+        if not self.rounding_feedback:
+            return []
+        problems, given = list[str](), label("rounding_feedback")
+        if self.rank != FULL:
+            problems.append(
+                f"{given} needs a momentum of the weight's shape, and {label(rank)} is of a projected one: give the "
+                "rank full, or leave it out"
+            )
+        if self.direction != "orthogonal":
+            problems.append(
+                f"{given} is worked out for an orthogonalised momentum, and not for {label('direction')}: use the "
+                "direction orthogonal, or leave one out"
             )
         return problems
 
@@ -217,7 +237,7 @@ def default_of(options: type, name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
-_ALWAYS = {"rank", "galore_scale", "direction"}
+_ALWAYS = {"rank", "galore_scale", "direction", "rounding_feedback"}
 OF_PROJECTIONS = tuple(field.name for field in dataclasses.fields(SubspaceConfig) if field.name not in _ALWAYS)
 """Options of a `SubspaceConfig` that have no meaning with the rank `FULL`."""
 

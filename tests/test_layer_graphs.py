@@ -62,6 +62,9 @@ CASES = {
     "cautious decay": f"{QUANTIZED} --cautious_decay --weight_decay 0.5",
     "normuon": f"{QUANTIZED} --direction normuon",
     "full rank": "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full",
+    "rounding feedback": (
+        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full --rounding_feedback 1"
+    ),
     "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",
     "in step": STREAMING.replace("_per_layer", ""),
     "clipping": f"{STREAMING} --grad_clipping 0.5".replace("_per_layer", ""),

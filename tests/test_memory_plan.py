@@ -447,3 +447,9 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     # Momenta and two buffers of a batch, which is closed at 2^24 values: all eight layers have more.
     values, squares = (1 << 24) + max(matrix.size for matrix in run.matrices), 2 * 8 * 512**2
     assert passing.updates() == 2 * (3 * values + squares)
+
+
+def test_rounding_feedback_takes_16_bytes_a_value_of_the_largest_matrix() -> None:
+    flags = f"{FULL_RANK} --device cuda --batch_size 1"
+    without, run = (PassingBytes(run_of(f"{flags} {more}", "60m")) for more in ("", "--rounding_feedback 1"))
+    assert run.updates() - without.updates() == 16 * 512 * 1376

@@ -78,7 +78,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     if "restart_cycles" in given and schedule.scheduler != "cosine_restarts":
         warnings.append(f"--restart_cycles changes nothing: --scheduler {schedule.scheduler} has no restarts")
     settled = _last_rise(schedule)
-    if schedule.averaged_updates > schedule.num_training_steps - settled:
+    if schedule.average_last and schedule.averaged_updates > schedule.num_training_steps - settled:
         warnings.append(
             f"--average_last {schedule.average_last:g} reaches back to update "
             f"{schedule.num_training_steps - schedule.averaged_updates}, when the learning rate has still to rise, up "
@@ -257,6 +257,11 @@ def _quantization_problems(args: RunArgs) -> list[str]:
             for flag in ("stochastic_round", "simulation", "int8_products")
             if getattr(quantization, flag)
         ]
+        if args.subspace.rounding_feedback and args.optimizer.is_low_rank:
+            problems.append(
+                f"--rounding_feedback {args.subspace.rounding_feedback:g} is about quantized weights: add "
+                "--weight_quant or leave it out"
+            )
     if args.subspace.proj_quant and not args.optimizer.is_low_rank:
         problems.append(
             f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "

@@ -257,7 +257,14 @@ class SubspaceArgs(SubspaceConfig):
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """See `SubspaceConfig`; what has no meaning where nothing is projected is seen where it is given."""
-        return SubspaceConfig.problems(dataclasses.replace(self, rank=1), label) if self.projects else []
+        if not self.projects:
+            return self.feedback_problems(label)
+        projected = dataclasses.replace(self, rank=1, rounding_feedback=0.0)
+        shape = dataclasses.replace(self, rank=1)
+        return [
+            *SubspaceConfig.problems(projected, label),
+            *shape.feedback_problems(label, "mlp_rank" if self.rank == FULL else "rank"),
+        ]
 
     def config(self, of_mlp: bool = False) -> SubspaceConfig:
         """Convert the flags to the library's options; of_mlp: for the MLP's matrices."""
