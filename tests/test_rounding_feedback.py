@@ -15,7 +15,7 @@ from peft_pretraining.errors import UserError
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat
 from qgalore.update import moments
 from qgalore.update.directions import ORTHOGONAL_RMS, orthogonal_directions
-from qgalore.update.rounding_feedback import BYTES_PER_VALUE, pulled_back
+from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 from tests.small_run import FULL_RANK, SmallRun, assert_same_bits, assert_same_run
 
 BETA, LR = 0.9, 2e-3
@@ -36,32 +36,6 @@ def turnable(error: Tensor, factor: Tensor) -> Tensor:
 
 
 # ---- the rule
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("by_newton_schulz", [False, True])
-def test_the_change_turns_the_factor_by_the_error_and_by_nothing_else(
-    shape: tuple[int, int], by_newton_schulz: bool
-) -> None:
-    generator = torch.Generator().manual_seed(3)
-    momentum, error = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    factor = polar(momentum)
-    found = factor.float()
-    if by_newton_schulz:
-        found = orthogonal_directions([momentum.float()])[0] / (ORTHOGONAL_RMS * max(shape) ** 0.5)
-    change = pulled_back(error.float(), found, momentum.float()).double()
-    assert change.shape == shape and change.is_contiguous()
-    small = 1e-4
-    turned = (polar(momentum + small * change) - factor) / small
-    expected = turnable(error, factor)
-    # Five steps leave singular values near zero, which a random square matrix has, short of one.
-    inexact = 0.3 if shape[0] == shape[1] else 0.08
-    assert (turned - expected).norm() < (inexact if by_newton_schulz else 2e-3) * expected.norm()
-    # Not by accident: the error as it is would turn the factor by something else.
-    naive = (polar(momentum + small * error) - factor) / small
-    assert (naive - expected).norm() > 0.5 * expected.norm()
-    # An error that is such a turn is made up for as a whole.
-    assert (turnable(expected, factor) - expected).norm() < 1e-9 * expected.norm()
 
 
 def layer_and_optimizer(
@@ -103,13 +77,25 @@ def test_one_update_feeds_its_own_error_once_over_the_next_ones(storage: dict[st
     error = before - LR * direction - layer.dequantized_weight(torch.float32)
     assert error.norm() > 1e-5
     fed = momentum_of(layer, optimizer) - momentum
-    size = ORTHOGONAL_RMS * 40**0.5
-    unit = pulled_back(error, direction / size, momentum)
+    length = ORTHOGONAL_RMS * 40**0.5
+    size = float((momentum * direction).sum()) / (length * 16)
+    assert size == pytest.approx(float(torch.linalg.svdvals(momentum).mean()), rel=0.15)
     # A momentum keeps beta^(k + 1) of a change in Nesterov's of the k-th update from then on.
-    displacement = sum(-LR * size * BETA ** (k + 1) for k in range(1, 500)) * fed
+    displacement = sum(-LR * length * BETA ** (k + 1) for k in range(1, 500)) * fed / size
     assert fed.norm() < 0.5 * momentum.norm(), "it was cut"
-    # A rounding of the weight and of the kernel's products are all that differ.
-    assert (displacement - 0.05 * unit).norm() < 1e-3 * 0.05 * unit.norm()
+    assert (displacement - 0.05 * error).norm() < 1e-3 * 0.05 * error.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_change_of_the_momentums_size_turns_its_factor_by_the_error(shape: tuple[int, int]) -> None:
+    """Where all singular values are alike, what the rule's derivation asks for is so, for all that turning can do."""
+    generator = torch.Generator().manual_seed(3)
+    factor, error = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    factor, size, small = polar(factor), 3.0, 1e-5
+    turned = (polar(size * factor + small * size * error) - factor) / small
+    expected = turnable(error, factor)
+    assert (turned - expected).norm() < 1e-3 * expected.norm()
+    assert 0.4 * error.norm() ** 2 < expected.norm() ** 2 < 0.9 * error.norm() ** 2
 
 
 def test_a_change_larger_than_the_momentum_is_cut_to_its_norm() -> None:
@@ -154,7 +140,7 @@ def drift(share: float, shape: tuple[int, int], seed: int, updates: int = 40) ->
     return float((layer.dequantized_weight(torch.float32) - ideal).square().mean().sqrt())
 
 
-@pytest.mark.parametrize(("shape", "at_most"), [((24, 24), 0.95), ((12, 96), 0.75), ((96, 12), 0.75)])
+@pytest.mark.parametrize(("shape", "at_most"), [((24, 24), 0.85), ((12, 96), 0.7), ((96, 12), 0.7)])
 def test_weights_stay_nearer_to_those_that_are_not_rounded(shape: tuple[int, int], at_most: float) -> None:
     without, half, whole = (sum(drift(share, shape, seed) for seed in range(2)) for share in (0.0, 0.5, 1.0))
     assert whole < half < without and whole < at_most * without
