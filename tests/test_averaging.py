@@ -138,6 +138,8 @@ def rounded(weights: dict[str, Tensor], bits: int, group_size: int, dtype: torch
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mean_of_the_last_weights_is_saved_and_evaluated_in_both_forms(small: SmallRun, mode: str) -> None:
     flags = MODES[mode] | AVERAGED
+    if mode == "int8":  # between the matrices of its MLP activations are padded, those of floats are not
+        small.config.write_text(json.dumps(CONFIG | {"intermediate_size": 85}))
     result = small.run("run", **flags)
     assert result.checkpoint(2).state["average"]["count"] == 0
     for steps in ([3], [3, 4]):

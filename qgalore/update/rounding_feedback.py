@@ -21,7 +21,7 @@ exact for today's M, for errors that are such turns. The length of P's rows is f
 error along P, such as a step so small that rounding to the nearest undoes it. But M's singular vectors change with each
 gradient before an error is paid back. Weights along random gradients stay nearest to those that are not rounded where h
 is one number, the mean of S = <P, M> / (shorter side), whether the spectrum is flat or falls as 1 / i, with C between
-0.5 and 1; (M Mᵀ)^(1/2), also made symmetric or cut to today's turns, leaves 1 to 20 % more (docs/log). And it takes no
+0.5 and 1; (M Mᵀ)^(1/2), also made symmetric or cut to today's turns, leaves 2 to 21 % more (docs/log). And it takes no
 product of matrices.
 
 To first order only: a change larger than the momentum is cut to its norm. Where nothing was stepped nothing is fed.
