@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.checkpoint.store import lock_folder
@@ -25,7 +26,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluation import evaluate
+from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
@@ -92,7 +93,8 @@ class Run:
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         self.loader, self.eval_set = build_data(args, world)
         self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
-        self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader)
+        self.average = WeightAverage(args, world, self.model)
+        self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader, self.average)
         self.position = self.checkpoints.restore()
         ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
         check_vocabulary(ids, self.model.config.vocab_size, are_ids)
@@ -168,6 +170,7 @@ class Run:
         self.optimizer.step()
         self.position.tokens += self.world.sum_on_host(update.tokens)
         done = self.update_step + 1
+        self.average.after_update(done)
         # Wait for the previous update within the timing of this one: else only the host's launches would be timed.
         previous = self.outcomes.take()
         measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
@@ -208,8 +211,15 @@ class Run:
         """Evaluate after every `eval_every` updates and after the last one."""
         if last or is_due(self.update_step, self.args.evaluation.eval_every):
             self.decide(self.outcomes.take())
-            result = evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
-            self.metrics.evaluation(self.update_step, result)
+            result, averaged = self.evaluate(), {}
+            for form in self.average.forms if last else []:
+                with self.average.in_model(form):
+                    averaged[form] = self.evaluate()
+            self.metrics.evaluation(self.update_step, result, averaged)
+
+    def evaluate(self) -> EvalResult:
+        """Evaluate the model as it is now."""
+        return evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is of this rank's loader.
@@ -231,8 +241,9 @@ class Run:
         self.metrics.log(f"stopped after {self.update_step} updates; --continue_from auto goes on from here")
 
     def close(self) -> None:
-        """Stop the loader's threads and close the metrics."""
+        """Stop the threads and close the metrics."""
         self.loader.close()
+        self.average.close()
         self.metrics.close(failed=sys.exc_info()[1] is not None)
 
 

@@ -317,8 +317,15 @@ def summarize(
         "torch": torch.__version__,
         "commit": commit(),
         "micro_batch": args.batch_size,
-        "note": args.note,
+        "note": args.note + averaged_note(evaluation),
     }
+
+
+def averaged_note(evaluation: dict[str, float]) -> str:
+    """What `--average_last` has given, in words; empty without it."""
+    names = {"eval_averaged": "averaged", "eval_averaged_quantized": "averaged and quantized"}
+    found = {text: evaluation.get(f"{name}/perplexity") for name, text in names.items()}
+    return "".join(f"; {text} {value:.3f}" for text, value in found.items() if value is not None)
 
 
 def removed_settings(results: Path) -> list[str]:

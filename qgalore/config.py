@@ -108,6 +108,9 @@ class SubspaceConfig:
     newton_schulz: Annotated[str, Allowed(choices=("muon", "polar5", "polar4"))] = "muon"
     """Polynomials that orthogonalise a momentum: Muon's one polynomial five times, or five or four, each the best for
     what the one before leaves (Polar Express), on Gram matrices where that is cheaper."""
+    rounding_feedback: Annotated[float, Allowed("share", at_least=0, at_most=1)] = 0.0
+    """Share of the rounding error of quantized weights that is fed into their momentum, by which the next updates make
+    up for what they can of it; for rank full with the orthogonal direction. 0 is off, 1 all."""
     residual: Annotated[str, Allowed(choices=("none", "fira"))] = "none"
     """What the projection leaves out of the last micro-batch's gradient: not used, or added to the update at the size
     that Adam gives the rest (fira)."""
@@ -166,7 +169,7 @@ class SubspaceConfig:
 
     def full_rank_problems(self, label: Callable[[str], str]) -> list[str]:
         """Those of `problems` that do not depend on projections."""
-        return [*self._direction_problems(label), *self._momentum_problems(label)]
+        return [*self._direction_problems(label), *self._momentum_problems(label), *self._feedback_problems(label)]
 
     def _direction_problems(self, label: Callable[[str], str]) -> list[str]:
         if self.newton_schulz == "muon" or self.direction != "adam":
@@ -196,6 +199,27 @@ class SubspaceConfig:
             problems.append(
                 f"{given} stores a momentum in parts that is then orthogonalised, and {label('direction')} needs every "
                 "value of it and a second moment: use the direction orthogonal or normuon, or leave momentum_rank out"
+            )
+        return problems
+
+    def _feedback_problems(self, label: Callable[[str], str]) -> list[str]:
+        if not self.rounding_feedback:
+            return []
+        problems, given = list[str](), label("rounding_feedback")
+        if self.rank != FULL:
+            problems.append(
+                f"{given} needs a momentum of the weight's shape, and {label('rank')} is of a projected one: give the "
+                "rank full, or leave it out"
+            )
+        if self.direction != "orthogonal":
+            problems.append(
+                f"{given} is worked out for an orthogonalised momentum, and not for {label('direction')}: use the "
+                "direction orthogonal, or leave one out"
+            )
+        if self.momentum_rank:
+            problems.append(
+                f"{given} is added to a momentum that is stored whole, and {label('momentum_rank')} stores it in "
+                "parts: leave one out"
             )
         return problems
 
@@ -269,7 +293,9 @@ def default_of(options: type, name: str) -> Any:
     return next(field.default for field in dataclasses.fields(options) if field.name == name)
 
 
-_ALWAYS = {"rank", "galore_scale", "direction", "newton_schulz", "momentum_rank", "momentum_rest_bits"}
+_ALWAYS = {
+    *("rank", "galore_scale", "direction", "newton_schulz", "momentum_rank", "momentum_rest_bits", "rounding_feedback"),
+}
 OF_PROJECTIONS = tuple(field.name for field in dataclasses.fields(SubspaceConfig) if field.name not in _ALWAYS)
 """Options of a `SubspaceConfig` that have no meaning with the rank `FULL`."""
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("output", type=parse_path, help="directory to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights")
+    parser.add_argument(
+        "--averaged", action="store_true", help="write the mean of the weights that --average_last has made"
+    )
     parser.add_argument("--tokenizer", type=parse_path, help="folder or tokenizer.json to copy into the export")
     parser.add_argument("--model_config", type=parse_path, help="the model's config.json (default: the one of the run)")
     return parser.parse_args(argv)
 
 
 def export(
-    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None = None, model_config: Path | None = None
-) -> None:
-    """Write the model of `checkpoint` to `output`; if that fails it raises UserError and leaves no files."""
+    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None = None, model_config: Path | None = None,
+    averaged: bool = False,
+) -> None:  # fmt: skip
+    """Write the model of `checkpoint` to `output`; if that fails it raises UserError and leaves no files.
+
+    averaged: with the mean of its weights that --average_last has made, in the place of its last weights.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: give a new directory.")
     loaded = load_checkpoint(next(reversed(list_checkpoints(checkpoint)), checkpoint), asked_by="checkpoint")
@@ -74,7 +81,8 @@ def export(
         write_config(config, dtype, temporary)
         model = quantized_model(loaded, config, temporary / "config.json")
         tied = bool(config.get("tie_word_embeddings"))
-        write_weights(float_tensors(loaded, model, getattr(torch, dtype), tied), temporary)
+        mean = averaged_weights(loaded) if averaged else {}
+        write_weights(float_tensors(loaded, model, getattr(torch, dtype), tied, mean), temporary)
         if tokenizer is not None:
             write_tokenizer(tokenizer, config, temporary)
         if output.is_dir():
@@ -122,12 +130,26 @@ def quantized_model(checkpoint: Checkpoint, config: dict[str, Any], config_path:
     return model
 
 
+def averaged_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The mean of a run's last weights by name; raises UserError where the checkpoint has none."""
+    average = checkpoint.state.get("average")
+    if not average:
+        raise UserError(f"--averaged: {checkpoint.path} has no averaged weights: its run had no --average_last.")
+    if not average["count"]:
+        raise UserError(
+            f"--averaged: {checkpoint.path} is after {checkpoint.update_step} updates, and averaging begins after "
+            f"{average['window'][0]}: take a later checkpoint, or leave --averaged out."
+        )
+    return dict(average["mean"])
+
+
 def float_tensors(
-    checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, tied: bool
+    checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, tied: bool, mean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the state dict of a float model, one tensor at a time, without a tied head.
 
     It is tied, too, where the checkpoint has one tensor for both: transformers' default is not in each config.json.
+    mean: weights by name that take the place of the checkpoint's.
     """
     addresses = set[int]()
     try:
@@ -138,7 +160,8 @@ def float_tensors(
                 continue
             if stored is not None:
                 addresses.add(stored.data_ptr())
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            value = mean.get(name, tensor)
+            yield name, value.to(dtype) if value.is_floating_point() else value
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}.") from error
 
@@ -214,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns 0, or 2 for a UserError."""
     args = parse_args(argv)
     try:
-        export(args.checkpoint, args.output, args.dtype, args.tokenizer, args.model_config)
+        export(args.checkpoint, args.output, args.dtype, args.tokenizer, args.model_config, args.averaged)
     except UserError as error:
         print(f"export_hf.py: {error}", file=sys.stderr)
         return 2

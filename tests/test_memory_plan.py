@@ -455,3 +455,9 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     assert passing.updates() == 2 * (3 * values + squares)
     run = run_of(f"{FULL_RANK} --newton_schulz polar4 --device cuda --batch_size 1", "60m")
     assert PassingBytes(run).updates() == 2 * (3 * values + 2 * squares), "in segments four"
+
+
+def test_rounding_feedback_takes_16_bytes_a_value_of_the_largest_matrix() -> None:
+    flags = f"{FULL_RANK} --device cuda --batch_size 1"
+    without, run = (PassingBytes(run_of(f"{flags} {more}", "60m")) for more in ("", "--rounding_feedback 1"))
+    assert run.updates() - without.updates() == 16 * 512 * 1376

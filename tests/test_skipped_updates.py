@@ -189,6 +189,7 @@ def assert_same_training(a: Result, b: Result) -> None:
     one, other = a.checkpoint(), b.checkpoint()
     assert_same_bits(one.model_tensors, other.model_tensors, "model")
     assert_same_bits(one.optimizer_state, other.optimizer_state, "optimizer")
+    assert_same_bits(one.state.get("average"), other.state.get("average"), "average")
     assert [str(line) for line in a.lines] == [str(line) for line in b.lines]
 
 
@@ -197,7 +198,7 @@ def test_an_update_with_a_late_overflow_is_skipped(small: SmallRun, ranks: int, 
     """The updated layers cannot be taken back: the run goes back to a checkpoint, or to its beginning."""
     flags: dict[str, object] = {"batch_size": 8 // ranks, "num_training_steps": 7, "eval_every": 2}
     fault = Fault("gradient", (3, 4), rank=ranks - 1)
-    flags |= {"save_every": save_every}
+    flags |= {"save_every": save_every, "average_last": 0.8}
     per_layer = outcome(small, "per_layer", fault, ranks, PER_LAYER | flags)
     said = (small.folder / "per_layer.log").read_text()
     assert "update 4: a gradient further down was not finite" in said and "update 5: a gradient" in said

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.checkpoint.store import (
     Checkpoint,
     check_compatible,
@@ -62,11 +63,12 @@ class RunCheckpoints:
         model: CausalLM,
         optimizer: TrainingOptimizer,
         loader: TrainLoader,
+        average: WeightAverage,
     ) -> None:
         """Take the objects whose state goes into checkpoints."""
         self.save_dir = Path(args.checkpoint.save_dir)
         self._args, self._world = args, world
-        self._model, self._optimizer, self._loader = model, optimizer, loader
+        self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
 
     def restore(self) -> Position:
         """Load the checkpoint of `--continue_from`, if any. Raises UserError if it is of another run."""
@@ -80,6 +82,7 @@ class RunCheckpoints:
         self._model.load_state_dict(checkpoint.model_tensors)
         self._optimizer.load_state_dict(self._with_todays_options(checkpoint.optimizer_state))
         self._loader.load_state_dict(checkpoint.state["data"])
+        self._average.load_state_dict(checkpoint.state.get("average"), checkpoint.update_step, checkpoint.path)
         names = ("tokens", "skipped_in_a_row", "wandb_run_id")
         position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
         if position.update_step > self._args.schedule.num_training_steps:
@@ -114,8 +117,9 @@ class RunCheckpoints:
         def write() -> Path:
             before()
             model_tensors, optimizer_state = self._model.state_dict(), self._optimizer.state_dict()
-            keep = self._args.checkpoint.keep_checkpoints
-            path = save_checkpoint(self.save_dir, position.update_step, model_tensors, optimizer_state, state, keep)
+            average, keep = self._average.state_dict(), self._args.checkpoint.keep_checkpoints
+            whole = state if average is None else state | {"average": average}
+            path = save_checkpoint(self.save_dir, position.update_step, model_tensors, optimizer_state, whole, keep)
             return load_checkpoint(path).path if read_back else path
 
         return self._world.from_main(write)

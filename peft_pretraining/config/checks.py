@@ -5,12 +5,13 @@ The checks need only the flags, the number of ranks and the model's JSON configu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, SubspaceArgs
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import check_length, check_momentum_rank, check_rank, read_config_json
@@ -78,11 +79,26 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         )
     if "restart_cycles" in given and schedule.scheduler != "cosine_restarts":
         warnings.append(f"--restart_cycles changes nothing: --scheduler {schedule.scheduler} has no restarts")
+    settled = _last_rise(schedule)
+    if schedule.average_last and schedule.averaged_updates > schedule.num_training_steps - settled:
+        warnings.append(
+            f"--average_last {schedule.average_last:g} reaches back to update "
+            f"{schedule.num_training_steps - schedule.averaged_updates}, when the learning rate has still to rise, up "
+            f"to update {settled}: such weights are far from the last ones"
+        )
     if "num_training_steps" in given and schedule.max_train_tokens:
         warnings.append(
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
     return warnings
+
+
+def _last_rise(schedule: ScheduleArgs) -> int:
+    """The update from which on the learning rate only falls."""
+    decay_steps = schedule.num_training_steps - schedule.warmup_steps
+    if schedule.scheduler != "cosine_restarts" or decay_steps <= 0:
+        return schedule.warmup_steps
+    return schedule.num_training_steps - decay_steps // schedule.restart_cycles
 
 
 def _idle(flags: list[str]) -> str:
@@ -245,6 +261,11 @@ def _quantization_problems(args: RunArgs) -> list[str]:
             for flag in ("stochastic_round", "simulation", "int8_products")
             if getattr(quantization, flag)
         ]
+        if args.subspace.rounding_feedback and args.optimizer.is_low_rank:
+            problems.append(
+                f"--rounding_feedback {args.subspace.rounding_feedback:g} is about quantized weights: add "
+                "--weight_quant or leave it out"
+            )
     if args.subspace.proj_quant and not args.optimizer.is_low_rank:
         problems.append(
             f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "
@@ -295,6 +316,12 @@ def _run_problems(args: RunArgs) -> list[str]:
         problems.append(
             f"--restart_cycles {schedule.restart_cycles} is more than the {decay_steps} updates after the warm-up: "
             f"give at most {decay_steps}"
+        )
+    if schedule.average_last and schedule.averaged_updates < 2:
+        problems.append(
+            f"--average_last {schedule.average_last:g} of {schedule.num_training_steps} updates is "
+            f"{schedule.averaged_updates}, and a mean needs 2: give at least "
+            f"{min(1.0, math.ceil(2000 / schedule.num_training_steps) / 1000):g}, or leave it out"
         )
     if args.logging.unset_wandb and args.logging.wandb_mode in ("online", "offline"):
         problems.append(

@@ -299,6 +299,17 @@ class ScheduleArgs:
     """Final learning rate, as a share of the peak."""
     restart_cycles: Annotated[int, Flag("cycles", at_least=1)] = 4
     """Equal cycles after the warm-up for cosine_restarts; each starts again at the peak."""
+    average_last: Annotated[float, Flag("ratio", at_least=0, at_most=1, auto="off")] = 0.0
+    """Share of the updates, the last ones, over which the weights are averaged, such as 0.1. The last weights are
+    trained and saved as without; the mean is evaluated beside them after the last update (eval_averaged/perplexity,
+    and eval_averaged_quantized/perplexity of what is rounded back to the format of quantized weights), is part of
+    each checkpoint, and is exported by scripts/export_hf.py --averaged. It is of at most 64 updates and takes 4 bytes
+    a value of the main rank's host memory, and as many as the weights."""
+
+    @property
+    def averaged_updates(self) -> int:
+        """How many updates `average_last` is."""
+        return round(self.average_last * self.num_training_steps)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import product_bytes
 from qgalore.subspace.fit import projects_directly
 from qgalore.update.directions import DIRECTIONS
+from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 
 _ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
 
@@ -179,7 +180,12 @@ class PassingBytes:
         return cached + max(steps, *map(self.refresh, run.matrices))
 
     def _applying(self, matrix: Matrix) -> int:
-        """Beside direction and bases: the whole direction of a residual; factors and rows of a float weight."""
+        """Beside direction and bases: the whole direction of a residual; factors and rows of a float weight.
+
+        Or what feeding rounding errors into the momentum takes.
+        """
+        if self.options.rounding_feedback:
+            return BYTES_PER_VALUE * matrix.size
         one_side = len(matrix.sides) < 2
         if matrix.residual or (self.quantized and one_side):
             return 2 * self.b * matrix.residual

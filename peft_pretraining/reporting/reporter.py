@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -82,12 +82,19 @@ class RunMetrics:
             perplexity = math.exp(min(finished.metrics["train/loss"], 700.0))
             self._logger.log_metrics(finished.update_step, {**finished.metrics, "train/perplexity": perplexity})
 
-    def evaluation(self, update_step: int, result: EvalResult) -> None:
-        """Write the result of an evaluation."""
+    def evaluation(self, update_step: int, result: EvalResult, others: Mapping[str, EvalResult] = {}) -> None:
+        """Write the result of an evaluation, with those of the model in other forms by their names."""
+        results = {"eval": result, **{f"eval_{form}": other for form, other in others.items()}}
         self._logger.log_metrics(
-            update_step, {f"eval/{name}": float(value) for name, value in result._asdict().items()}
+            update_step,
+            {
+                f"{kind}/{name}": float(value)
+                for kind, each in results.items()
+                for name, value in each._asdict().items()
+            },
         )
-        self.log(f"update {update_step}: perplexity {result.perplexity:.3f} on {result.tokens} tokens")
+        text = "".join(f", {form.replace('_', ' ')} {other.perplexity:.3f}" for form, other in others.items())
+        self.log(f"update {update_step}: perplexity {result.perplexity:.3f}{text} on {result.tokens} tokens")
 
     def close(self, failed: bool) -> None:
         """Close the files and wandb's run."""

@@ -15,6 +15,7 @@ updates are made in the backward pass, else in `LowRankAdamW.step` for all. In t
    (`qgalore.update.directions`); this moves the moments.
 5. W <- decay * W - step_size * leftᵀ N right, where left is (rank, out_features), right (rank, in_features), or one of
    them is missing, or both. A quantized weight is read from its codes and rounded back to codes, stochastically.
+   At full rank what that has lost may be fed into the momentum (`qgalore.update.rounding_feedback`).
 6. Where a streaming refresh was due, or the first one of an SVD, the backward passes have made a sketch beside the
    projected gradient: the next bases come of it, and the moments are rotated into them. Only the next update sees them.
 
@@ -47,6 +48,7 @@ from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction, Step
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
 from qgalore.update.gradient_sum import Gradient, rows_of_gradient
+from qgalore.update.rounding_feedback import apply_with_feedback
 from qgalore.update.weight import Weight
 
 _SMALL = 1 << 16
@@ -176,7 +178,9 @@ def _apply(
     grouped: list[Weight] = []
     for weight, direction, gradient in zip(weights, directions, gradients, strict=True):
         layer = weight.layer
-        if layer is None or layer.quantized_weight is None or gradient is not None:
+        if layer is not None and weight.config is not None and weight.config.rounding_feedback:
+            apply_with_feedback(layer, weight, direction.to(weight.subspace.dtype), skip)
+        elif layer is None or layer.quantized_weight is None or gradient is not None:
             _apply_one(weight, direction.to(weight.subspace.dtype), gradient, skip)
         else:
             grouped.append(weight)

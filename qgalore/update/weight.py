@@ -126,11 +126,26 @@ class Weight:
             )
         if self.config is not None:
             self.config.check_shape(tuple(self.shape), self.name)
+            self._check_feedback(self.config.rounding_feedback)
         if self.state and (parts := self.momentum_format) and not parts.fits(self.state):
             raise ValueError(
                 f"the state of {self.name} does not have the momentum of {parts.shape} in factors of rank {parts.rank} "
                 f"and a rest in {parts.rest_bits} bits: it was saved for another model or other param groups"
             )
+
+    def _check_feedback(self, share: float) -> None:
+        """Raise ValueError where no rounding error can be fed into the momentum, and is to be."""
+        if not share:
+            return
+        # Integers that are attached to no layer yet are codes.
+        floats = self.param.is_floating_point() if self.layer is None else self.layer.format.bits is None
+        if floats:
+            raise ValueError(
+                f"rounding_feedback={share!r} is about quantized weights, and {self.name} is float: leave it out, or "
+                "convert the layer to a WeightFormat with bits"
+            )
+        if self.param_group.get("betas", (0.9,))[0] <= 0:
+            raise ValueError(f"rounding_feedback={share!r} needs a momentum, and betas[0] is 0: give 0.9 or the like")
 
     def init_state(self) -> None:
         """Put the state of a weight without updates into the optimizer's, unless it has one."""
