@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
 import pickle
+import subprocess
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import counters
 from torch.library import opcheck
 
@@ -26,6 +33,7 @@ from qgalore.layer.layout import as_one_view, new_stack
 from qgalore.layer.linear import grouped_linear
 from qgalore.subspace import fit, methods
 from tests.sinks import FactorSink
+from tests.small_run import ROOT
 
 CONFIG = LlamaConfig.from_dict(
     {
@@ -199,6 +207,52 @@ def test_one_compilation_serves_all_layers_through_refreshes(format: WeightForma
     assert counters["stats"]["unique_graphs"] == 1
     expected = trained(*plain)
     assert all(map(torch.equal, [layer.dequantized_weight(torch.float32) for layer in pairs[0][0].layers], expected))
+
+
+def test_a_compiler_has_little_to_trace_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start traces it anew, from whatever cache: a third of the first update of 60M, where all is compiled."""
+    net, _ = attached(Net())
+    torch._dynamo.reset()
+    instructions = Counter[str]()
+    step = InstructionTranslatorBase.step
+
+    def counted(translator: InstructionTranslatorBase) -> Any:
+        instructions[translator.f_code.co_name] += 1
+        return step(translator)
+
+    monkeypatch.setattr(InstructionTranslatorBase, "step", counted)
+    torch.compile(Net.forward, fullgraph=True, dynamic=False, backend="aot_eager")(net, normal(4, 48))
+    assert 0 < instructions.total() <= 650, instructions
+
+
+_START = """
+import json, torch
+from torch._dynamo.utils import counters
+from tests.test_linear_operator import Net, attached, normal
+net, optimizer = attached(Net())
+compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, dynamic=False)  # nothing that needs a C++ compiler
+compiled(net.q, normal(4, 48)).square().sum().backward()
+print(json.dumps({name: counters[kind][name] for kind, name in NAMES}))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_all_that_was_compiled(tmp_path: Path) -> None:
+    """Opaque operands, and effects more so, are what PyTorch may refuse to keep on disk: every start would compile."""
+    kinds = ("autograd_cache", "aot_autograd"), ("fxgraph_cache", "inductor")
+    names = [(kind, f"{name}_{how}") for name, kind in kinds for how in ("hit", "miss", "bypass")]
+    found = []
+    for _ in range(2):
+        started = subprocess.run(
+            [sys.executable, "-c", f"NAMES = {names}\n{_START}"], cwd=ROOT, capture_output=True, text=True, check=False,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert started.returncode == 0, started.stderr
+        found.append(json.loads(started.stdout.splitlines()[-1]))
+    first, second = found
+    assert first["autograd_cache_miss"] == 1 and first["fxgraph_cache_miss"] == 2, first
+    hits = {"autograd_cache_hit": 1, "fxgraph_cache_hit": 2}
+    assert second == dict.fromkeys(second, 0) | hits, second
 
 
 def test_what_is_compiled_keeps_no_weight_alive() -> None:

@@ -75,6 +75,11 @@ class LowRankLinear(nn.Module):
             self.weight = Codes(quantized.qdata)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
+        self._storage: autograd_op.Storage = (
+            self.in_features, format.stored_bits or 0, self.group_size, format.int8_products,
+        )  # fmt: skip
+        self._stored_as = str(self._storage)
+        """As a text, which a compiler compares and guards as one value."""
         self.proxy: Tensor | None = None
         """Stands for the weight in autograd's graph while a gradient sink is attached."""
         self.handle = autograd_op.WeightHandle()
@@ -223,11 +228,6 @@ class LowRankLinear(nn.Module):
         return self.proxy is not None and not self.frozen
 
     @property
-    def _storage(self) -> autograd_op.Storage:
-        bits = 0 if self.weight_scale is None else self.format.bits or 0
-        return self.in_features, bits, self.group_size, self.format.int8_products
-
-    @property
     def _stored(self) -> list[Tensor]:
         if self.weight_scale is None or self.weight_zero_point is None:
             return [self.weight]
@@ -297,6 +297,16 @@ def _multiply_as_one(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> boo
     return weights * dtype.itemsize <= GROUPED_WEIGHT_BYTES and not any(layer.format.int8_products for layer in layers)
 
 
+def _train_as_one(layers: Sequence[LowRankLinear]) -> bool:
+    """Whether an optimizer wants the gradients of all, and they are stored alike."""
+    first = layers[0]
+    # A loop of its own: a compiler at each start traces twice as many instructions of generators within all().
+    for layer in layers:
+        if not layer._trains or (layer is not first and layer._stored_as != first._stored_as):
+            return False
+    return True
+
+
 def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> int:
     """Bytes that multiplying with a weight (out_features, in_features) takes beside factors and result.
 
@@ -326,8 +336,8 @@ def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 
     device, first = input.device.type, layers[0]
     if torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
-    trains = all(layer._trains for layer in layers)
-    if len(layers) > 1 and not (trains and all(layer._storage == first._storage for layer in layers)):
+    trains = _train_as_one(layers)
+    if len(layers) > 1 and not trains:
         return [grouped_linear(input, [layer])[0] for layer in layers]
     if trains or (first.quantized_weight is not None and input.requires_grad and torch.is_grad_enabled()):
         # A frozen one, too: through what stores and rounds, autograd would keep a float copy of the weight.
@@ -335,8 +345,8 @@ def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 
             input, [tensor for layer in layers for tensor in layer._stored],
             [layer.proxy for layer in layers] if trains else [], [layer.handle for layer in layers],
             first._storage, [layer.width for layer in layers],
-            adjacent if _multiply_as_one(layers[:adjacent], input.dtype) else 1,
-            any(layer._frees_input for layer in layers),
+            adjacent if adjacent > 1 and _multiply_as_one(layers[:adjacent], input.dtype) else 1,
+            True in [layer._frees_input for layer in layers],
         )  # fmt: skip
     else:
         weight = first.quantized_weight or first.weight
