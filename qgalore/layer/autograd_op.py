@@ -293,7 +293,7 @@ class _GroupedLinear(torch.autograd.Function):
     """The operator `grouped_linear` with its backward pass, for when nothing traces."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, input: Tensor, stored: list[Tensor], rest: tuple[Any, ...], *proxies: Tensor
     ) -> tuple[Tensor, ...]:
         """rest: the operands of `_forward` behind `proxies`."""
@@ -302,13 +302,15 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         """See `_backward`."""
         grad, proxies, _ = _backward(ctx, grad_outputs, _accumulate, _input_gradient)
         return grad, None, None, *proxies
 
 
-def grouped_linear(input: Tensor, stored: list[Tensor], proxies: list[Tensor], *rest: Any) -> Sequence[Tensor]:
+def grouped_linear(
+    input: Tensor, stored: list[Tensor], proxies: Sequence[Tensor | None], *rest: Any
+) -> Sequence[Tensor]:
     """The operator `grouped_linear`, by the shortest way there is."""
     if torch.compiler.is_compiling() or _is_traced():
         outputs: list[Tensor] = torch.ops.qgalore.grouped_linear(input, stored, proxies, *rest)
