@@ -120,6 +120,7 @@ MODES = {
     **{kind: f"{Q_GALORE} --rank 25 --proj_type {kind}" for kind in ("reverse_std", "left", "right", "full")},
     "full rank": FULL_RANK,
     "full rank, Adam, float": f"{FULL_RANK.replace(' --weight_quant', '')} --direction adam --recipe paper",
+    "full rank, sums in momenta": f"{FULL_RANK} --sum_in_momentum",
     "full rank, second moments of rows": f"{FULL_RANK} --full_rank_second_moment row",
     **{
         f"momentum in parts, {bits} bits": f"{FULL_RANK} --momentum_rank 1/16 --momentum_rest_bits {bits}"

@@ -64,6 +64,11 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
         if idle and not used:
             warnings.append(f"{_idle(idle)} without --{kind}_quant")
+    if args.sums_in_momentum and "grad_accum_dtype" in given:
+        warnings.append(
+            f"--grad_accum_dtype {args.optimizer.grad_accum_dtype} is that of embeddings, head and norms alone: with "
+            "--sum_in_momentum matrices have no sums of gradients"
+        )
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
@@ -300,7 +305,15 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
 def _subspace_problems(args: RunArgs) -> list[str]:
     if not args.optimizer.is_low_rank:
         return []
-    return args.subspace.problems(lambda option: f"--{option} {getattr(args.subspace, option)}")
+    problems = args.subspace.problems(lambda option: f"--{option} {getattr(args.subspace, option)}")
+    if args.sums_in_momentum:
+        problems += [
+            f"--{flag} {value:g} scales the sum of an update's gradients, and with --sum_in_momentum they are part of "
+            f"the momentum by then: give --{flag} 0, or leave --sum_in_momentum out"
+            for flag in ("grad_clipping", "norm_growth")
+            if (value := getattr(args.optimizer, flag))
+        ]
+    return problems
 
 
 def _run_problems(args: RunArgs) -> list[str]:

@@ -62,7 +62,8 @@ class ModelArgs:
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
     and updates run from Python. No graphs are used with --simulation, a --weight_group_size that 8 does not divide,
-    --grad_accum_dtype int8 with one micro-batch, or --residual with updates outside. The bits are the same."""
+    --grad_accum_dtype int8 with one micro-batch, --sum_in_momentum, or --residual with updates outside. The bits are
+    the same."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,10 @@ class OptimizerArgs:
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
     --direction orthogonal, --subspace streaming, --update_proj_gap 200, --rank 7/16 of the model's width, --lr 0.01,
-    --galore_scale 0.5, --norm_growth 1.01, a --full_rank_lr of twice --lr in up to 800 updates, falling with the root
-    of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of 65,536 tokens or more, in
-    proportion of fewer, or 8 over the updates of the run if that is less; twice that for embeddings, head and
-    norms."""
+    --galore_scale 0.5, --norm_growth 1.01 (0 with --sum_in_momentum), a --full_rank_lr of twice --lr in up to 800
+    updates, falling with the root of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of
+    65,536 tokens or more, in proportion of fewer, or 8 over the updates of the run if that is less; twice that for
+    embeddings, head and norms."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4
     """Peak learning rate."""
     full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None

@@ -39,7 +39,9 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
                 found[kind] += times.get(param, 1) * tensor.nbytes
     if not run.updates_at_once:
         rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in model.parameters() if x not in weights)
-        matrices = sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in run.matrices)
+        # Where momenta sum gradients there is nothing else that does.
+        of_each = (_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in run.matrices)
+        matrices = 0 if run.args.sums_in_momentum else sum(of_each)
         found |= {GRADIENTS: rest + layers * matrices, REFRESHES: _refresh_bytes(run)}
     return found
 
