@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.lasting import GRADIENTS, lasting_bytes
 from qgalore import low_rank_param_groups
+from qgalore.config import SubspaceConfig
 from qgalore.graphs import runner
 from qgalore.graphs.eager import EagerStack
 from qgalore.graphs.runner import LayerGraphs
+from qgalore.integrations import OptimizerFactory, connect
 from qgalore.kernels import StepScalars
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update import momentum_sum
@@ -235,6 +238,20 @@ def test_gradients_are_neither_clipped_nor_scaled() -> None:
     for use in (lambda: optimizer.clip_grad_norm_(1.0), lambda: optimizer.scale_gradients(torch.tensor(0.5))):
         with pytest.raises(RuntimeError, match=r"scales the sum of an update's gradients, and with sum_in_momentum"):
             use()
+
+
+def test_a_trainer_that_clips_is_refused_and_so_is_what_scales_the_norm_that_is_shown() -> None:
+    net, optimizer = build("qgalore8bit", "int8", attach=False, **SUMMED)
+    options = {name: value for name, value in SUMMED.items() if name != "update_proj_gap"}
+    args = SimpleNamespace(fp16=False, n_gpu=1, max_grad_norm=1.0, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 scales the sum .*: set max_grad_norm=0, or leave sum_in"):
+        OptimizerFactory()(net, args, config=SubspaceConfig(**options))
+    connection = connect(optimizer, net)
+    backward(net, optimizer, 0, accumulation=2)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    with pytest.raises(RuntimeError, match="or each micro-batch added to the momentum: leave"):
+        optimizer.step()
+    connection.close()
 
 
 # ---- runs
