@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks import quality, quality_plot
+from benchmarks.models import config_path
 from benchmarks.rows import ROOT
 from peft_pretraining.config.parse import parse_args
 from tests.test_quality import token_folder
@@ -112,31 +111,21 @@ def commands() -> list[str]:
 
 
 def test_the_commands_of_the_page_parse(tmp_path: Path) -> None:
-    tokens, parser = token_folder(tmp_path / "tokens", 0), quality.build_parser()
-    plain: list[Any] = []
+    given = {"DIR": token_folder(tmp_path / "tokens", 0), "RUN": str(tmp_path / "run")}
+    given["configs/llama_60m.json"] = str(config_path("60m"))
+    parser, plain = quality.build_parser(), []
     for command in commands():
-        words = [tokens if word == "DIR" else word for word in shlex.split(command)]
-        if words[:3] == ["python", "-m", "benchmarks.quality"]:
-            for run in quality.runs_of(words[3:], parser):
-                flags = (
-                    quality.flags_of_run(run.setting, run.seed, parser.parse_args(run.argv))
-                    if "--tokens" in words
-                    else []
-                )
-                assert not flags or parse_args([*flags, "--save_dir", str(tmp_path / "run")])
-        else:
-            assert words[:2] == ["python", "run_pretrain.py"]
-            words[words.index("--save_dir") + 1] = str(tmp_path / "run")
+        words = [given.get(word, word) for word in shlex.split(command)]
+        if words[:2] == ["python", "run_pretrain.py"]:
             plain.append(parse_args(words[2:]))
-    (as_a_run,) = plain
-    args = parser.parse_args(["--tokens", tokens])
-    setting = parse_args([*quality.flags_of_run("full_rank", 0, args), "--save_dir", str(tmp_path / "run")])
-    differing = [
-        field.name
-        for field in dataclasses.fields(setting)
-        if getattr(setting, field.name) != getattr(as_a_run, field.name)
-    ]
-    assert differing == [], "the plain command is not the setting full_rank"
+            continue
+        assert words[:3] == ["python", "-m", "benchmarks.quality"]
+        for run in quality.runs_of(words[3:], parser):
+            if "--tokens" in words:
+                flags = quality.flags_of_run(run.setting, run.seed, parser.parse_args(run.argv))
+                parse_args([*flags, "--save_dir", given["RUN"]])
+    of_setting = quality.flags_of_run("full_rank", 0, parser.parse_args(["--tokens", given["DIR"]]))
+    assert plain == [parse_args([*of_setting, "--save_dir", given["RUN"]])], "not the setting full_rank"
 
 
 def test_the_picture_shows_settings_that_have_rows() -> None:
