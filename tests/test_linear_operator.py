@@ -236,6 +236,18 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_frozen_layer_has_second_derivatives(format: str) -> None:
+    """As the penalty of a gradient through a frozen model needs them."""
+    layer, found = layers_of(FORMATS[format], (8,))[0].requires_grad_(False), list[Tensor]()
+    weight = layer.dequantized_weight(torch.float32)
+    for product in (layer, lambda x: x @ weight.T):
+        x = normal(3, 24).requires_grad_()
+        (gradient,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
+        found += torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"], FORMATS["float"]], ids=["int8", "int4", "float"])
 @pytest.mark.parametrize("subspace", ["svd", "streaming"])
 def test_one_compilation_serves_all_layers_through_refreshes(format: WeightFormat, subspace: str) -> None:
