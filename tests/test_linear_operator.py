@@ -228,6 +228,21 @@ def test_who_traces_sees_operators_and_all_others_go_round_them(format: str, adj
     assert all(map(torch.equal, *found)) and [each.shape for each in found[0][4:7]] == [()] * 3
 
 
+def test_a_backward_pass_that_is_compiled_by_itself_gives_the_same() -> None:
+    found = []
+    for compiled in (False, True):
+        net, optimizer = attached(Net())
+        optimizer.attach(net)  # an update inside of it would be traced, too
+        torch._dynamo.reset()
+        backend = torch.compile(backend="aot_eager")
+        with torch._dynamo.compiled_autograd._enable(backend) if compiled else contextlib.nullcontext():
+            for update in range(3):
+                net(normal(64, 48, seed=update)).square().sum().backward()
+                optimizer.step()
+        found.append([layer.dequantized_weight(torch.float32) for layer in net.layers])
+    assert all(map(torch.equal, *found))
+
+
 def test_a_gradient_of_a_gradient_is_refused() -> None:
     layer, x = layers_of(WeightFormat(8), (8,))[0], normal(3, 24).requires_grad_()
     layer.attach(Sink())
