@@ -8,9 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_HIGHEST = 1.35
+_HIGHEST = 1.45
 """The largest perplexity in a plot, as a multiple of the lowest."""
-BYTES = ("weights_gb", "states_gb", "gradients_gb")
+BYTES = ("weights_gb", "states_gb")
+"""What counts: all that a run keeps from one update to the next. Gradients do not, as in the published tables."""
+LABELS = {
+    "--weight_bits 4": "INT4 weights",
+    "--direction normuon": "NorMuon",
+    "--full_rank_second_moment row": "row moments",
+}
+"""How the points of these flags are labelled."""
 
 
 class Point(NamedTuple):
@@ -19,10 +26,10 @@ class Point(NamedTuple):
     mean: float
     """The mean perplexity of its seeds."""
     size: float
-    """GB of weights, states and gradients."""
+    """GB of weights, projections and states."""
     setting: str
-    rank: str
-    """The rank, and the bits of weights if not 8, by the flags."""
+    label: str
+    """The rank, and what is in `LABELS`, by the flags."""
     seeds: list[float]
 
 
@@ -40,7 +47,7 @@ def read_points(results: Path, model: str, updates: int, settings: Sequence[str]
         seeds = [float(row["perplexity"]) for row in rows]
         ranks = [found[-1] for name in ("rank", "mlp_rank") if (found := re.findall(rf"--{name} (\d+|full)\b", flags))]
         label = [f"rank {' and '.join(ranks)}"] * bool(ranks)
-        label += ["INT4 weights"] * ("--weight_bits 4" in flags)
+        label += [text for flag, text in LABELS.items() if flag in flags]
         size = sum(float(rows[0][name]) for name in BYTES)
         points.append(Point(sum(seeds) / len(seeds), size, setting, ", ".join(label), seeds))
     return sorted(points)
@@ -55,10 +62,10 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def plot(results: Path, picture: Path, model: str, updates: int, settings: Sequence[str]) -> None:
-    """Perplexity of settings against the bytes of weights, states and gradients.
+    """Perplexity of settings against the bytes of weights, projections and states.
 
     A point is the mean of a setting's seeds with the same flags, a bar their range. The frontier of a setting is a line
-    in its colour with the ranks; other flags are grey. The axis of bytes is cut where nothing is. What is too high for
+    in its colour with the labels; other flags are grey. The axis of bytes is cut where nothing is. What is too high for
     the picture is at its top, with its perplexity.
     """
     from matplotlib import pyplot
@@ -84,12 +91,12 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
             part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
             part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
             for p, height in zip(best, y, strict=True):
-                text = p.rank + (f": {p.mean:.0f}" if p.mean > top else "")
-                part.annotate(text, (p.size, height), (5, -3), textcoords="offset points", fontsize=7, clip_on=True)
+                text = p.label + (f": {p.mean:.0f}" if p.mean > top else "")
+                part.annotate(text, (p.size, height), (5, -9), textcoords="offset points", fontsize=7, clip_on=True)
     for part, within in zip(axes[0], parts, strict=True):
         margin = 0.2 * (within[-1] - within[0]) or 0.02
         part.set_xlim(within[0] - margin, within[-1] + margin)
-    axes[0][0].set_xlabel("weights, optimizer states and gradients, GB")
+    axes[0][0].set_xlabel("weights, projections and optimizer states, GB")
     axes[0][0].set_ylabel(f"perplexity, {model}, {updates} updates")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(picture, bbox_inches="tight", dpi=120)

@@ -479,8 +479,18 @@ class LowRankAdamW(Optimizer):
         return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.late_overflow()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients; raises RuntimeError where momenta have some of an update that goes on."""
+        """Forget all gradients; warns where the backward pass has made a part of the update and `step` not the rest.
+
+        Raises RuntimeError where momenta have some of an update that goes on.
+        """
         self._check_whole("forget gradients")
+        # Rows are written with the first weight of an update.
+        if self._rows_written and any(weight.gradient.is_final for weight in self._weights.values()):
+            warnings.warn(
+                "zero_grad() between backward() and step(): with update_in_backward most weights have been updated by "
+                "now, and norms and biases, which step() updates, have not: call step() before zero_grad()",
+                stacklevel=2,
+            )
         super().zero_grad(set_to_none)
         self._abandon_update()
 

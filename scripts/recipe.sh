@@ -6,7 +6,8 @@
 #   q_galore             INT8 weights, INT4 projections, 8-bit Adam: the paper's algorithm, --recipe paper (default)
 #   q_galore_simulation  the same with fake quantization of the weights
 #   q_galore_streaming   q_galore with the streaming subspace instead of SVD
-#   q_galore_orthogonal  this project's own, --recipe orthogonal: better perplexity at the same bytes (docs/quality.md)
+#   q_galore_orthogonal  this project's own, --recipe orthogonal: better perplexity at the same bytes (docs/quality.md);
+#                        --rank full behind it was better still at 60M, with the flags there
 #   galore               GaLore with float32 Adam states
 #   galore8bit           GaLore with 8-bit Adam
 #   adamw, adam8bit      full rank

@@ -354,6 +354,7 @@ BAD_COMBINATIONS = [
     (f"{GALORE} --rank full --direction normuon --momentum_rank 512", 1, "--momentum_rank is 512, but"),
     (f"{GALORE} --rank full --momentum_rank 1/16", 1, "--direction adam needs every value of it and a second moment"),
     (f"{Q_GALORE} --rank full --momentum_rank 1/0", 1, "a share of the shorter side such as 1/16"),
+    (f"{Q_GALORE} --rank full --momentum_rank 1/1", 1, "a share of the shorter side such as 1/16"),
     (f"{Q_GALORE} --rank full --momentum_rank 2.5", 1, "must be a whole number of dimensions, or a share"),
     (f"{Q_GALORE} --rank full --momentum_rest_bits 2", 1, "--momentum_rest_bits 2 is about a momentum in parts"),
     (

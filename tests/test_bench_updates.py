@@ -48,7 +48,7 @@ def test_two_ranks_are_compared_with_each_alone(tmp_path: Path) -> None:
     alone = [float(speed) for speed in row["alone_tokens_per_second"].split()]
     speed = float(row["tokens_per_second"])
     assert (row["gpus"], len(alone)) == ("2", 2)
-    assert speed == pytest.approx(2 * 256 / float(row["update_ms"]) * 1e3, rel=0.01)
+    assert speed == pytest.approx(2 * 256 / float(row["update_ms"]) * 1e3, abs=0.51)  # a row has whole tokens
     assert float(row["ratio"]) == pytest.approx(2 * speed / sum(alone), rel=0.02)
     assert float(row["ratio_to_slowest"]) == pytest.approx(speed / min(alone), rel=0.02)
     # Rank 32 of a width of 128, and embeddings and head in full.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +210,23 @@ def test_a_state_of_another_format_is_refused() -> None:
         _, _, other = trained(0, momentum_rank=8)
         with pytest.raises(ValueError, match=r"does not have the momentum of .* in factors of rank 8"):
             other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "message"),
+    [
+        ({"momentum_rank": 8}, {}, r"has a momentum in parts, and its param group no momentum_rank"),
+        ({}, {"momentum_rank": 8}, r"does not have the momentum of"),
+        ({"momentum_rank": 8}, {"momentum_rank": 8, "momentum_rest_bits": 0}, r"and a rest in 0 bits"),
+        ({"momentum_rank": 8}, {"momentum_rank": 8, "momentum_rest_bits": 8}, r"and a rest in 8 bits"),
+    ],
+)
+def test_a_state_is_not_taken_for_one_of_other_options(
+    saved: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    (_, _, optimizer), (_, _, other) = trained(1, **saved), trained(0, **options)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(optimizer.state_dict() | {"param_groups": other.state_dict()["param_groups"]})
 
 
 def test_a_share_of_the_shorter_side() -> None:

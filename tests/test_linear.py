@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import weakref
 from collections.abc import Callable
 
@@ -257,6 +258,15 @@ def test_pickle_gives_the_same_layer(storage: str) -> None:
     again = torch.load(file, weights_only=False)
     assert again.sink is None
     assert torch.equal(again(normal(4, 21)), module(normal(4, 21)))
+
+
+@every_format
+def test_what_an_older_version_has_pickled_can_be_trained(storage: str) -> None:
+    module = layer(storage)
+    del module._storage, module._stored_as
+    again = pickle.loads(pickle.dumps(module))
+    again.attach(Recorder())
+    assert torch.equal(again(normal(4, 21)), layer(storage)(normal(4, 21)))
 
 
 def test_conversion_keeps_names_bias_and_mode() -> None:

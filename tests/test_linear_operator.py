@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import counters
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
@@ -190,6 +192,75 @@ def test_the_operators_are_what_they_are_declared_to_be(format: str, inputs: int
     assert accumulate(grads, x, handles, inputs, adjacent).tolist() == [0.0] * len(layers)
     detached = [tensor.detach() for tensor in stored]
     opcheck(operators.grouped_linear_input_gradient.default, (grads, detached, handles, storage, inputs, None))
+
+
+class Recorded(TorchDispatchMode):
+    """Remembers the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adjacent", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_who_traces_sees_operators_and_all_others_go_round_them(format: str, adjacent: int) -> None:
+    layers, x = layers_of(FORMATS[format], (16, 16, 40)), normal(2, 5, 24, seed=9).requires_grad_()
+    grads, found = [normal(2, 5, rows, seed=rows) for rows in (16, 16, 40)], list[list[Tensor]]()
+    for layer in layers:
+        layer.attach(Sink())
+    recorded = Recorded()
+    for mode, node in (
+        (contextlib.nullcontext(), "_GroupedLinearBackward"),
+        (recorded, "GeneratedBackwardFor_qgalore_grouped_linear_defaultBackward"),
+    ):
+        with mode:
+            ys = grouped_linear(x, layers, adjacent=adjacent)
+        assert type(ys[0].grad_fn).__name__ == node
+        gradients = torch.autograd.grad(ys, [x, *(layer.proxy for layer in layers)], grads)  # type: ignore[list-item]
+        sinks = [layer.sink for layer in layers]
+        found.append([*ys, *gradients, *(part for sink in sinks for part in (sink.grad_output, sink.input))])  # type: ignore[union-attr]
+    assert "qgalore::grouped_linear" in recorded.names
+    assert all(map(torch.equal, *found)) and [each.shape for each in found[0][4:7]] == [()] * 3
+
+
+def test_a_backward_pass_that_is_compiled_by_itself_gives_the_same() -> None:
+    found = []
+    for compiled in (False, True):
+        net, optimizer = attached(Net())
+        optimizer.attach(net)  # an update inside of it would be traced, too
+        torch._dynamo.reset()
+        backend = torch.compile(backend="aot_eager")
+        with torch._dynamo.compiled_autograd._enable(backend) if compiled else contextlib.nullcontext():
+            for update in range(3):
+                net(normal(64, 48, seed=update)).square().sum().backward()
+                optimizer.step()
+        found.append([layer.dequantized_weight(torch.float32) for layer in net.layers])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    layer, x = layers_of(WeightFormat(8), (8,))[0], normal(3, 24).requires_grad_()
+    layer.attach(Sink())
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_frozen_layer_has_second_derivatives(format: str) -> None:
+    """As the penalty of a gradient through a frozen model needs them."""
+    layer, found = layers_of(FORMATS[format], (8,))[0].requires_grad_(False), list[Tensor]()
+    weight = layer.dequantized_weight(torch.float32)
+    for product in (layer, lambda x: x @ weight.T):
+        x = normal(3, 24).requires_grad_()
+        (gradient,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
+        found += torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("format", [FORMATS["int8"], FORMATS["int4"], FORMATS["float"]], ids=["int8", "int4", "float"])

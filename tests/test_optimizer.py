@@ -5,6 +5,7 @@ import gc
 import io
 import itertools
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,22 @@ def test_updates_in_backward_leave_norms_and_biases_for_step(subspace: str) -> N
     assert changed == small
     assert all(torch.equal(before[name], start[name]) for name in small)
     assert not all(torch.equal(before[name], value) for name, value in start.items())
+
+
+def test_forgetting_gradients_before_step_is_said_where_a_part_of_the_update_is_made() -> None:
+    """Such a loop, without `step`, would train all but norms and biases."""
+    net, optimizer = build("qgalore8bit", "int8", update_in_backward=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(net, optimizer, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(net, optimizer, 1)
+        with pytest.raises(UserWarning, match=r"norms and biases, which step\(\) updates, have not"):
+            optimizer.zero_grad()
+        net, optimizer = build("qgalore8bit", "int8")
+        backward(net, optimizer, 0)
+        optimizer.zero_grad()
 
 
 def full_size_floats(net: Net) -> list[Tensor]:

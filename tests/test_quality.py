@@ -116,12 +116,13 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
     assert path.read_text() == "a,b\n1,x\n2,y\n"
 
 
+NORMUON, ROW_MOMENTS = "--direction normuon", "--full_rank_second_moment row"
 ROWS = [
     ("60m", 800, "adamw", "--lr 1", 0, 50.0, 5, 2, 0), ("60m", 800, "adamw", "--lr 2", 0, 48.0, 5, 2, 0),
     ("60m", 800, "muon", "", 0, 90.0, 3, 1, 1), ("60m", 800, "muon", "", 1, 52.0, 3, 1, 1),
     ("60m", 800, "muon", "", 0, 50.0, 3, 1, 1), ("60m", 800, "muon", "--rank 64", 0, 60.0, 1, 1, 1),
     ("60m", 800, "muon", "--rank 64 --rank 8 --weight_bits 4", 0, 70.0, 1, 0, 1),
-    ("60m", 800, "muon", "--rank 9 --mlp_rank 3", 0, 71.0, 1, 1, 1),
+    ("60m", 800, "muon", f"--rank full --mlp_rank 3 {NORMUON} {ROW_MOMENTS}", 0, 71.0, 1, 1, 1),
     ("60m", 800, "muon", "--lr 9", 0, 49.0, "", "", ""),
     ("130m", 800, "adamw", "--lr 2", 0, 40.0, 1, 2, 0), ("60m", 3200, "adamw", "", 0, 30.0, 1, 2, 0),
     ("60m", 800, "old", "", 0, 45.0, 1, 1, 1),
@@ -136,13 +137,13 @@ def rows_to_plot(path: Path) -> Path:
 
 def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> None:
     points = quality_plot.read_points(rows_to_plot(tmp_path / "quality.csv"), "60m", 800, ["adamw", "muon"])
-    assert [(point.mean, point.size, point.setting, point.rank) for point in points] == [
+    assert [(point.mean, point.size, point.setting, point.label) for point in points] == [
         (48.0, 7.0, "adamw", ""),
         (50.0, 7.0, "adamw", ""),
-        (51.0, 5.0, "muon", ""),
-        (60.0, 3.0, "muon", "rank 64"),
-        (70.0, 2.0, "muon", "rank 8, INT4 weights"),
-        (71.0, 3.0, "muon", "rank 9 and 3"),
+        (51.0, 4.0, "muon", ""),
+        (60.0, 2.0, "muon", "rank 64"),
+        (70.0, 1.0, "muon", "rank 8, INT4 weights"),
+        (71.0, 2.0, "muon", "rank full and 3, NorMuon, row moments"),
     ]
     assert points[2].seeds == [50.0, 52.0]
     assert [point.mean for point in quality_plot.frontier(points)] == [70.0, 60.0, 51.0, 48.0]
@@ -170,8 +171,8 @@ def test_the_plot_draws_the_frontier_of_each_setting(
     results = rows_to_plot(tmp_path / "quality.csv")
     quality_plot.plot(results, tmp_path / "plot.png", "60m", 800, ["adamw", "muon"])
     # Twice, for the two parts of the axis; 70 is beyond the top.
-    top = 1.35 * 48
-    assert drawn[::2] == [([7.0], [48.0], "adamw: 48.0"), ([2.0, 3.0, 5.0], [top, 60.0, 51.0], "muon: 51.0 (2 seeds)")]
+    top = 1.45 * 48
+    assert drawn[::2] == [([7.0], [48.0], "adamw: 48.0"), ([1.0, 2.0, 4.0], [top, 60.0, 51.0], "muon: 51.0 (2 seeds)")]
     with pytest.raises(SystemExit, match="no run of --model 60m over --updates 7"):
         quality_plot.plot(results, tmp_path / "plot.png", "60m", 7, ["adamw", "muon"])
 
@@ -181,4 +182,4 @@ def test_rows_of_settings_that_are_gone_can_be_drawn(
 ) -> None:
     argv = ["--plot", str(tmp_path / "plot.png"), "--results", str(rows_to_plot(tmp_path / "quality.csv"))]
     quality.main([*argv, "--settings", "old"])
-    assert drawn == [([3.0], [45.0], "old: 45.0")] and (tmp_path / "plot.png").is_file()
+    assert drawn == [([2.0], [45.0], "old: 45.0")] and (tmp_path / "plot.png").is_file()

@@ -402,6 +402,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "rank": ({"rank": 16}, "rank is 16 here and 32 there"),
     "proj_type": ({"proj_type": "left"}, "proj_type is 'left' here and 'std' there"),
     "subspace": ({"subspace": "streaming"}, "subspace is 'streaming' here and 'svd' there"),
+    "momentum": (
+        {"rank": "full", "direction": "orthogonal", "update_proj_gap": None, "proj_group_size": None}
+        | {"momentum_rank": 8, "momentum_rest_bits": 2},
+        "momentum_rank is 8 here and 0.0 there; momentum_rest_bits is 2 here and 4 there",
+    ),
     "seed": ({"seed": 1}, "seed is 1 here and 0 there"),
     "dtype": ({"dtype": "bfloat16"}, "dtype is 'bfloat16' here and 'float32' there"),
     "batch": ({"total_batch_size": 16}, "total_batch_size is 16 here and 8 there"),

@@ -33,6 +33,8 @@ def _dimensions_or_share(text: str) -> float:
     numerator, line, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator) if line else float(text)
+        if line and value >= 1:
+            raise ValueError  # 1/1 is all of a side, and the number 1 one dimension
         return int(value) if value.is_integer() else value
     except (ValueError, ZeroDivisionError):
         raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None

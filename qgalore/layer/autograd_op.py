@@ -301,11 +301,24 @@ class _GroupedLinear(torch.autograd.Function):
         return tuple(_forward(input, stored, [], *rest))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        """See `_backward`."""
-        grad, proxies, _ = _backward(ctx, grad_outputs, _accumulate, _input_gradient)
-        return grad, None, None, *proxies
+        """See `_backward`; a frozen layer is a product with a constant, which has a second derivative."""
+        # What goes to a sink has none, nor have products of codes, which round: there autograd says so.
+        if torch.compiler.is_compiling():  # a backward pass that is compiled by itself
+            grad, _, proxies, *_ = _backward_of_operator(ctx, list(grad_outputs))
+            return grad, None, None, *proxies
+        one_time = ctx.trains or ctx.storage[3]
+        return _backward_of_function_once(ctx, *grad_outputs) if one_time else _backward_of_function(ctx, *grad_outputs)
+
+
+def _backward_of_function(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    grad, proxies, _ = _backward(ctx, grad_outputs, _accumulate, _input_gradient)
+    return grad, None, None, *proxies
+
+
+_backward_of_function_once: Callable[..., tuple[Any, ...]] = torch.autograd.function.once_differentiable(
+    _backward_of_function
+)
 
 
 def grouped_linear(

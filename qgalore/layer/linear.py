@@ -75,15 +75,17 @@ class LowRankLinear(nn.Module):
             self.weight = Codes(quantized.qdata)
             self.register_buffer("weight_scale", quantized.scale)
             self.register_buffer("weight_zero_point", quantized.zero_point)
-        self._storage: autograd_op.Storage = (
-            self.in_features, format.stored_bits or 0, self.group_size, format.int8_products,
-        )  # fmt: skip
-        self._stored_as = str(self._storage)
-        """As a text, which a compiler compares and guards as one value."""
+        self._describe_storage()
         self.proxy: Tensor | None = None
         """Stands for the weight in autograd's graph while a gradient sink is attached."""
         self.handle = autograd_op.WeightHandle()
         self._increments_version = True
+
+    def _describe_storage(self) -> None:
+        bits = self.format.stored_bits or 0
+        self._storage: autograd_op.Storage = self.in_features, bits, self.group_size, self.format.int8_products
+        self._stored_as = str(self._storage)
+        """As a text, which a compiler compares and guards as one value."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: WeightFormat, **options: bool) -> LowRankLinear:
@@ -105,6 +107,10 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"proxy": None}  # a copy has no optimizer, nor has its handle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._describe_storage()  # which a pickle of an older version does not have
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         frozen = self.frozen

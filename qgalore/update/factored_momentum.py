@@ -79,8 +79,11 @@ class MomentumFormat(NamedTuple):
             state[_COLUMNS] = torch.zeros(self.shape[1], device=device)
 
     def fits(self, state: dict[str, Tensor]) -> bool:
-        """Whether a state has all tensors of this format, in its shapes."""
-        return all(key in state and state[key].shape == shape for key, shape in _shapes(self).items())
+        """Whether a state has the tensors of this format, in its shapes, and none of another."""
+        shapes = _shapes(self)
+        if "exp_avg_rest" in state and "exp_avg_rest" not in shapes:
+            return False
+        return all(key in state and state[key].shape == shape for key, shape in shapes.items())
 
     def read(self, state: dict[str, Tensor]) -> Tensor:
         """The momentum (m, n), float32."""
@@ -169,6 +172,11 @@ class FactoredStep(NamedTuple):
         (ahead,) = kernels.momentum_steps([step], moments.BLOCK_SIZE, skip)
         self.format.write(self.state, momentum, skip)
         return ahead
+
+
+def in_parts(state: dict[str, Tensor]) -> bool:
+    """Whether a state has a momentum in some `MomentumFormat`."""
+    return "exp_avg_left" in state
 
 
 @functools.cache

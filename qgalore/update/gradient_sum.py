@@ -24,8 +24,7 @@ def rows_of_gradient(gradient: Gradient, start: int, stop: int) -> Tensor:
     """Rows start:stop of a gradient, in a float dtype."""
     if isinstance(gradient, QuantizedTensor):
         return gradient.rows(start, stop).dequantize()
-    rows: Tensor = kernels.at_least_1d(gradient)[start:stop]
-    return rows
+    return kernels.rows_of(gradient, start, stop)
 
 
 def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Gradient:

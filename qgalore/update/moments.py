@@ -74,10 +74,9 @@ def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor
     """Views of the moments of rows start:stop, a range of `row_parts`."""
     moments = {name: kernels.at_least_1d(state[name]) for name in (*MOMENTS, ROW_MOMENT) if name in state}
     columns = moments["exp_avg"].shape[1:].numel()
-    views = {name: value[start:stop] for name, value in moments.items()}
+    views = {name: kernels.rows_of(value, start, stop) for name, value in moments.items()}
     for name in moments:
-        if f"{name}_absmax" in state:
-            views[f"{name}_absmax"] = state[f"{name}_absmax"][
-                start * columns // BLOCK_SIZE : -(-stop * columns // BLOCK_SIZE)
-            ]
+        if (absmax := state.get(f"{name}_absmax")) is not None:
+            first, last = start * columns // BLOCK_SIZE, -(-stop * columns // BLOCK_SIZE)
+            views[f"{name}_absmax"] = kernels.rows_of(absmax, first, last)
     return views

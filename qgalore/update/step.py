@@ -293,7 +293,7 @@ def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Ten
         directions = weights[0].direction.advance(steps, skip)
         updates = []
         for (weight, _, _, start, stop), direction in zip(chosen, directions, strict=True):
-            rows = kernels.at_least_1d(weight.param.data)[start:stop]
+            rows = kernels.rows_of(weight.param.data, start, stop)
             updates.append(kernels.FloatUpdate(rows, direction, None, None, weight.step_row, row_start=start))
         kernels.update_float_(updates, skip)
 
@@ -305,6 +305,6 @@ def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, sta
     """
     grad, l2 = rows_of_gradient(gradient, start, stop), weight.param_group["weight_decay"]
     if l2 and not weight.param_group["decoupled_weight_decay"]:
-        grad = kernels.scaled(grad, factor).add(kernels.at_least_1d(weight.param.data)[start:stop], alpha=l2)
+        grad = kernels.scaled(grad, factor).add(kernels.rows_of(weight.param.data, start, stop), alpha=l2)
         factor = None
     return weight.prepare_step(grad, factor, moments.rows_of(weight.state, start, stop))

@@ -21,7 +21,7 @@ from qgalore.subspace import fit
 from qgalore.subspace.methods import METHODS, Identity
 from qgalore.update import moments, momentum_sum
 from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, Step, direction_of
-from qgalore.update.factored_momentum import FactoredStep, MomentumFormat
+from qgalore.update.factored_momentum import FactoredStep, MomentumFormat, in_parts
 from qgalore.update.gradient import WeightGradient
 from qgalore.update.momentum_sum import SummedGradient, SummedStep
 from qgalore.update.step_table import StepTable, SumRows
@@ -141,10 +141,22 @@ class Weight:
                 f"the state of {self.name} has a momentum that gradients cannot be added to: it was saved with other "
                 "param groups, without sum_in_momentum"
             )
-        if self.state and (parts := self.momentum_format) and not parts.fits(self.state):
+        if self.state:
+            self._check_momentum()
+
+    def _check_momentum(self) -> None:
+        """Raise ValueError where the state's momentum is in parts and should not be, or the other way round."""
+        if parts := self.momentum_format:
+            if not parts.fits(self.state):
+                raise ValueError(
+                    f"the state of {self.name} does not have the momentum of {parts.shape} in factors of rank "
+                    f"{parts.rank} and a rest in {parts.rest_bits} bits: it was saved for another model or other param "
+                    "groups"
+                )
+        elif in_parts(self.state):
             raise ValueError(
-                f"the state of {self.name} does not have the momentum of {parts.shape} in factors of rank {parts.rank} "
-                f"and a rest in {parts.rest_bits} bits: it was saved for another model or other param groups"
+                f"the state of {self.name} has a momentum in parts, and its param group no momentum_rank: it was saved "
+                "for another model or other param groups"
             )
 
     def _check_feedback(self, share: float) -> None:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qgalore.kernels.arguments import ceil_div, next_power_of_2
 from qgalore.kernels.triton.tiles import to_float
 
 _BLOCK_VALUES = 4096
@@ -66,10 +67,10 @@ def rotate(
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     _, length, query_heads, head_dim = query.shape
     key_heads, half = key.shape[2], head_dim // 2
-    lanes = triton.next_power_of_2(half)
+    lanes = next_power_of_2(half)
     block = max(1, _BLOCK_VALUES // (2 * lanes))
     query_rows, key_rows = query.numel() // head_dim, key.numel() // head_dim
-    _rotate_kernel[(triton.cdiv(query_rows, block) + triton.cdiv(key_rows, block),)](
+    _rotate_kernel[(ceil_div(query_rows, block) + ceil_div(key_rows, block),)](
         query, key, query_out, key_out, cos.contiguous(), sin.contiguous(), query_rows, key_rows, *query.stride()[:3],
         *key.stride()[:3], query_out.stride(1), key_out.stride(1), LENGTH=length, QUERY_HEADS=query_heads,
         KEY_HEADS=key_heads, HALF=half, LANES=lanes, BLOCK=block, BACK=back, enable_fp_fusion=False, num_warps=4,

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qgalore.kernels.arguments import next_power_of_2
+
 _MAX_BLOCK = 8192
 _VALUES_A_THREAD = 32
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -107,7 +109,7 @@ def softmax_gradient_(
     """See `peft_pretraining.models.ops.linear_cross_entropy.softmax_gradient_`."""
     rows, width = logits.shape
     # 128 threads at the least, and no fewer columns than threads.
-    block = max(128, min(_MAX_BLOCK, triton.next_power_of_2(columns)))
+    block = max(128, min(_MAX_BLOCK, next_power_of_2(columns)))
     _softmax_gradient_kernel[(rows,)](
         logits,
         targets.contiguous(),

@@ -18,6 +18,12 @@ def at_least_1d(x: Tensor) -> Tensor:
     return x if x.dim() else x.view(1)
 
 
+def rows_of(x: Tensor, start: int, stop: int) -> Tensor:
+    """A view of rows start:stop of a tensor; the tensor itself where these are all, which takes no time on the host."""
+    x = at_least_1d(x)
+    return x if start == 0 and stop >= x.shape[0] else x[start:stop]
+
+
 def row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Row ranges of about 4 M elements."""
     size = max(1, _CHUNK_ELEMENTS // max(1, columns))

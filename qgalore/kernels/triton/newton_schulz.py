@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT
+from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div
 from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, unit_factors, working_dtype
 from qgalore.kernels.triton.tiles import to_float
 
@@ -198,7 +198,7 @@ class _Group:
         dtype, device, columns = matrices[0].dtype, matrices[0].device, self._tiles.full[1]
         ends: list[int] = []
         for matrix in matrices:
-            ends.append((ends[-1] if ends else 0) + triton.cdiv(max(matrix.shape), columns))
+            ends.append((ends[-1] if ends else 0) + ceil_div(max(matrix.shape), columns))
         self._width, self._count = ends[-1] * columns, len(matrices)
         self._starts = [end * columns for end in [0, *ends[:-1]]]
         self._dtype = working_dtype(dtype) if in_segments else dtype
@@ -268,7 +268,7 @@ class _Group:
     def _below(self) -> int:
         """Tiles of a symmetric matrix that reach below its diagonal."""
         rows, columns = self._tiles.square[:2]
-        across: int = triton.cdiv(self._rows, columns)
+        across = ceil_div(self._rows, columns)
         return columns // rows * (across * (across + 1) // 2)
 
     def _gram(self, gram: Tensor, factor: float) -> None:
@@ -291,7 +291,7 @@ class _Group:
     def _apply(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
         """out = (first X + factor X) sqrt(scale)."""
         rows, columns, depth, warps, stages = self._tiles.full
-        _apply_kernel[(triton.cdiv(self._rows, rows), self._width // columns)](
+        _apply_kernel[(ceil_div(self._rows, rows), self._width // columns)](
             self._x, factor, factor if scale is None else scale, out, self._rows, self._width, first, *self._ends,
             T=rows, K=depth, C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,
         )  # fmt: skip
