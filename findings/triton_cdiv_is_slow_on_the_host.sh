@@ -7,9 +7,8 @@ set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-for release in 3.4.0 3.6.0; do
-    "$folder/venv/bin/pip" install --quiet --no-deps --target "$folder/$release" "triton==$release"
-done
+"$folder/venv/bin/pip" install --quiet --no-deps --target "$folder/3.4.0" triton==3.4.0
+"$folder/venv/bin/pip" install --quiet --no-deps --target "$folder/3.6.0" triton==3.6.0
 measure='
 import timeit
 

@@ -11,11 +11,11 @@ from types import ModuleType
 
 import pytest
 
+from peft_pretraining.commands import export, plot, tokenize
 from peft_pretraining.config.flags import FlagSpec, format_count, parse_count, read_specs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
-from scripts import export_hf, plot_run, tokenize_dataset
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
 CONFIG = str(Path(__file__).parent.parent / "configs" / "llama_60m.json")
@@ -466,8 +466,8 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
 
 @pytest.mark.parametrize(
     ("script", "words"),
-    [(export_hf, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot_run, "{0}/a --output={0}/b"),
-     (tokenize_dataset, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c")],
+    [(export, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot, "{0}/a --output={0}/b"),
+     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c")],
 )  # fmt: skip
 def test_a_tilde_is_expanded_in_the_flags_of_scripts(
     script: ModuleType, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

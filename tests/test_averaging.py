@@ -14,13 +14,13 @@ from peft_pretraining import averaging
 from peft_pretraining.averaging import WeightAverage, Window
 from peft_pretraining.build import build_data, build_model, build_training
 from peft_pretraining.checkpoint.store import load_checkpoint
+from peft_pretraining.commands.export import averaged_weights, export
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import evaluate
 from peft_pretraining.runtime.world import World
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.quantization import QuantizedTensor, quantize
-from scripts.export_hf import averaged_weights, export
 from tests.small_run import (
     CONFIG,
     FULL_RANK,

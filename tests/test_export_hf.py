@@ -1,6 +1,5 @@
 """The export loads in transformers and computes what the trained model does."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import torch
 
 from peft_pretraining.build import build_model
 from peft_pretraining.checkpoint.store import save_checkpoint
+from peft_pretraining.commands import export as export_command
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import low_rank_names
@@ -42,12 +42,8 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def script(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("export_hf", root / "scripts" / "export_hf.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return export_command
 
 
 def write_run(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
-from scripts import tokenize_dataset
+from peft_pretraining.commands import tokenize as tokenize_dataset
 from tests.data.files import write_texts
 from tests.data.hub_server import DatasetHub, HubRepository, point_at
 from tests.small_run import CONFIG, ROOT, restored_process

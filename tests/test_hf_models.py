@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from peft_pretraining.build import build_model
+from peft_pretraining.commands.export import export
 from peft_pretraining.config.flag_groups import ModelArgs, OptimizerArgs, QuantizationArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, low_rank_names
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.recorded_init import InitRecorder, UnreadableInitError
 from peft_pretraining.optim.build import low_rank_converter
-from scripts.export_hf import export
 from tests.small_run import VOCAB, SmallRun, assert_same_run, flags_of
 
 transformers = pytest.importorskip("transformers")

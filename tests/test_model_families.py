@@ -12,6 +12,7 @@ import torch
 
 from peft_pretraining import models
 from peft_pretraining.build import build_model
+from peft_pretraining.commands.export import export
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
@@ -20,7 +21,6 @@ from peft_pretraining.models import registry
 from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.network import CausalLM
 from qgalore import LowRankLinear
-from scripts.export_hf import export
 from tests.small_run import Result, SmallRun, flags_of
 
 FAMILY = """

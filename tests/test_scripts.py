@@ -308,7 +308,7 @@ def write_metrics(save_dir: Path, with_subspaces: bool) -> None:
 @pytest.mark.parametrize("with_subspaces", [True, False])
 def test_plot_draws_a_png(tmp_path: Path, with_subspaces: bool) -> None:
     pytest.importorskip("matplotlib")
-    from scripts.plot_run import main
+    from peft_pretraining.commands.plot import main
 
     write_metrics(tmp_path, with_subspaces)
     assert main([str(tmp_path)]) == 0
@@ -318,7 +318,7 @@ def test_plot_draws_a_png(tmp_path: Path, with_subspaces: bool) -> None:
 
 def test_plot_of_nothing_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    from scripts.plot_run import main
+    from peft_pretraining.commands.plot import main
 
     assert main([str(tmp_path)]) == 2
     assert "must be the --save_dir of a run" in capsys.readouterr().err
@@ -326,7 +326,7 @@ def test_plot_of_nothing_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_similarity_map_averages_over_bins() -> None:
     pytest.importorskip("matplotlib")
-    from scripts.plot_run import COLUMNS, similarity_map
+    from peft_pretraining.commands.plot import COLUMNS, similarity_map
 
     name = "subspace/similarity/a"
     lines = [{"update_step": step, name: step / 600} for step in range(0, 600, 5)]

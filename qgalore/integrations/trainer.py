@@ -17,7 +17,7 @@ from qgalore.layer.export import SaveMethod
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import linear_names
 from qgalore.optimizer import LowRankAdamW, QGaLoreAdamW8bit
-from qgalore.param_groups import low_rank_param_groups
+from qgalore.optimizer.param_groups import low_rank_param_groups
 
 
 class QGaLoreCallback:

@@ -247,11 +247,9 @@ class LowRankLinear(nn.Module):
         if self.quantized_weight is not None:
             kernels.update_quantized_([self.quantized_update(direction, left, right, row)], skip)
         elif self.format.simulate:
-            # Scalars (), which may lie on a device: nothing waits for them.
-            step_size, decay, _, _, growing = row.view(torch.float32)[2:7].unbind()
             full = kernels.project_back(direction, left, right)
-            old = self.weight.float()
-            value = self._to_grid(old.mul_(torch.where(old * full >= 0, decay, growing)).sub_(full * step_size), row)
+            value = self._to_grid(kernels.stepped(self.weight.float(), full, row), row)
+            step_size, decay = row.view(torch.float32)[2:4].unbind()
             unchanged = (step_size == 0) & (decay == 1)
             skip = unchanged if skip is None else skip | unchanged
             self.weight.copy_(torch.where(skip, self.weight, value))

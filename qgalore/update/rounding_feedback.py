@@ -33,6 +33,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qgalore import kernels
 from qgalore.layer.linear import LowRankLinear
 from qgalore.update import moments
 from qgalore.update.directions import ORTHOGONAL_RMS
@@ -49,7 +50,7 @@ def apply_with_feedback(layer: LowRankLinear, weight: Weight, direction: Tensor,
     """
     assert weight.config is not None
     row, beta = weight.step_row, weight.param_group["betas"][0]
-    error = _exact(layer.dequantized_weight(torch.float32), direction, row)
+    error = kernels.stepped(layer.dequantized_weight(torch.float32), direction.float(), row)
     layer.update_(direction, None, None, row, skip)
     error.sub_(layer.dequantized_weight(torch.float32))
     momentum = moments.read_moment(weight.state, "exp_avg")
@@ -61,11 +62,3 @@ def apply_with_feedback(layer: LowRankLinear, weight: Weight, direction: Tensor,
     largest = torch.linalg.vector_norm(momentum) / torch.linalg.vector_norm(error).clamp_min(1e-30)
     factor = torch.where(step_size > 0, torch.minimum(wanted, largest), 0.0)
     moments.write_moment(weight.state, "exp_avg", momentum - error.mul_(factor), skip)
-
-
-def _exact(value: Tensor, direction: Tensor, row: Tensor) -> Tensor:
-    """What the update would make of a weight without its rounding, float32; `qgalore.kernels.update_quantized_`."""
-    # Scalars (), which may lie on a device: nothing waits for them.
-    step_size, decay, _, _, growing = row.view(torch.float32)[2:7].unbind()
-    full = direction.float()
-    return torch.where(value * full >= 0, decay, growing).mul_(value).sub_(full * step_size)

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+
+from peft_pretraining.data import hub_file_system, hub_repository
 
 STALL_SECONDS = 1.0
 FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage", "short", "whole")
@@ -23,8 +26,12 @@ FAULTS = ("refuse", "stall", "cut", "500", "503", "429", "garbage", "short", "wh
 def point_at(hub: "HubServer", cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub and `datasets` take `hub` for the hub, as HF_ENDPOINT would before they are imported."""
     import datasets
-    from huggingface_hub import constants
+    from huggingface_hub import HfFileSystem, constants
 
+    # What was learned of a hub is kept by its address, and a port that is free again may be given to the next server.
+    monkeypatch.setattr(hub_repository, "_resolved", {})
+    for kind in (HfFileSystem, hub_file_system.CheckedFileSystem):
+        kind.clear_instance_cache()
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -37,7 +44,7 @@ def point_at(hub: "HubServer", cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 class HubServer:
     """Serves the files of a folder under any ".../resolve/<revision>/<path>", with faults from a list, in turn."""
 
-    def __init__(self, folder: Path, faults: list[str] | None = None) -> None:
+    def __init__(self, folder: Path, faults: list[str] | None = None, port: int = 0) -> None:
         """Faults: refuse (a reset), stall, cut, garbage (a wrong range), short (fewer bytes than the range), whole (all
         of the file instead of the range), moved (a redirect), or an HTTP status."""
         self.folder = folder
@@ -66,7 +73,7 @@ class HubServer:
             def do_POST(self) -> None:
                 outer.answer(self)
 
-        self.server = _Server(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
@@ -78,9 +85,10 @@ class HubServer:
         return len(self.paths)
 
     def close(self) -> None:
-        """Stop serving."""
+        """Stop serving, on open connections too: a client that kept one would go on reaching this server."""
         self.server.shutdown()
         self.server.server_close()
+        self.server.close_connections()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """One request, good or bad."""
@@ -171,6 +179,21 @@ class HubServer:
 
 
 class _Server(ThreadingHTTPServer):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Remember the connection, which outlives its first request."""
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def close_connections(self) -> None:
+        """Shut down the connections that clients hold open."""
+        for connection in self.connections:
+            with suppress(OSError):  # closed by then
+                connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has gone away is what stalls and kills are for."""
 
@@ -207,9 +230,11 @@ class HubRepository:
 class DatasetHub(HubServer):
     """A hub with data sets by name, as `datasets` and huggingface_hub ask for them."""
 
-    def __init__(self, repositories: Mapping[str, HubRepository], renamed: Mapping[str, str] | None = None) -> None:
-        """`renamed`: today's names of data sets by their old ones."""
-        super().__init__(Path())
+    def __init__(
+        self, repositories: Mapping[str, HubRepository], renamed: Mapping[str, str] | None = None, port: int = 0
+    ) -> None:
+        """`renamed`: today's names of data sets by their old ones; `port` 0: a free one."""
+        super().__init__(Path(), port=port)
         self.repositories, self.renamed = dict(repositories), dict(renamed or {})
 
     def respond(self, handler: BaseHTTPRequestHandler, body: bytes, fault: str) -> None:

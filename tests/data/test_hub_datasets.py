@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,19 @@ def test_a_data_set_is_found_by_its_name(hub: DatasetHub) -> None:
     assert documents(opened("org/columns")) == texts(range(120))
     assert registry.open_dataset("org/columns", "validation", OPTIONS) is None
     assert documents(opened("org/carded")) == texts(range(10)), "the only column of text"
+
+
+def test_a_server_at_the_port_of_an_earlier_one_is_another_hub(
+    hub: DatasetHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ports are given out again within a process: what the last server's data sets were must not be kept."""
+    assert documents(opened("org/lines")) == texts(range(120))
+    hub.close()
+    json_lines(tmp_path / "later" / "train.jsonl", range(7))
+    later = DatasetHub({"org/lines": HubRepository(tmp_path / "later")}, port=hub.server.server_port)
+    with closing(later):
+        point_at(later, tmp_path / "later_cache", monkeypatch)
+        assert documents(opened("org/lines")) == texts(range(7))
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "arrow", "jsonl", "txt.gz", "jsonl.xz", "csv.bz2"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.commands.tokenize import main as tokenize_dataset
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.data import sources
 from peft_pretraining.data.sources import registry
@@ -16,7 +17,6 @@ from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.local import LocalFiles
 from peft_pretraining.data.sources.mixture import MixtureKind
 from peft_pretraining.errors import UserError
-from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.small_run import CONFIG, SmallRun
 
 LINES = """

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from peft_pretraining.commands import tokenize as script
+from peft_pretraining.commands.tokenize import Counted
+from peft_pretraining.commands.tokenize import main as tokenize_dataset
 from peft_pretraining.data.eval_set import build_eval_set, read_documents
 from peft_pretraining.data.held_out import open_split
 from peft_pretraining.data.order import DamageCount
@@ -25,9 +28,6 @@ from peft_pretraining.data.sources.token_files import KIND, open_token_files
 from peft_pretraining.data.tokenizer import Added, Tokenizer, load_tokenizer
 from peft_pretraining.data.train_loader import merge_states
 from peft_pretraining.errors import UserError
-from scripts import tokenize_dataset as script
-from scripts.tokenize_dataset import Counted
-from scripts.tokenize_dataset import main as tokenize_dataset
 from tests.data.collect import close, global_rows, loaders
 from tests.data.conftest import document
 from tests.data.files import write_texts

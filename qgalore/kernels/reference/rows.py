@@ -38,6 +38,15 @@ def decayed(weight: Tensor, direction: Tensor, scalars: StepScalars) -> Tensor:
     return weight * torch.where(weight * direction >= 0, scalars.decay, growing)
 
 
+def stepped(weight: Tensor, direction: Tensor, row: Tensor) -> Tensor:
+    """decay * W - step_size * N by a step row, of float32 tensors, in a new one.
+
+    The scalars are read where the row lies: nothing waits for its device.
+    """
+    step_size, decay, _, _, growing = row.view(torch.float32)[2:7].unbind()
+    return torch.where(weight * direction >= 0, decay, growing).mul_(weight).sub_(direction * step_size)
+
+
 def project_back(
     direction: Tensor, left: Tensor | None, right: Tensor | None, start: int = 0, stop: int | None = None
 ) -> Tensor:

@@ -22,8 +22,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.param_groups import check_group, check_rates, check_seed
-from qgalore.saved_state import state_for
+from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
+from qgalore.optimizer.saved_state import state_for
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks

@@ -1,0 +1,39 @@
+"""The command `qgalore`: what is done before, in and after a training run, a module for each.
+
+    qgalore COMMAND ...          or: python -m peft_pretraining COMMAND ...
+
+Each module has `main(argv) -> exit code` and imports what it needs, so that a command loads no other's libraries.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "export": "write a checkpoint as a float model that transformers loads",
+    "plot": "draw a run's metrics",
+    "tokenize": "write the token ids of a data set to files",
+}
+"""What each command does, by its name, which is that of its module."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names with the rest of them; returns its exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name in ("", "-h", "--help"):
+        print(usage(), file=sys.stderr if name == "" else sys.stdout)
+        return 2 if name == "" else 0
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+        print(f"qgalore: {name} is no command: {advice}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(f"{__name__}.{name}").main(rest))
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: qgalore COMMAND ...   (qgalore COMMAND --help has its arguments)", "", *lines])
