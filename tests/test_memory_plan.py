@@ -130,6 +130,8 @@ MODES = {
     "normuon": f"{Q_GALORE} --direction normuon",
     "full rank of the MLP": f"{Q_GALORE} --mlp_rank full",
     "full rank but for the MLP": f"{Q_GALORE} --rank full --mlp_rank 13",
+    "ranks by depth": f"{Q_GALORE} --rank 24,40",
+    "ranks by depth, the last full, others of the MLP": f"{Q_GALORE} --rank 24,full --mlp_rank 13,40",
     "sgd": "--optimizer sgd",
     "sgd momentum": "--optimizer sgd --beta1 0.9",
     "muon": "--optimizer muon",

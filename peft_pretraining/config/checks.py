@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import check_length, check_momentum_rank, check_rank, read_config_json
+from peft_pretraining.models.config import check_length, check_momentum_rank, check_ranks, read_config_json
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
 from qgalore.config import OF_PROJECTIONS
@@ -144,9 +144,9 @@ def _model_problems(args: RunArgs) -> list[str]:
         return [] if args.model.use_hf_model else [str(error)]
     checks: list[Callable[[], None]] = [lambda: check_length(config, args.batch.max_length)]
     if args.optimizer.is_low_rank:
-        checks.append(lambda: check_rank(config, args.subspace.rank))
+        checks.append(lambda: check_ranks(config, args.subspace.ranks()))
         if args.subspace.mlp_rank:
-            checks.append(lambda: check_rank(config, args.subspace.mlp_rank, "mlp_rank"))
+            checks.append(lambda: check_ranks(config, args.subspace.ranks(of_mlp=True), "mlp_rank"))
         if not args.subspace.projects:
             checks.append(lambda: check_momentum_rank(config, args.subspace.momentum_rank))
     problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
