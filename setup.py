@@ -1,14 +1,15 @@
 """The step of the build that pyproject.toml cannot describe: model configurations and recipes go into the package.
 
 `configs/` and `scripts/` have the one copy of them. A wheel gets it as `peft_pretraining/shipped/`, where
-`peft_pretraining.models.config_files` finds it; in the tree nothing is copied, and an editable install reads the tree. A
-build leaves nothing behind there: a later wheel would have the modules that are in an old `build/` and nowhere else.
+`peft_pretraining.models.config_files` finds it; in the tree nothing is copied, and an editable install reads the tree.
+A build leaves nothing behind there: a later wheel would have the modules that are in an old `build/` and nowhere else.
 """
 
 import atexit
 import shutil
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.build import build
@@ -62,7 +63,7 @@ class BuildShipped(Command):
 class Build(build):
     """The build of setuptools with the step above, in a temporary folder."""
 
-    sub_commands = [*build.sub_commands, ("build_shipped", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_shipped", None)]
 
     def initialize_options(self) -> None:
         """Choose the folder; an option of the command line wins."""
