@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node 1 run_pretrain.py --model_config configs/llama_60m.json --batch_size 256 ...
 
+The installed command `qgalore pretrain` is the same program.
 `--help` lists the flags; `--dry_run` prints what a command would do and how much memory it would take.
 """
 
@@ -42,10 +43,15 @@ from peft_pretraining.runtime.update_outcomes import (
 )
 from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 
+PROGRAM = "run_pretrain.py"
 
-def run(argv: Sequence[str] | None) -> None:
-    """Run a training run from its command line; raises UserError for what the user can fix."""
-    args = parse_args(argv, world_size_of_launch())
+
+def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
+    """Run a training run from its command line; raises UserError for what the user can fix.
+
+    program: the command that the usage names.
+    """
+    args = parse_args(argv, world_size_of_launch(), program)
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
@@ -256,9 +262,9 @@ def is_due(update_step: int, interval: int) -> bool:
     return interval > 0 and update_step > 0 and update_step % interval == 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
-    return exit_code_of(lambda: run(argv), "run_pretrain.py")
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the program; returns its exit code. Messages name the command `program`."""
+    return exit_code_of(lambda: run(argv, program), program)
 
 
 if __name__ == "__main__":

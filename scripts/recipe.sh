@@ -97,8 +97,13 @@ pretrain() {
     choose_method
     local name="${RECIPE:-llama_$MODEL}-$METHOD"
     if [[ -z "${NO_SETUP:-}" ]]; then use_environment; fi
-    cd "$PROJECT_DIR"
-    local launcher
+    local launcher program=(run_pretrain.py) configs=configs
+    if [[ -f "$PROJECT_DIR/run_pretrain.py" ]]; then
+        cd "$PROJECT_DIR"
+    else # in an installed package, which holds no runs: those go into the current folder
+        program=(-m peft_pretraining pretrain)
+        configs="$PROJECT_DIR/configs"
+    fi
     if [[ -n "${LAUNCHER:-}" ]]; then
         read -ra launcher <<<"$LAUNCHER"
     else
@@ -117,8 +122,8 @@ pretrain() {
         fi
     fi
     # exec: a signal to this script reaches torchrun, which lets the ranks save.
-    exec "${launcher[@]}" run_pretrain.py \
-        --model_config "configs/llama_$MODEL.json" \
+    exec "${launcher[@]}" "${program[@]}" \
+        --model_config "$configs/llama_$MODEL.json" \
         "${COMMON_FLAGS[@]}" \
         --batch_size "$BATCH_SIZE" \
         --num_training_steps "$UPDATES" \

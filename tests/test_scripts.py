@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,16 @@ import pytest
 
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.errors import UserError
 from tests.small_run import TORCHRUN, SmallRun
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(
     str(path.relative_to(ROOT))
     for folder in ("pretrain_c4", "single_gpu")
-    for path in (ROOT / "scripts" / folder).glob("*.sh")
+    for path in (ROOT / "scripts" / folder).rglob("*.sh")
 )
+SIZES = ("60m", "130m", "350m", "1b", "7b")
 METHODS = [
     "q_galore",
     "q_galore_simulation",
@@ -70,7 +73,7 @@ def _in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_a_recipe_for_every_row_of_the_paper() -> None:
     names = {Path(script).stem for script in RECIPES}
-    assert names == {f"llama_{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {"llama_7b_galore"}
+    assert names == {f"llama_{size}" for size in SIZES} | {"llama_7b_galore"}
 
 
 @pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh")))
@@ -170,6 +173,34 @@ def test_galore_counterpart_shares_the_recipe(stub: str) -> None:
     args = parsed("scripts/single_gpu/llama_7b_galore.sh", launcher=stub)
     assert args == parsed("scripts/single_gpu/llama_7b.sh", "galore8bit", launcher=stub)
     assert args.optimizer.optimizer == "galore_adamw8bit_per_layer"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_simulation_is_the_recipe_with_fake_quantization(size: str, stub: str) -> None:
+    script = f"scripts/pretrain_c4/simulation/llama_{size}.sh"
+    args = parsed(script, "--lr", "0.5", launcher=stub, METHOD="adamw")
+    assert args == parsed(f"scripts/pretrain_c4/llama_{size}.sh", "q_galore_simulation", "--lr", "0.5", launcher=stub)
+    assert args.quantization.weight_format.simulate and args.quantization.weight_format.bits == 8
+    assert args.subspace.proj_quant and args.optimizer.lr == 0.5
+    with pytest.raises(UserError, match="'adamw' belongs to no flag"):
+        parsed(script, "adamw", launcher=stub)
+
+
+def test_an_installed_recipe_runs_where_it_is_called(tmp_path: Path) -> None:
+    """A wheel has configs/ and scripts/ beside each other, and no run_pretrain.py there."""
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / "package" / name)
+    script = tmp_path / "package/scripts/pretrain_c4/simulation/llama_60m.sh"
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text("import json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n", encoding="utf-8")
+    done = run_script(str(script), "--dry_run", launcher=f"{sys.executable} -S {launcher}")
+    assert done.returncode == 0, done.stderr
+    folder, *program_and_flags = json.loads(done.stdout.splitlines()[-1])
+    assert folder == "/", "the folder that run_script calls it in"
+    assert program_and_flags[:3] == ["-m", "peft_pretraining", "pretrain"]
+    args = parse_args(program_and_flags[3:])
+    assert args.model.model_config == str(tmp_path / "package/configs/llama_60m.json")
+    assert args.checkpoint.save_dir == "checkpoints/llama_60m-q_galore_simulation"
 
 
 def test_torchrun_gets_the_processes(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
 _DESCRIPTION = "Pretrain LLaMA with Q-GaLore, GaLore or a full-rank optimizer. Start it with torchrun or python."
-_USAGE = "run_pretrain.py --model_config FILE --batch_size SEQUENCES [flags]"
+_USAGE = "--model_config FILE --batch_size SEQUENCES [flags]"
 
 
-def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArgs:
-    """Read a command line (default: this program's) for a run of `world_size` ranks.
+def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: str = "run_pretrain.py") -> RunArgs:
+    """Read a command line (default: this program's) for a run of `world_size` ranks; the usage names `program`.
 
     Raises UserError that lists every problem; `--help` prints the flags and leaves the program.
     """
-    parser = build_parser(GROUPS, _DESCRIPTION, _USAGE)
+    parser = build_parser(GROUPS, _DESCRIPTION, f"{program} {_USAGE}")
     parsed = parse_flags(parser, GROUPS, sys.argv[1:] if argv is None else argv)
     recipe = with_recipe(parsed.values)
     groups = {}

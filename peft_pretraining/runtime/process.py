@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from peft_pretraining.data.sources.builders import remove_scratch
-from peft_pretraining.errors import UserError
+from peft_pretraining.errors import UserError, missing_package
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.world import is_lost_rank
 
@@ -34,14 +34,20 @@ def _end_at_once(code: int) -> NoReturn:
 
 
 def exit_code_of(program: Callable[[], None], name: str) -> int:
-    """Run `program`; returns 0 if it ended or was stopped cleanly, 2 for a UserError, whose text is printed.
+    """Run `program`; returns 0 if it ended or was stopped cleanly, 2 for a UserError or a missing package.
 
+    What the user can do about these is printed as `name`'s.
     Where another rank is lost the process ends here, with exit code 1.
     """
     try:
         program()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (advice := missing_package(error)) is None:
+            raise
+        print(f"{name}: {advice}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not is_lost_rank(error):
