@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.config_source import CONFIG
 from peft_pretraining.models.head import IGNORE_INDEX, CausalLMOutput, head_output, shifted
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.recorded_init import InitialValue, InitRecorder, UnreadableInitError
@@ -131,9 +134,11 @@ def _network(config_path: str | Path, source: str, recorder: InitRecorder) -> An
     """transformers' module for a config.json, without memory for its parameters."""
     import transformers
 
-    read_config_json(config_path)
+    raw = read_config_json(config_path)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(config_path))
+        with tempfile.TemporaryDirectory() as folder:  # from_pretrained takes no contents
+            Path(folder, CONFIG).write_text(json.dumps(raw), encoding="utf-8")
+            config = transformers.AutoConfig.from_pretrained(folder)
         _refuse_others(config, source)
         with torch.random.fork_rng(devices=[]), recorder:
             torch.default_generator.manual_seed(0)  # for random constants, which no parameter's generator draws
