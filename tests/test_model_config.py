@@ -1,4 +1,4 @@
-"""What --model_config can name, and the keys of a config.json that nothing reads or that would change the computation."""
+"""What --model_config can name, and keys of a config.json that nothing reads or that would change the computation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder: Path, **changes: object) -> Path:
 
 
 def parse(model_config: Path | str, *more: str) -> RunArgs:
-    common = "--batch_size 2 --max_length 64 --dataset pydocs".split()
+    common = ["--batch_size", "2", "--max_length", "64", "--dataset", "pydocs"]
     return parse_args(["--model_config", str(model_config), *common, *more])
 
 

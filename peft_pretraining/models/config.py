@@ -11,19 +11,20 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_configs
 from peft_pretraining.models.config_source import IN_STATE, STATE, config_path
 
-HARMLESS = frozenset(
-    """
-    architectures model_type transformers_version torch_dtype dtype use_cache name_or_path pretraining_tp auto_map
-    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores torchscript tokenizer_class
-    attn_implementation gradient_checkpointing unsloth_version unsloth_fixed id2label label2id num_labels problem_type
-    finetuning_task task_specific_params prefix sep_token_id decoder_start_token_id forced_bos_token_id
-    forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens max_length min_length do_sample temperature
-    top_k top_p typical_p num_beams num_beam_groups diversity_penalty num_return_sequences length_penalty early_stopping
-    repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size remove_invalid_values
-    exponential_decay_length_penalty chunk_size_feed_forward is_decoder is_encoder_decoder cross_attention_hidden_size
-    add_cross_attention tie_encoder_decoder pruned_heads tf_legacy_loss use_bfloat16
-    """.split()
-)
+HARMLESS = frozenset({
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "name_or_path",
+    "pretraining_tp", "auto_map", "output_attentions", "output_hidden_states", "return_dict",
+    "return_dict_in_generate", "output_scores", "torchscript", "tokenizer_class", "attn_implementation",
+    "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "task_specific_params", "prefix", "sep_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
+    "num_beam_groups", "diversity_penalty", "num_return_sequences", "length_penalty", "early_stopping",
+    "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "remove_invalid_values",
+    "exponential_decay_length_penalty", "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder",
+    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads", "tf_legacy_loss",
+    "use_bfloat16",
+})  # fmt: skip
 """Keys of a config.json that say nothing about the computation of a model that is trained here."""
 HF_HINT = "or pass --use_hf_model, which trains transformers' own class"
 
@@ -125,7 +126,7 @@ def check_momentum_rank(config: ModelConfig, rank: float) -> None:
 
 
 def read_config_json(name: str | Path, flag: str = "--model_config") -> dict[str, Any]:
-    """The JSON object of the model config that `--model_config` names (`config_path`); raises UserError if none is there.
+    """The JSON object of the config that `--model_config` names (`config_path`); raises UserError if there is none.
 
     flag: the flag that the name is from, for the text.
     """

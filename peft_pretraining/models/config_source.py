@@ -1,4 +1,4 @@
-"""Find the config.json that `--model_config` names: a file, a folder, a run, a size such as 60m, or a name on the hub."""
+"""Find the config.json that `--model_config` names: a file, a folder, a run, a size such as 60m, or one on the hub."""
 
 from __future__ import annotations
 

@@ -58,6 +58,9 @@ class HFCausalLM(CausalLM):
             raise UserError(f"{self._source}: {_kind(network)} has no linear layers inside its decoder layers.")
         _refuse_dropout(network, self._source)
         self._initial = self._initial_values(recorder)
+        self.table_names = _table_names(network)
+        unexpected = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self.ignored_names = (*CausalLM.ignored_names, *unexpected)
         self._plain_head = _head_is_plain(network)
         """Whether its logits are what the head makes of the last hidden states, and nothing else."""
 
@@ -199,6 +202,13 @@ def _layers_name(network: Any, count: int, source: str) -> str:
     if not sizes:
         raise UserError(f"{source}: {_kind(network)} has no nn.ModuleList of its {count} decoder layers.")
     return max(sizes, key=lambda name: sizes[name])
+
+
+def _table_names(network: Any) -> tuple[str, str]:
+    """The names of the embeddings' and the head's weights; "" for what the class does not tell."""
+    names = {id(module): f"{name}.weight" for name, module in network.named_modules()}
+    embeddings, head = network.get_input_embeddings(), network.get_output_embeddings()
+    return names.get(id(embeddings), ""), names.get(id(head), "")
 
 
 def _matrix_names(model: nn.Module, layers_name: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from peft_pretraining.errors import UserError
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_found: dict[tuple[str, ...], Path] = {}
+_found: dict[tuple[str, ...], Path | None] = {}
 
 
 def is_hub_name(name: str) -> bool:
@@ -23,15 +23,22 @@ def hub_file(name: str, file: str, flag: str, revision: str = "") -> Path | None
     the cache has not got it. Raises UserError that names `flag` for a model that cannot be read.
     """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     key = (constants.ENDPOINT, constants.HF_HUB_CACHE, name, file, revision)
     if key in _found:
         return _found[key]
     try:
         _found[key] = Path(hf_hub_download(name, file, revision=revision or None))
-    except EntryNotFoundError:
+    except LocalEntryNotFoundError:  # out of reach, and may be there the next time
         return None
+    except EntryNotFoundError:
+        _found[key] = None
     except GatedRepoError as error:
         raise UserError(
             f"{flag} {name}: it is gated on the hub. Accept its terms on its page there, and log in with hf auth login "
