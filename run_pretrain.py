@@ -125,9 +125,12 @@ class Run:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
-            elif first == 0 and self.args.checkpoint.save_every:
-                # A run that cannot save, or cannot read what it saved, fails before it has anything to lose.
-                self.save(self.loader.state_dict(), read_back=True)
+            elif first == 0:
+                if self.args.model.init_from:  # what training has to improve on
+                    self.metrics.evaluation(0, self.evaluate())
+                if self.args.checkpoint.save_every:
+                    # A run that cannot save, or cannot read what it saved, fails before it has anything to lose.
+                    self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
                 return
 

@@ -460,7 +460,7 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
     (tmp_path / "step_1").mkdir()
     (tmp_path / "train.uint16").touch()
     values = {"model_config": "model.json", "dataset": "train.uint16", "tokenizer": "tokenizer.json",
-              "save_dir": "run", "continue_from": "step_1"}  # fmt: skip
+              "save_dir": "run", "continue_from": "step_1", "init_from": "source"}  # fmt: skip
     words = " ".join(form.format(name, f"~/{value}") for name, value in values.items())
     resolved = parse_args([*words.split(), "--batch_size", "8"]).to_dict()
     assert {name: resolved[name] for name in values} == {n: str(tmp_path / value) for n, value in values.items()}

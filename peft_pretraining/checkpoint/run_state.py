@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.averaging import WeightAverage
+from peft_pretraining.checkpoint.initial_weights import load_initial_weights
 from peft_pretraining.checkpoint.store import (
     Checkpoint,
     check_compatible,
@@ -52,6 +53,8 @@ class Position:
     skipped_in_a_row: int = 0
     """How many of the latest consecutive updates were skipped."""
     wandb_run_id: str | None = None
+    initial_weights: str = ""
+    """What `--init_from` named when the run began, in words; "" for random weights."""
 
 
 class RunCheckpoints:
@@ -70,12 +73,18 @@ class RunCheckpoints:
         self.save_dir = Path(args.checkpoint.save_dir)
         self._args, self._world = args, world
         self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
+        self._model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
 
     def restore(self) -> Position:
-        """Load the checkpoint of `--continue_from`, if any. Raises UserError if it is of another run."""
+        """Load the checkpoint of `--continue_from`, if any, else the weights of `--init_from`, if any.
+
+        Raises UserError if the checkpoint is of another run, or the weights of another model.
+        """
         checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._world)
         if checkpoint is None:
-            return Position()
+            if not self._args.model.init_from:
+                return Position()
+            return Position(initial_weights=load_initial_weights(self._args.model, self._model, self._world))
         described = self._describe()
         checkpoint = replace(checkpoint, state=_OLD_VALUES | checkpoint.state)
         check_compatible(checkpoint, {name: described[name] for name in _FIXED})
@@ -86,6 +95,7 @@ class RunCheckpoints:
         self._average.load_state_dict(checkpoint.state.get("average"), checkpoint.update_step, checkpoint.path)
         names = ("tokens", "skipped_in_a_row", "wandb_run_id")
         position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
+        position.initial_weights = checkpoint.state.get("initial_weights", "")
         if position.update_step > self._args.schedule.num_training_steps:
             raise UserError(
                 f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
@@ -136,7 +146,7 @@ class RunCheckpoints:
             (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
 
     def _describe(self) -> dict[str, Any]:
-        return {**self._args.to_dict(), "model_config_contents": read_config_json(self._args.model.model_config)}
+        return {**self._args.to_dict(), "model_config_contents": self._model_config}
 
 
 def choose_checkpoint(continue_from: str, save_dir: Path, world: World) -> Checkpoint | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
+from peft_pretraining.config.model_source import source_problems, source_warnings
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import check_length, check_momentum_rank, check_ranks, read_config_json
@@ -31,6 +32,7 @@ def find_problems(args: RunArgs) -> list[str]:
     return [
         *_activation_problems(args),
         *_model_problems(args),
+        *source_problems(args.model, args.checkpoint),
         *_batch_problems(args),
         *_data_problems(args),
         *_optimizer_problems(args),
@@ -72,6 +74,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
+    warnings += [*source_warnings(model), *_unread_keys(model)]
     if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
@@ -96,6 +99,16 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
     return warnings
+
+
+def _unread_keys(model: ModelArgs) -> list[str]:
+    """A sentence on keys of the model config that nothing reads; transformers' classes keep what they do not know."""
+    if model.use_hf_model:
+        return []
+    raw = read_config_json(model.model_config)
+    unknown = find_family(raw, model.model_config).unknown_keys(raw)
+    named = [f"{key} (is {meant} meant?)" if meant else key for key, meant in unknown.items()]
+    return [f"--model_config {model.model_config}: nothing reads {', '.join(named)}"] if named else []
 
 
 def _last_rise(schedule: ScheduleArgs) -> int:

@@ -57,8 +57,13 @@ def _mlp_ranks(text: str) -> int | str:
 class ModelArgs:
     """The model that is trained."""
 
-    model_config: Annotated[str, Flag("file")]
-    """Path of the model's JSON configuration, such as configs/llama_60m.json."""
+    model_config: Annotated[str, Flag("name_or_path", unless="init_from")]
+    """The model's JSON configuration: a file such as configs/llama_60m.json, a folder that has a config.json, a size of
+    configs/ such as 60m, or the name of a model on the hub."""
+    init_from: Annotated[str, Flag("name_or_path", auto="random initial weights")] = ""
+    """Weights to begin with, without an optimizer or a place in the data: the folder of a model of this architecture in
+    Hugging Face's format, its name on the hub, or a run or checkpoint of this program. Its configuration is the default
+    of --model_config and its tokenizer that of --tokenizer. A run that is resumed has its own weights."""
     use_hf_model: bool = False
     """Train transformers' own class of the model, of which any causal one will do, instead of the project's."""
     dtype: Annotated[str, Flag(choices=("bfloat16", "float32"), parse=_dtype)] = "bfloat16"

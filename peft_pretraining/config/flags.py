@@ -39,6 +39,8 @@ class Flag(Allowed):
     parse: Callable[[str], Any] | None = None
     listing: Callable[[], str] | None = None
     """Returns the text that replaces `{listing}` in the docstring, for values that other modules define."""
+    unless: str = ""
+    """Of a required flag: another one that stands in for it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class FlagSpec:
     def default_text(self) -> str:
         """The default as the help shows it."""
         if self.default is dataclasses.MISSING:
-            return "required"
+            return f"required without --{self.flag.unless}" if self.flag.unless else "required"
         if self.flag.auto:
             return f"default: {self.flag.auto if isinstance(self.flag.auto, str) else self.flag.auto()}"
         if self.is_switch:
@@ -192,7 +194,7 @@ def parse_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type], arg
             problems.append(str(error))
     named = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
     required = {name for name, spec in specs.items() if spec.default is dataclasses.MISSING}
-    for name in sorted(required - named):
+    for name in sorted(name for name in required - named if specs[name].flag.unless not in named):
         problems.append(f"--{name} is missing: {specs[name].help[0].lower()}{specs[name].help[1:]}")
     return ParsedFlags(values, problems, unreadable=(required | named & specs.keys()) - values.keys())
 

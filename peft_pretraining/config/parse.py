@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.flags import build_parser, parse_flags
+from peft_pretraining.config.model_source import fill_model_config
 from peft_pretraining.config.recipes import recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
 _DESCRIPTION = "Pretrain LLaMA with Q-GaLore, GaLore or a full-rank optimizer. Start it with torchrun or python."
-_USAGE = "--model_config FILE --batch_size SEQUENCES [flags]"
+_USAGE = "--model_config NAME_OR_PATH --batch_size SEQUENCES [flags]"
 
 
 def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: str = "run_pretrain.py") -> RunArgs:
@@ -27,6 +28,7 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     """
     parser = build_parser(GROUPS, _DESCRIPTION, f"{program} {_USAGE}")
     parsed = parse_flags(parser, GROUPS, sys.argv[1:] if argv is None else argv)
+    problems = [*parsed.problems, *fill_model_config(parsed.values)]
     recipe = with_recipe(parsed.values)
     groups = {}
     for name, group in GROUPS.items():
@@ -39,8 +41,7 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     updates = args.schedule.num_training_steps
     optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
     args = dataclasses.replace(args, optimizer=optimizer)
-    problems = list(parsed.problems)
-    unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable]
+    unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable - parsed.values.keys()]
     found = [*find_problems(args), *unused_by_full_rank(args, parsed.values.keys())]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:

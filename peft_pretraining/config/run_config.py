@@ -22,6 +22,7 @@ from peft_pretraining.config.flag_groups import (
     ScheduleArgs,
     SubspaceArgs,
 )
+from peft_pretraining.models.config_source import model_name
 
 GROUPS: Mapping[str, type] = {
     "model": ModelArgs,
@@ -79,8 +80,8 @@ class RunArgs:
         if self.checkpoint.continue_from:
             source = Path(self.checkpoint.continue_from)
             return source.parent if source.name.startswith("step_") else source
-        stem = Path(self.model.model_config).stem
-        return Path("checkpoints") / f"{stem}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
+        name = model_name(self.model.model_config)
+        return Path("checkpoints") / f"{name}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
 
     def in_folder(self, save_dir: Path, continue_from: str | None = None) -> RunArgs:
         """A copy with the run's folder set, and with another `--continue_from` if one is given."""
