@@ -45,14 +45,14 @@ class Tokenizer:
     ) -> None:
         """`encoders` yield the same ids; the first of them is used. tokenizer.json defines which tokens are special.
 
-        `settings`: those of tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token. Raises UserError if
-        the vocabulary lacks a token that is to be added.
+        `settings`: those of tokenizer_config.json: bos_token, eos_token, pad_token, unk_token, add_bos_token. Raises
+        UserError if the vocabulary lacks a token that is to be added.
         """
         self.name = name
         self._encoders, self._encoder = tuple(encoders), encoders[0]
         vocabulary = next((encoder for encoder in encoders if encoder.name == "tokenizers"), encoders[0])
         self._vocabulary = vocabulary
-        named = {role: (settings or {}).get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        named = {role: (settings or {}).get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
         tokens = vocabulary.roles() | {role: token for role, token in named.items() if isinstance(token, str)}
         ids = {role: vocabulary.token_id(token) for role, token in tokens.items()}
         self.bos_token_id: int | None = self._bos(vocabulary, settings or {}, added.bos, ids.get("bos"))
@@ -128,6 +128,11 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json, or the .model file where there is none."""
         path.write_bytes(self._vocabulary.serialized())
+
+    @property
+    def vocabulary(self) -> Encoder:
+        """The encoder that knows all tokens and their roles: that of tokenizer.json, if there is one."""
+        return self._vocabulary
 
     @property
     def encoder(self) -> str:
