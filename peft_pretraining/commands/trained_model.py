@@ -43,11 +43,9 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """A trained model on its device, in eval mode."""
+class Origin:
+    """Where trained weights are from, and what is known of them."""
 
-    model: nn.Module
-    """Called with input_ids and labels (B, L), it gives a `CausalLMOutput`: see `CausalLM.forward`."""
     path: Path
     """Of the checkpoint, or of the export."""
     config: dict[str, Any]
@@ -56,9 +54,6 @@ class TrainedModel:
     """The run's flags by name, and what else its checkpoint keeps; {} for an export."""
     update_step: int | None
     """The number of updates after which it is; None for an export."""
-    device: torch.device
-    dtype: torch.dtype
-    """Of float weights and activations."""
 
     @property
     def run(self) -> Path | None:
@@ -87,6 +82,17 @@ class TrainedModel:
         if self.update_step is None:
             return f"{self.path}, an export"
         return f"{self.path}, after {self.update_step:,} updates"
+
+
+@dataclass(frozen=True)
+class TrainedModel(Origin):
+    """A trained model on its device, in eval mode."""
+
+    model: nn.Module
+    """Called with input_ids and labels (B, L), it gives a `CausalLMOutput`: see `CausalLM.forward`."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of float weights and activations."""
 
     def in_transformers(self) -> Any:
         """The model as transformers' class with float weights, on the same device, in eval mode; for generation.
@@ -144,8 +150,8 @@ def choose_device(device: str) -> torch.device:
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
     """Load a checkpoint, or the newest valid one of a run; None for an export. Raises UserError for anything else."""
-    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
-        return _with_todays_names(load_checkpoint(path, asked_by="RUN"))
+    if path.is_dir() and ((path / MANIFEST).is_file() or path.name.startswith("step_")):
+        return _with_todays_names(load_checkpoint(path, asked_by="checkpoint"))
     if list_checkpoints(path):
         newest, refusals = load_newest_checkpoint(path)
         if newest is None:
@@ -226,7 +232,7 @@ def _open_checkpoint(
         tensors = {name: value for name, value in tensors.items() if name in network.state_dict()} | mean
     model = _filled(network, tensors, device, dtype or own, None if averaged else convert, str(checkpoint.path))
     return TrainedModel(
-        model, checkpoint.path, config, checkpoint.state, checkpoint.update_step, device, dtype or own
+        checkpoint.path, config, checkpoint.state, checkpoint.update_step, model, device, dtype or own
     )  # fmt: skip
 
 
@@ -272,7 +278,7 @@ def _open_export(path: Path, device: torch.device, dtype: torch.dtype | None) ->
     except Exception as error:  # transformers raises whatever it meets
         raise UserError(f"{path}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     network = network.to(device).eval()
-    return TrainedModel(TransformersModel(network).eval(), path, config, {}, None, device, network.dtype)
+    return TrainedModel(path, config, {}, None, TransformersModel(network).eval(), device, network.dtype)
 
 
 def network_from(config: Mapping[str, Any], state: dict[str, Tensor], dtype: torch.dtype, source: str) -> Any:

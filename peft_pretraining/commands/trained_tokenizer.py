@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.commands.trained_model import TrainedModel
+from peft_pretraining.commands.trained_model import Origin
 from peft_pretraining.config.flag_groups import DataArgs
 from peft_pretraining.data.sources.kind import OwnBPE, TextKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture
@@ -19,7 +19,7 @@ from peft_pretraining.errors import UserError
 _GIVE = "give it as --tokenizer: a name on the hub, a folder or a file"
 
 
-def tokenizer_of(trained: TrainedModel, given: str = "", added: Added | None = None) -> Tokenizer:
+def tokenizer_of(origin: Origin, given: str = "", added: Added | None = None) -> Tokenizer:
     """The tokenizer that a model was trained with. Raises UserError where it is gone.
 
     That is one that was trained for the run or for its token files, and kept beside them, or what --tokenizer of the
@@ -28,31 +28,29 @@ def tokenizer_of(trained: TrainedModel, given: str = "", added: Added | None = N
     """
     if given and parse_training(given) is not None:
         raise UserError(f"--tokenizer {given}: the model is trained already, and so is its tokenizer; {_GIVE}.")
-    if trained.run is None:
-        return _of_export(trained, given, added)
-    recorded = _Recorded(trained, added)
+    if origin.run is None:
+        return _of_export(origin, given, added)
+    recorded = _Recorded(origin, added)
     name, reason = (given, "") if given else recorded.name()
     if not name:
-        raise UserError(f"{trained.path}: {reason}; {_GIVE}.")
+        raise UserError(f"{origin.path}: {reason}; {_GIVE}.")
     try:
         tokenizer = named_tokenizer(name, recorded.added)
     except UserError as error:
         if given:
             raise
-        raise UserError(
-            f"{trained.path} was trained with a tokenizer that is not found: {error} Or {_GIVE}."
-        ) from error
+        raise UserError(f"{origin.path} was trained with a tokenizer that is not found: {error} Or {_GIVE}.") from error
     if recorded.fingerprint and added is None and not tokenizer.resume_as(recorded.fingerprint):
         raise UserError(
-            f"--tokenizer {name}: it gives other ids than the one that {trained.path} was trained with"
+            f"--tokenizer {name}: it gives other ids than the one that {origin.path} was trained with"
             + (f" ({recorded.described})" if recorded.described else "")
             + f"; {_GIVE}."
         )
     return tokenizer
 
 
-def _of_export(trained: TrainedModel, given: str, added: Added | None) -> Tokenizer:
-    name = given or str(trained.path)
+def _of_export(origin: Origin, given: str, added: Added | None) -> Tokenizer:
+    name = given or str(origin.path)
     try:
         with suppress(UserError):
             return named_tokenizer(name, added or Added())
@@ -60,14 +58,14 @@ def _of_export(trained: TrainedModel, given: str, added: Added | None) -> Tokeni
     except UserError as error:
         if given:
             raise
-        raise UserError(f"{trained.path} was exported without a tokenizer; {_GIVE}.") from error
+        raise UserError(f"{origin.path} was exported without a tokenizer; {_GIVE}.") from error
 
 
 class _Recorded:
     """What a run's checkpoint, and the token files that it read, know of the tokenizer."""
 
-    def __init__(self, trained: TrainedModel, added: Added | None) -> None:
-        self._trained, flags = trained, trained.flags
+    def __init__(self, origin: Origin, added: Added | None) -> None:
+        self._origin, flags = origin, origin.flags
         self._sidecars: list[tuple[Path, dict[str, Any]]] | None = None
         self.fingerprint = str(flags.get("data", {}).get("order", {}).get("tokenizer") or "")
         """That of `Tokenizer.fingerprint`; "" where it is not known."""
@@ -79,7 +77,7 @@ class _Recorded:
 
     def name(self) -> tuple[str, str]:
         """(name or path, "") of the tokenizer, or ("", why it is not known)."""
-        flags, run = self._trained.flags, self._trained.run
+        flags, run = self._origin.flags, self._origin.run
         assert run is not None
         for kept in kept_tokenizers(str(run), ""):
             if kept.is_file():
@@ -107,7 +105,7 @@ class _Recorded:
         return "", f"its tokenizer ({name}) was trained for it, and is not in its folder"
 
     def _added(self) -> Added:
-        flags = self._trained.flags
+        flags = self._origin.flags
         for _, settings in self._token_files():
             if {"bos_token_id", "eos_token_id"} <= settings.keys():
                 return Added(settings["bos_token_id"] is not None, settings["eos_token_id"] is not None)
@@ -122,7 +120,7 @@ class _Recorded:
         if self._sidecars is None:
             self._sidecars = []
             with suppress(UserError, OSError):
-                self._sidecars = _sidecars(self._trained.flags)
+                self._sidecars = _sidecars(self._origin.flags)
         return self._sidecars
 
 

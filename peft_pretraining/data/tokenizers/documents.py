@@ -68,8 +68,11 @@ class Tokenizer:
         self.unk_token_id: int | None = ids.get("unk")
         """The token for text that the vocabulary has no other piece for, or None."""
         special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
+        pads = [ids.get("pad"), self._usual_pad(vocabulary)]
+        self.own_pad_token_id: int | None = next((pad for pad in pads if pad is not None), None)
+        """The vocabulary's token for padding, or None."""
         # Padding is masked by length, so that without a padding token any other will do.
-        pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
+        pads = [self.own_pad_token_id, self.eos_token_id, self.bos_token_id, 0]
         self.pad_token_id: int = next(pad for pad in pads if pad is not None)
         never_in_text = frozenset(special | {i for i in added_ids if i is not None})
         self._dropped = {encoder.name: encoder.may_spell(never_in_text) for encoder in encoders}
