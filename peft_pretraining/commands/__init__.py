@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "tokenize": "write the token ids of a data set to files",
+    "generate": "continue a text with a trained model",
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw a run's metrics",
-    "tokenize": "write the token ids of a data set to files",
 }
 """What each command does, by its name, which is that of its module."""
 
