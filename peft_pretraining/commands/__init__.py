@@ -17,9 +17,10 @@ from peft_pretraining.models.config_files import shipped_root
 
 COMMANDS = {
     "pretrain": "train a model from scratch",
+    "tokenize": "write the token ids of a data set to files",
+    "generate": "continue a text with a trained model",
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw a run's metrics",
-    "tokenize": "write the token ids of a data set to files",
 }
 """What each command does, by its name, which is that of its module."""
 
