@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "export": "write a checkpoint as a float model that transformers loads",
-    "plot": "draw a run's metrics",
+    "plot": "draw the metrics of runs, and print what they have come to",
     "tokenize": "write the token ids of a data set to files",
 }
 """What each command does, by its name, which is that of its module."""
