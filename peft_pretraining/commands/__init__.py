@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw the metrics of runs, and print what they have come to",
+    "report": "write one HTML file about a run",
     "tokenize": "write the token ids of a data set to files",
 }
 """What each command does, by its name, which is that of its module."""
