@@ -13,9 +13,14 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.reporting.jsonl import MetricsLogger, deterministic_metrics, memory_metrics, read_metrics
+from peft_pretraining.reporting.jsonl import MetricsLogger, deterministic_metrics, read_metrics
 from peft_pretraining.reporting.progress import Progress, describe, format_rate, format_seconds
-from peft_pretraining.reporting.throughput import ThroughputMeter, peak_flops, train_flops_per_token
+from peft_pretraining.reporting.throughput import (
+    ThroughputMeter,
+    memory_metrics,
+    peak_flops,
+    train_flops_per_token,
+)
 from peft_pretraining.reporting.wandb import has_login, resolve_mode
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -326,42 +327,12 @@ def test_old_python_is_refused_with_a_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def write_metrics(save_dir: Path, with_subspaces: bool) -> None:
-    with (save_dir / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for step in range(1, 31):
-            line = {"update_step": step, "train/loss": 9.0 / step, "train/lr": 0.01 * step}
-            if with_subspaces and step % 5 == 0:
-                line |= {f"subspace/similarity/model.layers.{layer}.mlp.up_proj": step / 30 for layer in range(3)}
-            file.write(json.dumps(line) + "\n")
-        file.write(json.dumps({"update_step": 30, "eval/loss": 2.0}) + "\n")
-
-
-@pytest.mark.parametrize("with_subspaces", [True, False])
-def test_plot_draws_a_png(tmp_path: Path, with_subspaces: bool) -> None:
+def test_plot_run_draws_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    from peft_pretraining.commands.plot import main
-
-    write_metrics(tmp_path, with_subspaces)
-    assert main([str(tmp_path)]) == 0
-    picture = (tmp_path / "curves.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-
-
-def test_plot_of_nothing_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from peft_pretraining.commands.plot import main
-
-    assert main([str(tmp_path)]) == 2
-    assert "must be the --save_dir of a run" in capsys.readouterr().err
-
-
-def test_similarity_map_averages_over_bins() -> None:
-    pytest.importorskip("matplotlib")
-    from peft_pretraining.commands.plot import COLUMNS, similarity_map
-
-    name = "subspace/similarity/a"
-    lines = [{"update_step": step, name: step / 600} for step in range(0, 600, 5)]
-    table = similarity_map([*lines, {"update_step": 599}], ["a", "b"])
-    assert table.shape == (2, COLUMNS)
-    assert table[0, 0] == pytest.approx((0 + 5) / 2 / 600)
-    assert (table[1] != table[1]).all()  # nan where nothing was refreshed
+    lines = [{"update_step": step, "train/loss": 9.0 / step, "train/lr": 0.01} for step in range(1, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "plot_run.py"), run_name="__main__")
+    assert ended.value.code == 0 and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

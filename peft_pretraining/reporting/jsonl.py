@@ -17,10 +17,9 @@ from typing import Any
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.progress import Progress
-from peft_pretraining.reporting.throughput import memory_metrics
 from peft_pretraining.reporting.wandb import WandbMirror
 
-__all__ = ["METRICS_FILE", "MetricsLogger", "deterministic_metrics", "memory_metrics", "read_metrics"]
+__all__ = ["METRICS_FILE", "MetricsLogger", "deterministic_metrics", "read_lines", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
 MEASURED_PREFIXES = ("throughput/", "memory/", "data/", "time/")
@@ -33,24 +32,37 @@ def deterministic_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_metrics(save_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl, without a last one that a crash has cut off. Raises UserError."""
+    return read_lines(save_dir)[0]
+
+
+def read_lines(save_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's metrics.jsonl, and how many others are no JSON objects, but for a last one that is cut off.
+
+    Raises UserError if the file cannot be read.
+    """
     path = save_dir / METRICS_FILE
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: {save_dir} must be the --save_dir of a run") from None
-    return [json.loads(line) for line in _whole_lines(text)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): it must be a file of metrics of a run") from None
+    finished = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
+    found = [values for line in finished if (values := _json_object(line)) is not None]
+    return found, len(finished) - len(found)
 
 
 def _whole_lines(text: str) -> list[str]:
     lines = text.splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and line.strip() and _is_json(line)]
+    return [line for line in lines if line.endswith("\n") and line.strip() and _json_object(line) is not None]
 
 
-def _is_json(line: str) -> bool:
+def _json_object(line: str) -> dict[str, Any] | None:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 class MetricsLogger:
