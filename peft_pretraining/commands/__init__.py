@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "plan": "say what trains in the memory of a card, and how fast",
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw a run's metrics",
     "tokenize": "write the token ids of a data set to files",

@@ -4,8 +4,8 @@ What is chosen are flags: the same command with them is the same run. Settings a
 
 1. micro-batches that divide the total batch, one in so many layers computed again, gate and up kept in INT8;
 2. sums over micro-batches in INT8 as well: where nothing else fits, or where it makes an update faster by 5 %;
-3. a smaller rank as well, which is another training: the largest of seven eighths, six eighths and so on that fits,
-   where nothing else does.
+3. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
+   the largest that fits, but for one at which micro-batches become so small that a smaller rank is faster by half.
 
 Of the settings of a step that fit, the one of the least counted time of an update is taken (`peft_pretraining.speed`).
 Where others are as fast to one per cent, one that rounds nothing goes before one that does, then one that computes
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,8 +42,9 @@ UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
-AS_FAST, WORTH_ROUNDING = 1.01, 1.05
-"""Counted times of less than the first ratio are equal, as counts are not exact; sums are rounded for the second."""
+AS_FAST, WORTH_ROUNDING, WORTH_A_RANK = 1.01, 1.05, 1.5
+"""Counted times of less than the first ratio are equal, as counts are not exact; sums are rounded for the second, and
+the rank is smaller by another eighth for the third."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +85,14 @@ class Candidate:
 class Candidates:
     """All settings that a command line leaves open, step by step."""
 
-    def __init__(self, argv: Sequence[str], world_size: int = 1) -> None:
-        """argv: of `run_pretrain.py`; --batch_size may be left out beside --total_batch_size. Raises UserError."""
+    def __init__(self, argv: Sequence[str], world_size: int = 1, defaults: Collection[str] = ()) -> None:
+        """argv: of `run_pretrain.py`; --batch_size may be left out beside --total_batch_size.
+
+        defaults: names of flags in it that may be changed all the same. Raises UserError.
+        """
         self._argv, self._world_size = list(argv), world_size
-        self._given = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
+        given = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
+        self._given = given.difference(defaults)
         self._lasting: dict[Any, dict[str, int]] = {}
         self._sizes = self._parsed_sizes()
         first = self._sizes[-1][1]  # of the smallest micro-batch
@@ -104,15 +109,18 @@ class Candidates:
 
     def choose(self, budget: int, card: Card) -> Candidate | None:
         """The fastest candidate on a card that fits into so many bytes; None if there is none."""
-        same_rank = [each for step in self.steps if (each := _fastest(step, budget, card))]
-        if same_rank:
-            limit = WORTH_ROUNDING * min(each.seconds(card) for each in same_rank)
-            return next(each for each in same_rank if each.seconds(card) <= limit)
-        return next((each for step in self.lower_ranks if (each := _fastest(step, budget, card))), None)
+        if self.smallest.needs > budget:
+            return None
+        for steps, worth in ((self.steps, WORTH_ROUNDING), (self.lower_ranks, WORTH_A_RANK)):
+            if found := [each for step in steps if (each := _fastest(step, budget, card))]:
+                limit = worth * min(each.seconds(card) for each in found)
+                return next(each for each in found if each.seconds(card) <= limit)
+        return None
 
+    @cached_property
     def smallest(self) -> Candidate:
         """The candidate of the least memory."""
-        return min(itertools.chain(*self.steps, *self.lower_ranks), key=lambda each: each.needs)
+        return min(itertools.chain(*self.steps, *self.lower_ranks[-1:]), key=lambda each: each.needs)
 
     # ---- what is open
 
@@ -125,29 +133,26 @@ class Candidates:
                 "--memory_budget chooses --batch_size where the sequences of an update are given: give "
                 "--total_batch_size, such as 512 in the papers, or --batch_size"
             )
-        one = self._parse("--batch_size", "1") if "gradient_accumulation" not in self._given else None
-        total = (one or parse_args([*self._argv, "--batch_size", "1"], 1)).batch.total_batch_size
-        found = []
+        text = [value for name, value in _values(self._argv) if name == "--total_batch_size"][-1]
+        total, found = int(text) if text.isdecimal() else 0, []
         for size in range(total // self._world_size, 0, -1):
-            if total % (size * self._world_size) == 0:
-                flags = ("--batch_size", str(size))
-                try:
-                    found.append((flags, self._parse(*flags)))
-                except UserError:  # such as clipping, which needs several micro-batches
-                    if size == 1 and not found:
-                        raise
-        return found
+            flags = ("--batch_size", str(size))
+            if total % (size * self._world_size) == 0 and (args := self._allowed(*flags)):
+                found.append((flags, args))
+        return found or [((), self._parse("--batch_size", "1"))]  # which raises
 
     def _parse(self, *flags: str) -> RunArgs:
         return parse_args([*self._argv, *flags], self._world_size)
 
-    def _allows(self, *flags: str) -> bool:
-        """Whether the command line may have these flags beside its own."""
+    def _allowed(self, *flags: str) -> RunArgs | None:
+        """The command line with these flags, too; None where it may not have them, such as clipping without a sum."""
         try:
-            self._parse(*self._sizes[-1][0], *flags)
+            return self._parse(*flags)
         except UserError:
-            return False
-        return True
+            return None
+
+    def _allows(self, *flags: str) -> bool:
+        return self._allowed(*self._sizes[-1][0], *flags) is not None
 
     def _sums(self, first: RunArgs) -> list[Setting]:
         """Flags of sums over micro-batches: as they are, and in INT8."""
@@ -179,7 +184,8 @@ class Candidates:
                     again.append(((*switch, *sparse), values))
         for flags, values in again:
             yield flags, values
-            every_layer = (first.model.activation_checkpointing or bool(values)) and values.get("checkpoint_every") == 1
+            model = dataclasses.replace(first.model, **values)
+            every_layer = model.activation_checkpointing and model.checkpoint_every == 1
             if not every_layer and "int8_activations" not in given and self._rounds:
                 yield (*flags, "--int8_activations"), values | {"int8_activations": True}
 
@@ -203,6 +209,13 @@ class Candidates:
             lower = ("--rank", str(rank)) if rank else ()
             found.append(Candidate((*size, *keep, *add, *lower), changed, self.config, self._lasting))
         return found
+
+
+def _values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags of a command line with the text that follows them."""
+    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, glued, value = token.partition("=")
+        yield name, value if glued else following
 
 
 def _fastest(candidates: Sequence[Candidate], budget: int, card: Card) -> Candidate | None:
@@ -236,7 +249,7 @@ def parse_within_budget(argv: Sequence[str], world_size: int = 1, card: Card | N
     card = card or card_here()
     chosen = candidates.choose(budget, card)
     if chosen is None:
-        raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest()))
+        raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest))
     args = parse_args([*argv, *chosen.flags], world_size)
     return dataclasses.replace(args, notes=(*args.notes, in_words(chosen, card)))
 
@@ -273,5 +286,5 @@ def check_card(budget: int, total: int, name: str) -> None:
 def card_here() -> Card:
     """The card of this machine, as far as its speed is known; else an H100, for which counts were compared."""
     name = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else ""
-    known = {each.device: each for each in CARDS.values()} | {f"NVIDIA {each.name}": each for each in CARDS.values()}
+    known = {each.device or f"NVIDIA {each.name}": each for each in CARDS.values()}
     return known.get(name, CARDS["h100"])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.speed.passes import TBPS, TFLOPS, Ceilings
+from peft_pretraining.speed.text_table import text_table
 
 _ADA = "NVIDIA Ada GPU Architecture white paper; the card's page on nvidia.com"
 _AMPERE = "NVIDIA Ampere GA102 GPU Architecture white paper; the card's page on nvidia.com"
@@ -53,6 +54,7 @@ def _geforce(name: str, gigabytes: int, processors: int, gigahertz: float, bandw
     return Card(f"GeForce RTX {name}", gigabytes, tflops, bandwidth, source)
 
 
+NOT_MEASURED = "No consumer card was measured, only H100s and H200s, some runs with their memory capped."
 SECONDS_PER_KERNEL = 2e-6
 """Between two kernels of a CUDA graph: what is left beside a pass's own time where it is very short; an estimate."""
 CARDS = {
@@ -78,6 +80,15 @@ CARDS = {
     "h200": Card("H200 SXM", 141, 989, 4800, "NVIDIA H200 data sheet: 1,979 with sparsity", "NVIDIA H200"),
 }  # fmt: skip
 """By the name of `--gpu`."""
+
+
+def table_of_cards() -> str:
+    """All cards with their figures and sources."""
+    rows = [["--gpu", "card", "GB", "bfloat16 TFLOP/s", "GB/s", "source", "measured"]]
+    for key, card in CARDS.items():
+        figures = [str(card.gigabytes), f"{card.tflops:g}", f"{card.bandwidth:,g}"]
+        rows.append([key, card.name, *figures, card.source, "yes" if card.device else "no"])
+    return f"{text_table(rows)}\n\nDense products with sums in float32. {NOT_MEASURED}"
 
 
 def find_card(text: str) -> Card:
