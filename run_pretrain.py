@@ -22,13 +22,13 @@ from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.checkpoint.store import lock_folder
-from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
+from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
@@ -51,7 +51,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
 
     program: the command that the usage names.
     """
-    args = parse_args(argv, world_size_of_launch(), program)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_within_budget(argv, world_size_of_launch(), program=program)
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 

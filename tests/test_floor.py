@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import floor, models
-from benchmarks.floor import Setting, adamw, all_passes, q_galore
-from benchmarks.passes import Ceilings, Pass, product, quantized_bytes, seconds
 from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.speed import update_passes
+from peft_pretraining.speed.passes import Ceilings, Pass, moved, product, quantized_bytes, seconds
+from peft_pretraining.speed.update_passes import Setting, adamw, all_passes, q_galore
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -37,12 +38,12 @@ def test_full_training_takes_six_operations_a_weight_and_token() -> None:
 
 def test_checkpointing_computes_again_all_but_down_proj() -> None:
     update = adamw(replace(TINY, checkpointing=True))
-    assert operations(update.pop(floor.RECOMPUTE)) == 2 * TOKENS * (DECODER - 16 * 32) + 2 * 2 * 8 * SCORES
+    assert operations(update.pop(update_passes.RECOMPUTE)) == 2 * TOKENS * (DECODER - 16 * 32) + 2 * 2 * 8 * SCORES
     assert update == adamw(TINY)
 
 
 def test_a_product_reads_its_operands_and_writes_its_result() -> None:
-    assert product(2, 3, 5) == (2 * 2 * 3 * 5, 2 * (2 * 3 + 3 * 5 + 2 * 5))
+    assert product(2, 3, 5) == Pass(2 * 2 * 3 * 5, 2 * (2 * 3 + 3 * 5 + 2 * 5))
 
 
 def test_a_quantized_row_has_two_numbers_a_group() -> None:
@@ -52,21 +53,25 @@ def test_a_quantized_row_has_two_numbers_a_group() -> None:
 
 def test_adamw_moves_seven_bfloat16_values_a_weight() -> None:
     update = adamw(TINY)
-    assert sum(p.nbytes for p in update[floor.ADAM] + update[floor.TABLES]) == 14 * (DECODER + 2 * HEAD)
+    assert sum(p.nbytes for p in update[update_passes.ADAM] + update[update_passes.TABLES]) == 14 * (DECODER + 2 * HEAD)
 
 
 def test_our_update_of_a_matrix_by_hand() -> None:
     # q_proj is (16, 16): its gradient is (16, 4), its basis (4, 16); one group a row.
     grad, states = 2 * 16 * 4, 16 * 4 + 4  # bytes
-    assert floor.adam8bit(16, 4, grad_accum=1, result_bytes=2) == [(0, grad), (0, grad + 2 * 2 * states + 2 * 16 * 4)]
-    assert floor.project_back(TINY, 16, 16) == (2 * 16 * 16 * 4, 2 * 4 * (16 + 16) + 2 * 16 * (16 + 4))
+    assert update_passes.adam8bit(16, 4, grad, result_bytes=2) == [
+        moved(grad),
+        moved(grad + 2 * 2 * states + 2 * 16 * 4),
+    ]
+    assert update_passes.project_back(TINY, 16, 16) == Pass(2 * 16 * 16 * 4, 2 * 4 * (16 + 16) + 2 * 16 * (16 + 4))
     # Three sums in INT8: three gradients read, the sum written three times and read twice.
-    assert floor.int8_sums(16, 4, 3) == [(0, 3 * grad + 5 * 16 * (4 + 4))]
-    assert floor.int8_sums(16, 4, 1) == []
+    assert update_passes.gradient_sums(16, 4, 3) == [moved(3 * grad + 5 * 16 * (4 + 4))]
+    assert update_passes.gradient_sums(16, 4, 1) == []
 
 
 def test_passes_run_one_after_another_and_each_takes_the_longer_of_its_times() -> None:
     assert seconds([Pass(10, 1), Pass(1, 30)], Ceilings(1, 2)) == 10 + 15
+    assert seconds([Pass(10, 1), Pass(1, 30, kernels=3)], Ceilings(1, 2, seconds_per_kernel=2)) == 10 + 15 + 2 + 6
 
 
 @pytest.mark.parametrize("s", TARGETS)
@@ -78,32 +83,34 @@ def test_checkpointing_takes_longer(s: Setting) -> None:
 
 @pytest.mark.parametrize("s", TARGETS)
 def test_projected_gradients_take_fewer_operations_than_full_ones(s: Setting) -> None:
-    assert operations(q_galore(s)[floor.WEIGHT_GRADIENTS]) < operations(adamw(s)[floor.WEIGHT_GRADIENTS])
+    assert operations(q_galore(s)[update_passes.WEIGHT_GRADIENTS]) < operations(
+        adamw(s)[update_passes.WEIGHT_GRADIENTS]
+    )
 
 
 def test_direct_projection_by_formula() -> None:
     s = floor.settings("7b")[0]  # large enough that every matrix is projected directly
     sides = 4 * (4096 + 4096) + 3 * (11008 + 4096)
-    assert operations(q_galore(s)[floor.WEIGHT_GRADIENTS]) == 32 * 2 * 4096 * 1024 * sides
+    assert operations(q_galore(s)[update_passes.WEIGHT_GRADIENTS]) == 32 * 2 * 4096 * 1024 * sides
 
 
 def test_products_that_the_library_joins_move_less_and_multiply_as_much() -> None:
     small, large = floor.settings("60m")[0], floor.settings("7b")[0]
     values = 2 * small.tokens * 512  # bytes of one activation of the residual stream
-    apart, joined = floor.decoder_products(small), floor.input_gradients(small)
+    apart, joined = update_passes.decoder_products(small), update_passes.input_gradients(small)
     assert operations(apart) == operations(joined)
     assert sum(p.nbytes for p in apart) - sum(p.nbytes for p in joined) == values, "one result instead of two"
-    assert floor.input_gradients(large) == floor.decoder_products(large)
-    forward, backward = (sum(p.nbytes for p in floor.pointwise(small, j)[1]) for j in (True, False))
+    assert update_passes.input_gradients(large) == update_passes.decoder_products(large)
+    forward, backward = (sum(p.nbytes for p in update_passes.pointwise(small, j)[1]) for j in (True, False))
     assert backward - forward == values, "which the norm's gradient reads"
     # 60M: whole gradients of queries and keys by one product, and gate and up projected by one.
     t, r, inner = small.tokens, 128, 1376
     whole = [product(2 * 512, t, 512), *[product(512, 512, r)] * 2, *[product(512, t, 512), product(512, 512, r)] * 2]
     direct = [product(t, 512, 2 * r), *[product(inner, t, r)] * 2, product(t, 512, r), product(inner, t, r)]
-    assert floor.projected_gradients(small) == whole + direct
+    assert update_passes.projected_gradients(small) == whole + direct
     # 130M: all of them directly, three by one product.
     middle = floor.settings("130m")[0]
-    assert floor.projected_gradients(middle)[:4] == [
+    assert update_passes.projected_gradients(middle)[:4] == [
         product(middle.tokens, 768, 3 * 256),
         *[product(768, middle.tokens, 256)] * 3,
     ]
@@ -113,15 +120,15 @@ def test_micro_batches_share_an_update() -> None:
     for method in METHODS:
         one, four = (seconds(all_passes(method(replace(TARGETS[0], grad_accum=n))), Ceilings()) for n in (1, 4))
         assert one < four
-        assert floor.SUMS not in method(TARGETS[0])
+        assert update_passes.SUMS not in method(TARGETS[0])
     one, many = floor.settings("7b")
     assert seconds(all_passes(q_galore(many)), Ceilings()) < 32 * seconds(all_passes(q_galore(one)), Ceilings())
 
 
 def test_the_loss_in_chunks_multiplies_as_much_and_moves_more() -> None:
     s = TARGETS[0]
-    chunked, whole = floor.chunked_head(s), floor.whole_head(s)
-    assert len(chunked) > len(floor.chunked_head(TINY))
+    chunked, whole = update_passes.chunked_head(s), update_passes.whole_head(s)
+    assert len(chunked) > len(update_passes.chunked_head(TINY))
     assert operations(chunked) == operations(whole)
     products = [sum(p.nbytes for p in passes if p.operations) for passes in (chunked, whole)]
     assert products[0] > products[1]

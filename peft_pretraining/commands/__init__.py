@@ -19,6 +19,7 @@ COMMANDS = {
     "pretrain": "train a model from scratch",
     "tokenize": "write the token ids of a data set to files",
     "generate": "continue a text with a trained model",
+    "plan": "say what trains in the memory of a card, and how fast",
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw a run's metrics",
     "plot": "draw the metrics of runs, and print what they have come to",

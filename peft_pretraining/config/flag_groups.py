@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from peft_pretraining.config.flags import Flag, parse_count
+from peft_pretraining.config.flags import Flag, parse_count, parse_size
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
@@ -423,6 +423,11 @@ class RuntimeArgs:
     """Seed of the initial weights, the order of the data and stochastic rounding."""
     single_gpu: bool = False
     """Run without data parallelism, as one process."""
+    memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
+    """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
+    chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
+    total_batch_size), activation_checkpointing, checkpoint_every and int8_activations; where nothing else fits,
+    grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""
     check_replicas: Annotated[int, Flag("updates", at_least=0)] = 0

@@ -30,6 +30,8 @@ _COUNT = re.compile(r"(\d+\.?\d*|\.\d+)([KMBT]?)", re.IGNORECASE)
 # Units of flags that take a path, or may; a shell expands ~ only at the beginning of a word, not in --flag=~/folder.
 _PATH_UNITS = ("file", "folder", "name_or_path")
 _COUNT_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d+\.?\d*|\.\d+) ?([MGT]i?)B?", re.IGNORECASE)
+_SIZE_SUFFIX = {"m": 10**6, "g": 10**9, "t": 10**12, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,19 @@ def parse_count(text: str) -> int:
     if match is None:
         raise ValueError("a number with an optional suffix K, M, B or T, such as 5000, 100M or 1.1B")
     return round(float(match[1]) * _COUNT_SUFFIX[match[2].upper()])
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size of memory with its unit, such as 24GB (10^9 bytes), 22.5GiB (2^30) or 800MB."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise ValueError("a size with its unit, such as 24GB (10^9 bytes) or 22.5GiB (2^30)")
+    return int(float(match[1]) * _SIZE_SUFFIX[match[2].lower()])
+
+
+def format_size(nbytes: int) -> str:
+    """The shortest form that `parse_size` reads back as the same number, to the megabyte: 24GB, 22.5GB, 800MB."""
+    return f"{nbytes / 10**9:.3f}".rstrip("0").rstrip(".") + "GB" if nbytes >= 10**9 else f"{nbytes / 10**6:g}MB"
 
 
 def parse_path(text: str) -> Path:

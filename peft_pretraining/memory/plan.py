@@ -58,7 +58,12 @@ class MemoryPlan:
 
 def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
     """The planned memory of one rank of this run; takes a fraction of a second for any model size."""
-    passing = PassingBytes(run := PlannedRun(args, config))
+    return plan_of_run(run := PlannedRun(args, config), lasting_bytes(run))
+
+
+def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
+    """The planned memory of a run of which it is known what lasts."""
+    passing = PassingBytes(run)
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
-    return MemoryPlan(lasting_bytes(run), passing.phases(), passing.kept, overhead)
+    return MemoryPlan(lasting, passing.phases(), passing.kept, overhead)

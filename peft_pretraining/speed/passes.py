@@ -1,4 +1,7 @@
-"""Passes over memory, which `benchmarks/floor.py` adds up: operations, bytes, and the least time that both take."""
+"""Passes over memory: operations, bytes, kernels, and the least time that these take.
+
+The model of a pass is the roofline: Williams, Waterman and Patterson, Communications of the ACM 52 (4), 2009.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ class Ceilings(NamedTuple):
 
     operations_per_second: float = TFLOPS * 1e12
     bytes_per_second: float = TBPS * 1e12
+    seconds_per_kernel: float = 0.0
+    """Between two kernels, beside what both take."""
 
 
 class Pass(NamedTuple):
@@ -23,6 +28,7 @@ class Pass(NamedTuple):
 
     operations: float
     nbytes: float
+    kernels: float = 1.0
 
 
 Passes = list[Pass]
@@ -51,7 +57,7 @@ def dequantize(rows: int, columns: int, bits: int) -> Pass:
 
 def times(passes: Sequence[Pass], count: float) -> Passes:
     """Repeat passes `count` times."""
-    return [Pass(p.operations * count, p.nbytes * count) for p in passes]
+    return [Pass(*(count * value for value in p)) for p in passes] if count else []
 
 
 def side_of(m: int, n: int) -> tuple[str, int, int]:
@@ -61,4 +67,5 @@ def side_of(m: int, n: int) -> tuple[str, int, int]:
 
 def seconds(passes: Sequence[Pass], ceilings: Ceilings) -> float:
     """The floor of passes that run one after another."""
-    return sum(max(p.operations / ceilings.operations_per_second, p.nbytes / ceilings.bytes_per_second) for p in passes)
+    rate, bandwidth, between = ceilings
+    return sum(max(p.operations / rate, p.nbytes / bandwidth) + between * p.kernels for p in passes)

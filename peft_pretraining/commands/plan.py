@@ -1,0 +1,123 @@
+"""Plan runs without a GPU: what trains in the memory of a card, how, and how fast.
+
+    qgalore plan --gpu 4090                        # every shipped model: micro-batch, recomputation, tokens/s, days
+    qgalore plan --memory 12GB --model 1b,7b       # in 12 GB (10^9 bytes) of a card of about that memory
+    qgalore plan --memory 12GB --max_length 1024   # flags of run_pretrain.py in place of the recipe's
+    qgalore plan --memory 8GB,24GB                 # several memories side by side
+    qgalore plan --model_config FILE ...           # flags of a run: what --dry_run prints
+    qgalore plan --cards                           # the cards, with the sources of their figures
+
+The recipe is the paper's with the streaming subspace: INT8 weights, INT4 projections, 8-bit states, updates of 512
+sequences of 256 tokens. What is chosen is what --memory_budget chooses for run_pretrain.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from peft_pretraining.config.flags import parse_size
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.config_files import shipped_config, shipped_configs
+from peft_pretraining.speed.cards import card_of_size, find_card, table_of_cards
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line; what this command does not know is a run's flag."""
+    parser = argparse.ArgumentParser(
+        prog="qgalore plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="qgalore plan [--memory SIZE] [--gpu NAME] [--model NAMES] [flags of run_pretrain.py]",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--memory", default="", metavar="SIZE", help="such as 12GB or 11.5GiB, or several by commas")
+    parser.add_argument("--gpu", default="", metavar="NAME", help="whose speed is counted, such as 4060ti or h100")
+    parser.add_argument("--model", default="", metavar="NAMES", help="of shipped models, by commas (default: all)")
+    parser.add_argument("--cards", action="store_true", help="print the table of cards")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns 0, or 2 for a UserError."""
+    args, flags = parse_args(argv)
+    try:
+        print(text_of(args, flags))
+    except UserError as error:
+        print(f"qgalore plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def text_of(args: argparse.Namespace, flags: list[str]) -> str:
+    """What the command prints; flags: of a run. Raises UserError."""
+    if args.cards:
+        return table_of_cards()
+    budgets = [_bytes(text.strip()) for text in args.memory.split(",") if text.strip()]
+    card = find_card(args.gpu) if args.gpu else None
+    if card and max(budgets, default=0) > card.bytes:
+        raise UserError(
+            f"--memory {args.memory} is more than the {card.gigabytes} GB of {card.name}: give at most that, or leave "
+            "--gpu out"
+        )
+    if _is_given("model_config", flags):
+        return _describe(args, flags, card.gigabytes if card else 0)
+    if card is not None and not budgets:
+        budgets = [card.bytes]
+    if not budgets:
+        unknown = f" ({flags[0]} is no flag of this command)" if flags else ""
+        raise UserError(
+            f"give --memory, such as --memory 12GB, or --gpu, such as --gpu 4090, for what trains there{unknown}; or "
+            "the flags of a run with its --model_config, for what --dry_run prints of it"
+        )
+    models = model_names(args.model)
+    from peft_pretraining.memory import fit_tables
+
+    if len(budgets) == 1:
+        return fit_tables.details(budgets[0], card or card_of_size(budgets[0]), models, flags)
+    return fit_tables.overview([(each, card or card_of_size(each)) for each in budgets], models, flags)
+
+
+def model_names(text: str) -> list[str]:
+    """Shipped models of a list such as 60m,7B; all for an empty text. Raises UserError for others."""
+    sizes = {path: size for size, path in shipped_configs().items()}
+    found = []
+    for name in filter(None, (each.strip() for each in text.split(","))):
+        path = shipped_config(name)
+        if path is None:
+            raise UserError(
+                f"--model {name} is none of the shipped models, which are {', '.join(sizes.values())}; for a "
+                "configuration of your own give --model_config FILE and the other flags of the run"
+            )
+        found.append(sizes[path])
+    return found or list(sizes.values())
+
+
+def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str:
+    """What `--dry_run` prints of a run, with --memory as its budget, or else a card's for a batch that is not given."""
+    from peft_pretraining.build import shape_of
+    from peft_pretraining.dry_run import describe
+    from peft_pretraining.memory.budget import parse_within_budget
+    from peft_pretraining.runtime.rendezvous import world_size_of_launch
+    from peft_pretraining.speed.run_speed import counted_tokens_per_second
+
+    if args.model or "," in args.memory:
+        flag = f"--model {args.model}" if args.model else f"--memory {args.memory}"
+        raise UserError(f"{flag} is for shipped models, and --model_config names one run: leave one of them out")
+    card = find_card(args.gpu) if args.gpu else None
+    budget = args.memory
+    if card and not budget and not _is_given("batch_size", flags) and not _is_given("memory_budget", flags):
+        budget = f"{gigabytes}GB"
+    run = parse_within_budget([*flags, *(["--memory_budget", budget] if budget else [])], world_size_of_launch(), card)
+    text, config = describe(run), shape_of(run.model)
+    if card is None or config is None:
+        return text
+    return f"{text}\nspeed: {counted_tokens_per_second(run, config, card):,.0f} tokens/s counted for {card.name}"
+
+
+def _is_given(name: str, flags: Sequence[str]) -> bool:
+    return any(flag.partition("=")[0] == f"--{name}" for flag in flags)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"--memory is {text!r}, it must be {error}") from None

@@ -1,0 +1,123 @@
+"""Tables of what trains in the memory of a card, as text that is Markdown, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_pretraining.memory.budget import rounded_up
+from peft_pretraining.memory.shipped_runs import Fit, ShippedRun
+from peft_pretraining.speed.cards import CARDS, NOT_MEASURED, Card
+from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE
+from peft_pretraining.speed.run_speed import SHARE_OF_FLOOR
+from peft_pretraining.speed.text_table import text_table
+
+
+def details(budget: int, card: Card, models: Sequence[str], flags: Sequence[str]) -> str:
+    """A memory in bytes: how each model trains there, at which speed, for how many days. Raises UserError."""
+    fits = [ShippedRun(name, flags).fit(budget, card) for name in models]
+    head = ["model", "micro-batch", "length", "rank", "recomputed", "in INT8", "planned GB", "tokens/s", "", "days"]
+    return "\n".join(
+        [
+            f"What trains in {budget / 1e9:g} GB (10^9 bytes), at the speed of {card.name}:",
+            "",
+            text_table([head, *(_details_of(fit) for fit in fits)]),
+            "",
+            "Micro-batches an update x sequences; recomputed: decoder layers whose activations are not kept; days: of",
+            "the paper's updates on one such card, for the models that the paper has.",
+            *_sources(card, fits),
+        ]
+    )
+
+
+def _details_of(fit: Fit) -> list[str]:
+    if fit.chosen is None:
+        return [fit.model.upper(), f"at least {_gigabytes(fit)} GB", *["-"] * 8]
+    args, days = fit.chosen.args, fit.days
+    in_int8 = ["activations"] * args.model.int8_activations
+    in_int8 += ["sums"] * (args.optimizer.grad_accum_dtype == "int8" and args.batch.gradient_accumulation > 1)
+    model = args.model
+    every = f"1 in {model.checkpoint_every}" if model.checkpoint_every > 1 else "all"
+    return [
+        fit.model.upper(),
+        f"{args.batch.gradient_accumulation} x {args.batch.batch_size}",
+        str(args.batch.max_length),
+        str(args.subspace.rank) if args.optimizer.is_low_rank else "-",
+        every if model.activation_checkpointing else "none",
+        ", ".join(in_int8) or "-",
+        f"{fit.chosen.peak / 1e9:.2f}",
+        f"{fit.tokens_per_second:,.0f}",
+        "measured" if fit.row else "counted",
+        "-" if days is None else _days(days),
+    ]
+
+
+def _days(days: float) -> str:
+    return f"{days:,.0f}" if days >= 10 else f"{days:.2g}"
+
+
+def _gigabytes(fit: Fit) -> str:
+    return f"{rounded_up(fit.least.needs) / 1e9:.2f}"
+
+
+def _sources(card: Card, fits: Sequence[Fit]) -> list[str]:
+    """Where the speeds are from."""
+    shares = [
+        f"{each * 100:.0f} %"
+        for each in (card.ceilings[0] / card.tflops / 1e12, card.ceilings[1] / card.bandwidth / 1e9)
+    ]
+    lines = [
+        f"Counted: operations and bytes of an update over {shares[0]} of {card.tflops:g} TFLOP/s and {shares[1]} of "
+        f"{card.bandwidth:,g} GB/s",
+        f"({card.source}), and {SHARE_OF_FLOOR * 100:.0f} % of that: what an H100 reached. {NOT_MEASURED}",
+    ]
+    name = next((key for key, each in CARDS.items() if each == card), "")
+    shown = {fit.model for fit in fits}
+    rows = [
+        each
+        for each in MEASURED_SPEEDS
+        if each.card == name and each.model in shown and each.peak_gb * 1e9 <= fits[0].budget
+    ]
+    if not rows:
+        return lines
+    lines.append(f"Measured on this card within that memory ({SOURCE}; sequences of 256, updates in a row):")
+    for each in rows:
+        again = {0: "nothing recomputed", 1: "all recomputed"}.get(
+            each.checkpoint_every, f"1 in {each.checkpoint_every} recomputed"
+        )
+        lines.append(
+            f"  {each.model.upper()}: {each.tokens_per_second:,} tokens/s, {each.peak_gb:.2f} GB, "
+            f"{each.gradient_accumulation} x {each.batch_size}, rank {each.rank}, {again}"
+            f"{', INT8 activations' if each.int8_activations else ''} ({each.commit})"
+        )
+    return lines
+
+
+def overview(pairs: Sequence[tuple[int, Card]], models: Sequence[str], flags: Sequence[str]) -> str:
+    """Several memories with a card each: a column a memory, a row a model. Raises UserError."""
+    rows = [["model", *(f"{budget / 1e9:g} GB, {card.name}" for budget, card in pairs)]]
+    for name in models:
+        run = ShippedRun(name, flags)
+        rows.append([name.upper(), *(_cell(run.fit(budget, card)) for budget, card in pairs)])
+    return "\n".join(
+        [
+            text_table(rows),
+            "",
+            "A cell: sequences of a micro-batch; recomputed layers (R: all, R3: one in three); what is rounded to INT8",
+            "(a: activations, s: sums over micro-batches); the rank, where it is below the recipe's; tokens/s, with *",
+            "where measured; days of the paper's run, where it has one; or the least memory that the model trains in.",
+            f"Speeds are counted from a card's published rates and what an H100 reaches of its own. {NOT_MEASURED}",
+        ]
+    )
+
+
+def _cell(fit: Fit) -> str:
+    if fit.chosen is None:
+        return f"from {_gigabytes(fit)} GB"
+    args, given = fit.chosen.args, ""
+    if args.model.activation_checkpointing:
+        given += " R" + (str(args.model.checkpoint_every) if args.model.checkpoint_every > 1 else "")
+    sums = args.optimizer.grad_accum_dtype == "int8" and args.batch.gradient_accumulation > 1
+    given += " " + "a" * args.model.int8_activations + "s" * sums if args.model.int8_activations or sums else ""
+    rank = f", rank {args.subspace.rank}" if "--rank" in fit.chosen.flags else ""
+    days = "" if fit.days is None else f", {_days(fit.days)} d"
+    return f"{args.batch.batch_size}{given}{rank}: {fit.tokens_per_second:,.0f}{'*' if fit.row else ''}{days}"

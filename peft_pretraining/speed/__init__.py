@@ -1,0 +1,1 @@
+"""The time of an update, counted before a run begins."""

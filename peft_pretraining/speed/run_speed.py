@@ -1,0 +1,72 @@
+"""Counted tokens a second of a run: the floor of its passes on a card, over the share of it that runs reach."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.speed.cards import Card
+from peft_pretraining.speed.passes import seconds
+from peft_pretraining.speed.update_passes import (
+    Setting,
+    adamw,
+    all_passes,
+    q_galore,
+    recompute,
+    rounded_activations,
+)
+from qgalore.config import FULL
+
+SHARE_OF_FLOOR = 0.79
+"""Of their floor's speed that runs reach. With it and `SECONDS_PER_KERNEL`, the two numbers that were fitted, what is
+counted for an H100 is within 5 % of all rows in `measured_speeds.py`. For an H200, whose host others used, it is 5 to
+19 % above them, and 36 % with micro-batches of 512 tokens (13B): `tests/test_run_speed.py`."""
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def counted_tokens_per_second(args: RunArgs, config: ModelConfig, card: Card) -> float:
+    """Of all ranks of a run on such cards, messages between them not counted; products as in bfloat16."""
+    return args.tokens_per_update / counted_seconds(args, config, card)
+
+
+def counted_seconds(args: RunArgs, config: ModelConfig, card: Card) -> float:
+    """The time of an update of such a run."""
+    s, ours = setting_of(args, config), args.optimizer.is_low_rank
+    plain, again, rounding = _times(replace(s, checkpointing=False, checkpoint_every=1), ours, card)
+    kept = s.config.num_hidden_layers - s.recomputed
+    return (plain + s.grad_accum * (s.recomputed * again + kept * rounding)) / SHARE_OF_FLOOR
+
+
+@lru_cache(maxsize=1 << 12)
+def _times(s: Setting, ours: bool, card: Card) -> tuple[float, float, float]:
+    """Floors of an update in which nothing is computed again or rounded, and of both in a layer and micro-batch."""
+    ceilings, plain = card.ceilings, replace(s, int8_activations=False)
+    update = q_galore(plain) if ours else adamw(plain, in_chunks=True)
+    parts = (all_passes(update), recompute(s, ours), rounded_activations(s))
+    whole, again, rounding = (seconds(passes, ceilings) for passes in parts)
+    return whole, again, rounding
+
+
+def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
+    """What decides the passes of a run; the rank of the attention's matrices stands for those of the MLP, too."""
+    optimizer, subspace, model = args.optimizer, args.subspace, args.model
+    low_rank = optimizer.is_low_rank
+    return Setting(
+        config,
+        args.batch.batch_size,
+        rank=0 if subspace.rank == FULL or not low_rank else subspace.config().dimensions,
+        grad_accum=args.batch.gradient_accumulation,
+        checkpointing=model.activation_checkpointing,
+        length=args.batch.max_length,
+        update_proj_gap=math.ceil(subspace.update_proj_gap),
+        checkpoint_every=model.checkpoint_every,
+        int8_activations=model.int8_activations,
+        weight_bits=args.quantization.weight_format.stored_bits,
+        basis_bits=subspace.proj_bits if subspace.proj_quant else None,
+        sum_bytes=_BYTES[optimizer.grad_accum_dtype],
+        direction=subspace.direction,
+        newton_schulz=subspace.newton_schulz,
+    )
