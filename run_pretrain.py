@@ -109,7 +109,7 @@ class Run:
 
     def train(self) -> None:
         """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
-        self.metrics.announce(self.loader.describe())
+        self.metrics.announce([*self.loader.describe(), *self.checkpoints.notices])
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):

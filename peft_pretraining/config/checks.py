@@ -37,6 +37,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_quantization_problems(args),
         *_int8_products_problems(args),
         *_subspace_problems(args),
+        *_schedule_problems(args),
         *_run_problems(args),
     ]
 
@@ -77,8 +78,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--warmup_steps {schedule.warmup_steps} is not less than the run's {schedule.num_training_steps} updates: "
             "the learning rate only grows and never reaches its peak"
         )
-    if "restart_cycles" in given and schedule.scheduler != "cosine_restarts":
-        warnings.append(f"--restart_cycles changes nothing: --scheduler {schedule.scheduler} has no restarts")
+    warnings += _idle_schedule_flags(schedule, given)
     settled = _last_rise(schedule)
     if schedule.average_last and schedule.averaged_updates > schedule.num_training_steps - settled:
         warnings.append(
@@ -90,6 +90,19 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
+    return warnings
+
+
+def _idle_schedule_flags(schedule: ScheduleArgs, given: Collection[str]) -> list[str]:
+    """Name the flags of other schedules among those `given` by name."""
+    warnings, scheduler = [], schedule.scheduler
+    if "restart_cycles" in given and scheduler != "cosine_restarts":
+        warnings.append(f"--restart_cycles changes nothing: --scheduler {scheduler} has no restarts")
+    idle = [f"--{name}" for name in ("decay_steps", "decay_shape") if name in given]
+    if idle and scheduler != "wsd":
+        warnings.append(f"{_idle(idle)}: --scheduler {scheduler} has no decay of its own length, as wsd has")
+    if "min_lr_ratio" in given and scheduler == "constant":
+        warnings.append(f"{_idle(['--min_lr_ratio'])}: --scheduler constant stays at the peak")
     return warnings
 
 
@@ -303,6 +316,36 @@ def _subspace_problems(args: RunArgs) -> list[str]:
     return args.subspace.problems(lambda option: f"--{option} {getattr(args.subspace, option)}")
 
 
+def _schedule_problems(args: RunArgs) -> list[str]:
+    problems, schedule = [], args.schedule
+    total, warmup, decay = schedule.num_training_steps, schedule.warmup_steps, schedule.decay_updates
+    if schedule.scheduler == "cosine_restarts" and 0 < total - warmup < schedule.restart_cycles:
+        problems.append(
+            f"--restart_cycles {schedule.restart_cycles} is more than the {total - warmup} updates after the warm-up: "
+            f"give at most {total - warmup}"
+        )
+    if schedule.scheduler != "wsd":
+        return problems
+    given = f"--decay_steps {schedule.decay_steps:g}"
+    if decay < 2:
+        # The first update of the decay still has the peak.
+        problems.append(
+            f"{given} of {total} updates is {decay}, and a decay takes 2: give a number of updates from 2 on, or "
+            "--scheduler constant"
+        )
+    elif 0 < total - warmup < decay:
+        are = "" if schedule.decay_steps >= 1 else f", {decay} updates,"
+        problems.append(
+            f"{given}{are} is more than the {total - warmup} of {total} updates after the warm-up: give at most "
+            f"{total - warmup}, or fewer --warmup_steps"
+        )
+    if schedule.decay_shape == "exponential" and not schedule.min_lr_ratio:
+        problems.append(
+            "--decay_shape exponential never reaches --min_lr_ratio 0: give a ratio such as 0.01, or another shape"
+        )
+    return problems
+
+
 def _run_problems(args: RunArgs) -> list[str]:
     problems = []
     if args.runtime.single_gpu and args.world_size > 1:
@@ -311,12 +354,6 @@ def _run_problems(args: RunArgs) -> list[str]:
             "--single_gpu out"
         )
     schedule = args.schedule
-    decay_steps = schedule.num_training_steps - schedule.warmup_steps
-    if schedule.scheduler == "cosine_restarts" and 0 < decay_steps < schedule.restart_cycles:
-        problems.append(
-            f"--restart_cycles {schedule.restart_cycles} is more than the {decay_steps} updates after the warm-up: "
-            f"give at most {decay_steps}"
-        )
     if schedule.average_last and schedule.averaged_updates < 2:
         problems.append(
             f"--average_last {schedule.average_last:g} of {schedule.num_training_steps} updates is "

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from peft_pretraining.config.flags import Flag, parse_count
+from peft_pretraining.config.flags import Flag, parse_count, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
@@ -38,6 +38,14 @@ def _dimensions_or_share(text: str) -> float:
         return int(value) if value.is_integer() else value
     except (ValueError, ZeroDivisionError):
         raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None
+
+
+def _updates_or_share(text: str) -> float:
+    try:
+        value = float(text)
+        return value if 0 < value < 1 else parse_whole(text)
+    except ValueError:
+        raise ValueError("a whole number of updates, or a share of the run below 1 such as 0.1") from None
 
 
 @dataclass(frozen=True)
@@ -293,12 +301,19 @@ class ScheduleArgs:
     """Updates of the run."""
     max_train_tokens: Annotated[int, Flag("tokens", at_least=1, parse=parse_count, auto="none")] = 0
     """Tokens of the run, such as 100M or 1.1B; rounded up to whole updates, replaces num_training_steps."""
-    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts"))] = "cosine"
-    """Shape of the decay from the peak to min_lr_ratio."""
+    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts", "constant", "wsd"))] = "cosine"
+    """Shape of the decay from the peak to min_lr_ratio. constant stays at the peak; wsd (warm-up, stable, decay) stays
+    there until the last decay_steps updates. With these two a run that is stopped at its peak can go on with a larger
+    num_training_steps as if it had been planned so."""
     warmup_steps: Annotated[int, Flag("updates", at_least=0)] = 1_000
     """Updates in which the learning rate grows from 0 to its peak."""
     min_lr_ratio: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.1
     """Final learning rate, as a share of the peak."""
+    decay_steps: Annotated[float, Flag("updates_or_share", above=0, parse=_updates_or_share)] = 0.1
+    """The last updates of wsd, in which the learning rate falls: their number, or their share of num_training_steps
+    such as 0.1."""
+    decay_shape: Annotated[str, Flag(choices=("1-sqrt", "linear", "exponential"))] = "1-sqrt"
+    """Shape of wsd's decay from the peak to min_lr_ratio."""
     restart_cycles: Annotated[int, Flag("cycles", at_least=1)] = 4
     """Equal cycles after the warm-up for cosine_restarts; each starts again at the peak."""
     average_last: Annotated[float, Flag("ratio", at_least=0, at_most=1, auto="off")] = 0.0
@@ -312,6 +327,22 @@ class ScheduleArgs:
     def averaged_updates(self) -> int:
         """How many updates `average_last` is."""
         return round(self.average_last * self.num_training_steps)
+
+    @property
+    def can_be_extended(self) -> bool:
+        """Whether the learning rates before the decay, if there is one, do not depend on the length of the run."""
+        return self.scheduler in ("constant", "wsd")
+
+    @property
+    def decay_updates(self) -> int:
+        """How many updates `decay_steps` is."""
+        steps = self.decay_steps
+        return int(steps) if steps >= 1 else round(steps * self.num_training_steps)
+
+    @property
+    def decay_start(self) -> int:
+        """The number of updates after which the learning rate of wsd begins to fall."""
+        return self.num_training_steps - self.decay_updates
 
 
 @dataclass(frozen=True)
