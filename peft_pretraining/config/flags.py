@@ -258,7 +258,7 @@ def _pair_flags_with_values(argv: Sequence[str], specs: Mapping[str, FlagSpec]) 
 def _describe_unknown(unknown: Sequence[str], specs: Mapping[str, FlagSpec]) -> list[str]:
     problems = []
     after_unknown_flag = False
-    for place, token in enumerate(unknown):
+    for index, token in enumerate(unknown):
         if not token.startswith("-"):
             # The value of an unknown flag is no problem of its own.
             if not after_unknown_flag:
@@ -267,8 +267,8 @@ def _describe_unknown(unknown: Sequence[str], specs: Mapping[str, FlagSpec]) -> 
             continue
         name, equals, value = token.partition("=")
         after_unknown_flag = not equals
-        if after_unknown_flag and place + 1 < len(unknown) and not unknown[place + 1].startswith("-"):
-            value = unknown[place + 1]
+        if after_unknown_flag and index + 1 < len(unknown) and not unknown[index + 1].startswith("-"):
+            value = unknown[index + 1]
         problems.append(f"{name} is no flag of this program: {_advice(name, value, specs)}")
     return problems
 
