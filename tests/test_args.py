@@ -371,6 +371,7 @@ BAD_VALUES = [
     ("--model 60m", "--model is no flag of this program: give --model_config with the JSON configuration"),
     ("--resume", "--resume is no flag of this program: give --continue_from auto with the --save_dir of the run"),
     ("--bf16", "--bf16 is no flag of this program: bfloat16 is what --dtype is without being given"),
+    ("--report_to tensorboard", "metrics.jsonl is always written; --tensorboard writes event files beside it"),
     ("--warmup 5", "--warmup is no flag of this program: did you mean --warmup_steps?"),
     ("--xyzzy 5", "--xyzzy is no flag of this program: --help lists them all"),
     ("stray", "'stray' belongs to no flag"),
@@ -500,6 +501,14 @@ BAD_COMBINATIONS = [
 @pytest.mark.parametrize(("text", "world_size", "message"), BAD_COMBINATIONS)
 def test_combinations_that_cannot_work(text: str, world_size: int, message: str) -> None:
     assert message in refusal([*REQUIRED, *text.split()], world_size)
+
+
+def test_tensorboard_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_pretraining.config.checks.find_spec", lambda _: None)
+    assert "--tensorboard needs the package tensorboard, which is not installed: pip install" in refusal(
+        [*REQUIRED, "--tensorboard"]
+    )
+    assert not parse().logging.tensorboard
 
 
 def test_missing_required_flags() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -363,6 +364,11 @@ def _run_problems(args: RunArgs) -> list[str]:
     if args.logging.unset_wandb and args.logging.wandb_mode in ("online", "offline"):
         problems.append(
             f"--unset_wandb and --wandb_mode {args.logging.wandb_mode} contradict each other: leave one out"
+        )
+    if args.logging.tensorboard and find_spec("tensorboard") is None:
+        problems.append(
+            "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, or leave "
+            "--tensorboard out (metrics.jsonl has every metric)"
         )
     source = args.checkpoint.continue_from
     if source == "auto" and not args.checkpoint.save_dir:

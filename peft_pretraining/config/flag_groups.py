@@ -374,7 +374,7 @@ class CheckpointArgs:
 
 @dataclass(frozen=True)
 class LoggingArgs:
-    """Metrics. metrics.jsonl in save_dir is always written; wandb mirrors it."""
+    """Metrics. metrics.jsonl in save_dir is always written; wandb and TensorBoard mirror it."""
 
     project: Annotated[str, Flag("text")] = "test"
     """Project of wandb."""
@@ -386,6 +386,8 @@ class LoggingArgs:
     """Turn wandb off (the same as wandb_mode off)."""
     wandb_mode: Annotated[str, Flag(choices=("auto", "online", "offline", "off"))] = "auto"
     """auto: the variable WANDB_MODE, else online with a login, offline without one."""
+    tensorboard: bool = False
+    """Write the metrics to event files in save_dir/tensorboard, too; needs the package tensorboard."""
     log_every: Annotated[int, Flag("updates", at_least=1)] = 1
     """Interval between two lines of metrics."""
 

@@ -60,6 +60,7 @@ _RESUME = "give --continue_from auto with the --save_dir of the run, or --contin
 _BFLOAT16 = "bfloat16 is what --dtype is without being given: leave it out"
 _RANKS = "torchrun --nproc_per_node starts a process for each GPU, which the program then uses all"
 _DTYPES = "give --dtype, which is bfloat16 without being given; nothing is cast on the way, as in mixed precision"
+_LOGS = "metrics.jsonl is always written; --tensorboard writes event files beside it, and --wandb_mode is for wandb"
 _TARGET_MODULES = "all of the decoder's matrices are projected; --rank and --mlp_rank say onto how many dimensions"
 _MODEL = "give --model_config with the JSON configuration of the model, such as configs/llama_60m.json"
 ADVICE = {
@@ -93,6 +94,10 @@ ADVICE = {
     "torch_compile": "write --compile on; it is on already on a GPU with Triton",
     "do_train": "the program always trains: leave it out",
     "do_eval": "the last update is always evaluated, and --eval_every says how often else",
+    "report_to": _LOGS,
+    "log_to": _LOGS,
+    "logger": _LOGS,
+    "log_with": _LOGS,
     "wandb": "wandb records by itself where it is installed, as --wandb_mode says: leave it out",
     "streaming": "data sets on the hub are read as they are needed: leave it out",
     "target_modules": _TARGET_MODULES,
