@@ -108,6 +108,7 @@ class Run:
         world.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
         self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
+        self.noticed: set[str] = set()
 
     @property
     def update_step(self) -> int:
@@ -116,7 +117,7 @@ class Run:
 
     def train(self) -> None:
         """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
-        self.metrics.announce(self.loader.describe())
+        self.metrics.announce([*self.loader.describe(), *self.checkpoints.notices])
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
@@ -182,7 +183,8 @@ class Run:
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        self.position.tokens += self.world.sum_on_host(update.tokens)
+        tokens, news = self.world.sums_on_host([update.tokens, len(self.loader.notices)])
+        self.position.tokens += tokens
         done = self.update_step + 1
         self.average.after_update(done)
         # Wait for the previous update within the timing of this one: else only the host's launches would be timed.
@@ -192,11 +194,19 @@ class Run:
         self.outcomes.put(done, metrics, self.optimizer, measured)
         self.decide(previous)
         self.optimizer.zero_grad()
-        while self.loader.notices:
-            self.metrics.log(f"update {done}: {self.loader.notices.pop(0)}")
+        if news:
+            self.log_notices(done)
         if is_due(done, self.args.runtime.check_replicas):
             self.world.check_replicas(self.model.state_dict(), done)
         return True
+
+    def log_notices(self, done: int) -> None:
+        """Log what the loader of any rank has noticed about the data, each sentence once in a run."""
+        for text in itertools.chain(*self.world.gather(list(self.loader.notices))):
+            if text not in self.noticed:
+                self.metrics.log(f"update {done}: {text}")
+                self.noticed.add(text)
+        self.loader.notices.clear()
 
     def next_update(self) -> tuple[Update, int] | None:
         """(this rank's part of the next update, number of target tokens over all ranks); None on a stop request."""

@@ -9,6 +9,7 @@ from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.optim.lr_schedule import describe_schedule
 
 
 def print_description(args: RunArgs) -> None:
@@ -34,6 +35,7 @@ def describe(args: RunArgs) -> str:
     lines += [
         f"run: {updates:,} updates of {args.batch.total_batch_size} sequences of {args.batch.max_length} tokens "
         f"({tokens:,}), {updates * tokens / 1e9:,.2f} billion tokens, on {args.world_size} rank(s)",
+        f"learning rate: {describe_schedule(args.schedule)}",
         *([f"data: {data}"] if data else []),
         plan(args, config).table() if config is not None else "memory: not planned for what only transformers reads",
     ]

@@ -5,6 +5,7 @@ Renew the frozen list with `python -m tests.test_args > tests/golden/command_lin
 
 import dataclasses
 import re
+from argparse import ArgumentTypeError
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +13,17 @@ from types import ModuleType
 import pytest
 
 from peft_pretraining.commands import export, plot, report, tokenize
-from peft_pretraining.config.flags import FlagSpec, format_count, parse_count, read_specs
+from peft_pretraining.config.flags import (
+    FlagSpec,
+    format_count,
+    parse_count,
+    parse_whole,
+    read_specs,
+    whole_number,
+)
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.config.tried_names import ADVICE, RENAMED, flags_in_advice, what_is_right
 from peft_pretraining.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
@@ -215,7 +224,23 @@ def test_counts_read_back() -> None:
     for count in (1, 999, 1000, 1500, 10_000_000, 13_100_000_000):
         assert parse_count(format_count(count)) == count
     assert parse_count("100m") == 100_000_000
-    assert parse_count("1_000") == 1000
+    assert parse_count("1_000") == parse_count("1e3") == parse_count("1E+3") == 1000
+    assert parse_count("1.1e9") == parse_count("1.1B") == 1_100_000_000
+
+
+@pytest.mark.parametrize("text", ["1e3", "1000", "1_000", "1.0e3", "1E3", "1000.0", "0.1e4", "10e+2"])
+def test_a_whole_number_in_any_notation(text: str) -> None:
+    args = parse(f"--num_training_steps {text} --rank {text} --eval_tokens {text} --seed {text} --decay_steps {text}")
+    schedule, numbers = args.schedule, (args.subspace.rank, args.evaluation.eval_tokens, args.runtime.seed)
+    assert (schedule.num_training_steps, schedule.decay_steps, *numbers) == (1000,) * 5
+    assert all(type(number) is int for number in (schedule.num_training_steps, schedule.decay_steps, *numbers))
+    assert whole_number(text) == 1000
+
+
+def test_a_number_for_a_command_is_whole() -> None:
+    assert parse_whole("1.5e3") == 1500 and parse_whole(" -7 ") == -7 and parse_whole(str(10**30)) == 10**30
+    with pytest.raises(ArgumentTypeError, match=r"'1.5', it must be a whole number"):
+        whole_number("1.5")
 
 
 def test_derived_defaults() -> None:
@@ -264,6 +289,9 @@ def test_every_value_survives_in_the_dictionary() -> None:
         "--rank 512 --optimizer galore_adamw",
         "--scheduler cosine_restarts",
         "--scheduler linear --min_lr_ratio 0",
+        "--scheduler constant",
+        "--scheduler wsd --decay_steps 0.2 --decay_shape exponential",
+        "--scheduler wsd --decay_steps 9e3 --decay_shape linear --min_lr_ratio 0",
     ],
 )
 def test_combinations_that_work(text: str) -> None:
@@ -282,6 +310,10 @@ def test_combinations_that_work(text: str) -> None:
         ("--optimizer galore_adamw8bit --proj_bits 8", "--proj_bits changes nothing without --proj_quant"),
         ("--num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--restart_cycles 2", "--restart_cycles changes nothing: --scheduler cosine has no restarts"),
+        ("--decay_steps 10", "--decay_steps changes nothing: --scheduler cosine has no decay of its own length"),
+        ("--scheduler constant --decay_steps 10 --decay_shape linear", "--decay_steps, --decay_shape change nothing: "),
+        ("--scheduler constant --min_lr_ratio 0.2", "--min_lr_ratio changes nothing: --scheduler constant stays at"),
+        ("--scheduler wsd --num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--int8_activations --activation_checkpointing", "--int8_activations changes nothing: --activation_"),
         ("--int8_activations --compile off", "--int8_activations rounds without saving memory: with --compile off"),
     ],
@@ -318,7 +350,30 @@ BAD_VALUES = [
         "--save_dir is '~no-such-user/run', a path whose ~no-such-user is the folder of a user: there is no",
     ),
     ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
+    ("--seed 1.5", "--seed is '1.5', it must be a whole number"),
+    ("--rank 1.5e0", "--rank is '1.5e0', it must be a whole number or full"),
+    ("--seed 1e-1", "--seed is '1e-1', it must be a whole number"),
+    ("--seed 1e999999999", "--seed is '1e999999999', it must be a whole number"),
+    ("--seed inf", "--seed is 'inf', it must be a whole number"),
+    ("--max_train_tokens 1.5", "--max_train_tokens is '1.5', it must be a number with an optional suffix K, M, B or T"),
+    ("--eval_tokens 1e-3", "--eval_tokens is '1e-3', it must be a number with"),
+    ("--decay_steps 1.5", "--decay_steps is '1.5', it must be a whole number of updates, or a share of the run below"),
+    ("--decay_steps 0", "--decay_steps is 0, it must be more than 0"),
     ("--learning_rat 3", "--learning_rat is no flag of this program"),
+    ("--learning_rate 3e-4", "--learning_rate is no flag of this program: write --lr 3e-4"),
+    ("--steps 1e3", "--steps is no flag of this program: write --num_training_steps 1e3"),
+    ("--max_steps=7", "--max_steps is no flag of this program: write --num_training_steps 7"),
+    ("--Gradient-Accumulation-Steps 4", "is no flag of this program: write --gradient_accumulation 4"),
+    ("--per_device_train_batch_size", "--per_device_train_batch_size is no flag of this program: write --batch_size"),
+    ("--gradient_checkpointing true", "is no flag of this program: write --activation_checkpointing"),
+    ("--output_dir out", "--output_dir is no flag of this program: write --save_dir out"),
+    ("--seq_len 512", "--seq_len is no flag of this program: write --max_length 512"),
+    ("--epochs 3", "--epochs is no flag of this program: a run is as long as --num_training_steps (updates) or"),
+    ("--warmup_ratio 0.1", "--warmup_ratio is no flag of this program: give --warmup_steps, in updates: the share"),
+    ("--model 60m", "--model is no flag of this program: give --model_config with the JSON configuration"),
+    ("--resume", "--resume is no flag of this program: give --continue_from auto with the --save_dir of the run"),
+    ("--bf16", "--bf16 is no flag of this program: bfloat16 is what --dtype is without being given"),
+    ("--report_to tensorboard", "metrics.jsonl is always written; --tensorboard writes event files beside it"),
     ("--warmup 5", "--warmup is no flag of this program: did you mean --warmup_steps?"),
     ("--xyzzy 5", "--xyzzy is no flag of this program: --help lists them all"),
     ("stray", "'stray' belongs to no flag"),
@@ -328,6 +383,22 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("text", "message"), BAD_VALUES)
 def test_bad_values(text: str, message: str) -> None:
     assert message in refusal([*REQUIRED, *text.split()])
+
+
+def test_what_is_right_for_a_flag_from_elsewhere_exists() -> None:
+    names = {spec.name for spec in specs()}
+    assert flags_in_advice() - {"nproc_per_node"} <= names
+    assert not (RENAMED.keys() | ADVICE.keys()) & names and not RENAMED.keys() & ADVICE.keys()
+
+
+def test_a_required_flag_under_another_name_is_one_problem() -> None:
+    text = refusal(["--model_config", CONFIG, "--per_device_train_batch_size", "8"])
+    assert text == "--per_device_train_batch_size is no flag of this program: write --batch_size 8"
+
+
+def test_float16_is_named_where_it_is_there() -> None:
+    assert what_is_right("--fp16", "", (), ("bfloat16", "float16")) == "write --dtype float16"
+    assert what_is_right("--fp16", "", (), ("bfloat16",)).startswith("use bfloat16")
 
 
 GALORE, Q_GALORE = "--optimizer galore_adamw", "--optimizer q_galore_adamw8bit"
@@ -412,12 +483,37 @@ BAD_COMBINATIONS = [
         1,
         "--restart_cycles 4 is more than the 3 updates after the warm-up: give at most 3",
     ),
+    (
+        "--scheduler wsd --decay_steps 9001",
+        1,
+        "--decay_steps 9001 is more than the 9000 of 10000 updates after the warm-up: give at most 9000, or fewer",
+    ),
+    ("--scheduler wsd --decay_steps 0.95", 1, "--decay_steps 0.95, 9500 updates, is more than the 9000 of 10000"),
+    (
+        "--scheduler wsd --decay_steps 0.01 --num_training_steps 20 --warmup_steps 2",
+        1,
+        "--decay_steps 0.01 of 20 updates is 0, and a decay takes 2: give a number of updates from 2 on, or",
+    ),
+    ("--scheduler wsd --decay_steps 1", 1, "--decay_steps 1 of 10000 updates is 1, and a decay takes 2"),
+    (
+        "--scheduler wsd --decay_shape exponential --min_lr_ratio 0",
+        1,
+        "--decay_shape exponential never reaches --min_lr_ratio 0: give a ratio such as 0.01",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("text", "world_size", "message"), BAD_COMBINATIONS)
 def test_combinations_that_cannot_work(text: str, world_size: int, message: str) -> None:
     assert message in refusal([*REQUIRED, *text.split()], world_size)
+
+
+def test_tensorboard_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_pretraining.config.checks.find_spec", lambda _: None)
+    assert "--tensorboard needs the package tensorboard, which is not installed: pip install" in refusal(
+        [*REQUIRED, "--tensorboard"]
+    )
+    assert not parse().logging.tensorboard
 
 
 def test_missing_required_flags() -> None:

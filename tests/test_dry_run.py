@@ -41,6 +41,7 @@ def test_prints_every_flag_with_its_resolved_value(small: SmallRun, capsys: pyte
     assert shown["gradient_accumulation"] == "4" and shown["num_training_steps"] == "5"
     assert shown["max_update_proj_gap"] == "24"
     assert "5 updates of 8 sequences of 32 tokens (256)" in text
+    assert "learning rate: starts at its peak, falls (cosine) to 0.1 of it at update 5\n" in text
     assert "warning: --max_train_tokens replaces --num_training_steps" in text
 
 

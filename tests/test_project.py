@@ -57,7 +57,7 @@ def test_the_library_needs_torch_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
-    lazy = {"accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib"}
+    lazy = {"accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib", "tensorboard"}
     assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
 
 

@@ -116,6 +116,20 @@ def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> No
         assert parse(f"{advised} --recipe orthogonal").notes == ()
 
 
+@pytest.mark.parametrize("scheduler", ["constant", "wsd"])
+def test_what_a_longer_run_would_change_is_said_with_the_flags_that_keep_it(scheduler: str) -> None:
+    """The recipe follows the length of the run; with the flags of the note a run of any length has the same values."""
+    short = parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 5000")
+    (note,) = short.notes
+    flags = note.removeprefix("recipe orthogonal derives ").partition(" from the length")[0]
+    assert re.findall(r"--(\w+)", flags) == ["full_rank_lr", "weight_decay", "full_rank_weight_decay"]
+    longer = parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 20000 {flags}")
+    assert longer.optimizer == short.optimizer and longer.notes == ()
+    assert parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 20000").optimizer != short.optimizer
+    assert parse(f"{Q_GALORE} --scheduler {scheduler} --recipe paper").notes == ()
+    assert parse(f"--optimizer adamw --scheduler {scheduler} --recipe orthogonal").notes == ()
+
+
 def test_official_defaults_are_those_of_the_flags() -> None:
     defaults = dataclasses.asdict(OptimizerArgs()) | dataclasses.asdict(SubspaceArgs())
     assert {name: defaults[name] for name in OFFICIAL} == OFFICIAL | {"recipe": ""}

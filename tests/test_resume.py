@@ -386,6 +386,51 @@ def test_the_rate_that_is_logged_is_the_one_in_use(small: SmallRun) -> None:
     assert_same_bits(resumed.weights(), before)
 
 
+# ---- a longer run than was planned
+
+# Without the three, which the recipe takes from the length of the run, embeddings, head and decay would differ.
+OF_ANY_LENGTH = Q_GALORE_PER_LAYER | RECIPE | {"full_rank_lr": 0.02, "weight_decay": 0.2, "full_rank_weight_decay": 0.1}
+EXTENDED: dict[str, dict[str, object]] = {
+    "adamw": flags_of("adamw") | {"scheduler": "wsd", "decay_steps": 3, "weight_decay": 0.1},
+    "recipe": OF_ANY_LENGTH | {"scheduler": "wsd", "decay_steps": 0.25, "decay_shape": "linear"},
+    "averaged": flags_of("adamw") | {"scheduler": "wsd", "decay_steps": 2, "average_last": 0.25},
+}
+
+
+@pytest.mark.parametrize("mode", EXTENDED)
+def test_a_run_stopped_in_its_stable_phase_goes_on_as_if_planned_longer(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    flags = EXTENDED[mode] | {"warmup_steps": 2}
+    whole = small.run("whole", **flags, num_training_steps=12)
+    small.stop("parts", 4, **flags, num_training_steps=8)
+    resumed = small.run("parts", **flags, num_training_steps=12, continue_from="auto")
+    assert_same_run(whole, resumed)
+    rates = [line["train/lr"] for line in whole.train_lines]
+    assert len({*rates[2:8]}) == 1 and rates[-1] < rates[2], "the stable phase and the decay are in the test"
+    assert "the learning rate goes on at" not in capsys.readouterr().err
+
+
+def test_a_finished_run_at_a_constant_rate_goes_on_as_if_planned_longer(small: SmallRun) -> None:
+    flags = flags_of("galore_adamw8bit") | {"scheduler": "constant", "eval_every": 6, "warmup_steps": 3}
+    whole = small.run("whole", **flags, num_training_steps=12)
+    small.run("parts", **flags, num_training_steps=6)
+    assert_same_run(whole, small.run("parts", **flags, num_training_steps=12, continue_from="auto"))
+
+
+def test_a_run_continued_in_its_decay_says_that_the_rate_rises(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, object] = {"scheduler": "wsd", "decay_steps": 4}
+    small.stop("run", 6, **flags, num_training_steps=8)
+    small.run("run", **flags, num_training_steps=12, continue_from="auto")
+    said = [line for line in capsys.readouterr().err.splitlines() if "learning rate goes on at" in line]
+    assert said == [
+        "the learning rate goes on at 1 of its peak, and the schedule of the checkpoint had 0.364 for update 6: it had "
+        "begun to decay after update 4; a checkpoint from before goes on exactly"
+    ]
+
+
 # ---- refusals
 
 

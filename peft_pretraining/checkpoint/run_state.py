@@ -19,11 +19,13 @@ from peft_pretraining.checkpoint.store import (
     save_checkpoint,
     set_aside_later,
 )
+from peft_pretraining.config.flag_groups import ScheduleArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.train_loader import TrainLoader, merge_states
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.network import CausalLM
+from peft_pretraining.optim.lr_schedule import describe_change
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 
@@ -71,6 +73,8 @@ class RunCheckpoints:
     ) -> None:
         """Take the objects whose state goes into checkpoints."""
         self.save_dir = Path(args.checkpoint.save_dir)
+        self.notices: list[str] = []
+        """Sentences for the run's log about what `restore` found."""
         self._args, self._world = args, world
         self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
         self._model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
@@ -101,6 +105,9 @@ class RunCheckpoints:
                 f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
                 f"{position.update_step} updates already; give at least that many, or an older checkpoint"
             )
+        before = {name: checkpoint.state[name] for name in vars(self._args.schedule) if name in checkpoint.state}
+        changed = describe_change(self._args.schedule, ScheduleArgs(**before), position.update_step)
+        self.notices += [changed] if changed else []
         take_over(checkpoint, self.save_dir, self._world)
         return position
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_quantization_problems(args),
         *_int8_products_problems(args),
         *_subspace_problems(args),
+        *_schedule_problems(args),
         *_run_problems(args),
     ]
 
@@ -85,8 +87,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--warmup_steps {schedule.warmup_steps} is not less than the run's {schedule.num_training_steps} updates: "
             "the learning rate only grows and never reaches its peak"
         )
-    if "restart_cycles" in given and schedule.scheduler != "cosine_restarts":
-        warnings.append(f"--restart_cycles changes nothing: --scheduler {schedule.scheduler} has no restarts")
+    warnings += _idle_schedule_flags(schedule, given)
     settled = _last_rise(schedule)
     if schedule.average_last and schedule.averaged_updates > schedule.num_training_steps - settled:
         warnings.append(
@@ -109,6 +110,19 @@ def _unread_keys(model: ModelArgs) -> list[str]:
     unknown = find_family(raw, model.model_config).unknown_keys(raw)
     named = [f"{key} (is {meant} meant?)" if meant else key for key, meant in unknown.items()]
     return [f"--model_config {model.model_config}: nothing reads {', '.join(named)}"] if named else []
+
+
+def _idle_schedule_flags(schedule: ScheduleArgs, given: Collection[str]) -> list[str]:
+    """Name the flags of other schedules among those `given` by name."""
+    warnings, scheduler = [], schedule.scheduler
+    if "restart_cycles" in given and scheduler != "cosine_restarts":
+        warnings.append(f"--restart_cycles changes nothing: --scheduler {scheduler} has no restarts")
+    idle = [f"--{name}" for name in ("decay_steps", "decay_shape") if name in given]
+    if idle and scheduler != "wsd":
+        warnings.append(f"{_idle(idle)}: --scheduler {scheduler} has no decay of its own length, as wsd has")
+    if "min_lr_ratio" in given and scheduler == "constant":
+        warnings.append(f"{_idle(['--min_lr_ratio'])}: --scheduler constant stays at the peak")
+    return warnings
 
 
 def _last_rise(schedule: ScheduleArgs) -> int:
@@ -329,6 +343,36 @@ def _subspace_problems(args: RunArgs) -> list[str]:
     return problems
 
 
+def _schedule_problems(args: RunArgs) -> list[str]:
+    problems, schedule = [], args.schedule
+    total, warmup, decay = schedule.num_training_steps, schedule.warmup_steps, schedule.decay_updates
+    if schedule.scheduler == "cosine_restarts" and 0 < total - warmup < schedule.restart_cycles:
+        problems.append(
+            f"--restart_cycles {schedule.restart_cycles} is more than the {total - warmup} updates after the warm-up: "
+            f"give at most {total - warmup}"
+        )
+    if schedule.scheduler != "wsd":
+        return problems
+    given = f"--decay_steps {schedule.decay_steps:g}"
+    if decay < 2:
+        # The first update of the decay still has the peak.
+        problems.append(
+            f"{given} of {total} updates is {decay}, and a decay takes 2: give a number of updates from 2 on, or "
+            "--scheduler constant"
+        )
+    elif 0 < total - warmup < decay:
+        are = "" if schedule.decay_steps >= 1 else f", {decay} updates,"
+        problems.append(
+            f"{given}{are} is more than the {total - warmup} of {total} updates after the warm-up: give at most "
+            f"{total - warmup}, or fewer --warmup_steps"
+        )
+    if schedule.decay_shape == "exponential" and not schedule.min_lr_ratio:
+        problems.append(
+            "--decay_shape exponential never reaches --min_lr_ratio 0: give a ratio such as 0.01, or another shape"
+        )
+    return problems
+
+
 def _run_problems(args: RunArgs) -> list[str]:
     problems = []
     if args.runtime.single_gpu and args.world_size > 1:
@@ -337,12 +381,6 @@ def _run_problems(args: RunArgs) -> list[str]:
             "--single_gpu out"
         )
     schedule = args.schedule
-    decay_steps = schedule.num_training_steps - schedule.warmup_steps
-    if schedule.scheduler == "cosine_restarts" and 0 < decay_steps < schedule.restart_cycles:
-        problems.append(
-            f"--restart_cycles {schedule.restart_cycles} is more than the {decay_steps} updates after the warm-up: "
-            f"give at most {decay_steps}"
-        )
     if schedule.average_last and schedule.averaged_updates < 2:
         problems.append(
             f"--average_last {schedule.average_last:g} of {schedule.num_training_steps} updates is "
@@ -352,6 +390,11 @@ def _run_problems(args: RunArgs) -> list[str]:
     if args.logging.unset_wandb and args.logging.wandb_mode in ("online", "offline"):
         problems.append(
             f"--unset_wandb and --wandb_mode {args.logging.wandb_mode} contradict each other: leave one out"
+        )
+    if args.logging.tensorboard and find_spec("tensorboard") is None:
+        problems.append(
+            "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, or leave "
+            "--tensorboard out (metrics.jsonl has every metric)"
         )
     source = args.checkpoint.continue_from
     if source == "auto" and not args.checkpoint.save_dir:

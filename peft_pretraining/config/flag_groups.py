@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from peft_pretraining.config.flags import Flag, parse_count, parse_size
+from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
@@ -43,14 +43,25 @@ def _dimensions_or_share(text: str) -> float:
 def _ranks(text: str) -> int | str:
     """A rank, or text with several and commas."""
     words = text.replace(" ", "").split(",")
-    if not all(word == FULL or (word.isdecimal() and int(word) >= 1) for word in words):
+    try:
+        ranks = [word if word == FULL else parse_whole(word) for word in words]
+    except ValueError:
+        ranks = [0]
+    if any(rank != FULL and rank < 1 for rank in ranks):
         raise ValueError("a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,")
-    ranks = [word if word == FULL else int(word) for word in words]
     return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
 
 
 def _mlp_ranks(text: str) -> int | str:
     return 0 if text == "0" else _ranks(text)
+
+
+def _updates_or_share(text: str) -> float:
+    try:
+        value = float(text)
+        return value if 0 < value < 1 else parse_whole(text)
+    except ValueError:
+        raise ValueError("a whole number of updates, or a share of the run below 1 such as 0.1") from None
 
 
 @dataclass(frozen=True)
@@ -337,12 +348,19 @@ class ScheduleArgs:
     """Updates of the run."""
     max_train_tokens: Annotated[int, Flag("tokens", at_least=1, parse=parse_count, auto="none")] = 0
     """Tokens of the run, such as 100M or 1.1B; rounded up to whole updates, replaces num_training_steps."""
-    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts"))] = "cosine"
-    """Shape of the decay from the peak to min_lr_ratio."""
+    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts", "constant", "wsd"))] = "cosine"
+    """Shape of the decay from the peak to min_lr_ratio. constant stays at the peak; wsd (warm-up, stable, decay) stays
+    there until the last decay_steps updates. With these two a run that is stopped at its peak can go on with a larger
+    num_training_steps as if it had been planned so."""
     warmup_steps: Annotated[int, Flag("updates", at_least=0)] = 1_000
     """Updates in which the learning rate grows from 0 to its peak."""
     min_lr_ratio: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.1
     """Final learning rate, as a share of the peak."""
+    decay_steps: Annotated[float, Flag("updates_or_share", above=0, parse=_updates_or_share)] = 0.1
+    """The last updates of wsd, in which the learning rate falls: their number, or their share of num_training_steps
+    such as 0.1."""
+    decay_shape: Annotated[str, Flag(choices=("1-sqrt", "linear", "exponential"))] = "1-sqrt"
+    """Shape of wsd's decay from the peak to min_lr_ratio."""
     restart_cycles: Annotated[int, Flag("cycles", at_least=1)] = 4
     """Equal cycles after the warm-up for cosine_restarts; each starts again at the peak."""
     average_last: Annotated[float, Flag("ratio", at_least=0, at_most=1, auto="off")] = 0.0
@@ -356,6 +374,22 @@ class ScheduleArgs:
     def averaged_updates(self) -> int:
         """How many updates `average_last` is."""
         return round(self.average_last * self.num_training_steps)
+
+    @property
+    def can_be_extended(self) -> bool:
+        """Whether the learning rates before the decay, if there is one, do not depend on the length of the run."""
+        return self.scheduler in ("constant", "wsd")
+
+    @property
+    def decay_updates(self) -> int:
+        """How many updates `decay_steps` is."""
+        steps = self.decay_steps
+        return int(steps) if steps >= 1 else round(steps * self.num_training_steps)
+
+    @property
+    def decay_start(self) -> int:
+        """The number of updates after which the learning rate of wsd begins to fall."""
+        return self.num_training_steps - self.decay_updates
 
 
 @dataclass(frozen=True)
@@ -387,7 +421,7 @@ class CheckpointArgs:
 
 @dataclass(frozen=True)
 class LoggingArgs:
-    """Metrics. metrics.jsonl in save_dir is always written; wandb mirrors it."""
+    """Metrics. metrics.jsonl in save_dir is always written; wandb and TensorBoard mirror it."""
 
     project: Annotated[str, Flag("text")] = "test"
     """Project of wandb."""
@@ -399,6 +433,8 @@ class LoggingArgs:
     """Turn wandb off (the same as wandb_mode off)."""
     wandb_mode: Annotated[str, Flag(choices=("auto", "online", "offline", "off"))] = "auto"
     """auto: the variable WANDB_MODE, else online with a login, offline without one."""
+    tensorboard: bool = False
+    """Write the metrics to event files in save_dir/tensorboard, too; needs the package tensorboard."""
     log_every: Annotated[int, Flag("updates", at_least=1)] = 1
     """Interval between two lines of metrics."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.flags import build_parser, parse_flags
 from peft_pretraining.config.model_source import fill_model_config
-from peft_pretraining.config.recipes import recipe_in_words, with_length, with_recipe
+from peft_pretraining.config.recipes import length_in_words, recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
@@ -46,7 +46,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
         raise UserError(_list_problems(problems))
-    notes = tuple(filter(None, [recipe_in_words(parsed.values)]))
+    of_length = length_in_words(args.optimizer, args.schedule, parsed.values.keys())
+    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length]))
     return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 

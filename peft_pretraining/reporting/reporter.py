@@ -29,19 +29,18 @@ class RunMetrics:
     """Measures and writes the metrics of a run."""
 
     def __init__(self, args: RunArgs, world: World, model: CausalLM, position: Position) -> None:
-        """Open the run's metrics and remove what was written after `position`."""
+        """Open the run's metrics without what was written after `position`."""
         self._args, self._world, self._device = args, world, world.device
         self._parameters, self._first = parameter_count(model), position.update_step
         self._initial_weights = position.initial_weights
+        # With --init_from there is an evaluation before the first update, which a run that begins there makes again.
+        begins = bool(args.model.init_from) and not position.update_step
         self._logger = MetricsLogger(
             Path(args.checkpoint.save_dir), args.to_dict(), rank=world.rank,
             wandb_mode=args.logging.resolved_wandb_mode, project=args.logging.project, name=args.logging.name,
-            tags=args.logging.tag_list, run_id=position.wandb_run_id, total_updates=args.schedule.num_training_steps,
-            start_update=position.update_step,
+            tags=args.logging.tag_list, run_id=position.wandb_run_id, tensorboard=args.logging.tensorboard,
+            total_updates=args.schedule.num_training_steps, start_update=-1 if begins else position.update_step,
         )  # fmt: skip
-        # With --init_from there is an evaluation before the first update, which a run that begins there makes again.
-        begins = bool(args.model.init_from) and not position.update_step
-        self._logger.truncate_after(-1 if begins else position.update_step)
         position.wandb_run_id = self._logger.run_id
         config = model.config
         flops = train_flops_per_token(
