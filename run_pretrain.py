@@ -19,6 +19,7 @@ import torch
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.parse import parse_args
@@ -45,7 +46,7 @@ from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 
 def run(argv: Sequence[str] | None) -> None:
     """Run a training run from its command line; raises UserError for what the user can fix."""
-    args = parse_args(argv, world_size_of_launch())
+    args = keep_named_method(parse_args(argv, world_size_of_launch()))
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
