@@ -110,7 +110,7 @@ class Run:
 
     def train(self) -> None:
         """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
-        self.metrics.announce(self.loader.describe())
+        self.metrics.announce(self.loader.describe(), self.checkpoints.changed_flags)
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
