@@ -51,6 +51,7 @@ cat <<TEXT
 == done in $((SECONDS - start_seconds)) seconds. In $SAVE_DIR:
      step_*/        checkpoints: safetensors and JSON
      metrics.jsonl  every metric of every update
+     config.json    the model's shape; command.txt: the commands of this run
      curves.png     loss, learning rate and subspace similarities
 == next
      bash scripts/quickstart.sh --recipe paper --lr 0.01 --rank 32 --galore_scale 0.25    the paper's algorithm
