@@ -35,7 +35,7 @@ RUNS = {  # flags of 7B: GB available, and what is advised
         "--optimizer q_galore_adamw8bit_per_layer --weight_quant --rank full --batch_size 16 --total_batch_size 512 "
         "--activation_checkpointing --grad_accum_dtype int8",
         17.0,
-        ["--rank 1024"],
+        ["--rank 1536"],
     ),
     "one micro-batch": (
         "--optimizer adamw --batch_size 64",

@@ -77,4 +77,6 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
         given = min(map(min, config.matrix_shapes().values())) if whole else args.subspace.dimensions
         if rank := given * eighths // 8:
             recipe = RECIPES[args.optimizer.recipe or "paper"].subspace if whole else {}
+            if whole and "proj_quant" in args.left_to_name:
+                recipe = {**recipe, "proj_quant": True}  # as the name says of a rank
             yield "--rank", rank, "subspace", {**recipe, "rank": rank}
