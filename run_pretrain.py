@@ -20,6 +20,7 @@ import torch
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.run_config import RunArgs
@@ -31,6 +32,7 @@ from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
+from peft_pretraining.reporting.run_files import write_run_files
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
@@ -52,7 +54,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     program: the command that the usage names.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_within_budget(argv, world_size_of_launch(), program=program)
+    args = keep_named_method(parse_within_budget(argv, world_size_of_launch(), program=program))
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
@@ -106,6 +108,8 @@ class Run:
         ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
         check_vocabulary(ids, self.model.config.vocab_size, are_ids)
         world.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
+        if not skip_steps:  # else it is the same start once more
+            world.from_main(lambda: write_run_files(args, self.update_step))
         self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
         self.noticed: set[str] = set()
@@ -117,7 +121,8 @@ class Run:
 
     def train(self) -> None:
         """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
-        self.metrics.announce([*self.loader.describe(), *self.checkpoints.notices])
+        data = [*self.loader.describe(), *self.checkpoints.notices]
+        self.metrics.announce(data, self.checkpoints.changed_flags)
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):

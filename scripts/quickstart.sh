@@ -37,7 +37,6 @@ ${LAUNCHER:-torchrun --standalone --nproc_per_node "${NPROC:-1}"} run_pretrain.p
     --dataset pydocs --packing pack --dtype "$DTYPE" \
     --batch_size "$BATCH_SIZE" --total_batch_size "$BATCH_SIZE" --max_length "$MAX_LENGTH" \
     --optimizer q_galore_adamw8bit_per_layer \
-    --weight_quant --stochastic_round --proj_quant \
     --num_training_steps "$UPDATES" --warmup_steps "$((UPDATES / 10))" \
     --eval_every "$((UPDATES / 2))" --eval_tokens 50K --save_every "$((UPDATES / 2))" \
     --name quickstart --wandb_mode off \
@@ -52,6 +51,7 @@ cat <<TEXT
 == done in $((SECONDS - start_seconds)) seconds. In $SAVE_DIR:
      step_*/        checkpoints: safetensors and JSON
      metrics.jsonl  every metric of every update
+     config.json    the model's shape; command.txt: the commands of this run
      curves.png     loss, learning rate and subspace similarities
 == next
      bash scripts/quickstart.sh --recipe paper --lr 0.01 --rank 32 --galore_scale 0.25    the paper's algorithm

@@ -96,7 +96,7 @@ def specs() -> list[FlagSpec]:
 
 
 def command_line() -> str:
-    """One line a flag: group, name, type, choices, default."""
+    """One line a flag: group, name, type, choices, default, and the --no- form of a switch that has one."""
     lines = []
     for title, group in GROUPS.items():
         for spec in read_specs(group):
@@ -104,6 +104,7 @@ def command_line() -> str:
             choices = f" {{{','.join(map(str, spec.flag.choices))}}}" if spec.flag.choices else ""
             unit = f" [{spec.flag.unit}]" if spec.flag.unit else ""
             default = "required" if spec.default is dataclasses.MISSING else repr(spec.default)
+            default += f", --no-{spec.name}" if spec.can_be_denied else ""
             lines.append(f"{title}: --{spec.name} {kind}{choices}{unit} = {default}")
     return "\n".join(lines) + "\n"
 
@@ -143,7 +144,8 @@ def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.Ca
     for spec in specs():
         assert re.search(rf"--{spec.name}\b", text)
         # What is on, or left to others to decide, can be switched off.
-        assert (f"--no-{spec.name} " in text) == (spec.is_switch and spec.default is not False)
+        left_to_others = spec.default is not False or bool(spec.flag.auto)
+        assert (f"--no-{spec.name} " in text) == (spec.is_switch and left_to_others)
         assert f"{spec.help} ({spec.default_text})" in text
 
 
@@ -155,6 +157,37 @@ def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.Ca
 def test_switches_that_are_on_can_be_switched_off(text: str, added: tuple[bool | None, bool]) -> None:
     data = parse(text).data
     assert (data.add_bos, data.add_eos) == added
+
+
+NAMED = ("weight_quant", "stochastic_round", "proj_quant")
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", (True, True, True)),
+        ("--no-weight_quant", (False, False, True)),
+        ("--no-stochastic_round", (True, False, True)),
+        ("--weight_quant --no-proj_quant", (True, True, False)),
+        ("--rank full", (True, True, False)),
+        ("--rank full --mlp_rank full", (True, True, False)),
+        ("--rank full --mlp_rank 64", (True, True, True)),
+        ("--simulation --recipe paper", (True, True, True)),
+    ],
+)
+def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple[bool, bool, bool]) -> None:
+    """INT8 weights with stochastic rounding and INT4 projections unless told otherwise; others keep their defaults."""
+    for name in ("q_galore_adamw8bit", "Q_GaLore_AdamW8bit_per_layer"):
+        args = parse(f"--optimizer {name} {text}")
+        assert tuple(args.to_dict()[flag] for flag in NAMED) == values
+        assert (args.quantization.weight_format.bits, args.subspace.config(of_mlp=True).basis_bits) == (
+            8 if values[0] else None, 4 if values[2] else None,
+        )  # fmt: skip
+        assert set(args.left_to_name) == {flag for flag in NAMED if f"{flag}" not in text}
+    for name in OPTIMIZERS:
+        if not name.startswith("q_galore"):
+            args = parse(f"--optimizer {name}")
+            assert [args.to_dict()[flag] for flag in NAMED] == [False] * 3 and args.left_to_name == ()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -284,6 +317,9 @@ def test_every_value_survives_in_the_dictionary() -> None:
         "--optimizer galore_adamw8bit --proj_quant",
         "--optimizer q_galore_adamw8bit",
         "--optimizer q_galore_adamw8bit --weight_quant --weight_group_size 256 --stochastic_round --int8_products",
+        "--optimizer q_galore_adamw8bit --simulation --weight_bits 4 --proj_bits 8",
+        "--optimizer q_galore_adamw8bit --rank full --no-proj_quant",
+        "--optimizer q_galore_adamw8bit --no-weight_quant --no-stochastic_round --no-proj_quant",
         "--optimizer galore_adamw --proj_type full",
         "--optimizer Adam --warmup_steps 0 --grad_clipping 1",
         "--rank 512 --optimizer galore_adamw",
@@ -308,6 +344,7 @@ def test_combinations_that_work(text: str) -> None:
             "--weight_bits, --weight_group_size change nothing without --weight_quant",
         ),
         ("--optimizer galore_adamw8bit --proj_bits 8", "--proj_bits changes nothing without --proj_quant"),
+        ("--optimizer q_galore_adamw8bit --no-weight_quant --weight_bits 4", "nothing with --no-weight_quant"),
         ("--num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--restart_cycles 2", "--restart_cycles changes nothing: --scheduler cosine has no restarts"),
         ("--decay_steps 10", "--decay_steps changes nothing: --scheduler cosine has no decay of its own length"),
@@ -402,7 +439,7 @@ def test_float16_is_named_where_it_is_there() -> None:
 
 
 GALORE, Q_GALORE = "--optimizer galore_adamw", "--optimizer q_galore_adamw8bit"
-INT8_PRODUCTS = f"{Q_GALORE} --weight_quant --int8_products"
+INT8_PRODUCTS = f"{Q_GALORE} --int8_products"
 BAD_COMBINATIONS = [
     ("--total_batch_size 20", 1, "--total_batch_size 20 is no multiple of --batch_size 8 x 1 rank = 8: the nearest"),
     ("--total_batch_size 20", 2, "--batch_size 8 x 2 ranks = 16: the nearest that work are 16 or 32"),
@@ -413,9 +450,10 @@ BAD_COMBINATIONS = [
     ("--int8_activations --use_hf_model", 1, "--int8_activations is for the project's own LLaMA"),
     ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),
-    ("--optimizer q_galore_adamw8bit --stochastic_round", 1, "--stochastic_round is about quantized weights"),
-    ("--optimizer q_galore_adamw8bit --simulation", 1, "--simulation is about quantized weights: add --weight_quant"),
-    (f"{Q_GALORE} --int8_products", 1, "--int8_products is about quantized weights: add --weight_quant"),
+    (f"{Q_GALORE} --no-weight_quant --stochastic_round", 1, "--stochastic_round is about quantized weights"),
+    (f"{Q_GALORE} --no-weight_quant --simulation", 1, "weights: leave it or --no-weight_quant out"),
+    (f"{GALORE} --int8_products", 1, "--int8_products is about quantized weights: use a q_galore optimizer, or leave"),
+    (f"{GALORE} --rounding_feedback 0.5 --rank full --direction orthogonal", 1, "--rounding_feedback 0.5 is about qu"),
     (f"{INT8_PRODUCTS} --weight_bits 4", 1, "not in --weight_bits 4: use --weight_bits 8 or leave --int8_products out"),
     (f"{INT8_PRODUCTS} --simulation", 1, "--simulation stores float weights: leave one out"),
     (f"{INT8_PRODUCTS} --weight_group_size 128", 1, "--weight_group_size 128 cannot work with --int8_products"),

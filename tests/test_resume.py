@@ -13,7 +13,9 @@ import pytest
 
 import run_pretrain
 from peft_pretraining.checkpoint import run_state
+from peft_pretraining.checkpoint.recorded_flags import changed_flags, differing_keys
 from peft_pretraining.checkpoint.store import save_checkpoint
+from peft_pretraining.config.parse import parse_args
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from tests.file_opens import counted_opens
 from tests.small_run import (
@@ -322,6 +324,43 @@ def test_a_resumed_run_says_what_is_done(small: SmallRun, capsys: pytest.Capture
         assert f"2 of {updates} updates are made already" in capsys.readouterr().err
 
 
+def test_a_resumed_run_says_which_flags_are_others(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that are only places, or about reporting, too."""
+    flags: dict[str, object] = {"num_training_steps": 2}
+    small.run("run", **flags)
+    capsys.readouterr()
+    small.run("run", **flags, continue_from="auto")
+    assert "changed" not in capsys.readouterr().err
+    small.copy("run", "moved")
+    small.folder.joinpath("moved.json").write_text(small.config.read_text())
+    others = {"lr": 0.5, "full_rank_lr": 0.25, "project": "b", "workers": 1, "activation_checkpointing": True}
+    small.run("moved", **flags | others, model_config=small.folder / "moved.json", continue_from="auto")
+    changed = (
+        f"changed since the checkpoint: --model_config {small.config} -> {small.folder / 'moved.json'}, "
+        "--activation_checkpointing off -> on, --workers 0 -> 1, --lr 0.0001 -> 0.5, --full_rank_lr default -> 0.25, "
+        f"--save_dir {small.folder / 'run'} -> {small.folder / 'moved'}, --project test -> b\n"
+    )
+    assert changed in capsys.readouterr().err
+
+
+def test_what_an_older_version_has_not_recorded_was_its_default(small: SmallRun) -> None:
+    args = parse_args(small.argv("run", {"log_every": 3}))
+    older = {name: value for name, value in args.to_dict().items() if name not in ("log_every", "keep_checkpoints")}
+    assert changed_flags(args, older) == ["--log_every 1 -> 3"]
+
+
+def test_the_keys_by_which_models_differ() -> None:
+    there = {"width": 512, "rope": {"factor": 2, "type": "linear"}, "names": ["a" * 50], "old": None, "same": [1]}
+    here = {"width": 768, "rope": {"factor": 8, "type": "linear"}, "names": ["b" * 50], "same": [1]}
+    quoted = '["' + "{}" * 35 + "..."
+    assert list(differing_keys(there, here)) == [
+        f"names {quoted.format(*'a' * 35)} there, {quoted.format(*'b' * 35)} here",
+        "old null there, absent here",
+        "rope.factor 2 there, 8 here",
+        "width 512 there, 768 here",
+    ]
+
+
 def test_a_new_run_does_not_destroy_the_one_in_its_folder(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     first = small.run("run", num_training_steps=4, save_every=2)
     before = files(first.save_dir)
@@ -509,7 +548,11 @@ def test_another_model_or_data_set_is_refused(small: SmallRun, capsys: pytest.Ca
     other = small.folder / "other.json"
     other.write_text(json.dumps(CONFIG | {"intermediate_size": 96}))
     message = refusal(small, capsys, **flags, model_config=other)
-    assert "--continue_from" in message and "step_00000001" in message
+    assert message.endswith(
+        "step_00000001 is of another run: intermediate_size 128 there, 96 here. Give the flags of that run or another "
+        "checkpoint."
+    )
+    assert "--continue_from" in message
     (small.data / "train.uint16").write_bytes(token_stream(40_000, seed=9).tobytes())
     assert "--dataset" in refusal(small, capsys, **flags)
 

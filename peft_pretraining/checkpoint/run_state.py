@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.checkpoint.initial_weights import load_initial_weights
+from peft_pretraining.checkpoint.recorded_flags import changed_flags
 from peft_pretraining.checkpoint.store import (
     Checkpoint,
     check_compatible,
@@ -75,6 +76,8 @@ class RunCheckpoints:
         self.save_dir = Path(args.checkpoint.save_dir)
         self.notices: list[str] = []
         """Sentences for the run's log about what `restore` found."""
+        self.changed_flags: list[str] = []
+        """What a resumed run's command changes of the flags that its checkpoint has recorded, in words."""
         self._args, self._world = args, world
         self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
         self._model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
@@ -98,6 +101,7 @@ class RunCheckpoints:
         self._loader.load_state_dict(checkpoint.state["data"])
         self._average.load_state_dict(checkpoint.state.get("average"), checkpoint.update_step, checkpoint.path)
         names = ("tokens", "skipped_in_a_row", "wandb_run_id")
+        self.changed_flags = changed_flags(self._args, checkpoint.state)
         position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
         position.initial_weights = checkpoint.state.get("initial_weights", "")
         if position.update_step > self._args.schedule.num_training_steps:

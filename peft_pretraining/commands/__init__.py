@@ -16,15 +16,14 @@ from peft_pretraining.errors import missing_package
 from peft_pretraining.models.config_files import shipped_root
 
 COMMANDS = {
-    "pretrain": "train a model from scratch",
+    "pretrain": "train a model from scratch, or go on from weights that are there",
+    "plan": "say what trains in the memory of a card, and how fast",
     "tokenize": "write the token ids of a data set to files",
     "generate": "continue a text with a trained model",
-    "plan": "say what trains in the memory of a card, and how fast",
+    "evaluate": "say how well a trained model predicts other texts",
     "export": "write a checkpoint as a float model that transformers loads",
-    "plot": "draw a run's metrics",
     "plot": "draw the metrics of runs, and print what they have come to",
     "report": "write one HTML file about a run",
-    "tokenize": "write the token ids of a data set to files",
 }
 """What each command does, by its name, which is that of its module."""
 

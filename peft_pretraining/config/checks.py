@@ -53,7 +53,7 @@ def unused_by_full_rank(args: RunArgs, given: Collection[str]) -> list[str]:
         f"--{name} {getattr(args.subspace, name)}".removesuffix(" True")
         + " has no meaning with --rank full, which projects nothing: leave it out, or give a number of dimensions"
         for name in OF_PROJECTIONS
-        if name in given
+        if name in given and getattr(args.subspace, name) is not False
     ]
 
 
@@ -67,7 +67,8 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     for kind, used in (("weight", args.quantization.weight_quant), ("proj", args.subspace.proj_quant)):
         idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
         if idle and not used:
-            warnings.append(f"{_idle(idle)} without --{kind}_quant")
+            why = f"with --no-{kind}_quant" if f"{kind}_quant" in given else f"without --{kind}_quant"
+            warnings.append(f"{_idle(idle)} {why}")
     if args.sums_in_momentum and "grad_accum_dtype" in given:
         warnings.append(
             f"--grad_accum_dtype {args.optimizer.grad_accum_dtype} is that of embeddings, head and norms alone: with "
@@ -288,16 +289,15 @@ def _quantization_problems(args: RunArgs) -> list[str]:
             "or q_galore_adamw8bit_per_layer, or leave --weight_quant out"
         )
     if not quantization.weight_quant:
-        problems += [
-            f"--{flag} is about quantized weights: add --weight_quant or leave it out"
-            for flag in ("stochastic_round", "simulation", "int8_products")
-            if getattr(quantization, flag)
-        ]
+        names = ("stochastic_round", "simulation", "int8_products")
+        flags = [f"--{name}" for name in names if getattr(quantization, name)]
         if args.subspace.rounding_feedback and args.optimizer.is_low_rank:
-            problems.append(
-                f"--rounding_feedback {args.subspace.rounding_feedback:g} is about quantized weights: add "
-                "--weight_quant or leave it out"
-            )
+            flags.append(f"--rounding_feedback {args.subspace.rounding_feedback:g}")
+        # The name of a q_galore optimizer alone means quantized weights.
+        right = "leave it or --no-weight_quant"
+        if not args.optimizer.is_q_galore:
+            right = "use a q_galore optimizer, or leave it"
+        problems += [f"{flag} is about quantized weights: {right} out" for flag in flags]
     if args.subspace.proj_quant and not args.optimizer.is_low_rank:
         problems.append(
             f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "

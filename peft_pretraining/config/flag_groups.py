@@ -1,7 +1,9 @@
 """The flags of `run_pretrain.py`: a frozen dataclass for each group, a field for each flag, its help below it.
 
-The official flags keep their names and defaults. A default of 0, "" or None stands for a value that depends on other
-flags: `peft_pretraining.config.parse.parse_args` computes it, so that the rest of the program reads plain values.
+The official flags keep their names and defaults, but weight_quant, stochastic_round and proj_quant are on by default
+with a q_galore optimizer. A default of 0, "" or None, or one that a flag's `auto` describes, stands for a value that
+depends on other flags: `peft_pretraining.config.parse.parse_args` computes it, so that the rest of the program reads
+plain values.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 RECIPES = ("paper", "orthogonal")
+_BY_NAME = "on for q_galore optimizers, off for others"
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -250,7 +253,7 @@ class OptimizerArgs:
 class QuantizationArgs:
     """The stored form of weights."""
 
-    weight_quant: bool = False
+    weight_quant: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Store the decoder matrices as integers of weight_bits (q_galore optimizers only)."""
     weight_bits: Annotated[int, Flag(choices=(8, 4))] = 8
     """Bits in which a weight is stored."""
@@ -260,7 +263,7 @@ class QuantizationArgs:
     """Quantize activations to INT8 on the fly and multiply them with the layers' weights in INT8, in the forward pass
     and for the gradients of their inputs; a whole row of a weight then shares its scale, and weight_group_size has no
     effect."""
-    stochastic_round: bool = False
+    stochastic_round: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
     """Fake quantization: float weights that are rounded onto the integer grid at every update."""
@@ -290,6 +293,7 @@ class SubspaceArgs(SubspaceConfig):
     momentum_rank: Annotated[
         float, Flag("dimensions_or_share", at_least=0, parse=_dimensions_or_share, auto="stored as a whole")
     ] = 0.0
+    proj_quant: Annotated[bool, Flag(auto=_BY_NAME)] = False
     mlp_rank: Annotated[int | str, Flag("dimensions", parse=_mlp_ranks, words=(FULL,), auto="rank")] = 0
     """The same for the MLP's matrices alone."""
 

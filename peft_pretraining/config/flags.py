@@ -72,8 +72,8 @@ class FlagSpec:
 
     @property
     def can_be_denied(self) -> bool:
-        """Whether a switch has a --no- form, because it is not off by default."""
-        return self.is_switch and (self.optional or self.default is True)
+        """Whether a switch has a --no- form, because it is not always off by default."""
+        return self.is_switch and (self.optional or self.default is True or bool(self.flag.auto))
 
     @property
     def default_text(self) -> str:

@@ -55,6 +55,10 @@ class RunArgs:
     logging: LoggingArgs
     runtime: RuntimeArgs
     world_size: int = 1
+    command: tuple[str, ...] = ()
+    """The command line, word by word."""
+    left_to_name: tuple[str, ...] = ()
+    """Flags that the command line does not give and the optimizer's name decides, unless a checkpoint does."""
     warnings: tuple[str, ...] = ()
     """Sentences about values that work but are probably not intended."""
     notes: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from peft_pretraining.reporting.throughput import (
     peak_flops,
     train_flops_per_token,
 )
+from peft_pretraining.run_summary import summary_lines
 from peft_pretraining.runtime.update_outcomes import FinishedUpdate
 from peft_pretraining.runtime.world import World
 
@@ -51,13 +52,22 @@ class RunMetrics:
         self._waited = 0.0
         self.log, self.sync = self._logger.log, self._logger.sync
 
-    def announce(self, data: Sequence[str] = ()) -> None:
-        """Log the model, the devices, the data (its lines are given), the first update and the warnings."""
-        self.log(f"{self._parameters / 1e6:.1f} M parameters on {self._world.world_size} x {self._device}")
-        for line in (*self._args.notes, *self._origin(), *data):
+    def announce(self, data: Sequence[str] = (), changed_flags: Sequence[str] = ()) -> None:
+        """Log what the run is (lines on its data are given), where it goes on from, and the warnings.
+
+        changed_flags: in words, those that have changed since the checkpoint that it goes on from.
+        """
+        if not self._world.is_main:
+            return
+        card = f" ({torch.cuda.get_device_name(self._device)})" if self._device.type == "cuda" else ""
+        device = f"{self._world.world_size} x {self._device.type}{card}"
+        lines = summary_lines(self._args, device, data, self._parameters)
+        for line in (*lines, *self._args.notes, *self._origin()):
             self.log(line)
         if self._first:
             self.log(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")
+        if changed_flags:
+            self.log(f"changed since the checkpoint: {', '.join(changed_flags)}")
         for warning in self._args.warnings:
             self.log(f"warning: {warning}")
 
