@@ -50,7 +50,7 @@ def _ranks(text: str) -> int | str:
         ranks = [word if word == FULL else parse_whole(word) for word in words]
     except ValueError:
         ranks = [0]
-    if any(rank != FULL and rank < 1 for rank in ranks):
+    if any(isinstance(rank, int) and rank < 1 for rank in ranks):
         raise ValueError("a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,")
     return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
 
