@@ -5,6 +5,7 @@ packages from this one: nothing needs a network.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.commands import COMMANDS
 from tests.small_run import CONFIG, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,28 +156,39 @@ def test_everything_comes_from_the_wheel(installed: Environment, empty: Path) ->
     assert f"{version.replace(' ', '-')}.dist-info" in {path.name for path in installed.site.iterdir()}
 
 
+FLAGS = """--model_config model.json --rank 16 --optimizer q_galore_adamw8bit_per_layer --dtype float32 --device cpu
+    --batch_size 4 --total_batch_size 4 --max_length 32 --num_training_steps 6 --warmup_steps 0 --eval_every 3
+    --eval_tokens 300 --unset_wandb"""
+
+
 @pytest.mark.slow
 def test_a_fresh_environment_trains_and_uses_the_model(installed: Environment, tmp_path: Path, empty: Path) -> None:
-    data = write_text(tmp_path / "text")
+    """Every command, from an empty folder."""
+    text = write_text(tmp_path / "text")
+    data = ["--dataset", text["dataset"], "--tokenizer", text["tokenizer"]]
     (empty / "model.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    installed.qgalore(
-        empty, "tokenize", "--dataset", data["dataset"], "--tokenizer", data["tokenizer"], "--output_dir", "tokens"
-    )  # fmt: skip
-    flags = "--batch_size 4 --total_batch_size 4 --max_length 32 --rank 16 --dtype float32 --device cpu --save_every 3"
-    flags += " --num_training_steps 6 --warmup_steps 0 --eval_every 3 --eval_tokens 300 --unset_wandb"
-    flags += " --optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant"
-    model = ["--model_config", "model.json", *flags.split()]
-    installed.qgalore(empty, "pretrain", *model, "--dataset", "tokens", "--save_dir", "of_ids")
-    text = ["--dataset", data["dataset"], "--tokenizer", data["tokenizer"]]
-    installed.qgalore(empty, "pretrain", *model, *text, "--save_dir", "run")
+    used = set[str]()
+
+    def qgalore(command: str, *arguments: object) -> str:
+        used.add(command)
+        return installed.qgalore(empty, command, *arguments)
+
+    qgalore("tokenize", *data, "--output_dir", "tokens")
+    qgalore("pretrain", *FLAGS.split(), "--dataset", "tokens", "--save_dir", "of_ids")
+    qgalore("pretrain", *FLAGS.split(), *data, "--save_dir", "run")
     for name in ("run", "of_ids"):
         lines = [json.loads(line) for line in (empty / name / "metrics.jsonl").read_text().splitlines()]
         assert max(line["update_step"] for line in lines) == 6 and any("eval/loss" in line for line in lines)
-    installed.qgalore(empty, "export", "run", "exported")
-    installed.qgalore(empty, "plot", "run")
-    assert (empty / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    program = "import transformers; transformers.AutoModelForCausalLM.from_pretrained('exported')"
-    call([installed.python, "-c", program], empty)
+    qgalore("export", "run", "exported")
+    assert qgalore("generate", "exported", "w1 w2", "--max_tokens", "5", "--device", "cpu").startswith("w1 w2")
+    last = next(line for line in reversed(lines) if "eval/loss" in line)["eval/loss"]
+    assert f"{math.exp(last):.2f}" in qgalore("evaluate", "of_ids", "--device", "cpu")
+    qgalore("plot", "run", "of_ids", "--output", "curves.png")
+    assert (empty / "curves.png").read_bytes().startswith(b"\x89PNG")
+    qgalore("report", "run")
+    assert (empty / "run" / "report.html").is_file()
+    assert "60M" in qgalore("plan", "--memory", "12GB", "--model", "60m")
+    assert used == COMMANDS.keys()
 
 
 @pytest.mark.slow
