@@ -24,8 +24,11 @@ def config_path(name: str | Path, flag: str = "--model_config") -> Path:
     is not there. Raises UserError that names `flag`.
     """
     path = Path(name)
-    if path.is_dir():
-        found = config_in(path)
+    if path.is_dir() and str(name):
+        try:
+            found = config_in(path)
+        except OSError as error:
+            raise UserError(f"{flag} {name}: cannot be read ({error.strerror}); give a readable folder.") from None
         if found is None:
             raise UserError(
                 f"{flag} {name}: a folder without {CONFIG}, and no checkpoint of run_pretrain.py is in it; give the "
