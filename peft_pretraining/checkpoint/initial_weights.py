@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_pretraining.checkpoint.weight_source import WeightSource, open_source
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.runtime.world import World
 from qgalore.layer.linear import LowRankLinear
@@ -65,6 +66,10 @@ def put_weights(source: WeightSource, model: CausalLM, model_config: str) -> Non
         more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         if model_config == source.name:
             start, end = "does not hold the model of its own configuration", "Its files are not of one model"
+            if isinstance(model, HFCausalLM):
+                end += (
+                    ", or transformers renames or joins tensors of this class as it reads them, which is not done here"
+                )
         else:
             start = f"does not fit --model_config {model_config}"
             end = "Leave --model_config out to take that of --init_from, or give a model of this architecture"
