@@ -56,7 +56,7 @@ def config_in(folder: Path) -> Path | None:
     steps = [each for each in folder.iterdir() if _STEP.fullmatch(each.name)]
     steps.sort(key=lambda step: int(step.name.removeprefix("step_")), reverse=True)
     states = [step / STATE for step in (folder, *steps) if (step / _MANIFEST).is_file()]
-    return next((place for place in (*states, folder / CONFIG) if place.is_file()), None)
+    return next((path for path in (*states, folder / CONFIG) if path.is_file()), None)
 
 
 def model_name(model_config: str) -> str:
