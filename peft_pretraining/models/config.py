@@ -24,7 +24,7 @@ HARMLESS = frozenset({
     "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "remove_invalid_values",
     "exponential_decay_length_penalty", "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder",
     "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads", "tf_legacy_loss",
-    "use_bfloat16",
+    "use_bfloat16", "is_llama_config", "transformers.js_config",
 })  # fmt: skip
 """Keys of a config.json that say nothing about the computation of a model that is trained here."""
 HF_HINT = "or pass --use_hf_model, which trains transformers' own class"
