@@ -230,7 +230,7 @@ def generate(args: argparse.Namespace) -> None:
             _, reason = generator.continue_text(prompt, args.max_tokens, args.sampling, _show)
         finally:
             _show("\n")
-        print(f"-- {reason}", file=sys.stderr)
+        print(f"-- stopped: {reason}", file=sys.stderr)
 
 
 def _is_text(prompt: str) -> bool:
