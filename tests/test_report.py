@@ -16,7 +16,7 @@ from peft_pretraining.commands import report
 from peft_pretraining.commands.report_page.recorded_run import read_run
 from peft_pretraining.reporting.markup import element, table
 from peft_pretraining.reporting.svg import POINTS, heat_map, log_ticks, short, ticks
-from tests.small_run import SmallRun, flags_of, write_text
+from tests.small_run import ROOT, SmallRun, flags_of, write_text
 from tests.test_plot import metrics, write_run
 
 VOID = {"meta", "br", "img"}
@@ -162,6 +162,15 @@ def test_a_run_without_checkpoint_evaluation_or_subspace_is_a_page_that_says_so(
         assert sentence in text
     only = Page(report.build(write_run(tmp_path / "nothing", [{"update_step": 1}])))
     assert "Nothing has been logged that could be drawn." in only.text
+
+
+def test_the_commands_and_the_model_of_a_run_without_checkpoint_are_in_its_folder(tmp_path: Path) -> None:
+    run = write_run(tmp_path, metrics(4))
+    (run / "command.txt").write_text("qgalore pretrain --lr 0.1  # from update 0, qgalore 0.1.0\n" * 2)
+    (run / "config.json").write_text((ROOT / "configs" / "llama_60m.json").read_text())
+    parsed = Page(report.build(run))
+    assert "Commands" in parsed.headings and parsed.text.count("--lr 0.1  # from update 0, qgalore 0.1.0") == 2
+    assert "58.1 M parameters: 8 layers, width 512" in parsed.text and parsed.row("hidden_size") == ["512"]
 
 
 def test_whatever_comes_from_data_is_escaped(small: SmallRun, tmp_path: Path) -> None:

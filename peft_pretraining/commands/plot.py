@@ -158,7 +158,8 @@ def add_legend(axes: Any, runs: dict[str, RunCurves], style: Style) -> None:
         (point,) = axes.plot([], [], "o", color="0.4", markersize=5)
         handles, labels = [*handles, line, point], [*labels, "training, running mean", "evaluation"]
     if len(runs) > _INSIDE:
-        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+        axes.legend(handles, labels, **beside)
     else:
         axes.legend(handles, labels, loc="upper right")
 

@@ -45,10 +45,10 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
     )
     if name in _VOID and not children:
         return Markup(f"<{name}{texts}{'/' if name in _OF_SVG else ''}>")
-    return Markup(f"<{name}{texts}>{joined(children)}</{name}>")
+    return Markup(f"<{name}{texts}>{concatenated(children)}</{name}>")
 
 
-def joined(parts: Iterable[object]) -> Markup:
+def concatenated(parts: Iterable[object]) -> Markup:
     """Parts one after another."""
     return Markup("".join(escaped(part) for part in parts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peft_pretraining.reporting.markup import Markup, element, escaped, joined
+from peft_pretraining.reporting.markup import Markup, concatenated, element, escaped
 from peft_pretraining.reporting.svg import LEVELS, Line
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -83,7 +83,7 @@ def sample(prompt: str, text: str) -> Markup:
 
 def details(title: str, *content: Markup) -> Markup:
     """What a reader has to open."""
-    return element("details", element("summary", title), joined(content))
+    return element("details", element("summary", title), concatenated(content))
 
 
 def _css() -> str:
@@ -139,6 +139,7 @@ summary { cursor: pointer; color: var(--quiet); }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .label { fill: var(--text); }
+svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
 .grid { stroke: var(--grid); }
 .axis { stroke: var(--quiet); }
 .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }

@@ -16,11 +16,12 @@ from peft_pretraining.reporting.page import Section, details, paragraph, preform
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "qgalore")
 
 
-def configuration_section(run: RecordedRun, command: str = "") -> Section:
+def configuration_section(run: RecordedRun) -> Section:
     """The command, the flags as resolved, the model's config.json, the versions."""
     parts: list[Markup] = []
-    if command:
-        parts += [element("h3", "Command"), preformatted(command)]
+    if run.commands:
+        text = "A line for each start, with the time and the versions of what it ran with."
+        parts += [element("h3", "Commands"), paragraph(text), preformatted(run.commands.rstrip())]
     if not run.flags:
         parts.append(paragraph("No checkpoint has recorded the flags of this run (--save_every)."))
     else:
