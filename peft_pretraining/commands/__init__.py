@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "tokenize": "write the token ids of a data set to files",
+    "generate": "continue a text with a trained model",
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw the metrics of runs, and print what they have come to",
     "report": "write one HTML file about a run",
-    "tokenize": "write the token ids of a data set to files",
 }
 """What each command does, by its name, which is that of its module."""
 
