@@ -215,6 +215,16 @@ def test_the_commands_and_the_model_of_a_run_without_checkpoint_are_in_its_folde
     assert "58.1 M parameters: 8 layers, width 512" in parsed.text and parsed.row("hidden_size") == ["512"]
 
 
+def test_the_memory_of_a_model_that_only_transformers_reads_is_not_planned(small: SmallRun, tmp_path: Path) -> None:
+    shutil.copytree(small.folder / "run", run := tmp_path / "run")
+    path = run / "step_00000008" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"use_hf_model": True, "model_config_contents": {"model_type": "gpt2"}}))
+    parsed = Page(built(run))
+    assert "The memory is not planned here: only transformers reads the model's configuration." in parsed.text
+    assert "gpt2, q_galore_adamw8bit, rank 32, on " in parsed.text
+
+
 def test_whatever_comes_from_data_is_escaped(small: SmallRun, tmp_path: Path) -> None:
     evil = "</title></style><script>alert('&\"')</script>\x00"
     run = tmp_path / "<script>alert(1)<"

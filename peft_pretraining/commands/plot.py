@@ -72,7 +72,7 @@ class Style:
         """The running mean of the training loss; of perplexities the geometric one."""
         losses = curves.series("train/loss")
         steps, means = thinned(losses.x, running_mean(losses.x, losses.y, self.window(curves)), _POINTS)
-        return Series([curves.position(int(step), self.by) for step in steps], self.scaled(means))
+        return Series([curves.position(step, self.by) for step in steps], self.scaled(means))
 
     def eval(self, curves: RunCurves) -> Series:
         """The loss of each evaluation."""

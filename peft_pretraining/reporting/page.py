@@ -56,7 +56,8 @@ def figure(title: str, chart: Markup, caption: str, values: Markup | None = None
         keys = [element("span", element("i", class_=f"key {line.color}"), line.label) for line in named]
         legend = [element("p", *keys, class_="legend")]
     table = [element("details", element("summary", "Values as a table"), values)] if values else []
-    return element("figure", element("h3", title), *legend, chart, element("figcaption", caption), *table)
+    drawn = element("div", chart, class_="scroll", tabindex="0", role="region", aria_label=title)
+    return element("figure", element("h3", title), *legend, drawn, element("figcaption", caption), *table)
 
 
 def tiles(pairs: Sequence[tuple[str, str]]) -> Markup:
@@ -136,7 +137,7 @@ figure { margin: 1rem 0; padding: 1rem; background: var(--panel); border: 1px so
 figcaption { margin-top: .5rem; font-size: .875rem; }
 details { margin: .5rem 0; font-size: .875rem; }
 summary { cursor: pointer; color: var(--quiet); }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; }
 svg text { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .label { fill: var(--text); }
 svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }

@@ -69,7 +69,12 @@ class RecordedRun:
         """The shape of its model. Raises UserError where only transformers' class takes the configuration."""
         if not self.model_config:
             raise UserError("no checkpoint has recorded the model's configuration")
-        return config_from(self.model_config, "the model's configuration")
+        try:
+            return config_from(self.model_config, "the model's configuration")
+        except UserError as error:
+            if self.state.get("use_hf_model"):
+                raise UserError("only transformers reads the model's configuration") from error
+            raise
 
     def memory(self, on_gpu: bool) -> MemoryPlan:
         """The planned memory of a rank. Raises UserError where it cannot be planned."""
