@@ -240,7 +240,7 @@ def test_whatever_comes_from_data_is_escaped(small: SmallRun, tmp_path: Path) ->
     assert "<script" not in text and parsed.headings[0] == "<script>alert(1)<"
     assert parsed.text.count(evil.replace("\x00", "\N{SYMBOL FOR NULL}")) >= 4
     assert element("p", "<", title='"<') == '<p title="&quot;&lt;">&lt;</p>'
-    assert "<td>&lt;b&gt;</td>" in table(("a", "b"), [("x", "<b>")])
+    assert "<td>&lt;b&gt;</td>" in table(("a", "b"), [("x", "<b>")], "c")
 
 
 def test_a_long_run_is_a_small_page(tmp_path: Path) -> None:
