@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
 from peft_pretraining.build import compiles_layers
-from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.registry import family_of
@@ -39,7 +40,7 @@ class PlannedRun:
         self.tokens = args.batch.batch_size * args.batch.max_length  # of a micro-batch
         self.dtype: torch.dtype = getattr(torch, args.model.dtype)
         self.cuda = args.runtime.device != "cpu"
-        self.compiled = compiles_layers(args.model, pays=self.cuda) and family_of(config).compiles_layers
+        self.compiled = compiles_layers(args.model, pays=self.cuda) and _family_compiles(config)
         self.graphs = self.compiled and self.cuda and allows_graphs(args)
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
         self.updates_at_once = optimizer.per_layer and alone
@@ -47,8 +48,20 @@ class PlannedRun:
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
-        subspace = args.subspace.config() if optimizer.is_low_rank else None
-        of_mlp = args.subspace.config(of_mlp=True) if optimizer.is_low_rank else None
-        shapes = config.matrix_shapes().items()
-        self.matrices = [Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes]
+        self.matrices = _matrices(args.subspace if optimizer.is_low_rank else None, config)
         """Those of one layer."""
+
+
+# A planner asks for hundreds of runs of one model, which differ in other flags.
+
+
+@lru_cache(maxsize=256)
+def _matrices(args: SubspaceArgs | None, config: ModelConfig) -> tuple[Matrix, ...]:
+    subspace, of_mlp = (args.config(), args.config(of_mlp=True)) if args else (None, None)
+    shapes = config.matrix_shapes().items()
+    return tuple(Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes)
+
+
+@lru_cache(maxsize=256)
+def _family_compiles(config: ModelConfig) -> bool:
+    return family_of(config).compiles_layers
