@@ -88,6 +88,9 @@ class ModelConfig(NetworkConfig, Protocol):
     def tie_word_embeddings(self) -> bool:
         """Whether the head's weight is the embedding table."""
 
+    def __hash__(self) -> int:
+        """Configurations are frozen, and equal ones have one hash."""
+
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each decoder matrix of one layer, by its name in the layer."""
 
