@@ -7,7 +7,7 @@ import math
 import torch
 
 from peft_pretraining.build import compiles_layers
-from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.registry import family_of
@@ -47,8 +47,11 @@ class PlannedRun:
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
-        subspace = args.subspace.config() if optimizer.is_low_rank else None
-        of_mlp = args.subspace.config(of_mlp=True) if optimizer.is_low_rank else None
-        shapes = config.matrix_shapes().items()
-        self.matrices = [Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes]
-        """Those of one layer."""
+        self.matrices = self.matrices_of(args.subspace)
+        """Those of one layer; of ranks by depth, one with the largest."""
+
+    def matrices_of(self, subspace: SubspaceArgs) -> list[Matrix]:
+        """Those of one layer with these options."""
+        low_rank = self.args.optimizer.is_low_rank
+        of = {of_mlp: subspace.config(of_mlp) if low_rank else None for of_mlp in (False, True)}
+        return [Matrix(shape, of[name.startswith("mlp.")]) for name, shape in self.config.matrix_shapes().items()]
