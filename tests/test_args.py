@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from peft_pretraining import commands
 from peft_pretraining.commands import export, plot, tokenize
 from peft_pretraining.config.flags import (
     FlagSpec,
@@ -241,6 +242,12 @@ def test_a_number_for_a_command_is_whole() -> None:
     assert parse_whole("1.5e3") == 1500 and parse_whole(" -7 ") == -7 and parse_whole(str(10**30)) == 10**30
     with pytest.raises(ArgumentTypeError, match=r"'1.5', it must be a whole number"):
         whole_number("1.5")
+
+
+def test_no_command_reads_whole_numbers_by_int() -> None:
+    """It would refuse 1e3; `config.flags.whole_number` is the type for argparse."""
+    folder = Path(commands.__file__).parent
+    assert [path.name for path in sorted(folder.glob("*.py")) if "type=int" in path.read_text(encoding="utf-8")] == []
 
 
 def test_derived_defaults() -> None:
