@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from peft_pretraining import commands
 from peft_pretraining.commands import evaluate, export, generate, plot, report, tokenize
 from peft_pretraining.config.flags import (
     FlagSpec,
@@ -276,6 +277,12 @@ def test_a_number_for_a_command_is_whole() -> None:
         whole_number("1.5")
 
 
+def test_no_command_reads_whole_numbers_by_int() -> None:
+    """It would refuse 1e3; `config.flags.whole_number` is the type for argparse."""
+    folder = Path(commands.__file__).parent
+    assert [path.name for path in sorted(folder.glob("*.py")) if "type=int" in path.read_text(encoding="utf-8")] == []
+
+
 def test_derived_defaults() -> None:
     args = parse("--update_proj_gap 30")
     assert args.subspace.max_update_proj_gap == 240
@@ -388,7 +395,7 @@ BAD_VALUES = [
     ),
     ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
     ("--seed 1.5", "--seed is '1.5', it must be a whole number"),
-    ("--rank 1.5e0", "--rank is '1.5e0', it must be a whole number or full"),
+    ("--rank 1.5e0", "--rank is '1.5e0', it must be a whole number of at least 1"),
     ("--seed 1e-1", "--seed is '1e-1', it must be a whole number"),
     ("--seed 1e999999999", "--seed is '1e999999999', it must be a whole number"),
     ("--seed inf", "--seed is 'inf', it must be a whole number"),

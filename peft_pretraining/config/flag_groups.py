@@ -43,28 +43,29 @@ def _dimensions_or_share(text: str) -> float:
         raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None
 
 
-def _ranks(text: str) -> int | str:
-    """A rank, or text with several and commas."""
-    words = text.replace(" ", "").split(",")
-    try:
-        ranks = [word if word == FULL else parse_whole(word) for word in words]
-    except ValueError:
-        ranks = [0]
-    if any(isinstance(rank, int) and rank < 1 for rank in ranks):
-        raise ValueError("a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,")
-    return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
-
-
-def _mlp_ranks(text: str) -> int | str:
-    return 0 if text == "0" else _ranks(text)
-
-
 def _updates_or_share(text: str) -> float:
     try:
         value = float(text)
         return value if 0 < value < 1 else parse_whole(text)
     except ValueError:
         raise ValueError("a whole number of updates, or a share of the run below 1 such as 0.1") from None
+
+
+def _ranks(text: str) -> int | str:
+    """A rank, or text with several and commas."""
+    try:
+        ranks = [word if word == FULL else parse_whole(word) for word in text.replace(" ", "").split(",")]
+        if any(isinstance(rank, int) and rank < 1 for rank in ranks):
+            raise ValueError  # no subspace has no dimension
+    except ValueError:
+        raise ValueError(
+            "a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,"
+        ) from None
+    return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
+
+
+def _mlp_ranks(text: str) -> int | str:
+    return 0 if text == "0" else _ranks(text)
 
 
 @dataclass(frozen=True)
