@@ -147,10 +147,10 @@ def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = 
 def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None = None) -> None:
     """W <- round(decay * W - step_size * leftᵀ N right) in place on each float tensor, float32 inside.
 
-    Step size, decay and seed come from the step row. A bfloat16 weight is rounded stochastically where that is asked
-    for, since a nearest rounding loses every update below 1/512 of the weight; other dtypes round to nearest. A vector
-    is a matrix of one row. Where the flag `skip` is true nothing changes. In Triton one launch for those of about one
-    width and one dtype without bases.
+    Step size, decay and seed come from the step row. A weight of 16 bits is rounded stochastically where that is asked
+    for, since a nearest rounding loses every update below 1/512 of a bfloat16 weight, 1/4096 of a float16 one; other
+    dtypes round to nearest. A vector is a matrix of one row. Where the flag `skip` is true nothing changes. In Triton
+    one launch for those of about one width and one dtype without bases.
     """
     matrices = []
     for update in updates:
@@ -158,7 +158,7 @@ def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None = None) ->
         matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
         whole = update.left is None and update.right is None
         direction = direction.view(matrix.shape) if whole else direction
-        stochastic = update.stochastic and weight.dtype == torch.bfloat16
+        stochastic = update.stochastic and weight.dtype in (torch.bfloat16, torch.float16)
         matrices.append(update._replace(weight=matrix, direction=direction, stochastic=stochastic))
     if matrices:
         backend(float_update.update_float_, matrices[0].weight.device)(matrices, skip)
