@@ -18,7 +18,7 @@ from qgalore.kernels.arguments import (
     QuantizedUpdate,
     StepScalars,
 )
-from qgalore.kernels.backend import backend, grouped_by_backend, use_triton
+from qgalore.kernels.backend import backend, grouped_by_backend, product_dtype, use_triton
 from qgalore.kernels.reference import (
     adam,
     float_update,
@@ -34,8 +34,9 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
     "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward",
-    "momentum_steps", "orthogonalize", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device",
-    "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
+    "momentum_steps", "orthogonalize", "product_dtype", "project_back", "quantize", "quantize_blocks_",
+    "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_",
+    "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
