@@ -380,7 +380,7 @@ BAD_VALUES = [
     ("--min_lr_ratio 1.5", "--min_lr_ratio is 1.5, it must be at least 0 and at most 1"),
     ("--optimizer adma", "--optimizer is 'adma', it must be one of adam, adamw"),
     ("--optimizer adma", "did you mean adam?"),
-    ("--dtype float16", "--dtype is 'float16', it must be one of bfloat16, float32"),
+    ("--dtype int8", "--dtype is 'int8', it must be one of bfloat16, float32, float16"),
     ("--weight_bits 2", "--weight_bits is '2', it must be one of 8, 4"),
     ("--max_train_tokens 3Q", "--max_train_tokens is '3Q', it must be a number with an optional suffix K, M, B or T"),
     ("--eval_tokens 0", "--eval_tokens is 0, it must be at least 1 (tokens)"),
