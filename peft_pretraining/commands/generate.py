@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peft_pretraining.commands.trained_model import DEVICES, DTYPES, TrainedModel, open_trained
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
-from peft_pretraining.config.flags import parse_count, parse_name_or_path, parse_path
+from peft_pretraining.config.flags import parse_count, parse_name_or_path, parse_path, whole_number
 from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary
 from peft_pretraining.errors import UserError
 
@@ -180,14 +180,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"divides the logits; 0: always the most probable token (default: {Sampling.temperature})",
     )  # fmt: skip
     parser.add_argument(
-        "--top_k", type=int, default=Sampling.top_k, help="sample among so many most probable tokens (default: 0, all)"
+        "--top_k",
+        type=whole_number,
+        default=Sampling.top_k,
+        help="sample among so many most probable tokens (default: 0, all)",
     )
     parser.add_argument(
         "--top_p", type=float, default=Sampling.top_p,
         help="sample among the most probable tokens that have this probability in sum (default: 1, all)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=Sampling.seed, help="the same seed gives the same text (default: 0)"
+        "--seed", type=whole_number, default=Sampling.seed, help="the same seed gives the same text (default: 0)"
     )
     parser.add_argument(
         "--tokenizer", type=parse_name_or_path, default="", metavar="NAME_OR_PATH",

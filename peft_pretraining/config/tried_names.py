@@ -27,7 +27,8 @@ _OTHER_NAMES = {
     "max_length": "seq_len seq_length sequence_length max_seq_len max_seq_length block_size context_length n_ctx",
     "max_train_tokens": "max_tokens train_tokens num_tokens num_train_tokens tokens total_tokens",
     "min_lr_ratio": "min_lr_rate final_lr_ratio",
-    "model_config": "config config_name model_name model_path",
+    "model_config": "model config config_name model_name model_path model_name_or_path",
+    "init_from": "pretrained pretrained_model pretrained_model_name_or_path init_weights",
     "name": "run_name wandb_name exp_name experiment_name",
     "num_training_steps": "steps max_steps num_steps train_steps num_train_steps max_train_steps total_steps iters "
     "max_iters num_iterations train_iters updates num_updates",
@@ -62,10 +63,7 @@ _RANKS = "torchrun --nproc_per_node starts a process for each GPU, which the pro
 _DTYPES = "give --dtype, which is bfloat16 without being given; nothing is cast on the way, as in mixed precision"
 _LOGS = "metrics.jsonl is always written; --tensorboard writes event files beside it, and --wandb_mode is for wandb"
 _TARGET_MODULES = "all of the decoder's matrices are projected; --rank and --mlp_rank say onto how many dimensions"
-_MODEL = "give --model_config with the JSON configuration of the model, such as configs/llama_60m.json"
 ADVICE = {
-    "model": _MODEL,
-    "model_name_or_path": _MODEL,
     "epochs": _EPOCHS,
     "num_epochs": _EPOCHS,
     "max_epochs": _EPOCHS,
