@@ -33,6 +33,7 @@ from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
+from peft_pretraining.runtime.device import check_device
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
@@ -62,7 +63,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
     try:
-        make_reproducible()
+        make_reproducible(args.model.dtype)
+        check_device(world.device, args.model.dtype)
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
@@ -184,7 +186,8 @@ class Run:
                 self.optimizer.skip_update_if(
                     torch.ones_like(broken) if self.update_step in self.skip_steps else broken
                 )
-            micro_loss.backward()
+            scale = self.optimizer.loss_scale
+            (micro_loss if scale is None else scale.scaled(micro_loss)).backward()
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
@@ -197,6 +200,8 @@ class Run:
         measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
         metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
         self.outcomes.put(done, metrics, self.optimizer, measured)
+        if scale is not None:
+            scale.update_(self.optimizer.skipped())
         self.decide(previous)
         self.optimizer.zero_grad()
         if news:
@@ -231,6 +236,8 @@ class Run:
         if finished.outcome is Outcome.LATE_OVERFLOW:
             raise RollbackError(finished.update_step - 1)
         self.metrics.update(finished)
+        if finished.outcome is Outcome.SCALE_TOO_LARGE:
+            return  # as often as the loss scale needs it
         skipped = finished.outcome is Outcome.SKIPPED
         self.position.skipped_in_a_row = self.position.skipped_in_a_row + 1 if skipped else 0
         if self.position.skipped_in_a_row > self.args.runtime.max_skipped_updates:

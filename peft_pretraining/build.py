@@ -31,6 +31,7 @@ from peft_pretraining.models.source_tokenizer import tokenizer_of_source
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
+from qgalore.kernels import product_dtype
 from qgalore.update.all_reduce import AllReduce
 
 
@@ -59,14 +60,19 @@ def build_model(
         model.keep_int8_activations()
     std, draws = model.config.initializer_range, not args.init_from
     materialize(model, device, getattr(torch, args.dtype), seed, on_module, std, draws)
-    has_triton = importlib.util.find_spec("triton") is not None
-    if compiles_layers(args, device.type == "cuda" and has_triton):
+    if compiles_layers(args, _compiling_pays(device)):
         model.compile_layers()
     return model.train()
 
 
+def _compiling_pays(device: torch.device) -> bool:
+    """Whether there is Triton for a GPU with bfloat16: else inductor refuses a layer whose weight has scales in it."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and has_triton and product_dtype(device) == torch.bfloat16
+
+
 def compiles_layers(args: ModelArgs, pays: bool) -> bool:
-    """Whether to compile the decoder layers; pays: whether they run on a CUDA GPU with Triton."""
+    """Whether to compile the decoder layers; pays: whether they run on a GPU of `_compiling_pays`."""
     return not args.use_hf_model and (args.compile == "on" or (args.compile == "auto" and pays))
 
 

@@ -51,7 +51,7 @@ choose_method() {
     )
     local quantized=(
         --optimizer "q_galore_adamw8bit$suffix"
-        --weight_bits 8 --weight_group_size 256 --proj_bits 4 --proj_group_size 256
+        --weight_bits 8 --weight_group_size 256
     )
     local q_galore=("${quantized[@]}" --recipe paper "${low_rank[@]}")
     case "$METHOD" in

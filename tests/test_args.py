@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from peft_pretraining.commands import export, plot, report, tokenize
+from peft_pretraining import commands
+from peft_pretraining.commands import evaluate, export, generate, plot, report, tokenize
 from peft_pretraining.config.flags import (
     FlagSpec,
     format_count,
@@ -276,6 +277,12 @@ def test_a_number_for_a_command_is_whole() -> None:
         whole_number("1.5")
 
 
+def test_no_command_reads_whole_numbers_by_int() -> None:
+    """It would refuse 1e3; `config.flags.whole_number` is the type for argparse."""
+    folder = Path(commands.__file__).parent
+    assert [path.name for path in sorted(folder.glob("*.py")) if "type=int" in path.read_text(encoding="utf-8")] == []
+
+
 def test_derived_defaults() -> None:
     args = parse("--update_proj_gap 30")
     assert args.subspace.max_update_proj_gap == 240
@@ -373,7 +380,7 @@ BAD_VALUES = [
     ("--min_lr_ratio 1.5", "--min_lr_ratio is 1.5, it must be at least 0 and at most 1"),
     ("--optimizer adma", "--optimizer is 'adma', it must be one of adam, adamw"),
     ("--optimizer adma", "did you mean adam?"),
-    ("--dtype float16", "--dtype is 'float16', it must be one of bfloat16, float32"),
+    ("--dtype int8", "--dtype is 'int8', it must be one of bfloat16, float32, float16"),
     ("--weight_bits 2", "--weight_bits is '2', it must be one of 8, 4"),
     ("--max_train_tokens 3Q", "--max_train_tokens is '3Q', it must be a number with an optional suffix K, M, B or T"),
     ("--eval_tokens 0", "--eval_tokens is 0, it must be at least 1 (tokens)"),
@@ -388,7 +395,7 @@ BAD_VALUES = [
     ),
     ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
     ("--seed 1.5", "--seed is '1.5', it must be a whole number"),
-    ("--rank 1.5e0", "--rank is '1.5e0', it must be a whole number or full"),
+    ("--rank 1.5e0", "--rank is '1.5e0', it must be a whole number of at least 1"),
     ("--seed 1e-1", "--seed is '1e-1', it must be a whole number"),
     ("--seed 1e999999999", "--seed is '1e999999999', it must be a whole number"),
     ("--seed inf", "--seed is 'inf', it must be a whole number"),
@@ -606,8 +613,8 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
 @pytest.mark.parametrize(
     ("script", "words"),
     [(export, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot, "{0}/a --output={0}/b"),
-     (report, "{0}/a --output={0}/b"),
-     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c")],
+     (report, "{0}/a --output={0}/b"), (evaluate, "{0}/a --dataset={0}/b --tokenizer={0}/c"),
+     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c"), (generate, "{0}/a x --tokenizer={0}/b")],
 )  # fmt: skip
 def test_a_tilde_is_expanded_in_the_flags_of_scripts(
     script: ModuleType, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

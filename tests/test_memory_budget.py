@@ -17,6 +17,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.memory.budget import (
     AS_FAST,
     WORTH_A_RANK,
+    WORTH_ROUNDING,
     Candidate,
     Candidates,
     check_card,
@@ -70,12 +71,12 @@ def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(model: str, run: st
     assert found.choose(found.smallest.needs - 1, card) is None
 
 
-def test_more_memory_is_never_slower() -> None:
+def test_more_memory_is_slower_only_by_what_rounding_less_may_cost() -> None:
     found, card = candidates("1b", "default"), CARDS["4090"]
     chosen = [found.choose(budget * 10**9, card) for budget in (2, 3, 4, 6, 8, 12, 16)]
-    seconds = [each.seconds(card) for each in chosen if each]
-    assert len(seconds) > 4
-    assert all(later <= AS_FAST * earlier for earlier, later in itertools.pairwise(seconds))
+    seconds = [each.seconds(card) for each in chosen if each and "--rank" not in each.flags]
+    assert len(seconds) > 4 and seconds[-1] < 0.8 * seconds[0]
+    assert all(later <= AS_FAST * WORTH_ROUNDING * earlier for earlier, later in itertools.pairwise(seconds))
 
 
 def test_the_choice_is_a_command_and_a_note() -> None:
@@ -196,7 +197,7 @@ def test_a_run_says_what_it_chose_and_trains(tmp_path: Path, capsys: pytest.Capt
     assert small.main("run", memory_budget="1GB", batch_size=None, dry_run=True) == 0
     printed = capsys.readouterr().out
     assert "--memory_budget 1GB chooses --batch_size 8: 0.0" in printed and "--gradient_accumulation 1\n" in printed
-    assert small.main("run", memory_budget="1GB", batch_size=None, num_training_steps=2) == 0
+    assert small.main("run", memory_budget="1GB", batch_size=None, num_training_steps=1) == 0
     assert "--memory_budget 1GB chooses --batch_size 8: " in capsys.readouterr().err
 
 

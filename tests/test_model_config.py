@@ -14,8 +14,9 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.config_files import shipped_configs
 from peft_pretraining.models.config_source import model_name
-from peft_pretraining.models.registry import read_config
+from peft_pretraining.models.registry import find_family, read_config
 from tests.data.hub_server import DatasetHub, HubRepository, point_at
 from tests.small_run import CONFIG
 
@@ -114,6 +115,12 @@ def test_a_key_that_nothing_reads_is_named(tmp_path: Path) -> None:
     assert warning.endswith("nothing reads num_key_value_head (is num_key_value_heads meant?), my_note")
     qwen = {"model_type": "qwen2", "num_key_value_heads": 1, "use_sliding_window": False, "sliding_window": 4096}
     assert parse(write(tmp_path, **HUGGING_FACES | qwen, max_window_layers=2, use_mrope=False)).warnings == ()
+
+
+def test_every_key_of_a_shipped_config_is_read() -> None:
+    for path in shipped_configs().values():
+        raw = read_config_json(path)
+        assert find_family(raw, str(path)).unknown_keys(raw) == {}
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,11 @@ def test_labels_are_names_with_as_many_parents_as_tell_them_apart(tmp_path: Path
 def test_similarity_map_averages_over_bins(tmp_path: Path) -> None:
     name = "subspace/similarity/a"
     lines = [{"update_step": step, name: step / 600} for step in range(0, 600, 5)]
-    curves = RunCurves(tmp_path, [*lines, {"update_step": 600, "subspace/similarity/b": None}])
+    curves = RunCurves(tmp_path, [*lines, {"update_step": 600, "subspace/similarity/b": 0.5}])
     table = similarity_map(curves, similarity_layers(curves))
     assert [len(row) for row in table] == [COLUMNS, COLUMNS]
     assert table[0][0] == pytest.approx((0 + 5) / 2 / 600) and table[0][59] == pytest.approx((590 + 595) / 2 / 600)
-    assert table[1] == [None] * COLUMNS
+    assert table[1] == [None] * (COLUMNS - 1) + [0.5]
 
 
 # ---- the table

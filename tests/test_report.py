@@ -7,19 +7,31 @@ import math
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peft_pretraining.commands import report
+from peft_pretraining.commands.generate import Generator, Sampling
 from peft_pretraining.commands.report_page.recorded_run import read_run
+from peft_pretraining.commands.report_page.samples import MAX_TOKENS, PROMPTS, SampleOptions
+from peft_pretraining.commands.trained_model import open_trained
+from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.reporting.markup import element, table
+from peft_pretraining.reporting.page import sample
 from peft_pretraining.reporting.svg import POINTS, heat_map, log_ticks, short, ticks
-from tests.small_run import SmallRun, flags_of, write_text
+from tests.small_run import ROOT, SmallRun, flags_of, write_text
 from tests.test_plot import metrics, write_run
 
 VOID = {"meta", "br", "img"}
+
+
+def built(run: Path, wanted: bool = False, **options: object) -> str:
+    """The page about a run, by default without generated text."""
+    return report.build(run, SampleOptions(wanted, **options))  # type: ignore[arg-type]
 
 
 class Page(HTMLParser):
@@ -91,7 +103,7 @@ def test_the_page_has_its_sections_and_figures_and_is_well_formed(page: str) -> 
     assert parsed.headings == [
         "run", "Summary", "Curves", "Loss", "Perplexity", "Learning rate", "Tokens per second", "Gradient norm",
         "Memory", "Planned memory of one rank", "Subspaces", "Similarity of successive subspaces", "Refreshes",
-        "Configuration",
+        "Samples", "Configuration",
     ]  # fmt: skip
     ids = parsed.attributes("id")
     assert len(set(ids)) == len(ids)
@@ -138,13 +150,43 @@ def test_figures_are_those_of_the_run(small: SmallRun, page: str) -> None:
     assert "<b>--optimizer</b>" in page and "<b>--scheduler</b>" not in page, "bold is what is not the default"
 
 
+def test_samples_are_what_generate_gives_for_these_seeds(small: SmallRun, page: str) -> None:
+    trained = open_trained(small.folder / "run", "cpu")
+    generator = Generator(trained, tokenizer_of(trained))
+    for number, prompt in enumerate(PROMPTS):
+        text, _ = generator.continue_text(prompt, MAX_TOKENS, Sampling(seed=number))
+        assert text and str(sample(prompt, text)) in page
+    assert "after 8 updates" in Page(page).text
+    assert built(small.folder / "run", True, prompts=["<w1>"]).count("<b>&lt;w1&gt;</b>") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "reason"),
+    [
+        (lambda run: (run / "step_00000008" / "model.safetensors").write_bytes(b""), {}, "model.safetensors"),
+        (lambda run: None, {"tokenizer": "./nowhere.json"}, "No text could be generated. --tokenizer ./nowhere.json"),
+        (lambda run: None, {"seed": -9}, "No text could be generated. --seed is -9, it must be at least 0"),
+        (lambda run: None, {"wanted": False}, "Left out, as --no_samples asks."),
+    ],
+)
+def test_a_page_without_samples_says_why(
+    make: Callable[[Path], object], options: dict[str, Any], reason: str, small: SmallRun, tmp_path: Path
+) -> None:
+    shutil.copytree(small.folder, tmp_path / "all")
+    run = tmp_path / "all" / "run"
+    for step in (0, 4):
+        shutil.rmtree(run / f"step_{step:08d}")
+    make(run)
+    assert reason in Page(built(run, **{"wanted": True} | options)).text
+
+
 def test_a_measured_peak_stands_beside_the_plan_of_a_gpu(small: SmallRun, tmp_path: Path) -> None:
     """Reserved memory is logged on a GPU alone; --device cpu of the flags is then not what ran."""
     shutil.copytree(small.folder / "run", run := tmp_path / "run")
     state = json.loads((run / "step_00000008" / "state.json").read_text())
     (run / "step_00000008" / "state.json").write_text(json.dumps(state | {"device": "auto"}))
     lines = [line | {"memory/reserved_gb": 7.0} for line in metrics(4)]
-    parsed = Page(report.build(write_run(run, lines)))
+    parsed = Page(built(write_run(run, lines)))
     assert parsed.row("measured, allocated")[0] == "1.5" and parsed.row("measured, reserved")[0] == "7"
     assert parsed.row("workspaces of cuBLAS")[0] == f"{(64 << 20) / 1e9:.4g}"
     peak = read_run(run).memory(on_gpu=True).peak_bytes
@@ -153,15 +195,34 @@ def test_a_measured_peak_stands_beside_the_plan_of_a_gpu(small: SmallRun, tmp_pa
 
 def test_a_run_without_checkpoint_evaluation_or_subspace_is_a_page_that_says_so(tmp_path: Path) -> None:
     lines = [line | {"train/skipped": float(line["update_step"] in (2, 3))} for line in metrics(4, evals=False)]
-    text = Page(report.build(write_run(tmp_path / "bare", lines))).text
+    text = Page(built(write_run(tmp_path / "bare", lines))).text
     for sentence in (
         "The run has logged 4 updates; it has no checkpoint.", "has not been evaluated yet: --eval_every",
         "The memory is not planned here: no checkpoint has recorded the flags of this run.",
         "This run refreshes no subspaces", "they changed nothing: 2, 3.", "(--save_every)",
     ):  # fmt: skip
         assert sentence in text
-    only = Page(report.build(write_run(tmp_path / "nothing", [{"update_step": 1}])))
+    only = Page(built(write_run(tmp_path / "nothing", [{"update_step": 1}])))
     assert "Nothing has been logged that could be drawn." in only.text
+
+
+def test_the_commands_and_the_model_of_a_run_without_checkpoint_are_in_its_folder(tmp_path: Path) -> None:
+    run = write_run(tmp_path, metrics(4))
+    (run / "command.txt").write_text("qgalore pretrain --lr 0.1  # from update 0, qgalore 0.1.0\n" * 2)
+    (run / "config.json").write_text((ROOT / "configs" / "llama_60m.json").read_text())
+    parsed = Page(built(run))
+    assert "Commands" in parsed.headings and parsed.text.count("--lr 0.1  # from update 0, qgalore 0.1.0") == 2
+    assert "58.1 M parameters: 8 layers, width 512" in parsed.text and parsed.row("hidden_size") == ["512"]
+
+
+def test_the_memory_of_a_model_that_only_transformers_reads_is_not_planned(small: SmallRun, tmp_path: Path) -> None:
+    shutil.copytree(small.folder / "run", run := tmp_path / "run")
+    path = run / "step_00000008" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"use_hf_model": True, "model_config_contents": {"model_type": "gpt2"}}))
+    parsed = Page(built(run))
+    assert "The memory is not planned here: only transformers reads the model's configuration." in parsed.text
+    assert "gpt2, q_galore_adamw8bit, rank 32, on " in parsed.text
 
 
 def test_whatever_comes_from_data_is_escaped(small: SmallRun, tmp_path: Path) -> None:
@@ -173,20 +234,20 @@ def test_whatever_comes_from_data_is_escaped(small: SmallRun, tmp_path: Path) ->
     state["model_config_contents"] |= {evil: evil}
     (run / "step_00000008" / "state.json").write_text(json.dumps(state))
     (run / "STOPPED").write_text(evil)
-    text = report.build(write_run(run, [line | {f"subspace/similarity/{evil}": 0.5} for line in metrics(6)]))
+    text = built(write_run(run, [line | {f"subspace/similarity/{evil}": 0.5} for line in metrics(6)]))
     parsed = Page(text)
     assert "script" not in {tag for tag, _ in parsed.elements} and "\x00" not in text
     assert "<script" not in text and parsed.headings[0] == "<script>alert(1)<"
     assert parsed.text.count(evil.replace("\x00", "\N{SYMBOL FOR NULL}")) >= 4
     assert element("p", "<", title='"<') == '<p title="&quot;&lt;">&lt;</p>'
-    assert "<td>&lt;b&gt;</td>" in table(("a", "b"), [("x", "<b>")])
+    assert "<td>&lt;b&gt;</td>" in table(("a", "b"), [("x", "<b>")], "c")
 
 
 def test_a_long_run_is_a_small_page(tmp_path: Path) -> None:
     """Points are thinned, but neither a spike nor the end of a curve."""
     lines = [{"update_step": step, "train/loss": 3 + math.sin(step) / 9, "train/lr": 0.01} for step in range(1, 20_001)]
     lines[12_344]["train/loss"] = 9.0
-    text = report.build(write_run(tmp_path, lines))
+    text = built(write_run(tmp_path, lines))
     curves = re.findall(r'<polyline points="([^"]+)"', text)
     assert len(curves) == 4 and max(len(points.split()) for points in curves) <= POINTS
     assert len(text) < 100_000
@@ -201,7 +262,7 @@ def test_a_hundred_thousand_lines_of_a_7b_model_are_below_a_megabyte(tmp_path: P
     for number, line in enumerate(lines):
         line |= {names[number % 224]: (number * 7 % 100) / 100, "train/grad_norm": 1.0, "train/skipped": 0.0}
         line |= {"throughput/tokens_per_second": 1e5 + number, "subspace/refreshes": float(number)}
-    assert len(report.build(write_run(tmp_path, lines))) < 1_000_000
+    assert len(built(write_run(tmp_path, lines))) < 1_000_000
 
 
 def test_the_map_joins_adjacent_cells_of_one_colour() -> None:

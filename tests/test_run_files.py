@@ -139,12 +139,12 @@ def test_a_run_begins_with_what_it_is(small: SmallRun, capsys: pytest.CaptureFix
     said = capsys.readouterr().err.splitlines()
     planned = plan(parse_args(small.argv("run", flags)), read_config(small.config))
     first = FIRST.format(peak=planned.peak_bytes / 1e9, lasting=planned.weights_and_states_bytes / 1e9)
-    assert said[:7] == first.splitlines()
-    assert said[7].startswith("data        ") and said[8].startswith("validation  ")
-    assert said[9:11] == ["device      1 x cpu", f"folder      {small.folder / 'run'}"]
+    assert said[:8] == first.splitlines()
+    assert said[8].startswith("data        ") and said[9].startswith("validation  ")
+    assert said[10:12] == ["device      1 x cpu", f"folder      {small.folder / 'run'}"]
     assert small.main("other", dry_run=True, **flags) == 0
     printed = capsys.readouterr().out
-    assert first in printed and said[7] in printed and "device      1 x cpu" in printed
+    assert first in printed and said[8] in printed and "device      1 x cpu" in printed
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,14 @@ def test_the_recipe_is_said(method: str, stub: str) -> None:
     assert one_gpu.subspace.rank == 1024, "sums over micro-batches of a higher rank do not fit"
 
 
+@pytest.mark.parametrize("script", ["scripts/pretrain_c4/llama_60m.sh", "scripts/quickstart.sh"])
+def test_full_rank_behind_the_default_recipe(script: str, stub: str) -> None:
+    """Nothing that a script gives is about projections, which there are none of then."""
+    method = ["--dry_run"] if "quickstart" in script else ["q_galore_orthogonal"]
+    args = parsed(script, *method, "--rank", "full", launcher=stub)
+    assert args.quantization.weight_quant and not args.subspace.projects and not args.subspace.proj_quant
+
+
 # arXiv 2407.08296: lr, rank, interval, updates, micro-batch, GPUs.
 PAPER = {
     "pretrain_c4/llama_60m": (0.015, 128, 200, 10_000, 256, 1),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_pretraining.checkpoint.weight_source import WeightSource, open_source
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.runtime.world import World
 from qgalore.layer.linear import LowRankLinear
@@ -36,7 +37,7 @@ class _Target:
     """All names that it has: several where it is tied."""
     shape: tuple[int, ...]
     """As the source has it."""
-    place: Tensor | LowRankLinear
+    holder: Tensor | LowRankLinear
 
 
 def load_initial_weights(args: ModelArgs, model: CausalLM, world: World) -> str:
@@ -65,6 +66,10 @@ def put_weights(source: WeightSource, model: CausalLM, model_config: str) -> Non
         more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         if model_config == source.name:
             start, end = "does not hold the model of its own configuration", "Its files are not of one model"
+            if isinstance(model, HFCausalLM):
+                end += (
+                    ", or transformers renames or joins tensors of this class as it reads them, which is not done here"
+                )
         else:
             start = f"does not fit --model_config {model_config}"
             end = "Leave --model_config out to take that of --init_from, or give a model of this architecture"
@@ -139,30 +144,30 @@ def _problems(source: WeightSource, model: CausalLM, chosen: Sequence[tuple[_Tar
             dtype, shape = source.stored[name].dtype, source.stored[name].shape
             if shape != target.shape:
                 problems.append(f"{name} is {_in_words(shape)} there and {_in_words(target.shape)} here")
-            elif dtype not in _FLOATS and not (isinstance(target.place, Tensor) and dtype == target.place.dtype):
+            elif dtype not in _FLOATS and not (isinstance(target.holder, Tensor) and dtype == target.holder.dtype):
                 problems.append(f"{name} is {str(dtype).removeprefix('torch.')} there, and no float")
     return problems
 
 
 def _rows_of_codes(target: _Target) -> int:
-    return target.place.out_features if isinstance(target.place, LowRankLinear) else target.shape[0]
+    return target.holder.out_features if isinstance(target.holder, LowRankLinear) else target.shape[0]
 
 
 def _store(source: WeightSource, target: _Target, name: str) -> None:
     """Read a weight and put it into its place."""
-    layer = target.place if isinstance(target.place, LowRankLinear) else None
+    layer = target.holder if isinstance(target.holder, LowRankLinear) else None
     if source.is_quantized(name) and (layer is not None or name not in source.stored):
         columns = layer.in_features if layer is not None else target.shape[1]
         codes = source.read_codes(name, columns)
         if layer is not None:
             return store_quantized_(layer, _on(codes, layer.weight.device))
-        assert isinstance(target.place, Tensor)
-        target.place.copy_(_on(codes, target.place.device).dequantize(torch.float32))
+        assert isinstance(target.holder, Tensor)
+        target.holder.copy_(_on(codes, target.holder.device).dequantize(torch.float32))
         return None
     value = source.read(name)
     if layer is None:
-        assert isinstance(target.place, Tensor)
-        target.place.copy_(value)
+        assert isinstance(target.holder, Tensor)
+        target.holder.copy_(value)
         return None
     value = value.to(layer.weight.device)
     value = value if value.dtype in (torch.bfloat16, torch.float32) else value.float()  # those that kernels take
@@ -171,9 +176,9 @@ def _store(source: WeightSource, target: _Target, name: str) -> None:
 
 def _compare(source: WeightSource, target: _Target, first: str, other: str) -> None:
     """Refuse a source that has two different tensors where the model has one."""
-    if source.stored.get(first) is source.stored.get(other) or not isinstance(target.place, Tensor):
+    if source.stored.get(first) is source.stored.get(other) or not isinstance(target.holder, Tensor):
         return
-    if not torch.equal(source.read(other).to(target.place), target.place):
+    if not torch.equal(source.read(other).to(target.holder), target.holder):
         raise UserError(
             f"--init_from {source.name}: {first} and {other} differ there, and are one tensor in this model; set "
             "tie_word_embeddings of its configuration to false."

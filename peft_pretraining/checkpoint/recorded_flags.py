@@ -14,7 +14,7 @@ from peft_pretraining.config.run_config import GROUPS, RunArgs
 
 _STATE = "state.json"
 _NOT_ANNOUNCED = ("continue_from", "dry_run")
-"""A run that goes on says from where, by whatever name its command has for that."""
+"""Flags of a start, not of a run."""
 
 
 def keep_named_method(args: RunArgs) -> RunArgs:

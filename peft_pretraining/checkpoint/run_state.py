@@ -99,6 +99,8 @@ class RunCheckpoints:
         self._model.load_state_dict(checkpoint.model_tensors)
         self._optimizer.load_state_dict(self._with_todays_options(checkpoint.optimizer_state))
         self._loader.load_state_dict(checkpoint.state["data"])
+        if self._optimizer.loss_scale is not None:
+            self._optimizer.loss_scale.load_state_dict(checkpoint.state.get("loss_scale_state", {}))
         self._average.load_state_dict(checkpoint.state.get("average"), checkpoint.update_step, checkpoint.path)
         names = ("tokens", "skipped_in_a_row", "wandb_run_id")
         self.changed_flags = changed_flags(self._args, checkpoint.state)
@@ -135,6 +137,8 @@ class RunCheckpoints:
         """
         state = self._describe() | {"data": merge_states(self._world.gather(data_state))}
         state |= {name: value for name, value in asdict(position).items() if name != "update_step"}
+        if (scale := self._optimizer.loss_scale) is not None:
+            state |= {"loss_scale_state": scale.state_dict()}
 
         def write() -> Path:
             before()

@@ -133,13 +133,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError
             header = json.loads(file.read(data - 8))
             header.pop("__metadata__", None)
-            places = {
+            entries = {
                 name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(_no_tensors(path)) from None
     stored = {}
-    for name, (kind, shape, start, end) in places.items():
+    for name, (kind, shape, start, end) in entries.items():
         dtype = _DTYPES.get(kind, kind)
         if data + end > size:
             raise ValueError(f"{path.name} is cut off: {name} ends at byte {data + end:,} of {size:,}; fetch it again")

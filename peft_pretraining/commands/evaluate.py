@@ -106,7 +106,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[dict[str, Any], argparse.Nam
     given: dict[str, Any] = {}
     for spec in specs:
         if hasattr(args, spec.name):
-            value = getattr(args, spec.name)
+            value = vars(args).pop(spec.name)
             try:
                 given[spec.name] = value if spec.is_switch else convert(spec, value)
             except ValueError as error:

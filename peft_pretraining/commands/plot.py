@@ -72,7 +72,7 @@ class Style:
         """The running mean of the training loss; of perplexities the geometric one."""
         losses = curves.series("train/loss")
         steps, means = thinned(losses.x, running_mean(losses.x, losses.y, self.window(curves)), _POINTS)
-        return Series([curves.position(int(step), self.by) for step in steps], self.scaled(means))
+        return Series([curves.position(step, self.by) for step in steps], self.scaled(means))
 
     def eval(self, curves: RunCurves) -> Series:
         """The loss of each evaluation."""
@@ -158,7 +158,8 @@ def add_legend(axes: Any, runs: dict[str, RunCurves], style: Style) -> None:
         (point,) = axes.plot([], [], "o", color="0.4", markersize=5)
         handles, labels = [*handles, line, point], [*labels, "training, running mean", "evaluation"]
     if len(runs) > _INSIDE:
-        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+        axes.legend(handles, labels, **beside)
     else:
         axes.legend(handles, labels, loc="upper right")
 

@@ -37,6 +37,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_batch_problems(args),
         *_data_problems(args),
         *_optimizer_problems(args),
+        *_float16_problems(args),
         *_quantization_problems(args),
         *_int8_products_problems(args),
         *_subspace_problems(args),
@@ -278,6 +279,35 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
             "is another library's: leave it out or use another optimizer"
         )
     return problems
+
+
+def _float16_problems(args: RunArgs) -> list[str]:
+    optimizer, name = args.optimizer, args.optimizer.optimizer
+    if args.model.dtype != "float16":
+        if not optimizer.loss_scale:
+            return []
+        return [
+            f"--loss_scale {optimizer.loss_scale:g} is for --dtype float16, and --dtype is {args.model.dtype}, which "
+            "holds gradients as they are: leave it out"
+        ]
+    if name in LIBRARY_OPTIMIZERS:
+        return [
+            f"--dtype float16 cannot work with --optimizer {name}, which keeps gradients and states in the data type "
+            "of the weights: use adamw or adam8bit, or --dtype float32"
+        ]
+    if args.sums_in_momentum:
+        return [
+            "--sum_in_momentum keeps gradients in momenta from one update to the next, and the loss scale of --dtype "
+            "float16 would change what they are worth: leave it out, or use --dtype bfloat16"
+        ]
+    if optimizer.per_layer and args.batch.gradient_accumulation == 1 and not optimizer.loss_scale:
+        return [
+            f"--dtype float16 cannot work with --optimizer {name} at one micro-batch an update: its loss scale is "
+            "found by overflows, and where the gradient of a lower layer overflows the upper ones have been updated "
+            f"already. Use a smaller --batch_size with the same --total_batch_size, {name[:-10]}, or a fixed "
+            "--loss_scale such as 1024, with which an overflow goes back to the newest checkpoint"
+        ]
+    return []
 
 
 def _quantization_problems(args: RunArgs) -> list[str]:

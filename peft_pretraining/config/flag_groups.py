@@ -25,11 +25,21 @@ Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 RECIPES = ("paper", "orthogonal")
 _BY_NAME = "on for q_galore optimizers, off for others"
 
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
 
 
 def _dtype(text: str) -> str:
     return _DTYPE_ALIASES.get(text, text)
+
+
+def _device(text: str) -> str:
+    if text == "mps":
+        # docs/log has what was looked at.
+        raise ValueError(
+            "--device mps: GPUs of Apple are not supported. New subspaces are made in float64, which they do not have, "
+            "and nothing here has been run on one: give --device cpu"
+        )
+    return text
 
 
 def _dimensions_or_share(text: str) -> float:
@@ -43,28 +53,29 @@ def _dimensions_or_share(text: str) -> float:
         raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None
 
 
-def _ranks(text: str) -> int | str:
-    """A rank, or text with several and commas."""
-    words = text.replace(" ", "").split(",")
-    try:
-        ranks = [word if word == FULL else parse_whole(word) for word in words]
-    except ValueError:
-        ranks = [0]
-    if any(rank != FULL and rank < 1 for rank in ranks):
-        raise ValueError("a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,")
-    return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
-
-
-def _mlp_ranks(text: str) -> int | str:
-    return 0 if text == "0" else _ranks(text)
-
-
 def _updates_or_share(text: str) -> float:
     try:
         value = float(text)
         return value if 0 < value < 1 else parse_whole(text)
     except ValueError:
         raise ValueError("a whole number of updates, or a share of the run below 1 such as 0.1") from None
+
+
+def _ranks(text: str) -> int | str:
+    """A rank, or text with several and commas."""
+    try:
+        ranks = [word if word == FULL else parse_whole(word) for word in text.replace(" ", "").split(",")]
+        if any(isinstance(rank, int) and rank < 1 for rank in ranks):
+            raise ValueError  # no subspace has no dimension
+    except ValueError:
+        raise ValueError(
+            "a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,"
+        ) from None
+    return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
+
+
+def _mlp_ranks(text: str) -> int | str:
+    return 0 if text == "0" else _ranks(text)
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,8 @@ class ModelArgs:
     of --model_config and its tokenizer that of --tokenizer. A run that is resumed has its own weights."""
     use_hf_model: bool = False
     """Train transformers' own class of the model, of which any causal one will do, instead of the project's."""
-    dtype: Annotated[str, Flag(choices=("bfloat16", "float32"), parse=_dtype)] = "bfloat16"
-    """Data type of float weights and activations."""
+    dtype: Annotated[str, Flag(choices=("bfloat16", "float32", "float16"), parse=_dtype)] = "bfloat16"
+    """Data type of float weights and activations; float16, with a loss scale, is for GPUs without bfloat16."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
@@ -91,7 +102,8 @@ class ModelArgs:
     """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
     pass, in half the bytes. Layers that are recomputed do not round."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
-    """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton."""
+    """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton and
+    bfloat16."""
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
@@ -217,6 +229,10 @@ class OptimizerArgs:
     limit. It also works inside the backward pass, where grad_clipping cannot."""
     grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
     """Data type in which gradients are summed over micro-batches (sgd, adafactor and muon: that of the weights)."""
+    loss_scale: Annotated[float, Flag("factor", at_least=1, at_most=2**24, auto="dynamic")] = 0.0
+    """With --dtype float16 a fixed factor on the loss, by which gradients are divided again. The dynamic one is 65536
+    at first, half of what it was after an update whose gradient overflowed, which is skipped, and twice after 2,000
+    updates without one."""
 
     @property
     def is_low_rank(self) -> bool:
@@ -457,7 +473,7 @@ class LoggingArgs:
 class RuntimeArgs:
     """The device, and checks while the run goes on."""
 
-    device: Annotated[str, Flag(choices=("auto", "cpu", "cuda"))] = "auto"
+    device: Annotated[str, Flag(choices=("auto", "cpu", "cuda"), parse=_device)] = "auto"
     """auto: a CUDA GPU if there is one."""
     seed: Annotated[int, Flag("number", at_least=0)] = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""

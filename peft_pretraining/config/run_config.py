@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class RunArgs:
     logging: LoggingArgs
     runtime: RuntimeArgs
     world_size: int = 1
-    command: tuple[str, ...] = ()
+    command: tuple[str, ...] = field(default=(), compare=False)
     """The command line, word by word."""
-    left_to_name: tuple[str, ...] = ()
+    left_to_name: tuple[str, ...] = field(default=(), compare=False)
     """Flags that the command line does not give and the optimizer's name decides, unless a checkpoint does."""
     warnings: tuple[str, ...] = ()
     """Sentences about values that work but are probably not intended."""

@@ -134,9 +134,9 @@ class Candidates:
                 "--total_batch_size, such as 512 in the papers, or --batch_size"
             )
         text = [value for name, value in _values(self._argv) if name == "--total_batch_size"][-1]
-        total, found = int(text) if text.isdecimal() else 0, []
+        total, found = int(text) if text.isdecimal() else 0, list[tuple[tuple[str, ...], RunArgs]]()
         for size in range(total // self._world_size, 0, -1):
-            flags = ("--batch_size", str(size))
+            flags: tuple[str, ...] = ("--batch_size", str(size))
             if total % (size * self._world_size) == 0 and (args := self._allowed(*flags)):
                 found.append((flags, args))
         return found or [((), self._parse("--batch_size", "1"))]  # which raises
@@ -180,7 +180,7 @@ class Candidates:
             for every in sorted(counts.values(), reverse=True):
                 sparse = ("--checkpoint_every", str(every)) if every > 1 else ()
                 if every == 1 or in_part:
-                    values = {"activation_checkpointing": True, "checkpoint_every": every}
+                    values: dict[str, Any] = {"activation_checkpointing": True, "checkpoint_every": every}
                     again.append(((*switch, *sparse), values))
         for flags, values in again:
             yield flags, values

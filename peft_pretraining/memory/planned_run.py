@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -39,7 +40,7 @@ class PlannedRun:
         self.tokens = args.batch.batch_size * args.batch.max_length  # of a micro-batch
         self.dtype: torch.dtype = getattr(torch, args.model.dtype)
         self.cuda = args.runtime.device != "cpu"
-        self.compiled = compiles_layers(args.model, pays=self.cuda) and family_of(config).compiles_layers
+        self.compiled = compiles_layers(args.model, pays=self.cuda) and _family_compiles(config)
         self.graphs = self.compiled and self.cuda and allows_graphs(args)
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
         self.updates_at_once = optimizer.per_layer and alone
@@ -50,8 +51,21 @@ class PlannedRun:
         self.matrices = self.matrices_of(args.subspace)
         """Those of one layer; of ranks by depth, one with the largest."""
 
-    def matrices_of(self, subspace: SubspaceArgs) -> list[Matrix]:
+    def matrices_of(self, subspace: SubspaceArgs) -> tuple[Matrix, ...]:
         """Those of one layer with these options."""
-        low_rank = self.args.optimizer.is_low_rank
-        of = {of_mlp: subspace.config(of_mlp) if low_rank else None for of_mlp in (False, True)}
-        return [Matrix(shape, of[name.startswith("mlp.")]) for name, shape in self.config.matrix_shapes().items()]
+        return _matrices(subspace if self.args.optimizer.is_low_rank else None, self.config)
+
+
+# A planner asks for hundreds of runs of one model, which differ in other flags.
+
+
+@lru_cache(maxsize=256)
+def _matrices(args: SubspaceArgs | None, config: ModelConfig) -> tuple[Matrix, ...]:
+    subspace, of_mlp = (args.config(), args.config(of_mlp=True)) if args else (None, None)
+    shapes = config.matrix_shapes().items()
+    return tuple(Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes)
+
+
+@lru_cache(maxsize=256)
+def _family_compiles(config: ModelConfig) -> bool:
+    return family_of(config).compiles_layers

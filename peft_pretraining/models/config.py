@@ -24,7 +24,7 @@ HARMLESS = frozenset({
     "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "remove_invalid_values",
     "exponential_decay_length_penalty", "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder",
     "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads", "tf_legacy_loss",
-    "use_bfloat16",
+    "use_bfloat16", "is_llama_config", "transformers.js_config",
 })  # fmt: skip
 """Keys of a config.json that say nothing about the computation of a model that is trained here."""
 HF_HINT = "or pass --use_hf_model, which trains transformers' own class"
@@ -87,6 +87,9 @@ class ModelConfig(NetworkConfig, Protocol):
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether the head's weight is the embedding table."""
+
+    def __hash__(self) -> int:
+        """Configurations are frozen, and equal ones have one hash."""
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each decoder matrix of one layer, by its name in the layer."""

@@ -24,8 +24,11 @@ def config_path(name: str | Path, flag: str = "--model_config") -> Path:
     is not there. Raises UserError that names `flag`.
     """
     path = Path(name)
-    if path.is_dir():
-        found = config_in(path)
+    if path.is_dir() and str(name):
+        try:
+            found = config_in(path)
+        except OSError as error:
+            raise UserError(f"{flag} {name}: cannot be read ({error.strerror}); give a readable folder.") from None
         if found is None:
             raise UserError(
                 f"{flag} {name}: a folder without {CONFIG}, and no checkpoint of run_pretrain.py is in it; give the "
@@ -53,7 +56,7 @@ def config_in(folder: Path) -> Path | None:
     steps = [each for each in folder.iterdir() if _STEP.fullmatch(each.name)]
     steps.sort(key=lambda step: int(step.name.removeprefix("step_")), reverse=True)
     states = [step / STATE for step in (folder, *steps) if (step / _MANIFEST).is_file()]
-    return next((place for place in (*states, folder / CONFIG) if place.is_file()), None)
+    return next((path for path in (*states, folder / CONFIG) if path.is_file()), None)
 
 
 def model_name(model_config: str) -> str:

@@ -54,23 +54,31 @@ class RunCurves:
         """The last update that has a line."""
         return max(int(line["update_step"]) for line in self.lines)
 
-    def series(self, metric: str, by: str = "updates") -> Series:
-        """A metric by what `X_AXES` names, without values that are not finite. Raises UserError as `position` does."""
-        steps, values = [], []
+    @cached_property
+    def by_updates(self) -> dict[str, Series]:
+        """Every metric by updates, without values that are not finite or no numbers. Not to be changed."""
+        found: dict[str, Series] = {}
         for line in self.lines:
-            value = line.get(metric)
-            if isinstance(value, int | float) and math.isfinite(value):
-                steps.append(int(line["update_step"]))
-                values.append(float(value))
-        return Series([self.position(step, by) for step in steps] if values else [], values)
+            step = float(line["update_step"])
+            for name, value in line.items():
+                if type(value) in (float, int) and math.isfinite(value):
+                    series = found.get(name) or found.setdefault(name, Series([], []))
+                    series.x.append(step)
+                    series.y.append(float(value))
+        return found
 
-    def position(self, update_step: int, by: str) -> float:
+    def series(self, metric: str, by: str = "updates") -> Series:
+        """A metric by what `X_AXES` names, empty where the run has none. Raises UserError as `position` does."""
+        found = self.by_updates.get(metric, Series([], []))
+        return found if by == "updates" else Series([self.position(step, by) for step in found.x], found.y)
+
+    def position(self, update_step: float, by: str) -> float:
         """The x of an update, interpolated between those that were logged.
 
         Raises UserError where the run has not logged what `by` needs.
         """
         if by == "updates":
-            return float(update_step)
+            return update_step
         steps, values = self._tokens if by == "tokens" else self._hours
         if len(steps) < 2:
             metric = "train/tokens" if by == "tokens" else "time/update_seconds"

@@ -45,24 +45,23 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
     )
     if name in _VOID and not children:
         return Markup(f"<{name}{texts}{'/' if name in _OF_SVG else ''}>")
-    return Markup(f"<{name}{texts}>{joined(children)}</{name}>")
+    return Markup(f"<{name}{texts}>{concatenated(children)}</{name}>")
 
 
-def joined(parts: Iterable[object]) -> Markup:
+def concatenated(parts: Iterable[object]) -> Markup:
     """Parts one after another."""
     return Markup("".join(escaped(part) for part in parts))
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Markup:
-    """A table whose first column names its rows; cells that begin with a digit or a sign are aligned as numbers."""
-    rows = list(rows)
-    listed = [[element("td", cell, class_=_kind(cell)) for cell in row[1:]] for row in rows]
-    kinds = [None, *map(_kind, rows[0][1:])] if rows else [None] * len(header)
-    head = [element("th", cell, scope="col", class_=kind) for cell, kind in zip(header, kinds, strict=True)]
+def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str, numbers: bool = True) -> Markup:
+    """A table whose first column names its rows; numbers: align cells that begin with a digit or a sign as such."""
+    rows, kind = list(rows), _kind if numbers else (lambda _: None)
+    listed = [[element("td", cell, class_=kind(cell)) for cell in row[1:]] for row in rows]
+    kinds = [None, *map(kind, rows[0][1:])] if rows else [None] * len(header)
+    head = [element("th", cell, scope="col", class_=each) for cell, each in zip(header, kinds, strict=True)]
     body = [element("tr", element("th", row[0], scope="row"), *cells) for row, cells in zip(rows, listed, strict=True)]
-    top = [element("caption", caption)] if caption else []
-    whole = element("table", *top, element("thead", element("tr", *head)), element("tbody", *body))
-    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption or "table")
+    parts = [element("caption", caption), element("thead", element("tr", *head)), element("tbody", *body)]
+    return element("div", element("table", *parts), class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
 def _kind(cell: object) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peft_pretraining.reporting.markup import Markup, element, escaped, joined
+from peft_pretraining.reporting.markup import Markup, concatenated, element, escaped
 from peft_pretraining.reporting.svg import LEVELS, Line
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -56,7 +56,8 @@ def figure(title: str, chart: Markup, caption: str, values: Markup | None = None
         keys = [element("span", element("i", class_=f"key {line.color}"), line.label) for line in named]
         legend = [element("p", *keys, class_="legend")]
     table = [element("details", element("summary", "Values as a table"), values)] if values else []
-    return element("figure", element("h3", title), *legend, chart, element("figcaption", caption), *table)
+    drawn = element("div", chart, class_="scroll", tabindex="0", role="region", aria_label=title)
+    return element("figure", element("h3", title), *legend, drawn, element("figcaption", caption), *table)
 
 
 def tiles(pairs: Sequence[tuple[str, str]]) -> Markup:
@@ -83,7 +84,7 @@ def sample(prompt: str, text: str) -> Markup:
 
 def details(title: str, *content: Markup) -> Markup:
     """What a reader has to open."""
-    return element("details", element("summary", title), joined(content))
+    return element("details", element("summary", title), concatenated(content))
 
 
 def _css() -> str:
@@ -136,9 +137,10 @@ figure { margin: 1rem 0; padding: 1rem; background: var(--panel); border: 1px so
 figcaption { margin-top: .5rem; font-size: .875rem; }
 details { margin: .5rem 0; font-size: .875rem; }
 summary { cursor: pointer; color: var(--quiet); }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; }
 svg text { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .label { fill: var(--text); }
+svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
 .grid { stroke: var(--grid); }
 .axis { stroke: var(--quiet); }
 .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from peft_pretraining.reporting.curves import RunCurves
+from peft_pretraining.reporting.curves import RunCurves, Series
 
 PREFIX = "subspace/similarity/"
 COLUMNS = 60
@@ -13,8 +13,7 @@ COLUMNS = 60
 
 def similarity_layers(curves: RunCurves) -> list[str]:
     """The matrices that have a similarity, by kind and then by depth."""
-    names = {name.removeprefix(PREFIX) for line in curves.lines for name in line if name.startswith(PREFIX)}
-    return sorted(names, key=_order)
+    return sorted((x.removeprefix(PREFIX) for x in curves.by_updates if x.startswith(PREFIX)), key=_order)
 
 
 def kind_of(layer: str) -> str:
@@ -31,22 +30,16 @@ def rows_of_kinds(layers: list[str]) -> list[tuple[str, int, int]]:
 
 def similarity_map(curves: RunCurves, layers: list[str], by: str = "updates") -> list[list[float | None]]:
     """Mean similarity by matrix and bin of the x-axis; None where no subspace was refreshed."""
-    rows = {PREFIX + layer: row for row, layer in enumerate(layers)}
-    sums = [[0.0] * COLUMNS for _ in layers]
-    counts = [[0] * COLUMNS for _ in layers]
-    end = curves.position(curves.updates, by)
-    for line in curves.lines:
-        found = [(rows[name], value) for name, value in line.items() if name in rows and isinstance(value, float)]
-        if found:
-            share = curves.position(int(line["update_step"]), by) / end if end else 0.0
-            column = min(COLUMNS - 1, int(share * COLUMNS))
-            for row, value in found:
-                sums[row][column] += value
-                counts[row][column] += 1
-    return [
-        [total / count if count else None for total, count in zip(*pair, strict=True)]
-        for pair in zip(sums, counts, strict=True)
-    ]
+    end = curves.position(float(curves.updates), by)
+    return [_binned(curves.series(PREFIX + layer, by), end) for layer in layers]
+
+
+def _binned(points: Series, end: float) -> list[float | None]:
+    """The mean of the points in each bin between 0 and `end`."""
+    bins: list[list[float]] = [[] for _ in range(COLUMNS)]
+    for x, y in zip(*points, strict=True):
+        bins[min(COLUMNS - 1, int(x / end * COLUMNS) if end else 0)].append(y)
+    return [sum(values) / len(values) if values else None for values in bins]
 
 
 def _order(layer: str) -> tuple[str, int, str]:

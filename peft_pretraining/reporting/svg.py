@@ -1,7 +1,7 @@
 """Charts as SVG: curves over a common axis, bars, and the map of similarities. Colours are left to the page's CSS.
 
 CSS classes: `grid` and `axis` of frames, `a`, `b`, `c` of series, `raw` of what a running mean is drawn over, `h0` to
-`h9` of the map.
+`h9` of the map, `label` of texts, `middle` and `end` of those that do not begin at their point.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from peft_pretraining.reporting.curves import Series, thinned
-from peft_pretraining.reporting.markup import Markup, element, joined
+from peft_pretraining.reporting.markup import Markup, concatenated, element
 
 WIDTH, HEIGHT = 860, 270
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 44
@@ -119,16 +119,16 @@ def _grid(frame: Frame, y_label: str) -> list[Markup]:
     for tick in log_ticks(frame.low, frame.high) if frame.log else ticks(frame.low, frame.high):
         y = f"{frame.y(tick):.1f}"
         found.append(element("line", x1=LEFT, x2=right, y1=y, y2=y, class_="grid"))
-        found.append(element("text", short(tick), x=LEFT - 8, y=y, dy="0.35em", text_anchor="end"))
+        found.append(element("text", short(tick), x=LEFT - 8, y=y, dy="0.35em", class_="end"))
     for tick in ticks(0.0, frame.end):
         x = f"{frame.x(tick):.1f}"
         found.append(element("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"))
-        found.append(element("text", short(tick), x=x, y=bottom + 18, text_anchor="middle"))
+        found.append(element("text", short(tick), x=x, y=bottom + 18, class_="middle"))
     found.append(element("line", x1=LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    found.append(element("text", "updates", x=(LEFT + right) / 2, y=HEIGHT - 6, text_anchor="middle", class_="label"))
+    found.append(element("text", "updates", x=(LEFT + right) / 2, y=HEIGHT - 6, class_="middle label"))
     middle = (TOP + bottom) / 2
     turned = f"rotate(-90 14 {middle})"
-    found.append(element("text", y_label, x=14, y=middle, transform=turned, text_anchor="middle", class_="label"))
+    found.append(element("text", y_label, x=14, y=middle, transform=turned, class_="middle label"))
     return found
 
 
@@ -144,7 +144,7 @@ def bar_chart(key: str, title: str, description: str, bars: Sequence[Bar]) -> Ma
     for index, (label, value, text, color) in enumerate(bars):
         y, width = 4 + index * row, max(1.0, (WIDTH - left - right) * value / longest)
         middle = y + row / 2 - 2
-        parts.append(element("text", label, x=left - 10, y=middle, dy="0.35em", text_anchor="end", class_="label"))
+        parts.append(element("text", label, x=left - 10, y=middle, dy="0.35em", class_="end label"))
         parts.append(element("rect", x=left, y=y, width=f"{width:.1f}", height=row - 6, rx=2, class_=f"bar {color}"))
         parts.append(element("text", text, x=f"{left + width + 8:.1f}", y=middle, dy="0.35em"))
     return _svg(key, title, description, 8 + row * len(bars), parts)
@@ -170,7 +170,7 @@ def heat_map(
         parts.append(
             element("rect", x=left, y=f"{top:.1f}", width=f"{cell * columns:.1f}", height=f"{size:.1f}", class_="none")
         )
-        parts.append(element("text", label, x=left - 8, y=f"{top + size / 2:.1f}", dy="0.35em", text_anchor="end"))
+        parts.append(element("text", label, x=left - 8, y=f"{top + size / 2:.1f}", dy="0.35em", class_="end"))
         for row in range(start, stop):
             y = top + (row - start + 0.5) * height
             for column, length, level in _runs(rows[row]):
@@ -182,9 +182,9 @@ def heat_map(
     for tick in ticks(0.0, end):
         x = f"{left + cell * columns * tick / end:.1f}"
         parts.append(element("line", x1=x, x2=x, y1=f"{bottom:.1f}", y2=f"{bottom + 4:.1f}", class_="axis"))
-        parts.append(element("text", short(tick), x=x, y=f"{bottom + 18:.1f}", text_anchor="middle"))
+        parts.append(element("text", short(tick), x=x, y=f"{bottom + 18:.1f}", class_="middle"))
     middle = left + cell * columns / 2
-    parts.append(element("text", "updates", x=middle, y=f"{bottom + 36:.1f}", text_anchor="middle", class_="label"))
+    parts.append(element("text", "updates", x=middle, y=f"{bottom + 36:.1f}", class_="middle label"))
     return _svg(key, title, description, math.ceil(bottom + 42), parts)
 
 
@@ -206,7 +206,7 @@ def _runs(row: Sequence[float | None]) -> list[tuple[int, int, int]]:
 def _svg(key: str, title: str, description: str, height: int, parts: Sequence[Markup]) -> Markup:
     names = element("title", title, id=f"{key}-title") + element("desc", description, id=f"{key}-desc")
     return element(
-        "svg", Markup(names), joined(parts), viewBox=f"0 0 {WIDTH} {height}", role="img",
+        "svg", Markup(names), concatenated(parts), viewBox=f"0 0 {WIDTH} {height}", role="img",
         aria_labelledby=f"{key}-title {key}-desc", xmlns="http://www.w3.org/2000/svg",
     )  # fmt: skip
 

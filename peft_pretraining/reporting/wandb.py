@@ -2,10 +2,10 @@
 
 Whatever fails in wandb causes one warning, after which the run goes on without it.
 
-wandb cannot go on with an offline run: each start makes another folder whose steps begin at 0, and what `wandb sync`
-makes of several folders of one run depends on its version. So every offline folder has the whole run: one that is
-resumed first gets the lines of metrics.jsonl, which has each update once, and replaces the folders before it. As
-`wandb sync` replaces a run of the same id, the newest folder is all there is to upload, whatever was uploaded before.
+wandb cannot go on with an offline run: each start makes another folder whose steps begin at 0, and `wandb sync` either
+replaces the run by the newest of them (up to 0.29) or adds them up, updates that were made again twice. So an offline
+folder always has the whole run: one that is resumed first gets the lines of metrics.jsonl, which has each update once,
+and then replaces the folders before it. The lines keep the steps that they had.
 """
 
 import netrc

@@ -15,12 +15,15 @@ from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.world import is_lost_rank
 
 
-def make_reproducible() -> None:
-    """Allow deterministic kernels only, so that the same seed gives the same bits."""
+def make_reproducible(dtype: str = "") -> None:
+    """Allow deterministic kernels only, so that the same seed gives the same bits; dtype: that of the run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # A debugging aid that fills every new buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if dtype == "float16":
+        # A gradient over many tokens is summed in parts, and a part may be beyond float16 where the sum is not.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _end_at_once(code: int) -> NoReturn:

@@ -57,7 +57,7 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
     return Setting(
         config,
         args.batch.batch_size,
-        rank=0 if subspace.rank == FULL or not low_rank else subspace.config().dimensions,
+        rank=0 if subspace.rank == FULL or not low_rank else subspace.dimensions,
         grad_accum=args.batch.gradient_accumulation,
         checkpointing=model.activation_checkpointing,
         length=args.batch.max_length,

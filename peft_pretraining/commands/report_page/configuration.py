@@ -16,21 +16,26 @@ from peft_pretraining.reporting.page import Section, details, paragraph, preform
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "sentencepiece", "datasets", "safetensors", "qgalore")
 
 
-def configuration_section(run: RecordedRun, command: str = "") -> Section:
+def configuration_section(run: RecordedRun) -> Section:
     """The command, the flags as resolved, the model's config.json, the versions."""
     parts: list[Markup] = []
-    if command:
-        parts += [element("h3", "Command"), preformatted(command)]
+    if run.commands:
+        text = "A line for each start, with the time and the versions of what it ran with."
+        parts += [element("h3", "Commands"), paragraph(text), preformatted(run.commands.rstrip())]
     if not run.flags:
         parts.append(paragraph("No checkpoint has recorded the flags of this run (--save_every)."))
     else:
         parts.append(paragraph("Flags as the run has resolved them; those that are not at their default are bold."))
     for group, values in run.flags.items():
         rows = [_flag_row(group, name, value) for name, value in values.items()]
-        parts.append(details(group, table(("flag", "value"), rows, f"Flags: {group}")))
+        parts.append(details(group, table(("flag", "value"), rows, f"Flags: {group}", numbers=False)))
     if run.model_config:
         rows = [(name, _shown(value)) for name, value in run.model_config.items()]
-        parts.append(details("config.json of the model", table(("key", "value"), rows, "config.json of the model")))
+        parts.append(
+            details(
+                "config.json of the model", table(("key", "value"), rows, "config.json of the model", numbers=False)
+            )
+        )
         try:
             shape = run.shape()
             parts.append(paragraph(
@@ -42,7 +47,7 @@ def configuration_section(run: RecordedRun, command: str = "") -> Section:
     if run.checkpoints:
         steps = ", ".join(f"{step:,}" for step in run.checkpoints)
         parts.append(paragraph(f"Checkpoints after these numbers of updates: {steps}."))
-    parts.append(table(("where this page was made", "version"), versions(), "Versions"))
+    parts.append(table(("where this page was made", "version"), versions(), "Versions", numbers=False))
     return Section("configuration", "Configuration", parts)
 
 

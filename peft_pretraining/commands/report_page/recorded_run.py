@@ -16,7 +16,7 @@ from peft_pretraining.memory.plan import MemoryPlan, plan
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.registry import config_from
 
-_STOP_MARKER = "STOPPED"
+_STOP_MARKER, _COMMANDS, _CONFIG = "STOPPED", "command.txt", "config.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class RecordedRun:
     """The updates after which there are checkpoints."""
     stopped: str
     """Why and when the run was stopped; "" where it was not."""
+    commands: str = ""
+    """A line for each start: the command, and as a comment the time and the versions; "" of older runs."""
+    folder_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The contents of the folder's config.json; {} where there is none."""
 
     @cached_property
     def flags(self) -> dict[str, dict[str, Any]]:
@@ -42,9 +46,9 @@ class RecordedRun:
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """The contents of its config.json; {} where the checkpoint has none."""
+        """The contents of its config.json, from the checkpoint or else from the folder; {} where neither has it."""
         kept = self.state.get("model_config_contents")
-        return kept if isinstance(kept, dict) else {}
+        return kept if isinstance(kept, dict) else self.folder_config
 
     @property
     def total_updates(self) -> int | None:
@@ -65,7 +69,12 @@ class RecordedRun:
         """The shape of its model. Raises UserError where only transformers' class takes the configuration."""
         if not self.model_config:
             raise UserError("no checkpoint has recorded the model's configuration")
-        return config_from(self.model_config, "the model's configuration")
+        try:
+            return config_from(self.model_config, "the model's configuration")
+        except UserError as error:
+            if self.state.get("use_hf_model"):
+                raise UserError("only transformers reads the model's configuration") from error
+            raise
 
     def memory(self, on_gpu: bool) -> MemoryPlan:
         """The planned memory of a rank. Raises UserError where it cannot be planned."""
@@ -96,13 +105,27 @@ def read_run(folder: Path) -> RecordedRun:
     paths = list_checkpoints(folder)
     newest, state = None, dict[str, Any]()
     for path in reversed(paths):
-        try:
-            found = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict):
-            newest, state = path, found
+        if state := _json_object(path / "state.json"):
+            newest = path
             break
-    marker = folder / _STOP_MARKER
-    stopped = marker.read_text(encoding="utf-8", errors="replace").strip() if marker.is_file() else ""
-    return RecordedRun(folder, newest, state, [step_of(path) for path in paths], stopped)
+    return RecordedRun(
+        folder, newest, state, [step_of(path) for path in paths], _text(folder / _STOP_MARKER).strip(),
+        _text(folder / _COMMANDS), _json_object(folder / _CONFIG),
+    )  # fmt: skip
+
+
+def _text(path: Path) -> str:
+    """The contents of a file; "" where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where it cannot be read."""
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from peft_pretraining.commands.report_page.curve_figures import curve_figure
 from peft_pretraining.commands.report_page.recorded_run import RecordedRun
 from peft_pretraining.reporting.curves import RunCurves, Series
@@ -24,7 +22,7 @@ def subspaces_section(run: RecordedRun, curves: RunCurves) -> Section:
     parts: list[Markup] = []
     if layers:
         rows, groups = similarity_map(curves, layers), rows_of_kinds(layers)
-        means = _mean_similarities(curves)
+        means = _mean_similarities(curves, layers)
         name = "Similarity of successive subspaces"
         told = "; ".join(f"{kind} {mean:.2f}" for kind, (_, mean, _, _) in means.items())
         chart = heat_map("similarity", name, f"Means over the run: {told}.", rows, groups, float(curves.updates))
@@ -44,14 +42,15 @@ def subspaces_section(run: RecordedRun, curves: RunCurves) -> Section:
     return Section(key, title, parts)
 
 
-def _mean_similarities(curves: RunCurves) -> dict[str, tuple[int, float, float, float]]:
+def _mean_similarities(curves: RunCurves, layers: list[str]) -> dict[str, tuple[int, float, float, float]]:
     """(number, mean, lowest, last) by kind of matrix."""
-    values: dict[str, list[float]] = {}
-    for line in curves.lines:
-        for name, value in line.items():
-            if name.startswith(PREFIX) and isinstance(value, float) and math.isfinite(value):
-                values.setdefault(kind_of(name), []).append(value)
-    return {kind: (len(all_), sum(all_) / len(all_), min(all_), all_[-1]) for kind, all_ in sorted(values.items())}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for layer in layers:
+        points.setdefault(kind_of(layer), []).extend(zip(*curves.series(PREFIX + layer), strict=True))
+    return {
+        kind: (len(found), sum(y for _, y in found) / len(found), min(y for _, y in found), max(found)[1])
+        for kind, found in points.items()
+    }
 
 
 def _refreshes(run: RecordedRun, curves: RunCurves, made: Series) -> Markup:

@@ -29,7 +29,7 @@ def summary_section(run: RecordedRun, curves: RunCurves) -> Section:
         text.append(paragraph(f"{curves.damaged} damaged line(s) of metrics.jsonl are left out of this page."))
     if last.perplexity is None:
         text.append(paragraph("The run has not been evaluated yet: --eval_every, or its end, does that."))
-    forms = sorted({name.split("/")[0] for line in curves.lines for name in line if name.startswith("eval_")})
+    forms = sorted({name.split("/")[0] for name in curves.by_updates if name.startswith("eval_")})
     rows = [
         (form.removeprefix("eval_").replace("_", " "), f"{values[-1]:.3f}")
         for form in forms

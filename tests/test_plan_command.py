@@ -1,0 +1,175 @@
+"""`qgalore plan`: what trains in the memory of a card, in tables, in sentences, and in the README."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import run_pretrain
+from peft_pretraining import commands
+from peft_pretraining.commands import plan as command
+from peft_pretraining.memory.plan import plan
+from peft_pretraining.memory.shipped_runs import RECIPES, TOKENS_PER_UPDATE, ShippedRun
+from peft_pretraining.models.config_files import shipped_configs
+from peft_pretraining.speed.cards import CARDS
+from tests.small_run import SmallRun
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert commands.main(["plan", *argv]) == 0
+    return capsys.readouterr().out.strip()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@cache
+def shipped(model: str) -> ShippedRun:
+    return ShippedRun(model)
+
+
+def section() -> tuple[list[str], str]:
+    """The command in the README's marker, without its name, and what stands below."""
+    (found,) = re.findall(r"<!-- begin: (qgalore plan .*) -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    return shlex.split(found[0])[2:], found[1]
+
+
+def readme_rows(models: set[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Head and rows of some models, and the text below, in the README and as the command prints them."""
+    argv, text = section()
+    given = argv[argv.index("--model") + 1].split(",")
+    argv[argv.index("--model") + 1] = ",".join(name for name in given if name in models)
+    made = printed(capsys, *argv)
+    kept = {"model", "-----", *(name.upper() for name in models)}
+    tables = []
+    for lines in (text.splitlines(), made.splitlines()):
+        rows = [cells(line) if line.startswith("|") else [line] for line in lines]
+        rows = [[re.sub("-{3,}", "-----", cell) for cell in row] for row in rows]
+        tables.append([row for row in rows if row[0] in kept or len(row) == 1])
+    return tables[0], tables[1]
+
+
+def test_rows_of_the_readme_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    shown, made = readme_rows({"60m", "1b"}, capsys)
+    assert shown == made and [row[0] for row in shown[:4]] == ["model", "-----", "60M", "1B"]
+
+
+@pytest.mark.slow
+def test_the_readme_has_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    argv, text = section()
+    assert text == printed(capsys, *argv)
+
+
+def test_the_readme_says_what_was_not_measured() -> None:
+    assert "**No consumer card was measured**" in README.partition("## What fits a card")[2].partition("\n## ")[0]
+
+
+def test_a_memory_has_a_line_for_each_model_that_fits_it(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--memory", "3GB", "--gpu", "h100", "--model", "60m,7b")
+    head, _, small, large = (cells(line) for line in text.splitlines() if line.startswith("|"))
+    fit = shipped("60m").fit(3 * 10**9, CARDS["h100"])
+    assert fit.chosen is not None
+    args = fit.chosen.args
+    row = dict(zip(head, small, strict=True))
+    assert row["micro-batch"] == f"{args.batch.gradient_accumulation} x {args.batch.batch_size}"
+    assert (row["length"], row["rank"], row["planned GB"]) == ("256", "128", f"{fit.chosen.peak / 1e9:.2f}")
+    assert plan(args, fit.chosen.config).peak_bytes == fit.chosen.peak < 3e9
+    assert float(row["days"]) == pytest.approx(10_000 * TOKENS_PER_UPDATE / fit.tokens_per_second / 86_400, abs=0.001)
+    assert large[0] == "7B" and re.fullmatch(r"at least \d+\.\d\d GB", large[1])
+    # What was measured on that card within that memory, and what was not measured at all.
+    assert "60M: 1,200,219 tokens/s, 2.12 GB, 1 x 256, rank 128, all recomputed (caf4340)" in text
+    assert "1,421,841" not in text and "No consumer card was measured" in text
+
+
+def test_a_setting_that_was_measured_has_the_measured_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("--gpu", "h100", "--memory", "15.5GB", "--model", "7b", "--grad_accum_dtype", "int8", "--batch_size", "16")
+    text = printed(capsys, *argv, "--activation_checkpointing", "--checkpoint_every", "1")
+    assert re.search(r"\| 7B +\| 32 x 16 .*\| all +\| sums +\| 15\.\d\d +\| 11,422 +\| measured \|", text)
+
+
+def test_flags_of_a_run_take_the_place_of_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(
+        capsys, "--memory", "8GB", "--model", "9m", "--max_length", "512", "--total_batch_size", "64", "--rank", "32"
+    )
+    row = cells(text.splitlines()[4])
+    assert row[2:4] == ["512", "32"] and math.prod(map(int, row[1].split(" x "))) == 64
+    text = printed(capsys, "--memory", "8GB", "--model", "9m", "--optimizer", "adamw")
+    assert cells(text.splitlines()[4])[3] == "-"
+    assert "| 56 " in printed(capsys, "--memory", "8GB", "--model", "9m", "--recipe", "orthogonal")
+
+
+def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = SmallRun(tmp_path).argv("run", {})
+    assert run_pretrain.main([*argv, "--dry_run"]) == 0
+    expected = capsys.readouterr().out.strip().replace("--dry_run True", "--dry_run False")
+    assert printed(capsys, *argv) == expected
+    with_card = printed(capsys, *argv, "--gpu", "4090")
+    assert with_card.startswith(expected) and re.search(
+        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090$", with_card
+    )
+    within = printed(capsys, *argv, "--memory", "1GB")
+    assert "--memory_budget 1GB chooses" in within and "--memory_budget 1000000000" in within
+
+
+def test_the_recipes_are_those_of_the_scripts() -> None:
+    for model, (rank, updates) in RECIPES.items():
+        text = (ROOT / "scripts" / "pretrain_c4" / f"llama_{model}.sh").read_text(encoding="utf-8")
+        values = dict(re.findall(r"^(\w+)=(\d+)$", text, re.MULTILINE))
+        assert (values["RANK"], values["UPDATES"]) == (str(rank), str(updates))
+    common = (ROOT / "scripts" / "recipe.sh").read_text(encoding="utf-8")
+    assert "--total_batch_size 512" in common and "--max_length 256" in common and TOKENS_PER_UPDATE == 512 * 256
+
+
+def test_all_shipped_models_are_planned_where_none_is_named() -> None:
+    assert command.model_names("") == list(shipped_configs())
+    assert command.model_names("7B, llama_60m") == ["7b", "60m"]
+
+
+def test_every_card_has_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [cells(line) for line in printed(capsys, "--cards").splitlines() if line.startswith("|")]
+    assert [line[0] for line in lines[2:]] == list(CARDS)
+    assert all("white paper" in line[5] or "data sheet" in line[5] for line in lines[2:])
+    assert {line[0] for line in lines[2:] if line[6] == "yes"} == {"h100", "h200"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give --memory, such as --memory 12GB, or --gpu, such as --gpu 4090"),
+        ("--memroy 12GB", "(--memroy is no flag of this command)"),
+        (
+            "--memory 12",
+            "--memory is '12', it must be a size with its unit, such as 24GB (10^9 bytes) or 22.5GiB (2^30)",
+        ),
+        ("--gpu 4099", "--gpu 4099 is not in the table of cards: did you mean 4090?"),
+        ("--gpu 4090 --memory 48GB", "--memory 48GB is more than the 24 GB of GeForce RTX 4090: give at most that"),
+        ("--memory 8GB --model 61m", "--model 61m is none of the shipped models, which are 9m, 20m, "),
+        ("--memory 8GB --model 9m --frobnicate 1", "--frobnicate is no flag of this program"),
+        (
+            "--memory 8GB --model 9m --model_config x",
+            "--model 9m is for shipped models, and --model_config names one run",
+        ),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["plan", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qgalore plan: ") and message in error
+
+
+def test_cards_and_refusals_load_nothing_heavy() -> None:
+    program = "import sys; from peft_pretraining.commands import main; main(['plan', '--cards']); main(['plan']); "
+    program += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "RTX 4090" in done.stdout and "give --memory" in done.stderr

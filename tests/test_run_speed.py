@@ -1,0 +1,153 @@
+"""Counted speeds beside measured ones, the cards' figures, and the table of measured speeds beside the rows."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.errors import UserError
+from peft_pretraining.models.registry import read_config
+from peft_pretraining.speed.cards import CARDS, card_of_size, find_card
+from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE, MeasuredSpeed
+from peft_pretraining.speed.passes import Pass, seconds
+from peft_pretraining.speed.run_speed import (
+    SHARE_OF_FLOOR,
+    counted_seconds,
+    counted_tokens_per_second,
+    setting_of,
+)
+from peft_pretraining.speed.update_passes import adamw, all_passes, q_galore
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = {card.device: name for name, card in CARDS.items() if card.device}
+QUANTIZED = "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant"
+PAPER = f"{QUANTIZED} --recipe paper --subspace streaming --rank 512"
+
+
+def run(model: str, flags: str) -> RunArgs:
+    config = str(ROOT / "configs" / f"llama_{model}.json")
+    return parse_args(["--model_config", config, "--dataset", "pydocs", "--device", "cuda", *shlex.split(flags)])
+
+
+@cache
+def rows() -> dict[MeasuredSpeed, RunArgs]:
+    """The newest row of each setting that ran alone on a card of the table, with its arguments."""
+    newest = {}
+    with (ROOT / SOURCE).open(newline="") as file:
+        for row in csv.DictReader(file):
+            ours = row["method"].startswith("q_galore") and row["flags"].startswith("--device cuda")
+            if not ours or not row["in_a_row_tokens_per_second"] or row["error"] or "peaks alone" in row["note"]:
+                continue
+            args = run(row["model"], row["flags"])
+            every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
+            batch, int8 = args.batch, args.model.int8_activations
+            setting = (NAMES[row["device"]], row["model"], batch.batch_size, batch.gradient_accumulation)
+            setting += (args.subspace.rank, every, int8)
+            speed, peak = int(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"])
+            newest[setting] = MeasuredSpeed(*setting, speed, peak, row["commit"]), args
+    return dict(newest.values())
+
+
+def test_the_table_of_measured_speeds_is_the_newest_rows() -> None:
+    assert set(MEASURED_SPEEDS) == rows().keys() and len(MEASURED_SPEEDS) == len(rows())
+    for args in rows().values():  # as its docstring says
+        assert (args.subspace.subspace, args.subspace.direction, args.subspace.update_proj_gap) == (
+            "streaming",
+            "adam",
+            200,
+        )
+        assert args.batch.max_length == 256 and args.optimizer.per_layer
+
+
+@pytest.mark.parametrize(("card", "least", "most"), [("h100", 0.95, 1.05), ("h200", 1.05, 1.2)])
+def test_counted_speeds_are_near_the_measured_ones(card: str, least: float, most: float) -> None:
+    found = [each for each in rows() if each.card == card and each.batch_size > 2]
+    assert len(found) > 15
+    for each in found:
+        config = read_config(ROOT / "configs" / f"llama_{each.model}.json")
+        ratio = counted_tokens_per_second(rows()[each], config, CARDS[card]) / each.tokens_per_second
+        assert least < ratio < most, each
+
+
+FLAGS = {
+    "all": "--activation_checkpointing",
+    "some": "--activation_checkpointing --checkpoint_every 5",
+    "rounded": "--int8_activations",
+    "both": "--int8_activations --activation_checkpointing --checkpoint_every 7",
+    "micro-batches": "--gradient_accumulation 4 --activation_checkpointing --checkpoint_every 5 --int8_activations",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("method", [PAPER, "--optimizer adamw"], ids=["q-galore", "adamw"])
+def test_a_count_in_parts_is_that_of_all_passes(method: str, flags: str) -> None:
+    args, card = run("1b", f"--batch_size 4 {method} {flags}"), CARDS["4090"]
+    config = read_config(args.model.model_config)
+    setting = setting_of(args, config)
+    whole = q_galore(setting) if args.optimizer.is_low_rank else adamw(setting, in_chunks=True)
+    expected = seconds(all_passes(whole), card.ceilings) / SHARE_OF_FLOOR
+    assert counted_seconds(args, config, card) == pytest.approx(expected, rel=1e-9)
+    plain = run("1b", f"--batch_size 4 {method} " + "--gradient_accumulation 4" * ("accumulation" in flags))
+    assert counted_seconds(plain, config, card) < expected
+
+
+SLOWER = {
+    "a smaller micro-batch": ("--batch_size 8", "--batch_size 4 --gradient_accumulation 2"),
+    "float32 sums": (
+        "--batch_size 4 --total_batch_size 16 --grad_accum_dtype int8",
+        "--batch_size 4 --total_batch_size 16",
+    ),
+    "a larger rank": ("--batch_size 8 --rank 256", "--batch_size 8"),
+    "an orthogonal direction": ("--batch_size 8", "--batch_size 8 --direction orthogonal"),
+    "the whole space": ("--batch_size 8 --direction orthogonal", "--batch_size 8 --direction orthogonal --rank full"),
+}
+
+
+@pytest.mark.parametrize(("faster", "slower"), SLOWER.values(), ids=SLOWER)
+def test_what_does_more_takes_longer(faster: str, slower: str) -> None:
+    method = f"{QUANTIZED.replace(' --proj_quant', '')} --recipe paper --subspace streaming --rank 512"
+    if "full" in slower:
+        slower_method = method.replace(" --subspace streaming", "")
+    else:
+        slower_method = method
+    args = [run("1b", f"{method} {faster}"), run("1b", f"{slower_method} {slower}")]
+    config = read_config(args[0].model.model_config)
+    first, second = (counted_tokens_per_second(each, config, CARDS["h100"]) for each in args)
+    assert second < first
+
+
+@pytest.mark.parametrize(("name", "tflops"), [("4090", 165.2), ("4080", 97.5), ("3090", 71.2), ("5090", 209.5)])
+def test_what_is_worked_out_for_geforce_cards_is_what_the_white_papers_say(name: str, tflops: float) -> None:
+    assert CARDS[name].tflops == tflops
+
+
+def test_a_card_reaches_the_share_that_an_h100_does() -> None:
+    rate, bandwidth, _ = CARDS["h100"].ceilings
+    assert (rate, bandwidth) == pytest.approx((790e12, 3.0e12))
+    assert CARDS["4090"].ceilings[0] == pytest.approx(165.2e12 * 790 / 989)
+    slow, fast = (seconds([Pass(1e15, 1e12)], CARDS[name].ceilings) for name in ("4060ti", "4090"))
+    assert slow > 3 * fast
+
+
+@pytest.mark.parametrize("text", ["4090", "RTX 4090", "NVIDIA GeForce RTX-4090", "rtx_4090"])
+def test_a_card_is_found_by_any_of_its_names(text: str) -> None:
+    assert find_card(text) is CARDS["4090"]
+
+
+def test_other_names_are_refused_with_those_that_there_are() -> None:
+    with pytest.raises(
+        UserError, match=r"--gpu 409 is not in the table of cards: did you mean 4090\? there are 3060, 3090"
+    ):
+        find_card("409")
+
+
+def test_the_card_that_stands_for_a_size_has_no_more_memory() -> None:
+    for gigabytes in (8, 11, 12, 16, 24, 32, 48, 80, 141):
+        assert card_of_size(gigabytes * 10**9).gigabytes <= gigabytes
+    assert card_of_size(4 * 10**9).gigabytes == 8  # there is no smaller one
