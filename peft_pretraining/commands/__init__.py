@@ -7,13 +7,12 @@ Each module has `main(argv) -> exit code` and imports what it needs, so that a c
 
 import difflib
 import importlib
-import importlib.metadata
 import sys
-import tomllib
 from collections.abc import Sequence
 
 from peft_pretraining.errors import missing_package
 from peft_pretraining.models.config_files import shipped_root
+from qgalore import __version__
 
 COMMANDS = {
     "pretrain": "train a model from scratch, or go on from weights that are there",
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(), file=sys.stderr if name == "" else sys.stdout)
         return 2 if name == "" else 0
     if name == "--version":
-        print(f"qgalore {version()}")
+        print(f"qgalore {__version__}")
         return 0
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -49,14 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qgalore {name}: {advice_to_install}", file=sys.stderr)
         return 2
-
-
-def version() -> str:
-    """The version of the package, also in a checkout that is not installed."""
-    pyproject = shipped_root() / "pyproject.toml"
-    if pyproject.is_file():
-        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
-    return importlib.metadata.version("qgalore")
 
 
 def usage() -> str:

@@ -1,6 +1,6 @@
 """Pretrain a model: the program `run_pretrain.py`, as a command of the installed package.
 
-    qgalore pretrain --model_config FILE --batch_size SEQUENCES [flags]
+    qgalore pretrain --model_config NAME_OR_PATH --batch_size SEQUENCES [flags]
     torchrun --nproc_per_node 2 -m peft_pretraining pretrain ...
 
 The first is one process, on one GPU or the CPU.

@@ -387,7 +387,7 @@ class ScheduleArgs:
     """Share of the updates, the last ones, over which the weights are averaged, such as 0.1. The last weights are
     trained and saved as without; the mean is evaluated beside them after the last update (eval_averaged/perplexity,
     and eval_averaged_quantized/perplexity of what is rounded back to the format of quantized weights), is part of
-    each checkpoint, and is exported by scripts/export_hf.py --averaged. It is of at most 64 updates and takes 4 bytes
+    each checkpoint, and is exported by qgalore export --averaged. It is of at most 64 updates and takes 4 bytes
     a value of the main rank's host memory, and as many as the weights."""
 
     @property
