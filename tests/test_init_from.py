@@ -15,12 +15,14 @@ from torch import Tensor
 from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint import weight_source
 from peft_pretraining.checkpoint.initial_weights import load_initial_weights, put_weights
+from peft_pretraining.checkpoint.store import save_checkpoint
 from peft_pretraining.checkpoint.tensor_file import HashingFile, stored_tensors, write_tensors
 from peft_pretraining.checkpoint.weight_source import open_source
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.models import hub_files
 from peft_pretraining.models.build import network_on_meta
+from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.models.source_tokenizer import tokenizer_of_source
@@ -261,6 +263,21 @@ def test_codes_of_a_run_go_in_unchanged(small: SmallRun) -> None:
     whole_rows = small.run("rows", num_training_steps=1, **by_rows)
     after = loaded(small, whole_rows.save_dir, **by_rows).state_dict()
     assert all(torch.equal(after[name], value) for name, value in whole_rows.checkpoint().model_tensors.items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_in_padded_rows(small: SmallRun, bits: int) -> None:
+    """101 columns are padded in memory and not in a checkpoint; at 4 bits the last byte of a row holds one code."""
+    small.config.write_text(json.dumps(CONFIG | {"intermediate_size": 101}))
+    flags = Q_GALORE | {"weight_bits": bits}
+    model, _ = build_training(parse_args(small.argv("run", flags)), torch.device("cpu"))
+    state = parse_args(small.argv("run", flags)).to_dict()
+    before = {name: value for name, value in model.state_dict().items() if not name.endswith("_format")}  # as of old
+    save_checkpoint(
+        small.folder / "old", 1, before, {}, state | {"model_config_contents": read_config_json(small.config)}
+    )
+    after = loaded(small, small.folder / "old", **flags).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_floats_beside_codes_serve_another_format(small: SmallRun) -> None:
