@@ -142,6 +142,16 @@ def test_several_runs_have_colours_of_their_own_and_one_legend(tmp_path: Path) -
     assert drawn(runs, log=True, log_x=True).get_xscale() == "log"
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """$ begins a formula in matplotlib's texts, and what begins with _ is left out of its legends."""
+    runs = {name: write_run(tmp_path / str(i), metrics(5)) for i, name in enumerate(("_a", "$b_{$", "50%$"))}
+    axes = drawn(runs)
+    texts = axes.get_legend().get_texts()
+    assert [text.get_text() for text in texts][:3] == [" _a", r"\$b_{\$", r"50%\$"]
+    axes.figure.canvas.draw()  # a broken formula would raise
+    assert texts[1]._preprocess_math(texts[1].get_text()) == ("$b_{$", False)
+
+
 def test_perplexity_is_that_of_the_mean_loss(tmp_path: Path) -> None:
     run = write_run(tmp_path, metrics(10))
     line = drawn({"r": run, "s": run}, metric="train_perplexity", smooth=2).get_lines()[0]

@@ -86,7 +86,8 @@ class Style:
 def draw_curves(axes: Any, runs: dict[str, RunCurves], style: Style) -> None:
     """Draw the training curve of each run as a line, and its evaluations as points, in a colour of its own."""
     alone, drawn = len(runs) == 1, list[Series]()
-    for number, (label, curves) in enumerate(runs.items()):
+    for number, (name, curves) in enumerate(runs.items()):
+        label = _literal(name)
         look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
         if "train" in style.kinds:
             if alone:
@@ -111,6 +112,11 @@ def draw_curves(axes: Any, runs: dict[str, RunCurves], style: Style) -> None:
         other = "another --metric" if len(style.kinds) == 1 else "runs that have"
         raise UserError(f"--metric {style.metric}: no run has {kinds} yet; give {other}")
     _scale(axes, style, [points for points in drawn if points.x])
+
+
+def _literal(name: str) -> str:
+    """A name as matplotlib shows it: $ would begin a formula, and a label that begins with _ has no legend."""
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")
 
 
 def _annotate(axes: Any, points: Series, last: LastValues) -> None:
@@ -215,7 +221,7 @@ def draw(runs: dict[str, RunCurves], style: Style, output: Path) -> None:
                 draw_similarity(figure, axes[2], alone, style)
             axes[0].set_xlabel("")
             axes[-1].set_xlabel(X_AXES[style.by])
-        figure.suptitle(next(iter(runs)) if alone is not None else f"{len(runs)} runs")
+        figure.suptitle(_literal(next(iter(runs))) if alone is not None else f"{len(runs)} runs")
         figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
