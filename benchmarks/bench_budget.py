@@ -26,6 +26,7 @@ from benchmarks.models import MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.memory.budget import Candidate, Candidates
 from peft_pretraining.speed.cards import Card, find_card
+from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS
 
 WARMUP, UPDATES = 35, 10  # 7B has its first refreshes in 32 updates
 MEASURED = ("run_peak_gb", "in_a_row_tokens_per_second", "device", "torch", "error")
@@ -108,14 +109,23 @@ def measured_by(timeout: float) -> Callable[[str, Candidate], Row]:
     return measure
 
 
+def settings_of(model: str) -> tuple[int, int, int]:
+    """Micro-batch, micro-batches an update and rank."""
+    return MICRO_BATCHES[model], 1, RANKS[model]
+
+
 def draw(results: Path, picture: Path) -> None:
-    """A panel a model: tokens a second over the memory of the peak, counted as a line and measured as points."""
+    """A panel a model: tokens a second over the memory of the peak, counted as a line, measured as points.
+
+    With those of `speed/measured_speeds.py`.
+    """
     from matplotlib import pyplot
 
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5 * len(models), 3.6), squeeze=False)
+    size = (5 * len(models), 3.6)
+    figure, axes = pyplot.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
         ours = [row for row in rows if row["model"] == model]
         newest = {row["flags"]: row for row in ours}.values()
@@ -123,8 +133,9 @@ def draw(results: Path, picture: Path) -> None:
         axis.plot(*zip(*planned, strict=True), "o-", label=f"planned, counted for {ours[-1]['card']}", markersize=4)
         names = ("run_peak_gb", "in_a_row_tokens_per_second")
         measured = [tuple(float(row[name]) for name in names) for row in ours if row[names[1]]]
+        measured += [each[7:9][::-1] for each in MEASURED_SPEEDS if each[:5] == ("h100", model, *settings_of(model))]
         if measured:
-            axis.plot(*zip(*measured, strict=True), "s", label="measured")
+            axis.plot(*zip(*measured, strict=True), "s", label="measured on an H100")
         axis.set_title(f"{model.upper()}, micro-batch {ours[-1]['micro_batch']} x 256, rank {ours[-1]['rank']}")
         axis.set_xlabel("peak of memory, GB")
         axis.set_ylabel("tokens/s")
