@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from peft_pretraining.commands import export, plot, report, tokenize
+from peft_pretraining.commands import evaluate, export, generate, plot, report, tokenize
 from peft_pretraining.config.flags import FlagSpec, format_count, parse_count, read_specs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS, RunArgs
@@ -467,8 +467,8 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
 @pytest.mark.parametrize(
     ("script", "words"),
     [(export, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot, "{0}/a --output={0}/b"),
-     (report, "{0}/a --output={0}/b"),
-     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c")],
+     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c"), (generate, "{0}/a x --tokenizer={0}/b"),
+     (evaluate, "{0}/a --dataset={0}/b --tokenizer={0}/c"), (report, "{0}/a --output={0}/b --tokenizer={0}/c")],
 )  # fmt: skip
 def test_a_tilde_is_expanded_in_the_flags_of_scripts(
     script: ModuleType, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,17 @@ def test_prompts_come_from_standard_input(
     expected = printed(capsys, small.folder / "text", "w0 w1", "w2", *flags)
     monkeypatch.setattr("sys.stdin", io.StringIO("w0 w1\n\nw2\n"))
     assert printed(capsys, small.folder / "text", *flags) == expected
+
+
+def test_a_reader_that_ends_early_ends_it_quietly(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert command.main([str(small.folder / "text"), "w0", "--device", "cpu"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_bad_values_are_named_at_once(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

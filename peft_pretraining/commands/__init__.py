@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "tokenize": "write the token ids of a data set to files",
     "generate": "continue a text with a trained model",
+    "evaluate": "compute the perplexity of a trained model on a data set",
     "export": "write a checkpoint as a float model that transformers loads",
     "plot": "draw the metrics of runs, and print what they have come to",
     "report": "write one HTML file about a run",

@@ -23,7 +23,7 @@ from peft_pretraining.checkpoint.store import Checkpoint
 from peft_pretraining.commands.exported_tokenizer import special_ids, write_tokenizer
 from peft_pretraining.commands.trained_model import Origin, averaged_weights, config_of, find_checkpoint
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
-from peft_pretraining.config.flags import parse_path
+from peft_pretraining.config.flags import parse_name_or_path, parse_path
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, network_on_meta
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--averaged", action="store_true", help="write the mean of the weights that --average_last has made"
     )
     parser.add_argument(
-        "--tokenizer", default="", metavar="NAME_OR_PATH",
+        "--tokenizer", type=parse_name_or_path, default="", metavar="NAME_OR_PATH",
         help="the tokenizer that the run was trained with, where it is not found (default: what the run has recorded)",
     )  # fmt: skip
     parser.add_argument("--no-tokenizer", action="store_true", help="write the model alone")

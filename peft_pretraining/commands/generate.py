@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from peft_pretraining.commands.trained_model import DEVICES, DTYPES, TrainedModel, open_trained
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
-from peft_pretraining.config.flags import parse_count, parse_path
+from peft_pretraining.config.flags import parse_count, parse_name_or_path, parse_path
 from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary
 from peft_pretraining.errors import UserError
 
@@ -190,7 +191,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=Sampling.seed, help="the same seed gives the same text (default: 0)"
     )
     parser.add_argument(
-        "--tokenizer", default="", metavar="NAME_OR_PATH",
+        "--tokenizer", type=parse_name_or_path, default="", metavar="NAME_OR_PATH",
         help="the model's tokenizer, where it is not found (default: that of the run or the export)",
     )  # fmt: skip
     parser.add_argument("--averaged", action="store_true", help="the mean of the weights that --average_last has made")
@@ -230,7 +231,7 @@ def generate(args: argparse.Namespace) -> None:
             _, reason = generator.continue_text(prompt, args.max_tokens, args.sampling, _show)
         finally:
             _show("\n")
-        print(f"-- {reason}", file=sys.stderr)
+        print(f"-- stopped: {reason}", file=sys.stderr)
 
 
 def _is_text(prompt: str) -> bool:
@@ -257,4 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # what reads the text has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0

@@ -111,6 +111,11 @@ def parse_path(text: str) -> Path:
         ) from None
 
 
+def parse_name_or_path(text: str) -> str:
+    """A name, or a path with ~ for the user's folder; a type for argparse. Raises ArgumentTypeError as `parse_path`."""
+    return str(parse_path(text)) if text.startswith("~") else text
+
+
 def format_count(count: int) -> str:
     """The shortest form that `parse_count` reads back as the same number: 10000000 is 10M."""
     for suffix in ("T", "B", "M", "K"):
