@@ -18,6 +18,7 @@ from tests.golden.record import restored_process
 from tests.small_run import CONFIG, ROOT, SmallRun, flags_of
 
 transformers = pytest.importorskip("transformers")
+matplotlib = pytest.importorskip("matplotlib")
 
 PAGE = (ROOT / "docs" / "guide" / "after_training.md").read_text(encoding="utf-8")
 
@@ -53,7 +54,7 @@ def test_each_command_of_the_page_works(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = "".join(blocks("bash")).splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 11
     printed = {}
     for line in lines:
         words = shlex.split(line)
@@ -61,12 +62,13 @@ def test_each_command_of_the_page_works(
         if "<" in words:
             monkeypatch.setattr("sys.stdin", io.StringIO((place / words[-1]).read_text()))
             words = words[:-2]
-        assert main([*words[1:], *([] if words[1] == "export" else ["--device", "cpu"])]) == 0, line
+        assert main([*words[1:], *([] if words[1] in ("export", "plot") else ["--device", "cpu"])]) == 0, line
         printed[line] = capsys.readouterr().out
     of_run, of_two, of_file, *_ = printed.values()
     assert of_run.startswith("The first thing that") and "\nA second" in of_two and "\nA second" in of_file
     measured = [text for line, text in printed.items() if "evaluate" in line]
     assert len(measured) == 4 and all("perplexity_official" in text and "bits" in text for text in measured)
+    assert (place / "runs/mine/report.html").is_file() and (place / "runs/mine/curves.png").is_file()
     (python,) = blocks("python")
     assert python.strip() == three_lines(Path("exported"))
     exec(python, {})

@@ -613,8 +613,8 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
 @pytest.mark.parametrize(
     ("script", "words"),
     [(export, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot, "{0}/a --output={0}/b"),
-     (report, "{0}/a --output={0}/b"), (evaluate, "{0}/a --dataset={0}/b --tokenizer={0}/c"),
-     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c"), (generate, "{0}/a x --tokenizer={0}/b")],
+     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c"), (generate, "{0}/a x --tokenizer={0}/b"),
+     (evaluate, "{0}/a --dataset={0}/b --tokenizer={0}/c"), (report, "{0}/a --output={0}/b --tokenizer={0}/c")],
 )  # fmt: skip
 def test_a_tilde_is_expanded_in_the_flags_of_scripts(
     script: ModuleType, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peft_pretraining.commands.report_page.samples import PROMPTS, SampleOptions, samples_section
-from peft_pretraining.config.flags import parse_path, whole_number
+from peft_pretraining.config.flags import parse_name_or_path, parse_path, whole_number
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.curves import read_curves
 
@@ -53,7 +53,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompt", action="append", metavar="TEXT", help=f"what text to continue; may be repeated (default: {PROMPTS})"
     )
     parser.add_argument("--seed", type=whole_number, default=0, help="the same seed gives the same text (default: 0)")
-    parser.add_argument("--tokenizer", default="", metavar="NAME_OR_PATH", help="where the run's is not found")
+    parser.add_argument(
+        "--tokenizer", type=parse_name_or_path, default="", metavar="NAME_OR_PATH", help="where the run's is not found"
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "auto"), default="cpu", help="where text is generated (default: cpu)"
     )
