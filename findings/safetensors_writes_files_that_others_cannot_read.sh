@@ -2,7 +2,8 @@
 # save_file of safetensors 0.8 writes a file that its owner alone may read (0600), whatever the umask: 0.7 and before gave
 # what the umask gives any new file. What transformers' save_pretrained or a script leaves in a shared folder then cannot
 # be loaded by colleagues, while config.json beside it can.
-# It is known (issue 782 of safetensors), and open. What works on every release is to give the file the mode of one that was written in Python: shutil.copymode.
+# It is known, and open (issue 782 of safetensors). What works on every release is to give the file the mode of one that
+# was written in Python: shutil.copymode.
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
