@@ -14,6 +14,7 @@ import torch
 
 from peft_pretraining.commands import evaluate as command
 from peft_pretraining.commands.export import export
+from peft_pretraining.commands.trained_model import Origin
 from peft_pretraining.data.eval_set import TextCount, build_eval_set
 from peft_pretraining.data.sources.documents import MemorySource, Share
 from peft_pretraining.data.sources.mixture import Mixture
@@ -88,6 +89,29 @@ def test_to_the_bit_in_each_form_of_the_weights(small: SmallRun, capsys: pytest.
     small.run(name, **FORMS[name] | {"num_training_steps": 2})
     results = evaluated(capsys, small.folder / name)
     assert {key: results[key] for key in RESULTS} == of_the_run(small, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_to_the_bit_on_a_gpu(small: SmallRun, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    small.run(f"gpu-{dtype}", **PER_LAYER | {"device": "cuda", "dtype": dtype})
+    for kind, flags in (("eval", ()), ("eval_averaged", ("--averaged",))):
+        results = evaluated(capsys, small.folder / f"gpu-{dtype}", "--device", "cuda", *flags)
+        assert {key: results[key] for key in RESULTS} == of_the_run(small, f"gpu-{dtype}", kind)
+
+
+def test_the_commit_of_a_data_set_is_that_of_the_run(small: SmallRun) -> None:
+    flags = {"dataset": "some/set", "data": {"order": {"dataset_revision": "abc"}}, "text_column": "body"}
+    origin = Origin(small.folder, {}, flags, 4)
+    for argv, revision, column in (
+        ([], "abc", "body"),
+        (["--dataset_revision", "def"], "def", "body"),
+        (["--dataset", "some/other"], "", ""),
+    ):
+        data = command.asked_of(origin, *command.parse_args(["run", *argv])).data
+        assert (data.dataset_revision, data.text_column) == (revision, column)
 
 
 def test_held_out_documents_are_those_of_the_run_and_another_file_is_taken_whole(

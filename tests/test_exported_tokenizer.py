@@ -140,3 +140,11 @@ def test_a_sentencepiece_model_is_converted(tmp_path: Path, kind: str) -> None:
     for text in TEXTS[::20]:
         assert tokenizer(text).input_ids == before + read.encode([text])[0]
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_the_tokenizer_of_the_paper(shared_data: Path, tmp_path: Path) -> None:
+    read = named_tokenizer(str(shared_data / "tokenizers" / "t5"))
+    tokenizer, notes = exported(read, tmp_path / "out", 32_000)
+    assert len(notes) == 1 and "ids 32000 to 32099 (<extra_id_99> to <extra_id_0>) are left out" in notes[0]
+    assert len(tokenizer) == 32_000
+    assert tokenizer("The quick brown fox").input_ids == read.encode(["The quick brown fox"])[0]

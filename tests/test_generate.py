@@ -67,6 +67,16 @@ def test_a_seed_gives_its_text_again(generator: Generator) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.gpu
+def test_a_seed_gives_its_text_again_on_a_gpu(small: SmallRun) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    trained = open_trained(small.folder / "text", "cpu")
+    generator = Generator(trained, tokenizer_of(trained), torch.device("cuda"))
+    texts = [generator.continue_text("w0", 20, Sampling(1.0, seed=seed))[0] for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1] and len(set(texts)) > 1
+
+
 def test_top_k_and_top_p_leave_the_most_probable(generator: Generator) -> None:
     greedy = generator.continue_text("w0 w2", 8, GREEDY)[0]
     for sampling in (Sampling(5.0, top_k=1), Sampling(5.0, top_p=1e-9), Sampling(1e-4)):

@@ -136,6 +136,10 @@ def asked_of(origin: Origin, given: dict[str, Any], args: argparse.Namespace) ->
     names = {each.name for each in dataclasses.fields(DataArgs)}
     data = DataArgs(**{name: value for name, value in flags.items() if name in names})
     own = bool(flags.get("dataset")) and given.get("dataset", data.dataset) == data.dataset
+    if own and not data.dataset_revision:  # a run takes the newest commit of its start
+        data = dataclasses.replace(
+            data, dataset_revision=flags.get("data", {}).get("order", {}).get("dataset_revision", "")
+        )
     if not own:
         if "dataset" not in given:
             raise UserError(f"{origin.path} has recorded no data: give --dataset.")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.commands.trained_model import DEVICES, DTYPES, TrainedModel, open_trained
+from peft_pretraining.commands.trained_model import DEVICES, DTYPES, TrainedModel, choose_device, open_trained
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.flags import parse_count, parse_name_or_path, parse_path, whole_number
 from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary
@@ -68,11 +68,14 @@ class Sampling:
 class Generator:
     """Continues prompts with a trained model."""
 
-    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer) -> None:
-        """Makes a float model of transformers. Raises UserError where the tokenizer has ids that the model has not."""
+    def __init__(self, trained: TrainedModel, tokenizer: Tokenizer, device: torch.device | None = None) -> None:
+        """Makes a float model of transformers on `device` (None: that of the model).
+
+        Raises UserError where the tokenizer has ids that the model has not.
+        """
         check_vocabulary(tokenizer.vocab_size, trained.vocab_size)
-        self._tokenizer, self._longest, self._device = tokenizer, trained.longest, trained.device
-        self._network = trained.in_transformers()
+        self._tokenizer, self._longest, self._device = tokenizer, trained.longest, device or trained.device
+        self._network = trained.in_transformers(self._device)
         self._network.generation_config = type(self._network.generation_config)()  # not the defaults of an export
 
     def continue_text(
@@ -223,8 +226,9 @@ def generate(args: argparse.Namespace) -> None:
     for prompt in prompts:
         if not _is_text(prompt):
             raise UserError(f"the prompt {prompt!r} is not UTF-8.")
-    trained = open_trained(args.run, args.device, args.dtype, args.averaged)
-    generator = Generator(trained, tokenizer_of(trained, args.tokenizer))
+    device = choose_device(args.device)
+    trained = open_trained(args.run, "cpu", args.dtype, args.averaged)
+    generator = Generator(trained, tokenizer_of(trained, args.tokenizer), device)
     print(trained.describe(), file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character

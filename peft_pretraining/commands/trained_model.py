@@ -94,16 +94,17 @@ class TrainedModel(Origin):
     dtype: torch.dtype
     """Of float weights and activations."""
 
-    def in_transformers(self) -> Any:
-        """The model as transformers' class with float weights, on the same device, in eval mode; for generation.
+    def in_transformers(self, device: torch.device | None = None) -> Any:
+        """The model as transformers' class with float weights, in eval mode; for generation.
 
-        A run's weights are dequantized into it, beside the codes: memory for both. Raises UserError where transformers
-        has no class for it.
+        device: None for that of the model. A run's weights are dequantized where they are, beside the codes: a model
+        that is opened on the CPU takes a GPU the memory of its floats alone. Raises UserError where transformers has no
+        class for it.
         """
         if isinstance(self.model, TransformersModel):
-            return self.model.network
+            return self.model.network.to(device or self.device)
         state = dict(float_entries(self.model, self.model.state_dict(), self.dtype))
-        return network_from(self.config, state, self.dtype, str(self.path)).to(self.device)
+        return network_from(self.config, state, self.dtype, str(self.path)).to(device or self.device)
 
 
 class TransformersModel(nn.Module):
