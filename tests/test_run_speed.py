@@ -12,6 +12,7 @@ import pytest
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.memory.budget import Candidate
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, card_of_size, find_card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE, MeasuredSpeed
@@ -73,6 +74,15 @@ def test_counted_speeds_are_near_the_measured_ones(card: str, least: float, most
         config = read_config(ROOT / "configs" / f"llama_{each.model}.json")
         ratio = counted_tokens_per_second(rows()[each], config, CARDS[card]) / each.tokens_per_second
         assert least < ratio < most, each
+
+
+def test_measured_peaks_are_within_a_budget_that_holds_the_plan() -> None:
+    found = [each for each in rows() if each.card == "h100"]
+    for each in found:
+        args = rows()[each]
+        candidate = Candidate((), args, read_config(args.model.model_config), {})
+        assert candidate.peak * 0.99 < each.peak_gb * 1e9 < min(candidate.needs, candidate.peak * 1.03), each
+    assert {each.checkpoint_every for each in found} == {0, 1, 12}
 
 
 FLAGS = {
