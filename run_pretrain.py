@@ -147,8 +147,12 @@ class Run:
         update, target_tokens = received
         set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
         loss = torch.zeros((), device=self.world.device)
+        if self.update_step in self.skip_steps:  # before momenta have any of its gradients
+            self.optimizer.skip_update_if(torch.ones_like(loss, dtype=torch.bool))
         for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
-            if not self.world.all_on_host(not self.stop.requested):
+            # Momenta that have gradients of an update cannot be taken back: it is then made to its end.
+            may_stop = micro_step == 1 or not self.optimizer.sums_in_momentum
+            if may_stop and not self.world.all_on_host(not self.stop.requested):
                 self.end_early(data_before)
                 return False
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)

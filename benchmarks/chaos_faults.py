@@ -53,7 +53,7 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
         ("update/weight.py", "rotate_moments", 20),
         ("subspace/methods.py", "refresh_from_sketches", 60),
         ("update/weight.py", "accumulate", 90),
-        ("qgalore/optimizer.py", "step", 12),
+        ("qgalore/optimizer/adamw.py", "step", 12),
     ],
     "kill inside a save": [
         # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.
@@ -82,7 +82,7 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
         ("checkpoint/run_state.py", "take_over", 1),
         ("reporting/jsonl.py", "truncate_after", 2),
         ("data/train_loader.py", "load_state_dict", 1),
-        ("qgalore/optimizer.py", "load_state_dict", 1),
+        ("qgalore/optimizer/adamw.py", "load_state_dict", 1),
         ("peft_pretraining/build.py", "build_model", 1),
     ],
     "kill while evaluating or logging": [

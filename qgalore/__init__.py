@@ -11,17 +11,17 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qgalore.adafactor import GaLoreAdafactor
     from qgalore.config import SubspaceConfig, WeightFormat
-    from qgalore.from_model import optimizer_for
+    from qgalore.integrations.from_model import optimizer_for
     from qgalore.layer.conversion import convert_linears
     from qgalore.layer.export import dequantize_linears, float_state_dict
     from qgalore.layer.linear import LowRankLinear
     from qgalore.layer.linear_names import linear_names
     from qgalore.layer.quantization import QuantizedTensor, quantize
     from qgalore.optimizer import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
-    from qgalore.param_groups import low_rank_param_groups
-    from qgalore.training_summary import TrainingSummary, summary
+    from qgalore.optimizer.adafactor import GaLoreAdafactor
+    from qgalore.optimizer.param_groups import low_rank_param_groups
+    from qgalore.optimizer.training_summary import TrainingSummary, summary
 
 __version__ = "0.1.0"
 
@@ -46,17 +46,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "adafactor": ("GaLoreAdafactor",),
+    "optimizer.adafactor": ("GaLoreAdafactor",),
     "config": ("SubspaceConfig", "WeightFormat"),
-    "from_model": ("optimizer_for",),
+    "integrations.from_model": ("optimizer_for",),
     "layer.conversion": ("convert_linears",),
     "layer.export": ("dequantize_linears", "float_state_dict"),
     "layer.linear": ("LowRankLinear",),
     "layer.linear_names": ("linear_names",),
     "layer.quantization": ("QuantizedTensor", "quantize"),
     "optimizer": ("GaLoreAdamW", "GaLoreAdamW8bit", "QGaLoreAdamW8bit"),
-    "param_groups": ("low_rank_param_groups",),
-    "training_summary": ("TrainingSummary", "summary"),
+    "optimizer.param_groups": ("low_rank_param_groups",),
+    "optimizer.training_summary": ("TrainingSummary", "summary"),
 }
 
 

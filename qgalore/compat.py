@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from qgalore import optimizer
-from qgalore.adafactor import GaLoreAdafactor as _GaLoreAdafactor
 from qgalore.config import WeightFormat
 from qgalore.kernels import StepScalars
 from qgalore.layer.conversion import convert_linears
 from qgalore.layer.linear import LowRankLinear
+from qgalore.optimizer.adafactor import GaLoreAdafactor as _GaLoreAdafactor
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.hooks import Attachment, Ready
 from qgalore.update.weight import Weight

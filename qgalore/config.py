@@ -119,6 +119,9 @@ class SubspaceConfig:
     the shorter side, and a rest of momentum_rest_bits (Muon-GRASP); whole where the shorter side is no longer."""
     momentum_rest_bits: Annotated[int, Allowed(choices=(8, 4, 2, 0))] = 4
     """Bits in which a value of that rest is stored; 0: what the factors leave out is lost."""
+    sum_in_momentum: bool = False
+    """At full rank, add the gradient of each micro-batch to the momentum, so that no sum of gradients takes memory; the
+    orthogonalised momentum is then without Nesterov's look ahead."""
     rotate_moments: Annotated[bool | None, Allowed(auto="on for streaming, off for svd as in the paper")] = None
     """Rotate Adam's moments into the new basis at a refresh."""
     proj_quant: bool = False
@@ -169,7 +172,12 @@ class SubspaceConfig:
 
     def full_rank_problems(self, label: Callable[[str], str]) -> list[str]:
         """Those of `problems` that do not depend on projections."""
-        return [*self._direction_problems(label), *self._momentum_problems(label), *self._feedback_problems(label)]
+        return [
+            *self._direction_problems(label),
+            *self._momentum_problems(label),
+            *self._feedback_problems(label),
+            *self._summing_problems(label),
+        ]
 
     def _direction_problems(self, label: Callable[[str], str]) -> list[str]:
         if self.newton_schulz == "muon" or self.direction != "adam":
@@ -220,6 +228,32 @@ class SubspaceConfig:
             problems.append(
                 f"{given} is added to a momentum that is stored whole, and {label('momentum_rank')} stores it in "
                 "parts: leave one out"
+            )
+        return problems
+
+    def _summing_problems(self, label: Callable[[str], str]) -> list[str]:
+        if not self.sum_in_momentum:
+            return []
+        problems, given = list[str](), label("sum_in_momentum").removesuffix(" True")
+        if self.rank != FULL:
+            problems.append(
+                f"{given} adds gradients to a momentum of the weight's shape, and {label('rank')} projects them: give "
+                f"the rank {FULL}, or leave it out"
+            )
+        if self.direction == "adam":
+            problems.append(
+                f"{given} is exact for a momentum alone, and {label('direction')} has a second moment, of the sum of "
+                "all gradients: use the direction orthogonal or normuon, or leave it out"
+            )
+        if self.momentum_rank:
+            problems.append(
+                f"{given} adds to every value of a momentum, and {label('momentum_rank')} stores it in parts: leave "
+                "one out"
+            )
+        if self.rounding_feedback:
+            problems.append(
+                f"{given} makes directions without Nesterov's momentum, for which {label('rounding_feedback')} is "
+                "worked out: leave one out"
             )
         return problems
 
@@ -295,6 +329,7 @@ def default_of(options: type, name: str) -> Any:
 
 _ALWAYS = {
     *("rank", "galore_scale", "direction", "newton_schulz", "momentum_rank", "momentum_rest_bits", "rounding_feedback"),
+    "sum_in_momentum",
 }
 OF_PROJECTIONS = tuple(field.name for field in dataclasses.fields(SubspaceConfig) if field.name not in _ALWAYS)
 """Options of a `SubspaceConfig` that have no meaning with the rank `FULL`."""

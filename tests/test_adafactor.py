@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor, AdafactorSchedule
 
 from qgalore import GaLoreAdamW, LowRankLinear, WeightFormat, convert_linears, low_rank_param_groups
-from qgalore.adafactor import AdafactorWeight, GaLoreAdafactor
+from qgalore.optimizer.adafactor import AdafactorWeight, GaLoreAdafactor
 
 FIXED: dict[str, Any] = {"lr": 0.02, "relative_step": False, "scale_parameter": False}
 NAN = float("nan")

@@ -64,6 +64,14 @@ NO_GRAPHS: dict[str, dict[str, object]] = {
     "--weight_group_size": {"weight_group_size": 20},
     "--grad_accum_dtype int8": {"grad_accum_dtype": "int8"},
     "--residual": {"residual": "fira", "optimizer": "q_galore_adamw8bit"},
+    "--sum_in_momentum": {
+        "sum_in_momentum": True,
+        "rank": "full",
+        "direction": "orthogonal",
+        "proj_quant": None,
+        "update_proj_gap": None,
+        "proj_group_size": None,
+    },
 }
 
 

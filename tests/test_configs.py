@@ -8,7 +8,7 @@ import pytest
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, parameter_count
-from peft_pretraining.models.config import check_length, check_rank
+from peft_pretraining.models.config import check_length, check_ranks
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.qwen2.config import Qwen2Config
 from peft_pretraining.models.registry import read_config
@@ -215,8 +215,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_limits_name_the_flag(tmp_path: Path) -> None:
     config = LlamaConfig.from_json(write(tmp_path, num_key_value_heads=2))
     check_length(config, 1024)
-    check_rank(config, 16)
+    check_ranks(config, (16, 8))
     with pytest.raises(UserError, match=r"--max_length is 1025, but .*model\.json has max_position_embeddings 1024"):
         check_length(config, 1025)
     with pytest.raises(UserError, match=r"--rank is 17, but self_attn.k_proj of .* is 16 x 32: give at most 16"):
-        check_rank(config, 17)
+        check_ranks(config, (8, 17))
+    layers = config.num_hidden_layers
+    check_ranks(config, (*[8] * (layers - 1), "full"))
+    with pytest.raises(UserError, match=rf"--rank has {layers + 1} ranks for parts .* has {layers} layers"):
+        check_ranks(config, [8] * (layers + 1))

@@ -120,6 +120,7 @@ MODES = {
     **{kind: f"{Q_GALORE} --rank 25 --proj_type {kind}" for kind in ("reverse_std", "left", "right", "full")},
     "full rank": FULL_RANK,
     "full rank, Adam, float": f"{FULL_RANK.replace(' --weight_quant', '')} --direction adam --recipe paper",
+    "full rank, sums in momenta": f"{FULL_RANK} --sum_in_momentum",
     "full rank, second moments of rows": f"{FULL_RANK} --full_rank_second_moment row",
     **{
         f"momentum in parts, {bits} bits": f"{FULL_RANK} --momentum_rank 1/16 --momentum_rest_bits {bits}"
@@ -129,6 +130,8 @@ MODES = {
     "normuon": f"{Q_GALORE} --direction normuon",
     "full rank of the MLP": f"{Q_GALORE} --mlp_rank full",
     "full rank but for the MLP": f"{Q_GALORE} --rank full --mlp_rank 13",
+    "ranks by depth": f"{Q_GALORE} --rank 24,40",
+    "ranks by depth, the last full, others of the MLP": f"{Q_GALORE} --rank 24,full --mlp_rank 13,40",
     "sgd": "--optimizer sgd",
     "sgd momentum": "--optimizer sgd --beta1 0.9",
     "muon": "--optimizer muon",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.build import build_model, build_training
-from peft_pretraining.config.flag_groups import ModelArgs
+from peft_pretraining.config.flag_groups import ModelArgs, SubspaceArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.lr_schedule import set_learning_rate
@@ -102,6 +103,38 @@ def test_matrices_of_the_mlp_may_have_a_rank_of_their_own(small: SmallRun) -> No
     for group in (attention, mlp):
         for param in group["params"]:
             assert group["rank"] in optimizer.state[param]["exp_avg"].shape  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("flags", "by_layer"),
+    [
+        ("24,8", {0: (24, 24), 1: (8, 8)}),
+        ("24,full", {0: (24, 24), 1: ("full", "full")}),
+        ("24", {0: (24, 8), 1: (24, 16)}),
+    ],
+)
+def test_parts_of_the_layers_may_have_ranks_of_their_own(
+    tmp_path: Path, flags: str, by_layer: dict[int, tuple[object, object]]
+) -> None:
+    options = {"rank": flags} | ({} if "," in flags else {"mlp_rank": "8,16"})
+    model, optimizer = build(SmallRun(tmp_path, layers=2), **flags_of("q_galore_adamw8bit_per_layer") | options)
+    found = {}
+    for group in optimizer.param_groups[1:]:
+        found |= dict.fromkeys(group["params"], group["rank"])
+    names = low_rank_names(model)
+    assert len(found) == len(names) and len(model.decoder_layers) == 2
+    for name in names:
+        assert found[model.get_submodule(name).weight] == by_layer[int(name.split(".")[2])][".mlp." in name], name
+    before = [param.clone() for param in found]
+    train(model, optimizer, range(2))
+    assert all(not torch.equal(old, new) for old, new in zip(before, found, strict=True))
+
+
+def test_layers_are_dealt_to_ranks_in_equal_parts() -> None:
+    args = SubspaceArgs(rank="128,256,512")
+    assert [x.rank for x in args.by_depth(8)] == [128] * 3 + [256] * 3 + [512] * 2
+    assert [x.rank for x in args.by_depth(3)] == [128, 256, 512]
+    assert args.config().rank == 512 and args.projects
 
 
 def test_the_flags_of_the_subspace_arrive(small: SmallRun) -> None:

@@ -79,6 +79,7 @@ MODES: dict[str, dict[str, object]] = {
     "momentum_in_parts_normuon": FULL_RANK | {"momentum_rank": 5, "momentum_rest_bits": 2, "direction": "normuon"},
     "second_moments_of_rows": FULL_RANK | {"full_rank_second_moment": "row"},
     "full_rank_of_mlp": Q_GALORE_PER_LAYER | {"mlp_rank": "full"},
+    "ranks_by_depth": Q_GALORE_PER_LAYER | {"rank": "8,16"},
     "clipping": flags_of("q_galore_adamw8bit_per_layer") | {"grad_clipping": 0.5},
     "muon": flags_of("muon") | {"lr": 1e-2},
     "momentum": flags_of("sgd") | {"beta1": 0.9},
@@ -105,6 +106,8 @@ def test_each_rank_reads_a_checkpoint_once(small: SmallRun, ranks: int, how: str
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_goes_on_in_the_middle_of_its_intervals(small: SmallRun, mode: str) -> None:
     flags = MODES[mode] | {"num_training_steps": 7}
+    if mode == "ranks_by_depth":
+        small.config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
     whole = small.run("whole", **flags)
     for at in (3, 5):
         small.stop("parts", at, **flags, continue_from="auto")

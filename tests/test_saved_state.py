@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qgalore import GaLoreAdamW
-from qgalore.adafactor import GaLoreAdafactor
 from qgalore.optimizer import LowRankAdamW
-from qgalore.saved_state import _GROUP_KEYS
+from qgalore.optimizer.adafactor import GaLoreAdafactor
+from qgalore.optimizer.saved_state import _GROUP_KEYS
 from qgalore.update import moments
 from qgalore.update.weight import HOST_STATE
 from tests.test_optimizer import Net, assert_same, backward, build, round_trip, train

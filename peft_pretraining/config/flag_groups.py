@@ -40,6 +40,19 @@ def _dimensions_or_share(text: str) -> float:
         raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None
 
 
+def _ranks(text: str) -> int | str:
+    """A rank, or text with several and commas."""
+    words = text.replace(" ", "").split(",")
+    if not all(word == FULL or (word.isdecimal() and int(word) >= 1) for word in words):
+        raise ValueError("a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,")
+    ranks = [word if word == FULL else int(word) for word in words]
+    return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
+
+
+def _mlp_ranks(text: str) -> int | str:
+    return 0 if text == "0" else _ranks(text)
+
+
 @dataclass(frozen=True)
 class ModelArgs:
     """The model that is trained."""
@@ -64,7 +77,8 @@ class ModelArgs:
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
     and updates run from Python. No graphs are used with --simulation, a --weight_group_size that 8 does not divide,
-    --grad_accum_dtype int8 with one micro-batch, or --residual with updates outside. The bits are the same."""
+    --grad_accum_dtype int8 with one micro-batch, --sum_in_momentum, or --residual with updates outside. The bits are
+    the same."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +168,10 @@ class OptimizerArgs:
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
     --direction orthogonal, --subspace streaming, --update_proj_gap 200, --rank 7/16 of the model's width, --lr 0.01,
-    --galore_scale 0.5, --norm_growth 1.01, a --full_rank_lr of twice --lr in up to 800 updates, falling with the root
-    of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of 65,536 tokens or more, in
-    proportion of fewer, or 8 over the updates of the run if that is less; twice that for embeddings, head and
-    norms."""
+    --galore_scale 0.5, --norm_growth 1.01 (0 with --sum_in_momentum), a --full_rank_lr of twice --lr in up to 800
+    updates, falling with the root of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of
+    65,536 tokens or more, in proportion of fewer, or 8 over the updates of the run if that is less; twice that for
+    embeddings, head and norms."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4
     """Peak learning rate."""
     full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None
@@ -252,14 +266,16 @@ class SubspaceArgs(SubspaceConfig):
     """The subspace onto which gradients are projected, and its refreshes (galore and q_galore optimizers)."""
 
     # The defaults of the official command line; those of the library are those of q-galore-torch.
-    rank: int | str = 128
+    rank: Annotated[int | str, Flag("dimensions", parse=_ranks, words=(FULL,))] = 128
+    """Dimensions of the subspace of each decoder matrix; full: the whole space, with no projection. Several, such as
+    128,256,512, are for as many equal parts of the layers, the first layers first."""
     galore_scale: float = 1.0
     update_proj_gap: int = 50
     momentum_rank: Annotated[
         float, Flag("dimensions_or_share", at_least=0, parse=_dimensions_or_share, auto="stored as a whole")
     ] = 0.0
-    mlp_rank: Annotated[int | str, Flag("dimensions", at_least=0, words=(FULL,), auto="rank")] = 0
-    """Dimensions of the subspaces of the MLP's matrices, or full."""
+    mlp_rank: Annotated[int | str, Flag("dimensions", parse=_mlp_ranks, words=(FULL,), auto="rank")] = 0
+    """The same for the MLP's matrices alone."""
 
     def __post_init__(self) -> None:
         """Skip the checks of the base class: `config.checks` reports all problems of a command line together."""
@@ -267,19 +283,42 @@ class SubspaceArgs(SubspaceConfig):
     @property
     def projects(self) -> bool:
         """Whether any gradient is projected."""
-        return self.rank != FULL or self.mlp_rank not in (0, FULL)
+        return any(rank not in (0, FULL) for rank in (*self.ranks(), *self.ranks(of_mlp=True)))
+
+    def ranks(self, of_mlp: bool = False) -> tuple[int | str, ...]:
+        """The rank of each part of the layers, the first layers first; of_mlp: of the MLP's matrices."""
+        value = (of_mlp and self.mlp_rank) or self.rank
+        if not isinstance(value, str):
+            return (value,)
+        return tuple(int(rank) if rank.isdecimal() else rank for rank in value.split(","))
+
+    def by_depth(self, layers: int) -> list[SubspaceArgs]:
+        """The options of each of so many layers, with one rank each."""
+        attention, mlp = self.ranks(), self.ranks(of_mlp=True)
+        return [
+            dataclasses.replace(
+                self,
+                rank=attention[layer * len(attention) // layers],
+                mlp_rank=mlp[layer * len(mlp) // layers] if self.mlp_rank else 0,
+            )
+            for layer in range(layers)
+        ]
 
     def problems(self, label: Callable[[str], str]) -> list[str]:
         """See `SubspaceConfig`; what has no meaning where nothing is projected is seen where it is given."""
         if not self.projects:
             return self.full_rank_problems(label)
-        projecting = "mlp_rank" if self.rank == FULL else "rank"
+        projecting = "mlp_rank" if set(self.ranks()) == {FULL} else "rank"
         with_rank = dataclasses.replace(self, rank=1)
         return SubspaceConfig.problems(with_rank, lambda name: label(projecting if name == "rank" else name))
 
     def config(self, of_mlp: bool = False) -> SubspaceConfig:
-        """Convert the flags to the library's options; of_mlp: for the MLP's matrices."""
-        options = vars(self) | {"rank": (of_mlp and self.mlp_rank) or self.rank}
+        """Convert the flags to the library's options; of_mlp: for the MLP's matrices.
+
+        Of ranks by depth, see `by_depth`, the largest counts.
+        """
+        ranks = self.ranks(of_mlp)
+        options = vars(self) | {"rank": FULL if FULL in ranks else max(ranks)}
         if options["rank"] == FULL:
             options |= {name: default_of(SubspaceConfig, name) for name in OF_PROJECTIONS}
         return subspace_of(options)

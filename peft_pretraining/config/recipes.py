@@ -35,7 +35,8 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:
         return values
     whole = values.get("rank") == FULL and values.get("mlp_rank", FULL) == FULL
-    values = {**{key: value for key, value in _ORTHOGONAL.items() if not (whole and key in OF_PROJECTIONS)}, **values}
+    left_out = {*(OF_PROJECTIONS if whole else ()), *(["norm_growth"] if values.get("sum_in_momentum") else ())}
+    values = {**{key: value for key, value in _ORTHOGONAL.items() if key not in left_out}, **values}
     rank = _rank_of(given.get("model_config", ""))
     if rank:
         values.setdefault("rank", rank)

@@ -64,6 +64,11 @@ class RunArgs:
         """Positions in the total batch of one update, padding included."""
         return self.batch.total_batch_size * self.batch.max_length
 
+    @property
+    def sums_in_momentum(self) -> bool:
+        """Whether the gradients of the decoder matrices are summed in their momenta."""
+        return self.optimizer.is_low_rank and self.subspace.sum_in_momentum
+
     def save_dir(self, now: datetime) -> Path:
         """The run's folder: `--save_dir`, else that of the checkpoint to resume from, else a new one named by `now`.
 

@@ -73,8 +73,7 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
         value = f"{size} --gradient_accumulation {accumulation}"
         yield "--batch_size", value, "batch", {"batch_size": size, "gradient_accumulation": accumulation}
     for eighths in (7, 6, 5, 4, 3, 2, 1) if args.optimizer.is_low_rank else ():
-        whole = args.subspace.rank == FULL
-        given = min(map(min, config.matrix_shapes().values())) if whole else args.subspace.dimensions
-        if rank := given * eighths // 8:
+        whole, narrowest = FULL in args.subspace.ranks(), min(map(min, config.matrix_shapes().values()))
+        if rank := (narrowest if whole else args.subspace.config().dimensions) * eighths // 8:
             recipe = RECIPES[args.optimizer.recipe or "paper"].subspace if whole else {}
             yield "--rank", rank, "subspace", {**recipe, "rank": rank}

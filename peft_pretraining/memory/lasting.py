@@ -7,6 +7,7 @@ tensor has a size and takes no memory. Layers are alike, so one is made.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +33,28 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
     found = dict.fromkeys((*_WEIGHTS, "projections", *_STATES, GRADIENTS, REFRESHES), 0)
     for tensor in _tensors_of(model):
         found[_WEIGHTS[tensor not in decoder]] += times.get(tensor, 1) * tensor.nbytes
-    for param, state in states_on_meta(model, args.optimizer, args.subspace).items():
-        for key, tensor in state.items():
-            if tensor.is_meta:  # counters stay on the CPU
-                kind = "projections" if "basis" in key else _STATES[param not in weights]
-                found[kind] += times.get(param, 1) * tensor.nbytes
+    for number, (subspace, count) in enumerate(Counter(args.subspace.by_depth(layers)).items()):
+        for param, state in states_on_meta(model, args.optimizer, subspace).items():
+            for key, tensor in state.items():
+                if tensor.is_meta:  # counters stay on the CPU
+                    kind = "projections" if "basis" in key else _STATES[param not in weights]
+                    found[kind] += (count if param in times else number == 0) * tensor.nbytes
     if not run.updates_at_once:
         rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in model.parameters() if x not in weights)
-        matrices = sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in run.matrices)
-        found |= {GRADIENTS: rest + layers * matrices, REFRESHES: _refresh_bytes(run)}
+        found |= {GRADIENTS: rest + _sums_of_matrices(run), REFRESHES: _refresh_bytes(run)}
     return found
+
+
+def _sums_of_matrices(run: PlannedRun) -> int:
+    """Sums of the matrices' gradients; where momenta sum them there is nothing else that does."""
+    if run.args.sums_in_momentum:
+        return 0
+    matrices = [
+        matrix
+        for subspace in run.args.subspace.by_depth(run.config.num_hidden_layers)
+        for matrix in run.matrices_of(subspace)
+    ]
+    return sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in matrices)
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:

@@ -114,6 +114,8 @@ class PassingBytes:
         waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
         sketches = self.b * max(x.bases for x in run.matrices) * (waiting if self.options.subspace != "svd" else 0)
         found = {"activations and backward of one layer": backward + sketches}
+        if run.args.sums_in_momentum and run.args.world_size > 1:  # in float32, as it is and as it is sent
+            found["activations and sum of a momentum over ranks"] = 8 * max(x.size for x in run.matrices)
         if run.updates_at_once:
             gradients = sum((4 if self.int8_sums else self.b) * x.gradient + self.b * x.residual for x in run.matrices)
             if not run.graphs:  # the layer has given up what it saved, and there is the gradient of its input
@@ -175,7 +177,7 @@ class PassingBytes:
             )
         if self.options.momentum_rank:  # one momentum in float32 and bfloat16, beside those that are made
             made = max(made, values + (4 + self.b) * largest // self.b)
-        read = 4 * values if self.int8_sums and not run.updates_at_once else 0
+        read = 4 * values if self.int8_sums and not (run.updates_at_once or run.args.sums_in_momentum) else 0
         steps = self.b * made + read + max(map(self._applying, run.matrices))
         return cached + max(steps, *map(self.refresh, run.matrices))
 

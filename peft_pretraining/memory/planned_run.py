@@ -48,8 +48,12 @@ class PlannedRun:
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
-        self.matrices = _matrices(args.subspace if optimizer.is_low_rank else None, config)
-        """Those of one layer."""
+        self.matrices = self.matrices_of(args.subspace)
+        """Those of one layer; of ranks by depth, one with the largest."""
+
+    def matrices_of(self, subspace: SubspaceArgs) -> tuple[Matrix, ...]:
+        """Those of one layer with these options."""
+        return _matrices(subspace if self.args.optimizer.is_low_rank else None, self.config)
 
 
 # A planner asks for hundreds of runs of one model, which differ in other flags.

@@ -1,5 +1,6 @@
 """Build a model: read its config, create it without memory, initialise it, compile its layers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,24 @@ def low_rank_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if model.is_decoder_matrix(name)]
 
 
-def check_ranks(model: CausalLM, source: str, rank: int | str, mlp_rank: int | str = 0) -> None:
-    """Refuse a rank that exceeds the smaller side of a decoder matrix: UserError.
+def check_ranks_of(
+    model: CausalLM, source: str, ranks: Sequence[int | str], mlp_ranks: Sequence[int | str] | None = None
+) -> None:
+    """Refuse ranks of which one exceeds the smaller side of a decoder matrix: UserError. A word is no such rank.
 
-    For models of transformers; of our own, `check_rank` sees it before anything is built. source: the file of the
-    configuration; mlp_rank: of matrices in a module called mlp, 0 for the same.
+    For models of transformers; of our own, `peft_pretraining.models.config.check_ranks` sees it before anything is
+    built. source: the file of the configuration; mlp_ranks: of matrices in a module called mlp, None for the same.
     """
     for name in low_rank_names(model):
-        of_mlp = mlp_rank != 0 and ".mlp." in name
+        of_mlp = mlp_ranks is not None and ".mlp." in name
         matrix, flag = model.get_submodule(name), "mlp_rank" if of_mlp else "rank"
         shape: tuple[int, ...] = matrix.get_parameter("weight").shape
         if isinstance(matrix, LowRankLinear):  # whose weight may be packed
             shape = (matrix.out_features, matrix.in_features)
-        given, most = mlp_rank if of_mlp else rank, min(shape)
-        if isinstance(given, int) and given > most:
-            size = " x ".join(map(str, shape))
-            raise UserError(f"--{flag} is {given}, but {name} of {source} is {size}: give at most {most}.")
+        for given in mlp_ranks if of_mlp and mlp_ranks is not None else ranks:
+            if isinstance(given, int) and given > min(shape):
+                size = " x ".join(map(str, shape))
+                raise UserError(f"--{flag} is {given}, but {name} of {source} is {size}: give at most {min(shape)}.")
 
 
 def parameter_count(model: nn.Module) -> int:

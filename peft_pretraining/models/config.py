@@ -4,6 +4,7 @@ Read before torch is loaded: checks of the command line, recipes and the memory 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,12 +93,21 @@ def check_length(config: ModelConfig, max_length: int) -> None:
         )
 
 
-def check_rank(config: ModelConfig, rank: int | str, flag: str = "rank") -> None:
-    """Refuse a rank that exceeds the smaller side of a decoder matrix: UserError. A word is no such rank."""
+def check_ranks(config: ModelConfig, ranks: Sequence[int | str], flag: str = "rank") -> None:
+    """Refuse ranks of parts of the layers that do not fit the model: UserError. A word is no such rank.
+
+    None may exceed the smaller side of a decoder matrix, and there are at most as many as layers.
+    """
     name, shape = min(config.matrix_shapes().items(), key=lambda item: min(item[1]))
-    if isinstance(rank, int) and rank > min(shape):
-        size = f"{shape[0]} x {shape[1]}"
-        raise UserError(f"--{flag} is {rank}, but {name} of {config.source} is {size}: give at most {min(shape)}.")
+    for rank in ranks:
+        if isinstance(rank, int) and rank > min(shape):
+            size = f"{shape[0]} x {shape[1]}"
+            raise UserError(f"--{flag} is {rank}, but {name} of {config.source} is {size}: give at most {min(shape)}.")
+    if len(ranks) > config.num_hidden_layers:
+        raise UserError(
+            f"--{flag} has {len(ranks)} ranks for parts of the layers, and {config.source} has "
+            f"{config.num_hidden_layers} layers: give at most so many."
+        )
 
 
 def check_momentum_rank(config: ModelConfig, rank: float) -> None:

@@ -20,6 +20,7 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer, library_state
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
+from qgalore.config import SubspaceConfig
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
@@ -56,7 +57,7 @@ def low_rank_converter(optimizer: OptimizerArgs, quantization: QuantizationArgs)
 
 
 def build_optimizer(
-    model: nn.Module,
+    model: CausalLM,
     args: OptimizerArgs,
     subspace: SubspaceArgs,
     seed: int,
@@ -87,27 +88,39 @@ def build_optimizer(
     return optimizer
 
 
-def _param_groups(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs) -> list[dict[str, Any]]:
+def _param_groups(model: CausalLM, args: OptimizerArgs, subspace: SubspaceArgs) -> list[dict[str, Any]]:
     """Two groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices.
 
-    The matrices of the MLP are a third one if they have another rank.
+    Matrices of the MLP or of a part of the layers are in groups of their own if they have other ranks.
     """
     groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
     groups[0]["weight_decay"] = args.decay_of_full_rank
     if args.optimizer not in LIBRARY_OPTIMIZERS:
         groups[0]["second_moment"] = args.full_rank_second_moment
-    if args.is_low_rank:
-        groups[1] |= dataclasses.asdict(subspace.config())
-        if subspace.mlp_rank:
-            mlp = {param for name, param in model.named_parameters() if ".mlp." in name}
-            of_mlp = [param for param in groups[1]["params"] if param in mlp]
-            groups[1]["params"] = [param for param in groups[1]["params"] if param not in mlp]
-            groups.append(groups[1] | dataclasses.asdict(subspace.config(of_mlp=True)) | {"params": of_mlp})
-    return groups
+    if not args.is_low_rank:
+        return groups
+    matrices, low_rank = groups.pop(), dict[tuple[bool, SubspaceConfig], list[Tensor]]()
+    options = _options_of_layers(model, subspace)
+    for apart in (False, True):  # the order of groups is that of a saved state
+        for param in matrices["params"]:
+            if options[param][0] is apart:
+                low_rank.setdefault(options[param], []).append(param)
+    return [*groups, *(matrices | dataclasses.asdict(x) | {"params": params} for (_, x), params in low_rank.items())]
 
 
-def states_on_meta(model: nn.Module, args: OptimizerArgs, subspace: SubspaceArgs) -> Mapping[Tensor, dict[str, Tensor]]:
+def _options_of_layers(model: CausalLM, subspace: SubspaceArgs) -> dict[Tensor, tuple[bool, SubspaceConfig]]:
+    """For each parameter of a decoder layer whether --mlp_rank is for it, and its options."""
+    layers, found = model.decoder_layers, dict[Tensor, tuple[bool, SubspaceConfig]]()
+    for layer, options in zip(layers, subspace.by_depth(len(layers)), strict=True):
+        configs = {of_mlp: options.config(of_mlp) for of_mlp in (False, True)}
+        for name, param in layer.named_parameters():
+            apart = subspace.mlp_rank != 0 and ".mlp." in f".{name}"
+            found[param] = apart, configs[apart]
+    return found
+
+
+def states_on_meta(model: CausalLM, args: OptimizerArgs, subspace: SubspaceArgs) -> Mapping[Tensor, dict[str, Tensor]]:
     """What the optimizer of `--optimizer` keeps of each parameter of a model on the meta device, where it is empty."""
     groups = _param_groups(model, args, subspace)
     if args.optimizer in LIBRARY_OPTIMIZERS:
@@ -123,14 +136,15 @@ def allows_graphs(args: RunArgs) -> bool:
 
     A graph must read everything that changes from step to step from the device. That is not so for fake quantization,
     group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
-    residual that is kept until a later update.
+    residual that is kept until a later update. Nor is it served where gradients are added to momenta: each would have a
+    buffer of its own, and there is to be none.
     """
     optimizer, quantization = args.optimizer, args.quantization
     waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
     fake = quantization.weight_quant and quantization.simulation
     packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
-    fits = fits and not (waits and args.subspace.residual != "none")
+    fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 

@@ -16,6 +16,9 @@ from qgalore.update.all_reduce import AllReduce
 class LibraryOptimizer:
     """An optimizer of another library whose gradients are summed over the ranks in the last micro-batch's backward."""
 
+    sums_in_momentum = False
+    """See `TrainingOptimizer`."""
+
     def __init__(self, optimizer: torch.optim.Optimizer | OptimizerPair, all_reduce: AllReduce | None) -> None:
         """Register hooks on the parameters of `optimizer` if there is more than one rank."""
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)

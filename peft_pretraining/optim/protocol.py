@@ -14,6 +14,10 @@ class TrainingOptimizer(Protocol):
     """Set before each backward pass: in the last one of an update gradients are summed, and may be applied."""
 
     @property
+    def sums_in_momentum(self) -> bool:
+        """Whether an update that has begun must be made, since gradients are added to momenta as they come."""
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters with their hyperparameters."""
 

@@ -27,7 +27,7 @@ class Outcome(Enum):
     SKIPPED = "skipped"
     """No weight changed, since the loss or gradient was not finite."""
     LATE_OVERFLOW = "late overflow"
-    """Some weights changed before a gradient of a lower layer was found not to be finite."""
+    """Some weights, or momenta, changed before another gradient was found not to be finite."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class RollbackError(Exception):
         """update_step: how many updates before it were finished."""
         super().__init__(
             f"update {update_step + 1}: a gradient further down was not finite after weights above it had been "
-            "updated; going back to the newest checkpoint to leave that update out"
+            "updated, or after momenta had the gradients of others (--sum_in_momentum); going back to the newest "
+            "checkpoint to leave that update out"
         )
         self.update_step = update_step
 

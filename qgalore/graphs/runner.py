@@ -91,6 +91,8 @@ class LayerGraphs:
         begins = self._steps > _ORDINARY_STEPS and not self._optimizer.has_sums
         # A gradient that is updated with at once is packed, if at all, with a seed of the host.
         packs = self._optimizer.updates_at_once and self._optimizer.sums_in_int8
+        # A momentum that sums gradients has them one after the other; in graphs each would have a buffer.
+        packs = packs or self._optimizer.sums_in_momentum
         if self._captured is not None or packs or not begins or not _can_capture(x.device):
             return EagerStack(*arguments)
         self._captured = CapturedStack(*arguments)

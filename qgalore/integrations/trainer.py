@@ -17,7 +17,7 @@ from qgalore.layer.export import SaveMethod
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import linear_names
 from qgalore.optimizer import LowRankAdamW, QGaLoreAdamW8bit
-from qgalore.param_groups import low_rank_param_groups
+from qgalore.optimizer.param_groups import low_rank_param_groups
 
 
 class QGaLoreCallback:
@@ -50,11 +50,11 @@ class QGaLoreCallback:
                 "the Trainer trains with another optimizer than QGaLoreCallback was given: give the same one as "
                 "optimizers=(optimizer, None)"
             )
-        if trained.update_in_backward and not self.update_in_backward:
-            problem = _problem(args, True)
-            if problem:
-                raise ValueError(problem)
-            self.update_in_backward = True  # as the factory was told
+        # The factory may have been told to update in the backward pass.
+        self.update_in_backward = self.update_in_backward or trained.update_in_backward
+        problem = _problem(args, self.update_in_backward, trained.sums_in_momentum)
+        if problem:
+            raise ValueError(problem)
         self._connection = connect(trained, model, self.update_in_backward, follow_accelerate=True)
         self._own_names = _SavesOwnNames(model)
 
@@ -126,7 +126,7 @@ class OptimizerFactory:
         for a model without such layers and for training arguments that cannot work.
         """
         if training_args is not None:
-            problem = _problem(training_args, update_in_backward)
+            problem = _problem(training_args, update_in_backward, config.sum_in_momentum)
             if problem:
                 raise ValueError(problem)
             options = {"lr": training_args.learning_rate} | options
@@ -139,7 +139,7 @@ class OptimizerFactory:
         return optimizer
 
 
-def _problem(args: Any, update_in_backward: bool) -> str:
+def _problem(args: Any, update_in_backward: bool, sums_in_momentum: bool = False) -> str:
     """What of `transformers.TrainingArguments` cannot work, in a sentence; empty where all can."""
     if args.fp16:
         return "fp16=True scales the loss and looks for overflows in .grad, which stays empty: set bf16=True instead"
@@ -155,6 +155,11 @@ def _problem(args: Any, update_in_backward: bool) -> str:
         return (
             f"max_grad_norm={args.max_grad_norm} needs all gradients at once, and update_in_backward updates each "
             "weight when its own is there: set max_grad_norm=0, or leave update_in_backward=False"
+        )
+    if sums_in_momentum and args.max_grad_norm:
+        return (
+            f"max_grad_norm={args.max_grad_norm} scales the sum of an update's gradients, and with sum_in_momentum "
+            "they are part of the momentum by then: set max_grad_norm=0, or leave sum_in_momentum=False"
         )
     return ""
 

@@ -85,7 +85,7 @@ class VisibleNorm:
             return
         norm = carrier.grad.view(-1)[0]
         self._take_away()
-        if optimizer.update_in_backward:
+        if optimizer.update_in_backward or optimizer.sums_in_momentum:
             self._scaled = _HostFlag((norm != shown) & shown.isfinite())
             if not norm.is_cuda:
                 self._refuse_scaled()
@@ -98,10 +98,10 @@ class VisibleNorm:
         scaled, self._scaled = self._scaled, None
         if scaled is not None and scaled.value():
             raise RuntimeError(
-                "gradients cannot be clipped where each weight is updated inside the backward pass: leave "
-                "update_in_backward=False, or set the norm that gradients are clipped to (max_grad_norm of a "
-                "Trainer, gradient_clip_val of Lightning) to 0; norm_growth of the optimizer limits each "
-                "gradient's growth instead"
+                "gradients cannot be clipped where each weight is updated inside the backward pass, or each "
+                "micro-batch added to the momentum: leave update_in_backward=False and sum_in_momentum=False, or set "
+                "the norm that gradients are clipped to (max_grad_norm of a Trainer, gradient_clip_val of Lightning) "
+                "to 0; in the backward pass norm_growth of the optimizer limits each gradient's growth instead"
             )
 
     def _take_away(self) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.kernels import AdamStep
 from qgalore.torch_internals import internal
-from qgalore.update import moments
+from qgalore.update import moments, momentum_sum
 from qgalore.update.factored_momentum import FactoredStep
+from qgalore.update.momentum_sum import SummedStep
 from qgalore.update.newton_schulz import METHODS, segments_of
 
 ORTHOGONAL_RMS = 0.2
@@ -37,7 +38,7 @@ class Direction(NamedTuple):
     advance: Callable[[Sequence[Any], Tensor | None], list[Tensor]]
     """advance(steps, skip) -> directions of several weights, whose moments it moves in place.
 
-    steps: `AdamStep`, and with one moment also `qgalore.update.factored_momentum.FactoredStep`.
+    steps: `AdamStep`, and with one moment also `FactoredStep` and `SummedStep` of the modules of momenta.
     """
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
@@ -66,17 +67,22 @@ def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon"
     return scaled
 
 
-Step = AdamStep | FactoredStep
+Step = AdamStep | FactoredStep | SummedStep
 
 
 def _momenta(steps: Sequence[Step], dtype: torch.dtype, skip: Tensor | None) -> list[Tensor]:
-    """`kernels.momentum_steps` in dtype; momenta in parts are made whole and taken apart one after the other."""
+    """`kernels.momentum_steps` in dtype; momenta in parts are made whole and taken apart one after the other.
+
+    Those that have the gradients already are as they are, without Nesterov's look ahead.
+    """
     whole = {index: step._replace(dtype=dtype) for index, step in enumerate(steps) if isinstance(step, AdamStep)}
     moved = kernels.momentum_steps(list(whole.values()), moments.BLOCK_SIZE, skip) if whole else []
     found = dict(zip(whole, moved, strict=True))
     for index, step in enumerate(steps):
         if isinstance(step, FactoredStep):
             found[index] = step.advance(dtype, skip)
+        elif isinstance(step, SummedStep):
+            found[index] = momentum_sum.read(step.state, dtype)
     return [found[index] for index in range(len(steps))]
 
 

@@ -42,18 +42,29 @@ class UpdateChecks:
             if index not in whole:
                 gradient.check_(self.squared_norms, index, self.skip)
 
+    def check_micro_batch(self, gradients: Mapping[int, Tensor]) -> None:
+        """Look at the gradients of weights in one micro-batch, by their index.
+
+        Of the sum over micro-batches, which is never there, `squared_norms` get the sum of squares: its square where
+        gradients are as noise is, and less where they agree.
+        """
+        found = self.squared_norms.new_zeros(len(gradients))
+        kernels.check_gradients_(list(gradients.values()), found, range(len(gradients)), self.skip)
+        for index, squared_norm in zip(gradients, found.unbind(), strict=True):
+            self.squared_norms[index].add_(squared_norm)
+
     def skip_for_kernels(self) -> Tensor | None:
         """The flag `skip` where kernels have to read it; None on a CPU, where the host can look at it."""
         return None if self.skip.device.type == "cpu" else self.skip
 
     def remember_first(self) -> None:
-        """Keep `skip` as it is when the first weight of the update is written."""
+        """Keep `skip` as it is when the first weight, or momentum, of the update is written."""
         if not self._remembers:
             self._first_skip.copy_(self.skip)
             self._remembers = True
 
     def late_overflow(self) -> Tensor:
-        """Whether `skip` became true after the first weight had been written: a bool, ()."""
+        """Whether `skip` became true after the first weight, or momentum, had been written: a bool, ()."""
         return self.skip & ~self._first_skip if self._remembers else torch.zeros_like(self.skip)
 
 

@@ -5,6 +5,9 @@ gradients to `weight.gradient`, already projected where the weight has a subspac
 micro-batch the optimizer calls `finalize_gradients`, then `update_weights`: at once for the weights of each hook, if
 updates are made in the backward pass, else in `LowRankAdamW.step` for all. In this order:
 
+At full rank the momentum may take the place of the sum (`qgalore.update.momentum_sum`): then `add_to_momenta` checks
+each micro-batch's gradient and adds it, and at step 4 the momentum has them all.
+
 1. `finalize_gradients`: the sums over micro-batches become final gradients, over all processes of a data-parallel run.
    Where a refresh by SVD is due the sum is that of the full gradient: it gives the new bases here, and is projected
    onto them. Norms are taken; one that is not finite sets the flag `checks.skip`.
@@ -37,22 +40,86 @@ import collections
 import itertools
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from qgalore import kernels
 from qgalore.layer.linear import LowRankLinear
 from qgalore.subspace.fira import full_direction
 from qgalore.subspace.methods import grouped_bases
-from qgalore.update import moments
+from qgalore.update import moments, momentum_sum
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction, Step
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
 from qgalore.update.gradient_sum import Gradient, rows_of_gradient
+from qgalore.update.momentum_sum import Addition, SummedGradient
 from qgalore.update.rounding_feedback import apply_with_feedback
 from qgalore.update.weight import Weight
 
 _SMALL = 1 << 16
 """Plain weights of up to so many values, norms and biases, share the launches of a batch."""
+
+
+def add_to_momenta(weights: Sequence[Weight], checks: UpdateChecks, share: float | None) -> None:
+    """Check the micro-batch's gradients of the weights that sum them in their momentum, and add them to it.
+
+    share: of the momentum from before the update that each of several ranks has; None for one rank. From the first
+    gradient that is not finite on nothing is added, which `UpdateChecks.late_overflow` tells if something was before.
+    """
+    waiting = [(weight, gradient) for weight, gradient in _summed(weights) if gradient.has_micro_batch]
+    if not waiting:
+        return
+    if share is not None:  # what this rank alone finds out comes too late: others have added
+        checks.remember_first()
+    scalars = [weight.addition_scalars(gradient.additions, share or 1.0) for weight, gradient in waiting]
+    grads = {weight.index: gradient.take_micro_batch() for weight, gradient in waiting}
+    checks.check_micro_batch(grads)
+    checks.remember_first()
+    additions = [
+        Addition(weight.state, grads[weight.index], weight.sum_row(each))
+        for (weight, _), each in zip(waiting, scalars, strict=True)
+    ]
+    _add_unless_skipped(additions, checks)
+
+
+def parts_to_sum(weight: Weight, checks: UpdateChecks) -> list[Tensor]:
+    """What `finalize_gradients` needs the sums of over the ranks: `WeightGradient.parts_to_sum`, or the momentum.
+
+    That is not finite where this rank has found a gradient that is not, so that all ranks learn of it; and with it goes
+    the sum of its micro-batches' squared norms.
+    """
+    if not isinstance(weight.gradient, SummedGradient):
+        return weight.gradient.parts_to_sum()
+    momentum = torch.where(checks.skip, torch.nan, momentum_sum.read(weight.state))
+    return [momentum, checks.squared_norms[weight.index, None]]
+
+
+def store_momenta(weights: Sequence[Weight], checks: UpdateChecks) -> None:
+    """After `finalize_gradients`: the momenta become those summed over the ranks, if they are finite."""
+    values: dict[Weight, Tensor] = {}
+    for weight, gradient in _summed(weights):
+        if gradient.of_ranks is not None:
+            values[weight], squared_norm = gradient.of_ranks
+            checks.squared_norms[weight.index].copy_(squared_norm[0])
+    if values:
+        # Their norms are not asked for, whether they are finite is.
+        norms = checks.squared_norms.new_zeros(len(values))
+        kernels.check_gradients_(list(values.values()), norms, range(len(values)), checks.skip)
+    _add_unless_skipped(
+        [Addition(weight.state, x, weight.sum_row(weight.replacing_scalars())) for weight, x in values.items()], checks
+    )
+
+
+def _summed(weights: Sequence[Weight]) -> list[tuple[Weight, SummedGradient]]:
+    """The weights whose gradients are summed in their momenta."""
+    found = ((weight, weight.gradient) for weight in weights)
+    return [(weight, gradient) for weight, gradient in found if isinstance(gradient, SummedGradient)]
+
+
+def _add_unless_skipped(additions: Sequence[Addition], checks: UpdateChecks) -> None:
+    skip = checks.skip_for_kernels()
+    if additions and (skip is not None or not bool(checks.skip)):
+        momentum_sum.add_(additions, skip)
 
 
 def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None) -> None:
@@ -67,7 +134,7 @@ def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None) -> None
 
 def check_gradients(weights: Sequence[Weight], checks: UpdateChecks) -> None:
     """The rest of step 1: the squared norms of final gradients go into `checks`, with the flag `checks.skip`."""
-    checks.check({weight.index: weight.gradient.final for weight in weights})
+    checks.check({weight.index: weight.gradient.final for weight in weights if not weight.sums_in_momentum})
 
 
 def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
@@ -153,10 +220,7 @@ def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Ten
     for weight in weights:
         weight.subspace.adopt_fitted_bases(weight.rotate_moments, skip)
     sketches = [weight.gradient.take_sketches() for weight in weights]
-    steps = [
-        weight.prepare_step(weight.gradient.final.take(), factor)
-        for weight, factor in zip(weights, factors, strict=True)
-    ]
+    steps = [weight.take_step(factor) for weight, factor in zip(weights, factors, strict=True)]
     # Fira's residual needs the projected gradient again; all others are freed once there are directions.
     gradients = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
     directions = weights[0].direction.advance(steps, skip)

@@ -16,13 +16,14 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.config import subspace_of
 from qgalore.layer.linear import LowRankLinear
-from qgalore.seeding import ROUNDING, START, Seeds, step_of
+from qgalore.seeding import ACCUMULATION, ROUNDING, START, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.methods import METHODS, Identity
-from qgalore.update import moments
+from qgalore.update import moments, momentum_sum
 from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, Step, direction_of
 from qgalore.update.factored_momentum import FactoredStep, MomentumFormat, in_parts
 from qgalore.update.gradient import WeightGradient
+from qgalore.update.momentum_sum import SummedGradient, SummedStep
 from qgalore.update.step_table import StepTable, SumRows
 
 HOST_STATE = ("step", "schedule", "similarities")
@@ -75,7 +76,10 @@ class Weight:
         self.subspace = subspace
         name: Any = self.param_group["accumulator_dtype"]
         dtype: torch.dtype = getattr(torch, name, name)
-        self.gradient = WeightGradient(subspace, dtype, SumRows(self._table, self._seeds, self.param.device))
+        rows = SumRows(self._table, self._seeds, self.param.device)
+        self.gradient = (
+            SummedGradient(subspace, rows) if self.sums_in_momentum else WeightGradient(subspace, dtype, rows)
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -83,6 +87,11 @@ class Weight:
         if self.layer is None:
             return self.param.shape
         return torch.Size((self.layer.out_features, self.layer.in_features))
+
+    @property
+    def sums_in_momentum(self) -> bool:
+        """Whether each micro-batch's gradient is added to the momentum (`qgalore.update.momentum_sum`)."""
+        return self.config is not None and self.config.sum_in_momentum
 
     @property
     def momentum_format(self) -> MomentumFormat | None:
@@ -127,6 +136,11 @@ class Weight:
         if self.config is not None:
             self.config.check_shape(tuple(self.shape), self.name)
             self._check_feedback(self.config.rounding_feedback)
+        if self.state and self.sums_in_momentum and not momentum_sum.fits(self.state):
+            raise ValueError(
+                f"the state of {self.name} has a momentum that gradients cannot be added to: it was saved with other "
+                "param groups, without sum_in_momentum"
+            )
         if self.state:
             self._check_momentum()
 
@@ -176,6 +190,8 @@ class Weight:
         shape, device = self.subspace.gradient_shape, self.param.device
         if parts := self.momentum_format:
             parts.init_state(self.state, self._seeds(START), device)
+        elif self.sums_in_momentum:
+            momentum_sum.init_state(self.state, shape, self.param_group["state_bits"], device)
         else:
             moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
         if self.direction.by_row:
@@ -237,6 +253,20 @@ class Weight:
         growing = 1.0 if group.get("cautious_decay") else None
         return kernels.StepScalars(self._seeds(ROUNDING), step_size, decay, first, second, growing)
 
+    def sum_row(self, scalars: kernels.StepScalars) -> Tensor:
+        """The step row of what is added to the sum of gradients next, with these scalars."""
+        self._table.write_sum(self.index, scalars, self.param.device)
+        return self._table.sum_rows[self.index]
+
+    def addition_scalars(self, number: int, share: float) -> kernels.StepScalars:
+        """What adds micro-batch `number` of an update to the momentum; share: of the momentum, that this rank has."""
+        beta = self.param_group["betas"][0]
+        return kernels.StepScalars(self._seeds(ACCUMULATION, number), beta - 1.0, 1.0 if number else beta * share)
+
+    def replacing_scalars(self) -> kernels.StepScalars:
+        """What makes the momentum another one."""
+        return kernels.StepScalars(self._seeds(ACCUMULATION, -1), -1.0, 0.0)
+
     @property
     def step_row(self) -> Tensor:
         """The step row of the update that is being made."""
@@ -250,6 +280,13 @@ class Weight:
     def count_replayed(self) -> None:
         """Keep the host's account of an update that a CUDA graph has made."""
         self.state["step"] += 1
+
+    def take_step(self, factor: Tensor | None) -> Step:
+        """`prepare_step` with the final gradient, which is used up."""
+        if self.sums_in_momentum:
+            second = self.state.get(moments.ROW_MOMENT)
+            return SummedStep(self.state, second, self.step_row, self.param_group["betas"], self.param_group["eps"])
+        return self.prepare_step(self.gradient.final.take(), factor)
 
     def prepare_step(self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None) -> Step:
         """The arguments of `Direction.advance` for this weight, of which nothing is changed yet.

@@ -22,13 +22,22 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.param_groups import check_group, check_rates, check_seed
-from qgalore.saved_state import state_for
+from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
+from qgalore.optimizer.saved_state import state_for
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
-from qgalore.update.step import check_gradients, finalize_gradients, is_small, update_weights
+from qgalore.update.momentum_sum import SummedGradient
+from qgalore.update.step import (
+    add_to_momenta,
+    check_gradients,
+    finalize_gradients,
+    is_small,
+    parts_to_sum,
+    store_momenta,
+    update_weights,
+)
 from qgalore.update.step_table import StepTable
 from qgalore.update.weight import Weight
 
@@ -99,6 +108,8 @@ class LowRankAdamW(Optimizer):
         """Reset everything that is not in the state dict."""
         self._weights: dict[Tensor, Weight] = {}
         self._all_reduce: AllReduce | None = None
+        self._share_of_momenta: float | None = None
+        """See `add_to_momenta`."""
         self._clip_factor: Tensor | None = None
         self._scale: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
@@ -116,6 +127,7 @@ class LowRankAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no model.
+        self._check_whole("be copied")
         self._settle()
         return super().__getstate__() | {"_seed": self._seed}
 
@@ -201,7 +213,7 @@ class LowRankAdamW(Optimizer):
         optimizer cannot train.
         """
         self.detach()
-        self.update_in_backward, self._all_reduce = update_in_backward, all_reduce
+        self.update_in_backward, self._all_reduce, self._share_of_momenta = update_in_backward, all_reduce, None
         attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
         self._detach = weakref.finalize(self, attachment.remove)
         self._detach.atexit = False
@@ -222,6 +234,7 @@ class LowRankAdamW(Optimizer):
             self._finalize(weights, None, now)
             return
         self._sums = True
+        self._add_to_momenta(weights)
         for weight in weights:
             weight.gradient.end_micro_batch()
 
@@ -250,6 +263,38 @@ class LowRankAdamW(Optimizer):
         """Whether sums of gradients have 8 bits a value."""
         return all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
 
+    @property
+    def sums_in_momentum(self) -> bool:
+        """Whether any momentum takes the place of a sum of gradients (`SubspaceConfig.sum_in_momentum`).
+
+        An update that has begun must then be made: nothing takes back what its momenta have.
+        """
+        return any(group.get("sum_in_momentum") for group in self.param_groups)
+
+    @torch.no_grad()
+    def _add_to_momenta(self, weights: Sequence[Weight]) -> None:
+        """Let the momenta that sum gradients have those of the micro-batch that has ended."""
+        if not any(weight.sums_in_momentum for weight in weights):
+            return
+        if self._all_reduce is not None and self._share_of_momenta is None:
+            # By what they make of 1: so a function that averages is served, too.
+            ranks = torch.ones(1, device=next(iter(self._weights)).device)
+            if (sent := self._all_reduce(ranks)) is not None:
+                sent.wait()
+            self._share_of_momenta = 1.0 / float(ranks)
+        add_to_momenta(weights, self._update_checks(), self._share_of_momenta)
+
+    def _check_whole(self, wanted: str) -> None:
+        """Raise RuntimeError where momenta have a part of an update's gradients; wanted: what the optimizer is to."""
+        if any(
+            isinstance(each.gradient, SummedGradient) and each.gradient.additions for each in self._weights.values()
+        ):
+            raise RuntimeError(
+                f"the optimizer cannot {wanted} in the middle of an update: with sum_in_momentum its momenta have the "
+                "gradients of some micro-batches already. Make the others and call step first, or load_state_dict of a "
+                "state from before the update"
+            )
+
     def _update_checks(self) -> UpdateChecks:
         """The checks of the update that is being made, cleared at its beginning."""
         if self._checks is None or self._checks.count != len(self._weights):
@@ -268,8 +313,13 @@ class LowRankAdamW(Optimizer):
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
         if self._all_reduce is None:
             return None
+        self._add_to_momenta(weights)
         with torch.no_grad():
-            return Bucket([weight.gradient.parts_to_sum() for weight in weights], self._all_reduce, buffer)
+            if self.sums_in_momentum:
+                parts = [parts_to_sum(weight, self._update_checks()) for weight in weights]
+            else:
+                parts = [weight.gradient.parts_to_sum() for weight in weights]
+            return Bucket(parts, self._all_reduce, buffer)
 
     @torch.no_grad()
     def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
@@ -282,6 +332,7 @@ class LowRankAdamW(Optimizer):
         self._finalize(weights, bucket, check)
 
     def _finalize(self, weights: Sequence[Weight], bucket: Bucket | None, check: bool) -> None:
+        self._add_to_momenta(weights)
         if bucket is None and (bucket := self.bucket_of(weights)) is not None:
             bucket.start()
         for weight in weights:
@@ -296,6 +347,7 @@ class LowRankAdamW(Optimizer):
             self._finalized.add(weight)
         checks = self._update_checks()
         finalize_gradients(weights, bucket)
+        store_momenta(weights, checks)
         if not check:
             self._unchecked += weights
             return
@@ -337,14 +389,26 @@ class LowRankAdamW(Optimizer):
         """
         if self.update_in_backward:
             raise RuntimeError("clip_grad_norm_ needs all gradients at once: attach with update_in_backward=False")
+        self._check_unscaled("clip_grad_norm_")
         self.collect()
         norm = self.grad_norm()
         self._clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Let the next `step` scale all gradients that it updates with by a factor, (), beside what clips them."""
+        """Let the next `step` scale all gradients that it updates with by a factor, (), beside what clips them.
+
+        Raises RuntimeError where momenta have the gradients already.
+        """
+        self._check_unscaled("scale_gradients")
         self._scale = factor
+
+    def _check_unscaled(self, method: str) -> None:
+        if self.sums_in_momentum:
+            raise RuntimeError(
+                f"{method} scales the sum of an update's gradients, and with sum_in_momentum they are part of the "
+                "momentum by then: do without, or leave sum_in_momentum out"
+            )
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -409,12 +473,17 @@ class LowRankAdamW(Optimizer):
         """Whether the last update was skipped too late: a bool, ().
 
         That can be where each weight is updated as soon as its gradient is there, if the gradients of upper layers are
-        finite and one further down is not. The state is then of no update: go back to a checkpoint.
+        finite and one further down is not; and with `sum_in_momentum`, if another gradient was added before. The state
+        is then of no update: go back to a checkpoint.
         """
         return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.late_overflow()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients; warns where the backward pass has made a part of the update and `step` not the rest."""
+        """Forget all gradients; warns where the backward pass has made a part of the update and `step` not the rest.
+
+        Raises RuntimeError where momenta have some of an update that goes on.
+        """
+        self._check_whole("forget gradients")
         # Rows are written with the first weight of an update.
         if self._rows_written and any(weight.gradient.is_final for weight in self._weights.values()):
             warnings.warn(
@@ -442,7 +511,9 @@ class LowRankAdamW(Optimizer):
         """As torch's; weights come in the order of the groups, and the keys of a group in that of the alphabet.
 
         So equal runs write equal files, whichever weights were updated first and however often a state was loaded.
+        Raises RuntimeError where momenta have some gradients of an update that goes on.
         """
+        self._check_whole("be saved")
         self._settle()
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]

@@ -24,9 +24,9 @@ from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import in_words
 from qgalore.layer.stacks import split_stacks
 from qgalore.optimizer import LowRankAdamW, QGaLoreAdamW8bit
-from qgalore.param_groups import is_finite, low_rank_param_groups
+from qgalore.optimizer.param_groups import is_finite, low_rank_param_groups
+from qgalore.optimizer.training_summary import summary
 from qgalore.recipes import FULL_RANK_DECAY, RECIPES, Recipe, decay_of_matrices, full_rank_multiple
-from qgalore.training_summary import summary
 
 _OF_SUBSPACE = {field.name for field in dataclasses.fields(SubspaceConfig)}
 _OF_FORMAT = {field.name for field in dataclasses.fields(WeightFormat)} - {"bits"}

@@ -103,6 +103,12 @@ def check_group(group: Mapping[str, Any]) -> None:
             "weight_decay of a group with a rank is decoupled (AdamW): the gradient of an L2 penalty does not lie "
             "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
         )
+    if group.get("sum_in_momentum") and group["norm_growth"]:
+        raise ValueError(
+            f"norm_growth={group['norm_growth']!r} limits the norm of the sum of an update's gradients, and with "
+            "sum_in_momentum they are part of the momentum by then: set norm_growth=0 in that group, or leave "
+            "sum_in_momentum out"
+        )
     for number, param in enumerate(group["params"]):
         if param.is_floating_point():  # of a quantized weight its layer alone knows the shape
             subspace_of(group).check_shape(tuple(param.shape), f"number {number} of its group")

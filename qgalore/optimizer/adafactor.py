@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from qgalore import kernels
 from qgalore.config import FULL, SubspaceConfig
 from qgalore.optimizer import LowRankAdamW
-from qgalore.param_groups import check_common, check_seed, is_finite
+from qgalore.optimizer.param_groups import check_common, check_seed, is_finite
 from qgalore.seeding import ROUNDING, step_of
 from qgalore.subspace import fit
 from qgalore.update.directions import Direction

@@ -1,0 +1,5 @@
+"""The optimizers, AdamW and Adafactor on projected gradients; their param groups and saved states; `summary`."""
+
+from qgalore.optimizer.adamw import GaLoreAdamW, GaLoreAdamW8bit, LowRankAdamW, QGaLoreAdamW8bit
+
+__all__ = ["GaLoreAdamW", "GaLoreAdamW8bit", "LowRankAdamW", "QGaLoreAdamW8bit"]
