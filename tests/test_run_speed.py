@@ -107,6 +107,13 @@ def test_a_count_in_parts_is_that_of_all_passes(method: str, flags: str) -> None
     assert counted_seconds(plain, config, card) < expected
 
 
+def test_ranks_by_depth_are_counted_by_their_mean() -> None:
+    mixed, mean = (run("1b", f"--batch_size 4 {PAPER} --rank {rank}") for rank in ("256,768", "512"))
+    assert setting_of(mixed, read_config(mixed.model.model_config)) == setting_of(
+        mean, read_config(mean.model.model_config)
+    )
+
+
 SLOWER = {
     "a smaller micro-batch": ("--batch_size 8", "--batch_size 4 --gradient_accumulation 2"),
     "float32 sums": (
