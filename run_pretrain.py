@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node 1 run_pretrain.py --model_config configs/llama_60m.json --batch_size 256 ...
 
+The installed command `qgalore pretrain` is the same program.
 `--help` lists the flags; `--dry_run` prints what a command would do and how much memory it would take.
 """
 
@@ -19,6 +20,7 @@ import torch
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.run_config import RunArgs
@@ -30,6 +32,8 @@ from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
+from peft_pretraining.reporting.run_files import write_run_files
+from peft_pretraining.runtime.device import check_device
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
@@ -42,10 +46,16 @@ from peft_pretraining.runtime.update_outcomes import (
 )
 from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 
+PROGRAM = "run_pretrain.py"
 
-def run(argv: Sequence[str] | None) -> None:
-    """Run a training run from its command line; raises UserError for what the user can fix."""
-    args = parse_within_budget(sys.argv[1:] if argv is None else argv, world_size_of_launch())
+
+def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
+    """Run a training run from its command line; raises UserError for what the user can fix.
+
+    program: the command that the usage names.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = keep_named_method(parse_within_budget(argv, world_size_of_launch(), program=program))
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
@@ -53,7 +63,8 @@ def run(argv: Sequence[str] | None) -> None:
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
     try:
-        make_reproducible()
+        make_reproducible(args.model.dtype)
+        check_device(world.device, args.model.dtype)
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
@@ -99,8 +110,11 @@ class Run:
         ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
         check_vocabulary(ids, self.model.config.vocab_size, are_ids)
         world.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
+        if not skip_steps:  # else it is the same start once more
+            world.from_main(lambda: write_run_files(args, self.update_step))
         self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
+        self.noticed: set[str] = set()
 
     @property
     def update_step(self) -> int:
@@ -109,7 +123,8 @@ class Run:
 
     def train(self) -> None:
         """Make all updates, with the evaluations and checkpoints that are due; returns early on a stop request."""
-        self.metrics.announce(self.loader.describe())
+        data = [*self.loader.describe(), *self.checkpoints.notices]
+        self.metrics.announce(data, self.checkpoints.changed_flags)
         first, total = self.update_step, self.args.schedule.num_training_steps
         self.checkpoints.clear_stop_marker()
         for self.position.update_step in itertools.count(first):
@@ -119,9 +134,12 @@ class Run:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict())
-            elif first == 0 and self.args.checkpoint.save_every:
-                # A run that cannot save, or cannot read what it saved, fails before it has anything to lose.
-                self.save(self.loader.state_dict(), read_back=True)
+            elif first == 0:
+                if self.args.model.init_from:  # what training has to improve on
+                    self.metrics.evaluation(0, self.evaluate())
+                if self.args.checkpoint.save_every:
+                    # A run that cannot save, or cannot read what it saved, fails before it has anything to lose.
+                    self.save(self.loader.state_dict(), read_back=True)
             if last or not self.update():
                 return
 
@@ -168,11 +186,13 @@ class Run:
                 self.optimizer.skip_update_if(
                     torch.ones_like(broken) if self.update_step in self.skip_steps else broken
                 )
-            micro_loss.backward()
+            scale = self.optimizer.loss_scale
+            (micro_loss if scale is None else scale.scaled(micro_loss)).backward()
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        self.position.tokens += self.world.sum_on_host(update.tokens)
+        tokens, news = self.world.sums_on_host([update.tokens, len(self.loader.notices)])
+        self.position.tokens += tokens
         done = self.update_step + 1
         self.average.after_update(done)
         # Wait for the previous update within the timing of this one: else only the host's launches would be timed.
@@ -180,13 +200,23 @@ class Run:
         measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
         metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
         self.outcomes.put(done, metrics, self.optimizer, measured)
+        if scale is not None:
+            scale.update_(self.optimizer.skipped())
         self.decide(previous)
         self.optimizer.zero_grad()
-        while self.loader.notices:
-            self.metrics.log(f"update {done}: {self.loader.notices.pop(0)}")
+        if news:
+            self.log_notices(done)
         if is_due(done, self.args.runtime.check_replicas):
             self.world.check_replicas(self.model.state_dict(), done)
         return True
+
+    def log_notices(self, done: int) -> None:
+        """Log what the loader of any rank has noticed about the data, each sentence once in a run."""
+        for text in itertools.chain(*self.world.gather(list(self.loader.notices))):
+            if text not in self.noticed:
+                self.metrics.log(f"update {done}: {text}")
+                self.noticed.add(text)
+        self.loader.notices.clear()
 
     def next_update(self) -> tuple[Update, int] | None:
         """(this rank's part of the next update, number of target tokens over all ranks); None on a stop request."""
@@ -206,6 +236,8 @@ class Run:
         if finished.outcome is Outcome.LATE_OVERFLOW:
             raise RollbackError(finished.update_step - 1)
         self.metrics.update(finished)
+        if finished.outcome is Outcome.SCALE_TOO_LARGE:
+            return  # as often as the loss scale needs it
         skipped = finished.outcome is Outcome.SKIPPED
         self.position.skipped_in_a_row = self.position.skipped_in_a_row + 1 if skipped else 0
         if self.position.skipped_in_a_row > self.args.runtime.max_skipped_updates:
@@ -256,9 +288,9 @@ def is_due(update_step: int, interval: int) -> bool:
     return interval > 0 and update_step > 0 and update_step % interval == 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
-    return exit_code_of(lambda: run(argv), "run_pretrain.py")
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the program; returns its exit code. Messages name the command `program`."""
+    return exit_code_of(lambda: run(argv, program), program)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
+from peft_pretraining.models.source_tokenizer import tokenizer_of_source
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
+from qgalore.kernels import product_dtype
 from qgalore.update.all_reduce import AllReduce
 
 
@@ -46,22 +48,31 @@ def shape_of(args: ModelArgs) -> ModelConfig | None:
 def build_model(
     args: ModelArgs, device: torch.device | str = "cpu", seed: int = 0, on_module: OnModule | None = None
 ) -> CausalLM:
-    """Build a freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError."""
+    """Build a freshly initialised model in training mode; `on_module` as in `materialize`. Raises UserError.
+
+    With --init_from its parameters are zeros: they come from there, or from the checkpoint of a run that is resumed.
+    """
     device = torch.device(device)
     model = build_on_meta(args.model_config, args.use_hf_model)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(args.checkpoint_every)
     if args.int8_activations:
         model.keep_int8_activations()
-    materialize(model, device, getattr(torch, args.dtype), seed, on_module, std=model.config.initializer_range)
-    has_triton = importlib.util.find_spec("triton") is not None
-    if compiles_layers(args, device.type == "cuda" and has_triton):
+    std, draws = model.config.initializer_range, not args.init_from
+    materialize(model, device, getattr(torch, args.dtype), seed, on_module, std, draws)
+    if compiles_layers(args, _compiling_pays(device)):
         model.compile_layers()
     return model.train()
 
 
+def _compiling_pays(device: torch.device) -> bool:
+    """Whether there is Triton for a GPU with bfloat16: else inductor refuses a layer whose weight has scales in it."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and has_triton and product_dtype(device) == torch.bfloat16
+
+
 def compiles_layers(args: ModelArgs, pays: bool) -> bool:
-    """Whether to compile the decoder layers; pays: whether they run on a CUDA GPU with Triton."""
+    """Whether to compile the decoder layers; pays: whether they run on a GPU of `_compiling_pays`."""
     return not args.use_hf_model and (args.compile == "on" or (args.compile == "auto" and pays))
 
 
@@ -145,7 +156,7 @@ def _open_data(args: RunArgs, options: SourceOptions) -> tuple[Splits, Tokenizer
     if isinstance(splits.train, TokenFiles | TokenMixture):
         return splits, None
     kept = kept_tokenizers(checkpoint.save_dir, checkpoint.continue_from)
-    added = Added(data.add_bos, data.add_eos)
-    return splits, load_tokenizer(
-        data.tokenizer, data.dataset, added=added, options=options, source=splits.train, kept=kept
-    )
+    added, name = Added(data.add_bos, data.add_eos), data.tokenizer
+    if not name and args.model.init_from:
+        name = tokenizer_of_source(args.model.init_from)
+    return splits, load_tokenizer(name, data.dataset, added=added, options=options, source=splits.train, kept=kept)

@@ -1,4 +1,4 @@
-"""Describe a run for `--dry_run`: the resolved configuration, the model's size and the planned memory."""
+"""Describe a run for `--dry_run`: the resolved configuration, the run's first lines and the planned memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.run_summary import summary_lines
 
 
 def print_description(args: RunArgs) -> None:
@@ -19,33 +21,26 @@ def print_description(args: RunArgs) -> None:
 
 def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
-    config, data = shape_of(args.model), _data(args)
-    updates, tokens = args.schedule.num_training_steps, args.tokens_per_update
+    config, device = shape_of(args.model), args.runtime.device
     lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")
         lines += [f"  --{name} {chosen.get(name, value)}" for name, value in vars(getattr(args, group)).items()]
-    if config is not None:
-        lines.append(
-            f"model: {config.parameter_count() / 1e6:,.1f} M parameters, {config.num_hidden_layers} layers, "
-            f"width {config.hidden_size}"
-        )
-    lines += [
-        f"run: {updates:,} updates of {args.batch.total_batch_size} sequences of {args.batch.max_length} tokens "
-        f"({tokens:,}), {updates * tokens / 1e9:,.2f} billion tokens, on {args.world_size} rank(s)",
-        *([f"data: {data}"] if data else []),
-        plan(args, config).table() if config is not None else "memory: not planned for what only transformers reads",
-    ]
-    return "\n".join(lines)
+    ranks = f"{args.world_size} x {'cuda, or cpu without one' if device == 'auto' else device}"
+    lines += summary_lines(args, ranks, _data(args))
+    return "\n".join([*lines, *([plan(args, config).table()] if config is not None else [])])
 
 
-def _data(args: RunArgs) -> str:
-    """Describe the training data if it is in local files, which are opened for it; else "". Raises UserError."""
-    kind = find_kind(args.data.dataset)
-    if kind.name or kind.needs_network:
-        return ""
-    return describe_split(open_dataset(args.data.dataset, "train", args.data.source_options))
+def _data(args: RunArgs) -> list[str]:
+    """Lines on the data, as of a run: local files are opened for it, and nothing over a network. Raises UserError."""
+    kind, name, tokenizer = find_kind(args.data.dataset), args.data.dataset, args.data.tokenizer
+    if not (kind.name or kind.needs_network):
+        name = describe_split(open_dataset(name, "train", args.data.source_options))
+    if isinstance(kind, TextKind) and not tokenizer:
+        default = kind.default_tokenizer
+        tokenizer = default if isinstance(default, str) else f"a BPE of {default.vocab_size:,} trained on it"
+    return [f"training on {name}", *([] if isinstance(kind, TokenKind) else [f"tokenizer {tokenizer}"])]
 
 
 def _chosen_by_others(args: RunArgs) -> dict[str, object]:

@@ -31,7 +31,7 @@ class Allowed:
     words: tuple[str, ...] = ()
     """Values beside numbers."""
     auto: str | Callable[[], str] = ""
-    """The default in words, or what gives them, where its value (0, "" or None) means that it is worked out."""
+    """The default in words, or what gives them, where its value (0, "", None or False) means that it is worked out."""
 
     def missed_limits(self, value: float) -> str:
         """In words the limits, of which the value misses one, such as "at least 1"; empty where it keeps them all."""

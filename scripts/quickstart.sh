@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a trained model in a few minutes, on a CPU or a GPU: sets up the environment, trains LLaMA-9M with
 # Q-GaLore by its default recipe (INT8 weights, INT4 projections, 8-bit momentum, per-layer updates) on Python's own
-# documentation, evaluates, saves, and draws the curves. Arguments are flags of run_pretrain.py and win over those below.
+# documentation, evaluates, saves, draws the curves, and shows a text of the model. Arguments are flags of
+# run_pretrain.py and win over those below.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$PROJECT_DIR"
@@ -37,7 +38,6 @@ ${LAUNCHER:-torchrun --standalone --nproc_per_node "${NPROC:-1}"} run_pretrain.p
     --dataset pydocs --packing pack --dtype "$DTYPE" \
     --batch_size "$BATCH_SIZE" --total_batch_size "$BATCH_SIZE" --max_length "$MAX_LENGTH" \
     --optimizer q_galore_adamw8bit_per_layer \
-    --weight_quant --stochastic_round --proj_quant \
     --num_training_steps "$UPDATES" --warmup_steps "$((UPDATES / 10))" \
     --eval_every "$((UPDATES / 2))" --eval_tokens 50K --save_every "$((UPDATES / 2))" \
     --name quickstart --wandb_mode off \
@@ -46,17 +46,21 @@ ${LAUNCHER:-torchrun --standalone --nproc_per_node "${NPROC:-1}"} run_pretrain.p
 
 if [[ -n "$dry_run" ]]; then exit 0; fi
 python -m scripts.plot_run "$SAVE_DIR"
+echo "== text from the trained model"
+python -m peft_pretraining generate "$SAVE_DIR" "The function returns" --max_tokens 40 || true # the run is done all the same
 
 cat <<TEXT
 
 == done in $((SECONDS - start_seconds)) seconds. In $SAVE_DIR:
      step_*/        checkpoints: safetensors and JSON
      metrics.jsonl  every metric of every update
+     config.json    the model's shape; command.txt: the commands of this run
      curves.png     loss, learning rate and subspace similarities
 == next
      bash scripts/quickstart.sh --recipe paper --lr 0.01 --rank 32 --galore_scale 0.25    the paper's algorithm
      bash scripts/quickstart.sh --num_training_steps 1500    ten times as long
      source .venv/bin/activate; python run_pretrain.py --help    every flag
+     qgalore generate $SAVE_DIR "A class"    more text; docs/guide/after_training.md has more
      bash scripts/pretrain_c4/llama_60m.sh                   the paper's 60M recipe on C4, one GPU
      bash scripts/single_gpu/llama_7b.sh                     7B on one GPU of 16 GB
 TEXT

@@ -51,8 +51,7 @@ choose_method() {
     )
     local quantized=(
         --optimizer "q_galore_adamw8bit$suffix"
-        --weight_quant --weight_bits 8 --weight_group_size 256 --stochastic_round
-        --proj_quant --proj_bits 4 --proj_group_size 256
+        --weight_bits 8 --weight_group_size 256
     )
     local q_galore=("${quantized[@]}" --recipe paper "${low_rank[@]}")
     case "$METHOD" in
@@ -97,8 +96,13 @@ pretrain() {
     choose_method
     local name="${RECIPE:-llama_$MODEL}-$METHOD"
     if [[ -z "${NO_SETUP:-}" ]]; then use_environment; fi
-    cd "$PROJECT_DIR"
-    local launcher
+    local launcher program=(run_pretrain.py) configs=configs
+    if [[ -f "$PROJECT_DIR/run_pretrain.py" ]]; then
+        cd "$PROJECT_DIR"
+    else # in an installed package, which holds no runs: those go into the current folder
+        program=(-m peft_pretraining pretrain)
+        configs="$PROJECT_DIR/configs"
+    fi
     if [[ -n "${LAUNCHER:-}" ]]; then
         read -ra launcher <<<"$LAUNCHER"
     else
@@ -117,8 +121,8 @@ pretrain() {
         fi
     fi
     # exec: a signal to this script reaches torchrun, which lets the ranks save.
-    exec "${launcher[@]}" run_pretrain.py \
-        --model_config "configs/llama_$MODEL.json" \
+    exec "${launcher[@]}" "${program[@]}" \
+        --model_config "$configs/llama_$MODEL.json" \
         "${COMMON_FLAGS[@]}" \
         --batch_size "$BATCH_SIZE" \
         --num_training_steps "$UPDATES" \

@@ -197,12 +197,12 @@ class SmallRun:
             (self.data / f"{name}.uint16").write_bytes(content)
 
     def argv(self, name: str, flags: Mapping[str, object] = {}) -> list[str]:
-        """The command line of the run `name`; True is a switch, None leaves a default flag out."""
+        """The command line of the run `name`; True is a switch, False its --no- form, None leaves a default out."""
         values = DEFAULTS | {"model_config": self.config, "dataset": self.data, "save_dir": self.folder / name} | flags
         argv: list[str] = []
         for flag, value in values.items():
-            if value is True:
-                argv.append(f"--{flag}")
+            if isinstance(value, bool):
+                argv.append(f"--{flag}" if value else f"--no-{flag}")
             elif value is not None:
                 argv += [f"--{flag}", str(value)]
         return argv

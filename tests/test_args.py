@@ -5,16 +5,26 @@ Renew the frozen list with `python -m tests.test_args > tests/golden/command_lin
 
 import dataclasses
 import re
+from argparse import ArgumentTypeError
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from peft_pretraining.commands import export, plot, tokenize
-from peft_pretraining.config.flags import FlagSpec, format_count, parse_count, read_specs
+from peft_pretraining import commands
+from peft_pretraining.commands import evaluate, export, generate, plot, report, tokenize
+from peft_pretraining.config.flags import (
+    FlagSpec,
+    format_count,
+    parse_count,
+    parse_whole,
+    read_specs,
+    whole_number,
+)
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.config.tried_names import ADVICE, RENAMED, flags_in_advice, what_is_right
 from peft_pretraining.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.txt"
@@ -87,7 +97,7 @@ def specs() -> list[FlagSpec]:
 
 
 def command_line() -> str:
-    """One line a flag: group, name, type, choices, default."""
+    """One line a flag: group, name, type, choices, default, and the --no- form of a switch that has one."""
     lines = []
     for title, group in GROUPS.items():
         for spec in read_specs(group):
@@ -95,6 +105,7 @@ def command_line() -> str:
             choices = f" {{{','.join(map(str, spec.flag.choices))}}}" if spec.flag.choices else ""
             unit = f" [{spec.flag.unit}]" if spec.flag.unit else ""
             default = "required" if spec.default is dataclasses.MISSING else repr(spec.default)
+            default += f", --no-{spec.name}" if spec.can_be_denied else ""
             lines.append(f"{title}: --{spec.name} {kind}{choices}{unit} = {default}")
     return "\n".join(lines) + "\n"
 
@@ -134,7 +145,8 @@ def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.Ca
     for spec in specs():
         assert re.search(rf"--{spec.name}\b", text)
         # What is on, or left to others to decide, can be switched off.
-        assert (f"--no-{spec.name} " in text) == (spec.is_switch and spec.default is not False)
+        left_to_others = spec.default is not False or bool(spec.flag.auto)
+        assert (f"--no-{spec.name} " in text) == (spec.is_switch and left_to_others)
         assert f"{spec.help} ({spec.default_text})" in text
 
 
@@ -146,6 +158,37 @@ def test_flag_names_are_unique_and_help_gives_unit_and_default(capsys: pytest.Ca
 def test_switches_that_are_on_can_be_switched_off(text: str, added: tuple[bool | None, bool]) -> None:
     data = parse(text).data
     assert (data.add_bos, data.add_eos) == added
+
+
+NAMED = ("weight_quant", "stochastic_round", "proj_quant")
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", (True, True, True)),
+        ("--no-weight_quant", (False, False, True)),
+        ("--no-stochastic_round", (True, False, True)),
+        ("--weight_quant --no-proj_quant", (True, True, False)),
+        ("--rank full", (True, True, False)),
+        ("--rank full --mlp_rank full", (True, True, False)),
+        ("--rank full --mlp_rank 64", (True, True, True)),
+        ("--simulation --recipe paper", (True, True, True)),
+    ],
+)
+def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple[bool, bool, bool]) -> None:
+    """INT8 weights with stochastic rounding and INT4 projections unless told otherwise; others keep their defaults."""
+    for name in ("q_galore_adamw8bit", "Q_GaLore_AdamW8bit_per_layer"):
+        args = parse(f"--optimizer {name} {text}")
+        assert tuple(args.to_dict()[flag] for flag in NAMED) == values
+        assert (args.quantization.weight_format.bits, args.subspace.config(of_mlp=True).basis_bits) == (
+            8 if values[0] else None, 4 if values[2] else None,
+        )  # fmt: skip
+        assert set(args.left_to_name) == {flag for flag in NAMED if f"{flag}" not in text}
+    for name in OPTIMIZERS:
+        if not name.startswith("q_galore"):
+            args = parse(f"--optimizer {name}")
+            assert [args.to_dict()[flag] for flag in NAMED] == [False] * 3 and args.left_to_name == ()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -215,7 +258,29 @@ def test_counts_read_back() -> None:
     for count in (1, 999, 1000, 1500, 10_000_000, 13_100_000_000):
         assert parse_count(format_count(count)) == count
     assert parse_count("100m") == 100_000_000
-    assert parse_count("1_000") == 1000
+    assert parse_count("1_000") == parse_count("1e3") == parse_count("1E+3") == 1000
+    assert parse_count("1.1e9") == parse_count("1.1B") == 1_100_000_000
+
+
+@pytest.mark.parametrize("text", ["1e3", "1000", "1_000", "1.0e3", "1E3", "1000.0", "0.1e4", "10e+2"])
+def test_a_whole_number_in_any_notation(text: str) -> None:
+    args = parse(f"--num_training_steps {text} --rank {text} --eval_tokens {text} --seed {text} --decay_steps {text}")
+    schedule, numbers = args.schedule, (args.subspace.rank, args.evaluation.eval_tokens, args.runtime.seed)
+    assert (schedule.num_training_steps, schedule.decay_steps, *numbers) == (1000,) * 5
+    assert all(type(number) is int for number in (schedule.num_training_steps, schedule.decay_steps, *numbers))
+    assert whole_number(text) == 1000
+
+
+def test_a_number_for_a_command_is_whole() -> None:
+    assert parse_whole("1.5e3") == 1500 and parse_whole(" -7 ") == -7 and parse_whole(str(10**30)) == 10**30
+    with pytest.raises(ArgumentTypeError, match=r"'1.5', it must be a whole number"):
+        whole_number("1.5")
+
+
+def test_no_command_reads_whole_numbers_by_int() -> None:
+    """It would refuse 1e3; `config.flags.whole_number` is the type for argparse."""
+    folder = Path(commands.__file__).parent
+    assert [path.name for path in sorted(folder.glob("*.py")) if "type=int" in path.read_text(encoding="utf-8")] == []
 
 
 def test_derived_defaults() -> None:
@@ -259,11 +324,17 @@ def test_every_value_survives_in_the_dictionary() -> None:
         "--optimizer galore_adamw8bit --proj_quant",
         "--optimizer q_galore_adamw8bit",
         "--optimizer q_galore_adamw8bit --weight_quant --weight_group_size 256 --stochastic_round --int8_products",
+        "--optimizer q_galore_adamw8bit --simulation --weight_bits 4 --proj_bits 8",
+        "--optimizer q_galore_adamw8bit --rank full --no-proj_quant",
+        "--optimizer q_galore_adamw8bit --no-weight_quant --no-stochastic_round --no-proj_quant",
         "--optimizer galore_adamw --proj_type full",
         "--optimizer Adam --warmup_steps 0 --grad_clipping 1",
         "--rank 512 --optimizer galore_adamw",
         "--scheduler cosine_restarts",
         "--scheduler linear --min_lr_ratio 0",
+        "--scheduler constant",
+        "--scheduler wsd --decay_steps 0.2 --decay_shape exponential",
+        "--scheduler wsd --decay_steps 9e3 --decay_shape linear --min_lr_ratio 0",
     ],
 )
 def test_combinations_that_work(text: str) -> None:
@@ -280,8 +351,13 @@ def test_combinations_that_work(text: str) -> None:
             "--weight_bits, --weight_group_size change nothing without --weight_quant",
         ),
         ("--optimizer galore_adamw8bit --proj_bits 8", "--proj_bits changes nothing without --proj_quant"),
+        ("--optimizer q_galore_adamw8bit --no-weight_quant --weight_bits 4", "nothing with --no-weight_quant"),
         ("--num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--restart_cycles 2", "--restart_cycles changes nothing: --scheduler cosine has no restarts"),
+        ("--decay_steps 10", "--decay_steps changes nothing: --scheduler cosine has no decay of its own length"),
+        ("--scheduler constant --decay_steps 10 --decay_shape linear", "--decay_steps, --decay_shape change nothing: "),
+        ("--scheduler constant --min_lr_ratio 0.2", "--min_lr_ratio changes nothing: --scheduler constant stays at"),
+        ("--scheduler wsd --num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--int8_activations --activation_checkpointing", "--int8_activations changes nothing: --activation_"),
         ("--int8_activations --compile off", "--int8_activations rounds without saving memory: with --compile off"),
     ],
@@ -304,7 +380,7 @@ BAD_VALUES = [
     ("--min_lr_ratio 1.5", "--min_lr_ratio is 1.5, it must be at least 0 and at most 1"),
     ("--optimizer adma", "--optimizer is 'adma', it must be one of adam, adamw"),
     ("--optimizer adma", "did you mean adam?"),
-    ("--dtype float16", "--dtype is 'float16', it must be one of bfloat16, float32"),
+    ("--dtype int8", "--dtype is 'int8', it must be one of bfloat16, float32, float16"),
     ("--weight_bits 2", "--weight_bits is '2', it must be one of 8, 4"),
     ("--max_train_tokens 3Q", "--max_train_tokens is '3Q', it must be a number with an optional suffix K, M, B or T"),
     ("--eval_tokens 0", "--eval_tokens is 0, it must be at least 1 (tokens)"),
@@ -318,7 +394,30 @@ BAD_VALUES = [
         "--save_dir is '~no-such-user/run', a path whose ~no-such-user is the folder of a user: there is no",
     ),
     ("--weight-quant", "--weight-quant is no flag of this program: did you mean --weight_quant?"),
+    ("--seed 1.5", "--seed is '1.5', it must be a whole number"),
+    ("--rank 1.5e0", "--rank is '1.5e0', it must be a whole number of at least 1"),
+    ("--seed 1e-1", "--seed is '1e-1', it must be a whole number"),
+    ("--seed 1e999999999", "--seed is '1e999999999', it must be a whole number"),
+    ("--seed inf", "--seed is 'inf', it must be a whole number"),
+    ("--max_train_tokens 1.5", "--max_train_tokens is '1.5', it must be a number with an optional suffix K, M, B or T"),
+    ("--eval_tokens 1e-3", "--eval_tokens is '1e-3', it must be a number with"),
+    ("--decay_steps 1.5", "--decay_steps is '1.5', it must be a whole number of updates, or a share of the run below"),
+    ("--decay_steps 0", "--decay_steps is 0, it must be more than 0"),
     ("--learning_rat 3", "--learning_rat is no flag of this program"),
+    ("--learning_rate 3e-4", "--learning_rate is no flag of this program: write --lr 3e-4"),
+    ("--steps 1e3", "--steps is no flag of this program: write --num_training_steps 1e3"),
+    ("--max_steps=7", "--max_steps is no flag of this program: write --num_training_steps 7"),
+    ("--Gradient-Accumulation-Steps 4", "is no flag of this program: write --gradient_accumulation 4"),
+    ("--per_device_train_batch_size", "--per_device_train_batch_size is no flag of this program: write --batch_size"),
+    ("--gradient_checkpointing true", "is no flag of this program: write --activation_checkpointing"),
+    ("--output_dir out", "--output_dir is no flag of this program: write --save_dir out"),
+    ("--seq_len 512", "--seq_len is no flag of this program: write --max_length 512"),
+    ("--epochs 3", "--epochs is no flag of this program: a run is as long as --num_training_steps (updates) or"),
+    ("--warmup_ratio 0.1", "--warmup_ratio is no flag of this program: give --warmup_steps, in updates: the share"),
+    ("--model 60m", "--model is no flag of this program: give --model_config with the JSON configuration"),
+    ("--resume", "--resume is no flag of this program: give --continue_from auto with the --save_dir of the run"),
+    ("--bf16", "--bf16 is no flag of this program: bfloat16 is what --dtype is without being given"),
+    ("--report_to tensorboard", "metrics.jsonl is always written; --tensorboard writes event files beside it"),
     ("--warmup 5", "--warmup is no flag of this program: did you mean --warmup_steps?"),
     ("--xyzzy 5", "--xyzzy is no flag of this program: --help lists them all"),
     ("stray", "'stray' belongs to no flag"),
@@ -330,8 +429,24 @@ def test_bad_values(text: str, message: str) -> None:
     assert message in refusal([*REQUIRED, *text.split()])
 
 
+def test_what_is_right_for_a_flag_from_elsewhere_exists() -> None:
+    names = {spec.name for spec in specs()}
+    assert flags_in_advice() - {"nproc_per_node"} <= names
+    assert not (RENAMED.keys() | ADVICE.keys()) & names and not RENAMED.keys() & ADVICE.keys()
+
+
+def test_a_required_flag_under_another_name_is_one_problem() -> None:
+    text = refusal(["--model_config", CONFIG, "--per_device_train_batch_size", "8"])
+    assert text == "--per_device_train_batch_size is no flag of this program: write --batch_size 8"
+
+
+def test_float16_is_named_where_it_is_there() -> None:
+    assert what_is_right("--fp16", "", (), ("bfloat16", "float16")) == "write --dtype float16"
+    assert what_is_right("--fp16", "", (), ("bfloat16",)).startswith("use bfloat16")
+
+
 GALORE, Q_GALORE = "--optimizer galore_adamw", "--optimizer q_galore_adamw8bit"
-INT8_PRODUCTS = f"{Q_GALORE} --weight_quant --int8_products"
+INT8_PRODUCTS = f"{Q_GALORE} --int8_products"
 BAD_COMBINATIONS = [
     ("--total_batch_size 20", 1, "--total_batch_size 20 is no multiple of --batch_size 8 x 1 rank = 8: the nearest"),
     ("--total_batch_size 20", 2, "--batch_size 8 x 2 ranks = 16: the nearest that work are 16 or 32"),
@@ -342,9 +457,10 @@ BAD_COMBINATIONS = [
     ("--int8_activations --use_hf_model", 1, "--int8_activations is for the project's own LLaMA"),
     ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),
-    ("--optimizer q_galore_adamw8bit --stochastic_round", 1, "--stochastic_round is about quantized weights"),
-    ("--optimizer q_galore_adamw8bit --simulation", 1, "--simulation is about quantized weights: add --weight_quant"),
-    (f"{Q_GALORE} --int8_products", 1, "--int8_products is about quantized weights: add --weight_quant"),
+    (f"{Q_GALORE} --no-weight_quant --stochastic_round", 1, "--stochastic_round is about quantized weights"),
+    (f"{Q_GALORE} --no-weight_quant --simulation", 1, "weights: leave it or --no-weight_quant out"),
+    (f"{GALORE} --int8_products", 1, "--int8_products is about quantized weights: use a q_galore optimizer, or leave"),
+    (f"{GALORE} --rounding_feedback 0.5 --rank full --direction orthogonal", 1, "--rounding_feedback 0.5 is about qu"),
     (f"{INT8_PRODUCTS} --weight_bits 4", 1, "not in --weight_bits 4: use --weight_bits 8 or leave --int8_products out"),
     (f"{INT8_PRODUCTS} --simulation", 1, "--simulation stores float weights: leave one out"),
     (f"{INT8_PRODUCTS} --weight_group_size 128", 1, "--weight_group_size 128 cannot work with --int8_products"),
@@ -412,12 +528,37 @@ BAD_COMBINATIONS = [
         1,
         "--restart_cycles 4 is more than the 3 updates after the warm-up: give at most 3",
     ),
+    (
+        "--scheduler wsd --decay_steps 9001",
+        1,
+        "--decay_steps 9001 is more than the 9000 of 10000 updates after the warm-up: give at most 9000, or fewer",
+    ),
+    ("--scheduler wsd --decay_steps 0.95", 1, "--decay_steps 0.95, 9500 updates, is more than the 9000 of 10000"),
+    (
+        "--scheduler wsd --decay_steps 0.01 --num_training_steps 20 --warmup_steps 2",
+        1,
+        "--decay_steps 0.01 of 20 updates is 0, and a decay takes 2: give a number of updates from 2 on, or",
+    ),
+    ("--scheduler wsd --decay_steps 1", 1, "--decay_steps 1 of 10000 updates is 1, and a decay takes 2"),
+    (
+        "--scheduler wsd --decay_shape exponential --min_lr_ratio 0",
+        1,
+        "--decay_shape exponential never reaches --min_lr_ratio 0: give a ratio such as 0.01",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("text", "world_size", "message"), BAD_COMBINATIONS)
 def test_combinations_that_cannot_work(text: str, world_size: int, message: str) -> None:
     assert message in refusal([*REQUIRED, *text.split()], world_size)
+
+
+def test_tensorboard_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_pretraining.config.checks.find_spec", lambda _: None)
+    assert "--tensorboard needs the package tensorboard, which is not installed: pip install" in refusal(
+        [*REQUIRED, "--tensorboard"]
+    )
+    assert not parse().logging.tensorboard
 
 
 def test_missing_required_flags() -> None:
@@ -460,7 +601,7 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
     (tmp_path / "step_1").mkdir()
     (tmp_path / "train.uint16").touch()
     values = {"model_config": "model.json", "dataset": "train.uint16", "tokenizer": "tokenizer.json",
-              "save_dir": "run", "continue_from": "step_1"}  # fmt: skip
+              "save_dir": "run", "continue_from": "step_1", "init_from": "source"}  # fmt: skip
     words = " ".join(form.format(name, f"~/{value}") for name, value in values.items())
     resolved = parse_args([*words.split(), "--batch_size", "8"]).to_dict()
     assert {name: resolved[name] for name in values} == {n: str(tmp_path / value) for n, value in values.items()}
@@ -472,7 +613,8 @@ def test_a_tilde_is_expanded_in_every_flag_that_takes_a_path(
 @pytest.mark.parametrize(
     ("script", "words"),
     [(export, "{0}/a {0}/b --tokenizer={0}/c --model_config={0}/d"), (plot, "{0}/a --output={0}/b"),
-     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c")],
+     (report, "{0}/a --output={0}/b"), (evaluate, "{0}/a --dataset={0}/b --tokenizer={0}/c"),
+     (tokenize, "--dataset={0}/a --tokenizer={0}/b --output_dir={0}/c"), (generate, "{0}/a x --tokenizer={0}/b")],
 )  # fmt: skip
 def test_a_tilde_is_expanded_in_the_flags_of_scripts(
     script: ModuleType, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -485,3 +627,16 @@ def test_a_tilde_is_expanded_in_the_flags_of_scripts(
 
 if __name__ == "__main__":
     print(command_line(), end="")
+
+
+def test_the_readme_lists_every_flag() -> None:
+    text = (GOLDEN.parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (.*`.*) \|$", text.partition("| group | flags |")[2], re.MULTILINE))
+    for title, group in GROUPS.items():
+        listed = re.sub(r"\([^)]*\)\)?", "", rows[title.partition(" ")[0]])  # without the words in brackets
+        if title == "quantization":
+            listed = re.sub(r"`proj_\w+`", "", listed)  # which are of the subspace by their group
+        flags = {spec.name for spec in read_specs(group)}
+        assert set(re.findall(r"`(\w+)`", listed)) == flags - (
+            {"proj_quant", "proj_bits", "proj_group_size"} if title == "subspace" else set()
+        ), title

@@ -196,7 +196,7 @@ def test_what_is_written_is_read_as_the_same(tmp_path: Path, changes: dict[str, 
 def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.json: no such file"):
         LlamaConfig.from_json(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"a folder without config\.json"):
         LlamaConfig.from_json(tmp_path)
     (tmp_path / "broken.json").write_text('{"hidden_size": ')
     with pytest.raises(UserError, match=r"broken\.json: not JSON"):

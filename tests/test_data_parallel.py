@@ -130,7 +130,10 @@ def test_two_ranks_that_accumulate_are_one(small: SmallRun, case: str) -> None:
 
 def test_rows_of_unequal_length_weigh_the_same_on_two_ranks(small: SmallRun) -> None:
     flags = flags_of("adamw") | write_text(small.folder / "text") | {"num_training_steps": 4}
-    assert_close(small.run_on(2, "two", **flags), small.run("one", **flags), 5e-4)
+    two = small.run_on(2, "two", **flags)
+    assert_close(two, small.run("one", **flags), 5e-4)
+    (command,) = (two.save_dir / "command.txt").read_text().splitlines()  # of both ranks
+    assert "2 rank(s)" in command
 
 
 @pytest.mark.parametrize("case", ["adamw", "q_galore_adamw8bit_per_layer"])

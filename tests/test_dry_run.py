@@ -40,7 +40,8 @@ def test_prints_every_flag_with_its_resolved_value(small: SmallRun, capsys: pyte
     # Worked out, not given: 4 micro-batches of 2; 5 updates of 256 tokens reach 1100; the cap of the interval.
     assert shown["gradient_accumulation"] == "4" and shown["num_training_steps"] == "5"
     assert shown["max_update_proj_gap"] == "24"
-    assert "5 updates of 8 sequences of 32 tokens (256)" in text
+    assert "updates     5 of 256 tokens (8 sequences of 32 in 4 micro-batches), 1,280 in all" in text
+    assert "schedule    starts at its peak, falls (cosine) to 0.1 of it at update 5\n" in text
     assert "warning: --max_train_tokens replaces --num_training_steps" in text
 
 
@@ -48,7 +49,7 @@ def test_size_and_memory(small: SmallRun, capsys: pytest.CaptureFixture[str], ro
     config = root / "configs" / "llama_60m.json"
     text = dry_run(small, capsys, model_config=config, max_length=256)
     count = parameter_count(build_on_meta(config))
-    assert f"model: {count / 1e6:.1f} M parameters" in text
+    assert f"model       llama_60m, {count / 1e6:.1f} M parameters, 8 layers, width 512" in text
     # Float32 weights and two float32 moments.
     gigabytes = {
         line.rsplit(None, 2)[0].strip(): float(line.split()[-2]) for line in text.splitlines() if line.endswith(" GB")
@@ -102,8 +103,8 @@ def test_writes_nothing_and_needs_no_data(
     empty.mkdir()
     monkeypatch.chdir(empty)
     before = sorted(tmp_path.rglob("*"))
-    assert "model: " in dry_run(small, capsys, dataset="c4", save_dir=None)
-    assert "model: " in dry_run(small, capsys, save_dir=tmp_path / "new" / "folder")
+    assert "data        c4\ntokenizer   t5-base\n" in dry_run(small, capsys, dataset="c4", save_dir=None)
+    assert f"folder      {tmp_path / 'new'}" in dry_run(small, capsys, save_dir=tmp_path / "new" / "folder")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -130,7 +131,7 @@ def test_joins_no_process_group_and_is_printed_once(
         monkeypatch.setenv("RANK", rank)
         texts.append(dry_run(small, capsys, batch_size=4))
     assert not torch.distributed.is_initialized()
-    assert "on 2 rank(s)" in texts[0]
+    assert "device      2 x cpu" in texts[0]
     assert texts[1] == ""
 
 

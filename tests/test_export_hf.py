@@ -204,9 +204,9 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, script: ModuleType) -> No
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError, match="exists already"):
         script.export(checkpoint, tmp_path / "run", "bfloat16")
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or directory"):
         script.export(checkpoint, tmp_path / "out", "bfloat16", tmp_path / "absent")
-    with pytest.raises(UserError, match=r"^checkpoint .*step_00000001: .*no such directory"):
+    with pytest.raises(UserError, match=r"step_00000001: there is no such folder. Give a run's"):
         script.export(tmp_path / "run" / "step_00000001", tmp_path / "out", "bfloat16")
     wrong = {"model_config": str(tmp_path / "model.json"), "weight_bits": 8, "weight_group_size": 16}
     other = save_checkpoint(tmp_path / "run", 8, model.state_dict(), {}, wrong)
@@ -229,6 +229,7 @@ def test_of_a_run_the_newest_checkpoint_is_taken(tmp_path: Path, script: ModuleT
 def test_command_line(tmp_path: Path, root: Path) -> None:
     _, checkpoint = write_run(tmp_path)
     command = [sys.executable, str(root / "scripts" / "export_hf.py"), str(checkpoint), str(tmp_path / "out")]
+    command.append("--no-tokenizer")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]

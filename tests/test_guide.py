@@ -121,4 +121,4 @@ def test_a_run_goes_on_with_its_tokenizer_and_says_what_it_reads(
     write_texts(tmp_path / "text" / "a.jsonl", [*documents(120), *(f"other words {i} {i * i}" for i in range(300))])
     said = go_on(2)
     assert f"BPE of {ids} ids" in said and "as the run began with it" in said
-    assert "validation on 12 documents of it" in said and "a.jsonl (" in said
+    assert "validation  12 documents of it" in said and "a.jsonl (" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ RUNS = {  # flags of 7B: GB available, and what is advised
         "--optimizer q_galore_adamw8bit_per_layer --weight_quant --rank full --batch_size 16 --total_batch_size 512 "
         "--activation_checkpointing --grad_accum_dtype int8",
         17.0,
-        ["--rank 1024"],
+        ["--rank 1536"],
     ),
     "one micro-batch": (
         "--optimizer adamw --batch_size 64",
@@ -108,7 +109,7 @@ def test_a_shape_that_only_transformers_reads_has_no_plan(
     assert "planned" not in advice.out_of_memory(args, CUDA)
     assert run_pretrain.main([*flags.split(), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "--use_hf_model True" in printed and "memory: not planned" in printed
+    assert "--use_hf_model True" in printed and re.search("memory +not planned", printed)
 
 
 def test_a_run_without_memory_ends_with_a_sentence(

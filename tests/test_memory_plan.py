@@ -110,7 +110,7 @@ MODES = {
     "galore float32": "--optimizer galore_adamw --rank 24 --dtype float32",
     "galore 8bit": "--optimizer galore_adamw8bit --rank 48",
     "q-galore": Q_GALORE,
-    "q-galore 4": f"{Q_GALORE.replace(' --proj_quant', '')} --weight_bits 4 --weight_group_size 64",
+    "q-galore 4": f"{Q_GALORE} --no-proj_quant --weight_bits 4 --weight_group_size 64",
     "q-galore simulated": f"{Q_GALORE} --simulation",
     "products in INT8": f"{Q_GALORE} --int8_products",
     "8-bit projection": f"{Q_GALORE} --proj_bits 8 --proj_group_size 64",
@@ -119,7 +119,7 @@ MODES = {
     "residual": f"{Q_GALORE} --residual fira",
     **{kind: f"{Q_GALORE} --rank 25 --proj_type {kind}" for kind in ("reverse_std", "left", "right", "full")},
     "full rank": FULL_RANK,
-    "full rank, Adam, float": f"{FULL_RANK.replace(' --weight_quant', '')} --direction adam --recipe paper",
+    "full rank, Adam, float": f"{FULL_RANK} --no-weight_quant --direction adam --recipe paper",
     "full rank, sums in momenta": f"{FULL_RANK} --sum_in_momentum",
     "full rank, second moments of rows": f"{FULL_RANK} --full_rank_second_moment row",
     **{
@@ -358,7 +358,7 @@ def test_what_a_layer_holds_is_exact(tmp_path: Path) -> None:
         assert run.bases == size(basis for weight in weights for basis in weight.subspace.stored.cached.values()) > 0
     for other in ("--cuda_graphs off", "--int8_products"):
         assert PassingBytes(run_of(f"{flags} {other}", RAGGED)).weights == 0
-    for other in (f"{flags} --cuda_graphs off", flags.replace("--proj_quant", "")):
+    for other in (f"{flags} --cuda_graphs off", f"{flags} --no-proj_quant"):
         assert PassingBytes(run_of(other, RAGGED)).bases == 0
     for name, rank, holds in (("350m", 448, (True, True)), ("1b", 512, (False, True)), ("7b", 1024, (False, False))):
         run = PassingBytes(run_of(f"{STREAMING} --rank {rank} --batch_size 1", name))

@@ -1,11 +1,13 @@
 """metrics.jsonl is the truth: what is written is read back, survives crashes, and does not depend on wandb."""
 
 import builtins
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,16 @@ import pytest
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.reporting.jsonl import MetricsLogger, deterministic_metrics, memory_metrics, read_metrics
+from peft_pretraining.reporting.jsonl import MetricsLogger, deterministic_metrics, read_metrics
 from peft_pretraining.reporting.progress import Progress, describe, format_rate, format_seconds
-from peft_pretraining.reporting.throughput import ThroughputMeter, peak_flops, train_flops_per_token
+from peft_pretraining.reporting.throughput import (
+    ThroughputMeter,
+    memory_metrics,
+    peak_flops,
+    train_flops_per_token,
+)
 from peft_pretraining.reporting.wandb import has_login, resolve_mode
+from tests.small_run import SmallRun
 
 
 def make_logger(save_dir: Path, **options: Any) -> MetricsLogger:
@@ -176,26 +184,106 @@ def test_a_wandb_that_fails_later_is_one_warning(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.count("wandb could not log (RuntimeError: socket closed);") == 1
 
 
+class _OfflineRun:
+    """As much of a run of wandb as the mirror uses; keeps its lines in a file of a new folder."""
+
+    numbers = itertools.count()
+
+    def __init__(self, **options: Any) -> None:
+        folder = Path(options["dir"]) / "wandb" / f"offline-run-2026_{next(self.numbers)}-{options['id']}"
+        folder.mkdir(parents=True)
+        self.settings = Namespace(sync_dir=str(folder))
+        self.file = folder / "lines"
+        self.file.touch()
+
+    def define_metric(self, *_: str, **options: str) -> None:
+        pass
+
+    def log(self, line: dict[str, float]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+
+@pytest.fixture
+def offline_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Namespace(Settings=Namespace, init=_OfflineRun))  # type: ignore[arg-type]
+
+
+def recorded_offline(save_dir: Path) -> list[dict[str, Any]]:
+    """The lines in the only folder of wandb."""
+    (file,) = (save_dir / "wandb").glob("offline-run-*/lines")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_resumed_offline_run_has_each_update_once_in_one_folder(
+    tmp_path: Path, offline_wandb: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = None
+    for first, last in ((1, 7), (5, 9), (10, 12)):  # as if killed after 7 updates and resumed after 4
+        logger = make_logger(tmp_path, wandb_mode="offline", run_id=run_id, start_update=first - 1)
+        run_id = logger.run_id
+        for step in range(first, last + 1):
+            logger.log_metrics(step, {"train/loss": 1 / step})
+        logger.close()
+        assert recorded_offline(tmp_path) == read_metrics(tmp_path)
+        assert [line["update_step"] for line in recorded_offline(tmp_path)] == [*range(1, last + 1)]
+    (folder,) = (tmp_path / "wandb").iterdir()
+    assert folder.name.endswith(f"-{run_id}")
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"wandb recorded offline; upload the run with: wandb sync {folder}" and len(said) == 3
+
+
+def test_earlier_folders_stay_if_the_new_one_is_not_whole(
+    tmp_path: Path, offline_wandb: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = make_logger(tmp_path, wandb_mode="offline", start_update=0)
+    logger.log_metrics(1, {"train/loss": 1.0})
+    logger.close()
+    monkeypatch.setattr(_OfflineRun, "log", _FailingRun.log)
+    make_logger(tmp_path, wandb_mode="offline", run_id=logger.run_id, start_update=1).close()
+    assert sorted(file.read_text().count("\n") for file in tmp_path.glob("wandb/*/lines")) == [0, 1]
+
+
+def test_an_offline_run_that_goes_on_elsewhere_is_another_run(tmp_path: Path, offline_wandb: None) -> None:
+    """Without the metrics before it, its upload would replace the run that it came from by its end."""
+    logger = make_logger(tmp_path / "elsewhere", wandb_mode="offline", run_id="abcd1234", start_update=100)
+    assert logger.run_id not in (None, "abcd1234")
+    logger.close()
+
+
+def test_no_upload_is_advised_where_nothing_is_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_logger(tmp_path, wandb_mode="off").close()
+    assert "wandb" not in capsys.readouterr().err
+
+
 WANDB_PROGRAM = """
 import sys
+from argparse import Namespace
 from pathlib import Path
 from peft_pretraining.reporting.jsonl import MetricsLogger
-directory, mode, *run_id = sys.argv[1:]
+directory, mode, first, last, *run_id = sys.argv[1:]
 logger = MetricsLogger(
-    Path(directory), {"lr": 0.1}, wandb_mode=mode, run_id=(run_id or [None])[0], total_updates=2, show_progress=False
+    Path(directory), {"lr": 0.1}, wandb_mode=mode, run_id=(run_id or [None])[0], total_updates=9, show_progress=False,
+    start_update=int(first) - 1,
 )
-logger.log_metrics(1, {"train/loss": 1.0})
+for step in range(int(first), int(last) + 1):
+    logger.log_metrics(step, {"train/loss": 1.0})
 logger.close()
 print(logger.run_id)
 """
 
 
-def run_with_wandb(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Log one update in a process of its own, since wandb leaves a service and exit handlers behind."""
+def run_with_wandb(
+    tmp_path: Path, mode: str, *run_id: str, first: int = 1, last: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Log some updates in a process of its own, since wandb leaves a service and exit handlers behind."""
     pytest.importorskip("wandb")
     folders = {"WANDB_CACHE_DIR": str(tmp_path / "cache"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}
     return subprocess.run(
-        [sys.executable, "-c", WANDB_PROGRAM, str(tmp_path / "run"), *arguments],
+        [sys.executable, "-c", WANDB_PROGRAM, str(tmp_path / "run"), mode, str(first), str(last), *run_id],
         capture_output=True,
         text=True,
         env={**os.environ, **folders, **environment},
@@ -219,18 +307,110 @@ def test_wandb_without_a_server_records_offline(tmp_path: Path) -> None:
     assert file.stat().st_size > 500
 
 
+def updates_in(path: Path) -> list[int]:
+    """The updates in a file of wandb: a header of 7 bytes, then blocks of 32 KiB of framed records, as in LevelDB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, updates = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole of a record, or its last part
+            record, whole = Record.FromString(whole), b""
+            items = {(item.key or item.nested_key[0]): item.value_json for item in record.history.item}
+            updates += [int(items["update_step"])] if "update_step" in items else []
+    return updates
+
+
 @pytest.mark.slow
 def test_wandb_offline_writes_a_run_and_keeps_its_id(tmp_path: Path) -> None:
-    first = run_with_wandb(tmp_path, "offline")
+    first = run_with_wandb(tmp_path, "offline", last=7)
     run_id = first.stdout.split()[-1]
     assert "warning" not in first.stderr
-    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert run_with_wandb(tmp_path, "offline", run_id).stdout.split()[-1] == run_id
+    (file,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
+    assert updates_in(file) == [*range(1, 8)]
+    # As if it had been killed after 7 updates, with a checkpoint after 4.
+    second = run_with_wandb(tmp_path, "offline", run_id, first=5, last=9)
+    assert second.stdout.split()[-1] == run_id
+    (file,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
+    assert updates_in(file) == [*range(1, 10)]
+    assert f"upload the run with: wandb sync {file.parent}\n" in second.stderr
 
 
 def test_run_id_is_kept_while_wandb_is_off(tmp_path: Path) -> None:
     assert make_logger(tmp_path, wandb_mode="off").run_id is None
     assert make_logger(tmp_path, wandb_mode="off", run_id="abc").run_id == "abc"
+
+
+# TensorBoard
+
+
+def scalars_in(save_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by the name of a metric, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(save_dir / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()[SCALARS]}
+
+
+def test_tensorboard_has_the_metrics_of_each_update_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for first, last in ((1, 7), (5, 9), (10, 11)):  # as if killed after 7 updates and resumed after 4
+        logger = make_logger(tmp_path, tensorboard=True, start_update=first - 1)
+        for step in range(first, last + 1):
+            logger.log_metrics(step, {"train/loss": first + step, "train/lr": math.nan if step == 2 else 0.5})
+            if step % 3 == 0:
+                logger.log_metrics(step, {"eval/loss": 0.25 * step})
+        logger.sync()
+        assert scalars_in(tmp_path).keys() == {"train/loss", "train/lr", "eval/loss"}, "what is synced can be read"
+        logger.close()
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for line in read_metrics(tmp_path):
+        for name, value in line.items():
+            if name != "update_step":
+                expected.setdefault(name, []).append((line["update_step"], math.nan if value is None else value))
+    found = scalars_in(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, points in expected.items():
+        assert [step for step, _ in found[name]] == [step for step, _ in points]
+        assert [value for _, value in found[name]] == pytest.approx([value for _, value in points], nan_ok=True)
+    assert [step for step, _ in found["train/loss"]] == [*range(1, 12)]
+
+
+def test_a_tensorboard_that_fails_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    logger = make_logger(tmp_path, tensorboard=True)
+    for step in (1, 2, 3):
+        logger.log_metrics(step, {"train/loss": 1.0})
+    logger.close()
+    assert len(read_metrics(tmp_path)) == 3
+    assert capsys.readouterr().err.count("warning: TensorBoard could not start (ModuleNotFoundError: ") == 1
+
+
+def test_the_mirrors_of_a_resumed_run_have_what_metrics_jsonl_has(
+    tmp_path: Path, offline_wandb: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    small = SmallRun(tmp_path)
+    flags: dict[str, object] = {"unset_wandb": None, "wandb_mode": "offline", "tensorboard": True, "eval_every": 3}
+    path = small.run("run", **flags, num_training_steps=6, save_every=2).save_dir
+    small.run("run", **flags, num_training_steps=8, continue_from=path / "step_00000004")
+    lines = read_metrics(path)
+    assert [line["update_step"] for line in lines if "train/loss" in line] == [*range(1, 9)]
+    assert recorded_offline(path) == lines
+    scalars = scalars_in(path)
+    assert scalars.keys() == {name for line in lines for name in line} - {"update_step"}
+    for name, points in scalars.items():
+        pairs = [(line["update_step"], line[name]) for line in lines if name in line]
+        assert [step for step, _ in points] == [step for step, _ in pairs]
+        assert [value for _, value in points] == pytest.approx([value for _, value in pairs])
+    assert "upload the run with: wandb sync" in capsys.readouterr().err.splitlines()[-1]
 
 
 # What a person sees

@@ -198,7 +198,7 @@ def test_the_default_recipe_takes_its_rank_from_another_family(small: SmallRun) 
 def test_dry_run_of_another_family(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert small.main("run", dry_run=True, **flags_of("q_galore_adamw8bit_per_layer")) == 0
     text = capsys.readouterr().out
-    assert "M parameters, 2 layers, width 64" in text and "Planned memory of one rank" in text
+    assert "parameters, 2 layers, width 64" in text and "Planned memory of one rank" in text
     model = build_on_meta(small.config)
     args = parse_args(small.argv("run", {"optimizer": "adamw", "device": "cuda", "compile": "on"}))
     config = registry.read_config(small.config)

@@ -73,6 +73,38 @@ def test_names_of_before_are_an_uninterrupted_run(tmp_path: Path, run: str) -> N
     assert_same_run(whole, small.run("parts", **flags_of_run(run), continue_from="auto"))
 
 
+# Command lines of q_galore runs from before the optimizer's name meant quantized weights and projections, and what was
+# the default for what they leave out.
+SILENT: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "float weights": ({}, {"weight_quant": False, "stochastic_round": False, "proj_quant": False}),
+    "nearest": ({"weight_quant": True, "proj_quant": True}, {"stochastic_round": False}),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_a_run_goes_on_with_what_its_command_left_out(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command has the same bits, from a checkpoint by its path, too; a flag that is given is taken."""
+    given, defaults = SILENT[case]
+    silent = FLAGS | {"weight_quant": None, "stochastic_round": None, "proj_quant": None} | given
+    small = small_run(tmp_path)
+    whole = small.run("whole", **silent | defaults)
+    (path,) = small.stop("parts", 3, **silent | defaults).checkpoints
+    small.copy("parts", "by_path")
+    capsys.readouterr()
+    assert_same_run(whole, small.run("parts", **silent, continue_from="auto"))
+    said = " ".join(f"--no-{name}" for name in defaults)
+    assert f"{said}, as in the checkpoint: the command line says nothing of it" in capsys.readouterr().err
+    assert_same_run(whole, small.run("by_path", **silent, continue_from=small.folder / "by_path" / path.name))
+    longer = silent | {"num_training_steps": 7, "continue_from": "auto"}
+    assert small.main("parts", dry_run=True, **longer) == 0
+    assert "--stochastic_round False" in capsys.readouterr().out
+    if case == "float weights":
+        assert small.main("parts", **longer | {"weight_quant": True}) == 2
+        assert "weight_quant is True here and False there" in capsys.readouterr().err
+
+
 @every_run
 def test_it_is_exported_as_floats(tmp_path: Path, run: str, script: ModuleType) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

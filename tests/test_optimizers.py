@@ -159,9 +159,10 @@ def test_the_flags_of_the_subspace_arrive(small: SmallRun) -> None:
 
 def test_projections_are_quantized_only_where_asked(small: SmallRun) -> None:
     for name in ("galore_adamw", "q_galore_adamw8bit"):
-        for asked in (True, None):
+        for asked in (True, False, None):
             _, optimizer = build(small, **flags_of(name) | {"proj_quant": asked})
-            assert optimizer.param_groups[1]["proj_quant"] is bool(asked)
+            # The name of a q_galore optimizer asks for it.
+            assert optimizer.param_groups[1]["proj_quant"] is (name[0] == "q" if asked is None else asked)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

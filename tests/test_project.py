@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.errors import missing_package
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("qgalore", "peft_pretraining")
 FILES = sorted(str(path.relative_to(ROOT)) for library in LIBRARIES for path in (ROOT / library).rglob("*.py"))
@@ -35,6 +37,8 @@ def packages(names: set[str]) -> set[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_dependencies_run_one_way(name: str) -> None:
     forbidden = {"run_pretrain", "tests", "benchmarks", "scripts"}
+    if name == "peft_pretraining/commands/pretrain.py":
+        forbidden.remove("run_pretrain")
     if name.startswith("qgalore"):
         forbidden |= {"peft_pretraining", "datasets", "wandb", "argparse", "tqdm", "tokenizers", "numpy"}
     if name.startswith("qgalore/kernels"):
@@ -53,7 +57,7 @@ def test_the_library_needs_torch_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
-    lazy = {"accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib"}
+    lazy = {"accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib", "tensorboard"}
     assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
 
 
@@ -93,8 +97,8 @@ ROOMS = [
     "peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config",
     "peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build", "peft_pretraining.evaluation",
     "peft_pretraining.averaging", "peft_pretraining.speed",
-    "peft_pretraining.memory", "peft_pretraining.dry_run", "peft_pretraining.checkpoint",
-    "peft_pretraining.reporting", "peft_pretraining", "run_pretrain",
+    "peft_pretraining.memory", "peft_pretraining.run_summary", "peft_pretraining.dry_run",
+    "peft_pretraining.checkpoint", "peft_pretraining.reporting", "peft_pretraining", "run_pretrain",
     "peft_pretraining.commands", "peft_pretraining.__main__",
 ]  # fmt: skip
 """A room may import those that come before it in its library, and never one that comes after it."""
@@ -223,6 +227,25 @@ def project() -> dict[str, object]:
 
 def test_the_package_needs_torch_alone() -> None:
     assert project()["dependencies"] == ["torch>=2.11"]
+
+
+def test_the_packages_of_experiments_are_those_of_the_extras() -> None:
+    """exp_requirements.txt is a path of the official repository; pyproject.toml decides."""
+    extras = project()["optional-dependencies"]
+    assert isinstance(extras, dict)
+    listed = (ROOT / "exp_requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in listed if not line.startswith("#")] == ["torch>=2.11", *extras["train"], *extras["plot"]]
+
+
+def test_a_missing_package_is_advice_to_install_its_extra() -> None:
+    extras = project()["optional-dependencies"]
+    assert isinstance(extras, dict)
+    for extra in ("train", "plot"):
+        for requirement in extras[extra]:
+            package = re.split("[>=]", requirement)[0]
+            text = missing_package(ModuleNotFoundError(name=f"{package}.inner"))
+            assert text == f"needs the package {package}, which is not installed: pip install 'qgalore[{extra}]'"
+    assert missing_package(ModuleNotFoundError(name="peft_pretraining.gone")) is None
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -78,7 +78,12 @@ def test_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", quality.SETTINGS)
 def test_every_setting_parses(name: str, tmp_path: Path) -> None:
     args = quality.build_parser().parse_args(["--tokens", token_folder(tmp_path / "bench", 0)])
-    parse_args([*quality.flags_of_run(name, 0, args), "--save_dir", str(tmp_path / "run")])
+    run = parse_args([*quality.flags_of_run(name, 0, args), "--save_dir", str(tmp_path / "run")])
+    # As in the rows that were measured, whatever an optimizer's name has come to mean.
+    quantized = run.optimizer.is_q_galore and not name.endswith("_float")
+    assert run.quantization.weight_quant == quantized
+    assert run.quantization.stochastic_round == (quantized and not name.endswith("_nearest"))
+    assert run.subspace.proj_quant == (quantized and run.subspace.projects)
 
 
 def test_the_runs_that_are_open_parse(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace as Namespace
 
 import pytest
+import torch
 
 from peft_pretraining.config.flag_groups import OptimizerArgs, SubspaceArgs
 from peft_pretraining.config.flags import read_specs
@@ -18,6 +19,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.dry_run import describe
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.reporter import RunMetrics
+from peft_pretraining.run_summary import summary_lines
 from tests.small_run import ROOT
 
 Q_GALORE = "--optimizer q_galore_adamw8bit"
@@ -106,14 +108,29 @@ def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> No
     assert describe(args).startswith(note) and args.warnings == ()
     said: list[str] = []
     metrics = object.__new__(RunMetrics)
-    vars(metrics).update(_args=args, _parameters=1e6, _world=Namespace(world_size=1), _device="cpu", _first=0)
+    vars(metrics).update(_args=args, _parameters=None, _first=0)
+    vars(metrics).update(_world=Namespace(world_size=1, is_main=True), _device=torch.device("cpu"))
     metrics.log = said.append
-    metrics.announce(["the data"])
-    assert said == ["1.0 M parameters on 1 x cpu", *([note] if says else []), "the data"]
+    metrics.announce()
+    assert said == [*summary_lines(args, "1 x cpu"), *([note] if says else [])]
     if says:
         assert args.optimizer.recipe == "paper"
         advised = re.sub(r"--proj_type full|--svd_method randomized", "", flags)
         assert parse(f"{advised} --recipe orthogonal").notes == ()
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "wsd"])
+def test_what_a_longer_run_would_change_is_said_with_the_flags_that_keep_it(scheduler: str) -> None:
+    """The recipe follows the length of the run; with the flags of the note a run of any length has the same values."""
+    short = parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 5000")
+    (note,) = short.notes
+    flags = note.removeprefix("recipe orthogonal derives ").partition(" from the length")[0]
+    assert re.findall(r"--(\w+)", flags) == ["full_rank_lr", "weight_decay", "full_rank_weight_decay"]
+    longer = parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 20000 {flags}")
+    assert longer.optimizer == short.optimizer and longer.notes == ()
+    assert parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 20000").optimizer != short.optimizer
+    assert parse(f"{Q_GALORE} --scheduler {scheduler} --recipe paper").notes == ()
+    assert parse(f"--optimizer adamw --scheduler {scheduler} --recipe orthogonal").notes == ()
 
 
 def test_official_defaults_are_those_of_the_flags() -> None:

@@ -13,7 +13,9 @@ import pytest
 
 import run_pretrain
 from peft_pretraining.checkpoint import run_state
+from peft_pretraining.checkpoint.recorded_flags import changed_flags, differing_keys
 from peft_pretraining.checkpoint.store import save_checkpoint
+from peft_pretraining.config.parse import parse_args
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from tests.file_opens import counted_opens
 from tests.small_run import (
@@ -322,6 +324,43 @@ def test_a_resumed_run_says_what_is_done(small: SmallRun, capsys: pytest.Capture
         assert f"2 of {updates} updates are made already" in capsys.readouterr().err
 
 
+def test_a_resumed_run_says_which_flags_are_others(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that are only places, or about reporting, too."""
+    flags: dict[str, object] = {"num_training_steps": 2}
+    small.run("run", **flags)
+    capsys.readouterr()
+    small.run("run", **flags, continue_from="auto")
+    assert "changed" not in capsys.readouterr().err
+    small.copy("run", "moved")
+    small.folder.joinpath("moved.json").write_text(small.config.read_text())
+    others = {"lr": 0.5, "full_rank_lr": 0.25, "project": "b", "workers": 1, "activation_checkpointing": True}
+    small.run("moved", **flags | others, model_config=small.folder / "moved.json", continue_from="auto")
+    changed = (
+        f"changed since the checkpoint: --model_config {small.config} -> {small.folder / 'moved.json'}, "
+        "--activation_checkpointing off -> on, --workers 0 -> 1, --lr 0.0001 -> 0.5, --full_rank_lr default -> 0.25, "
+        f"--save_dir {small.folder / 'run'} -> {small.folder / 'moved'}, --project test -> b\n"
+    )
+    assert changed in capsys.readouterr().err
+
+
+def test_what_an_older_version_has_not_recorded_was_its_default(small: SmallRun) -> None:
+    args = parse_args(small.argv("run", {"log_every": 3}))
+    older = {name: value for name, value in args.to_dict().items() if name not in ("log_every", "keep_checkpoints")}
+    assert changed_flags(args, older) == ["--log_every 1 -> 3"]
+
+
+def test_the_keys_by_which_models_differ() -> None:
+    there = {"width": 512, "rope": {"factor": 2, "type": "linear"}, "names": ["a" * 50], "old": None, "same": [1]}
+    here = {"width": 768, "rope": {"factor": 8, "type": "linear"}, "names": ["b" * 50], "same": [1]}
+    quoted = '["' + "{}" * 35 + "..."
+    assert list(differing_keys(there, here)) == [
+        f"names {quoted.format(*'a' * 35)} there, {quoted.format(*'b' * 35)} here",
+        "old null there, absent here",
+        "rope.factor 2 there, 8 here",
+        "width 512 there, 768 here",
+    ]
+
+
 def test_a_new_run_does_not_destroy_the_one_in_its_folder(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     first = small.run("run", num_training_steps=4, save_every=2)
     before = files(first.save_dir)
@@ -384,6 +423,51 @@ def test_the_rate_that_is_logged_is_the_one_in_use(small: SmallRun) -> None:
     resumed = small.run("run", **flags | {"lr": 1e-30}, continue_from="auto")
     assert max(line["train/lr"] for line in resumed.train_lines[2:]) <= 1e-30
     assert_same_bits(resumed.weights(), before)
+
+
+# ---- a longer run than was planned
+
+# Without the three, which the recipe takes from the length of the run, embeddings, head and decay would differ.
+OF_ANY_LENGTH = Q_GALORE_PER_LAYER | RECIPE | {"full_rank_lr": 0.02, "weight_decay": 0.2, "full_rank_weight_decay": 0.1}
+EXTENDED: dict[str, dict[str, object]] = {
+    "adamw": flags_of("adamw") | {"scheduler": "wsd", "decay_steps": 3, "weight_decay": 0.1},
+    "recipe": OF_ANY_LENGTH | {"scheduler": "wsd", "decay_steps": 0.25, "decay_shape": "linear"},
+    "averaged": flags_of("adamw") | {"scheduler": "wsd", "decay_steps": 2, "average_last": 0.25},
+}
+
+
+@pytest.mark.parametrize("mode", EXTENDED)
+def test_a_run_stopped_in_its_stable_phase_goes_on_as_if_planned_longer(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    flags = EXTENDED[mode] | {"warmup_steps": 2}
+    whole = small.run("whole", **flags, num_training_steps=12)
+    small.stop("parts", 4, **flags, num_training_steps=8)
+    resumed = small.run("parts", **flags, num_training_steps=12, continue_from="auto")
+    assert_same_run(whole, resumed)
+    rates = [line["train/lr"] for line in whole.train_lines]
+    assert len({*rates[2:8]}) == 1 and rates[-1] < rates[2], "the stable phase and the decay are in the test"
+    assert "the learning rate goes on at" not in capsys.readouterr().err
+
+
+def test_a_finished_run_at_a_constant_rate_goes_on_as_if_planned_longer(small: SmallRun) -> None:
+    flags = flags_of("galore_adamw8bit") | {"scheduler": "constant", "eval_every": 6, "warmup_steps": 3}
+    whole = small.run("whole", **flags, num_training_steps=12)
+    small.run("parts", **flags, num_training_steps=6)
+    assert_same_run(whole, small.run("parts", **flags, num_training_steps=12, continue_from="auto"))
+
+
+def test_a_run_continued_in_its_decay_says_that_the_rate_rises(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, object] = {"scheduler": "wsd", "decay_steps": 4}
+    small.stop("run", 6, **flags, num_training_steps=8)
+    small.run("run", **flags, num_training_steps=12, continue_from="auto")
+    said = [line for line in capsys.readouterr().err.splitlines() if "learning rate goes on at" in line]
+    assert said == [
+        "the learning rate goes on at 1 of its peak, and the schedule of the checkpoint had 0.364 for update 6: it had "
+        "begun to decay after update 4; a checkpoint from before goes on exactly"
+    ]
 
 
 # ---- refusals
@@ -464,7 +548,11 @@ def test_another_model_or_data_set_is_refused(small: SmallRun, capsys: pytest.Ca
     other = small.folder / "other.json"
     other.write_text(json.dumps(CONFIG | {"intermediate_size": 96}))
     message = refusal(small, capsys, **flags, model_config=other)
-    assert "--continue_from" in message and "step_00000001" in message
+    assert message.endswith(
+        "step_00000001 is of another run: intermediate_size 128 there, 96 here. Give the flags of that run or another "
+        "checkpoint."
+    )
+    assert "--continue_from" in message
     (small.data / "train.uint16").write_bytes(token_stream(40_000, seed=9).tobytes())
     assert "--dataset" in refusal(small, capsys, **flags)
 

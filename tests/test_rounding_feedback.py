@@ -210,7 +210,10 @@ ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galor
             "--weight_quant --rank full --mlp_rank 64",
             "--rounding_feedback 0.5 needs a momentum of the weight's shape, and --mlp_rank 64 is of a projected one",
         ),
-        ("--rank full", "--rounding_feedback 0.5 is about quantized weights: add --weight_quant or leave it out"),
+        (
+            "--rank full --no-weight_quant",
+            "--rounding_feedback 0.5 is about quantized weights: leave it or --no-weight_quant out",
+        ),
         *(
             (
                 f"--weight_quant --rank full --direction {direction}",

@@ -98,7 +98,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "int8_products_bfloat16": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "hf_int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"use_hf_model": True},
     "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": None},
-    "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": None, "stochastic_round": None},
+    "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": False, "stochastic_round": None},
     "int8_projections": Q_GALORE_PER_LAYER | {"proj_bits": 8},
     "full": GALORE | {"proj_type": "full"},
     "left": GALORE | {"proj_type": "left"},
@@ -472,7 +472,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(
 ) -> None:
     # Weights of 1e30 after the first update, whose squares overflow.
     flags = flags_of(optimizer) | {"lr": 1e30, "max_skipped_updates": 2, "save_every": 1, "keep_checkpoints": 0}
-    flags |= {"num_training_steps": 9, "weight_quant": None, "stochastic_round": None}
+    flags |= {"num_training_steps": 9, "weight_quant": False, "stochastic_round": None}
     message = refusal(small, capsys, **flags)
     assert "--max_skipped_updates 2: 3 updates in a row" in message
     result = small.result("run")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +15,16 @@ import pytest
 
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.errors import UserError
 from tests.small_run import TORCHRUN, SmallRun
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(
     str(path.relative_to(ROOT))
     for folder in ("pretrain_c4", "single_gpu")
-    for path in (ROOT / "scripts" / folder).glob("*.sh")
+    for path in (ROOT / "scripts" / folder).rglob("*.sh")
 )
+SIZES = ("60m", "130m", "350m", "1b", "7b")
 METHODS = [
     "q_galore",
     "q_galore_simulation",
@@ -70,7 +74,7 @@ def _in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_a_recipe_for_every_row_of_the_paper() -> None:
     names = {Path(script).stem for script in RECIPES}
-    assert names == {f"llama_{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {"llama_7b_galore"}
+    assert names == {f"llama_{size}" for size in SIZES} | {"llama_7b_galore"}
 
 
 @pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh")))
@@ -122,6 +126,14 @@ def test_the_recipe_is_said(method: str, stub: str) -> None:
     assert one_gpu.subspace.rank == 1024, "sums over micro-batches of a higher rank do not fit"
 
 
+@pytest.mark.parametrize("script", ["scripts/pretrain_c4/llama_60m.sh", "scripts/quickstart.sh"])
+def test_full_rank_behind_the_default_recipe(script: str, stub: str) -> None:
+    """Nothing that a script gives is about projections, which there are none of then."""
+    method = ["--dry_run"] if "quickstart" in script else ["q_galore_orthogonal"]
+    args = parsed(script, *method, "--rank", "full", launcher=stub)
+    assert args.quantization.weight_quant and not args.subspace.projects and not args.subspace.proj_quant
+
+
 # arXiv 2407.08296: lr, rank, interval, updates, micro-batch, GPUs.
 PAPER = {
     "pretrain_c4/llama_60m": (0.015, 128, 200, 10_000, 256, 1),
@@ -170,6 +182,34 @@ def test_galore_counterpart_shares_the_recipe(stub: str) -> None:
     args = parsed("scripts/single_gpu/llama_7b_galore.sh", launcher=stub)
     assert args == parsed("scripts/single_gpu/llama_7b.sh", "galore8bit", launcher=stub)
     assert args.optimizer.optimizer == "galore_adamw8bit_per_layer"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_simulation_is_the_recipe_with_fake_quantization(size: str, stub: str) -> None:
+    script = f"scripts/pretrain_c4/simulation/llama_{size}.sh"
+    args = parsed(script, "--lr", "0.5", launcher=stub, METHOD="adamw")
+    assert args == parsed(f"scripts/pretrain_c4/llama_{size}.sh", "q_galore_simulation", "--lr", "0.5", launcher=stub)
+    assert args.quantization.weight_format.simulate and args.quantization.weight_format.bits == 8
+    assert args.subspace.proj_quant and args.optimizer.lr == 0.5
+    with pytest.raises(UserError, match="'adamw' belongs to no flag"):
+        parsed(script, "adamw", launcher=stub)
+
+
+def test_an_installed_recipe_runs_where_it_is_called(tmp_path: Path) -> None:
+    """A wheel has configs/ and scripts/ beside each other, and no run_pretrain.py there."""
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / "package" / name)
+    script = tmp_path / "package/scripts/pretrain_c4/simulation/llama_60m.sh"
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text("import json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n", encoding="utf-8")
+    done = run_script(str(script), "--dry_run", launcher=f"{sys.executable} -S {launcher}")
+    assert done.returncode == 0, done.stderr
+    folder, *program_and_flags = json.loads(done.stdout.splitlines()[-1])
+    assert folder == "/", "the folder that run_script calls it in"
+    assert program_and_flags[:3] == ["-m", "peft_pretraining", "pretrain"]
+    args = parse_args(program_and_flags[3:])
+    assert args.model.model_config == str(tmp_path / "package/configs/llama_60m.json")
+    assert args.checkpoint.save_dir == "checkpoints/llama_60m-q_galore_simulation"
 
 
 def test_torchrun_gets_the_processes(tmp_path: Path) -> None:
@@ -295,42 +335,12 @@ def test_old_python_is_refused_with_a_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def write_metrics(save_dir: Path, with_subspaces: bool) -> None:
-    with (save_dir / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for step in range(1, 31):
-            line = {"update_step": step, "train/loss": 9.0 / step, "train/lr": 0.01 * step}
-            if with_subspaces and step % 5 == 0:
-                line |= {f"subspace/similarity/model.layers.{layer}.mlp.up_proj": step / 30 for layer in range(3)}
-            file.write(json.dumps(line) + "\n")
-        file.write(json.dumps({"update_step": 30, "eval/loss": 2.0}) + "\n")
-
-
-@pytest.mark.parametrize("with_subspaces", [True, False])
-def test_plot_draws_a_png(tmp_path: Path, with_subspaces: bool) -> None:
+def test_plot_run_draws_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    from peft_pretraining.commands.plot import main
-
-    write_metrics(tmp_path, with_subspaces)
-    assert main([str(tmp_path)]) == 0
-    picture = (tmp_path / "curves.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-
-
-def test_plot_of_nothing_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from peft_pretraining.commands.plot import main
-
-    assert main([str(tmp_path)]) == 2
-    assert "must be the --save_dir of a run" in capsys.readouterr().err
-
-
-def test_similarity_map_averages_over_bins() -> None:
-    pytest.importorskip("matplotlib")
-    from peft_pretraining.commands.plot import COLUMNS, similarity_map
-
-    name = "subspace/similarity/a"
-    lines = [{"update_step": step, name: step / 600} for step in range(0, 600, 5)]
-    table = similarity_map([*lines, {"update_step": 599}], ["a", "b"])
-    assert table.shape == (2, COLUMNS)
-    assert table[0, 0] == pytest.approx((0 + 5) / 2 / 600)
-    assert (table[1] != table[1]).all()  # nan where nothing was refreshed
+    lines = [{"update_step": step, "train/loss": 9.0 / step, "train/lr": 0.01} for step in range(1, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "plot_run.py"), run_name="__main__")
+    assert ended.value.code == 0 and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

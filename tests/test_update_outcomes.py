@@ -99,3 +99,4 @@ def test_an_update_with_a_late_overflow_sends_a_run_back_whatever_its_logger_doe
     said = capsys.readouterr().err
     assert "update 4: a gradient further down was not finite" in said
     assert "2 of 5 updates are made already" in said
+    assert len((small.folder / "run" / "command.txt").read_text().splitlines()) == 1, "it was one start"

@@ -94,6 +94,13 @@ def check_hashes(manifest: Manifest, contents: Mapping[str, mmap.mmap]) -> None:
             raise DamagedError(f"{name} is damaged, its SHA-256 differs: take an older checkpoint")
 
 
+def check_hash(folder: Path, manifest: Manifest, name: str) -> None:
+    """Check the SHA-256 of one file, of which no more than a block is in memory; raises DamagedError or OSError."""
+    with (folder / name).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.files[name][1]:
+            raise DamagedError(f"{name} is damaged, its SHA-256 differs: take an older checkpoint")
+
+
 def _encode(body: dict[str, Any]) -> bytes:
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode() + b"\n"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.averaging import WeightAverage
+from peft_pretraining.checkpoint.initial_weights import load_initial_weights
+from peft_pretraining.checkpoint.recorded_flags import changed_flags
 from peft_pretraining.checkpoint.store import (
     Checkpoint,
     check_compatible,
@@ -18,11 +20,13 @@ from peft_pretraining.checkpoint.store import (
     save_checkpoint,
     set_aside_later,
 )
+from peft_pretraining.config.flag_groups import ScheduleArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.train_loader import TrainLoader, merge_states
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.network import CausalLM
+from peft_pretraining.optim.lr_schedule import describe_change
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 
@@ -52,6 +56,8 @@ class Position:
     skipped_in_a_row: int = 0
     """How many of the latest consecutive updates were skipped."""
     wandb_run_id: str | None = None
+    initial_weights: str = ""
+    """What `--init_from` named when the run began, in words; "" for random weights."""
 
 
 class RunCheckpoints:
@@ -68,14 +74,24 @@ class RunCheckpoints:
     ) -> None:
         """Take the objects whose state goes into checkpoints."""
         self.save_dir = Path(args.checkpoint.save_dir)
+        self.notices: list[str] = []
+        """Sentences for the run's log about what `restore` found."""
+        self.changed_flags: list[str] = []
+        """What a resumed run's command changes of the flags that its checkpoint has recorded, in words."""
         self._args, self._world = args, world
         self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
+        self._model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
 
     def restore(self) -> Position:
-        """Load the checkpoint of `--continue_from`, if any. Raises UserError if it is of another run."""
+        """Load the checkpoint of `--continue_from`, if any, else the weights of `--init_from`, if any.
+
+        Raises UserError if the checkpoint is of another run, or the weights of another model.
+        """
         checkpoint = choose_checkpoint(self._args.checkpoint.continue_from, self.save_dir, self._world)
         if checkpoint is None:
-            return Position()
+            if not self._args.model.init_from:
+                return Position()
+            return Position(initial_weights=load_initial_weights(self._args.model, self._model, self._world))
         described = self._describe()
         checkpoint = replace(checkpoint, state=_OLD_VALUES | checkpoint.state)
         check_compatible(checkpoint, {name: described[name] for name in _FIXED})
@@ -83,14 +99,21 @@ class RunCheckpoints:
         self._model.load_state_dict(checkpoint.model_tensors)
         self._optimizer.load_state_dict(self._with_todays_options(checkpoint.optimizer_state))
         self._loader.load_state_dict(checkpoint.state["data"])
+        if self._optimizer.loss_scale is not None:
+            self._optimizer.loss_scale.load_state_dict(checkpoint.state.get("loss_scale_state", {}))
         self._average.load_state_dict(checkpoint.state.get("average"), checkpoint.update_step, checkpoint.path)
         names = ("tokens", "skipped_in_a_row", "wandb_run_id")
+        self.changed_flags = changed_flags(self._args, checkpoint.state)
         position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
+        position.initial_weights = checkpoint.state.get("initial_weights", "")
         if position.update_step > self._args.schedule.num_training_steps:
             raise UserError(
                 f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
                 f"{position.update_step} updates already; give at least that many, or an older checkpoint"
             )
+        before = {name: checkpoint.state[name] for name in vars(self._args.schedule) if name in checkpoint.state}
+        changed = describe_change(self._args.schedule, ScheduleArgs(**before), position.update_step)
+        self.notices += [changed] if changed else []
         take_over(checkpoint, self.save_dir, self._world)
         return position
 
@@ -114,6 +137,8 @@ class RunCheckpoints:
         """
         state = self._describe() | {"data": merge_states(self._world.gather(data_state))}
         state |= {name: value for name, value in asdict(position).items() if name != "update_step"}
+        if (scale := self._optimizer.loss_scale) is not None:
+            state |= {"loss_scale_state": scale.state_dict()}
 
         def write() -> Path:
             before()
@@ -136,7 +161,7 @@ class RunCheckpoints:
             (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
 
     def _describe(self) -> dict[str, Any]:
-        return {**self._args.to_dict(), "model_config_contents": read_config_json(self._args.model.model_config)}
+        return {**self._args.to_dict(), "model_config_contents": self._model_config}
 
 
 def choose_checkpoint(continue_from: str, save_dir: Path, world: World) -> Checkpoint | None:

@@ -43,6 +43,7 @@ from peft_pretraining.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from peft_pretraining.checkpoint.recorded_flags import differing_keys
 from peft_pretraining.checkpoint.tensor_file import (
     HashingFile,
     join_tree,
@@ -179,6 +180,8 @@ def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> 
         there = checkpoint.state.get(name, absent)
         if there is absent:
             differences.append(f"{name} is {here!r} here and not recorded there")
+        elif isinstance(there, dict) and isinstance(here, dict):
+            differences += differing_keys(there, here)
         elif there != here:
             differences.append(f"{name} is {here!r} here and {there!r} there")
     if differences:

@@ -14,9 +14,10 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +108,67 @@ def tensors_in(content: mmap.mmap) -> dict[str, Tensor]:
         else:
             tensors[name] = torch.empty(shape, dtype=dtype)
     return tensors
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: what is known of it without reading it, and how to read it."""
+
+    dtype: torch.dtype | str
+    """The file's own name of one that PyTorch does not have."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Gives it on the CPU, in memory of its own or of the file's; raises ValueError or OSError."""
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, each read when it is asked for, into memory that nothing else holds.
+
+    Raises ValueError, whose text is the end of a sentence, for another file and for one that was cut off.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            if not 8 < data <= size:
+                raise ValueError
+            header = json.loads(file.read(data - 8))
+            header.pop("__metadata__", None)
+            entries = {
+                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(_no_tensors(path)) from None
+    stored = {}
+    for name, (kind, shape, start, end) in entries.items():
+        dtype = _DTYPES.get(kind, kind)
+        if data + end > size:
+            raise ValueError(f"{path.name} is cut off: {name} ends at byte {data + end:,} of {size:,}; fetch it again")
+        if isinstance(dtype, torch.dtype) and end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path.name} is damaged: the bytes of {name} are not those of its shape")
+        stored[name] = StoredTensor(dtype, shape, partial(_read_bytes, path, data + start, end - start, dtype, shape))
+    return stored
+
+
+def _read_bytes(path: Path, start: int, count: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(dtype, str):
+        raise ValueError(f"{path.name} has a tensor of type {dtype}, which PyTorch does not have")
+    raw = torch.empty(count, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = raw.numpy().data
+        while len(left):
+            got = file.readinto(left[: _CHUNK_BYTES * 4])
+            if not got:
+                raise ValueError(f"{path.name} is cut off: it was longer when its header was read")
+            left = left[got:]
+    return raw.view(dtype).view(shape)
+
+
+def _no_tensors(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return f"{path.name} is a pointer of Git LFS: fetch the file itself with git lfs pull"
+    return f"{path.name} is no safetensors file, or is cut off: fetch it again"
 
 
 def split_tree(tree: object, tensors: dict[str, Tensor], at: str = "") -> Any:

@@ -1,9 +1,10 @@
 """Write a checkpoint of run_pretrain.py as a float model that `AutoModelForCausalLM.from_pretrained` loads.
 
-    qgalore export checkpoints/run/step_00010000 exported --tokenizer path/to/tokenizer
+    qgalore export checkpoints/run exported
 
-Quantized matrices become code * scale + zero_point, so the exported model computes what the trained one did. The
-directory is written under a temporary name and renamed when it is finished.
+Quantized matrices become code * scale + zero_point, so the exported model computes what the trained one did. The run's
+tokenizer goes along, with the tokens that begin and end a document as in training. The directory is written under a
+temporary name and renamed when it is finished.
 """
 
 import argparse
@@ -12,35 +13,26 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.checkpoint.folder import list_checkpoints
-from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, with_todays_names
-from peft_pretraining.config.flags import parse_path
+from peft_pretraining.checkpoint.store import Checkpoint
+from peft_pretraining.commands.exported_tokenizer import special_ids, write_tokenizer
+from peft_pretraining.commands.trained_model import Origin, averaged_weights, config_of, find_checkpoint
+from peft_pretraining.commands.trained_tokenizer import tokenizer_of
+from peft_pretraining.config.flags import parse_name_or_path, parse_path
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, network_on_meta
-from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.registry import config_from
 from qgalore import WeightFormat, convert_linears
 from qgalore.layer.export import float_entries
 
 CODES = ".weight_qdata"
 SHARD_BYTES = 4_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,34 +48,46 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--averaged", action="store_true", help="write the mean of the weights that --average_last has made"
     )
-    parser.add_argument("--tokenizer", type=parse_path, help="folder or tokenizer.json to copy into the export")
+    parser.add_argument(
+        "--tokenizer", type=parse_name_or_path, default="", metavar="NAME_OR_PATH",
+        help="the tokenizer that the run was trained with, where it is not found (default: what the run has recorded)",
+    )  # fmt: skip
+    parser.add_argument("--no-tokenizer", action="store_true", help="write the model alone")
     parser.add_argument("--model_config", type=parse_path, help="the model's config.json (default: the one of the run)")
     return parser.parse_args(argv)
 
 
 def export(
-    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None = None, model_config: Path | None = None,
+    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | str | None = None, model_config: Path | None = None,
     averaged: bool = False,
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Write the model of `checkpoint` to `output`; if that fails it raises UserError and leaves no files.
 
-    averaged: with the mean of its weights that --average_last has made, in the place of its last weights.
+    tokenizer: a name or path, "" for that of the run, None for none. averaged: with the mean of its weights that
+    --average_last has made, in the place of its last weights. Returns sentences on what was changed.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: give a new directory.")
-    loaded = load_checkpoint(next(reversed(list_checkpoints(checkpoint)), checkpoint), asked_by="checkpoint")
-    loaded = replace(loaded, model_tensors=with_todays_names(loaded.model_tensors))
-    config = run_config(loaded, model_config)
-    temporary = output.with_name(f".tmp_{output.name}_{os.getpid()}")
+    loaded = find_checkpoint(checkpoint)
+    if loaded is None:
+        raise UserError(f"{checkpoint} is an exported model already: give a run or one of its checkpoints.")
+    config = config_of(loaded, model_config)
+    origin = Origin(loaded.path, config, loaded.state, loaded.update_step)
+    found = None if tokenizer is None else _tokenizer(origin, str(tokenizer))
+    temporary, notes = output.with_name(f".tmp_{output.name}_{os.getpid()}"), []
     try:
         temporary.mkdir(parents=True)
+        if found is not None:
+            notes = write_tokenizer(found, temporary, origin.vocab_size, origin.longest)
+            config |= _ids(found)
+            write_generation_config(found, temporary)
         write_config(config, dtype, temporary)
         model = quantized_model(loaded, config, temporary / "config.json")
         tied = bool(config.get("tie_word_embeddings"))
         mean = averaged_weights(loaded) if averaged else {}
         write_weights(float_tensors(loaded, model, getattr(torch, dtype), tied, mean), temporary)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, config, temporary)
+        for file in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "config.json", file)  # safetensors lets the owner alone read what it writes
         if output.is_dir():
             output.rmdir()
         temporary.rename(output)
@@ -91,19 +95,19 @@ def export(
         raise UserError(f"{output} could not be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return notes
 
 
-def run_config(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
-    """The model's config.json: the given one, the one in the checkpoint, or the run's file."""
-    kept = checkpoint.state.get("model_config_contents")
-    if given is None and isinstance(kept, dict):
-        return dict(kept)
-    path = given or Path(str(checkpoint.state.get("model_config", "")))
-    if not path.is_file():
-        raise UserError(
-            f"{checkpoint.path} names the model config {path}, which is not here: give it as --model_config."
-        )
-    return read_config_json(path)
+def _tokenizer(origin: Origin, given: str) -> Tokenizer:
+    try:
+        return tokenizer_of(origin, given)
+    except UserError as error:
+        raise UserError(f"{error} Or --no-tokenizer, to export the model alone.") from error
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The ids of special tokens as config.json and generation_config.json have them."""
+    return {f"{role}_token_id": i for role, i in special_ids(tokenizer).items()}
 
 
 def quantized_model(checkpoint: Checkpoint, config: dict[str, Any], config_path: Path) -> nn.Module:
@@ -127,19 +131,6 @@ def quantized_model(checkpoint: Checkpoint, config: dict[str, Any], config_path:
     except (AttributeError, TypeError) as error:
         raise UserError(f"{checkpoint.path} does not fit the model config: {error}.") from error
     return model
-
-
-def averaged_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The mean of a run's last weights by name; raises UserError where the checkpoint has none."""
-    average = checkpoint.state.get("average")
-    if not average:
-        raise UserError(f"--averaged: {checkpoint.path} has no averaged weights: its run had no --average_last.")
-    if not average["count"]:
-        raise UserError(
-            f"--averaged: {checkpoint.path} is after {checkpoint.update_step} updates, and averaging begins after "
-            f"{average['window'][0]}: take a later checkpoint, or leave --averaged out."
-        )
-    return dict(average["mean"])
 
 
 def float_tensors(
@@ -206,39 +197,36 @@ def write_config(config: dict[str, Any], dtype: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
 
 
-def write_tokenizer(source: Path, config: dict[str, Any], folder: Path) -> None:
-    """Copy a tokenizer's files; a lone tokenizer.json gets the settings that transformers needs beside it."""
-    if source.is_dir():
-        found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-        if not found:
-            raise UserError(f"--tokenizer {source}: no tokenizer.json or the like in that folder.")
-        for file in found:
-            shutil.copyfile(file, folder / file.name)
-        return
-    if not source.is_file():
-        raise UserError(
-            f"--tokenizer {source}: no such file or folder; give a tokenizer.json or the folder that has one."
-        )
-    from transformers import PreTrainedTokenizerFast
+def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write generation_config.json: where generation ends, and what pads a batch."""
+    (folder / "generation_config.json").write_text(json.dumps(_ids(tokenizer), indent=2) + "\n")
 
-    try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(f"--tokenizer {source}: not a tokenizer.json ({error}).") from error
-    for role in ("eos_token", "pad_token", "bos_token"):
-        token = config.get(f"{role}_id")
-        if isinstance(token, int) and token < len(tokenizer):
-            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token))
-    tokenizer.save_pretrained(folder)
+
+def three_lines(output: Path) -> str:
+    """Python that loads an export and generates."""
+    folder = repr(str(output))
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model, tokenizer = (auto.from_pretrained({folder}) for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
+        'print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)[0]))'
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns 0, or 2 for a UserError."""
     args = parse_args(argv)
     try:
-        export(args.checkpoint, args.output, args.dtype, args.tokenizer, args.model_config, args.averaged)
+        if args.tokenizer and args.no_tokenizer:
+            raise UserError(f"--tokenizer {args.tokenizer} and --no-tokenizer exclude each other: give one of them.")
+        tokenizer = None if args.no_tokenizer else args.tokenizer
+        notes = export(args.checkpoint, args.output, args.dtype, tokenizer, args.model_config, args.averaged)
     except UserError as error:
         print(f"qgalore export: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
+    for note in notes:
+        print(note)
+    if args.no_tokenizer:
+        print(f"{args.output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
+    else:
+        print(f"{args.output}: load it and generate with\n\n{three_lines(args.output)}")
     return 0

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
+from peft_pretraining.config.model_source import source_problems, source_warnings
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import check_length, check_momentum_rank, check_ranks, read_config_json
@@ -31,12 +33,15 @@ def find_problems(args: RunArgs) -> list[str]:
     return [
         *_activation_problems(args),
         *_model_problems(args),
+        *source_problems(args.model, args.checkpoint),
         *_batch_problems(args),
         *_data_problems(args),
         *_optimizer_problems(args),
+        *_float16_problems(args),
         *_quantization_problems(args),
         *_int8_products_problems(args),
         *_subspace_problems(args),
+        *_schedule_problems(args),
         *_run_problems(args),
     ]
 
@@ -49,7 +54,7 @@ def unused_by_full_rank(args: RunArgs, given: Collection[str]) -> list[str]:
         f"--{name} {getattr(args.subspace, name)}".removesuffix(" True")
         + " has no meaning with --rank full, which projects nothing: leave it out, or give a number of dimensions"
         for name in OF_PROJECTIONS
-        if name in given
+        if name in given and getattr(args.subspace, name) is not False
     ]
 
 
@@ -63,7 +68,8 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     for kind, used in (("weight", args.quantization.weight_quant), ("proj", args.subspace.proj_quant)):
         idle = [f"--{name}" for name in (f"{kind}_bits", f"{kind}_group_size") if name in given]
         if idle and not used:
-            warnings.append(f"{_idle(idle)} without --{kind}_quant")
+            why = f"with --no-{kind}_quant" if f"{kind}_quant" in given else f"without --{kind}_quant"
+            warnings.append(f"{_idle(idle)} {why}")
     if args.sums_in_momentum and "grad_accum_dtype" in given:
         warnings.append(
             f"--grad_accum_dtype {args.optimizer.grad_accum_dtype} is that of embeddings, head and norms alone: with "
@@ -72,6 +78,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
+    warnings += [*source_warnings(model), *_unread_keys(model)]
     if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
@@ -82,8 +89,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--warmup_steps {schedule.warmup_steps} is not less than the run's {schedule.num_training_steps} updates: "
             "the learning rate only grows and never reaches its peak"
         )
-    if "restart_cycles" in given and schedule.scheduler != "cosine_restarts":
-        warnings.append(f"--restart_cycles changes nothing: --scheduler {schedule.scheduler} has no restarts")
+    warnings += _idle_schedule_flags(schedule, given)
     settled = _last_rise(schedule)
     if schedule.average_last and schedule.averaged_updates > schedule.num_training_steps - settled:
         warnings.append(
@@ -95,6 +101,29 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
+    return warnings
+
+
+def _unread_keys(model: ModelArgs) -> list[str]:
+    """A sentence on keys of the model config that nothing reads; transformers' classes keep what they do not know."""
+    if model.use_hf_model:
+        return []
+    raw = read_config_json(model.model_config)
+    unknown = find_family(raw, model.model_config).unknown_keys(raw)
+    named = [f"{key} (is {meant} meant?)" if meant else key for key, meant in unknown.items()]
+    return [f"--model_config {model.model_config}: nothing reads {', '.join(named)}"] if named else []
+
+
+def _idle_schedule_flags(schedule: ScheduleArgs, given: Collection[str]) -> list[str]:
+    """Name the flags of other schedules among those `given` by name."""
+    warnings, scheduler = [], schedule.scheduler
+    if "restart_cycles" in given and scheduler != "cosine_restarts":
+        warnings.append(f"--restart_cycles changes nothing: --scheduler {scheduler} has no restarts")
+    idle = [f"--{name}" for name in ("decay_steps", "decay_shape") if name in given]
+    if idle and scheduler != "wsd":
+        warnings.append(f"{_idle(idle)}: --scheduler {scheduler} has no decay of its own length, as wsd has")
+    if "min_lr_ratio" in given and scheduler == "constant":
+        warnings.append(f"{_idle(['--min_lr_ratio'])}: --scheduler constant stays at the peak")
     return warnings
 
 
@@ -252,6 +281,35 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
     return problems
 
 
+def _float16_problems(args: RunArgs) -> list[str]:
+    optimizer, name = args.optimizer, args.optimizer.optimizer
+    if args.model.dtype != "float16":
+        if not optimizer.loss_scale:
+            return []
+        return [
+            f"--loss_scale {optimizer.loss_scale:g} is for --dtype float16, and --dtype is {args.model.dtype}, which "
+            "holds gradients as they are: leave it out"
+        ]
+    if name in LIBRARY_OPTIMIZERS:
+        return [
+            f"--dtype float16 cannot work with --optimizer {name}, which keeps gradients and states in the data type "
+            "of the weights: use adamw or adam8bit, or --dtype float32"
+        ]
+    if args.sums_in_momentum:
+        return [
+            "--sum_in_momentum keeps gradients in momenta from one update to the next, and the loss scale of --dtype "
+            "float16 would change what they are worth: leave it out, or use --dtype bfloat16"
+        ]
+    if optimizer.per_layer and args.batch.gradient_accumulation == 1 and not optimizer.loss_scale:
+        return [
+            f"--dtype float16 cannot work with --optimizer {name} at one micro-batch an update: its loss scale is "
+            "found by overflows, and where the gradient of a lower layer overflows the upper ones have been updated "
+            f"already. Use a smaller --batch_size with the same --total_batch_size, {name[:-10]}, or a fixed "
+            "--loss_scale such as 1024, with which an overflow goes back to the newest checkpoint"
+        ]
+    return []
+
+
 def _quantization_problems(args: RunArgs) -> list[str]:
     quantization, name = args.quantization, args.optimizer.optimizer
     problems = []
@@ -261,16 +319,15 @@ def _quantization_problems(args: RunArgs) -> list[str]:
             "or q_galore_adamw8bit_per_layer, or leave --weight_quant out"
         )
     if not quantization.weight_quant:
-        problems += [
-            f"--{flag} is about quantized weights: add --weight_quant or leave it out"
-            for flag in ("stochastic_round", "simulation", "int8_products")
-            if getattr(quantization, flag)
-        ]
+        names = ("stochastic_round", "simulation", "int8_products")
+        flags = [f"--{name}" for name in names if getattr(quantization, name)]
         if args.subspace.rounding_feedback and args.optimizer.is_low_rank:
-            problems.append(
-                f"--rounding_feedback {args.subspace.rounding_feedback:g} is about quantized weights: add "
-                "--weight_quant or leave it out"
-            )
+            flags.append(f"--rounding_feedback {args.subspace.rounding_feedback:g}")
+        # The name of a q_galore optimizer alone means quantized weights.
+        right = "leave it or --no-weight_quant"
+        if not args.optimizer.is_q_galore:
+            right = "use a q_galore optimizer, or leave it"
+        problems += [f"{flag} is about quantized weights: {right} out" for flag in flags]
     if args.subspace.proj_quant and not args.optimizer.is_low_rank:
         problems.append(
             f"--proj_quant cannot work with --optimizer {name}, which has no projections: use a galore or q_galore "
@@ -316,6 +373,36 @@ def _subspace_problems(args: RunArgs) -> list[str]:
     return problems
 
 
+def _schedule_problems(args: RunArgs) -> list[str]:
+    problems, schedule = [], args.schedule
+    total, warmup, decay = schedule.num_training_steps, schedule.warmup_steps, schedule.decay_updates
+    if schedule.scheduler == "cosine_restarts" and 0 < total - warmup < schedule.restart_cycles:
+        problems.append(
+            f"--restart_cycles {schedule.restart_cycles} is more than the {total - warmup} updates after the warm-up: "
+            f"give at most {total - warmup}"
+        )
+    if schedule.scheduler != "wsd":
+        return problems
+    given = f"--decay_steps {schedule.decay_steps:g}"
+    if decay < 2:
+        # The first update of the decay still has the peak.
+        problems.append(
+            f"{given} of {total} updates is {decay}, and a decay takes 2: give a number of updates from 2 on, or "
+            "--scheduler constant"
+        )
+    elif 0 < total - warmup < decay:
+        are = "" if schedule.decay_steps >= 1 else f", {decay} updates,"
+        problems.append(
+            f"{given}{are} is more than the {total - warmup} of {total} updates after the warm-up: give at most "
+            f"{total - warmup}, or fewer --warmup_steps"
+        )
+    if schedule.decay_shape == "exponential" and not schedule.min_lr_ratio:
+        problems.append(
+            "--decay_shape exponential never reaches --min_lr_ratio 0: give a ratio such as 0.01, or another shape"
+        )
+    return problems
+
+
 def _run_problems(args: RunArgs) -> list[str]:
     problems = []
     if args.runtime.single_gpu and args.world_size > 1:
@@ -324,12 +411,6 @@ def _run_problems(args: RunArgs) -> list[str]:
             "--single_gpu out"
         )
     schedule = args.schedule
-    decay_steps = schedule.num_training_steps - schedule.warmup_steps
-    if schedule.scheduler == "cosine_restarts" and 0 < decay_steps < schedule.restart_cycles:
-        problems.append(
-            f"--restart_cycles {schedule.restart_cycles} is more than the {decay_steps} updates after the warm-up: "
-            f"give at most {decay_steps}"
-        )
     if schedule.average_last and schedule.averaged_updates < 2:
         problems.append(
             f"--average_last {schedule.average_last:g} of {schedule.num_training_steps} updates is "
@@ -339,6 +420,11 @@ def _run_problems(args: RunArgs) -> list[str]:
     if args.logging.unset_wandb and args.logging.wandb_mode in ("online", "offline"):
         problems.append(
             f"--unset_wandb and --wandb_mode {args.logging.wandb_mode} contradict each other: leave one out"
+        )
+    if args.logging.tensorboard and find_spec("tensorboard") is None:
+        problems.append(
+            "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, or leave "
+            "--tensorboard out (metrics.jsonl has every metric)"
         )
     source = args.checkpoint.continue_from
     if source == "auto" and not args.checkpoint.save_dir:

@@ -1,7 +1,9 @@
 """The flags of `run_pretrain.py`: a frozen dataclass for each group, a field for each flag, its help below it.
 
-The official flags keep their names and defaults. A default of 0, "" or None stands for a value that depends on other
-flags: `peft_pretraining.config.parse.parse_args` computes it, so that the rest of the program reads plain values.
+The official flags keep their names and defaults, but weight_quant, stochastic_round and proj_quant are on by default
+with a q_galore optimizer. A default of 0, "" or None, or one that a flag's `auto` describes, stands for a value that
+depends on other flags: `peft_pretraining.config.parse.parse_args` computes it, so that the rest of the program reads
+plain values.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from peft_pretraining.config.flags import Flag, parse_count, parse_size
+from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
@@ -21,12 +23,23 @@ FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 RECIPES = ("paper", "orthogonal")
+_BY_NAME = "on for q_galore optimizers, off for others"
 
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
 
 
 def _dtype(text: str) -> str:
     return _DTYPE_ALIASES.get(text, text)
+
+
+def _device(text: str) -> str:
+    if text == "mps":
+        # docs/log has what was looked at.
+        raise ValueError(
+            "--device mps: GPUs of Apple are not supported. New subspaces are made in float64, which they do not have, "
+            "and nothing here has been run on one: give --device cpu"
+        )
+    return text
 
 
 def _dimensions_or_share(text: str) -> float:
@@ -40,12 +53,24 @@ def _dimensions_or_share(text: str) -> float:
         raise ValueError("a number of dimensions, or a share of the shorter side such as 1/16") from None
 
 
+def _updates_or_share(text: str) -> float:
+    try:
+        value = float(text)
+        return value if 0 < value < 1 else parse_whole(text)
+    except ValueError:
+        raise ValueError("a whole number of updates, or a share of the run below 1 such as 0.1") from None
+
+
 def _ranks(text: str) -> int | str:
     """A rank, or text with several and commas."""
-    words = text.replace(" ", "").split(",")
-    if not all(word == FULL or (word.isdecimal() and int(word) >= 1) for word in words):
-        raise ValueError("a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,")
-    ranks = [word if word == FULL else int(word) for word in words]
+    try:
+        ranks = [word if word == FULL else parse_whole(word) for word in text.replace(" ", "").split(",")]
+        if any(isinstance(rank, int) and rank < 1 for rank in ranks):
+            raise ValueError  # no subspace has no dimension
+    except ValueError:
+        raise ValueError(
+            "a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,"
+        ) from None
     return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
 
 
@@ -57,12 +82,17 @@ def _mlp_ranks(text: str) -> int | str:
 class ModelArgs:
     """The model that is trained."""
 
-    model_config: Annotated[str, Flag("file")]
-    """Path of the model's JSON configuration, such as configs/llama_60m.json."""
+    model_config: Annotated[str, Flag("name_or_path", unless="init_from")]
+    """The model's JSON configuration: a file such as configs/llama_60m.json, a folder that has a config.json, a size of
+    configs/ such as 60m, or the name of a model on the hub."""
+    init_from: Annotated[str, Flag("name_or_path", auto="random initial weights")] = ""
+    """Weights to begin with, without an optimizer or a place in the data: the folder of a model of this architecture in
+    Hugging Face's format, its name on the hub, or a run or checkpoint of this program. Its configuration is the default
+    of --model_config and its tokenizer that of --tokenizer. A run that is resumed has its own weights."""
     use_hf_model: bool = False
     """Train transformers' own class of the model, of which any causal one will do, instead of the project's."""
-    dtype: Annotated[str, Flag(choices=("bfloat16", "float32"), parse=_dtype)] = "bfloat16"
-    """Data type of float weights and activations."""
+    dtype: Annotated[str, Flag(choices=("bfloat16", "float32", "float16"), parse=_dtype)] = "bfloat16"
+    """Data type of float weights and activations; float16, with a loss scale, is for GPUs without bfloat16."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
@@ -72,7 +102,8 @@ class ModelArgs:
     """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
     pass, in half the bytes. Layers that are recomputed do not round."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
-    """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton."""
+    """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton and
+    bfloat16."""
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
@@ -198,6 +229,10 @@ class OptimizerArgs:
     limit. It also works inside the backward pass, where grad_clipping cannot."""
     grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
     """Data type in which gradients are summed over micro-batches (sgd, adafactor and muon: that of the weights)."""
+    loss_scale: Annotated[float, Flag("factor", at_least=1, at_most=2**24, auto="dynamic")] = 0.0
+    """With --dtype float16 a fixed factor on the loss, by which gradients are divided again. The dynamic one is 65536
+    at first, half of what it was after an update whose gradient overflowed, which is skipped, and twice after 2,000
+    updates without one."""
 
     @property
     def is_low_rank(self) -> bool:
@@ -234,7 +269,7 @@ class OptimizerArgs:
 class QuantizationArgs:
     """The stored form of weights."""
 
-    weight_quant: bool = False
+    weight_quant: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Store the decoder matrices as integers of weight_bits (q_galore optimizers only)."""
     weight_bits: Annotated[int, Flag(choices=(8, 4))] = 8
     """Bits in which a weight is stored."""
@@ -244,7 +279,7 @@ class QuantizationArgs:
     """Quantize activations to INT8 on the fly and multiply them with the layers' weights in INT8, in the forward pass
     and for the gradients of their inputs; a whole row of a weight then shares its scale, and weight_group_size has no
     effect."""
-    stochastic_round: bool = False
+    stochastic_round: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
     """Fake quantization: float weights that are rounded onto the integer grid at every update."""
@@ -274,6 +309,7 @@ class SubspaceArgs(SubspaceConfig):
     momentum_rank: Annotated[
         float, Flag("dimensions_or_share", at_least=0, parse=_dimensions_or_share, auto="stored as a whole")
     ] = 0.0
+    proj_quant: Annotated[bool, Flag(auto=_BY_NAME)] = False
     mlp_rank: Annotated[int | str, Flag("dimensions", parse=_mlp_ranks, words=(FULL,), auto="rank")] = 0
     """The same for the MLP's matrices alone."""
 
@@ -332,25 +368,48 @@ class ScheduleArgs:
     """Updates of the run."""
     max_train_tokens: Annotated[int, Flag("tokens", at_least=1, parse=parse_count, auto="none")] = 0
     """Tokens of the run, such as 100M or 1.1B; rounded up to whole updates, replaces num_training_steps."""
-    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts"))] = "cosine"
-    """Shape of the decay from the peak to min_lr_ratio."""
+    scheduler: Annotated[str, Flag(choices=("cosine", "linear", "cosine_restarts", "constant", "wsd"))] = "cosine"
+    """Shape of the decay from the peak to min_lr_ratio. constant stays at the peak; wsd (warm-up, stable, decay) stays
+    there until the last decay_steps updates. With these two a run that is stopped at its peak can go on with a larger
+    num_training_steps as if it had been planned so."""
     warmup_steps: Annotated[int, Flag("updates", at_least=0)] = 1_000
     """Updates in which the learning rate grows from 0 to its peak."""
     min_lr_ratio: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.1
     """Final learning rate, as a share of the peak."""
+    decay_steps: Annotated[float, Flag("updates_or_share", above=0, parse=_updates_or_share)] = 0.1
+    """The last updates of wsd, in which the learning rate falls: their number, or their share of num_training_steps
+    such as 0.1."""
+    decay_shape: Annotated[str, Flag(choices=("1-sqrt", "linear", "exponential"))] = "1-sqrt"
+    """Shape of wsd's decay from the peak to min_lr_ratio."""
     restart_cycles: Annotated[int, Flag("cycles", at_least=1)] = 4
     """Equal cycles after the warm-up for cosine_restarts; each starts again at the peak."""
     average_last: Annotated[float, Flag("ratio", at_least=0, at_most=1, auto="off")] = 0.0
     """Share of the updates, the last ones, over which the weights are averaged, such as 0.1. The last weights are
     trained and saved as without; the mean is evaluated beside them after the last update (eval_averaged/perplexity,
     and eval_averaged_quantized/perplexity of what is rounded back to the format of quantized weights), is part of
-    each checkpoint, and is exported by scripts/export_hf.py --averaged. It is of at most 64 updates and takes 4 bytes
+    each checkpoint, and is exported by qgalore export --averaged. It is of at most 64 updates and takes 4 bytes
     a value of the main rank's host memory, and as many as the weights."""
 
     @property
     def averaged_updates(self) -> int:
         """How many updates `average_last` is."""
         return round(self.average_last * self.num_training_steps)
+
+    @property
+    def can_be_extended(self) -> bool:
+        """Whether the learning rates before the decay, if there is one, do not depend on the length of the run."""
+        return self.scheduler in ("constant", "wsd")
+
+    @property
+    def decay_updates(self) -> int:
+        """How many updates `decay_steps` is."""
+        steps = self.decay_steps
+        return int(steps) if steps >= 1 else round(steps * self.num_training_steps)
+
+    @property
+    def decay_start(self) -> int:
+        """The number of updates after which the learning rate of wsd begins to fall."""
+        return self.num_training_steps - self.decay_updates
 
 
 @dataclass(frozen=True)
@@ -382,7 +441,7 @@ class CheckpointArgs:
 
 @dataclass(frozen=True)
 class LoggingArgs:
-    """Metrics. metrics.jsonl in save_dir is always written; wandb mirrors it."""
+    """Metrics. metrics.jsonl in save_dir is always written; wandb and TensorBoard mirror it."""
 
     project: Annotated[str, Flag("text")] = "test"
     """Project of wandb."""
@@ -394,6 +453,8 @@ class LoggingArgs:
     """Turn wandb off (the same as wandb_mode off)."""
     wandb_mode: Annotated[str, Flag(choices=("auto", "online", "offline", "off"))] = "auto"
     """auto: the variable WANDB_MODE, else online with a login, offline without one."""
+    tensorboard: bool = False
+    """Write the metrics to event files in save_dir/tensorboard, too; needs the package tensorboard."""
     log_every: Annotated[int, Flag("updates", at_least=1)] = 1
     """Interval between two lines of metrics."""
 
@@ -412,7 +473,7 @@ class LoggingArgs:
 class RuntimeArgs:
     """The device, and checks while the run goes on."""
 
-    device: Annotated[str, Flag(choices=("auto", "cpu", "cuda"))] = "auto"
+    device: Annotated[str, Flag(choices=("auto", "cpu", "cuda"), parse=_device)] = "auto"
     """auto: a CUDA GPU if there is one."""
     seed: Annotated[int, Flag("number", at_least=0)] = 0
     """Seed of the initial weights, the order of the data and stochastic rounding."""

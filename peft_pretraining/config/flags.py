@@ -18,15 +18,18 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
+from peft_pretraining.config.tried_names import RENAMED, normal_form, what_is_right
 from qgalore.config import Allowed, limits_of
 
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_COUNT = re.compile(r"(\d+\.?\d*|\.\d+)([KMBT]?)", re.IGNORECASE)
+_COUNT = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e\+?\d+)?)([KMBT]?)", re.IGNORECASE)
+_LARGEST_EXPONENT = 18  # beyond 64 bits, and an exponent of a billion would fill the memory with digits
 # Units of flags that take a path, or may; a shell expands ~ only at the beginning of a word, not in --flag=~/folder.
 _PATH_UNITS = ("file", "folder", "name_or_path")
 _COUNT_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -41,6 +44,8 @@ class Flag(Allowed):
     parse: Callable[[str], Any] | None = None
     listing: Callable[[], str] | None = None
     """Returns the text that replaces `{listing}` in the docstring, for values that other modules define."""
+    unless: str = ""
+    """Of a required flag: another one that stands in for it."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,14 @@ class FlagSpec:
 
     @property
     def can_be_denied(self) -> bool:
-        """Whether a switch has a --no- form, because it is not off by default."""
-        return self.is_switch and (self.optional or self.default is True)
+        """Whether a switch has a --no- form, because it is not always off by default."""
+        return self.is_switch and (self.optional or self.default is True or bool(self.flag.auto))
 
     @property
     def default_text(self) -> str:
         """The default as the help shows it."""
         if self.default is dataclasses.MISSING:
-            return "required"
+            return f"required without --{self.flag.unless}" if self.flag.unless else "required"
         if self.flag.auto:
             return f"default: {self.flag.auto if isinstance(self.flag.auto, str) else self.flag.auto()}"
         if self.is_switch:
@@ -95,11 +100,41 @@ class ParsedFlags:
 
 
 def parse_count(text: str) -> int:
-    """A whole number with an optional suffix K, M, B or T (powers of 1000), such as 5000, 100M or 1.1B."""
+    """A whole number with an optional suffix K, M, B or T (powers of 1000), such as 5000, 100M, 1.1B or 1e9."""
     match = _COUNT.fullmatch(text.strip().replace("_", ""))
-    if match is None:
-        raise ValueError("a number with an optional suffix K, M, B or T, such as 5000, 100M or 1.1B")
-    return round(float(match[1]) * _COUNT_SUFFIX[match[2].upper()])
+    try:
+        return _whole(Decimal(match[1]) * _COUNT_SUFFIX[match[2].upper()] if match else Decimal("nan"))
+    except ValueError:
+        raise ValueError(
+            "a number with an optional suffix K, M, B or T, such as 5000, 100M, 1.1B or 1e9, and a whole one"
+        ) from None
+
+
+def parse_whole(text: str) -> int:
+    """A whole number in any notation: 1000, 1_000, 1e3, 1.5e3. Raises ValueError for others, such as 1.5."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return _whole(Decimal(text.strip()))
+    except (InvalidOperation, ValueError):
+        raise ValueError("a whole number") from None
+
+
+def whole_number(text: str) -> int:
+    """`parse_whole` as a type for argparse. Raises ArgumentTypeError."""
+    try:
+        return parse_whole(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, it must be {error}") from None
+
+
+def _whole(number: Decimal) -> int:
+    """Convert exactly. Raises ValueError for what is not whole, not finite, or has too many digits."""
+    if not number.is_finite() or number.adjusted() > _LARGEST_EXPONENT or number != number.to_integral_value():
+        raise ValueError("a whole number")
+    return int(number)
 
 
 def parse_size(text: str) -> int:
@@ -124,6 +159,11 @@ def parse_path(text: str) -> Path:
             f"a path whose {text.partition('/')[0]} is the folder of a user: there is no such user; write ./{text} for "
             "a file of that name"
         ) from None
+
+
+def parse_name_or_path(text: str) -> str:
+    """A name, or a path with ~ for the user's folder; a type for argparse. Raises ArgumentTypeError as `parse_path`."""
+    return str(parse_path(text)) if text.startswith("~") else text
 
 
 def format_count(count: int) -> str:
@@ -207,7 +247,9 @@ def parse_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type], arg
             problems.append(str(error))
     named = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
     required = {name for name, spec in specs.items() if spec.default is dataclasses.MISSING}
-    for name in sorted(required - named):
+    tried = {RENAMED.get(normal_form(token)) for token in unknown if token.startswith("-")}
+    missing = required - named - tried
+    for name in sorted(name for name in missing if specs[name].flag.unless not in named):
         problems.append(f"--{name} is missing: {specs[name].help[0].lower()}{specs[name].help[1:]}")
     return ParsedFlags(values, problems, unreadable=(required | named & specs.keys()) - values.keys())
 
@@ -239,19 +281,27 @@ def _pair_flags_with_values(argv: Sequence[str], specs: Mapping[str, FlagSpec]) 
 def _describe_unknown(unknown: Sequence[str], specs: Mapping[str, FlagSpec]) -> list[str]:
     problems = []
     after_unknown_flag = False
-    for token in unknown:
+    for index, token in enumerate(unknown):
         if not token.startswith("-"):
             # The value of an unknown flag is no problem of its own.
             if not after_unknown_flag:
                 problems.append(f"{token!r} belongs to no flag: every value follows its flag, as in --lr 0.01")
             after_unknown_flag = False
             continue
-        name = token.split("=")[0]
-        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), specs, n=1, cutoff=0.6)
-        advice = f"did you mean --{nearest[0]}?" if nearest else "--help lists them all"
-        problems.append(f"{name} is no flag of this program: {advice}")
-        after_unknown_flag = "=" not in token
+        name, equals, value = token.partition("=")
+        after_unknown_flag = not equals
+        if after_unknown_flag and index + 1 < len(unknown) and not unknown[index + 1].startswith("-"):
+            value = unknown[index + 1]
+        problems.append(f"{name} is no flag of this program: {_advice(name, value, specs)}")
     return problems
+
+
+def _advice(name: str, value: str, specs: Mapping[str, FlagSpec]) -> str:
+    switches = {spec.name for spec in specs.values() if spec.is_switch}
+    dtypes = specs["dtype"].flag.choices if "dtype" in specs else ()
+    right = what_is_right(name, value, switches, dtypes)
+    nearest = difflib.get_close_matches(normal_form(name), specs, n=1, cutoff=0.6)
+    return right or (f"did you mean --{nearest[0]}?" if nearest else "--help lists them all")
 
 
 def convert(spec: FlagSpec, raw: str) -> Any:
@@ -267,7 +317,7 @@ def convert(spec: FlagSpec, raw: str) -> Any:
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"--{spec.name} is {raw!r}, {error}") from None
     try:
-        value = flag.parse(raw) if flag.parse else spec.kind(raw)
+        value = flag.parse(raw) if flag.parse else parse_whole(raw) if spec.kind is int else spec.kind(raw)
     except ValueError as error:
         right = str(error) if flag.parse else {int: "a whole number", float: "a number"}.get(spec.kind, "text")
         right = " or ".join([right, *flag.words])

@@ -12,40 +12,45 @@ from collections.abc import Sequence
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.flags import build_parser, parse_flags
-from peft_pretraining.config.recipes import recipe_in_words, with_length, with_recipe
+from peft_pretraining.config.model_source import fill_model_config
+from peft_pretraining.config.named_method import left_to_name, with_named_method
+from peft_pretraining.config.recipes import length_in_words, recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
 _DESCRIPTION = "Pretrain LLaMA with Q-GaLore, GaLore or a full-rank optimizer. Start it with torchrun or python."
-_USAGE = "run_pretrain.py --model_config FILE --batch_size SEQUENCES [flags]"
+_USAGE = "--model_config NAME_OR_PATH --batch_size SEQUENCES [flags]"
 
 
-def parse_args(argv: Sequence[str] | None = None, world_size: int = 1) -> RunArgs:
-    """Read a command line (default: this program's) for a run of `world_size` ranks.
+def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: str = "run_pretrain.py") -> RunArgs:
+    """Read a command line (default: this program's) for a run of `world_size` ranks; the usage names `program`.
 
     Raises UserError that lists every problem; `--help` prints the flags and leaves the program.
     """
-    parser = build_parser(GROUPS, _DESCRIPTION, _USAGE)
-    parsed = parse_flags(parser, GROUPS, sys.argv[1:] if argv is None else argv)
-    recipe = with_recipe(parsed.values)
+    parser = build_parser(GROUPS, _DESCRIPTION, f"{program} {_USAGE}")
+    command = tuple(sys.argv[1:] if argv is None else argv)
+    parsed = parse_flags(parser, GROUPS, command)
+    problems = [*parsed.problems, *fill_model_config(parsed.values)]
+    chosen = with_named_method(with_recipe(parsed.values))
     groups = {}
     for name, group in GROUPS.items():
         fields = dataclasses.fields(group)
-        values = {field.name: recipe[field.name] for field in fields if field.name in recipe}
+        values = {field.name: chosen[field.name] for field in fields if field.name in chosen}
         # A required flag that is missing or unreadable is in the list of problems already.
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
-    args = _resolve(RunArgs(**groups, world_size=world_size))
+    args = RunArgs(**groups, world_size=world_size, command=command, left_to_name=left_to_name(parsed.values))
+    args = _resolve(args)
     updates = args.schedule.num_training_steps
     optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
     args = dataclasses.replace(args, optimizer=optimizer)
-    problems = list(parsed.problems)
-    unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable]
+    unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable - parsed.values.keys()]
     found = [*find_problems(args), *unused_by_full_rank(args, parsed.values.keys())]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
         raise UserError(_list_problems(problems))
-    notes = tuple(filter(None, [recipe_in_words(parsed.values)]))
+    of_length = length_in_words(args.optimizer, args.schedule, parsed.values.keys())
+    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length]))
     return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 

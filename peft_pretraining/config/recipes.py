@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs
+from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs, ScheduleArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.registry import read_config
 from qgalore.config import FULL, OF_PROJECTIONS
@@ -85,6 +85,24 @@ def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractS
     if "full_rank_weight_decay" in given or args.peak_full_rank_lr <= 0:
         return args
     return dataclasses.replace(args, full_rank_weight_decay=FULL_RANK_DECAY * decay / args.peak_full_rank_lr)
+
+
+def length_in_words(args: OptimizerArgs, schedule: ScheduleArgs, given: AbstractSet[str]) -> str:
+    """A sentence with the flags that `with_length` set, where the schedule lets a run be made longer; else ""."""
+    if not schedule.can_be_extended or args.recipe != "orthogonal" or not args.is_low_rank:
+        return ""
+    values = {
+        "full_rank_lr": args.full_rank_lr,
+        "weight_decay": args.weight_decay,
+        "full_rank_weight_decay": args.full_rank_weight_decay,
+    }
+    flags = [f"--{name} {value!r}" for name, value in values.items() if name not in given and value is not None]
+    if not flags:
+        return ""
+    return (
+        f"recipe orthogonal derives {' '.join(flags)} from the length of the run; a run that is to go on with more "
+        f"updates as if it had been planned so needs the same values from its start: give them as flags"
+    )
 
 
 def _rank_of(model_config: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from peft_pretraining.config.flag_groups import (
     ScheduleArgs,
     SubspaceArgs,
 )
+from peft_pretraining.models.config_source import model_name
 
 GROUPS: Mapping[str, type] = {
     "model": ModelArgs,
@@ -54,6 +55,10 @@ class RunArgs:
     logging: LoggingArgs
     runtime: RuntimeArgs
     world_size: int = 1
+    command: tuple[str, ...] = field(default=(), compare=False)
+    """The command line, word by word."""
+    left_to_name: tuple[str, ...] = field(default=(), compare=False)
+    """Flags that the command line does not give and the optimizer's name decides, unless a checkpoint does."""
     warnings: tuple[str, ...] = ()
     """Sentences about values that work but are probably not intended."""
     notes: tuple[str, ...] = ()
@@ -79,8 +84,8 @@ class RunArgs:
         if self.checkpoint.continue_from:
             source = Path(self.checkpoint.continue_from)
             return source.parent if source.name.startswith("step_") else source
-        stem = Path(self.model.model_config).stem
-        return Path("checkpoints") / f"{stem}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
+        name = model_name(self.model.model_config)
+        return Path("checkpoints") / f"{name}-{self.optimizer.optimizer}-{now:%Y%m%d-%H%M%S}"
 
     def in_folder(self, save_dir: Path, continue_from: str | None = None) -> RunArgs:
         """A copy with the run's folder set, and with another `--continue_from` if one is given."""

@@ -11,6 +11,7 @@ training does; without a limit each contributes all it has.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -33,6 +34,51 @@ from peft_pretraining.errors import UserError
 _DOCUMENTS_PER_ENCODING = 256
 
 Row = NDArray[Any]  # (length,) ids of any integer type
+
+
+class TextCount:
+    """Counts the documents in the rows of a validation set, and the bytes of their text as UTF-8.
+
+    Of a document that a row cuts off, the text counts up to where its ids end: by its characters but white space, which
+    tokenizers change. Of one that goes on in the next row, as many bytes count as it has ids in the row.
+    """
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.text_bytes = 0.0
+        self._waiting: deque[tuple[int, float]] = deque()  # (ids, bytes) of what is in no row yet
+
+    def begin(self) -> None:
+        """Begin another source: what is in no row so far will be in none."""
+        self._waiting.clear()
+
+    def put(self, text: str, ids: Sequence[int], row_format: RowFormat) -> None:
+        """Take a document whose ids come next."""
+        if row_format.packing == "pad" and len(ids) == row_format.max_length:
+            text = _beginning(text, row_format.tokenizer.decode([list(ids)])[0])
+        self._waiting.append((len(ids), len(text.encode("utf-8", "replace"))))
+        self.documents += 1
+
+    def take(self, ids: int) -> None:
+        """Count the next `ids` ids, which are a row."""
+        while ids:
+            left, text_bytes = self._waiting.popleft()
+            share = min(ids, left)
+            self.text_bytes += text_bytes * share / left
+            ids -= share
+            if share < left:
+                self._waiting.appendleft((left - share, text_bytes * (left - share) / left))
+
+
+def _beginning(text: str, decoded: str) -> str:
+    """The beginning of `text` that has as many characters beside white space as `decoded`."""
+    count = sum(not character.isspace() for character in decoded)
+    for position, character in enumerate(text):
+        if not character.isspace():
+            if not count:
+                return text[:position]
+            count -= 1
+    return text
 
 
 class EvalSet:
@@ -110,8 +156,12 @@ def build_eval_set(
     damaged_limit: int = 100,
     options: SourceOptions = DEFAULT_OPTIONS,
     source: Source | TokenFiles | TokenMixture | None = None,
+    count: TextCount | None = None,
 ) -> EvalSet:
-    """Build one rank's validation set of --dataset; see `train_loader.build_train_loader`. Raises UserError."""
+    """Build one rank's validation set of --dataset; see `train_loader.build_train_loader`. Raises UserError.
+
+    count: counts the text in the rows when they are read, of all ranks; of token ids nothing is counted.
+    """
     opened = source or open_split(dataset, "validation", options)
     common: dict[str, Any] = {"name": dataset, "max_length": max_length, "batch_size": eval_batch_size}
     common |= {"eval_tokens": eval_tokens, "rank": rank, "world_size": world_size}
@@ -128,7 +178,8 @@ def build_eval_set(
 
     def rows() -> Iterator[Row]:
         damage = DamageCount(damaged_limit)
-        return _in_turn([(partial(_text_rows, s.source, row_format, damage), s.weight) for s in shares], eval_tokens)
+        parts = [(partial(_text_rows, s.source, row_format, damage, count), s.weight) for s in shares]
+        return _in_turn(parts, eval_tokens)
 
     return EvalSet(rows, tokenizer=tokenizer, **common)
 
@@ -155,22 +206,34 @@ def read_documents(source: Source, damage: DamageCount) -> Iterator[str]:
                 yield item
 
 
-def _text_rows(source: Source, row_format: RowFormat, damage: DamageCount) -> Iterator[Row]:
+def _text_rows(
+    source: Source, row_format: RowFormat, damage: DamageCount, count: TextCount | None = None
+) -> Iterator[Row]:
     length = row_format.max_length
     texts = read_documents(source, damage)
     rest: list[int] = []
+    if count is not None:
+        count.begin()
+
+    def row(ids: list[int]) -> Row:
+        if count is not None:
+            count.take(len(ids))
+        return np.array(ids, np.int32)
+
     while batch := list(islice(texts, _DOCUMENTS_PER_ENCODING)):
-        for ids in row_format.documents(batch):
+        for text, ids in zip(batch, row_format.documents(batch), strict=True):
+            if ids and count is not None:
+                count.put(text, ids, row_format)
             if row_format.packing == "pad":
                 if ids:
-                    yield np.array(ids, np.int32)
+                    yield row(ids)
                 continue
             rest.extend(ids)
             while len(rest) >= length:
-                yield np.array(rest[:length], np.int32)
+                yield row(rest[:length])
                 del rest[:length]
     if len(rest) > 1:
-        yield np.array(rest, np.int32)
+        yield row(rest)
 
 
 def _token_rows(files: TokenFiles, max_length: int, vocab_size: int) -> Iterator[Row]:

@@ -202,6 +202,8 @@ class TrainLoader:
         self._check(state)
         self._sequence = int(state["sequence"])
         self._begin({index: state["lanes"][str(index)] for index in self.layout.own_logical_shards})
+        # Of all ranks: a second reading that began on another one has been reported, whichever has its shards now.
+        self._epochs = _epochs(state["lanes"].values())
 
     def close(self) -> None:
         """End the threads; a read that hangs is left behind in a daemon thread after some seconds."""
@@ -230,7 +232,7 @@ class TrainLoader:
                     f"--dataset {name}: the first of its logical shards has ended and begins again, in another order: "
                     "from here on documents are read a second time (--repeat each)"
                 )
-        self._epochs = epochs
+        self._epochs = [max(pair) for pair in zip(self._epochs, epochs, strict=True)]
 
     def _check(self, state: dict[str, Any]) -> None:
         if state.get("format") != _STATE_FORMAT:

@@ -76,4 +76,6 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
         whole, narrowest = FULL in args.subspace.ranks(), min(map(min, config.matrix_shapes().values()))
         if rank := (narrowest if whole else args.subspace.config().dimensions) * eighths // 8:
             recipe = RECIPES[args.optimizer.recipe or "paper"].subspace if whole else {}
+            if whole and "proj_quant" in args.left_to_name:
+                recipe = {**recipe, "proj_quant": True}  # as the name says of a rank
             yield "--rank", rank, "subspace", {**recipe, "rank": rank}

@@ -233,14 +233,16 @@ def _by_what_it_gives_up(candidate: Candidate) -> tuple[bool, bool, int]:
     return model.int8_activations, model.activation_checkpointing, candidate.peak
 
 
-def parse_within_budget(argv: Sequence[str], world_size: int = 1, card: Card | None = None) -> RunArgs:
-    """Read a command line, with what `--memory_budget` chooses for it where it is given.
+def parse_within_budget(
+    argv: Sequence[str], world_size: int = 1, card: Card | None = None, program: str = "run_pretrain.py"
+) -> RunArgs:
+    """Read a command line, with what `--memory_budget` chooses for it where it is given; the usage names `program`.
 
     card: that the run is planned for; None: this machine's, whose memory the budget may not exceed, or else the speed
     of an H100. Raises UserError, also where nothing fits.
     """
     if not any(token.partition("=")[0] == "--memory_budget" for token in argv):
-        return parse_args(argv, world_size)
+        return parse_args(argv, world_size, program)
     candidates = Candidates(argv, world_size)
     first = candidates.steps[0][0].args
     budget = first.runtime.memory_budget

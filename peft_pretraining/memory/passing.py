@@ -18,7 +18,7 @@ from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import product_bytes
-from qgalore.subspace.fit import projects_directly
+from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 
@@ -64,7 +64,7 @@ class PassingBytes:
         # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
         # gradient waits for that of the embeddings.
         stays, waits = self.kept + self.hidden * run.graphs, self.table * config.tie_word_embeddings
-        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, self.b)
+        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype)
         head = self.kept + self.hidden + of_table
         found = {"activations and loss": self.kept + loss, "activations and gradient of the head": head}
         beside = {} if self.own else self.of_layers()
@@ -153,7 +153,7 @@ class PassingBytes:
             return result
         side, tokens = "right" if matrix.sides[-1] == matrix.shape[1] else "left", self.run.tokens
         formed = matrix.residual or self.options.subspace == "svd"
-        formed = formed or not projects_directly(tokens, *matrix.shape, matrix.rank, side)
+        formed = formed or not fit.projects_directly(tokens, *matrix.shape, matrix.rank, side)
         factor, momentum = self.b * tokens * matrix.rank, 4 * matrix.gradient if self.int8_states else 0
         # Of a sketch: the momentum in float32, and scaled; that and its product with a factor.
         refresh = self.b * matrix.gradient + max(momentum, factor + self.b * matrix.bases)
@@ -190,7 +190,7 @@ class PassingBytes:
             return BYTES_PER_VALUE * matrix.size
         one_side = len(matrix.sides) < 2
         if matrix.residual or (self.quantized and one_side):
-            return 2 * self.b * matrix.residual
+            return 2 * fit.wide_dtype(self.run.dtype).itemsize * matrix.residual
         on_tensor_cores = self.run.cuda and self.b == 2 and one_side
         return (0 if on_tensor_cores else 4 * (matrix.gradient + matrix.bases)) + min(_ROWS, 4 * matrix.size)
 
@@ -200,6 +200,7 @@ class PassingBytes:
             return 0
         if self.options.subspace == "svd":  # the gradient in float32 and float64, and eigenvectors, without a workspace
             return 12 * matrix.size + 24 * min(matrix.shape) ** 2
-        bases, square, rotated = matrix.bases, matrix.rank**2, (2 * self.b if self.int8_states else 8) * matrix.gradient
-        changing = (self.b + 1) * bases + self.b * square + rotated
+        wide = fit.wide_dtype(self.run.dtype).itemsize
+        bases, square, rotated = matrix.bases, matrix.rank**2, (2 * wide if self.int8_states else 8) * matrix.gradient
+        changing = (wide + 1) * bases + wide * square + rotated
         return self.b * bases + max((self.b + 12) * bases + 8 * square, changing)

@@ -9,7 +9,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.config_files import shipped_configs
+from peft_pretraining.models.config_source import IN_STATE, STATE, config_path
 
+HARMLESS = frozenset({
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "name_or_path",
+    "pretraining_tp", "auto_map", "output_attentions", "output_hidden_states", "return_dict",
+    "return_dict_in_generate", "output_scores", "torchscript", "tokenizer_class", "attn_implementation",
+    "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "task_specific_params", "prefix", "sep_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
+    "num_beam_groups", "diversity_penalty", "num_return_sequences", "length_penalty", "early_stopping",
+    "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "remove_invalid_values",
+    "exponential_decay_length_penalty", "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder",
+    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads", "tf_legacy_loss",
+    "use_bfloat16", "is_llama_config", "transformers.js_config",
+})  # fmt: skip
+"""Keys of a config.json that say nothing about the computation of a model that is trained here."""
 HF_HINT = "or pass --use_hf_model, which trains transformers' own class"
 
 
@@ -121,18 +138,25 @@ def check_momentum_rank(config: ModelConfig, rank: float) -> None:
         )
 
 
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a model config; raises UserError if there is none."""
+def read_config_json(name: str | Path, flag: str = "--model_config") -> dict[str, Any]:
+    """The JSON object of the config that `--model_config` names (`config_path`); raises UserError if there is none.
+
+    flag: the flag that the name is from, for the text.
+    """
+    path = config_path(name, flag)
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"--model_config {path}: no such file; configs/ holds llama_9m.json to llama_13b.json."
+            f"{flag} {name}: no such file; give a config.json, a folder that has one, the name of a model on the hub "
+            f"(ORGANISATION/NAME), or a size of configs/: {', '.join(shipped_configs())}."
         ) from None
     except OSError as error:
-        raise UserError(f"--model_config {path}: cannot be read ({error.strerror}); give a JSON file.") from None
+        raise UserError(f"{flag} {name}: cannot be read ({error.strerror}); give a JSON file.") from None
     except ValueError as error:
-        raise UserError(f"--model_config {path}: not JSON ({error}); give a Hugging Face config.json.") from None
+        raise UserError(f"{flag} {name}: not JSON ({error}); give a Hugging Face config.json.") from None
+    if path.name == STATE and isinstance(raw, dict):
+        raw = raw.get(IN_STATE, raw)
     if not isinstance(raw, dict):
-        raise UserError(f"--model_config {path}: holds a JSON {type(raw).__name__}; a config.json is an object.")
+        raise UserError(f"{flag} {name}: holds a JSON {type(raw).__name__}; a config.json is an object.")
     return raw

@@ -35,6 +35,10 @@ class ModelFamily(ABC, Generic[ConfigT]):
     def config(self, raw: dict[str, Any], source: str) -> ConfigT:
         """The contents of a config.json, checked; raises UserError that names `source`, the file, and the key."""
 
+    def unknown_keys(self, raw: dict[str, Any]) -> dict[str, str]:
+        """Keys of a config.json that nothing reads, each with the known key that may be meant, or ""."""
+        return {}
+
     @abstractmethod
     def network(self, config: ConfigT) -> CausalLM:
         """The network with parameters on PyTorch's default device, not initialised yet."""

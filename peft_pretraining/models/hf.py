@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.config_source import CONFIG
 from peft_pretraining.models.head import IGNORE_INDEX, CausalLMOutput, head_output, shifted
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.recorded_init import InitialValue, InitRecorder, UnreadableInitError
@@ -55,6 +58,9 @@ class HFCausalLM(CausalLM):
             raise UserError(f"{self._source}: {_kind(network)} has no linear layers inside its decoder layers.")
         _refuse_dropout(network, self._source)
         self._initial = self._initial_values(recorder)
+        self.table_names = _table_names(network)
+        unexpected = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self.ignored_names = (*CausalLM.ignored_names, *unexpected)
         self._plain_head = _head_is_plain(network)
         """Whether its logits are what the head makes of the last hidden states, and nothing else."""
 
@@ -131,9 +137,11 @@ def _network(config_path: str | Path, source: str, recorder: InitRecorder) -> An
     """transformers' module for a config.json, without memory for its parameters."""
     import transformers
 
-    read_config_json(config_path)
+    raw = read_config_json(config_path)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(config_path))
+        with tempfile.TemporaryDirectory() as folder:  # from_pretrained takes no contents
+            Path(folder, CONFIG).write_text(json.dumps(raw), encoding="utf-8")
+            config = transformers.AutoConfig.from_pretrained(folder)
         _refuse_others(config, source)
         with torch.random.fork_rng(devices=[]), recorder:
             torch.default_generator.manual_seed(0)  # for random constants, which no parameter's generator draws
@@ -194,6 +202,13 @@ def _layers_name(network: Any, count: int, source: str) -> str:
     if not sizes:
         raise UserError(f"{source}: {_kind(network)} has no nn.ModuleList of its {count} decoder layers.")
     return max(sizes, key=lambda name: sizes[name])
+
+
+def _table_names(network: Any) -> tuple[str, str]:
+    """The names of the embeddings' and the head's weights; "" for what the class does not tell."""
+    names = {id(module): f"{name}.weight" for name, module in network.named_modules()}
+    embeddings, head = network.get_input_embeddings(), network.get_output_embeddings()
+    return names.get(id(embeddings), ""), names.get(id(head), "")
 
 
 def _matrix_names(model: nn.Module, layers_name: str) -> list[str]:

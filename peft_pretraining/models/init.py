@@ -32,19 +32,23 @@ def materialize(
     seed: int,
     on_module: OnModule | None = None,
     std: float = 0.02,
+    draws: bool = True,
 ) -> None:
     """Replace the meta parameters of `model` in place by initialised ones of `dtype` on `device`.
 
     Their values are those of `CausalLM.initial_value`, matrices with standard deviation `std`. Buffers keep their
     dtype. `on_module(model, name)` runs as soon as the parameters of the module `name` exist and before
-    those of the next one do; it may replace that module. A tied parameter is drawn once, under its first name.
+    those of the next one do; it may replace that module. A tied parameter is drawn once, under its first name. draws:
+    False for zeros instead, where the values are to come from elsewhere.
     """
     modules = deque(model.named_modules())
     uses: dict[nn.Parameter, list[str]] = {}
     for name, module in modules:
         for key, parameter in _own_parameters(module):
             uses.setdefault(parameter, []).append(f"{name}.{key}" if name else key)
-    drawn = _draw_ahead(model, [(names[0], parameter.shape) for parameter, names in uses.items()], dtype, seed, std)
+    shapes = [(names[0], parameter.shape) for parameter, names in uses.items()]
+    zeros = (torch.zeros(shape, dtype=dtype) for _, shape in shapes)
+    drawn = _draw_ahead(model, shapes, dtype, seed, std) if draws else zeros
     tied: dict[nn.Parameter, nn.Parameter] = {}
     while modules:
         # Any reference left here would keep a float matrix alive beside its quantized form: hence a queue, not a list.

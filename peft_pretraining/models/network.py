@@ -40,6 +40,11 @@ class CausalLM(nn.Module):
     """Of these, those whose output only other linear layers and functions of single elements read: it may stay padded
     at the end of each row."""
 
+    table_names: tuple[str, str] = ("", "")
+    """The weights of the embeddings and of the head, of which a checkpoint of a model that ties them has one."""
+    ignored_names: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    """Patterns of names in other programs' checkpoints of this architecture that are no weights of it."""
+
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """input_ids, labels (B, L); without labels the logits, with them the float32 sum of the loss.
 

@@ -16,7 +16,7 @@ from peft_pretraining.models.family import ModelFamily
 if TYPE_CHECKING:
     from peft_pretraining.models.network import CausalLM
 
-_WITHOUT_MODEL_TYPE = "llama"
+WITHOUT_MODEL_TYPE = "llama"
 
 
 def families() -> dict[str, ModelFamily[Any]]:
@@ -37,7 +37,7 @@ def families() -> dict[str, ModelFamily[Any]]:
 
 def find_family(raw: dict[str, Any], source: str) -> ModelFamily[Any]:
     """The family of a config.json with these contents. Raises UserError that lists them all."""
-    known, model_type = families(), raw.get("model_type", _WITHOUT_MODEL_TYPE)
+    known, model_type = families(), raw.get("model_type", WITHOUT_MODEL_TYPE)
     for name, family in known.items():
         if name == model_type:
             return family

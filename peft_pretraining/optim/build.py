@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
@@ -27,6 +28,7 @@ from qgalore.layer.conversion import low_rank_linear
 from qgalore.layer.linear_names import is_conv1d
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update.all_reduce import AllReduce
+from qgalore.update.loss_scale import LossScale
 
 _ADAM_FAMILY = {
     "adam": GaLoreAdamW,
@@ -84,8 +86,15 @@ def build_optimizer(
     )
     # Clipping needs all gradients at once, so a clipped run updates after the last backward pass.
     in_backward = args.per_layer and not args.grad_clipping
-    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce)
+    scale = _loss_scale(model, args)
+    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce, loss_scale=scale)
     return optimizer
+
+
+def _loss_scale(model: nn.Module, args: OptimizerArgs) -> LossScale | None:
+    """That of `--loss_scale` for a model with float16 parameters; None for others."""
+    half = next((param for param in model.parameters() if param.dtype == torch.float16), None)
+    return None if half is None else LossScale(half.device, args.loss_scale or None)
 
 
 def _param_groups(model: CausalLM, args: OptimizerArgs, subspace: SubspaceArgs) -> list[dict[str, Any]]:

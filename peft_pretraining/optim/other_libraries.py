@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_pretraining.config.flag_groups import OptimizerArgs
 from qgalore.update.all_reduce import AllReduce
+from qgalore.update.loss_scale import LossScale
 
 
 class LibraryOptimizer:
@@ -25,6 +26,7 @@ class LibraryOptimizer:
         self._skip: Tensor | None = None
         self._norm: Tensor | None = None
         self.is_last_micro_batch = True
+        self.loss_scale: LossScale | None = None  # float16 is refused
         self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
         if all_reduce is not None:
             for param in self._parameters():

@@ -6,12 +6,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from qgalore.update.loss_scale import LossScale
+
 
 class TrainingOptimizer(Protocol):
     """An optimizer as the training loop uses it."""
 
     is_last_micro_batch: bool
     """Set before each backward pass: in the last one of an update gradients are summed, and may be applied."""
+
+    loss_scale: LossScale | None
+    """What each loss is multiplied by before its backward pass; None: by nothing."""
 
     @property
     def sums_in_momentum(self) -> bool:

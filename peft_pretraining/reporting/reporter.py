@@ -21,6 +21,7 @@ from peft_pretraining.reporting.throughput import (
     peak_flops,
     train_flops_per_token,
 )
+from peft_pretraining.run_summary import summary_lines
 from peft_pretraining.runtime.update_outcomes import FinishedUpdate
 from peft_pretraining.runtime.world import World
 
@@ -29,16 +30,18 @@ class RunMetrics:
     """Measures and writes the metrics of a run."""
 
     def __init__(self, args: RunArgs, world: World, model: CausalLM, position: Position) -> None:
-        """Open the run's metrics and remove what was written after `position`."""
+        """Open the run's metrics without what was written after `position`."""
         self._args, self._world, self._device = args, world, world.device
         self._parameters, self._first = parameter_count(model), position.update_step
+        self._initial_weights = position.initial_weights
+        # With --init_from there is an evaluation before the first update, which a run that begins there makes again.
+        begins = bool(args.model.init_from) and not position.update_step
         self._logger = MetricsLogger(
             Path(args.checkpoint.save_dir), args.to_dict(), rank=world.rank,
             wandb_mode=args.logging.resolved_wandb_mode, project=args.logging.project, name=args.logging.name,
-            tags=args.logging.tag_list, run_id=position.wandb_run_id, total_updates=args.schedule.num_training_steps,
-            start_update=position.update_step,
+            tags=args.logging.tag_list, run_id=position.wandb_run_id, tensorboard=args.logging.tensorboard,
+            total_updates=args.schedule.num_training_steps, start_update=-1 if begins else position.update_step,
         )  # fmt: skip
-        self._logger.truncate_after(position.update_step)
         position.wandb_run_id = self._logger.run_id
         config = model.config
         flops = train_flops_per_token(
@@ -49,15 +52,31 @@ class RunMetrics:
         self._waited = 0.0
         self.log, self.sync = self._logger.log, self._logger.sync
 
-    def announce(self, data: Sequence[str] = ()) -> None:
-        """Log the model, the devices, the data (its lines are given), the first update and the warnings."""
-        self.log(f"{self._parameters / 1e6:.1f} M parameters on {self._world.world_size} x {self._device}")
-        for line in (*self._args.notes, *data):
+    def announce(self, data: Sequence[str] = (), changed_flags: Sequence[str] = ()) -> None:
+        """Log what the run is (lines on its data are given), where it goes on from, and the warnings.
+
+        changed_flags: in words, those that have changed since the checkpoint that it goes on from.
+        """
+        if not self._world.is_main:
+            return
+        card = f" ({torch.cuda.get_device_name(self._device)})" if self._device.type == "cuda" else ""
+        device = f"{self._world.world_size} x {self._device.type}{card}"
+        lines = summary_lines(self._args, device, data, self._parameters)
+        for line in (*lines, *self._args.notes, *self._origin()):
             self.log(line)
         if self._first:
             self.log(f"{self._first} of {self._args.schedule.num_training_steps} updates are made already")
+        if changed_flags:
+            self.log(f"changed since the checkpoint: {', '.join(changed_flags)}")
         for warning in self._args.warnings:
             self.log(f"warning: {warning}")
+
+    def _origin(self) -> list[str]:
+        """A line on the weights that the run began with, if they were not random or are not those of --init_from."""
+        given, began = self._args.model.init_from, self._initial_weights
+        if began:
+            return [f"the run began with the weights of {began}" if self._first else f"weights of {began}"]
+        return [f"--init_from {given} is not read: the run goes on, and began with random weights"] if given else []
 
     def start_update(self, wait_seconds: float) -> None:
         """Start to time an update; wait_seconds is how long this rank has waited for data so far."""

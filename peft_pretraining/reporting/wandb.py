@@ -1,11 +1,18 @@
 """Weights & Biases as a mirror of metrics.jsonl that can never stop a run.
 
 Whatever fails in wandb causes one warning, after which the run goes on without it.
+
+wandb cannot go on with an offline run: each start makes another folder whose steps begin at 0, and `wandb sync` either
+replaces the run by the newest of them (up to 0.29) or adds them up, updates that were made again twice. So an offline
+folder always has the whole run: one that is resumed first gets the lines of metrics.jsonl, which has each update once,
+and then replaces the folders before it. The lines keep the steps that they had.
 """
 
 import netrc
 import os
 import secrets
+import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,9 +76,12 @@ class WandbMirror:
         config: Mapping[str, Any],
         run_id: str | None,
         warn: Callable[[str], None],
+        history: Callable[[], Sequence[Mapping[str, Any]]] = list,
     ) -> None:
-        """`mode`: auto, online, offline or off; `run_id`: of the run that is resumed."""
+        """`mode`: auto, online, offline or off; `run_id`: of the run that is resumed; `history` returns its metrics."""
         self._warn = warn
+        self._save_dir, self._history = save_dir, history
+        self._folder: Path | None = None  # of an offline run
         self._warned = False
         self._run: Any = None
         self.mode = resolve_mode(mode)
@@ -93,7 +103,12 @@ class WandbMirror:
                 self.mode = "offline"
                 self._guard("start", self._forget_server)
         if self.mode == "offline":
-            self._guard("start", self._start)
+            self._guard("start", self._start_offline)
+
+    @property
+    def upload_command(self) -> str:
+        """The command that uploads what was recorded offline; "" if nothing was."""
+        return f"wandb sync {shlex.quote(str(self._folder))}" if self._folder is not None else ""
 
     def log_metrics(self, update_step: int, metrics: Mapping[str, float | None]) -> None:
         """Send the metrics of one update."""
@@ -116,6 +131,20 @@ class WandbMirror:
         run.define_metric("update_step")
         run.define_metric("*", step_metric="update_step")
         self._run = run
+
+    def _start_offline(self) -> None:
+        history = self._history()
+        earlier = list((self._save_dir / "wandb").glob(f"offline-run-*-{self.run_id}"))
+        if not history and not earlier:
+            # A run that goes on in another folder without its metrics would replace the one there when it is uploaded.
+            self.run_id = self._options["id"] = secrets.token_hex(4)
+        self._start()
+        self._folder = Path(self._run.settings.sync_dir).absolute()
+        for line in history:
+            self._run.log(dict(line))
+        for folder in earlier:
+            if folder.absolute() != self._folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _forget_server(self) -> None:
         import wandb

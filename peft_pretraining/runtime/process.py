@@ -10,17 +10,20 @@ from typing import NoReturn
 import torch
 
 from peft_pretraining.data.sources.builders import remove_scratch
-from peft_pretraining.errors import UserError
+from peft_pretraining.errors import UserError, missing_package
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.world import is_lost_rank
 
 
-def make_reproducible() -> None:
-    """Allow deterministic kernels only, so that the same seed gives the same bits."""
+def make_reproducible(dtype: str = "") -> None:
+    """Allow deterministic kernels only, so that the same seed gives the same bits; dtype: that of the run."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # A debugging aid that fills every new buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if dtype == "float16":
+        # A gradient over many tokens is summed in parts, and a part may be beyond float16 where the sum is not.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _end_at_once(code: int) -> NoReturn:
@@ -34,14 +37,20 @@ def _end_at_once(code: int) -> NoReturn:
 
 
 def exit_code_of(program: Callable[[], None], name: str) -> int:
-    """Run `program`; returns 0 if it ended or was stopped cleanly, 2 for a UserError, whose text is printed.
+    """Run `program`; returns 0 if it ended or was stopped cleanly, 2 for a UserError or a missing package.
 
+    What the user can do about these is printed as `name`'s.
     Where another rank is lost the process ends here, with exit code 1.
     """
     try:
         program()
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (advice := missing_package(error)) is None:
+            raise
+        print(f"{name}: {advice}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not is_lost_rank(error):

@@ -7,6 +7,7 @@ follows from an outcome.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +19,7 @@ from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.deferred_metrics import DeferredMetrics
 
 _SKIPPED, _LATE_OVERFLOW = "train/skipped", "train/late_overflow"
+_LOSS, _CAN_FALL = "train/loss", "train/loss_scale_can_fall"
 
 
 class Outcome(Enum):
@@ -26,6 +28,8 @@ class Outcome(Enum):
     MADE = "made"
     SKIPPED = "skipped"
     """No weight changed, since the loss or gradient was not finite."""
+    SCALE_TOO_LARGE = "scale too large"
+    """No weight changed, since the gradient of the scaled loss overflowed; the loss scale is smaller by now."""
     LATE_OVERFLOW = "late overflow"
     """Some weights, or momenta, changed before another gradient was found not to be finite."""
 
@@ -76,6 +80,8 @@ class UpdateOutcomes:
         rates = {"train/lr": low_rank["lr"], "train/full_rank_lr": full_rank["lr"]}
         flags = {_SKIPPED: optimizer.skipped(), _LATE_OVERFLOW: optimizer.late_overflow()}
         norm = {"train/grad_norm": optimizer.grad_norm()}
+        if (scale := optimizer.loss_scale) is not None:
+            flags |= {"train/loss_scale": scale.value, _CAN_FALL: scale.can_fall()}
         self._deferred.put(
             update_step, {**metrics, **rates, **norm, **flags, **optimizer.subspace_metrics(), **measured}
         )
@@ -86,9 +92,11 @@ class UpdateOutcomes:
         if pending is None:
             return None
         update_step, metrics = pending
-        outcome = Outcome.MADE
+        outcome, can_fall = Outcome.MADE, metrics.pop(_CAN_FALL, 0.0)
         if metrics.pop(_LATE_OVERFLOW):
             outcome = Outcome.LATE_OVERFLOW
+        elif metrics[_SKIPPED] and can_fall and math.isfinite(metrics[_LOSS]):
+            outcome = Outcome.SCALE_TOO_LARGE
         elif metrics[_SKIPPED]:
             outcome = Outcome.SKIPPED
         return FinishedUpdate(update_step, outcome, metrics)
@@ -96,8 +104,10 @@ class UpdateOutcomes:
 
 def too_many_skipped(args: RunArgs, in_a_row: int, update_step: int) -> str:
     """The error text of a run that ends because its last `in_a_row` updates, up to `update_step`, were skipped."""
+    scale = args.optimizer.loss_scale
+    other = f"a --loss_scale below {scale:g}" if scale > 1 else "--dtype float32"
     return (
         f"--max_skipped_updates {args.runtime.max_skipped_updates}: {in_a_row} updates in a row had a loss or gradient "
         f"that is not finite, up to update {update_step}. The newest checkpoint in {args.checkpoint.save_dir} is from "
-        "before them: resume from it with a lower --lr, with --grad_clipping 1.0 or with --dtype float32"
+        f"before them: resume from it with a lower --lr, with --grad_clipping 1.0 or with {other}"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,11 +62,15 @@ class World:
 
     def sum_on_host(self, value: int) -> int:
         """The sum of an integer over all ranks, without touching the accelerator."""
+        return self.sums_on_host([value])[0]
+
+    def sums_on_host(self, values: Sequence[int]) -> list[int]:
+        """The sum of each integer over all ranks, in one message, without touching the accelerator."""
         if self.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(total)
-        return int(total)
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(totals)
+        return [int(total) for total in totals]
 
     def all_on_host(self, flag: bool) -> bool:
         """Whether the flag is true on every rank, without touching the accelerator."""

@@ -18,7 +18,7 @@ from qgalore.kernels.arguments import (
     QuantizedUpdate,
     StepScalars,
 )
-from qgalore.kernels.backend import backend, grouped_by_backend, use_triton
+from qgalore.kernels.backend import backend, grouped_by_backend, product_dtype, use_triton
 from qgalore.kernels.reference import (
     adam,
     float_update,
@@ -34,8 +34,9 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
     "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward",
-    "momentum_steps", "orthogonalize", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device",
-    "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
+    "momentum_steps", "orthogonalize", "product_dtype", "project_back", "quantize", "quantize_blocks_",
+    "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_",
+    "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -147,10 +148,10 @@ def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = 
 def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None = None) -> None:
     """W <- round(decay * W - step_size * leftᵀ N right) in place on each float tensor, float32 inside.
 
-    Step size, decay and seed come from the step row. A bfloat16 weight is rounded stochastically where that is asked
-    for, since a nearest rounding loses every update below 1/512 of the weight; other dtypes round to nearest. A vector
-    is a matrix of one row. Where the flag `skip` is true nothing changes. In Triton one launch for those of about one
-    width and one dtype without bases.
+    Step size, decay and seed come from the step row. A weight of 16 bits is rounded stochastically where that is asked
+    for, since a nearest rounding loses every update below 1/512 of a bfloat16 weight, 1/4096 of a float16 one; other
+    dtypes round to nearest. A vector is a matrix of one row. Where the flag `skip` is true nothing changes. In Triton
+    one launch for those of about one width and one dtype without bases.
     """
     matrices = []
     for update in updates:
@@ -158,7 +159,7 @@ def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None = None) ->
         matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
         whole = update.left is None and update.right is None
         direction = direction.view(matrix.shape) if whole else direction
-        stochastic = update.stochastic and weight.dtype == torch.bfloat16
+        stochastic = update.stochastic and weight.dtype in (torch.bfloat16, torch.float16)
         matrices.append(update._replace(weight=matrix, direction=direction, stochastic=stochastic))
     if matrices:
         backend(float_update.update_float_, matrices[0].weight.device)(matrices, skip)

@@ -33,6 +33,16 @@ def use_triton(device: torch.device) -> bool:
 
 
 @functools.cache
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What products are made of whose factors are no activations: bfloat16 on a GPU that has it, float32 elsewhere.
+
+    Not of float16, whatever the model's: momenta are small, and nothing scales them.
+    """
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+@functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -28,6 +28,7 @@ from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
+from qgalore.update.loss_scale import LossScale
 from qgalore.update.momentum_sum import SummedGradient
 from qgalore.update.step import (
     add_to_momenta,
@@ -110,6 +111,8 @@ class LowRankAdamW(Optimizer):
         self._all_reduce: AllReduce | None = None
         self._share_of_momenta: float | None = None
         """See `add_to_momenta`."""
+        self.loss_scale: LossScale | None = None
+        """What the loss is multiplied by before its backward pass; None: by nothing."""
         self._clip_factor: Tensor | None = None
         self._scale: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
@@ -201,7 +204,13 @@ class LowRankAdamW(Optimizer):
 
     # ---- the backward pass
 
-    def attach(self, model: nn.Module, update_in_backward: bool = False, all_reduce: AllReduce | None = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        update_in_backward: bool = False,
+        all_reduce: AllReduce | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         """Take every gradient as soon as the backward pass has it, and keep of a low-rank one the projection alone.
 
         With `update_in_backward` each weight is updated there and then, so that its gradient lives only inside the
@@ -209,11 +218,19 @@ class LowRankAdamW(Optimizer):
         which are faster updated as one. Over several micro-batches the sums of all gradients exist anyway: updating
         before `step` would save nothing, so it is left to `step`, which knows them all.
         `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.update.all_reduce.AllReduce`).
+        `loss_scale` is what each loss is multiplied by before its backward pass: gradients are divided by it before
+        anything is made of their size. Call its `update_(optimizer.skipped())` after each `step`.
         `.grad` stays None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the
         optimizer cannot train.
         """
         self.detach()
+        if loss_scale is not None and self.sums_in_momentum:
+            raise ValueError(
+                "sum_in_momentum keeps gradients in momenta from one update to the next, and a loss_scale that changes "
+                "would change what they are worth: leave one of them out"
+            )
         self.update_in_backward, self._all_reduce, self._share_of_momenta = update_in_backward, all_reduce, None
+        self.loss_scale = loss_scale
         attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
         self._detach = weakref.finalize(self, attachment.remove)
         self._detach.atexit = False
@@ -222,7 +239,7 @@ class LowRankAdamW(Optimizer):
 
     def detach(self) -> None:
         """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again."""
-        self.update_in_backward, self._all_reduce = False, None
+        self.update_in_backward, self._all_reduce, self.loss_scale = False, None, None
         if self._detach is not None:
             self._detach()
 
@@ -295,12 +312,18 @@ class LowRankAdamW(Optimizer):
                 "state from before the update"
             )
 
+    @property
+    def _inverse_scale(self) -> Tensor | None:
+        """What gradients are multiplied by when they are used, (); None for 1."""
+        return None if self.loss_scale is None else self.loss_scale.inverse
+
     def _update_checks(self) -> UpdateChecks:
         """The checks of the update that is being made, cleared at its beginning."""
         if self._checks is None or self._checks.count != len(self._weights):
             self._checks = UpdateChecks(len(self._weights), next(iter(self._weights)).device)
         elif self._stepped:
             self._checks.clear()
+        self._checks.inverse_scale = self._inverse_scale
         self._stepped = False
         return self._checks
 
@@ -355,7 +378,7 @@ class LowRankAdamW(Optimizer):
         if self.updates_at_once:
             checks.remember_first()
             self.write_update_rows()
-            update_weights(weights, checks)
+            update_weights(weights, checks, self._inverse_scale)
 
     def write_update_rows(self) -> None:
         """Let the step rows be those of the update that goes on, if they are not."""
@@ -379,7 +402,7 @@ class LowRankAdamW(Optimizer):
     def grad_norm(self) -> Tensor:
         """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
         self._check_rest()
-        return torch.zeros(()) if self._checks is None else self._checks.squared_norms.sum().sqrt()
+        return torch.zeros(()) if self._checks is None else self._checks.norm()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -446,7 +469,8 @@ class LowRankAdamW(Optimizer):
             if not self.updates_at_once:  # else most weights have been updated
                 self.skip_update_if(~self.grad_norm().isfinite())
             self.write_update_rows()
-            factors = [factor for factor in (self._clip_factor, self._scale) if factor is not None]
+            given = (self._clip_factor, self._scale, self._inverse_scale)
+            factors = [factor for factor in given if factor is not None]
             clip = functools.reduce(torch.mul, factors) if factors else None
             update_weights(waiting, self._update_checks(), clip)
         self._clip_factor = self._scale = None

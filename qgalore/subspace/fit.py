@@ -24,6 +24,11 @@ COLUMNS_AT_ONCE = 1024
 _ORTHONORMAL_TOLERANCE = 1e-2
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """For values of any size, such as moments: float32 for float16, which holds nothing below 6e-8; others stay."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def random_matrix(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
     """Uniform in +-sqrt(3), so of variance 1, (rows, columns) float32: the same values on every device.
 

@@ -236,7 +236,8 @@ class Streaming(Identity):
 
         Where the flag `wanted` on the device is false, basis and moments stay as they are, to the bit.
         """
-        new, old = decode(encoded, self.dtype), decode(self.stored.stored(side), self.dtype)
+        dtype = fit.wide_dtype(self.dtype)  # which is that of the rotated moments
+        new, old = decode(encoded, dtype), decode(self.stored.stored(side), dtype)
         change = new @ old.T
         similarity = fit.similarity(new, old, change)
         del new, old

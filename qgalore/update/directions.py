@@ -87,8 +87,8 @@ def _momenta(steps: Sequence[Step], dtype: torch.dtype, skip: Tensor | None) -> 
 
 
 def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
-    """Muon's directions, of the momenta with one shorter side at once; in bfloat16 on a GPU."""
-    dtype = torch.bfloat16 if steps[0].grad.is_cuda else torch.float32
+    """Muon's directions, of the momenta with one shorter side at once; in bfloat16 on a GPU that has it."""
+    dtype = kernels.product_dtype(steps[0].grad.device)
     values = _momenta(steps, dtype, skip)
     indices: dict[int, list[int]] = {}
     for index, momentum in enumerate(values):

@@ -204,7 +204,7 @@ def _orthonormal_rows(sketch: Tensor, old: Tensor) -> Tensor:
 
 
 def _dtype_of_products(matrix: Tensor) -> torch.dtype:
-    return torch.bfloat16 if matrix.is_cuda else torch.float32
+    return kernels.product_dtype(matrix.device)
 
 
 def _keys(part: str) -> tuple[str, str, str]:

@@ -22,7 +22,9 @@ class UpdateChecks:
         """count: the number of weights."""
         self.count = count
         self.squared_norms = torch.zeros(count, device=device)
-        """Of the gradient of each weight; zero where there was none."""
+        """Of the gradient of each weight, as it comes from a scaled loss; zero where there was none."""
+        self.inverse_scale: Tensor | None = None
+        """What such gradients are to be multiplied by, (); None for 1."""
         self.skip = torch.zeros((), dtype=torch.bool, device=device)
         """Something in the update is not finite."""
         self._first_skip = torch.zeros_like(self.skip)
@@ -53,6 +55,16 @@ class UpdateChecks:
         for index, squared_norm in zip(gradients, found.unbind(), strict=True):
             self.squared_norms[index].add_(squared_norm)
 
+    def norms(self) -> Tensor:
+        """The norm of the gradient of each weight, (weights,), without the scale of the loss."""
+        norms = self.squared_norms.sqrt()
+        return norms if self.inverse_scale is None else norms.mul_(self.inverse_scale)
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients together, (), without the scale of the loss."""
+        norm = self.squared_norms.sum().sqrt()
+        return norm if self.inverse_scale is None else norm.mul_(self.inverse_scale)
+
     def skip_for_kernels(self) -> Tensor | None:
         """The flag `skip` where kernels have to read it; None on a CPU, where the host can look at it."""
         return None if self.skip.device.type == "cpu" else self.skip
@@ -68,19 +80,17 @@ class UpdateChecks:
         return self.skip & ~self._first_skip if self._remembers else torch.zeros_like(self.skip)
 
 
-def limit_growth(
-    states: Sequence[dict[str, Tensor]], growth: float, squared_norms: Sequence[Tensor], skip: Tensor
-) -> Tensor:
+def limit_growth(states: Sequence[dict[str, Tensor]], growth: float, norms: Sequence[Tensor], skip: Tensor) -> Tensor:
     """Factors (weights,) that let the norm of each gradient grow by `growth` at most from update to update.
 
     After Fira's limiter (Chen et al., arXiv 2410.01623). states: those of the weights, which keep the norms;
-    squared_norms, each (), and skip are those of `UpdateChecks`: a skipped update leaves no trace.
+    norms, each (), and skip are those of `UpdateChecks`: a skipped update leaves no trace.
     """
     for state in states:
         if "limited_norm" not in state:  # where the limit was set later
             state["limited_norm"] = torch.zeros_like(skip, dtype=torch.float32)
     kept = [state["limited_norm"] for state in states]
-    before, norms = torch.stack(kept), torch.stack(list(squared_norms)).sqrt()
-    limited = torch.where(before > 0, torch.minimum(norms, growth * before), norms)
+    before, now = torch.stack(kept), torch.stack(list(norms))
+    limited = torch.where(before > 0, torch.minimum(now, growth * before), now)
     internal("torch._foreach_copy_")(kept, list(torch.where(skip, before, limited).unbind()))
-    return limited / norms.clamp_min(1e-30)
+    return limited / now.clamp_min(1e-30)

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.layer.linear import LowRankLinear
+from qgalore.subspace import fit
 from qgalore.subspace.fira import full_direction
 from qgalore.subspace.methods import grouped_bases
 from qgalore.update import moments, momentum_sum
@@ -140,7 +141,8 @@ def check_gradients(weights: Sequence[Weight], checks: UpdateChecks) -> None:
 def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
     """Steps 2 to 6, which use up the final gradients; where `checks.skip` is true only the weights' steps are counted.
 
-    The step rows of the update must have been written. clip: a factor () of all gradients; None for 1.
+    The step rows of the update must have been written. clip: a factor () of all gradients, with the inverse of
+    the loss's scale in it; None for 1.
     """
     skip = checks.skip_for_kernels()
     skip_on_host = skip is None and bool(checks.skip)
@@ -201,10 +203,11 @@ def _gradient_factors(
     for weight in weights:
         if growth := weight.param_group["norm_growth"]:
             limited.setdefault(growth, []).append(weight)
-    squared_norms = checks.squared_norms.unbind() if limited else ()
+    norms = checks.norms().unbind() if limited else ()
     for growth, alike in limited.items():
-        norms = [squared_norms[weight.index] for weight in alike]
-        found = limit_growth([weight.state for weight in alike], growth, norms, checks.skip)
+        found = limit_growth(
+            [weight.state for weight in alike], growth, [norms[weight.index] for weight in alike], checks.skip
+        )
         factors |= zip(alike, (found if clip is None else found * clip).unbind(), strict=True)
     return factors
 
@@ -266,7 +269,7 @@ def _apply_one(weight: Weight, direction: Tensor, gradient: Tensor | None, skip:
     That makes the direction, by the full gradient of the last micro-batch, one of the whole weight, without bases.
     """
     left, right = weight.subspace.bases(direction.dtype)
-    full = weight.gradient.full_of_last_micro_batch(direction.dtype)
+    full = weight.gradient.full_of_last_micro_batch(fit.wide_dtype(direction.dtype))
     if gradient is not None and full is not None:
         direction, left, right = full_direction(direction, gradient, full, left, right), None, None
     if weight.layer is not None:

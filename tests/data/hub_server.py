@@ -210,7 +210,7 @@ class C4Hub(HubServer):
 
 @dataclass
 class HubRepository:
-    """A data set on `DatasetHub`."""
+    """A data set or a model on `DatasetHub`."""
 
     folder: Path
     """Its files; a README.md may say what configurations there are."""
@@ -228,7 +228,7 @@ class HubRepository:
 
 
 class DatasetHub(HubServer):
-    """A hub with data sets by name, as `datasets` and huggingface_hub ask for them."""
+    """A hub with data sets and models by name, as `datasets` and huggingface_hub ask for them."""
 
     def __init__(
         self, repositories: Mapping[str, HubRepository], renamed: Mapping[str, str] | None = None, port: int = 0
@@ -241,8 +241,8 @@ class DatasetHub(HubServer):
         """See `HubServer`."""
         path = unquote(urlsplit(handler.path).path)
         try:
-            if path.startswith("/datasets/"):
-                name, _, rest = path.removeprefix("/datasets/").partition("/resolve/")
+            if "/resolve/" in path:  # of a model without the prefix
+                name, _, rest = path.removeprefix("/datasets").removeprefix("/").partition("/resolve/")
                 commit, folder, file = self._place(name, rest)
                 if self._repository(name).gated:
                     raise _RefusedError(401, "GatedRepo")

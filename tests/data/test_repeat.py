@@ -10,7 +10,8 @@ import torch
 
 import run_pretrain
 from peft_pretraining.data.batch import IGNORED_LABEL
-from peft_pretraining.data.sources.documents import MemorySource
+from peft_pretraining.data.sources.documents import MemorySource, Share
+from peft_pretraining.data.sources.mixture import Mixture
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, merge_states
 from peft_pretraining.errors import UserError
@@ -123,6 +124,60 @@ def test_repeated_data_never_ends_and_its_second_reading_is_said_once(
     global_rows([resumed], 30)
     assert not resumed.notices
     resumed.close()
+
+
+KINDS: dict[str, dict[str, Any]] = {"text": {}, "packed": {"packing": "pack", "max_length": 16}, "ids": {}, "mixed": {}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_says_at_which_update_it_begins_again(
+    tokenizer: Tokenizer, source: MemorySource, tmp_path: Path, kind: str
+) -> None:
+    """And does not say it again after a resume, with whatever number of ranks: the second reading was on another."""
+    arguments: dict[str, Any] = {"tokenizer": tokenizer, "source": source, **KINDS[kind]}
+    if kind == "ids":
+        np.arange(311 * 8, dtype="<u2").tofile(tmp_path / "train.uint16")
+        arguments = {"dataset": str(tmp_path), "tokenizer": None, "max_length": 8}
+    if kind == "mixed":
+        other = MemorySource("other", [document(i) for i in range(1000, 1020)])
+        arguments["source"] = Mixture("memory:3,other:1", (Share(source, 3.0), Share(other, 1.0)))
+    ranks = loaders(2, **arguments)
+    state, heard, seen, first_again = None, [], set(), None
+    for update in range(1, 60):
+        (rows,) = global_rows(ranks, 1)
+        keys = [tuple(row.tolist()) for row in rows]
+        if first_again is None and (len(set(keys)) < len(keys) or seen & set(keys)):
+            first_again = update
+        seen |= set(keys)
+        said = {text for loader in ranks for text in loader.notices}
+        heard += [(update, text) for text in said - {text for _, text in heard}]
+        if heard and state is None:
+            state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in ranks])))
+    close(ranks)
+    assert all("documents are read a second time" in text for _, text in heard)
+    name = {"ids": str(tmp_path), "mixed": "other"}.get(kind, "memory")
+    assert heard[0][1].startswith(f"--dataset {name}: ")
+    # Rows of packed documents are others the second time.
+    assert kind == "packed" or heard[0][0] == first_again
+    assert len(heard) == (2 if kind == "mixed" else 1)
+    for world_size in (1, 4):
+        ranks = loaders(world_size, **arguments)
+        for loader in ranks:
+            loader.load_state_dict(state)
+        global_rows(ranks, 30)
+        assert not any(f"--dataset {name}: " in text for loader in ranks for text in loader.notices)
+        close(ranks)
+
+
+def test_a_run_says_once_what_the_loader_of_any_rank_notices(tmp_path: Path) -> None:
+    """15 windows in 8 logical shards: the last, of rank 1, has one, and is the first to begin again, at update 2."""
+    small = SmallRun(tmp_path)
+    (small.data / "train.uint16").write_bytes((np.arange(15 * 32) % 60).astype("<u2").tobytes())
+    log = tmp_path / "log"
+    argv = small.argv("run", {"batch_size": 4, "num_training_steps": 4, "total_batch_size": 8})
+    assert on_ranks(2, run_pretrain.main, argv, log=log) == [0, 0]
+    said = [line for line in log.read_text().splitlines() if "a second time" in line]
+    assert len(said) == 1 and said[0].startswith(f"update 2: --dataset {small.data}: the first of its logical shards")
 
 
 def test_token_files_end(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from peft_pretraining.data.held_out import open_splits
 from peft_pretraining.data.sources.documents import MemorySource
 from peft_pretraining.data.sources.kind import DEFAULT_OPTIONS, Splits
 from peft_pretraining.data.summary import describe_data, describe_losses
-from peft_pretraining.data.tokenizer import Tokenizer
+from peft_pretraining.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import document
 from tests.data.files import write_texts
+from tests.data.small_tokenizers import write_model, write_unigram_json
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +79,15 @@ def test_unknown_text_is_a_warning(monkeypatch: pytest.MonkeyPatch, tokenizer: T
     assert warning.startswith(f"warning: {share:.1%} of the tokens of the first documents are unknown")
     assert "--tokenizer train:32000" in warning
     assert describe_losses([(["word1"], 1)], tokenizer, "pack", 32) == []
+
+
+@pytest.mark.parametrize("files", [("tokenizer.json",), ("spiece.model",)])
+def test_the_unknown_piece_is_found_in_a_tokenizers_files(tmp_path: Path, files: tuple[str, ...]) -> None:
+    model = write_model(tmp_path, "unigram", "spiece.model")
+    write_unigram_json(model, tmp_path / "tokenizer.json")
+    for other in {"tokenizer.json", "spiece.model"} - set(files):
+        (tmp_path / other).unlink()
+    read = load_tokenizer(str(tmp_path), "c4")
+    assert read.unk_token_id == 2 and read.unk_token_id in read.encode(["北京"])[0]
+    (warning,) = describe_losses([(["北京 ☃"], 1)], read, "pack", 32)
+    assert "are unknown to the tokenizer" in warning

@@ -136,15 +136,18 @@ def in_this_process(flags: Sequence[str], device: str) -> None:
 
 @contextlib.contextmanager
 def restored_process() -> Iterator[None]:
-    """Put back signal handlers, and whether kernels must be deterministic."""
+    """Put back signal handlers, whether kernels must be deterministic, and how sums of float16 are made."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     deterministic = torch.are_deterministic_algorithms_enabled()
+    products = torch.backends.cuda.matmul
+    reduced = products.allow_fp16_reduced_precision_reduction
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.use_deterministic_algorithms(deterministic)
+        products.allow_fp16_reduced_precision_reduction = reduced
 
 
 def by_torchrun(flags: Sequence[str], ranks: int) -> None:

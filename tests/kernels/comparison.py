@@ -62,7 +62,7 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
 
 
 # The interpreter multiplies the bit patterns of bfloat16.
-OPERAND_TYPES = (torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,)
+OPERAND_TYPES = (torch.float16, torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,)
 
 
 def step_row(

@@ -8,6 +8,10 @@ norms at different indices. "dequantized": how many dequantize the weights and t
 "bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
 8 and in 4 bits. "int8": the instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so
 tensors are on the CPU and results are whatever memory held.
+
+    python tests/kernels/compile_kernels.py 75 float16
+
+prints "shared" alone, of a card without bfloat16, where activations are float16 and momenta float32.
 """
 
 from __future__ import annotations
@@ -78,10 +82,10 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compiled
 
 
-def launch_groups(skip: torch.Tensor, row: torch.Tensor) -> None:
+def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> None:
     """The updates of as many weights as one launch takes: of a layer of 350M and one more, with ragged ones of 60M."""
     layer, ragged = [(1024, 1024)] * 5 + [(2736, 1024)] * 2 + [(1024, 2736)], [(512, 1376), (1376, 512)]
-    for shapes, rank, dtype in ((layer, 256, torch.bfloat16), (ragged, 112, torch.float32)):
+    for shapes, rank, dtype in ((layer, 256, half), (ragged, 112, torch.float32)):
         updates, steps = [], []
         for m, n in shapes:
             stored = kernels.quantize(torch.zeros(m, n), 8, 256)
@@ -95,23 +99,26 @@ def launch_groups(skip: torch.Tensor, row: torch.Tensor) -> None:
         kernels.adam_steps(steps, 256, skip)
 
 
-def launch_all() -> None:
-    """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32."""
-    bf16, tokens, width, hidden, rank = torch.bfloat16, 256, 4096, 11008, 1024
+def launch_all(half: torch.dtype, product: torch.dtype) -> None:
+    """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32.
 
-    def zeros(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
+    half: of activations; product: of momenta (`qgalore.kernels.product_dtype`).
+    """
+    tokens, width, hidden, rank = 256, 4096, 11008, 1024
+
+    def zeros(*shape: int, dtype: torch.dtype = half) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     skip, factor = torch.zeros((), dtype=torch.bool), torch.ones(())
     row = kernels.StepScalars(5, 0.1, 1.0).row()
-    for bits, dtype, side in ((8, bf16, "left"), (8, torch.float32, "right"), (4, bf16, "right"), (4, bf16, "")):
+    for bits, dtype, side in ((8, half, "left"), (8, torch.float32, "right"), (4, half, "right"), (4, half, "")):
         stored = kernels.quantize(zeros(width, width), bits, 256, row)
-        kernels.dequantize([kernels.QuantizedMatrix(*stored, width, bits, 256)], bf16)
+        kernels.dequantize([kernels.QuantizedMatrix(*stored, width, bits, 256)], half)
         wide, tall = zeros(rank, width, dtype=dtype), zeros(width, rank, dtype=dtype)
         direction = {"left": wide, "right": tall, "": zeros(width, width)}[side]
         bases = (wide if side == "left" else None, wide if side == "right" else None)
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
-    launch_groups(skip, row)
+    launch_groups(skip, row, half)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
     for shapes in ([(width, width)], [(width,)] * 7 + [(hidden,), (1,)], [(2, width)] * 2):
         floats = [kernels.FloatUpdate(zeros(*shape), zeros(*shape), None, None, row) for shape in shapes]
@@ -123,16 +130,17 @@ def launch_all() -> None:
         absmax = [zeros(rank * width // 256, dtype=torch.float32) if dtype == torch.uint8 else None for _ in range(2)]
         grad = zeros(rank, width)
         both = (moments[0], absmax[0], moments[1], absmax[1])
-        steps = [kernels.AdamStep(grad, *both, row, (0.9, 0.99), 1e-8, factor, bf16)]
+        steps = [kernels.AdamStep(grad, *both, row, (0.9, 0.99), 1e-8, factor, half)]
         kernels.adam_steps(steps, 256, skip)
         kernels.momentum_steps(steps, 256, skip)
         if absmax[0] is not None:
             for signed in (True, False):
-                value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, bf16)
+                value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, half)
                 kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
     for rank in (224, 1792):
         for segments in (None, (2, 3)):
-            kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5, segments)
+            momenta = [zeros(rank, width, dtype=product), zeros(hidden, rank, dtype=product)]
+            kernels.orthogonalize(momenta, [(1.0, 1.0, 1.0)] * 5, segments)
     heads, tables = zeros(1, tokens, 32, 128), (zeros(tokens, 64, dtype=torch.float32),) * 2
     for back in (False, True):
         torch.ops.peft_pretraining.rotate(heads, heads, *tables, back)
@@ -206,7 +214,11 @@ def single_bytes() -> dict[str, list[int]]:
 
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
-    launch_all()
+    if sys.argv[2:] == ["float16"]:
+        launch_all(torch.float16, torch.float32)
+        print(json.dumps({"shared": TAKEN}))
+        sys.exit()
+    launch_all(torch.bfloat16, torch.bfloat16)
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
     found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes()}

@@ -29,7 +29,8 @@ from tests.kernels.comparison import (
     whole_numbers,
 )
 
-FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16, *([torch.float16] if torch.cuda.is_available() else []))
+"""In the interpreter `test_float16_operands` has the rest."""
 # Rows, columns, group: whole groups, a ragged last group, groups that are no power of two, odd columns, one column.
 SHAPES = [(5, 512, 256), (3, 1376, 256), (9, 85, 64), (4, 301, 256), (2, 97, 40), (3, 1, 128)]
 GROUP = 256
@@ -140,6 +141,34 @@ def test_add_to_quantized(
     agreed(lambda: updated(start, add, None, None, columns, bits, group, 0.01, 0.99, seed))
 
 
+def test_float16_operands(kernel_device: torch.device) -> None:
+    """One small case of each kernel that reads or writes activations, gradients or directions."""
+    half, start = torch.float16, stored(5, 85, 8, 64, kernel_device)
+    agreed(lambda: dequantize(*start, 85, 8, 64, half))
+    agreed(lambda: updated(start, normal(5, 85).to(kernel_device, half), None, None, 85, 8, 64, 0.01, 0.99, 7))
+    left, direction = (whole_numbers(3, n, seed=n).to(kernel_device, half) for n in (5, 85))
+    agreed(lambda: updated(start, direction, left, None, 85, 8, 64, 0.01, 0.99, 7))
+    grads = [normal(40, 30).to(kernel_device, half), torch.full((3, 3), float("inf"), dtype=half, device=kernel_device)]
+    for grad in grads:
+        agreed(lambda: checked(grad))  # noqa: B023
+    weight = stored(8, 16, 8, 16, kernel_device)
+    x = normal(3, 16).to(kernel_device, half)
+    assert agreed(lambda: kernels.int8_linear(x, *weight, 8)).dtype == half
+    exact = whole_numbers(3, 8, seed=2).to(kernel_device, half)
+    whole = (weight[0], torch.ones_like(weight[1]), torch.full_like(weight[2], -128))
+    assert agreed(lambda: kernels.int8_linear_backward(exact, *whole, 16)).dtype == half
+    codes, absmax = torch.empty(2, 300, dtype=torch.uint8, device=kernel_device), torch.empty(3, device=kernel_device)
+    kernels.quantize_blocks_(codes, absmax, normal(2, 300).to(kernel_device), True, 256)
+    assert agreed(lambda: kernels.dequantize_blocks(codes, absmax, True, 256, half)).dtype == half
+
+
+def checked(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """What `check_gradients_` finds; the norm rounded to what does not depend on the order of the sum."""
+    norms, skip = torch.zeros(1, device=grad.device), torch.zeros((), dtype=torch.bool, device=grad.device)
+    kernels.check_gradients_([grad], norms, [0], skip)
+    return norms.bfloat16(), skip
+
+
 # Rows of real matrices, each one group, as products in INT8 want them: ragged, and up to the longest.
 @each("seed", (None, 11))
 @each("columns", (2048, 2736, 4096, 5461, 11008, 13824))
@@ -181,7 +210,7 @@ def test_real_numbers_projected_back_are_rounded_alike_but_for_few(kernel_device
 
 
 @each("seed", (None, 3))
-@each("dtype", FLOATS)
+@each("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @each("shape", ((5, 700), (3, 33), (4000,)))
 def test_float_update(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int | None, kernel_device: torch.device
@@ -220,7 +249,8 @@ def activations(tokens: int, columns: int, dtype: torch.dtype, device: torch.dev
     x[0, -1] = 90.0
     if tokens > 4:
         # No subnormal numbers, which the interpreter reads wrongly in bfloat16.
-        x[1], x[2], x[3] = 0.0, x[2] * 1e30, x[3].sign() * 1e-37
+        huge, tiny = (1e2, 1e-4) if dtype == torch.float16 else (1e30, 1e-37)
+        x[1], x[2], x[3] = 0.0, x[2] * huge, x[3].sign() * tiny
     return x.to(dtype)
 
 

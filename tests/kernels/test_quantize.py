@@ -250,24 +250,38 @@ def test_the_ends_of_a_group_move_like_the_rest(sign: int, device: torch.device)
     assert 0.4 < smallest < 1.6 and 0.4 < largest < 1.6
 
 
+# A number and the distance to the next larger one. Those of float16 stay the same from 2^-14 downwards.
+STEPS = [
+    (torch.bfloat16, 1.0, 2.0**-7), (torch.float16, 1.0, 2.0**-10), (torch.float16, -2.0**-13, 2.0**-24),
+    (torch.float16, 5 * 2.0**-24, 2.0**-24),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "start", "step"), STEPS)
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.5, 0.97])
-def test_bfloat16_updates_are_unbiased(fraction: float, device: torch.device) -> None:
-    weight = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
-    update_float_(weight, -torch.ones(256, 256, device=device), None, None, fraction * 2.0**-7, 1.0, seed=4)
-    mean = float((weight.double() - 1).mean()) * 2**7
+def test_updates_in_16_bits_are_unbiased(
+    fraction: float, dtype: torch.dtype, start: float, step: float, device: torch.device
+) -> None:
+    weight = torch.full((256, 256), start, dtype=dtype, device=device)
+    update_float_(weight, -torch.ones(256, 256, device=device), None, None, fraction * step, 1.0, seed=4)
+    mean = float((weight.double() - start).mean()) / step
     deviation = (fraction * (1 - fraction) / 65536) ** 0.5
-    assert abs(mean - fraction) < 4 * deviation + 2.0**-16
-    nearest = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
-    update_float_(nearest, -torch.ones(256, 256, device=device), None, None, 0.01 * 2.0**-7, 1.0, seed=None)
-    assert (nearest == 1).all()
+    # 13 random bits make what is lost of a float16, 16 of a bfloat16.
+    assert abs(mean - fraction) < 4 * deviation + 2.0**-13
+    nearest = torch.full((256, 256), start, dtype=dtype, device=device)
+    update_float_(nearest, -torch.ones(256, 256, device=device), None, None, 0.01 * step, 1.0, seed=None)
+    assert (nearest == start).all()
 
 
-def test_bfloat16_rounding_keeps_what_is_exact_or_not_finite(device: torch.device) -> None:
-    x = torch.tensor([[0.0, -0.0, 1.0, -3.5, 3.3e38, float("inf"), float("-inf"), float("nan")]], device=device)
-    x[0, 4] = x[0, 4].bfloat16().float()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_16_bits_keeps_what_is_exact_or_not_finite(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.tensor([[0.0, -0.0, 1.0, -3.5, 3e-7, 6e4, float("inf"), float("-inf"), float("nan")]], device=device)
+    x = x.to(dtype).float()
     for bits in (0, 1, 0xFFFF):
-        rounded = random_bits.round_stochastic_bfloat16(x, torch.full((1, 8), bits, dtype=torch.int32, device=device))
-        assert torch.equal(rounded.float().nan_to_num(7.0), x.nan_to_num(7.0))
+        random = torch.full(x.shape, bits, dtype=torch.int32, device=device)
+        rounded = random_bits.round_stochastic(x, random, dtype)
+        assert rounded.dtype == dtype and torch.equal(rounded.float().nan_to_num(7.0), x.nan_to_num(7.0))
+        assert torch.equal(rounded.signbit()[:, :-1], x.signbit()[:, :-1])
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -67,7 +67,7 @@ class MixtureKind(TextKind):
             text = next(name for name in kinds if name not in ids)
             raise UserError(
                 f"--dataset {dataset}: {ids[0]} holds token ids and {text} holds text, which cannot be mixed: tokenize "
-                f"{text} with scripts/tokenize_dataset.py, or give the text of {ids[0]}"
+                f"{text} with qgalore tokenize, or give the text of {ids[0]}"
             )
         found = TokenMixtureKind() if ids else MixtureKind()
         found.needs_network = any(kind.needs_network for kind in kinds.values())

@@ -1,6 +1,6 @@
 """`--dataset` with token ids: memory-mapped files of little-endian uint16 or uint32.
 
-The type of the ids is given by a sidecar `<file>.json` with a field dtype (scripts/tokenize_dataset.py writes one),
+The type of the ids is given by a sidecar `<file>.json` with a field dtype (`qgalore tokenize` writes one),
 else by a suffix .uint16 or .uint32. A folder has files train* and validation*. For a single file the validation set is
 the file beside it with "validation" instead of "train" in its name; without one, the last hundredth of the file (at
 most 10 M ids) is held out.

@@ -45,14 +45,14 @@ class Tokenizer:
     ) -> None:
         """`encoders` yield the same ids; the first of them is used. tokenizer.json defines which tokens are special.
 
-        `settings`: those of tokenizer_config.json: bos_token, eos_token, pad_token, add_bos_token. Raises UserError if
-        the vocabulary lacks a token that is to be added.
+        `settings`: those of tokenizer_config.json: bos_token, eos_token, pad_token, unk_token, add_bos_token. Raises
+        UserError if the vocabulary lacks a token that is to be added.
         """
         self.name = name
         self._encoders, self._encoder = tuple(encoders), encoders[0]
         vocabulary = next((encoder for encoder in encoders if encoder.name == "tokenizers"), encoders[0])
         self._vocabulary = vocabulary
-        named = {role: (settings or {}).get(f"{role}_token") for role in ("bos", "eos", "pad")}
+        named = {role: (settings or {}).get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
         tokens = vocabulary.roles() | {role: token for role, token in named.items() if isinstance(token, str)}
         ids = {role: vocabulary.token_id(token) for role, token in tokens.items()}
         self.bos_token_id: int | None = self._bos(vocabulary, settings or {}, added.bos, ids.get("bos"))
@@ -68,8 +68,11 @@ class Tokenizer:
         self.unk_token_id: int | None = ids.get("unk")
         """The token for text that the vocabulary has no other piece for, or None."""
         special, added_ids = vocabulary.special_ids(), [self.bos_token_id, self.eos_token_id]
+        pads = [ids.get("pad"), self._usual_pad(vocabulary)]
+        self.own_pad_token_id: int | None = next((pad for pad in pads if pad is not None), None)
+        """The vocabulary's token for padding, or None."""
         # Padding is masked by length, so that without a padding token any other will do.
-        pads = [ids.get("pad"), self._usual_pad(vocabulary), self.eos_token_id, self.bos_token_id, 0]
+        pads = [self.own_pad_token_id, self.eos_token_id, self.bos_token_id, 0]
         self.pad_token_id: int = next(pad for pad in pads if pad is not None)
         never_in_text = frozenset(special | {i for i in added_ids if i is not None})
         self._dropped = {encoder.name: encoder.may_spell(never_in_text) for encoder in encoders}
@@ -128,6 +131,11 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json, or the .model file where there is none."""
         path.write_bytes(self._vocabulary.serialized())
+
+    @property
+    def vocabulary(self) -> Encoder:
+        """The encoder that knows all tokens and their roles: that of tokenizer.json, if there is one."""
+        return self._vocabulary
 
     @property
     def encoder(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 _SPECIAL_NAMES = {"unk": ("<unk>", "[UNK]"), "pad": ("<pad>", "[PAD]", "<|padding|>")}
 _EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "[SEP]")
-_PROBES = (
+PROBES = (
     "The quick brown fox, 1234.5 naïve façades — \n\tdef f(x): return x**2  # 北京 \U0001f600",
     " two  spaces and\ttabs\r\n\r\nlines\n",
     "ﬁne ½ ™ Å ＡＢＣ １２３ ｶﾞ ① …",
@@ -25,6 +25,7 @@ _PROBES = (
     "don't can't we'll DON'T mother-in-law's 3rd 1990s $5.00 #tag @name",
     "aaaaaaa xyzzyqwv supercalifragilisticexpialidocious \\t (a) [b] {c} <d> ~e^f|g",
 )
+"""Texts by which two encoders of one vocabulary are compared."""
 
 
 class Encoder(Protocol):
@@ -60,7 +61,7 @@ class Encoder(Protocol):
         """The ids that the tokenizer by default puts before a text."""
 
     def roles(self) -> dict[str, str]:
-        """The names of the tokens for "bos", "eos" and "pad", as far as the vocabulary defines them."""
+        """The names of the tokens for "bos", "eos", "pad" and "unk", as far as the vocabulary defines them."""
 
     def serialized(self) -> bytes:
         """The contents of its file."""
@@ -119,7 +120,7 @@ class TokenizersEncoder:
 
     def roles(self) -> dict[str, str]:
         """See `Encoder.roles`: the usual names that are in the vocabulary."""
-        names = {"eos": _EOS_NAMES, "pad": _SPECIAL_NAMES["pad"]}
+        names = {"eos": _EOS_NAMES, **_SPECIAL_NAMES}
         return {
             role: found
             for role, candidates in names.items()
@@ -192,7 +193,7 @@ class SentencePieceEncoder:
     def roles(self) -> dict[str, str]:
         """See `Encoder.roles`."""
         processor = self._processor
-        ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
+        ids = {role: getattr(processor, f"{role}_id")() for role in ("bos", "eos", "pad", "unk")}
         return {role: processor.id_to_piece(i) for role, i in ids.items() if i >= 0}
 
     def serialized(self) -> bytes:
@@ -217,7 +218,7 @@ def same_vocabulary(fast: TokenizersEncoder, other: SentencePieceEncoder) -> boo
     theirs, ours = fast.pieces(), other.pieces()
     if len(theirs) < len(ours) or not _equal(theirs, ours, other.special_ids()):
         return False
-    probes = list(_PROBES)
+    probes = list(PROBES)
     return fast.encode(probes) == other.encode(probes)
 
 

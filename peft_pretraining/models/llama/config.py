@@ -5,6 +5,7 @@ dropout); everything else is refused by name, because a key that is silently ign
 that was asked for.
 """
 
+import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -12,10 +13,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import HF_HINT, read_config_json
+from peft_pretraining.models.config import HARMLESS, HF_HINT, read_config_json
 from peft_pretraining.models.rope import RopeScaling, read_rope
 
 _RENAMED = {"max_sequence_length": "max_position_embeddings"}  # the official Q-GaLore configs' name
+_OFF: dict[str, Any] = {
+    # Of models that are LLaMA but for these, by the value that leaves them out.
+    "sliding_window": None, "use_sliding_window": False, "qk_norm": False, "use_qk_norm": False, "qk_layernorm": False,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "clip_qkv": None, "logit_scale": 1,
+    "logits_scaling": 1, "embedding_multiplier": 1, "residual_multiplier": 1, "attention_multiplier": None,
+    "scale_emb": 1, "scale_depth": None, "dim_model_base": None, "query_pre_attn_scalar": None, "alibi": False,
+    "num_local_experts": 0, "num_experts": 0, "n_routed_experts": 0, "rotary_pct": 1, "rotary_dim": None,
+    "rope_interleave": False, "rope_interleaved": False, "no_rope_layers": None, "hidden_dropout": 0,
+    "residual_dropout": 0, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "use_bidirectional_attention": False,
+    "use_mrope": False,
+}  # fmt: skip
+_READ = ("hidden_act", "rope_parameters", "partial_rotary_factor", "layer_types", "quantization_config")
+"""Keys that are read and are no field."""
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -44,6 +58,8 @@ class LlamaConfig:
     )
     fixed: ClassVar[dict[str, Any]] = {"mlp_bias": False, "attention_dropout": 0.0}
     """The one value of further keys that is implemented; null and nothing count as it."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Further keys that its files have, which mean nothing with the values of `fixed`."""
 
     vocab_size: int
     hidden_size: int
@@ -121,9 +137,26 @@ class LlamaConfig:
         for key, only in (("model_type", cls.model_type), ("hidden_act", "silu")):
             if raw.get(key, only) != only:
                 raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {only!r}, {HF_HINT}.")
-        for key, only in cls.fixed.items():
-            if raw.get(key) not in (only, None):
+        for key, only in {**_OFF, **dict.fromkeys(cls.unread), **cls.fixed}.items():
+            if key not in cls.unread and raw.get(key) not in (only, None):
                 raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {json.dumps(only)}, {HF_HINT}.")
+        if raw.get("quantization_config"):
+            raise UserError(
+                f"{source}: quantization_config says that the weights are stored in another library's format; give a "
+                "model with float weights, or leave the key out."
+            )
+        types = raw.get("layer_types") or []
+        others = [kind for kind in types if kind != "full_attention"] if isinstance(types, list) else [types]
+        if others:
+            only = "'full_attention' for every layer"
+            raise UserError(f"{source}: layer_types has {others[0]!r}; it must be {only}, {HF_HINT}.")
+
+    @classmethod
+    def unknown_keys(cls, raw: dict[str, Any]) -> dict[str, str]:
+        """Keys of a config.json that nothing reads, each with the known key that it is nearest to, or ""."""
+        known = {field.name for field in fields(cls)} | {*cls.fixed, *cls.unread, *_OFF, *_READ}
+        unknown = [key for key in raw if key not in known | HARMLESS and not key.startswith("_")]
+        return {key: next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), "") for key in unknown}
 
     def to_hf_dict(self, dtype: str) -> dict[str, Any]:
         """The `config.json` that transformers reads; `dtype` is the stored weights' ("bfloat16", "float32")."""

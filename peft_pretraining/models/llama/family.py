@@ -23,6 +23,10 @@ class Llama(ModelFamily[LlamaConfig]):
         """See `ModelFamily.config`."""
         return LlamaConfig.from_dict(raw, source)
 
+    def unknown_keys(self, raw: dict[str, Any]) -> dict[str, str]:
+        """See `ModelFamily.unknown_keys`."""
+        return LlamaConfig.unknown_keys(raw)
+
     def network(self, config: LlamaConfig) -> CausalLM:
         """See `ModelFamily.network`."""
         from peft_pretraining.models.llama.modeling import LlamaForCausalLM

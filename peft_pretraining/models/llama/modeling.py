@@ -182,6 +182,7 @@ class LlamaForCausalLM(CausalLM):
     matrix_names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # Between the three matrices of the MLP a ragged width stays padded: nothing is copied there.
     padded_outputs = ("gate_proj", "up_proj")
+    table_names = ("model.embed_tokens.weight", "lm_head.weight")
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

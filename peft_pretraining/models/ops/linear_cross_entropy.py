@@ -11,6 +11,9 @@ forward pass goes over chunks of tokens and finishes each at once:
 and the backward pass only multiplies dh and dW by the gradient of the sum. The products are those of the ordinary
 layer, none is computed twice. Over several chunks dW is summed in float32 and rounded once at the end. Without
 gradients only the losses are computed. Nothing waits for the device, and every sum has a fixed order.
+
+In float16 dW stays in float32 until the gradient of the sum is known. It is a sum over all tokens, whose size no scale
+of the loss changes: of a frequent token it may be beyond 65504, of a rare one below 6e-8. dh is of one token.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        ctx.dtype = hidden.dtype
         loss, *ctx.gradients = _loss_and_gradients(hidden, weight, targets, ignore_index, needs_hidden, needs_weight)
         return loss
 
@@ -82,20 +86,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 # As a matrix the factor stays float32; a scalar tensor would first be rounded to the gradient's dtype.
                 gradient.mul_(grad_output.view(1, 1))
-        return (*gradients, None, None)
+        return (*(None if x is None else x.to(ctx.dtype) for x in gradients), None, None)
 
 
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum of the losses (), and its gradients like hidden and like weight where they are needed."""
+    """The sum of the losses (), and its gradients like hidden and like weight where they are needed.
+
+    That of a float16 weight is float32.
+    """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     width = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
     chunks = token_chunks(tokens, width * hidden.element_size())
     buffer = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), width)
     losses = hidden.new_empty(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,)
     hidden_grad = hidden.new_empty(hidden.shape) if needs_hidden else None
-    weight_grad, alone = None, len(chunks) == 1
+    weight_grad, half = None, weight.dtype == torch.float16
+    alone = len(chunks) == 1 and not half
     if needs_weight:
         # A single chunk needs no sum, and a large head no float32 copy.
         weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
@@ -112,7 +120,7 @@ def _loss_and_gradients(
             torch.mm(logits.T, hidden, out=weight_grad)
         elif weight_grad is not None:
             _add_product_(weight_grad, logits.T, hidden[start:stop])
-    return losses.sum(), hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
+    return losses.sum(), hidden_grad, weight_grad if weight_grad is None or half else weight_grad.to(weight.dtype)
 
 
 def token_chunks(tokens: int, token_bytes: int) -> list[tuple[int, int]]:
@@ -128,15 +136,15 @@ def token_chunks(tokens: int, token_bytes: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def training_bytes(tokens: int, hidden_size: int, vocabulary: int, itemsize: int) -> int:
-    """Bytes that `linear_cross_entropy` takes with gradients beside its arguments, itemsize a value of these.
+def training_bytes(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Bytes that `linear_cross_entropy` takes with gradients beside its arguments, which are in dtype.
 
     hidden made contiguous and its gradient, one chunk of logits, the weight's gradient and over several chunks its
     float32 sum, and of each token its target and its loss.
     """
-    width = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+    width, itemsize = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE, dtype.itemsize
     chunks = token_chunks(tokens, width * itemsize)
-    of_sum = 4 if len(chunks) > 1 and itemsize < 4 else 0
+    of_sum = 4 if dtype == torch.float16 or (len(chunks) > 1 and itemsize < 4) else 0
     chunk = max(stop - start for start, stop in chunks) * width * itemsize
     return 2 * tokens * hidden_size * itemsize + chunk + vocabulary * hidden_size * (itemsize + of_sum) + 12 * tokens
 
@@ -175,5 +183,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.float16:
+        total.addmm_(a.float(), b.float())  # which may be beyond float16
     else:  # the CPU has no product with another dtype than its operands'
         total.add_(a @ b)

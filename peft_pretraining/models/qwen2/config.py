@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import HF_HINT
 from peft_pretraining.models.llama.config import LlamaConfig
 
 
@@ -18,6 +16,7 @@ class Qwen2Config(LlamaConfig):
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
     required: ClassVar[tuple[str, ...]] = (*LlamaConfig.required, "num_key_value_heads")
     fixed: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0, "use_sliding_window": False}
+    unread: ClassVar[tuple[str, ...]] = ("sliding_window", "max_window_layers")
 
     max_position_embeddings: int = 32768
     attention_bias: bool = True
@@ -28,15 +27,6 @@ class Qwen2Config(LlamaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.attention_bias is True, "attention_bias", "true or left out: q, k and v have biases")
-
-    @classmethod
-    def _refuse_unsupported(cls, raw: dict[str, Any], source: str) -> None:
-        super()._refuse_unsupported(raw, source)
-        types = raw.get("layer_types") or []
-        others = [kind for kind in types if kind != "full_attention"] if isinstance(types, list) else [types]
-        if others:
-            only = "'full_attention' for every layer"
-            raise UserError(f"{source}: layer_types has {others[0]!r}; it must be {only}, {HF_HINT}.")
 
     def has_bias(self, matrix: str) -> bool:
         """See `LlamaConfig.has_bias`."""

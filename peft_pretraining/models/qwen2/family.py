@@ -17,5 +17,9 @@ class Qwen2(Llama):
         """See `ModelFamily.config`."""
         return Qwen2Config.from_dict(raw, source)
 
+    def unknown_keys(self, raw: dict[str, Any]) -> dict[str, str]:
+        """See `ModelFamily.unknown_keys`."""
+        return Qwen2Config.unknown_keys(raw)
+
 
 FAMILY = Qwen2()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qgalore.kernels.arguments import FloatUpdate, StepScalars
-from qgalore.kernels.reference.random_bits import random_bits16, round_stochastic_bfloat16
+from qgalore.kernels.reference.random_bits import random_bits16, round_stochastic
 from qgalore.kernels.reference.rows import decayed, project_back, row_chunks, undone_if
 
 __all__ = ["update_float_"]
@@ -30,5 +30,5 @@ def _update_(
             value = decayed(part.float(), full, scalars).sub_(full * step_size)
             if stochastic:
                 random = random_bits16(len(part), part.shape[1], seed, row_start + start, weight.device)
-                value = round_stochastic_bfloat16(value, random)
+                value = round_stochastic(value, random, weight.dtype)
             part[:] = value

@@ -59,8 +59,8 @@ def project_back(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b summed in float32 and left so: of two bfloat16 matrices on a GPU's tensor cores, with the same products."""
-    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+    """a b summed in float32 and left so: of two 16-bit matrices on a GPU's tensor cores, with the same products."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

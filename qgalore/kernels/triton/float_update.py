@@ -1,6 +1,6 @@
-"""W <- round(decay * W - step_size * N) on float matrices, in Triton, with stochastic rounding to bfloat16.
+"""W <- round(decay * W - step_size * N) on float matrices, in Triton, with stochastic rounding to 16 bits.
 
-Layout: W (rows, columns) contiguous, bfloat16 or another float dtype; N (rows, columns) contiguous float. One program
+Layout: W (rows, columns) contiguous, bfloat16, float16 or float32; N (rows, columns) contiguous float. One program
 handles BLOCK neighbouring columns of M rows; the random bits of element (i, j) are those of `reference`. Float32
 inside, rounded once. Matrices of about one width are one launch: what belongs to one of them comes as a tuple of as
 many elements as there are matrices.
@@ -22,7 +22,7 @@ from qgalore.kernels.triton.tiles import (
     matrix_of_program,
     random_bits16,
     read_step_row,
-    round_stochastic_bfloat16,
+    round_stochastic,
     to_float,
     updated,
 )
@@ -53,7 +53,7 @@ def _update_float_kernel(
     value = updated(value, tl.load(direction + at, mask=mask, other=0).to(tl.float32), step_size, decay, growing)
     if STOCHASTIC:
         random = random_bits16(row_start + row, start, seed_low, seed_high, BLOCK)
-        tl.store(weight + at, round_stochastic_bfloat16(value, random), mask=mask)
+        tl.store(weight + at, round_stochastic(value, random, weight.dtype.element_ty), mask=mask)
     else:
         tl.store(weight + at, to_float(value, weight.dtype.element_ty), mask=mask)
 

@@ -162,6 +162,27 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in (
 
 
 @triton.jit
+def round_stochastic_float16(x, random):
+    """float32 x rounded up or down to float16 by 13 of 16 random bits: `reference.random_bits`."""
+    smallest_normal = 6.103515625e-05
+    size = tl.abs(x)
+    added = tl.where(size < smallest_normal, smallest_normal, 0.0)
+    bits = (size + added).to(tl.uint32, bitcast=True)
+    rounded = ((bits + (random & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True) - added
+    rounded = tl.where(x < 0, -rounded, rounded)
+    return tl.where(size < float("inf"), rounded, x).to(tl.float16)
+
+
+@triton.jit
+def round_stochastic(x, random, TYPE: tl.constexpr):
+    """float32 x rounded stochastically to a type of 16 bits."""
+    if TYPE == tl.float16:
+        return round_stochastic_float16(x, random)
+    else:
+        return round_stochastic_bfloat16(x, random)
+
+
+@triton.jit
 def to_float(x, TYPE: tl.constexpr):
     """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
     if TYPE == tl.bfloat16 and _INTERPRETED:
