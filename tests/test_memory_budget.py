@@ -75,7 +75,7 @@ def test_more_memory_is_slower_only_by_what_rounding_less_may_cost() -> None:
     found, card = candidates("1b", "default"), CARDS["4090"]
     chosen = [found.choose(budget * 10**9, card) for budget in (2, 3, 4, 6, 8, 12, 16)]
     seconds = [each.seconds(card) for each in chosen if each and "--rank" not in each.flags]
-    assert len(seconds) > 4 and seconds[-1] < 0.8 * seconds[0]
+    assert len(seconds) > 4 and seconds[-1] < 0.9 * seconds[0]
     assert all(later <= AS_FAST * WORTH_ROUNDING * earlier for earlier, later in itertools.pairwise(seconds))
 
 
@@ -124,7 +124,7 @@ def test_a_smaller_rank_only_where_nothing_else_fits() -> None:
     at_least, below = found.choose(least, card), found.choose(least - 1, card)
     assert at_least is not None and "--rank" not in at_least.flags and at_least.args.subspace.rank == 896
     assert below is not None and below.flags[-2:] == ("--rank", str(below.args.subspace.rank))
-    # Of larger ranks none fits, but with so small micro-batches that it is slower by half.
+    # Of larger ranks none fits, but with so small micro-batches that it takes twice as long.
     larger = [step for step in found.lower_ranks if step[0].args.subspace.rank > below.args.subspace.rank]
     for each in itertools.chain(*larger):
         assert each.needs >= least or each.seconds(card) > WORTH_A_RANK * below.seconds(card)

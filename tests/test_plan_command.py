@@ -119,6 +119,7 @@ def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.C
         r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090$", with_card
     )
     within = printed(capsys, *argv, "--memory", "1GB")
+    assert within.endswith("counted for GeForce RTX 4060 Ti 8 GB")  # of the smallest cards in the table
     assert "--memory_budget 1GB chooses" in within and "--memory_budget 1000000000" in within
 
 

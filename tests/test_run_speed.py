@@ -12,6 +12,7 @@ import pytest
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.memory.budget import Candidate
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, card_of_size, find_card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE, MeasuredSpeed
@@ -75,6 +76,15 @@ def test_counted_speeds_are_near_the_measured_ones(card: str, least: float, most
         assert least < ratio < most, each
 
 
+def test_measured_peaks_are_within_a_budget_that_holds_the_plan() -> None:
+    found = [each for each in rows() if each.card == "h100"]
+    for each in found:
+        args = rows()[each]
+        candidate = Candidate((), args, read_config(args.model.model_config), {})
+        assert candidate.peak * 0.99 < each.peak_gb * 1e9 < min(candidate.needs, candidate.peak * 1.03), each
+    assert {each.checkpoint_every for each in found} == {0, 1, 12}
+
+
 FLAGS = {
     "all": "--activation_checkpointing",
     "some": "--activation_checkpointing --checkpoint_every 5",
@@ -95,6 +105,13 @@ def test_a_count_in_parts_is_that_of_all_passes(method: str, flags: str) -> None
     assert counted_seconds(args, config, card) == pytest.approx(expected, rel=1e-9)
     plain = run("1b", f"--batch_size 4 {method} " + "--gradient_accumulation 4" * ("accumulation" in flags))
     assert counted_seconds(plain, config, card) < expected
+
+
+def test_ranks_by_depth_are_counted_by_their_mean() -> None:
+    mixed, mean = (run("1b", f"--batch_size 4 {PAPER} --rank {rank}") for rank in ("256,768", "512"))
+    assert setting_of(mixed, read_config(mixed.model.model_config)) == setting_of(
+        mean, read_config(mean.model.model_config)
+    )
 
 
 SLOWER = {

@@ -101,8 +101,9 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
     if args.model or "," in args.memory:
         flag = f"--model {args.model}" if args.model else f"--memory {args.memory}"
         raise UserError(f"{flag} is for shipped models, and --model_config names one run: leave one of them out")
-    card = find_card(args.gpu) if args.gpu else None
     budget = args.memory
+    # Planned for that card, whatever this machine has.
+    card = find_card(args.gpu) if args.gpu else card_of_size(_bytes(budget)) if budget else None
     if card and not budget and not _is_given("batch_size", flags) and not _is_given("memory_budget", flags):
         budget = f"{gigabytes}GB"
     run = parse_within_budget([*flags, *(["--memory_budget", budget] if budget else [])], world_size_of_launch(), card)

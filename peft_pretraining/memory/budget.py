@@ -5,7 +5,7 @@ What is chosen are flags: the same command with them is the same run. Settings a
 1. micro-batches that divide the total batch, one in so many layers computed again, gate and up kept in INT8;
 2. sums over micro-batches in INT8 as well: where nothing else fits, or where it makes an update faster by 5 %;
 3. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
-   the largest that fits, but for one at which micro-batches become so small that a smaller rank is faster by half.
+   the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast.
 
 Of the settings of a step that fit, the one of the least counted time of an update is taken (`peft_pretraining.speed`).
 Where others are as fast to one per cent, one that rounds nothing goes before one that does, then one that computes
@@ -42,7 +42,7 @@ UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
-AS_FAST, WORTH_ROUNDING, WORTH_A_RANK = 1.01, 1.05, 1.5
+AS_FAST, WORTH_ROUNDING, WORTH_A_RANK = 1.01, 1.05, 2.0
 """Counted times of less than the first ratio are equal, as counts are not exact; sums are rounded for the second, and
 the rank is smaller by another eighth for the third."""
 
@@ -238,14 +238,15 @@ def parse_within_budget(
 ) -> RunArgs:
     """Read a command line, with what `--memory_budget` chooses for it where it is given; the usage names `program`.
 
-    card: whose speed is counted; None: that of the machine, or an H100. Raises UserError, also where nothing fits.
+    card: that the run is planned for; None: this machine's, whose memory the budget may not exceed, or else the speed
+    of an H100. Raises UserError, also where nothing fits.
     """
     if not any(token.partition("=")[0] == "--memory_budget" for token in argv):
         return parse_args(argv, world_size, program)
     candidates = Candidates(argv, world_size)
     first = candidates.steps[0][0].args
     budget = first.runtime.memory_budget
-    if first.runtime.device != "cpu" and torch.cuda.is_available():
+    if card is None and first.runtime.device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         check_card(budget, properties.total_memory, properties.name)
     card = card or card_here()

@@ -51,13 +51,13 @@ def _times(s: Setting, ours: bool, card: Card) -> tuple[float, float, float]:
 
 
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
-    """What decides the passes of a run; the rank of the attention's matrices stands for those of the MLP, too."""
+    """What decides the passes of a run; the mean rank of the attention's matrices stands for all matrices."""
     optimizer, subspace, model = args.optimizer, args.subspace, args.model
-    low_rank = optimizer.is_low_rank
+    ranks = [rank for rank in subspace.ranks() if rank != FULL] if optimizer.is_low_rank else []
     return Setting(
         config,
         args.batch.batch_size,
-        rank=0 if subspace.rank == FULL or not low_rank else subspace.dimensions,
+        rank=round(sum(map(int, ranks)) / len(ranks)) if ranks else 0,
         grad_accum=args.batch.gradient_accumulation,
         checkpointing=model.activation_checkpointing,
         length=args.batch.max_length,
