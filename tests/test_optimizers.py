@@ -177,7 +177,7 @@ def test_only_low_rank_optimizers_replace_layers(small: SmallRun, name: str) -> 
 def test_weights_are_rounded_as_asked(small: SmallRun) -> None:
     for flags, bits, stochastic, simulate in (
         (flags_of("q_galore_adamw8bit"), 8, True, False),
-        (flags_of("q_galore_adamw8bit") | {"stochastic_round": None, "weight_bits": 4}, 4, False, False),
+        (flags_of("q_galore_adamw8bit") | {"stochastic_round": False, "weight_bits": 4}, 4, False, False),
         (flags_of("q_galore_adamw8bit") | {"simulation": True}, 8, True, True),
         (flags_of("galore_adamw"), None, True, False),  # bfloat16 weights
     ):

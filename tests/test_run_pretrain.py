@@ -97,7 +97,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS,
     "int8_products_bfloat16": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "hf_int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"use_hf_model": True},
-    "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": None},
+    "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": False},
     "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": False, "stochastic_round": None},
     "int8_projections": Q_GALORE_PER_LAYER | {"proj_bits": 8},
     "full": GALORE | {"proj_type": "full"},
@@ -155,7 +155,7 @@ def test_storage_of_weights_and_projections(small: SmallRun) -> None:
 
 def test_simulation_follows_stored_integers(small: SmallRun) -> None:
     # Nearest rounding: both then compute the same grid from the same values up to the last float32 bit.
-    flags = Q_GALORE_PER_LAYER | {"stochastic_round": None}
+    flags = Q_GALORE_PER_LAYER | {"stochastic_round": False}
     stored, simulated = small.run("stored", **flags), small.run("simulated", **flags, simulation=True)
     assert simulated.losses == pytest.approx(stored.losses, abs=5e-3)
 
