@@ -50,7 +50,7 @@ def test_the_perplexity_is_about_that_of_float32(small: SmallRun, optimizer: str
 
 def test_a_scale_that_is_too_large_is_halved_until_it_is_not(small: SmallRun) -> None:
     """More updates are skipped than --max_skipped_updates allows; those are of another kind."""
-    flags = Q_GALORE | {"num_training_steps": 20, "max_skipped_updates": 2}
+    flags = Q_GALORE | {"num_training_steps": 16, "max_skipped_updates": 2}
     with mock.patch.object(loss_scale, "INITIAL", 2.0**28):
         run = small.run("run", **flags)
     first = skipped(run).index(0)
@@ -60,7 +60,7 @@ def test_a_scale_that_is_too_large_is_halved_until_it_is_not(small: SmallRun) ->
         assert scale == expected
         expected /= 2 if was_skipped else 1
     losses = [line["train/loss"] for line in run.train_lines]
-    assert losses[-1] < losses[first] - 0.3, "and it trains on"
+    assert losses[-1] < losses[first] - 0.2, "and it trains on"
 
 
 def test_an_overflow_at_the_lowest_scale_counts(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,12 +75,12 @@ def test_an_overflow_at_the_lowest_scale_counts(small: SmallRun, capsys: pytest.
 
 def test_a_resumed_run_has_the_same_bits_and_the_same_scale(small: SmallRun) -> None:
     """With a growth inside the second part that only the count of the first makes due."""
-    flags = Q_GALORE | {"num_training_steps": 10, "average_last": 0.5}
-    with mock.patch.object(loss_scale, "GROWTH_INTERVAL", 4), mock.patch.object(loss_scale, "INITIAL", 2.0**20):
+    flags = Q_GALORE | {"num_training_steps": 8, "average_last": 0.5}
+    with mock.patch.object(loss_scale, "GROWTH_INTERVAL", 3):
         whole = small.run("whole", **flags)
-        small.stop("parts", 6, **flags)
+        small.stop("parts", 5, **flags)
         parts = small.run("parts", **flags | {"continue_from": "auto"})
-    assert len(set(scales(whole)[6:])) > 1, "the scale moves in the second part"
+    assert scales(whole) == [2.0**16] * 3 + [2.0**17] * 3 + [2.0**18] * 2
     assert_same_run(whole, parts)
     assert whole.checkpoint().state["loss_scale_state"] == parts.checkpoint().state["loss_scale_state"]
     assert_same_bits(whole.checkpoint().state["average"], parts.checkpoint().state["average"])

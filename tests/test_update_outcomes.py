@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.runtime.update_outcomes import Outcome, UpdateOutcomes
+from qgalore.update.loss_scale import LossScale
 from tests.small_run import SmallRun, flags_of
 from tests.test_skipped_updates import Fault, run_with
 
@@ -28,8 +29,9 @@ class Told:
 
     param_groups = ({"lr": 0.1}, {"lr": 0.2})
 
-    def __init__(self, skipped: bool, late_overflow: bool) -> None:
+    def __init__(self, skipped: bool, late_overflow: bool, loss_scale: LossScale | None = None) -> None:
         self._skipped, self._late_overflow = torch.tensor(skipped), torch.tensor(late_overflow)
+        self.loss_scale = loss_scale
 
     def grad_norm(self) -> Tensor:
         return torch.tensor(2.0)
@@ -50,6 +52,28 @@ class NothingIsRead(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("start", "fixed", "loss", "expected"),
+    [
+        (2.0, None, 1.5, Outcome.SCALE_TOO_LARGE),
+        (1.0, None, 1.5, Outcome.SKIPPED),  # it cannot fall
+        (2.0, None, float("nan"), Outcome.SKIPPED),  # and would not help
+        (2.0, 2.0, 1.5, Outcome.SKIPPED),
+    ],
+)
+def test_an_overflow_that_halves_the_loss_scale_is_an_outcome_of_its_own(
+    start: float, fixed: float | None, loss: float, expected: Outcome
+) -> None:
+    outcomes, scale = UpdateOutcomes(), LossScale("cpu", fixed)
+    scale.load_state_dict({"scale": start, "updates_since": 0})
+    with NothingIsRead():
+        outcomes.put(5, {"train/loss": torch.tensor(loss)}, Told(True, False, scale), {})  # type: ignore[arg-type]
+        scale.update_(torch.tensor(True))
+    finished = outcomes.take()
+    assert finished is not None and finished.outcome is expected
+    assert finished.metrics["train/loss_scale"] == start and "train/loss_scale_can_fall" not in finished.metrics
 
 
 @pytest.mark.parametrize(
