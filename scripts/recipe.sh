@@ -107,7 +107,8 @@ pretrain() {
         read -ra launcher <<<"$LAUNCHER"
     else
         command -v torchrun >/dev/null ||
-            fail "torchrun is not installed: run bash scripts/quickstart.sh once, or pip install -e '.[train]'"
+            fail "torchrun is not in PATH: activate the environment, or make one with bash scripts/quickstart.sh or" \
+                "pip install -e '.[train]'"
         local nodes="${NNODES:-1}"
         NPROC="${NPROC:-$(count_processes $((GPUS / nodes > 0 ? GPUS / nodes : 1)))}"
         launcher=(torchrun --nproc_per_node "$NPROC")

@@ -227,6 +227,14 @@ def test_torchrun_gets_the_processes(tmp_path: Path) -> None:
     assert single.stdout.startswith("--nproc_per_node 1 --standalone")
 
 
+def test_without_torchrun_a_recipe_says_where_it_comes_from(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    done = run_script("scripts/pretrain_c4/llama_60m.sh", launcher="", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: torchrun is not in PATH: activate the environment, or make one with")
+
+
 def test_quickstart_parses(stub: str) -> None:
     args = parsed("scripts/quickstart.sh", "--dry_run", "--seed", "3", launcher=stub)
     assert args.warnings == ()
