@@ -204,7 +204,7 @@ def write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
 
 def three_lines(output: Path) -> str:
     """Python that loads an export and generates."""
-    folder = repr(str(output))
+    folder = json.dumps(str(output), ensure_ascii=False)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model, tokenizer = (auto.from_pretrained({folder}) for auto in (AutoModelForCausalLM, AutoTokenizer))\n"
