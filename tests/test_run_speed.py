@@ -39,19 +39,23 @@ def run(model: str, flags: str) -> RunArgs:
 @cache
 def rows() -> dict[MeasuredSpeed, RunArgs]:
     """The newest row of each setting that ran alone on a card of the table, with its arguments."""
-    newest = {}
+    kept: dict[tuple[str, ...], dict[str, str]] = {}
     with (ROOT / SOURCE).open(newline="") as file:
         for row in csv.DictReader(file):
             ours = row["method"].startswith("q_galore") and row["flags"].startswith("--device cuda")
-            if not ours or not row["in_a_row_tokens_per_second"] or row["error"] or "peaks alone" in row["note"]:
-                continue
-            args = run(row["model"], row["flags"])
-            every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
-            batch, int8 = args.batch, args.model.int8_activations
-            setting = (NAMES[row["device"]], row["model"], batch.batch_size, batch.gradient_accumulation)
-            setting += (args.subspace.rank, every, int8)
-            speed, peak = int(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"])
-            newest[setting] = MeasuredSpeed(*setting, speed, peak, row["commit"]), args
+            if ours and row["in_a_row_tokens_per_second"] and not row["error"] and "peaks alone" not in row["note"]:
+                command = (row["device"], row["model"], row["flags"])
+                kept.pop(command, None)  # a newer row of the same command comes later
+                kept[command] = row
+    newest = {}
+    for row in kept.values():
+        args = run(row["model"], row["flags"])
+        every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
+        batch, int8 = args.batch, args.model.int8_activations
+        setting = (NAMES[row["device"]], row["model"], batch.batch_size, batch.gradient_accumulation)
+        setting += (args.subspace.rank, every, int8)
+        speed, peak = int(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"])
+        newest[setting] = MeasuredSpeed(*setting, speed, peak, row["commit"]), args
     return dict(newest.values())
 
 
