@@ -64,7 +64,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     world = start_world(args.runtime.device, stop)
     try:
         make_reproducible(args.model.dtype)
-        check_device(world.device, args.model.dtype)
+        check_device(world.device, args.model.dtype, args.quantization.int8_products)
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))

@@ -153,6 +153,14 @@ def test_a_gpu_without_the_data_type_is_named(
     assert not text or ("Tesla T4" in text and ".".join(map(str, capability)) in text)
 
 
+def test_products_in_int8_need_a_newer_gpu() -> None:
+    assert problem_of_gpu("Tesla T4", (7, 5), "float16", True, int8_products=True).startswith(
+        "--int8_products: Tesla T4"
+    )
+    assert not problem_of_gpu("Tesla T4", (7, 5), "float16", False, int8_products=True)
+    assert not problem_of_gpu("RTX 3090", (8, 6), "float16", True, int8_products=True)
+
+
 # ---- on a GPU
 
 

@@ -7,30 +7,37 @@ import torch
 from peft_pretraining.errors import UserError
 from qgalore.kernels import use_triton
 
-_BFLOAT16, _TRITON = (8, 0), (7, 0)
-"""The compute capabilities of NVIDIA that these need: Ampere's, and Volta's."""
+_AMPERE, _VOLTA = (8, 0), (7, 0)
+"""Compute capabilities of NVIDIA: the first with bfloat16, and the first that Triton compiles for."""
 
 
-def check_device(device: torch.device, dtype: str) -> None:
+def check_device(device: torch.device, dtype: str, int8_products: bool) -> None:
     """Raise UserError for a GPU that cannot run in the data type of `--dtype`, or not run the kernels."""
     if device.type != "cuda" or torch.version.hip is not None:  # AMD's numbers are others
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if text := problem_of_gpu(name, capability, dtype, use_triton(device)):
+    if text := problem_of_gpu(name, capability, dtype, use_triton(device), int8_products):
         raise UserError(text)
 
 
-def problem_of_gpu(name: str, capability: tuple[int, int], dtype: str, in_triton: bool) -> str:
+def problem_of_gpu(
+    name: str, capability: tuple[int, int], dtype: str, in_triton: bool, int8_products: bool = False
+) -> str:
     """The sentence for a GPU of a compute capability, such as (7, 5); "" where there is no problem."""
     number = ".".join(map(str, capability))
-    if dtype == "bfloat16" and capability < _BFLOAT16:
+    if dtype == "bfloat16" and capability < _AMPERE:
         return (
             f"--dtype bfloat16: {name} has compute capability {number}, and bfloat16 needs 8.0: give --dtype float16, "
             "which scales the loss, or --dtype float32"
         )
-    if in_triton and capability < _TRITON:
+    if in_triton and capability < _VOLTA:
         return (
             f"{name} has compute capability {number}, and Triton's kernels need 7.0: set QGALORE_KERNELS=reference in "
             "the environment"
+        )
+    if in_triton and int8_products and capability < _AMPERE:
+        return (
+            f"--int8_products: {name} has compute capability {number}, and Triton's products in INT8 need 8.0: leave "
+            "--int8_products out"
         )
     return ""

@@ -128,7 +128,11 @@ def orthogonalize(
     """
     if segments is not None and (sum(segments) != len(polynomials) or min(segments) < 1):
         raise ValueError(f"segments={tuple(segments)} must be positive and sum to {len(polynomials)} polynomials")
-    return backend(newton_schulz.orthogonalize, matrices[0].device)(matrices, polynomials, segments)
+    device = matrices[0].device
+    # Where no tensor cores take the factors, Triton unrolls a product, for minutes; cuBLAS does not.
+    unrolled = device.type == "cuda" and product_dtype(device) == torch.float32
+    run = newton_schulz.orthogonalize if unrolled else backend(newton_schulz.orthogonalize, device)
+    return run(matrices, polynomials, segments)
 
 
 def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:

@@ -11,7 +11,8 @@ tensors are on the CPU and results are whatever memory held.
 
     python tests/kernels/compile_kernels.py 75 float16
 
-prints "shared" alone, of a card without bfloat16, where activations are float16 and momenta float32.
+prints "shared" alone, of a card without bfloat16, where activations are float16. What runs there without Triton is left
+out: Newton-Schulz, whose momenta are float32, and products in INT8.
 """
 
 from __future__ import annotations
@@ -99,10 +100,10 @@ def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> N
         kernels.adam_steps(steps, 256, skip)
 
 
-def launch_all(half: torch.dtype, product: torch.dtype) -> None:
+def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
     """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32.
 
-    half: of activations; product: of momenta (`qgalore.kernels.product_dtype`).
+    half: of activations; orthogonalizes: also the kernels of Newton-Schulz.
     """
     tokens, width, hidden, rank = 256, 4096, 11008, 1024
 
@@ -137,10 +138,9 @@ def launch_all(half: torch.dtype, product: torch.dtype) -> None:
             for signed in (True, False):
                 value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, half)
                 kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
-    for rank in (224, 1792):
+    for rank in (224, 1792) if orthogonalizes else ():
         for segments in (None, (2, 3)):
-            momenta = [zeros(rank, width, dtype=product), zeros(hidden, rank, dtype=product)]
-            kernels.orthogonalize(momenta, [(1.0, 1.0, 1.0)] * 5, segments)
+            kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5, segments)
     heads, tables = zeros(1, tokens, 32, 128), (zeros(tokens, 64, dtype=torch.float32),) * 2
     for back in (False, True):
         torch.ops.peft_pretraining.rotate(heads, heads, *tables, back)
@@ -215,10 +215,10 @@ def single_bytes() -> dict[str, list[int]]:
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
     if sys.argv[2:] == ["float16"]:
-        launch_all(torch.float16, torch.float32)
+        launch_all(torch.float16, orthogonalizes=False)
         print(json.dumps({"shared": TAKEN}))
         sys.exit()
-    launch_all(torch.bfloat16, torch.bfloat16)
+    launch_all(torch.bfloat16, orthogonalizes=True)
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
     found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes()}
