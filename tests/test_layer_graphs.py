@@ -76,6 +76,8 @@ CASES = {
     "clipping": f"{STREAMING} --grad_clipping 0.5".replace("_per_layer", ""),
     "sums": f"{STREAMING} --gradient_accumulation 3",
     "int8 sums": f"{STREAMING} --gradient_accumulation 3 --grad_accum_dtype int8 --activation_checkpointing",
+    "float16, fixed scale": f"{STREAMING} --dtype float16 --loss_scale 1024",
+    "float16, sums": f"{STREAMING} --dtype float16 --gradient_accumulation 3",
     "bfloat16 sums, svd": f"{PER_LAYER} --gradient_accumulation 2 --grad_accum_dtype bfloat16",
 }
 
@@ -114,15 +116,18 @@ def trained(
             assert loss is not None
             if optimizer.is_last_micro_batch:
                 optimizer.skip_update_if(flag)
-            loss.backward()
+            (loss if optimizer.loss_scale is None else optimizer.loss_scale.scaled(loss)).backward()
             total += loss.detach()
         if args.optimizer.grad_clipping:
             optimizer.clip_grad_norm_(args.optimizer.grad_clipping)
         optimizer.step()
+        norm = optimizer.grad_norm()
+        if optimizer.loss_scale is not None:
+            optimizer.loss_scale.update_(optimizer.skipped())
         if step >= waits_from:
             torch.cuda.set_sync_debug_mode("default")
         assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.late_overflow())
-        assert float(optimizer.grad_norm()) > 0
+        assert float(norm) > 0
         optimizer.zero_grad()
         losses.append(float(total))
     digest = hashlib.sha256()
@@ -205,7 +210,7 @@ def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_graphs_give_the_bits_of_plain_calls(
     case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = f"{CASES[case]} --dtype float32"
+    flags = CASES[case] if "--dtype" in CASES[case] else f"{CASES[case]} --dtype float32"
     plain = trained(tmp_path, "cpu", flags, sums=sums)
     record_graphs(monkeypatch)
     recorded = trained(tmp_path, "cpu", flags, sums=sums)
