@@ -111,7 +111,7 @@ class Run:
         check_vocabulary(ids, self.model.config.vocab_size, are_ids)
         world.from_main(lambda: keep_trained(self.loader.tokenizer, Path(args.checkpoint.save_dir)))
         if not skip_steps:  # else it is the same start once more
-            world.from_main(lambda: write_run_files(args, self.update_step))
+            world.from_main(lambda: write_run_files(args, self.checkpoints.model_config, self.update_step))
         self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
         self.noticed: set[str] = set()

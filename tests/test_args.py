@@ -414,7 +414,7 @@ BAD_VALUES = [
     ("--seq_len 512", "--seq_len is no flag of this program: write --max_length 512"),
     ("--epochs 3", "--epochs is no flag of this program: a run is as long as --num_training_steps (updates) or"),
     ("--warmup_ratio 0.1", "--warmup_ratio is no flag of this program: give --warmup_steps, in updates: the share"),
-    ("--model 60m", "--model is no flag of this program: give --model_config with the JSON configuration"),
+    ("--model 60m", "--model is no flag of this program: write --model_config 60m"),
     ("--resume", "--resume is no flag of this program: give --continue_from auto with the --save_dir of the run"),
     ("--bf16", "--bf16 is no flag of this program: bfloat16 is what --dtype is without being given"),
     ("--report_to tensorboard", "metrics.jsonl is always written; --tensorboard writes event files beside it"),

@@ -13,6 +13,7 @@ import pytest
 from peft_pretraining.commands.export import export
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.reporting import run_files
 from tests.small_run import CONFIG, SmallRun, flags_of
@@ -64,7 +65,7 @@ def test_transformers_reads_the_model_of_a_run(small: SmallRun) -> None:
     raw = {key: value for key, value in CONFIG.items() if key != "model_type"}
     small.config.write_text(json.dumps(raw))  # a LLaMA here, and unknown to transformers
     args = parse_args(small.argv("run"))
-    run_files.write_run_files(args, 0)
+    run_files.write_run_files(args, read_config_json(args.model.model_config), 0)
     config = transformers.AutoConfig.from_pretrained(small.folder / "run")
     assert (type(config).__name__, config.hidden_size, config.vocab_size) == ("LlamaConfig", 64, 256)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -80,10 +81,10 @@ def test_the_config_of_something_else_is_not_overwritten(small: SmallRun, capsys
     assert kept.read_text() == '{"model_type": "gpt2"}'
     # That of this model stays as it is, and that of an earlier start, which ended before a checkpoint, goes.
     kept.write_text(text := json.dumps(CONFIG))
-    run_files.write_run_files(parse_args(small.argv("run")), 0)
+    run_files.write_run_files(parse_args(small.argv("run")), read_config_json(small.config), 0)
     assert kept.read_text() == text
     small.config.write_text(json.dumps(CONFIG | {"intermediate_size": 96}))
-    run_files.write_run_files(parse_args(small.argv("run")), 0)
+    run_files.write_run_files(parse_args(small.argv("run")), read_config_json(small.config), 0)
     assert json.loads(kept.read_text())["intermediate_size"] == 96
 
 

@@ -80,7 +80,8 @@ class RunCheckpoints:
         """What a resumed run's command changes of the flags that its checkpoint has recorded, in words."""
         self._args, self._world = args, world
         self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
-        self._model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
+        self.model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
+        """The contents of the model's config.json."""
 
     def restore(self) -> Position:
         """Load the checkpoint of `--continue_from`, if any, else the weights of `--init_from`, if any.
@@ -161,7 +162,7 @@ class RunCheckpoints:
             (self.save_dir / _STOP_MARKER).unlink(missing_ok=True)
 
     def _describe(self) -> dict[str, Any]:
-        return {**self._args.to_dict(), "model_config_contents": self._model_config}
+        return {**self._args.to_dict(), "model_config_contents": self.model_config}
 
 
 def choose_checkpoint(continue_from: str, save_dir: Path, world: World) -> Checkpoint | None:

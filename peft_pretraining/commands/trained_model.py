@@ -35,7 +35,7 @@ from qgalore.layer.export import float_entries
 Group = TypeVar("Group")
 
 _CODES = ".weight_qdata"
-_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPES = tuple(_DTYPES)
 """The values of --dtype; auto: that of the weights."""
 DEVICES = ("auto", "cpu", "cuda")

@@ -254,7 +254,7 @@ def parse_within_budget(
     if chosen is None:
         raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest))
     args = parse_args([*argv, *chosen.flags], world_size)
-    return dataclasses.replace(args, notes=(*args.notes, in_words(chosen, card)))
+    return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
 
 
 def in_words(chosen: Candidate, card: Card) -> str:

@@ -23,7 +23,6 @@ import torch
 
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.registry import WITHOUT_MODEL_TYPE
 from qgalore import __version__
 
@@ -32,13 +31,15 @@ _TREE = Path(__file__).resolve().parents[2]
 _GIT_SECONDS = 10.0
 
 
-def write_run_files(args: RunArgs, update_step: int) -> None:
+def write_run_files(args: RunArgs, model_config: Mapping[str, Any], update_step: int) -> None:
     """Write both files into the run's folder, each by a rename; update_step: the updates made before this start.
+
+    model_config: the contents of the model's config.json.
 
     Raises UserError if the folder cannot be written, or has the config.json of something else.
     """
     folder = Path(args.checkpoint.save_dir)
-    config = {"model_type": WITHOUT_MODEL_TYPE} | read_config_json(args.model.model_config)
+    config = {"model_type": WITHOUT_MODEL_TYPE} | dict(model_config)
     commands, kept = folder / COMMAND_FILE, folder / CONFIG_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
