@@ -212,6 +212,11 @@ class LowRankAdamW(Optimizer):
         optimizer cannot train.
         """
         self.detach()
+        if loss_scale is not None and any(group.get("sum_in_momentum") for group in self.param_groups):
+            raise ValueError(
+                "loss_scale divides the sum of an update's gradients, and with sum_in_momentum they are part of the "
+                "momentum by then: leave one of them out"
+            )
         self.update_in_backward, self._all_reduce, self.loss_scale = update_in_backward, all_reduce, loss_scale
         attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
         self._detach = weakref.finalize(self, attachment.remove)

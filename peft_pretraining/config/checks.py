@@ -262,6 +262,11 @@ def _float16_problems(args: RunArgs) -> list[str]:
             f"--dtype float16 cannot work with --optimizer {name}, which keeps gradients and states in the data type "
             "of the weights: use adamw or adam8bit, or --dtype float32"
         ]
+    if vars(args.subspace).get("sum_in_momentum"):
+        return [
+            "--dtype float16 cannot work with --sum_in_momentum: gradients of the scaled loss would be part of the "
+            "momentum before one of them is seen to overflow. Leave --sum_in_momentum out, or use --dtype float32"
+        ]
     if optimizer.per_layer and args.batch.gradient_accumulation == 1 and not optimizer.loss_scale:
         return [
             f"--dtype float16 cannot work with --optimizer {name} at one micro-batch an update: its loss scale is "
