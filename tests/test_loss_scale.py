@@ -168,3 +168,10 @@ def test_moments_are_rotated_in_float32() -> None:
     for weight in optimizer.low_rank_weights():
         assert weight.subspace.schedule.refreshes > 1 and weight.subspace.dtype == torch.float16
         assert 0 < weight.state["exp_avg_sq"].mean() < 1e-8 and (weight.state["exp_avg_sq"] > 0).float().mean() > 0.9
+
+
+def test_momenta_that_take_gradients_before_the_update_are_refused() -> None:
+    net, optimizer = build("qgalore8bit", "int8", attach=False)
+    optimizer.param_groups[1]["sum_in_momentum"] = True
+    with pytest.raises(ValueError, match="loss_scale divides the sum"):
+        optimizer.attach(net, loss_scale=LossScale("cpu"))
