@@ -33,7 +33,7 @@ from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
-from peft_pretraining.runtime.device import check_device
+from peft_pretraining.runtime.device import check_device, slow_dtype
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
@@ -68,8 +68,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
-        warning = warning_of_memory(args, world.device)
-        if warning is not None and world.is_main:
+        warnings = (warning_of_memory(args, world.device), slow_dtype(world.device, args.model.dtype))
+        for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)
         skip_steps: set[int] = set()
         while (update_step := train(args, world, stop, skip_steps)) is not None:

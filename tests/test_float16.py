@@ -11,7 +11,7 @@ import torch
 
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime.device import problem_of_gpu
+from peft_pretraining.runtime.device import problem_of_gpu, slow_dtype
 from qgalore.update import loss_scale
 from tests.golden.record import restored_process
 from tests.small_run import Result, SmallRun, assert_same_bits, assert_same_run, flags_of
@@ -201,3 +201,10 @@ def test_the_host_reads_nothing_of_the_scale() -> None:
         scale.can_fall()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cpu_is_told_that_float32_is_faster(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert small.main("run", dtype="bfloat16", num_training_steps=1) == 0
+    assert "warning: --dtype bfloat16 on a CPU: float32 is usually several times as fast" in capsys.readouterr().err
+    assert slow_dtype(torch.device("cpu"), "float32") is None
+    assert slow_dtype(torch.device("cuda"), "bfloat16") is None

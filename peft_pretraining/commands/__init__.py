@@ -30,7 +30,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names with the rest of them; returns its exit code."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
-    if name in ("", "-h", "--help"):
+    if name in ("", "-h", "--help", "help"):
         print(usage(), file=sys.stderr if name == "" else sys.stdout)
         return 2 if name == "" else 0
     if name == "--version":

@@ -23,7 +23,7 @@ def details(budget: int, card: Card, models: Sequence[str], flags: Sequence[str]
             text_table([head, *(_details_of(fit) for fit in fits)]),
             "",
             "Micro-batches an update x sequences; recomputed: decoder layers whose activations are not kept; days: of",
-            "the paper's updates on one such card, for the models that the paper has.",
+            "as many tokens as the paper's run, on one such card, for the models that the paper has.",
             *_sources(card, fits),
         ]
     )
@@ -104,7 +104,7 @@ def overview(pairs: Sequence[tuple[int, Card]], models: Sequence[str], flags: Se
             "",
             "A cell: sequences of a micro-batch; recomputed layers (R: all, R3: one in three); what is rounded to INT8",
             "(a: activations, s: sums over micro-batches); the rank, where it is below the recipe's; tokens/s, with *",
-            "where measured; days of the paper's run, where it has one; or the least memory that the model trains in.",
+            "where measured; days of as many tokens as the paper's run; or the least memory that the model trains in.",
             f"Speeds are counted from a card's published rates and what an H100 reaches of its own. {NOT_MEASURED}",
         ]
     )

@@ -65,7 +65,7 @@ class Fit(NamedTuple):
 
     @property
     def days(self) -> float | None:
-        """Of the paper's run, padding counted; None where the paper has none."""
+        """Of as many tokens as the paper's run, padding counted; None where the paper has none."""
         if self.chosen is None or self.model not in RECIPES:
             return None
         return RECIPES[self.model][1] * TOKENS_PER_UPDATE / self.tokens_per_second / 86_400

@@ -20,6 +20,16 @@ def check_device(device: torch.device, dtype: str, int8_products: bool) -> None:
         raise UserError(text)
 
 
+def slow_dtype(device: torch.device, dtype: str) -> str | None:
+    """A sentence for a CPU that is asked for a data type that it computes slowly; None for any other."""
+    if device.type != "cpu" or dtype == "float32":
+        return None
+    return (
+        f"--dtype {dtype} on a CPU: float32 is usually several times as fast there, for more memory; a run keeps the "
+        "type that it began with, so begin with --dtype float32"
+    )
+
+
 def problem_of_gpu(
     name: str, capability: tuple[int, int], dtype: str, in_triton: bool, int8_products: bool = False
 ) -> str:
