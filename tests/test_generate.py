@@ -107,6 +107,14 @@ def test_from_a_run_a_checkpoint_and_an_export(small: SmallRun, capsys: pytest.C
     printed(capsys, small.folder / "text" / "step_00000010", "w0 w1", "w2", *flags)
 
 
+def test_a_prompt_may_stand_behind_flags(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run, flags = str(small.folder / "text"), ["--max_tokens", "5", "--seed", "3"]
+    assert command.main([run, "w0 w1", *flags, "--device", "cpu"]) == 0
+    expected = capsys.readouterr().out
+    assert command.main([run, *flags, "w0 w1", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == expected
+
+
 def test_prompts_come_from_standard_input(
     small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

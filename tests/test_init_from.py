@@ -476,6 +476,12 @@ def test_sources_that_are_none(small: SmallRun) -> None:
     folder = small.folder / "source"
     with pytest.raises(UserError, match=r"--init_from .*source: no such folder; give the folder of a model"):
         parse_args(argv(small, folder))
+    with pytest.raises(UserError) as error:
+        parse_args(argv(small, folder))
+    assert str(error.value).count("no such folder") == 1, "one problem is said once"
+    (small.folder / "file.json").write_text("[]")
+    with pytest.raises(UserError, match=r"--init_from .*file\.json is a file: give the folder that it is in"):
+        parse_args(argv(small, small.folder / "file.json"))
     folder.mkdir()
     with pytest.raises(UserError, match=r"a folder without config\.json.*--model_config is taken from there"):
         parse_args(argv(small, folder))
@@ -486,6 +492,10 @@ def test_sources_that_are_none(small: SmallRun) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds config\.json: there is no model\.safetensors or pytorch_model\.bin"):
         loaded(small, folder)
+    for content in (b"hi\n", b"no pickle at all"):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(UserError, match=r"pytorch_model\.bin is not read: it is cut off, or"):
+            loaded(small, folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
     with pytest.raises(UserError, match=r"pytorch_model\.bin is not read: .* could run code; save .* as safetensors"):
         loaded(small, folder)

@@ -136,6 +136,14 @@ def test_clipping_inside_the_backward_pass_needs_a_sum() -> None:
     assert {each.args.batch.batch_size for each in found.steps[0]} == {8, 4, 2, 1}
 
 
+def test_a_total_batch_may_be_written_in_any_notation() -> None:
+    plain, other = (
+        parse_within_budget([*argv("9m", f"{QUANTIZED} --total_batch_size {total}"), "--memory_budget", "1GB"])
+        for total in ("16", "1.6e1")
+    )
+    assert plain.batch == other.batch and plain.batch.total_batch_size == 16
+
+
 def test_ranks_share_the_total_batch() -> None:
     args = parse_within_budget([*argv("9m", RUNS["paper"]), "--memory_budget", "1GB"], world_size=4)
     assert args.batch.batch_size * args.batch.gradient_accumulation * 4 == 24

@@ -103,6 +103,9 @@ def test_a_run_goes_on_with_what_its_command_left_out(
     if case == "float weights":
         assert small.main("parts", **longer | {"weight_quant": True}) == 2
         assert "weight_quant is True here and False there" in capsys.readouterr().err
+        assert small.main("parts", **longer | {"simulation": True}) == 2
+        said = capsys.readouterr().err
+        assert "--simulation is about quantized weights" in said and "as in the checkpoint" in said
 
 
 @every_run

@@ -107,6 +107,8 @@ def test_flags_of_a_run_take_the_place_of_the_recipes(capsys: pytest.CaptureFixt
     text = printed(capsys, "--memory", "8GB", "--model", "9m", "--optimizer", "adamw")
     assert cells(text.splitlines()[4])[3] == "-"
     assert "| 56 " in printed(capsys, "--memory", "8GB", "--model", "9m", "--recipe", "orthogonal")
+    for full in (("--rank", "full"), ("--rank=full",)):
+        assert "| full " in printed(capsys, "--memory", "8GB", "--model", "9m", *full)
 
 
 def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

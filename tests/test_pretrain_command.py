@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,13 @@ def test_two_ranks_under_torchrun(small: SmallRun) -> None:
     assert_same_run(small.result("command"), small.run_on(2, "program"))
     refused = launched("refused", data_lanes=7)
     assert refused.returncode == 1 and "qgalore pretrain: --data_lanes" in refused.stderr
+
+
+def test_ctrl_c_ends_a_command_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft_pretraining.commands import plot
+
+    def interrupted(argv: Sequence[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plot, "main", interrupted)
+    assert main(["plot"]) == 130 and capsys.readouterr().err == ""

@@ -86,6 +86,8 @@ MODES: dict[str, dict[str, object]] = {
     "muon": flags_of("muon") | {"lr": 1e-2},
     "momentum": flags_of("sgd") | {"beta1": 0.9},
     "adafactor_momentum": flags_of("adafactor") | {"beta1": 0.9},
+    "adafactor_bfloat16": flags_of("adafactor") | {"beta1": 0.9, "dtype": "bfloat16"},
+    "muon_bfloat16": flags_of("muon") | {"lr": 1e-2, "dtype": "bfloat16"},
     "hf": flags_of("adamw") | {"use_hf_model": True},
 }
 

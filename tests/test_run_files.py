@@ -88,13 +88,15 @@ def test_the_config_of_something_else_is_not_overwritten(small: SmallRun, capsys
     assert json.loads(kept.read_text())["intermediate_size"] == 96
 
 
-@pytest.mark.parametrize("word", ["it's", "a b", "two\nlines", "tab\tand 'quotes' \\", "ä", ""])
+@pytest.mark.parametrize(
+    "word", ["it's", "a b", "two\nlines", "tab\tand 'quotes' \\", "ä", "\xe9\nb\x80", "a\udcff", ""]
+)
 def test_a_command_is_one_line_that_a_shell_reads_back(word: str) -> None:
     line = run_files.command_line(["--name", word])
     assert len(line.splitlines()) == 1 and line.startswith("python run_pretrain.py --name ")
     words = line.removeprefix("python run_pretrain.py ")
-    done = subprocess.run(["bash", "-c", f"printf '%s|' {words}"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"--name|{word}|"
+    done = subprocess.run(["bash", "-c", f"printf '%s|' {words}"], capture_output=True, check=True)
+    assert done.stdout.decode("utf-8", "surrogateescape") == f"--name|{word}|"
 
 
 @pytest.mark.parametrize(

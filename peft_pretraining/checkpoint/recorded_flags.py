@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint.folder import list_checkpoints
+from peft_pretraining.config.checks import find_problems
 from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.errors import UserError
 
 _STATE = "state.json"
 _NOT_ANNOUNCED = ("continue_from", "dry_run")
@@ -21,7 +23,8 @@ def keep_named_method(args: RunArgs) -> RunArgs:
     """`args` with the checkpoint's values of the flags that are left to the optimizer's name, and a note on them.
 
     A run whose checkpoints are older than today's meaning of the name goes on as it was. Only `state.json` is read, and
-    not checked: what is damaged is found when the checkpoint is loaded.
+    not checked: what is damaged is found when the checkpoint is loaded. Raises UserError where other flags cannot work
+    with these values.
     """
     source = args.checkpoint.continue_from
     recorded = _recorded(source, args.checkpoint.save_dir) if source and args.left_to_name else {}
@@ -37,7 +40,10 @@ def keep_named_method(args: RunArgs) -> RunArgs:
     }
     flags = " ".join(f"--{name}" if value else f"--no-{name}" for name, value in kept.items())
     note = f"{flags}, as in the checkpoint: the command line says nothing of it"
-    return dataclasses.replace(args, **changed, notes=(*args.notes, note))
+    args = dataclasses.replace(args, **changed, notes=(*args.notes, note))
+    if problems := find_problems(args):
+        raise UserError(f"{'; '.join(problems)} ({note}).")
+    return args
 
 
 def _recorded(continue_from: str, save_dir: str) -> Mapping[str, Any]:

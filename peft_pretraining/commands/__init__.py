@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return int(importlib.import_module(f"{__name__}.{name}").main(rest))
+    except KeyboardInterrupt:
+        return 130  # what a shell expects of Ctrl-C
     except ModuleNotFoundError as error:
         if (advice_to_install := missing_package(error)) is None:
             raise

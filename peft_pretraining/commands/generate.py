@@ -203,7 +203,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--averaged", action="store_true", help="the mean of the weights that --average_last has made")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a CUDA GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # a prompt may stand behind flags
     args.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     problems = args.sampling.problems()
     try:

@@ -27,6 +27,8 @@ def fill_model_config(values: dict[str, Any]) -> list[str]:
     source = values.get("init_from")
     if not source or "model_config" in values:
         return []
+    if Path(source).expanduser().is_file():
+        return [f"--init_from {source} is a file: give the folder that it is in"]
     try:
         path = config_path(source, "--init_from")
         if path.is_file():
@@ -48,7 +50,7 @@ def source_problems(model: ModelArgs, checkpoint: CheckpointArgs) -> list[str]:
 
     What only its tensors tell is seen when they are read.
     """
-    if not model.init_from or checkpoint.continue_from:
+    if not model.init_from or checkpoint.continue_from or not model.model_config:  # the last is a problem already
         return []
     try:
         if not config_path(model.init_from, "--init_from").exists():

@@ -25,7 +25,7 @@ import torch
 
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
-from peft_pretraining.config.flags import format_size
+from peft_pretraining.config.flags import format_size, parse_whole
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
@@ -134,12 +134,16 @@ class Candidates:
                 "--total_batch_size, such as 512 in the papers, or --batch_size"
             )
         text = [value for name, value in _values(self._argv) if name == "--total_batch_size"][-1]
-        total, found = int(text) if text.isdecimal() else 0, list[tuple[tuple[str, ...], RunArgs]]()
+        found = list[tuple[tuple[str, ...], RunArgs]]()
+        try:
+            total = parse_whole(text)
+        except ValueError:
+            total = 0  # which is refused below
         for size in range(total // self._world_size, 0, -1):
             flags: tuple[str, ...] = ("--batch_size", str(size))
             if total % (size * self._world_size) == 0 and (args := self._allowed(*flags)):
                 found.append((flags, args))
-        return found or [((), self._parse("--batch_size", "1"))]  # which raises
+        return found or [(("--batch_size", "1"), self._parse("--batch_size", "1"))]  # which raises
 
     def _parse(self, *flags: str) -> RunArgs:
         return parse_args([*self._argv, *flags], self._world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from peft_pretraining.models.config_files import shipped_configs
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, Card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, MeasuredSpeed
+from qgalore.config import FULL
 from qgalore.recipes import PAPER
 
 TOKENS_PER_UPDATE = 512 * 256
@@ -23,7 +25,7 @@ RECIPES = {
 """Rank and updates of the paper's runs (arXiv 2407.08296, as in scripts/pretrain_c4), by model."""
 _RANKS = {"13b": 1024}  # that of 7B, with which 13B was measured
 _BATCH = ("--total_batch_size", "512", "--max_length", "256")
-_QUANTIZED = ("--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant")
+_Q_GALORE = ("--optimizer", "q_galore_adamw8bit_per_layer")
 _PAPER = ("--recipe", "paper", "--subspace", "streaming", "--update_proj_gap", "200", "--galore_scale", "0.25")
 
 
@@ -81,7 +83,8 @@ class ShippedRun:
         self.argv = ["--model_config", str(shipped_configs()[model]), "--memory_budget", "1TB", "--device", "cuda"]
         self.argv += _BATCH
         if "--optimizer" not in names:
-            self.argv += [*_QUANTIZED, *(() if "--recipe" in names else self._of_paper())]
+            own = "--recipe" in names or FULL in _ranks_in(flags)  # the paper has projections
+            self.argv += [*_Q_GALORE, *(() if own else self._of_paper())]
         self.candidates = Candidates([*self.argv, *flags], defaults=() if "--rank" in names else ("rank",))
 
     def _of_paper(self) -> list[str]:
@@ -92,3 +95,9 @@ class ShippedRun:
     def fit(self, budget: int, card: Card) -> Fit:
         """The fastest setting that fits into so many bytes on a card."""
         return Fit(self.model, card, budget, self.candidates.choose(budget, card), self.candidates.smallest)
+
+
+def _ranks_in(flags: Sequence[str]) -> list[str]:
+    """The values of --rank in a command line."""
+    apart = [value for name, value in itertools.pairwise(flags) if name == "--rank"]
+    return [*apart, *(flag.partition("=")[2] for flag in flags if flag.startswith("--rank="))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class LibraryOptimizer:
         self._norm: Tensor | None = None
         self.is_last_micro_batch = True
         self.loss_scale: LossScale | None = None  # float16 is refused
-        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+        self.state_dict = optimizer.state_dict
         if all_reduce is not None:
             for param in self._parameters():
                 param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
@@ -36,6 +36,20 @@ class LibraryOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         """The library's groups; loading a state replaces them."""
         return self._optimizer.param_groups
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the result of `state_dict`; tensors keep their dtypes.
+
+        PyTorch makes them those of the parameters: float32 moments of bfloat16 parameters would be rounded.
+        """
+        self._optimizer.load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        states = self._optimizer.state
+        for number, param in zip(numbers, self._parameters(), strict=True):
+            own = states.get(param, {})
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and own[key].dtype != value.dtype:
+                    own[key] = value.to(own[key].device, copy=True)
 
     def zero_grad(self) -> None:
         """See `TrainingOptimizer`."""
@@ -104,6 +118,11 @@ class OptimizerPair:
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of both optimizers."""
         return [group for optimizer in self._both for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """The state of every parameter."""
+        return {param: state for optimizer in self._both for param, state in optimizer.state.items()}
 
     def zero_grad(self) -> None:
         """Clear the gradients."""

@@ -43,7 +43,7 @@ def write_run_files(args: RunArgs, model_config: Mapping[str, Any], update_step:
     commands, kept = folder / COMMAND_FILE, folder / CONFIG_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = commands.read_text(encoding="utf-8") if commands.exists() else ""
+        earlier = commands.read_text(encoding="utf-8", errors="replace") if commands.exists() else ""
         if not _has(kept, config):
             if kept.exists() and not earlier:
                 raise UserError(
@@ -80,8 +80,15 @@ def command_line(arguments: Sequence[str]) -> str:
 def _quoted(word: str) -> str:
     if word.isprintable():
         return shlex.quote(word)
-    escaped = word.encode("unicode_escape").decode().replace("'", "\\'")
-    return f"$'{escaped}'"  # a line break within quotes would begin another line
+    # A line break within quotes would begin another line.
+    return f"$'{''.join(map(_escaped, word))}'"
+
+
+def _escaped(character: str) -> str:
+    """A character within $'...' of a shell; what cannot be seen as bytes of UTF-8, or as what was no UTF-8."""
+    if not character.isprintable():
+        return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+    return f"\\{character}" if character in "'\\" else character
 
 
 def _circumstances(args: RunArgs, update_step: int) -> str:
