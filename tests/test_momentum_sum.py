@@ -26,7 +26,6 @@ from qgalore.optimizer import LowRankAdamW
 from qgalore.update import momentum_sum
 from qgalore.update.directions import orthogonal_directions
 from qgalore.update.finite_checks import UpdateChecks
-from qgalore.update.loss_scale import LossScale
 from qgalore.update.weight import Weight
 from tests.small_run import FULL_RANK, SmallRun, assert_same_bits, assert_same_run, restored_process
 from tests.test_memory_plan import run_of
@@ -435,12 +434,6 @@ def test_a_type_of_sums_that_matrices_do_not_have_is_a_warning() -> None:
 def test_an_optimizer_refuses_it_likewise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build("galore8bit", "plain", **SUMMED | options)
-
-
-def test_a_loss_scale_is_refused() -> None:
-    net, optimizer = build("galore8bit", "plain", attach=False, **SUMMED)
-    with pytest.raises(ValueError, match="a loss_scale that changes would change what they are worth"):
-        optimizer.attach(net, loss_scale=LossScale("cpu"))
 
 
 def test_a_momentum_in_another_format_is_refused() -> None:
