@@ -211,7 +211,7 @@ def others(
     """Train our LLaMA with all logits at once, as other code does, and with another project's optimizer."""
     options = ModelArgs(
         str(setting.config),
-        use_hf_model,
+        use_hf_model=use_hf_model,
         activation_checkpointing=setting.checkpoint_every > 0,
         checkpoint_every=max(1, setting.checkpoint_every),
         compile="off",  # as a whole, below

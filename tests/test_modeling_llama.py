@@ -81,7 +81,8 @@ def built(
     path: Path, use_hf_model: bool = False, dtype: str = "bfloat16", seed: int = 0, **options: bool | int
 ) -> CausalLM:
     """The model of a configuration on the CPU; options: further fields of `ModelArgs`."""
-    return build_model(ModelArgs(str(path), use_hf_model, dtype, **options), seed=seed)  # type: ignore[arg-type]
+    args = ModelArgs(str(path), use_hf_model=use_hf_model, dtype=dtype, **options)  # type: ignore[arg-type]
+    return build_model(args, seed=seed)
 
 
 def tokens(batch: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:

@@ -108,7 +108,7 @@ def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> No
     assert describe(args).startswith(note) and args.warnings == ()
     said: list[str] = []
     metrics = object.__new__(RunMetrics)
-    vars(metrics).update(_args=args, _parameters=None, _first=0)
+    vars(metrics).update(_args=args, _parameters=None, _first=0, _initial_weights="")
     vars(metrics).update(_world=Namespace(world_size=1, is_main=True), _device=torch.device("cpu"))
     metrics.log = said.append
     metrics.announce()

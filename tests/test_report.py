@@ -103,7 +103,7 @@ def test_the_page_has_its_sections_and_figures_and_is_well_formed(page: str) -> 
     assert parsed.headings == [
         "run", "Summary", "Curves", "Loss", "Perplexity", "Learning rate", "Tokens per second", "Gradient norm",
         "Memory", "Planned memory of one rank", "Subspaces", "Similarity of successive subspaces", "Refreshes",
-        "Samples", "Configuration",
+        "Samples", "Configuration", "Commands",
     ]  # fmt: skip
     ids = parsed.attributes("id")
     assert len(set(ids)) == len(ids)
