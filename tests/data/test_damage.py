@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from tests.data.collect import close, documents_of, global_rows, loaders
 from tests.data.conftest import document
+from tests.small_run import environment
 
 FIRST = "en/c4-train.00000-of-00006.json.gz"  # documents 0 to 19
 LAST = "en/c4-train.00005-of-00006.json.gz"  # documents 150 to 194
@@ -143,3 +146,18 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
         open_dataset("/no/such/place", "train")
     with pytest.raises(UserError, match=r"there is no file of text in this folder"):
         open_dataset(str(tmp_path), "validation")
+
+
+def test_a_package_that_is_missing_is_no_damage(c4_dir: Path) -> None:
+    """As where torch and transformers alone are installed: no file is skipped for it."""
+    program = f"""
+import sys
+sys.modules["datasets"] = None
+from peft_pretraining.data.sources.registry import open_dataset
+from peft_pretraining.runtime.process import exit_code_of
+sys.exit(exit_code_of(lambda: next(open_dataset({str(c4_dir)!r}, "train").read(0, 1, 0, 0)), "run_pretrain.py"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    sentence = "needs the package datasets, which is not installed: pip install 'qgalore[train]'"
+    assert done.stderr.splitlines()[-1] == f"run_pretrain.py: {sentence}"

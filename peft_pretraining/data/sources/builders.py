@@ -151,8 +151,11 @@ def delimiter_of(path: str, head: bytes) -> str:
 
 
 def _damage(error: Exception, path: str) -> str:
-    """The text of an error that means a damaged file; raises it again if it means a network fault or a shortage."""
-    if isinstance(error, UserError | MemoryError):
+    """The text of an error that means a damaged file; raises it again if it means something else.
+
+    That is a network fault, a shortage or a package that is not installed.
+    """
+    if isinstance(error, UserError | MemoryError | ImportError):
         raise error
     if isinstance(error, OSError) and error.errno in _SHORTAGES:
         raise UserError(f"--dataset: {path} cannot be read now ({in_words(error)}).") from error
