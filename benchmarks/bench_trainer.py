@@ -117,7 +117,7 @@ COLUMNS = (
     *("state_ratio", "run_peak_gb", "memory_ratio", "run_reserved_gb", "reserved_ratio", "peak_gb", "reserved_gb"),
     *("between_updates_gb", "weight_bytes", "low_rank_matrices", "rank", "micro_batch", "length", "warmup_updates"),
     *("updates", "refreshes", "warmup_seconds", "mean_loss", "device_waits", "waits_at", "max_grad_norm", "no_waits"),
-    *("compiled", "tiny", "libraries", "device", "torch", "commit", "note", "error"),
+    *("compiled", "captured", "tiny", "libraries", "device", "torch", "commit", "note", "error"),
 )
 RATIOS = {"speed_ratio": "tokens_per_second", "memory_ratio": "run_peak_gb", "reserved_ratio": "run_reserved_gb"}
 
@@ -158,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="two small layers, for a test")
     parser.add_argument("--compile", action="store_true", help="let the Trainer compile the model (torch_compile)")
+    parser.add_argument("--capture", action="store_true", help="let q_galore methods update from CUDA graphs")
     parser.add_argument("--no_waits", action="store_true", help="let the Trainer itself not wait for the device")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results/trainer.csv"), help="CSV to append to")
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
@@ -217,6 +218,7 @@ def measure(method: str, model: str, args: argparse.Namespace) -> Row:
         "max_grad_norm": max_grad_norm(method),
         "no_waits": args.no_waits,
         "compiled": args.compile,
+        "captured": args.capture and method.startswith("q_galore"),
         "tiny": args.tiny,
         "torch": torch.__version__,
         "commit": commit(),
@@ -246,7 +248,7 @@ def trained(method: str, name: str, micro_batch: int, device: torch.device, args
             with contextlib.redirect_stdout(sys.stderr):  # it prints what it chose
                 optimizer = optimizer_for(model, rank=rank_of(model), weight_bits=8)
             options["optimizers"] = (optimizer, None)
-            options["callbacks"].append(QGaLoreCallback(optimizer, method == "q_galore_in_backward"))
+            options["callbacks"].append(QGaLoreCallback(optimizer, method == "q_galore_in_backward", args.capture))
         trainer = Trainer(model, **options)
         with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
             clock.turns = stack

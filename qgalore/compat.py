@@ -34,6 +34,7 @@ from qgalore.optimizer.adafactor import GaLoreAdafactor as _GaLoreAdafactor
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.hooks import Attachment, Ready
 from qgalore.update.loss_scale import LossScale
+from qgalore.update.step import Replay
 from qgalore.update.weight import Weight
 
 _AFTER_DECAY = {
@@ -156,10 +157,11 @@ class QGaLoreAdamW8bit(optimizer.QGaLoreAdamW8bit):
         update_in_backward: bool = False,
         all_reduce: AllReduce | None = None,
         loss_scale: LossScale | None = None,
+        replay: Replay | None = None,
     ) -> None:
         """See `qgalore.QGaLoreAdamW8bit`: from then on `is_last_micro_batch` counts, and all gradients are taken."""
         self.is_last_micro_batch = True
-        super().attach(model, update_in_backward, all_reduce, loss_scale)
+        super().attach(model, update_in_backward, all_reduce, loss_scale, replay)
 
     def _attach_quantized(self) -> None:
         """Attach the layers of quantized weights alone: the gradients of all others stay in `.grad`."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qgalore.graphs.updates import UpdateGraphs
 from qgalore.integrations.visible_norm import VisibleNorm
 from qgalore.optimizer import LowRankAdamW
 
@@ -20,7 +21,12 @@ class Connection:
     """An optimizer attached for somebody else's loop; `close` undoes it."""
 
     def __init__(
-        self, optimizer: LowRankAdamW, model: nn.Module, update_in_backward: bool, follow_accelerate: bool
+        self,
+        optimizer: LowRankAdamW,
+        model: nn.Module,
+        update_in_backward: bool,
+        follow_accelerate: bool,
+        capture_updates: bool,
     ) -> None:
         """Attach; on several ranks gradients are averaged, and the model's tensors become those of the first rank."""
         self._optimizer = weakref.ref(optimizer)
@@ -28,7 +34,8 @@ class Connection:
         if ranks > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, src=0)
-        optimizer.attach(model, update_in_backward, _average if ranks > 1 else None)
+        replay = UpdateGraphs() if capture_updates else None
+        optimizer.attach(model, update_in_backward, _average if ranks > 1 else None, replay=replay)
         self._norm = VisibleNorm(optimizer, model)
         # Losses that are made of the states of the body, as fused ones are, do not call the model itself.
         bodies = {id(each): each for each in (model, getattr(model, "base_model", None)) if isinstance(each, nn.Module)}
@@ -53,7 +60,11 @@ class Connection:
 
 
 def connect(
-    optimizer: Any, model: nn.Module, update_in_backward: bool = False, follow_accelerate: bool | None = None
+    optimizer: Any,
+    model: nn.Module,
+    update_in_backward: bool = False,
+    follow_accelerate: bool | None = None,
+    capture_updates: bool = False,
 ) -> Connection:
     """Attach an optimizer to a model that a Trainer, accelerate, Lightning or a loop of one's own trains.
 
@@ -63,8 +74,10 @@ def connect(
     (`qgalore.integrations.visible_norm`).
 
     optimizer: a `LowRankAdamW`, or what accelerate has made of it; model: the one on its device that is trained.
-    follow_accelerate: None is whether accelerate has prepared the optimizer; else the loop sets the flag. A second call
-    takes the place of the first. Raises TypeError for another optimizer, ValueError where `attach` does.
+    follow_accelerate: None is whether accelerate has prepared the optimizer; else the loop sets the flag.
+    capture_updates: on a GPU, make them from CUDA graphs (`qgalore.graphs.updates`): faster where Python is what the
+    device waits for, for some memory that is kept. A second call takes the place of the first. Raises TypeError for
+    another optimizer, ValueError where `attach` does.
     """
     found = unwrapped(optimizer)
     former = _connections.pop(found, None)
@@ -72,7 +85,7 @@ def connect(
         former.close()
     model = model.module if isinstance(model, nn.parallel.DataParallel) else model
     follows = found is not optimizer if follow_accelerate is None else follow_accelerate
-    _connections[found] = connection = Connection(found, model, update_in_backward, follows)
+    _connections[found] = connection = Connection(found, model, update_in_backward, follows, capture_updates)
     return connection
 
 

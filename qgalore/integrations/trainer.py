@@ -28,10 +28,19 @@ class QGaLoreCallback:
     then; `qgalore.integrations.connection` has how. It has every event of `transformers.TrainerCallback`.
     """
 
-    def __init__(self, optimizer: LowRankAdamW | None = None, update_in_backward: bool = False) -> None:
-        """optimizer: the Trainer's; update_in_backward: as in `LowRankAdamW.attach`, with `max_grad_norm=0`."""
+    def __init__(
+        self,
+        optimizer: LowRankAdamW | None = None,
+        update_in_backward: bool = False,
+        capture_updates: bool = False,
+    ) -> None:
+        """optimizer: the Trainer's; update_in_backward: as in `LowRankAdamW.attach`, with `max_grad_norm=0`.
+
+        capture_updates: as in `qgalore.integrations.connect`.
+        """
         self.optimizer = None if optimizer is None else unwrapped(optimizer)
         self.update_in_backward = update_in_backward
+        self.capture_updates = capture_updates
         self._connection: Connection | None = None
         self._own_names: _SavesOwnNames | None = None
 
@@ -55,7 +64,9 @@ class QGaLoreCallback:
         problem = _problem(args, self.update_in_backward, trained.sums_in_momentum)
         if problem:
             raise ValueError(problem)
-        self._connection = connect(trained, model, self.update_in_backward, follow_accelerate=True)
+        self._connection = connect(
+            trained, model, self.update_in_backward, follow_accelerate=True, capture_updates=self.capture_updates
+        )
         self._own_names = _SavesOwnNames(model)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -117,6 +128,7 @@ class OptimizerFactory:
         optimizer_class: type[LowRankAdamW] = QGaLoreAdamW8bit,
         names: Iterable[str] | None = None,
         update_in_backward: bool = False,
+        capture_updates: bool = False,
         **options: Any,
     ) -> LowRankAdamW:
         """The optimizer of a model, attached; config: of the low-rank group, the weights of the layers of `names`.
@@ -135,7 +147,7 @@ class OptimizerFactory:
             names = converted or linear_names(model)
         optimizer = optimizer_class(low_rank_param_groups(model, names, config), **options)
         without_ddp(model)
-        connect(optimizer, model, update_in_backward, follow_accelerate=True)
+        connect(optimizer, model, update_in_backward, follow_accelerate=True, capture_updates=capture_updates)
         return optimizer
 
 

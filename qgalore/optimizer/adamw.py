@@ -31,6 +31,7 @@ from qgalore.update.hooks import Attachment
 from qgalore.update.loss_scale import LossScale
 from qgalore.update.momentum_sum import SummedGradient
 from qgalore.update.step import (
+    Replay,
     add_to_momenta,
     check_gradients,
     finalize_gradients,
@@ -123,6 +124,7 @@ class LowRankAdamW(Optimizer):
         self._checks: UpdateChecks | None = None
         self._step_table: StepTable | None = None
         self.update_in_backward = False
+        self._replay: Replay | None = None
         self.states_replaced = 0
         """How often weights have taken up groups and state, and sums anew: CUDA graphs of before are then void."""
         self.is_last_micro_batch = True
@@ -210,6 +212,7 @@ class LowRankAdamW(Optimizer):
         update_in_backward: bool = False,
         all_reduce: AllReduce | None = None,
         loss_scale: LossScale | None = None,
+        replay: Replay | None = None,
     ) -> None:
         """Take every gradient as soon as the backward pass has it, and keep of a low-rank one the projection alone.
 
@@ -220,6 +223,7 @@ class LowRankAdamW(Optimizer):
         `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.update.all_reduce.AllReduce`).
         `loss_scale` is what each loss is multiplied by before its backward pass: gradients are divided by it before
         anything is made of their size. Call its `update_(optimizer.skipped())` after each `step`.
+        `replay` makes updates from CUDA graphs (`qgalore.graphs.updates.UpdateGraphs`).
         `.grad` stays None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the
         optimizer cannot train.
         """
@@ -230,7 +234,7 @@ class LowRankAdamW(Optimizer):
                 "would change what they are worth: leave one of them out"
             )
         self.update_in_backward, self._all_reduce, self._share_of_momenta = update_in_backward, all_reduce, None
-        self.loss_scale = loss_scale
+        self.loss_scale, self._replay = loss_scale, replay
         attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
         self._detach = weakref.finalize(self, attachment.remove)
         self._detach.atexit = False
@@ -239,7 +243,7 @@ class LowRankAdamW(Optimizer):
 
     def detach(self) -> None:
         """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again."""
-        self.update_in_backward, self._all_reduce, self.loss_scale = False, None, None
+        self.update_in_backward, self._all_reduce, self.loss_scale, self._replay = False, None, None, None
         if self._detach is not None:
             self._detach()
 
@@ -378,7 +382,7 @@ class LowRankAdamW(Optimizer):
         if self.updates_at_once:
             checks.remember_first()
             self.write_update_rows()
-            update_weights(weights, checks, self._inverse_scale)
+            update_weights(weights, checks, self._inverse_scale, self._replay)
 
     def write_update_rows(self) -> None:
         """Let the step rows be those of the update that goes on, if they are not."""
@@ -472,7 +476,7 @@ class LowRankAdamW(Optimizer):
             given = (self._clip_factor, self._scale, self._inverse_scale)
             factors = [factor for factor in given if factor is not None]
             clip = functools.reduce(torch.mul, factors) if factors else None
-            update_weights(waiting, self._update_checks(), clip)
+            update_weights(waiting, self._update_checks(), clip, self._replay)
         self._clip_factor = self._scale = None
         self._stepped, self._sums, self._rows_written = True, False, False
         self._finalized.clear()

@@ -60,6 +60,11 @@ class Identity:
         """Whether that update sums the full gradient instead of the projected one."""
         return False
 
+    @property
+    def has_fitted_bases(self) -> bool:
+        """Whether `finish` has found bases that `adopt_fitted_bases` is to take."""
+        return False
+
     def init_state(self) -> None:
         """Put what the method keeps into the optimizer state of a weight that has none."""
 
@@ -282,6 +287,11 @@ class Svd(Streaming):
     def needs_full_gradient(self) -> bool:
         """See `Identity`."""
         return self.due and self.schedule.refreshes > 0
+
+    @property
+    def has_fitted_bases(self) -> bool:
+        """See `Identity`."""
+        return bool(self._fitted)
 
     def finish(self, full: Tensor) -> Tensor:
         """See `Identity`: fits the bases, or keeps the old ones where that fails, and projects onto them."""

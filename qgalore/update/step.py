@@ -39,6 +39,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -138,7 +139,22 @@ def check_gradients(weights: Sequence[Weight], checks: UpdateChecks) -> None:
     checks.check({weight.index: weight.gradient.final for weight in weights if not weight.sums_in_momentum})
 
 
-def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None) -> None:
+class Replay(Protocol):
+    """Makes step 4 and 5 of batches in another way, such as by CUDA graphs (`qgalore.graphs.updates`)."""
+
+    def update(
+        self,
+        weights: Sequence[Weight],
+        gradients: Sequence[Gradient | None],
+        factors: Sequence[Tensor | None],
+        skip: Tensor | None,
+    ) -> bool:
+        """`make_update` of a batch without refreshes; returns whether it was made. The arguments stay as they are."""
+
+
+def update_weights(
+    weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor | None = None, replay: Replay | None = None
+) -> None:
     """Steps 2 to 6, which use up the final gradients; where `checks.skip` is true only the weights' steps are counted.
 
     The step rows of the update must have been written. clip: a factor () of all gradients, with the inverse of
@@ -151,7 +167,7 @@ def update_weights(weights: Sequence[Weight], checks: UpdateChecks, clip: Tensor
     factors = _gradient_factors(weights, checks, clip)
     for batch in _batches(weights):
         if not skip_on_host:
-            _update_batch(batch, [factors[weight] for weight in batch], skip)
+            _update_batch(batch, [factors[weight] for weight in batch], skip, replay)
         for weight in batch:
             weight.clear()
 
@@ -212,26 +228,42 @@ def _gradient_factors(
     return factors
 
 
-def _update_batch(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
+def _update_batch(
+    weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None, replay: Replay | None
+) -> None:
     """Steps 3 to 6 for one batch. Where the flag `skip` is true, nothing that lasts is written.
 
     skip: a bool () on a GPU, None on a CPU, where this is not called for an update that is skipped.
     """
-    if _is_plain(weights[0]):
-        _update_plain(weights, factors, skip)
+    gradients = [weight.take_gradient(stored=_is_plain(weight)) for weight in weights]
+    sketches = [weight.gradient.take_sketches() for weight in weights]
+    refreshes = any(sketches) or any(weight.subspace.has_fitted_bases for weight in weights)
+    if replay is not None and not refreshes and replay.update(weights, gradients, factors, skip):
         return
     for weight in weights:
         weight.subspace.adopt_fitted_bases(weight.rotate_moments, skip)
-    sketches = [weight.gradient.take_sketches() for weight in weights]
-    steps = [weight.take_step(factor) for weight, factor in zip(weights, factors, strict=True)]
-    # Fira's residual needs the projected gradient again; all others are freed once there are directions.
-    gradients = [step.grad if weight.has_residual else None for weight, step in zip(weights, steps, strict=True)]
-    directions = weights[0].direction.advance(steps, skip)
-    del steps
-    _apply(weights, directions, gradients, skip)
-    del directions, gradients
+    make_update(weights, gradients, factors, skip)
     for weight, sketch in zip(weights, sketches, strict=True):
         weight.subspace.refresh_from_sketches(sketch, weight.rotate_moments, skip)
+
+
+def make_update(
+    weights: list[Weight], gradients: list[Gradient | None], factors: list[Tensor | None], skip: Tensor | None
+) -> None:
+    """Steps 4 and 5 for one batch. Its gradients leave the list, so that they are freed as soon as they can be."""
+    if _is_plain(weights[0]):
+        _update_plain(weights, gradients, factors, skip)
+        return
+    steps: list[Step] = []
+    kept: list[Tensor | None] = []
+    gradients.reverse()
+    for weight, factor in zip(weights, factors, strict=True):
+        steps.append(weight.make_step(gradients.pop(), factor))
+        # Fira's residual needs the projected gradient again; all others are freed once there are directions.
+        kept.append(steps[-1].grad if weight.has_residual else None)
+    directions = weights[0].direction.advance(steps, skip)
+    del steps
+    _apply(weights, directions, kept, skip)
 
 
 def _apply(
@@ -278,17 +310,20 @@ def _apply_one(weight: Weight, direction: Tensor, gradient: Tensor | None, skip:
         kernels.update_float_([kernels.FloatUpdate(weight.param.data, direction, left, right, weight.step_row)], skip)
 
 
-def _update_plain(weights: list[Weight], factors: list[Tensor | None], skip: Tensor | None) -> None:
+def _update_plain(
+    weights: list[Weight], gradients: list[Gradient | None], factors: list[Tensor | None], skip: Tensor | None
+) -> None:
     """Steps 4 and 5 for plain weights: small ones at once, or one large one, some of its rows at a time.
 
     So no float32 copy of a whole embedding is made.
     """
-    gradients = [weight.gradient.final.take_stored() for weight in weights]
     parts = [
         (weight, gradient, factor, start, stop)
         for weight, gradient, factor in zip(weights, gradients, factors, strict=True)
+        if gradient is not None
         for start, stop in moments.row_parts(weight.state, kernels.at_least_1d(weight.param).shape)
     ]
+    gradients.clear()
     at_once = len(parts) if len(weights) > 1 else 1
     for first in range(0, len(parts), at_once):
         chosen = parts[first : first + at_once]

@@ -23,6 +23,7 @@ from qgalore.update import moments, momentum_sum
 from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, Step, direction_of
 from qgalore.update.factored_momentum import FactoredStep, MomentumFormat, in_parts
 from qgalore.update.gradient import WeightGradient
+from qgalore.update.gradient_sum import Gradient, dense
 from qgalore.update.momentum_sum import SummedGradient, SummedStep
 from qgalore.update.step_table import StepTable, SumRows
 
@@ -281,12 +282,18 @@ class Weight:
         """Keep the host's account of an update that a CUDA graph has made."""
         self.state["step"] += 1
 
-    def take_step(self, factor: Tensor | None) -> Step:
-        """`prepare_step` with the final gradient, which is used up."""
+    def take_gradient(self, stored: bool) -> Gradient | None:
+        """The final gradient, as it is stored or in a float dtype, which is used up; None where the momentum has it."""
         if self.sums_in_momentum:
+            return None
+        return self.gradient.final.take_stored() if stored else self.gradient.final.take()
+
+    def make_step(self, grad: Gradient | None, factor: Tensor | None) -> Step:
+        """`prepare_step` of a gradient in a float dtype, or of that which the momentum has."""
+        if grad is None:
             second = self.state.get(moments.ROW_MOMENT)
             return SummedStep(self.state, second, self.step_row, self.param_group["betas"], self.param_group["eps"])
-        return self.prepare_step(self.gradient.final.take(), factor)
+        return self.prepare_step(dense(grad), factor)
 
     def prepare_step(self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None) -> Step:
         """The arguments of `Direction.advance` for this weight, of which nothing is changed yet.
