@@ -83,6 +83,9 @@ SETTINGS: dict[str, list[str]] = {
         "--optimizer", "q_galore_adamw8bit_per_layer", "--no-weight_quant", "--no-proj_quant", "--grad_clipping", "0",
     ],
     "full_rank": FULL_RANK,
+    "full_rank_recipe": [
+        "--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0", "--recipe", "full_rank",
+    ],
     "full_rank_in_parts": [*FULL_RANK, "--momentum_rank", "1/16", "--momentum_rest_bits", "4"],
     "q_galore_orthogonal": [*LIMITED, "--direction", "orthogonal"],
     "q_galore_orthogonal_fira": [*LIMITED, "--direction", "orthogonal", "--residual", "fira"],

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 import qgalore
 from qgalore import GaLoreAdafactor, GaLoreAdamW, LowRankLinear, WeightFormat, convert_linears, optimizer_for, summary
 from qgalore.optimizer import LowRankAdamW
+from qgalore.update.moments import ROW_MOMENT
 from tests.transformers_families import FAMILIES, loss_of, model_of, stored
 
 MATRICES = {
@@ -217,7 +218,7 @@ def test_matrices_that_are_narrower_than_the_rank_train_at_full_rank(capsys: pyt
             optimizer_for(model_of("llama", num_key_value_heads=1, num_attention_heads=4), rank, names)
 
 
-@pytest.mark.parametrize("recipe", ["orthogonal", "paper"])
+@pytest.mark.parametrize("recipe", ["orthogonal", "full_rank", "paper"])
 def test_the_whole_space(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of("llama")
     optimizer = optimizer_for(model, "full", recipe=recipe, lr=1e-2)
@@ -225,7 +226,11 @@ def test_the_whole_space(recipe: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "under full-rank training:\n  without projections: 14 matrices, " in said and "values (14 in INT8)" in said
     assert f"\n  recipe {recipe}, lr 0.01, at full rank 0.01" in said and summary(model, optimizer).ranks == ("full",)
     assert losses_fall(model, optimizer)
-    expected = {"step", "exp_avg", "limited_norm"} if recipe == "orthogonal" else {"step", "exp_avg", "exp_avg_sq"}
+    expected = {
+        "step",
+        "exp_avg",
+        {"orthogonal": "limited_norm", "full_rank": ROW_MOMENT, "paper": "exp_avg_sq"}[recipe],
+    }
     for weight in optimizer.low_rank_weights():
         assert weight.state.keys() == expected and weight.state["exp_avg"].shape == weight.shape
     with pytest.raises(ValueError, match="rank='full' projects nothing, so that subspace='streaming' has no meaning"):
@@ -327,17 +332,22 @@ def test_the_recipes() -> None:
         "lr": 0.004, "weight_decay": 0.0, "norm_growth": 0.0, "rank": 16, "galore_scale": 0.25, "subspace": "svd",
         "direction": "adam", "update_proj_gap": 200, "rest": (0.004, 0.0),
     }  # fmt: skip
+    full = optimizer_for(model_of("llama"), recipe="full_rank")
+    assert rates(full) == rates(full) | {"lr": 0.01, "rank": "full", "direction": "normuon", "norm_growth": 0.0}
+    assert full.param_groups[0]["second_moment"] == "row"
 
 
-def test_the_recipe_is_that_of_run_pretrain() -> None:
+@pytest.mark.parametrize("recipe", ["orthogonal", "full_rank"])
+def test_the_recipe_is_that_of_run_pretrain(recipe: str) -> None:
     from peft_pretraining.config.parse import parse_args
     from tests.small_run import ROOT
 
     flags = (
         f"--model_config {ROOT}/configs/llama_9m.json --dataset pydocs --batch_size 4 --optimizer q_galore_adamw8bit"
     )
-    args = parse_args(f"{flags} --num_training_steps 2000 --total_batch_size 64 --max_length 256".split()).optimizer
-    optimizer = optimizer_for(model_of("llama"), 8, updates=2000, tokens_per_update=64 * 256)
+    flags += f" --recipe {recipe} --num_training_steps 2000 --total_batch_size 64 --max_length 256"
+    args = parse_args(flags.split()).optimizer
+    optimizer = optimizer_for(model_of("llama"), 8, recipe=recipe, updates=2000, tokens_per_update=64 * 256)
     found = rates(optimizer)
     assert found["lr"] == args.lr and found["weight_decay"] == pytest.approx(args.weight_decay)
     assert found["rest"] == pytest.approx((args.peak_full_rank_lr, args.decay_of_full_rank))
@@ -362,7 +372,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank of 0": ({"rank": 0}, ValueError, "rank=0 must be a whole number of dimensions, at least 1"),
     "rank that is no integer": ({"rank": 8.0}, ValueError, r"rank=8\.0 must be a whole number"),
     "weight_bits": ({"weight_bits": 16}, ValueError, "weight_bits=16 must be 8 or 4, or None for weights that stay"),
-    "recipe": ({"recipe": "muon"}, ValueError, "recipe='muon' is unknown: it must be one of orthogonal, paper"),
+    "recipe": (
+        {"recipe": "muon"},
+        ValueError,
+        "recipe='muon' is unknown: it must be one of orthogonal, full_rank, paper",
+    ),
     "option": ({"galore_scael": 1}, TypeError, r"has no option galore_scael \(did you mean galore_scale\?\)"),
     "bits": ({"bits": 8}, TypeError, "has no option bits"),
     "subspace": ({"subspace": "pca"}, ValueError, "subspace='pca' is unknown"),
@@ -385,6 +399,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "shrinking": ({"norm_growth": 0.5}, ValueError, "norm_growth=0.5 must be at least 1, such as 1.01, or 0"),
     "Adafactor with the orthogonal recipe": (
         {"optimizer_class": GaLoreAdafactor},
+        ValueError,
+        "take direction='adam', in optimizer_for recipe='paper'",
+    ),
+    "Adafactor at full rank": (
+        {"optimizer_class": GaLoreAdafactor, "recipe": "full_rank"},
         ValueError,
         "take direction='adam', in optimizer_for recipe='paper'",
     ),

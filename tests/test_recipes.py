@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
 
+import qgalore.recipes
 from peft_pretraining.config.flag_groups import OptimizerArgs, SubspaceArgs
 from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.parse import parse_args
@@ -50,6 +52,17 @@ ORTHOGONAL: dict[str, object] = {
     "update_proj_gap": 200,
     "direction": "orthogonal",
 }
+STREAMING: dict[str, object] = {"subspace": "streaming", "update_proj_gap": 200}
+FULL_RANK = ORTHOGONAL | {
+    "recipe": "full_rank",
+    "full_rank_lr": 0.01 * math.sqrt(3200 / 10_000),
+    "norm_growth": 0.0,
+    "rank": "full",
+    "direction": "normuon",
+    # Which have no meaning without projections.
+    "subspace": "svd",
+    "update_proj_gap": 50,
+}
 OFFICIAL = {
     "recipe": "paper",
     "lr": 1e-4,
@@ -70,6 +83,10 @@ OFFICIAL = {
         (f"{Q_GALORE}_per_layer", ORTHOGONAL),
         ("--optimizer galore_adamw8bit --recipe orthogonal", ORTHOGONAL),
         ("--optimizer galore_adamw8bit", OFFICIAL),
+        (f"{Q_GALORE} --recipe full_rank", FULL_RANK),
+        (f"{Q_GALORE} --recipe full_rank --rank 64", FULL_RANK | {"rank": 64, **STREAMING}),
+        ("--optimizer galore_adamw8bit_per_layer --recipe full_rank", FULL_RANK),
+        ("--optimizer adamw --recipe full_rank", OFFICIAL | {"recipe": "full_rank"}),
         (f"{Q_GALORE} --recipe paper", OFFICIAL),
         (f"{Q_GALORE} --cos_threshold 0.4", OFFICIAL),
         (f"{Q_GALORE} --galore_scale 0.25", OFFICIAL | {"galore_scale": 0.25}),
@@ -131,6 +148,37 @@ def test_what_a_longer_run_would_change_is_said_with_the_flags_that_keep_it(sche
     assert parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 20000").optimizer != short.optimizer
     assert parse(f"{Q_GALORE} --scheduler {scheduler} --recipe paper").notes == ()
     assert parse(f"--optimizer adamw --scheduler {scheduler} --recipe orthogonal").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("updates", "measured"),
+    [
+        (800, "--lr 1e-2 --full_rank_lr 4e-2 --weight_decay 0.4 --full_rank_weight_decay 0"),
+        (3200, "--lr 1e-2 --full_rank_lr 1e-2 --weight_decay 0.25 --full_rank_weight_decay 0.5"),
+    ],
+)
+def test_full_rank_is_what_was_measured(updates: int, measured: str) -> None:
+    """The rows of docs/quality.md with 60M, and what lies between and beyond is between and beyond."""
+    run = f"{Q_GALORE}_per_layer --total_batch_size 256 --max_length 256 --num_training_steps {updates}"
+    args = parse(f"{run} --recipe full_rank")
+    flags = f"--rank full --direction normuon --full_rank_second_moment row --norm_growth 0 {measured}"
+    other = parse(f"{run} {flags}")
+    assert dataclasses.replace(args.optimizer, recipe="orthogonal") == other.optimizer
+    assert args.subspace == other.subspace and args.quantization == other.quantization
+
+
+def test_the_rule_by_length_has_no_step() -> None:
+    rule = qgalore.recipes.FULL_RANK.by_length
+    assert rule is not None
+    updates = range(1, 20_000)
+    for values in (
+        [rule.full_rank_multiple(each) for each in updates],
+        [rule.decay_of_matrices(each, 65_536) for each in updates],
+        [-rule.full_rank_decay(each) for each in updates],
+    ):
+        assert values == sorted(values, reverse=True)
+        assert max(before - after for before, after in pairwise(values)) < 0.006
+    assert [rule.full_rank_decay(each) for each in (1, 20_000)] == [0, 2]
 
 
 def test_official_defaults_are_those_of_the_flags() -> None:
@@ -224,7 +272,7 @@ def test_embeddings_head_and_norms_learn_faster_in_short_runs(flags: str, rate: 
 
 
 def test_a_recipe_that_does_not_exist() -> None:
-    expected = "--recipe is 'papers', it must be one of paper, orthogonal (did you mean paper?)"
+    expected = "--recipe is 'papers', it must be one of paper, orthogonal, full_rank (did you mean paper?)"
     with pytest.raises(UserError, match=re.escape(expected)):
         parse(f"{Q_GALORE} --recipe papers")
 

@@ -22,7 +22,7 @@ LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
-RECIPES = ("paper", "orthogonal")
+RECIPES = ("paper", "orthogonal", "full_rank")
 _BY_NAME = "on for q_galore optimizers, off for others"
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
@@ -202,7 +202,10 @@ class OptimizerArgs:
     --galore_scale 0.5, --norm_growth 1.01 (0 with --sum_in_momentum), a --full_rank_lr of twice --lr in up to 800
     updates, falling with the root of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of
     65,536 tokens or more, in proportion of fewer, or 8 over the updates of the run if that is less; twice that for
-    embeddings, head and norms."""
+    embeddings, head and norms. full_rank: --rank full, --direction normuon, --full_rank_second_moment row, --lr 0.01,
+    --galore_scale 0.5, a --full_rank_lr of four times --lr in up to 800 updates, as much as it in 3,200, and less with
+    the root of their number beyond, a --weight_decay by the same rule with 0.004 for 0.0025, and for embeddings, head
+    and norms none of it in up to 800 updates and twice it from 3,200 on."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4
     """Peak learning rate."""
     full_rank_lr: Annotated[float | None, Flag("rate", at_least=0, auto="lr")] = None

@@ -15,9 +15,10 @@ from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_O
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.registry import read_config
 from qgalore.config import FULL, OF_PROJECTIONS
-from qgalore.recipes import FULL_RANK_DECAY, ORTHOGONAL, decay_of_matrices, full_rank_multiple
+from qgalore.recipes import RECIPES, ByLength, Recipe
 
-_ORTHOGONAL: Mapping[str, Any] = {"lr": ORTHOGONAL.lr, **ORTHOGONAL.subspace, **ORTHOGONAL.optimizer}
+_FLAGS = {"second_moment": "full_rank_second_moment"}
+"""Of arguments of the optimizer: the flags with other names."""
 _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
 """Flags of subspaces by SVD, and galore_scale, which all official command lines set: a command line that gives one of
 them is tuned for the paper's algorithm."""
@@ -34,13 +35,14 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {**given, "recipe": name}
     if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:
         return values
-    whole = values.get("rank") == FULL and values.get("mlp_rank", FULL) == FULL
-    left_out = {*(OF_PROJECTIONS if whole else ()), *(["norm_growth"] if values.get("sum_in_momentum") else ())}
-    values = {**{key: value for key, value in _ORTHOGONAL.items() if key not in left_out}, **values}
-    rank = _rank_of(given.get("model_config", ""))
+    recipe = RECIPES[name]
+    rank = _rank_of(given.get("model_config", ""), recipe)
     if rank:
         values.setdefault("rank", rank)
-    return values
+    whole = values.get("rank") == FULL and values.get("mlp_rank", FULL) == FULL
+    left_out = {*(OF_PROJECTIONS if whole else ()), *(["norm_growth"] if values.get("sum_in_momentum") else ())}
+    chosen = {"lr": recipe.lr, **recipe.subspace, **recipe.optimizer}
+    return {**{_FLAGS.get(key, key): value for key, value in chosen.items() if key not in left_out}, **values}
 
 
 def recipe_in_words(given: Mapping[str, Any]) -> str:
@@ -74,22 +76,29 @@ def with_length(args: OptimizerArgs, updates: int, tokens: int, given: AbstractS
 
     updates: of the run; tokens: of an update.
     """
-    if args.recipe != "orthogonal" or not args.is_low_rank or args.lr <= 0:
+    rule = _rule(args)
+    if rule is None or args.lr <= 0:
         return args
     if "full_rank_lr" not in given:
-        args = dataclasses.replace(args, full_rank_lr=full_rank_multiple(updates) * args.lr)
+        args = dataclasses.replace(args, full_rank_lr=rule.full_rank_multiple(updates) * args.lr)
     if "weight_decay" in given:
         return args
-    decay = decay_of_matrices(updates, tokens)
+    decay = rule.decay_of_matrices(updates, tokens)
     args = dataclasses.replace(args, weight_decay=decay / args.lr)
     if "full_rank_weight_decay" in given or args.peak_full_rank_lr <= 0:
         return args
-    return dataclasses.replace(args, full_rank_weight_decay=FULL_RANK_DECAY * decay / args.peak_full_rank_lr)
+    full_rank_decay = rule.full_rank_decay(updates) * decay / args.peak_full_rank_lr
+    return dataclasses.replace(args, full_rank_weight_decay=full_rank_decay)
+
+
+def _rule(args: OptimizerArgs) -> ByLength | None:
+    """What the recipe derives from the length of the run, if anything."""
+    return RECIPES[args.recipe or "paper"].by_length if args.is_low_rank else None
 
 
 def length_in_words(args: OptimizerArgs, schedule: ScheduleArgs, given: AbstractSet[str]) -> str:
     """A sentence with the flags that `with_length` set, where the schedule lets a run be made longer; else ""."""
-    if not schedule.can_be_extended or args.recipe != "orthogonal" or not args.is_low_rank:
+    if not schedule.can_be_extended or _rule(args) is None:
         return ""
     values = {
         "full_rank_lr": args.full_rank_lr,
@@ -100,16 +109,17 @@ def length_in_words(args: OptimizerArgs, schedule: ScheduleArgs, given: Abstract
     if not flags:
         return ""
     return (
-        f"recipe orthogonal derives {' '.join(flags)} from the length of the run; a run that is to go on with more "
+        f"recipe {args.recipe} derives {' '.join(flags)} from the length of the run; a run that is to go on with more "
         f"updates as if it had been planned so needs the same values from its start: give them as flags"
     )
 
 
-def _rank_of(model_config: str) -> int | None:
-    """7/16 of the model's width, as a multiple of 8 and at most the smallest matrix dimension; None if unknown."""
+def _rank_of(model_config: str, recipe: Recipe) -> int | str | None:
+    """The recipe's, as a number at most the smallest matrix dimension; None if the model is unknown."""
     try:
         config = read_config(model_config)
     except UserError:  # which the checks report
         return None
     narrowest = min(min(shape) for shape in config.matrix_shapes().values())
-    return min(narrowest, ORTHOGONAL.rank(config.hidden_size))
+    rank = recipe.rank(config.hidden_size)
+    return min(narrowest, rank) if isinstance(rank, int) else rank

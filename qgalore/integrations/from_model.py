@@ -26,7 +26,7 @@ from qgalore.layer.stacks import split_stacks
 from qgalore.optimizer import LowRankAdamW, QGaLoreAdamW8bit
 from qgalore.optimizer.param_groups import is_finite, low_rank_param_groups
 from qgalore.optimizer.training_summary import summary
-from qgalore.recipes import FULL_RANK_DECAY, RECIPES, Recipe, decay_of_matrices, full_rank_multiple
+from qgalore.recipes import RECIPES, Recipe
 
 _OF_SUBSPACE = {field.name for field in dataclasses.fields(SubspaceConfig)}
 _OF_FORMAT = {field.name for field in dataclasses.fields(WeightFormat)} - {"bits"}
@@ -62,13 +62,13 @@ def optimizer_for(
 
     rank: "full" for the whole space, without a projection (galore_scale still scales its updates); None takes the
     recipe's share of the width. names: of linear layers, or of stacks, instead of all.
-    weight_bits: 8 or 4, or None for float weights. recipe: "orthogonal" or "paper" (`qgalore.recipes`).
+    weight_bits: 8 or 4, or None for float weights. recipe: "orthogonal", "full_rank" or "paper" (`qgalore.recipes`).
     optimizer_class: holds the bits of the states. update_in_backward: as of `LowRankAdamW.attach`.
 
     options, which have their say over the recipe: those of the optimizer (lr, betas, weight_decay, seed, ...), of a
     `SubspaceConfig`, and of a `WeightFormat` but bits. With `updates`, the length of the run, and `tokens_per_update`
-    (default 65,536) the orthogonal recipe sets weight decays, which are 0 else, and `full_rank_lr`, the learning rate
-    of what is not low-rank, which is `lr` else; `full_rank_weight_decay` is the decay there.
+    (default 65,536) all recipes but the paper's set weight decays, which are 0 else, and `full_rank_lr`, the learning
+    rate of what is not low-rank, which is `lr` else; `full_rank_weight_decay` is the decay there.
 
     Raises ValueError where nothing would be low-rank or values make no sense, TypeError for unknown options or modules
     that are not linear; the model is then as it was.
@@ -81,7 +81,7 @@ def optimizer_for(
     _check_model(model, choice, format)
     rank = given.rank(_width(choice)) if rank is None else rank
     low_rank = _subspace(given, options, rank) | {"rank": rank}
-    arguments, full_rank = _rates(recipe, given, options, optimizer_class)
+    arguments, full_rank = _rates(given, options, optimizer_class)
     narrow = _narrow(choice, _probe(optimizer_class, rank, low_rank, arguments), names is not None)
     chosen = [name for name in [*choice.linears, *choice.stacks] if name not in narrow]
     _check_any_trains(model, chosen)
@@ -217,24 +217,25 @@ def _subspace(recipe: Recipe, options: Mapping[str, Any], rank: int | str) -> di
 
 
 def _rates(
-    name: str, recipe: Recipe, options: Mapping[str, Any], optimizer_class: type[LowRankAdamW]
+    recipe: Recipe, options: Mapping[str, Any], optimizer_class: type[LowRankAdamW]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of the optimizer, and the learning rate and weight decay of the full-rank group."""
-    arguments = {"lr": recipe.lr, **recipe.optimizer}
-    arguments |= {key: options[key] for key in options.keys() & _arguments_of(optimizer_class)}
+    known = _arguments_of(optimizer_class)
+    arguments = {"lr": recipe.lr, **{key: value for key, value in recipe.optimizer.items() if key in known}}
+    arguments |= {key: options[key] for key in options.keys() & known}
     updates, tokens, rest_lr, rest_decay = (options.get(key, default) for key, default in _OF_RUN.items())
     if _finds_its_rate(optimizer_class, options):
         arguments["lr"] = options.get("lr")
         given = {"lr": rest_lr, "weight_decay": rest_decay}
         return arguments, {key: value for key, value in given.items() if value is not None}
-    lr, by_length = arguments["lr"], name == "orthogonal" and updates
+    lr, by_length = arguments["lr"], recipe.by_length if updates else None
     if rest_lr is None:
-        rest_lr = lr * full_rank_multiple(updates) if by_length else lr
+        rest_lr = lr * by_length.full_rank_multiple(updates) if by_length else lr
     if by_length and "weight_decay" not in options and lr > 0:
-        decay = decay_of_matrices(updates, tokens)
+        decay = by_length.decay_of_matrices(updates, tokens)
         arguments["weight_decay"] = decay / lr
         if rest_decay is None and rest_lr > 0:
-            rest_decay = FULL_RANK_DECAY * decay / rest_lr
+            rest_decay = by_length.full_rank_decay(updates) * decay / rest_lr
     rest = {"lr": rest_lr} | ({} if rest_decay is None else {"weight_decay": rest_decay})
     return arguments, rest
 
