@@ -36,7 +36,8 @@ COLUMNS = (
 )
 SPEED_UPDATES = 40
 """Of the runs of memory and throughput, each an update a micro-batch."""
-TUNING_TOKENS = "tokens:52M"
+TUNING_TOKENS = "tokens:52428800"
+"""800 updates of 256 sequences, as in the study of `docs/quality.md`."""
 SAVE_SECONDS = 600
 """About the time between two checkpoints; a run that a signal stops is saved, too."""
 
@@ -184,7 +185,7 @@ def measure(job: Job) -> Answer:
     return measurements([*lines, *evaluations[-1:]]) | {
         "weights_and_states_gb": round(memory.weights_and_states_bytes / 1e9, 4),
         "planned_peak_gb": round(memory.peak_bytes / 1e9, 3),
-        "train_hours": round(train_seconds(lines) / 3600, 4),
+        "train_hours": round(train_seconds(lines) / 3600, 6),
     }
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from benchmarks.models import LENGTH, RANKS, config, config_path
 from benchmarks.quality import SETTINGS
-from peft_pretraining.config.flags import parse_size
+from peft_pretraining.config.flags import parse_count
 from peft_pretraining.errors import UserError
 
 SEQUENCES = 512
@@ -85,9 +85,9 @@ class Budget(NamedTuple):
         """The updates of so many sequences; raises UserError for a text or a model without a length."""
         kind, _, number = self.text.partition(":")
         try:
-            if kind == "updates" and int(number) > 0:
-                return int(number)
-            if kind == "tokens" and (tokens := parse_size(number)) > 0:
+            if kind == "updates" and (updates := parse_count(number)) > 0:
+                return updates
+            if kind == "tokens" and (tokens := parse_count(number)) > 0:
                 return -(-tokens // (sequences * LENGTH))
         except ValueError as error:
             raise UserError(f"--budget {self.text}: the number behind the colon must be {error}") from None

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import table_finetuning
+from benchmarks import table_finetuning, table_guide
 from benchmarks.rows import ROOT, append_row
 from benchmarks.table_jobs import COLUMNS, KEY, Job, Row, Study, hours_in_words, measure, reason
 from benchmarks.table_layout import LAYOUTS
@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _exit)
     try:
+        if args.guide:
+            page = Path(args.guide)
+            page.write_text(table_guide.fill(page.read_text(encoding="utf-8"), measured_table), encoding="utf-8")
+            return 0
         text = finetuning_table(args) if args.table in table_finetuning.TABLES else pretraining_table(args)
     except UserError as error:
         print(f"tables: {error}", file=sys.stderr)
@@ -90,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", default=str(ROOT / "runs/tables"), help="checkpoints of runs that have not ended")
     parser.add_argument("--results", default="", help="CSV of all runs (default: in benchmarks/results)")
     parser.add_argument("--out", default="", help="file for the table, in Markdown")
+    parser.add_argument("--guide", default="", help="page whose marked tables are written anew; runs nothing")
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs with counted hours, run nothing")
     parser.add_argument("--gpu", default="h100", help="card of which --dry_run counts the hours, as for qgalore plan")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
@@ -97,6 +102,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def measured_table(argv: Sequence[str]) -> str:
+    """The table of a command line from the rows that there are, without methods and models that have none."""
+    args = build_parser().parse_args(argv)
+    if args.table in table_finetuning.TABLES:
+        jobs = table_finetuning.jobs_of(args, [*table_finetuning.METHODS], seeds_of(args.seeds))
+        rows = table_finetuning.read_rows(Path(args.results or table_finetuning.RESULTS))
+        found = {(job.model, job.method) for job in jobs if job.key in rows}
+        jobs = [job for job in jobs if (job.model, job.method) in found]
+        return table_finetuning.LAYOUTS[args.table](jobs, rows) if jobs else table_guide.NOTHING
+    of_runs = read_rows(Path(args.results or RESULTS))
+    study = table_guide.measured(study_of(args), of_runs)
+    return LAYOUTS[args.table](study, study.chosen(of_runs), of_runs) if study else table_guide.NOTHING
 
 
 def finetuning_table(args: argparse.Namespace) -> str:
