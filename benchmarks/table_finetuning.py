@@ -188,7 +188,7 @@ def finished(jobs: Sequence[Job], gpus: Sequence[str]) -> Any:
 
 def row_of(job: Job, gpu: str, processes: set[subprocess.Popen[str]]) -> dict[str, object]:
     """Run a job in a process of its own, one of `processes` meanwhile; returns its row, with the error if it failed."""
-    row: dict[str, object] = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, job.key, strict=True)) | {"commit": commit()}
+    row: dict[str, object] = {**dict.fromkeys(COLUMNS, ""), **dict(zip(KEY, job.key, strict=True)), "commit": commit()}
     lines = job.folder.parent / f"{job.folder.name}.jsonl"
     command = [sys.executable, "-m", PROGRAMS[job.table].module, *job.argv, "--results", str(lines)]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})

@@ -6,6 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from benchmarks.rows import commit
 from benchmarks.table_methods import FACTORS, Budget, flags_of, recipe_of
 from benchmarks.training_runs import STOPPED, Answer, measurements
 from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.registry import read_config
@@ -30,7 +34,7 @@ KEY = ("model", "method", "flags", "updates", "sequences", "seed", "data")
 """Columns by which a run is known: where they are equal, a run is not made again."""
 COLUMNS = (
     *KEY,
-    *("rates", "micro_batch", "perplexity", "perplexity_official", "eval_tokens", "weights_and_states_gb"),
+    *("rates", "micro_batch", "ranks", "perplexity", "perplexity_official", "eval_tokens", "weights_and_states_gb"),
     *("planned_peak_gb", "peak_gb", "reserved_gb", "tokens_per_second_median", "train_hours", "refreshes"),
     *("device", "torch", "commit", "note", "error"),
 )
@@ -58,6 +62,9 @@ class Job(NamedTuple):
     rates: float
     """The factor of the method's learning rates."""
     micro_batch: int
+    """Of a rank."""
+    ranks: int
+    """GPUs that train it together."""
     argv: list[str]
     """The command line of `run_pretrain.py`."""
     folder: str
@@ -71,7 +78,12 @@ class Job(NamedTuple):
     def columns(self) -> dict[str, object]:
         """What is known of its row beforehand."""
         named = dict(zip(KEY, self.key, strict=True))
-        return named | {"rates": f"{self.rates:g}", "micro_batch": self.micro_batch, "commit": commit()}
+        own = {"rates": f"{self.rates:g}", "micro_batch": self.micro_batch, "ranks": self.ranks, "commit": commit()}
+        return named | own
+
+    def run_args(self) -> RunArgs:
+        """The arguments of the run; raises UserError for what `run_pretrain.py` would refuse."""
+        return parse_args(self.argv, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,7 @@ class Study:
     tune_model: str
     dataset: str
     batch_size: int | None
+    ranks: int
     device: str
     folder: Path
     extra: tuple[str, ...]
@@ -145,8 +158,8 @@ class Study:
         """A run; updates: its length, by default the study's."""
         recipe = recipe_of(model)
         micro_batch = self.batch_size or MICRO_BATCHES.get(model, 16)
-        sequences = micro_batch if self.is_of_speed else self.sequences
-        micro_batch = min(micro_batch, sequences)
+        sequences = self.ranks * micro_batch if self.is_of_speed else self.sequences
+        micro_batch = max(1, min(micro_batch, sequences // self.ranks))
         updates = updates or (SPEED_UPDATES if self.is_of_speed else self.budget.updates(model, sequences))
         flags = [*flags_of(method, recipe, updates, factor), *self.extra]
         known = (model, method, flags, updates, sequences, seed, Path(self.dataset).name)
@@ -158,7 +171,7 @@ class Study:
         argv += ["--wandb_mode", "off", "--save_dir", folder, "--continue_from", "auto"]
         argv += ["--activation_checkpointing"] if recipe.large else []
         argv += ["--eval_tokens", "100K"] if self.is_of_speed else []
-        return Job(*known, factor, micro_batch, [*argv, *flags], folder)
+        return Job(*known, factor, micro_batch, self.ranks, [*argv, *flags], folder)
 
 
 def perplexity_of(row: Mapping[str, str]) -> float:
@@ -173,14 +186,14 @@ def perplexity_of(row: Mapping[str, str]) -> float:
 def measure(job: Job) -> Answer:
     """Train a run, or go on with it, and return the columns that it measured; raises SystemExit if it was refused."""
     argv = [*job.argv, "--save_every", str(save_every(job))]
-    if run_pretrain.main(argv):
+    if (run_pretrain.main(argv) if job.ranks == 1 else by_torchrun(argv, job.ranks)) != 0:
         raise SystemExit
     lines = [json.loads(line) for line in (Path(job.folder) / "metrics.jsonl").read_text().splitlines()]
     if not lines or lines[-1]["update_step"] < job.updates or "eval/perplexity" not in lines[-1]:
         return {STOPPED: f"after {lines[-1]['update_step'] if lines else 0} updates"}
     reported = recipe_of(job.model).reported_at
     evaluations = [line for line in lines if line["update_step"] == reported and "eval/perplexity" in line]
-    run = parse_args(job.argv)
+    run = job.run_args()
     memory = plan(run, read_config(run.model.model_config))
     return measurements([*lines, *evaluations[-1:]]) | {
         "weights_and_states_gb": round(memory.weights_and_states_bytes / 1e9, 4),
@@ -189,10 +202,25 @@ def measure(job: Job) -> Answer:
     }
 
 
+def by_torchrun(argv: Sequence[str], ranks: int) -> int:
+    """Train on several ranks, processes of their own, and print what they print; returns the exit code.
+
+    A SIGTERM is theirs: the run saves its state.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(run_pretrain.__file__), *argv], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    print(process.communicate()[0])
+    return process.returncode
+
+
 def save_every(job: Job) -> int:
     """Updates between two checkpoints, by the time that an H100 would take; 0 if none is due before the run's end."""
     try:
-        run = parse_args(job.argv)
+        run = job.run_args()
     except UserError:  # which the run will report
         return 0
     speed = counted_tokens_per_second(run, read_config(run.model.model_config), CARDS["h100"])
@@ -233,7 +261,7 @@ def tokens_per_second(job: Job, rows: Mapping[Key, Row], card: Card) -> tuple[fl
     if found and card.device:
         return float(found[-1]["tokens_per_second_median"]), "measured"
     try:
-        run = parse_args(job.argv)
+        run = job.run_args()
     except UserError:  # which the run will report
         return 0.0, "unknown"
     return counted_tokens_per_second(run, read_config(run.model.model_config), card), "counted"

@@ -35,7 +35,7 @@ def pretrain(study: Study, chosen: Chosen, rows: Rows) -> str:
     parts = [
         "Perplexity / GB of weights and optimizer states, ours by the plan and the paper's by its own count.",
         markdown(head, lines),
-        _lengths(study),
+        _lengths(study, chosen),
         _runs(study, chosen, rows),
     ]
     return "\n\n".join([*parts, *_errors(chosen, rows), *_sources(study)])
@@ -89,7 +89,7 @@ def ablation(study: Study, chosen: Chosen, rows: Rows) -> str:
         f"Refreshes kept are those of the run with as many intervals and none left out; in the paper "
         f"{100 * paper_figures.SVDS_KEPT[0]:.1f} % are."
     )
-    parts = [markdown(head, lines), words, _lengths(study), _runs(study, chosen, rows)]
+    parts = [markdown(head, lines), words, _lengths(study, chosen), _runs(study, chosen, rows)]
     return "\n\n".join([*parts, *_errors(chosen, rows), *_sources(study)])
 
 
@@ -156,11 +156,11 @@ def _measured_peak(row: Row) -> str:
     return row.get("peak_gb", "") if row.get("reserved_gb") not in (None, "", "0.0", "0") else ""
 
 
-_CARD = ("micro-batch", "card", "PyTorch", "commit")
+_CARD = ("micro-batch", "GPUs", "card", "PyTorch", "commit")
 
 
 def _of_the_card(row: Row) -> list[str]:
-    return [row.get(name, "") for name in ("micro_batch", "device", "torch", "commit")]
+    return [row.get(name, "") for name in ("micro_batch", "ranks", "device", "torch", "commit")]
 
 
 # ---- what stands below a table
@@ -182,7 +182,7 @@ def _runs(study: Study, chosen: Chosen, rows: Rows) -> str:
     return markdown([*head, *_CARD], lines)
 
 
-def _lengths(study: Study) -> str:
+def _lengths(study: Study, chosen: Chosen) -> str:
     """How long the runs are, on what, and what that says of the papers' figures beside them."""
     updates = {model: study.budget.updates(model, study.sequences) for model in study.models}
     each = [
@@ -191,9 +191,12 @@ def _lengths(study: Study) -> str:
     ]
     text = f"Ours: {', '.join(each)} of {study.sequences} sequences of {LENGTH} on {Path(study.dataset).name}"
     if study.tuned:
-        text += f"; learning rates times the best of three, over a run of {study.tune_model.upper()}"
+        text += f"; learning rates times the best of 0.5, 1 and 2, over a run of {study.tune_model.upper()}"
     end = "as in the paper" if study.is_the_papers else "which is not the paper's run: compare ours with each other"
-    return f"{text}, {end}."
+    # Beyond the largest or below the smallest factor there may be a better one.
+    outer = {method for (_, method), jobs in chosen.items() for job in jobs if job.rates != 1}
+    edge = f" The best rate of {', '.join(sorted(outer))} is the largest or smallest that was tried." if outer else ""
+    return f"{text}, {end}.{edge}"
 
 
 def _errors(chosen: Chosen, rows: Rows) -> list[str]:

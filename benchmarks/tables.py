@@ -37,6 +37,8 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.speed.cards import find_card
 
 RESULTS = ROOT / "benchmarks/results/tables.csv"
+LOCKED = "another process is running there"
+"""In the words of `run_pretrain.py`."""
 TABLES = (*LAYOUTS, *table_finetuning.TABLES)
 
 
@@ -91,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--gpus", default="", help="indices of the GPUs, separated by commas (default: the first)")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that train a run together, by torchrun")
     parser.add_argument("--folder", default=str(ROOT / "runs/tables"), help="checkpoints of runs that have not ended")
     parser.add_argument("--results", default="", help="CSV of all runs (default: in benchmarks/results)")
     parser.add_argument("--out", default="", help="file for the table, in Markdown")
@@ -132,7 +135,7 @@ def pretraining_table(args: argparse.Namespace) -> str:
         return hours_in_words(study, study.jobs(rows), missing(study, rows, args.retry), rows, find_card(args.gpu))
     retry = args.retry
     while jobs := missing(study, read_rows(results), retry):
-        train(jobs, args.gpus.split(","), results, args.note)
+        train(jobs, gpus_of_runs(args.gpus, args.ranks), results, args.note)
         retry = False
     rows = read_rows(results)
     return LAYOUTS[args.table](study, study.chosen(rows), rows)
@@ -147,6 +150,8 @@ def study_of(args: argparse.Namespace) -> Study:
         recipe_of(model)
     if args.sequences < 1 or (args.batch_size or 1) < 1:
         raise UserError("--sequences and --batch_size are numbers of sequences: give 1 or more")
+    if args.ranks < 1 or args.sequences % args.ranks:
+        raise UserError(f"--ranks {args.ranks}: give a number of GPUs that divides --sequences {args.sequences}")
     study = Study(
         args.table,
         models,
@@ -160,6 +165,7 @@ def study_of(args: argparse.Namespace) -> Study:
         tune_model=args.tune_model or models[0],
         dataset=args.dataset or "c4",
         batch_size=args.batch_size,
+        ranks=args.ranks,
         device=args.device,
         folder=Path(args.folder),
         extra=tuple(args.extra.split()),
@@ -184,6 +190,18 @@ def seeds_of(text: str) -> list[int]:
     return [int(word) for word in dict.fromkeys(text.split(","))]
 
 
+def gpus_of_runs(gpus: str, ranks: int) -> list[str]:
+    """The GPUs of each of the runs that train at a time, from those of `--gpus`; raises UserError if some are left."""
+    if not gpus or ranks == 1:
+        return gpus.split(",")
+    each = gpus.split(",")
+    if len(each) % ranks:
+        raise UserError(
+            f"--gpus {gpus}: {len(each)} GPUs are no multiple of --ranks {ranks}; give as many for each run"
+        )
+    return [",".join(each[first : first + ranks]) for first in range(0, len(each), ranks)]
+
+
 # ---- rows
 
 
@@ -204,13 +222,19 @@ def missing(study: Study, rows: dict[tuple[str, ...], Row], retry: bool = False)
 def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "") -> None:
     """Train runs with a worker for each entry of `gpus`, and append a row for each as it ends.
 
-    A run's folder is removed when it has its row. Raises KeyboardInterrupt if a run was stopped from outside.
+    A run's folder is removed when it has ended well. Raises KeyboardInterrupt if a run was stopped from outside, and
+    UserError if another process trains it.
     """
     command = [sys.executable, "-m", "benchmarks.tables", "--worker"]
     with contextlib.closing(answers(jobs, command, gpus)) as answered:
         for job, answer in answered:
             if STOPPED in answer:
                 raise KeyboardInterrupt
+            if LOCKED in str(answer.get(FAILED)):
+                raise UserError(
+                    f"--folder: another process trains {job.model} {job.method} in {job.folder}; wait until it has "
+                    "ended, or give another --folder"
+                )
             row: dict[str, object] = {**dict.fromkeys(COLUMNS, ""), **job.columns(), "note": note}
             if FAILED in answer:
                 row["error"] = reason(str(answer[FAILED]))
@@ -219,7 +243,8 @@ def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "
                 row |= answer
             append_row(results, row)
             print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
-            shutil.rmtree(job.folder, ignore_errors=True)
+            if FAILED not in answer:  # else `--retry` goes on from what it has saved
+                shutil.rmtree(job.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

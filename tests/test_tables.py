@@ -20,9 +20,11 @@ from benchmarks.models import LENGTH
 from benchmarks.rows import ROOT
 from benchmarks.table_jobs import Job, Row, Study
 from benchmarks.table_methods import ABLATION, METHODS, RECIPES, SEQUENCES, SHORT_TOKENS, Budget
+from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.flags import build_parser
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS
+from peft_pretraining.errors import UserError
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS
 from tests.small_run import CONFIG, restored_process, stopping, token_stream
@@ -120,6 +122,20 @@ def test_a_run_that_fails_keeps_its_error_and_the_table_goes_on(place: Place) ->
     assert place.main(*argv, "--retry") == 0 and place.trained == ["recipe"]
 
 
+def test_a_run_that_another_process_trains_is_left_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.stop_in = "full"
+    assert place.main("--methods", "full") == 130
+    (folder,) = (place.folder / "runs").iterdir()
+    lock = lock_folder(folder)
+    place.stop_in = ""
+    assert place.main("--methods", "full") == 2
+    assert "--folder: another process trains small full in" in capsys.readouterr().err
+    assert folder.is_dir() and not place.results.exists()
+    assert lock is not None
+    lock.close()
+    assert place.main("--methods", "full") == 0 and not folder.exists()
+
+
 def test_learning_rates_are_those_of_the_best_trial(place: Place) -> None:
     def perplexity(job: Job) -> float:
         return {0.5: 30.0, 1.0: 40.0, 2.0: float("nan")}[job.rates]
@@ -134,6 +150,10 @@ def test_learning_rates_are_those_of_the_best_trial(place: Place) -> None:
     rows = {job.key: row_of(job, perplexity=str(perplexity(job))) for job in first}
     assert tables.missing(study, rows)[0].rates == 0.5
     assert [(job.rates, job.seed) for job in tables.missing(study, rows)] == [(0.5, 1)]
+    done = rows | {job.key: row_of(job) for job in tables.missing(study, rows)}
+    text = table_layout.pretrain(study, study.chosen(done), done)
+    assert cells(text, "Muon") == ["Muon", "35.00 (2 seeds) / 0.18", ""] and "| small | muon | x 0.5 | 1 |" in text
+    assert "The best rate of muon is the largest or smallest that was tried." in text
     failed = {job.key: row_of(job, perplexity="", error="out of memory") for job in first}
     assert {job.rates for job in tables.missing(study, failed)} == {1.0}
 
@@ -169,7 +189,7 @@ def test_the_table_of_pretraining_has_the_papers_figure_in_each_cell() -> None:
             assert cell == (f"{figure.perplexity:.2f} / {figure.gigabytes:g}" if figure else ""), (method, model)
     assert "60M 10,000 updates (1,311M tokens)" in text and text.count("as in the paper") == 1
     assert (
-        "| 60m | q_galore | x 1 | 1 | 43.0 | 39.0 | 7.2 | 7.3 | 1,000,000 | 0.25 | 256 | NVIDIA H100 80GB HBM3 |"
+        "| 60m | q_galore | x 1 | 1 | 43.0 | 39.0 | 7.2 | 7.3 | 1,000,000 | 0.25 | 256 | 1 | NVIDIA H100 80GB HBM3 |"
         in text
     )
     assert text.endswith("after 40,000 of 150,000 updates; full is 8-bit Adam, GaLore in 8 bits.")
@@ -206,7 +226,7 @@ def test_the_tables_of_memory_and_throughput() -> None:
         for job in jobs
     }  # fmt: skip
     text = table_layout.throughput(study, study.chosen(rows), rows)
-    line = "| 60m | Q-GaLore (the paper's) | 900,000 | 0.90 | 0.85 | 0.4 | 7.3 | 256 | NVIDIA H100 80GB HBM3 |"
+    line = "| 60m | Q-GaLore (the paper's) | 900,000 | 0.90 | 0.85 | 0.4 | 7.3 | 256 | 1 | NVIDIA H100 80GB HBM3 |"
     assert f"{line} 2.11.0 | abc1234 |" in text
     assert "| 7b | Full (AdamW) |  |  |  |  |  |" in text and "- 7b full, seed 0: CUDA out of memory | 80 GB" in text
     text = table_layout.memory(study, study.chosen(rows), rows)
@@ -257,6 +277,43 @@ def test_the_flags_of_every_method_parse_and_are_its_recipe(model: str, tmp_path
                 assert run.subspace.subspace == "svd" and run.optimizer.recipe == "paper"
 
 
+def test_gpus_are_dealt_to_runs() -> None:
+    assert tables.gpus_of_runs("", 2) == [""] and tables.gpus_of_runs("0,0", 1) == ["0", "0"]
+    assert tables.gpus_of_runs("0,1,2,3", 2) == ["0,1", "2,3"]
+    with pytest.raises(UserError, match="--gpus 0,1,2: 3 GPUs are no multiple of --ranks 2"):
+        tables.gpus_of_runs("0,1,2", 2)
+    (job,) = study_of("--ranks", "8", "--methods", "full").jobs({})
+    assert (job.micro_batch, job.run_args().batch.gradient_accumulation) == (64, 1)
+    (job,) = study_of("--ranks", "8", "--methods", "full", "--table", "throughput").jobs({})
+    assert (job.micro_batch, job.sequences, job.run_args().batch.gradient_accumulation) == (256, 2048, 1)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks(place: Place) -> None:
+    assert place.main("--methods", "full", "--ranks", "2", "--extra=--dtype float32 --workers 0 --eval_tokens 600") == 0
+    assert place.main("--methods", "full", "--extra=--dtype float32 --workers 0 --eval_tokens 600 --seed 0") == 0
+    two, one = place.rows()
+    assert (two["ranks"], two["micro_batch"], two["error"], one["ranks"], one["micro_batch"]) == (
+        "2",
+        "1",
+        "",
+        "1",
+        "2",
+    )
+    assert float(two["perplexity"]) == pytest.approx(float(one["perplexity"]), rel=1e-3)
+
+
+def test_a_paper_that_reports_before_the_end_is_compared_at_that_update(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "small", table_methods.Recipe(3, 16, reported_at=2))
+    extra = "--dtype float32 --workers 0 --data_lanes 4 --eval_tokens 600"
+    assert place.main("--methods", "full", f"--extra={extra} --eval_every 1") == 0
+    assert place.main("--methods", "full", f"--extra={extra}") == 0
+    at_two, last = (float(row["perplexity"]) for row in place.rows())
+    assert at_two > 1.001 * last, "the run that did not evaluate there has its last perplexity"
+
+
 def test_lengths() -> None:
     assert Budget("tokens:52M").updates("60m", 256) == 794 and Budget("updates:800").updates("60m", 1) == 800
     assert Budget("paper").updates("7b", 512) == 150_000 and Budget("paper").updates("60m", 256) == 20_000
@@ -282,6 +339,7 @@ def test_lengths() -> None:
         (["--models", "9m", "--budget", "paper"], "the papers have no run of 9m, only of 60m, 130m, 350m, 1b, 7b"),
         (["--seeds", "0;1"], "--seeds 0;1: give whole numbers separated by commas, such as 0,1,2"),
         (["--sequences", "0"], "--sequences and --batch_size are numbers of sequences: give 1 or more"),
+        (["--ranks", "3"], "--ranks 3: give a number of GPUs that divides --sequences 512"),
         (["--gpu", "abacus", "--dry_run"], "--gpu abacus is not in the table of cards"),
         (["--table", "glue", "--tasks", "wnli"], "--tasks wnli: --table glue has cola, stsb,"),
         (["--table", "glue", "--budget", "tokens:1M"], "--budget tokens:1M: for fine-tuning give paper (its epochs)"),
