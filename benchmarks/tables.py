@@ -135,7 +135,7 @@ def pretraining_table(args: argparse.Namespace) -> str:
         return hours_in_words(study, study.jobs(rows), missing(study, rows, args.retry), rows, find_card(args.gpu))
     retry = args.retry
     while jobs := missing(study, read_rows(results), retry):
-        train(jobs, gpus_of_runs(args.gpus, args.ranks), results, args.note)
+        train(jobs, gpus_of_runs(args.gpus, args.ranks), results, args.note, study.is_of_speed)
         retry = False
     rows = read_rows(results)
     return LAYOUTS[args.table](study, study.chosen(rows), rows)
@@ -219,14 +219,15 @@ def missing(study: Study, rows: dict[tuple[str, ...], Row], retry: bool = False)
     return [job for job in study.jobs(rows) if job.key not in done]
 
 
-def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "") -> None:
+def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "", fresh: bool = False) -> None:
     """Train runs with a worker for each entry of `gpus`, and append a row for each as it ends.
 
+    fresh: each in a process of its own, for peaks of memory.
     A run's folder is removed when it has ended well. Raises KeyboardInterrupt if a run was stopped from outside, and
     UserError if another process trains it.
     """
     command = [sys.executable, "-m", "benchmarks.tables", "--worker"]
-    with contextlib.closing(answers(jobs, command, gpus)) as answered:
+    with contextlib.closing(answers(jobs, command, gpus, fresh)) as answered:
         for job, answer in answered:
             if STOPPED in answer:
                 raise KeyboardInterrupt

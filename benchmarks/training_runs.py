@@ -43,9 +43,9 @@ class Worker:
     It starts with its first job, and anew after one that failed: nobody knows what that has left on the device.
     """
 
-    def __init__(self, command: Sequence[str], gpu: str = "") -> None:
-        """command: starts the process; gpu: its index, or ""."""
-        self._command, self._gpu = command, gpu
+    def __init__(self, command: Sequence[str], gpu: str = "", fresh: bool = False) -> None:
+        """command: starts the process; gpu: its index, or ""; fresh: a process for each job."""
+        self._command, self._gpu, self._fresh = command, gpu, fresh
         self._process: subprocess.Popen[str] | None = None
         self._stopping = False
 
@@ -60,11 +60,9 @@ class Worker:
             process.stdin.flush()
         text = process.stdout.readline()
         found: Answer = json.loads(text) if text.endswith("\n") else {FAILED: "its worker has ended"}
-        if FAILED in found:
+        if FAILED in found or self._fresh:
             self.close()
-            if self._stopping:
-                return {STOPPED: "while it began"}
-        return found
+        return {STOPPED: "while it began"} if FAILED in found and self._stopping else found
 
     def _start(self) -> subprocess.Popen[str]:
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self._gpu} if self._gpu else {})
@@ -91,12 +89,15 @@ class Worker:
             process.stdout.close()
 
 
-def answers(jobs: Sequence[J], command: Sequence[str], gpus: Sequence[str]) -> Generator[tuple[J, Answer], None, None]:
+def answers(
+    jobs: Sequence[J], command: Sequence[str], gpus: Sequence[str], fresh: bool = False
+) -> Generator[tuple[J, Answer], None, None]:
     """Do the jobs with a worker for each entry of `gpus`; yields (job, answer) as each is done.
 
+    fresh: each job in a process of its own, which has no memory of others.
     On an exception, such as KeyboardInterrupt, runs that are being trained save their state before it goes on.
     """
-    workers = [Worker(command, gpu) for gpu in gpus]
+    workers = [Worker(command, gpu, fresh) for gpu in gpus]
     idle: queue.Queue[Worker] = queue.Queue()
     for worker in workers:
         idle.put(worker)

@@ -59,7 +59,7 @@ class Place:
             return tables.main(self.argv(*argv))
 
     def answers(
-        self, jobs: Sequence[Job], command: Sequence[str], gpus: Sequence[str]
+        self, jobs: Sequence[Job], command: Sequence[str], gpus: Sequence[str], fresh: bool
     ) -> Generator[tuple[Job, training_runs.Answer], None, None]:
         """As `training_runs.answers` with one worker, in this process."""
         for job in jobs:
@@ -468,6 +468,13 @@ def test_a_worker_that_ends_is_started_again_and_the_others_jobs_are_done() -> N
     program = ECHO + "    if job == 1: sys.exit(3)\n    print(json.dumps({'squared': job * job}), flush=True)\n"
     found = dict(training_runs.answers([1, 2, 3], [sys.executable, "-c", program], [""]))
     assert found == {1: {"failed": "its worker has ended"}, 2: {"squared": 4}, 3: {"squared": 9}}
+
+
+@pytest.mark.parametrize(("fresh", "processes"), [(False, 1), (True, 3)])
+def test_jobs_share_a_process_or_have_their_own(fresh: bool, processes: int) -> None:
+    program = f"import os\n{ECHO}    print(json.dumps({{'process': os.getpid()}}), flush=True)\n"
+    found = dict(training_runs.answers([1, 2, 3], [sys.executable, "-c", program], [""], fresh))
+    assert len({answer["process"] for answer in found.values()}) == processes
 
 
 def test_an_exception_stops_the_workers_and_what_waits_is_not_begun(tmp_path: Path) -> None:
