@@ -1,7 +1,7 @@
 """The tables of fine-tuning, GLUE and MMLU: run the programs of `peft_pretraining/finetune`, write what they measured.
 
 Each is a process that goes on by itself from the checkpoints of its folder and leaves a line of JSON with its scores,
-of which a row of `benchmarks/results/finetuning.csv` is made.
+of which a row of `benchmarks/results/glue_mmlu.csv` is made.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peft_pretraining.errors import UserError
 
 Row = dict[str, str]
 
-RESULTS = ROOT / "benchmarks/results/finetuning.csv"
+RESULTS = ROOT / "benchmarks/results/glue_mmlu.csv"
 SHORT_UPDATES = 300
 KEY = ("table", "task", "method", "model", "data", "flags", "seed")
 GROUPS = {

@@ -396,7 +396,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, program in table_finetuning.PROGRAMS.items():
         monkeypatch.setitem(table_finetuning.PROGRAMS, name, program._replace(module="fake_finetune"))
     (tmp_path / "runs").mkdir()
-    return tmp_path / "finetuning.csv"
+    return tmp_path / "glue_mmlu.csv"
 
 
 def test_fine_tuning_runs_what_is_missing_and_stands_beside_the_paper(
