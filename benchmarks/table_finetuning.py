@@ -7,8 +7,8 @@ of which a row of `benchmarks/results/glue_mmlu.csv` is made.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import paper_figures
-from benchmarks.rows import ROOT, append_row, commit
-from benchmarks.table_layout import markdown
+from benchmarks.rows import ROOT, append_row, commit, rows_by
+from benchmarks.table_layout import failures, markdown
 from peft_pretraining.errors import UserError
 
 Row = dict[str, str]
@@ -96,7 +96,7 @@ def table(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[int]
     """Run what is missing of a table and return it; with `--dry_run` only list the commands."""
     results = Path(args.results or RESULTS)
     jobs = jobs_of(args, methods, seeds)
-    rows = read_rows(results)
+    rows = rows_by(results, KEY)
     todo = [job for job in jobs if job.key not in rows or (args.retry and rows[job.key]["error"])]
     if args.dry_run:
         commands = [f"python -m {PROGRAMS[job.table].module} {' '.join(job.argv)}" for job in todo]
@@ -105,7 +105,7 @@ def table(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[int]
         append_row(results, row | {"note": args.note})
         print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
         shutil.rmtree(job.folder, ignore_errors=True)
-    return LAYOUTS[args.table](jobs, read_rows(results))
+    return LAYOUTS[args.table](jobs, rows_by(results, KEY))
 
 
 def jobs_of(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
@@ -118,18 +118,16 @@ def jobs_of(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[in
         raise UserError(f"--tuned: --table {args.table} has the papers' rates for every method; leave it out")
     flags = " ".join([*_length(args.budget), *args.extra.split()])
     data = args.dataset and ["--dataset", args.dataset]
+    models = [name for name in args.models.split(",") if name] or list(program.models)
     found = []
-    for model in [name for name in args.models.split(",") if name] or list(program.models):
-        for task in tasks:
-            for method in methods:
-                for seed in seeds:
-                    key = (args.table, task, method, Path(model).name, Path(args.dataset).name, flags, seed)
-                    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
-                    folder = Path(args.folder) / f"{args.table}-{task}-{method}-{digest}"
-                    argv = ["--task", task] if len(program.tasks) > 1 else []
-                    argv += ["--method", method, "--seed", str(seed), "--init_from", program.models.get(model, model)]
-                    argv += ["--save_dir", str(folder), *data, "--device", args.device, *flags.split()]
-                    found.append(Job(*key, argv, folder))
+    for model, task, method, seed in itertools.product(models, tasks, methods, seeds):
+        key = (args.table, task, method, Path(model).name, Path(args.dataset).name, flags, seed)
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
+        folder = Path(args.folder) / f"{args.table}-{task}-{method}-{digest}"
+        argv = ["--task", task] if len(program.tasks) > 1 else []
+        argv += ["--method", method, "--seed", str(seed), "--init_from", program.models.get(model, model)]
+        argv += ["--save_dir", str(folder), *data, "--device", args.device, *flags.split()]
+        found.append(Job(*key, argv, folder))
     return found
 
 
@@ -146,14 +144,6 @@ def _length(budget: str) -> list[str]:
         f"--budget {budget}: for fine-tuning give paper (its epochs), short ({SHORT_UPDATES} updates) or a number of "
         "updates such as updates:1000"
     )
-
-
-def read_rows(results: Path) -> dict[tuple[str, ...], Row]:
-    """The rows of a results file by the values of `KEY`; of two with the same the later one."""
-    if not results.exists():
-        return {}
-    with results.open(newline="") as file:
-        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
 
 
 # ---- runs
@@ -236,7 +226,7 @@ def glue(jobs: Sequence[Job], rows: Mapping[tuple[str, ...], Row]) -> str:
             lines.append(line)
         head = ["method", *tasks, "average", "weights and states MB", "peak GB", "hours", "card", "commit"]
         parts += [f"{model}, ours / the paper's:", markdown(head, lines)]
-    return "\n\n".join([*parts, *_errors(jobs, rows), f"The paper's figures: {paper_figures.GLUE_SOURCE}."])
+    return "\n\n".join([*parts, *failures(_errors(jobs, rows)), f"The paper's figures: {paper_figures.GLUE_SOURCE}."])
 
 
 def mmlu(jobs: Sequence[Job], rows: Mapping[tuple[str, ...], Row]) -> str:
@@ -265,7 +255,7 @@ def mmlu(jobs: Sequence[Job], rows: Mapping[tuple[str, ...], Row]) -> str:
     ]
     words = "Ours / the paper's; the five parts by lm-eval with 5 examples, where it is installed."
     source = f"The paper's figures: {paper_figures.MMLU_SOURCE}; it names no data, epochs or rates."
-    return "\n\n".join([words, markdown(head, lines), *_errors(jobs, rows), source])
+    return "\n\n".join([words, markdown(head, lines), *failures(_errors(jobs, rows)), source])
 
 
 LAYOUTS: Mapping[str, Callable[[Sequence[Job], Mapping[tuple[str, ...], Row]], str]] = {"glue": glue, "mmlu": mmlu}
@@ -302,10 +292,9 @@ def _cost(rows: Sequence[Row]) -> list[str]:
     return [f"{max(float(row['peak_gb']) for row in done):.2f}", f"{hours:.2f}", cards, commits]
 
 
-def _errors(jobs: Sequence[Job], rows: Mapping[tuple[str, ...], Row]) -> list[str]:
-    found = [
-        f"- {job.model} {job.task} {job.method}, seed {job.seed}: {rows[job.key]['error']}"
+def _errors(jobs: Sequence[Job], rows: Mapping[tuple[str, ...], Row]) -> list[tuple[str, str]]:
+    return [
+        (f"{job.model} {job.task} {job.method}, seed {job.seed}", rows[job.key]["error"])
         for job in jobs
-        if job.key in rows and rows[job.key]["error"]
+        if job.key in rows
     ]
-    return ["\n".join(["Failed:", "", *found])] if found else []

@@ -22,6 +22,12 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     return "\n".join([text[0], "|" + " --- |" * len(head), *text[1:]])
 
 
+def failures(errors: Sequence[tuple[str, str]]) -> list[str]:
+    """A paragraph with the runs that failed, of the errors of all runs; none where no run has failed."""
+    found = [f"- {run}: {error}" for run, error in errors if error]
+    return ["\n".join(["Failed:", "", *found])] if found else []
+
+
 def pretrain(study: Study, chosen: Chosen, rows: Rows) -> str:
     """Perplexity / GB of weights and states by method and model, and what each run measured."""
     head = ["method", *(f"{model.upper()}, {who}" for model in study.models for who in ("ours", "paper"))]
@@ -38,7 +44,7 @@ def pretrain(study: Study, chosen: Chosen, rows: Rows) -> str:
         _lengths(study, chosen),
         _runs(study, chosen, rows),
     ]
-    return "\n\n".join([*parts, *_errors(chosen, rows), *_sources(study)])
+    return "\n\n".join([*parts, *failures(_errors(chosen, rows)), *_sources(study)])
 
 
 def memory(study: Study, chosen: Chosen, rows: Rows) -> str:
@@ -50,7 +56,7 @@ def memory(study: Study, chosen: Chosen, rows: Rows) -> str:
         own = [row.get("weights_and_states_gb"), f"{figure.gigabytes:g}" if figure else ""]
         own += [row.get("planned_peak_gb"), _measured_peak(row), f"{peak[0]:g}" if peak else ""]
         lines.append([model, METHODS[method].label, *own, *_of_the_card(row)])
-    return "\n\n".join([markdown([*head, *_CARD], lines), *_errors(chosen, rows), *_sources(study)])
+    return "\n\n".join([markdown([*head, *_CARD], lines), *failures(_errors(chosen, rows)), *_sources(study)])
 
 
 def throughput(study: Study, chosen: Chosen, rows: Rows) -> str:
@@ -67,7 +73,7 @@ def throughput(study: Study, chosen: Chosen, rows: Rows) -> str:
         own = [f"{speed:,.0f}" if speed else "", share, f"{paper[0]:.2f}" if paper else "", hours, _measured_peak(row)]
         lines.append([model, METHODS[method].label, *own, *_of_the_card(row)])
     words = "Medians of updates of a micro-batch each; an update in which an SVD falls is slower and seldom the median."
-    return "\n\n".join([markdown([*head, *_CARD], lines), words, *_errors(chosen, rows), *_sources(study)])
+    return "\n\n".join([markdown([*head, *_CARD], lines), words, *failures(_errors(chosen, rows)), *_sources(study)])
 
 
 def ablation(study: Study, chosen: Chosen, rows: Rows) -> str:
@@ -90,7 +96,7 @@ def ablation(study: Study, chosen: Chosen, rows: Rows) -> str:
         f"{100 * paper_figures.SVDS_KEPT[0]:.1f} % are."
     )
     parts = [markdown(head, lines), words, _lengths(study, chosen), _runs(study, chosen, rows)]
-    return "\n\n".join([*parts, *_errors(chosen, rows), *_sources(study)])
+    return "\n\n".join([*parts, *failures(_errors(chosen, rows)), *_sources(study)])
 
 
 LAYOUTS: Mapping[str, Callable[[Study, Chosen, Rows], str]] = {
@@ -199,15 +205,13 @@ def _lengths(study: Study, chosen: Chosen) -> str:
     return f"{text}, {end}.{edge}"
 
 
-def _errors(chosen: Chosen, rows: Rows) -> list[str]:
-    """What failed, a line each."""
-    found = [
-        f"- {model} {method}, seed {job.seed}: {rows[job.key]['error']}"
+def _errors(chosen: Chosen, rows: Rows) -> list[tuple[str, str]]:
+    return [
+        (f"{model} {method}, seed {job.seed}", rows[job.key]["error"])
         for (model, method), jobs in chosen.items()
         for job in jobs
-        if job.key in rows and rows[job.key]["error"]
+        if job.key in rows
     ]
-    return ["\n".join(["Failed:", "", *found])] if found else []
 
 
 def _sources(study: Study) -> list[str]:

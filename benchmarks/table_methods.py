@@ -177,7 +177,8 @@ def _q_galore(recipe: Recipe, updates: int) -> list[str]:
 def _muon(recipe: Recipe, updates: int) -> list[str]:
     # Tuned over 800 updates; over more, the same decay from the first to the last.
     decay = min(1.0, 800 / updates)
-    return ["--optimizer", "muon", "--weight_decay", f"{decay:.4g}", "--full_rank_weight_decay", "0"]
+    flags = ["--optimizer", "muon", "--grad_clipping", "1"]
+    return [*flags, "--weight_decay", f"{decay:.4g}", "--full_rank_weight_decay", "0"]
 
 
 METHODS: Mapping[str, Method] = {

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import shutil
 import signal
@@ -28,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import table_finetuning, table_guide
-from benchmarks.rows import ROOT, append_row
+from benchmarks.rows import ROOT, append_row, rows_by
 from benchmarks.table_jobs import COLUMNS, KEY, Job, Row, Study, hours_in_words, measure, reason
 from benchmarks.table_layout import LAYOUTS
 from benchmarks.table_methods import ABLATION, METHODS, Budget, recipe_of
@@ -112,11 +111,11 @@ def measured_table(argv: Sequence[str]) -> str:
     args = build_parser().parse_args(argv)
     if args.table in table_finetuning.TABLES:
         jobs = table_finetuning.jobs_of(args, [*table_finetuning.METHODS], seeds_of(args.seeds))
-        rows = table_finetuning.read_rows(Path(args.results or table_finetuning.RESULTS))
+        rows = rows_by(Path(args.results or table_finetuning.RESULTS), table_finetuning.KEY)
         found = {(job.model, job.method) for job in jobs if job.key in rows}
         jobs = [job for job in jobs if (job.model, job.method) in found]
         return table_finetuning.LAYOUTS[args.table](jobs, rows) if jobs else table_guide.NOTHING
-    of_runs = read_rows(Path(args.results or RESULTS))
+    of_runs = rows_by(Path(args.results or RESULTS), KEY)
     study = table_guide.measured(study_of(args), of_runs)
     return LAYOUTS[args.table](study, study.chosen(of_runs), of_runs) if study else table_guide.NOTHING
 
@@ -131,13 +130,13 @@ def pretraining_table(args: argparse.Namespace) -> str:
     """Train what is missing of a table of pretraining runs; returns the table, or with `--dry_run` the list of runs."""
     study, results = study_of(args), Path(args.results or RESULTS)
     if args.dry_run:
-        rows = read_rows(results)
+        rows = rows_by(results, KEY)
         return hours_in_words(study, study.jobs(rows), missing(study, rows, args.retry), rows, find_card(args.gpu))
     retry = args.retry
-    while jobs := missing(study, read_rows(results), retry):
+    while jobs := missing(study, rows_by(results, KEY), retry):
         train(jobs, gpus_of_runs(args.gpus, args.ranks), results, args.note, study.is_of_speed)
         retry = False
-    rows = read_rows(results)
+    rows = rows_by(results, KEY)
     return LAYOUTS[args.table](study, study.chosen(rows), rows)
 
 
@@ -203,14 +202,6 @@ def gpus_of_runs(gpus: str, ranks: int) -> list[str]:
 
 
 # ---- rows
-
-
-def read_rows(results: Path) -> dict[tuple[str, ...], Row]:
-    """The rows of a results file by the values of `KEY`; of two with the same the later one."""
-    if not results.exists():
-        return {}
-    with results.open(newline="") as file:
-        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
 
 
 def missing(study: Study, rows: dict[tuple[str, ...], Row], retry: bool = False) -> list[Job]:

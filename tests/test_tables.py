@@ -459,6 +459,29 @@ def test_the_programs_of_fine_tuning_take_these_flags(table: str, tmp_path: Path
         assert set(program.TASKS) == set(paper_figures.GLUE_TASKS)
 
 
+@pytest.mark.slow
+def test_a_row_of_glue_by_the_program_itself(tmp_path: Path) -> None:
+    files = pytest.importorskip("tests.finetune_files")
+    files.save_roberta(tmp_path / "roberta")
+    files.write_glue(tmp_path / "glue", "rte", ("sentence1", "sentence2"), 2, ("validation",))
+    argv = ["--table", "glue", "--tasks", "rte", "--methods", "q_galore", "--models", str(tmp_path / "roberta")]
+    argv += ["--dataset", str(tmp_path / "glue"), "--device", "cpu", "--budget", "updates:2", "--folder", str(tmp_path)]
+    argv += [
+        "--results",
+        str(tmp_path / "rows.csv"),
+        "--extra=--max_length 32 --rank 4",
+        "--out",
+        str(tmp_path / "table.md"),
+    ]
+    with restored_process():
+        assert tables.main(argv) == 0
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["error"] == "" and (row["model"], row["data"], row["updates"]) == ("roberta", "glue", "2")
+    assert 0 <= float(row["score"]) <= 100 and float(row["peak_gb"]) > 0 and row["torch"]
+    assert f"| Q-GaLore | {float(row['score']):.2f}".removesuffix(".00") in (tmp_path / "table.md").read_text()
+
+
 # ---- worker processes
 
 ECHO = "import json, sys, time, signal\nfor line in sys.stdin:\n    job = json.loads(line)\n"
