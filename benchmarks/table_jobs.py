@@ -284,10 +284,10 @@ def hours_in_words(study: Study, jobs: Sequence[Job], todo: Sequence[Job], rows:
         speed, how = tokens_per_second(job, rows, card)
         hours = tokens / speed / 3600 if speed else 0.0
         total += hours
-        cells = [job.model, job.method, f"x {job.rates:g}", job.seed, f"{job.updates:,}", f"{tokens / 1e6:,.0f}M"]
-        cells += [f"{speed:,.0f}" if speed else "", how, f"{hours:.2f}" if speed else ""]
+        cells = [job.model, job.method, f"x {job.rates:g}", job.seed, f"{job.updates:,}", f"{tokens / 1e6:,.4g}M"]
+        cells += [f"{speed:,.0f}" if speed else "", how, f"{hours:.3g}" if speed else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    words = f"{len(todo)} runs are missing: {total:.1f} hours of one {card.name}"
+    words = f"{len(todo)} runs are missing: {total:.3g} hours of one {card.name}"
     if any(tokens_per_second(job, rows, card)[1] != "measured" for job in todo):
-        words += "; counted speeds are without SVDs and without what stands in no plan, such as evaluations"
+        words += "; counted speeds are without SVDs, and evaluations, compiling and starting come on top"
     return "\n".join([*lines, "", words + "."])

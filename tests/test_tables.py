@@ -362,8 +362,11 @@ def test_hours_are_measured_where_a_row_is_of_that_card(place: Place, capsys: py
     assert table_jobs.tokens_per_second(job, rows, card) == (1536, "measured")
     assert table_jobs.tokens_per_second(job, rows, tables.find_card("4090"))[1] == "counted"
     text = table_jobs.hours_in_words(study, study.jobs({}), tables.missing(study, rows), rows, card)
-    assert len(text.splitlines()) == 2 + 2 * 3 + 2 and "6 runs are missing: 0.0 hours of one H100 SXM; counted" in text
-    assert "| small | full | x 0.5 | 0 | 3 | 0M | 1,536 | measured | 0.00 |" in text
+    assert (
+        len(text.splitlines()) == 2 + 2 * 3 + 2
+        and "6 runs are missing: 0.000834 hours of one H100 SXM; counted" in text
+    )
+    assert "| small | full | x 0.5 | 0 | 3 | 0.001536M | 1,536 | measured | 0.000278 |" in text
 
 
 def test_why_a_run_failed_is_a_line() -> None:
@@ -423,6 +426,20 @@ def test_fine_tuning_runs_what_is_missing_and_stands_beside_the_paper(
     commands = main("--methods", "q_galore", "--budget", "paper", "--dry_run", "--dataset", "files/glue")
     assert "--task rte --method q_galore --seed 0 --init_from FacebookAI/roberta-base" in commands[0]
     assert commands[0].endswith("--dataset files/glue --device auto") and "2 runs are missing" in commands[-1]
+
+
+def test_the_table_of_glue_has_the_papers_figure_in_each_cell() -> None:
+    args = tables.build_parser().parse_args(["--table", "glue"])
+    jobs = table_finetuning.jobs_of(args, [*table_finetuning.METHODS], [0])
+    text = table_finetuning.glue(jobs, {})
+    assert f"| method | {' | '.join(paper_figures.GLUE_TASKS)} | average |" in text
+    for method, label in table_finetuning.METHODS.items():
+        paper = [*paper_figures.GLUE[method], paper_figures.GLUE_MB[method]]
+        assert cells(text, label)[1:11] == [f"/ {each:g}" for each in paper]
+    some = [job for job in jobs if job.task != "rte"]
+    assert cells(table_finetuning.glue(some, {}), "Full")[8] == "", "an average over other tasks is another figure"
+    others = [job._replace(model="my_roberta") for job in jobs]
+    assert set(cells(table_finetuning.glue(others, {}), "Full")[1:]) == {""}
 
 
 def test_the_table_of_mmlu_has_the_papers_figures(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
