@@ -193,13 +193,19 @@ def measure(job: Job) -> Answer:
         return {STOPPED: f"after {lines[-1]['update_step'] if lines else 0} updates"}
     reported = recipe_of(job.model).reported_at
     evaluations = [line for line in lines if line["update_step"] == reported and "eval/perplexity" in line]
-    run = job.run_args()
+    hours = {"train_hours": round(train_seconds(lines) / 3600, 6)}
+    return measurements([*lines, *evaluations[-1:]]) | planned(job) | hours
+
+
+def planned(job: Job) -> Answer:
+    """The columns of the plan, also of a run that failed; none where its flags are refused."""
+    try:
+        run = job.run_args()
+    except UserError:
+        return {}
     memory = plan(run, read_config(run.model.model_config))
-    return measurements([*lines, *evaluations[-1:]]) | {
-        "weights_and_states_gb": round(memory.weights_and_states_bytes / 1e9, 4),
-        "planned_peak_gb": round(memory.peak_bytes / 1e9, 3),
-        "train_hours": round(train_seconds(lines) / 3600, 6),
-    }
+    size, peak = memory.weights_and_states_bytes / 1e9, memory.peak_bytes / 1e9
+    return {"weights_and_states_gb": round(size, 4), "planned_peak_gb": round(peak, 3)}
 
 
 def by_torchrun(argv: Sequence[str], ranks: int) -> int:

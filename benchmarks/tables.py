@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmarks import table_finetuning, table_guide
 from benchmarks.rows import ROOT, append_row, rows_by
-from benchmarks.table_jobs import COLUMNS, KEY, Job, Row, Study, hours_in_words, measure, reason
+from benchmarks.table_jobs import COLUMNS, KEY, Job, Row, Study, hours_in_words, measure, planned, reason
 from benchmarks.table_layout import LAYOUTS
 from benchmarks.table_methods import ABLATION, METHODS, Budget, recipe_of
 from benchmarks.training_runs import FAILED, STOPPED, answers, serve
@@ -229,7 +229,7 @@ def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "
                 )
             row: dict[str, object] = {**dict.fromkeys(COLUMNS, ""), **job.columns(), "note": note}
             if FAILED in answer:
-                row["error"] = reason(str(answer[FAILED]))
+                row |= planned(job) | {"error": reason(str(answer[FAILED]))}
                 print(f"{job.model} {job.method} failed:\n{answer[FAILED]}", file=sys.stderr, flush=True)
             else:
                 row |= answer

@@ -14,6 +14,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import paper_figures, table_finetuning, table_jobs, table_layout, table_methods, tables, training_runs
 from benchmarks.models import LENGTH
@@ -120,6 +121,19 @@ def test_a_run_that_fails_keeps_its_error_and_the_table_goes_on(place: Place) ->
     place.trained.clear()
     assert place.main(*argv) == 0 and place.trained == []
     assert place.main(*argv, "--retry") == 0 and place.trained == ["recipe"]
+
+
+def test_a_run_that_needs_too_much_memory_has_its_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(argv: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(table_jobs.run_pretrain, "main", out_of_memory)
+    assert place.main("--table", "memory", "--methods", "full") == 0
+    (row,) = place.rows()
+    assert row["error"].endswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB")
+    assert 0 < float(row["weights_and_states_gb"]) < float(row["planned_peak_gb"]) and row["peak_gb"] == ""
+    line = f"| small | Full (AdamW) | {row['weights_and_states_gb']} |  | {row['planned_peak_gb']} |  |  |"
+    assert line in (place.folder / "table.md").read_text()
 
 
 def test_a_run_that_another_process_trains_is_left_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
