@@ -9,8 +9,7 @@ goes to `benchmarks/results/quality.csv`, with the perplexity on DIR's validatio
 and on those of `--c4_tokens`, which is only reported. Bytes are those of the plan (`--dry_run`). The setting:
 LLaMA-60M, 65,536 tokens an update, sequences of 256, cosine to 10 % after 10 % of warm-up, clipping at 1.
 
-Worker processes train one run after the other, since starting PyTorch and compiling take as long as a third of a run of
-60M. A line of `--runs` has flags of this program that are added to those of the command.
+A line of `--runs` has flags of this program that are added to those of the command.
 """
 
 from __future__ import annotations
@@ -18,30 +17,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import gc
-import io
 import json
-import os
-import platform
-import queue
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
-import torch._dynamo
 
 import run_pretrain
 from benchmarks.models import config_path
 from benchmarks.quality_plot import plot
-from benchmarks.rows import ROOT, append_row, commit
+from benchmarks.rows import ROOT, append_row
+from benchmarks.training_runs import FAILED, Answer, answers, measurements, serve
 from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.store import load_checkpoint
@@ -107,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.worker:
-        answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
-        work(sys.stdin, answers)
+        serve(lambda job: measure(Run(*job)))
         return
     if not args.tokens and not args.plot:
         parser.error("--tokens is missing: a folder with train and validation token files (or give --plot alone)")
@@ -122,24 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(runs: Sequence[Run], gpus: Sequence[str], results: Path) -> None:
     """Train the runs with a worker for each entry of `gpus`; raises SystemExit at the end if some have failed."""
-    idle: queue.Queue[Worker] = queue.Queue()
     failures: list[str] = []
-
-    def made_by_any(run: Run) -> dict[str, object]:
-        worker = idle.get()
-        try:
-            return worker.row_of(run)
-        finally:
-            idle.put(worker)
-
-    with contextlib.ExitStack() as stack:
-        for gpu in gpus:
-            idle.put(stack.enter_context(Worker(gpu)))
-        pool = stack.enter_context(ThreadPoolExecutor(len(gpus)))
-        for done in as_completed([pool.submit(made_by_any, run) for run in runs]):
-            row = done.result()
-            if "failed" in row:
-                failures.append(str(row["failed"]))
+    command = [sys.executable, "-m", "benchmarks.quality", "--worker"]
+    with contextlib.closing(answers(runs, command, gpus)) as answered:
+        for run, row in answered:
+            if FAILED in row:
+                failures.append(f"{run.setting} with seed {run.seed} failed: {row[FAILED]}")
                 continue
             print(json.dumps(row), flush=True)
             append_row(results, row)
@@ -205,55 +182,7 @@ def flags_of_run(name: str, seed: int, args: argparse.Namespace) -> list[str]:
     return [*flags, "--wandb_mode", "off", "--save_every", "0", *SETTINGS[name], *args.extra.split()]
 
 
-class Worker:
-    """A process that trains one run after another, on `gpu` or on one that it chooses."""
-
-    def __init__(self, gpu: str = "") -> None:
-        """gpu: its index, or ""."""
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-        command = [sys.executable, "-m", "benchmarks.quality", "--worker"]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def row_of(self, run: Run) -> dict[str, object]:
-        """Train; returns the row, or `failed` with the output of the run."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(run) + "\n")
-            self._process.stdin.flush()
-        answer: dict[str, object] = json.loads(self._process.stdout.readline() or '{"failed": "its worker has ended"}')
-        if "failed" in answer:
-            answer["failed"] = f"{run.setting} with seed {run.seed} failed: {answer['failed']}"
-        return answer
-
-
-def work(asked: Iterable[str], answers: TextIO) -> None:
-    """Train the run of each input line and answer with a line; the output of a run is kept in case it fails."""
-    for line in asked:
-        run, printed = Run(*json.loads(line)), io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            try:
-                answer = measure(run)
-            except (Exception, SystemExit):
-                answer = {"failed": printed.getvalue()[-3000:] + traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
-        torch._dynamo.reset()  # of another model it would compile the same function again, and that only a few times
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-def measure(run: Run) -> dict[str, object]:
+def measure(run: Run) -> Answer:
     """Train and read the metrics."""
     args = build_parser().parse_args(run.argv)
     flags = flags_of_run(run.setting, run.seed, args)
@@ -296,34 +225,19 @@ def planned_bytes(run: RunArgs) -> dict[str, float]:
     }
 
 
-def summarize(
-    name: str, seed: int, args: argparse.Namespace, lines: list[dict[str, float]], seconds: float
-) -> dict[str, object]:
+def summarize(name: str, seed: int, args: argparse.Namespace, lines: list[dict[str, float]], seconds: float) -> Answer:
     """The row of a run from the lines of its metrics.jsonl."""
-    train = [line for line in lines if "train/loss" in line]
-    speed = "throughput/tokens_per_second"
-    speeds = sorted(line[speed] for line in train if speed in line) or [0.0]
-    last, evaluation = train[-1], lines[-1]
-    return {
+    row: Answer = {
         "setting": name,
         "flags": " ".join(SETTINGS[name] + args.extra.split()),
         "model": args.model,
         "updates": args.updates,
         "seed": seed,
-        "perplexity": round(evaluation["eval/perplexity"], 3),
-        "perplexity_official": round(evaluation["eval/perplexity_official"], 3),
-        "eval_tokens": int(evaluation["eval/tokens"]),
-        "tokens_per_second_median": round(speeds[len(speeds) // 2]),
         "run_seconds": round(seconds, 1),
-        "peak_gb": round(last["memory/peak_gb"], 2),
-        "reserved_gb": round(last.get("memory/reserved_gb", 0.0), 2),
-        "refreshes": last.get("subspace/refreshes", 0),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "commit": commit(),
         "micro_batch": args.batch_size,
-        "note": args.note + averaged_note(evaluation),
+        "note": args.note + averaged_note(lines[-1]),
     }
+    return row | measurements(lines)
 
 
 def averaged_note(evaluation: dict[str, float]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +19,14 @@ def commit() -> str:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip()
+
+
+def rows_by(path: Path, columns: Sequence[str]) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of a CSV file by their values in `columns`, none of a file that is not there; of two the later one."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {tuple(row[name] for name in columns): row for row in csv.DictReader(file)}
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
