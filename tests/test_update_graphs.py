@@ -16,6 +16,7 @@ from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import updates
 from qgalore.graphs.updates import UpdateGraphs
 from qgalore.integrations import connect
+from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
 from tests.recorded_graphs import RecordedGraph, record_kernels
 from tests.test_layer_graphs import CASES, QUANTIZED, STREAMING, skip_for_kernels, trained
@@ -174,3 +175,19 @@ def test_a_connection_replays_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(optimizer._replay, UpdateGraphs) == capture
         connection.close()
         assert optimizer._replay is None
+
+
+def test_batches_that_change_with_each_update_are_forgotten(
+    recorded: RecordedUpdates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where tokens reach some experts and not others."""
+    monkeypatch.setattr(updates, "_MOST_BATCHES", 3)
+    loops = [Loop(None), Loop(recorded)]
+    for loop in loops:
+        layers = [each for each in loop.model.modules() if isinstance(each, (LowRankLinear, nn.LayerNorm))]
+        for step in (*range(7), *range(7)):  # never all of them frozen
+            for number, layer in enumerate(layers):
+                layer.requires_grad_(not step >> number % 3 & 1)
+            loop.train(1, seed=step)
+            assert len(recorded._batches) <= 3
+    assert hashed(loops[0].model) == hashed(loops[1].model)

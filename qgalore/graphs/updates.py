@@ -31,6 +31,9 @@ _ORDINARY_UPDATES = 2
 """Updates of a batch without a graph, in which kernels are compiled and libraries set up."""
 _MOST_BYTES = 128 << 20
 """Of a batch's gradients: larger ones take a GPU longer than Python takes to launch what is done with them."""
+_MOST_BATCHES = 4096
+"""Where batches have other weights in each update, as those of experts that only some tokens reach, they are forgotten
+before they are more than so many."""
 _CHANGING = ("params", "lr", "initial_lr", "weight_decay")
 """Entries of a param group of which the graphs know nothing: an update reads these numbers from its step rows."""
 
@@ -108,6 +111,8 @@ class UpdateGraphs:
         key = tuple(weight.index for weight in weights)
         batch = self._batches.get(key)
         if batch is None or batch.description != description:
+            if len(self._batches) >= _MOST_BATCHES:
+                self._batches.clear()
             self._batches[key] = batch = _Batch(description)
         return batch
 
