@@ -71,6 +71,8 @@ def _millions(count: int) -> str:
 def _weights(args: RunArgs, config: ModelConfig | None) -> str:
     """The values in each format of the stored weights."""
     format, dtype = args.quantization.weight_format, args.model.dtype
+    if args.method.method == "qlora":
+        return f"those that are trained in {dtype}"
     if format.bits is None:
         return f"all in {dtype}"
     group = "a row" if format.int8_products else f"{format.group_size}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from peft_pretraining.commands.trained_model import find_checkpoint, method_of, 
 from peft_pretraining.config.flag_groups import MethodArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.plan import plan
-from peft_pretraining.methods.adapters import A, Adapter, B, add_adapter, adapters_of
+from peft_pretraining.methods.adapters import A, Adapter, B, adapters_of, add_adapter
 from peft_pretraining.methods.dropout import SeededDropout
 from peft_pretraining.methods.factored import FactoredLinear, factored
 from peft_pretraining.methods.merge import merged, merged_entries
@@ -29,7 +31,7 @@ from peft_pretraining.models.registry import read_config
 from peft_pretraining.optim.lr_schedule import Restarts
 from qgalore.update.moments import init_moments, read_moment, write_moment
 from tests.golden.record import restored_process
-from tests.small_run import CONFIG, Result, SmallRun, assert_same_bits, assert_same_run
+from tests.small_run import CONFIG, ROOT, Result, SmallRun, assert_same_bits, assert_same_run
 
 METHODS: dict[str, dict[str, object]] = {
     "low_rank": {"method": "low_rank"},
@@ -421,12 +423,33 @@ def test_the_first_lines_say_the_method(
     assert sentence in capsys.readouterr().out
 
 
+PAGE = ROOT / "docs" / "guide" / "baselines.md"
+
+
+def test_each_command_of_the_guide_is_read(small: SmallRun) -> None:
+    lines = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)).splitlines()
+    shared, *commands = lines
+    common = shlex.split(shared.partition("=")[2])[0].split()
+    assert len(commands) == 7 and common[0] == "run_pretrain.py"
+    source = run_of(small, "lora").save_dir
+    found = []
+    for command in commands:
+        words = [str(source) if word == "runs/warm" else word for word in shlex.split(command)]
+        assert words[:2] == ["python", "$TRAIN"]
+        argv = [str(small.data) if word == "DIR" else word for word in (*common[1:], *words[2:])]
+        if "--init_from" in argv:  # of the small model
+            argv[argv.index("60m")] = str(small.config)
+            argv += ["--max_length", "32", "--rank", "8"]
+        found.append(parse_args(argv).method.method)
+    assert found == ["low_rank", "lora", "relora", "qlora", "qlora", "full", "relora"]
+
+
 # ---- what cannot work
 
 RELORA = "--method relora --rank 8 --relora_every 4 --relora_warmup 1"
 REFUSED = {
     "--method lora --rank 8 --optimizer muon": "--optimizer muon cannot work with --method lora: it is for whole",
-    "--method low_rank --rank 8 --optimizer galore_adamw": "--optimizer galore_adamw cannot work with --method low_rank",
+    "--method low_rank --rank 8 --optimizer galore_adamw": "--optimizer galore_adamw cannot work with --method",
     "--method qlora --rank 8 --optimizer q_galore_adamw8bit": "use one of adam, adamw, adam8bit, sgd, adafactor",
     "--method lora --rank full": "--rank full cannot work with --method lora",
     "--method lora --rank 8,16": "--rank 8,16 cannot work with --method lora",
@@ -457,6 +480,48 @@ def test_what_cannot_work_is_refused(small: SmallRun, capsys: pytest.CaptureFixt
         assert run_pretrain.main(argv) == 2
     assert REFUSED[flags] in capsys.readouterr().err
     assert not (small.folder / "refused").exists()
+
+
+GPT2 = {
+    "model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 256,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "shape, rank, sentence",
+    [
+        (GPT2, 8, "transformer.h.0.attn.c_attn of .* is a Conv1D of transformers"),
+        (
+            CONFIG | {"model_type": "mistral", "num_key_value_heads": 1},
+            32,
+            "--rank is 32, but .*k_proj of .* is 32 x 64",
+        ),
+    ],
+    ids=["gpt2", "mistral"],
+)
+def test_matrices_that_take_no_factors_are_refused(
+    tmp_path: Path, small: SmallRun, capsys: pytest.CaptureFixture[str], shape: dict[str, Any], rank: int, sentence: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(shape))
+    assert small.main("refused-hf", model_config=path, use_hf_model=True, method="low_rank", rank=rank) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_an_evaluation_leaves_a_frozen_layer_as_it_was() -> None:
+    """bitsandbytes lays codes out anew in evaluations on some CPUs, and no backward pass reads them then."""
+    from peft_pretraining.methods.frozen import FrozenNF4
+
+    layer, x = FrozenNF4(linear().weight.data, None), torch.randn(3, 32)
+    assert not layer.support_avx512bf16_for_cpu
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    layer.eval()(x)
+    assert_same_bits(dict(layer.train().state_dict()), before)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand(3, -1))
 
 
 def test_low_rank_has_nothing_to_put_given_weights_into(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
