@@ -192,7 +192,8 @@ def method_of(flags: Mapping[str, Any]) -> MethodArgs | None:
     """A run's recorded flags of `--method`; None for full, and for runs from before there was another."""
     if flags.get("method", "full") == "full":
         return None
-    return MethodArgs(**{field.name: flags[field.name] for field in dataclasses.fields(MethodArgs)})
+    names = [field.name for field in dataclasses.fields(MethodArgs)]
+    return MethodArgs(**{name: flags[name] for name in names if name in flags})
 
 
 def averaged_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
