@@ -268,6 +268,15 @@ def test_a_restart_keeps_the_function_and_begins_anew(small: SmallRun) -> None:
     assert any(x.all() for x in moments if 8 not in x.shape)
 
 
+def test_a_longer_run_has_the_restart_after_its_old_end(small: SmallRun) -> None:
+    flags = FLAGS | METHODS["relora"] | {"scheduler": "constant", "num_training_steps": 9}
+    whole = small.run("planned", **flags)
+    short = small.run("longer", **flags | {"num_training_steps": 6})
+    longer = small.run("longer", **flags | {"continue_from": short.checkpoints[-1]})
+    assert longer.losses == whole.losses
+    assert_same_bits(longer.checkpoint().model_tensors, whole.checkpoint().model_tensors)
+
+
 def test_the_rate_grows_again_after_each_restart(small: SmallRun) -> None:
     jags = Restarts(every=10, warmup=4)
     assert [jags.factor(step) for step in (0, 9, 10, 11, 13, 14, 19, 20, 21)] == [1, 1, 0, 0.25, 0.75, 1, 1, 0, 0.25]

@@ -2,9 +2,9 @@
 
 4 bits are NF4 in blocks of 64 values whose scales are 8-bit codes themselves (QLoRA, Dettmers et al., arXiv
 2305.14314); 8 bits are the rows of LLM.int8() (arXiv 2208.07339), with transformers' threshold of 6 for outliers of
-activations. Both layers are the library's with a state dict of their own: tensors whose names, shapes and types depend
-on the layer's sizes alone, so that a checkpoint can be compared with the model before anything is loaded. The library's
-own has a piece of JSON that is as long as the digits of a mean happen to be.
+activations. Both layers are the library's with a state dict of their own, which they can load (the library's layer of 4
+bits cannot load what it writes): tensors whose names, shapes and types depend on the layer's sizes alone, so that a
+checkpoint can be compared with the model before anything is loaded.
 """
 
 from __future__ import annotations

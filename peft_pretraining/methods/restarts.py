@@ -46,8 +46,10 @@ class AdapterRestarts:
     @torch.no_grad()
     def after_update(self, update_step: int) -> bool:
         """Make the restart that is due after so many updates, if one is; returns whether it was."""
-        every = self._args.method.relora_every
-        if not self._adapters or update_step % every or update_step >= self._args.schedule.num_training_steps:
+        every, schedule = self._args.method.relora_every, self._args.schedule
+        # After the last update nothing would train the new adapter, but where the run may yet be made longer.
+        ends = update_step >= schedule.num_training_steps and schedule.scheduler != "constant"
+        if not self._adapters or update_step % every or ends:
             return False
         seed, states = self._args.runtime.seed, self._optimizer.state
         for index, adapter in enumerate(self._adapters):
