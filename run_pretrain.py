@@ -30,7 +30,9 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import parse_within_budget
-from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
+from peft_pretraining.methods.dropout import begin_pass, dropouts_of
+from peft_pretraining.methods.restarts import AdapterRestarts
+from peft_pretraining.optim.lr_schedule import restarts_of, scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
 from peft_pretraining.runtime.device import check_device, slow_dtype
@@ -105,6 +107,7 @@ class Run:
         self.loader, self.eval_set = build_data(args, world)
         self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
         self.average = WeightAverage(args, world, self.model)
+        self.restarts, self.dropouts = AdapterRestarts(args, self.model, self.optimizer), dropouts_of(self.model)
         self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader, self.average)
         self.position = self.checkpoints.restore()
         ids, are_ids = max(self.loader.vocab_size, self.eval_set.vocab_size), self.loader.tokenizer is None
@@ -163,7 +166,7 @@ class Run:
             self.end_early(data_before)
             return False
         update, target_tokens = received
-        set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
+        self.set_learning_rate()
         loss = torch.zeros((), device=self.world.device)
         if self.update_step in self.skip_steps:  # before momenta have any of its gradients
             self.optimizer.skip_update_if(torch.ones_like(loss, dtype=torch.bool))
@@ -174,6 +177,7 @@ class Run:
                 self.end_early(data_before)
                 return False
             self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
+            begin_pass(self.dropouts, self.update_step, micro_step, self.world.rank)
             input_ids = self.world.to_device(micro_batch.input_ids)
             labels = self.world.to_device(micro_batch.labels)
             # Divided by the targets of the whole update, so that its split into micro-batches changes no gradient.
@@ -195,6 +199,8 @@ class Run:
         self.position.tokens += tokens
         done = self.update_step + 1
         self.average.after_update(done)
+        if self.restarts.after_update(done):
+            self.metrics.log(f"update {done}: adapters are merged into their matrices and begin anew")
         # Wait for the previous update within the timing of this one: else only the host's launches would be timed.
         previous = self.outcomes.take()
         measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
@@ -264,9 +270,14 @@ class Run:
         """
         self.decide(self.outcomes.take())
         # A checkpoint has the learning rate of the next update, whether or not a stop came after it was set.
-        set_learning_rate(self.optimizer, scheduled_multiplier(self.args.schedule, self.update_step))
+        self.set_learning_rate()
         path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
         self.metrics.log(f"saved {path}")
+
+    def set_learning_rate(self) -> None:
+        """Set the learning rate of the next update."""
+        multiplier = scheduled_multiplier(self.args.schedule, self.update_step, restarts_of(self.args.method))
+        set_learning_rate(self.optimizer, multiplier)
 
     def end_early(self, data_before: dict[str, Any]) -> None:
         """Save the state before the unfinished update, and write a marker file."""

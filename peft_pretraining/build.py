@@ -22,6 +22,8 @@ from peft_pretraining.data.summary import describe_data
 from peft_pretraining.data.tokenizer import Added, Tokenizer, kept_tokenizers, load_tokenizer
 from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.errors import UserError
+from peft_pretraining.methods.convert import matrix_converter
+from peft_pretraining.methods.planned import planned_converter
 from peft_pretraining.models.build import build_on_meta, check_ranks_of, network_on_meta
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.init import OnModule, materialize
@@ -84,8 +86,8 @@ def build_training(
     Compiled layers and CUDA graphs are set up where the options allow them. all_reduce sums a tensor over the ranks in
     place; None for one rank. Raises UserError for a configuration that does not work.
     """
-    seed, convert = args.runtime.seed, low_rank_converter(args.optimizer, args.quantization)
-    model = build_model(args.model, device, seed, on_module=convert)
+    seed = args.runtime.seed
+    model = build_model(args.model, device, seed, on_module=converter_of(args))
     if args.optimizer.is_low_rank:
         of_mlp = args.subspace.ranks(of_mlp=True) if args.subspace.mlp_rank else None
         check_ranks_of(model, args.model.model_config, args.subspace.ranks(), of_mlp)
@@ -95,9 +97,18 @@ def build_training(
     return model, optimizer
 
 
+def converter_of(args: RunArgs) -> OnModule:
+    """A callback for `build_model` that gives each decoder matrix the form that the run's flags say."""
+    if args.method.method == "full":
+        return low_rank_converter(args.optimizer, args.quantization)
+    return matrix_converter(args.method, args.subspace.rank, args.runtime.seed, args.model.model_config)
+
+
 def model_on_meta(args: RunArgs, config: ModelConfig) -> CausalLM:
     """Build the model of `build_training` without memory, and with one of its layers: they are alike."""
     model, convert = network_on_meta(config), low_rank_converter(args.optimizer, args.quantization)
+    if args.method.method != "full":
+        convert = planned_converter(args.method, args.subspace.rank)
     del model.decoder_layers[1:]
     for param in model.parameters():
         param.data = param.data.to(getattr(torch, args.model.dtype))

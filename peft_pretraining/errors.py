@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A sentence that names the flag or file, says what is wrong and what would be right."""
 
 
-_EXTRA_OF = {"matplotlib": "plot"} | dict.fromkeys(
+_EXTRA_OF = {"matplotlib": "plot", "peft": "baselines", "bitsandbytes": "baselines"} | dict.fromkeys(
     (
         "datasets", "huggingface_hub", "numpy", "safetensors", "sentencepiece", "tokenizers", "tqdm", "transformers",
         "wandb", "zstandard",

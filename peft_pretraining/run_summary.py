@@ -38,6 +38,7 @@ def summary_lines(
     pairs = [
         ("model", _model(args, config, parameters)),
         ("weights", _weights(args, config)),
+        *([("method", _method(args, config))] if args.method.method != "full" else []),
         ("optimizer", _optimizer(args)),
         *([("subspace", _subspace(args))] if args.optimizer.is_low_rank else []),
         ("rates", _rates(args)),
@@ -70,6 +71,8 @@ def _millions(count: int) -> str:
 def _weights(args: RunArgs, config: ModelConfig | None) -> str:
     """The values in each format of the stored weights."""
     format, dtype = args.quantization.weight_format, args.model.dtype
+    if args.method.method == "qlora":
+        return f"those that are trained in {dtype}"
     if format.bits is None:
         return f"all in {dtype}"
     group = "a row" if format.int8_products else f"{format.group_size}"
@@ -81,6 +84,31 @@ def _weights(args: RunArgs, config: ModelConfig | None) -> str:
     matrices = config.num_hidden_layers * sum(map(math.prod, config.matrix_shapes().values()))
     others = config.parameter_count() - matrices
     return f"{_millions(matrices)} in {stored}, {rounding}; {_millions(others)} in {dtype}"
+
+
+def _method(args: RunArgs, config: ModelConfig | None) -> str:
+    """What is trained of the decoder's matrices, and what is frozen."""
+    method, rank = args.method, args.subspace.rank
+    forms = {4: "NF4", 8: "8 bits"}
+    frozen = forms[method.qlora_bits] if method.method == "qlora" else args.model.dtype
+    text = (
+        f"{method.method}, adapters of rank {rank} and alpha {method.lora_alpha:g} beside matrices frozen in {frozen}"
+    )
+    if method.method == "low_rank":
+        text = f"low_rank, each matrix the product of two factors of rank {rank}"
+    elif method.lora_dropout:
+        text += f", dropout {method.lora_dropout:g}"
+    if method.method == "relora":
+        text += (
+            f", merged every {method.relora_every:,} updates with {method.relora_prune:.3g} of their states set to "
+            f"zero and {method.relora_warmup:,} updates of warm-up"
+        )
+    if config is None or not isinstance(rank, int):
+        return f"{text}; all else trains in full"
+    shapes, layers = config.matrix_shapes().values(), config.num_hidden_layers
+    factors = layers * rank * sum(map(sum, shapes))
+    others = config.parameter_count() - layers * sum(map(math.prod, shapes))
+    return f"{text}; trains {_millions(factors)} values of these and all {_millions(others)} others"
 
 
 def _optimizer(args: RunArgs) -> str:

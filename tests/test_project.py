@@ -55,10 +55,16 @@ def test_the_library_needs_torch_alone(name: str) -> None:
     assert needed <= allowed
 
 
+OF_ANOTHER_LIBRARY = "peft_pretraining/methods/frozen.py"
+"""Its classes are bitsandbytes'."""
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
     lazy = {"accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib", "tensorboard"}
-    assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
+    at_once = imports(ROOT / name, top_level_only=True)
+    assert module_name(OF_ANOTHER_LIBRARY) not in at_once
+    assert not packages(at_once) & (lazy | {"peft"}) or name == OF_ANOTHER_LIBRARY
 
 
 def test_a_command_line_is_checked_without_loading_anything_heavy() -> None:
@@ -95,7 +101,8 @@ ROOMS = [
     "qgalore.layer", "qgalore.subspace", "qgalore.update", "qgalore.optimizer", "qgalore.graphs",
     "qgalore.integrations", "qgalore.compat", "qgalore",
     "peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config",
-    "peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build", "peft_pretraining.evaluation",
+    "peft_pretraining.methods", "peft_pretraining.optim", "peft_pretraining.runtime", "peft_pretraining.build",
+    "peft_pretraining.evaluation",
     "peft_pretraining.averaging", "peft_pretraining.speed",
     "peft_pretraining.memory", "peft_pretraining.run_summary", "peft_pretraining.dry_run",
     "peft_pretraining.checkpoint", "peft_pretraining.reporting", "peft_pretraining", "run_pretrain",
@@ -240,7 +247,7 @@ def test_the_packages_of_experiments_are_those_of_the_extras() -> None:
 def test_a_missing_package_is_advice_to_install_its_extra() -> None:
     extras = project()["optional-dependencies"]
     assert isinstance(extras, dict)
-    for extra in ("train", "plot"):
+    for extra in ("train", "plot", "baselines"):
         for requirement in extras[extra]:
             package = re.split("[>=]", requirement)[0]
             text = missing_package(ModuleNotFoundError(name=f"{package}.inner"))

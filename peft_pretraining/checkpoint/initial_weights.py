@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from peft_pretraining.checkpoint.weight_source import WeightSource, open_source
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.methods.adapters import BASE, adapters_of
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.runtime.world import World
@@ -29,6 +31,15 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MOST_NAMED = 3
 
 
+class Quantizes(Protocol):
+    """A frozen layer of `methods.frozen`."""
+
+    weight: Tensor
+
+    def store_(self, weight: Tensor) -> None:
+        """Replace its weight by float values."""
+
+
 @dataclass(frozen=True)
 class _Target:
     """A weight of the model, or a buffer that is part of its state dict."""
@@ -37,7 +48,7 @@ class _Target:
     """All names that it has: several where it is tied."""
     shape: tuple[int, ...]
     """As the source has it."""
-    holder: Tensor | LowRankLinear
+    holder: Tensor | LowRankLinear | Quantizes
 
 
 def load_initial_weights(args: ModelArgs, model: CausalLM, world: World) -> str:
@@ -84,13 +95,21 @@ def put_weights(source: WeightSource, model: CausalLM, model_config: str) -> Non
 def _targets(model: CausalLM) -> list[_Target]:
     """The weights and persistent buffers of a model, each once."""
     names: dict[int, list[str]] = {}
-    shapes: dict[int, tuple[tuple[int, ...], Tensor | LowRankLinear]] = {}
+    shapes: dict[int, tuple[tuple[int, ...], Tensor | LowRankLinear | Quantizes]] = {}
+    adapters = {adapter.name: adapter for adapter in adapters_of(model)}
+    bases = {f"{name}.{BASE}": name for name in adapters}
+    own = {factor for adapter in adapters.values() for factor in adapter.factors}  # which begin as they do without
     for path, module in model.named_modules(remove_duplicate=False):
         for key, value in _own_tensors(module).items():
+            if value in own:
+                continue
+            path = bases.get(path, path)
             names.setdefault(id(value), []).append(f"{path}.{key}" if path else key)
             if isinstance(module, LowRankLinear) and key == "weight":
                 shape = (module.out_features, module.in_features)
                 shapes[id(value)] = (shape[::-1] if module.transposed else shape), module
+            elif isinstance(module, nn.Linear) and key == "weight" and not value.is_floating_point():
+                shapes[id(value)] = (module.out_features, module.in_features), cast(Quantizes, module)
             else:
                 shapes[id(value)] = tuple(value.shape), value
     return [_Target(names[key], *shapes[key]) for key in names]
@@ -161,17 +180,26 @@ def _store(source: WeightSource, target: _Target, name: str) -> None:
         codes = source.read_codes(name, columns)
         if layer is not None:
             return store_quantized_(layer, _on(codes, layer.weight.device))
-        assert isinstance(target.holder, Tensor)
-        target.holder.copy_(_on(codes, target.holder.device).dequantize(torch.float32))
-        return None
+        return _store_floats(target, _on(codes, _device_of(target)).dequantize(torch.float32))
     value = source.read(name)
     if layer is None:
-        assert isinstance(target.holder, Tensor)
-        target.holder.copy_(value)
-        return None
+        return _store_floats(target, value)
     value = value.to(layer.weight.device)
     value = value if value.dtype in (torch.bfloat16, torch.float32) else value.float()  # those that kernels take
     return store_float_(layer, value.T.contiguous() if layer.transposed else value)
+
+
+def _store_floats(target: _Target, value: Tensor) -> None:
+    """Put floats into a tensor, or into a frozen layer that quantizes them."""
+    if isinstance(target.holder, Tensor):
+        target.holder.copy_(value)
+    else:
+        assert not isinstance(target.holder, LowRankLinear)
+        target.holder.store_(value.to(_device_of(target)))
+
+
+def _device_of(target: _Target) -> torch.device:
+    return target.holder.device if isinstance(target.holder, Tensor) else target.holder.weight.device
 
 
 def _compare(source: WeightSource, target: _Target, first: str, other: str) -> None:

@@ -141,6 +141,11 @@ def _checkpoint(name: str, step: Path, check: bool) -> WeightSource:
     aliases = manifest.aliases.get(_WEIGHTS, {})
     stored |= {alias: stored[original] for alias, original in aliases.items()}
     state = json.loads((step / STATE).read_text(encoding="utf-8"))
+    if (method := state.get("method", "full")) != "full":
+        raise UserError(
+            f"--init_from {name} is a run of --method {method}, whose matrices are in parts: write it as a plain model "
+            f"first (qgalore export {name} FOLDER --dtype float32) and give that folder."
+        )
     raw = state.get(IN_STATE) or {}
     # Codes of a whole row are in one group of at least as many values as it has.
     format = (

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from peft_pretraining.checkpoint.store import Checkpoint
 from peft_pretraining.commands.exported_tokenizer import special_ids, write_tokenizer
-from peft_pretraining.commands.trained_model import Origin, averaged_weights, config_of, find_checkpoint
+from peft_pretraining.commands.trained_model import Origin, averaged_weights, config_of, find_checkpoint, method_of
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.flags import parse_name_or_path, parse_path
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
+from peft_pretraining.methods.merge import merged_entries
 from peft_pretraining.models.build import build_on_meta, network_on_meta
 from peft_pretraining.models.registry import config_from
 from qgalore import WeightFormat, convert_linears
@@ -95,7 +96,7 @@ def export(
         raise UserError(f"{output} could not be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return notes
+    return notes + _on_merging(loaded, dtype)
 
 
 def _tokenizer(origin: Origin, given: str) -> Tokenizer:
@@ -143,7 +144,7 @@ def float_tensors(
     """
     addresses = set[int]()
     try:
-        for name, tensor in float_entries(model, checkpoint.model_tensors, dtype):
+        for name, tensor in _plain_entries(checkpoint, model, dtype):
             stored = checkpoint.model_tensors.get(name)
             again = stored is not None and stored.data_ptr() in addresses
             if again or (tied and name == "lm_head.weight"):
@@ -154,6 +155,26 @@ def float_tensors(
             yield name, value.to(dtype) if value.is_floating_point() else value
     except ValueError as error:
         raise UserError(f"{checkpoint.path}: {error}.") from error
+
+
+def _plain_entries(checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """The checkpoint's entries with floats in the place of codes, and with factors and adapters as one matrix."""
+    if (method := method_of(checkpoint.state)) is not None:
+        return merged_entries(checkpoint.model_tensors, method, dtype)
+    return float_entries(model, checkpoint.model_tensors, dtype)
+
+
+def _on_merging(checkpoint: Checkpoint, dtype: str) -> list[str]:
+    """A sentence on what becomes of factors and adapters."""
+    method = method_of(checkpoint.state)
+    if method is None:
+        return []
+    if not method.has_adapters:
+        return [f"the factors of --method {method.method} are multiplied and written as matrices in {dtype}"]
+    text = f"the adapters of --method {method.method} are merged into the matrices, which are written in {dtype}"
+    if method.method != "qlora":
+        return [text]
+    return [f"{text}: rounded to {method.qlora_bits} bits again they would lose a small adapter"]
 
 
 def write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.manifest import MANIFEST
 from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, load_newest_checkpoint, with_todays_names
-from peft_pretraining.config.flag_groups import OptimizerArgs, QuantizationArgs
+from peft_pretraining.config.flag_groups import MethodArgs, OptimizerArgs, QuantizationArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.methods.convert import matrix_converter
+from peft_pretraining.methods.merge import merged_entries
 from peft_pretraining.models.build import build_on_meta, network_on_meta
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.head import IGNORE_INDEX, CausalLMOutput, shifted
@@ -104,6 +106,8 @@ class TrainedModel(Origin):
         if isinstance(self.model, TransformersModel):
             return self.model.network.to(device or self.device)
         state = dict(float_entries(self.model, self.model.state_dict(), self.dtype))
+        if (method := method_of(self.flags)) is not None:
+            state = dict(merged_entries(state, method, self.dtype))
         return network_from(self.config, state, self.dtype, str(self.path)).to(device or self.device)
 
 
@@ -184,6 +188,14 @@ def config_of(checkpoint: Checkpoint, given: Path | None = None) -> dict[str, An
     return read_config_json(path)
 
 
+def method_of(flags: Mapping[str, Any]) -> MethodArgs | None:
+    """A run's recorded flags of `--method`; None for full, and for runs from before there was another."""
+    if flags.get("method", "full") == "full":
+        return None
+    names = [field.name for field in dataclasses.fields(MethodArgs)]
+    return MethodArgs(**{name: flags[name] for name in names if name in flags})
+
+
 def averaged_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The mean of a run's last weights by name; raises UserError where the checkpoint has none."""
     average = checkpoint.state.get("average")
@@ -227,6 +239,8 @@ def _open_checkpoint(
     own: torch.dtype = getattr(torch, str(checkpoint.state.get("dtype", "bfloat16")))
     tensors: Mapping[str, Tensor] = checkpoint.model_tensors
     convert = low_rank_converter(flags_in(checkpoint, OptimizerArgs), flags_in(checkpoint, QuantizationArgs))
+    if (method := method_of(checkpoint.state)) is not None:
+        convert = matrix_converter(method, checkpoint.state["rank"], 0, f"the model config of {checkpoint.path}")
     network = _network_on_meta(checkpoint, config)
     if averaged:
         mean = averaged_weights(checkpoint)

@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
+from peft_pretraining.config.method_checks import method_problems
 from peft_pretraining.config.model_source import source_problems, source_warnings
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import check_length, check_momentum_rank, check_ranks, read_config_json
+from peft_pretraining.models.config import (
+    check_length,
+    check_method_rank,
+    check_momentum_rank,
+    check_ranks,
+    read_config_json,
+)
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
 from qgalore.config import OF_PROJECTIONS
@@ -37,6 +44,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_batch_problems(args),
         *_data_problems(args),
         *_optimizer_problems(args),
+        *method_problems(args),
         *_float16_problems(args),
         *_quantization_problems(args),
         *_int8_products_problems(args),
@@ -62,7 +70,8 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     """List what in `args` works but is probably not intended; `given`: the flags of the command line."""
     warnings = []
     if not args.optimizer.is_low_rank:
-        idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given]
+        of_method = "" if args.method.method == "full" else "rank"
+        idle = [f"--{name}" for name in _LOW_RANK_FLAGS if name in given and name != of_method]
         if idle:
             warnings.append(f"{_idle(idle)}: --optimizer {args.optimizer.optimizer} has no subspace")
     for kind, used in (("weight", args.quantization.weight_quant), ("proj", args.subspace.proj_quant)):
@@ -172,6 +181,8 @@ def _model_problems(args: RunArgs) -> list[str]:
         # transformers' class accepts more than ours, and judges its own configuration.
         return [] if args.model.use_hf_model else [str(error)]
     checks: list[Callable[[], None]] = [lambda: check_length(config, args.batch.max_length)]
+    if args.method.method != "full":
+        checks.append(lambda: check_method_rank(config, args.subspace.rank))
     if args.optimizer.is_low_rank:
         checks.append(lambda: check_ranks(config, args.subspace.ranks()))
         if args.subspace.mlp_rank:

@@ -23,6 +23,8 @@ FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
 GALORE_OPTIMIZERS = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer")
 Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 RECIPES = ("paper", "orthogonal", "full_rank")
+METHODS = ("full", "low_rank", "lora", "relora", "qlora")
+ADAPTER_METHODS = ("lora", "relora", "qlora")
 _BY_NAME = "on for q_galore optimizers, off for others"
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
@@ -266,6 +268,36 @@ class OptimizerArgs:
     def peak_full_rank_lr(self) -> float:
         """The peak learning rate of embeddings, head and norms."""
         return self.lr if self.full_rank_lr is None else self.full_rank_lr
+
+
+@dataclass(frozen=True)
+class MethodArgs:
+    """How the decoder's matrices are trained; beside an adapter or factors, embeddings, head, norms and biases train in
+    full."""
+
+    method: Annotated[str, Flag(choices=METHODS, parse=str.lower)] = "full"
+    """full: as the optimizer has them. low_rank: each is the product of two factors of --rank from the start. lora:
+    frozen, beside a trained adapter of --rank. relora: such adapters are merged into the matrices and begin anew every
+    relora_every updates. qlora: lora beside matrices that are frozen in qlora_bits bits. The last three need the
+    packages of the extra baselines; all but full need adam, adamw, adam8bit, sgd or adafactor."""
+    lora_alpha: Annotated[float, Flag("number", above=0)] = 32.0
+    """Adapters are multiplied by lora_alpha / rank."""
+    lora_dropout: Annotated[float, Flag("share", at_least=0, below=1)] = 0.0
+    """Share of an adapter's inputs that is dropped in training. 0 for pretraining, where no text comes twice; papers
+    that fine-tune have 0.05."""
+    qlora_bits: Annotated[int, Flag(choices=(4, 8))] = 4
+    """Bits of qlora's frozen matrices: 4 for NF4 with quantized scales, 8 for LLM.int8()."""
+    relora_every: Annotated[int, Flag("updates", at_least=0)] = 0
+    """Updates between two merges of relora's adapters, such as a quarter of the run's."""
+    relora_warmup: Annotated[int, Flag("updates", at_least=0)] = 50
+    """Updates after each merge in which the learning rate grows from 0 back to its schedule."""
+    relora_prune: Annotated[float, Flag("ratio", at_least=0, at_most=1)] = 0.99
+    """Share of the values of an adapter's optimizer states, the smallest ones, that a merge sets to zero; 1: all."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether each decoder matrix is frozen beside an adapter."""
+        return self.method in ADAPTER_METHODS
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.flags import build_parser, parse_flags
+from peft_pretraining.config.method_checks import unused_by_method
 from peft_pretraining.config.model_source import fill_model_config
 from peft_pretraining.config.named_method import left_to_name, with_named_method
 from peft_pretraining.config.recipes import length_in_words, recipe_in_words, with_length, with_recipe
@@ -45,7 +46,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
     args = dataclasses.replace(args, optimizer=optimizer)
     unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable - parsed.values.keys()]
-    found = [*find_problems(args), *unused_by_full_rank(args, parsed.values.keys())]
+    given = parsed.values.keys()
+    found = [*find_problems(args), *unused_by_full_rank(args, given), *unused_by_method(args, given)]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
         raise UserError(_list_problems(problems))
@@ -57,6 +59,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
 def _resolve(args: RunArgs) -> RunArgs:
     """Compute the values that depend on other flags."""
     batch, subspace, schedule, evaluation = args.batch, args.subspace, args.schedule, args.evaluation
+    model = args.model
+    if model.compile == "auto" and (args.method.method == "qlora" or args.method.lora_dropout):
+        model = dataclasses.replace(model, compile="off")
     a_pass = batch.batch_size * args.world_size
     accumulation = batch.gradient_accumulation or max(1, batch.total_batch_size // a_pass)
     batch = dataclasses.replace(
@@ -71,7 +76,9 @@ def _resolve(args: RunArgs) -> RunArgs:
         schedule = dataclasses.replace(schedule, num_training_steps=updates)
     if not evaluation.eval_batch_size:
         evaluation = dataclasses.replace(evaluation, eval_batch_size=batch.batch_size)
-    return dataclasses.replace(args, batch=batch, subspace=subspace, schedule=schedule, evaluation=evaluation)
+    return dataclasses.replace(
+        args, model=model, batch=batch, subspace=subspace, schedule=schedule, evaluation=evaluation
+    )
 
 
 def _list_problems(problems: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from peft_pretraining.config.flag_groups import (
     DataArgs,
     EvaluationArgs,
     LoggingArgs,
+    MethodArgs,
     ModelArgs,
     OptimizerArgs,
     QuantizationArgs,
@@ -29,6 +30,7 @@ GROUPS: Mapping[str, type] = {
     "data": DataArgs,
     "batch": BatchArgs,
     "optimizer": OptimizerArgs,
+    "method": MethodArgs,
     "quantization": QuantizationArgs,
     "subspace": SubspaceArgs,
     "schedule": ScheduleArgs,
@@ -47,6 +49,7 @@ class RunArgs:
     data: DataArgs
     batch: BatchArgs
     optimizer: OptimizerArgs
+    method: MethodArgs
     quantization: QuantizationArgs
     subspace: SubspaceArgs
     schedule: ScheduleArgs

@@ -40,8 +40,10 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
                     kind = "projections" if "basis" in key else _STATES[param not in weights]
                     found[kind] += (count if param in times else number == 0) * tensor.nbytes
     if not run.updates_at_once:
-        rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in model.parameters() if x not in weights)
-        found |= {GRADIENTS: rest + _sums_of_matrices(run), REFRESHES: _refresh_bytes(run)}
+        full = args.method.method == "full"
+        trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]
+        rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in trained)
+        found |= {GRADIENTS: rest + (_sums_of_matrices(run) if full else 0), REFRESHES: _refresh_bytes(run)}
     return found
 
 

@@ -91,14 +91,16 @@ class PassingBytes:
 
         Each norm: its input and one float32 a token. Attention: rotated queries and keys, values, output and the
         float32 log-sum-exp of each head. MLP: gate and up, perhaps in INT8. Uncompiled also the norms' outputs,
-        silu(gate) and the product.
+        silu(gate) and the product. Of factors and adapters what lies between the two.
         """
         config, heads = self.run.config, self.run.config.num_attention_heads
         size = group_size_of(self.wide // self.b) if self.int8_activations and not recomputed else None
         of_mlp = 2 * self.wide if size is None else 2 * (self.wide // self.b) * (size + 2) // size
         again = 0 if self.run.compiled else 2 * (self.hidden + self.wide)
         attention = 2 * (heads + config.num_key_value_heads) * config.head_dim * self.b + 4 * heads
-        return 2 * self.hidden + self.run.tokens * (attention + 4 * 2) + of_mlp + again
+        # The product of each matrix's input and a factor.
+        factors = self.run.rank_of_factors * self.b * len(self.run.matrices)
+        return 2 * self.hidden + self.run.tokens * (attention + 4 * 2 + factors) + of_mlp + again
 
     def of_layers(self) -> dict[str, int]:
         """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
@@ -135,6 +137,8 @@ class PassingBytes:
         run, config = self.run, self.run.config
         matrix = max(run.matrices, key=lambda x: (x.size, -x.shape[0]))  # down_proj
         weight = 0 if self.weights else product_bytes(self.format, matrix.shape, run.tokens, run.dtype)
+        if run.args.method.method == "qlora":  # dequantized as a whole
+            weight = self.b * matrix.size
         multiplying = max(weight, self.projecting(matrix))
         made = self.b * (matrix.gradient + matrix.residual) if run.updates_at_once else 0
         if recomputed and run.compiled:

@@ -48,6 +48,9 @@ class PlannedRun:
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
+        rank = args.subspace.rank
+        self.rank_of_factors = rank if args.method.method != "full" and isinstance(rank, int) else 0
+        """Of the factors or adapters of each matrix; 0 without."""
         self.matrices = self.matrices_of(args.subspace)
         """Those of one layer; of ranks by depth, one with the largest."""
 

@@ -127,6 +127,21 @@ def check_ranks(config: ModelConfig, ranks: Sequence[int | str], flag: str = "ra
         )
 
 
+def check_method_rank(config: ModelConfig, rank: int | str) -> None:
+    """Refuse factors that are no smaller than a decoder matrix: UserError. A word is no rank."""
+    name, shape = min(config.matrix_shapes().items(), key=lambda item: min(item[1]))
+    if isinstance(rank, int) and rank >= min(shape):
+        raise UserError(too_high_for_factors(rank, name, config.source, shape))
+
+
+def too_high_for_factors(rank: int, name: str, source: object, shape: tuple[int, ...]) -> str:
+    """A sentence on a rank whose factors would be no smaller than a decoder matrix; name: that of the matrix."""
+    return (
+        f"--rank is {rank}, but {name} of {source} is {' x '.join(map(str, shape))}, and factors of that rank would "
+        f"save nothing: give less than {min(shape)}."
+    )
+
+
 def check_momentum_rank(config: ModelConfig, rank: float) -> None:
     """Refuse factors of momenta that are smaller than no decoder matrix: UserError. rank: or below 1, a share."""
     name, shape = max(config.matrix_shapes().items(), key=lambda item: min(item[1]))

@@ -87,6 +87,10 @@ def _draw_ahead(
 
 
 def _initial_value(model: CausalLM, name: str, shape: torch.Size, dtype: torch.dtype, seed: int, std: float) -> Tensor:
+    return model.initial_value(name, shape, generator_of(seed, name), std).to(dtype)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU for the values of a run's parameter of this name."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return model.initial_value(name, shape, generator, std).to(dtype)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.models.build import low_rank_names
+from peft_pretraining.methods.convert import trained_matrix_names
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer, library_state
 from peft_pretraining.optim.protocol import TrainingOptimizer
@@ -98,11 +98,11 @@ def _loss_scale(model: nn.Module, args: OptimizerArgs) -> LossScale | None:
 
 
 def _param_groups(model: CausalLM, args: OptimizerArgs, subspace: SubspaceArgs) -> list[dict[str, Any]]:
-    """Two groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices.
+    """Two groups: embeddings, head and norms at the full-rank learning rate; the decoder's matrices, or their factors.
 
     Matrices of the MLP or of a part of the layers are in groups of their own if they have other ranks.
     """
-    groups = low_rank_param_groups(model, low_rank_names(model), lr=args.lr, initial_lr=args.lr)
+    groups = low_rank_param_groups(model, trained_matrix_names(model), lr=args.lr, initial_lr=args.lr)
     groups[0] |= {"lr": args.peak_full_rank_lr, "initial_lr": args.peak_full_rank_lr}
     groups[0]["weight_decay"] = args.decay_of_full_rank
     if args.optimizer not in LIBRARY_OPTIMIZERS:

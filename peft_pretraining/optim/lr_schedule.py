@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from peft_pretraining.config.flag_groups import ScheduleArgs
+from peft_pretraining.config.flag_groups import MethodArgs, ScheduleArgs
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,30 @@ def lr_multiplier(
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def scheduled_multiplier(schedule: ScheduleArgs, update_step: int) -> float:
+@dataclass(frozen=True)
+class Restarts:
+    """Restarts of ReLoRA (arXiv 2307.05695): after each the rate grows from 0 back to its schedule."""
+
+    every: int
+    """Updates between two restarts."""
+    warmup: int
+    """Updates of a growth."""
+
+    def factor(self, update_step: int) -> float:
+        """The factor on the scheduled rate of update `update_step` (from 0)."""
+        since = update_step % self.every
+        return since / self.warmup if update_step >= self.every and since < self.warmup else 1.0
+
+
+def restarts_of(method: MethodArgs) -> Restarts | None:
+    """Those of a run; None where its method has none."""
+    return Restarts(method.relora_every, method.relora_warmup) if method.method == "relora" else None
+
+
+def scheduled_multiplier(schedule: ScheduleArgs, update_step: int, restarts: Restarts | None = None) -> float:
     """`lr_multiplier` with the options of a run."""
-    return lr_multiplier(
+    jag = 1.0 if restarts is None else restarts.factor(update_step)
+    return jag * lr_multiplier(
         update_step,
         schedule.scheduler,
         warmup_steps=schedule.warmup_steps,

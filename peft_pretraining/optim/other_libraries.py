@@ -37,6 +37,11 @@ class LibraryOptimizer:
         """The library's groups; loading a state replaces them."""
         return self._optimizer.param_groups
 
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """See `TrainingOptimizer`."""
+        return self._optimizer.state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of `state_dict`; tensors keep their dtypes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +26,10 @@ class TrainingOptimizer(Protocol):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters with their hyperparameters."""
+
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """What is kept of each parameter; loading a state replaces it."""
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
