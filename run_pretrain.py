@@ -30,6 +30,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import parse_within_budget
+from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
 from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
@@ -65,10 +66,14 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     try:
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization.int8_products)
+        args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
-        warnings = (warning_of_memory(args, world.device), slow_dtype(world.device, args.model.dtype))
+        device = world.device
+        warnings = (
+            warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device)
+        )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)
         skip_steps: set[int] = set()

@@ -28,6 +28,7 @@ from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.models.source_tokenizer import tokenizer_of_source
+from peft_pretraining.optim.adam8bit_backend import backend_of, with_backend
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
@@ -84,6 +85,7 @@ def build_training(
     Compiled layers and CUDA graphs are set up where the options allow them. all_reduce sums a tensor over the ranks in
     place; None for one rank. Raises UserError for a configuration that does not work.
     """
+    args = with_backend(args, backend_of(args, device))
     seed, convert = args.runtime.seed, low_rank_converter(args.optimizer, args.quantization)
     model = build_model(args.model, device, seed, on_module=convert)
     if args.optimizer.is_low_rank:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
 from peft_pretraining.build import compiles_layers
+from peft_pretraining.config.checks import needs_own_adam8bit
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
@@ -48,8 +50,15 @@ class PlannedRun:
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
+        self.by_bitsandbytes = optimizer.by_bitsandbytes or self._chooses_bitsandbytes()
+        """Whether bitsandbytes makes the updates."""
         self.matrices = self.matrices_of(args.subspace)
         """Those of one layer; of ranks by depth, one with the largest."""
+
+    def _chooses_bitsandbytes(self) -> bool:
+        """Whether --adam8bit_backend auto would be that on a GPU of this machine's environment."""
+        auto = (self.args.optimizer.optimizer, self.args.optimizer.adam8bit_backend) == ("adam8bit", "auto")
+        return auto and self.cuda and not needs_own_adam8bit(self.args) and find_spec("bitsandbytes") is not None
 
     def matrices_of(self, subspace: SubspaceArgs) -> tuple[Matrix, ...]:
         """Those of one layer with these options."""
