@@ -56,7 +56,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     program: the command that the usage names.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = keep_named_method(parse_within_budget(argv, world_size_of_launch(), program=program))
+    args = parse_within_budget(argv, world_size_of_launch(), program=program, keep=keep_named_method)
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 

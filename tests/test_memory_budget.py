@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.config.flags import format_size, parse_size
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
@@ -194,6 +195,23 @@ def test_a_budget_beyond_the_card_is_refused() -> None:
         UserError, match=r"96GB is more than the 85.2 GB of this machine's NVIDIA H100: give at most 85GB"
     ):
         check_card(96 * 10**9, 85_200_000_000, "NVIDIA H100")
+
+
+@pytest.mark.parametrize("flags", ["--memory_budget 200MB --total_batch_size 16", "--batch_size 4"])
+def test_an_old_run_that_goes_on_is_planned_as_it_was(flags: str, tmp_path: Path) -> None:
+    """Its checkpoint is from before its optimizer's name meant quantized weights: float ones fit in another way."""
+    command = argv("9m", f"--optimizer q_galore_adamw8bit_per_layer --continue_from {tmp_path} {flags}")
+    new = parse_within_budget(command, keep=keep_named_method)
+    of_old = {"weight_quant": False, "stochastic_round": False, "proj_quant": False}
+    (tmp_path / "state.json").write_text(json.dumps(of_old))
+    old = parse_within_budget(command, keep=keep_named_method)
+    assert (new.quantization.weight_quant, old.quantization.weight_quant) == (True, False)
+    config = read_config("9m")
+    assert plan(old, config).peak_bytes < 200e6
+    denied = parse_within_budget([*command, "--no-weight_quant", "--no-proj_quant"])
+    assert (old.model, old.batch, old.subspace) == (denied.model, denied.batch, denied.subspace)
+    if "budget" in flags:
+        assert old.model != new.model, "another choice"
 
 
 def test_without_a_budget_nothing_changes() -> None:
