@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -181,6 +182,19 @@ def test_the_least_that_works_works() -> None:
     assert chosen.notes[-1].split(" chooses ")[1].partition(":")[0] in str(refused.value)
 
 
+def test_the_least_of_a_small_model_is_told_to_the_tenth_of_a_megabyte(tmp_path: Path) -> None:
+    """It is below ten of them; a tenth less is refused again."""
+    small = SmallRun(tmp_path)
+    flags: dict[str, object] = {"batch_size": None, "save_dir": None}
+    with pytest.raises(UserError, match="too small") as refused:
+        parse_within_budget(small.argv("run", flags | {"memory_budget": "0.3MB"}))
+    least = float(str(refused.value).partition("works is ")[2].partition("MB")[0])
+    assert 0.3 < least < 10
+    parse_within_budget(small.argv("run", flags | {"memory_budget": f"{least}MB"}))
+    with pytest.raises(UserError, match=f"works is {least}MB"):
+        parse_within_budget(small.argv("run", flags | {"memory_budget": f"{least - 0.1:.1f}MB"}))
+
+
 def test_a_model_that_only_transformers_reads_has_no_budget(tmp_path: Path) -> None:
     config, raw = tmp_path / "config.json", json.loads((ROOT / "configs" / "llama_9m.json").read_text())
     config.write_text(json.dumps(raw | {"mlp_bias": True}))
@@ -223,7 +237,8 @@ def test_a_run_says_what_it_chose_and_trains(tmp_path: Path, capsys: pytest.Capt
     small = SmallRun(tmp_path)
     assert small.main("run", memory_budget="1GB", batch_size=None, dry_run=True) == 0
     printed = capsys.readouterr().out
-    assert "--memory_budget 1GB chooses --batch_size 8: 0.0" in printed and "--gradient_accumulation 1\n" in printed
+    planned = re.search(r"--memory_budget 1GB chooses --batch_size 8: ([\d.]+) MB planned", printed)
+    assert planned and 0.5 < float(planned[1]) < 100 and "--gradient_accumulation 1\n" in printed
     assert small.main("run", memory_budget="1GB", batch_size=None, num_training_steps=1) == 0
     assert "--memory_budget 1GB chooses --batch_size 8: " in capsys.readouterr().err
 
@@ -234,6 +249,8 @@ def test_sizes_read_back() -> None:
         "22.5GiB": 24_159_191_040,
         "800MB": 8 * 10**8,
         "1.5 tb": 1_500_000_000_000,
+        "8.3MB": 8_300_000,
+        "4.1MB": 4_100_000,
     }.items():
         assert parse_size(text) == nbytes
     for nbytes in (24 * 10**9, 22_500_000_000, 8 * 10**8, 1_234_000_000):

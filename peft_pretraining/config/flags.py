@@ -142,7 +142,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
         raise ValueError("a size with its unit, such as 24GB (10^9 bytes) or 22.5GiB (2^30)")
-    return int(float(match[1]) * _SIZE_SUFFIX[match[2].lower()])
+    return round(float(match[1]) * _SIZE_SUFFIX[match[2].lower()])
 
 
 def format_size(nbytes: int) -> str:

@@ -279,7 +279,7 @@ def in_words(chosen: Candidate, card: Card) -> str:
     """What was chosen, the planned peak and the counted speed."""
     flags = " ".join(chosen.flags) or "no flag, as all are given"
     return (
-        f"--memory_budget {format_size(chosen.args.runtime.memory_budget)} chooses {flags}: {chosen.peak / 1e9:.2f} GB "
+        f"--memory_budget {format_size(chosen.args.runtime.memory_budget)} chooses {flags}: {_with_unit(chosen.peak)} "
         f"planned at the peak, {chosen.tokens_per_second(card):,.0f} tokens/s counted for {card.name}"
     )
 
@@ -287,12 +287,18 @@ def in_words(chosen: Candidate, card: Card) -> str:
 def too_small(budget: str, least: Candidate) -> str:
     """The sentence for a budget below the least that works; budget: what the user gave, in words."""
     how = f"with {' '.join(least.flags)}" if least.flags else "with the flags as they are"
-    return f"{budget} is too small: the least that works is {format_size(rounded_up(least.needs))}, {how}"
+    # About a per cent: the few megabytes that a small model takes are not ten.
+    step = 10**7 if least.needs >= 10**9 else 10**6 if least.needs >= 10**8 else 10**5
+    return f"{budget} is too small: the least that works is {format_size(rounded_up(least.needs, step))}, {how}"
 
 
-def rounded_up(nbytes: int) -> int:
-    """To whole 10 MB."""
-    return -(-nbytes // 10**7) * 10**7
+def rounded_up(nbytes: int, step: int = 10**7) -> int:
+    """Up to whole steps of so many bytes."""
+    return -(-nbytes // step) * step
+
+
+def _with_unit(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.3g} MB"
 
 
 def check_card(budget: int, total: int, name: str) -> None:
