@@ -140,7 +140,9 @@ class DataArgs:
     add_eos: bool = True
     """End each document with the end-of-sequence token."""
     packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
-    """pad: a document a row, cut and padded, as in the paper; pack: documents end to end, without padding."""
+    """pad: a document a row, as in the paper: what is longer than max_length is cut off, and a shorter one is filled up
+    with padding, which takes the time of tokens and is no part of the loss; pack: documents end to end, without
+    either."""
     data_lanes: Annotated[int, Flag("logical shards", at_least=1)] = 64
     """Logical shards, the streams of rows that fix the order of the data; the number of ranks must divide it."""
     shuffle_buffer: Annotated[int, Flag("documents", at_least=1)] = 64
