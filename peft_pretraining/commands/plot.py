@@ -267,7 +267,7 @@ def table(runs: dict[str, RunCurves], smooth: int = 0) -> str:
 
 def remarks(runs: dict[str, RunCurves]) -> list[str]:
     """Sentences about what a table or picture does not show of these runs."""
-    found = []
+    found = _of_tokenizers(runs)
     for label, curves in runs.items():
         if curves.damaged:
             number = f"{curves.damaged} lines of its metrics.jsonl are" if curves.damaged > 1 else "a line is"
@@ -275,6 +275,22 @@ def remarks(runs: dict[str, RunCurves]) -> list[str]:
         if not any("eval/loss" in line for line in curves.lines):
             found.append(f"{label}: no evaluation yet (--eval_every of run_pretrain.py, or its end)")
     return found
+
+
+def _of_tokenizers(runs: dict[str, RunCurves]) -> list[str]:
+    """A sentence if runs are known to have different tokenizers."""
+    from peft_pretraining.models.source_tokenizer import fingerprint, tokenizer_of_run
+
+    names = {label: name for label, curves in runs.items() if (name := tokenizer_of_run(curves.save_dir))}
+    first: dict[str, str] = {}
+    for label, name in names.items():
+        first.setdefault(fingerprint(name), f"{label} has {name}")
+    if len(first) < 2:
+        return []
+    return [
+        f"tokenizers differ: {', '.join(first.values())}. Losses and perplexities are of a token, so that those of one "
+        "tokenizer cannot be compared with another's; bits a byte can, which qgalore evaluate RUN prints"
+    ]
 
 
 # ---- the command
