@@ -80,7 +80,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
-    warnings += [*source_warnings(model), *_unread_keys(model)]
+    warnings += [*source_warnings(model, args.data), *_unread_keys(model)]
     if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
