@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.config.flags import parse_path
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.curves import (
@@ -298,7 +299,7 @@ def _of_tokenizers(runs: dict[str, RunCurves]) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=parse_path, help="folder of a run (its --save_dir)")
