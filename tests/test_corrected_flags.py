@@ -58,5 +58,5 @@ def test_every_name_in_the_tables_is_of_some_command(monkeypatch: pytest.MonkeyP
             call(f"{name} --help")
     assert len(parsers) == len(commands.COMMANDS) - 2
     flags = {name.removeprefix("--") for each in parsers for x in each._actions for name in x.option_strings}
-    places = {x.dest for each in parsers for x in each._actions if not x.option_strings}
-    assert corrected_flags._OTHER_NAMES.keys() <= flags and corrected_flags._OF_PLACES.keys() == places
+    positionals = {x.dest for each in parsers for x in each._actions if not x.option_strings}
+    assert corrected_flags._OTHER_NAMES.keys() <= flags and corrected_flags._OF_POSITIONALS.keys() == positionals

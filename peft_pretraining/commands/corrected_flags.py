@@ -27,7 +27,7 @@ _OTHER_NAMES = {
     "tokenizer": "tokenizer_name tokenizer_path tokenizer_name_or_path",
 }
 """Names of other programs by the flag of one of ours; of each command those count whose flag it has."""
-_OF_PLACES = {
+_OF_POSITIONALS = {
     "run": "run run_dir save_dir model model_path model_name_or_path model_config checkpoint checkpoint_path ckpt path "
     "continue_from init_from",
     "runs": "run runs run_dir save_dir checkpoint path",
@@ -35,7 +35,7 @@ _OF_PLACES = {
     "output": "output output_dir out out_dir outdir save_path save_dir",
     "prompt": "prompt prompts text input",
 }
-"""Names of what stands without a flag, by the name of its place."""
+"""Names of what stands without a flag, by its name."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -76,15 +76,15 @@ class CommandParser(argparse.ArgumentParser):
 
     def _advice(self, name: str, value: str) -> str:
         flags = {name.removeprefix("--"): action for action in self._actions for name in action.option_strings}
-        places = [action for action in self._actions if not action.option_strings]
+        positionals = [action for action in self._actions if not action.option_strings]
         tried = normal_form(name)
         rights = [right for right, names in _OTHER_NAMES.items() if tried in names.split()]
         right = next((each for each in (tried, *rights, RENAMED.get(tried, "")) if each in flags), "")
         if right:
             return f"write --{right} {value}".rstrip() if flags[right].nargs != 0 else f"write --{right}"
-        names = [each.metavar if isinstance(each.metavar, str) else each.dest.upper() for each in places]
-        for index, place in enumerate(places):
-            if tried in _OF_PLACES.get(place.dest, "").split():
+        names = [each.metavar if isinstance(each.metavar, str) else each.dest.upper() for each in positionals]
+        for index, positional in enumerate(positionals):
+            if tried in _OF_POSITIONALS.get(positional.dest, "").split():
                 example = " ".join([*names[:index], value or names[index]])
                 return f"{names[index]} stands without a flag, as in {self.prog} {example}"
         nearest = difflib.get_close_matches(tried, flags, n=1, cutoff=0.6)
