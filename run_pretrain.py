@@ -20,9 +20,9 @@ import torch
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
 from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
-from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
@@ -63,12 +63,12 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         return print_description(args)
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
+    locks: list[FolderLock] = []  # of the main rank; kept until the run ends
     try:
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization.int8_products)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
-        locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
         device = world.device
         warnings = (
@@ -84,6 +84,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(args, world.device)) from error
     finally:
+        for lock in locks:  # a run that was refused has left nothing else
+            lock.remove_unused()
         if not is_lost_rank(sys.exc_info()[1]):  # closing the process group would wait for that rank
             world.close()
 
