@@ -16,6 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before what takes seconds to load
+    from peft_pretraining.runtime.interrupt import end_on_interrupt
+
+    end_on_interrupt("run_pretrain.py")
+
 import torch
 
 from peft_pretraining.averaging import WeightAverage
