@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.checkpoint.recorded_flags import changed_flags, keep_named_method
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
@@ -224,6 +226,32 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_pretraining.config.checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install 'qgalore\[train\]'"):
         run_args("--optimizer", "adam8bit", "--adam8bit_backend", "bitsandbytes")
+
+
+def test_a_resumed_run_keeps_its_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is older than the flag is of our kernels; without the package the way on is named."""
+    command = ("--optimizer", "adam8bit", "--continue_from", str(tmp_path))
+
+    def kept(*flags: str, **recorded: object) -> str:
+        (tmp_path / "state.json").write_text(json.dumps({"optimizer": "adam8bit"} | recorded))
+        return str(keep_named_method(run_args(*command, *flags)).optimizer.adam8bit_backend)
+
+    assert (kept(), kept(adam8bit_backend="bitsandbytes")) == ("own", "bitsandbytes")
+    assert kept("--adam8bit_backend", "own", adam8bit_backend="bitsandbytes") == "own"
+    assert kept("--adam8bit_backend", "auto", adam8bit_backend="bitsandbytes") == "auto"
+    assert kept(optimizer="adamw") == "auto", "which is refused later"
+    old = changed_flags(run_args(*command, "--adam8bit_backend", "bitsandbytes"), {"optimizer": "adam8bit"})
+    assert "--adam8bit_backend own -> bitsandbytes" in old
+    monkeypatch.setattr("peft_pretraining.config.checks.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"give --adam8bit_backend own, .* as in the checkpoint"):
+        kept(adam8bit_backend="bitsandbytes")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(small: SmallRun) -> None:
+    flags = BITSANDBYTES | {"check_replicas": 2}
+    one, two = small.run("one", **flags), small.run_on(2, "two", **flags)
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
 
 
 def test_the_flag_beside_another_optimizer_is_idle() -> None:
