@@ -16,13 +16,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before what takes seconds to load
+    from peft_pretraining.runtime.interrupt import end_on_interrupt
+
+    end_on_interrupt("run_pretrain.py")
+
 import torch
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
 from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
-from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
@@ -33,6 +38,8 @@ from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
 from peft_pretraining.optim.lr_schedule import restarts_of, scheduled_multiplier, set_learning_rate
+from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
+from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
 from peft_pretraining.runtime.device import check_device, slow_dtype
@@ -57,20 +64,24 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     program: the command that the usage names.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = keep_named_method(parse_within_budget(argv, world_size_of_launch(), program=program))
+    args = parse_within_budget(argv, world_size_of_launch(), program=program, keep=keep_named_method)
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
         return print_description(args)
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
+    locks: list[FolderLock] = []  # of the main rank; kept until the run ends
     try:
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization.int8_products)
+        args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
-        locks: list[object] = []  # kept until the process ends
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
-        warnings = (warning_of_memory(args, world.device), slow_dtype(world.device, args.model.dtype))
+        device = world.device
+        warnings = (
+            warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device)
+        )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)
         skip_steps: set[int] = set()
@@ -81,6 +92,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(args, world.device)) from error
     finally:
+        for lock in locks:  # a run that was refused has left nothing else
+            lock.remove_unused()
         if not is_lost_rank(sys.exc_info()[1]):  # closing the process group would wait for that rank
             world.close()
 

@@ -45,6 +45,7 @@ from peft_pretraining.models.registry import read_config
 
 QUANTIZED = ["--weight_quant", "--stochastic_round", "--proj_quant"]
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit", *QUANTIZED, "--recipe", "paper"]
+OWN_ADAM8BIT = ["--optimizer", "adam8bit", "--adam8bit_backend", "own"]
 LOW_RANK = ["--lr", "1e-2", "--rank", "128", "--galore_scale", "0.25", "--update_proj_gap", "200"]
 STREAMING = ["--subspace", "streaming", "--update_proj_gap", "20"]
 PER_LAYER = ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"]
@@ -58,7 +59,7 @@ SETTINGS: dict[str, list[str]] = {
     "adamw_tuned": ["--optimizer", "adamw", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
     "adamw_tuned_beta2_999": ["--optimizer", "adamw", "--lr", "1e-3", "--full_rank_lr", "1e-2", "--beta2", "0.999"],
     "muon": ["--optimizer", "muon", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
-    "adam8bit_tuned": ["--optimizer", "adam8bit", "--lr", "1e-3", "--full_rank_lr", "1e-2"],
+    "adam8bit_tuned": [*OWN_ADAM8BIT, "--lr", "1e-3", "--full_rank_lr", "1e-2"],
     "galore_svd": ["--optimizer", "galore_adamw8bit", *LOW_RANK],
     "q_galore_svd": [*Q_GALORE, *LOW_RANK],
     "q_galore_per_layer": [*Q_GALORE, *LOW_RANK, "--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "0"],

@@ -30,6 +30,7 @@ from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.models.source_tokenizer import tokenizer_of_source
+from peft_pretraining.optim.adam8bit_backend import backend_of, with_backend
 from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
@@ -88,6 +89,9 @@ def build_training(
     """
     seed = args.runtime.seed
     model = build_model(args.model, device, seed, on_module=converter_of(args))
+    args = with_backend(args, backend_of(args, device))
+    seed, convert = args.runtime.seed, low_rank_converter(args.optimizer, args.quantization)
+    model = build_model(args.model, device, seed, on_module=convert)
     if args.optimizer.is_low_rank:
         of_mlp = args.subspace.ranks(of_mlp=True) if args.subspace.mlp_rank else None
         check_ranks_of(model, args.model.model_config, args.subspace.ranks(), of_mlp)

@@ -7,8 +7,8 @@ class UserError(ValueError):
 
 _EXTRA_OF = {"matplotlib": "plot", "peft": "baselines", "bitsandbytes": "baselines"} | dict.fromkeys(
     (
-        "datasets", "huggingface_hub", "numpy", "safetensors", "sentencepiece", "tokenizers", "tqdm", "transformers",
-        "wandb", "zstandard",
+        "bitsandbytes", "datasets", "huggingface_hub", "numpy", "safetensors", "sentencepiece", "tokenizers", "tqdm",
+        "transformers", "wandb", "zstandard",
     ),
     "train",
 )  # fmt: skip

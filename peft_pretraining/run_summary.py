@@ -113,7 +113,7 @@ def _method(args: RunArgs, config: ModelConfig | None) -> str:
 
 def _optimizer(args: RunArgs) -> str:
     optimizer = args.optimizer
-    parts = [optimizer.optimizer]
+    parts = [f"{optimizer.optimizer} by bitsandbytes" if optimizer.by_bitsandbytes else optimizer.optimizer]
     if optimizer.is_low_rank:
         parts += [f"recipe {optimizer.recipe}", f"direction {args.subspace.direction}"]
     if optimizer.grad_clipping:

@@ -14,6 +14,7 @@ import pytest
 
 from peft_pretraining import commands
 from peft_pretraining.commands import evaluate, export, generate, plot, report, tokenize
+from peft_pretraining.config import tried_names
 from peft_pretraining.config.flags import (
     FlagSpec,
     format_count,
@@ -188,7 +189,8 @@ def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple
     for name in OPTIMIZERS:
         if not name.startswith("q_galore"):
             args = parse(f"--optimizer {name}")
-            assert [args.to_dict()[flag] for flag in NAMED] == [False] * 3 and args.left_to_name == ()
+            assert [args.to_dict()[flag] for flag in NAMED] == [False] * 3
+            assert args.left_to_name == (("adam8bit_backend",) if name == "adam8bit" else ())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -380,6 +382,12 @@ BAD_VALUES = [
     ("--min_lr_ratio 1.5", "--min_lr_ratio is 1.5, it must be at least 0 and at most 1"),
     ("--optimizer adma", "--optimizer is 'adma', it must be one of adam, adamw"),
     ("--optimizer adma", "did you mean adam?"),
+    ("--optimizer qgalore", "did you mean q_galore_adamw8bit or q_galore_adamw8bit_per_layer?"),
+    ("--optimizer Q-GaLore", "did you mean q_galore_adamw8bit or q_galore_adamw8bit_per_layer?"),
+    ("--optimizer qgalore_per_layer", "did you mean q_galore_adamw8bit_per_layer?"),
+    ("--optimizer galore", "did you mean galore_adamw?"),
+    ("--optimizer adamw_bnb_8bit", "did you mean adam8bit?"),
+    ("--optimizer galore_adamw_layerwise", "did you mean galore_adamw8bit_per_layer?"),
     ("--dtype int8", "--dtype is 'int8', it must be one of bfloat16, float32, float16"),
     ("--weight_bits 2", "--weight_bits is '2', it must be one of 8, 4"),
     ("--max_train_tokens 3Q", "--max_train_tokens is '3Q', it must be a number with an optional suffix K, M, B or T"),
@@ -433,6 +441,13 @@ def test_what_is_right_for_a_flag_from_elsewhere_exists() -> None:
     names = {spec.name for spec in specs()}
     assert flags_in_advice() - {"nproc_per_node"} <= names
     assert not (RENAMED.keys() | ADVICE.keys()) & names and not RENAMED.keys() & ADVICE.keys()
+    meant = {
+        right
+        for text in tried_names._OPTIMIZERS.values()
+        for x in text.split()
+        for right in tried_names.meant_values("optimizer", x)
+    }
+    assert meant == tried_names._OPTIMIZERS.keys() <= {*OPTIMIZERS}
 
 
 def test_a_required_flag_under_another_name_is_one_problem() -> None:

@@ -363,6 +363,23 @@ def test_the_tokenizer_of_the_source_is_the_default(small: SmallRun, capsys: pyt
         tokenizer_of_source(str(source))
 
 
+def test_another_tokenizer_than_that_of_the_source_is_warned_of(small: SmallRun) -> None:
+    text = write_text(small.folder / "text")
+    source, file = small.folder / "source", small.folder / "text" / "tokenizer.json"
+    theirs(num_key_value_heads=2).save_pretrained(source)
+    assert parse_args(argv(small, source, **text)).warnings == (), "it has none"
+    (source / "tokenizer.json").write_bytes(file.read_bytes())
+    assert parse_args(argv(small, source, **text)).warnings == (), "a copy"
+    assert parse_args(argv(small, source, **text | {"tokenizer": None})).warnings == ()
+    assert parse_args(argv(small, source, tokenizer="train:400")).warnings == (), "of token ids"
+    for name in ("train:400", "t5-base"):
+        (warning,) = parse_args(argv(small, source, **text | {"tokenizer": name})).warnings
+        assert warning.startswith(f"--tokenizer {name} is not {source}, the tokenizer of --init_from {source}: ")
+    (source / "tokenizer.json").write_text("{}")
+    (warning,) = parse_args(argv(small, source, **text)).warnings
+    assert "leave --tokenizer out" in warning
+
+
 # ---- memory
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.config.flags import format_size, parse_size
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
@@ -180,6 +182,19 @@ def test_the_least_that_works_works() -> None:
     assert chosen.notes[-1].split(" chooses ")[1].partition(":")[0] in str(refused.value)
 
 
+def test_the_least_of_a_small_model_is_told_to_the_tenth_of_a_megabyte(tmp_path: Path) -> None:
+    """It is below ten of them; a tenth less is refused again."""
+    small = SmallRun(tmp_path)
+    flags: dict[str, object] = {"batch_size": None, "save_dir": None}
+    with pytest.raises(UserError, match="too small") as refused:
+        parse_within_budget(small.argv("run", flags | {"memory_budget": "0.3MB"}))
+    least = float(str(refused.value).partition("works is ")[2].partition("MB")[0])
+    assert 0.3 < least < 10
+    parse_within_budget(small.argv("run", flags | {"memory_budget": f"{least}MB"}))
+    with pytest.raises(UserError, match=f"works is {least}MB"):
+        parse_within_budget(small.argv("run", flags | {"memory_budget": f"{least - 0.1:.1f}MB"}))
+
+
 def test_a_model_that_only_transformers_reads_has_no_budget(tmp_path: Path) -> None:
     config, raw = tmp_path / "config.json", json.loads((ROOT / "configs" / "llama_9m.json").read_text())
     config.write_text(json.dumps(raw | {"mlp_bias": True}))
@@ -196,6 +211,23 @@ def test_a_budget_beyond_the_card_is_refused() -> None:
         check_card(96 * 10**9, 85_200_000_000, "NVIDIA H100")
 
 
+@pytest.mark.parametrize("flags", ["--memory_budget 200MB --total_batch_size 16", "--batch_size 4"])
+def test_an_old_run_that_goes_on_is_planned_as_it_was(flags: str, tmp_path: Path) -> None:
+    """Its checkpoint is from before its optimizer's name meant quantized weights: float ones fit in another way."""
+    command = argv("9m", f"--optimizer q_galore_adamw8bit_per_layer --continue_from {tmp_path} {flags}")
+    new = parse_within_budget(command, keep=keep_named_method)
+    of_old = {"weight_quant": False, "stochastic_round": False, "proj_quant": False}
+    (tmp_path / "state.json").write_text(json.dumps(of_old))
+    old = parse_within_budget(command, keep=keep_named_method)
+    assert (new.quantization.weight_quant, old.quantization.weight_quant) == (True, False)
+    config = read_config("9m")
+    assert plan(old, config).peak_bytes < 200e6
+    denied = parse_within_budget([*command, "--no-weight_quant", "--no-proj_quant"])
+    assert (old.model, old.batch, old.subspace) == (denied.model, denied.batch, denied.subspace)
+    if "budget" in flags:
+        assert old.model != new.model, "another choice"
+
+
 def test_without_a_budget_nothing_changes() -> None:
     flags = argv("9m", f"{QUANTIZED} --batch_size 4")
     assert parse_within_budget(flags) == parse_args(flags)
@@ -205,7 +237,8 @@ def test_a_run_says_what_it_chose_and_trains(tmp_path: Path, capsys: pytest.Capt
     small = SmallRun(tmp_path)
     assert small.main("run", memory_budget="1GB", batch_size=None, dry_run=True) == 0
     printed = capsys.readouterr().out
-    assert "--memory_budget 1GB chooses --batch_size 8: 0.0" in printed and "--gradient_accumulation 1\n" in printed
+    planned = re.search(r"--memory_budget 1GB chooses --batch_size 8: ([\d.]+) MB planned", printed)
+    assert planned and 0.5 < float(planned[1]) < 100 and "--gradient_accumulation 1\n" in printed
     assert small.main("run", memory_budget="1GB", batch_size=None, num_training_steps=1) == 0
     assert "--memory_budget 1GB chooses --batch_size 8: " in capsys.readouterr().err
 
@@ -216,6 +249,8 @@ def test_sizes_read_back() -> None:
         "22.5GiB": 24_159_191_040,
         "800MB": 8 * 10**8,
         "1.5 tb": 1_500_000_000_000,
+        "8.3MB": 8_300_000,
+        "4.1MB": 4_100_000,
     }.items():
         assert parse_size(text) == nbytes
     for nbytes in (24 * 10**9, 22_500_000_000, 8 * 10**8, 1_234_000_000):

@@ -106,6 +106,7 @@ def only_new_tensors() -> Iterator[None]:
 MODES = {
     "adamw": "--optimizer adamw",
     "adam8bit": "--optimizer adam8bit",
+    "adam8bit by bitsandbytes": "--optimizer adam8bit --adam8bit_backend bitsandbytes",
     "galore": "--optimizer galore_adamw --rank 24",
     "galore float32": "--optimizer galore_adamw --rank 24 --dtype float32",
     "galore 8bit": "--optimizer galore_adamw8bit --rank 48",

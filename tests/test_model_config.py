@@ -14,7 +14,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta
 from peft_pretraining.models.config import read_config_json
-from peft_pretraining.models.config_files import shipped_configs
+from peft_pretraining.models.config_files import shipped_config, shipped_configs
 from peft_pretraining.models.config_source import model_name
 from peft_pretraining.models.registry import find_family, read_config
 from tests.data.hub_server import DatasetHub, HubRepository, point_at
@@ -143,3 +143,27 @@ def test_a_key_that_changes_the_computation_is_refused(tmp_path: Path, key: str,
 def test_a_model_that_another_library_has_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantization_config says that the weights are stored in another"):
         parse(write(tmp_path, quantization_config={"bits": 4}))
+
+
+def test_all_faults_of_a_config_are_named_at_once(tmp_path: Path) -> None:
+    """The official Q-GaLore configurations have two: max_sequence_length, and -1 as the id of padding."""
+    path, raw = tmp_path / "config.json", read_config_json(shipped_config("60m") or "")
+    official = {key: value for key, value in raw.items() if key != "max_position_embeddings"}
+    path.write_text(json.dumps(official | {"max_sequence_length": 1024, "pad_token_id": -1}))
+    with pytest.raises(UserError) as refused:
+        read_config(path)
+    assert str(refused.value) == (
+        f"{path}: max_sequence_length is the official Q-GaLore code's name; rename it max_position_embeddings. "
+        "pad_token_id is -1; it must be null or an id inside the vocabulary, 0 to 31999."
+    )
+    faults = {"hidden_act": "gelu", "rope_scaling": {"rope_type": "yarn"}, "hidden_size": 500, "rms_norm_eps": 0}
+    path.write_text(json.dumps(raw | faults | {"num_key_value_heads": 3}))
+    with pytest.raises(UserError) as refused:
+        read_config(path)
+    found = str(refused.value).split(". ")
+    named = ("hidden_act", "rope_scaling", "hidden_size", "rms_norm_eps", "num_key_value_heads")
+    assert len(found) == len(named) and all(key in text for key, text in zip(named, found, strict=True))
+    del raw["vocab_size"]
+    path.write_text(json.dumps(raw | {"mlp_bias": True}))
+    with pytest.raises(UserError, match=r"mlp_bias is True.*\. vocab_size missing"):
+        read_config(path)

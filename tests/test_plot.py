@@ -238,6 +238,33 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path, capsys: pytest.C
     assert plot.remarks({"run": curves})[0] == "run: 2 lines of its metrics.jsonl are damaged and left out"
 
 
+def test_runs_with_different_tokenizers_are_told_apart(tmp_path: Path) -> None:
+    """By the name on the hub, or by the contents of a file; what is not known differs from nothing."""
+
+    def run(name: str, **flags: object) -> Path:
+        folder = write_run(tmp_path / name, metrics(10))
+        if flags:
+            (folder / "step_00000010").mkdir()
+            for file in ("manifest.json", "state.json"):
+                (folder / "step_00000010" / file).write_text(json.dumps({"dataset": "c4", "tokenizer": ""} | flags))
+        return folder
+
+    for name in ("one.json", "copy.json", "other.json"):
+        (tmp_path / name).write_text("another" if name == "other.json" else "one")
+    default, unknown = run("default", optimizer="adam"), run("unknown")
+    same = run("same", tokenizer="t5-base")
+    one, copy, other = (run(name, tokenizer=str(tmp_path / f"{name}.json")) for name in ("one", "copy", "other"))
+
+    def said(*folders: Path) -> list[str]:
+        runs = dict(zip(distinct_labels(folders), map(read_curves, folders), strict=True))
+        return [text for text in plot.remarks(runs) if "tokenizers" in text]
+
+    assert said(default, same, unknown) == said(one, copy) == said(one) == []
+    (text,) = said(one, copy, other, default)
+    assert text.startswith(f"tokenizers differ: one has {tmp_path}/one.json, other has {tmp_path}/other.json, default")
+    assert "qgalore evaluate RUN" in text and "copy has" not in text
+
+
 def test_without_matplotlib_the_table_is_printed_and_a_sentence_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

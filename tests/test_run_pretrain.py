@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import itertools
 import json
 import math
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from peft_pretraining.build import build_data, build_training
+from peft_pretraining.checkpoint.folder import lock_folder
 from peft_pretraining.config.parse import parse_args
+from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
@@ -453,6 +457,36 @@ def test_a_tokenizer_file_that_is_none(small: SmallRun, capsys: pytest.CaptureFi
     broken = small.folder / "broken.json"
     broken.write_text("{")
     assert str(broken) in refusal(small, capsys, **text | {"tokenizer": broken})
+
+
+def test_a_refused_run_leaves_no_folder(small: SmallRun) -> None:
+    """Neither one that was made for it nor those above; what was there before stays, and so does what a run wrote."""
+    new, there = small.folder / "new" / "deep" / "run", small.folder / "there"
+    there.mkdir()
+    for folder in (new, there):
+        assert small.main("run", save_dir=folder, dataset=small.folder / "nothing", save_every=1) == 2
+    assert not (small.folder / "new").exists() and there.is_dir() and not list(there.iterdir())
+    small.run("new", num_training_steps=1)
+    assert small.main("new", dataset=small.folder / "nothing", continue_from="auto") == 2
+    assert {"step_00000001", METRICS_FILE} <= {path.name for path in (small.folder / "new").iterdir()}
+
+
+def test_a_lock_whose_file_was_deleted_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends may delete it between the opening and the locking of another one."""
+    flock, calls = fcntl.flock, itertools.count()
+
+    def flock_after_another_has_ended(file: IO[str], operation: int) -> None:
+        if next(calls) == 0:
+            Path(file.name).unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_another_has_ended)
+    lock = lock_folder(tmp_path / "run")
+    assert Path(lock.file.name).is_file() and next(calls) == 2
+    with pytest.raises(UserError, match="another process is running there"):
+        lock_folder(tmp_path / "run")
+    lock.remove_unused()
+    assert not (tmp_path / "run").exists()
 
 
 def test_save_dir_that_cannot_be_written(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

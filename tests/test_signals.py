@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
@@ -12,9 +14,20 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
+from peft_pretraining import commands
 from peft_pretraining.runtime.signals import StopRequest
 from tests.data.hub_server import C4Hub
-from tests.small_run import SmallRun, assert_same_run, flags_of, restored_process, start, start_ranks, write_text
+from tests.small_run import (
+    ROOT,
+    SmallRun,
+    assert_same_run,
+    environment,
+    flags_of,
+    restored_process,
+    start,
+    start_ranks,
+    write_text,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -132,3 +145,33 @@ def test_a_signal_in_a_network_outage_stops_in_time(small: SmallRun, ranks: int)
         assert small.result("run").checkpoint().update_step == 12
     finally:
         hub.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["run_pretrain.py", "--model_config", "9m"], "run_pretrain.py"),
+        (["-m", "peft_pretraining", "pretrain", "--help"], "qgalore pretrain"),
+        (["-m", "peft_pretraining", "evaluate", "run"], "qgalore evaluate"),
+    ],
+)
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(command: list[str], name: str, tmp_path: Path) -> None:
+    """Of a torch whose import gets the signal, and would take it for a reason to go on."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip() == f"{name}: interrupted while it was starting"
+
+
+def test_ctrl_c_is_as_before_when_a_command_is_loaded() -> None:
+    """And nothing is changed for a program that imports ours."""
+    before = signal.getsignal(signal.SIGINT)
+    assert commands.main(["plan", "--cards"]) == 0
+    assert signal.getsignal(signal.SIGINT) is before

@@ -147,3 +147,19 @@ def test_what_is_no_model_is_refused_in_a_sentence(small: SmallRun, tmp_path: Pa
     save_checkpoint(tmp_path / "other", 1, tensors, {}, {**small.result("tokens").checkpoint().state, **state})
     with pytest.raises(UserError, match="does not fit the model config and flags that it names"):
         open_trained(tmp_path / "other", "cpu")
+
+
+def test_a_cut_off_export_is_named_by_its_file(small: SmallRun, tmp_path: Path) -> None:
+    """Of a shard as well: transformers says only that a header does not fit."""
+    folder = tmp_path / "shards"
+    model = open_trained(small.folder / "tokens", "cpu").in_transformers()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    open_trained(folder, "cpu")
+    files[1].write_bytes(files[1].read_bytes()[:-8])
+    with pytest.raises(UserError, match=rf"{folder}: {files[1].name} is cut off: .* fetch it again"):
+        open_trained(folder, "cpu")
+    files[1].write_bytes(b"")
+    with pytest.raises(UserError, match=f"{folder}: {files[1].name}"):
+        open_trained(folder, "cpu")

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,30 +22,53 @@ _STEP = re.compile(r"(\.replaced_)?step_\d{8,}")
 _TEMPORARY, _REPLACED, _LOCK = ".tmp_", ".replaced_", ".lock"
 
 
-def lock_folder(save_dir: str | Path) -> IO[str] | None:
-    """Lock a run's folder until the returned file is closed or the process ends.
+@dataclass(frozen=True)
+class FolderLock:
+    """A run's folder that is locked while this object lives."""
+
+    file: IO[str]
+    created: tuple[Path, ...]
+    """The folder, and those above it, as far as they were not there; the folder first."""
+
+    def remove_unused(self) -> None:
+        """Delete the lock's file, and folders that were made for it, where there is nothing else in the folder."""
+        path = Path(self.file.name)
+        with contextlib.suppress(OSError):
+            if [each.name for each in path.parent.iterdir()] == [_LOCK]:
+                path.unlink()
+                for folder in self.created:
+                    folder.rmdir()
+
+
+def lock_folder(save_dir: str | Path) -> FolderLock:
+    """Lock a run's folder until the returned object is gone or the process ends; on a file system without locks not.
 
     Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError if another process has
-    locked it or it cannot be created. Returns None on a file system without locks.
+    locked it or it cannot be created.
     """
     path = Path(save_dir) / _LOCK
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(
-            f"--save_dir {save_dir}: {path} cannot be written ({error.strerror}); "
-            "give a --save_dir that is a writable directory"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"--save_dir {save_dir}: another process is running there; stop it first or give another --save_dir"
-        ) from None
-    except OSError:
-        return None
-    return file
+    created = tuple(folder for folder in path.parents if not folder.exists())
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise UserError(
+                f"--save_dir {save_dir}: {path} cannot be written ({error.strerror}); "
+                "give a --save_dir that is a writable directory"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--save_dir {save_dir}: another process is running there; stop it first or give another --save_dir"
+            ) from None
+        except OSError:
+            return FolderLock(file, created)
+        with contextlib.suppress(OSError):
+            # A run that ended meanwhile may have deleted the file that is locked now.
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return FolderLock(file, created)
 
 
 def checkpoint_path(folder: Path, update_step: int) -> Path:

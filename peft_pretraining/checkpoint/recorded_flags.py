@@ -27,7 +27,7 @@ def keep_named_method(args: RunArgs) -> RunArgs:
     with these values.
     """
     source = args.checkpoint.continue_from
-    recorded = _recorded(source, args.checkpoint.save_dir) if source and args.left_to_name else {}
+    recorded = _with_old_values(_recorded(source, args.checkpoint.save_dir) if source and args.left_to_name else {})
     values = args.to_dict()
     kept = {name: recorded[name] for name in args.left_to_name if recorded.get(name, values[name]) != values[name]}
     if not kept:
@@ -38,12 +38,23 @@ def keep_named_method(args: RunArgs) -> RunArgs:
         for title, group in groups.items()
         if (own := {name: value for name, value in kept.items() if name in vars(group)})
     }
-    flags = " ".join(f"--{name}" if value else f"--no-{name}" for name, value in kept.items())
+    flags = " ".join(_as_flag(name, value) for name, value in kept.items())
     note = f"{flags}, as in the checkpoint: the command line says nothing of it"
     args = dataclasses.replace(args, **changed, notes=(*args.notes, note))
     if problems := find_problems(args):
         raise UserError(f"{'; '.join(problems)} ({note}).")
     return args
+
+
+def _as_flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
+
+
+def _with_old_values(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint has recorded, and the values of flags that it is older than, where they are not the default."""
+    return {"adam8bit_backend": "own", **recorded} if recorded.get("optimizer") == "adam8bit" else recorded
 
 
 def _recorded(continue_from: str, save_dir: str) -> Mapping[str, Any]:
@@ -63,6 +74,7 @@ def changed_flags(args: RunArgs, recorded: Mapping[str, Any]) -> list[str]:
     What an older version has not recorded counts as the flag's default.
     """
     defaults = {field.name: field.default for group in GROUPS.values() for field in dataclasses.fields(group)}
+    recorded = _with_old_values(recorded)
     return [
         f"--{name} {_in_words(there)} -> {_in_words(here)}"
         for name, here in args.to_dict().items()

@@ -27,7 +27,6 @@ from torch import Tensor
 from peft_pretraining.checkpoint.folder import (
     checkpoint_path,
     list_checkpoints,
-    lock_folder,
     prune,
     put_in_place,
     remove_leftovers,
@@ -61,7 +60,6 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_newest_checkpoint",
-    "lock_folder",
     "save_checkpoint",
     "set_aside_later",
     "with_todays_names",

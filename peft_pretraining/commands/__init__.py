@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from peft_pretraining.errors import missing_package
 from peft_pretraining.models.config_files import shipped_root
-from qgalore import __version__
+from peft_pretraining.runtime.interrupt import EXIT_CODE, ending_on_interrupt
 
 COMMANDS = {
     "pretrain": "train a model from scratch, or go on from weights that are there",
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(), file=sys.stderr if name == "" else sys.stdout)
         return 2 if name == "" else 0
     if name == "--version":
+        from qgalore import __version__
+
         print(f"qgalore {__version__}")
         return 0
     if name not in COMMANDS:
@@ -42,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qgalore: {name} is no command: {advice}", file=sys.stderr)
         return 2
     try:
-        return int(importlib.import_module(f"{__name__}.{name}").main(rest))
+        with ending_on_interrupt(f"qgalore {name}"):
+            module = importlib.import_module(f"{__name__}.{name}")
+        return int(module.main(rest))
     except KeyboardInterrupt:
-        return 130  # what a shell expects of Ctrl-C
+        return EXIT_CODE
     except ModuleNotFoundError as error:
         if (advice_to_install := missing_package(error)) is None:
             raise

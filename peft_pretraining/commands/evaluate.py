@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.commands.evaluated_data import Data, Evaluation, open_data
 from peft_pretraining.commands.trained_model import DEVICES, DTYPES, Origin, TrainedModel, open_trained
 from peft_pretraining.config.flag_groups import DataArgs, EvaluationArgs
@@ -80,7 +81,7 @@ def _bits_per_byte(result: EvalResult, data: Data) -> float | None:
 
 def parse_args(argv: Sequence[str] | None) -> tuple[dict[str, Any], argparse.Namespace]:
     """Parse the command line: (given flags of the data, the others). Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip

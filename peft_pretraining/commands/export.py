@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.checkpoint.store import Checkpoint
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.commands.exported_tokenizer import special_ids, write_tokenizer
 from peft_pretraining.commands.trained_model import Origin, averaged_weights, config_of, find_checkpoint, method_of
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
@@ -38,7 +39,7 @@ SHARD_BYTES = 4_000_000_000
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.commands.trained_model import DEVICES, DTYPES, TrainedModel, choose_device, open_trained
 from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.flags import parse_count, parse_name_or_path, parse_path, whole_number
@@ -170,7 +171,7 @@ class _Stream:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError that lists all problems of values."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip

@@ -93,6 +93,7 @@ def model_names(text: str) -> list[str]:
 def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str:
     """What `--dry_run` prints of a run, with --memory as its budget, or else a card's for a batch that is not given."""
     from peft_pretraining.build import shape_of
+    from peft_pretraining.checkpoint.recorded_flags import keep_named_method
     from peft_pretraining.dry_run import describe
     from peft_pretraining.memory.budget import parse_within_budget
     from peft_pretraining.runtime.rendezvous import world_size_of_launch
@@ -106,7 +107,8 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
     card = find_card(args.gpu) if args.gpu else card_of_size(_bytes(budget)) if budget else None
     if card and not budget and not _is_given("batch_size", flags) and not _is_given("memory_budget", flags):
         budget = f"{gigabytes}GB"
-    run = parse_within_budget([*flags, *(["--memory_budget", budget] if budget else [])], world_size_of_launch(), card)
+    flags = [*flags, *(["--memory_budget", budget] if budget else [])]
+    run = parse_within_budget(flags, world_size_of_launch(), card, keep=keep_named_method)
     text, config = describe(run), shape_of(run.model)
     if card is None or config is None:
         return text

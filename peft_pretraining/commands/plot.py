@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.config.flags import parse_path
 from peft_pretraining.errors import UserError
 from peft_pretraining.reporting.curves import (
@@ -267,7 +268,7 @@ def table(runs: dict[str, RunCurves], smooth: int = 0) -> str:
 
 def remarks(runs: dict[str, RunCurves]) -> list[str]:
     """Sentences about what a table or picture does not show of these runs."""
-    found = []
+    found = _of_tokenizers(runs)
     for label, curves in runs.items():
         if curves.damaged:
             number = f"{curves.damaged} lines of its metrics.jsonl are" if curves.damaged > 1 else "a line is"
@@ -277,12 +278,28 @@ def remarks(runs: dict[str, RunCurves]) -> list[str]:
     return found
 
 
+def _of_tokenizers(runs: dict[str, RunCurves]) -> list[str]:
+    """A sentence if runs are known to have different tokenizers."""
+    from peft_pretraining.models.source_tokenizer import fingerprint, tokenizer_of_run
+
+    names = {label: name for label, curves in runs.items() if (name := tokenizer_of_run(curves.save_dir))}
+    first: dict[str, str] = {}
+    for label, name in names.items():
+        first.setdefault(fingerprint(name), f"{label} has {name}")
+    if len(first) < 2:
+        return []
+    return [
+        f"tokenizers differ: {', '.join(first.values())}. Losses and perplexities are of a token, so that those of one "
+        "tokenizer cannot be compared with another's; bits a byte can, which qgalore evaluate RUN prints"
+    ]
+
+
 # ---- the command
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=parse_path, help="folder of a run (its --save_dir)")

@@ -8,12 +8,15 @@ The first is one process, on one GPU or the CPU.
 
 from collections.abc import Sequence
 
+from peft_pretraining.runtime.interrupt import ending_on_interrupt
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code. One of several ranks ends the process here, as `run_pretrain.py` does."""
-    import run_pretrain
-    from peft_pretraining.runtime.process import leave
-    from peft_pretraining.runtime.rendezvous import world_size_of_launch
+    with ending_on_interrupt("qgalore pretrain"):
+        import run_pretrain
+        from peft_pretraining.runtime.process import leave
+        from peft_pretraining.runtime.rendezvous import world_size_of_launch
 
     code = run_pretrain.main(argv, "qgalore pretrain")
     if world_size_of_launch() > 1:

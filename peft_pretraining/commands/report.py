@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.commands.report_page.samples import PROMPTS, SampleOptions, samples_section
 from peft_pretraining.config.flags import parse_name_or_path, parse_path, whole_number
 from peft_pretraining.errors import UserError
@@ -43,7 +44,7 @@ def build(folder: Path, samples: SampleOptions) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", type=parse_path, help="folder of a run (its --save_dir)")

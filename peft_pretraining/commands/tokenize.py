@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_pretraining.commands.corrected_flags import CommandParser
 from peft_pretraining.config.flag_groups import DataArgs
 from peft_pretraining.config.flags import add_flag, convert, parse_count, parse_path, read_specs
 from peft_pretraining.data.eval_set import read_documents
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> tuple[DataArgs, argparse.Namespace]:
     """Parse the flags of the data, as run_pretrain.py does, and those of the script. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qgalore tokenize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.manifest import MANIFEST
 from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, load_newest_checkpoint, with_todays_names
 from peft_pretraining.config.flag_groups import MethodArgs, OptimizerArgs, QuantizationArgs
+from peft_pretraining.checkpoint.weight_files import find_weight_files, in_folder, read_headers
+from peft_pretraining.config.flag_groups import OptimizerArgs, QuantizationArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.methods.convert import matrix_converter
 from peft_pretraining.methods.merge import merged_entries
@@ -291,9 +294,18 @@ def _open_export(path: Path, device: torch.device, dtype: torch.dtype | None) ->
             str(path), dtype=dtype or "auto", local_files_only=True
         )
     except Exception as error:  # transformers raises whatever it meets
+        _check_files(path)  # it does not say which file it is
         raise UserError(f"{path}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
     network = network.to(device).eval()
     return TrainedModel(path, config, {}, None, TransformersModel(network).eval(), device, network.dtype)
+
+
+def _check_files(path: Path) -> None:
+    """Raise UserError that names the file of weights which is cut off or no such file."""
+    try:
+        read_headers(find_weight_files(partial(in_folder, path)))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}.") from error
 
 
 def network_from(config: Mapping[str, Any], state: dict[str, Tensor], dtype: torch.dtype, source: str) -> Any:

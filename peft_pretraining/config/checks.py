@@ -84,10 +84,12 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--grad_accum_dtype {args.optimizer.grad_accum_dtype} is that of embeddings, head and norms alone: with "
             "--sum_in_momentum matrices have no sums of gradients"
         )
+    if "adam8bit_backend" in given and args.optimizer.optimizer != "adam8bit":
+        warnings.append(f"{_idle(['--adam8bit_backend'])}: --optimizer {args.optimizer.optimizer} is not adam8bit")
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
-    warnings += [*source_warnings(model), *_unread_keys(model)]
+    warnings += [*source_warnings(model, args.data), *_unread_keys(model)]
     if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
@@ -288,6 +290,34 @@ def _optimizer_problems(args: RunArgs) -> list[str]:
         problems.append(
             f"--full_rank_second_moment {optimizer.full_rank_second_moment} cannot work with --optimizer {name}, which "
             "is another library's: leave it out or use another optimizer"
+        )
+    return problems + _backend_problems(args)
+
+
+def needs_own_adam8bit(args: RunArgs) -> list[str]:
+    """The flags that bitsandbytes' 8-bit Adam does not have."""
+    optimizer, found = args.optimizer, []
+    if optimizer.cautious_decay:
+        found.append("--cautious_decay")
+    if optimizer.full_rank_second_moment != "value":
+        found.append(f"--full_rank_second_moment {optimizer.full_rank_second_moment}")
+    if args.model.dtype == "float16":  # small gradients vanish when they are divided by the loss scale and stored
+        found.append("--dtype float16")
+    return found
+
+
+def _backend_problems(args: RunArgs) -> list[str]:
+    if not args.optimizer.by_bitsandbytes:
+        return []
+    problems = [
+        f"{flag} cannot work with --adam8bit_backend bitsandbytes, whose kernels do not have it: give "
+        f"--adam8bit_backend own, or leave {flag.split()[0]} out"
+        for flag in needs_own_adam8bit(args)
+    ]
+    if find_spec("bitsandbytes") is None:
+        problems.append(
+            "--adam8bit_backend bitsandbytes needs the package bitsandbytes, which is not installed: pip install "
+            "'qgalore[train]', or give --adam8bit_backend own, which goes on from the states of either"
         )
     return problems
 

@@ -142,7 +142,9 @@ class DataArgs:
     add_eos: bool = True
     """End each document with the end-of-sequence token."""
     packing: Annotated[str, Flag(choices=("pad", "pack"))] = "pad"
-    """pad: a document a row, cut and padded, as in the paper; pack: documents end to end, without padding."""
+    """pad: a document a row, as in the paper: what is longer than max_length is cut off, and a shorter one is filled up
+    with padding, which takes the time of tokens and is no part of the loss; pack: documents end to end, without
+    either."""
     data_lanes: Annotated[int, Flag("logical shards", at_least=1)] = 64
     """Logical shards, the streams of rows that fix the order of the data; the number of ranks must divide it."""
     shuffle_buffer: Annotated[int, Flag("documents", at_least=1)] = 64
@@ -238,6 +240,11 @@ class OptimizerArgs:
     """With --dtype float16 a fixed factor on the loss, by which gradients are divided again. The dynamic one is 65536
     at first, half of what it was after an update whose gradient overflowed, which is skipped, and twice after 2,000
     updates without one."""
+    adam8bit_backend: Annotated[str, Flag(choices=("auto", "bitsandbytes", "own"))] = "auto"
+    """Whose kernels update weights and moments of adam8bit. auto: bitsandbytes on a CUDA GPU where it is installed, but
+    for --cautious_decay, --full_rank_second_moment row and --dtype float16, which it does not have; own elsewhere; of a
+    run that is resumed, the one that it had. bitsandbytes rounds bfloat16 weights to the nearest, own stochastically.
+    The states are the same, so that a run can go on with the other one."""
 
     @property
     def is_low_rank(self) -> bool:
@@ -248,6 +255,11 @@ class OptimizerArgs:
     def is_q_galore(self) -> bool:
         """Whether the optimizer can update quantized weights."""
         return self.optimizer in Q_GALORE_OPTIMIZERS
+
+    @property
+    def by_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes makes the updates, as far as `adam8bit_backend` is not auto."""
+        return self.optimizer == "adam8bit" and self.adam8bit_backend == "bitsandbytes"
 
     @property
     def per_layer(self) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from peft_pretraining.config.tried_names import RENAMED, normal_form, what_is_right
+from peft_pretraining.config.tried_names import RENAMED, meant_values, normal_form, what_is_right
 from qgalore.config import Allowed, limits_of
 
 _NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -142,7 +142,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
         raise ValueError("a size with its unit, such as 24GB (10^9 bytes) or 22.5GiB (2^30)")
-    return int(float(match[1]) * _SIZE_SUFFIX[match[2].lower()])
+    return round(float(match[1]) * _SIZE_SUFFIX[match[2].lower()])
 
 
 def format_size(nbytes: int) -> str:
@@ -335,6 +335,6 @@ def _choose(spec: FlagSpec, raw: str) -> Any:
         if str(choice) == text:
             return choice
     names = [str(choice) for choice in spec.flag.choices]
-    nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.6)
-    advice = f" (did you mean {nearest[0]}?)" if nearest else ""
+    nearest = meant_values(spec.name, text) or difflib.get_close_matches(text, names, n=1, cutoff=0.6)
+    advice = f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
     raise ValueError(f"--{spec.name} is {raw!r}, it must be one of {', '.join(names)}{advice}")

@@ -6,11 +6,14 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config.flag_groups import CheckpointArgs, ModelArgs
+from peft_pretraining.config.flag_groups import CheckpointArgs, DataArgs, ModelArgs
+from peft_pretraining.data.sources.kind import TextKind
+from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.config_source import config_in, config_path
 from peft_pretraining.models.registry import config_from
+from peft_pretraining.models.source_tokenizer import fingerprint, tokenizer_of_source
 
 _SHAPES = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -72,8 +75,29 @@ def source_problems(model: ModelArgs, checkpoint: CheckpointArgs) -> list[str]:
     return []
 
 
-def source_warnings(model: ModelArgs) -> list[str]:
-    """List constants in which `--model_config` differs from the model of `--init_from`, whose weights fit its own."""
+def source_warnings(model: ModelArgs, data: DataArgs) -> list[str]:
+    """List what differs from the model of `--init_from`, whose weights fit its own: the tokenizer, and constants."""
+    return [*_of_another_tokenizer(model, data), *_of_other_constants(model)]
+
+
+def _of_another_tokenizer(model: ModelArgs, data: DataArgs) -> list[str]:
+    if not model.init_from or not data.tokenizer:
+        return []
+    own = ""
+    with contextlib.suppress(UserError, OSError, ValueError):  # problems of their own, or no problem of a resumed run
+        if isinstance(find_kind(data.dataset), TextKind):
+            own = tokenizer_of_source(model.init_from)
+    if not own or fingerprint(own) == fingerprint(data.tokenizer):
+        return []
+    return [
+        f"--tokenizer {data.tokenizer} is not {own}, the tokenizer of --init_from {model.init_from}: by another one "
+        "the ids stand for other pieces of text than the weights were trained with; leave --tokenizer out, unless both "
+        "are the same"
+    ]
+
+
+def _of_other_constants(model: ModelArgs) -> list[str]:
+    """Constants in which `--model_config` differs."""
     if not model.init_from or model.model_config == model.init_from:
         return []
     with contextlib.suppress(UserError):

@@ -1,7 +1,8 @@
 """What the name of a q_galore optimizer says of a run: INT8 weights, stochastic rounding and INT4 projections.
 
 It is the default of three flags, each with a --no- form. A run that goes on from a checkpoint keeps the values there,
-unless its command line gives the flags: checkpoints may be older than this meaning of the names.
+unless its command line gives the flags: checkpoints may be older than this meaning of the names. So it is with the
+library whose kernels adam8bit has.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def with_named_method(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def left_to_name(given: Mapping[str, Any]) -> tuple[str, ...]:
     """The flags that the optimizer's name decides for a command line with the values `given`."""
-    if given.get("optimizer") not in Q_GALORE_OPTIMIZERS:
-        return ()
-    return tuple(name for name in NAMED if name not in given)
+    if given.get("optimizer") == "adam8bit":
+        names: tuple[str, ...] = ("adam8bit_backend",)
+    else:
+        names = NAMED if given.get("optimizer") in Q_GALORE_OPTIMIZERS else ()
+    return tuple(name for name in names if name not in given)

@@ -104,6 +104,25 @@ ADVICE = {
 """What is right, in a sentence, by a name for which no flag stands alone."""
 
 
+_OPTIMIZERS = {
+    "adam8bit": "adamw8bit adamwbnb8bit pagedadamw8bit adambnb8bit",
+    "adamw": "adamwtorch adamwhf adamwtorchfused adamwfused",
+    "galore_adamw": "galore",
+    "galore_adamw8bit": "galore8bit",
+    "galore_adamw8bit_per_layer": "galoreadamwlayerwise galoreadamw8bitlayerwise galoreperlayer",
+    "q_galore_adamw8bit": "qgalore qgaloreadamw qgaloreadamw8bit qgalore8bit",
+    "q_galore_adamw8bit_per_layer": "qgalore qgaloreadamw qgaloreperlayer qgalorelayerwise qgaloreadamwperlayer "
+    "qgaloreadamw8bitperlayer qgaloreadamw8bitlayerwise",
+}
+"""Names of optimizers elsewhere, without what parts their words, by those of --optimizer."""
+
+
+def meant_values(flag: str, value: str) -> list[str]:
+    """The values of a flag that a name from elsewhere stands for; none where it is not known."""
+    tried = re.sub(r"[\W_]", "", value.lower())
+    return [right for right, names in _OPTIMIZERS.items() if flag == "optimizer" and tried in names.split()]
+
+
 def normal_form(flag: str) -> str:
     """A flag of a command line as the tables have it: --Learning-Rate=3 is learning_rate."""
     return flag.partition("=")[0].lstrip("-").replace("-", "_").lower()

@@ -11,7 +11,7 @@ from peft_pretraining.data.tokenizer import Tokenizer
 
 # A sample of each source: the first documents of its first shards; of a long document its beginning.
 _SHARDS, _DOCUMENTS, _ITEMS, _CHARACTERS = 4, 16, 1000, 20_000
-_WORTH_SAYING_CUT, _WORTH_SAYING_UNKNOWN = 0.01, 0.001
+_WORTH_SAYING_CUT, _WORTH_SAYING_PADDED, _WORTH_SAYING_UNKNOWN = 0.01, 0.4, 0.001
 
 
 def describe_data(
@@ -28,12 +28,12 @@ def describe_data(
 def describe_losses(
     samples: Sequence[tuple[Sequence[str], float]], tokenizer: Tokenizer, packing: str, max_length: int
 ) -> list[str]:
-    """Lines on the share of the sampled text that is cut off or unknown to the tokenizer; none if that is small.
+    """Lines on the share of the sampled text that is cut off or unknown to the tokenizer, and of rows that is padding.
 
-    samples: (documents, weight) of each source.
+    There is none on what is small. samples: (documents, weight) of each source.
     """
     room = max_length - sum(token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    weights = cut = unknown = 0.0
+    weights = cut = padded = unknown = 0.0
     for texts, weight in samples:
         beginnings = [text[:_CHARACTERS] for text in texts]
         encoded = tokenizer.encode(beginnings)
@@ -41,15 +41,22 @@ def describe_losses(
             continue
         whole = [len(ids) * len(text) / len(begin) for ids, text, begin in zip(encoded, texts, beginnings, strict=True)]
         weights += weight
-        cut += weight * (1 - sum(min(tokens, room) for tokens in whole) / sum(whole))
+        kept = sum(min(tokens, room) for tokens in whole)
+        cut += weight * (1 - kept / sum(whole))
+        padded += weight * (1 - (kept / len(whole) + max_length - room) / max_length)
         if tokenizer.unk_token_id is not None:
             unknown += weight * sum(ids.count(tokenizer.unk_token_id) for ids in encoded) / count
-    cut, unknown = (value / weights if weights else 0.0 for value in (cut, unknown))
+    cut, padded, unknown = (value / weights if weights else 0.0 for value in (cut, padded, unknown))
     lines = []
     if packing == "pad" and cut >= _WORTH_SAYING_CUT:
         lines.append(
             f"a row holds one document, cut at {max_length} tokens (--packing pad): of the first documents about "
             f"{cut:.0%} of the text is cut off and never trained on; --packing pack joins documents and cuts nothing"
+        )
+    if packing == "pad" and padded >= _WORTH_SAYING_PADDED:
+        lines.append(
+            f"a row holds one document, padded to {max_length} tokens (--packing pad): of the first documents about "
+            f"{padded:.0%} of the positions are padding, which takes time and trains nothing; --packing pack has none"
         )
     if unknown >= _WORTH_SAYING_UNKNOWN:
         lines.append(

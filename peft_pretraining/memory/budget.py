@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,6 +40,7 @@ from qgalore.config import FULL
 UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 """What is kept free of a budget, as measured peaks are up to a per cent above the plan, and where layers are computed
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
+Keep = Callable[[RunArgs], RunArgs]
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
 AS_FAST, WORTH_ROUNDING, WORTH_A_RANK = 1.01, 1.05, 2.0
@@ -85,12 +86,15 @@ class Candidate:
 class Candidates:
     """All settings that a command line leaves open, step by step."""
 
-    def __init__(self, argv: Sequence[str], world_size: int = 1, defaults: Collection[str] = ()) -> None:
+    def __init__(
+        self, argv: Sequence[str], world_size: int = 1, defaults: Collection[str] = (), keep: Keep | None = None
+    ) -> None:
         """argv: of `run_pretrain.py`; --batch_size may be left out beside --total_batch_size.
 
-        defaults: names of flags in it that may be changed all the same. Raises UserError.
+        defaults: names of flags in it that may be changed all the same; keep: as of `parse_within_budget`. Raises
+        UserError.
         """
-        self._argv, self._world_size = list(argv), world_size
+        self._argv, self._world_size, self._keep = list(argv), world_size, keep or _as_they_are
         given = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
         self._given = given.difference(defaults)
         self._lasting: dict[Any, dict[str, int]] = {}
@@ -146,7 +150,7 @@ class Candidates:
         return found or [(("--batch_size", "1"), self._parse("--batch_size", "1"))]  # which raises
 
     def _parse(self, *flags: str) -> RunArgs:
-        return parse_args([*self._argv, *flags], self._world_size)
+        return self._keep(parse_args([*self._argv, *flags], self._world_size))
 
     def _allowed(self, *flags: str) -> RunArgs | None:
         """The command line with these flags, too; None where it may not have them, such as clipping without a sum."""
@@ -237,17 +241,27 @@ def _by_what_it_gives_up(candidate: Candidate) -> tuple[bool, bool, int]:
     return model.int8_activations, model.activation_checkpointing, candidate.peak
 
 
+def _as_they_are(args: RunArgs) -> RunArgs:
+    return args
+
+
 def parse_within_budget(
-    argv: Sequence[str], world_size: int = 1, card: Card | None = None, program: str = "run_pretrain.py"
+    argv: Sequence[str],
+    world_size: int = 1,
+    card: Card | None = None,
+    program: str = "run_pretrain.py",
+    keep: Keep | None = None,
 ) -> RunArgs:
     """Read a command line, with what `--memory_budget` chooses for it where it is given; the usage names `program`.
 
     card: that the run is planned for; None: this machine's, whose memory the budget may not exceed, or else the speed
-    of an H100. Raises UserError, also where nothing fits.
+    of an H100. keep: sets what a resumed run keeps of its checkpoint, so that this run is planned. Raises UserError,
+    also where nothing fits.
     """
+    keep = keep or _as_they_are
     if not any(token.partition("=")[0] == "--memory_budget" for token in argv):
-        return parse_args(argv, world_size, program)
-    candidates = Candidates(argv, world_size)
+        return keep(parse_args(argv, world_size, program))
+    candidates = Candidates(argv, world_size, keep=keep)
     first = candidates.steps[0][0].args
     budget = first.runtime.memory_budget
     if card is None and first.runtime.device != "cpu" and torch.cuda.is_available():
@@ -257,7 +271,7 @@ def parse_within_budget(
     chosen = candidates.choose(budget, card)
     if chosen is None:
         raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest))
-    args = parse_args([*argv, *chosen.flags], world_size)
+    args = keep(parse_args([*argv, *chosen.flags], world_size))
     return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
 
 
@@ -265,7 +279,7 @@ def in_words(chosen: Candidate, card: Card) -> str:
     """What was chosen, the planned peak and the counted speed."""
     flags = " ".join(chosen.flags) or "no flag, as all are given"
     return (
-        f"--memory_budget {format_size(chosen.args.runtime.memory_budget)} chooses {flags}: {chosen.peak / 1e9:.2f} GB "
+        f"--memory_budget {format_size(chosen.args.runtime.memory_budget)} chooses {flags}: {_with_unit(chosen.peak)} "
         f"planned at the peak, {chosen.tokens_per_second(card):,.0f} tokens/s counted for {card.name}"
     )
 
@@ -273,12 +287,18 @@ def in_words(chosen: Candidate, card: Card) -> str:
 def too_small(budget: str, least: Candidate) -> str:
     """The sentence for a budget below the least that works; budget: what the user gave, in words."""
     how = f"with {' '.join(least.flags)}" if least.flags else "with the flags as they are"
-    return f"{budget} is too small: the least that works is {format_size(rounded_up(least.needs))}, {how}"
+    # About a per cent: the few megabytes that a small model takes are not ten.
+    step = 10**7 if least.needs >= 10**9 else 10**6 if least.needs >= 10**8 else 10**5
+    return f"{budget} is too small: the least that works is {format_size(rounded_up(least.needs, step))}, {how}"
 
 
-def rounded_up(nbytes: int) -> int:
-    """To whole 10 MB."""
-    return -(-nbytes // 10**7) * 10**7
+def rounded_up(nbytes: int, step: int = 10**7) -> int:
+    """Up to whole steps of so many bytes."""
+    return -(-nbytes // step) * step
+
+
+def _with_unit(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**9 else f"{nbytes / 1e6:.3g} MB"
 
 
 def check_card(budget: int, total: int, name: str) -> None:

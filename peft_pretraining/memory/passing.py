@@ -59,7 +59,8 @@ class PassingBytes:
         # Of the head's gradient: what leaves an INT8 sum in float32; rows of a direction, or all of it where blocks of
         # an 8-bit state straddle them.
         read = (min(_ROWS, float32) if run.args.world_size == 1 else float32) if self.int8_sums else 0
-        update = read + (float32 if self.int8_states and config.hidden_size % 256 else min(_ROWS, float32))
+        rows = float32 if self.int8_states and config.hidden_size % 256 else min(_ROWS, float32)
+        update = read + (rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows)
         of_table = self.table + (update if run.updates_at_once else read)
         # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
         # gradient waits for that of the embeddings.
@@ -167,7 +168,8 @@ class PassingBytes:
         """At most, beside the gradients: directions of matrices that are updated as a batch, or a refresh of one."""
         run, largest = self.run, max(x.gradient for x in self.run.matrices)
         if not run.args.optimizer.is_low_rank:
-            return min(_ROWS, 4 * largest)
+            rows = min(_ROWS, 4 * largest)
+            return rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows
         one_by_one, layers = run.updates_at_once and not run.graphs, 1 if run.updates_at_once else self.layers
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         total = sum(x.gradient for x in run.matrices) * layers
@@ -184,6 +186,17 @@ class PassingBytes:
         read = 4 * values if self.int8_sums and not (run.updates_at_once or run.args.sums_in_momentum) else 0
         steps = self.b * made + read + max(map(self._applying, run.matrices))
         return cached + max(steps, *map(self.refresh, run.matrices))
+
+    def _by_bitsandbytes(self) -> int:
+        """Bytes a value of an update by bitsandbytes, beside the sum of its gradient.
+
+        The gradient in the dtype of the weights, unless it is so, while it is scaled in float32; then with copies of
+        weight and codes as they were, which are put back where the update is skipped. On a CPU nothing has to be put
+        back.
+        """
+        run, clips = self.run, self.run.args.optimizer.grad_clipping or self.run.args.optimizer.norm_growth
+        grad = 0 if run.sum_dtype == run.dtype and not clips else self.b
+        return max((4 if clips else 0) + grad, grad + (self.b + 2 if run.cuda else 0))
 
     def _applying(self, matrix: Matrix) -> int:
         """Beside direction and bases: the whole direction of a residual; factors and rows of a float weight.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
 from peft_pretraining.build import compiles_layers
+from peft_pretraining.config.checks import needs_own_adam8bit
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
@@ -51,8 +53,15 @@ class PlannedRun:
         rank = args.subspace.rank
         self.rank_of_factors = rank if args.method.method != "full" and isinstance(rank, int) else 0
         """Of the factors or adapters of each matrix; 0 without."""
+        self.by_bitsandbytes = optimizer.by_bitsandbytes or self._chooses_bitsandbytes()
+        """Whether bitsandbytes makes the updates."""
         self.matrices = self.matrices_of(args.subspace)
         """Those of one layer; of ranks by depth, one with the largest."""
+
+    def _chooses_bitsandbytes(self) -> bool:
+        """Whether --adam8bit_backend auto would be that on a GPU of this machine's environment."""
+        auto = (self.args.optimizer.optimizer, self.args.optimizer.adam8bit_backend) == ("adam8bit", "auto")
+        return auto and self.cuda and not needs_own_adam8bit(self.args) and find_spec("bitsandbytes") is not None
 
     def matrices_of(self, subspace: SubspaceArgs) -> tuple[Matrix, ...]:
         """Those of one layer with these options."""

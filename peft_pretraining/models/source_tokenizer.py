@@ -1,7 +1,9 @@
-"""The tokenizer of the model that `--init_from` names: the default of --tokenizer, since weights belong to its ids."""
+"""The tokenizer that belongs to a model or a run: ids and losses of another one mean something else."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bp
 
 
 def tokenizer_of_source(init_from: str) -> str:
-    """What --tokenizer would name it by; "" where the source has none.
+    """What --tokenizer would name it by, whose default it is beside --init_from; "" where the source has none.
 
     Raises UserError for a source that is gone, whose tokenizer a run that goes on would lose.
     """
@@ -34,6 +36,24 @@ def tokenizer_of_source(init_from: str) -> str:
     run = config.parent.parent
     trained = [path for path in kept_tokenizers(str(run), "") if path.is_file()]
     return str(trained[0]) if trained else _of_flags(json.loads(config.read_text(encoding="utf-8")))
+
+
+def tokenizer_of_run(folder: Path) -> str:
+    """What --tokenizer would name that of a run by; "" where it is not known: of token ids, or without a checkpoint."""
+    try:
+        return tokenizer_of_source(str(folder)) if config_in(folder) else ""
+    except (OSError, ValueError):  # damaged, or its source is gone
+        return ""
+
+
+def fingerprint(tokenizer: str) -> str:
+    """What tells the tokenizer that --tokenizer names so from another: the hash of its file, or its name on the hub."""
+    path = Path(tokenizer)
+    with contextlib.suppress(OSError):
+        files = [path / name for name in _FILES if (path / name).is_file()] if path.is_dir() else [path]
+        if files and files[0].is_file():
+            return hashlib.sha256(files[0].read_bytes()).hexdigest()
+    return tokenizer
 
 
 def _of_flags(flags: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArg
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.methods.convert import trained_matrix_names
 from peft_pretraining.models.network import CausalLM
+from peft_pretraining.optim.bitsandbytes_adam import BitsandbytesAdamW8bit
 from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer, library_state
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
@@ -72,7 +73,8 @@ def build_optimizer(
     groups = _param_groups(model, args, subspace)
     if args.optimizer in LIBRARY_OPTIMIZERS:
         return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
-    optimizer = _ADAM_FAMILY[args.optimizer](
+    family = BitsandbytesAdamW8bit if args.by_bitsandbytes else _ADAM_FAMILY[args.optimizer]
+    optimizer = family(
         groups,
         lr=args.lr,
         betas=(args.adam_beta1, args.beta2),

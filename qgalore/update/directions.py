@@ -32,6 +32,22 @@ ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
 
 
+Step = AdamStep | FactoredStep | SummedStep
+
+
+class RowsOfWeight(NamedTuple):
+    """Rows of a plain weight, or all of it, in an update."""
+
+    values: Tensor
+    """A view of them, which the update writes."""
+    step: Step
+    """Of their gradient and moments; an `AdamStep` where there is one of each."""
+    group: dict[str, Any]
+    """The weight's param group."""
+    number: int
+    """Of the update, from 1."""
+
+
 class Direction(NamedTuple):
     """How directions are made and what they keep."""
 
@@ -49,6 +65,9 @@ class Direction(NamedTuple):
     """
     by_row: bool = False
     """Whether there is a second moment of each row of the gradient (`qgalore.update.moments.ROW_MOMENT`)."""
+    update: Callable[[Sequence[RowsOfWeight], Tensor | None], None] | None = None
+    """update(parts, skip) moves moments and plain weights, in the place of `advance` and what follows it: for a kernel
+    of another library that does both. Like them it keeps all, to the bit, where the flag `skip` is true."""
 
 
 def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
@@ -65,9 +84,6 @@ def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon"
     found = [by_index[index] for index in range(len(momenta))]
     scaled: list[Tensor] = internal("torch._foreach_mul")(found, [ORTHOGONAL_RMS * max(x.shape) ** 0.5 for x in found])
     return scaled
-
-
-Step = AdamStep | FactoredStep | SummedStep
 
 
 def _momenta(steps: Sequence[Step], dtype: torch.dtype, skip: Tensor | None) -> list[Tensor]:

@@ -51,7 +51,7 @@ from qgalore.subspace.fira import full_direction
 from qgalore.subspace.methods import grouped_bases
 from qgalore.update import moments, momentum_sum
 from qgalore.update.all_reduce import Bucket
-from qgalore.update.directions import Direction, Step
+from qgalore.update.directions import Direction, RowsOfWeight, Step
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
 from qgalore.update.gradient_sum import Gradient, rows_of_gradient
 from qgalore.update.momentum_sum import Addition, SummedGradient
@@ -328,11 +328,16 @@ def _update_plain(
     for first in range(0, len(parts), at_once):
         chosen = parts[first : first + at_once]
         steps = [_step_of_rows(*part) for part in chosen]
+        rows = [kernels.rows_of(weight.param.data, start, stop) for weight, _, _, start, stop in chosen]
+        if update := weights[0].direction.update:
+            found = zip(chosen, rows, steps, strict=True)
+            update([RowsOfWeight(each, step, part[0].param_group, part[0].step) for part, each, step in found], skip)
+            continue
         directions = weights[0].direction.advance(steps, skip)
-        updates = []
-        for (weight, _, _, start, stop), direction in zip(chosen, directions, strict=True):
-            rows = kernels.rows_of(weight.param.data, start, stop)
-            updates.append(kernels.FloatUpdate(rows, direction, None, None, weight.step_row, row_start=start))
+        updates = [
+            kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=start)
+            for (weight, _, _, start, _), each, direction in zip(chosen, rows, directions, strict=True)
+        ]
         kernels.update_float_(updates, skip)
 
 

@@ -55,18 +55,32 @@ def test_shares_and_other_kinds(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_what_rows_and_tokenizer_lose(tokenizer: Tokenizer) -> None:
     texts = [document(0)] * 9 + ["word1 word2 " * 40_000]
-    (cut,) = describe_losses([(texts, 1)], tokenizer, "pad", 32)
+    cut, _ = describe_losses([(texts, 1)], tokenizer, "pad", 32)  # nine are short: see below
     assert "cut at 32 tokens (--packing pad): of the first documents about 100% of the text is" in cut
     assert "--packing pack" in cut
-    (little,) = describe_losses([(texts, 0.1), (texts[:9], 0.9)], tokenizer, "pad", 32)
+    little, _ = describe_losses([(texts, 0.1), (texts[:9], 0.9)], tokenizer, "pad", 32)
     assert "about 10% of the text" in little
     assert describe_losses([(texts, 1)], tokenizer, "pack", 32) == []
-    assert describe_losses([(texts[:9], 1)], tokenizer, "pad", 64) == []
+    assert not [text for text in describe_losses([(texts[:9], 1)], tokenizer, "pad", 64) if "cut" in text]
     assert describe_losses([([], 1)], tokenizer, "pad", 64) == []
     behind_blank_lines = Splits(MemorySource("m", [*[""] * 200, *texts]), None)
     assert describe_data(behind_blank_lines, tokenizer, "pad", 32)[2] == cut
     whole = Splits(MemorySource("m", texts), MemorySource("m", texts[:2]))
     assert describe_data(whole, tokenizer, "pad", 32)[2] == cut
+
+
+def test_padding_of_short_documents_is_said(tokenizer: Tokenizer) -> None:
+    """A document takes a quarter of its row, with the token of its end."""
+    short = document(0)
+    tokens = len(tokenizer.encode([short])[0]) + 1
+    length = 4 * tokens
+    (line,) = describe_losses([([short] * 9, 1)], tokenizer, "pad", length)
+    assert f"padded to {length} tokens (--packing pad): of the first documents about 75% of the positions" in line
+    assert "--packing pack has none" in line
+    (mixed,) = describe_losses([([short] * 9, 0.6), ([short * 40], 0.4)], tokenizer, "pad", length)[1:]
+    assert "about 45% of the positions" in mixed
+    assert describe_losses([([short] * 9, 1)], tokenizer, "pack", length) == []
+    assert describe_losses([([short] * 9, 1)], tokenizer, "pad", tokens * 3 // 2) == []
 
 
 def test_unknown_text_is_a_warning(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:

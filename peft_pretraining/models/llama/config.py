@@ -8,6 +8,7 @@ that was asked for.
 import difflib
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -82,23 +83,29 @@ class LlamaConfig:
     source: str = "the model config"
 
     def __post_init__(self) -> None:
+        _refuse(self.source, [f"{key} is {getattr(self, key)!r}; it must be {right}" for key, right in self._faults()])
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        """Keys whose value cannot be, with what it must be."""
+        sizes = {key for key in _SIZES if _is_positive(getattr(self, key))}
         for key in _SIZES:
-            self._require(_is_int(getattr(self, key)) and getattr(self, key) > 0, key, "a positive whole number")
+            if key not in sizes:
+                yield key, "a positive whole number"
         for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            self._require(_is_number(getattr(self, key)) and getattr(self, key) > 0, key, "a positive number")
+            if not (_is_number(getattr(self, key)) and getattr(self, key) > 0):
+                yield key, "a positive number"
         for key in ("tie_word_embeddings", "attention_bias"):
-            self._require(isinstance(getattr(self, key), bool), key, "true or false")
+            if not isinstance(getattr(self, key), bool):
+                yield key, "true or false"
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        self._require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-        self._require(self.head_dim % 2 == 0, "head_dim", "even, because RoPE turns pairs (hidden_size / heads)")
+        if {"num_attention_heads", "num_key_value_heads"} <= sizes and heads % kv_heads:
+            yield "num_key_value_heads", f"a divisor of num_attention_heads ({heads})"
+        if "head_dim" in sizes and self.head_dim % 2:
+            yield "head_dim", "even, because RoPE turns pairs (hidden_size / heads)"
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             token = getattr(self, key)
-            inside = token is None or (_is_int(token) and 0 <= token < self.vocab_size)
-            self._require(inside, key, f"null or an id inside the vocabulary, 0 to {self.vocab_size - 1}")
-
-    def _require(self, holds: bool, key: str, right: str) -> None:
-        if not holds:
-            raise UserError(f"{self.source}: {key} is {getattr(self, key)!r}; it must be {right}.")
+            if "vocab_size" in sizes and token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
+                yield key, f"null or an id inside the vocabulary, 0 to {self.vocab_size - 1}"
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -107,49 +114,65 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "the model config") -> Self:
-        """The same from the file's contents; keys that say nothing about the model's arithmetic are ignored."""
-        cls._refuse_unsupported(raw, source)
+        """The same from the file's contents; keys that say nothing about the model's arithmetic are ignored.
+
+        All faults are named at once.
+        """
+        problems, values = list(cls._unsupported(raw)), {}
+        try:
+            values["rope_theta"], values["rope_scaling"] = read_rope(raw, source)
+        except UserError as error:
+            problems.append(_without_source(error, source))
         missing = [key for key in cls.required if key not in raw]
         if missing:
             kind, needed = cls.architecture.removesuffix("ForCausalLM"), ", ".join(cls.required)
-            raise UserError(f"{source}: {', '.join(missing)} missing; a {kind} config.json gives {needed}.")
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        values = {field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name != "source"}
-        values["rope_theta"], values["rope_scaling"] = read_rope(raw, source)
+            problems.append(f"{', '.join(missing)} missing; a {kind} config.json gives {needed}")
+            _refuse(source, problems)
+        names = [field.name for field in fields(cls) if field.name not in ("source", "rope_theta", "rope_scaling")]
+        values |= {name: raw[name] for name in names if name in raw}
         if values.get("attention_bias") is None:
             values.pop("attention_bias", None)
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = heads
         if values.get("head_dim") is None:
-            if not (_is_int(heads) and _is_int(hidden) and heads > 0 and hidden > 0 and hidden % heads == 0):
-                raise UserError(f"{source}: hidden_size is {hidden!r}; it must be a multiple of the {heads!r} heads.")
-            values["head_dim"] = hidden // heads
+            values["head_dim"] = 2  # where the sizes are no numbers, which is said of them
+            if _is_positive(heads) and _is_positive(hidden):
+                if hidden % heads:
+                    problems.append(f"hidden_size is {hidden!r}; it must be a multiple of the {heads!r} heads")
+                else:
+                    values["head_dim"] = hidden // heads
         eos = values.get("eos_token_id")
         if isinstance(eos, list) and eos:
             values["eos_token_id"] = eos[0]
-        return cls(**values, source=source)
+        try:
+            config = cls(**values, source=source)
+        except UserError as error:
+            problems.append(_without_source(error, source))
+        _refuse(source, problems)
+        return config
 
     @classmethod
-    def _refuse_unsupported(cls, raw: dict[str, Any], source: str) -> None:
+    def _unsupported(cls, raw: dict[str, Any]) -> Iterator[str]:
+        """What keys say of the model's arithmetic that is not implemented."""
         for old, new in _RENAMED.items():
             if old in raw:
-                raise UserError(f"{source}: {old} is the official Q-GaLore code's name; rename it {new}.")
+                yield f"{old} is the official Q-GaLore code's name; rename it {new}"
         for key, only in (("model_type", cls.model_type), ("hidden_act", "silu")):
             if raw.get(key, only) != only:
-                raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {only!r}, {HF_HINT}.")
+                yield f"{key} is {raw[key]!r}; it must be {only!r}, {HF_HINT}"
         for key, only in {**_OFF, **dict.fromkeys(cls.unread), **cls.fixed}.items():
             if key not in cls.unread and raw.get(key) not in (only, None):
-                raise UserError(f"{source}: {key} is {raw[key]!r}; it must be {json.dumps(only)}, {HF_HINT}.")
+                yield f"{key} is {raw[key]!r}; it must be {json.dumps(only)}, {HF_HINT}"
         if raw.get("quantization_config"):
-            raise UserError(
-                f"{source}: quantization_config says that the weights are stored in another library's format; give a "
-                "model with float weights, or leave the key out."
+            yield (
+                "quantization_config says that the weights are stored in another library's format; give a model with "
+                "float weights, or leave the key out"
             )
         types = raw.get("layer_types") or []
         others = [kind for kind in types if kind != "full_attention"] if isinstance(types, list) else [types]
         if others:
-            only = "'full_attention' for every layer"
-            raise UserError(f"{source}: layer_types has {others[0]!r}; it must be {only}, {HF_HINT}.")
+            yield f"layer_types has {others[0]!r}; it must be 'full_attention' for every layer, {HF_HINT}"
 
     @classmethod
     def unknown_keys(cls, raw: dict[str, Any]) -> dict[str, str]:
@@ -198,6 +221,21 @@ class LlamaConfig:
         """Trainable values, a tied head counted once."""
         matrices = sum(map(math.prod, self.matrix_shapes().values()))
         return self.num_hidden_layers * matrices + sum(map(math.prod, self.other_shapes()))
+
+
+def _refuse(source: str, problems: Sequence[str]) -> None:
+    """Raise UserError with all problems, clauses each, of the file `source`, if there are any."""
+    if problems:
+        raise UserError(f"{source}: {'. '.join(problems)}.")
+
+
+def _without_source(error: UserError, source: str) -> str:
+    """The clauses of an error that names the file."""
+    return str(error).removeprefix(f"{source}: ").removesuffix(".")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and _is_int(value) and value > 0
 
 
 def _is_int(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,9 +25,11 @@ class Qwen2Config(LlamaConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.attention_bias is True, "attention_bias", "true or left out: q, k and v have biases")
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        """See `LlamaConfig`."""
+        yield from super()._faults()
+        if self.attention_bias is False:
+            yield "attention_bias", "true or left out: q, k and v have biases"
 
     def has_bias(self, matrix: str) -> bool:
         """See `LlamaConfig.has_bias`."""
