@@ -9,13 +9,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from peft_pretraining.errors import UserError
@@ -83,8 +82,12 @@ def open_folder(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None
     return row
 
 
-def fine_tune(trainee: Trainee, data: TaskData, method: MethodArgs, tuning: TuningArgs) -> dict[str, Any]:
+def fine_tune(
+    trainee: Trainee, data: TaskData, method: MethodArgs, tuning: TuningArgs, saves: bool = True
+) -> dict[str, Any]:
     """Train a model, from the newest checkpoint of `tuning.save_dir` where there is one, and measure it.
+
+    saves: whether checkpoints are written.
 
     Returns scores, peak memory, bytes by count, seconds and versions. `lr`, `total_batch_size` and `save_dir` of tuning
     are given. Raises UserError for a micro-batch that does not divide the batch, and for several GPUs in one process.
@@ -95,7 +98,7 @@ def fine_tune(trainee: Trainee, data: TaskData, method: MethodArgs, tuning: Tuni
     device = device_of(tuning.device)
     trainer = Trainer(
         trainee.model,
-        _arguments(method, tuning, len(data.train), device),
+        _arguments(method, tuning, len(data.train), device, saves),
         data_collator=data.collate,
         train_dataset=data.train,
         eval_dataset=dict(data.evaluated),
@@ -112,11 +115,13 @@ def fine_tune(trainee: Trainee, data: TaskData, method: MethodArgs, tuning: Tuni
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - start, memory_metrics(device)
-    scores = scores_by_update(trainer.state.log_history, len(data.evaluated))
+    scores = scores_by_update(trainer.state.log_history, data.evaluated)
+    last = scores[trainer.state.global_step]
     return {
         "metric": data.metric,
-        "score": scores[trainer.state.global_step],
-        "best_score": max(scores.values()),
+        "score": _mean(last),
+        "best_score": max(map(_mean, scores.values())),
+        "scores": last,
         "peak_gb": round(memory["memory/peak_gb"], 3),
         "reserved_gb": round(memory.get("memory/reserved_gb", 0.0), 3),
         "weight_bytes": trainee.weight_bytes(),
@@ -157,14 +162,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def scores_by_update(history: list[dict[str, Any]], sets: int) -> dict[int, float]:
-    """The mean score over the evaluated sets, by the updates after which all of them were evaluated."""
+def scores_by_update(history: list[dict[str, Any]], sets: Iterable[str]) -> dict[int, dict[str, float]]:
+    """The score of each evaluated set, by the updates after which all of them were evaluated."""
+    names = list(sets)
     found: dict[int, dict[str, float]] = {}
     for line in history:
-        scores = {name: value for name, value in line.items() if name.startswith("eval_") and name.endswith("_score")}
-        if scores:
-            found.setdefault(line["step"], {}).update(scores)
-    return {step: round(float(np.mean(list(each.values()))), 3) for step, each in found.items() if len(each) == sets}
+        for name in names:
+            if (key := f"eval_{name}_score") in line:
+                found.setdefault(line["step"], {})[name] = round(line[key], 3)
+    return {step: scores for step, scores in found.items() if len(scores) == len(names)}
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return round(sum(scores.values()) / len(scores), 3)
 
 
 def versions() -> dict[str, str]:
@@ -183,7 +193,7 @@ def updates_of(tuning: TuningArgs, examples: int) -> int:
     return tuning.num_training_steps or math.ceil(tuning.epochs * math.ceil(examples / tuning.total_batch_size))
 
 
-def _arguments(method: MethodArgs, tuning: TuningArgs, examples: int, device: torch.device) -> Any:
+def _arguments(method: MethodArgs, tuning: TuningArgs, examples: int, device: torch.device, saves: bool) -> Any:
     """The `TrainingArguments` of a run. Raises UserError."""
     from transformers import TrainingArguments
 
@@ -213,7 +223,7 @@ def _arguments(method: MethodArgs, tuning: TuningArgs, examples: int, device: to
         bf16=device.type == "cuda" and method.dtype == "float32",
         **recompute,
         eval_strategy="epoch",
-        save_strategy="steps" if tuning.save_every else "epoch",
+        save_strategy="no" if not saves else "steps" if tuning.save_every else "epoch",
         save_steps=tuning.save_every or 500,
         save_total_limit=2,
         logging_steps=50,
