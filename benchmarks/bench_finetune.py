@@ -12,7 +12,7 @@ that is in the CSV already is not repeated, so the command can be stopped and st
 
 peaks: some updates of a model of random bfloat16 weights, micro-batch 1 of 512 tokens, a process for each: RoBERTa-base
 as in `scripts/finetune/glue.sh`, LLaMA-7B as in `mmlu.sh` (embeddings and head frozen, blocks recomputed). full at 7B
-is counted and not run.
+is counted and not run, as are all with --updates 0.
 
 DIR holds train and validation token ids, `train*.uint16` and `validation*.uint16`, or the same with .xz: little-endian,
 a document ends with the id of `--eos`. Rows go to `benchmarks/results/finetune.csv`; one that fails, such as for a
@@ -49,7 +49,7 @@ from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.errors import UserError
 from peft_pretraining.finetune.flags import METHODS, MethodArgs, TuningArgs
 from peft_pretraining.finetune.glue_metrics import accuracy
-from peft_pretraining.finetune.methods import Trainee, freeze_embeddings, make_trainee
+from peft_pretraining.finetune.methods import Trainee, make_trainee
 from peft_pretraining.finetune.mmlu import IGNORED, MmluMethodArgs
 from peft_pretraining.finetune.training import TaskData, device_of, fine_tune, versions
 from peft_pretraining.reporting.throughput import GIGABYTE
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0,1,2", help="quality: the first chooses the rate")
     parser.add_argument("--minutes", type=float, default=0.0, help="quality: begin no run after so many (0: no limit)")
     parser.add_argument(
-        "--updates", type=int, default=40, help="peaks: updates; the first 32 refresh the subspaces of 7B"
+        "--updates", type=int, default=40, help="peaks: 32 refresh all subspaces of 7B; 0: count bytes alone"
     )
     parser.add_argument("--length", type=int, default=512, help="peaks: tokens of the sequence")
     parser.add_argument("--rank", type=int, default=8, help="of adapters and subspaces")
@@ -149,8 +149,9 @@ def check(args: argparse.Namespace) -> None:
         except ValueError:
             raise UserError(f"--{flag} {getattr(args, flag)}: give numbers, separated by commas") from None
     for flag in ("pretrain_updates", "examples", "evaluated", "batch", "updates", "rank"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: it must be at least 1")
+        least = 0 if flag == "updates" else 1
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)}: it must be at least {least}")
     if args.length < 8 or args.length > 512:
         raise UserError(f"--length {args.length}: it must be 8 to 512")
     if args.part == "quality" and not (args.tokens and args.pretrained):
@@ -430,18 +431,15 @@ def peak_of(method: str, name: str, args: argparse.Namespace) -> Row:
     shape = {**shape, **(TINY | {"vocab_size": 256} if args.tiny else {})}
     shape |= {"max_position_embeddings": args.length + (0 if language else 2)}
     config = transformers.AutoConfig.for_model(kind, **shape)
-    counted = method == "full" and language
+    counted = args.updates == 0 or (method == "full" and language)
     device, dtype = device_of(args.device), getattr(torch, chosen.dtype)
     torch.manual_seed(0)
-    with torch.device("meta" if counted else device):
+    with torch.device("meta" if counted and method == "full" else device):
         model = getattr(transformers, head).from_config(config, dtype=dtype)
-    if counted:
-        if chosen.embeddings == "frozen":
-            freeze_embeddings(model)
-        found = counts(Trainee(model))
-        return {**columns_of(chosen), **found, "updates": 0, "length": args.length, "note": "by count"}
     with contextlib.redirect_stdout(sys.stderr):
-        trainee = make_trainee(model, chosen, 1e-5, 0, device)
+        trainee = make_trainee(model, chosen, 1e-5, 0, model.device)
+        if counted:
+            return {**columns_of(chosen), **counts(trainee), "updates": 0, "length": args.length}
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(10, config.vocab_size, (args.updates, args.length), generator=generator)
         labels = torch.cat([torch.full_like(ids[:, 1:], IGNORED), ids[:, -1:]], dim=1) if language else ids[:, 0] % 2

@@ -126,6 +126,10 @@ def test_peaks_of_each_method(model: str, capsys: pytest.CaptureFixture[str]) ->
         assert (row["peak_gb"] == "") == counted and row["updates"] == (0 if counted else 2)
         assert row["dtype"] == "bfloat16" and row["embeddings"] == ("frozen" if "llama" in model else "trained")
     assert found["full"]["weight_bytes"] == found["galore"]["weight_bytes"] > found["q_galore"]["weight_bytes"]
+    argv = ["--part", "peaks", "--models", model, "--one", "q_galore", "--tiny", "--device", "cpu", "--updates", "0"]
+    assert bench_finetune.main([*argv, "--length", "8", "--rank", "4"]) == 0
+    counted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert counted["counted_gb"] == found["q_galore"]["counted_gb"] and counted["peak_gb"] == "", "by count alone"
     assert found["full"]["state_bytes"] == 2 * 2 * found["full"]["trained_values"]
     assert found["qlora"]["state_bytes"] == found["lora"]["state_bytes"]
 
