@@ -184,6 +184,9 @@ def test_a_stopped_run_goes_on_to_the_bit(
     rows = [json.loads((tmp_path / name / "results.jsonl").read_text()) for name in ("whole", "parts")]
     assert (rows[0]["resumed_at"], rows[1]["resumed_at"]) == (0, 4)
     assert rows[0]["score"] == rows[1]["score"] and rows[0]["updates"] == rows[1]["updates"] == 6
+    # One that ended after its last checkpoint and before its row.
+    (tmp_path / "parts" / "run" / "result.json").unlink()
+    assert glue.run(flags(place, tmp_path / "parts", **given))["score"] == rows[0]["score"]
     whole, parts = (weights_in(tmp_path / name / "run" / "model") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len(whole) > 20
     for name in whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -82,3 +83,18 @@ def test_what_the_page_says_of_defaults() -> None:
         f"clipped at {tuning.grad_clipping:g}",
     ):
         assert text in PAGE, text
+
+
+def test_the_bytes_of_the_page_are_rows() -> None:
+    with (ROOT / "benchmarks" / "results" / "finetune.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == "roberta_base" and row["updates"] == "0"]
+    counted = {
+        (row["method"], row["embeddings"]): round((int(row["weight_bytes"]) + int(row["state_bytes"])) / 1e6)
+        for row in rows
+    }
+    for embeddings, start in (("trained", "| here |"), ("frozen", "| here, `--embeddings frozen` |")):
+        cells = [
+            counted[method, "trained" if "lora" in method else embeddings]
+            for method in ("full", "lora", "galore", "qlora", "q_galore")
+        ]
+        assert f"{start} {' | '.join(map(str, cells))} |" in PAGE

@@ -64,7 +64,9 @@ def open_folder(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None
     """
     flags = {name: value for name, value in flags.items() if name not in _OF_A_PLACE}
     path = folder / SETTINGS
-    if path.is_file():
+    if int(os.environ.get("RANK", "0")):
+        pass  # the first rank looks, and ends all
+    elif path.is_file():
         former = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted(former.keys() | flags.keys()):
             if former.get(name) != flags.get(name):
@@ -74,7 +76,7 @@ def open_folder(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None
                 )
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--save_dir {folder}: the folder holds something else; give a new or an empty one")
-    elif int(os.environ.get("RANK", "0")) == 0:
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(flags, indent=1) + "\n", encoding="utf-8")
     result = folder / RESULT
@@ -115,6 +117,8 @@ def fine_tune(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - start, memory_metrics(device)
+    if trainer.state.global_step not in scores_by_update(trainer.state.log_history, data.evaluated):
+        trainer.evaluate()  # it was stopped between its last checkpoint and its measurement
     scores = scores_by_update(trainer.state.log_history, data.evaluated)
     last = scores[trainer.state.global_step]
     return {
