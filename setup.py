@@ -21,6 +21,7 @@ SHIPPED = (
     "scripts/env.sh",
     "scripts/pretrain_c4/**/*.sh",
     "scripts/single_gpu/*.sh",
+    "scripts/finetune/*.sh",
 )
 
 

@@ -11,7 +11,7 @@ _EXTRA_OF = {"matplotlib": "plot", "peft": "baselines", "bitsandbytes": "baselin
         "transformers", "wandb", "zstandard",
     ),
     "train",
-)  # fmt: skip
+) | dict.fromkeys(("accelerate", "bitsandbytes", "peft", "scipy", "sklearn"), "finetune")  # fmt: skip
 """The extra of pyproject.toml that installs a package."""
 
 

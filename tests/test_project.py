@@ -65,6 +65,11 @@ def test_optional_packages_are_imported_where_they_are_used(name: str) -> None:
     at_once = imports(ROOT / name, top_level_only=True)
     assert module_name(OF_ANOTHER_LIBRARY) not in at_once
     assert not packages(at_once) & (lazy | {"peft"}) or name == OF_ANOTHER_LIBRARY
+    lazy = {
+        "accelerate", "datasets", "wandb", "bitsandbytes", "tqdm", "transformers", "matplotlib", "tensorboard", "peft",
+        "sklearn", "scipy", "lm_eval",
+    }  # fmt: skip
+    assert not packages(imports(ROOT / name, top_level_only=True)) & lazy
 
 
 def test_a_command_line_is_checked_without_loading_anything_heavy() -> None:
@@ -105,7 +110,8 @@ ROOMS = [
     "peft_pretraining.evaluation",
     "peft_pretraining.averaging", "peft_pretraining.speed",
     "peft_pretraining.memory", "peft_pretraining.run_summary", "peft_pretraining.dry_run",
-    "peft_pretraining.checkpoint", "peft_pretraining.reporting", "peft_pretraining", "run_pretrain",
+    "peft_pretraining.checkpoint", "peft_pretraining.reporting", "peft_pretraining.finetune", "peft_pretraining",
+    "run_pretrain",
     "peft_pretraining.commands", "peft_pretraining.__main__",
 ]  # fmt: skip
 """A room may import those that come before it in its library, and never one that comes after it."""
@@ -252,6 +258,10 @@ def test_a_missing_package_is_advice_to_install_its_extra() -> None:
             package = re.split("[>=]", requirement)[0]
             text = missing_package(ModuleNotFoundError(name=f"{package}.inner"))
             assert text == f"needs the package {package}, which is not installed: pip install 'qgalore[{extra}]'"
+    for requirement in extras["finetune"][1:]:
+        package = re.split("[>=]", requirement)[0].replace("scikit-learn", "sklearn")
+        text = missing_package(ModuleNotFoundError(name=package))
+        assert text == f"needs the package {package}, which is not installed: pip install 'qgalore[finetune]'"
     assert missing_package(ModuleNotFoundError(name="peft_pretraining.gone")) is None
 
 

@@ -352,3 +352,25 @@ def test_plot_run_draws_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "plot_run.py"), run_name="__main__")
     assert ended.value.code == 0 and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("glue.sh", ["rte"], ["glue", "--task", "rte", "--method", "q_galore"]),
+        ("glue.sh", ["cola", "qlora", "--seed", "3"], ["glue", "--task", "cola", "--method", "qlora", "--seed", "3"]),
+        ("mmlu.sh", [], ["mmlu", "--method", "q_galore"]),
+        ("mmlu.sh", ["full", "--lr", "1e-5"], ["mmlu", "--method", "full", "--lr", "1e-5"]),
+        ("mmlu.sh", ["--lr", "1e-5"], ["mmlu", "--method", "q_galore", "--lr", "1e-5"]),
+    ],
+)
+def test_finetuning_scripts_call_their_program(script: str, arguments: list[str], expected: list[str]) -> None:
+    done = run_script(f"scripts/finetune/{script}", *arguments, launcher="echo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["-m", f"peft_pretraining.finetune.{expected[0]}", *expected[1:]]
+
+
+def test_a_finetuning_script_asks_for_its_task_and_takes_the_method_of_the_environment() -> None:
+    done = run_script("scripts/finetune/glue.sh", "--lr", "1", launcher="echo")
+    assert done.returncode == 1 and "error: give a task of GLUE first, as in: bash" in done.stderr
+    assert run_script("scripts/finetune/mmlu.sh", launcher="echo", METHOD="lora").stdout.split()[-1] == "lora"

@@ -26,8 +26,8 @@ SOURCES = ("LICENSE", "README.md", "configs", "peft_pretraining", "pyproject.tom
            "scripts", "setup.py")  # fmt: skip
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("scripts/recipe.sh", "scripts/env.sh", "scripts/pretrain_c4/**/*.sh", "scripts/single_gpu/*.sh")
-    for path in ROOT.glob(pattern)
+    for pattern in ("recipe.sh", "env.sh", "pretrain_c4/**/*.sh", "single_gpu/*.sh", "finetune/*.sh")
+    for path in (ROOT / "scripts").glob(pattern)
 )
 
 
