@@ -37,9 +37,8 @@ from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
-from peft_pretraining.optim.lr_schedule import restarts_of, scheduled_multiplier, set_learning_rate
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
-from peft_pretraining.optim.lr_schedule import scheduled_multiplier, set_learning_rate
+from peft_pretraining.optim.lr_schedule import restarts_of, scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
 from peft_pretraining.runtime.device import check_device, slow_dtype

@@ -87,11 +87,9 @@ def build_training(
     Compiled layers and CUDA graphs are set up where the options allow them. all_reduce sums a tensor over the ranks in
     place; None for one rank. Raises UserError for a configuration that does not work.
     """
+    args = with_backend(args, backend_of(args, device))
     seed = args.runtime.seed
     model = build_model(args.model, device, seed, on_module=converter_of(args))
-    args = with_backend(args, backend_of(args, device))
-    seed, convert = args.runtime.seed, low_rank_converter(args.optimizer, args.quantization)
-    model = build_model(args.model, device, seed, on_module=convert)
     if args.optimizer.is_low_rank:
         of_mlp = args.subspace.ranks(of_mlp=True) if args.subspace.mlp_rank else None
         check_ranks_of(model, args.model.model_config, args.subspace.ranks(), of_mlp)

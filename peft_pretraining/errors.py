@@ -5,13 +5,17 @@ class UserError(ValueError):
     """A sentence that names the flag or file, says what is wrong and what would be right."""
 
 
-_EXTRA_OF = {"matplotlib": "plot", "peft": "baselines", "bitsandbytes": "baselines"} | dict.fromkeys(
-    (
-        "bitsandbytes", "datasets", "huggingface_hub", "numpy", "safetensors", "sentencepiece", "tokenizers", "tqdm",
-        "transformers", "wandb", "zstandard",
-    ),
-    "train",
-) | dict.fromkeys(("accelerate", "bitsandbytes", "peft", "scipy", "sklearn"), "finetune")  # fmt: skip
+_EXTRA_OF = (
+    {"matplotlib": "plot", "peft": "baselines"}
+    | dict.fromkeys(("accelerate", "scipy", "sklearn"), "finetune")
+    | dict.fromkeys(
+        (
+            "bitsandbytes", "datasets", "huggingface_hub", "numpy", "safetensors", "sentencepiece", "tokenizers",
+            "tqdm", "transformers", "wandb", "zstandard",
+        ),
+        "train",
+    )
+)  # fmt: skip
 """The extra of pyproject.toml that installs a package."""
 
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.manifest import MANIFEST
 from peft_pretraining.checkpoint.store import Checkpoint, load_checkpoint, load_newest_checkpoint, with_todays_names
-from peft_pretraining.config.flag_groups import MethodArgs, OptimizerArgs, QuantizationArgs
 from peft_pretraining.checkpoint.weight_files import find_weight_files, in_folder, read_headers
-from peft_pretraining.config.flag_groups import OptimizerArgs, QuantizationArgs
+from peft_pretraining.config.flag_groups import MethodArgs, OptimizerArgs, QuantizationArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.methods.convert import matrix_converter
 from peft_pretraining.methods.merge import merged_entries

@@ -159,9 +159,6 @@ sys.exit(exit_code_of(lambda: next(open_dataset({str(c4_dir)!r}, "train").read(0
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
-    )
     assert done.returncode == 2
     sentence = "needs the package datasets, which is not installed: pip install 'qgalore[train]'"
     assert done.stderr.splitlines()[-1] == f"run_pretrain.py: {sentence}"
