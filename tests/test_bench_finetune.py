@@ -78,24 +78,24 @@ def test_quality_of_each_method_and_what_is_there_is_not_repeated(
 ) -> None:
     argv = f"--tiny --device cpu --tokens {tokens} --pretrained {tmp_path}/roberta --results {tmp_path}/rows.csv"
     argv += " --vocab_size 90 --pretrain_updates 3 --examples 16 --evaluated 12 --epochs 1 --batch 8 --rank 4"
-    assert bench_finetune.main([*argv.split(), "--methods", METHODS, "--rates", "1e-3", "--seeds", "0"]) == 0
-    more = [*argv.split(), *["--methods", "full,q_galore", "--rates", "1e-3,3e-3", "--seeds", "0,1"]]
+    first = ["--methods", "full,qlora,q_galore", "--rates", "1e-3", "--seeds", "0"]
+    assert bench_finetune.main([*argv.split(), *first]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| roberta_tiny")]
+    assert len(table) == 3 and "+0.00" in table[0]
+    more = [*argv.split(), "--methods", "q_galore", "--rates", "1e-3,3e-3", "--seeds", "0,1"]
     assert bench_finetune.main(more) == 0
     rows = rows_of(tmp_path / "rows.csv")
     assert tuple(rows[0]) == bench_finetune.COLUMNS
-    assert [row["method"] for row in rows] == [*METHODS.split(","), "full", "full", "q_galore", "q_galore"]
+    assert [row["method"] for row in rows] == ["full", "qlora", "q_galore", "q_galore", "q_galore"]
     for row in rows:
         assert row["error"] == "" and row["updates"] == "2" and row["pretrain_updates"] == "3", row["error"]
         assert 0 <= float(row["dev_accuracy"]) <= 100 and 0 <= float(row["test_accuracy"]) <= 100
         assert float(row["peak_gb"]) > 0.1 and int(row["state_bytes"]) > 0 and row["commit"]
-    full, lora, galore, qlora, q_galore = (int(row["weight_bytes"]) for row in rows[:5])
-    assert q_galore < qlora < full == galore < lora
-    for tried_low, tried_high, best in ((rows[0], rows[5], rows[6]), (rows[4], rows[7], rows[8])):
-        assert [row["lr"] for row in (tried_low, tried_high)] == ["0.001", "0.003"]
-        chosen = max(tried_low, tried_high, key=lambda row: float(row["dev_accuracy"]))
-        assert (best["seed"], best["lr"]) == ("1", chosen["lr"])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| roberta_tiny")]
-    assert len(table) == 7 and "+0.00" in table[0]
+    full, qlora, q_galore = (int(row["weight_bytes"]) for row in rows[:3])
+    assert q_galore < qlora < full
+    assert [(row["seed"], row["lr"]) for row in rows[2:4]] == [("0", "0.001"), ("0", "0.003")]
+    chosen = max(rows[2:4], key=lambda row: float(row["dev_accuracy"]))
+    assert (rows[4]["seed"], rows[4]["lr"]) == ("1", chosen["lr"])
     monkeypatch.setattr(bench_finetune, "tune", lambda *_: pytest.fail("it is there"))
     assert bench_finetune.main(more) == 0
     assert rows_of(tmp_path / "rows.csv") == rows
@@ -110,11 +110,11 @@ def test_pretraining_learns(tokens: Path) -> None:
     config = transformers.RobertaConfig(vocab_size=vocabulary.size, pad_token_id=vocabulary.pad, **shape)
     torch.manual_seed(0)
     model = transformers.RobertaForMaskedLM(config)
-    losses = list(bench_finetune.pretraining_losses(model, texts, vocabulary, 8, 20, lr=1e-2))
-    assert losses[0] > 4 and losses[-1] < 1
+    losses = list(bench_finetune.pretraining_losses(model, texts, vocabulary, 8, 12, lr=1e-2))
+    assert losses[0] > 4 and losses[-1] < 2
 
 
-@pytest.mark.parametrize("model", bench_finetune.PEAKS)
+@pytest.mark.parametrize("model", ["llama_7b", pytest.param("roberta_base", marks=pytest.mark.slow)])
 def test_peaks_of_each_method(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for method in METHODS.split(","):

@@ -273,6 +273,11 @@ def test_a_folder_of_another_run_is_refused(place: Path, tmp_path: Path, capsys:
     assert open_folder(tmp_path / "run", {"lr": 1.0, "seed": 0, "results": "elsewhere"}) is None
     with pytest.raises(UserError, match=r"there has --lr 1\.0, and here it is 2\.0; give the same flags"):
         open_folder(tmp_path / "run", {"lr": 2.0, "seed": 0})
+    (tmp_path / "run" / "result.json").write_text('{"score":')
+    assert open_folder(tmp_path / "run", {"lr": 1.0, "seed": 0}) is None, "its writing was interrupted"
+    (tmp_path / "run" / "settings.json").write_text("")
+    with pytest.raises(UserError, match=r"its settings\.json is damaged; remove the folder"):
+        open_folder(tmp_path / "run", {"lr": 1.0, "seed": 0})
 
 
 def test_a_missing_package_is_advice(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

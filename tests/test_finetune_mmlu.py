@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from peft_pretraining.finetune import mmlu
+from peft_pretraining.finetune.methods import Trainee
 from tests.finetune_files import offline, save_llama, write_lines, write_mmlu
 
 for package in ("transformers", "accelerate", "datasets", "peft", "bitsandbytes"):
@@ -145,6 +146,8 @@ def test_lm_eval_is_asked_where_it_is_installed(
     assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["mmlu"], 5, 7)
     assert capsys.readouterr().out.splitlines()[-1] == "MMLU with 5 examples: 25.0"
     assert json.loads((tmp_path / "results.jsonl").read_text())["mmlu_5shot"]["mmlu_stem"] == 25.0
+    monkeypatch.setenv("RANK", "1")
+    assert mmlu.measure(Trainee(torch.nn.Linear(2, 2)), None, 0, 1) is None, "the first rank asks"
 
 
 def test_the_defaults_are_alike_for_every_method() -> None:

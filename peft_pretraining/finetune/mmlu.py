@@ -13,6 +13,7 @@ test questions with 5 examples, is of lm-eval, where it is installed.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -214,8 +215,11 @@ def classes_of(labels: Any, letters: Sequence[int]) -> list[int]:
 
 
 def measure(trainee: Trainee, tokenizer: Any, limit: int, batch_size: int) -> dict[str, float] | None:
-    """MMLU with 5 examples by lm-eval, in percent: the average as "mmlu" and its groups; None without the package."""
-    if find_spec("lm_eval") is None:
+    """MMLU with 5 examples by lm-eval, in percent: the average as "mmlu" and its groups; None without the package.
+
+    On the first rank alone, as lm-eval has it for a model that is there already.
+    """
+    if find_spec("lm_eval") is None or int(os.environ.get("RANK", "0")):
         return None
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -67,7 +67,9 @@ def open_folder(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None
     if int(os.environ.get("RANK", "0")):
         pass  # the first rank looks, and ends all
     elif path.is_file():
-        former = json.loads(path.read_text(encoding="utf-8"))
+        former = _read(path)
+        if former is None:
+            raise UserError(f"--save_dir {folder}: its {SETTINGS} is damaged; remove the folder, or give another one")
         for name in sorted(former.keys() | flags.keys()):
             if former.get(name) != flags.get(name):
                 raise UserError(
@@ -79,9 +81,16 @@ def open_folder(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None
     else:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(flags, indent=1) + "\n", encoding="utf-8")
-    result = folder / RESULT
-    row: dict[str, Any] | None = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
-    return row
+    return _read(folder / RESULT)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON file; None where it is not there, or its writing was interrupted."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
 
 
 def fine_tune(
