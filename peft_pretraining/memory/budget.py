@@ -133,7 +133,7 @@ class Candidates:
                 "--memory_budget chooses --batch_size where the sequences of an update are given: give "
                 "--total_batch_size, such as 512 in the papers, or --batch_size"
             )
-        text = [value for name, value in _values(self._argv) if name == "--total_batch_size"][-1]
+        text = [value for name, value in flag_values(self._argv) if name == "--total_batch_size"][-1]
         found = list[tuple[tuple[str, ...], RunArgs]]()
         try:
             total = parse_whole(text)
@@ -215,9 +215,9 @@ class Candidates:
         return found
 
 
-def _values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Flags of a command line with the text that follows them."""
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+    for token, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, glued, value = token.partition("=")
         yield name, value if glued else following
 

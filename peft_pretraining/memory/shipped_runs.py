@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peft_pretraining.memory.budget import Candidate, Candidates
+from peft_pretraining.memory.budget import Candidate, Candidates, flag_values
 from peft_pretraining.models.config_files import shipped_configs
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, Card
@@ -83,7 +82,8 @@ class ShippedRun:
         self.argv = ["--model_config", str(shipped_configs()[model]), "--memory_budget", "1TB", "--device", "cuda"]
         self.argv += _BATCH
         if "--optimizer" not in names:
-            own = "--recipe" in names or FULL in _ranks_in(flags)  # the paper has projections
+            # The paper has projections.
+            own = "--recipe" in names or ("--rank", FULL) in flag_values(flags)
             self.argv += [*_Q_GALORE, *(() if own else self._of_paper())]
         self.candidates = Candidates([*self.argv, *flags], defaults=() if "--rank" in names else ("rank",))
 
@@ -95,9 +95,3 @@ class ShippedRun:
     def fit(self, budget: int, card: Card) -> Fit:
         """The fastest setting that fits into so many bytes on a card."""
         return Fit(self.model, card, budget, self.candidates.choose(budget, card), self.candidates.smallest)
-
-
-def _ranks_in(flags: Sequence[str]) -> list[str]:
-    """The values of --rank in a command line."""
-    apart = [value for name, value in itertools.pairwise(flags) if name == "--rank"]
-    return [*apart, *(flag.partition("=")[2] for flag in flags if flag.startswith("--rank="))]
