@@ -16,7 +16,7 @@ from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, S
 from peft_pretraining.config.model_source import source_problems, source_warnings
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
-from peft_pretraining.models.config import check_length, check_momentum_rank, check_ranks, read_config_json
+from peft_pretraining.models.config import check_length, check_momentum_rank, rank_problems, read_config_json
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
 from qgalore.config import OF_PROJECTIONS
@@ -172,13 +172,12 @@ def _model_problems(args: RunArgs) -> list[str]:
         # transformers' class accepts more than ours, and judges its own configuration.
         return [] if args.model.use_hf_model else [str(error)]
     checks: list[Callable[[], None]] = [lambda: check_length(config, args.batch.max_length)]
+    problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
     if args.optimizer.is_low_rank:
-        checks.append(lambda: check_ranks(config, args.subspace.ranks()))
-        if args.subspace.mlp_rank:
-            checks.append(lambda: check_ranks(config, args.subspace.ranks(of_mlp=True), "mlp_rank"))
+        layers, shapes = config.num_hidden_layers, config.matrix_shapes()
+        problems += rank_problems(config.source, layers, shapes, *args.subspace.both_ranks)
         if not args.subspace.projects:
             checks.append(lambda: check_momentum_rank(config, args.subspace.momentum_rank))
-    problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
     for check in checks:
         try:
             check()

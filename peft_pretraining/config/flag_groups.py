@@ -328,6 +328,11 @@ class SubspaceArgs(SubspaceConfig):
             return (value,)
         return tuple(int(rank) if rank.isdecimal() else rank for rank in value.split(","))
 
+    @property
+    def both_ranks(self) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
+        """`ranks` of --rank and of --mlp_rank, the latter empty where it is left out."""
+        return self.ranks(), self.ranks(of_mlp=True) if self.mlp_rank else ()
+
     def by_depth(self, layers: int) -> list[SubspaceArgs]:
         """The options of each of so many layers, with one rank each."""
         attention, mlp = self.ranks(), self.ranks(of_mlp=True)
