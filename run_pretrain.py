@@ -20,7 +20,6 @@ import torch
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
-from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.checkpoint.store import lock_folder
 from peft_pretraining.config.run_config import RunArgs
@@ -55,7 +54,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     program: the command that the usage names.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = keep_named_method(parse_within_budget(argv, world_size_of_launch(), program=program))
+    args = parse_within_budget(argv, world_size_of_launch(), program=program)
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 

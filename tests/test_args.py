@@ -191,6 +191,25 @@ def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple
             assert [args.to_dict()[flag] for flag in NAMED] == [False] * 3 and args.left_to_name == ()
 
 
+def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_path: Path) -> None:
+    """Before checks and plan, and where no flag is given: from the newest checkpoint whose state can be read."""
+    for step, text in ((3, '{"weight_quant": false, "stochastic_round": false, "lr": 1}'), (4, "[]"), (5, "{")):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / "state.json").write_text(text)
+        (folder / "manifest.json").write_text("{}")
+    auto = f"{Q_GALORE} --save_dir {tmp_path} --continue_from auto"
+    for text in (auto, f"{Q_GALORE} --continue_from {tmp_path / 'step_00000003'}"):
+        args = parse(text)
+        assert [args.to_dict()[name] for name in NAMED] == [False, False, True] and args.optimizer.lr == 0.01
+        assert args.notes == ("--no-weight_quant --no-stochastic_round, as in the checkpoint: the command line says "
+                              "nothing of it",)  # fmt: skip
+    assert parse(f"{auto} --weight_quant --stochastic_round").notes == ()
+    with pytest.raises(UserError, match=r"--int8_products .*\(--no-weight_quant .*, as in the checkpoint"):
+        parse(f"{auto} --int8_products")
+    assert parse(f"{Q_GALORE} --save_dir {tmp_path / 'none'} --continue_from auto").notes == ()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_names_in_any_case(name: str) -> None:
     assert parse(f"--optimizer {name}").optimizer.optimizer == name.lower()

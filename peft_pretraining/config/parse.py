@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.flags import build_parser, parse_flags
 from peft_pretraining.config.model_source import fill_model_config
-from peft_pretraining.config.named_method import left_to_name, with_named_method
+from peft_pretraining.config.named_method import (
+    left_to_name,
+    recorded_in_words,
+    recorded_method,
+    with_named_method,
+)
 from peft_pretraining.config.recipes import length_in_words, recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
@@ -31,14 +36,15 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     command = tuple(sys.argv[1:] if argv is None else argv)
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]
-    chosen = with_named_method(with_recipe(parsed.values))
+    values, recorded = with_recipe(parsed.values), recorded_method(parsed.values)
+    chosen, kept = with_named_method(values, recorded), recorded_in_words(values, recorded)
     groups = {}
     for name, group in GROUPS.items():
         fields = dataclasses.fields(group)
-        values = {field.name: chosen[field.name] for field in fields if field.name in chosen}
+        own = {field.name: chosen[field.name] for field in fields if field.name in chosen}
         # A required flag that is missing or unreadable is in the list of problems already.
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
-        groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
+        groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | own)
     args = RunArgs(**groups, world_size=world_size, command=command, left_to_name=left_to_name(parsed.values))
     args = _resolve(args)
     updates = args.schedule.num_training_steps
@@ -48,9 +54,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     found = [*find_problems(args), *unused_by_full_rank(args, parsed.values.keys())]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
-        raise UserError(_list_problems(problems))
+        raise UserError(_list_problems(problems) + (f" ({kept})." if kept else ""))
     of_length = length_in_words(args.optimizer, args.schedule, parsed.values.keys())
-    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length]))
+    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length, kept]))
     return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 
