@@ -11,6 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
+from peft_pretraining.config.dealt_ranks import (
+    dealing_problems,
+    dealt_in_words,
+    rank_to_deal,
+    with_dealt_ranks,
+)
 from peft_pretraining.config.flags import build_parser, parse_flags
 from peft_pretraining.config.model_source import fill_model_config
 from peft_pretraining.config.named_method import (
@@ -38,7 +44,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     problems = [*parsed.problems, *fill_model_config(parsed.values)]
     values, recorded = with_recipe(parsed.values), recorded_method(parsed.values)
     chosen, kept = with_named_method(values, recorded), recorded_in_words(values, recorded)
-    groups = {}
+    dealt, groups = rank_to_deal(parsed.values), {}
+    if dealt is not None:
+        chosen["rank"] = dealt
     for name, group in GROUPS.items():
         fields = dataclasses.fields(group)
         own = {field.name: chosen[field.name] for field in fields if field.name in chosen}
@@ -46,17 +54,21 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | own)
     args = RunArgs(**groups, world_size=world_size, command=command, left_to_name=left_to_name(parsed.values))
-    args = _resolve(args)
+    args = _resolve(args) if dealt is None else with_dealt_ranks(_resolve(args), dealt)
     updates = args.schedule.num_training_steps
     optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
     args = dataclasses.replace(args, optimizer=optimizer)
     unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable - parsed.values.keys()]
-    found = [*find_problems(args), *unused_by_full_rank(args, parsed.values.keys())]
+    found = [
+        *find_problems(args),
+        *unused_by_full_rank(args, parsed.values.keys()),
+        *dealing_problems(args, parsed.values),
+    ]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
         raise UserError(_list_problems(problems) + (f" ({kept})." if kept else ""))
     of_length = length_in_words(args.optimizer, args.schedule, parsed.values.keys())
-    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length, kept]))
+    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length, kept, dealt_in_words(args, parsed.values)]))
     return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 
