@@ -49,6 +49,8 @@ def test_ranks_are_dealt_to_attention_and_mlp(flags: str, rank: int, mlp_rank: i
     dealt = f"--rank {rank} for the attention, --mlp_rank {mlp_rank} for the MLP"
     assert f"--rank {word} deals the bytes of rank {of}: {dealt}" in args.notes
     assert args.subspace.proj_quant == ("q_galore" in flags)
+    # What a checkpoint records, and a run that goes on compares.
+    assert args.to_dict() == parse(f"{flags} --rank {rank} --mlp_rank {mlp_rank}").to_dict()
 
 
 @pytest.mark.parametrize("flags", [Q_GALORE, f"{Q_GALORE} --recipe paper", "--optimizer galore_adamw --recipe paper"])
@@ -128,6 +130,7 @@ def test_a_planner_deals_the_rank_of_the_paper() -> None:
     assert {each.args.subspace.mlp_rank for each in fits.candidates.steps[0]} == {360}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_was_dealt(tmp_path: Path) -> None:
     small = SmallRun(tmp_path)
     flags: dict[str, Any] = flags_of("q_galore_adamw8bit_per_layer") | {"num_training_steps": 4, "rank": "auto:8"}

@@ -49,8 +49,9 @@ def matrix_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
     found = dict[str, tuple[int, ...]]()
     for name in low_rank_names(model):
         matrix = model.get_submodule(name)
-        packed = isinstance(matrix, LowRankLinear)
-        found[name] = (matrix.out_features, matrix.in_features) if packed else matrix.get_parameter("weight").shape
+        found[name] = matrix.get_parameter("weight").shape
+        if isinstance(matrix, LowRankLinear):  # whose weight may be packed
+            found[name] = (matrix.out_features, matrix.in_features)
     return found
 
 
