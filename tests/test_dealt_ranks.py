@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.rows import ROOT
+from peft_pretraining.config import dealt_ranks as dealing
 from peft_pretraining.config.dealt_ranks import HELD_BY_ATTENTION, HELD_BY_MLP, dealt_ranks, held
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
@@ -108,6 +109,15 @@ def test_what_cannot_be_dealt_is_refused(flags: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(flags)
     assert says in str(caught.value)
+
+
+def test_a_recipe_of_full_rank_has_no_number_to_deal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dealing, "with_recipe", lambda given: {**given, "rank": "full"})
+    with pytest.raises(
+        UserError, match=r"--rank auto deals the bytes of a number of dimensions, .* the rank is full: "
+    ):
+        parse(f"{Q_GALORE} --rank auto")
+    assert parse(f"{Q_GALORE} --rank auto:128").subspace.mlp_rank == 96
 
 
 def test_shapes_that_only_transformers_knows_are_refused(tmp_path: Path) -> None:

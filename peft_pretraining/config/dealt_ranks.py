@@ -33,7 +33,7 @@ _STEP, _SMALL = 8, 64
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def rank_to_deal(given: Mapping[str, Any]) -> int | None:
+def rank_to_deal(given: Mapping[str, Any]) -> int | str | None:
     """The rank whose bytes are dealt to a command line with these values; None where its --rank is not auto.
 
     auto:256 names it; auto alone is the rank that the command line would have without the flag.
@@ -44,16 +44,19 @@ def rank_to_deal(given: Mapping[str, Any]) -> int | None:
     if number:
         return int(number)
     without = {name: value for name, value in given.items() if name != "rank"}
-    return int(with_recipe(without).get("rank", SubspaceArgs.rank))
+    rank: int | str = with_recipe(without).get("rank", SubspaceArgs.rank)
+    return rank
 
 
-def with_dealt_ranks(args: RunArgs, rank: int) -> RunArgs:
+def with_dealt_ranks(args: RunArgs, rank: int | str) -> RunArgs:
     """`args` with --rank and --mlp_rank that together take at most the bytes of `rank` for all decoder matrices.
 
     They are as they were where a check refuses them, or no matrix is in an MLP.
     """
     subspace, shapes = args.subspace, _shapes(args)
-    if shapes is None or not args.optimizer.is_low_rank or subspace.mlp_rank or rank > min(map(min, shapes.values())):
+    if not isinstance(rank, int) or shapes is None or not args.optimizer.is_low_rank or subspace.mlp_rank:
+        return args
+    if rank > min(map(min, shapes.values())):
         return args
     parts = [[shape for name, shape in shapes.items() if is_of_mlp(name) == of_mlp] for of_mlp in (False, True)]
     if not all(parts):
@@ -110,9 +113,14 @@ def held(parameters: tuple[float, float], share: float) -> float:
 
 def dealing_problems(args: RunArgs, given: Mapping[str, Any]) -> list[str]:
     """List what keeps ranks from being dealt to a command line with the values `given`, in sentences."""
-    problems = list[str]()
-    if rank_to_deal(given) is None or not args.optimizer.is_low_rank:
+    problems, rank = list[str](), rank_to_deal(given)
+    if rank is None or not args.optimizer.is_low_rank:
         return problems
+    if not isinstance(rank, int):
+        problems.append(
+            f"--rank {given['rank']} deals the bytes of a number of dimensions, and without it the rank is {rank}: "
+            f"give the number, as in --rank {AUTO}:256, or another --recipe"
+        )
     if given.get("mlp_rank"):
         problems.append(
             f"--mlp_rank {given['mlp_rank']} is a part of what --rank {given['rank']} deals: leave it out, or "
