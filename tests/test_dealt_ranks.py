@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.rows import ROOT
 from peft_pretraining.config import dealt_ranks as dealing
-from peft_pretraining.config.dealt_ranks import HELD_BY_ATTENTION, HELD_BY_MLP, dealt_ranks, held
+from peft_pretraining.config.dealt_ranks import HELD_BY_ATTENTION, HELD_BY_MLP, dealt_ranks, nuclear_share
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
@@ -72,7 +72,7 @@ def test_no_other_pair_holds_more_of_the_nuclear_norms() -> None:
     budget = rank * sum(prices)
 
     def together(attention: int, mlp: int) -> float:
-        return 4 * held(HELD_BY_ATTENTION, attention / 48) + 3 * held(HELD_BY_MLP, mlp / 48)
+        return 4 * nuclear_share(HELD_BY_ATTENTION, attention / 48) + 3 * nuclear_share(HELD_BY_MLP, mlp / 48)
 
     pairs = itertools.product(range(1, 49), range(1, 49))
     allowed = [pair for pair in pairs if pair[0] * prices[0] + pair[1] * prices[1] <= budget]
@@ -90,8 +90,8 @@ def test_the_rule_is_that_of_its_rows() -> None:
         assert len(own) >= 48
         for key, share in shares.items():
             mean = sum(float(row[f"nuclear {key}"]) for row in own) / len(own)
-            assert held(fit, share) == pytest.approx(mean, abs=0.011)
-        assert held(fit, 0.0) == 0.0 and held(fit, 1.0) == 1.0
+            assert nuclear_share(fit, share) == pytest.approx(mean, abs=0.011)
+        assert nuclear_share(fit, 0.0) == 0.0 and nuclear_share(fit, 1.0) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -95,17 +95,17 @@ def dealt_ranks(parts: Sequence[Sequence[tuple[int, int]]], prices: Sequence[flo
         if mlp < 1:
             break
         pair = attention, mlp
-        together = sum(
-            held(fit, each / min(shape))
+        total = sum(
+            nuclear_share(fit, each / min(shape))
             for fit, part, each in zip((HELD_BY_ATTENTION, HELD_BY_MLP), parts, pair, strict=True)
             for shape in part
         )
-        if together > most:
-            best, most = pair, together
+        if total > most:
+            best, most = pair, total
     return best
 
 
-def held(parameters: tuple[float, float], share: float) -> float:
+def nuclear_share(parameters: tuple[float, float], share: float) -> float:
     """The share of a nuclear norm that `share` of the directions hold, by one of the fits."""
     inner, outer = parameters
     return float((1 - (1 - share) ** inner) ** outer)
