@@ -26,7 +26,6 @@ import torch
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
-from peft_pretraining.checkpoint.recorded_flags import keep_named_method
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
@@ -63,7 +62,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     program: the command that the usage names.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_within_budget(argv, world_size_of_launch(), program=program, keep=keep_named_method)
+    args = parse_within_budget(argv, world_size_of_launch(), program=program)
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 

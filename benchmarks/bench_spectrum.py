@@ -4,9 +4,11 @@
     python -m benchmarks.bench_spectrum RUN/step_00000400 RUN/step_00000800
 
 What a rank throws away is the rest: by kind of matrix and depth it says where ranks are worth most. A row a matrix: the
-share of the squared Frobenius norm in the first 1/16, 1/8, 1/4, 7/16 and 3/4 of the singular directions of its shorter
-side. The printed table has means over thirds of the layers, and the ranks by which a budget is spent best: dimension by
-dimension where the next one, for the bytes of a momentum and a projection, holds most of the squared norm.
+shares of the squared Frobenius norm and of the nuclear norm, the sum of the singular values, in the first 1/16, 1/8,
+1/4, 7/16 and 3/4 of the singular directions of its shorter side. The printed table has means of either over thirds of
+the layers, and the ranks by which a budget is spent best: dimension by dimension where the next one, for the bytes of a
+momentum and a projection, holds most of it. An orthogonalised step along a momentum lowers the loss, to first order, by
+its nuclear norm, so that is what ranks for the orthogonal direction should hold.
 """
 
 from __future__ import annotations
@@ -51,6 +53,13 @@ def energies(momentum: Tensor) -> Tensor:
     return values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
 
+def singular_shares(momentum: Tensor) -> dict[str, Tensor]:
+    """The `energies` of a matrix, and its singular values as shares of their sum, the nuclear norm."""
+    squares = energies(momentum)
+    values = squares.sqrt()
+    return {"squared": squares, "nuclear": values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)}
+
+
 def part_of(name: str, layers: int) -> tuple[str, int]:
     """(kind, part of the depth) of a decoder matrix by its name, such as ("q_proj", 0)."""
     number = next(int(word) for word in name.split(".") if word.isdecimal())
@@ -58,10 +67,10 @@ def part_of(name: str, layers: int) -> tuple[str, int]:
 
 
 def dealt_ranks(found: Mapping[str, tuple[Tensor, tuple[int, int]]], share: float) -> dict[str, int]:
-    """Ranks by matrix that hold most of the squared norms at the bytes of one rank, `share` of each shorter side.
+    """Ranks by matrix that hold most of the norms at the bytes of one rank, `share` of each shorter side.
 
-    found: (energies, shape) by name. A dimension of (m, n) takes max(m, n) bytes of the momentum and half a byte for
-    each of min(m, n) values of the projection.
+    found: (shares of a norm, shape) by name. A dimension of (m, n) takes max(m, n) bytes of the momentum and half a
+    byte for each of min(m, n) values of the projection.
     """
     price = {name: max(shape) + min(shape) / 2 for name, (_, shape) in found.items()}
     left = sum(price[name] * int(share * min(shape)) for name, (_, shape) in found.items())
@@ -114,13 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"bench_spectrum: {error}", file=sys.stderr)
             return 2
-        found = {name: (energies(value), (value.shape[0], value.shape[1])) for name, value in whole.items()}
-        for name, (values, shape) in found.items():
+        shares = {name: singular_shares(value) for name, value in whole.items()}
+        for name, shape in ((name, value.shape) for name, value in whole.items()):
             row = {"commit": commit(), "model": Path(checkpoint.state["model_config"]).stem, "note": args.note}
             row |= {"update": checkpoint.update_step, "matrix": name, "rows": shape[0], "columns": shape[1]}
-            row |= {key: f"{held(values, share):.4f}" for key, share in SHARES.items()}
+            for norm, values in shares[name].items():
+                row |= {f"{norm} {key}": f"{held(values, share):.4f}" for key, share in SHARES.items()}
             append_row(args.results, row)
-        print("\n".join([f"{path}:", *table(found)]))
+        for norm in ("squared", "nuclear"):
+            found = {name: (shares[name][norm], (value.shape[0], value.shape[1])) for name, value in whole.items()}
+            print("\n".join([f"{path}, {norm} norm:", *table(found)]))
     return 0
 
 

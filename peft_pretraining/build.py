@@ -24,8 +24,8 @@ from peft_pretraining.data.train_loader import TrainLoader, build_train_loader
 from peft_pretraining.errors import UserError
 from peft_pretraining.methods.convert import matrix_converter
 from peft_pretraining.methods.planned import planned_converter
-from peft_pretraining.models.build import build_on_meta, check_ranks_of, network_on_meta
-from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.models.build import build_on_meta, matrix_shapes, network_on_meta
+from peft_pretraining.models.config import ModelConfig, rank_problems
 from peft_pretraining.models.init import OnModule, materialize
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
@@ -91,8 +91,10 @@ def build_training(
     seed = args.runtime.seed
     model = build_model(args.model, device, seed, on_module=converter_of(args))
     if args.optimizer.is_low_rank:
-        of_mlp = args.subspace.ranks(of_mlp=True) if args.subspace.mlp_rank else None
-        check_ranks_of(model, args.model.model_config, args.subspace.ranks(), of_mlp)
+        # Of our own models it was seen before anything was built; those of transformers tell their shapes here.
+        shapes, layers = matrix_shapes(model), len(model.decoder_layers)
+        if problems := rank_problems(args.model.model_config, layers, shapes, *args.subspace.both_ranks):
+            raise UserError("; ".join(problems))
     optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce)
     if allows_graphs(args):
         replay_layers(model, optimizer)

@@ -198,11 +198,7 @@ class SubspaceConfig:
         problems = []
         if self.momentum_rank > 1 and self.momentum_rank != int(self.momentum_rank):
             problems.append(f"{given} must be a whole number of dimensions, or a share of the shorter side below 1")
-        if self.rank != FULL:
-            problems.append(
-                f"{given} stores the momentum of a full rank in parts, and {label('rank')} projects it: give the rank "
-                f"{FULL}, or leave momentum_rank out"
-            )
+        problems += self._needs_full_rank(f"{given} stores the momentum of a full rank in parts", label)
         if self.direction == "adam":
             problems.append(
                 f"{given} stores a momentum in parts that is then orthogonalised, and {label('direction')} needs every "
@@ -213,49 +209,42 @@ class SubspaceConfig:
     def _feedback_problems(self, label: Callable[[str], str]) -> list[str]:
         if not self.rounding_feedback:
             return []
-        problems, given = list[str](), label("rounding_feedback")
-        if self.rank != FULL:
-            problems.append(
-                f"{given} needs a momentum of the weight's shape, and {label('rank')} is of a projected one: give the "
-                "rank full, or leave it out"
-            )
+        given = label("rounding_feedback")
+        problems = self._needs_full_rank(f"{given} feeds errors into a momentum of the weight's shape", label)
         if self.direction != "orthogonal":
             problems.append(
                 f"{given} is worked out for an orthogonalised momentum, and not for {label('direction')}: use the "
                 "direction orthogonal, or leave one out"
             )
-        if self.momentum_rank:
-            problems.append(
-                f"{given} is added to a momentum that is stored whole, and {label('momentum_rank')} stores it in "
-                "parts: leave one out"
-            )
-        return problems
+        return [*problems, *self._needs_whole_momentum(f"{given} adds to every value of a momentum", label)]
 
     def _summing_problems(self, label: Callable[[str], str]) -> list[str]:
         if not self.sum_in_momentum:
             return []
-        problems, given = list[str](), label("sum_in_momentum").removesuffix(" True")
-        if self.rank != FULL:
-            problems.append(
-                f"{given} adds gradients to a momentum of the weight's shape, and {label('rank')} projects them: give "
-                f"the rank {FULL}, or leave it out"
-            )
+        given = label("sum_in_momentum").removesuffix(" True")
+        problems = self._needs_full_rank(f"{given} adds gradients to a momentum of the weight's shape", label)
         if self.direction == "adam":
             problems.append(
                 f"{given} is exact for a momentum alone, and {label('direction')} has a second moment, of the sum of "
                 "all gradients: use the direction orthogonal or normuon, or leave it out"
             )
-        if self.momentum_rank:
-            problems.append(
-                f"{given} adds to every value of a momentum, and {label('momentum_rank')} stores it in parts: leave "
-                "one out"
-            )
+        problems += self._needs_whole_momentum(f"{given} adds to every value of a momentum", label)
         if self.rounding_feedback:
             problems.append(
                 f"{given} makes directions without Nesterov's momentum, for which {label('rounding_feedback')} is "
                 "worked out: leave one out"
             )
         return problems
+
+    def _needs_full_rank(self, needed_by: str, label: Callable[[str], str]) -> list[str]:
+        """A sentence where the momentum is projected; needed_by: what needs the one of full rank, in words."""
+        projected = f"{needed_by}, and {label('rank')} projects it: give the rank {FULL}, or leave it out"
+        return [projected] if self.rank != FULL else []
+
+    def _needs_whole_momentum(self, needed_by: str, label: Callable[[str], str]) -> list[str]:
+        """A sentence where the momentum is stored in parts; needed_by: what needs it whole, in words."""
+        in_parts = f"{needed_by}, and {label('momentum_rank')} stores it in parts: leave one out"
+        return [in_parts] if self.momentum_rank else []
 
     @property
     def dimensions(self) -> int:

@@ -193,6 +193,25 @@ def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple
             assert args.left_to_name == (("adam8bit_backend",) if name == "adam8bit" else ())
 
 
+def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_path: Path) -> None:
+    """Before checks and plan, and where no flag is given: from the newest checkpoint whose state can be read."""
+    for step, text in ((3, '{"weight_quant": false, "stochastic_round": false, "lr": 1}'), (4, "[]"), (5, "{")):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / "state.json").write_text(text)
+        (folder / "manifest.json").write_text("{}")
+    auto = f"{Q_GALORE} --save_dir {tmp_path} --continue_from auto"
+    for text in (auto, f"{Q_GALORE} --continue_from {tmp_path / 'step_00000003'}"):
+        args = parse(text)
+        assert [args.to_dict()[name] for name in NAMED] == [False, False, True] and args.optimizer.lr == 0.01
+        assert args.notes == ("--no-weight_quant --no-stochastic_round, as in the checkpoint: the command line says "
+                              "nothing of it",)  # fmt: skip
+    assert parse(f"{auto} --weight_quant --stochastic_round").notes == ()
+    with pytest.raises(UserError, match=r"--int8_products .*\(--no-weight_quant .*, as in the checkpoint"):
+        parse(f"{auto} --int8_products")
+    assert parse(f"{Q_GALORE} --save_dir {tmp_path / 'none'} --continue_from auto").notes == ()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_names_in_any_case(name: str) -> None:
     assert parse(f"--optimizer {name}").optimizer.optimizer == name.lower()
@@ -377,6 +396,14 @@ BAD_VALUES = [
     ("--rank 1.5", "--rank is '1.5', it must be a whole number"),
     ("--rank 0", "--rank is '0', it must be a whole number of at least 1"),
     ("--rank 16,", "several such as 128,256,512 for equal parts of the layers, or full"),
+    (
+        "--rank auto:full",
+        "--rank is 'auto:full', it must be auto:256 for the bytes of one rank, a whole number, or full",
+    ),
+    ("--rank auto:0", "--rank is 'auto:0', it must be a whole number of at least 1"),
+    ("--rank auto,64", "several such as 128,256,512 for equal parts of the layers, or full or auto"),
+    ("--rank autos", "several such as 128,256,512 for equal parts of the layers, or full or auto"),
+    ("--mlp_rank auto", "a whole number of at least 1, as --rank auto deals that of the MLP, too, or full"),
     ("--mlp_rank 16,-2", "--mlp_rank is '16,-2', it must be a whole number of at least 1"),
     ("--beta2 1", "--beta2 is 1, it must be more than 0 and less than 1"),
     ("--min_lr_ratio 1.5", "--min_lr_ratio is 1.5, it must be at least 0 and at most 1"),

@@ -38,8 +38,11 @@ def test_a_run_of_full_rank_has_a_row_a_matrix(tmp_path: Path, capsys: pytest.Ca
     assert [row["matrix"] for row in rows][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
     assert len(rows) == 7 and {row["update"] for row in rows} == {"2"}
     for row in rows:
-        shares = [float(row[key]) for key in SHARES]
-        assert shares == sorted(shares) and shares[0] > 0 and shares[-1] <= 1
+        squared, nuclear = ([float(row[f"{norm} {key}"]) for key in SHARES] for norm in ("squared", "nuclear"))
+        for shares in (squared, nuclear):
+            assert shares == sorted(shares) and shares[0] > 0 and shares[-1] <= 1
+        # The largest hold more of a sum of squares than of a sum.
+        assert all(more >= less for more, less in zip(squared, nuclear, strict=True))
     assert "down_proj" in capsys.readouterr().out
     low_rank = small.run("low", **flags_of("q_galore_adamw8bit"), num_training_steps=1)
     assert main([str(low_rank.checkpoints[-1]), "--results", str(results)]) == 2

@@ -1,6 +1,7 @@
 """The shipped model configs have the published shapes, load in transformers, and bad ones are refused by name."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.build import build_on_meta, parameter_count
-from peft_pretraining.models.config import check_length, check_ranks
+from peft_pretraining.models.config import check_length, rank_problems
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.qwen2.config import Qwen2Config
 from peft_pretraining.models.registry import read_config
@@ -215,12 +216,17 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_limits_name_the_flag(tmp_path: Path) -> None:
     config = LlamaConfig.from_json(write(tmp_path, num_key_value_heads=2))
     check_length(config, 1024)
-    check_ranks(config, (16, 8))
+    layers, shapes = config.num_hidden_layers, config.matrix_shapes()
+    problems = functools.partial(rank_problems, config.source, layers, shapes)
+    assert not problems((16, 8)) and not problems((*[8] * (layers - 1), "full")) and not problems((16,), (32, "full"))
     with pytest.raises(UserError, match=r"--max_length is 1025, but .*model\.json has max_position_embeddings 1024"):
         check_length(config, 1025)
-    with pytest.raises(UserError, match=r"--rank is 17, but self_attn.k_proj of .* is 16 x 32: give at most 16"):
-        check_ranks(config, (8, 17))
-    layers = config.num_hidden_layers
-    check_ranks(config, (*[8] * (layers - 1), "full"))
-    with pytest.raises(UserError, match=rf"--rank has {layers + 1} ranks for parts .* has {layers} layers"):
-        check_ranks(config, [8] * (layers + 1))
+    too_large = f"of {config.source} is {{}}: give at most {{}}."
+    assert problems((8, 17)) == ["--rank is 17, but self_attn.k_proj " + too_large.format("16 x 32", 16)]
+    # A flag is about its own matrices.
+    assert problems((16,), (33,)) == ["--mlp_rank is 33, but mlp.gate_proj " + too_large.format("64 x 32", 32)]
+    assert len(problems((17,), (33,))) == 2
+    assert problems([8] * (layers + 1)) == [
+        f"--rank has {layers + 1} ranks for parts of the layers, and {config.source} has {layers} layers: give at most "
+        "so many."
+    ]

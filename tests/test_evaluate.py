@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from peft_pretraining.after_training.trained_model import Origin
 from peft_pretraining.commands import evaluate as command
 from peft_pretraining.commands.export import export
-from peft_pretraining.commands.trained_model import Origin
 from peft_pretraining.data.eval_set import TextCount, build_eval_set
 from peft_pretraining.data.sources.documents import MemorySource, Share
 from peft_pretraining.data.sources.mixture import Mixture

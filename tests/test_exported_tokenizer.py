@@ -12,8 +12,8 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from peft_pretraining.after_training.exported_tokenizer import write_tokenizer
 from peft_pretraining.commands import export as export_command
-from peft_pretraining.commands.exported_tokenizer import write_tokenizer
 from peft_pretraining.data.tokenizer import Added, Tokenizer
 from peft_pretraining.data.tokenizers.encoders import PROBES
 from peft_pretraining.data.tokenizers.files import named_tokenizer

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_pretraining.after_training.trained_model import open_trained
+from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.commands import generate as command
 from peft_pretraining.commands.export import export
 from peft_pretraining.commands.generate import Generator, Sampling, _Stream
-from peft_pretraining.commands.trained_model import open_trained
-from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.data.tokenizer import Added, Tokenizer
 from peft_pretraining.data.tokenizers.files import named_tokenizer
 from peft_pretraining.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining.checkpoint.recorded_flags import keep_named_method
+from peft_pretraining.checkpoint.manifest import MANIFEST
 from peft_pretraining.config.flags import format_size, parse_size
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
@@ -215,10 +215,11 @@ def test_a_budget_beyond_the_card_is_refused() -> None:
 def test_an_old_run_that_goes_on_is_planned_as_it_was(flags: str, tmp_path: Path) -> None:
     """Its checkpoint is from before its optimizer's name meant quantized weights: float ones fit in another way."""
     command = argv("9m", f"--optimizer q_galore_adamw8bit_per_layer --continue_from {tmp_path} {flags}")
-    new = parse_within_budget(command, keep=keep_named_method)
+    new = parse_within_budget(command)
     of_old = {"weight_quant": False, "stochastic_round": False, "proj_quant": False}
+    (tmp_path / MANIFEST).touch()
     (tmp_path / "state.json").write_text(json.dumps(of_old))
-    old = parse_within_budget(command, keep=keep_named_method)
+    old = parse_within_budget(command)
     assert (new.quantization.weight_quant, old.quantization.weight_quant) == (True, False)
     config = read_config("9m")
     assert plan(old, config).peak_bytes < 200e6

@@ -384,10 +384,10 @@ ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galor
     [
         (
             "--weight_quant",
-            "--sum_in_momentum adds gradients to a momentum of the weight's shape, and --rank 224 projects them: give "
+            "--sum_in_momentum adds gradients to a momentum of the weight's shape, and --rank 224 projects it: give "
             "the rank full, or leave it out",
         ),
-        ("--rank full --mlp_rank 64", "and --mlp_rank 64 projects them"),
+        ("--rank full --mlp_rank 64", "and --mlp_rank 64 projects it"),
         ("--rank full --dtype float16", "and the loss scale of --dtype float16 would change what they are worth"),
         (
             "--rank full --direction adam",

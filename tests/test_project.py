@@ -108,9 +108,9 @@ ROOMS = [
     "peft_pretraining.evaluation",
     "peft_pretraining.averaging", "peft_pretraining.speed",
     "peft_pretraining.memory", "peft_pretraining.run_summary", "peft_pretraining.dry_run",
-    "peft_pretraining.checkpoint", "peft_pretraining.reporting", "peft_pretraining.finetune", "peft_pretraining",
-    "run_pretrain",
-    "peft_pretraining.commands", "peft_pretraining.__main__",
+    "peft_pretraining.checkpoint", "peft_pretraining.reporting", "peft_pretraining.finetune",
+    "peft_pretraining.after_training", "peft_pretraining", "run_pretrain", "peft_pretraining.commands",
+    "peft_pretraining.__main__",
 ]  # fmt: skip
 """A room may import those that come before it in its library, and never one that comes after it."""
 

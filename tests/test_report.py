@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from peft_pretraining.after_training.trained_model import open_trained
+from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.commands import report
 from peft_pretraining.commands.generate import Generator, Sampling
 from peft_pretraining.commands.report_page.recorded_run import read_run
 from peft_pretraining.commands.report_page.samples import MAX_TOKENS, PROMPTS, SampleOptions
-from peft_pretraining.commands.trained_model import open_trained
-from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.reporting.markup import element, table
 from peft_pretraining.reporting.page import sample
 from peft_pretraining.reporting.svg import POINTS, heat_map, log_ticks, short, ticks

@@ -203,12 +203,12 @@ ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galor
     [
         (
             "--weight_quant",
-            "--rounding_feedback 0.5 needs a momentum of the weight's shape, and --rank 224 is of a projected one: "
+            "--rounding_feedback 0.5 feeds errors into a momentum of the weight's shape, and --rank 224 projects it: "
             "give the rank full, or leave it out",
         ),
         (
             "--weight_quant --rank full --mlp_rank 64",
-            "--rounding_feedback 0.5 needs a momentum of the weight's shape, and --mlp_rank 64 is of a projected one",
+            "--rounding_feedback 0.5 feeds errors into a momentum of the weight's shape, and --mlp_rank 64 projects it",
         ),
         (
             "--rank full --no-weight_quant",

@@ -21,7 +21,7 @@ from benchmarks.models import LENGTH
 from benchmarks.rows import ROOT
 from benchmarks.table_jobs import Job, Row, Study
 from benchmarks.table_methods import ABLATION, METHODS, RECIPES, SEQUENCES, SHORT_TOKENS, Budget
-from peft_pretraining.checkpoint.store import lock_folder
+from peft_pretraining.checkpoint.folder import lock_folder
 from peft_pretraining.config.flags import build_parser
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS

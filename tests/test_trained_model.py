@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_pretraining.after_training.trained_model import open_trained
+from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint.store import save_checkpoint
-from peft_pretraining.commands.trained_model import open_trained
-from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.data.tokenizer import Added
 from peft_pretraining.errors import UserError

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from peft_pretraining.after_training.evaluated_data import Data, Evaluation, open_data
+from peft_pretraining.after_training.trained_model import DEVICES, DTYPES, Origin, TrainedModel, open_trained
 from peft_pretraining.commands.corrected_flags import CommandParser
-from peft_pretraining.commands.evaluated_data import Data, Evaluation, open_data
-from peft_pretraining.commands.trained_model import DEVICES, DTYPES, Origin, TrainedModel, open_trained
 from peft_pretraining.config.flag_groups import DataArgs, EvaluationArgs
 from peft_pretraining.config.flags import add_flag, convert, parse_count, parse_path, read_specs
 from peft_pretraining.data.tokenizer import check_vocabulary

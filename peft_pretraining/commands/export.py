@@ -19,11 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.after_training.exported_tokenizer import special_ids, write_tokenizer
+from peft_pretraining.after_training.trained_model import (
+    Origin,
+    averaged_weights,
+    config_of,
+    find_checkpoint,
+    method_of,
+)
+from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.checkpoint.store import Checkpoint
 from peft_pretraining.commands.corrected_flags import CommandParser
-from peft_pretraining.commands.exported_tokenizer import special_ids, write_tokenizer
-from peft_pretraining.commands.trained_model import Origin, averaged_weights, config_of, find_checkpoint, method_of
-from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.flags import parse_name_or_path, parse_path
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError

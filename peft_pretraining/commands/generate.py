@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.after_training.trained_model import DEVICES, DTYPES, TrainedModel, choose_device, open_trained
+from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.commands.corrected_flags import CommandParser
-from peft_pretraining.commands.trained_model import DEVICES, DTYPES, TrainedModel, choose_device, open_trained
-from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.flags import parse_count, parse_name_or_path, parse_path, whole_number
 from peft_pretraining.data.tokenizer import Tokenizer, check_vocabulary
 from peft_pretraining.errors import UserError

@@ -93,7 +93,6 @@ def model_names(text: str) -> list[str]:
 def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str:
     """What `--dry_run` prints of a run, with --memory as its budget, or else a card's for a batch that is not given."""
     from peft_pretraining.build import shape_of
-    from peft_pretraining.checkpoint.recorded_flags import keep_named_method
     from peft_pretraining.dry_run import describe
     from peft_pretraining.memory.budget import parse_within_budget
     from peft_pretraining.runtime.rendezvous import world_size_of_launch
@@ -108,7 +107,7 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
     if card and not budget and not _is_given("batch_size", flags) and not _is_given("memory_budget", flags):
         budget = f"{gigabytes}GB"
     flags = [*flags, *(["--memory_budget", budget] if budget else [])]
-    run = parse_within_budget(flags, world_size_of_launch(), card, keep=keep_named_method)
+    run = parse_within_budget(flags, world_size_of_launch(), card)
     text, config = describe(run), shape_of(run.model)
     if card is None or config is None:
         return text

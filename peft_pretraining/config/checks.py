@@ -21,7 +21,7 @@ from peft_pretraining.models.config import (
     check_length,
     check_method_rank,
     check_momentum_rank,
-    check_ranks,
+    rank_problems,
     read_config_json,
 )
 from peft_pretraining.models.family import ModelFamily
@@ -185,13 +185,12 @@ def _model_problems(args: RunArgs) -> list[str]:
     checks: list[Callable[[], None]] = [lambda: check_length(config, args.batch.max_length)]
     if args.method.method != "full":
         checks.append(lambda: check_method_rank(config, args.subspace.rank))
+    problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
     if args.optimizer.is_low_rank:
-        checks.append(lambda: check_ranks(config, args.subspace.ranks()))
-        if args.subspace.mlp_rank:
-            checks.append(lambda: check_ranks(config, args.subspace.ranks(of_mlp=True), "mlp_rank"))
+        layers, shapes = config.num_hidden_layers, config.matrix_shapes()
+        problems += rank_problems(config.source, layers, shapes, *args.subspace.both_ranks)
         if not args.subspace.projects:
             checks.append(lambda: check_momentum_rank(config, args.subspace.momentum_rank))
-    problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
     for check in checks:
         try:
             check()

@@ -25,6 +25,8 @@ Q_GALORE_OPTIMIZERS = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
 RECIPES = ("paper", "orthogonal", "full_rank")
 METHODS = ("full", "low_rank", "lora", "relora", "qlora")
 ADAPTER_METHODS = ("lora", "relora", "qlora")
+AUTO = "auto"
+"""The word for ranks that are dealt (`peft_pretraining.config.dealt_ranks`)."""
 _BY_NAME = "on for q_galore optimizers, off for others"
 
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16"}
@@ -64,7 +66,10 @@ def _updates_or_share(text: str) -> float:
 
 
 def _ranks(text: str) -> int | str:
-    """A rank, or text with several and commas."""
+    """A rank, text with several and commas, or auto with one."""
+    dealt, colon, text = text.rpartition(":")
+    if colon and (dealt != AUTO or text == FULL or "," in text):
+        raise ValueError(f"{AUTO}:256 for the bytes of one rank, a whole number,")
     try:
         ranks = [word if word == FULL else parse_whole(word) for word in text.replace(" ", "").split(",")]
         if any(isinstance(rank, int) and rank < 1 for rank in ranks):
@@ -73,10 +78,14 @@ def _ranks(text: str) -> int | str:
         raise ValueError(
             "a whole number of at least 1, several such as 128,256,512 for equal parts of the layers,"
         ) from None
+    if colon:
+        return f"{AUTO}:{ranks[0]}"
     return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
 
 
 def _mlp_ranks(text: str) -> int | str:
+    if AUTO in text:
+        raise ValueError(f"a whole number of at least 1, as --rank {AUTO} deals that of the MLP, too,")
     return 0 if text == "0" else _ranks(text)
 
 
@@ -348,9 +357,10 @@ class SubspaceArgs(SubspaceConfig):
     """The subspace onto which gradients are projected, and its refreshes (galore and q_galore optimizers)."""
 
     # The defaults of the official command line; those of the library are those of q-galore-torch.
-    rank: Annotated[int | str, Flag("dimensions", parse=_ranks, words=(FULL,))] = 128
+    rank: Annotated[int | str, Flag("dimensions", parse=_ranks, words=(FULL, AUTO))] = 128
     """Dimensions of the subspace of each decoder matrix; full: the whole space, with no projection. Several, such as
-    128,256,512, are for as many equal parts of the layers, the first layers first."""
+    128,256,512, are for as many equal parts of the layers, the first layers first. auto: one for the attention and one
+    for the MLP that together take the bytes of the default rank, auto:256 of rank 256, as many for each matrix."""
     galore_scale: float = 1.0
     update_proj_gap: int = 50
     momentum_rank: Annotated[
@@ -374,6 +384,11 @@ class SubspaceArgs(SubspaceConfig):
         if not isinstance(value, str):
             return (value,)
         return tuple(int(rank) if rank.isdecimal() else rank for rank in value.split(","))
+
+    @property
+    def both_ranks(self) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
+        """`ranks` of --rank and of --mlp_rank, the latter empty where it is left out."""
+        return self.ranks(), self.ranks(of_mlp=True) if self.mlp_rank else ()
 
     def by_depth(self, layers: int) -> list[SubspaceArgs]:
         """The options of each of so many layers, with one rank each."""

@@ -7,25 +7,74 @@ library whose kernels adam8bit has.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.config.flag_groups import Q_GALORE_OPTIMIZERS
+from peft_pretraining.models.config_source import states_in
 from qgalore.config import FULL
 
 NAMED = ("weight_quant", "stochastic_round", "proj_quant")
 
 
-def with_named_method(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_named_method(values: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Add what the optimizer's name says to `values`, flags by name with those of the recipe, where they lack it.
 
-    Float weights have no rounding of this kind, and `--rank full` has no projections.
+    Float weights have no rounding of this kind, and `--rank full` has no projections. What is `recorded` goes first.
     """
+    return {**_named(values), **recorded, **values}
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the optimizer's name says; for adam8bit that is what a machine has."""
+    if values.get("optimizer") == "adam8bit":
+        return {"adam8bit_backend": "auto"}
     if values.get("optimizer") not in Q_GALORE_OPTIMIZERS:
-        return dict(values)
+        return {}
     projects = values.get("rank") != FULL or values.get("mlp_rank", FULL) not in (0, FULL)
     quantized = values.get("weight_quant", True)
-    return {"weight_quant": True, "stochastic_round": quantized, "proj_quant": projects, **values}
+    return {"weight_quant": True, "stochastic_round": quantized, "proj_quant": projects}
+
+
+def recorded_method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of flags that are left to the name, in the checkpoint that a command with these values goes on from.
+
+    Only `state.json` is read, and not checked: what is damaged is found when the checkpoint is loaded. Empty without a
+    checkpoint that can be read.
+    """
+    source, names = given.get("continue_from", ""), left_to_name(given)
+    if not source or not names:
+        return {}
+    folder = Path(given.get("save_dir", "") if source == "auto" else source)
+    with contextlib.suppress(OSError):  # of a folder that is not there yet
+        for path in states_in(folder):
+            with contextlib.suppress(OSError, ValueError):
+                state = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(state, dict):
+                    return {name: value for name, value in with_old_values(state).items() if name in names}
+    return {}
+
+
+def with_old_values(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has recorded, and what was so before there was a flag for it: 8-bit Adam had our kernels."""
+    return {**({"adam8bit_backend": "own"} if state.get("optimizer") == "adam8bit" else {}), **state}
+
+
+def recorded_in_words(values: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """A note on what is `recorded` otherwise than the name says; "" where nothing is."""
+    named = {**_named(values), **values}
+    kept = {name: value for name, value in recorded.items() if value != named[name]}
+    flags = " ".join(_as_flag(name, value) for name, value in kept.items())
+    return f"{flags}, as in the checkpoint: the command line says nothing of it" if kept else ""
+
+
+def _as_flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def left_to_name(given: Mapping[str, Any]) -> tuple[str, ...]:

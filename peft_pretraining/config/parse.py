@@ -11,10 +11,21 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
+from peft_pretraining.config.dealt_ranks import (
+    dealing_problems,
+    dealt_in_words,
+    rank_to_deal,
+    with_dealt_ranks,
+)
 from peft_pretraining.config.flags import build_parser, parse_flags
 from peft_pretraining.config.method_checks import unused_by_method
 from peft_pretraining.config.model_source import fill_model_config
-from peft_pretraining.config.named_method import left_to_name, with_named_method
+from peft_pretraining.config.named_method import (
+    left_to_name,
+    recorded_in_words,
+    recorded_method,
+    with_named_method,
+)
 from peft_pretraining.config.recipes import length_in_words, recipe_in_words, with_length, with_recipe
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
@@ -32,27 +43,35 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     command = tuple(sys.argv[1:] if argv is None else argv)
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]
-    chosen = with_named_method(with_recipe(parsed.values))
-    groups = {}
+    values, recorded = with_recipe(parsed.values), recorded_method(parsed.values)
+    chosen, kept = with_named_method(values, recorded), recorded_in_words(values, recorded)
+    dealt, groups = rank_to_deal(parsed.values), {}
+    if dealt is not None:
+        chosen["rank"] = dealt
     for name, group in GROUPS.items():
         fields = dataclasses.fields(group)
-        values = {field.name: chosen[field.name] for field in fields if field.name in chosen}
+        own = {field.name: chosen[field.name] for field in fields if field.name in chosen}
         # A required flag that is missing or unreadable is in the list of problems already.
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
-        groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | values)
+        groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | own)
     args = RunArgs(**groups, world_size=world_size, command=command, left_to_name=left_to_name(parsed.values))
-    args = _resolve(args)
+    args = _resolve(args) if dealt is None else with_dealt_ranks(_resolve(args), dealt)
     updates = args.schedule.num_training_steps
     optimizer = with_length(args.optimizer, updates, args.tokens_per_update, parsed.values.keys())
     args = dataclasses.replace(args, optimizer=optimizer)
     unreadable = [re.compile(rf"--{name}\b") for name in parsed.unreadable - parsed.values.keys()]
     given = parsed.values.keys()
-    found = [*find_problems(args), *unused_by_full_rank(args, given), *unused_by_method(args, given)]
+    found = [
+        *find_problems(args),
+        *unused_by_full_rank(args, given),
+        *unused_by_method(args, given),
+        *dealing_problems(args, parsed.values),
+    ]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
-        raise UserError(_list_problems(problems))
+        raise UserError(_list_problems(problems) + (f" ({kept})." if kept else ""))
     of_length = length_in_words(args.optimizer, args.schedule, parsed.values.keys())
-    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length]))
+    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length, kept, dealt_in_words(args, parsed.values)]))
     return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,7 +40,6 @@ from qgalore.config import FULL
 UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 """What is kept free of a budget, as measured peaks are up to a per cent above the plan, and where layers are computed
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
-Keep = Callable[[RunArgs], RunArgs]
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
 AS_FAST, WORTH_ROUNDING, WORTH_A_RANK = 1.01, 1.05, 2.0
@@ -86,15 +85,12 @@ class Candidate:
 class Candidates:
     """All settings that a command line leaves open, step by step."""
 
-    def __init__(
-        self, argv: Sequence[str], world_size: int = 1, defaults: Collection[str] = (), keep: Keep | None = None
-    ) -> None:
+    def __init__(self, argv: Sequence[str], world_size: int = 1, defaults: Collection[str] = ()) -> None:
         """argv: of `run_pretrain.py`; --batch_size may be left out beside --total_batch_size.
 
-        defaults: names of flags in it that may be changed all the same; keep: as of `parse_within_budget`. Raises
-        UserError.
+        defaults: names of flags in it that may be changed all the same. Raises UserError.
         """
-        self._argv, self._world_size, self._keep = list(argv), world_size, keep or _as_they_are
+        self._argv, self._world_size = list(argv), world_size
         given = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
         self._given = given.difference(defaults)
         self._lasting: dict[Any, dict[str, int]] = {}
@@ -137,7 +133,7 @@ class Candidates:
                 "--memory_budget chooses --batch_size where the sequences of an update are given: give "
                 "--total_batch_size, such as 512 in the papers, or --batch_size"
             )
-        text = [value for name, value in _values(self._argv) if name == "--total_batch_size"][-1]
+        text = [value for name, value in flag_values(self._argv) if name == "--total_batch_size"][-1]
         found = list[tuple[tuple[str, ...], RunArgs]]()
         try:
             total = parse_whole(text)
@@ -150,7 +146,7 @@ class Candidates:
         return found or [(("--batch_size", "1"), self._parse("--batch_size", "1"))]  # which raises
 
     def _parse(self, *flags: str) -> RunArgs:
-        return self._keep(parse_args([*self._argv, *flags], self._world_size))
+        return parse_args([*self._argv, *flags], self._world_size)
 
     def _allowed(self, *flags: str) -> RunArgs | None:
         """The command line with these flags, too; None where it may not have them, such as clipping without a sum."""
@@ -219,9 +215,9 @@ class Candidates:
         return found
 
 
-def _values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Flags of a command line with the text that follows them."""
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+    for token, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, glued, value = token.partition("=")
         yield name, value if glued else following
 
@@ -241,27 +237,20 @@ def _by_what_it_gives_up(candidate: Candidate) -> tuple[bool, bool, int]:
     return model.int8_activations, model.activation_checkpointing, candidate.peak
 
 
-def _as_they_are(args: RunArgs) -> RunArgs:
-    return args
-
-
 def parse_within_budget(
     argv: Sequence[str],
     world_size: int = 1,
     card: Card | None = None,
     program: str = "run_pretrain.py",
-    keep: Keep | None = None,
 ) -> RunArgs:
     """Read a command line, with what `--memory_budget` chooses for it where it is given; the usage names `program`.
 
     card: that the run is planned for; None: this machine's, whose memory the budget may not exceed, or else the speed
-    of an H100. keep: sets what a resumed run keeps of its checkpoint, so that this run is planned. Raises UserError,
-    also where nothing fits.
+    of an H100. Raises UserError, also where nothing fits.
     """
-    keep = keep or _as_they_are
     if not any(token.partition("=")[0] == "--memory_budget" for token in argv):
-        return keep(parse_args(argv, world_size, program))
-    candidates = Candidates(argv, world_size, keep=keep)
+        return parse_args(argv, world_size, program)
+    candidates = Candidates(argv, world_size)
     first = candidates.steps[0][0].args
     budget = first.runtime.memory_budget
     if card is None and first.runtime.device != "cpu" and torch.cuda.is_available():
@@ -271,7 +260,7 @@ def parse_within_budget(
     chosen = candidates.choose(budget, card)
     if chosen is None:
         raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest))
-    args = keep(parse_args([*argv, *chosen.flags], world_size))
+    args = parse_args([*argv, *chosen.flags], world_size)
     return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
 
 

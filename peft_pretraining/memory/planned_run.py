@@ -12,7 +12,7 @@ from peft_pretraining.build import compiles_layers
 from peft_pretraining.config.checks import needs_own_adam8bit
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.models.config import ModelConfig, is_of_mlp
 from peft_pretraining.models.registry import family_of
 from peft_pretraining.optim.build import allows_graphs
 from qgalore.config import SubspaceConfig
@@ -75,7 +75,7 @@ class PlannedRun:
 def _matrices(args: SubspaceArgs | None, config: ModelConfig) -> tuple[Matrix, ...]:
     subspace, of_mlp = (args.config(), args.config(of_mlp=True)) if args else (None, None)
     shapes = config.matrix_shapes().items()
-    return tuple(Matrix(shape, of_mlp if name.startswith("mlp.") else subspace) for name, shape in shapes)
+    return tuple(Matrix(shape, of_mlp if is_of_mlp(name) else subspace) for name, shape in shapes)
 
 
 @lru_cache(maxsize=256)

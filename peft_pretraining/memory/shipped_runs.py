@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peft_pretraining.memory.budget import Candidate, Candidates
+from peft_pretraining.config.flag_groups import AUTO
+from peft_pretraining.memory.budget import Candidate, Candidates, flag_values
 from peft_pretraining.models.config_files import shipped_configs
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, Card
@@ -46,12 +46,11 @@ class Fit(NamedTuple):
         """The measured row of the very setting on this card, with any number of micro-batches."""
         if self.chosen is None:
             return None
-        args = self.chosen.args
+        args, subspace = self.chosen.args, self.chosen.args.subspace
         every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
-        setting = (args.batch.batch_size, args.subspace.rank, every, args.model.int8_activations)
-        alike = (
-            args.subspace.subspace == "streaming" and args.subspace.direction == "adam" and args.optimizer.is_q_galore
-        )
+        setting = (args.batch.batch_size, subspace.rank, every, args.model.int8_activations)
+        alike = subspace.subspace == "streaming" and subspace.direction == "adam" and not subspace.mlp_rank
+        alike = alike and args.optimizer.is_q_galore
         for each in MEASURED_SPEEDS if alike and args.batch.max_length == 256 else ():
             same = (each.batch_size, each.rank, each.checkpoint_every, each.int8_activations) == setting
             if same and CARDS[each.card] == self.card and each.model == self.model:
@@ -83,21 +82,18 @@ class ShippedRun:
         self.argv = ["--model_config", str(shipped_configs()[model]), "--memory_budget", "1TB", "--device", "cuda"]
         self.argv += _BATCH
         if "--optimizer" not in names:
-            own = "--recipe" in names or FULL in _ranks_in(flags)  # the paper has projections
-            self.argv += [*_Q_GALORE, *(() if own else self._of_paper())]
+            # The paper has projections.
+            own = "--recipe" in names or ("--rank", FULL) in flag_values(flags)
+            self.argv += [*_Q_GALORE, *(() if own else [*_PAPER, "--rank", str(self._papers_rank)])]
+            if not own and ("--rank", AUTO) in flag_values(flags):
+                flags = [*flags, "--rank", f"{AUTO}:{self._papers_rank}"]
         self.candidates = Candidates([*self.argv, *flags], defaults=() if "--rank" in names else ("rank",))
 
-    def _of_paper(self) -> list[str]:
+    @property
+    def _papers_rank(self) -> int:
         width = read_config(shipped_configs()[self.model]).hidden_size
-        rank = RECIPES[self.model][0] if self.model in RECIPES else _RANKS.get(self.model, PAPER.rank(width))
-        return [*_PAPER, "--rank", str(rank)]
+        return RECIPES[self.model][0] if self.model in RECIPES else _RANKS.get(self.model, int(PAPER.rank(width)))
 
     def fit(self, budget: int, card: Card) -> Fit:
         """The fastest setting that fits into so many bytes on a card."""
         return Fit(self.model, card, budget, self.candidates.choose(budget, card), self.candidates.smallest)
-
-
-def _ranks_in(flags: Sequence[str]) -> list[str]:
-    """The values of --rank in a command line."""
-    apart = [value for name, value in itertools.pairwise(flags) if name == "--rank"]
-    return [*apart, *(flag.partition("=")[2] for flag in flags if flag.startswith("--rank="))]

@@ -1,6 +1,5 @@
 """Build a model: read its config, create it without memory, initialise it, compile its layers."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.hf import HFCausalLM
 from peft_pretraining.models.network import CausalLM
@@ -46,24 +44,15 @@ def low_rank_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if model.is_decoder_matrix(name)]
 
 
-def check_ranks_of(
-    model: CausalLM, source: str, ranks: Sequence[int | str], mlp_ranks: Sequence[int | str] | None = None
-) -> None:
-    """Refuse ranks of which one exceeds the smaller side of a decoder matrix: UserError. A word is no such rank.
-
-    For models of transformers; of our own, `peft_pretraining.models.config.check_ranks` sees it before anything is
-    built. source: the file of the configuration; mlp_ranks: of matrices in a module called mlp, None for the same.
-    """
+def matrix_shapes(model: CausalLM) -> dict[str, tuple[int, ...]]:
+    """The shape of each decoder matrix by its dotted name, (out_features, in_features) where it is quantized."""
+    found = dict[str, tuple[int, ...]]()
     for name in low_rank_names(model):
-        of_mlp = mlp_ranks is not None and ".mlp." in name
-        matrix, flag = model.get_submodule(name), "mlp_rank" if of_mlp else "rank"
-        shape: tuple[int, ...] = matrix.get_parameter("weight").shape
+        matrix = model.get_submodule(name)
+        found[name] = matrix.get_parameter("weight").shape
         if isinstance(matrix, LowRankLinear):  # whose weight may be packed
-            shape = (matrix.out_features, matrix.in_features)
-        for given in mlp_ranks if of_mlp and mlp_ranks is not None else ranks:
-            if isinstance(given, int) and given > min(shape):
-                size = " x ".join(map(str, shape))
-                raise UserError(f"--{flag} is {given}, but {name} of {source} is {size}: give at most {min(shape)}.")
+            found[name] = (matrix.out_features, matrix.in_features)
+    return found
 
 
 def parameter_count(model: nn.Module) -> int:

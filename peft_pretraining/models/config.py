@@ -4,7 +4,7 @@ Read before torch is loaded: checks of the command line, recipes and the memory 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,21 +110,38 @@ def check_length(config: ModelConfig, max_length: int) -> None:
         )
 
 
-def check_ranks(config: ModelConfig, ranks: Sequence[int | str], flag: str = "rank") -> None:
-    """Refuse ranks of parts of the layers that do not fit the model: UserError. A word is no such rank.
+def is_of_mlp(name: str) -> bool:
+    """Whether `--mlp_rank` is for a decoder matrix of this dotted name in its layer or model: one in a module mlp."""
+    return ".mlp." in f".{name}"
 
-    None may exceed the smaller side of a decoder matrix, and there are at most as many as layers.
+
+def rank_problems(
+    source: str,
+    layers: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    ranks: Sequence[int | str],
+    mlp_ranks: Sequence[int | str] = (),
+) -> list[str]:
+    """List which ranks of parts of the layers do not fit a model, in sentences. A word is no such rank.
+
+    None may exceed the smaller side of a decoder matrix, and there are at most as many as layers. source: the file of
+    the configuration; shapes: of decoder matrices by name; mlp_ranks: of `is_of_mlp`, empty for the same.
     """
-    name, shape = min(config.matrix_shapes().items(), key=lambda item: min(item[1]))
-    for rank in ranks:
-        if isinstance(rank, int) and rank > min(shape):
-            size = f"{shape[0]} x {shape[1]}"
-            raise UserError(f"--{flag} is {rank}, but {name} of {config.source} is {size}: give at most {min(shape)}.")
-    if len(ranks) > config.num_hidden_layers:
-        raise UserError(
-            f"--{flag} has {len(ranks)} ranks for parts of the layers, and {config.source} has "
-            f"{config.num_hidden_layers} layers: give at most so many."
-        )
+    problems = []
+    for flag, given, of_mlp in (("rank", ranks, False), ("mlp_rank", mlp_ranks, True)):
+        its_own = {name: shape for name, shape in shapes.items() if not mlp_ranks or is_of_mlp(name) == of_mlp}
+        if not given or not its_own:
+            continue
+        name, shape = min(its_own.items(), key=lambda item: min(item[1]))
+        if too_large := [rank for rank in given if isinstance(rank, int) and rank > min(shape)]:
+            size = " x ".join(map(str, shape))
+            problems.append(f"--{flag} is {too_large[0]}, but {name} of {source} is {size}: give at most {min(shape)}.")
+        if len(given) > layers:
+            problems.append(
+                f"--{flag} has {len(given)} ranks for parts of the layers, and {source} has {layers} layers: give at "
+                "most so many."
+            )
+    return problems
 
 
 def check_method_rank(config: ModelConfig, rank: int | str) -> None:

@@ -14,7 +14,7 @@ STATE = "state.json"
 """Of a checkpoint of ours, which has the contents of the model's configuration under `IN_STATE`."""
 IN_STATE = "model_config_contents"
 _MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_\d{8,}")
+_STEP = re.compile(r"(\.replaced_)?step_\d{8,}")
 
 
 def config_path(name: str | Path, flag: str = "--model_config") -> Path:
@@ -53,10 +53,14 @@ def config_path(name: str | Path, flag: str = "--model_config") -> Path:
 
 def config_in(folder: Path) -> Path | None:
     """The file in a folder of a model, of a run or of a checkpoint that has the configuration; None without one."""
+    return next((path for path in (*states_in(folder), folder / CONFIG) if path.is_file()), None)
+
+
+def states_in(folder: Path) -> list[Path]:
+    """Where a folder's state.json is if it is a checkpoint of ours, or those of a run, of the newest first."""
     steps = [each for each in folder.iterdir() if _STEP.fullmatch(each.name)]
-    steps.sort(key=lambda step: int(step.name.removeprefix("step_")), reverse=True)
-    states = [step / STATE for step in (folder, *steps) if (step / _MANIFEST).is_file()]
-    return next((path for path in (*states, folder / CONFIG) if path.is_file()), None)
+    steps.sort(key=lambda step: int(step.name.rpartition("_")[2]), reverse=True)
+    return [step / STATE for step in (folder, *steps) if (step / _MANIFEST).is_file()]
 
 
 def model_name(model_config: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.methods.convert import trained_matrix_names
+from peft_pretraining.models.config import is_of_mlp
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.bitsandbytes_adam import BitsandbytesAdamW8bit
 from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_optimizer, library_state
@@ -126,7 +127,7 @@ def _options_of_layers(model: CausalLM, subspace: SubspaceArgs) -> dict[Tensor, 
     for layer, options in zip(layers, subspace.by_depth(len(layers)), strict=True):
         configs = {of_mlp: options.config(of_mlp) for of_mlp in (False, True)}
         for name, param in layer.named_parameters():
-            apart = subspace.mlp_rank != 0 and ".mlp." in f".{name}"
+            apart = subspace.mlp_rank != 0 and is_of_mlp(name)
             found[param] = apart, configs[apart]
     return found
 

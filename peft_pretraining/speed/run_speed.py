@@ -51,9 +51,10 @@ def _times(s: Setting, ours: bool, card: Card) -> tuple[float, float, float]:
 
 
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
-    """What decides the passes of a run; the mean rank of the attention's matrices stands for all matrices."""
+    """What decides the passes of a run; the mean of the ranks of attention and MLP stands for all matrices."""
     optimizer, subspace, model = args.optimizer, args.subspace, args.model
-    ranks = [rank for rank in subspace.ranks() if rank != FULL] if optimizer.is_low_rank else []
+    of_both = (*subspace.ranks(), *subspace.ranks(of_mlp=True)) if optimizer.is_low_rank else ()
+    ranks = [rank for rank in of_both if rank != FULL]
     return Setting(
         config,
         args.batch.batch_size,

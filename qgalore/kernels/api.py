@@ -29,14 +29,15 @@ from qgalore.kernels.reference import (
     newton_schulz,
 )
 from qgalore.kernels.reference.adam import PART, scaled
+from qgalore.kernels.reference.newton_schulz import odd_polynomials
 from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks, rows_of, stepped
 
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
     "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward",
-    "momentum_steps", "orthogonalize", "product_dtype", "project_back", "quantize", "quantize_blocks_",
-    "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_",
-    "use_triton",
+    "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
+    "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
+    "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)

@@ -195,11 +195,7 @@ def _orthonormal_rows(sketch: Tensor, old: Tensor) -> Tensor:
     """
     norms = sketch.norm(dim=1, keepdim=True)
     basis = torch.where(norms > 0, sketch / norms.clamp_min(_SMALLEST), old)
-    basis = basis / basis.norm()
-    for first, third, fifth in _POLYNOMIALS:
-        gram = basis @ basis.T
-        even = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
-        basis = torch.addmm(basis, even, basis, beta=first)
+    basis = kernels.odd_polynomials(basis, _POLYNOMIALS)
     return torch.where(basis.isfinite().all(), basis, old)
 
 

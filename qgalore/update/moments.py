@@ -70,7 +70,7 @@ def row_parts(state: dict[str, Tensor], shape: torch.Size) -> list[tuple[int, in
     return kernels.row_chunks(shape[0], columns)
 
 
-def rows_of(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+def rows_of_state(state: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Views of the moments of rows start:stop, a range of `row_parts`."""
     moments = {name: kernels.at_least_1d(state[name]) for name in (*MOMENTS, ROW_MOMENT) if name in state}
     columns = moments["exp_avg"].shape[1:].numel()

@@ -350,4 +350,4 @@ def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, sta
     if l2 and not weight.param_group["decoupled_weight_decay"]:
         grad = kernels.scaled(grad, factor).add(kernels.rows_of(weight.param.data, start, stop), alpha=l2)
         factor = None
-    return weight.prepare_step(grad, factor, moments.rows_of(weight.state, start, stop))
+    return weight.prepare_step(grad, factor, moments.rows_of_state(weight.state, start, stop))

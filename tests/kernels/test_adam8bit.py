@@ -216,6 +216,8 @@ def test_step_in_parts_equals_the_whole(
     parts = moments.row_parts(parted, shape)
     # Rows of 300 values share blocks of 256, so an 8-bit state of them cannot be parted.
     assert len(parts) == (1 if bits == 8 and columns == 300 else 7)
-    found = [adam_step(moments.rows_of(parted, start, stop), grad[start:stop], 1, BETAS, EPS) for start, stop in parts]
+    found = [
+        adam_step(moments.rows_of_state(parted, start, stop), grad[start:stop], 1, BETAS, EPS) for start, stop in parts
+    ]
     assert torch.equal(torch.cat(found), expected)
     assert all(torch.equal(parted[key], value) for key, value in whole.items())

@@ -43,9 +43,9 @@ def samples_section(folder: Path, options: SampleOptions) -> Section:
 
 def _continued(folder: Path, options: SampleOptions) -> tuple[str, list[str]]:
     """(how the texts were made, what follows each prompt). Raises UserError."""
+    from peft_pretraining.after_training.trained_model import open_trained
+    from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
     from peft_pretraining.commands.generate import Generator, Sampling
-    from peft_pretraining.commands.trained_model import open_trained
-    from peft_pretraining.commands.trained_tokenizer import tokenizer_of
 
     trained = open_trained(folder, options.device)
     generator = Generator(trained, tokenizer_of(trained, options.tokenizer))

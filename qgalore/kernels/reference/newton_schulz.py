@@ -26,12 +26,12 @@ def orthogonalize(
 ) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize`."""
     if segments is None:
-        return [_orthogonalize(matrix, polynomials) for matrix in matrices]
+        return [odd_polynomials(matrix, polynomials) for matrix in matrices]
     return [_by_segments(matrix, polynomials, segments) for matrix in matrices]
 
 
-def _orthogonalize(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
-    """Odd polynomials a x + b x³ + c x⁵ of the singular values of matrix / |matrix|, in its dtype."""
+def odd_polynomials(matrix: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Odd polynomials a x + b x³ + c x⁵ of the singular values of matrix / |matrix|, in its dtype, on any device."""
     tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = matrix.T if tall else matrix
     x = x / x.norm().clamp_min(1e-30)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.commands.trained_model import Origin
+from peft_pretraining.after_training.trained_model import Origin
 from peft_pretraining.config.flag_groups import DataArgs
 from peft_pretraining.data.sources.kind import OwnBPE, TextKind
 from peft_pretraining.data.sources.mapped_tokens import TokenFiles, TokenMixture

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_pretraining.commands.trained_model import Origin
-from peft_pretraining.commands.trained_tokenizer import tokenizer_of
+from peft_pretraining.after_training.trained_model import Origin
+from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.config.flag_groups import DataArgs
 from peft_pretraining.data.batch import IGNORED_LABEL, MicroBatch
 from peft_pretraining.data.eval_set import EvalSet, TextCount, build_eval_set
