@@ -598,9 +598,7 @@ def test_a_missing_package_is_a_sentence(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "peft_pretraining.methods.frozen", raising=False)
     assert small.main("missing", **FLAGS | METHODS[name]) == 2
-    assert f"needs the package {package}, which is not installed: pip install 'qgalore[baselines]'" in (
-        capsys.readouterr().err
-    )
+    assert f"needs the package {package}, which is not installed: pip install 'qgalore[" in capsys.readouterr().err
 
 
 def test_a_checkpoint_from_before_there_were_methods_is_of_a_full_run(small: SmallRun) -> None:

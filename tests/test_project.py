@@ -251,7 +251,7 @@ def test_the_packages_of_experiments_are_those_of_the_extras() -> None:
 def test_a_missing_package_is_advice_to_install_its_extra() -> None:
     extras = project()["optional-dependencies"]
     assert isinstance(extras, dict)
-    for extra in ("train", "plot", "baselines"):
+    for extra in ("train", "plot"):
         for requirement in extras[extra]:
             package = re.split("[>=]", requirement)[0]
             text = missing_package(ModuleNotFoundError(name=f"{package}.inner"))
