@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.after_training.trained_model import find_checkpoint, method_of, open_trained
 from peft_pretraining.build import build_training
 from peft_pretraining.commands.export import export
-from peft_pretraining.commands.trained_model import find_checkpoint, method_of, open_trained
 from peft_pretraining.config.flag_groups import MethodArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.plan import plan
