@@ -114,7 +114,12 @@ def nuclear_share(parameters: tuple[float, float], share: float) -> float:
 def dealing_problems(args: RunArgs, given: Mapping[str, Any]) -> list[str]:
     """List what keeps ranks from being dealt to a command line with the values `given`, in sentences."""
     problems, rank = list[str](), rank_to_deal(given)
-    if rank is None or not args.optimizer.is_low_rank:
+    if rank is None:
+        return problems
+    if args.method.method != "full":
+        word = given["rank"]
+        return [f"--rank {word} cannot work with --method {args.method.method}, whose factors have one rank: give it"]
+    if not args.optimizer.is_low_rank:
         return problems
     if not isinstance(rank, int):
         problems.append(
