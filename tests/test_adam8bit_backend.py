@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.registry import read_config
-from peft_pretraining.optim import adam8bit_backend
+from peft_pretraining.optim import adam8bit_backend, bitsandbytes_adam
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
 from peft_pretraining.optim.bitsandbytes_adam import BitsandbytesAdamW8bit
 from qgalore import GaLoreAdamW8bit
@@ -95,6 +96,46 @@ def test_a_gpu_computes_the_same_as_that_optimizer_and_never_waits(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same_bits([param.detach() for param in params], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_stream_than_the_default_one_gives_the_same_bits() -> None:
+    """In which a run trains: gradients that come late are waited for, and so is the update."""
+    params, others = [[nn.Parameter(x.data.cuda()) for x in weights(torch.bfloat16)] for _ in range(2)]
+    expected = trained(BitsandbytesAdamW8bit(groups(params), **ADAM), params)
+    busy = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        optimizer = BitsandbytesAdamW8bit(groups(others), **ADAM)
+        for _ in range(40):
+            busy = busy @ busy / busy.norm()
+        found = trained(optimizer, others)
+    torch.cuda.synchronize()
+    assert_same_bits(found, expected)
+
+
+def test_the_default_stream_and_the_current_one_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' updates take no stream."""
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+    current, default = Stream("current"), Stream("default")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(order.append(f"in {stream.name}")))
+    with bitsandbytes_adam._in_default_stream(CUDA):
+        order.append("update")
+    assert order == ["default waits for current", "in default", "update", "current waits for default"]
+    current = default
+    with bitsandbytes_adam._in_default_stream(CUDA):
+        assert len(order) == 4
 
 
 def test_updates_are_near_those_of_our_kernels() -> None:

@@ -9,7 +9,8 @@ state of the other.
 Not `bitsandbytes.optim.AdamW8bit` itself, but the two functions that it calls: its `step` waits for the device after
 every weight, and leaves out no update without the host's knowing. What differs from the own kernels: bitsandbytes
 rounds a bfloat16 weight to the nearest, where the own ones round stochastically, and takes gradients in the data type
-of the weights. Its kernels run in CUDA's default stream, as PyTorch does without `torch.cuda.stream`.
+of the weights. Its kernels for updates take no stream and run in CUDA's default one, whatever PyTorch's current stream
+is, so the whole update runs there, and the current one, in which a run trains, waits for it on the device.
 
 Arguments are given by keyword: since 0.50 some stand in another order than before, and no error tells.
 """
@@ -75,9 +76,23 @@ def _update(parts: Sequence[RowsOfWeight], skip: Tensor | None) -> None:
     for values, step, group, number in parts:
         assert isinstance(step, kernels.AdamStep)
         moments = [step.exp_avg, step.exp_avg_sq, step.exp_avg_absmax, step.exp_avg_sq_absmax]
-        grad = (step.grad if step.factor is None else kernels.scaled(step.grad, step.factor)).to(values.dtype)
-        with _kept_if(skip, [values, *(moment for moment in moments if moment is not None)]):
-            _update_one(values, grad.contiguous(), moments, group, number)
+        with _in_default_stream(values.device):
+            grad = (step.grad if step.factor is None else kernels.scaled(step.grad, step.factor)).to(values.dtype)
+            with _kept_if(skip, [values, *(moment for moment in moments if moment is not None)]):
+                _update_one(values, grad.contiguous(), moments, group, number)
+
+
+@contextlib.contextmanager
+def _in_default_stream(device: torch.device) -> Iterator[None]:
+    """Let the body run in the default stream of a GPU, after all that was launched before and before all that comes."""
+    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        yield
+        return
+    ours, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(ours)
+    with torch.cuda.stream(default):
+        yield
+    ours.wait_stream(default)
 
 
 def _update_one(

@@ -70,8 +70,8 @@ class UpdateGraphs:
         skip: Tensor | None,
     ) -> bool:
         """See `qgalore.update.step.Replay`."""
-        if skip is None or any(weight.has_residual for weight in weights):
-            return False
+        if skip is None or any(weight.has_residual or weight.direction.update for weight in weights):
+            return False  # the residual has the newest full gradient, and another library's kernels their own stream
         whole = [gradient for gradient in gradients if isinstance(gradient, Tensor)]
         if len(whole) < len(weights) or sum(gradient.nbytes for gradient in whole) > _MOST_BYTES:
             return False
