@@ -142,7 +142,7 @@ def test_a_missing_package_is_the_error_of_its_row(
     assert bench_finetune.main(argv) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     expected = (
-        "UserError: --method lora needs the package peft, which is not installed: pip install 'qgalore[finetune]'"
+        "UserError: --method lora needs the package peft, which is not installed: pip install 'qgalore[baselines]'"
     )
     assert row["error"] == expected
 

@@ -286,5 +286,5 @@ def test_a_missing_package_is_advice(place: Path, tmp_path: Path, capsys: pytest
             patch.setitem(sys.modules, package, None)
             assert glue.main(flags(place, tmp_path / package, method=method)) == 2
         error = capsys.readouterr().err
-        extra = "train" if package == "datasets" else "finetune"
+        extra = "baselines" if package == "peft" else "train"
         assert f"needs the package {package}, which is not installed: pip install 'qgalore[{extra}]'" in error

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.config.flag_groups import SubspaceArgs
+from peft_pretraining.config.flag_groups import AUTO, SubspaceArgs
 from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.parse import parse_args
 from qgalore import GaLoreAdamW8bit, QGaLoreAdamW8bit, low_rank_param_groups
@@ -148,7 +148,8 @@ def test_every_option_is_a_flag_with_its_limits_and_help() -> None:
         if limits := limits_of(SubspaceConfig).get(field.name):
             own = vars(spec.flag)
             if field.name == "rank":  # several of which are text: its parser has the limit
-                own = own | {"at_least": 1}
+                assert set(own["words"]) == {*limits.words, AUTO}  # which a command line alone deals
+                own = own | {"at_least": 1, "words": limits.words}
                 with pytest.raises(ValueError, match="at least 1"):
                     spec.flag.parse("8,0")
             assert all(own[key] == value for key, value in vars(limits).items() if key != "auto" or value)

@@ -145,8 +145,7 @@ def test_a_run_that_another_process_trains_is_left_alone(place: Place, capsys: p
     assert place.main("--methods", "full") == 2
     assert "--folder: another process trains small full in" in capsys.readouterr().err
     assert folder.is_dir() and not place.results.exists()
-    assert lock is not None
-    lock.close()
+    lock.file.close()
     assert place.main("--methods", "full") == 0 and not folder.exists()
 
 
