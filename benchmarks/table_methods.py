@@ -138,7 +138,9 @@ def _own_rate(recipe: Recipe) -> Rates:
 
 
 def _full(recipe: Recipe, updates: int) -> list[str]:
-    return ["--optimizer", "adam8bit" if recipe.large else "adamw", "--weight_decay", "0"]
+    # Our kernels round bfloat16 weights stochastically, as those of adamw do, and bitsandbytes' to the nearest.
+    adam = ["adam8bit", "--adam8bit_backend", "own"] if recipe.large else ["adamw"]
+    return ["--optimizer", *adam, "--weight_decay", "0"]
 
 
 def _low_rank(recipe: Recipe, updates: int) -> list[str]:
@@ -191,7 +193,7 @@ METHODS: Mapping[str, Method] = {
     "q_galore": Method("Q-GaLore (the paper's)", lambda recipe: {"--lr": recipe.q_galore_lr}, _q_galore),
     "muon": Method("Muon", lambda recipe: {"--lr": 4e-3, "--full_rank_lr": 4e-2}, _muon),
     "recipe": Method("default recipe", _own_rate, lambda *_: SETTINGS["q_galore_recipe_per_layer"]),
-    "full_rank": Method("`--rank full`", _own_rate, lambda *_: SETTINGS["full_rank"]),
+    "full_rank": Method("`--recipe full_rank`", _own_rate, lambda *_: SETTINGS["full_rank_recipe"]),
 }
 
 
