@@ -16,6 +16,7 @@ LABELS = {
     "--weight_bits 4": "INT4 weights",
     "--direction normuon": "NorMuon",
     "--full_rank_second_moment row": "row moments",
+    "--momentum_rank 1/16 --momentum_rest_bits 4": "momentum in parts",
 }
 """How the points of these flags are labelled."""
 
@@ -90,9 +91,11 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
         for part in axes[0]:
             part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
             part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
-            for p, height in zip(best, y, strict=True):
+            for index, (p, height) in enumerate(zip(best, y, strict=True)):
                 text = p.label + (f": {p.mean:.0f}" if p.mean > top else "")
-                part.annotate(text, (p.size, height), (5, -9), textcoords="offset points", fontsize=7, clip_on=True)
+                # Above and below the line in turn, where points lie close.
+                offset = (5, -9) if index % 2 or len(best) != 2 else (5, 7)
+                part.annotate(text, (p.size, height), offset, textcoords="offset points", fontsize=7, clip_on=True)
     for part, within in zip(axes[0], parts, strict=True):
         margin = 0.2 * (within[-1] - within[0]) or 0.02
         part.set_xlim(within[0] - margin, within[-1] + margin)
