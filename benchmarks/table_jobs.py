@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import signal
@@ -107,6 +108,12 @@ class Study:
     device: str
     folder: Path
     extra: tuple[str, ...]
+    """More flags of run_pretrain.py."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence: the papers' 256, unless other flags say otherwise."""
+        return int(dict(itertools.pairwise(self.extra)).get("--max_length", LENGTH))
 
     @property
     def is_of_speed(self) -> bool:

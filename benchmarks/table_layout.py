@@ -192,10 +192,10 @@ def _lengths(study: Study, chosen: Chosen) -> str:
     """How long the runs are, on what, and what that says of the papers' figures beside them."""
     updates = {model: study.budget.updates(model, study.sequences) for model in study.models}
     each = [
-        f"{model.upper()} {number:,} updates ({number * study.sequences * LENGTH / 1e6:,.4g}M tokens)"
+        f"{model.upper()} {number:,} updates ({number * study.sequences * study.length / 1e6:,.4g}M tokens)"
         for model, number in updates.items()
     ]
-    text = f"Ours: {', '.join(each)} of {study.sequences} sequences of {LENGTH} on {Path(study.dataset).name}"
+    text = f"Ours: {', '.join(each)} of {study.sequences} sequences of {study.length} on {Path(study.dataset).name}"
     if study.tuned:
         text += f"; learning rates times the best of 0.5, 1 and 2, over a run of {study.tune_model.upper()}"
     end = "as in the paper" if study.is_the_papers else "which is not the paper's run: compare ours with each other"

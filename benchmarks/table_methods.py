@@ -71,7 +71,7 @@ def recipe_of(model: str) -> Recipe:
     if model in RECIPES:
         return RECIPES[model]
     if not config_path(model).is_file():
-        known = sorted(path.stem.removeprefix("llama_") for path in config_path(model).parent.glob("llama_*.json"))
+        known = sorted(path.stem.removeprefix("llama_") for path in config_path("60m").parent.glob("llama_*.json"))
         raise UserError(f"--models {model}: there is no such config; there are {', '.join(known)}")
     return Recipe(10_000, RANKS.get(model) or config(model).hidden_size // 4)
 

@@ -17,6 +17,7 @@ import torch
 from peft_pretraining.errors import UserError
 from peft_pretraining.finetune import glue, glue_metrics
 from peft_pretraining.finetune.flags import MethodArgs, TuningArgs
+from peft_pretraining.finetune.pretrained import load_model, load_tokenizer
 from peft_pretraining.finetune.training import TaskData, newest_checkpoint, open_folder
 from tests.finetune_files import offline, save_roberta, write_glue, write_lines
 
@@ -280,7 +281,29 @@ def test_a_folder_of_another_run_is_refused(place: Path, tmp_path: Path, capsys:
         open_folder(tmp_path / "run", {"lr": 1.0, "seed": 0})
 
 
+def test_a_classifier_of_other_labels_is_replaced_and_other_weights_are_not(place: Path, tmp_path: Path) -> None:
+    """As of a model that was fine-tuned for MNLI, and of a config.json of another model."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(place / "roberta", num_labels=3)
+    model.save_pretrained(tmp_path / "mnli")
+    tokenizer = load_tokenizer(str(place / "roberta"), 16)
+    wanted = ("AutoModelForSequenceClassification", str(tmp_path / "mnli"), torch.float32, tokenizer)
+    found = load_model(*wanted, num_labels=1)
+    assert found.classifier.out_proj.out_features == 1
+    before, after = model.state_dict(), found.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("roberta."))
+    config = json.loads((tmp_path / "mnli" / "config.json").read_text())
+    (tmp_path / "mnli" / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(
+        UserError, match=r"its weights are of two models: roberta\..* has another shape"
+    ):
+        load_model(*wanted, num_labels=1)
+
+
 def test_a_missing_package_is_advice(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import Trainer, set_seed  # noqa: F401 - which looks for peft itself when it is imported
+
     for method, package in (("lora", "peft"), ("qlora", "bitsandbytes"), ("full", "datasets")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -420,7 +420,8 @@ def test_a_run_with_adapters_is_no_warm_start_before_it_is_merged(
     source = run_of(small, "lora").save_dir
     assert small.main("from-lora", init_from=source, model_config=None) == 2
     err = capsys.readouterr().err
-    assert f"--init_from {source} is a run of --method lora" in err and "qgalore export" in err
+    assert f": --init_from {source}: it is a run of --method lora" in err and "qgalore export" in err
+    assert err.rstrip().endswith("give that folder.") and not err.rstrip().endswith("..")
 
 
 # ---- plan and first lines

@@ -564,3 +564,8 @@ def test_the_program_is_stopped_by_a_signal_and_goes_on(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").glob("9m-full-*/step_*"))
     assert subprocess.run(command, cwd=ROOT, check=False, timeout=300).returncode == 0
     assert [row["method"] for row in place.rows()] == ["full", "galore"]
+
+
+def test_the_caption_has_the_length_that_other_flags_give() -> None:
+    assert study_of("--methods", "full").length == 256
+    assert study_of("--methods", "full", "--extra=--lr 1 --max_length 32 --rank 4").length == 32

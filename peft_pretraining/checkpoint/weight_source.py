@@ -143,8 +143,8 @@ def _checkpoint(name: str, step: Path, check: bool) -> WeightSource:
     state = json.loads((step / STATE).read_text(encoding="utf-8"))
     if (method := state.get("method", "full")) != "full":
         raise UserError(
-            f"--init_from {name} is a run of --method {method}, whose matrices are in parts: write it as a plain model "
-            f"first (qgalore export {name} FOLDER --dtype float32) and give that folder."
+            f"it is a run of --method {method}, whose matrices are in parts; write it as a plain model first "
+            f"(qgalore export {name} FOLDER --dtype float32) and give that folder"
         )
     raw = state.get(IN_STATE) or {}
     # Codes of a whole row are in one group of at least as many values as it has.

@@ -88,7 +88,7 @@ def _relora_problems(args: RunArgs) -> list[str]:
     if not every:
         return [
             "--method relora needs --relora_every, the updates between two merges: give a number of updates, such as a "
-            f"quarter of the run's, {max(1, total // 4)}"
+            f"quarter of the run's, {max(2, total // 4)}, more than --relora_warmup, {warmup}"
         ]
     problems = []
     if every >= total:

@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"mmlu by {row['method']}, seed {row['seed']}: validation accuracy {row['score']}")
     if row["mmlu_5shot"] is None:
-        print(how_to_measure(row["method"], row["model"], Path(row["flags"]["save_dir"]) / "model"))
+        flags = row["flags"]
+        print(how_to_measure(row["method"], row["model"], Path(flags["save_dir"]) / "model", flags["dtype"]))
     else:
         print(f"MMLU with 5 examples: {row['mmlu_5shot']['mmlu']}")
     return 0
@@ -231,10 +232,10 @@ def measure(trainee: Trainee, tokenizer: Any, limit: int, batch_size: int) -> di
     return {name: round(100 * found["results"][name]["acc,none"], 2) for name in groups}
 
 
-def how_to_measure(method: str, init_from: str, folder: Path) -> str:
+def how_to_measure(method: str, init_from: str, folder: Path, dtype: str) -> str:
     """How to get the figure of the tables without lm-eval here."""
     model = f"pretrained={folder}" if "lora" not in method else f"pretrained={init_from},peft={folder}"
-    model += ",load_in_8bit=True" if method == "qlora" else ",dtype=bfloat16"
+    model += ",load_in_8bit=True" if method == "qlora" else f",dtype={dtype}"
     return (
         "MMLU with 5 examples is measured by lm-eval, which is not installed: pip install lm-eval, then "
         f"lm_eval --model hf --model_args {model} --tasks mmlu --num_fewshot 5"

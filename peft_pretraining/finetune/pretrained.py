@@ -24,11 +24,19 @@ def load_tokenizer(init_from: str, max_length: int) -> Any:
 def load_model(head: str, init_from: str, dtype: torch.dtype, tokenizer: Any, **options: Any) -> Any:
     """A pretrained model with a head of transformers such as "AutoModelForCausalLM". Raises UserError.
 
-    A classifier is new, from torch's generator. options: of its configuration, such as num_labels.
+    A classifier is new, from torch's generator, unless the pretrained model has one of as many labels. options: of its
+    configuration, such as num_labels.
     """
     import transformers
 
-    model = _load(getattr(transformers, head), init_from, "model", dtype=dtype, **options)
+    options |= {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, loaded = _load(getattr(transformers, head), init_from, "model", **options)
+    other = sorted(key[0] for key in loaded["mismatched_keys"])
+    if wrong := [key for key in other if "num_labels" not in options or key.startswith(f"{model.base_model_prefix}.")]:
+        raise UserError(
+            f"--init_from {init_from}: its config.json and its weights are of two models: {wrong[0]} has another shape"
+            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(

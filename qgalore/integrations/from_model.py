@@ -93,6 +93,8 @@ def optimizer_for(
     (connect if shows_norm else LowRankAdamW.attach)(optimizer, model, update_in_backward)
     if _is_first_rank():
         rates = f"recipe {recipe}, lr {optimizer.param_groups[1].get('lr')}, at full rank {groups[0]['lr']}"
+        if given.by_length and not options.get("updates"):
+            rates += "; with updates=N, those of a run, the recipe has a rate at full rank and weight decays"
         print(summary(model, optimizer, (rates, *_notes(choice, narrow, rank, weight_bits))))
     return optimizer
 
