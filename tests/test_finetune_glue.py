@@ -295,9 +295,7 @@ def test_a_classifier_of_other_labels_is_replaced_and_other_weights_are_not(plac
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("roberta."))
     config = json.loads((tmp_path / "mnli" / "config.json").read_text())
     (tmp_path / "mnli" / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-    with pytest.raises(
-        UserError, match=r"its weights are of two models: roberta\..* has another shape"
-    ):
+    with pytest.raises(UserError, match=r"its weights are of two models: roberta\..* has another shape"):
         load_model(*wanted, num_labels=1)
 
 
