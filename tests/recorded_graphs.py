@@ -94,6 +94,18 @@ OPERATORS = {
 """Our operators, and the functions that they are."""
 
 
+def record(work: Callable[[], None]) -> RecordedGraph:
+    """The graph of what `work` does, which is done once."""
+    graph = RecordedGraph()
+    RecordedGraph.recording = graph
+    try:
+        with graph:
+            work()
+    finally:
+        RecordedGraph.recording = None
+    return graph
+
+
 class RecordedStack(CapturedStack):
     """The stack of graphs on a CPU."""
 
@@ -101,14 +113,7 @@ class RecordedStack(CapturedStack):
     """Whether what is allocated lies where a replay may write over it."""
 
     def _capture(self, work: Callable[[], None]) -> Any:
-        graph = RecordedGraph()
-        RecordedGraph.recording = graph
-        try:
-            with graph:
-                work()
-        finally:
-            RecordedGraph.recording = None
-        return graph
+        return record(work)
 
     def _replay(self, work: Work, index: int) -> None:
         assert not any(weight.subspace.due for weight in self._weights[index]), "a graph refreshes nothing"

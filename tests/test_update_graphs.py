@@ -18,7 +18,7 @@ from qgalore.graphs.updates import UpdateGraphs
 from qgalore.integrations import connect
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
-from tests.recorded_graphs import RecordedGraph, record_kernels
+from tests.recorded_graphs import record, record_kernels
 from tests.test_layer_graphs import CASES, QUANTIZED, STREAMING, skip_for_kernels, trained
 
 PER_LAYER = "_per_layer"
@@ -40,14 +40,7 @@ class RecordedUpdates(UpdateGraphs):
     """The graphs on a CPU."""
 
     def _capture(self, device: torch.device, work: Any) -> Any:
-        graph = RecordedGraph()
-        RecordedGraph.recording = graph
-        try:
-            with graph:
-                work()
-        finally:
-            RecordedGraph.recording = None
-        return graph
+        return record(work)
 
 
 def attach_with(graphs: UpdateGraphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from peft_pretraining.config.flags import Flag
-from peft_pretraining.errors import UserError, missing_package
+from peft_pretraining.errors import UserError
 from peft_pretraining.finetune import glue_metrics
 from peft_pretraining.finetune.data_files import load_split
 from peft_pretraining.finetune.flags import MethodArgs, TuningArgs, read_command_line
@@ -26,6 +26,7 @@ from peft_pretraining.finetune.pretrained import check_length, load_model, load_
 from peft_pretraining.finetune.training import (
     TaskData,
     device_of,
+    exit_code,
     fine_tune,
     flags_of,
     open_folder,
@@ -74,18 +75,11 @@ class GlueArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        row = run(argv)
-    except (UserError, OSError) as error:
-        print(f"glue: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (advice := missing_package(error)) is None:
-            raise
-        print(f"glue: {advice}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _report(run(argv)), "glue")
+
+
+def _report(row: Mapping[str, Any]) -> None:
     print(f"{row['task']} by {row['method']}, seed {row['seed']}: {row['metric']} {row['score']}")
-    return 0
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.config.flags import Flag
-from peft_pretraining.errors import UserError, missing_package
+from peft_pretraining.errors import UserError
 from peft_pretraining.finetune.data_files import load_split
 from peft_pretraining.finetune.flags import MethodArgs, TuningArgs, read_command_line
 from peft_pretraining.finetune.glue_metrics import accuracy_of_classes
@@ -34,6 +34,7 @@ from peft_pretraining.finetune.pretrained import check_length, load_model, load_
 from peft_pretraining.finetune.training import (
     TaskData,
     device_of,
+    exit_code,
     fine_tune,
     flags_of,
     open_folder,
@@ -83,23 +84,16 @@ class MmluArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        row = run(argv)
-    except (UserError, OSError) as error:
-        print(f"mmlu: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (advice := missing_package(error)) is None:
-            raise
-        print(f"mmlu: {advice}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _report(run(argv)), "mmlu")
+
+
+def _report(row: Mapping[str, Any]) -> None:
     print(f"mmlu by {row['method']}, seed {row['seed']}: validation accuracy {row['score']}")
     if row["mmlu_5shot"] is None:
         flags = row["flags"]
         print(how_to_measure(row["method"], row["model"], Path(flags["save_dir"]) / "model", flags["dtype"]))
     else:
         print(f"MMLU with 5 examples: {row['mmlu_5shot']['mmlu']}")
-    return 0
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:

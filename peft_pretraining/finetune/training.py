@@ -21,6 +21,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.finetune.flags import MethodArgs, TuningArgs
 from peft_pretraining.finetune.methods import Trainee
 from peft_pretraining.reporting.throughput import GIGABYTE, memory_metrics
+from peft_pretraining.runtime.process import exit_code_of
 from qgalore import float_state_dict
 
 RESULT = "result.json"
@@ -264,3 +265,15 @@ def flags_of(*groups: Any) -> dict[str, Any]:
 def _first(predictions: Any) -> Any:
     """The logits, where a model gives more beside them."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def exit_code(program: Callable[[], None], name: str) -> int:
+    """`exit_code_of`, to which a file that cannot be read or written is a UserError, too."""
+
+    def run() -> None:
+        try:
+            program()
+        except OSError as error:
+            raise UserError(str(error)) from error
+
+    return exit_code_of(run, name)
