@@ -136,8 +136,8 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
     flags = ["--model_config", str(setting.config), "--device", setting.device.type, "--seed", str(setting.seed)]
     flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
     flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
-    flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
-    flags += ["--recipe", recipe]
+    flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round"]
+    flags += ["--recipe", recipe] if recipe == "full_rank" else ["--proj_quant", "--recipe", recipe]
     if recipe == "paper":
         flags += ["--subspace", "streaming", "--update_proj_gap", "200"]
         flags += ["--rank", str(setting.rank), "--galore_scale", "0.25"]
@@ -153,6 +153,11 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
 def q_galore_orthogonal(setting: Setting) -> Training:
     """Our training with the orthogonal recipe and its rank."""
     return q_galore(setting, "orthogonal")
+
+
+def q_galore_full_rank(setting: Setting) -> Training:
+    """Our training with the recipe full_rank: the momentum of whole gradients in 8 bits, orthogonalized."""
+    return q_galore(setting, "full_rank")
 
 
 def q_galore_int8_activations(setting: Setting) -> Training:
@@ -333,4 +338,5 @@ METHODS: Mapping[str, Callable[[Setting], Training]] = {
     "q_galore": q_galore,
     "q_galore_int8_activations": q_galore_int8_activations,
     "q_galore_orthogonal": q_galore_orthogonal,
+    "q_galore_full_rank": q_galore_full_rank,
 }
