@@ -52,7 +52,8 @@ PER_LAYER = ["--optimizer", "q_galore_adamw8bit_per_layer", "--grad_clipping", "
 LIMITED = [*Q_GALORE, *LOW_RANK, *STREAMING, *PER_LAYER, "--norm_growth", "1.01"]
 FULL_RANK = [
     "--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--grad_clipping", "0",
-    "--rank", "full", "--norm_growth", "0", "--weight_decay", "0.4", "--full_rank_weight_decay", "0",
+    "--recipe", "orthogonal", "--rank", "full", "--norm_growth", "0", "--weight_decay", "0.4",
+    "--full_rank_weight_decay", "0",
 ]  # fmt: skip
 SETTINGS: dict[str, list[str]] = {
     "adamw": ["--optimizer", "adamw", "--lr", "1e-3"],

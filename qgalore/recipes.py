@@ -1,14 +1,15 @@
 """Recipes: options that belong together, for `qgalore.optimizer_for` and the command line of `run_pretrain`.
 
-- paper: the algorithm of Q-GaLore (arXiv 2407.08296): subspaces by SVD, Adam's moments; its rank is a quarter of the
-  width, its learning rate that of the official command for LLaMA-7B.
-- orthogonal: the streaming subspace and Muon's orthogonalized momentum in it. There is no second moment, so a rank of
-  7/16 of the width takes as many bytes as the paper's 1/4.
 - full_rank: the orthogonalized momentum of whole gradients in 8 bits, in the place of a projection and two moments,
   with rows of one size (NorMuon, arXiv 2510.05491); and one second moment a row of embeddings and head (Adam-mini,
-  arXiv 2406.16793).
+  arXiv 2406.16793). The default of runs.
+- orthogonal: the streaming subspace and Muon's orthogonalized momentum in it. There is no second moment, so a rank of
+  7/16 of the width takes as many bytes as the paper's 1/4. The default of `qgalore.optimizer_for`, whose speed and
+  memory under other trainers were measured with it.
+- paper: the algorithm of Q-GaLore (arXiv 2407.08296): subspaces by SVD, Adam's moments; its rank is a quarter of the
+  width, its learning rate that of the official command for LLaMA-7B.
 
-The values of the last two are the best of the study in `docs/quality.md`: 60M, 65,536 tokens an update, in 800 updates
+The values of the first two are the best of the study in `docs/quality.md`: 60M, 65,536 tokens an update, in 800 updates
 and in 3,200, which read its text one and a half times and six and a half. Elsewhere they are a rule through two points.
 """
 
@@ -80,10 +81,10 @@ def _falling(updates: int) -> float:
 
 
 def _falling_faster(updates: int) -> float:
-    """4 in up to 800 updates, 1 in 3,200, the best measured at both; beyond with the root, as in the other recipe."""
+    """4 in up to 800 updates, 1/2 in 3,200, the best measured at both; beyond with the root, as in the other recipe."""
     if updates > _LONG:
-        return math.sqrt(_LONG / updates)
-    return 4.0 * min(1.0, _SHORT / max(1, updates))
+        return 0.5 * math.sqrt(_LONG / updates)
+    return 4.0 * min(1.0, _SHORT / max(1, updates)) ** 1.5
 
 
 def _rising(updates: int) -> float:
@@ -108,5 +109,5 @@ FULL_RANK = Recipe(
     optimizer={"second_moment": "row"},
     by_length=ByLength(_falling_faster, decay=4e-3, full_rank_decay=_rising),
 )
-RECIPES: Mapping[str, Recipe] = {"orthogonal": ORTHOGONAL, "full_rank": FULL_RANK, "paper": PAPER}
-"""By name; the first is the default."""
+RECIPES: Mapping[str, Recipe] = {"full_rank": FULL_RANK, "orthogonal": ORTHOGONAL, "paper": PAPER}
+"""By name."""

@@ -167,9 +167,12 @@ NAMED = ("weight_quant", "stochastic_round", "proj_quant")
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        ("", (True, True, True)),
-        ("--no-weight_quant", (False, False, True)),
-        ("--no-stochastic_round", (True, False, True)),
+        ("", (True, True, False)),
+        ("--no-weight_quant", (False, False, False)),
+        ("--no-stochastic_round", (True, False, False)),
+        ("--recipe orthogonal", (True, True, True)),
+        ("--rank 64", (True, True, True)),
+        ("--no-stochastic_round --rank 64", (True, False, True)),
         ("--weight_quant --no-proj_quant", (True, True, False)),
         ("--rank full", (True, True, False)),
         ("--rank full --mlp_rank full", (True, True, False)),
@@ -178,14 +181,17 @@ NAMED = ("weight_quant", "stochastic_round", "proj_quant")
     ],
 )
 def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple[bool, bool, bool]) -> None:
-    """INT8 weights with stochastic rounding and INT4 projections unless told otherwise; others keep their defaults."""
+    """INT8 weights with stochastic rounding, and INT4 projections where there are any, unless told otherwise.
+
+    Others keep their defaults.
+    """
     for name in ("q_galore_adamw8bit", "Q_GaLore_AdamW8bit_per_layer"):
         args = parse(f"--optimizer {name} {text}")
         assert tuple(args.to_dict()[flag] for flag in NAMED) == values
         assert (args.quantization.weight_format.bits, args.subspace.config(of_mlp=True).basis_bits) == (
             8 if values[0] else None, 4 if values[2] else None,
         )  # fmt: skip
-        assert set(args.left_to_name) == {flag for flag in NAMED if f"{flag}" not in text}
+        assert set(args.left_to_name) == {flag for flag in ("recipe", *NAMED) if f"{flag}" not in text}
     for name in OPTIMIZERS:
         if not name.startswith("q_galore"):
             args = parse(f"--optimizer {name}")
@@ -195,7 +201,8 @@ def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple
 
 def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_path: Path) -> None:
     """Before checks and plan, and where no flag is given: from the newest checkpoint whose state can be read."""
-    for step, text in ((3, '{"weight_quant": false, "stochastic_round": false, "lr": 1}'), (4, "[]"), (5, "{")):
+    state = '{"weight_quant": false, "stochastic_round": false, "lr": 1, "recipe": "orthogonal"}'
+    for step, text in ((3, state), (4, "[]"), (5, "{")):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
         (folder / "state.json").write_text(text)
@@ -204,9 +211,11 @@ def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_pat
     for text in (auto, f"{Q_GALORE} --continue_from {tmp_path / 'step_00000003'}"):
         args = parse(text)
         assert [args.to_dict()[name] for name in NAMED] == [False, False, True] and args.optimizer.lr == 0.01
-        assert args.notes == ("--no-weight_quant --no-stochastic_round, as in the checkpoint: the command line says "
-                              "nothing of it",)  # fmt: skip
-    assert parse(f"{auto} --weight_quant --stochastic_round").notes == ()
+        assert args.optimizer.recipe == "orthogonal" and args.subspace.projects
+        assert args.notes == ("--no-weight_quant --no-stochastic_round --recipe orthogonal, as in the checkpoint: the "
+                              "command line says nothing of it",)  # fmt: skip
+    assert parse(f"{auto} --weight_quant --stochastic_round --recipe orthogonal").notes == ()
+    assert parse(f"{auto} --weight_quant --stochastic_round --rank 32").notes == (), "which that recipe is for"
     with pytest.raises(UserError, match=r"--int8_products .*\(--no-weight_quant .*, as in the checkpoint"):
         parse(f"{auto} --int8_products")
     assert parse(f"{Q_GALORE} --save_dir {tmp_path / 'none'} --continue_from auto").notes == ()
@@ -521,7 +530,7 @@ BAD_COMBINATIONS = [
     (f"{Q_GALORE} --rank full --momentum_rank 2.5", 1, "must be a whole number of dimensions, or a share"),
     (f"{Q_GALORE} --rank full --momentum_rest_bits 2", 1, "--momentum_rest_bits 2 is about a momentum in parts"),
     (
-        f"{Q_GALORE} --momentum_rank 16",
+        f"{Q_GALORE} --momentum_rank 16 --recipe orthogonal",
         1,
         "--momentum_rank 16 stores the momentum of a full rank in parts, and --rank 224",
     ),

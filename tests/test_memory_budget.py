@@ -216,7 +216,7 @@ def test_an_old_run_that_goes_on_is_planned_as_it_was(flags: str, tmp_path: Path
     """Its checkpoint is from before its optimizer's name meant quantized weights: float ones fit in another way."""
     command = argv("9m", f"--optimizer q_galore_adamw8bit_per_layer --continue_from {tmp_path} {flags}")
     new = parse_within_budget(command)
-    of_old = {"weight_quant": False, "stochastic_round": False, "proj_quant": False}
+    of_old = {"weight_quant": False, "stochastic_round": False, "proj_quant": False, "recipe": "orthogonal"}
     (tmp_path / MANIFEST).touch()
     (tmp_path / "state.json").write_text(json.dumps(of_old))
     old = parse_within_budget(command)

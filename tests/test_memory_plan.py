@@ -42,7 +42,7 @@ RAGGED = {
 }  # fmt: skip
 QUANTIZED = "--weight_quant --stochastic_round --proj_quant"
 Q_GALORE = f"--optimizer q_galore_adamw8bit --recipe paper --rank 24 {QUANTIZED}"
-FULL_RANK = "--optimizer q_galore_adamw8bit --rank full --weight_quant"
+FULL_RANK = "--optimizer q_galore_adamw8bit --recipe orthogonal --rank full --weight_quant"
 PER_LAYER = Q_GALORE.replace("8bit", "8bit_per_layer")
 STREAMING = f"{PER_LAYER} --subspace streaming --update_proj_gap 200 --device cuda --max_length 256"
 

@@ -375,7 +375,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "recipe": (
         {"recipe": "muon"},
         ValueError,
-        "recipe='muon' is unknown: it must be one of orthogonal, full_rank, paper",
+        "recipe='muon' is unknown: it must be one of full_rank, orthogonal, paper",
     ),
     "option": ({"galore_scael": 1}, TypeError, r"has no option galore_scael \(did you mean galore_scale\?\)"),
     "bits": ({"bits": 8}, TypeError, "has no option bits"),

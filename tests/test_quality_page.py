@@ -45,7 +45,8 @@ def flags_of(cell: str, first: Cells) -> tuple[str, dict[str, str]]:
 def last_values(words: list[str]) -> dict[str, str]:
     pairs = re.findall(r"(--\w+)((?: (?!--)\S+)*)", " ".join(words))
     values = {name: value.strip() for name, value in pairs}
-    if values.get("--recipe") == "paper":  # the oldest rows are from before it had a name
+    # The oldest rows are from before the one had a name, others from when the other was the default.
+    if values.get("--recipe") in ("paper", "orthogonal"):
         del values["--recipe"]
     return values
 

@@ -55,7 +55,7 @@ ORTHOGONAL: dict[str, object] = {
 STREAMING: dict[str, object] = {"subspace": "streaming", "update_proj_gap": 200}
 FULL_RANK = ORTHOGONAL | {
     "recipe": "full_rank",
-    "full_rank_lr": 0.01 * math.sqrt(3200 / 10_000),
+    "full_rank_lr": 0.005 * math.sqrt(3200 / 10_000),
     "norm_growth": 0.0,
     "rank": "full",
     "direction": "normuon",
@@ -79,11 +79,20 @@ OFFICIAL = {
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (Q_GALORE, ORTHOGONAL),
-        (f"{Q_GALORE}_per_layer", ORTHOGONAL),
+        (Q_GALORE, FULL_RANK),
+        (f"{Q_GALORE}_per_layer", FULL_RANK),
+        (f"{Q_GALORE} --rank full", FULL_RANK),
+        (f"{Q_GALORE} --recipe orthogonal", ORTHOGONAL),
+        (f"{Q_GALORE} --rank 224", ORTHOGONAL),
+        (f"{Q_GALORE} --rank full --mlp_rank 64", ORTHOGONAL | {"rank": "full"}),
+        (f"{Q_GALORE} --update_proj_gap 200", ORTHOGONAL),
+        (f"{Q_GALORE} --proj_quant", ORTHOGONAL),
+        (f"{Q_GALORE} --direction adam", ORTHOGONAL | {"direction": "adam"}),
+        (f"{Q_GALORE} --rank full --galore_scale 0.5", FULL_RANK),
         ("--optimizer galore_adamw8bit --recipe orthogonal", ORTHOGONAL),
         ("--optimizer galore_adamw8bit", OFFICIAL),
         (f"{Q_GALORE} --recipe full_rank", FULL_RANK),
+        (f"{Q_GALORE} --recipe full_rank --galore_scale 0.25", FULL_RANK | {"galore_scale": 0.25}),
         (f"{Q_GALORE} --recipe full_rank --rank 64", FULL_RANK | {"rank": 64, **STREAMING}),
         ("--optimizer galore_adamw8bit_per_layer --recipe full_rank", FULL_RANK),
         ("--optimizer adamw --recipe full_rank", OFFICIAL | {"recipe": "full_rank"}),
@@ -141,7 +150,7 @@ def test_what_a_longer_run_would_change_is_said_with_the_flags_that_keep_it(sche
     """The recipe follows the length of the run; with the flags of the note a run of any length has the same values."""
     short = parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 5000")
     (note,) = short.notes
-    flags = note.removeprefix("recipe orthogonal derives ").partition(" from the length")[0]
+    flags = note.removeprefix("recipe full_rank derives ").partition(" from the length")[0]
     assert re.findall(r"--(\w+)", flags) == ["full_rank_lr", "weight_decay", "full_rank_weight_decay"]
     longer = parse(f"{Q_GALORE} --scheduler {scheduler} --num_training_steps 20000 {flags}")
     assert longer.optimizer == short.optimizer and longer.notes == ()
@@ -154,7 +163,7 @@ def test_what_a_longer_run_would_change_is_said_with_the_flags_that_keep_it(sche
     ("updates", "measured"),
     [
         (800, "--lr 1e-2 --full_rank_lr 4e-2 --weight_decay 0.4 --full_rank_weight_decay 0"),
-        (3200, "--lr 1e-2 --full_rank_lr 1e-2 --weight_decay 0.25 --full_rank_weight_decay 0.5"),
+        (3200, "--lr 1e-2 --full_rank_lr 5e-3 --weight_decay 0.25 --full_rank_weight_decay 1.0"),
     ],
 )
 def test_full_rank_is_what_was_measured(updates: int, measured: str) -> None:
@@ -162,8 +171,9 @@ def test_full_rank_is_what_was_measured(updates: int, measured: str) -> None:
     run = f"{Q_GALORE}_per_layer --total_batch_size 256 --max_length 256 --num_training_steps {updates}"
     args = parse(f"{run} --recipe full_rank")
     flags = f"--rank full --direction normuon --full_rank_second_moment row --norm_growth 0 {measured}"
-    other = parse(f"{run} {flags}")
+    other = parse(f"{run} --recipe orthogonal {flags}")
     assert dataclasses.replace(args.optimizer, recipe="orthogonal") == other.optimizer
+    assert parse(run).optimizer == args.optimizer, "the default"
     assert args.subspace == other.subspace and args.quantization == other.quantization
 
 
@@ -177,7 +187,7 @@ def test_the_rule_by_length_has_no_step() -> None:
         [-rule.full_rank_decay(each) for each in updates],
     ):
         assert values == sorted(values, reverse=True)
-        assert max(before - after for before, after in pairwise(values)) < 0.006
+        assert max(before - after for before, after in pairwise(values)) < 0.008
     assert [rule.full_rank_decay(each) for each in (1, 20_000)] == [0, 2]
 
 
@@ -206,7 +216,7 @@ def test_the_official_command_for_7b_runs_the_papers_algorithm() -> None:
 
 @pytest.mark.parametrize(("model", "rank"), [("9m", 56), ("130m", 336), ("350m", 448), ("1b", 896), ("7b", 1792)])
 def test_the_rank_follows_the_width(model: str, rank: int) -> None:
-    assert parse(Q_GALORE, model).subspace.rank == rank
+    assert parse(f"{Q_GALORE} --recipe orthogonal", model).subspace.rank == rank
 
 
 def test_the_rank_fits_the_narrowest_matrix(tmp_path: Path) -> None:
@@ -214,7 +224,8 @@ def test_the_rank_fits_the_narrowest_matrix(tmp_path: Path) -> None:
     config = json.loads((ROOT / "configs/llama_60m.json").read_text()) | {"num_key_value_heads": 2}
     path = tmp_path / "grouped.json"
     path.write_text(json.dumps(config))
-    args = parse_args(["--model_config", str(path), "--dataset", "pydocs", "--batch_size", "4", *Q_GALORE.split()])
+    flags = f"{Q_GALORE} --recipe orthogonal --dataset pydocs --batch_size 4"
+    args = parse_args(["--model_config", str(path), *flags.split()])
     assert args.subspace.rank == 128
 
 
@@ -229,17 +240,19 @@ def test_the_help_has_the_values_of_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("flags", "matrices", "rest"),
     [
-        ("--num_training_steps 800", 2.5e-3, 5e-3),
-        ("--num_training_steps 800 --total_batch_size 1024", 2.5e-3, 5e-3),
-        ("--num_training_steps 800 --total_batch_size 64", 6.25e-4, 1.25e-3),
+        ("--num_training_steps 800", 4e-3, 0),
+        ("--num_training_steps 800 --recipe orthogonal", 2.5e-3, 5e-3),
+        ("--num_training_steps 800 --recipe orthogonal --total_batch_size 1024", 2.5e-3, 5e-3),
+        ("--num_training_steps 800 --recipe orthogonal --total_batch_size 64", 6.25e-4, 1.25e-3),
         ("--num_training_steps 3200", 2.5e-3, 5e-3),
         ("--num_training_steps 32000", 2.5e-4, 5e-4),
         ("--num_training_steps 32000 --lr 0.002 --full_rank_lr 0.03", 2.5e-4, 5e-4),
         ("--max_train_tokens 2097152000", 2.5e-4, 5e-4),
-        ("--num_training_steps 800 --full_rank_weight_decay 0", 2.5e-3, 0),
-        ("--num_training_steps 800 --full_rank_lr 0", 2.5e-3, 0),
+        ("--num_training_steps 800 --recipe orthogonal --full_rank_weight_decay 0", 2.5e-3, 0),
+        ("--num_training_steps 800 --recipe orthogonal --full_rank_lr 0", 2.5e-3, 0),
         ("--num_training_steps 800 --weight_decay 0", 0, 0),
-        ("--num_training_steps 3200 --weight_decay 0.1", 1e-3, 1e-3),
+        ("--num_training_steps 3200 --weight_decay 0.1", 1e-3, 5e-4),
+        ("--num_training_steps 3200 --recipe orthogonal --weight_decay 0.1", 1e-3, 1e-3),
         ("--num_training_steps 800 --recipe paper", 0, 0),
         ("--num_training_steps 800 --optimizer adamw --recipe orthogonal", 0, 0),
     ],
@@ -254,14 +267,19 @@ def test_weights_decay_by_the_length_of_the_run_and_of_an_update(flags: str, mat
 @pytest.mark.parametrize(
     ("flags", "rate"),
     [
-        ("--num_training_steps 300", 0.02),
-        ("--num_training_steps 800", 0.02),
-        ("--num_training_steps 3200", 0.01),
-        ("--num_training_steps 80000", 0.002),
-        ("--max_train_tokens 209715200", 0.01),
-        ("--num_training_steps 3200 --lr 0.004", 0.004),
+        ("--num_training_steps 300", 0.04),
+        ("--num_training_steps 800", 0.04),
+        ("--num_training_steps 3200", 0.005),
+        ("--num_training_steps 80000", 0.001),
+        ("--max_train_tokens 209715200", 0.005),
+        ("--num_training_steps 3200 --lr 0.004", 0.002),
+        ("--num_training_steps 300 --recipe orthogonal", 0.02),
+        ("--num_training_steps 800 --recipe orthogonal", 0.02),
+        ("--num_training_steps 3200 --recipe orthogonal", 0.01),
+        ("--num_training_steps 80000 --recipe orthogonal", 0.002),
+        ("--num_training_steps 3200 --recipe orthogonal --lr 0.004", 0.004),
         ("--num_training_steps 3200 --full_rank_lr 0.03", 0.03),
-        ("--num_training_steps 800 --weight_decay 0", 0.02),
+        ("--num_training_steps 800 --weight_decay 0", 0.04),
         ("--num_training_steps 800 --recipe paper --lr 0.01", 0.01),
         ("--num_training_steps 800 --optimizer adamw --recipe orthogonal --lr 0.01", 0.01),
     ],

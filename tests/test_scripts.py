@@ -239,7 +239,7 @@ def test_quickstart_parses(stub: str) -> None:
     args = parsed("scripts/quickstart.sh", "--dry_run", "--seed", "3", launcher=stub)
     assert args.warnings == ()
     assert (args.data.dataset, args.optimizer.optimizer) == ("pydocs", "q_galore_adamw8bit_per_layer")
-    assert args.quantization.weight_quant and args.subspace.proj_quant
+    assert args.quantization.weight_quant and args.optimizer.recipe == "full_rank"
     assert args.runtime.seed == 3
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft_pretraining.config.flag_groups import AUTO, SubspaceArgs
-from peft_pretraining.config.recipes import with_recipe
+from peft_pretraining.config.recipes import recipe_name, with_recipe
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import is_of_mlp
@@ -43,7 +43,7 @@ def rank_to_deal(given: Mapping[str, Any]) -> int | str | None:
         return None
     if number:
         return int(number)
-    without = {name: value for name, value in given.items() if name != "rank"}
+    without = {name: value for name, value in given.items() if name != "rank"} | {"recipe": recipe_name(given)}
     rank: int | str = with_recipe(without).get("rank", SubspaceArgs.rank)
     return rank
 

@@ -207,7 +207,8 @@ class OptimizerArgs:
         str,
         Flag(
             choices=RECIPES,
-            auto="orthogonal for q_galore optimizers; paper for others, or beside galore_scale or SVDs",
+            auto="full_rank for q_galore optimizers, orthogonal beside rank or flags of projections, paper beside "
+            "galore_scale or flags of SVDs; paper for others",
         ),
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
@@ -216,7 +217,7 @@ class OptimizerArgs:
     updates, falling with the root of their number beyond, and a --weight_decay of which --lr makes 0.0025 an update of
     65,536 tokens or more, in proportion of fewer, or 8 over the updates of the run if that is less; twice that for
     embeddings, head and norms. full_rank: --rank full, --direction normuon, --full_rank_second_moment row, --lr 0.01,
-    --galore_scale 0.5, a --full_rank_lr of four times --lr in up to 800 updates, as much as it in 3,200, and less with
+    --galore_scale 0.5, a --full_rank_lr of four times --lr in up to 800 updates, half of it in 3,200, and less with
     the root of their number beyond, a --weight_decay by the same rule with 0.004 for 0.0025, and for embeddings, head
     and norms none of it in up to 800 updates and twice it from 3,200 on."""
     lr: Annotated[float, Flag("rate", above=0)] = 1e-4

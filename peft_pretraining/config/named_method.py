@@ -2,7 +2,7 @@
 
 It is the default of three flags, each with a --no- form. A run that goes on from a checkpoint keeps the values there,
 unless its command line gives the flags: checkpoints may be older than this meaning of the names. So it is with the
-library whose kernels adam8bit has.
+recipe, and with the library whose kernels adam8bit has.
 """
 
 from __future__ import annotations
@@ -59,12 +59,21 @@ def recorded_method(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_old_values(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has recorded, and what was so before there was a flag for it: 8-bit Adam had our kernels."""
-    return {**({"adam8bit_backend": "own"} if state.get("optimizer") == "adam8bit" else {}), **state}
+    """What a checkpoint has recorded, and what was so before there was a flag for it.
+
+    8-bit Adam had our kernels, and a subspace followed the paper or had the orthogonal direction.
+    """
+    old = {"adam8bit_backend": "own"} if state.get("optimizer") == "adam8bit" else {}
+    if state.get("optimizer") in Q_GALORE_OPTIMIZERS:
+        old = {"recipe": "orthogonal" if state.get("direction") == "orthogonal" else "paper"}
+    return {**old, **state}
 
 
 def recorded_in_words(values: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
-    """A note on what is `recorded` otherwise than the name says; "" where nothing is."""
+    """A note on what is `recorded` otherwise than the name and the recipe say; "" where nothing is.
+
+    values: those of the flags on the command line, with its recipe's.
+    """
     named = {**_named(values), **values}
     kept = {name: value for name, value in recorded.items() if value != named[name]}
     flags = " ".join(_as_flag(name, value) for name, value in kept.items())
@@ -82,5 +91,5 @@ def left_to_name(given: Mapping[str, Any]) -> tuple[str, ...]:
     if given.get("optimizer") == "adam8bit":
         names: tuple[str, ...] = ("adam8bit_backend",)
     else:
-        names = NAMED if given.get("optimizer") in Q_GALORE_OPTIMIZERS else ()
+        names = ("recipe", *NAMED) if given.get("optimizer") in Q_GALORE_OPTIMIZERS else ()
     return tuple(name for name in names if name not in given)

@@ -43,8 +43,9 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     command = tuple(sys.argv[1:] if argv is None else argv)
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]
-    values, recorded = with_recipe(parsed.values), recorded_method(parsed.values)
-    chosen, kept = with_named_method(values, recorded), recorded_in_words(values, recorded)
+    recorded = recorded_method(parsed.values)
+    values = with_recipe({**{name: recorded[name] for name in ("recipe",) if name in recorded}, **parsed.values})
+    chosen, kept = with_named_method(values, recorded), recorded_in_words(with_recipe(parsed.values), recorded)
     dealt, groups = rank_to_deal(parsed.values), {}
     if dealt is not None:
         chosen["rank"] = dealt

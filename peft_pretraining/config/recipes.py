@@ -25,15 +25,10 @@ them is tuned for the paper's algorithm."""
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the recipe's values to `given`, the values of the flags on the command line by name.
-
-    Without --recipe the optimizer decides, and official command lines get the paper's.
-    """
-    optimizer = given.get("optimizer", OptimizerArgs.optimizer)
-    papers = optimizer not in Q_GALORE_OPTIMIZERS or _papers_flags(given)
-    name = given.get("recipe") or ("paper" if papers else "orthogonal")
+    """Add the recipe's values to `given`, the values of the flags on the command line by name."""
+    name = recipe_name(given)
     values = {**given, "recipe": name}
-    if name == "paper" or optimizer in FULL_RANK_OPTIMIZERS:
+    if name == "paper" or given.get("optimizer", OptimizerArgs.optimizer) in FULL_RANK_OPTIMIZERS:
         return values
     recipe = RECIPES[name]
     rank = _rank_of(given.get("model_config", ""), recipe)
@@ -43,6 +38,26 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     left_out = {*(OF_PROJECTIONS if whole else ()), *(["norm_growth"] if values.get("sum_in_momentum") else ())}
     chosen = {"lr": recipe.lr, **recipe.subspace, **recipe.optimizer}
     return {**{_FLAGS.get(key, key): value for key, value in chosen.items() if key not in left_out}, **values}
+
+
+def recipe_name(given: Mapping[str, Any]) -> str:
+    """The recipe of a command line with the values `given` by name.
+
+    Without --recipe the optimizer decides: a q_galore one trains at full rank. Official command lines get the paper's
+    algorithm, and those with a rank or with flags of projections the subspace that they are about.
+    """
+    if given.get("recipe"):
+        return str(given["recipe"])
+    if given.get("optimizer", OptimizerArgs.optimizer) not in Q_GALORE_OPTIMIZERS or _papers_flags(given):
+        return "paper"
+    return "orthogonal" if _is_about_a_subspace(given) else "full_rank"
+
+
+def _is_about_a_subspace(given: Mapping[str, Any]) -> bool:
+    if given.get("direction") == "adam":  # which has the rate of a subspace, where the recipes are orthogonal
+        return True
+    ranks = [given[name] for name in ("rank", "mlp_rank") if name in given]
+    return any(rank not in (0, FULL) for rank in ranks) or (not ranks and any(name in given for name in OF_PROJECTIONS))
 
 
 def recipe_in_words(given: Mapping[str, Any]) -> str:
