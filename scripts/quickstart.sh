@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained model in a few minutes, on a CPU or a GPU: sets up the environment, trains LLaMA-9M with
-# Q-GaLore by its default recipe (INT8 weights, INT4 projections, 8-bit momentum, per-layer updates) on Python's own
+# Q-GaLore by its default recipe (INT8 weights, an 8-bit momentum of full rank, per-layer updates) on Python's own
 # documentation, evaluates, saves, draws the curves, and shows a text of the model. Arguments are flags of
 # run_pretrain.py and win over those below.
 set -euo pipefail

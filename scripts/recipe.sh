@@ -6,8 +6,8 @@
 #   q_galore             INT8 weights, INT4 projections, 8-bit Adam: the paper's algorithm, --recipe paper (default)
 #   q_galore_simulation  the same with fake quantization of the weights
 #   q_galore_streaming   q_galore with the streaming subspace instead of SVD
-#   q_galore_orthogonal  this project's own, --recipe orthogonal: better perplexity at the same bytes (docs/quality.md);
-#                        --rank full behind it was better still at 60M, with the flags there
+#   q_galore_full_rank   this project's own, --recipe full_rank: better perplexity at the same bytes (docs/quality.md)
+#   q_galore_orthogonal  the same with a momentum of 7/16 of the rank, --recipe orthogonal: less memory of sums
 #   galore               GaLore with float32 Adam states
 #   galore8bit           GaLore with 8-bit Adam
 #   adamw, adam8bit      full rank
@@ -26,7 +26,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-METHODS="q_galore q_galore_simulation q_galore_streaming q_galore_orthogonal galore galore8bit adamw adam8bit"
+METHODS="q_galore q_galore_simulation q_galore_streaming q_galore_full_rank q_galore_orthogonal galore galore8bit adamw adam8bit"
 EXTRA_FLAGS=()
 PER_LAYER=""
 
@@ -58,6 +58,11 @@ choose_method() {
         q_galore) METHOD_FLAGS=("${q_galore[@]}") ;;
         q_galore_simulation) METHOD_FLAGS=("${q_galore[@]}" --simulation) ;;
         q_galore_streaming) METHOD_FLAGS=("${q_galore[@]}" --subspace streaming) ;;
+        q_galore_full_rank)
+            METHOD_FLAGS=("${quantized[@]}" --recipe full_rank)
+            # One GPU has no room for sums of whole gradients: the momentum is the sum, which nothing can clip.
+            if [[ -n "$suffix" ]]; then METHOD_FLAGS+=(--sum_in_momentum) EXTRA_FLAGS+=(--grad_clipping 0); fi
+            ;;
         q_galore_orthogonal)
             METHOD_FLAGS=("${quantized[@]}" --recipe orthogonal --lr "$LR")
             # Sums over micro-batches grow with the rank: one GPU has no room for the recipe's.

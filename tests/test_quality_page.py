@@ -95,6 +95,11 @@ def test_the_figures_of_a_line_are_those_of_its_rows(line: Cells, first: Cells, 
         )
         assert float(line["GB"]) == pytest.approx(float(row["weights_gb"]) + float(row["states_gb"]), abs=0.000501)
         assert line["tokens/s"] == f"{int(row['tokens_per_second_median']):,}"
+    if line.get("averaged"):
+        averages = [re.findall(r"averaged(?: and quantized)? ([\d.]+)", row["note"])[-1] for row in rows]
+        assert [float(text) for text in line["averaged"].split(", ")] == pytest.approx(
+            [float(text) for text in averages], abs=0.00501
+        )
     if line.get("change"):
         before = next(rows_of(first, first, title))[1]
         change = 100 * (float(row["perplexity"]) / float(before["perplexity"]) - 1)

@@ -16,6 +16,8 @@ import pytest
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.memory.plan import plan
+from peft_pretraining.models.registry import read_config
 from tests.small_run import TORCHRUN, SmallRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,7 @@ METHODS = [
     "q_galore",
     "q_galore_simulation",
     "q_galore_streaming",
+    "q_galore_full_rank",
     "q_galore_orthogonal",
     "galore",
     "galore8bit",
@@ -114,16 +117,18 @@ def test_methods_parse(script: str, method: str, stub: str) -> None:
 def test_the_recipe_is_said(method: str, stub: str) -> None:
     """On the command line, whatever the defaults are."""
     argv = json.loads(run_script("scripts/pretrain_c4/llama_60m.sh", method, launcher=stub).stdout.splitlines()[-1])
-    recipe = "orthogonal" if method == "q_galore_orthogonal" else "paper"
+    recipe = {"q_galore_orthogonal": "orthogonal", "q_galore_full_rank": "full_rank"}.get(method, "paper")
     assert argv[argv.index("--recipe") + 1] == recipe
     args = parse_args(argv[1:])
-    assert (args.optimizer.recipe, args.optimizer.lr) == (recipe, 0.015)
-    assert (args.subspace.direction == "orthogonal", args.subspace.rank) == (
-        recipe != "paper",
-        224 if recipe != "paper" else 128,
-    )
+    assert (args.optimizer.recipe, args.optimizer.lr) == (recipe, 0.01 if recipe == "full_rank" else 0.015)
+    assert (args.subspace.direction, args.subspace.rank) == {
+        "orthogonal": ("orthogonal", 224), "full_rank": ("normuon", "full"), "paper": ("adam", 128),
+    }[recipe]  # fmt: skip
     one_gpu = parsed("scripts/single_gpu/llama_7b.sh", method, launcher=stub)
-    assert one_gpu.subspace.rank == 1024, "sums over micro-batches of a higher rank do not fit"
+    rank = "full" if recipe == "full_rank" else 1024
+    assert one_gpu.subspace.rank == rank, "sums over micro-batches of a higher rank do not fit"
+    if method != "q_galore_simulation":  # which keeps float weights
+        assert plan(one_gpu, read_config(one_gpu.model.model_config)).peak_bytes < 16 * 2**30
 
 
 @pytest.mark.parametrize("script", ["scripts/pretrain_c4/llama_60m.sh", "scripts/quickstart.sh"])

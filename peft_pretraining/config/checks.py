@@ -79,11 +79,6 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         if idle and not used:
             why = f"with --no-{kind}_quant" if f"{kind}_quant" in given else f"without --{kind}_quant"
             warnings.append(f"{_idle(idle)} {why}")
-    if args.sums_in_momentum and "grad_accum_dtype" in given:
-        warnings.append(
-            f"--grad_accum_dtype {args.optimizer.grad_accum_dtype} is that of embeddings, head and norms alone: with "
-            "--sum_in_momentum matrices have no sums of gradients"
-        )
     if "adam8bit_backend" in given and args.optimizer.optimizer != "adam8bit":
         warnings.append(f"{_idle(['--adam8bit_backend'])}: --optimizer {args.optimizer.optimizer} is not adam8bit")
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:

@@ -245,7 +245,8 @@ class OptimizerArgs:
     """Largest factor by which the norm of each weight's gradient grows from update to update, such as 1.01; 0 sets no
     limit. It also works inside the backward pass, where grad_clipping cannot."""
     grad_accum_dtype: Annotated[str, Flag(choices=("float32", "bfloat16", "int8"))] = "float32"
-    """Data type in which gradients are summed over micro-batches (sgd, adafactor and muon: that of the weights)."""
+    """Data type in which gradients are summed over micro-batches (sgd, adafactor and muon: that of the weights); with
+    --sum_in_momentum of embeddings, head and norms alone, since matrices have no sums then."""
     loss_scale: Annotated[float, Flag("factor", at_least=1, at_most=2**24, auto="dynamic")] = 0.0
     """With --dtype float16 a fixed factor on the loss, by which gradients are divided again. The dynamic one is 65536
     at first, half of what it was after an update whose gradient overflowed, which is skipped, and twice after 2,000

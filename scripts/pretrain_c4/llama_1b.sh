@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaMA-1B on 13.1B tokens of C4. Paper (arXiv 2407.08296): Q-GaLore 16.25 perplexity at 3.08 GB of weights and states,
 # GaLore 15.64 / 4.38, AdamW 15.56 / 7.80.
-# The paper's algorithm (--recipe paper); METHOD=q_galore_orthogonal is this project's own. More: scripts/recipe.sh.
+# The paper's algorithm (--recipe paper); METHOD=q_galore_full_rank is this project's own. More: scripts/recipe.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 
 MODEL=1b

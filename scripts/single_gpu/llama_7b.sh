@@ -2,7 +2,7 @@
 # LLaMA-7B from scratch on one GPU of 16 GB: each weight is updated inside the backward pass, activations are
 # recomputed, and 32 micro-batches of 16 make a true total batch of 512. The official README states 15.26 GB for
 # Q-GaLore and 22.02 GB for 8-bit GaLore.
-# The paper's algorithm (--recipe paper); METHOD=q_galore_orthogonal is this project's own. More: scripts/recipe.sh.
+# The paper's algorithm (--recipe paper); METHOD=q_galore_full_rank is this project's own. More: scripts/recipe.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 
 RECIPE=llama_7b-single_gpu
