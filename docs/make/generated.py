@@ -19,6 +19,7 @@ from docs.make import (
     perplexity_tables,
     rooms_page,
     speed_tables,
+    update_bytes,
 )
 
 COMMAND = "python -m docs.make"
@@ -33,6 +34,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
 }
 """Whole pages: path, and what returns the text."""
 BLOCKS: Mapping[str, Callable[[], str]] = {
+    "bytes of one update": update_bytes.bytes_of_one_update,
     "cards": cards_tables.short,
     "cards in full": cards_tables.full,
     "faults": faults_table.table_of_faults,
