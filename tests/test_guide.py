@@ -1,4 +1,4 @@
-"""The commands of docs/guide: each is run as it stands, but for a model and a length of training that are smaller."""
+"""The commands of docs/guide/my_own_data.md, each as it stands but for a smaller model and a shorter training."""
 
 from __future__ import annotations
 

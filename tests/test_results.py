@@ -51,7 +51,13 @@ def test_a_file_has_a_command_that_writes_it_or_is_frozen(name: str) -> None:
         assert modules[name] in writers
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in ("performance", "quality"))])
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("performance", "quality", "results/speed", "results/memory")),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_figure_of_a_frozen_file_is_said_to_be_one(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for name in listed()[1]:

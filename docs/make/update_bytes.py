@@ -23,4 +23,7 @@ _LINES = {
 def bytes_of_one_update() -> str:
     """What there is of one matrix, in 10^6 bytes."""
     sizes = figures()
-    return table(["of one 4096 x 4096 matrix", "MB", ""], [[text, f"{sizes[name]:.2f}", kind] for name, (text, kind) in _LINES.items()])
+    return table(
+        ["of one 4096 x 4096 matrix", "MB", ""],
+        [[text, f"{sizes[name]:.2f}", kind] for name, (text, kind) in _LINES.items()],
+    )
