@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -190,6 +191,21 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         near = [(path.parent / target.partition("#")[0]).resolve() for target in links(page(path)) if ":" not in target]
         ahead += [file for file in near if file.suffix == ".md" and file not in seen]
     assert not [name for name in markdown_files() if name.startswith("docs/") and ROOT / name not in seen]
+
+
+def test_the_site_is_built_without_a_network(tmp_path: Path) -> None:
+    """With --strict: a link, an anchor or a name of the API that is not there fails."""
+    for package in ("mkdocs", "mkdocstrings"):
+        pytest.importorskip(package, reason="pip install -e '.[docs]' for the site of the documents")
+    nowhere = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "HTTP", "HTTPS")}
+    program = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(program, cwd=ROOT, env={**os.environ, **nowhere}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {file.relative_to(tmp_path / "site").as_posix(): page(file) for file in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > 30 and not [name for name in pages if name.startswith("make/")]
+    for name, text in pages.items():
+        assert not re.search(r'<(?:script|img|link)[^>]* (?:src|href)="(?:https?:)?//', text), name
+    assert all(f'id="qgalore.{name}"' in pages["reference/api.html"] for name in ("config.SubspaceConfig",))
 
 
 # ---- the page for a stranger

@@ -288,7 +288,10 @@ def test_all_public_names_can_be_imported() -> None:
 
 
 def test_one_version() -> None:
+    import qgalore
+
     version = project()["version"]
+    assert qgalore.__version__ == version
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
