@@ -7,6 +7,8 @@ from docs.make.markdown import table
 
 WISHES = {
     "my_own_data.md": "train on text of my own",
+    "other_sources.md": "train on a data set of the hub, or on a mixture",
+    "tokenizers.md": "choose or train a tokenizer, tokenize once for many runs",
     "seven_b.md": "train 7B on one card of 16 GB",
     "which_recipe.md": "choose a method and its settings",
     "continued_pretraining.md": "go on from a model that is there",
@@ -14,6 +16,7 @@ WISHES = {
     "when_it_stops.md": "know what a stop, a crash or a warning means",
     "after_training.md": "see text, measure, compare and export a model",
     "trainers.md": "train in Trainer, accelerate, Lightning or my own loop",
+    "trainers_more.md": "use axolotl, unsloth, distributed checkpoints, or scripts for galore-torch",
     "finetuning.md": "fine-tune for GLUE and MMLU",
     "baselines.md": "compare with LoRA, ReLoRA, QLoRA and low rank",
     "reproduce.md": "make the papers' tables",
