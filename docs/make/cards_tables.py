@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
+from benchmarks.models import LENGTH
 from docs.make.csv_rows import Row, card, rows_of
 from docs.make.markdown import table
 from peft_pretraining.commands import plan
@@ -11,6 +13,10 @@ from peft_pretraining.memory.fit_tables import days_in_words
 from peft_pretraining.memory.shipped_runs import ShippedRun
 from peft_pretraining.speed.cards import card_of_size
 
+_GIB = 2**30 / 1e9
+_ROOM = 1.01
+"""A card of 16 GB has 16 GiB: a process that was capped to 15 GiB is within 16.1 GB of it."""
+_PLAIN = re.compile(r"q_galore(_int8_activations)?(_checkpointing\d*)?")
 MODELS = {8: "1b", 12: "3b", 16: "7b", 24: "7b", 48: "13b", 80: "13b"}
 """By GB (10^9 bytes), a model that trains there at the rank of the paper and a speed that is of use."""
 FULL = "--memory 8GB,12GB,16GB,24GB,48GB,80GB --model 60m,130m,350m,1b,3b,7b,13b"
@@ -40,21 +46,20 @@ def measured(model: str, gigabytes: int) -> Measured | None:
     """The fastest row of Q-GaLore that stayed within a memory: capped ones first, else by what was reserved."""
     found = []
     for row in rows_of("compare.csv"):
-        ours = row["model"] == model and row["method"].startswith("q_galore") and "torch" not in row["method"]
-        if (
-            not ours
-            or row["error"]
-            or not row["tokens_per_second"]
-            or not row["run_reserved_gb"]
-            or "--int8_products" in row["flags"]
-        ):
+        if row["model"] != model or not _is_plain(row):
             continue
         capped = bool(row["cap_gib"])
-        needs = float(row["cap_gib"]) * 1.073741824 if capped else float(row["run_reserved_gb"])
-        if needs <= gigabytes * (1.01 if capped else 1.0):
+        needs = float(row["cap_gib"]) * _GIB if capped else float(row["run_reserved_gb"])
+        if needs <= gigabytes * (_ROOM if capped else 1.0):
             found.append(Measured(row, capped))
-    best = max(found, key=lambda each: (each.capped, card(each.row) == "H100", each.speed), default=None)
-    return best
+    return max(found, key=lambda each: (each.capped, card(each.row) == "H100", each.speed), default=None)
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether a row is a finished measurement of the published algorithm, with products in bfloat16."""
+    finished = row["tokens_per_second"] and row["run_reserved_gb"] and not row["error"]
+    plain = _PLAIN.fullmatch(row["method"]) and "--int8_products" not in row["flags"]
+    return bool(finished and plain and row["length"] == str(LENGTH))
 
 
 def short() -> str:
@@ -65,11 +70,11 @@ def short() -> str:
         assert fit.chosen is not None, f"{model} does not fit {gigabytes} GB"
         row, counted = measured(model, gigabytes), fit.chosen.tokens_per_second(fit.card)
         lines.append(
-            [f"{gigabytes} GB", f"**{model.upper()}**", f"{fit.chosen.peak / 1e9:.1f} GB",
-             row.text if row else "not measured", _days(row.speed) if row else "-",
-             f"{fit.card.name}: {counted:,.0f} tokens/s, {_days(counted)} days"]
+            [f"{gigabytes} GB", f"**{model.upper()}**", str(LENGTH), row.text if row else "not measured",
+             _days(row.speed) if row else "-",
+             f"{fit.card.name}: {counted:,.0f} tokens/s, {_days(counted)} days, {fit.chosen.peak / 1e9:.1f} GB"]
         )  # fmt: skip
-    head = ["memory", "model", "planned peak", "measured", "days for 10 B tokens", "by the plan, not measured"]
+    head = ["memory", "model", "length", "measured", "days for 10 B tokens", "counted for a card, not measured"]
     return table(head, lines)
 
 
