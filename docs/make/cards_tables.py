@@ -13,9 +13,8 @@ from peft_pretraining.memory.fit_tables import days_in_words
 from peft_pretraining.memory.shipped_runs import ShippedRun
 from peft_pretraining.speed.cards import card_of_size
 
-_GIB = 2**30 / 1e9
-_ROOM = 1.01
-"""A card of 16 GB has 16 GiB: a process that was capped to 15 GiB is within 16.1 GB of it."""
+_LEFT = 1
+"""GiB that context and display are left: a card of 16 GB has 16 GiB, and stands for a process that is capped to 15."""
 _PLAIN = re.compile(r"q_galore(_int8_activations)?(_checkpointing\d*)?")
 MODELS = {8: "1b", 12: "3b", 16: "7b", 24: "7b", 48: "13b", 80: "13b"}
 """By GB (10^9 bytes), a model that trains there at the rank of the paper and a speed that is of use."""
@@ -49,8 +48,11 @@ def measured(model: str, gigabytes: int) -> Measured | None:
         if row["model"] != model or not _is_plain(row):
             continue
         capped = bool(row["cap_gib"])
-        needs = float(row["cap_gib"]) * _GIB if capped else float(row["run_reserved_gb"])
-        if needs <= gigabytes * (_ROOM if capped else 1.0):
+        if capped:
+            fits = float(row["cap_gib"]) <= gigabytes - _LEFT
+        else:
+            fits = float(row["run_reserved_gb"]) <= gigabytes
+        if fits:
             found.append(Measured(row, capped))
     return max(found, key=lambda each: (each.capped, card(each.row) == "H100", each.speed), default=None)
 
