@@ -59,14 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             with tempfile.TemporaryDirectory(prefix="loss-curves-") as folder:
                 flags = f"{_SHARED} {METHODS[method]} --seed {seed} --save_dir {folder} {args.extra}".split()
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                code = subprocess.run([sys.executable, "run_pretrain.py", *flags], cwd=ROOT, env=environment).returncode
+                code = train(flags)
                 if code:
                     return code
                 for row in rows_of(read_metrics(Path(folder))):
                     about = {"flags": METHODS[method], "device": args.device, "torch": torch.__version__}
                     append_row(args.results, {"method": method, "seed": seed, **row, **about, "commit": commit()})
     return 0
+
+
+def train(flags: Sequence[str]) -> int:
+    """Train in a process of its own, on one core; returns its exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "run_pretrain.py", *flags], cwd=ROOT, env=environment, check=False
+    ).returncode
 
 
 def rows_of(lines: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, object]]:

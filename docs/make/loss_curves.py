@@ -32,7 +32,7 @@ def draw(found: dict[str, Any]) -> Any:
             axis.plot(*zip(*curves["train"], strict=True), color=colour, linewidth=0.9, label="_" if number else label)
             axis.plot(*zip(*curves["eval"], strict=True), "o", color=colour, markersize=4)
     axis.plot([], [], "ok", markersize=4, label="held-out text")
-    axis.set_ylim(4.9, 9)
+    axis.set_ylim(4.7, 9)
     axis.set_xlabel("updates of 1,024 tokens")
     axis.set_ylabel("loss, nats a token (mean of 5 updates)")
     axis.set_title("LLaMA-9M on Python's documentation, three seeds each, on a CPU", fontsize=9)
