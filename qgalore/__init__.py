@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qgalore.optimizer.param_groups import low_rank_param_groups
     from qgalore.optimizer.training_summary import TrainingSummary, summary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GaLoreAdafactor",

@@ -362,7 +362,7 @@ def _with_limits(what: str, allowed: Allowed) -> str:
     return " or ".join([f"{what}, {limits}" if limits else what, *map(repr, allowed.words)])
 
 
-_SPELLINGS = {
+SPELLINGS = {
     "scale": "galore_scale",
     "quant": "proj_quant",
     "quant_n_bit": "proj_bits",
@@ -401,7 +401,7 @@ def ignored_arguments(kind: str, given: Mapping[str, Any]) -> str:
 
 def complete_names(group: Mapping[str, Any]) -> set[str]:
     """The keys of a param group, those of q-galore-torch under our names."""
-    return {_SPELLINGS.get(key, key) for key in group}
+    return {SPELLINGS.get(key, key) for key in group}
 
 
 def _without_dim(group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -428,7 +428,7 @@ def complete_group(group: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     spelling: dict[str, str] = {}
     rest: dict[str, Any] = {}
     for key, value in group.items():
-        name = _SPELLINGS.get(key, key)
+        name = SPELLINGS.get(key, key)
         if name in options and options[name] != value:
             raise ValueError(
                 f"a param group has {spelling[name]}={options[name]!r} and {key}={value!r}: give one of them"

@@ -678,16 +678,3 @@ def test_a_tilde_is_expanded_in_the_flags_of_scripts(
 
 if __name__ == "__main__":
     print(command_line(), end="")
-
-
-def test_the_readme_lists_every_flag() -> None:
-    text = (GOLDEN.parent.parent.parent / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (\w+) \| (.*`.*) \|$", text.partition("| group | flags |")[2], re.MULTILINE))
-    for title, group in GROUPS.items():
-        listed = re.sub(r"\([^)]*\)\)?", "", rows[title.partition(" ")[0]])  # without the words in brackets
-        if title == "quantization":
-            listed = re.sub(r"`proj_\w+`", "", listed)  # which are of the subspace by their group
-        flags = {spec.name for spec in read_specs(group)}
-        assert set(re.findall(r"`(\w+)`", listed)) == flags - (
-            {"proj_quant", "proj_bits", "proj_group_size"} if title == "subspace" else set()
-        ), title

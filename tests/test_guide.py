@@ -1,4 +1,4 @@
-"""The commands of docs/guide: each is run as it stands, but for a model and a length of training that are smaller."""
+"""The commands of docs/guide/my_own_data.md, other_sources.md and tokenizers.md: each as it stands, but in small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.data.files import write_texts
 from tests.data.hub_server import DatasetHub, HubRepository, point_at
 from tests.small_run import CONFIG, ROOT, restored_process
 
-PAGE = ROOT / "docs" / "guide" / "my_own_data.md"
+PAGES = [ROOT / "docs" / "guide" / name for name in ("my_own_data.md", "other_sources.md", "tokenizers.md")]
 SMALL = (
     "--batch_size 2 --total_batch_size 4 --max_length 32 --num_training_steps 2 --warmup_steps 0 --data_lanes 4 "
     "--workers 0 --dtype float32 --device cpu --optimizer adamw --save_every 0 --eval_every 0 --eval_tokens 200 "
@@ -27,8 +27,9 @@ REPOSITORY = "HuggingFaceFW/fineweb-edu"
 
 
 def commands() -> list[str]:
-    """The commands of the page, a line each, in their order."""
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    """The commands of the pages, a line each, in their order."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if not line.startswith("TRAIN=")]
 
 
@@ -89,8 +90,9 @@ def test_each_command_of_my_own_data_works(place: Path) -> None:
         run(command, place, number)
 
 
-def test_the_training_command_of_the_page_is_one_that_can_be_parsed() -> None:
-    (line,) = (line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("TRAIN="))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_training_command_of_the_page_is_one_that_can_be_parsed(page: Path) -> None:
+    (line,) = (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("TRAIN="))
     words = shlex.split(line.removeprefix("TRAIN="))[0].split()
     assert words[0] == "run_pretrain.py" and (ROOT / words[2]).is_file()
     with restored_process():

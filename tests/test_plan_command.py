@@ -1,4 +1,4 @@
-"""`qgalore plan`: what trains in the memory of a card, in tables, in sentences, and in the README."""
+"""`qgalore plan`: what trains in the memory of a card, in tables and in sentences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
+from docs.make import cards_tables
 from peft_pretraining import commands
 from peft_pretraining.commands import plan as command
 from peft_pretraining.memory.plan import plan
@@ -22,7 +23,6 @@ from peft_pretraining.speed.cards import CARDS
 from tests.small_run import SmallRun
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -39,40 +39,14 @@ def shipped(model: str) -> ShippedRun:
     return ShippedRun(model)
 
 
-def section() -> tuple[list[str], str]:
-    """The command in the README's marker, without its name, and what stands below."""
-    (found,) = re.findall(r"<!-- begin: (qgalore plan .*) -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    return shlex.split(found[0])[2:], found[1]
-
-
-def readme_rows(models: set[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Head and rows of some models, and the text below, in the README and as the command prints them."""
-    argv, text = section()
-    given = argv[argv.index("--model") + 1].split(",")
-    argv[argv.index("--model") + 1] = ",".join(name for name in given if name in models)
-    made = printed(capsys, *argv)
-    kept = {"model", "-----", *(name.upper() for name in models)}
-    tables = []
-    for lines in (text.splitlines(), made.splitlines()):
-        rows = [cells(line) if line.startswith("|") else [line] for line in lines]
-        rows = [[re.sub("-{3,}", "-----", cell) for cell in row] for row in rows]
-        tables.append([row for row in rows if row[0] in kept or len(row) == 1])
-    return tables[0], tables[1]
-
-
-def test_rows_of_the_readme_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    shown, made = readme_rows({"60m", "1b"}, capsys)
-    assert shown == made and [row[0] for row in shown[:4]] == ["model", "-----", "60M", "1B"]
-
-
-@pytest.mark.slow
-def test_the_readme_has_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    argv, text = section()
-    assert text == printed(capsys, *argv)
-
-
-def test_the_readme_says_what_was_not_measured() -> None:
-    assert "**No consumer card was measured**" in README.partition("## What fits a card")[2].partition("\n## ")[0]
+def test_several_memories_are_a_table_with_a_column_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of the page of cards, which has more models."""
+    page = (ROOT / "docs" / "results" / "cards.md").read_text(encoding="utf-8")
+    shown = [cells(line) for line in page.splitlines() if line.startswith("| ")]
+    argv = shlex.split(cards_tables.FULL)
+    argv[argv.index("--model") + 1] = "60m,1b"
+    head, _, *rows = [cells(line) for line in printed(capsys, *argv).splitlines() if line.startswith("|")]
+    assert head in shown and [row[0] for row in rows] == ["60M", "1B"] and all(row in shown for row in rows)
 
 
 def test_a_memory_has_a_line_for_each_model_that_fits_it(capsys: pytest.CaptureFixture[str]) -> None:

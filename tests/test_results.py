@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_engine_steps, code_size, cpu_runs, same_bits
+from benchmarks import bench_engine_steps, code_size, cpu_runs, loss_curves, same_bits
 from tests.small_run import SmallRun, flags_of, restored_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,13 @@ def test_a_file_has_a_command_that_writes_it_or_is_frozen(name: str) -> None:
         assert modules[name] in writers
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in ("performance", "quality"))])
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("performance", "quality", "results/speed", "results/memory")),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_figure_of_a_frozen_file_is_said_to_be_one(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for name in listed()[1]:
@@ -86,6 +92,31 @@ def test_a_row_of_a_run_on_a_cpu(tmp_path: Path) -> None:
     assert cpu_runs.main([*argv, "--", "true"]) == 0 and float(only_row(path)["seconds"]) < 60
     path.unlink()
     assert cpu_runs.main([*argv, "--", "false"]) == 1 and not path.exists(), "a run that failed is no row"
+
+
+def test_rows_of_loss_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven updates are a window of five and one of two; what has rows is not trained again."""
+    small, path = SmallRun(tmp_path), tmp_path / "loss_curves.csv"
+    trained: list[list[str]] = []
+
+    def train(flags: list[str]) -> int:
+        trained.append(flags)
+        small.run("run", **flags_of("adamw"), num_training_steps=7)
+        shutil.copytree(tmp_path / "run", flags[flags.index("--save_dir") + 1], dirs_exist_ok=True)
+        return 0
+
+    monkeypatch.setattr(loss_curves, "train", train)
+    argv = ["--methods", "adamw", "--seeds", "4", "--results", str(path)]
+    assert loss_curves.main(argv) == 0 and loss_curves.main(argv) == 0
+    (flags,) = trained
+    assert flags[flags.index("--seed") + 1] == "4" and "--lr" in flags
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = small.result("run").losses
+    assert header(path) == header(RESULTS / "loss_curves.csv")
+    assert [(row["split"], row["update"]) for row in rows] == [("train", "5"), ("train", "7"), ("eval", "7")]
+    assert float(rows[0]["loss"]) == pytest.approx(sum(losses[:5]) / 5, abs=1e-4)
+    assert float(rows[1]["loss"]) == pytest.approx(sum(losses[5:]) / 2, abs=1e-4)
 
 
 def test_a_row_of_the_size_of_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,11 @@ def test_the_wheel_has_the_code_the_configs_and_the_recipes(wheel: Path) -> None
         assert archive.read(entry_points).decode() == "[console_scripts]\nqgalore = peft_pretraining.commands:main\n"
 
 
+def test_a_registry_would_take_the_wheel(wheel: Path) -> None:
+    pytest.importorskip("twine", reason="pip install twine, to check the wheel's description and metadata")
+    assert "PASSED" in call([sys.executable, "-m", "twine", "check", "--strict", wheel], wheel.parent)
+
+
 @pytest.mark.slow
 def test_the_sdist_makes_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
     before = files_of(tree)

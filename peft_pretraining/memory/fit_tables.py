@@ -47,11 +47,12 @@ def _details_of(fit: Fit) -> list[str]:
         f"{fit.chosen.peak / 1e9:.2f}",
         f"{fit.tokens_per_second:,.0f}",
         "measured" if fit.row else "counted",
-        "-" if days is None else _days(days),
+        "-" if days is None else days_in_words(days),
     ]
 
 
-def _days(days: float) -> str:
+def days_in_words(days: float) -> str:
+    """Days with two digits or, from ten on, whole ones."""
     return f"{days:,.0f}" if days >= 10 else f"{days:.2g}"
 
 
@@ -119,5 +120,5 @@ def _cell(fit: Fit) -> str:
     sums = args.optimizer.grad_accum_dtype == "int8" and args.batch.gradient_accumulation > 1
     given += " " + "a" * args.model.int8_activations + "s" * sums if args.model.int8_activations or sums else ""
     rank = f", rank {args.subspace.rank}" if "--rank" in fit.chosen.flags else ""
-    days = "" if fit.days is None else f", {_days(fit.days)} d"
+    days = "" if fit.days is None else f", {days_in_words(fit.days)} d"
     return f"{args.batch.batch_size}{given}{rank}: {fit.tokens_per_second:,.0f}{'*' if fit.row else ''}{days}"

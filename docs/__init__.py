@@ -1,0 +1,1 @@
+"""The documents of the project; `docs.make` makes those that are generated."""
