@@ -72,7 +72,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     locks: list[FolderLock] = []  # of the main rank; kept until the run ends
     try:
         make_reproducible(args.model.dtype)
-        check_device(world.device, args.model.dtype, args.quantization.int8_products)
+        check_device(world.device, args.model.dtype, args.quantization)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))

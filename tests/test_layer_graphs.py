@@ -55,6 +55,7 @@ CASES = {
     "svd": PER_LAYER,
     "other side": f"{STREAMING} --proj_type reverse_std",
     "products in int8": f"{STREAMING} --int8_products",
+    "products in fp8": f"{STREAMING} --fp8_products",
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
     "recipe": QUANTIZED,

@@ -48,6 +48,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_float16_problems(args),
         *_quantization_problems(args),
         *_int8_products_problems(args),
+        *_fp8_products_problems(args),
         *_subspace_problems(args),
         *_schedule_problems(args),
         *_run_problems(args),
@@ -395,6 +396,26 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
         problems.append(
             f"--weight_group_size {quantization.weight_group_size} cannot work with --int8_products, which wants one "
             "scale for each row of a weight: leave one out"
+        )
+    return problems
+
+
+def _fp8_products_problems(args: RunArgs) -> list[str]:
+    if not args.quantization.fp8_products:
+        return []
+    problems = []
+    if not args.optimizer.is_low_rank:
+        problems.append(
+            f"--fp8_products is for the layers of the project's own optimizers, and --optimizer "
+            f"{args.optimizer.optimizer} trains ordinary ones: use a galore or q_galore optimizer, or leave "
+            "--fp8_products out"
+        )
+    if args.quantization.int8_products:
+        problems.append("--fp8_products and --int8_products are two ways to multiply: leave one out")
+    if args.model.dtype == "float16":
+        problems.append(
+            "--fp8_products gives values of bfloat16's range, which --dtype float16 does not hold: use --dtype "
+            "bfloat16, which every GPU with FP8 has, or leave --fp8_products out"
         )
     return problems
 

@@ -335,6 +335,10 @@ class QuantizationArgs:
     """Quantize activations to INT8 on the fly and multiply them with the layers' weights in INT8, in the forward pass
     and for the gradients of their inputs; a whole row of a weight then shares its scale, and weight_group_size has no
     effect."""
+    fp8_products: bool = False
+    """Round activations, gradients and the layers' weights to FP8 (e4m3) on the fly, with a scale for each row, and
+    multiply those, in the forward pass and for the gradients of inputs; for a GPU from compute capability 8.9 up (RTX
+    40, L4, H100), beside any stored form of the weights."""
     stochastic_round: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
@@ -349,6 +353,7 @@ class QuantizationArgs:
             stochastic_rounding=self.stochastic_round or not self.weight_quant,
             simulate=self.simulation,
             int8_products=self.int8_products,
+            fp8_products=self.fp8_products,
         )
 
 

@@ -41,7 +41,8 @@ class PassingBytes:
         self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
         self.quantized = self.format.stored_bits is not None and not self.format.int8_products
         self.converts = self.options.proj_quant or self.format.stored_bits is not None
-        self.weights = self._cached(math.prod(map(padded_width, x.shape)) for x in run.matrices if self.quantized)
+        dequantizes = self.quantized and not self.format.fp8_products
+        self.weights = self._cached(math.prod(map(padded_width, x.shape)) for x in run.matrices if dequantizes)
         self.bases = self._cached(x.bases for x in run.matrices if self.options.proj_quant)
         # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
         self.own = run.graphs and (config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums))

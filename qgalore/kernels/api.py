@@ -14,14 +14,17 @@ from qgalore.kernels.arguments import (
     GROUP_LIMIT,
     AdamStep,
     FloatUpdate,
+    Fp8Matrix,
     QuantizedMatrix,
     QuantizedUpdate,
     StepScalars,
+    fp8_width,
 )
 from qgalore.kernels.backend import backend, grouped_by_backend, product_dtype, use_triton
 from qgalore.kernels.reference import (
     adam,
     float_update,
+    fp8_matmul,
     gradient_check,
     group_quantization,
     int8_matmul,
@@ -33,11 +36,11 @@ from qgalore.kernels.reference.newton_schulz import odd_polynomials
 from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks, rows_of, stepped
 
 __all__ = [
-    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
-    "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward",
-    "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
-    "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
-    "update_quantized_", "use_triton",
+    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepScalars",
+    "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_product", "fp8_rows",
+    "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward", "momentum_steps", "odd_polynomials",
+    "orthogonalize", "product_dtype", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device",
+    "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -220,6 +223,41 @@ def int8_linear_backward(grad: Tensor, qdata: Tensor, scale: Tensor, zero_point:
     _check_int8(grad, qdata, scale, zero_point, width, backward=True)
     run = backend(int8_matmul.int8_linear_backward, grad.device, len(grad), *qdata.shape)
     return run(grad, qdata, scale, zero_point, width)
+
+
+def fp8_rows(x: Tensor, columns: int, factor: Tensor | None = None) -> Fp8Matrix:
+    """The first columns of a float matrix x (rows, columns or more) in FP8, each row with a scale of its own.
+
+    factor (columns or more,) float32: that columns are multiplied with before. Of a row whose magnitudes are all below
+    2^-110 nothing is left; one that is not finite stays so. Raises ValueError for an x that is narrower.
+    """
+    _check_matrix(x, "x")
+    if x.shape[1] < columns or (factor is not None and len(factor) < columns):
+        raise ValueError(f"x {tuple(x.shape)} and its factor do not have {columns} columns")
+    return backend(fp8_matmul.fp8_rows, x.device, columns)(x, columns, factor)
+
+
+def fp8_weight(weight: QuantizedMatrix | Tensor, turned: bool = False) -> tuple[Fp8Matrix, Tensor | None]:
+    """A weight W (out, in), quantized or float, in FP8 for products along its rows: x Wᵀ, or turned, g W.
+
+    Turned, (in, out), the scales of its rows lie along the sum: they come beside it, (out,), to be the factor of
+    `fp8_rows` of g, and its own are 1. The codes are those of the other way. Both sides are padded with zeros to a
+    multiple of 16.
+    """
+    longest = weight.shape[1] if isinstance(weight, Tensor) else weight.scale.shape[1]
+    device = weight.device if isinstance(weight, Tensor) else weight.qdata.device
+    return backend(fp8_matmul.fp8_weight, device, longest)(weight, turned)
+
+
+def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
+    """a bᵀ (rows of a, width), rounded to bfloat16 and then given in dtype; cut, or zeros beyond the rows of b.
+
+    On a GPU by cuBLASLt, in the same order every time, which needs compute capability 8.9; its sums over 32 products
+    or more have some 14 bits, those of the reference float32's. Raises ValueError for factors of another depth.
+    """
+    if a.codes.shape[1] != b.codes.shape[1]:
+        raise ValueError(f"factors {tuple(a.codes.shape)} and {tuple(b.codes.shape)} are not of one depth")
+    return backend(fp8_matmul.fp8_product, a.codes.device)(a, b, width, dtype)
 
 
 def _check_int8(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int, backward: bool) -> None:
