@@ -18,7 +18,7 @@ from peft_pretraining.speed.update_passes import (
     recompute,
     rounded_activations,
 )
-from qgalore.config import FULL
+from qgalore.config import FLOAT_PRODUCTS, FULL
 
 SHARE_OF_FLOOR = 0.79
 """Of their floor's speed that runs reach. With it and `SECONDS_PER_KERNEL`, the two numbers that were fitted, what is
@@ -28,7 +28,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def counted_tokens_per_second(args: RunArgs, config: ModelConfig, card: Card) -> float:
-    """Of all ranks of a run on such cards, messages between them not counted; products as in bfloat16."""
+    """Of all ranks of a run on such cards, messages between them not counted."""
     return args.tokens_per_update / counted_seconds(args, config, card)
 
 
@@ -70,4 +70,5 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         sum_bytes=_BYTES[optimizer.grad_accum_dtype],
         direction=subspace.direction,
         newton_schulz=subspace.newton_schulz,
+        rounds_products=args.quantization.weight_format.products != FLOAT_PRODUCTS,
     )
