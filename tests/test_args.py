@@ -496,6 +496,12 @@ BAD_COMBINATIONS = [
     ("--total_batch_size 32 --gradient_accumulation 2", 1, "give --gradient_accumulation 4"),
     ("--checkpoint_every 2", 1, "--checkpoint_every 2 needs --activation_checkpointing"),
     ("--checkpoint_every 2 --activation_checkpointing --use_hf_model", 1, "transformers' recomputes every layer"),
+    ("--checkpoint_layers 2", 1, "--checkpoint_layers 2 needs --activation_checkpointing"),
+    (
+        "--checkpoint_layers 2 --checkpoint_every 3 --activation_checkpointing",
+        1,
+        "--checkpoint_every 3 and --checkpoint_layers 2 both say which layers are recomputed",
+    ),
     ("--int8_activations --use_hf_model", 1, "--int8_activations is for the project's own LLaMA"),
     ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),

@@ -48,6 +48,7 @@ CASES = {
     "streaming": STREAMING,
     "checkpointing": f"{STREAMING} --activation_checkpointing",
     "every second checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_every 2",
+    "the first layer checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_layers 1",
     "int8 activations": f"{STREAMING} --int8_activations",
     "int8 activations, every second recomputed": (
         f"{STREAMING} --int8_activations --activation_checkpointing --checkpoint_every 2"

@@ -92,6 +92,7 @@ def test_measured_peaks_are_within_a_budget_that_holds_the_plan() -> None:
 FLAGS = {
     "all": "--activation_checkpointing",
     "some": "--activation_checkpointing --checkpoint_every 5",
+    "the first": "--activation_checkpointing --checkpoint_layers 7",
     "rounded": "--int8_activations",
     "both": "--int8_activations --activation_checkpointing --checkpoint_every 7",
     "micro-batches": "--gradient_accumulation 4 --activation_checkpointing --checkpoint_every 5 --int8_activations",

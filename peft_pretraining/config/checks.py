@@ -91,7 +91,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
     warnings += [*source_warnings(model, args.data), *_unread_keys(model)]
-    if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
+    if model.int8_activations and model.recomputed_in_words == "all":
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
         warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
@@ -158,16 +158,20 @@ def _activation_problems(args: RunArgs) -> list[str]:
             "--int8_activations is for the project's own LLaMA: transformers' keeps its activations as they are; leave "
             "--int8_activations or --use_hf_model out"
         )
-    if model.checkpoint_every == 1:
-        return problems
-    if not model.activation_checkpointing:
+    in_part = {"checkpoint_every": model.checkpoint_every > 1, "checkpoint_layers": model.checkpoint_layers > 0}
+    for name in (name for name, given in in_part.items() if given):
+        flag = f"--{name} {getattr(model, name)}"
+        if not model.activation_checkpointing:
+            problems.append(f"{flag} needs --activation_checkpointing: nothing is recomputed")
+        elif model.use_hf_model:
+            problems.append(
+                f"{flag} is for the project's own LLaMA: transformers' recomputes every layer; leave --{name} or "
+                "--use_hf_model out"
+            )
+    if all(in_part.values()):
         problems.append(
-            f"--checkpoint_every {model.checkpoint_every} needs --activation_checkpointing: nothing is recomputed"
-        )
-    elif model.use_hf_model:
-        problems.append(
-            f"--checkpoint_every {model.checkpoint_every} is for the project's own LLaMA: transformers' recomputes "
-            "every layer; leave --checkpoint_every or --use_hf_model out"
+            f"--checkpoint_every {model.checkpoint_every} and --checkpoint_layers {model.checkpoint_layers} both say "
+            "which layers are recomputed: leave one out"
         )
     return problems
 

@@ -109,12 +109,32 @@ class ModelArgs:
     checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
     """With --activation_checkpointing recompute only one in so many layers: 2 saves half of the memory at half of the
     cost in time."""
+    checkpoint_layers: Annotated[int, Flag("layers", at_least=0, auto="as checkpoint_every says")] = 0
+    """With --activation_checkpointing recompute the first so many layers alone."""
     int8_activations: bool = False
     """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
     pass, in half the bytes. Layers that are recomputed do not round."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
     """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton and
     bfloat16."""
+
+    def recomputed(self, layers: int) -> range:
+        """The indices of the layers, of so many, that are recomputed in the backward pass."""
+        if not self.activation_checkpointing:
+            return range(0)
+        if self.checkpoint_layers:
+            return range(min(self.checkpoint_layers, layers))
+        return range(0, layers, self.checkpoint_every)
+
+    @property
+    def recomputed_in_words(self) -> str:
+        """Which layers those are: none, all, 1 in 3, or the first 5."""
+        if not self.activation_checkpointing:
+            return "none"
+        if self.checkpoint_layers:
+            return f"the first {self.checkpoint_layers}"
+        return f"1 in {self.checkpoint_every}" if self.checkpoint_every > 1 else "all"
+
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
@@ -549,7 +569,7 @@ class RuntimeArgs:
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
-    total_batch_size), activation_checkpointing, checkpoint_every and int8_activations; where nothing else fits,
+    total_batch_size), activation_checkpointing, checkpoint_layers and int8_activations; where nothing else fits,
     grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""

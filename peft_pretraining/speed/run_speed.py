@@ -35,7 +35,9 @@ def counted_tokens_per_second(args: RunArgs, config: ModelConfig, card: Card) ->
 def counted_seconds(args: RunArgs, config: ModelConfig, card: Card) -> float:
     """The time of an update of such a run."""
     s, ours = setting_of(args, config), args.optimizer.is_low_rank
-    plain, again, rounding = _times(replace(s, checkpointing=False, checkpoint_every=1), ours, card)
+    plain, again, rounding = _times(
+        replace(s, checkpointing=False, checkpoint_every=1, checkpoint_layers=0), ours, card
+    )
     kept = s.config.num_hidden_layers - s.recomputed
     return (plain + s.grad_accum * (s.recomputed * again + kept * rounding)) / SHARE_OF_FLOOR
 
@@ -64,6 +66,7 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         length=args.batch.max_length,
         update_proj_gap=math.ceil(subspace.update_proj_gap),
         checkpoint_every=model.checkpoint_every,
+        checkpoint_layers=model.checkpoint_layers,
         int8_activations=model.int8_activations,
         weight_bits=args.quantization.weight_format.stored_bits,
         basis_bits=subspace.proj_bits if subspace.proj_quant else None,

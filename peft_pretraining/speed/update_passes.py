@@ -61,6 +61,7 @@ class Setting:
     update_proj_gap: int = 200
     float32_logits: bool = False  # AdamW's, in memory
     checkpoint_every: int = 1  # with checkpointing one in so many layers is computed again
+    checkpoint_layers: int = 0  # or so many, if that is not 0
     int8_activations: bool = False
     weight_bits: int | None = 8  # None: float weights
     basis_bits: int | None = 4
@@ -77,7 +78,9 @@ class Setting:
     @property
     def recomputed(self) -> int:
         """Layers that are computed again."""
-        return -(-self.config.num_hidden_layers // self.checkpoint_every) if self.checkpointing else 0
+        layers = self.config.num_hidden_layers
+        in_part = min(self.checkpoint_layers, layers) or -(-layers // self.checkpoint_every)
+        return in_part if self.checkpointing else 0
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
