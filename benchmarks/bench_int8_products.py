@@ -83,8 +83,11 @@ def fp8_parts(layer: LowRankLinear, x: Tensor, grad: Tensor) -> dict[str, tuple[
     stored, (outputs, inputs), factors = quantized.stored(), quantized.shape, dict[bool, Any]()
 
     def make(backward: bool) -> Tensor:
-        weight, factor = kernels.fp8_weight(stored, backward)
-        rows = kernels.fp8_rows(grad if backward else x, outputs if backward else inputs, factor)
+        if backward:
+            weight, scales = kernels.fp8_turned_weights([stored])
+            rows = kernels.fp8_rows([grad], [outputs], scales)
+        else:
+            weight, rows = kernels.fp8_weight(stored), kernels.fp8_rows([x], [inputs])
         factors[backward] = rows, weight, (x if backward else grad).shape[1]
         return rows.codes
 

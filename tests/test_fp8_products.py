@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
-from qgalore.layer.linear import grouped_linear, product_bytes
+from qgalore.layer.linear import grouped_linear, joined_product_bytes, product_bytes
 from tests.sinks import FactorSink
 
 FORMATS = {
@@ -44,20 +44,20 @@ def rounding(x: Tensor, largest: Tensor) -> Tensor:
 
 def test_rows_are_rounded_to_the_nearest_value_of_their_scale() -> None:
     x = torch.cat((normal(50, 97), normal(3, 97) * 1e30, normal(3, 97) * 1e-30, torch.full((1, 97), -2.5)))
-    codes, scale = kernels.fp8_rows(x, 97)
+    codes, scale = kernels.fp8_rows([x], [97])
     assert codes.dtype == torch.float8_e4m3fn and codes.shape == (57, 112) and scale.shape == (57,)
     values = codes.float()
     assert (values.abs().amax(dim=1) == 448).all() and values[:, 97:].count_nonzero() == 0
     assert ((values[:, :97] * scale[:, None] - x).abs() <= rounding(x, x.abs().amax(1, keepdim=True))).all()
-    assert torch.equal(kernels.fp8_rows(-x, 97).codes.float(), -values), "rounding favours a sign"
-    assert torch.equal(kernels.fp8_rows(4 * x[:50], 97).codes.float(), values[:50])
+    assert torch.equal(kernels.fp8_rows([-x], [97]).codes.float(), -values), "rounding favours a sign"
+    assert torch.equal(kernels.fp8_rows([4 * x[:50]], [97]).codes.float(), values[:50])
 
 
 def test_rows_of_nothing_are_zeros_and_of_no_number_none() -> None:
     x = torch.stack((torch.zeros(5), torch.full((5,), 1e-38), torch.full((5,), float("inf")), torch.full((5,), 1.0)))
     x[3, 2] = float("nan")
-    found = kernels.fp8_rows(x, 5)
-    product = kernels.fp8_product(found, kernels.fp8_rows(torch.ones(2, 5), 5), 2, torch.float32)
+    found = kernels.fp8_rows([x], [5])
+    product = kernels.fp8_product(found, kernels.fp8_rows([torch.ones(2, 5)], [5]), 2, torch.float32)
     assert product[:2].count_nonzero() == 0 and not product[2:].isfinite().any()
 
 
@@ -66,9 +66,9 @@ def test_a_weight_has_the_same_codes_both_ways(format: str) -> None:
     module = layer(40, 21, format)
     weight = module.quantized_weight
     stored = module.weight.detach() if weight is None else weight.stored()
-    (codes, scale), none = kernels.fp8_weight(stored)
-    (turned, ones), factor = kernels.fp8_weight(stored, turned=True)
-    assert none is None and factor is not None and torch.equal(factor, scale) and (ones == 1).all()
+    codes, scale = kernels.fp8_weight(stored)
+    (turned, ones), (factor,) = kernels.fp8_turned_weights([stored])
+    assert torch.equal(factor, scale) and (ones == 1).all()
     assert codes.shape == (32, 48) and torch.equal(turned.float(), codes.float().T)
     values, expected = codes.float() * scale[:, None], module.dequantized_weight(torch.float32)
     assert values[21:].count_nonzero() == values[:, 40:].count_nonzero() == 0
@@ -161,23 +161,42 @@ def test_two_ways_to_multiply_are_refused() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x \(2, 23\) and its factor do not have 24 columns"):
-        kernels.fp8_rows(normal(2, 23), 24)
+        kernels.fp8_rows([normal(2, 23)], [24])
     with pytest.raises(ValueError, match="do not have 24 columns"):
-        kernels.fp8_rows(normal(2, 24), 24, torch.ones(16))
-    with pytest.raises(ValueError, match=r"\(2, 32\) and \(3, 48\) are not of one depth"):
-        kernels.fp8_product(kernels.fp8_rows(normal(2, 24), 24), kernels.fp8_rows(normal(3, 40), 40), 3, torch.float32)
+        kernels.fp8_rows([normal(2, 24)], [24], [torch.ones(16)])
+    with pytest.raises(ValueError, match=r"\(2, 32\) and \(2, 48\) are not of one depth"):
+        kernels.fp8_product(*(kernels.fp8_rows([normal(2, n)], [n]) for n in (24, 40)), 3, torch.float32)
 
 
-def test_what_a_product_takes_is_counted() -> None:
-    """Codes and scales of both factors, of which the larger side of a weight is there in the backward pass."""
-    module, tokens = layer(2048, 5461), 64
-    weight = module.quantized_weight
-    assert weight is not None
-    turned, factor = kernels.fp8_weight(weight.stored(), turned=True)
-    rows = kernels.fp8_rows(normal(tokens, 5461), 5461)
-    made = [*turned, factor, *rows]
-    planned = product_bytes(module.format, (5461, 2048), tokens, torch.bfloat16)
-    assert sum(each.nbytes for each in made if each is not None) == planned
+def test_what_products_take_is_counted() -> None:
+    """Codes and scales of both factors, of one weight or of those with one input."""
+    layers, tokens = [layer(40, 304), layer(40, 21)], 64
+    stored = [each.quantized_weight.stored() for each in layers if each.quantized_weight is not None]
+    for weights in (stored[:1], stored):
+        turned, factors = kernels.fp8_turned_weights(weights)
+        rows = kernels.fp8_rows(
+            [normal(tokens, len(x.qdata)) for x in weights], [len(x.qdata) for x in weights], factors
+        )
+        shapes = [(len(x.qdata), 40) for x in weights]
+        assert sum(x.nbytes for x in (*turned, *factors, *rows)) == joined_product_bytes(shapes, tokens)
+        if len(weights) == 1:
+            assert product_bytes(layers[0].format, shapes[0], tokens, torch.bfloat16) == joined_product_bytes(
+                shapes, tokens
+            )
+    made = (*kernels.fp8_weight(stored[0]), *kernels.fp8_rows([normal(tokens, 40)], [40]))
+    assert sum(x.nbytes for x in made) < product_bytes(layers[0].format, (304, 40), tokens, torch.bfloat16)
+
+
+def test_gradients_of_one_input_are_summed_in_the_product() -> None:
+    """One scale a token for all: as near the sum of the float ones as each is to its own."""
+    layers = [layer(24, outputs) for outputs in (40, 21, 16)]
+    for each in layers:
+        each.attach(FactorSink())
+    x, grads = normal(6, 24).requires_grad_(), [normal(6, n, seed=n) for n in (40, 21, 16)]
+    torch.autograd.backward(grouped_linear(x, layers), grads)
+    expected = sum(grad @ each.dequantized_weight(torch.float32) for grad, each in zip(grads, layers, strict=True))
+    assert x.grad is not None and isinstance(expected, Tensor)
+    assert 1e-3 < float((x.grad - expected).norm() / expected.norm()) < 0.06
 
 
 # ---- in a model

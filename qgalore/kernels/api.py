@@ -19,6 +19,7 @@ from qgalore.kernels.arguments import (
     QuantizedUpdate,
     StepScalars,
     fp8_width,
+    next_power_of_2,
 )
 from qgalore.kernels.backend import backend, grouped_by_backend, product_dtype, use_triton
 from qgalore.kernels.reference import (
@@ -37,10 +38,11 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepScalars",
-    "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_product", "fp8_rows",
-    "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward", "momentum_steps", "odd_polynomials",
-    "orthogonalize", "product_dtype", "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device",
-    "row_chunks", "rows_of", "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
+    "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_joins", "fp8_product",
+    "fp8_rows", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward",
+    "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
+    "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
+    "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -225,28 +227,42 @@ def int8_linear_backward(grad: Tensor, qdata: Tensor, scale: Tensor, zero_point:
     return run(grad, qdata, scale, zero_point, width)
 
 
-def fp8_rows(x: Tensor, columns: int, factor: Tensor | None = None) -> Fp8Matrix:
-    """The first columns of a float matrix x (rows, columns or more) in FP8, each row with a scale of its own.
+def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None = None) -> Fp8Matrix:
+    """The first columns of float matrices (rows, columns or more), side by side, in FP8, with one scale a row.
 
-    factor (columns or more,) float32: that columns are multiplied with before. Of a row whose magnitudes are all below
-    2^-110 nothing is left; one that is not finite stays so. Raises ValueError for an x that is narrower.
+    factors (columns or more,) float32: that columns are multiplied with before. Each part ends with zeros up to a
+    multiple of 16. Of a row whose magnitudes are all below 2^-110 nothing is left; one that is not finite stays so.
+    Raises ValueError for a matrix or factor that is narrower.
     """
-    _check_matrix(x, "x")
-    if x.shape[1] < columns or (factor is not None and len(factor) < columns):
-        raise ValueError(f"x {tuple(x.shape)} and its factor do not have {columns} columns")
-    return backend(fp8_matmul.fp8_rows, x.device, columns)(x, columns, factor)
+    for part, count, factor in zip(parts, columns, parts if factors is None else factors, strict=True):
+        _check_matrix(part, "x")
+        if part.shape[1] < count or factor.shape[-1] < count:
+            raise ValueError(f"x {tuple(part.shape)} and its factor do not have {count} columns")
+    return backend(fp8_matmul.fp8_rows, parts[0].device, max(columns), len(parts))(parts, columns, factors)
 
 
-def fp8_weight(weight: QuantizedMatrix | Tensor, turned: bool = False) -> tuple[Fp8Matrix, Tensor | None]:
-    """A weight W (out, in), quantized or float, in FP8 for products along its rows: x Wᵀ, or turned, g W.
+def fp8_joins(columns: Sequence[int]) -> bool:
+    """Whether a kernel makes one row of `fp8_rows` of parts with so many columns."""
+    return len(columns) <= 3 and max(columns) <= 16384 and len(columns) * next_power_of_2(max(columns)) <= 32768
 
-    Turned, (in, out), the scales of its rows lie along the sum: they come beside it, (out,), to be the factor of
-    `fp8_rows` of g, and its own are 1. The codes are those of the other way. Both sides are padded with zeros to a
-    multiple of 16.
-    """
+
+def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
+    """A weight W (out, in), quantized or float, in FP8 for x Wᵀ; both sides end with zeros up to a multiple of 16."""
     longest = weight.shape[1] if isinstance(weight, Tensor) else weight.scale.shape[1]
     device = weight.device if isinstance(weight, Tensor) else weight.qdata.device
-    return backend(fp8_matmul.fp8_weight, device, longest)(weight, turned)
+    return backend(fp8_matmul.fp8_weight, device, longest)(weight)
+
+
+def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
+    """Weights W (out, in) of one input in FP8 for the sum of all g W: (in, all outs), with the codes of `fp8_weight`.
+
+    The scales of their rows lie along the sum. They come beside it, (out,) each, to be the factors of `fp8_rows` of the
+    g, and its own are 1.
+    """
+    first = weights[0]
+    longest = max(each.shape[1] if isinstance(each, Tensor) else each.scale.shape[1] for each in weights)
+    device = first.device if isinstance(first, Tensor) else first.qdata.device
+    return backend(fp8_matmul.fp8_turned_weights, device, longest)(weights)
 
 
 def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:

@@ -103,7 +103,7 @@ def input_gradient(
     if products == INT8_PRODUCTS:
         return _int8(kernels.int8_linear_backward, grad_output, weight, width)
     if products == FP8_PRODUCTS:
-        return _fp8_input_gradient(grad_output, weight, width)
+        return _fp8_input_gradient([grad_output], [weight], width)
     return cut_columns(grad_output @ padded_weight(weight, grad_output.dtype, cached), width)
 
 
@@ -116,17 +116,19 @@ def _int8(product: Any, x: Tensor, weight: Weight, width: int) -> Tensor:
 
 def _fp8_linears(input: Tensor, weights: Sequence[Weight], widths: Sequence[int]) -> list[Tensor]:
     """`linear` in FP8 of several weights: the input is rounded once."""
-    rows, shape = kernels.fp8_rows(input.reshape(-1, input.shape[-1]), weights[0].shape[1]), input.shape[:-1]
+    rows, shape = kernels.fp8_rows([input.reshape(-1, input.shape[-1])], [weights[0].shape[1]]), input.shape[:-1]
     return [
-        kernels.fp8_product(rows, kernels.fp8_weight(_as_stored(weight))[0], width, input.dtype).view(*shape, width)
+        kernels.fp8_product(rows, kernels.fp8_weight(_as_stored(weight)), width, input.dtype).view(*shape, width)
         for weight, width in zip(weights, widths, strict=True)
     ]
 
 
-def _fp8_input_gradient(grad_output: Tensor, weight: Weight, width: int) -> Tensor:
-    turned, factor = kernels.fp8_weight(_as_stored(weight), turned=True)
-    rows = kernels.fp8_rows(grad_output.reshape(-1, grad_output.shape[-1]), weight.shape[0], factor)
-    return kernels.fp8_product(rows, turned, width, grad_output.dtype).view(*grad_output.shape[:-1], width)
+def _fp8_input_gradient(grad_outputs: Sequence[Tensor], weights: Sequence[Weight], width: int) -> Tensor:
+    """The sum of all `input_gradient` in FP8, as one product."""
+    turned, factors = kernels.fp8_turned_weights([_as_stored(weight) for weight in weights])
+    grads, first = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs], grad_outputs[0]
+    rows = kernels.fp8_rows(grads, [weight.shape[0] for weight in weights], factors)
+    return kernels.fp8_product(rows, turned, width, first.dtype).view(*first.shape[:-1], width)
 
 
 def _as_stored(weight: Weight) -> kernels.QuantizedMatrix | Tensor:
@@ -252,6 +254,8 @@ def _input_gradient(
     after: Tensor | None,
 ) -> Tensor:
     weights, cached = _weights(stored, storage), [handle.cached for handle in handles]
+    if storage[3] == FP8_PRODUCTS:
+        return _fp8_input_gradient(grad_outputs, weights, width)
     grads = [with_padded_columns(grad) for grad in grad_outputs]
     whole = as_one_view([_rows(grad) for grad in grads], 1) if len(grads) > 1 else None
     if whole is not None:
@@ -298,7 +302,9 @@ def _backward(
         after = accumulate(grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent)
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
-        for start, stop in itertools.pairwise((0, *range(ctx.adjacent, count + 1))):
+        # In FP8 all are one product, which adds them up; else those that are adjacent.
+        joined = ctx.storage[3] == FP8_PRODUCTS and kernels.fp8_joins([grad.shape[-1] for grad in grad_outputs])
+        for start, stop in itertools.pairwise((0, *range(count if joined else ctx.adjacent, count + 1))):
             part = input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
                 ctx.width, after if ctx.frees_input else None,

@@ -326,6 +326,15 @@ def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dty
     return 0 if format.stored_bits is None else padded_width(shape[0]) * padded_width(shape[1]) * dtype.itemsize
 
 
+def joined_product_bytes(shapes: Sequence[tuple[int, int]], tokens: int) -> int:
+    """Bytes that the product in FP8 for the gradient of an input takes beside the gradients of outputs and the result.
+
+    shapes: (out_features, in_features) of the weights with that input, whose gradients it adds up.
+    """
+    rows, columns = sum(kernels.fp8_width(m) for m, _ in shapes), kernels.fp8_width(shapes[0][1])
+    return tokens * (rows + 4) + rows * columns + 4 * (rows + columns)
+
+
 def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 1) -> list[Tensor]:
     """What each of `linears` makes of the same input (..., in_features).
 

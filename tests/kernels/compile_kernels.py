@@ -102,14 +102,16 @@ def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> N
 
 def launch_fp8(half: torch.dtype) -> None:
     """The factors of products in FP8 with 7B's weights, and with a ragged one of 1B."""
-    for rows, columns in ((11008, 4096), (2048, 5461)):
-        for factor in (None, torch.ones(columns)):
-            kernels.fp8_rows(torch.zeros(16, columns, dtype=half), columns, factor)
+    for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2):
+        for factors in (None, [torch.ones(each) for each in columns]):
+            kernels.fp8_rows([torch.zeros(16, each, dtype=half) for each in columns], columns, factors)
+    for rows, width in ((11008, 4096), (2048, 5461)):
         for bits in (8, 4):
-            codes = torch.zeros(rows, aligned_row_bytes(columns, bits), dtype=torch.uint8)
-            scale, zero_point = torch.zeros(2, rows, -(-columns // 256), dtype=torch.bfloat16)
-            for turned in (False, True):
-                kernels.fp8_weight(kernels.QuantizedMatrix(codes, scale, zero_point, columns, bits, 256), turned)
+            codes = torch.zeros(rows, aligned_row_bytes(width, bits), dtype=torch.uint8)
+            scale, zero_point = torch.zeros(2, rows, -(-width // 256), dtype=torch.bfloat16)
+            weight = kernels.QuantizedMatrix(codes, scale, zero_point, width, bits, 256)
+            kernels.fp8_weight(weight)
+            kernels.fp8_turned_weights([weight])
 
 
 def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:

@@ -8,6 +8,8 @@ of a row, which the scales and zero points of its groups give, stands for its la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,40 +17,46 @@ from torch import Tensor
 from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, fp8_width
 from qgalore.kernels.reference.group_quantization import dequantize_groups, unpack_int4
 
-__all__ = ["fp8_product", "fp8_rows", "fp8_weight"]
+__all__ = ["fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
 _LARGEST = 448.0
 _SMALLEST_ROW = 2.0**-110  # 448 over a smaller number, or a smaller number over 448, may leave float32
 
 
-def fp8_rows(x: Tensor, columns: int, factor: Tensor | None) -> Fp8Matrix:
+def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_rows`."""
-    values = x[:, :columns].float()
-    if factor is not None:
-        values = values * factor[:columns]
-    return _rounded(values, values.abs().amax(dim=1) if columns else values.sum(dim=1))
+    read = []
+    for index, (part, count) in enumerate(zip(parts, columns, strict=True)):
+        values = part[:, :count].float()
+        values = values if factors is None else values * factors[index][:count]
+        read.append(F.pad(values, (0, fp8_width(count) - count)))
+    whole = torch.cat(read, dim=1)
+    return _rounded(whole, whole.abs().amax(dim=1) if whole.shape[1] else whole.sum(dim=1))
 
 
-def fp8_weight(weight: QuantizedMatrix | Tensor, turned: bool) -> tuple[Fp8Matrix, Tensor | None]:
+def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        stored = fp8_rows(weight, weight.shape[1], None)
+        codes, scale = fp8_rows([weight], [weight.shape[1]], None)
     else:
-        codes = unpack_int4(weight.qdata, weight.columns) if weight.bits == 4 else weight.qdata[:, : weight.columns]
-        values = dequantize_groups(codes, weight.scale, weight.zero_point, weight.group_size, torch.float32)
+        stored = unpack_int4(weight.qdata, weight.columns) if weight.bits == 4 else weight.qdata[:, : weight.columns]
+        values = dequantize_groups(stored, weight.scale, weight.zero_point, weight.group_size, torch.float32)
         first, step = weight.zero_point.float(), weight.scale.float()
         last = step * (2.0**weight.bits - 1) + first
-        stored = _rounded(values, torch.maximum(first.abs(), last.abs()).amax(dim=1))
-    missing = fp8_width(len(stored.codes)) - len(stored.codes)
-    codes, scale = stored
+        codes, scale = _rounded(values, torch.maximum(first.abs(), last.abs()).amax(dim=1))
+    missing = fp8_width(len(codes)) - len(codes)
     if missing:
         codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype)
         scale = F.pad(scale, (0, missing))
-    if turned:
-        return Fp8Matrix(
-            codes.view(torch.uint8).T.contiguous().view(codes.dtype), scale.new_ones(codes.shape[1])
-        ), scale
-    return Fp8Matrix(codes, scale), None
+    return Fp8Matrix(codes, scale)
+
+
+def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
+    """See `qgalore.kernels.fp8_turned_weights`."""
+    matrices = [fp8_weight(weight) for weight in weights]
+    codes = torch.cat([matrix.codes.view(torch.uint8) for matrix in matrices]).T.contiguous()
+    scales = [matrix.scale for matrix in matrices]
+    return Fp8Matrix(codes.view(torch.float8_e4m3fn), scales[0].new_ones(len(codes))), scales
 
 
 def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
     rows:     codes = e4m3(x f / s), s = max |x f| / 448 of each row
     weight:   the same of a quantized weight, s = max over its groups of (|zero point|, |last value|) / 448
 
-Layout: x (rows, columns) float with any strides; f (columns,) float32 or none; the codes of a weight as in
+Layout: x (rows, columns) float with any strides, or up to three of them that make one row; f (columns,) float32 of
+each, or none; the codes of a weight as in
 `group_quantization`. FP8 codes (rows, depth) row-major, or turned (depth, rows), which are written as bytes; depth is
 that of the sum, padded with zeros to a multiple of 16, as cuBLASLt wants it; s float32 a row. Both factors of a product
 are contiguous along the sum: Hopper's tensor cores take FP8 in no other order.
@@ -13,6 +14,9 @@ a group has 256 values and two numbers. All values are float32 inside.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +29,9 @@ from qgalore.kernels.reference import fp8_matmul
 from qgalore.kernels.triton.group_quantization import block_of_group, warps_of_block
 from qgalore.kernels.triton.tiles import load_codes, to_float8
 
-__all__ = ["fp8_product", "fp8_rows", "fp8_weight"]
+__all__ = ["fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
-_LONGEST_ROW = 16384
+_LONGEST_ROW, _LONGEST_JOINED, _MOST_PARTS = 16384, 32768, 3
 _TILE = 64, 128  # rows and columns of a weight that a program rounds
 
 
@@ -50,29 +54,54 @@ def _rounded(value):
 
 
 @triton.jit
-def _fp8_rows_kernel(
-    x, factor, codes, row_scale, rows, columns, x_row, x_column, depth, G: tl.constexpr, M: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    column = tl.arange(0, G)[None, :]
-    inside = (row < rows)[:, None]
+def _read(x, factor, row, column, inside, columns, x_row, x_column, HAS_FACTOR: tl.constexpr):
+    """Values float32 of some rows, times their factors, with 0 beyond the columns."""
     value = tl.load(x + row[:, None] * x_row + column * x_column, mask=inside & (column < columns), other=0.0)
     value = value.to(tl.float32)
     if HAS_FACTOR:
         value = value * tl.load(factor + column, mask=column < columns, other=0.0)
-    # The bits of magnitudes are in the order of the magnitudes, and those of NaN above all.
-    largest = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
-    inverse, scale = _scale_of_rows(largest)
+    return value
+
+
+@triton.jit
+def _magnitudes(value):
+    """The bits of the largest magnitude of each row: they are in the order of magnitudes, those of NaN above all."""
+    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _fp8_rows_kernel(
+    x, factor, codes, row_scale, rows, columns, x_row, x_column, starts, ends, depth, PARTS: tl.constexpr,
+    G: tl.constexpr, M: tl.constexpr, HAS_FACTOR: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    column = tl.arange(0, G)[None, :]
+    inside = (row < rows)[:, None]
+    first = _read(x[0], factor[0], row, column, inside, columns[0], x_row[0], x_column[0], HAS_FACTOR)
+    largest = _magnitudes(first)
+    second, third = first, first
+    if PARTS > 1:
+        second = _read(x[1], factor[1], row, column, inside, columns[1], x_row[1], x_column[1], HAS_FACTOR)
+        largest = tl.maximum(largest, _magnitudes(second))
+    if PARTS > 2:
+        third = _read(x[2], factor[2], row, column, inside, columns[2], x_row[2], x_column[2], HAS_FACTOR)
+        largest = tl.maximum(largest, _magnitudes(third))
+    inverse, scale = _scale_of_rows(largest.to(tl.float32, bitcast=True))
     at = codes + row[:, None] * depth + column
-    tl.store(at, _rounded(value * inverse[:, None]), mask=inside & (column < depth))
+    tl.store(at, _rounded(first * inverse[:, None]), mask=inside & (column < ends[0]))
+    if PARTS > 1:
+        mask = inside & (column < ends[1] - starts[1])
+        tl.store(at + starts[1], _rounded(second * inverse[:, None]), mask=mask)
+    if PARTS > 2:
+        mask = inside & (column < ends[2] - starts[2])
+        tl.store(at + starts[2], _rounded(third * inverse[:, None]), mask=mask)
     tl.store(row_scale + row, scale, mask=row < rows)
 
 
 @triton.jit
 def _fp8_weight_kernel(
     qdata, scale, zero_point, codes, row_scale, ones, rows, columns, q_stride, q_width, groups, padded_rows, depth,
-    GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
+    stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
     TURNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -103,51 +132,74 @@ def _fp8_weight_kernel(
     rounded = _rounded(value)
     if TURNS:
         turned = start + tl.arange(0, N)
-        at = codes + turned[:, None].to(tl.int64) * padded_rows + row[None, :]
+        at = codes + turned[:, None].to(tl.int64) * stride + row[None, :]
         tl.store(at, tl.trans(rounded), mask=(turned < depth)[:, None] & (row < padded_rows)[None, :])
         if tl.program_id(0) == 0:
             tl.store(ones + turned, tl.full((N,), 1.0, tl.float32), mask=turned < depth)
     else:
-        at = codes + row[:, None] * depth + column
+        at = codes + row[:, None] * stride + column
         tl.store(at, rounded, mask=(row < padded_rows)[:, None] & (column < depth))
 
 
-def can_handle(longest: int) -> bool:
-    """Whether a row of activations of this length fits a tile, or the groups of a row of a weight."""
-    return 0 < longest <= _LONGEST_ROW
+def can_handle(longest: int, parts: int = 1) -> bool:
+    """Whether a row of activations in so many parts fits a tile, or the groups of a row of a weight."""
+    if not 0 < parts <= _MOST_PARTS or longest <= 0:
+        return False
+    return block_of_group(longest)[1] * parts <= (_LONGEST_ROW if parts == 1 else _LONGEST_JOINED)
 
 
-def fp8_rows(x: Tensor, columns: int, factor: Tensor | None) -> Fp8Matrix:
+def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_rows`."""
-    rows, depth = x.shape[0], fp8_width(columns)
-    found = _empty(rows, depth, rows, x)
-    block_rows, block_columns = block_of_group(depth)
+    rows, ends = parts[0].shape[0], tuple(itertools.accumulate(map(fp8_width, columns)))
+    starts, depth = (0, *ends[:-1]), ends[-1]
+    found = _empty(rows, depth, parts[0])
+    block_rows, block_columns = block_of_group(max(map(fp8_width, columns)))
+    x_row, x_column = zip(*(part.stride() for part in parts), strict=True)
+    factor = tuple(parts if factors is None else factors)
     if rows:
         _fp8_rows_kernel[(ceil_div(rows, block_rows),)](
-            x, factor, found.codes.view(torch.uint8), found.scale, rows, columns, *x.stride(), depth, G=block_columns,
-            M=block_rows, HAS_FACTOR=factor is not None, enable_fp_fusion=False,
-            num_warps=warps_of_block(block_rows, block_columns),
+            tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), x_row, x_column,
+            starts, ends, depth, PARTS=len(parts), G=block_columns, M=block_rows,
+            HAS_FACTOR=factors is not None, enable_fp_fusion=False,
+            num_warps=next_power_of_2(warps_of_block(block_rows, block_columns * len(parts))),
         )  # fmt: skip
     return found
 
 
-def fp8_weight(weight: QuantizedMatrix | Tensor, turned: bool) -> tuple[Fp8Matrix, Tensor | None]:
+def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        return fp8_matmul.fp8_weight(weight, turned)
+        return fp8_matmul.fp8_weight(weight)
+    rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
+    found = _empty(rows, depth, weight.qdata)
+    _round_weight(weight, found.codes, found.scale, None)
+    return found
+
+
+def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
+    """See `qgalore.kernels.fp8_turned_weights`."""
+    stored = [weight for weight in weights if not isinstance(weight, Tensor)]
+    if len(stored) < len(weights):
+        return fp8_matmul.fp8_turned_weights(weights)
+    counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
+    found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
+    scales = list(torch.empty(sum(counts), dtype=torch.float32, device=found.codes.device).split(counts))
+    for weight, codes, scale in zip(stored, found.codes.split(counts, dim=1), scales, strict=True):
+        _round_weight(weight, codes, scale, found.scale)
+    return found, scales
+
+
+def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, ones: Tensor | None) -> None:
+    """Write codes and scales of rows; turned, where there are ones to write."""
     qdata, scale, zero_point, columns, bits, group_size, _ = weight
     rows = qdata.shape[0]
-    padded_rows, depth = fp8_width(rows), fp8_width(columns)
-    shape = (depth, padded_rows) if turned else (padded_rows, depth)
-    found = _empty(*shape, shape[0], qdata)
-    row_scale = torch.empty(padded_rows, dtype=torch.float32, device=qdata.device) if turned else found.scale
+    padded_rows, depth, turned = fp8_width(rows), fp8_width(columns), ones is not None
     block_rows, block_columns = _TILE
     _fp8_weight_kernel[(ceil_div(padded_rows, block_rows), ceil_div(depth, block_columns))](
-        qdata, scale, zero_point, found.codes.view(torch.uint8), row_scale, found.scale, rows, columns, qdata.stride(0),
-        qdata.shape[1], scale.shape[1], padded_rows, depth, GROUP=group_size, BITS=bits, M=block_rows, N=block_columns,
-        GROUPS=next_power_of_2(scale.shape[1]), TURNS=turned, enable_fp_fusion=False, num_warps=8,
+        qdata, scale, zero_point, codes.view(torch.uint8), row_scale, ones, rows, columns, qdata.stride(0),
+        qdata.shape[1], scale.shape[1], padded_rows, depth, codes.stride(0), GROUP=group_size, BITS=bits, M=block_rows,
+        N=block_columns, GROUPS=next_power_of_2(scale.shape[1]), TURNS=turned, enable_fp_fusion=False, num_warps=8,
     )  # fmt: skip
-    return found, row_scale if turned else None
 
 
 def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
@@ -162,6 +214,6 @@ def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> T
     return fp8_matmul.with_columns(product, width).to(dtype)
 
 
-def _empty(rows: int, columns: int, scales: int, like: Tensor) -> Fp8Matrix:
+def _empty(rows: int, columns: int, like: Tensor) -> Fp8Matrix:
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=like.device)
-    return Fp8Matrix(codes, torch.empty(scales, dtype=torch.float32, device=like.device))
+    return Fp8Matrix(codes, torch.empty(rows, dtype=torch.float32, device=like.device))
