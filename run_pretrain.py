@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before what takes seconds to load
 import torch
 
 from peft_pretraining.averaging import WeightAverage
-from peft_pretraining.build import build_data, build_training
+from peft_pretraining.build import build_data, build_training, shape_of
 from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
 from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
 from peft_pretraining.config.run_config import RunArgs
@@ -33,7 +33,7 @@ from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
-from peft_pretraining.memory.budget import parse_within_budget
+from peft_pretraining.memory.budget import card_here, parse_within_budget
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
@@ -52,6 +52,7 @@ from peft_pretraining.runtime.update_outcomes import (
     too_many_skipped,
 )
 from peft_pretraining.runtime.world import World, is_lost_rank, start_world
+from peft_pretraining.speed.direction_price import warning_of_direction
 
 PROGRAM = "run_pretrain.py"
 
@@ -72,13 +73,14 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     locks: list[FolderLock] = []  # of the main rank; kept until the run ends
     try:
         make_reproducible(args.model.dtype)
-        check_device(world.device, args.model.dtype, args.quantization.int8_products)
+        check_device(world.device, args.model.dtype, args.quantization)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
         device = world.device
         warnings = (
-            warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device)
+            warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device),
+            warning_of_direction(args, shape_of(args.model), card_here()) if device.type == "cuda" else None,
         )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)

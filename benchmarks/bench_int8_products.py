@@ -1,4 +1,4 @@
-"""Time and memory of the matrix products of a linear layer, forward and for the input gradient, in INT8 and bfloat16.
+"""Time and memory of a linear layer's products, forward and for the input gradient, in INT8, FP8 and bfloat16.
 
     python -m benchmarks.bench_int8_products [--models 60m,1b] [--results FILE] [--tile 128,256,128,8,3]
 
@@ -7,6 +7,9 @@ Shapes are those of the models' matrices with the tokens of a micro-batch of `be
 - int8: `--int8_products`: quantize activations, convert the weight's codes to signed ones, multiply;
 - int8, products alone: only the last of these;
 - torch._int_mm: only PyTorch's product of signed INT8 matrices into int32, for shapes that it supports;
+- fp8: `--fp8_products`: round activations and the weight, multiply;
+- fp8, factors alone: only the first of these;
+- fp8, products alone: only the last;
 - bfloat16, dequantized: what a layer with an INT8 weight does without the flag;
 - bfloat16, products alone: the same with a bfloat16 weight.
 """
@@ -18,6 +21,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +42,11 @@ Product = Callable[[], Tensor]
 
 def layer_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
     """A layer's own products, as in training."""
-    weight, int8 = layer.quantized_weight, layer.format.int8_products
+    weight, products = layer.quantized_weight, layer.format.products
     assert weight is not None
     return (
-        lambda: autograd_op.linear(x, weight, layer.width, int8),
-        lambda: autograd_op.input_gradient(grad, weight, x.shape[-1], int8),
+        lambda: autograd_op.linear(x, weight, layer.width, products),
+        lambda: autograd_op.input_gradient(grad, weight, x.shape[-1], products),
     )
 
 
@@ -72,10 +76,40 @@ def torch_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Produ
     return lambda: torch._int_mm(rounded_x, codes.T), lambda: torch._int_mm(rounded_grad, other_way.T)
 
 
+def fp8_parts(layer: LowRankLinear, x: Tensor, grad: Tensor) -> dict[str, tuple[Product, Product] | None]:
+    """What `--fp8_products` does, in two parts; none where the GPU has no FP8."""
+    quantized = layer.quantized_weight
+    assert quantized is not None
+    stored, (outputs, inputs), factors = quantized.stored(), quantized.shape, dict[bool, Any]()
+
+    def make(backward: bool) -> Tensor:
+        if backward:
+            weight, scales = kernels.fp8_turned_weights([stored])
+            rows = kernels.fp8_rows([grad], [outputs], scales)
+        else:
+            weight, rows = kernels.fp8_weight(stored), kernels.fp8_rows([x], [inputs])
+        factors[backward] = rows, weight, (x if backward else grad).shape[1]
+        return rows.codes
+
+    def multiply(backward: bool) -> Tensor:
+        if backward not in factors:
+            make(backward)
+        return kernels.fp8_product(*factors[backward], x.dtype)
+
+    return {
+        "fp8, factors alone": (lambda: make(False), lambda: make(True)),
+        "fp8, products alone": (lambda: multiply(False), lambda: multiply(True)),
+    }
+
+
 def bfloat16_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Product, Product]:
     """The products with a weight that was dequantized before."""
     weight = layer.padded_weight(torch.bfloat16)
     return lambda: x @ weight.T, lambda: grad @ weight
+
+
+def _has_fp8(device: str) -> bool:
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dict[str, tuple[Product, Product] | None]:
@@ -85,12 +119,14 @@ def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dic
     rounded = LowRankLinear(weight, None, WeightFormat(bits=8, int8_products=True), pads_output=True)
     ordinary = LowRankLinear(weight, None, WeightFormat(bits=8), pads_output=True)
     rows, columns = ordinary.padded_weight(torch.bfloat16).shape
+    in_fp8 = LowRankLinear(weight, None, WeightFormat(bits=8, fp8_products=True), pads_output=True)
     x, grad = (torch.randn(tokens, width, device=device, generator=generator).bfloat16() for width in (columns, rows))
     x[:, inputs:], grad[:, outputs:] = 0.0, 0.0
     return {
         "int8": layer_products(rounded, x, grad),
         "int8, products alone": int8_products_alone(rounded, x, grad),
         "torch._int_mm": torch_products(rounded, x, grad),
+        **({"fp8": layer_products(in_fp8, x, grad), **fp8_parts(in_fp8, x, grad)} if _has_fp8(device) else {}),
         "bfloat16, dequantized": layer_products(ordinary, x, grad),
         "bfloat16, products alone": bfloat16_products(ordinary, x, grad),
     }

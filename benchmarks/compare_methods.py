@@ -165,6 +165,21 @@ def q_galore_int8_activations(setting: Setting) -> Training:
     return q_galore(replace(setting, extra=f"--int8_activations {setting.extra}"))
 
 
+def q_galore_fp8(setting: Setting) -> Training:
+    """Our training with `--fp8_products`."""
+    return q_galore(replace(setting, extra=f"--fp8_products {setting.extra}"))
+
+
+def q_galore_int8_products(setting: Setting) -> Training:
+    """Our training with `--int8_products`."""
+    return q_galore(replace(setting, extra=f"--int8_products {setting.extra}"))
+
+
+def q_galore_orthogonal_fp8(setting: Setting) -> Training:
+    """Our training with the orthogonal recipe and `--fp8_products`."""
+    return q_galore(replace(setting, extra=f"--fp8_products {setting.extra}"), "orthogonal")
+
+
 def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     """Our training, with the model, optimizer, order of calls and deterministic kernels of `run_pretrain.py`."""
     make_reproducible()
@@ -337,6 +352,9 @@ METHODS: Mapping[str, Callable[[Setting], Training]] = {
     "q_galore_torch_per_layer": q_galore_torch_per_layer,
     "q_galore": q_galore,
     "q_galore_int8_activations": q_galore_int8_activations,
+    "q_galore_int8_products": q_galore_int8_products,
+    "q_galore_fp8": q_galore_fp8,
     "q_galore_orthogonal": q_galore_orthogonal,
     "q_galore_full_rank": q_galore_full_rank,
+    "q_galore_orthogonal_fp8": q_galore_orthogonal_fp8,
 }

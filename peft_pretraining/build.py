@@ -58,7 +58,9 @@ def build_model(
     device = torch.device(device)
     model = build_on_meta(args.model_config, args.use_hf_model)
     if args.activation_checkpointing:
-        model.gradient_checkpointing_enable(args.checkpoint_every)
+        layers = len(model.decoder_layers)
+        again = args.recomputed(layers)
+        model.gradient_checkpointing_enable(None if len(again) == layers else again)
     if args.int8_activations:
         model.keep_int8_activations()
     std, draws = model.config.initializer_range, not args.init_from

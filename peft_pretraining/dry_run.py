@@ -9,8 +9,12 @@ from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
+from peft_pretraining.memory.budget import card_here
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.run_summary import summary_lines
+from peft_pretraining.speed.cards import Card
+from peft_pretraining.speed.direction_price import warning_of_direction
+from peft_pretraining.speed.run_speed import counted_tokens_per_second
 
 
 def print_description(args: RunArgs) -> None:
@@ -19,17 +23,30 @@ def print_description(args: RunArgs) -> None:
         print(describe(args))
 
 
-def describe(args: RunArgs) -> str:
-    """The text of `--dry_run`; nothing is built and nothing is written."""
+def describe(args: RunArgs, card: Card | None = None) -> str:
+    """The text of `--dry_run`; nothing is built and nothing is written.
+
+    card: that speeds are counted for; None: this machine's, or an H100.
+    """
     config, device = shape_of(args.model), args.runtime.device
     lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
+    counted = card is not None or device != "cpu"
+    card = card or card_here()
+    if price := warning_of_direction(args, config, card):
+        lines.append(f"warning: {price}")
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")
         lines += [f"  --{name} {chosen.get(name, value)}" for name, value in vars(getattr(args, group)).items()]
     ranks = f"{args.world_size} x {'cuda, or cpu without one' if device == 'auto' else device}"
     lines += summary_lines(args, ranks, _data(args))
-    return "\n".join([*lines, *([plan(args, config).table()] if config is not None else [])])
+    if config is not None:
+        lines.append(plan(args, config).table())
+        if counted:
+            lines.append(
+                f"speed: {counted_tokens_per_second(args, config, card):,.0f} tokens/s counted for {card.name}"
+            )
+    return "\n".join(lines)
 
 
 def _data(args: RunArgs) -> list[str]:

@@ -17,6 +17,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 FULL = "full"
 """The rank of the whole space: nothing is projected, stored or refreshed."""
 
+FLOAT_PRODUCTS, INT8_PRODUCTS, FP8_PRODUCTS = range(3)
+"""What a layer multiplies: values in the dtype of its activations, or both factors rounded to INT8 or FP8."""
+
 
 @dataclass(frozen=True)
 class Allowed:
@@ -60,9 +63,14 @@ class WeightFormat:
     """Fake quantization: keep a float weight whose values lie on the quantized grid."""
     int8_products: bool = False
     """Quantize activations as they come and multiply in INT8: 8 bits, a row is one group and group_size has no say."""
+    fp8_products: bool = False
+    """Round activations, gradients and weights to FP8 as they come, with a scale a row, and multiply those: whatever
+    the weight is stored in."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for products in INT8 of a weight that is not stored in 8 bits."""
+        """Raises ValueError for products in INT8 of a weight that is not stored in 8 bits, or in FP8, too."""
+        if self.int8_products and self.fp8_products:
+            raise ValueError("int8_products and fp8_products are two ways to multiply: leave one out")
         if self.int8_products and (self.bits != 8 or self.simulate):
             stored = "a simulated weight" if self.simulate else f"bits={self.bits}"
             raise ValueError(f"int8_products multiplies the codes of an 8-bit weight: it cannot work with {stored}")
@@ -71,6 +79,11 @@ class WeightFormat:
     def stored_bits(self) -> int | None:
         """8 or 4 where the weight is stored as codes; None where it is float."""
         return None if self.simulate else self.bits
+
+    @property
+    def products(self) -> int:
+        """What is multiplied: `FLOAT_PRODUCTS`, `INT8_PRODUCTS` or `FP8_PRODUCTS`."""
+        return INT8_PRODUCTS if self.int8_products else FP8_PRODUCTS if self.fp8_products else FLOAT_PRODUCTS
 
     def group_size_of(self, columns: int) -> int:
         """Values that share a scale in a row of so many columns; for a whole row a multiple of 8, as kernels want."""

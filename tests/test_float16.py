@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
+from peft_pretraining.config.flag_groups import QuantizationArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime.device import problem_of_gpu, slow_dtype
+from peft_pretraining.runtime.device import problem_of_gpu, problem_of_products, slow_dtype
 from qgalore.update import loss_scale
 from tests.golden.record import restored_process
 from tests.small_run import Result, SmallRun, assert_same_bits, assert_same_run, flags_of
@@ -154,11 +155,19 @@ def test_a_gpu_without_the_data_type_is_named(
 
 
 def test_products_in_int8_need_a_newer_gpu() -> None:
-    assert problem_of_gpu("Tesla T4", (7, 5), "float16", True, int8_products=True).startswith(
-        "--int8_products: Tesla T4"
-    )
-    assert not problem_of_gpu("Tesla T4", (7, 5), "float16", False, int8_products=True)
-    assert not problem_of_gpu("RTX 3090", (8, 6), "float16", True, int8_products=True)
+    int8 = QuantizationArgs(int8_products=True)
+    assert problem_of_products("Tesla T4", (7, 5), True, int8).startswith("--int8_products: Tesla T4")
+    assert not problem_of_products("Tesla T4", (7, 5), False, int8)
+    assert not problem_of_products("RTX 3090", (8, 6), True, int8)
+
+
+def test_products_in_fp8_need_a_newer_gpu_still() -> None:
+    fp8 = QuantizationArgs(fp8_products=True)
+    text = problem_of_products("NVIDIA A100", (8, 0), True, fp8)
+    assert text.startswith("--fp8_products: NVIDIA A100 has compute capability 8.0, and products in FP8 need 8.9")
+    assert text.endswith("or give --int8_products") and "int8" not in problem_of_products("T4", (7, 5), True, fp8)
+    assert not problem_of_products("NVIDIA A100", (8, 0), False, fp8)
+    assert not any(problem_of_products("NVIDIA L4", each, True, fp8) for each in ((8, 9), (9, 0), (12, 0)))
 
 
 # ---- on a GPU

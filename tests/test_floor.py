@@ -7,7 +7,7 @@ import pytest
 from benchmarks import floor, models
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.speed import update_passes
-from peft_pretraining.speed.passes import Ceilings, Pass, moved, product, quantized_bytes, seconds
+from peft_pretraining.speed.passes import EIGHT_BIT_SPEED, Ceilings, Pass, moved, product, quantized_bytes, seconds
 from peft_pretraining.speed.update_passes import Setting, adamw, all_passes, q_galore
 
 CONFIG = LlamaConfig(
@@ -44,6 +44,24 @@ def test_checkpointing_computes_again_all_but_down_proj() -> None:
 
 def test_a_product_reads_its_operands_and_writes_its_result() -> None:
     assert product(2, 3, 5) == Pass(2 * 2 * 3 * 5, 2 * (2 * 3 + 3 * 5 + 2 * 5))
+
+
+def test_products_of_8_bits_by_hand() -> None:
+    """Four inputs are rounded (queries, keys and values share one, gate and up another), and seven gradients."""
+    s = replace(TINY, rounds_products=True)
+    values = [16 * 16] * 4 + [16 * 32] * 3
+    forward = q_galore(s)[update_passes.FORWARD]
+    assert operations(forward) == pytest.approx(2 * TOKENS * DECODER / EIGHT_BIT_SPEED)
+    rounded, factors = 3 * TOKENS * (16 + 16 + 16 + 32), sum(values) + TOKENS * (6 * 16 + 32)
+    assert sum(p.nbytes for p in forward) == rounded + factors + 2 * TOKENS * (5 * 16 + 2 * 32)
+    backward = q_galore(s)[update_passes.INPUT_GRADIENTS]
+    rounded, factors = 3 * TOKENS * (5 * 16 + 2 * 32), sum(values) + TOKENS * (5 * 16 + 2 * 32)
+    assert sum(p.nbytes for p in backward) == rounded + factors + 2 * TOKENS * (6 * 16 + 32)
+    # A weight is read as it is stored, one group a row, and written in a byte a value; bases as ever.
+    weights, bases = (sum(16 * p for p in (16, 16, 16, 16, 32, 32, 32)), q_galore(TINY)[update_passes.DEQUANTIZE])
+    found = q_galore(s)[update_passes.DEQUANTIZE]
+    assert sum(p.nbytes for p in bases) - sum(p.nbytes for p in found) == 2 * weights
+    assert adamw(s) == adamw(TINY)
 
 
 def test_a_quantized_row_has_two_numbers_a_group() -> None:

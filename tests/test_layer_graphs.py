@@ -48,6 +48,7 @@ CASES = {
     "streaming": STREAMING,
     "checkpointing": f"{STREAMING} --activation_checkpointing",
     "every second checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_every 2",
+    "the first layer checkpointed": f"{STREAMING} --activation_checkpointing --checkpoint_layers 1",
     "int8 activations": f"{STREAMING} --int8_activations",
     "int8 activations, every second recomputed": (
         f"{STREAMING} --int8_activations --activation_checkpointing --checkpoint_every 2"
@@ -55,6 +56,7 @@ CASES = {
     "svd": PER_LAYER,
     "other side": f"{STREAMING} --proj_type reverse_std",
     "products in int8": f"{STREAMING} --int8_products",
+    "products in fp8": f"{STREAMING} --fp8_products",
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
     "recipe": QUANTIZED,

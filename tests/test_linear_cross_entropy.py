@@ -208,6 +208,22 @@ def test_without_gradients_none_is_made(
     assert tuple(weight.shape) not in allocations.shapes
 
 
+def test_what_memory_held_before_does_not_show(device: torch.device) -> None:
+    """New tensors hold NaN here; bfloat16 products of a CPU read what lies beyond a vocabulary that is no multiple."""
+    hidden, weight = (torch.randn(shape, device=device).bfloat16().requires_grad_() for shape in ((40, 24), (97, 24)))
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert hidden.new_empty(3).isnan().all(), "PyTorch does not fill new tensors"
+        linear_cross_entropy(hidden, weight, torch.arange(40, device=device)).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
 def test_tied_weight(device: torch.device) -> None:
     _, weight, targets = problem((70, 33, 16), torch.float64, device)
     ids = torch.arange(70, device=device) % 33

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from peft_pretraining.checkpoint.manifest import MANIFEST
 from peft_pretraining.config.flags import format_size, parse_size
@@ -23,7 +24,10 @@ from peft_pretraining.memory.budget import (
     Candidate,
     Candidates,
     check_card,
+    default_budget,
+    memory_of_card,
     parse_within_budget,
+    within_card,
 )
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.registry import read_config
@@ -38,6 +42,7 @@ RUNS = {
     "full rank": f"{QUANTIZED.replace(' --proj_quant', '')} --rank full --total_batch_size 8",
     "adamw": "--optimizer adamw --total_batch_size 12",
     "one layer in two": "--optimizer galore_adamw --batch_size 8 --activation_checkpointing --checkpoint_every 2",
+    "three layers": "--optimizer galore_adamw --batch_size 8 --activation_checkpointing --checkpoint_layers 3",
     "all layers": f"{QUANTIZED} --total_batch_size 8 --activation_checkpointing",
 }
 PAIRS = [("9m", run) for run in RUNS] + [("1b", "default")]
@@ -106,6 +111,7 @@ def fields(args: RunArgs, *names: str) -> list[object]:
         ("--batch_size 2 --total_batch_size 8", {"batch_size": 2}),
         ("--gradient_accumulation 4 --total_batch_size 8", {"batch_size": 2}),
         ("--total_batch_size 8 --activation_checkpointing --checkpoint_every 2", {"checkpoint_every": 2}),
+        ("--total_batch_size 8 --activation_checkpointing --checkpoint_layers 3", {"checkpoint_layers": 3}),
         ("--total_batch_size 8 --grad_accum_dtype bfloat16", {"grad_accum_dtype": "bfloat16"}),
         ("--total_batch_size 8 --int8_activations", {"int8_activations": True}),
         ("--total_batch_size 8 --rank 32", {"rank": 32}),
@@ -229,9 +235,65 @@ def test_an_old_run_that_goes_on_is_planned_as_it_was(flags: str, tmp_path: Path
         assert old.model != new.model, "another choice"
 
 
-def test_without_a_budget_nothing_changes() -> None:
+def test_without_a_budget_nothing_changes_where_the_run_fits() -> None:
     flags = argv("9m", f"{QUANTIZED} --batch_size 4")
-    assert parse_within_budget(flags) == parse_args(flags)
+    assert parse_within_budget(flags, card=CARDS["h100"]) == parse_args(flags)
+    assert within(flags, 8 * 10**9) == parse_args(flags)
+
+
+def within(flags: list[str], budget: int, world_size: int = 1) -> RunArgs:
+    return within_card(flags, world_size, "run_pretrain.py", budget, CARDS["h100"])
+
+
+@pytest.mark.parametrize("given", ["", "--int8_activations", "--activation_checkpointing --checkpoint_layers 1"])
+def test_without_a_budget_layers_are_computed_again_as_far_as_the_card_needs_it(given: str) -> None:
+    flags = argv("1b", f"{RUNS['paper']} --batch_size 24 --rank 512 {given}")
+    plain = parse_args(flags)
+    peak = plan(plain, read_config(plain.model.model_config)).peak_bytes
+    args = within(flags, peak)  # and one per cent of it is not to be had
+    if "checkpoint_layers" in given:
+        assert args == plain, "what the user gives stays, and a warning tells"
+        return
+    again = args.model.recomputed(24)
+    assert len(again) == 2 and args.model.int8_activations == plain.model.int8_activations
+    assert args.batch == plain.batch and args.subspace == plain.subspace and args.command == tuple(flags)
+    chosen = f"--activation_checkpointing --checkpoint_layers {len(again)}"
+    assert args.notes[-1].startswith(f"within the {peak / 1e9:.2f} GB that this card has for it: {chosen}, with ")
+    assert Candidate((), plain, read_config("1b"), {}).needs > peak, "two layers are the first step"
+    # What cannot be made to fit is left alone.
+    assert within(flags, 10**9) == plain
+
+
+def test_without_a_micro_batch_the_card_chooses_it() -> None:
+    flags = argv("1b", RUNS["paper"])
+    args = within(flags, 20 * 10**9)
+    assert args.batch.total_batch_size == 24 and args.batch.batch_size > 1 and not args.model.int8_activations
+    assert (
+        args.optimizer.grad_accum_dtype == "float32"
+        and args.subspace == parse_args([*flags, "--batch_size", "24"]).subspace
+    )
+    assert within(flags, 20 * 10**9, world_size=2).batch.gradient_accumulation >= 1
+    with pytest.raises(
+        UserError, match=r"what this card has free, 1\.00 GB, with no --batch_size given is too small: the"
+    ):
+        within(flags, 10**9)
+    with pytest.raises(UserError, match="--batch_size is missing"):
+        within(argv("1b", QUANTIZED), 20 * 10**9)
+
+
+def test_the_default_budget_is_the_same_on_a_card_of_its_own() -> None:
+    total, context = 85_520_809_984, 600 << 20
+    own = default_budget(total - context, total)
+    assert own == default_budget(total, total) == default_budget(0, total, world_size=2) and 0.9 * total < own
+    used = default_budget(total - 10 * 10**9, total)
+    assert used < total - 10 * 10**9 and used < own
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_this_machine_has_a_default_budget() -> None:
+    found = memory_of_card(1)
+    assert found is not None and 0 < found[0] < torch.cuda.get_device_properties(0).total_memory
 
 
 def test_a_run_says_what_it_chose_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,7 @@ MODES = {
     "q-galore 4": f"{Q_GALORE} --no-proj_quant --weight_bits 4 --weight_group_size 64",
     "q-galore simulated": f"{Q_GALORE} --simulation",
     "products in INT8": f"{Q_GALORE} --int8_products",
+    "products in FP8": f"{Q_GALORE} --fp8_products",
     "8-bit projection": f"{Q_GALORE} --proj_bits 8 --proj_group_size 64",
     "one moment": f"{Q_GALORE} --direction orthogonal",
     "another rank of the MLP": f"{Q_GALORE} --mlp_rank 13",

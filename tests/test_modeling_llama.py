@@ -184,18 +184,18 @@ def test_right_padding_changes_nothing_before_it(tmp_path: Path) -> None:
 def test_checkpointing_gives_the_same_gradients(tmp_path: Path, dtype: str) -> None:
     path = write_config(tmp_path, num_key_value_heads=3)
     grads = []
-    for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
-        model = built(path, False, dtype, seed=2, activation_checkpointing=checkpointing, checkpoint_every=every)
+    for options in ({}, {"checkpoint_every": 1}, {"checkpoint_every": 2}, {"checkpoint_layers": 1}):
+        model = built(path, False, dtype, seed=2, activation_checkpointing=bool(options), **options)
         model(tokens(), tokens()).loss_sum.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
+    assert all(torch.equal(a, other) for a, *others in zip(*grads, strict=True) for other in others)
 
 
 def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
     saved = []
     path = write_config(tmp_path, num_hidden_layers=4)
-    for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
-        model = built(path, dtype="float32", activation_checkpointing=checkpointing, checkpoint_every=every)
+    for options in ({}, {"checkpoint_every": 1}, {"checkpoint_every": 2}, {"checkpoint_layers": 3}):
+        model = built(path, dtype="float32", activation_checkpointing=bool(options), **options)
         sizes: list[int] = []
         pack = lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1]  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -203,6 +203,7 @@ def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
         saved.append(sum(sizes))
     assert saved[1] < saved[0] / 2
     assert abs(saved[2] - (saved[0] + saved[1]) / 2) < 0.02 * saved[0]
+    assert abs(saved[3] - (saved[0] + 3 * saved[1]) / 4) < 0.02 * saved[0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -160,6 +160,7 @@ def test_a_run_begins_with_what_it_is(small: SmallRun, capsys: pytest.CaptureFix
         ),
         ({"stochastic_round": False}, ["in INT8 in groups of 256, rounded to nearest; "]),
         ({"int8_products": True}, ["in INT8 in groups of a row, rounded"]),
+        ({"fp8_products": True}, ["in INT8 in groups of 256, rounded stochastically, multiplied in FP8; "]),
         ({"rank": "full"}, ["subspace    rank full: no projections; scale 0.5"]),
         ({"mlp_rank": 16, "proj_quant": False}, ["rank 24, 16 in the MLP, streaming, float projections"]),
         ({"grad_clipping": 2.0}, ["clipping at 2"]),

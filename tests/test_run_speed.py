@@ -92,6 +92,7 @@ def test_measured_peaks_are_within_a_budget_that_holds_the_plan() -> None:
 FLAGS = {
     "all": "--activation_checkpointing",
     "some": "--activation_checkpointing --checkpoint_every 5",
+    "the first": "--activation_checkpointing --checkpoint_layers 7",
     "rounded": "--int8_activations",
     "both": "--int8_activations --activation_checkpointing --checkpoint_every 7",
     "micro-batches": "--gradient_accumulation 4 --activation_checkpointing --checkpoint_every 5 --int8_activations",
@@ -99,7 +100,11 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-@pytest.mark.parametrize("method", [PAPER, "--optimizer adamw"], ids=["q-galore", "adamw"])
+@pytest.mark.parametrize(
+    "method",
+    [PAPER, f"{PAPER} --fp8_products", f"{PAPER} --int8_products", "--optimizer adamw"],
+    ids=["q-galore", "fp8", "int8", "adamw"],
+)
 def test_a_count_in_parts_is_that_of_all_passes(method: str, flags: str) -> None:
     args, card = run("1b", f"--batch_size 4 {method} {flags}"), CARDS["4090"]
     config = read_config(args.model.model_config)
@@ -124,6 +129,7 @@ SLOWER = {
         "--batch_size 4 --total_batch_size 16 --grad_accum_dtype int8",
         "--batch_size 4 --total_batch_size 16",
     ),
+    "products in bfloat16": ("--batch_size 8 --fp8_products", "--batch_size 8"),
     "a larger rank": ("--batch_size 8 --rank 256", "--batch_size 8"),
     "an orthogonal direction": ("--batch_size 8", "--batch_size 8 --direction orthogonal"),
     "the whole space": ("--batch_size 8 --direction orthogonal", "--batch_size 8 --direction orthogonal --rank full"),

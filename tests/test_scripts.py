@@ -77,7 +77,7 @@ def _in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_a_recipe_for_every_row_of_the_paper() -> None:
     names = {Path(script).stem for script in RECIPES}
-    assert names == {f"llama_{size}" for size in SIZES} | {"llama_7b_galore"}
+    assert names == {f"llama_{size}" for size in SIZES} | {"llama_7b_galore", "llama_13b"}
 
 
 @pytest.mark.parametrize("script", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh")))
@@ -167,6 +167,15 @@ def test_recipes_are_the_papers(name: str, stub: str) -> None:
     assert (quantization.weight_bits, subspace.proj_bits) == (8, 4)
     assert quantization.weight_quant and subspace.proj_quant and quantization.stochastic_round
     assert not quantization.simulation
+
+
+@pytest.mark.parametrize("flags", [(), ("--fp8_products",), ("q_galore_streaming", "--batch_size", "2")])
+def test_13b_is_planned_to_fit_24_gigabytes(flags: tuple[str, ...], stub: str) -> None:
+    args = parsed("scripts/single_gpu/llama_13b.sh", *flags, launcher=stub)
+    assert plan(args, read_config("13b")).peak_bytes < 24e9
+    assert (args.batch.total_batch_size, args.subspace.rank, args.runtime.single_gpu) == (512, 1024, True)
+    assert (args.subspace.direction == "orthogonal") == ("q_galore_streaming" not in flags)
+    assert args.quantization.fp8_products == ("--fp8_products" in flags) and not args.warnings
 
 
 def test_arguments_are_passed_on_and_win(stub: str) -> None:

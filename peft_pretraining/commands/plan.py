@@ -92,11 +92,9 @@ def model_names(text: str) -> list[str]:
 
 def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str:
     """What `--dry_run` prints of a run, with --memory as its budget, or else a card's for a batch that is not given."""
-    from peft_pretraining.build import shape_of
     from peft_pretraining.dry_run import describe
     from peft_pretraining.memory.budget import parse_within_budget
     from peft_pretraining.runtime.rendezvous import world_size_of_launch
-    from peft_pretraining.speed.run_speed import counted_tokens_per_second
 
     if args.model or "," in args.memory:
         flag = f"--model {args.model}" if args.model else f"--memory {args.memory}"
@@ -107,11 +105,7 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
     if card and not budget and not _is_given("batch_size", flags) and not _is_given("memory_budget", flags):
         budget = f"{gigabytes}GB"
     flags = [*flags, *(["--memory_budget", budget] if budget else [])]
-    run = parse_within_budget(flags, world_size_of_launch(), card)
-    text, config = describe(run), shape_of(run.model)
-    if card is None or config is None:
-        return text
-    return f"{text}\nspeed: {counted_tokens_per_second(run, config, card):,.0f} tokens/s counted for {card.name}"
+    return describe(parse_within_budget(flags, world_size_of_launch(), card), card)
 
 
 def _is_given(name: str, flags: Sequence[str]) -> bool:

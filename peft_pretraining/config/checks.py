@@ -48,6 +48,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_float16_problems(args),
         *_quantization_problems(args),
         *_int8_products_problems(args),
+        *_fp8_products_problems(args),
         *_subspace_problems(args),
         *_schedule_problems(args),
         *_run_problems(args),
@@ -85,7 +86,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
     warnings += [*source_warnings(model, args.data), *_unread_keys(model)]
-    if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
+    if model.int8_activations and model.recomputed_in_words == "all":
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
         warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
@@ -152,16 +153,20 @@ def _activation_problems(args: RunArgs) -> list[str]:
             "--int8_activations is for the project's own LLaMA: transformers' keeps its activations as they are; leave "
             "--int8_activations or --use_hf_model out"
         )
-    if model.checkpoint_every == 1:
-        return problems
-    if not model.activation_checkpointing:
+    in_part = {"checkpoint_every": model.checkpoint_every > 1, "checkpoint_layers": model.checkpoint_layers > 0}
+    for name in (name for name, given in in_part.items() if given):
+        flag = f"--{name} {getattr(model, name)}"
+        if not model.activation_checkpointing:
+            problems.append(f"{flag} needs --activation_checkpointing: nothing is recomputed")
+        elif model.use_hf_model:
+            problems.append(
+                f"{flag} is for the project's own LLaMA: transformers' recomputes every layer; leave --{name} or "
+                "--use_hf_model out"
+            )
+    if all(in_part.values()):
         problems.append(
-            f"--checkpoint_every {model.checkpoint_every} needs --activation_checkpointing: nothing is recomputed"
-        )
-    elif model.use_hf_model:
-        problems.append(
-            f"--checkpoint_every {model.checkpoint_every} is for the project's own LLaMA: transformers' recomputes "
-            "every layer; leave --checkpoint_every or --use_hf_model out"
+            f"--checkpoint_every {model.checkpoint_every} and --checkpoint_layers {model.checkpoint_layers} both say "
+            "which layers are recomputed: leave one out"
         )
     return problems
 
@@ -390,6 +395,26 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
         problems.append(
             f"--weight_group_size {quantization.weight_group_size} cannot work with --int8_products, which wants one "
             "scale for each row of a weight: leave one out"
+        )
+    return problems
+
+
+def _fp8_products_problems(args: RunArgs) -> list[str]:
+    if not args.quantization.fp8_products:
+        return []
+    problems = []
+    if not args.optimizer.is_low_rank:
+        problems.append(
+            f"--fp8_products is for the layers of the project's own optimizers, and --optimizer "
+            f"{args.optimizer.optimizer} trains ordinary ones: use a galore or q_galore optimizer, or leave "
+            "--fp8_products out"
+        )
+    if args.quantization.int8_products:
+        problems.append("--fp8_products and --int8_products are two ways to multiply: leave one out")
+    if args.model.dtype == "float16":
+        problems.append(
+            "--fp8_products gives values of bfloat16's range, which --dtype float16 does not hold: use --dtype "
+            "bfloat16, which every GPU with FP8 has, or leave --fp8_products out"
         )
     return problems
 

@@ -109,12 +109,32 @@ class ModelArgs:
     checkpoint_every: Annotated[int, Flag("layers", at_least=1)] = 1
     """With --activation_checkpointing recompute only one in so many layers: 2 saves half of the memory at half of the
     cost in time."""
+    checkpoint_layers: Annotated[int, Flag("layers", at_least=0, auto="as checkpoint_every says")] = 0
+    """With --activation_checkpointing recompute the first so many layers alone."""
     int8_activations: bool = False
     """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
     pass, in half the bytes. Layers that are recomputed do not round."""
     compile: Annotated[str, Flag(choices=("auto", "on", "off"))] = "auto"
     """Compile the decoder layers of the project's own LLaMA with torch.compile; auto: on a CUDA GPU with Triton and
     bfloat16."""
+
+    def recomputed(self, layers: int) -> range:
+        """The indices of the layers, of so many, that are recomputed in the backward pass."""
+        if not self.activation_checkpointing:
+            return range(0)
+        if self.checkpoint_layers:
+            return range(min(self.checkpoint_layers, layers))
+        return range(0, layers, self.checkpoint_every)
+
+    @property
+    def recomputed_in_words(self) -> str:
+        """Which layers those are: none, all, 1 in 3, or the first 5."""
+        if not self.activation_checkpointing:
+            return "none"
+        if self.checkpoint_layers:
+            return f"the first {self.checkpoint_layers}"
+        return f"1 in {self.checkpoint_every}" if self.checkpoint_every > 1 else "all"
+
     cuda_graphs: Annotated[str, Flag(choices=("auto", "off"))] = "auto"
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
@@ -337,6 +357,10 @@ class QuantizationArgs:
     """Quantize activations to INT8 on the fly and multiply them with the layers' weights in INT8, in the forward pass
     and for the gradients of their inputs; a whole row of a weight then shares its scale, and weight_group_size has no
     effect."""
+    fp8_products: bool = False
+    """Round activations, gradients and the layers' weights to FP8 (e4m3) on the fly, with a scale for each row, and
+    multiply those, in the forward pass and for the gradients of inputs; for a GPU from compute capability 8.9 up (RTX
+    40, L4, H100), beside any stored form of the weights."""
     stochastic_round: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
@@ -351,6 +375,7 @@ class QuantizationArgs:
             stochastic_rounding=self.stochastic_round or not self.weight_quant,
             simulate=self.simulation,
             int8_products=self.int8_products,
+            fp8_products=self.fp8_products,
         )
 
 
@@ -546,7 +571,7 @@ class RuntimeArgs:
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
-    total_batch_size), activation_checkpointing, checkpoint_every and int8_activations; where nothing else fits,
+    total_batch_size), activation_checkpointing, checkpoint_layers and int8_activations; where nothing else fits,
     grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""

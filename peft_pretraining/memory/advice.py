@@ -65,6 +65,9 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
         yield "--activation_checkpointing", "", "model", {"activation_checkpointing": True, "checkpoint_every": 1}
     elif model.checkpoint_every > 1:
         yield "--checkpoint_every", 1, "model", {"checkpoint_every": 1}
+    elif model.checkpoint_layers:
+        for count in range(model.checkpoint_layers + 1, config.num_hidden_layers + 1):
+            yield "--checkpoint_layers", count, "model", {"checkpoint_layers": count}
     if batch.gradient_accumulation > 1 and args.optimizer.grad_accum_dtype != "int8":
         yield "--grad_accum_dtype", "int8", "optimizer", {"grad_accum_dtype": "int8"}
     size, accumulation = batch.batch_size, batch.gradient_accumulation

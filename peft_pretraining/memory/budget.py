@@ -2,7 +2,7 @@
 
 What is chosen are flags: the same command with them is the same run. Settings are tried in three steps:
 
-1. micro-batches that divide the total batch, one in so many layers computed again, gate and up kept in INT8;
+1. micro-batches that divide the total batch, the first so many layers computed again, gate and up kept in INT8;
 2. sums over micro-batches in INT8 as well: where nothing else fits, or where it makes an update faster by 5 %;
 3. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
    the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,10 @@ UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
+MOST_COUNTS = 20
+"""Numbers of recomputed layers that are tried, so that a large model is planned as fast as a small one."""
+SHARE_OF_CARD, MARGIN = 0.94, 0.03
+"""Of a card's memory what a run may take by default, and what is kept free beside what others hold."""
 AS_FAST, WORTH_ROUNDING, WORTH_A_RANK = 1.01, 1.05, 2.0
 """Counted times of less than the first ratio are equal, as counts are not exact; sums are rounded for the second, and
 the rank is smaller by another eighth for the third."""
@@ -176,21 +181,19 @@ class Candidates:
         again: list[Setting] = [((), {})]
         fixed = first.model.activation_checkpointing
         switch = () if fixed else ("--activation_checkpointing",)
-        if "checkpoint_every" not in given and (fixed or self._allows(*switch)):
+        if not given & {"checkpoint_every", "checkpoint_layers"} and (fixed or self._allows(*switch)):
             again = [] if fixed else again
-            # 1 in N layers: N only where it makes another number of them.
-            counts = {-(-layers // every): every for every in range(layers, 0, -1)}
-            in_part = self._allows(*switch, "--checkpoint_every", "2")
-            for every in sorted(counts.values(), reverse=True):
-                sparse = ("--checkpoint_every", str(every)) if every > 1 else ()
-                if every == 1 or in_part:
-                    values: dict[str, Any] = {"activation_checkpointing": True, "checkpoint_every": every}
-                    again.append(((*switch, *sparse), values))
+            step = -(-layers // MOST_COUNTS)
+            counts = range(step, layers, step) if self._allows(*switch, "--checkpoint_layers", "1") else ()
+            for count in (*counts, 0):
+                in_part = ("--checkpoint_layers", str(count)) if count else ()
+                values: dict[str, Any] = {"activation_checkpointing": True, "checkpoint_layers": count}
+                again.append(((*switch, *in_part), values))
         for flags, values in again:
             yield flags, values
             model = dataclasses.replace(first.model, **values)
-            every_layer = model.activation_checkpointing and model.checkpoint_every == 1
-            if not every_layer and "int8_activations" not in given and self._rounds:
+            some_kept = len(model.recomputed(layers)) < layers
+            if some_kept and "int8_activations" not in given and self._rounds:
                 yield (*flags, "--int8_activations"), values | {"int8_activations": True}
 
     @cached_property
@@ -245,11 +248,15 @@ def parse_within_budget(
 ) -> RunArgs:
     """Read a command line, with what `--memory_budget` chooses for it where it is given; the usage names `program`.
 
-    card: that the run is planned for; None: this machine's, whose memory the budget may not exceed, or else the speed
-    of an H100. Raises UserError, also where nothing fits.
+    Without it what this machine's card has is the budget, of choices that round nothing (`within_card`). card: that the
+    run is planned for; None: this machine's, whose memory the budget may not exceed, or else the speed of an H100.
+    Raises UserError, also where nothing fits.
     """
-    if not any(token.partition("=")[0] == "--memory_budget" for token in argv):
-        return parse_args(argv, world_size, program)
+    if not _is_given(argv, "memory_budget"):
+        found = None if card is not None or _is_given(argv, "device", "cpu") else memory_of_card(world_size)
+        return (
+            parse_args(argv, world_size, program) if found is None else within_card(argv, world_size, program, *found)
+        )
     candidates = Candidates(argv, world_size)
     first = candidates.steps[0][0].args
     budget = first.runtime.memory_budget
@@ -262,6 +269,60 @@ def parse_within_budget(
         raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest))
     args = parse_args([*argv, *chosen.flags], world_size)
     return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
+
+
+def _is_given(argv: Sequence[str], name: str, value: str | None = None) -> bool:
+    """Whether a command line has a flag, with this value if one is asked for."""
+    return any(flag == f"--{name}" and value in (None, text) for flag, text in flag_values(argv))
+
+
+def memory_of_card(world_size: int) -> tuple[int, Card] | None:
+    """What a run may take of this rank's card, by default, and the card; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
+    return default_budget(*torch.cuda.mem_get_info(local_rank), world_size), card_here()
+
+
+def default_budget(free: int, total: int, world_size: int = 1) -> int:
+    """What a run may take of a card in bytes: a fixed share of it, and no more than is free but for a margin.
+
+    A share of the whole, so that a run on a card of its own chooses the same each time it starts; and of the whole
+    alone where ranks must choose alike.
+    """
+    whole = int(SHARE_OF_CARD * total)
+    return whole if world_size > 1 else min(whole, free - int(MARGIN * total))
+
+
+def within_card(argv: Sequence[str], world_size: int, program: str, budget: int, card: Card) -> RunArgs:
+    """Read a command line without --memory_budget for a card of which a run may take so many bytes.
+
+    Where its plan is beyond that, the first layers are computed again, as few as that needs; and where no --batch_size
+    is given, but a --total_batch_size, the fastest micro-batch is chosen. Nothing is rounded for it, and a run that
+    fits, or that cannot be made to, is left as it is, which a warning then tells. Raises UserError.
+    """
+    has_batch = _is_given(argv, "batch_size")
+    if not has_batch and not _is_given(argv, "total_batch_size"):
+        return parse_args(argv, world_size, program)
+    if has_batch:
+        args = parse_args(argv, world_size, program)
+        config = shape_of(args.model)
+        if config is None or Candidate((), args, config, {}).needs <= budget:
+            return args
+    candidates = Candidates(argv, world_size)
+    chosen = _fastest([each for each in candidates.steps[0] if "--int8_activations" not in each.flags], budget, card)
+    if chosen is None and has_batch:
+        return args
+    if chosen is None:
+        raise UserError(
+            too_small(f"what this card has free, {_with_unit(budget)}, with no --batch_size given", candidates.smallest)
+        )
+    args = parse_args([*argv, *chosen.flags], world_size)
+    told = (
+        f"within the {_with_unit(budget)} that this card has for it: {' '.join(chosen.flags)}, with "
+        f"{_with_unit(chosen.peak)} planned at the peak; --memory_budget chooses more, and flags that are given stay"
+    )
+    return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, told))
 
 
 def in_words(chosen: Candidate, card: Card) -> str:

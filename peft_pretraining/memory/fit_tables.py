@@ -35,14 +35,12 @@ def _details_of(fit: Fit) -> list[str]:
     args, days = fit.chosen.args, fit.days
     in_int8 = ["activations"] * args.model.int8_activations
     in_int8 += ["sums"] * (args.optimizer.grad_accum_dtype == "int8" and args.batch.gradient_accumulation > 1)
-    model = args.model
-    every = f"1 in {model.checkpoint_every}" if model.checkpoint_every > 1 else "all"
     return [
         fit.model.upper(),
         f"{args.batch.gradient_accumulation} x {args.batch.batch_size}",
         str(args.batch.max_length),
         str(args.subspace.rank) if args.optimizer.is_low_rank else "-",
-        every if model.activation_checkpointing else "none",
+        args.model.recomputed_in_words,
         ", ".join(in_int8) or "-",
         f"{fit.chosen.peak / 1e9:.2f}",
         f"{fit.tokens_per_second:,.0f}",
@@ -103,7 +101,7 @@ def overview(pairs: Sequence[tuple[int, Card]], models: Sequence[str], flags: Se
         [
             text_table(rows),
             "",
-            "A cell: sequences of a micro-batch; recomputed layers (R: all, R3: one in three); what is rounded to INT8",
+            "A cell: sequences of a micro-batch; recomputed layers (R: all, R3: the first 3); what is rounded to INT8",
             "(a: activations, s: sums over micro-batches); the rank, where it is below the recipe's; tokens/s, with *",
             "where measured; days of as many tokens as the paper's run; or the least memory that the model trains in.",
             f"Speeds are counted from a card's published rates and what an H100 reaches of its own. {NOT_MEASURED}",
@@ -116,7 +114,7 @@ def _cell(fit: Fit) -> str:
         return f"from {_gigabytes(fit)} GB"
     args, given = fit.chosen.args, ""
     if args.model.activation_checkpointing:
-        given += " R" + (str(args.model.checkpoint_every) if args.model.checkpoint_every > 1 else "")
+        given += f" R{args.model.checkpoint_layers or ''}"
     sums = args.optimizer.grad_accum_dtype == "int8" and args.batch.gradient_accumulation > 1
     given += " " + "a" * args.model.int8_activations + "s" * sums if args.model.int8_activations or sums else ""
     rank = f", rank {args.subspace.rank}" if "--rank" in fit.chosen.flags else ""

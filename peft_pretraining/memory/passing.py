@@ -17,7 +17,7 @@ from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
-from qgalore.layer.linear import product_bytes
+from qgalore.layer.linear import joined_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
@@ -36,17 +36,18 @@ class PassingBytes:
         width = padded_width(config.intermediate_size) if args.optimizer.is_low_rank else config.intermediate_size
         self.hidden, self.wide = run.tokens * config.hidden_size * self.b, run.tokens * width * self.b
         self.table = config.vocab_size * config.hidden_size * self.b
-        self.every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
+        self.recomputed = args.model.recomputed(layers)
         self.int8_activations = args.model.int8_activations and run.compiled
         self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
         self.quantized = self.format.stored_bits is not None and not self.format.int8_products
         self.converts = self.options.proj_quant or self.format.stored_bits is not None
-        self.weights = self._cached(math.prod(map(padded_width, x.shape)) for x in run.matrices if self.quantized)
+        dequantizes = self.quantized and not self.format.fp8_products
+        self.weights = self._cached(math.prod(map(padded_width, x.shape)) for x in run.matrices if dequantizes)
         self.bases = self._cached(x.bases for x in run.matrices if self.options.proj_quant)
         # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
         self.own = run.graphs and (config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums))
-        recomputed = math.ceil(layers / self.every) if self.every else 0
-        self.kept = (recomputed + 1) * self.hidden + (layers - recomputed) * self.layer() + (4 + 8 + 8) * run.tokens
+        again = len(self.recomputed)
+        self.kept = (again + 1) * self.hidden + (layers - again) * self.layer() + (4 + 8 + 8) * run.tokens
         """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
 
     def _cached(self, values: Iterable[int]) -> int:
@@ -105,13 +106,13 @@ class PassingBytes:
 
     def of_layers(self) -> dict[str, int]:
         """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
-        run, above = self.run, (self.layers - 1) % self.every if self.every else 1
-        backward = self.backward(recomputed=False)
-        if self.every:
+        run, backward = self.run, self.backward(recomputed=False)
+        above = self.layers - 1 - self.recomputed[-1] if self.recomputed else 1
+        if self.recomputed:
             # A compiled layer has both norms' outputs by then; layers above have given up theirs, but not to graphs.
             again = self.layer(recomputed=True) + (1 if run.compiled else -1) * self.hidden
             again += self.backward(recomputed=True) - (0 if run.graphs else above * self.layer())
-            backward = again if self.every == 1 else max(again, backward)
+            backward = again if len(self.recomputed) == self.layers else max(again, backward)
         # Where graphs run a layer and several matrices are due, their sketches wait for the end of its backward pass.
         due = math.ceil(self.layers * len(run.matrices) / self.options.shortest_interval)
         waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
@@ -146,7 +147,10 @@ class PassingBytes:
             queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
             worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
         elif run.graphs or self.int8_activations:
-            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + multiplying + made)
+            joined = 0
+            if self.format.fp8_products:  # the weights of gate and up at once, whose shape is that of down turned
+                joined = joined_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
+            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, joined) + made)
         else:
             worst = (3 if run.compiled else 2) * self.wide
         return self.weights + self.bases + max(self.wide + multiplying, worst)

@@ -48,6 +48,8 @@ class Fit(NamedTuple):
             return None
         args, subspace = self.chosen.args, self.chosen.args.subspace
         every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
+        if args.model.checkpoint_layers:
+            return None
         setting = (args.batch.batch_size, subspace.rank, every, args.model.int8_activations)
         alike = subspace.subspace == "streaming" and subspace.direction == "adam" and not subspace.mlp_rank
         alike = alike and args.optimizer.is_q_galore

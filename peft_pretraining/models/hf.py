@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,10 @@ class HFCausalLM(CausalLM):
         self._network[0].training = mode
         return self
 
-    def gradient_checkpointing_enable(self, every: int = 1) -> None:
-        """See `CausalLM`; for every layer, else ValueError."""
-        if every != 1:
-            raise ValueError(f"transformers' model recomputes every layer, not every {every}")
+    def gradient_checkpointing_enable(self, layers: Collection[int] | None = None) -> None:
+        """See `CausalLM`; for all layers, else ValueError."""
+        if layers is not None:
+            raise ValueError(f"transformers' model recomputes every layer, not those of {layers} alone")
         network, arguments = self._network[0], {"use_reentrant": False, "preserve_rng_state": False}
         if not network.supports_gradient_checkpointing:
             raise UserError(f"{_kind(network)} cannot recompute its layers: leave --activation_checkpointing out")

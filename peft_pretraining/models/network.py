@@ -1,6 +1,6 @@
 """A network as building, optimizers and CUDA graphs see it: the base class of every family's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -80,8 +80,8 @@ class CausalLM(nn.Module):
         """Whether the decoder matrix of this dotted name reads an activation that is computed again."""
         return False
 
-    def gradient_checkpointing_enable(self, every: int = 1) -> None:
-        """From now on keep one activation of every so many layers and compute the others again in the backward pass.
+    def gradient_checkpointing_enable(self, layers: Collection[int] | None = None) -> None:
+        """From now on keep the input alone of each layer, or of those with these indices, and compute the rest again.
 
         To be called before the decoder matrices are converted, which are made for the one or the other.
         """

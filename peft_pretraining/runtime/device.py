@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from peft_pretraining.config.flag_groups import QuantizationArgs
 from peft_pretraining.errors import UserError
 from qgalore.kernels import use_triton
 
-_AMPERE, _VOLTA = (8, 0), (7, 0)
-"""Compute capabilities of NVIDIA: the first with bfloat16, and the first that Triton compiles for."""
+_ADA, _AMPERE, _VOLTA = (8, 9), (8, 0), (7, 0)
+"""Compute capabilities of NVIDIA: the first with FP8, the first with bfloat16, and the first that Triton compiles
+for."""
 
 
-def check_device(device: torch.device, dtype: str, int8_products: bool) -> None:
-    """Raise UserError for a GPU that cannot run in the data type of `--dtype`, or not run the kernels."""
+def check_device(device: torch.device, dtype: str, quantization: QuantizationArgs) -> None:
+    """Raise UserError for a GPU that cannot run in the data type of `--dtype`, or not run the kernels or products."""
     if device.type != "cuda" or torch.version.hip is not None:  # AMD's numbers are others
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if text := problem_of_gpu(name, capability, dtype, use_triton(device), int8_products):
+    in_triton = use_triton(device)
+    if text := problem_of_gpu(name, capability, dtype, in_triton) or problem_of_products(
+        name, capability, in_triton, quantization
+    ):
         raise UserError(text)
 
 
@@ -30,9 +35,7 @@ def slow_dtype(device: torch.device, dtype: str) -> str | None:
     )
 
 
-def problem_of_gpu(
-    name: str, capability: tuple[int, int], dtype: str, in_triton: bool, int8_products: bool = False
-) -> str:
+def problem_of_gpu(name: str, capability: tuple[int, int], dtype: str, in_triton: bool) -> str:
     """The sentence for a GPU of a compute capability, such as (7, 5); "" where there is no problem."""
     number = ".".join(map(str, capability))
     if dtype == "bfloat16" and capability < _AMPERE:
@@ -45,9 +48,21 @@ def problem_of_gpu(
             f"{name} has compute capability {number}, and Triton's kernels need 7.0: set QGALORE_KERNELS=reference in "
             "the environment"
         )
-    if in_triton and int8_products and capability < _AMPERE:
+    return ""
+
+
+def problem_of_products(name: str, capability: tuple[int, int], in_triton: bool, quantization: QuantizationArgs) -> str:
+    """The sentence for a GPU without products of the format that is asked for; "" where it has them."""
+    number = ".".join(map(str, capability))
+    if in_triton and quantization.int8_products and capability < _AMPERE:
         return (
             f"--int8_products: {name} has compute capability {number}, and Triton's products in INT8 need 8.0: leave "
             "--int8_products out"
+        )
+    if in_triton and quantization.fp8_products and capability < _ADA:
+        instead = ", or give --int8_products" if capability >= _AMPERE else ""
+        return (
+            f"--fp8_products: {name} has compute capability {number}, and products in FP8 need 8.9 (RTX 40, L4, H100 "
+            f"and newer): leave --fp8_products out{instead}"
         )
     return ""

@@ -12,6 +12,8 @@ TFLOPS, TBPS = 790.0, 3.0
 """Measured on an H100: a large bfloat16 product, and a large copy, bytes read plus bytes written."""
 GROUP_SIZE = 256
 """Values of a row that share a scale and zero point (bfloat16), and of an 8-bit state that share a scale (float32)."""
+EIGHT_BIT_SPEED = 1.7
+"""Of products in INT8 and FP8, over those in bfloat16: cards publish twice the operations, of which less is reached."""
 
 
 class Ceilings(NamedTuple):
@@ -40,6 +42,16 @@ def product(rows: int, inner: int, columns: int, result_bytes: float = 2) -> Pas
     return Pass(2 * rows * inner * columns, 2 * operands + result_bytes * result)
 
 
+def product_of_8_bits(rows: int, inner: int, columns: int) -> Pass:
+    """The same of factors in INT8 or FP8, with a bfloat16 result; its operations are counted as those of bfloat16."""
+    return Pass(2 * rows * inner * columns / EIGHT_BIT_SPEED, rows * inner + inner * columns + 2 * rows * columns)
+
+
+def round_to_8_bits(rows: int, columns: int) -> Pass:
+    """The pass that rounds a bfloat16 matrix to INT8 or FP8."""
+    return moved(3 * rows * columns)
+
+
 def moved(nbytes: float) -> Pass:
     """A pass that only moves bytes, without a matrix product."""
     return Pass(0, nbytes)
@@ -50,9 +62,9 @@ def quantized_bytes(rows: int, columns: int, bits: int) -> int:
     return rows * (-(-columns * bits // 8) + 4 * -(-columns // GROUP_SIZE))
 
 
-def dequantize(rows: int, columns: int, bits: int) -> Pass:
-    """The pass that dequantizes a matrix to bfloat16."""
-    return moved(quantized_bytes(rows, columns, bits) + 2 * rows * columns)
+def dequantize(rows: int, columns: int, bits: int, result_bytes: int = 2) -> Pass:
+    """The pass that dequantizes a matrix to bfloat16, or to so many bytes a value."""
+    return moved(quantized_bytes(rows, columns, bits) + result_bytes * rows * columns)
 
 
 def times(passes: Sequence[Pass], count: float) -> Passes:

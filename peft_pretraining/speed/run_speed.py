@@ -18,7 +18,7 @@ from peft_pretraining.speed.update_passes import (
     recompute,
     rounded_activations,
 )
-from qgalore.config import FULL
+from qgalore.config import FLOAT_PRODUCTS, FULL
 
 SHARE_OF_FLOOR = 0.79
 """Of their floor's speed that runs reach. With it and `SECONDS_PER_KERNEL`, the two numbers that were fitted, what is
@@ -28,14 +28,16 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def counted_tokens_per_second(args: RunArgs, config: ModelConfig, card: Card) -> float:
-    """Of all ranks of a run on such cards, messages between them not counted; products as in bfloat16."""
+    """Of all ranks of a run on such cards, messages between them not counted."""
     return args.tokens_per_update / counted_seconds(args, config, card)
 
 
 def counted_seconds(args: RunArgs, config: ModelConfig, card: Card) -> float:
     """The time of an update of such a run."""
     s, ours = setting_of(args, config), args.optimizer.is_low_rank
-    plain, again, rounding = _times(replace(s, checkpointing=False, checkpoint_every=1), ours, card)
+    plain, again, rounding = _times(
+        replace(s, checkpointing=False, checkpoint_every=1, checkpoint_layers=0), ours, card
+    )
     kept = s.config.num_hidden_layers - s.recomputed
     return (plain + s.grad_accum * (s.recomputed * again + kept * rounding)) / SHARE_OF_FLOOR
 
@@ -64,10 +66,12 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         length=args.batch.max_length,
         update_proj_gap=math.ceil(subspace.update_proj_gap),
         checkpoint_every=model.checkpoint_every,
+        checkpoint_layers=model.checkpoint_layers,
         int8_activations=model.int8_activations,
         weight_bits=args.quantization.weight_format.stored_bits,
         basis_bits=subspace.proj_bits if subspace.proj_quant else None,
         sum_bytes=_BYTES[optimizer.grad_accum_dtype],
         direction=subspace.direction,
         newton_schulz=subspace.newton_schulz,
+        rounds_products=args.quantization.weight_format.products != FLOAT_PRODUCTS,
     )

@@ -20,7 +20,9 @@ from peft_pretraining.speed.passes import (
     dequantize,
     moved,
     product,
+    product_of_8_bits,
     quantized_bytes,
+    round_to_8_bits,
     side_of,
     times,
 )
@@ -59,12 +61,14 @@ class Setting:
     update_proj_gap: int = 200
     float32_logits: bool = False  # AdamW's, in memory
     checkpoint_every: int = 1  # with checkpointing one in so many layers is computed again
+    checkpoint_layers: int = 0  # or so many, if that is not 0
     int8_activations: bool = False
     weight_bits: int | None = 8  # None: float weights
     basis_bits: int | None = 4
     sum_bytes: int = 1  # of a value of a sum over micro-batches; 1: INT8 in groups
     direction: str = "adam"
     newton_schulz: str = "muon"
+    rounds_products: bool = False  # forward and for the gradients of inputs, to INT8 or FP8
 
     @property
     def tokens(self) -> int:
@@ -74,7 +78,9 @@ class Setting:
     @property
     def recomputed(self) -> int:
         """Layers that are computed again."""
-        return -(-self.config.num_hidden_layers // self.checkpoint_every) if self.checkpointing else 0
+        layers = self.config.num_hidden_layers
+        in_part = min(self.checkpoint_layers, layers) or -(-layers // self.checkpoint_every)
+        return in_part if self.checkpointing else 0
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -96,15 +102,34 @@ def decoder_products(s: Setting) -> Passes:
     return [product(s.tokens, n, m) for m, n in s.shapes]
 
 
+def forward_products(s: Setting) -> Passes:
+    """x Wᵀ of each matrix as the layers make it; matrices with one input share what is rounded of it."""
+    if not s.rounds_products:
+        return decoder_products(s)
+    shapes = s.config.matrix_shapes().items()
+    own = [n for name, (_, n) in shapes if not name.endswith(("k_proj", "v_proj", "up_proj"))]
+    return [*(round_to_8_bits(s.tokens, n) for n in own), *(product_of_8_bits(s.tokens, n, m) for _, (m, n) in shapes)]
+
+
+def weights_as_factors(s: Setting, shapes: list[tuple[int, int]]) -> Passes:
+    """What makes factors of the stored weights of these shapes."""
+    if s.weight_bits:
+        return [dequantize(m, n, s.weight_bits, 1 if s.rounds_products else 2) for m, n in shapes]
+    return [round_to_8_bits(m, n) for m, n in shapes if s.rounds_products]
+
+
 def merges_input_gradients(s: Setting) -> bool:
     """Whether the library computes the input gradients of queries and keys in one product."""
     hidden, query, key = s.widths
-    return 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
+    return not s.rounds_products and 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
 
 
 def input_gradients(s: Setting) -> Passes:
     """g W of each matrix; in one product for queries and keys if they are small."""
     hidden, query, key = s.widths
+    if s.rounds_products:
+        rounded = [round_to_8_bits(s.tokens, m) for m, _ in s.shapes]
+        return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in s.shapes)]
     if not merges_input_gradients(s):
         return decoder_products(s)
     others = [shape for name, shape in s.config.matrix_shapes().items() if not name.endswith(("q_proj", "k_proj"))]
@@ -163,9 +188,14 @@ def recompute(s: Setting, quantized: bool) -> Passes:
     hidden, query, key_value = s.widths
     widths = (2 * hidden, 2 * (query + key_value), 4 * hidden, 3 * s.config.intermediate_size)
     shapes = [shape for name, shape in s.config.matrix_shapes().items() if name != "mlp.down_proj"]
-    passes = [product(s.tokens, n, m) for m, n in shapes] + [moved(2 * s.tokens * width) for width in widths]
-    weights = [dequantize(m, n, s.weight_bits) for m, n in shapes if quantized and s.weight_bits]
-    return [*passes, attention(s)[0], *weights]
+    if quantized and s.rounds_products:
+        inputs = (hidden, query, hidden)
+        passes = [round_to_8_bits(s.tokens, n) for n in inputs]
+        passes += [product_of_8_bits(s.tokens, n, m) for m, n in shapes]
+    else:
+        passes = [product(s.tokens, n, m) for m, n in shapes]
+    passes += [moved(2 * s.tokens * width) for width in widths]
+    return [*passes, attention(s)[0], *(weights_as_factors(s, shapes) if quantized else [])]
 
 
 def rounded_activations(s: Setting) -> Passes:
@@ -280,7 +310,7 @@ def _shared(s: Setting, quantized: bool) -> Update:
     count = s.grad_accum * s.config.num_hidden_layers
     forward, backward = pointwise(s, quantized and merges_input_gradients(s))
     return {
-        FORWARD: times(decoder_products(s), count),
+        FORWARD: times(forward_products(s) if quantized else decoder_products(s), count),
         RECOMPUTE: times(recompute(s, quantized), s.grad_accum * s.recomputed),
         INPUT_GRADIENTS: times(input_gradients(s) if quantized else decoder_products(s), count),
         ATTENTION: times(attention(s), count),
@@ -294,7 +324,7 @@ def q_galore(s: Setting) -> Update:
     """The passes of our training."""
     layers, count = s.config.num_hidden_layers, s.grad_accum * s.config.num_hidden_layers
     table = (s.config.vocab_size, s.config.hidden_size)
-    weights = [dequantize(m, n, s.weight_bits) for m, n in s.shapes if s.weight_bits]
+    weights = weights_as_factors(s, s.shapes)
     bases = [dequantize(s.rank, min(shape), s.basis_bits) for shape in s.shapes if s.basis_bits and s.rank]
     sums = [p for shape in gradient_shapes(s) for p in gradient_sums(*shape, s.grad_accum, s.sum_bytes)]
     table_gradient = 2 * table[0] * table[1] if s.grad_accum == 1 else sum_nbytes(*table, s.sum_bytes)

@@ -32,7 +32,7 @@ weights of a 7B layer take 400 MB.
 def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> Iterator[None]:
     """Within it `LowRankLinear.padded_weight(dtype)` of quantized layers is there already.
 
-    Nothing is cached for products in INT8, or where it would be more than `CACHE_BYTES`.
+    Nothing is cached for products in INT8 or FP8, or where it would be more than `CACHE_BYTES`.
     """
     _cache_weights(layers, dtype)
     try:
@@ -55,7 +55,7 @@ def cached_bases(weights: Sequence[Weight], dtype: torch.dtype) -> Iterator[None
 
 
 def _cache_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
-    multiplied = [layer for layer in layers if not layer.format.int8_products]
+    multiplied = [layer for layer in layers if not layer.format.products]
     stored = [(layer, weight) for layer in multiplied if (weight := layer.quantized_weight) is not None]
     shapes = [(padded_width(weight.shape[0]), padded_width(weight.shape[1])) for _, weight in stored]
     if sum(map(math.prod, shapes)) * dtype.itemsize > CACHE_BYTES:

@@ -14,14 +14,18 @@ from qgalore.kernels.arguments import (
     GROUP_LIMIT,
     AdamStep,
     FloatUpdate,
+    Fp8Matrix,
     QuantizedMatrix,
     QuantizedUpdate,
     StepScalars,
+    fp8_width,
+    next_power_of_2,
 )
 from qgalore.kernels.backend import backend, grouped_by_backend, product_dtype, use_triton
 from qgalore.kernels.reference import (
     adam,
     float_update,
+    fp8_matmul,
     gradient_check,
     group_quantization,
     int8_matmul,
@@ -33,8 +37,9 @@ from qgalore.kernels.reference.newton_schulz import odd_polynomials
 from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks, rows_of, stepped
 
 __all__ = [
-    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "QuantizedMatrix", "QuantizedUpdate", "StepScalars", "adam_steps",
-    "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "int8_linear", "int8_linear_backward",
+    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepScalars",
+    "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_joins", "fp8_product",
+    "fp8_rows", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward",
     "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
     "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
     "update_quantized_", "use_triton",
@@ -220,6 +225,55 @@ def int8_linear_backward(grad: Tensor, qdata: Tensor, scale: Tensor, zero_point:
     _check_int8(grad, qdata, scale, zero_point, width, backward=True)
     run = backend(int8_matmul.int8_linear_backward, grad.device, len(grad), *qdata.shape)
     return run(grad, qdata, scale, zero_point, width)
+
+
+def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None = None) -> Fp8Matrix:
+    """The first columns of float matrices (rows, columns or more), side by side, in FP8, with one scale a row.
+
+    factors (columns or more,) float32: that columns are multiplied with before. Each part ends with zeros up to a
+    multiple of 16. Of a row whose magnitudes are all below 2^-110 nothing is left; one that is not finite stays so.
+    Raises ValueError for a matrix or factor that is narrower.
+    """
+    for part, count, factor in zip(parts, columns, parts if factors is None else factors, strict=True):
+        _check_matrix(part, "x")
+        if part.shape[1] < count or factor.shape[-1] < count:
+            raise ValueError(f"x {tuple(part.shape)} and its factor do not have {count} columns")
+    return backend(fp8_matmul.fp8_rows, parts[0].device, max(columns), len(parts))(parts, columns, factors)
+
+
+def fp8_joins(columns: Sequence[int]) -> bool:
+    """Whether a kernel makes one row of `fp8_rows` of parts with so many columns."""
+    return len(columns) <= 3 and max(columns) <= 16384 and len(columns) * next_power_of_2(max(columns)) <= 32768
+
+
+def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
+    """A weight W (out, in), quantized or float, in FP8 for x Wᵀ; both sides end with zeros up to a multiple of 16."""
+    longest = weight.shape[1] if isinstance(weight, Tensor) else weight.scale.shape[1]
+    device = weight.device if isinstance(weight, Tensor) else weight.qdata.device
+    return backend(fp8_matmul.fp8_weight, device, longest)(weight)
+
+
+def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
+    """Weights W (out, in) of one input in FP8 for the sum of all g W: (in, all outs), with the codes of `fp8_weight`.
+
+    The scales of their rows lie along the sum. They come beside it, (out,) each, to be the factors of `fp8_rows` of the
+    g, and its own are 1.
+    """
+    first = weights[0]
+    longest = max(each.shape[1] if isinstance(each, Tensor) else each.scale.shape[1] for each in weights)
+    device = first.device if isinstance(first, Tensor) else first.qdata.device
+    return backend(fp8_matmul.fp8_turned_weights, device, longest)(weights)
+
+
+def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
+    """a bᵀ (rows of a, width), rounded to bfloat16 and then given in dtype; cut, or zeros beyond the rows of b.
+
+    On a GPU by cuBLASLt, in the same order every time, which needs compute capability 8.9; its sums over 32 products
+    or more have some 14 bits, those of the reference float32's. Raises ValueError for factors of another depth.
+    """
+    if a.codes.shape[1] != b.codes.shape[1]:
+        raise ValueError(f"factors {tuple(a.codes.shape)} and {tuple(b.codes.shape)} are not of one depth")
+    return backend(fp8_matmul.fp8_product, a.codes.device)(a, b, width, dtype)
 
 
 def _check_int8(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int, backward: bool) -> None:

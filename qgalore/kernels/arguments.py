@@ -72,6 +72,23 @@ class QuantizedMatrix(NamedTuple):
     out: Tensor | None = None
 
 
+class Fp8Matrix(NamedTuple):
+    """A factor of a product in FP8, which is summed along its rows."""
+
+    codes: Tensor
+    """float8_e4m3fn, (rows, depth), with zeros from the matrix's own columns on."""
+    scale: Tensor
+    """float32, (rows,): what the codes of a row are multiplied with."""
+
+
+_FP8_MULTIPLE = 16
+
+
+def fp8_width(size: int) -> int:
+    """A side of a factor as cuBLASLt wants it: the next multiple of 16."""
+    return -(-size // _FP8_MULTIPLE) * _FP8_MULTIPLE
+
+
 def ceil_div(value: int, divisor: int) -> int:
     """The quotient rounded up. On the host `triton.cdiv` takes a hundred times as long (6 us, Triton 3.9)."""
     return -(-value // divisor)

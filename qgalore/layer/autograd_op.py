@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
+from qgalore.config import FP8_PRODUCTS, INT8_PRODUCTS
 from qgalore.layer.gradient_sink import GradientSink
 from qgalore.layer.layout import as_one_view, cut_columns, padded_width, with_padded_columns
 from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize
@@ -40,8 +41,8 @@ from qgalore.torch_internals import internal
 Weight = Tensor | QuantizedTensor
 """The weight of a layer as it is stored, (out_features, in_features)."""
 
-Storage = tuple[int, int, int, bool]
-"""How weights with one input are stored: columns, bits (0: float), group size, whether INT8 codes are multiplied."""
+Storage = tuple[int, int, int, int]
+"""How weights with one input are stored: columns, bits (0: float), group size; and `WeightFormat.products` of them."""
 
 _OpaqueBase: Any = internal("torch._opaque_base.OpaqueBase")
 
@@ -83,19 +84,26 @@ def padded_weight(weight: Weight, dtype: torch.dtype, cached: Tensor | None = No
     return padded
 
 
-def linear(input: Tensor, weight: Weight, width: int, int8_products: bool, cached: Tensor | None = None) -> Tensor:
-    """input (..., in_features), or padded, times Wᵀ: (..., width), which is out_features or that padded."""
-    if int8_products:
+def linear(input: Tensor, weight: Weight, width: int, products: int, cached: Tensor | None = None) -> Tensor:
+    """input (..., in_features), or padded, times Wᵀ: (..., width), which is out_features or that padded.
+
+    products: `WeightFormat.products`.
+    """
+    if products == INT8_PRODUCTS:
         return _int8(kernels.int8_linear, input, weight, width)
+    if products == FP8_PRODUCTS:
+        return _fp8_linears(input, [weight], [width])[0]
     return cut_columns(with_padded_columns(input) @ padded_weight(weight, input.dtype, cached).T, width)
 
 
 def input_gradient(
-    grad_output: Tensor, weight: Weight, width: int, int8_products: bool, cached: Tensor | None = None
+    grad_output: Tensor, weight: Weight, width: int, products: int, cached: Tensor | None = None
 ) -> Tensor:
     """grad_output (..., padded out_features) times W: (..., width), zeros beyond in_features."""
-    if int8_products:
+    if products == INT8_PRODUCTS:
         return _int8(kernels.int8_linear_backward, grad_output, weight, width)
+    if products == FP8_PRODUCTS:
+        return _fp8_input_gradient([grad_output], [weight], width)
     return cut_columns(grad_output @ padded_weight(weight, grad_output.dtype, cached), width)
 
 
@@ -104,6 +112,27 @@ def _int8(product: Any, x: Tensor, weight: Weight, width: int) -> Tensor:
     operands = (weight.qdata[:, : weight.columns], weight.scale, weight.zero_point)
     out: Tensor = product(x.reshape(-1, x.shape[-1]), *operands, width)
     return out.view(*x.shape[:-1], width)
+
+
+def _fp8_linears(input: Tensor, weights: Sequence[Weight], widths: Sequence[int]) -> list[Tensor]:
+    """`linear` in FP8 of several weights: the input is rounded once."""
+    rows, shape = kernels.fp8_rows([input.reshape(-1, input.shape[-1])], [weights[0].shape[1]]), input.shape[:-1]
+    return [
+        kernels.fp8_product(rows, kernels.fp8_weight(_as_stored(weight)), width, input.dtype).view(*shape, width)
+        for weight, width in zip(weights, widths, strict=True)
+    ]
+
+
+def _fp8_input_gradient(grad_outputs: Sequence[Tensor], weights: Sequence[Weight], width: int) -> Tensor:
+    """The sum of all `input_gradient` in FP8, as one product."""
+    turned, factors = kernels.fp8_turned_weights([_as_stored(weight) for weight in weights])
+    grads, first = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs], grad_outputs[0]
+    rows = kernels.fp8_rows(grads, [weight.shape[0] for weight in weights], factors)
+    return kernels.fp8_product(rows, turned, width, first.dtype).view(*first.shape[:-1], width)
+
+
+def _as_stored(weight: Weight) -> kernels.QuantizedMatrix | Tensor:
+    return weight.stored() if isinstance(weight, QuantizedTensor) else weight
 
 
 def stacked_weights(weights: Sequence[Weight], dtype: torch.dtype, cached: Sequence[Tensor | None]) -> Tensor:
@@ -180,9 +209,12 @@ def _forward(
     adjacent: int,
     frees_input: bool,
 ) -> list[Tensor]:
+    weights = _weights(stored, storage)
+    if storage[3] == FP8_PRODUCTS:
+        return _fp8_linears(input, weights, widths)
     return [
-        linear(input, weight, width, bool(storage[3]), handle.cached)
-        for weight, width, handle in zip(_weights(stored, storage), widths, handles, strict=True)
+        linear(input, weight, width, storage[3], handle.cached)
+        for weight, width, handle in zip(weights, widths, handles, strict=True)
     ]
 
 
@@ -222,15 +254,16 @@ def _input_gradient(
     after: Tensor | None,
 ) -> Tensor:
     weights, cached = _weights(stored, storage), [handle.cached for handle in handles]
+    if storage[3] == FP8_PRODUCTS:
+        return _fp8_input_gradient(grad_outputs, weights, width)
     grads = [with_padded_columns(grad) for grad in grad_outputs]
     whole = as_one_view([_rows(grad) for grad in grads], 1) if len(grads) > 1 else None
     if whole is not None:
         product = whole @ stacked_weights(weights, whole.dtype, cached)
         return cut_columns(product, width).view(*grads[0].shape[:-1], width)
-    int8_products = bool(storage[3])
-    total = input_gradient(grads[0], weights[0], width, int8_products, cached[0])
+    total = input_gradient(grads[0], weights[0], width, storage[3], cached[0])
     for grad, weight, cached_weight in zip(grads[1:], weights[1:], cached[1:], strict=True):
-        total += input_gradient(grad, weight, width, int8_products, cached_weight)
+        total += input_gradient(grad, weight, width, storage[3], cached_weight)
     return total
 
 
@@ -269,7 +302,9 @@ def _backward(
         after = accumulate(grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent)
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
-        for start, stop in itertools.pairwise((0, *range(ctx.adjacent, count + 1))):
+        # In FP8 all are one product, which adds them up; else those that are adjacent.
+        joined = ctx.storage[3] == FP8_PRODUCTS and kernels.fp8_joins([grad.shape[-1] for grad in grad_outputs])
+        for start, stop in itertools.pairwise((0, *range(count if joined else ctx.adjacent, count + 1))):
             part = input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
                 ctx.width, after if ctx.frees_input else None,

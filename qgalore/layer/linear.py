@@ -83,7 +83,7 @@ class LowRankLinear(nn.Module):
 
     def _describe_storage(self) -> None:
         bits = self.format.stored_bits or 0
-        self._storage: autograd_op.Storage = self.in_features, bits, self.group_size, self.format.int8_products
+        self._storage: autograd_op.Storage = self.in_features, bits, self.group_size, self.format.products
         self._stored_as = str(self._storage)
         """As a text, which a compiler compares and guards as one value."""
 
@@ -298,7 +298,7 @@ class LowRankLinear(nn.Module):
 
 def _multiply_as_one(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> bool:
     weights = sum(padded_width(layer.out_features) * padded_width(layer.in_features) for layer in layers)
-    return weights * dtype.itemsize <= GROUPED_WEIGHT_BYTES and not any(layer.format.int8_products for layer in layers)
+    return weights * dtype.itemsize <= GROUPED_WEIGHT_BYTES and not any(layer.format.products for layer in layers)
 
 
 def _train_as_one(layers: Sequence[LowRankLinear]) -> bool:
@@ -314,12 +314,25 @@ def _train_as_one(layers: Sequence[LowRankLinear]) -> bool:
 def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> int:
     """Bytes that multiplying with a weight (out_features, in_features) takes beside factors and result.
 
-    That is the padded weight in dtype where it is quantized, or INT8 codes of both factors and two numbers a token.
+    That is the padded weight in dtype where it is quantized, or INT8 codes of both factors and two numbers a token, or
+    FP8 ones and a number for each of their rows.
     """
+    if format.fp8_products:
+        m, n = map(kernels.fp8_width, shape)
+        return tokens * (max(m, n) + 4) + m * n + 4 * (m + n)
     rows = -(-shape[0] // 128) * 128
     if format.int8_products:
         return tokens * (rows + 8) + rows * shape[1]
     return 0 if format.stored_bits is None else padded_width(shape[0]) * padded_width(shape[1]) * dtype.itemsize
+
+
+def joined_product_bytes(shapes: Sequence[tuple[int, int]], tokens: int) -> int:
+    """Bytes that the product in FP8 for the gradient of an input takes beside the gradients of outputs and the result.
+
+    shapes: (out_features, in_features) of the weights with that input, whose gradients it adds up.
+    """
+    rows, columns = sum(kernels.fp8_width(m) for m, _ in shapes), kernels.fp8_width(shapes[0][1])
+    return tokens * (rows + 4) + rows * columns + 4 * (rows + columns)
 
 
 def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 1) -> list[Tensor]:
@@ -354,7 +367,7 @@ def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 
         )  # fmt: skip
     else:
         weight = first.quantized_weight or first.weight
-        outputs = [autograd_op.linear(input, weight, first.width, first.format.int8_products)]
+        outputs = [autograd_op.linear(input, weight, first.width, first.format.products)]
     return [
         output
         if layer.bias is None

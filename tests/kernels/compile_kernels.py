@@ -7,7 +7,7 @@ layouts of what `check_gradients_` adds up, which decide the order of its sums. 
 norms at different indices. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
 "bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
 8 and in 4 bits. "int8": the instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so
-tensors are on the CPU and results are whatever memory held.
+tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that have it.
 
     python tests/kernels/compile_kernels.py 75 float16
 
@@ -98,6 +98,20 @@ def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> N
             steps.append(kernels.AdamStep(grad, *moments, *moments, row, (0.9, 0.99), 1e-8, dtype=dtype))
         kernels.update_quantized_(updates, skip)
         kernels.adam_steps(steps, 256, skip)
+
+
+def launch_fp8(half: torch.dtype) -> None:
+    """The factors of products in FP8 with 7B's weights, and with a ragged one of 1B."""
+    for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2):
+        for factors in (None, [torch.ones(each) for each in columns]):
+            kernels.fp8_rows([torch.zeros(16, each, dtype=half) for each in columns], columns, factors)
+    for rows, width in ((11008, 4096), (2048, 5461)):
+        for bits in (8, 4):
+            codes = torch.zeros(rows, aligned_row_bytes(width, bits), dtype=torch.uint8)
+            scale, zero_point = torch.zeros(2, rows, -(-width // 256), dtype=torch.bfloat16)
+            weight = kernels.QuantizedMatrix(codes, scale, zero_point, width, bits, 256)
+            kernels.fp8_weight(weight)
+            kernels.fp8_turned_weights([weight])
 
 
 def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
@@ -219,6 +233,8 @@ if __name__ == "__main__":
         print(json.dumps({"shared": TAKEN}))
         sys.exit()
     launch_all(torch.bfloat16, orthogonalizes=True)
+    if int(sys.argv[1]) >= 89:
+        launch_fp8(torch.bfloat16)
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
     found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes()}

@@ -305,6 +305,90 @@ def test_int8_products_that_are_not_finite(value: str, product: str, kernel_devi
         assert not finite[2].any() and finite.sum() == found.numel() - found.shape[1]
 
 
+# ---- products in FP8
+
+
+def same_factor(run: Callable[[], kernels.Fp8Matrix]) -> kernels.Fp8Matrix:
+    """What `run` gives with Triton, which has the values and scales of the reference, if not the signs of zeros."""
+    expected, found = both(run)
+    assert found.codes.dtype == torch.float8_e4m3fn and same(expected.scale, found.scale)
+    assert same(expected.codes.float(), found.codes.float())
+    return kernels.Fp8Matrix(*found)
+
+
+@each("factor", (False, True))
+@each("dtype", FLOATS)
+@each("shape", INT8_SHAPES)
+def test_fp8_rows(shape: Shape, dtype: torch.dtype, factor: bool, kernel_device: torch.device) -> None:
+    tokens, inputs, _ = shape
+    x = activations(tokens, inputs, dtype, kernel_device)
+    factors = [normal(inputs + 3, seed=2).abs().to(kernel_device)] if factor else None
+    found = same_factor(lambda: kernels.fp8_rows([x], [inputs], factors))
+    assert found.codes.shape == (tokens, kernels.fp8_width(inputs))
+    far = same_factor(lambda: kernels.fp8_rows([strided(x, 2)], [inputs], factors))
+    assert same(far.codes.float(), found.codes.float())
+
+
+@each("factor", (False, True))
+@each("columns", [(64, 40), (21, 48, 300), (512, 16, 16)])
+def test_fp8_rows_in_parts(columns: tuple[int, ...], factor: bool, kernel_device: torch.device) -> None:
+    parts = [normal(7, count, seed=count).to(kernel_device) * 3**index for index, count in enumerate(columns)]
+    factors = [normal(count + 2, seed=1).abs().to(kernel_device) for count in columns] if factor else None
+    found = same_factor(lambda: kernels.fp8_rows([strided(part, 1) for part in parts], columns, factors))
+    assert found.codes.shape == (7, sum(map(kernels.fp8_width, columns)))
+    assert (found.codes.float().abs().amax(dim=1) == 448).all()
+
+
+@each("value", ("inf", "nan"))
+def test_fp8_rows_that_are_not_finite(value: str, kernel_device: torch.device) -> None:
+    x = normal(5, 30).to(kernel_device)
+    x[2, 7] = float(value)
+    for codes, scale in both(lambda: kernels.fp8_rows([x], [30])):
+        finite = (codes.float()[:, :30] * scale[:, None]).isfinite()
+        assert not finite[2].any() and finite.sum() == 4 * 30
+
+
+@each("bits", (8, 4))
+@each("kind", KINDS)
+@each("shape", [(5, 512, 256), (70, 1376, 256), (9, 85, 64), (4, 301, 256), (3, 1, 128), (33, 300, 304), (6, 97, 40)])
+def test_fp8_weight(shape: Shape, kind: str, bits: int, kernel_device: torch.device) -> None:
+    rows, columns, group = shape
+    x = KINDS[kind](normal(rows, columns)).to(kernel_device)
+    weight = kernels.QuantizedMatrix(*kernels.quantize(x, bits, group), columns, bits, group)
+    found = same_factor(lambda: kernels.fp8_weight(weight))
+    assert found.codes.shape == (kernels.fp8_width(rows), kernels.fp8_width(columns))
+    turned = same_factor(lambda: kernels.fp8_turned_weights([weight])[0])
+    assert same(turned.codes.float(), found.codes.float().T)
+    (expected,), (factor,) = both(lambda: kernels.fp8_turned_weights([weight])[1])
+    assert same(expected, factor) and same(factor, found.scale)
+
+
+def test_fp8_weights_of_one_input(kernel_device: torch.device) -> None:
+    made = [kernels.quantize(normal(rows, 85, seed=rows).to(kernel_device), 8, 64) for rows in (70, 9, 16)]
+    weights = [kernels.QuantizedMatrix(*each, 85, 8, 64) for each in made]
+    found = same_factor(lambda: kernels.fp8_turned_weights(weights)[0])
+    assert found.codes.shape == (96, 80 + 16 + 16)
+    for expected, factor in zip(*both(lambda: tuple(kernels.fp8_turned_weights(weights)[1])), strict=True):
+        assert same(expected, factor)
+
+
+@each("shape", [(130, 64, 136), (3, 341, 21), (17, 208, 304), (256, 1024, 512)])
+def test_fp8_product(shape: Shape, kernel_device: torch.device) -> None:
+    """On a GPU cuBLASLt's, which sums in another order and with fewer bits than float32 has."""
+    tokens, inputs, outputs = shape
+    x, weight = activations(tokens, inputs, torch.bfloat16, kernel_device), normal(outputs, inputs, seed=1)
+    factors = kernels.fp8_rows([x], [inputs]), kernels.fp8_weight(weight.to(kernel_device))
+    for width in (outputs, outputs + 11):
+        expected, found = both(lambda: kernels.fp8_product(*factors, width, torch.bfloat16))  # noqa: B023
+        assert found.shape == (tokens, width) and found[:, outputs:].count_nonzero() == 0
+        size = (factors[0].codes.float().abs() @ factors[1].codes.float().abs().T)[:, :outputs]
+        size = size * factors[0].scale[:, None] * factors[1].scale[:outputs]
+        error = (found.double() - expected.double()).abs()[:, :outputs]
+        assert (error <= size.double() * 2.0**-9 + expected.double().abs()[:, :outputs] * 2.0**-8).all()
+    again = kernels.fp8_product(*factors, outputs, torch.bfloat16)
+    assert torch.equal(again, kernels.fp8_product(*factors, outputs, torch.bfloat16))
+
+
 # ---- moments
 
 MOMENT_SHAPES = [(64, 128), (37, 131), (5,), (4099,)]

@@ -10,7 +10,7 @@ parameters' dtype. There are no buffers: the rotary tables are computed in each 
 of the model can round them and a model built on the meta device has nothing left to fill in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -192,11 +192,11 @@ class LlamaForCausalLM(CausalLM):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def gradient_checkpointing_enable(self, every: int = 1) -> None:
+    def gradient_checkpointing_enable(self, layers: Collection[int] | None = None) -> None:
         """See `CausalLM`."""
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, LlamaDecoderLayer)
-            layer.gradient_checkpointing = index % every == 0
+            layer.gradient_checkpointing = layers is None or index in layers
 
     def recomputes(self, name: str) -> bool:
         """See `CausalLM`."""

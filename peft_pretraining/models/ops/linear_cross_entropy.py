@@ -100,6 +100,8 @@ def _loss_and_gradients(
     width = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
     chunks = token_chunks(tokens, width * hidden.element_size())
     buffer = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), width)
+    if not hidden.is_cuda:
+        buffer[:, vocabulary:] = 0  # which products in bfloat16 on a CPU read, times zeros: memory may hold NaN
     losses = hidden.new_empty(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,)
     hidden_grad = hidden.new_empty(hidden.shape) if needs_hidden else None
     weight_grad, half = None, weight.dtype == torch.float16

@@ -190,3 +190,15 @@ def to_float(x, TYPE: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
     return x.to(TYPE)
+
+
+@triton.jit
+def to_float8(x):
+    """float32 x, within +-448, rounded to the nearest e4m3, ties to even, which the interpreter's own cast is not."""
+    if _INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+        size = tl.abs(x)
+        small = (size + 24576.0) - 24576.0  # in whole multiples of 2^-9
+        x = tl.where(size < 0.015625, tl.where(x < 0, -small, small), tl.where(x == x, normal, x))
+    return x.to(tl.float8e4nv)
