@@ -116,7 +116,9 @@ class Run:
         """Build all parts and load the checkpoint, if any; updates whose index is in skip_steps change nothing."""
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         self.loader, self.eval_set = build_data(args, world)
-        self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
+        mesh = world.shard_mesh(args.runtime.shard)
+        all_reduce = world.gradient_all_reduce() if mesh is None else None
+        self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)
         self.average = WeightAverage(args, world, self.model)
         self.restarts, self.dropouts = AdapterRestarts(args, self.model, self.optimizer), dropouts_of(self.model)
         self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader, self.average)

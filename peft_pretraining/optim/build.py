@@ -29,6 +29,7 @@ from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
 from qgalore.layer.linear_names import is_conv1d
 from qgalore.optimizer import LowRankAdamW
+from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.loss_scale import LossScale
 
@@ -66,14 +67,15 @@ def build_optimizer(
     subspace: SubspaceArgs,
     seed: int,
     all_reduce: AllReduce | None = None,
+    mesh: ShardMesh | None = None,
 ) -> TrainingOptimizer:
     """Build the optimizer of `--optimizer` and attach it to the model.
 
-    all_reduce sums a tensor over the ranks in place; None for one rank.
+    all_reduce sums a tensor over the ranks in place; mesh deals the states to them instead; None for one rank.
     """
     groups = _param_groups(model, args, subspace)
     if args.optimizer in LIBRARY_OPTIMIZERS:
-        return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
+        return LibraryOptimizer(library_optimizer(args, groups), all_reduce, mesh)
     family = BitsandbytesAdamW8bit if args.by_bitsandbytes else _ADAM_FAMILY[args.optimizer]
     optimizer = family(
         groups,
@@ -90,7 +92,7 @@ def build_optimizer(
     # Clipping needs all gradients at once, so a clipped run updates after the last backward pass.
     in_backward = args.per_layer and not args.grad_clipping
     scale = _loss_scale(model, args)
-    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce, loss_scale=scale)
+    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce, loss_scale=scale, mesh=mesh)
     return optimizer
 
 

@@ -17,10 +17,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.runtime.rendezvous import TIMEOUT, agree_on_store, world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
+from qgalore.sharding.mesh import ShardMesh
 
 T = TypeVar("T")
 
@@ -59,6 +61,26 @@ class World:
     def gradient_all_reduce(self) -> Callable[[Tensor], dist.Work | None] | None:
         """A function that starts an asynchronous `all_reduce` and returns its `Work`; None for one rank."""
         return functools.partial(dist.all_reduce, async_op=True) if self.world_size > 1 else None
+
+    def shard_mesh(self, mode: str) -> ShardMesh | None:
+        """The mesh over which `--shard` deals a model: the ranks of a machine, replicated over machines; None for none.
+
+        Raises UserError where machines have unequal numbers of ranks.
+        """
+        if mode == "none" or self.world_size == 1:
+            return None
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)))
+        sizes = self.gather(local)
+        if len(set(sizes)) > 1:
+            counts = ", ".join(str(size) for size in sorted(set(sizes)))
+            raise UserError(
+                f"--shard {mode}: the machines run unequal numbers of ranks ({counts}), and each of them has to hold "
+                "the same parts: give all of them the same --nproc_per_node"
+            )
+        shape, names = [self.world_size // local, local], ["replicate", "shard"]
+        first = int(local == self.world_size)  # one machine has a mesh of one dimension
+        mesh = init_device_mesh(self.device.type, tuple(shape[first:]), mesh_dim_names=tuple(names[first:]))
+        return ShardMesh(mesh)
 
     def sum_on_host(self, value: int) -> int:
         """The sum of an integer over all ranks, without touching the accelerator."""

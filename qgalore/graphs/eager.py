@@ -82,7 +82,11 @@ class EagerStack:
         """Update a layer whose gradients are on their way, if they are."""
         if index in self._buckets:
             self._buckets[index].wait()
+            if self._optimizer.is_sharded:
+                self._perform(self._checks, index)
+                self._optimizer.agree_on_skip()
             self._perform(self._updates, index)
+            self._optimizer.publish(self._weights[index])
             del self._buckets[index]
 
     def _perform(self, work: Work, index: int) -> None:
@@ -100,9 +104,17 @@ class EagerStack:
             assert bucket is not None
             self._buckets[index] = bucket
 
+    def _checks(self, index: int, memory: Memory) -> None:
+        """On a rank of a mesh: finalize the gradients of a layer, for other ranks to learn whether they are finite."""
+        with memory:
+            self._optimizer.check_final(self._weights[index], self._buckets[index])
+
     def _updates(self, index: int, memory: Memory) -> None:
         with memory, cached_bases(self._weights[index], self._dtype):
-            self._optimizer.finalize(self._weights[index], self._buckets[index])
+            if self._optimizer.is_sharded:
+                self._optimizer.update_checked(self._weights[index])
+            else:
+                self._optimizer.finalize(self._weights[index], self._buckets[index])
 
     def _backward_of_layer(self, index: int) -> None:
         """From the gradient of the layer's output to that of its input, which is written over it."""

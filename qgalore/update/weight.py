@@ -7,7 +7,7 @@ moments, bases or the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ HOST_STATE = ("step", "schedule", "similarities")
 States = MutableMapping[Tensor, dict[str, Tensor]]
 """`torch.optim.Optimizer.state`: a weight without state has no entry."""
 
+FromOwner = Callable[[Tensor, int], Tensor]
+"""from_owner(value, owner) -> what that rank has, for which `value` has room here."""
+
+
+def is_of_subspace(key: str) -> bool:
+    """Whether an entry of a weight's state is needed to project gradients, and so by every rank."""
+    return key in (*HOST_STATE, "failures") or "_basis" in key
+
 
 class Weight:
     """One parameter: its hyperparameters and state, its gradient, its subspace and how steps in it are made."""
@@ -42,6 +50,9 @@ class Weight:
         self.param, self._seed = param, seed
         self.layer: LowRankLinear | None = None
         self.name = ""
+        self.owner, self.owned = 0, True
+        """The rank that keeps the moments and makes the updates, and whether it is this one."""
+        self._from_owner: FromOwner | None = None
 
     def bind(
         self, group: dict[str, Any], states: States, table: StepTable, index: int, position: int, count: int
@@ -68,6 +79,13 @@ class Weight:
         before, self.layer, self.name = self.shape, layer, name
         if self.shape != before:
             self._compose()
+
+    def give_to(self, owner: int, owned: bool, from_owner: FromOwner) -> None:
+        """Let one of several ranks keep the moments; `owned`: this one. Moments that are there are else dropped."""
+        self.owner, self.owned, self._from_owner = owner, owned, from_owner
+        if not owned:
+            for key in [key for key in self.state if not is_of_subspace(key)]:
+                del self.state[key]
 
     def _compose(self) -> None:
         subspace, shape, config = Identity(self.shape), self.shape, self.config
@@ -137,12 +155,12 @@ class Weight:
         if self.config is not None:
             self.config.check_shape(tuple(self.shape), self.name)
             self._check_feedback(self.config.rounding_feedback)
-        if self.state and self.sums_in_momentum and not momentum_sum.fits(self.state):
+        if self.state and self.owned and self.sums_in_momentum and not momentum_sum.fits(self.state):
             raise ValueError(
                 f"the state of {self.name} has a momentum that gradients cannot be added to: it was saved with other "
                 "param groups, without sum_in_momentum"
             )
-        if self.state:
+        if self.state and self.owned:
             self._check_momentum()
 
     def _check_momentum(self) -> None:
@@ -181,9 +199,10 @@ class Weight:
         self.check()
         self._states[self.param] = self.state
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        self._init_moments()
+        if self.owned:
+            self._init_moments()
         self.subspace.init_state()
-        if self.param_group["norm_growth"]:
+        if self.owned and self.param_group["norm_growth"]:
             self.state["limited_norm"] = torch.zeros((), device=self.param.device)
 
     def _init_moments(self) -> None:
@@ -318,7 +337,13 @@ class Weight:
             del rotated
 
     def _momentum(self) -> Tensor:
-        return moments.read_moment(self.state, "exp_avg")
+        if self._from_owner is None:
+            return moments.read_moment(self.state, "exp_avg")
+        if self.owned:
+            value = moments.read_moment(self.state, "exp_avg")
+        else:
+            value = torch.empty(self.subspace.gradient_shape, device=self.param.device)
+        return self._from_owner(value, self.owner)
 
     def clear(self) -> None:
         """Forget the gradient, and what was cached or found for the update that goes on."""
