@@ -111,6 +111,11 @@ class LibraryOptimizer:
 
         return hook
 
+    @property
+    def owners(self) -> Mapping[Tensor, int]:
+        """See `TrainingOptimizer`."""
+        return self._owners
+
     def _owns(self, param: Tensor) -> bool:
         """Whether this rank updates a parameter."""
         return self._mesh is None or self._owners.get(param) == self._mesh.rank

@@ -7,7 +7,6 @@ with the same random bits, to the same weights.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,7 @@ class World:
 
     def gradient_all_reduce(self) -> Callable[[Tensor], dist.Work | None] | None:
         """A function that starts an asynchronous `all_reduce` and returns its `Work`; None for one rank."""
-        return functools.partial(dist.all_reduce, async_op=True) if self.world_size > 1 else None
+        return (lambda tensor: dist.all_reduce(tensor, async_op=True)) if self.world_size > 1 else None
 
     def shard_mesh(self, mode: str) -> ShardMesh | None:
         """The mesh over which `--shard` deals a model: the ranks of a machine, replicated over machines; None for none.

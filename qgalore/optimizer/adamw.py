@@ -359,6 +359,11 @@ class LowRankAdamW(Optimizer):
         """Whether each weight is updated by the one rank that owns it."""
         return self._shards is not None
 
+    @property
+    def owners(self) -> dict[Tensor, int]:
+        """The rank of the mesh that owns each parameter; empty without a mesh."""
+        return {param: weight.owner for param, weight in self._weights.items()} if self.is_sharded else {}
+
     def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
         if self._shards is not None:
