@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import run_pretrain
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import start_world
 from tests import test_layer_graphs
-from tests.small_run import FULL_RANK, OPTIMIZERS, RECIPE, SmallRun, assert_same_run, flags_of, on_ranks
+from tests.small_run import (
+    FULL_RANK,
+    OPTIMIZERS,
+    RECIPE,
+    SmallRun,
+    assert_same_bits,
+    assert_same_run,
+    flags_of,
+    on_ranks,
+)
+from tests.test_data_parallel import stop_after
+from tests.test_skipped_updates import Fault, outcome
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
 STREAMING = PER_LAYER | {"subspace": "streaming"}
@@ -31,7 +44,7 @@ SUMMED: dict[str, dict[str, object]] = {
     "int8_sums": STREAMING | {"grad_accum_dtype": "int8"},
     "bfloat16_sums": flags_of("adamw") | {"grad_accum_dtype": "bfloat16"},
     "low_rank_method": {"method": "low_rank", "rank": 8, "optimizer": "adamw", "lr": 1e-2},
-    "relora": {"method": "relora", "relora_every": 3, "rank": 8, "optimizer": "adam", "lr": 1e-2},
+    "relora": {"method": "relora", "relora_every": 3, "relora_warmup": 0, "rank": 8, "optimizer": "adam", "lr": 1e-2},
 }
 
 
@@ -57,6 +70,66 @@ def test_updates_of_one_micro_batch(small: SmallRun, case: str) -> None:
 @pytest.mark.parametrize("case", CASES | SUMMED)
 def test_updates_of_several_micro_batches(small: SmallRun, case: str) -> None:
     assert_sharding_changes_nothing(small, (CASES | SUMMED)[case])
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit_per_layer", "adamw", "sgd"])
+def test_what_one_rank_finds_not_finite_all_skip(small: SmallRun, optimizer: str, where: str) -> None:
+    """Per layer the gradient of the lowest weight comes too late, and the run goes back."""
+    flags: dict[str, object] = flags_of(optimizer) | {"batch_size": 4, "num_training_steps": 5, "save_every": 2}
+    fault = Fault(where, (3,), rank=1)
+    replicated = outcome(small, "replicated", fault, 2, flags | {"check_replicas": 1})
+    sharded = outcome(small, "sharded", fault, 2, flags | {"check_replicas": 1, "shard": "optimizer"})
+    assert_same_run(replicated, sharded)
+    goes_back = where == "gradient" and optimizer.endswith("per_layer")
+    assert ("going back" in (small.folder / "sharded.log").read_text()) == goes_back
+    assert goes_back or [line["train/skipped"] for line in sharded.train_lines] == [0, 0, 0, 1, 0]
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("shard", ["none", "optimizer"])
+def test_a_checkpoint_in_parts_is_gone_on_with_by_any_ranks(small: SmallRun, ranks: int, shard: str) -> None:
+    """As from one file: the run that goes on cannot tell who wrote what it reads."""
+    flags = STREAMING | {"num_training_steps": 3, "total_batch_size": 8}
+    small.run_on(2, "whole", **flags)
+    small.run_on(2, "parts", **flags, shard="optimizer")
+    for name in ("whole", "parts"):
+        argv = small.argv(name, flags | {"num_training_steps": 5, "continue_from": "auto", "batch_size": 2})
+        assert on_ranks(ranks, run_pretrain.main, [*argv, "--shard", shard]) == [0] * ranks
+    assert small.result("parts").checkpoint().update_step == 5
+    assert_same_run(small.result("whole"), small.result("parts"))
+
+
+@pytest.mark.parametrize("case", ["q_galore_adamw8bit_per_layer", "adafactor", "muon"])
+def test_a_stopped_run_goes_on_with_the_same_bits(small: SmallRun, case: str) -> None:
+    flags = flags_of(case) | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "optimizer"}
+    whole = small.run_on(2, "whole", **flags)
+    argv = small.argv("parts", flags | {"continue_from": "auto"})
+    assert on_ranks(2, stop_after, 3, argv) == [0, 0]
+    assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
+    assert_same_run(whole, small.result("parts"))
+
+
+def test_a_missing_or_damaged_part_is_named_and_an_older_checkpoint_taken(small: SmallRun) -> None:
+    flags = PER_LAYER | {"num_training_steps": 4, "save_every": 2, "shard": "optimizer", "batch_size": 2}
+    whole = small.run_on(2, "run", **flags)
+    before = whole.checkpoint()
+    newest = whole.checkpoints[-1]
+    for name in ("optimizer_00001.safetensors", "model_00001.safetensors", "optimizer_00001.json"):
+        kept = small.folder / "kept"
+        shutil.copytree(newest, kept)
+        (newest / name).unlink()
+        log = small.folder / f"log_{name}"
+        argv = small.argv("run", flags | {"continue_from": "auto"})
+        assert on_ranks(2, run_pretrain.main, argv, log=log) == [0, 0]
+        assert f"step_00000004 refused: {name} is missing: take an older checkpoint" in log.read_text()
+        again = small.result("run").checkpoint()
+        assert_same_bits(again.model_tensors, before.model_tensors)
+        assert_same_bits(again.optimizer_state, before.optimizer_state)
+        shutil.rmtree(kept)
 
 
 # ---- CUDA graphs, as recorded on a CPU

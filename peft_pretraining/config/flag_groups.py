@@ -556,3 +556,5 @@ class RuntimeArgs:
     """Interval between two comparisons of the ranks' weights by hash; 0: never."""
     dry_run: bool = False
     """Print the resolved configuration, the model's size and the planned memory, and stop."""
+    nproc: Annotated[int, Flag("ranks", at_least=1, auto="those that torchrun starts")] = 0
+    """With --dry_run: the ranks of the run that is described."""

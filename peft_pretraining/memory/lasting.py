@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.build import model_on_meta
+from peft_pretraining.memory.dealt_states import states_by_rank
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.build import states_on_meta
@@ -39,6 +40,9 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
                 if tensor.is_meta:  # counters stay on the CPU
                     kind = "projections" if "basis" in key else _STATES[param not in weights]
                     found[kind] += (count if param in times else number == 0) * tensor.nbytes
+    if run.shards > 1:
+        # Of the rank with most.
+        found |= dict(zip(_STATES, max(states_by_rank(run, run.shards), key=sum), strict=True))
     if not run.updates_at_once:
         full = args.method.method == "full"
         trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]

@@ -21,7 +21,12 @@ class Load(NamedTuple):
     name: str
     values: int
     cost: float
-    """In any unit: such as the bytes of its state and of what is written."""
+    """In any unit: `cost_of`."""
+
+
+def cost_of(values: int, gradient_values: int) -> float:
+    """What owning a weight costs: bytes of two 8-bit moments of its gradient, and of what an update rewrites."""
+    return 2.0 * gradient_values + values
 
 
 def layer_of(name: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qgalore.sharding.bucket import OwnedBucket
-from qgalore.sharding.deal import Load, deal
+from qgalore.sharding.deal import Load, cost_of, deal
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
 from qgalore.subspace.methods import Streaming
@@ -38,7 +38,8 @@ class Shards:
     def __init__(self, mesh: ShardMesh, weights: Sequence[Weight]) -> None:
         """Deal the weights, which belong to their layers by now, and move them into slots."""
         self._mesh, self._weights = mesh, weights
-        loads = [Load(each.name, each.shape.numel(), owner_cost(each)) for each in weights]
+        sizes = [(each.shape.numel(), each.subspace.gradient_shape.numel()) for each in weights]
+        loads = [Load(each.name, size[0], cost_of(*size)) for each, size in zip(weights, sizes, strict=True)]
         for weight, owner in zip(weights, deal(loads, mesh.size), strict=True):
             weight.give_to(owner, owner == mesh.rank, self._from_owner)
         self._slots = Slots(weights, mesh)
@@ -118,8 +119,3 @@ class Shards:
     def forget(self) -> None:
         """Forget the update that goes on."""
         self._refreshing.clear()
-
-
-def owner_cost(weight: Weight) -> float:
-    """What owning a weight costs, in bytes: its moments, and what an update reads and writes of it."""
-    return 2.0 * weight.subspace.gradient_shape.numel() + weight.shape.numel()
