@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
+from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import start_world
 from tests import test_layer_graphs
@@ -22,7 +23,7 @@ from tests.small_run import (
     flags_of,
     on_ranks,
 )
-from tests.test_data_parallel import stop_after
+from tests.test_data_parallel import assert_close_weights, stop_after
 from tests.test_skipped_updates import Fault, outcome
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
@@ -70,6 +71,47 @@ def test_updates_of_one_micro_batch(small: SmallRun, case: str) -> None:
 @pytest.mark.parametrize("case", CASES | SUMMED)
 def test_updates_of_several_micro_batches(small: SmallRun, case: str) -> None:
     assert_sharding_changes_nothing(small, (CASES | SUMMED)[case])
+
+
+BY_ROWS: dict[str, dict[str, object]] = {
+    "q_galore": PER_LAYER | AT_ONCE,
+    "full_rank": FULL_RANK | {"full_rank_second_moment": "row", "norm_growth": 0},
+    "adam8bit": flags_of("adam8bit") | {"grad_accum_dtype": "bfloat16"},
+    "adam": flags_of("adam") | {"weight_decay": 0.1},
+    "limited": PER_LAYER | AT_ONCE | {"norm_growth": 1.01, "lr": 1.0, "adam_eps": 1.0},
+    "clipping": flags_of("galore_adamw") | {"grad_clipping": 0.5, "lr": 1.0, "adam_eps": 1.0},
+}
+"""Of the last two the norm of a gradient is a factor, and that of rows is summed in another order."""
+
+
+@pytest.mark.parametrize("case", BY_ROWS)
+def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> None:
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
+    flags = {"batch_size": 2, "num_training_steps": 4, "check_replicas": 1, "save_every": 2} | BY_ROWS[case]
+    replicated = small.run_on(2, "replicated", **flags)
+    sharded = small.run_on(2, "sharded", **flags, shard="optimizer")
+    one, two = replicated.checkpoint(), sharded.checkpoint()
+    if case in ("limited", "clipping"):
+        assert sharded.losses == pytest.approx(replicated.losses, rel=1e-6)
+        assert_close_weights(sharded, replicated, 1e-4)
+    else:
+        assert sharded.losses == replicated.losses
+        assert_same_bits(one.model_tensors, two.model_tensors, "model")
+        assert_same_bits(one.optimizer_state, two.optimizer_state, "optimizer")
+    norms = [[line["train/grad_norm"] for line in run.train_lines] for run in (sharded, replicated)]
+    # Sums of a quarter of a million squares in float32.
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    part = stored_tensors(sharded.checkpoints[-1] / "optimizer_00001.safetensors")
+    moments = {name: each.shape for name, each in part.items() if name.endswith("/exp_avg")}
+    assert [shape for shape in moments.values() if shape[0] in (2047, 2051)], "rows of both tables, as whole blocks"
+    small.copy("sharded", "alone")  # of which one rank makes the whole again
+    again = flags | {"num_training_steps": 5, "batch_size": flags.get("total_batch_size", 8), "continue_from": "auto"}
+    for name in ("replicated", "alone"):
+        small.run(name, **again)
+    if case not in ("limited", "clipping"):
+        assert_same_bits(
+            small.result("replicated").checkpoint().model_tensors, small.result("alone").checkpoint().model_tensors
+        )
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])

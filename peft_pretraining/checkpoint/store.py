@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from peft_pretraining.checkpoint.folder import (
@@ -238,9 +239,18 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first, *others = parts
     if not others:
         return first
-    state = {key: value for part in parts for key, value in part["state"].items()}
+    state: dict[Any, dict[str, Tensor]] = {}
+    for part in parts:
+        for key, entries in part["state"].items():
+            before = state.get(key, {})
+            state[key] = before | {name: _with_rows(before.get(name), value) for name, value in entries.items()}
     ids = [key for group in first["param_groups"] for key in group["params"] if key in state]
     return first | {"state": {key: state[key] for key in ids} | state}
+
+
+def _with_rows(before: Tensor | None, value: Tensor) -> Tensor:
+    """An entry of a state of which ranks before this one had the rows `before`; what has none is the same on all."""
+    return value if before is None or not value.dim() else torch.cat([before, value])
 
 
 def with_todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

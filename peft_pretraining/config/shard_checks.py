@@ -13,7 +13,7 @@ from peft_pretraining.models.registry import find_family
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
-_LARGE = 1 << 16
+_LARGE = 1 << 13
 """Values of a weight that a rank can own by itself; norms and biases go along with others."""
 
 

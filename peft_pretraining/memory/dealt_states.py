@@ -10,7 +10,7 @@ from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names, matrix_shapes
 from peft_pretraining.models.config import is_of_mlp
 from peft_pretraining.optim.build import states_on_meta
-from qgalore.sharding.deal import Load, cost_of, deal
+from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
 from qgalore.update.weight import is_of_subspace
 
 
@@ -22,6 +22,14 @@ class DealtWeight(NamedTuple):
     """Whether it is a decoder matrix."""
     states: int
     """Bytes of what its owner alone has: the moments."""
+    shape: tuple[int, ...]
+
+    def bytes_of(self, rank: int, owner: int, ranks: int) -> int:
+        """Of its states on one of so many ranks."""
+        if not deals_rows(self.load, ranks):
+            return self.states if rank == owner else 0
+        start, stop = row_ranges(self.shape, ranks)[rank]
+        return self.states * (stop - start) // self.shape[0]
 
 
 def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
@@ -45,9 +53,10 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
             if path is not None and low_rank and options.sides(shape):
                 gradient = _product(options.gradient_shape(shape))
             bytes_of = {key: x.nbytes for key, x in states[param].items() if x.is_meta}
-            load = Load(_in_layer(name, layer), values, values if library else cost_of(values, gradient))
+            cost, divisible = values if library else cost_of(values, gradient), path is None and not library
+            load = Load(_in_layer(name, layer), values, cost, divisible and len(shape) > 1)
             own = sum(size for key, size in bytes_of.items() if not is_of_subspace(key))
-            (rest if path is None else found).append(DealtWeight(load, path is not None, own))
+            (rest if path is None else found).append(DealtWeight(load, path is not None, own, shape))
     return rest + found
 
 
@@ -55,7 +64,8 @@ def states_by_rank(run: PlannedRun, ranks: int) -> list[tuple[int, int]]:
     """(bytes of the moments of decoder matrices, of all others) on each of so many ranks."""
     weights, found = dealt_weights(run), [[0, 0] for _ in range(ranks)]
     for weight, owner in zip(weights, deal([weight.load for weight in weights], ranks), strict=True):
-        found[owner][not weight.is_matrix] += weight.states
+        for rank in range(ranks):
+            found[rank][not weight.is_matrix] += weight.bytes_of(rank, owner, ranks)
     return [(matrices, others) for matrices, others in found]
 
 

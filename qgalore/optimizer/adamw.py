@@ -43,7 +43,7 @@ from qgalore.update.step import (
     update_weights,
 )
 from qgalore.update.step_table import StepTable
-from qgalore.update.weight import Weight, is_of_subspace
+from qgalore.update.weight import Weight
 
 
 class LowRankAdamW(Optimizer):
@@ -393,7 +393,7 @@ class LowRankAdamW(Optimizer):
     def check_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
         """The first part of `finalize` on a rank of a mesh; `update_checked` is the second one."""
         self._make_final(weights, bucket)
-        check_gradients(_owned(weights), self._update_checks())
+        self._check(weights)
 
     @torch.no_grad()
     def update_checked(self, weights: Sequence[Weight]) -> None:
@@ -425,7 +425,7 @@ class LowRankAdamW(Optimizer):
         if not check:
             self._unchecked += _owned(weights)
             return
-        check_gradients(_owned(weights), self._update_checks())
+        self._check(weights)
         if self.updates_at_once:
             self.agree_on_skip()
             self.update_checked(weights)
@@ -528,8 +528,14 @@ class LowRankAdamW(Optimizer):
 
     def _check_rest(self) -> None:
         if self._unchecked:
-            check_gradients(self._unchecked, self._update_checks())
+            self._check(self._unchecked)
             self._unchecked = []
+
+    def _check(self, weights: Sequence[Weight]) -> None:
+        owned, checks = _owned(weights), self._update_checks()
+        check_gradients(owned, checks)
+        if self._shards is not None:
+            self._shards.share_norms_of_rows(owned, checks)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -637,8 +643,8 @@ class LowRankAdamW(Optimizer):
         """
         before = {"param_groups": self.param_groups, "state": self.state}
         # The last hook sees what others made of the dict.
-        keeps = None if self._shards is None else self._keeps
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: state_for(self.param_groups, given, keeps))
+        part_of = None if self._shards is None else self._part_of_state
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: state_for(self.param_groups, given, part_of))
         try:
             super().load_state_dict(state_dict)
             for weight in self._weights.values():
@@ -650,9 +656,8 @@ class LowRankAdamW(Optimizer):
         finally:
             handle.remove()
 
-    def _keeps(self, param: Tensor, key: str) -> bool:
-        """Whether this rank keeps an entry of the state of a parameter."""
-        return self._weights[param].owned or is_of_subspace(key)
+    def _part_of_state(self, param: Tensor, key: str, value: Tensor) -> Tensor | None:
+        return self._weights[param].part_of_state(key, value)
 
     # ---- what the subspaces do
 

@@ -1,17 +1,25 @@
 """Deal weights to ranks so that states, time of updates and bytes on the wire balance.
 
-Whole weights are dealt, since orthogonalisation, a subspace and a refresh need a matrix as a whole. A model's matrices
-are many and of few sizes, for which the greedy rule is as good as any: the largest first, each to the rank with least.
+Whole matrices are dealt, since orthogonalisation, a subspace and a refresh need them so. A model's matrices are many
+and of few sizes, for which the greedy rule is as good as any: the largest first, each to the rank with least.
+Embeddings and head are few and the largest of all; Adam moves each of their values by itself, so every rank gets some
+of their rows.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SMALL = 1 << 16
-"""Values up to which a weight goes along with a larger one of its layer: a message of its own would cost more."""
+from qgalore.update.moments import BLOCK_SIZE, MIN_8BIT_NUMEL
+
+SMALL = 1 << 13
+"""Values up to which a weight, a norm or a bias, goes along with a larger one of its layer."""
+LARGE = 1 << 16
+"""Values from which on a weight may be dealt by rows."""
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
@@ -22,6 +30,8 @@ class Load(NamedTuple):
     values: int
     cost: float
     """In any unit: `cost_of`."""
+    divisible: bool = False
+    """Whether rows of it can be updated apart from others."""
 
 
 def cost_of(values: int, gradient_values: int) -> float:
@@ -35,17 +45,35 @@ def layer_of(name: str) -> str:
     return found.group(1) if found else name
 
 
+def row_ranges(shape: Sequence[int], ranks: int) -> list[tuple[int, int]]:
+    """The rows start:stop of a matrix of each of so many ranks: of about equal size, whole blocks of an 8-bit state."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    step = BLOCK_SIZE // math.gcd(columns, BLOCK_SIZE)
+    bounds = [min(rows, round(rank * rows / ranks / step) * step) for rank in range(ranks)] + [rows]
+    return list(itertools.pairwise(bounds))
+
+
+def deals_rows(load: Load, ranks: int) -> bool:
+    """Whether a weight is dealt by rows: if its update is one of each value, and there are enough for every rank."""
+    return load.divisible and load.values > LARGE and load.values // ranks >= 2 * MIN_8BIT_NUMEL
+
+
 def deal(loads: Sequence[Load], ranks: int) -> list[int]:
-    """The rank that owns each weight; the same on every rank, since it depends on the arguments alone."""
+    """The rank that owns each weight; the same on every rank, since it depends on the arguments alone.
+
+    Of a weight that is dealt by rows it is the one that owns what cannot be divided.
+    """
     owners, costs = [0] * len(loads), [0.0] * ranks
     of_layer: dict[str, int] = {}
-    for index in sorted(range(len(loads)), key=lambda index: (-loads[index].cost, index)):
+    whole = [index for index, load in enumerate(loads) if load.values > SMALL and not deals_rows(load, ranks)]
+    for index in sorted(whole, key=lambda index: (-loads[index].cost, index)):
         load = loads[index]
-        if load.values > SMALL:
-            owner = min(range(ranks), key=lambda rank: (costs[rank], rank))
-            costs[owner] += load.cost
-            owners[index] = of_layer[layer_of(load.name)] = owner
+        owner = min(range(ranks), key=lambda rank: (costs[rank], rank))
+        costs[owner] += load.cost
+        owners[index] = of_layer[layer_of(load.name)] = owner
     for index, load in enumerate(loads):
         if load.values <= SMALL:
             owners[index] = of_layer.get(layer_of(load.name), index % ranks)
+        elif deals_rows(load, ranks):
+            owners[index] = index % ranks
     return owners

@@ -1,7 +1,7 @@
 """The weights of one optimizer dealt to ranks: who owns which, and what goes from rank to rank in an update.
 
 Every rank has all weights, and for each the bases of its subspace, which project its gradients. The owner alone has the
-moments. In an update
+moments; of embeddings and head each rank owns some rows (`qgalore.sharding.deal`). In an update
 
 1. gradients, projected where they are low-rank, are summed by the owner (`qgalore.sharding.bucket`);
 2. it checks them; whether one is not finite all ranks learn, before anything of the same hook or layer is written;
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qgalore.sharding.bucket import OwnedBucket
-from qgalore.sharding.deal import Load, cost_of, deal
+from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
 from qgalore.subspace.methods import Streaming
@@ -38,13 +38,13 @@ class Shards:
     def __init__(self, mesh: ShardMesh, weights: Sequence[Weight]) -> None:
         """Deal the weights, which belong to their layers by now, and move them into slots."""
         self._mesh, self._weights = mesh, weights
-        sizes = [(each.shape.numel(), each.subspace.gradient_shape.numel()) for each in weights]
-        loads = [Load(each.name, size[0], cost_of(*size)) for each, size in zip(weights, sizes, strict=True)]
-        for weight, owner in zip(weights, deal(loads, mesh.size), strict=True):
-            weight.give_to(owner, owner == mesh.rank, self._from_owner)
+        loads = list(map(_load_of, weights))
+        for weight, load, owner in zip(weights, loads, deal(loads, mesh.size), strict=True):
+            rows = row_ranges(weight.shape, mesh.size)[mesh.rank] if deals_rows(load, mesh.size) else None
+            weight.give_to(owner, owner == mesh.rank or rows is not None, self._from_owner, rows)
         self._slots = Slots(weights, mesh)
         device = weights[0].param.device
-        self._owned_here = torch.tensor([weight.owned for weight in weights], device=device)
+        self._owned_here = torch.tensor([weight.owner == mesh.rank for weight in weights], device=device)
         self._refreshing: list[Weight] = []
         self._refreshed: list[Weight] = []
         self._works: list[Waiting] = []
@@ -63,6 +63,12 @@ class Shards:
     def agree_on_skip(self, checks: UpdateChecks) -> None:
         """Let the flag `checks.skip` be true if it is so on any rank."""
         self._mesh.any(checks.skip)
+
+    def share_norms_of_rows(self, weights: Sequence[Weight], checks: UpdateChecks) -> None:
+        """Let every rank have the norms of gradients of which each has checked some rows."""
+        for weight in weights:
+            if weight.rows is not None:
+                self._mesh.sum(checks.squared_norms[weight.index])
 
     def share_checks(self, checks: UpdateChecks) -> None:
         """Let every rank have the norms of all gradients and the flag; again after more gradients, if need be."""
@@ -119,3 +125,9 @@ class Shards:
     def forget(self) -> None:
         """Forget the update that goes on."""
         self._refreshing.clear()
+
+
+def _load_of(weight: Weight) -> Load:
+    values, gradient = weight.shape.numel(), weight.subspace.gradient_shape.numel()
+    plain = weight.layer is None and weight.config is None and len(weight.shape) > 1
+    return Load(weight.name, values, cost_of(values, gradient), plain)

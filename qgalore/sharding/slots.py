@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from qgalore.sharding.deal import SMALL, layer_of
+from qgalore import kernels
+from qgalore.sharding.deal import SMALL, layer_of, row_ranges
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import Waiting
 from qgalore.update.weight import Weight
@@ -45,10 +46,13 @@ def stored_tensors(weight: Weight) -> list[Tensor]:
 class Slots:
     """The slots of a model, and the messages of those whose weights have been updated."""
 
-    def __init__(self, weights: Iterable[Weight], mesh: ShardMesh) -> None:
-        """Move all weights into slots: by layer and owner, the small ones of all layers by owner."""
+    def __init__(self, weights: Sequence[Weight], mesh: ShardMesh) -> None:
+        """Move weights into slots: by layer and owner, the small ones by owner; not those that are dealt by rows."""
         grouped: dict[tuple[str, int], list[Weight]] = {}
+        self._by_rows = {weight for weight in weights if weight.rows is not None}
         for weight in weights:
+            if weight in self._by_rows:
+                continue
             layer = layer_of(weight.name) if weight.shape.numel() > SMALL else ""
             grouped.setdefault((layer, weight.owner), []).append(weight)
         self._mesh = mesh
@@ -59,6 +63,12 @@ class Slots:
     def publish(self, weights: Iterable[Weight]) -> None:
         """Send each slot of which all weights have been updated."""
         for weight in weights:
+            if weight in self._by_rows:
+                self._works += [
+                    self._mesh.broadcast(kernels.rows_of(weight.param.data, start, stop), owner)
+                    for owner, (start, stop) in enumerate(row_ranges(weight.shape, self._mesh.size))
+                ]
+                continue
             slot = self._slot_of[weight]
             slot.waiting.discard(weight)
             if not slot.waiting:

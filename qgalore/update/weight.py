@@ -52,6 +52,8 @@ class Weight:
         self.name = ""
         self.owner, self.owned = 0, True
         """The rank that keeps the moments and makes the updates, and whether it is this one."""
+        self.rows: tuple[int, int] | None = None
+        """Of a weight that is dealt by rows those start:stop whose moments are here; None for all."""
         self._from_owner: FromOwner | None = None
 
     def bind(
@@ -80,12 +82,38 @@ class Weight:
         if self.shape != before:
             self._compose()
 
-    def give_to(self, owner: int, owned: bool, from_owner: FromOwner) -> None:
-        """Let one of several ranks keep the moments; `owned`: this one. Moments that are there are else dropped."""
-        self.owner, self.owned, self._from_owner = owner, owned, from_owner
-        if not owned:
-            for key in [key for key in self.state if not is_of_subspace(key)]:
+    def give_to(self, owner: int, owned: bool, from_owner: FromOwner, rows: tuple[int, int] | None = None) -> None:
+        """Let one of several ranks keep the moments; `owned`: this one, or of some rows. Others are dropped."""
+        self.owner, self.owned, self._from_owner, self.rows = owner, owned, from_owner, rows
+        for key, value in list(self.state.items()):
+            part = self.part_of_state(key, value)
+            if part is None:
                 del self.state[key]
+            elif part is not value:
+                self.state[key] = part.clone()
+
+    def part_of_state(self, key: str, value: Tensor) -> Tensor | None:
+        """What this rank keeps of an entry of the whole state: all, a view of some rows, or None for nothing."""
+        if not self.owned and not is_of_subspace(key):
+            return None
+        if self.rows is None or not value.dim():
+            return value
+        start, stop = self.rows
+        if key.endswith("_absmax"):
+            columns = self.shape[1:].numel()
+            start, stop = start * columns // moments.BLOCK_SIZE, -(-stop * columns // moments.BLOCK_SIZE)
+        return value[start:stop]
+
+    @property
+    def moment_shape(self) -> torch.Size:
+        """The shape of each moment on this rank."""
+        shape = self.subspace.gradient_shape
+        return shape if self.rows is None else torch.Size((self.rows[1] - self.rows[0], *shape[1:]))
+
+    @property
+    def first_row(self) -> int:
+        """The row of the weight to which the first one of the moments belongs."""
+        return 0 if self.rows is None else self.rows[0]
 
     def _compose(self) -> None:
         subspace, shape, config = Identity(self.shape), self.shape, self.config
@@ -137,8 +165,8 @@ class Weight:
             raise ValueError(f"parameter {self.name} is float64: updates are made in float32; convert the model to it")
         if self.layer is None and not self.param.is_contiguous():
             raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
-        if "exp_avg" in self.state and self.state["exp_avg"].shape != self.subspace.gradient_shape:
-            shapes = tuple(self.state["exp_avg"].shape), tuple(self.subspace.gradient_shape)
+        if "exp_avg" in self.state and self.state["exp_avg"].shape != self.moment_shape:
+            shapes = tuple(self.state["exp_avg"].shape), tuple(self.moment_shape)
             raise ValueError(
                 f"the state of {self.name} is that of a gradient of shape {shapes[0]}, not {shapes[1]}: it was saved "
                 "for another model or other param groups"
@@ -207,7 +235,7 @@ class Weight:
 
     def _init_moments(self) -> None:
         """Put moments of zero into the state."""
-        shape, device = self.subspace.gradient_shape, self.param.device
+        shape, device = self.moment_shape, self.param.device
         if parts := self.momentum_format:
             parts.init_state(self.state, self._seeds(START), device)
         elif self.sums_in_momentum:
