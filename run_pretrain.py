@@ -26,7 +26,7 @@ import torch
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training
 from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
-from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
+from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint, tensors_here
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
@@ -226,7 +226,7 @@ class Run:
         if news:
             self.log_notices(done)
         if is_due(done, self.args.runtime.check_replicas):
-            self.world.check_replicas(self.model.state_dict(), done)
+            self.world.check_replicas(tensors_here(self.model, self.optimizer), done)
         return True
 
     def log_notices(self, done: int) -> None:
@@ -274,7 +274,8 @@ class Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluate the model as it is now."""
-        return evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
+        alike = self.world.any_on_host if self.args.runtime.shard == "full" else None
+        return evaluate(self.model, self.eval_set, self.world.device, self.world.gather, alike)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is of this rank's loader.

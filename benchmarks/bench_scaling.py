@@ -1,6 +1,6 @@
 """Speed on several GPUs as a multiple of the speed on one.
 
-    torchrun --standalone --nproc_per_node 4 -m benchmarks.bench_scaling --models 350m,7b --shard none,optimizer
+    torchrun --standalone --nproc_per_node 4 -m benchmarks.bench_scaling --models 350m,7b --shard none,optimizer,full
 
 Every rank first trains alone, all of them at the same time without communication; then they train data-parallel, each
 on as many sequences as before, once for each mode of `--shard`. With `--total_batch_size` an update has that many
@@ -35,6 +35,7 @@ from benchmarks.compare import Row, seconds_in_a_row
 from benchmarks.compare_methods import CHECKPOINTING, Setting, setting_of, train_ours, training_parser
 from benchmarks.models import LENGTH
 from benchmarks.rows import append_row, commit
+from peft_pretraining.checkpoint.run_state import tensors_here
 from peft_pretraining.reporting.throughput import memory_metrics
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
     parser.add_argument("--updates", type=int, default=12, help="timed updates")
     parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
-    parser.add_argument("--shard", default="none", help="modes, separated by commas: none, optimizer")
+    parser.add_argument("--shard", default="none", help="modes, separated by commas: none, optimizer, full")
     parser.add_argument("--total_batch_size", type=int, default=0, help="sequences of an update (default: one pass)")
     args = parser.parse_args(argv)
     world = start_world(args.device, StopRequest())
@@ -151,7 +152,7 @@ def train(setting: Setting, world: World, args: argparse.Namespace, shard: str) 
     )
     with counted_bytes() as sent:
         seconds_in_a_row(training.update, 1, device)
-    world.check_replicas(model.state_dict(), warmup + args.repeats * args.updates + 1)
+    world.check_replicas(tensors_here(model, optimizer), warmup + args.repeats * args.updates + 1)
     weights = optimizer.weights_of(model)
     found = {
         "seconds": seconds,

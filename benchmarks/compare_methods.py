@@ -176,7 +176,7 @@ def train_ours(
     shard: `--shard`.
     """
     flags = q_galore_flags(setting, recipe)
-    args = parse_args(flags)
+    args = parse_args([*flags, "--shard", shard], world.world_size)
     mesh = world.shard_mesh(shard)
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce() if mesh is None else None, mesh)
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)

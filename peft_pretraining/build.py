@@ -31,7 +31,13 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.models.source_tokenizer import tokenizer_of_source
 from peft_pretraining.optim.adam8bit_backend import backend_of, with_backend
-from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
+from peft_pretraining.optim.build import (
+    allows_graphs,
+    build_optimizer,
+    gather_layers,
+    low_rank_converter,
+    replay_layers,
+)
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 from qgalore.kernels import product_dtype
@@ -98,7 +104,9 @@ def build_training(
         if problems := rank_problems(args.model.model_config, layers, shapes, *args.subspace.both_ranks):
             raise UserError("; ".join(problems))
     optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce, mesh)
-    if allows_graphs(args):
+    if mesh is not None and args.runtime.shard == "full":
+        gather_layers(model, optimizer)
+    elif allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
 

@@ -13,7 +13,7 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.dealt_states import dealt_weights, states_by_rank
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
-from qgalore.sharding.deal import SMALL, Load, deal, deals_rows, layer_of, row_ranges
+from qgalore.sharding.deal import Load, deal, deals_rows, layer_of, row_ranges
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.json"))
 RANKS = (2, 3, 4, 8, 16, 32, 64)
@@ -32,11 +32,11 @@ def test_the_name_of_a_layer() -> None:
     assert layer_of("lm_head.weight") == "lm_head.weight"
 
 
-def test_small_weights_go_along_with_a_matrix_of_their_layer() -> None:
+def test_norms_go_along_with_a_matrix_of_their_layer() -> None:
     loads = [
-        Load("layers.0.a.weight", 4 * SMALL, 4.0), Load("layers.0.norm.weight", 10, 1e-3),
-        Load("layers.1.a.weight", 4 * SMALL, 4.0), Load("layers.1.norm.weight", 10, 1e-3),
-        Load("norm.weight", 10, 1e-3),
+        Load("layers.0.a.weight", 400, 4.0), Load("layers.0.norm.weight", 10, 1e-3, True),
+        Load("layers.1.a.weight", 400, 4.0), Load("layers.1.norm.weight", 10, 1e-3, True),
+        Load("norm.weight", 10, 1e-3, True),
     ]  # fmt: skip
     assert deal(loads, 2) == [0, 0, 1, 1, 0]
     assert deal(loads, 1) == [0] * 5
@@ -61,7 +61,7 @@ def test_bytes_and_time_balance(config: Path, flags: str) -> None:
     rank = json.loads(config.read_text())["hidden_size"] // 4
     weights = dealt_weights(planned(config, flags + (f" --rank {rank}" if "paper" in flags else "")))
     loads = [weight.load for weight in weights]
-    large = [weight for weight in weights if weight.load.values > SMALL]
+    large = [weight for weight in weights if not weight.load.is_vector]
     for ranks in RANKS:
         owners = deal(loads, ranks)
         assert owners == deal(loads, ranks) and set(owners) <= set(range(ranks))

@@ -193,13 +193,21 @@ class RunCheckpoints:
 
 def part_of_model(model: nn.Module, owners: Mapping[Tensor, int], rank: int) -> dict[str, Tensor]:
     """What rank number `rank` saves of a model's state dict: the weights that it owns, the first rank also the rest."""
+    tensors, params = model.state_dict(), params_of_entries(model)
+    return {name: x for name, x in tensors.items() if (owners.get(params[name], 0) if name in params else 0) == rank}
+
+
+def tensors_here(model: nn.Module, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """A model's state dict without the weights that other ranks alone have."""
+    tensors, params = model.state_dict(), params_of_entries(model)
+    return {name: x for name, x in tensors.items() if name not in params or not optimizer.is_elsewhere(params[name])}
+
+
+def params_of_entries(model: nn.Module) -> dict[str, Tensor]:
+    """The parameter that each entry of a model's state dict belongs to, by the entry's name; buffers have none."""
     params = dict(model.named_parameters(remove_duplicate=False))
-
-    def owner(name: str) -> int:
-        param = params.get(name, params.get(_OF_CODES.sub("", name)))
-        return 0 if param is None else owners.get(param, 0)
-
-    return {name: tensor for name, tensor in model.state_dict().items() if owner(name) == rank}
+    found = {name: params.get(name, params.get(_OF_CODES.sub("", name))) for name in model.state_dict()}
+    return {name: param for name, param in found.items() if param is not None}
 
 
 _OF_CODES = re.compile(r"_(qdata|scale|zero_point|format)$")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import TYPE_CHECKING
 
+from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.registry import find_family
 
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
-
-_LARGE = 1 << 13
-"""Values of a weight that a rank can own by itself; norms and biases go along with others."""
 
 
 def shard_problems(args: RunArgs) -> list[str]:
@@ -32,11 +29,38 @@ def shard_problems(args: RunArgs) -> list[str]:
             f"--shard {shard} cannot work with --sum_in_momentum: each rank adds gradients to momenta, which only the "
             "owner of a matrix has. Leave one of them out"
         )
-    ranks, weights = ranks_that_share(args.world_size), _large_weights(args)
-    if weights and ranks > weights:
+    if shard == "full":
+        problems += _full_problems(args)
+    ranks, matrices = ranks_that_share(args.world_size), _matrices(args)
+    if matrices and ranks > matrices:
         problems.append(
-            f"--shard {shard}: {ranks} ranks share a model of {weights} matrices, and some would own none: use at most "
-            f"{weights} ranks a machine, or --shard none"
+            f"--shard {shard}: {ranks} ranks share a model of {matrices} matrices, and some would own none: use at "
+            f"most {matrices} ranks a machine, or --shard none"
+        )
+    return problems
+
+
+def _full_problems(args: RunArgs) -> list[str]:
+    name, problems = args.optimizer.optimizer, list[str]()
+    if name in LIBRARY_OPTIMIZERS:
+        problems.append(
+            f"--shard full cannot work with --optimizer {name}, which is another library's and wants all weights: use "
+            "--shard optimizer, or another optimizer"
+        )
+    if args.method.method != "full":
+        problems.append(
+            f"--shard full deals the matrices that are trained, and --method {args.method.method} trains others beside "
+            "them: use --shard optimizer, or --method full"
+        )
+    if args.model.use_hf_model:
+        problems.append(
+            "--shard full gathers the layers of the project's own models, and transformers' run theirs in their own "
+            "way: use --shard optimizer, or leave --use_hf_model out"
+        )
+    if args.schedule.average_last:
+        problems.append(
+            f"--shard full cannot work with --average_last {args.schedule.average_last:g}, which the first rank makes "
+            "of all weights: use --shard optimizer, or leave it out"
         )
     return problems
 
@@ -54,7 +78,7 @@ def ranks_that_share(world_size: int) -> int:
     return min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
 
 
-def _large_weights(args: RunArgs) -> int:
+def _matrices(args: RunArgs) -> int:
     """Matrices, embeddings and head; 0 for a model that only transformers' class knows."""
     if args.model.use_hf_model:
         return 0
@@ -64,4 +88,4 @@ def _large_weights(args: RunArgs) -> int:
     except UserError:
         return 0  # which has a sentence already
     sizes = [*config.matrix_shapes().values()] * config.num_hidden_layers + config.other_shapes()
-    return sum(math.prod(size) > _LARGE for size in sizes)
+    return sum(len(size) > 1 for size in sizes)  # norms go along with others

@@ -54,7 +54,8 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
                 gradient = _product(options.gradient_shape(shape))
             bytes_of = {key: x.nbytes for key, x in states[param].items() if x.is_meta}
             cost, divisible = values if library else cost_of(values, gradient), path is None and not library
-            load = Load(_in_layer(name, layer), values, cost, divisible and len(shape) > 1)
+            is_vector = len(shape) < 2
+            load = Load(_in_layer(name, layer), values, cost, is_vector, divisible and not is_vector)
             own = sum(size for key, size in bytes_of.items() if not is_of_subspace(key))
             (rest if path is None else found).append(DealtWeight(load, path is not None, own, shape))
     return rest + found

@@ -24,6 +24,7 @@ from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_opt
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig
+from qgalore.graphs.gathered import GatheredLayers
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
@@ -160,6 +161,12 @@ def allows_graphs(args: RunArgs) -> bool:
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
     fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
+
+
+def gather_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
+    """Let the decoder layers' weights lie with the ranks that own them, and gather each before it runs."""
+    assert isinstance(optimizer, LowRankAdamW)
+    model.run_layers_by(GatheredLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 
 
 def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:

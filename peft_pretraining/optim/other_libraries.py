@@ -41,7 +41,9 @@ class LibraryOptimizer:
         self._mesh, self._owners = mesh, dict[Tensor, int]()
         if mesh is not None:
             trained = [param for param in self._parameters() if param.requires_grad]
-            loads = [Load(str(index), param.numel(), param.numel()) for index, param in enumerate(trained)]
+            loads = [
+                Load(str(index), param.numel(), param.numel(), param.dim() < 2) for index, param in enumerate(trained)
+            ]
             self._owners = dict(zip(trained, deal(loads, mesh.size), strict=True))
             for param in trained:
                 param.register_post_accumulate_grad_hook(self._reduce_hook(mesh))
@@ -115,6 +117,10 @@ class LibraryOptimizer:
     def owners(self) -> Mapping[Tensor, int]:
         """See `TrainingOptimizer`."""
         return self._owners
+
+    def is_elsewhere(self, param: Tensor) -> bool:
+        """See `TrainingOptimizer`: never."""
+        return False
 
     def _owns(self, param: Tensor) -> bool:
         """Whether this rank updates a parameter."""

@@ -97,6 +97,10 @@ class World:
         """Whether the flag is true on every rank, without touching the accelerator."""
         return self.sum_on_host(int(flag)) == self.world_size
 
+    def any_on_host(self, flag: bool) -> bool:
+        """Whether the flag is true on any rank, without touching the accelerator."""
+        return self.sum_on_host(int(flag)) > 0
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
         if self.world_size == 1:
@@ -125,7 +129,10 @@ class World:
     def check_replicas(self, tensors: Mapping[str, Tensor], update_step: int) -> None:
         """Compare a hash of every tensor over all ranks; raises UserError that names those which differ."""
         digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-        differing = sorted({name for other in self.gather(digests) for name in other if other[name] != digests[name]})
+        others = self.gather(digests)  # of what other ranks do not have there is nothing to compare
+        differing = sorted(
+            {name for other in others for name in other if digests.get(name, other[name]) != other[name]}
+        )
         if any(self.gather(bool(differing))):
             named = ", ".join(differing[:5]) or "tensors of another rank"
             raise UserError(

@@ -63,20 +63,29 @@ class EagerStack:
 
     def _run_forward(self) -> None:
         with torch.enable_grad():
-            for layer, linears in zip(self._layers, self._linears, strict=True):
+            for index, (layer, linears) in enumerate(zip(self._layers, self._linears, strict=True)):
+                self._enter(index, 1)
                 with cached_weights(linears, self._dtype):
                     self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def _run_backward(self) -> None:
         for index in reversed(range(len(self._layers))):
+            self._enter(index, -1)
             self._perform(self._gradients, index)
             if self._sends:
                 self._buckets[index].start()
                 self._finish(index + 1)
             elif not self._at_once:
-                self._optimizer.gradients_ready(self._weights[index])
+                self._gradients_are_there(index)
         self._finish(0)
+
+    def _gradients_are_there(self, index: int) -> None:
+        """After the backward pass of a layer, where updates are not made in it."""
+        self._optimizer.gradients_ready(self._weights[index])
+
+    def _enter(self, index: int, step: int) -> None:
+        """Before a layer runs, and after it that of number index + step: forward where step is 1."""
 
     def _finish(self, index: int) -> None:
         """Update a layer whose gradients are on their way, if they are."""

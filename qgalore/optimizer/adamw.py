@@ -24,6 +24,7 @@ from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
 from qgalore.optimizer.saved_state import state_for
+from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.shards import Shards
 from qgalore.subspace.methods import Streaming
@@ -273,7 +274,23 @@ class LowRankAdamW(Optimizer):
             self._finalize(weights, None, now)
             return
         self._sums = True
+        if self._shards is not None and self._shards.owners_sum_micro_batches:
+            bucket = self.bucket_of(weights)
+            assert bucket is not None
+            bucket.start()
+            self.add_micro_batch(weights, bucket)
         self._add_to_momenta(weights)
+        for weight in weights:
+            weight.gradient.end_micro_batch()
+
+    @torch.no_grad()
+    def gradients_sent(self, weights: Sequence[Weight], bucket: Bucket) -> None:
+        """`gradients_ready` where owners sum each micro-batch, of gradients that are on their way."""
+        if self.is_last_micro_batch:
+            self._finalize(weights, bucket, check=False)
+            return
+        self._sums = True
+        self.add_micro_batch(weights, bucket)
         for weight in weights:
             weight.gradient.end_micro_batch()
 
@@ -368,7 +385,7 @@ class LowRankAdamW(Optimizer):
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
         if self._shards is not None:
             with torch.no_grad():
-                return self._shards.bucket(weights, [weight.gradient.parts_to_sum() for weight in weights], buffer)
+                return self._shards.bucket(weights, [self._parts_to_sum(weight) for weight in weights], buffer)
         if self._all_reduce is None:
             return None
         self._add_to_momenta(weights)
@@ -378,6 +395,26 @@ class LowRankAdamW(Optimizer):
             else:
                 parts = [weight.gradient.parts_to_sum() for weight in weights]
             return Bucket(parts, self._all_reduce, buffer)
+
+    def _parts_to_sum(self, weight: Weight) -> list[Tensor]:
+        gradient = weight.gradient
+        return gradient.parts_to_sum() if self.is_last_micro_batch else gradient.take_micro_batch_parts()
+
+    @torch.no_grad()
+    def add_micro_batch(self, weights: Sequence[Weight], bucket: Bucket) -> None:
+        """Where owners sum each micro-batch: add those of one that is not the last, which have been sent."""
+        for weight, summed in zip(_owned(weights), bucket.summed(), strict=True):
+            weight.gradient.add_micro_batch(summed)
+
+    def gather_layers(self, layers: Sequence[nn.Module]) -> Gathering:
+        """On a rank of a mesh: give up the weights of layers that others own, but while their layer runs."""
+        if self._shards is None:
+            raise RuntimeError("weights can be gathered from other ranks after attach(model, mesh=...) alone")
+        return self._shards.gather_layers([self.weights_of(layer) for layer in layers])
+
+    def is_elsewhere(self, param: Tensor) -> bool:
+        """Whether this rank does not have a parameter for good."""
+        return self._shards is not None and param in self._weights and self._shards.is_elsewhere(self._weights[param])
 
     @torch.no_grad()
     def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:

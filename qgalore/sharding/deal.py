@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 from qgalore.update.moments import BLOCK_SIZE, MIN_8BIT_NUMEL
 
-SMALL = 1 << 13
-"""Values up to which a weight, a norm or a bias, goes along with a larger one of its layer."""
 LARGE = 1 << 16
 """Values from which on a weight may be dealt by rows."""
 _LAYER = re.compile(r"(.*?\.\d+)\.")
@@ -30,6 +28,8 @@ class Load(NamedTuple):
     values: int
     cost: float
     """In any unit: `cost_of`."""
+    is_vector: bool = False
+    """Whether it is a norm or a bias, which goes along with a matrix of its layer."""
     divisible: bool = False
     """Whether rows of it can be updated apart from others."""
 
@@ -65,14 +65,14 @@ def deal(loads: Sequence[Load], ranks: int) -> list[int]:
     """
     owners, costs = [0] * len(loads), [0.0] * ranks
     of_layer: dict[str, int] = {}
-    whole = [index for index, load in enumerate(loads) if load.values > SMALL and not deals_rows(load, ranks)]
+    whole = [index for index, load in enumerate(loads) if not load.is_vector and not deals_rows(load, ranks)]
     for index in sorted(whole, key=lambda index: (-loads[index].cost, index)):
         load = loads[index]
         owner = min(range(ranks), key=lambda rank: (costs[rank], rank))
         costs[owner] += load.cost
         owners[index] = of_layer[layer_of(load.name)] = owner
     for index, load in enumerate(loads):
-        if load.values <= SMALL:
+        if load.is_vector:
             owners[index] = of_layer.get(layer_of(load.name), index % ranks)
         elif deals_rows(load, ranks):
             owners[index] = index % ranks

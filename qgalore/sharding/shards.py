@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qgalore.sharding.bucket import OwnedBucket
 from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
+from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
 from qgalore.subspace.methods import Streaming
@@ -48,6 +49,24 @@ class Shards:
         self._refreshing: list[Weight] = []
         self._refreshed: list[Weight] = []
         self._works: list[Waiting] = []
+        self._gathering: Gathering | None = None
+
+    def gather_layers(self, layers: Sequence[Sequence[Weight]]) -> Gathering:
+        """From now on the matrices of layers are on other ranks than their owners only while their layer runs.
+
+        Gradients are then summed by the owners after each micro-batch.
+        """
+        self._gathering = Gathering([self._slots.take_matrices(weights) for weights in layers], self._mesh)
+        return self._gathering
+
+    @property
+    def owners_sum_micro_batches(self) -> bool:
+        """Whether the gradient of each micro-batch is sent to the owner, which alone has a sum of them."""
+        return self._gathering is not None
+
+    def is_elsewhere(self, weight: Weight) -> bool:
+        """Whether this rank does not have a weight for good."""
+        return self._slots.is_gathered(weight) and not weight.owned
 
     def _from_owner(self, value: Tensor, owner: int) -> Tensor:
         """What `owner` has as `value`, written into the others'."""
@@ -88,20 +107,21 @@ class Shards:
         """Send what owners have made of weights, and receive what others have."""
         self._slots.publish(weights)
         for weight in weights:
-            if not weight.owned and weight.layer is not None:
+            if not weight.owned and weight.layer is not None and not self._slots.is_gathered(weight):
                 weight.layer.was_written()
         if self._refreshing:
             chosen = [weight for weight in self._refreshing if weight in set(weights)]
             self._refreshing = [weight for weight in self._refreshing if weight not in set(weights)]
             for weight in chosen:
-                self._works += [
-                    self._mesh.broadcast(part, weight.owner) for part in weight.subspace.refreshed_tensors()
-                ]
+                parts = weight.subspace.refreshed_tensors(with_bases=not self._slots.is_gathered(weight))
+                self._works += [self._mesh.broadcast(part, weight.owner) for part in parts]
             self._refreshed += chosen
 
     def finish(self, checks: UpdateChecks) -> None:
         """End an update: let later work wait for what was sent, and take over the schedules of refreshed subspaces."""
         self._slots.finish()
+        if self._gathering is not None:
+            self._gathering.forget()
         for work in self._works:
             work.wait()
         self._works.clear()
@@ -129,5 +149,5 @@ class Shards:
 
 def _load_of(weight: Weight) -> Load:
     values, gradient = weight.shape.numel(), weight.subspace.gradient_shape.numel()
-    plain = weight.layer is None and weight.config is None and len(weight.shape) > 1
-    return Load(weight.name, values, cost_of(values, gradient), plain)
+    is_vector, plain = len(weight.shape) < 2, weight.layer is None and weight.config is None
+    return Load(weight.name, values, cost_of(values, gradient), is_vector, plain and not is_vector)

@@ -106,7 +106,7 @@ class Identity:
     def settle(self) -> None:
         """Let the schedule be that of updates that were made: takes back a refresh of one that was skipped."""
 
-    def refreshed_tensors(self) -> list[Tensor]:
+    def refreshed_tensors(self, with_bases: bool = True) -> list[Tensor]:
         """What a refresh writes on the device, for other ranks that have tensors of the same shapes."""
         return []
 
@@ -277,10 +277,10 @@ class Streaming(Identity):
             self.schedule.load(before)
             self.schedule.save(self._state)
 
-    def refreshed_tensors(self) -> list[Tensor]:
+    def refreshed_tensors(self, with_bases: bool = True) -> list[Tensor]:
         """See `Identity`."""
         self.stored.cached.clear()
-        bases = [value for key, value in sorted(self._state.items()) if "_basis" in key]
+        bases = [value for key, value in sorted(self._state.items()) if "_basis" in key and with_bases]
         return [*bases, self._state["failures"], self._newest_similarity]
 
     def schedule_row(self) -> list[float]:
