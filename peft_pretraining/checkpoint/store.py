@@ -224,7 +224,7 @@ def _read(folder: Path, check: bool) -> Checkpoint:
     for name, aliases in manifest.aliases.items():
         parts[name].update({alias: parts[name][original] for alias, original in aliases.items()})
     model = {name: tensor for file in manifest.parts(MODEL) for name, tensor in parts[file].items()}
-    optimizer = _joined(
+    optimizer = _merged(
         [
             join_tree(json.loads(contents[tree][:]), parts[tensors])
             for tree, tensors in zip(*map(manifest.parts, ("optimizer.json", "optimizer.safetensors")), strict=True)
@@ -234,7 +234,7 @@ def _read(folder: Path, check: bool) -> Checkpoint:
     return Checkpoint(model, optimizer, state, folder, manifest.update_step)
 
 
-def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """An optimizer's state of what each rank has of it, in the order in which one rank would have it."""
     first, *others = parts
     if not others:

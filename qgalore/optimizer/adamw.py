@@ -570,7 +570,8 @@ class LowRankAdamW(Optimizer):
 
     def _check(self, weights: Sequence[Weight]) -> None:
         owned, checks = _owned(weights), self._update_checks()
-        check_gradients(owned, checks)
+        if owned:
+            check_gradients(owned, checks)
         if self._shards is not None:
             self._shards.share_norms_of_rows(owned, checks)
 
