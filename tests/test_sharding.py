@@ -73,6 +73,76 @@ def test_updates_of_several_micro_batches(small: SmallRun, case: str) -> None:
     assert_sharding_changes_nothing(small, (CASES | SUMMED)[case])
 
 
+# ---- weights with their owners, too
+
+FULL = ["q_galore_adamw8bit_per_layer", "streaming", "recipe", "full_rank", "fira", "adam8bit", "galore_adamw", "lazy"]
+# With a large eps Adam's step is linear in the gradient: it does not amplify rounding, and shows a wrong size as well.
+LINEAR: dict[str, object] = {"lr": 1.0, "adam_eps": 1.0}
+SUMMED_BY_OWNERS: dict[str, tuple[dict[str, object], float]] = {
+    "adamw": (flags_of("adamw") | LINEAR, 1e-3),
+    "svd_clipping": (flags_of("galore_adamw") | LINEAR | {"rotate_moments": True, "grad_clipping": 0.5}, 1e-3),
+    "streaming": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming"}, 1e-3),
+    "fira": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming", "residual": "fira"}, 1e-3),
+    "int8_sums": (flags_of("galore_adamw") | LINEAR | {"rotate_moments": True, "grad_accum_dtype": "int8"}, 0.1),
+}
+"""How far weights may end from those of replicated ranks, as a share of their way: sums over micro-batches have another
+order (`tests/test_data_parallel.py` has what that makes, and what a mistake makes)."""
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_gathered_layers_have_the_bits_of_those_that_stay(small: SmallRun, case: str) -> None:
+    """Three layers for two buffers, and evaluations in which one rank has more batches than the other."""
+    deep = SmallRun(small.folder / "deep", layers=3) if (small.folder / "deep").mkdir() is None else small
+    flags = {"batch_size": 2, "num_training_steps": 6, "check_replicas": 1, "save_every": 3, "eval_every": 2}
+    flags |= CASES[case] | AT_ONCE | {"eval_batch_size": 5}
+    replicated = deep.run_on(2, "replicated", **flags)
+    assert_same_run(replicated, deep.run_on(2, "full", **flags, shard="full"))
+
+
+@pytest.mark.parametrize("case", SUMMED_BY_OWNERS)
+def test_owners_sum_micro_batches(small: SmallRun, case: str) -> None:
+    flags, share = SUMMED_BY_OWNERS[case]
+    flags = {"batch_size": 1, "num_training_steps": 5, "check_replicas": 1, "save_every": 5} | flags
+    replicated = small.run_on(2, "replicated", **flags)
+    full = small.run_on(2, "full", **flags, shard="full")
+    assert full.losses == pytest.approx(replicated.losses, abs=5e-4)
+    assert_close_weights(full, replicated, share)
+
+
+@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit_per_layer", "adamw"])
+def test_a_gathered_run_skips_what_one_rank_finds_not_finite(small: SmallRun, optimizer: str) -> None:
+    flags: dict[str, object] = flags_of(optimizer) | {"batch_size": 2, "num_training_steps": 5, "save_every": 2}
+    flags |= AT_ONCE | {"check_replicas": 1}
+    fault = Fault("gradient", (3,), rank=1)
+    replicated = outcome(small, "replicated", fault, 2, flags)
+    assert_same_run(replicated, outcome(small, "full", fault, 2, flags | {"shard": "full"}))
+
+
+@pytest.mark.parametrize(("ranks", "shard"), [(1, "none"), (2, "optimizer"), (2, "full"), (4, "full")])
+def test_weights_of_owners_are_gone_on_with_in_any_mode(small: SmallRun, ranks: int, shard: str) -> None:
+    """From the checkpoint of gathered layers as from that of replicated ones."""
+    flags = STREAMING | AT_ONCE | {"num_training_steps": 3}
+    small.run_on(2, "whole", **flags)
+    small.run_on(2, "parts", **flags, shard="full")
+    for name in ("whole", "parts"):
+        again = flags | {"num_training_steps": 5, "continue_from": "auto", "batch_size": 4 // ranks}
+        argv = small.argv(name, again)
+        assert on_ranks(ranks, run_pretrain.main, [*argv, "--shard", shard]) == [0] * ranks
+    assert_same_run(small.result("whole"), small.result("parts"))
+
+
+def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
+    flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
+    whole = small.run_on(2, "whole", **flags)
+    argv = small.argv("parts", flags | {"continue_from": "auto"})
+    assert on_ranks(2, stop_after, 3, argv) == [0, 0]
+    assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
+    assert_same_run(whole, small.result("parts"))
+
+
+# ---- embeddings and head
+
+
 BY_ROWS: dict[str, dict[str, object]] = {
     "q_galore": PER_LAYER | AT_ONCE,
     "full_rank": FULL_RANK | {"full_rank_second_moment": "row", "norm_growth": 0},

@@ -29,7 +29,7 @@ class Gathering:
         """slots: of the weights of each layer, those of one owner in each; others' weights are given up."""
         self._slots, self._mesh = slots, mesh
         self._weight_bytes = {slot: slot.buffer.numel() for of_layer in slots for slot in of_layer}
-        self._held: list[tuple[int, bool] | None] = [None] * _BUFFERS
+        self._present: list[tuple[int, bool] | None] = [None] * _BUFFERS
         """The layer of each buffer, and whether its bases are there."""
         self._works: dict[int, list[Waiting]] = {}
         self._buffers: list[Tensor] = []
@@ -54,7 +54,7 @@ class Gathering:
                     start += size
                 if with_bases or not slot.owned:
                     move(tensors[slot], slot.buffer, copy=slot.owned)
-        self._held = [None] * _BUFFERS
+        self._present = [None] * _BUFFERS
 
     def take_bases(self) -> None:
         """Let the bases of subspaces, which all weights have by now, lie with their weights."""
@@ -69,11 +69,11 @@ class Gathering:
         if not 0 <= index < len(self._slots):
             return
         number = index % _BUFFERS
-        layer, complete = self._held[number] or (-1, False)
+        layer, complete = self._present[number] or (-1, False)
         if layer == index and (complete or not bases):
             return
         self.wait(layer)
-        self._held[number] = index, bases
+        self._present[number] = index, bases
         works = self._works.setdefault(index, [])
         for slot in self._slots[index]:
             weights = self._weight_bytes[slot]
@@ -90,7 +90,7 @@ class Gathering:
         """From now on what is here of other ranks is of an earlier update."""
         for index in list(self._works):
             self.wait(index)
-        self._held = [None] * _BUFFERS
+        self._present = [None] * _BUFFERS
 
 
 def bases_of(slot: Slot) -> list[Tensor]:
