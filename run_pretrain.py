@@ -26,7 +26,7 @@ import torch
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training, shape_of
 from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
-from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint
+from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint, tensors_here
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
@@ -118,7 +118,9 @@ class Run:
         """Build all parts and load the checkpoint, if any; updates whose index is in skip_steps change nothing."""
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         self.loader, self.eval_set = build_data(args, world)
-        self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
+        mesh = world.shard_mesh(args.runtime.shard)
+        all_reduce = world.gradient_all_reduce() if mesh is None else None
+        self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)
         self.average = WeightAverage(args, world, self.model)
         self.restarts, self.dropouts = AdapterRestarts(args, self.model, self.optimizer), dropouts_of(self.model)
         self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader, self.average)
@@ -226,7 +228,7 @@ class Run:
         if news:
             self.log_notices(done)
         if is_due(done, self.args.runtime.check_replicas):
-            self.world.check_replicas(self.model.state_dict(), done)
+            self.world.check_replicas(tensors_here(self.model, self.optimizer), done)
         return True
 
     def log_notices(self, done: int) -> None:
@@ -274,7 +276,8 @@ class Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluate the model as it is now."""
-        return evaluate(self.model, self.eval_set, self.world.device, self.world.gather)
+        alike = self.world.any_on_host if self.args.runtime.shard == "full" else None
+        return evaluate(self.model, self.eval_set, self.world.device, self.world.gather, alike)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is of this rank's loader.

@@ -1,31 +1,41 @@
 """Speed on several GPUs as a multiple of the speed on one.
 
-    torchrun --standalone --nproc_per_node 2 -m benchmarks.bench_scaling --models 350m,7b
+    torchrun --standalone --nproc_per_node 4 -m benchmarks.bench_scaling --models 350m,7b --shard none,optimizer,full
 
 Every rank first trains alone, all of them at the same time without communication; then they train data-parallel, each
-on as many sequences as before. Updates follow one another without waiting for the device, as in a run. `ratio` is the
-data-parallel speed over the mean of the single speeds; `ratio_to_slowest` compares with the slowest GPU, for which the
-others have to wait. `message_mb` is the size of all buckets that a rank sends in an update without a refresh,
-`gradient_mb` what it would be with full gradients. Replicas are compared at the end. Rows go to
-`benchmarks/results/scaling.csv`.
+on as many sequences as before, once for each mode of `--shard`. With `--total_batch_size` an update has that many
+sequences, in as many micro-batches as it takes, alone as on all ranks. Updates follow one another without waiting for
+the device, as in a run. `ratio` is the data-parallel speed over the mean of the single speeds; `ratio_to_slowest`
+compares with the slowest GPU, for which the others have to wait.
+
+`message_mb` is the size of all gradients that a rank sends in an update without a refresh, `gradient_mb` what it would
+be with full gradients. `wire_mb` is what a rank sends on average over all collectives of an update, counted at their
+calls: of S bytes over W ranks 2 S (W - 1) / W for an all-reduce and half of it for a reduce, a broadcast or a gather;
+`wire_ratio` is that of an all-reduce of the full gradient in bfloat16 for each update. Replicas are compared at the
+end. Rows go to `benchmarks/results/scaling.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.compare import Row, seconds_in_a_row
 from benchmarks.compare_methods import CHECKPOINTING, Setting, setting_of, train_ours, training_parser
 from benchmarks.models import LENGTH
 from benchmarks.rows import append_row, commit
+from peft_pretraining.checkpoint.run_state import tensors_here
 from peft_pretraining.reporting.throughput import memory_metrics
 from peft_pretraining.runtime.process import make_reproducible
 from peft_pretraining.runtime.signals import StopRequest
@@ -44,54 +54,95 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
     parser.add_argument("--updates", type=int, default=12, help="timed updates")
     parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
+    parser.add_argument("--shard", default="none", help="modes, separated by commas: none, optimizer, full")
+    parser.add_argument("--total_batch_size", type=int, default=0, help="sequences of an update (default: one pass)")
     args = parser.parse_args(argv)
     world = start_world(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
-        row = measure(model, args, world)
-        if world.is_main:
-            print(json.dumps(row), flush=True)
-            append_row(Path(args.results), row)
+        for row in measure(model, args, world):
+            if world.is_main:
+                print(json.dumps(row), flush=True)
+                append_row(Path(args.results), row)
     world.close()
     return 0
 
 
-def measure(model: str, args: argparse.Namespace, world: World) -> Row:
-    """Measure one row, on every rank."""
+def measure(model: str, args: argparse.Namespace, world: World) -> Iterator[Row]:
+    """Measure a row for each mode, on every rank."""
     method = METHODS.get(model, f"q_galore{CHECKPOINTING}")
     device = world.device
     setting = setting_of(model, method, args, device)
-    micro_batch = setting.micro_batch
-    alone = world.gather(train(setting, World(0, 1, device), args))
-    all_ranks = world.gather(train(setting, world, args))
-    seconds = max(row["seconds"] for row in all_ranks)
-    tokens = world.world_size * micro_batch * LENGTH
-    single = [micro_batch * LENGTH / row["seconds"] for row in alone]
-    return {
-        "model": model,
-        "method": method,
-        "micro_batch": micro_batch,
-        "gpus": world.world_size,
-        "tokens_per_second": round(tokens / seconds),
-        "alone_tokens_per_second": " ".join(str(round(speed)) for speed in single),
-        "ratio": round(tokens / seconds / statistics.mean(single), 3),
-        "ratio_to_slowest": round(tokens / seconds / min(single), 3),
-        "update_ms": round(1e3 * seconds, 2),
-        "peak_gb": max(row["peak_gb"] for row in all_ranks),
-        "alone_peak_gb": max(row["peak_gb"] for row in alone),
-        "message_mb": round(all_ranks[0]["message_mb"], 1),
-        "gradient_mb": round(all_ranks[0]["gradient_mb"], 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "commit": commit(),
-        "note": args.note,
-    }
+    micro_batch, total = setting.micro_batch, args.total_batch_size
+    by_one = replace(setting, grad_accum=max(1, total // micro_batch))
+    by_all = replace(setting, grad_accum=max(1, total // micro_batch // world.world_size))
+    alone = world.gather(train(by_one, World(0, 1, device), args, "none"))
+    single = [by_one.grad_accum * micro_batch * LENGTH / row["seconds"] for row in alone]
+    tokens = world.world_size * by_all.grad_accum * micro_batch * LENGTH
+    for shard in args.shard.split(","):
+        all_ranks = world.gather(train(by_all, world, args, shard))
+        seconds = max(row["seconds"] for row in all_ranks)
+        wire = statistics.mean(row["wire_mb"] for row in all_ranks)
+        gradient = all_ranks[0]["gradient_mb"]
+        yield {
+            "model": model,
+            "method": method,
+            "micro_batch": micro_batch,
+            "gpus": world.world_size,
+            "tokens_per_second": round(tokens / seconds),
+            "alone_tokens_per_second": " ".join(str(round(speed)) for speed in single),
+            "ratio": round(tokens / seconds / statistics.mean(single), 3),
+            "ratio_to_slowest": round(tokens / seconds / min(single), 3),
+            "update_ms": round(1e3 * seconds, 2),
+            "peak_gb": max(row["peak_gb"] for row in all_ranks),
+            "alone_peak_gb": max(row["peak_gb"] for row in alone),
+            "message_mb": round(all_ranks[0]["message_mb"], 1),
+            "gradient_mb": round(gradient, 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "commit": commit(),
+            "note": args.note,
+            "shard": shard,
+            "grad_accum": by_all.grad_accum,
+            "wire_mb": round(wire, 1),
+            "wire_ratio": round(wire / (2 * gradient * _share_of(world.world_size)), 3),
+        }
 
 
-def train(setting: Setting, world: World, args: argparse.Namespace) -> dict[str, float]:
+def _share_of(ranks: int) -> float:
+    """Of a message what each of several ranks sends on average in one pass of it over all."""
+    return (ranks - 1) / ranks
+
+
+@contextlib.contextmanager
+def counted_bytes() -> Iterator[list[float]]:
+    """Within it, the bytes that a rank sends on average are added to the first element of the list."""
+    sent, before = [0.0], {name: getattr(dist, name) for name in _PASSES}
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            sent[0] += _PASSES[name] * tensor.nbytes * _share_of(dist.get_world_size(options.get("group")))
+            return call(tensor, *rest, **options)
+
+        return counted
+
+    try:
+        for name, call in before.items():
+            setattr(dist, name, counting(name, call))
+        yield sent
+    finally:
+        for name, call in before.items():
+            setattr(dist, name, call)
+
+
+_PASSES = {"all_reduce": 2, "reduce": 1, "broadcast": 1}
+"""How often a collective takes a message over all ranks."""
+
+
+def train(setting: Setting, world: World, args: argparse.Namespace, shard: str) -> dict[str, float]:
     """Train on the ranks of `world`, compare the replicas, and return what was measured."""
     device = setting.device
-    training, model, optimizer = train_ours(setting, "paper", world)
+    training, model, optimizer = train_ours(setting, "paper", world, shard)
     assert isinstance(optimizer, LowRankAdamW)
     matrices = len(list(optimizer.low_rank_weights()))
     warmup = args.warmup if args.warmup is not None else max(12, matrices // 7 + 3)
@@ -99,11 +150,14 @@ def train(setting: Setting, world: World, args: argparse.Namespace) -> dict[str,
     seconds = statistics.median(
         seconds_in_a_row(training.update, args.updates, device) for _ in range(max(1, args.repeats))
     )
-    world.check_replicas(model.state_dict(), warmup + args.repeats * args.updates)
+    with counted_bytes() as sent:
+        seconds_in_a_row(training.update, 1, device)
+    world.check_replicas(tensors_here(model, optimizer), warmup + args.repeats * args.updates + 1)
     weights = optimizer.weights_of(model)
     found = {
         "seconds": seconds,
         "peak_gb": round(memory_metrics(device).get("memory/peak_gb", 0.0), 3),
+        "wire_mb": sent[0] / 1e6,
         "message_mb": _BYTES * sum(weight.values_to_sum for weight in weights) / 1e6,
         "gradient_mb": _BYTES * sum(weight.shape.numel() for weight in weights) / 1e6,
     }

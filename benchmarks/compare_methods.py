@@ -188,11 +188,17 @@ def q_galore(setting: Setting, recipe: str = "paper") -> Training:
     return train_ours(setting, recipe, World(0, 1, setting.device))[0]
 
 
-def train_ours(setting: Setting, recipe: str, world: World) -> tuple[Training, CausalLM, TrainingOptimizer]:
-    """Our training on the ranks of `world`, each with token ids of its own; returns (training, model, optimizer)."""
+def train_ours(
+    setting: Setting, recipe: str, world: World, shard: str = "none"
+) -> tuple[Training, CausalLM, TrainingOptimizer]:
+    """Our training on the ranks of `world`, each with token ids of its own; returns (training, model, optimizer).
+
+    shard: `--shard`.
+    """
     flags = q_galore_flags(setting, recipe)
-    args = parse_args(flags)
-    model, optimizer = build_training(args, world.device, world.gradient_all_reduce())
+    args = parse_args([*flags, "--shard", shard], world.world_size)
+    mesh = world.shard_mesh(shard)
+    model, optimizer = build_training(args, world.device, world.gradient_all_reduce() if mesh is None else None, mesh)
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
     target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
 

@@ -31,10 +31,17 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.models.source_tokenizer import tokenizer_of_source
 from peft_pretraining.optim.adam8bit_backend import backend_of, with_backend
-from peft_pretraining.optim.build import allows_graphs, build_optimizer, low_rank_converter, replay_layers
+from peft_pretraining.optim.build import (
+    allows_graphs,
+    build_optimizer,
+    gather_layers,
+    low_rank_converter,
+    replay_layers,
+)
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 from qgalore.kernels import product_dtype
+from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import AllReduce
 
 
@@ -82,12 +89,13 @@ def compiles_layers(args: ModelArgs, pays: bool) -> bool:
 
 
 def build_training(
-    args: RunArgs, device: torch.device, all_reduce: AllReduce | None = None
+    args: RunArgs, device: torch.device, all_reduce: AllReduce | None = None, mesh: ShardMesh | None = None
 ) -> tuple[CausalLM, TrainingOptimizer]:
     """Build the model on `device`, with decoder matrices in the format of the options, and its attached optimizer.
 
     Compiled layers and CUDA graphs are set up where the options allow them. all_reduce sums a tensor over the ranks in
-    place; None for one rank. Raises UserError for a configuration that does not work.
+    place; mesh deals the optimizer's states to them instead; None for one rank. Raises UserError for a configuration
+    that does not work.
     """
     args = with_backend(args, backend_of(args, device))
     seed = args.runtime.seed
@@ -97,8 +105,10 @@ def build_training(
         shapes, layers = matrix_shapes(model), len(model.decoder_layers)
         if problems := rank_problems(args.model.model_config, layers, shapes, *args.subspace.both_ranks):
             raise UserError("; ".join(problems))
-    optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce)
-    if allows_graphs(args):
+    optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce, mesh)
+    if mesh is not None and args.runtime.shard == "full":
+        gather_layers(model, optimizer)
+    elif allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
 

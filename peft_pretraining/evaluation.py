@@ -49,17 +49,23 @@ def evaluate(
     eval_set: Iterable[tuple[int, Batch]],
     device: torch.device | str,
     gather: Gather = _one_rank,
+    any_rank: Callable[[bool], bool] | None = None,
 ) -> EvalResult:
     """Evaluate `model` on this rank's (batch index, micro-batch) pairs and combine with the other ranks'.
 
     `gather` takes this rank's rows and returns every rank's (as torch.distributed.all_gather_object fills its list);
-    all ranks must call it. The model's training mode is put back. Raises UserError if there is no target token.
+    all ranks must call it. any_rank: where all ranks must make as many forward passes, whether any has its argument
+    true; a rank without a batch left then makes passes that do not count. The model's training mode is put back. Raises
+    UserError if there is no target token.
     """
-    return summarize([row for rows in gather(_batch_losses(model, eval_set, device)) for row in rows])
+    return summarize([row for rows in gather(_batch_losses(model, eval_set, device, any_rank)) for row in rows])
 
 
 def _batch_losses(
-    model: nn.Module, eval_set: Iterable[tuple[int, Batch]], device: torch.device | str
+    model: nn.Module,
+    eval_set: Iterable[tuple[int, Batch]],
+    device: torch.device | str,
+    any_rank: Callable[[bool], bool] | None,
 ) -> list[BatchLoss]:
     was_training = model.training
     model.eval()
@@ -70,12 +76,16 @@ def _batch_losses(
         # Not inference mode: its tensors cannot be used with autograd later, and a compiled model would be recompiled.
         with torch.no_grad():
             for index, batch in eval_set:
+                if any_rank is not None:
+                    any_rank(True)
                 indices.append(index)
                 counts.append(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()))
                 output = model(
                     batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
                 )
                 losses.append(output.loss_sum.float())
+            while any_rank is not None and any_rank(False):
+                model(torch.zeros(1, 2, dtype=torch.int64, device=device))
     finally:
         model.train(was_training)
     # One transfer for all batches: reading each loss would make the device wait for the CPU at every batch.

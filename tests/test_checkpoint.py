@@ -300,8 +300,8 @@ class TestDamage:
     def test_a_newer_format_is_named(self, tmp_path: Path) -> None:
         path = save(tmp_path, 1)
         body = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps(body | {"version": 2}))
-        with pytest.raises(UserError, match="version 2; this program reads up to 1"):
+        (path / "manifest.json").write_text(json.dumps(body | {"version": 3}))
+        with pytest.raises(UserError, match="version 3; this program reads up to 2"):
             load_checkpoint(path)
 
     def test_pickles_are_refused_and_not_run(self, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import runner
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
+from qgalore.sharding.mesh import ShardMesh
 from qgalore.update import step_table
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.finite_checks import UpdateChecks
@@ -88,7 +89,13 @@ SUMMED = [("streaming", True), pytest.param("int8 sums", True, marks=pytest.mark
 
 
 def trained(
-    folder: Path, device: str, flags: str, updates: int = 9, waits_from: int = 99, sums: bool = False
+    folder: Path,
+    device: str,
+    flags: str,
+    updates: int = 9,
+    waits_from: int = 99,
+    sums: bool = False,
+    mesh: ShardMesh | None = None,
 ) -> tuple[list[float], str, LlamaForCausalLM]:
     """Losses, a hash of all weights and states, and the model after some updates; the sixth is skipped.
 
@@ -100,7 +107,7 @@ def trained(
     gap = "" if "--rank full" in flags else "--update_proj_gap 3"
     argv += f" --save_dir {folder}/run {gap} --max_length 32 --device {device} {flags}"
     args = parse_args(argv.split(), 1)
-    model, optimizer = build_training(args, torch.device(device), SumOfOne if sums else None)
+    model, optimizer = build_training(args, torch.device(device), SumOfOne if sums else None, mesh)
     assert isinstance(model, LlamaForCausalLM)
     losses = []
     for step in range(updates):

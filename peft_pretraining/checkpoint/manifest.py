@@ -7,6 +7,7 @@ own body, and its bytes must be exactly those that `write_manifest` writes for i
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any, BinaryIO
 
 MANIFEST = "manifest.json"
 _FORMAT = "q-galore checkpoint"
-_VERSION = 1
+_VERSION, _VERSION_OF_PARTS = 1, 2
+"""Of checkpoints that one rank wrote, and several, each a part."""
 _REQUIRED = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json")
 _OPTIONAL = ("state.safetensors",)
+_OF_PART = re.compile(r"(model|optimizer)_(\d{5})\.(safetensors|json)")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
@@ -32,13 +35,25 @@ class Manifest:
     files: dict[str, tuple[int, str]]
     aliases: dict[str, dict[str, str]]
 
+    def parts(self, name: str) -> list[str]:
+        """The files of all ranks that hold what `name` holds where one rank wrote all; that of the first rank first."""
+        found = ((match, other) for other in self.files if (match := _OF_PART.fullmatch(other)))
+        return [name, *sorted(other for match, other in found if part_name(name, int(match.group(2))) == other)]
+
+
+def part_name(name: str, part: int) -> str:
+    """The name of a file of the part that rank number `part` wrote."""
+    stem, _, ending = name.partition(".")
+    return f"{stem}_{part:05d}.{ending}" if part else name
+
 
 def write_manifest(
     file: BinaryIO, update_step: int, files: dict[str, tuple[int, str]], aliases: dict[str, dict[str, str]]
 ) -> None:
     """Write the manifest of files that are finished and synced."""
     listed = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()}
-    body = {"format": _FORMAT, "version": _VERSION, "update_step": update_step, "files": listed, "aliases": aliases}
+    version = _VERSION_OF_PARTS if any(map(_OF_PART.fullmatch, files)) else _VERSION
+    body = {"format": _FORMAT, "version": version, "update_step": update_step, "files": listed, "aliases": aliases}
     file.write(_encode(body))
 
 
@@ -59,8 +74,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         body: dict[str, Any] = json.loads(data)
         version = body.get("version")
-        if body["format"] == _FORMAT and isinstance(version, int) and version > _VERSION:
-            raise DamagedError(f"its format has version {version}; this program reads up to {_VERSION}: update it")
+        if body["format"] == _FORMAT and isinstance(version, int) and version > _VERSION_OF_PARTS:
+            raise DamagedError(
+                f"its format has version {version}; this program reads up to {_VERSION_OF_PARTS}: update it"
+            )
         del body["sha256"]
         if data != _encode(body) or body["format"] != _FORMAT:
             raise ValueError
@@ -68,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(body["update_step"], files, body["aliases"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedError(f"its {MANIFEST} is damaged: take an older checkpoint") from None
-    unknown = [name for name in files if name not in _REQUIRED + _OPTIONAL]
+    unknown = [name for name in files if name not in _REQUIRED + _OPTIONAL and not _OF_PART.fullmatch(name)]
     missing = [name for name in _REQUIRED if name not in files]
     if unknown or missing:
         raise DamagedError(f"its {MANIFEST} lists other files than a checkpoint has ({', '.join(unknown + missing)})")

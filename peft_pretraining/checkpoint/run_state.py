@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.checkpoint.initial_weights import load_initial_weights
 from peft_pretraining.checkpoint.recorded_flags import changed_flags
 from peft_pretraining.checkpoint.store import (
     Checkpoint,
+    Part,
+    Unfinished,
     check_compatible,
     check_model_tensors,
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
-    save_checkpoint,
     set_aside_later,
 )
 from peft_pretraining.config.flag_groups import ScheduleArgs
@@ -142,15 +146,37 @@ class RunCheckpoints:
         if (scale := self._optimizer.loss_scale) is not None:
             state |= {"loss_scale_state": scale.state_dict()}
 
-        def write() -> Path:
+        def begin() -> Unfinished:
             before()
-            model_tensors, optimizer_state = self._model.state_dict(), self._optimizer.state_dict()
-            average, keep = self._average.state_dict(), self._args.checkpoint.keep_checkpoints
-            whole = state if average is None else state | {"average": average}
-            path = save_checkpoint(self.save_dir, position.update_step, model_tensors, optimizer_state, whole, keep)
+            return Unfinished.begin(self.save_dir, position.update_step)
+
+        unfinished = self._world.from_main(begin)
+        written = self._world.gather(self._write_part(unfinished, state))
+
+        def publish() -> Path:
+            if failed := [part for part in written if isinstance(part, UserError)]:
+                unfinished.abandon()
+                raise failed[0]
+            parts = [part for part in written if isinstance(part, Part)]
+            path = unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
             return load_checkpoint(path).path if read_back else path
 
-        return self._world.from_main(write)
+        return self._world.from_main(publish)
+
+    def _write_part(self, unfinished: Unfinished, state: dict[str, Any]) -> Part | UserError | None:
+        """Write this rank's part of a checkpoint; None for a rank that has nothing of its own."""
+        owners, rank = self._optimizer.owners, self._world.rank
+        if rank and rank not in owners.values():
+            return None
+        model_tensors, optimizer_state = part_of_model(self._model, owners, rank), self._optimizer.state_dict()
+        if rank:
+            optimizer_state = {"state": optimizer_state["state"]}
+        elif (average := self._average.state_dict()) is not None:
+            state = state | {"average": average}
+        try:
+            return unfinished.write(rank, model_tensors, optimizer_state, None if rank else state)
+        except UserError as error:  # which all ranks are to learn
+            return error
 
     def mark_stop(self, why: str) -> None:
         """Write a file in the run's folder with the reason why it ended early."""
@@ -164,6 +190,29 @@ class RunCheckpoints:
 
     def _describe(self) -> dict[str, Any]:
         return {**self._args.to_dict(), "model_config_contents": self.model_config}
+
+
+def part_of_model(model: nn.Module, owners: Mapping[Tensor, int], rank: int) -> dict[str, Tensor]:
+    """What rank number `rank` saves of a model's state dict: the weights that it owns, the first rank also the rest."""
+    tensors, params = model.state_dict(), params_of_entries(model)
+    return {name: x for name, x in tensors.items() if (owners.get(params[name], 0) if name in params else 0) == rank}
+
+
+def tensors_here(model: nn.Module, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """A model's state dict without the weights that other ranks alone have."""
+    tensors, params = model.state_dict(), params_of_entries(model)
+    return {name: x for name, x in tensors.items() if name not in params or not optimizer.is_elsewhere(params[name])}
+
+
+def params_of_entries(model: nn.Module) -> dict[str, Tensor]:
+    """The parameter that each entry of a model's state dict belongs to, by the entry's name; buffers have none."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    found = {name: params.get(name, params.get(_OF_CODES.sub("", name))) for name in model.state_dict()}
+    return {name: param for name, param in found.items() if param is not None}
+
+
+_OF_CODES = re.compile(r"_(qdata|scale|zero_point|format)$")
+"""What stands for a quantized weight in a state dict, behind its name."""
 
 
 def choose_checkpoint(continue_from: str, save_dir: Path, world: World) -> Checkpoint | None:

@@ -8,20 +8,27 @@
 
 Saving writes a temporary directory beside the target, syncs each file, writes the manifest last, syncs the directory,
 renames it and syncs the parent. So a crash at any moment leaves the older checkpoints and at most a temporary
-directory, which the next save removes. Loading checks every size and hash first and never unpickles. Only rank 0 saves;
-all ranks may load.
+directory, which the next save removes. Loading checks every size and hash first and never unpickles.
+
+Where states are dealt to several ranks, each writes those of the weights that it owns, and these weights, at the same
+time: rank 1 model_00001.safetensors, optimizer_00001.safetensors and optimizer_00001.json, and so on. Rank 0 has the
+rest, and publishes the folder when the files of all are there and synced. Read by any number of ranks, such a
+checkpoint is what one rank would have written.
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from peft_pretraining.checkpoint.folder import (
@@ -31,6 +38,7 @@ from peft_pretraining.checkpoint.folder import (
     put_in_place,
     remove_leftovers,
     set_aside_later,
+    step_of,
     sync_directory,
     temporary_path,
 )
@@ -39,6 +47,7 @@ from peft_pretraining.checkpoint.manifest import (
     DamagedError,
     check_hashes,
     check_sizes,
+    part_name,
     read_manifest,
     write_manifest,
 )
@@ -54,7 +63,10 @@ from peft_pretraining.checkpoint.tensor_file import (
 from peft_pretraining.errors import UserError
 
 __all__ = [
+    "MODEL",
     "Checkpoint",
+    "Part",
+    "Unfinished",
     "check_compatible",
     "check_model_tensors",
     "list_checkpoints",
@@ -64,6 +76,8 @@ __all__ = [
     "set_aside_later",
     "with_todays_names",
 ]
+
+MODEL = "model.safetensors"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -79,6 +93,76 @@ class Checkpoint:
     update_step: int
 
 
+class Part(NamedTuple):
+    """What one rank has written of a checkpoint."""
+
+    files: dict[str, tuple[int, str]]
+    """Size and SHA-256 by name."""
+    aliases: dict[str, dict[str, str]]
+    """By file, names of tensors that share the memory of another."""
+
+
+class Unfinished(NamedTuple):
+    """A checkpoint that is being written, by one rank or several that see the same file system."""
+
+    temporary: Path
+    """The folder of its files, until they are all there."""
+    target: Path
+
+    @classmethod
+    def begin(cls, save_dir: str | Path, update_step: int) -> Unfinished:
+        """Make the folder in which all ranks write; one of them does so. Raises UserError."""
+        folder = Path(save_dir)
+        target = checkpoint_path(folder, update_step)
+        unfinished = cls(temporary_path(target), target)
+        with unfinished._or_nothing():
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            unfinished.temporary.mkdir()
+        return unfinished
+
+    def write(
+        self,
+        number: int,
+        model_tensors: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
+    ) -> Part:
+        """Write and sync the files of part `number`: 0 is the one that has a `state`. Raises UserError."""
+        with self._or_nothing():
+            return _write_parts(self.temporary, number, model_tensors, optimizer_state, state)
+
+    def publish(self, parts: Sequence[Part], keep: int = 0) -> Path:
+        """Write the manifest of all parts, give the folder its name and prune; one rank does so. Raises UserError."""
+        files = {name: entry for part in parts for name, entry in part.files.items()}
+        aliases = {name: names for part in parts for name, names in part.aliases.items()}
+        with self._or_nothing():
+            with _synced_file(self.temporary / MANIFEST) as file:
+                write_manifest(file, step_of(self.target), files, aliases)
+            sync_directory(self.temporary)
+            put_in_place(self.temporary, self.target)
+        self.abandon()  # of which nothing is left but after an error
+        if keep > 0:
+            prune(self.target.parent, keep, just_written=self.target)
+        return self.target
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        """Within it, what fails leaves nothing: also a KeyboardInterrupt or a bug."""
+        try:
+            yield
+        except OSError as error:
+            self.abandon()
+            raise UserError(_why_not_saved(self.target.parent, self.target, error)) from error
+        except BaseException:
+            self.abandon()
+            raise
+
+
 def save_checkpoint(
     save_dir: str | Path,
     update_step: int,
@@ -92,26 +176,8 @@ def save_checkpoint(
     `optimizer_state` and `state` may nest dicts, lists, tuples, plain values and tensors. On failure the older
     checkpoints are untouched, the unfinished directory is removed and UserError says what to do.
     """
-    folder = Path(save_dir)
-    target = checkpoint_path(folder, update_step)
-    temporary = temporary_path(target)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        temporary.mkdir()
-        files, aliases = _write_parts(temporary, model_tensors, optimizer_state, state)
-        with _synced_file(temporary / MANIFEST) as file:
-            write_manifest(file, update_step, files, aliases)
-        sync_directory(temporary)
-        put_in_place(temporary, target)
-    except OSError as error:
-        raise UserError(_why_not_saved(folder, target, error)) from error
-    finally:
-        # Also after a KeyboardInterrupt or a bug: what is not renamed by now is useless.
-        shutil.rmtree(temporary, ignore_errors=True)
-    if keep > 0:
-        prune(folder, keep, just_written=target)
-    return target
+    unfinished = Unfinished.begin(save_dir, update_step)
+    return unfinished.publish([unfinished.write(0, model_tensors, optimizer_state, state)], keep)
 
 
 def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--continue_from") -> Checkpoint:
@@ -157,9 +223,34 @@ def _read(folder: Path, check: bool) -> Checkpoint:
     parts = {name: tensors_in(content) for name, content in contents.items() if name.endswith(".safetensors")}
     for name, aliases in manifest.aliases.items():
         parts[name].update({alias: parts[name][original] for alias, original in aliases.items()})
-    optimizer = join_tree(json.loads(contents["optimizer.json"][:]), parts["optimizer.safetensors"])
+    model = {name: tensor for file in manifest.parts(MODEL) for name, tensor in parts[file].items()}
+    optimizer = _merged(
+        [
+            join_tree(json.loads(contents[tree][:]), parts[tensors])
+            for tree, tensors in zip(*map(manifest.parts, ("optimizer.json", "optimizer.safetensors")), strict=True)
+        ]
+    )
     state = join_tree(json.loads(contents["state.json"][:]), parts.get("state.safetensors", {}))
-    return Checkpoint(parts["model.safetensors"], optimizer, state, folder, manifest.update_step)
+    return Checkpoint(model, optimizer, state, folder, manifest.update_step)
+
+
+def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's state of what each rank has of it, in the order in which one rank would have it."""
+    first, *others = parts
+    if not others:
+        return first
+    state: dict[Any, dict[str, Tensor]] = {}
+    for part in parts:
+        for key, entries in part["state"].items():
+            before = state.get(key, {})
+            state[key] = before | {name: _with_rows(before.get(name), value) for name, value in entries.items()}
+    ids = [key for group in first["param_groups"] for key in group["params"] if key in state]
+    return first | {"state": {key: state[key] for key in ids} | state}
+
+
+def _with_rows(before: Tensor | None, value: Tensor) -> Tensor:
+    """An entry of a state of which ranks before this one had the rows `before`; what has none is the same on all."""
+    return value if before is None or not value.dim() else torch.cat([before, value])
 
 
 def with_todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,16 +305,20 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _write_parts(
-    folder: Path, model_tensors: Mapping[str, Tensor], optimizer_state: Mapping[str, Any], state: Mapping[str, Any]
-) -> tuple[dict[str, tuple[int, str]], dict[str, dict[str, str]]]:
-    """Write everything but the manifest; returns (size, hash) of each file and the names that share one tensor."""
+    folder: Path,
+    number: int,
+    model_tensors: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+) -> Part:
+    """Write everything but the manifest of part `number`."""
     optimizer_tensors: dict[str, Tensor] = {}
     state_tensors: dict[str, Tensor] = {}
-    jsons = {
-        "optimizer.json": split_tree(dict(optimizer_state), optimizer_tensors),
-        "state.json": split_tree(dict(state), state_tensors),
-    }
-    parts = {"model.safetensors": dict(model_tensors), "optimizer.safetensors": optimizer_tensors}
+    jsons = {part_name("optimizer.json", number): split_tree(dict(optimizer_state), optimizer_tensors)}
+    if state is not None:
+        jsons["state.json"] = split_tree(dict(state), state_tensors)
+    parts = {part_name(MODEL, number): dict(model_tensors)}
+    parts[part_name("optimizer.safetensors", number)] = optimizer_tensors
     if state_tensors:
         parts["state.safetensors"] = state_tensors
     files: dict[str, tuple[int, str]] = {}
@@ -242,7 +337,7 @@ def _write_parts(
             aliases[name] = shared
     for name, tree in jsons.items():
         write(name, lambda file, tree=tree: file.write(json.dumps(tree).encode()))  # type: ignore[misc]
-    return files, aliases
+    return Part(files, aliases)
 
 
 def _without_shared(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

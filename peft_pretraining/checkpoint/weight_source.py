@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_pretraining.checkpoint.folder import list_checkpoints
 from peft_pretraining.checkpoint.manifest import MANIFEST, DamagedError, check_hash, check_sizes
-from peft_pretraining.checkpoint.store import with_todays_names
+from peft_pretraining.checkpoint.store import MODEL, with_todays_names
 from peft_pretraining.checkpoint.tensor_file import StoredTensor, stored_tensors
 from peft_pretraining.checkpoint.weight_files import find_weight_files, in_folder, read_headers, what_else_is_there
 from peft_pretraining.errors import UserError
@@ -23,7 +23,6 @@ from peft_pretraining.models.config_source import CONFIG, IN_STATE, STATE
 from peft_pretraining.models.hub_files import commit_of, hub_file, is_hub_name
 from qgalore.layer.quantization import QuantizedTensor, row_bytes
 
-_WEIGHTS = "model.safetensors"
 _PARTS = ("_qdata", "_scale", "_zero_point", "_format")
 
 
@@ -135,11 +134,13 @@ def _hugging_face(name: str, words: str, files: list[Path], config: Path | None)
 
 def _checkpoint(name: str, step: Path, check: bool) -> WeightSource:
     manifest = check_sizes(step)
-    if check:
-        check_hash(step, manifest, _WEIGHTS)
-    stored = stored_tensors(step / _WEIGHTS)
-    aliases = manifest.aliases.get(_WEIGHTS, {})
-    stored |= {alias: stored[original] for alias, original in aliases.items()}
+    stored: dict[str, StoredTensor] = {}
+    for file in manifest.parts(MODEL):
+        if check:
+            check_hash(step, manifest, file)
+        found = stored_tensors(step / file)
+        aliases = manifest.aliases.get(file, {})
+        stored |= found | {alias: found[original] for alias, original in aliases.items()}
     state = json.loads((step / STATE).read_text(encoding="utf-8"))
     if (method := state.get("method", "full")) != "full":
         raise UserError(

@@ -568,6 +568,11 @@ class RuntimeArgs:
     """Seed of the initial weights, the order of the data and stochastic rounding."""
     single_gpu: bool = False
     """Run without data parallelism, as one process."""
+    shard: Annotated[str, Flag(choices=("none", "optimizer", "full"))] = "none"
+    """What each of several ranks holds for all. none: every rank has all, and makes all updates. optimizer: every rank
+    has the weights; each matrix has one rank that keeps its optimizer state and updates it for the others, which
+    receive the stored weight. full: the weight, too, is with that rank, and a layer's are gathered before it runs;
+    without CUDA graphs. Ranks of one machine share; other machines have the same again."""
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
@@ -579,3 +584,5 @@ class RuntimeArgs:
     """Interval between two comparisons of the ranks' weights by hash; 0: never."""
     dry_run: bool = False
     """Print the resolved configuration, the model's size and the planned memory, and stop."""
+    nproc: Annotated[int, Flag("ranks", at_least=1, auto="those that torchrun starts")] = 0
+    """With --dry_run: the ranks of the run that is described."""

@@ -55,6 +55,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
         # A required flag that is missing or unreadable is in the list of problems already.
         required = [field.name for field in fields if field.default is dataclasses.MISSING]
         groups[name] = group(**{key: "" if key == "model_config" else 1 for key in required} | own)
+    runtime = groups["runtime"]
+    world_size = (runtime.dry_run and runtime.nproc) or world_size
     args = RunArgs(**groups, world_size=world_size, command=command, left_to_name=left_to_name(parsed.values))
     args = _resolve(args) if dealt is None else with_dealt_ranks(_resolve(args), dealt)
     updates = args.schedule.num_training_steps

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.build import model_on_meta
+from peft_pretraining.memory.dealt_states import states_by_rank
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.build import states_on_meta
 from qgalore.subspace.schedule import first_refresh_spread
 from qgalore.update.gradient_sum import zeros
+from qgalore.update.weight import is_of_subspace
 
 GRADIENTS, REFRESHES = "gradients", "for refreshes of subspaces (at most)"
 _WEIGHTS = ("decoder weights", "embeddings, head, norms")
@@ -36,9 +38,13 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
     for number, (subspace, count) in enumerate(Counter(args.subspace.by_depth(layers)).items()):
         for param, state in states_on_meta(model, args.optimizer, subspace).items():
             for key, tensor in state.items():
-                if tensor.is_meta:  # counters stay on the CPU
+                # Counters stay on the CPU, and what is dealt is counted below.
+                if tensor.is_meta and (run.shards == 1 or is_of_subspace(key)):
                     kind = "projections" if "basis" in key else _STATES[param not in weights]
                     found[kind] += (count if param in times else number == 0) * tensor.nbytes
+    if run.shards > 1:
+        for name, dealt in zip(_STATES, max(states_by_rank(run, run.shards), key=sum), strict=True):
+            found[name] += dealt
     if not run.updates_at_once:
         full = args.method.method == "full"
         trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]

@@ -1,8 +1,9 @@
 """The memory that a run needs on one device, by component, worked out before anything is built.
 
 What stays for the whole run is exact to the byte. Of what comes and goes the largest phase counts. All ranks need the
-same. Measured peaks are up to one per cent higher: PyTorch's allocator leaves up to 1 MiB of a block unused, and the
-tensors that are smaller than a matrix's side are not counted one by one.
+same, unless `--shard` deals states to them: then the fullest rank is planned. Measured peaks are up to one per cent
+higher: PyTorch's allocator leaves up to 1 MiB of a block unused, and the tensors that are smaller than a matrix's side
+are not counted one by one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.memory.dealt_states import states_by_rank
 from peft_pretraining.memory.lasting import GRADIENTS, REFRESHES, lasting_bytes
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.planned_run import PlannedRun
@@ -29,6 +31,8 @@ class MemoryPlan:
     """What the backward pass keeps of the forward one; the phases of the backward pass include it."""
     overhead: dict[str, int]
     """What the way of running takes on a GPU: workspaces, and memory that CUDA graphs hold."""
+    of: str = "one rank"
+    """Whose memory it is."""
 
     @property
     def weights_and_states_bytes(self) -> int:
@@ -50,7 +54,7 @@ class MemoryPlan:
             "passing, of which the largest (*) counts": passing | {"of these, activations": self.activations},
             "together": sums,
         }
-        lines = ["Planned memory of one rank"]
+        lines = [f"Planned memory of {self.of}"]
         for title, sizes in parts.items():
             lines += [f"{title}:", *(f"  {name:<44}{size / 1e9:>10.3f} GB" for name, size in sizes.items())]
         return "\n".join(lines)
@@ -66,4 +70,14 @@ def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
     passing = PassingBytes(run)
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
-    return MemoryPlan(lasting, passing.phases(), passing.kept, overhead)
+    return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, _whose(run))
+
+
+def _whose(run: PlannedRun) -> str:
+    if run.shards == 1:
+        return "one rank"
+    states = [sum(each) for each in states_by_rank(run, run.shards)]
+    return (
+        f"the fullest of {run.shards} ranks (--shard {run.args.runtime.shard}: optimizer states of "
+        f"{min(states) / 1e9:.3f} to {max(states) / 1e9:.3f} GB)"
+    )

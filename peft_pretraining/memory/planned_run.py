@@ -50,6 +50,8 @@ class PlannedRun:
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
+        self.shards = args.world_size if args.runtime.shard != "none" else 1
+        """Ranks to which optimizer states are dealt; 1 where each has all."""
         rank = args.subspace.rank
         self.rank_of_factors = rank if args.method.method != "full" and isinstance(rank, int) else 0
         """Of the factors or adapters of each matrix; 0 without."""

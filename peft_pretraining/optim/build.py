@@ -24,11 +24,13 @@ from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_opt
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig
+from qgalore.graphs.gathered import GatheredLayers
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
 from qgalore.layer.linear_names import is_conv1d
 from qgalore.optimizer import LowRankAdamW
+from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.loss_scale import LossScale
 
@@ -66,14 +68,15 @@ def build_optimizer(
     subspace: SubspaceArgs,
     seed: int,
     all_reduce: AllReduce | None = None,
+    mesh: ShardMesh | None = None,
 ) -> TrainingOptimizer:
     """Build the optimizer of `--optimizer` and attach it to the model.
 
-    all_reduce sums a tensor over the ranks in place; None for one rank.
+    all_reduce sums a tensor over the ranks in place; mesh deals the states to them instead; None for one rank.
     """
     groups = _param_groups(model, args, subspace)
     if args.optimizer in LIBRARY_OPTIMIZERS:
-        return LibraryOptimizer(library_optimizer(args, groups), all_reduce)
+        return LibraryOptimizer(library_optimizer(args, groups), all_reduce, mesh)
     family = BitsandbytesAdamW8bit if args.by_bitsandbytes else _ADAM_FAMILY[args.optimizer]
     optimizer = family(
         groups,
@@ -90,7 +93,7 @@ def build_optimizer(
     # Clipping needs all gradients at once, so a clipped run updates after the last backward pass.
     in_backward = args.per_layer and not args.grad_clipping
     scale = _loss_scale(model, args)
-    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce, loss_scale=scale)
+    optimizer.attach(model, update_in_backward=in_backward, all_reduce=all_reduce, loss_scale=scale, mesh=mesh)
     return optimizer
 
 
@@ -158,6 +161,12 @@ def allows_graphs(args: RunArgs) -> bool:
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
     fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
+
+
+def gather_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
+    """Let the decoder layers' weights lie with the ranks that own them, and gather each before it runs."""
+    assert isinstance(optimizer, LowRankAdamW)
+    model.run_layers_by(GatheredLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 
 
 def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:

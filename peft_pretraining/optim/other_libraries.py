@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.config.flag_groups import OptimizerArgs
+from qgalore.sharding.deal import Load, deal
+from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.loss_scale import LossScale
 
@@ -20,14 +22,31 @@ class LibraryOptimizer:
     sums_in_momentum = False
     """See `TrainingOptimizer`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer | OptimizerPair, all_reduce: AllReduce | None) -> None:
-        """Register hooks on the parameters of `optimizer` if there is more than one rank."""
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | OptimizerPair,
+        all_reduce: AllReduce | None,
+        mesh: ShardMesh | None = None,
+    ) -> None:
+        """Register hooks on the parameters of `optimizer` if there is more than one rank.
+
+        mesh: the ranks to which the parameters are dealt, instead of all_reduce; each updates its own.
+        """
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self._skip: Tensor | None = None
         self._norm: Tensor | None = None
         self.is_last_micro_batch = True
         self.loss_scale: LossScale | None = None  # float16 is refused
         self.state_dict = optimizer.state_dict
+        self._mesh, self._owners = mesh, dict[Tensor, int]()
+        if mesh is not None:
+            trained = [param for param in self._parameters() if param.requires_grad]
+            loads = [
+                Load(str(index), param.numel(), param.numel(), param.dim() < 2) for index, param in enumerate(trained)
+            ]
+            self._owners = dict(zip(trained, deal(loads, mesh.size), strict=True))
+            for param in trained:
+                param.register_post_accumulate_grad_hook(self._reduce_hook(mesh))
         if all_reduce is not None:
             for param in self._parameters():
                 param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
@@ -47,8 +66,11 @@ class LibraryOptimizer:
 
         PyTorch makes them those of the parameters: float32 moments of bfloat16 parameters would be rounded.
         """
-        self._optimizer.load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        if self._mesh is not None:
+            owned = {number for number, param in zip(numbers, self._parameters(), strict=True) if self._owns(param)}
+            state_dict = state_dict | {"state": {key: x for key, x in state_dict["state"].items() if key in owned}}
+        self._optimizer.load_state_dict(state_dict)
         states = self._optimizer.state
         for number, param in zip(numbers, self._parameters(), strict=True):
             own = states.get(param, {})
@@ -76,9 +98,53 @@ class LibraryOptimizer:
 
         return hook
 
+    def _reduce_hook(self, mesh: ShardMesh) -> Callable[[Tensor], None]:
+        optimizer = weakref.ref(self)
+
+        def hook(param: Tensor) -> None:
+            owner = optimizer()
+            if owner is None or not owner.is_last_micro_batch or param.grad is None:
+                return
+            mesh.reduce(param.grad, owner._owners[param]).wait()
+            if owner._owns(param):
+                mesh.sum_over_replicas(param.grad)
+            else:
+                param.grad = None  # for which the library then makes no state, and no step
+
+        return hook
+
+    @property
+    def owners(self) -> Mapping[Tensor, int]:
+        """See `TrainingOptimizer`."""
+        return self._owners
+
+    def is_elsewhere(self, param: Tensor) -> bool:
+        """See `TrainingOptimizer`: never."""
+        return False
+
+    def _owns(self, param: Tensor) -> bool:
+        """Whether this rank updates a parameter."""
+        return self._mesh is None or self._owners.get(param) == self._mesh.rank
+
+    def _shared_norm(self, mesh: ShardMesh) -> Tensor:
+        """The norm of all gradients, of which each rank has some."""
+        norms = [
+            torch.zeros((), device=param.device)
+            if param.grad is None
+            else torch.linalg.vector_norm(param.grad).to(torch.float32)
+            for param in self._owners
+        ]
+        shared = torch.stack(norms)
+        mesh.sum(shared)
+        norm: Tensor = torch.linalg.vector_norm(shared)
+        return norm
+
     def grad_norm(self) -> Tensor:
         """Norm of the gradient before clipping; read it before `zero_grad`."""
         if self._norm is not None:
+            return self._norm
+        if self._mesh is not None:
+            self._norm = self._shared_norm(self._mesh)
             return self._norm
         grads = [param.grad for param in self._parameters() if param.grad is not None]
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
@@ -90,6 +156,10 @@ class LibraryOptimizer:
             self._skipped = self._skipped | self._skip
         if not self._skipped:
             self._optimizer.step()
+        if self._mesh is not None:
+            works = [self._mesh.broadcast(param.data, owner) for param, owner in self._owners.items()]
+            for work in works:
+                work.wait()
 
     def skip_update_if(self, flag: Tensor) -> None:
         """See `TrainingOptimizer`."""
@@ -105,7 +175,8 @@ class LibraryOptimizer:
 
     def clip_grad_norm_(self, max_norm: float) -> None:
         """See `TrainingOptimizer`."""
-        self._norm = torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm)
+        self._norm = self.grad_norm()
+        torch.nn.utils.clip_grads_with_norm_(self._parameters(), max_norm, self._norm)
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """Empty: there are no subspaces."""

@@ -31,6 +31,13 @@ class TrainingOptimizer(Protocol):
     def state(self) -> Mapping[Tensor, dict[str, Any]]:
         """What is kept of each parameter; loading a state replaces it."""
 
+    @property
+    def owners(self) -> Mapping[Tensor, int]:
+        """The rank that keeps the state of each parameter and updates it; empty where every rank does."""
+
+    def is_elsewhere(self, param: Tensor) -> bool:
+        """Whether another rank owns a parameter, which this one does not have for good."""
+
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
 

@@ -7,7 +7,6 @@ with the same random bits, to the same weights.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.runtime.rendezvous import TIMEOUT, agree_on_store, world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
+from qgalore.sharding.mesh import ShardMesh
 
 T = TypeVar("T")
 
@@ -58,7 +59,27 @@ class World:
 
     def gradient_all_reduce(self) -> Callable[[Tensor], dist.Work | None] | None:
         """A function that starts an asynchronous `all_reduce` and returns its `Work`; None for one rank."""
-        return functools.partial(dist.all_reduce, async_op=True) if self.world_size > 1 else None
+        return (lambda tensor: dist.all_reduce(tensor, async_op=True)) if self.world_size > 1 else None
+
+    def shard_mesh(self, mode: str) -> ShardMesh | None:
+        """The mesh over which `--shard` deals a model: the ranks of a machine, replicated over machines; None for none.
+
+        Raises UserError where machines have unequal numbers of ranks.
+        """
+        if mode == "none" or self.world_size == 1:
+            return None
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)))
+        sizes = self.gather(local)
+        if len(set(sizes)) > 1:
+            counts = ", ".join(str(size) for size in sorted(set(sizes)))
+            raise UserError(
+                f"--shard {mode}: the machines run unequal numbers of ranks ({counts}), and each of them has to hold "
+                "the same parts: give all of them the same --nproc_per_node"
+            )
+        shape, names = [self.world_size // local, local], ["replicate", "shard"]
+        first = int(local == self.world_size)  # one machine has a mesh of one dimension
+        mesh = init_device_mesh(self.device.type, tuple(shape[first:]), mesh_dim_names=tuple(names[first:]))
+        return ShardMesh(mesh)
 
     def sum_on_host(self, value: int) -> int:
         """The sum of an integer over all ranks, without touching the accelerator."""
@@ -75,6 +96,10 @@ class World:
     def all_on_host(self, flag: bool) -> bool:
         """Whether the flag is true on every rank, without touching the accelerator."""
         return self.sum_on_host(int(flag)) == self.world_size
+
+    def any_on_host(self, flag: bool) -> bool:
+        """Whether the flag is true on any rank, without touching the accelerator."""
+        return self.sum_on_host(int(flag)) > 0
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
@@ -104,7 +129,10 @@ class World:
     def check_replicas(self, tensors: Mapping[str, Tensor], update_step: int) -> None:
         """Compare a hash of every tensor over all ranks; raises UserError that names those which differ."""
         digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-        differing = sorted({name for other in self.gather(digests) for name in other if other[name] != digests[name]})
+        others = self.gather(digests)  # of what other ranks do not have there is nothing to compare
+        differing = sorted(
+            {name for other in others for name in other if digests.get(name, other[name]) != other[name]}
+        )
         if any(self.gather(bool(differing))):
             named = ", ".join(differing[:5]) or "tensors of another rank"
             raise UserError(

@@ -94,7 +94,7 @@ class CapturedStack(EagerStack):
                 self._sent[index] = self._buckets[index]
         elif only_sends:
             self._buckets[index] = self._sent[index]
-        else:
+        elif work != self._checks:
             for weight in self._weights[index]:
                 if self._at_once:
                     weight.count_replayed()

@@ -63,26 +63,39 @@ class EagerStack:
 
     def _run_forward(self) -> None:
         with torch.enable_grad():
-            for layer, linears in zip(self._layers, self._linears, strict=True):
+            for index, (layer, linears) in enumerate(zip(self._layers, self._linears, strict=True)):
+                self._enter(index, 1)
                 with cached_weights(linears, self._dtype):
                     self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def _run_backward(self) -> None:
         for index in reversed(range(len(self._layers))):
+            self._enter(index, -1)
             self._perform(self._gradients, index)
             if self._sends:
                 self._buckets[index].start()
                 self._finish(index + 1)
             elif not self._at_once:
-                self._optimizer.gradients_ready(self._weights[index])
+                self._gradients_are_there(index)
         self._finish(0)
+
+    def _gradients_are_there(self, index: int) -> None:
+        """After the backward pass of a layer, where updates are not made in it."""
+        self._optimizer.gradients_ready(self._weights[index])
+
+    def _enter(self, index: int, step: int) -> None:
+        """Before a layer runs, and after it that of number index + step: forward where step is 1."""
 
     def _finish(self, index: int) -> None:
         """Update a layer whose gradients are on their way, if they are."""
         if index in self._buckets:
             self._buckets[index].wait()
+            if self._optimizer.is_sharded:
+                self._perform(self._checks, index)
+                self._optimizer.agree_on_skip()
             self._perform(self._updates, index)
+            self._optimizer.publish(self._weights[index])
             del self._buckets[index]
 
     def _perform(self, work: Work, index: int) -> None:
@@ -100,9 +113,17 @@ class EagerStack:
             assert bucket is not None
             self._buckets[index] = bucket
 
+    def _checks(self, index: int, memory: Memory) -> None:
+        """On a rank of a mesh: finalize the gradients of a layer, for other ranks to learn whether they are finite."""
+        with memory:
+            self._optimizer.check_final(self._weights[index], self._buckets[index])
+
     def _updates(self, index: int, memory: Memory) -> None:
         with memory, cached_bases(self._weights[index], self._dtype):
-            self._optimizer.finalize(self._weights[index], self._buckets[index])
+            if self._optimizer.is_sharded:
+                self._optimizer.update_checked(self._weights[index])
+            else:
+                self._optimizer.finalize(self._weights[index], self._buckets[index])
 
     def _backward_of_layer(self, index: int) -> None:
         """From the gradient of the layer's output to that of its input, which is written over it."""

@@ -59,7 +59,7 @@ class LayerGraphs:
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x through all layers; `constants` are further arguments of each, the same in all steps of one shape."""
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _Step.apply(x, self._stack_for(x, constants))
+            out: Tensor = Step.apply(x, self._stack_for(x, constants))
             return out
         for layer in self._layers:
             x = self._run(layer, x, *constants)
@@ -103,7 +103,7 @@ def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
-class _Step(torch.autograd.Function):
+class Step(torch.autograd.Function):
     """All layers as one node of autograd's graph."""
 
     @staticmethod

@@ -105,9 +105,12 @@ class AdafactorWeight(Weight):
             super().check()
         finally:
             self.config = config
-        if self.state and {name: moment.shape for name, moment in self._moments("meta").items()} != {
-            name: moment.shape for name, moment in self.state.items() if name.startswith("exp_avg")
-        }:
+        if (
+            self.state
+            and self.owned
+            and {name: moment.shape for name, moment in self._moments("meta").items()}
+            != {name: moment.shape for name, moment in self.state.items() if name.startswith("exp_avg")}
+        ):
             raise ValueError(
                 f"the state of {self.name} is not that of a gradient of shape {tuple(shape)} under Adafactor with "
                 f"beta1={self.param_group['beta1']}: it was saved for another model or other param groups"

@@ -24,6 +24,9 @@ from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
 from qgalore.optimizer.saved_state import state_for
+from qgalore.sharding.gathering import Gathering
+from qgalore.sharding.mesh import ShardMesh
+from qgalore.sharding.shards import Shards
 from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
@@ -112,6 +115,9 @@ class LowRankAdamW(Optimizer):
         self._all_reduce: AllReduce | None = None
         self._share_of_momenta: float | None = None
         """See `add_to_momenta`."""
+        self._shards: Shards | None = None
+        self._sent: list[Weight] = []
+        """Those whose owners, other ranks, have their gradients and are to update them."""
         self.loss_scale: LossScale | None = None
         """What the loss is multiplied by before its backward pass; None: by nothing."""
         self._clip_factor: Tensor | None = None
@@ -213,6 +219,7 @@ class LowRankAdamW(Optimizer):
         all_reduce: AllReduce | None = None,
         loss_scale: LossScale | None = None,
         replay: Replay | None = None,
+        mesh: ShardMesh | None = None,
     ) -> None:
         """Take every gradient as soon as the backward pass has it, and keep of a low-rank one the projection alone.
 
@@ -224,10 +231,18 @@ class LowRankAdamW(Optimizer):
         `loss_scale` is what each loss is multiplied by before its backward pass: gradients are divided by it before
         anything is made of their size. Call its `update_(optimizer.skipped())` after each `step`.
         `replay` makes updates from CUDA graphs (`qgalore.graphs.updates.UpdateGraphs`).
+        `mesh`, in the place of all_reduce, deals the weights to the ranks of a data-parallel run: each keeps the
+        moments of its own, sums their gradients and updates them for all (`qgalore.sharding.shards`).
         `.grad` stays None. A frozen weight stays as it is until it is freed. Raises ValueError for a weight that the
         optimizer cannot train.
         """
         self.detach()
+        if mesh is not None and (all_reduce is not None or self.sums_in_momentum):
+            raise ValueError(
+                "with a mesh gradients are summed by the owner of a weight alone: leave "
+                + ("all_reduce" if all_reduce is not None else "sum_in_momentum, which adds them on every rank,")
+                + " out"
+            )
         if loss_scale is not None and self.sums_in_momentum:
             raise ValueError(
                 "sum_in_momentum keeps gradients in momenta from one update to the next, and a loss_scale that changes "
@@ -240,10 +255,14 @@ class LowRankAdamW(Optimizer):
         self._detach.atexit = False
         for weight in self._weights.values():
             weight.check()
+        if mesh is not None:
+            self._shards = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
+            self.states_replaced += 1
 
     def detach(self) -> None:
         """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again."""
         self.update_in_backward, self._all_reduce, self.loss_scale, self._replay = False, None, None, None
+        self._shards = None
         if self._detach is not None:
             self._detach()
 
@@ -255,7 +274,23 @@ class LowRankAdamW(Optimizer):
             self._finalize(weights, None, now)
             return
         self._sums = True
+        if self._shards is not None and self._shards.owners_sum_micro_batches:
+            bucket = self.bucket_of(weights)
+            assert bucket is not None
+            bucket.start()
+            self.add_micro_batch(weights, bucket)
         self._add_to_momenta(weights)
+        for weight in weights:
+            weight.gradient.end_micro_batch()
+
+    @torch.no_grad()
+    def gradients_sent(self, weights: Sequence[Weight], bucket: Bucket) -> None:
+        """`gradients_ready` where owners sum each micro-batch, of gradients that are on their way."""
+        if self.is_last_micro_batch:
+            self._finalize(weights, bucket, check=False)
+            return
+        self._sums = True
+        self.add_micro_batch(weights, bucket)
         for weight in weights:
             weight.gradient.end_micro_batch()
 
@@ -334,10 +369,23 @@ class LowRankAdamW(Optimizer):
     @property
     def sums_over_ranks(self) -> bool:
         """Whether gradients have to be summed over several ranks."""
-        return self._all_reduce is not None
+        return self._all_reduce is not None or self.is_sharded
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each weight is updated by the one rank that owns it."""
+        return self._shards is not None
+
+    @property
+    def owners(self) -> dict[Tensor, int]:
+        """The rank of the mesh that owns each parameter; empty without a mesh."""
+        return {param: weight.owner for param, weight in self._weights.items()} if self.is_sharded else {}
 
     def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
+        if self._shards is not None:
+            with torch.no_grad():
+                return self._shards.bucket(weights, [self._parts_to_sum(weight) for weight in weights], buffer)
         if self._all_reduce is None:
             return None
         self._add_to_momenta(weights)
@@ -347,6 +395,26 @@ class LowRankAdamW(Optimizer):
             else:
                 parts = [weight.gradient.parts_to_sum() for weight in weights]
             return Bucket(parts, self._all_reduce, buffer)
+
+    def _parts_to_sum(self, weight: Weight) -> list[Tensor]:
+        gradient = weight.gradient
+        return gradient.parts_to_sum() if self.is_last_micro_batch else gradient.take_micro_batch_parts()
+
+    @torch.no_grad()
+    def add_micro_batch(self, weights: Sequence[Weight], bucket: Bucket) -> None:
+        """Where owners sum each micro-batch: add those of one that is not the last, which have been sent."""
+        for weight, summed in zip(_owned(weights), bucket.summed(), strict=True):
+            weight.gradient.add_micro_batch(summed)
+
+    def gather_layers(self, layers: Sequence[nn.Module]) -> Gathering:
+        """On a rank of a mesh: give up the weights of layers that others own, but while their layer runs."""
+        if self._shards is None:
+            raise RuntimeError("weights can be gathered from other ranks after attach(model, mesh=...) alone")
+        return self._shards.gather_layers([self.weights_of(layer) for layer in layers])
+
+    def is_elsewhere(self, param: Tensor) -> bool:
+        """Whether this rank does not have a parameter for good."""
+        return self._shards is not None and param in self._weights and self._shards.is_elsewhere(self._weights[param])
 
     @torch.no_grad()
     def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
@@ -358,7 +426,50 @@ class LowRankAdamW(Optimizer):
         """
         self._finalize(weights, bucket, check)
 
+    @torch.no_grad()
+    def check_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
+        """The first part of `finalize` on a rank of a mesh; `update_checked` is the second one."""
+        self._make_final(weights, bucket)
+        self._check(weights)
+
+    @torch.no_grad()
+    def update_checked(self, weights: Sequence[Weight]) -> None:
+        """Update weights in the backward pass, as far as this rank owns them, and count the updates of the others."""
+        self._update_checks().remember_first()
+        self.write_update_rows()
+        self._update(weights, self._inverse_scale)
+
+    def agree_on_skip(self) -> None:
+        """Between the two parts: let all ranks of a mesh skip what any of them does."""
+        if self._shards is not None:
+            self._shards.agree_on_skip(self._update_checks())
+
+    def publish(self, weights: Sequence[Weight]) -> None:
+        """After them: send updated weights to the other ranks of a mesh; `step` lets later work wait for them."""
+        if self._shards is not None:
+            self._shards.publish(weights)
+
+    def _update(self, weights: Sequence[Weight], clip: Tensor | None) -> None:
+        update_weights(_owned(weights), self._update_checks(), clip, self._replay)
+        if others := [weight for weight in weights if not weight.owned]:
+            for weight in others:
+                weight.count_update()
+                weight.clear()
+            self._sent = [weight for weight in self._sent if weight not in set(others)]
+
     def _finalize(self, weights: Sequence[Weight], bucket: Bucket | None, check: bool) -> None:
+        self._make_final(weights, bucket)
+        if not check:
+            self._unchecked += _owned(weights)
+            return
+        self._check(weights)
+        if self.updates_at_once:
+            self.agree_on_skip()
+            self.update_checked(weights)
+            self.publish(weights)
+
+    def _make_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
+        """Finalize the gradients of weights, on a mesh those that this rank owns; the others' are sent."""
         self._add_to_momenta(weights)
         if bucket is None and (bucket := self.bucket_of(weights)) is not None:
             bucket.start()
@@ -372,17 +483,12 @@ class LowRankAdamW(Optimizer):
                     "accelerator.prepare"
                 )
             self._finalized.add(weight)
-        checks = self._update_checks()
-        finalize_gradients(weights, bucket)
-        store_momenta(weights, checks)
-        if not check:
-            self._unchecked += weights
-            return
-        check_gradients(weights, checks)
-        if self.updates_at_once:
-            checks.remember_first()
-            self.write_update_rows()
-            update_weights(weights, checks, self._inverse_scale, self._replay)
+        owned, checks = _owned(weights), self._update_checks()
+        if self._shards is not None:
+            self._shards.note_refreshes(weights)
+            self._sent += [weight for weight in weights if not weight.owned]
+        finalize_gradients(owned, bucket)
+        store_momenta(owned, checks)
 
     def write_update_rows(self) -> None:
         """Let the step rows be those of the update that goes on, if they are not."""
@@ -454,11 +560,20 @@ class LowRankAdamW(Optimizer):
             if weight.gradient.waits:
                 self.finalize([weight], check=self.updates_at_once)
         self._check_rest()
+        if self._shards is not None:
+            self._shards.share_checks(self._update_checks())
 
     def _check_rest(self) -> None:
         if self._unchecked:
-            check_gradients(self._unchecked, self._update_checks())
+            self._check(self._unchecked)
             self._unchecked = []
+
+    def _check(self, weights: Sequence[Weight]) -> None:
+        owned, checks = _owned(weights), self._update_checks()
+        if owned:
+            check_gradients(owned, checks)
+        if self._shards is not None:
+            self._shards.share_norms_of_rows(owned, checks)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -468,7 +583,8 @@ class LowRankAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.collect()
-        waiting = [weight for weight in self._weights.values() if weight.gradient.is_final]
+        sent = set(self._sent)
+        waiting = [weight for weight in self._weights.values() if weight.gradient.is_final or weight in sent]
         if waiting:
             if not self.updates_at_once:  # else most weights have been updated
                 self.skip_update_if(~self.grad_norm().isfinite())
@@ -476,7 +592,10 @@ class LowRankAdamW(Optimizer):
             given = (self._clip_factor, self._scale, self._inverse_scale)
             factors = [factor for factor in given if factor is not None]
             clip = functools.reduce(torch.mul, factors) if factors else None
-            update_weights(waiting, self._update_checks(), clip, self._replay)
+            self._update(waiting, clip)
+            self.publish(waiting)
+        if self._shards is not None:
+            self._shards.finish(self._update_checks())
         self._clip_factor = self._scale = None
         self._stepped, self._sums, self._rows_written = True, False, False
         self._finalized.clear()
@@ -527,7 +646,9 @@ class LowRankAdamW(Optimizer):
         self._clip_factor = self._scale = None
         self._sums = self._rows_written = False
         self._finalized.clear()
-        self._unchecked = []
+        self._unchecked, self._sent = [], []
+        if self._shards is not None:
+            self._shards.forget()
         if self._checks is not None and not self._stepped:
             self._checks.clear()  # an abandoned update; after a step `grad_norm` can still be read
         for weight in self._weights.values():
@@ -539,6 +660,7 @@ class LowRankAdamW(Optimizer):
         """As torch's; weights come in the order of the groups, and the keys of a group in that of the alphabet.
 
         So equal runs write equal files, whichever weights were updated first and however often a state was loaded.
+        On a rank of a mesh it has the state of the weights that this rank owns: those of all ranks make the whole.
         Raises RuntimeError where momenta have some gradients of an update that goes on.
         """
         self._check_whole("be saved")
@@ -546,6 +668,9 @@ class LowRankAdamW(Optimizer):
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
         groups = [dict(sorted(group.items())) for group in found["param_groups"]]
+        if self._shards is not None:
+            owned = {weight.index for weight in self._weights.values() if weight.owned}
+            state = {index: entries for index, entries in state.items() if index in owned}
         return {"state": {index: state[index] for index in ids if index in state} | state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -556,7 +681,8 @@ class LowRankAdamW(Optimizer):
         """
         before = {"param_groups": self.param_groups, "state": self.state}
         # The last hook sees what others made of the dict.
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: state_for(self.param_groups, given))
+        part_of = None if self._shards is None else self._part_of_state
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: state_for(self.param_groups, given, part_of))
         try:
             super().load_state_dict(state_dict)
             for weight in self._weights.values():
@@ -567,6 +693,9 @@ class LowRankAdamW(Optimizer):
             raise
         finally:
             handle.remove()
+
+    def _part_of_state(self, param: Tensor, key: str, value: Tensor) -> Tensor | None:
+        return self._weights[param].part_of_state(key, value)
 
     # ---- what the subspaces do
 
@@ -598,6 +727,10 @@ class LowRankAdamW(Optimizer):
             failures = [weight.state["failures"] for weight in weights if weight.state]
             metrics["subspace/failures"] = torch.stack(failures).sum()
         return metrics
+
+
+def _owned(weights: Sequence[Weight]) -> list[Weight]:
+    return [weight for weight in weights if weight.owned]
 
 
 class GaLoreAdamW(LowRankAdamW):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,8 @@ from qgalore.config import SubspaceConfig, complete_group, subspace_of
 from qgalore.update.weight import HOST_STATE
 
 Group = dict[str, Any]
+PartOf = Callable[[Tensor, str, Tensor], Tensor | None]
+"""part_of(parameter, name, entry) -> what is kept of an entry of a state; None for nothing."""
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth",
@@ -32,12 +34,13 @@ _LATER_KEYS = {"norm_growth": 0.0, "second_moment": "value", "cautious_decay": F
 """Keys that came later: what states that do not know them were made with. Options of a subspace have their defaults."""
 
 
-def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
+def state_for(groups: list[Group], saved: dict[str, Any], part_of: PartOf | None = None) -> dict[str, Any]:
     """`saved`, a state dict, with groups as `groups` need them and the state of each parameter under the parameter.
 
     Tensors are copies on the parameter's device (counters: on the CPU), in the dtypes they were saved in; `saved` stays
     as it is. As torch does, the saved hyperparameters are taken; a warning names options of a subspace that were
-    others. Raises ValueError for the state of another optimizer or model.
+    others. part_of: what of each entry is copied, if not all. Raises ValueError for the state of
+    another optimizer or model.
     """
     _check_groups(groups, saved["param_groups"])
     loaded = [complete_group(_LATER_KEYS | group) for group in saved["param_groups"]]
@@ -51,7 +54,9 @@ def state_for(groups: list[Group], saved: dict[str, Any]) -> dict[str, Any]:
         )
     _check_codes_have_state(owners, saved["state"])
     _warn_of_other_subspaces(groups, loaded)
-    state = {owners[key]: _placed(key, entries, owners[key]) for key, entries in saved["state"].items() if entries}
+    state = {
+        owners[key]: _placed(key, entries, owners[key], part_of) for key, entries in saved["state"].items() if entries
+    }
     return saved | {"state": state, "param_groups": loaded}
 
 
@@ -108,11 +113,16 @@ def _check_codes_have_state(owners: Mapping[Any, Tensor], state: Mapping[Any, An
         )
 
 
-def _placed(key: Any, entries: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+def _placed(key: Any, entries: Mapping[str, Any], param: Tensor, part_of: PartOf | None) -> dict[str, Tensor]:
     for name, value in entries.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"the state of parameter {key} has a {type(value).__name__} as {name} where a tensor should be: it was "
                 "saved by another optimizer or in part"
             )
-    return {name: value.to("cpu" if name in HOST_STATE else param.device, copy=True) for name, value in entries.items()}
+    parts = {name: value if part_of is None else part_of(param, name, value) for name, value in entries.items()}
+    return {
+        name: part.to("cpu" if name in HOST_STATE else param.device, copy=True)
+        for name, part in parts.items()
+        if part is not None
+    }

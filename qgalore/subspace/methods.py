@@ -106,6 +106,10 @@ class Identity:
     def settle(self) -> None:
         """Let the schedule be that of updates that were made: takes back a refresh of one that was skipped."""
 
+    def refreshed_tensors(self, with_bases: bool = True) -> list[Tensor]:
+        """What a refresh writes on the device, for other ranks that have tensors of the same shapes."""
+        return []
+
     def bases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The left and the right basis; None for a side that is not projected."""
         return None, None
@@ -272,6 +276,29 @@ class Streaming(Identity):
         if skipped:
             self.schedule.load(before)
             self.schedule.save(self._state)
+
+    def refreshed_tensors(self, with_bases: bool = True) -> list[Tensor]:
+        """See `Identity`."""
+        self.stored.cached.clear()
+        bases = [value for key, value in sorted(self._state.items()) if "_basis" in key and with_bases]
+        return [*bases, self._state["failures"], self._newest_similarity]
+
+    def schedule_row(self) -> list[float]:
+        """The schedule after an update, for the ranks that have not made the refresh; as long at all times."""
+        counters, window = self._state["schedule"].tolist(), self.schedule.window
+        padding = [0.0] * (self.config.queue_size - len(window))
+        return [float(self.similarity is not None), *counters, float(len(window)), *window, *padding]
+
+    def take_schedule(self, row: list[float], skip: Tensor | None) -> None:
+        """Take over `schedule_row` of the rank that has made the refresh, unless the update was skipped."""
+        found, *counters, length = row[:6]
+        before = {key: self._state[key] for key in self.schedule.KEYS}
+        self._state["schedule"] = torch.tensor(counters).to(torch.int64)
+        self._state["similarities"] = torch.tensor(row[6 : 6 + int(length)], dtype=torch.float64)
+        self.schedule.load(self._state)
+        if skip is not None and self.schedule.refreshes > int(before["schedule"][2]):
+            self._unsettled = _FlagForHost(skip), before
+        self.similarity = self._newest_similarity if found else None
 
     def clear(self) -> None:
         """See `Identity`."""

@@ -24,6 +24,9 @@ class WeightGradient:
         """Summed over micro-batches and ranks, ready for the update."""
         self._sums = {GRADIENT: GradientSum(dtype)}
         self._additions = 0
+        self._totals: dict[str, GradientSum] = {}
+        """Of the micro-batches before, summed over ranks, where the owner of a weight sums each."""
+        self._total_additions = 0
         self._last_full: Tensor | None = None
         self._ended, self._micro_batches = True, 0
         """Whether the micro-batch of `_last_full` has ended, and those with a full gradient."""
@@ -70,12 +73,28 @@ class WeightGradient:
         parts = [each.take() for each in self._sums.values() if not each.empty]
         return parts if self._last_full is None else [*parts, self._last_full]
 
+    def take_micro_batch_parts(self) -> list[Tensor]:
+        """What `add_micro_batch` needs the sums of over the ranks, of a micro-batch that is not the last."""
+        return [each.take() for each in self._sums.values() if not each.empty]
+
+    def add_micro_batch(self, summed: list[Tensor]) -> None:
+        """Add `take_micro_batch_parts`, summed over the ranks, to what is kept until the update."""
+        for name, value in zip(self._subspace.sums(), summed, strict=True):
+            total = self._totals.setdefault(name, GradientSum(self._dtype))
+            row = self._rows.write(self._total_additions, self._dtype)
+            total.add(value, row)
+        self._total_additions += 1
+
     def finalize(self, summed: list[Tensor] | None = None) -> None:
         """Make the final gradient, of this rank's sums or of `parts_to_sum` summed over the ranks."""
         full = None
         if summed is not None:
             if self._last_full is not None:
                 *summed, self._last_full = summed
+            if self._totals:
+                self.add_micro_batch(summed)
+                self._sums, self._totals = {GRADIENT: self._sums[GRADIENT]} | self._totals, {}
+                return self.finalize()
             full, *sketches = summed
             for name, value in zip(
                 [name for name in self._sums if name in self._subspace.sides], sketches, strict=True
@@ -97,6 +116,7 @@ class WeightGradient:
         self.final.clear()
         self._sums[GRADIENT].clear()
         self._sums = {GRADIENT: self._sums[GRADIENT]}
+        self._totals, self._total_additions = {}, 0
         self._last_full, self._ended, self._micro_batches = None, True, 0
 
     # ---- under CUDA graphs

@@ -321,24 +321,29 @@ def _update_plain(
         (weight, gradient, factor, start, stop)
         for weight, gradient, factor in zip(weights, gradients, factors, strict=True)
         if gradient is not None
-        for start, stop in moments.row_parts(weight.state, kernels.at_least_1d(weight.param).shape)
+        for start, stop in moments.row_parts(weight.state, weight.moment_shape or torch.Size((1,)))
     ]
     gradients.clear()
     at_once = len(parts) if len(weights) > 1 else 1
     for first in range(0, len(parts), at_once):
         chosen = parts[first : first + at_once]
         steps = [_step_of_rows(*part) for part in chosen]
-        rows = [kernels.rows_of(weight.param.data, start, stop) for weight, _, _, start, stop in chosen]
+        rows = [_rows_of_weight(weight, start, stop) for weight, _, _, start, stop in chosen]
         if update := weights[0].direction.update:
             found = zip(chosen, rows, steps, strict=True)
             update([RowsOfWeight(each, step, part[0].param_group, part[0].step) for part, each, step in found], skip)
             continue
         directions = weights[0].direction.advance(steps, skip)
         updates = [
-            kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=start)
+            kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=weight.first_row + start)
             for (weight, _, _, start, _), each, direction in zip(chosen, rows, directions, strict=True)
         ]
         kernels.update_float_(updates, skip)
+
+
+def _rows_of_weight(weight: Weight, start: int, stop: int) -> Tensor:
+    """Rows of a plain weight, numbered as those of its moments."""
+    return kernels.rows_of(weight.param.data, weight.first_row + start, weight.first_row + stop)
 
 
 def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, start: int, stop: int) -> Step:
@@ -348,6 +353,6 @@ def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, sta
     """
     grad, l2 = rows_of_gradient(gradient, start, stop), weight.param_group["weight_decay"]
     if l2 and not weight.param_group["decoupled_weight_decay"]:
-        grad = kernels.scaled(grad, factor).add(kernels.rows_of(weight.param.data, start, stop), alpha=l2)
+        grad = kernels.scaled(grad, factor).add(_rows_of_weight(weight, start, stop), alpha=l2)
         factor = None
     return weight.prepare_step(grad, factor, moments.rows_of_state(weight.state, start, stop))

@@ -7,7 +7,7 @@ moments, bases or the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ HOST_STATE = ("step", "schedule", "similarities")
 States = MutableMapping[Tensor, dict[str, Tensor]]
 """`torch.optim.Optimizer.state`: a weight without state has no entry."""
 
+FromOwner = Callable[[Tensor, int], Tensor]
+"""from_owner(value, owner) -> what that rank has, for which `value` has room here."""
+
+
+def is_of_subspace(key: str) -> bool:
+    """Whether an entry of a weight's state is needed to project gradients, and so by every rank."""
+    return key in (*HOST_STATE, "failures") or "_basis" in key
+
 
 class Weight:
     """One parameter: its hyperparameters and state, its gradient, its subspace and how steps in it are made."""
@@ -42,6 +50,11 @@ class Weight:
         self.param, self._seed = param, seed
         self.layer: LowRankLinear | None = None
         self.name = ""
+        self.owner, self.owned = 0, True
+        """The rank that keeps the moments and makes the updates, and whether it is this one."""
+        self.rows: tuple[int, int] | None = None
+        """Of a weight that is dealt by rows those start:stop whose moments are here; None for all."""
+        self._from_owner: FromOwner | None = None
 
     def bind(
         self, group: dict[str, Any], states: States, table: StepTable, index: int, position: int, count: int
@@ -68,6 +81,39 @@ class Weight:
         before, self.layer, self.name = self.shape, layer, name
         if self.shape != before:
             self._compose()
+
+    def give_to(self, owner: int, owned: bool, from_owner: FromOwner, rows: tuple[int, int] | None = None) -> None:
+        """Let one of several ranks keep the moments; `owned`: this one, or of some rows. Others are dropped."""
+        self.owner, self.owned, self._from_owner, self.rows = owner, owned, from_owner, rows
+        for key, value in list(self.state.items()):
+            part = self.part_of_state(key, value)
+            if part is None:
+                del self.state[key]
+            elif part is not value:
+                self.state[key] = part.clone()
+
+    def part_of_state(self, key: str, value: Tensor) -> Tensor | None:
+        """What this rank keeps of an entry of the whole state: all, a view of some rows, or None for nothing."""
+        if not self.owned and not is_of_subspace(key):
+            return None
+        if self.rows is None or not value.dim():
+            return value
+        start, stop = self.rows
+        if key.endswith("_absmax"):
+            columns = self.shape[1:].numel()
+            start, stop = start * columns // moments.BLOCK_SIZE, -(-stop * columns // moments.BLOCK_SIZE)
+        return value[start:stop]
+
+    @property
+    def moment_shape(self) -> torch.Size:
+        """The shape of each moment on this rank."""
+        shape = self.subspace.gradient_shape
+        return shape if self.rows is None else torch.Size((self.rows[1] - self.rows[0], *shape[1:]))
+
+    @property
+    def first_row(self) -> int:
+        """The row of the weight to which the first one of the moments belongs."""
+        return 0 if self.rows is None else self.rows[0]
 
     def _compose(self) -> None:
         subspace, shape, config = Identity(self.shape), self.shape, self.config
@@ -119,8 +165,8 @@ class Weight:
             raise ValueError(f"parameter {self.name} is float64: updates are made in float32; convert the model to it")
         if self.layer is None and not self.param.is_contiguous():
             raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
-        if "exp_avg" in self.state and self.state["exp_avg"].shape != self.subspace.gradient_shape:
-            shapes = tuple(self.state["exp_avg"].shape), tuple(self.subspace.gradient_shape)
+        if "exp_avg" in self.state and self.state["exp_avg"].shape != self.moment_shape:
+            shapes = tuple(self.state["exp_avg"].shape), tuple(self.moment_shape)
             raise ValueError(
                 f"the state of {self.name} is that of a gradient of shape {shapes[0]}, not {shapes[1]}: it was saved "
                 "for another model or other param groups"
@@ -137,12 +183,12 @@ class Weight:
         if self.config is not None:
             self.config.check_shape(tuple(self.shape), self.name)
             self._check_feedback(self.config.rounding_feedback)
-        if self.state and self.sums_in_momentum and not momentum_sum.fits(self.state):
+        if self.state and self.owned and self.sums_in_momentum and not momentum_sum.fits(self.state):
             raise ValueError(
                 f"the state of {self.name} has a momentum that gradients cannot be added to: it was saved with other "
                 "param groups, without sum_in_momentum"
             )
-        if self.state:
+        if self.state and self.owned:
             self._check_momentum()
 
     def _check_momentum(self) -> None:
@@ -181,14 +227,15 @@ class Weight:
         self.check()
         self._states[self.param] = self.state
         self.state["step"] = torch.zeros((), dtype=torch.int64)
-        self._init_moments()
+        if self.owned:
+            self._init_moments()
         self.subspace.init_state()
-        if self.param_group["norm_growth"]:
+        if self.owned and self.param_group["norm_growth"]:
             self.state["limited_norm"] = torch.zeros((), device=self.param.device)
 
     def _init_moments(self) -> None:
         """Put moments of zero into the state."""
-        shape, device = self.subspace.gradient_shape, self.param.device
+        shape, device = self.moment_shape, self.param.device
         if parts := self.momentum_format:
             parts.init_state(self.state, self._seeds(START), device)
         elif self.sums_in_momentum:
@@ -318,7 +365,13 @@ class Weight:
             del rotated
 
     def _momentum(self) -> Tensor:
-        return moments.read_moment(self.state, "exp_avg")
+        if self._from_owner is None:
+            return moments.read_moment(self.state, "exp_avg")
+        if self.owned:
+            value = moments.read_moment(self.state, "exp_avg")
+        else:
+            value = torch.empty(self.subspace.gradient_shape, device=self.param.device)
+        return self._from_owner(value, self.owner)
 
     def clear(self) -> None:
         """Forget the gradient, and what was cached or found for the update that goes on."""

@@ -86,12 +86,10 @@ class RecordedRun:
         """How many matrices have which interval between two refreshes now; {} for a run without subspaces."""
         from peft_pretraining.checkpoint.tensor_file import map_file, tensors_in
 
-        path = self.checkpoint / "optimizer.safetensors" if self.checkpoint else None
-        if path is None or not path.is_file():
-            return {}
+        files = sorted(self.checkpoint.glob("optimizer*.safetensors")) if self.checkpoint else []
         found: dict[int, int] = {}
         try:
-            for name, tensor in tensors_in(map_file(path)).items():
+            for name, tensor in (item for path in files for item in tensors_in(map_file(path)).items()):
                 if name.endswith("/schedule") and tensor.numel() == 4:
                     interval = int(tensor[0])
                     found[interval] = found.get(interval, 0) + 1

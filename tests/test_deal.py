@@ -1,0 +1,105 @@
+"""Weights are dealt to ranks so that bytes and time balance: at every shipped model, on paper."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.build import shape_of
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.memory.dealt_states import dealt_weights, states_by_rank
+from peft_pretraining.memory.plan import plan
+from peft_pretraining.memory.planned_run import PlannedRun
+from qgalore.sharding.deal import Load, deal, deals_rows, layer_of, row_ranges
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.json"))
+RANKS = (2, 3, 4, 8, 16, 32, 64)
+
+
+def planned(config: Path, flags: str = "") -> PlannedRun:
+    argv = f"--model_config {config} --batch_size 1 --dataset pydocs --optimizer q_galore_adamw8bit_per_layer {flags}"
+    args = parse_args(argv.split())
+    shape = shape_of(args.model)
+    assert shape is not None
+    return PlannedRun(args, shape)
+
+
+def test_the_name_of_a_layer() -> None:
+    assert layer_of("model.layers.12.mlp.up_proj.weight") == "model.layers.12"
+    assert layer_of("lm_head.weight") == "lm_head.weight"
+
+
+def test_norms_go_along_with_a_matrix_of_their_layer() -> None:
+    loads = [
+        Load("layers.0.a.weight", 400, 4.0), Load("layers.0.norm.weight", 10, 1e-3, True),
+        Load("layers.1.a.weight", 400, 4.0), Load("layers.1.norm.weight", 10, 1e-3, True),
+        Load("norm.weight", 10, 1e-3, True),
+    ]  # fmt: skip
+    assert deal(loads, 2) == [0, 0, 1, 1, 0]
+    assert deal(loads, 1) == [0] * 5
+
+
+@pytest.mark.parametrize("columns", [64, 100, 512, 1000, 4096])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_rows_of_all_ranks_are_all_rows_in_whole_blocks(columns: int, ranks: int) -> None:
+    """So an 8-bit state of some rows is a part of that of all."""
+    ranges = row_ranges((32_003, columns), ranks)
+    assert ranges[0][0] == 0 and ranges[-1][1] == 32_003
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ranges))
+    assert all(start * columns % 256 == 0 and stop > start for start, stop in ranges)
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 2 * 64 + 3
+
+
+@pytest.mark.parametrize("flags", ["--recipe paper", "--rank full"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_bytes_and_time_balance(config: Path, flags: str) -> None:
+    """The fullest rank has a twentieth above the mean, and where weights are few not more than one weight above it."""
+    rank = json.loads(config.read_text())["hidden_size"] // 4
+    weights = dealt_weights(planned(config, flags + (f" --rank {rank}" if "paper" in flags else "")))
+    loads = [weight.load for weight in weights]
+    large = [weight for weight in weights if not weight.load.is_vector]
+    for ranks in RANKS:
+        owners = deal(loads, ranks)
+        assert owners == deal(loads, ranks) and set(owners) <= set(range(ranks))
+        for what in ("states", "values"):
+            of_ranks = [0.0] * ranks
+            for weight, owner in zip(weights, owners, strict=True):
+                by_rows = deals_rows(weight.load, ranks)
+                for rank in range(ranks):
+                    own = weight.load.values * ((1 / ranks) if by_rows else rank == owner)
+                    of_ranks[rank] += weight.bytes_of(rank, owner, ranks) if what == "states" else own
+            mean = sum(of_ranks) / ranks
+            whole = [x for x in large if not deals_rows(x.load, ranks)]
+            largest = max((x.states if what == "states" else x.load.values for x in whole), default=0.0)
+            assert max(of_ranks) <= max(1.05 * mean, mean + largest), (ranks, what)
+            if len(whole) >= 16 * ranks:
+                assert max(of_ranks) <= 1.03 * mean, (ranks, what)
+
+
+@pytest.mark.parametrize("flags", ["--recipe paper --rank 128", "--rank full"])
+def test_states_of_all_ranks_are_those_of_one(flags: str) -> None:
+    run = planned(CONFIGS[0].parent / "llama_130m.json", flags)
+    alone, shared = states_by_rank(run, 1)[0], states_by_rank(run, 4)
+    assert [sum(each) for each in zip(*shared, strict=True)] == pytest.approx(alone, abs=4 * len(run.matrices))
+    lasting = plan(run.args, run.config).lasting
+    failures = 0 if "full" in flags else 8 * 7 * 12  # counters of every rank
+    assert alone[0] + failures == lasting["optimizer states, decoder"]
+    assert alone[1] == lasting["optimizer states, embeddings, head, norms"]
+
+
+def test_the_plan_is_of_the_fullest_rank() -> None:
+    def peak(flags: str) -> int:
+        run = planned(CONFIGS[0].parent / "llama_1b.json", f"--dry_run {flags}")
+        return plan(run.args, run.config).weights_and_states_bytes
+
+    alone, dealt = peak("--recipe paper"), peak("--recipe paper --nproc 8 --shard optimizer")
+    run = planned(CONFIGS[0].parent / "llama_1b.json", "--dry_run --recipe paper --nproc 8 --shard optimizer")
+    most = max(map(sum, states_by_rank(run, 8)))
+    assert alone - dealt == sum(states_by_rank(run, 1)[0]) - most > 0.8 * sum(states_by_rank(run, 1)[0])
+    assert peak("--recipe paper --nproc 8") == alone
+    text = plan(run.args, run.config).table()
+    assert text.startswith("Planned memory of the fullest of 8 ranks (--shard optimizer: optimizer states of ")

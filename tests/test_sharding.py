@@ -1,0 +1,271 @@
+"""Ranks to which weights are dealt hold the bits of ranks that each have everything, and save them together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import run_pretrain
+from peft_pretraining.checkpoint.tensor_file import stored_tensors
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.world import start_world
+from tests import test_layer_graphs
+from tests.small_run import (
+    FULL_RANK,
+    OPTIMIZERS,
+    RECIPE,
+    SmallRun,
+    assert_same_bits,
+    assert_same_run,
+    flags_of,
+    on_ranks,
+)
+from tests.test_data_parallel import assert_close_weights, stop_after
+from tests.test_skipped_updates import Fault, outcome
+
+PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
+STREAMING = PER_LAYER | {"subspace": "streaming"}
+LAZY = {"cos_threshold": 0.0, "queue_size": 2, "update_proj_gap": 1}
+CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZERS} | {
+    "clipping": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},
+    "sgd_clipping": flags_of("sgd") | {"grad_clipping": 0.5},
+    "streaming": STREAMING,
+    "recipe": PER_LAYER | RECIPE,
+    "full_rank": {**FULL_RANK},
+    "momentum_in_parts": FULL_RANK | {"momentum_rank": "1/8"},
+    "fira": STREAMING | {"residual": "fira", "norm_growth": 1.01},
+    "lazy": PER_LAYER | LAZY,
+}
+AT_ONCE = {"total_batch_size": 4}
+"""One micro-batch of two sequences on each of two ranks: updates inside the backward pass."""
+SUMMED: dict[str, dict[str, object]] = {
+    "int8_sums": STREAMING | {"grad_accum_dtype": "int8"},
+    "bfloat16_sums": flags_of("adamw") | {"grad_accum_dtype": "bfloat16"},
+    "low_rank_method": {"method": "low_rank", "rank": 8, "optimizer": "adamw", "lr": 1e-2},
+    "relora": {"method": "relora", "relora_every": 3, "relora_warmup": 0, "rank": 8, "optimizer": "adam", "lr": 1e-2},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path, layers=2)
+
+
+def assert_sharding_changes_nothing(small: SmallRun, flags: dict[str, object]) -> None:
+    flags = {"batch_size": 2, "num_training_steps": 6, "check_replicas": 1, "save_every": 3} | flags
+    replicated = small.run_on(2, "replicated", **flags)
+    sharded = small.run_on(2, "sharded", **flags, shard="optimizer")
+    assert_same_run(replicated, sharded)
+    names = {path.name for path in sharded.checkpoints[-1].iterdir()}
+    assert {"optimizer_00001.safetensors", "optimizer_00001.json", "model_00001.safetensors"} <= names
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_of_one_micro_batch(small: SmallRun, case: str) -> None:
+    assert_sharding_changes_nothing(small, CASES[case] | AT_ONCE)
+
+
+@pytest.mark.parametrize("case", CASES | SUMMED)
+def test_updates_of_several_micro_batches(small: SmallRun, case: str) -> None:
+    assert_sharding_changes_nothing(small, (CASES | SUMMED)[case])
+
+
+# ---- weights with their owners, too
+
+FULL = ["q_galore_adamw8bit_per_layer", "streaming", "recipe", "full_rank", "fira", "adam8bit", "galore_adamw", "lazy"]
+# With a large eps Adam's step is linear in the gradient: it does not amplify rounding, and shows a wrong size as well.
+LINEAR: dict[str, object] = {"lr": 1.0, "adam_eps": 1.0}
+SUMMED_BY_OWNERS: dict[str, tuple[dict[str, object], float]] = {
+    "adamw": (flags_of("adamw") | LINEAR, 1e-3),
+    "svd_clipping": (flags_of("galore_adamw") | LINEAR | {"rotate_moments": True, "grad_clipping": 0.5}, 1e-3),
+    "streaming": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming"}, 1e-3),
+    "fira": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming", "residual": "fira"}, 1e-3),
+    "int8_sums": (flags_of("galore_adamw") | LINEAR | {"rotate_moments": True, "grad_accum_dtype": "int8"}, 0.1),
+}
+"""How far weights may end from those of replicated ranks, as a share of their way: sums over micro-batches have another
+order (`tests/test_data_parallel.py` has what that makes, and what a mistake makes)."""
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_gathered_layers_have_the_bits_of_those_that_stay(small: SmallRun, case: str) -> None:
+    """Three layers for two buffers, and evaluations in which one rank has more batches than the other."""
+    deep = SmallRun(small.folder / "deep", layers=3) if (small.folder / "deep").mkdir() is None else small
+    flags = {"batch_size": 2, "num_training_steps": 6, "check_replicas": 1, "save_every": 3, "eval_every": 2}
+    flags |= CASES[case] | AT_ONCE | {"eval_batch_size": 5}
+    replicated = deep.run_on(2, "replicated", **flags)
+    assert_same_run(replicated, deep.run_on(2, "full", **flags, shard="full"))
+
+
+@pytest.mark.parametrize("case", SUMMED_BY_OWNERS)
+def test_owners_sum_micro_batches(small: SmallRun, case: str) -> None:
+    flags, share = SUMMED_BY_OWNERS[case]
+    flags = {"batch_size": 1, "num_training_steps": 5, "check_replicas": 1, "save_every": 5} | flags
+    replicated = small.run_on(2, "replicated", **flags)
+    full = small.run_on(2, "full", **flags, shard="full")
+    assert full.losses == pytest.approx(replicated.losses, abs=5e-4)
+    assert_close_weights(full, replicated, share)
+
+
+@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit_per_layer", "adamw"])
+def test_a_gathered_run_skips_what_one_rank_finds_not_finite(small: SmallRun, optimizer: str) -> None:
+    flags: dict[str, object] = flags_of(optimizer) | {"batch_size": 2, "num_training_steps": 5, "save_every": 2}
+    flags |= AT_ONCE | {"check_replicas": 1}
+    fault = Fault("gradient", (3,), rank=1)
+    replicated = outcome(small, "replicated", fault, 2, flags)
+    assert_same_run(replicated, outcome(small, "full", fault, 2, flags | {"shard": "full"}))
+
+
+@pytest.mark.parametrize(("ranks", "shard"), [(1, "none"), (2, "optimizer"), (2, "full"), (4, "full")])
+def test_weights_of_owners_are_gone_on_with_in_any_mode(small: SmallRun, ranks: int, shard: str) -> None:
+    """From the checkpoint of gathered layers as from that of replicated ones."""
+    flags = STREAMING | AT_ONCE | {"num_training_steps": 3}
+    small.run_on(2, "whole", **flags)
+    small.run_on(2, "parts", **flags, shard="full")
+    for name in ("whole", "parts"):
+        again = flags | {"num_training_steps": 5, "continue_from": "auto", "batch_size": 4 // ranks}
+        argv = small.argv(name, again)
+        assert on_ranks(ranks, run_pretrain.main, [*argv, "--shard", shard]) == [0] * ranks
+    assert_same_run(small.result("whole"), small.result("parts"))
+
+
+def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
+    flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
+    whole = small.run_on(2, "whole", **flags)
+    argv = small.argv("parts", flags | {"continue_from": "auto"})
+    assert on_ranks(2, stop_after, 3, argv) == [0, 0]
+    assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
+    assert_same_run(whole, small.result("parts"))
+
+
+# ---- embeddings and head
+
+
+BY_ROWS: dict[str, dict[str, object]] = {
+    "q_galore": PER_LAYER | AT_ONCE,
+    "full_rank": FULL_RANK | {"full_rank_second_moment": "row", "norm_growth": 0},
+    "adam8bit": flags_of("adam8bit") | {"grad_accum_dtype": "bfloat16"},
+    "adam": flags_of("adam") | {"weight_decay": 0.1},
+    "limited": PER_LAYER | AT_ONCE | {"norm_growth": 1.01, "lr": 1.0, "adam_eps": 1.0},
+    "clipping": flags_of("galore_adamw") | {"grad_clipping": 0.5, "lr": 1.0, "adam_eps": 1.0},
+}
+"""Of the last two the norm of a gradient is a factor, and that of rows is summed in another order."""
+
+
+@pytest.mark.parametrize("case", BY_ROWS)
+def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> None:
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
+    flags = {"batch_size": 2, "num_training_steps": 4, "check_replicas": 1, "save_every": 2} | BY_ROWS[case]
+    replicated = small.run_on(2, "replicated", **flags)
+    sharded = small.run_on(2, "sharded", **flags, shard="optimizer")
+    one, two = replicated.checkpoint(), sharded.checkpoint()
+    if case in ("limited", "clipping"):
+        assert sharded.losses == pytest.approx(replicated.losses, rel=1e-6)
+        assert_close_weights(sharded, replicated, 1e-4)
+    else:
+        assert sharded.losses == replicated.losses
+        assert_same_bits(one.model_tensors, two.model_tensors, "model")
+        assert_same_bits(one.optimizer_state, two.optimizer_state, "optimizer")
+    norms = [[line["train/grad_norm"] for line in run.train_lines] for run in (sharded, replicated)]
+    # Sums of a quarter of a million squares in float32.
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    part = stored_tensors(sharded.checkpoints[-1] / "optimizer_00001.safetensors")
+    moments = {name: each.shape for name, each in part.items() if name.endswith("/exp_avg")}
+    assert [shape for shape in moments.values() if shape[0] in (2047, 2051)], "rows of both tables, as whole blocks"
+    small.copy("sharded", "alone")  # of which one rank makes the whole again
+    again = flags | {"num_training_steps": 5, "batch_size": flags.get("total_batch_size", 8), "continue_from": "auto"}
+    for name in ("replicated", "alone"):
+        small.run(name, **again)
+    if case not in ("limited", "clipping"):
+        assert_same_bits(
+            small.result("replicated").checkpoint().model_tensors, small.result("alone").checkpoint().model_tensors
+        )
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit_per_layer", "adamw", "sgd"])
+def test_what_one_rank_finds_not_finite_all_skip(small: SmallRun, optimizer: str, where: str) -> None:
+    """Per layer the gradient of the lowest weight comes too late, and the run goes back."""
+    flags: dict[str, object] = flags_of(optimizer) | {"batch_size": 4, "num_training_steps": 5, "save_every": 2}
+    fault = Fault(where, (3,), rank=1)
+    replicated = outcome(small, "replicated", fault, 2, flags | {"check_replicas": 1})
+    sharded = outcome(small, "sharded", fault, 2, flags | {"check_replicas": 1, "shard": "optimizer"})
+    assert_same_run(replicated, sharded)
+    goes_back = where == "gradient" and optimizer.endswith("per_layer")
+    assert ("going back" in (small.folder / "sharded.log").read_text()) == goes_back
+    assert goes_back or [line["train/skipped"] for line in sharded.train_lines] == [0, 0, 0, 1, 0]
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("shard", ["none", "optimizer"])
+def test_a_checkpoint_in_parts_is_gone_on_with_by_any_ranks(small: SmallRun, ranks: int, shard: str) -> None:
+    """As from one file: the run that goes on cannot tell who wrote what it reads."""
+    flags = STREAMING | {"num_training_steps": 3, "total_batch_size": 8}
+    small.run_on(2, "whole", **flags)
+    small.run_on(2, "parts", **flags, shard="optimizer")
+    for name in ("whole", "parts"):
+        argv = small.argv(name, flags | {"num_training_steps": 5, "continue_from": "auto", "batch_size": 2})
+        assert on_ranks(ranks, run_pretrain.main, [*argv, "--shard", shard]) == [0] * ranks
+    assert small.result("parts").checkpoint().update_step == 5
+    assert_same_run(small.result("whole"), small.result("parts"))
+
+
+@pytest.mark.parametrize("case", ["q_galore_adamw8bit_per_layer", "adafactor", "muon"])
+def test_a_stopped_run_goes_on_with_the_same_bits(small: SmallRun, case: str) -> None:
+    flags = flags_of(case) | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "optimizer"}
+    whole = small.run_on(2, "whole", **flags)
+    argv = small.argv("parts", flags | {"continue_from": "auto"})
+    assert on_ranks(2, stop_after, 3, argv) == [0, 0]
+    assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
+    assert_same_run(whole, small.result("parts"))
+
+
+def test_a_missing_or_damaged_part_is_named_and_an_older_checkpoint_taken(small: SmallRun) -> None:
+    flags = PER_LAYER | {"num_training_steps": 4, "save_every": 2, "shard": "optimizer", "batch_size": 2}
+    whole = small.run_on(2, "run", **flags)
+    before = whole.checkpoint()
+    newest = whole.checkpoints[-1]
+    for name in ("optimizer_00001.safetensors", "model_00001.safetensors", "optimizer_00001.json"):
+        kept = small.folder / "kept"
+        shutil.copytree(newest, kept)
+        (newest / name).unlink()
+        log = small.folder / f"log_{name}"
+        argv = small.argv("run", flags | {"continue_from": "auto"})
+        assert on_ranks(2, run_pretrain.main, argv, log=log) == [0, 0]
+        assert f"step_00000004 refused: {name} is missing: take an older checkpoint" in log.read_text()
+        again = small.result("run").checkpoint()
+        assert_same_bits(again.model_tensors, before.model_tensors)
+        assert_same_bits(again.optimizer_state, before.optimizer_state)
+        shutil.rmtree(kept)
+
+
+# ---- CUDA graphs, as recorded on a CPU
+
+
+def losses_and_hash(folder: Path, flags: str, graphs: bool) -> None:
+    """A rank that trains a little, and writes what came of it."""
+    world = start_world("cpu", StopRequest())
+    with pytest.MonkeyPatch.context() as patch:
+        if graphs:
+            test_layer_graphs.record_graphs(patch)
+        else:
+            test_layer_graphs.skip_for_kernels(patch)
+        losses, digest, model = test_layer_graphs.trained(folder, "cpu", flags, mesh=world.shard_mesh("optimizer"))
+        assert not graphs or model.model.run_layers.replays
+    (folder / f"{'graphs' if graphs else 'plain'}_{world.rank}.json").write_text(json.dumps([losses, digest]))
+    world.close()
+
+
+@pytest.mark.parametrize("case", ["streaming", "svd", "full rank", "fira, limited", "int8 sums", "clipping"])
+def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
+    flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
+    for graphs in (False, True):
+        log = tmp_path / "log"
+        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, log=log) == [0, 0], log.read_text()
+    for rank in range(2):
+        assert (tmp_path / f"plain_{rank}.json").read_text() == (tmp_path / f"graphs_{rank}.json").read_text()
