@@ -192,8 +192,8 @@ METHODS: Mapping[str, Method] = {
     "galore": Method("GaLore", lambda recipe: {"--lr": recipe.galore_lr}, _galore),
     "q_galore": Method("Q-GaLore (the paper's)", lambda recipe: {"--lr": recipe.q_galore_lr}, _q_galore),
     "muon": Method("Muon", lambda recipe: {"--lr": 4e-3, "--full_rank_lr": 4e-2}, _muon),
-    "recipe": Method("default recipe", _own_rate, lambda *_: SETTINGS["q_galore_recipe_per_layer"]),
-    "full_rank": Method("`--recipe full_rank`", _own_rate, lambda *_: SETTINGS["full_rank_recipe"]),
+    "recipe": Method("`--recipe orthogonal`", _own_rate, lambda *_: SETTINGS["q_galore_recipe_per_layer"]),
+    "full_rank": Method("`--recipe full_rank`, the default", _own_rate, lambda *_: SETTINGS["full_rank_recipe"]),
 }
 
 

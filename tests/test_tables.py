@@ -116,7 +116,7 @@ def test_a_run_that_fails_keeps_its_error_and_the_table_goes_on(place: Place) ->
     failed, done = place.rows()
     assert "--rank is 999" in failed["error"] and failed["perplexity"] == "" and done["error"] == ""
     text = (place.folder / "table.md").read_text()
-    assert "| default recipe | failed |  |" in text and f"- small recipe, seed 0: {failed['error']}" in text
+    assert "| `--recipe orthogonal` | failed |  |" in text and f"- small recipe, seed 0: {failed['error']}" in text
     argv = ["--methods", "recipe,full", "--extra=--dtype float32 --eval_tokens 600 --rank 999"]
     place.trained.clear()
     assert place.main(*argv) == 0 and place.trained == []

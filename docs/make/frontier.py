@@ -12,8 +12,8 @@ _LABELS = {
     "adam8bit_tuned": ("8-bit AdamW, tuned", "0.45"),
     "muon": ("Muon, tuned", "0.45"),
     "q_galore_streaming_20": ("the published Q-GaLore, streaming subspace", "C0"),
-    "q_galore_recipe_per_layer": ("default recipe", "C3"),
-    "full_rank": ("--recipe full_rank", "C3"),
+    "q_galore_recipe_per_layer": ("--recipe orthogonal", "C0"),
+    "full_rank": ("the default", "C3"),
 }
 _MUON = ("muon", "--lr 4e-3 --weight_decay 1.0 --full_rank_lr 4e-2 --full_rank_weight_decay 0")
 _ABOVE = 56.0

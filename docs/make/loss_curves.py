@@ -9,7 +9,7 @@ from docs.make.csv_rows import rows_of
 _METHODS = {
     "adamw": ("AdamW, rates not tuned for this model", "0.55"),
     "paper": ("Q-GaLore, --recipe paper", "C0"),
-    "recipe": ("Q-GaLore, default recipe", "C3"),
+    "recipe": ("Q-GaLore, --recipe orthogonal", "C3"),
 }
 
 
