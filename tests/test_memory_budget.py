@@ -127,6 +127,44 @@ def test_what_the_user_gives_stays(flags: str, kept: dict[str, object]) -> None:
         assert each.args.batch.total_batch_size == 8
 
 
+UNASKED = "--optimizer q_galore_adamw8bit_per_layer --batch_size 1 --total_batch_size 8"
+"""With sums over micro-batches, which are smaller in a subspace."""
+
+
+def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path) -> None:
+    """Where it does not fit; a flag or the checkpoint of a run that goes on keeps it."""
+    found, card = Candidates([*argv("1b", UNASKED), "--memory_budget", "1GB"]), CARDS["h100"]
+    least = found.own_smallest.needs
+    full, below = found.choose(least, card), found.choose(least - 1, card)
+    assert full is not None and "--recipe" not in full.flags and full.args.subspace.rank == "full"
+    assert below is not None and below.flags[:2] == ("--recipe", "orthogonal") and below.needs < least
+    args = parse_args([*argv("1b", UNASKED), *below.flags])
+    assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_ranks
+    assert plan(args, read_config(args.model.model_config)).peak_bytes == below.peak
+    assert found.smallest.needs < below.needs, "of a smaller rank"
+    assert found.choose(found.smallest.needs - 1, card) is None
+    for asked in ("--recipe full_rank", "--rank full"):
+        given = Candidates([*argv("1b", f"{UNASKED} {asked}"), "--memory_budget", "1GB"])
+        assert given.choose(least, card) is not None and given.choose(least - 1, card) is None
+    (tmp_path / MANIFEST).touch()
+    for recipe, falls_back in (("full_rank", False), ("orthogonal", True)):
+        (tmp_path / "state.json").write_text(json.dumps({"recipe": recipe}))
+        goes_on = Candidates([*argv("1b", f"{UNASKED} --continue_from {tmp_path}"), "--memory_budget", "1GB"])
+        assert goes_on.in_subspace is None
+        again = goes_on.choose(least - 1, card)
+        assert (again is not None and again.needs == below.needs) == falls_back
+
+
+def test_without_a_budget_the_card_decides_on_the_full_rank() -> None:
+    flags = argv("1b", f"{UNASKED}")
+    candidates_ = Candidates(flags)
+    unrounded = [each for each in candidates_.steps[0] if "--int8_activations" not in each.flags]
+    least = min(each.needs for each in unrounded)
+    assert within_card(flags, 1, "run_pretrain.py", least, CARDS["h100"]).subspace.rank == "full"
+    args = within_card(flags, 1, "run_pretrain.py", least - 1, CARDS["h100"])
+    assert args.subspace.rank == 896 and "--recipe orthogonal" in args.notes[-1]
+
+
 def test_a_smaller_rank_only_where_nothing_else_fits() -> None:
     found, card = candidates("1b", "default"), CARDS["h100"]
     least = min(each.needs for each in itertools.chain(*found.steps))

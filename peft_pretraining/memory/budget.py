@@ -1,11 +1,12 @@
 """The fastest settings of a run whose planned memory stays below a budget: `--memory_budget`.
 
-What is chosen are flags: the same command with them is the same run. Settings are tried in three steps:
+What is chosen are flags: the same command with them is the same run. Settings are tried step by step:
 
 1. micro-batches that divide the total batch, the first so many layers computed again, gate and up kept in INT8;
 2. sums over micro-batches in INT8 as well: where nothing else fits, or where it makes an update faster by 5 %;
 3. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
-   the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast.
+   the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast;
+4. where the full rank is a default, which no flag asks for, and does not fit: all of this with `--recipe orthogonal`.
 
 Of the settings of a step that fit, the one of the least counted time of an update is taken (`peft_pretraining.speed`).
 Where others are as fast to one per cent, one that rounds nothing goes before one that does, then one that computes
@@ -27,6 +28,7 @@ import torch
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.config.flags import format_size, parse_whole
+from peft_pretraining.config.named_method import recorded_method
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
@@ -43,6 +45,7 @@ UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
+IN_SUBSPACE = ("--recipe", "orthogonal")
 MOST_COUNTS = 20
 """Numbers of recomputed layers that are tried, so that a large model is planned as fast as a small one."""
 SHARE_OF_CARD, MARGIN = 0.94, 0.03
@@ -90,6 +93,9 @@ class Candidate:
 class Candidates:
     """All settings that a command line leaves open, step by step."""
 
+    recipe_flags: tuple[str, ...] = ()
+    """Flags of every candidate."""
+
     def __init__(self, argv: Sequence[str], world_size: int = 1, defaults: Collection[str] = ()) -> None:
         """argv: of `run_pretrain.py`; --batch_size may be left out beside --total_batch_size.
 
@@ -114,8 +120,8 @@ class Candidates:
 
     def choose(self, budget: int, card: Card) -> Candidate | None:
         """The fastest candidate on a card that fits into so many bytes; None if there is none."""
-        if self.smallest.needs > budget:
-            return None
+        if self.own_smallest.needs > budget:
+            return self.in_subspace.choose(budget, card) if self.in_subspace else None
         for steps, worth in ((self.steps, WORTH_ROUNDING), (self.lower_ranks, WORTH_A_RANK)):
             if found := [each for step in steps if (each := _fastest(step, budget, card))]:
                 limit = worth * min(each.seconds(card) for each in found)
@@ -123,9 +129,27 @@ class Candidates:
         return None
 
     @cached_property
+    def in_subspace(self) -> _InSubspace | None:
+        """The same command line with a subspace; None where its rank or recipe is chosen, by a flag or a checkpoint."""
+        first = self._sizes[-1][1]
+        chosen = "recipe" in self._given or first.optimizer.recipe != "full_rank" or "rank" in self._given
+        if chosen or not first.optimizer.is_low_rank or _goes_on_with_recipe(first):
+            return None
+        try:
+            return _InSubspace([*self._argv, *IN_SUBSPACE], self._world_size)
+        except UserError:  # of other flags, such as those of a full momentum
+            return None
+
+    @cached_property
+    def own_smallest(self) -> Candidate:
+        """The candidate of the least memory of those with the recipe of the command line."""
+        return min(itertools.chain(*self.steps, *self.lower_ranks[-1:]), key=lambda each: each.needs)
+
+    @property
     def smallest(self) -> Candidate:
         """The candidate of the least memory."""
-        return min(itertools.chain(*self.steps, *self.lower_ranks[-1:]), key=lambda each: each.needs)
+        found = [self.own_smallest, *([self.in_subspace.smallest] if self.in_subspace else [])]
+        return min(found, key=lambda each: each.needs)
 
     # ---- what is open
 
@@ -214,8 +238,21 @@ class Candidates:
                 subspace=dataclasses.replace(args.subspace, rank=rank) if rank else args.subspace,
             )
             lower = ("--rank", str(rank)) if rank else ()
-            found.append(Candidate((*size, *keep, *add, *lower), changed, self.config, self._lasting))
+            flags = (*self.recipe_flags, *size, *keep, *add, *lower)
+            found.append(Candidate(flags, changed, self.config, self._lasting))
         return found
+
+
+class _InSubspace(Candidates):
+    """The settings of a command line that `IN_SUBSPACE` ends, which are flags of each."""
+
+    recipe_flags = IN_SUBSPACE
+
+
+def _goes_on_with_recipe(args: RunArgs) -> bool:
+    """Whether a run goes on from a checkpoint that says what its recipe is."""
+    source = {"continue_from": args.checkpoint.continue_from, "save_dir": args.checkpoint.save_dir}
+    return "recipe" in recorded_method({**source, "optimizer": args.optimizer.optimizer})
 
 
 def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -298,8 +335,9 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
     """Read a command line without --memory_budget for a card of which a run may take so many bytes.
 
     Where its plan is beyond that, the first layers are computed again, as few as that needs; and where no --batch_size
-    is given, but a --total_batch_size, the fastest micro-batch is chosen. Nothing is rounded for it, and a run that
-    fits, or that cannot be made to, is left as it is, which a warning then tells. Raises UserError.
+    is given, but a --total_batch_size, the fastest micro-batch is chosen; where the full rank is a default and does not
+    fit so, the same with `IN_SUBSPACE`. Nothing is rounded for it, and a run that fits, or that cannot be made to, is
+    left as it is, which a warning then tells. Raises UserError.
     """
     has_batch = _is_given(argv, "batch_size")
     if not has_batch and not _is_given(argv, "total_batch_size"):
@@ -310,7 +348,9 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
         if config is None or Candidate((), args, config, {}).needs <= budget:
             return args
     candidates = Candidates(argv, world_size)
-    chosen = _fastest([each for each in candidates.steps[0] if "--int8_activations" not in each.flags], budget, card)
+    chosen = _fastest_unrounded(candidates, budget, card)
+    if chosen is None and candidates.in_subspace is not None:
+        chosen = _fastest_unrounded(candidates.in_subspace, budget, card)
     if chosen is None and has_batch:
         return args
     if chosen is None:
@@ -323,6 +363,10 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
         f"{_with_unit(chosen.peak)} planned at the peak; --memory_budget chooses more, and flags that are given stay"
     )
     return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, told))
+
+
+def _fastest_unrounded(candidates: Candidates, budget: int, card: Card) -> Candidate | None:
+    return _fastest([each for each in candidates.steps[0] if "--int8_activations" not in each.flags], budget, card)
 
 
 def in_words(chosen: Candidate, card: Card) -> str:
