@@ -91,8 +91,9 @@ def test_every_block_and_every_picture_is_shown_somewhere() -> None:
         assert f"{Path(path).parent.name}/{Path(path).name})" in text, path
 
 
-def test_a_bar_in_a_cell_is_escaped() -> None:
-    assert table(["a", "b"], [["x|y", "z"]]).splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y | z |"]
+def test_bars_and_tags_in_a_cell_are_escaped() -> None:
+    made = table(["a", "b"], [["x|y <z>", "`<code>` < 1"]])
+    assert made.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y &lt;z> | `<code>` &lt; 1 |"]
 
 
 # ---- reference
