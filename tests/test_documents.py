@@ -246,7 +246,7 @@ def test_the_figures_in_the_readmes_sentences_are_those_of_rows() -> None:
     assert round(1 / min(small)) == 7 and round(1 / max(small)) in (4, 5)
     capped = memory_tables.measured_7b()
     assert capped and f"needs {float(capped['run_peak_gb']):.1f} GB on one NVIDIA GPU" in text
-    assert f"alone are {8 * PARAMETERS_OF_7B / 1e9:.0f}." in text
+    assert f"alone are {8 * PARAMETERS_OF_7B / 1e9:.0f} GB." in text
 
 
 def test_the_readmes_commands_are_those_of_the_program() -> None:
