@@ -15,8 +15,9 @@ from urllib.parse import unquote
 import pytest
 
 from docs.make import __main__ as command
-from docs.make import flags_page, generated, pictures, rooms_page
+from docs.make import flags_page, generated, memory_tables, pictures, rooms_page, speed_tables
 from docs.make.markdown import table
+from docs.make.update_flow import PARAMETERS_OF_7B
 from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.run_config import GROUPS
 from peft_pretraining.reporting.jsonl import read_metrics
@@ -91,8 +92,9 @@ def test_every_block_and_every_picture_is_shown_somewhere() -> None:
         assert f"{Path(path).parent.name}/{Path(path).name})" in text, path
 
 
-def test_a_bar_in_a_cell_is_escaped() -> None:
-    assert table(["a", "b"], [["x|y", "z"]]).splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y | z |"]
+def test_bars_and_tags_in_a_cell_are_escaped() -> None:
+    made = table(["a", "b"], [["x|y <z>", "`<code>` < 1"]])
+    assert made.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y &lt;z> | `<code>` &lt; 1 |"]
 
 
 # ---- reference
@@ -222,6 +224,29 @@ def test_the_readme_is_one_page_with_its_two_commands() -> None:
 
 def test_the_readme_says_what_was_not_measured() -> None:
     assert "**No consumer card was measured**" in README.split("## What fits which card")[1].split("\n## ")[0]
+
+
+def test_the_figures_in_the_readmes_sentences_are_those_of_rows() -> None:
+    plain, recomputed = [], []
+    for model in speed_tables.MODELS:
+        found = {method: (float(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"]))
+                 for method, row in speed_tables.comparison(model).items()}  # fmt: skip
+        speed, peak = found["adamw_compiled"]
+        plain.append((found["q_galore"][0] / speed, found["q_galore"][1] / peak))
+        recomputed.append((found["q_galore_checkpointing"][0] / speed, found["q_galore_checkpointing"][1] / peak))
+    speeds, shares = zip(*plain, strict=True)
+    text = " ".join(README.split())
+    assert (
+        f"{100 * min(speeds) - 100:.0f} to {100 * max(speeds) - 100:.0f} % faster than that in half to two thirds"
+        in text
+    )
+    assert min(shares) > 0.49 and max(shares) < 0.68
+    slower, small = zip(*recomputed, strict=True)
+    assert f"a seventh to a quarter of it, at {min(slower):.2f} to {max(slower):.2f} of the speed" in text
+    assert round(1 / min(small)) == 7 and round(1 / max(small)) in (4, 5)
+    capped = memory_tables.measured_7b()
+    assert capped and f"needs {float(capped['run_peak_gb']):.1f} GB on one NVIDIA GPU" in text
+    assert f"alone are {8 * PARAMETERS_OF_7B / 1e9:.0f} GB." in text
 
 
 def test_the_readmes_commands_are_those_of_the_program() -> None:

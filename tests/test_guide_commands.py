@@ -12,6 +12,9 @@ import pytest
 
 import run_pretrain
 from peft_pretraining.commands import main as qgalore
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.memory.plan import plan
+from peft_pretraining.models.registry import read_config
 from tests.data.files import write_texts
 from tests.small_run import CONFIG, ROOT, restored_process
 from tests.test_guide import documents
@@ -118,6 +121,18 @@ def test_the_shared_flags_of_the_pages_can_be_parsed(place: Path) -> None:
         shared, _ = shared_and_commands(page)
         with restored_process():
             assert run_pretrain.main([*shared, "--dry_run"]) == 0
+
+
+def test_the_bytes_of_recipes_on_the_page_are_those_of_the_plan() -> None:
+    def planned(model: str, recipe: str) -> float:
+        flags = f"--model_config {model} --optimizer q_galore_adamw8bit_per_layer --recipe {recipe} --batch_size 16"
+        args = parse_args(f"{flags} --device cuda".split())
+        return plan(args, read_config(args.model.model_config)).weights_and_states_bytes / 1e9
+
+    text = (GUIDE / "which_recipe.md").read_text(encoding="utf-8")
+    assert planned("130m", "full_rank") < planned("130m", "orthogonal")
+    assert planned("350m", "full_rank") > planned("350m", "orthogonal")
+    assert f"plan {planned('7b', 'full_rank'):.1f} GB" in text and f"has {planned('7b', 'orthogonal'):.1f})" in text
 
 
 def test_each_recipe_of_the_page_trains(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "speed of large models": speed_tables.large_models,
 }
 """Blocks by the name in their first mark, `<!-- begin: NAME -->`; the second is `<!-- end -->`."""
-WITH_BLOCKS = ("README.md", "docs/results/*.md", "docs/explain/*.md", "docs/guide/*.md")
+WITH_BLOCKS = ("README.md", "docs/*.md", "docs/results/*.md", "docs/explain/*.md", "docs/guide/*.md")
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[^`]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
