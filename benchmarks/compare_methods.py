@@ -233,8 +233,12 @@ def others(
     packages: tuple[str, ...] = (),
     svd_excluded: bool = False,
     use_hf_model: bool = False,
+    make_loss: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None,
 ) -> Training:
-    """Train our LLaMA with all logits at once, as other code does, and with another project's optimizer."""
+    """Train our LLaMA with all logits at once, as other code does, and with another project's optimizer.
+
+    make_loss: of the model, instead of `mean_loss`.
+    """
     options = ModelArgs(
         str(setting.config),
         use_hf_model=use_hf_model,
@@ -245,7 +249,7 @@ def others(
     model = build_model(options, setting.device, setting.seed, on_module)
     optimizer = make_optimizer(model, setting.rank, **ADAM)
     batches = token_ids(setting, model.config.vocab_size)
-    loss_of = mean_loss(model)
+    loss_of = (make_loss or mean_loss)(model)
     if isinstance(model, LlamaForCausalLM):
         model.model.run_layers = LayersInTurn(model)
     if compile_model and setting.compile:
@@ -324,6 +328,37 @@ def adam8bit_bitsandbytes(setting: Setting) -> Training:
     return others(setting, compare_peers.adam8bit, True, packages=("bitsandbytes",))
 
 
+def adamw8bit_torchao(setting: Setting) -> Training:
+    """Train with torchao's 8-bit AdamW, model and loss compiled."""
+    return others(setting, compare_peers.adamw8bit_torchao, True, packages=("torchao",))
+
+
+def adamw_compiled_float8_tensorwise(setting: Setting) -> Training:
+    """Train like `adamw_compiled` under torchao's float8 training, one scale a tensor."""
+    return others(setting, compare_peers.in_float8("tensorwise"), True, packages=("torchao",))
+
+
+def adamw_compiled_float8_rowwise(setting: Setting) -> Training:
+    """Train like `adamw_compiled` under torchao's float8 training, one scale a row."""
+    return others(setting, compare_peers.in_float8("rowwise"), True, packages=("torchao",))
+
+
+def adamw_liger(setting: Setting) -> Training:
+    """Train transformers' LLaMA with Liger's kernels and loss, and torch's fused AdamW; nothing is compiled."""
+    if setting.device.type != "cuda":
+        raise UserError("adamw_liger: Liger's kernels need a CUDA GPU")
+    compare_peers.apply_liger()
+
+    def make(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **adam)
+
+    def loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return compare_peers.liger_loss(model, IGNORE_INDEX)
+
+    packages = ("liger-kernel", "transformers")
+    return others(setting, make, False, packages=packages, use_hf_model=True, make_loss=loss)
+
+
 def galore_torch(setting: Setting) -> Training:
     """Train with galore-torch's GaLoreAdamW8bit, model and loss compiled."""
     return others(setting, compare_peers.galore, True, packages=("galore-torch", "bitsandbytes"), svd_excluded=True)
@@ -352,6 +387,10 @@ METHODS: Mapping[str, Callable[[Setting], Training]] = {
     "adamw_compiled_transformers": adamw_compiled_transformers,
     "adamw": adamw,
     "adam8bit_bitsandbytes": adam8bit_bitsandbytes,
+    "adamw8bit_torchao": adamw8bit_torchao,
+    "adamw_compiled_float8_tensorwise": adamw_compiled_float8_tensorwise,
+    "adamw_compiled_float8_rowwise": adamw_compiled_float8_rowwise,
+    "adamw_liger": adamw_liger,
     "galore_torch": galore_torch,
     "apollo_torch": apollo_torch,
     "q_galore_torch": q_galore_torch,

@@ -1,6 +1,6 @@
 """Optimizers of other projects for `benchmarks/compare.py`, brought onto today's bitsandbytes when they are imported.
 
-    pip install bitsandbytes galore-torch apollo-torch q-galore-torch
+    pip install bitsandbytes galore-torch apollo-torch q-galore-torch torchao liger-kernel
 
 Nothing of their code is in this repository (apollo-torch's licence, CC-BY-NC, would not allow it). What is adapted, for
 galore-torch 1.0, apollo-torch 1.0.3 and q-galore-torch 1.0 on bitsandbytes 0.49 and 0.50:
@@ -12,7 +12,8 @@ galore-torch 1.0, apollo-torch 1.0.3 and q-galore-torch 1.0 on bitsandbytes 0.49
   two functions of bitsandbytes without the arguments `beta3` and `alpha` that now stand in the middle.
 - q-galore-torch on PyPI has the optimizer alone. The INT8 linear layer that feeds it is only in its repository;
   `Int8Linear` is one that keeps to what the optimizer reads, with the optimizer's own quantization.
-- apollo-torch's AdamW needs nothing.
+- apollo-torch's AdamW needs nothing, nor do torchao's 8-bit AdamW and its float8 training, 0.18, and Liger 0.8.5, whose
+  kernels need a GPU.
 
 All of them refresh their projection at the first update and, with the gap given here, never again: the warm-up has the
 SVDs, the timed updates have none.
@@ -41,6 +42,52 @@ def adam8bit(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
     import bitsandbytes
 
     return bitsandbytes.optim.Adam8bit(model.parameters(), **adam)
+
+
+def adamw8bit_torchao(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
+    """torchao's AdamW with 8-bit states for all parameters, bfloat16 weights rounded stochastically."""
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(model.parameters(), weight_decay=0.0, bf16_stochastic_round=True, **adam)
+
+
+def in_float8(recipe: str) -> Callable[..., torch.optim.Optimizer]:
+    """torch's fused AdamW for a model whose decoder matrices torchao multiplies in float8, all three products.
+
+    recipe: of `torchao.float8.Float8LinearConfig`: tensorwise, rowwise, rowwise_with_gw_hp.
+    """
+
+    def make(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        chosen = set(low_rank_names(model))
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in chosen)
+        return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **adam)
+
+    return make
+
+
+def apply_liger() -> None:
+    """Let transformers' LLaMA use Liger's kernels for norms, rotation and SwiGLU from now on; its loss is apart."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def liger_loss(model: Any, ignore_index: int) -> Callable[[Tensor], Tensor]:
+    """The mean cross-entropy of token ids (B, L) by Liger's fused loss, which makes no logits as a whole."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss, network = LigerFusedLinearCrossEntropyLoss(ignore_index=ignore_index), model._network[0]
+
+    def loss_of(input_ids: Tensor) -> Tensor:
+        hidden = network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=ignore_index)
+        found: Tensor = loss(network.get_output_embeddings().weight, hidden.flatten(0, 1), targets.flatten())
+        return found
+
+    return loss_of
 
 
 def galore(model: nn.Module, rank: int, **adam: Any) -> torch.optim.Optimizer:

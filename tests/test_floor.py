@@ -9,6 +9,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.speed import update_passes
 from peft_pretraining.speed.passes import EIGHT_BIT_SPEED, Ceilings, Pass, moved, product, quantized_bytes, seconds
 from peft_pretraining.speed.update_passes import Setting, adamw, all_passes, q_galore
+from qgalore.config import FP8_PRODUCTS, INT8_PRODUCTS
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -48,7 +49,7 @@ def test_a_product_reads_its_operands_and_writes_its_result() -> None:
 
 def test_products_of_8_bits_by_hand() -> None:
     """Four inputs are rounded (queries, keys and values share one, gate and up another), and seven gradients."""
-    s = replace(TINY, rounds_products=True)
+    s = replace(TINY, products=INT8_PRODUCTS)
     values = [16 * 16] * 4 + [16 * 32] * 3
     forward = q_galore(s)[update_passes.FORWARD]
     assert operations(forward) == pytest.approx(2 * TOKENS * DECODER / EIGHT_BIT_SPEED)
@@ -57,6 +58,13 @@ def test_products_of_8_bits_by_hand() -> None:
     backward = q_galore(s)[update_passes.INPUT_GRADIENTS]
     rounded, factors = 3 * TOKENS * (5 * 16 + 2 * 32), sum(values) + TOKENS * (5 * 16 + 2 * 32)
     assert sum(p.nbytes for p in backward) == rounded + factors + 2 * TOKENS * (6 * 16 + 32)
+    # In FP8 queries, keys and values have one product, and gate and up: three results fewer, and as many read less.
+    fp8 = q_galore(replace(s, products=FP8_PRODUCTS))
+    assert operations(fp8[update_passes.INPUT_GRADIENTS]) == operations(backward)
+    fewer = [sum(p.nbytes for p in passes) for passes in (backward, fp8[update_passes.INPUT_GRADIENTS])]
+    assert fewer[0] - fewer[1] == 2 * TOKENS * 3 * 16
+    between = [sum(p.nbytes for p in found[update_passes.POINTWISE]) for found in (q_galore(s), fp8)]
+    assert between[0] - between[1] == 2 * TOKENS * 3 * 16
     # A weight is read as it is stored, one group a row, and written in a byte a value; bases as ever.
     weights, bases = (sum(16 * p for p in (16, 16, 16, 16, 32, 32, 32)), q_galore(TINY)[update_passes.DEQUANTIZE])
     found = q_galore(s)[update_passes.DEQUANTIZE]

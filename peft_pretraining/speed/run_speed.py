@@ -18,7 +18,7 @@ from peft_pretraining.speed.update_passes import (
     recompute,
     rounded_activations,
 )
-from qgalore.config import FLOAT_PRODUCTS, FULL
+from qgalore.config import FULL
 
 SHARE_OF_FLOOR = 0.79
 """Of their floor's speed that runs reach. With it and `SECONDS_PER_KERNEL`, the two numbers that were fitted, what is
@@ -73,5 +73,5 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         sum_bytes=_BYTES[optimizer.grad_accum_dtype],
         direction=subspace.direction,
         newton_schulz=subspace.newton_schulz,
-        rounds_products=args.quantization.weight_format.products != FLOAT_PRODUCTS,
+        products=args.quantization.weight_format.products,
     )

@@ -26,6 +26,7 @@ from peft_pretraining.speed.passes import (
     side_of,
     times,
 )
+from qgalore.config import FLOAT_PRODUCTS, FP8_PRODUCTS
 from qgalore.layer.linear import GROUPED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
 from qgalore.subspace.methods import GROUPED_BASIS_BYTES
@@ -68,12 +69,17 @@ class Setting:
     sum_bytes: int = 1  # of a value of a sum over micro-batches; 1: INT8 in groups
     direction: str = "adam"
     newton_schulz: str = "muon"
-    rounds_products: bool = False  # forward and for the gradients of inputs, to INT8 or FP8
+    products: int = FLOAT_PRODUCTS  # forward and for the gradients of inputs
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_batch * self.length
+
+    @property
+    def rounds_products(self) -> bool:
+        """Whether the layers' products are of factors in INT8 or FP8."""
+        return self.products != FLOAT_PRODUCTS
 
     @property
     def recomputed(self) -> int:
@@ -124,12 +130,20 @@ def merges_input_gradients(s: Setting) -> bool:
     return not s.rounds_products and 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
 
 
+_WITH_ONE_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+
+
 def input_gradients(s: Setting) -> Passes:
     """g W of each matrix; in one product for queries and keys if they are small."""
     hidden, query, key = s.widths
     if s.rounds_products:
         rounded = [round_to_8_bits(s.tokens, m) for m, _ in s.shapes]
-        return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in s.shapes)]
+        joined = s.shapes
+        if s.products == FP8_PRODUCTS:  # all matrices with one input
+            shapes = s.config.matrix_shapes().items()
+            of_one = [[shape for name, shape in shapes if name.endswith(ends)] for ends in _WITH_ONE_INPUT]
+            joined = [(sum(m for m, _ in each), each[0][1]) for each in of_one if each]
+        return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in joined)]
     if not merges_input_gradients(s):
         return decoder_products(s)
     others = [shape for name, shape in s.config.matrix_shapes().items() if not name.endswith(("q_proj", "k_proj"))]
@@ -139,7 +153,7 @@ def input_gradients(s: Setting) -> Passes:
 def projected_gradients(s: Setting) -> Passes:
     """gᵀ x of each matrix, projected, in the library's order; products that share an input are merged."""
     passes = []
-    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+    for names in _WITH_ONE_INPUT:
         shapes = [shape for name, shape in s.config.matrix_shapes().items() if name.endswith(names)]
         direct = [projects_directly(s.tokens, *shape, s.rank, side_of(*shape)[0]) for shape in shapes]
         side, width, _ = side_of(*shapes[0])
@@ -180,6 +194,8 @@ def pointwise(s: Setting, merged: bool) -> tuple[Passes, Passes]:
     forward = [4 * hidden, rotary, 3 * inter, 4 * hidden]  # add and norm, rotary, SwiGLU, add and norm
     # The gradient of a norm adds those of the products behind it, three or two, and the residual's.
     backward = [(5 if merged else 6) * hidden, rotary, 5 * inter, 5 * hidden]
+    if s.products == FP8_PRODUCTS:
+        backward = [4 * hidden, rotary, 5 * inter, 4 * hidden]
     return [moved(2 * s.tokens * w) for w in forward], [moved(2 * s.tokens * w) for w in backward]
 
 
