@@ -34,6 +34,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import card_here, parse_within_budget
+from peft_pretraining.memory.dealt_states import owners_by_name
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
@@ -117,8 +118,10 @@ class Run:
     def __init__(self, args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) -> None:
         """Build all parts and load the checkpoint, if any; updates whose index is in skip_steps change nothing."""
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
-        self.loader, self.eval_set = build_data(args, world)
         mesh = world.shard_mesh(args.runtime.shard)
+        if mesh is not None:
+            mesh.owners = owners_by_name(args, mesh.size)
+        self.loader, self.eval_set = build_data(args, world)
         all_reduce = world.gradient_all_reduce() if mesh is None else None
         self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)
         self.average = WeightAverage(args, world, self.model)

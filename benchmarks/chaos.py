@@ -2,6 +2,7 @@
 
     python -m benchmarks.chaos --kills 220 --seed 0 --out benchmarks/results/chaos.csv
     python -m benchmarks.chaos --network 4 --seed 21 --out benchmarks/results/chaos_network.csv
+    python -m benchmarks.chaos --sharded --kills 60 --faults 20 --out benchmarks/results/chaos_sharded.csv
 
 The run is `run_pretrain.py`, started as a user would start it, on one rank and with torchrun on two. One fault after
 another interrupts it, and each time the same command starts it again, until it ends normally. Then weights, optimizer
@@ -44,10 +45,10 @@ from benchmarks.chaos_faults import (
     BY_THE_CLOCK,
     CUT,
     EVENTS,
-    FILES,
     FLIPPED,
     FULL_DISK,
     KILLS,
+    LOST,
     MOMENTS,
     NETWORK,
     NETWORK_FAULTS,
@@ -57,6 +58,7 @@ from benchmarks.chaos_faults import (
     SAVE,
     SCHEDULE,
     SETTINGS,
+    SHARDED,
     STOPPED,
     Fault,
     Setting,
@@ -180,7 +182,9 @@ class Chaos:
         if kind in MOMENTS:
             file, function, most = rng.choice(MOMENTS[kind])
             moment = fault.where or f"{file}:{function}:{rng.choice(EVENTS)}:{rng.randint(1, most)}"
-            rank = 0 if kind in (SAVE, PRUNE) else rng.randrange(self.setting.ranks)
+            # Only the first rank deletes, and only ranks of a sharded run all write.
+            main_alone = kind == PRUNE or (kind == SAVE and self.setting not in SHARDED)
+            rank = 0 if main_alone else rng.randrange(self.setting.ranks)
             ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rank))
             return self.survive_kill(ending)
         if kind in (BY_THE_CLOCK, ONE_RANK, RESTART):
@@ -251,17 +255,20 @@ class Chaos:
         return True
 
     def damage(self, fault: Fault, save_dir: Path) -> bool:
-        """Flip a byte or cut a file of the newest checkpoint, which must then be refused."""
+        """Flip a byte of a file of the newest checkpoint, cut it or delete it: it must then be refused."""
         found = list_checkpoints(save_dir)
         if not found:
             return False
-        file = found[-1] / (fault.where or self.rng.choice(FILES))
+        names = sorted(path.name for path in found[-1].iterdir())
+        file = found[-1] / (fault.where or self.rng.choice(names))
         content = bytearray(file.read_bytes())
         if fault.kind == FLIPPED:
             content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
-        else:
+        elif fault.kind == CUT:
             del content[self.rng.randrange(len(content)) :]
         file.write_bytes(content)
+        if fault.kind == LOST:
+            file.unlink()
         ending = self.start(save_dir.name)
         self.expect(ending.code == 0, f"could not go on beside a damaged {file.name}", ending)
         self.expect(f"{found[-1]} refused" in ending.output, f"took a checkpoint with a damaged {file.name}", ending)
@@ -310,7 +317,7 @@ class Chaos:
                     made[f"{NETWORK}, {self.setting.from_hub}"] += faults
             ending = self.start(save_dir.name)
             self.expect(ending.code == 0, "could not be continued", ending)
-            while damaged := pick([fault for fault in deck if fault.kind in (FLIPPED, CUT)], save_dir):
+            while damaged := pick([fault for fault in deck if fault.kind in (FLIPPED, CUT, LOST)], save_dir):
                 # Also of a run that has ended: it does its last updates again.
                 deck.remove(damaged)
                 made[damaged.kind] += self.disturb(damaged, save_dir)
@@ -353,7 +360,7 @@ def serve(folder: Path, kind: str) -> tuple[HubServer | None, object]:
 def pick(deck: list[Fault], save_dir: Path) -> Fault | None:
     """Take the next fault from the deck that can be made now; None if there is none."""
     for index in reversed(range(len(deck))):
-        if list_checkpoints(save_dir) if deck[index].kind in (FLIPPED, CUT) else not ended(save_dir):
+        if list_checkpoints(save_dir) if deck[index].kind in (FLIPPED, CUT, LOST) else not ended(save_dir):
             return deck.pop(index)
     return None
 
@@ -399,11 +406,13 @@ def main() -> int:
         metavar="RUNS",
         help="instead: so many runs of each setting with the hub, with faults of the network alone",
     )
+    parser.add_argument("--sharded", action="store_true", help="instead: runs whose ranks write a checkpoint together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="CSV file for the table")
     args = parser.parse_args()
     begin = time.monotonic()
-    rng, count = random.Random(args.seed), len(SETTINGS)
+    all_settings = SHARDED if args.sharded else SETTINGS
+    rng, count = random.Random(args.seed), len(all_settings)
     if args.every_place:
         settings: Sequence[Setting] = [setting for setting in SETTINGS if setting.name == "q_galore_per_layer"]
         decks = [every_place() for _ in settings]
@@ -411,7 +420,7 @@ def main() -> int:
         settings = [setting for setting in SETTINGS if setting.from_hub]
         decks = [[Fault(NETWORK)] * args.network for _ in settings]
     else:
-        settings = SETTINGS
+        settings = all_settings
         decks = [deal(args.kills // count, args.faults // count, setting.ranks, rng) for setting in settings]
     with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
         report = disturb_all(Path(folder), settings, decks, args.seed)

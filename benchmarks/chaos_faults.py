@@ -41,6 +41,11 @@ SETTINGS = (
     Setting("q_galore_streaming", 2, STREAMING | {"batch_size": 2}, from_hub="json"),
     Setting("galore8bit", 2, flags_of("galore_adamw8bit") | {"batch_size": 2}, from_hub="parquet"),
 )
+SHARDED = (
+    Setting("q_galore_shard_optimizer", 2, PER_LAYER | {"batch_size": 4, "shard": "optimizer"}),
+    Setting("q_galore_shard_full", 2, STREAMING | {"batch_size": 2, "shard": "full"}),
+)
+"""Runs of `--sharded`, whose ranks write a checkpoint together."""
 
 # (file, function, largest number of the call) by what the program is doing then.
 MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
@@ -58,6 +63,8 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     "kill inside a save": [
         # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.
         ("checkpoint/store.py", "_synced_file", 24),
+        ("checkpoint/run_state.py", "_write_part", 5),
+        ("checkpoint/store.py", "publish", 5),
         ("checkpoint/tensor_file.py", "write", 60),
         ("checkpoint/folder.py", "put_in_place", 3),
         ("checkpoint/folder.py", "sync_directory", 6),
@@ -92,11 +99,12 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
 }
 BY_THE_CLOCK, ONE_RANK, RESTART = "kill by the clock", "kill of one rank", "kill of one rank, torchrun restarts"
 FULL_DISK, FLIPPED, CUT = "full disk", "flipped byte in a checkpoint", "cut file in a checkpoint"
+LOST = "lost file of a checkpoint"
 NETWORK = "network"
 """The table adds the format of the data on the hub."""
 STOPPED = "SIGTERM, SIGINT or SIGUSR1"
 KILLS = (*MOMENTS, BY_THE_CLOCK, ONE_RANK, RESTART)
-FAULTS = (FULL_DISK, FLIPPED, CUT, STOPPED)
+FAULTS = (FULL_DISK, FLIPPED, CUT, LOST, STOPPED)
 SEVERAL_RANKS_ONLY = (ONE_RANK, RESTART)
 SAVE, PRUNE = "kill inside a save", "kill while pruning"
 FILES = ("manifest.json", "model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json")

@@ -24,6 +24,7 @@ from peft_pretraining.build import build_model, build_training
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
+from peft_pretraining.memory.dealt_states import owners_by_name
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.head import IGNORE_INDEX
 from peft_pretraining.models.init import OnModule
@@ -198,6 +199,8 @@ def train_ours(
     flags = q_galore_flags(setting, recipe)
     args = parse_args([*flags, "--shard", shard], world.world_size)
     mesh = world.shard_mesh(shard)
+    if mesh is not None:
+        mesh.owners = owners_by_name(args, mesh.size)
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce() if mesh is None else None, mesh)
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
     target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size

@@ -42,6 +42,7 @@ from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 from qgalore.kernels import product_dtype
 from qgalore.sharding.mesh import ShardMesh
+from qgalore.sharding.slots import give_up
 from qgalore.update.all_reduce import AllReduce
 
 
@@ -99,7 +100,10 @@ def build_training(
     """
     args = with_backend(args, backend_of(args, device))
     seed = args.runtime.seed
-    model = build_model(args.model, device, seed, on_module=converter_of(args))
+    convert = converter_of(args)
+    if mesh is not None and args.runtime.shard == "full":
+        convert = _of_owned(convert, mesh)
+    model = build_model(args.model, device, seed, on_module=convert)
     if args.optimizer.is_low_rank:
         # Of our own models it was seen before anything was built; those of transformers tell their shapes here.
         shapes, layers = matrix_shapes(model), len(model.decoder_layers)
@@ -111,6 +115,19 @@ def build_training(
     elif allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
+
+
+def _of_owned(convert: OnModule, mesh: ShardMesh) -> OnModule:
+    """A callback that also frees the decoder matrices that other ranks own, as soon as they are there."""
+
+    def convert_and_free(model: CausalLM, name: str) -> None:
+        convert(model, name)
+        if mesh.owners.get(f"{name}.weight", mesh.rank) != mesh.rank and model.is_decoder_matrix(name):
+            matrix = model.get_submodule(name)
+            for tensor in (matrix.get_parameter("weight"), *matrix.buffers(recurse=False)):
+                give_up(tensor)
+
+    return convert_and_free
 
 
 def converter_of(args: RunArgs) -> OnModule:

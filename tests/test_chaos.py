@@ -11,16 +11,21 @@ from benchmarks import chaos, chaos_faults
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks"), [("q_galore_per_layer", 1), ("q_galore_streaming", 2), ("galore8bit", 1)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("q_galore_per_layer", 1), ("q_galore_streaming", 2), ("galore8bit", 1), ("q_galore_shard_full", 2)],
+)
 def test_no_fault_changes_a_bit(tmp_path: Path, name: str, ranks: int) -> None:
-    (setting,) = (each for each in chaos_faults.SETTINGS if (each.name, each.ranks) == (name, ranks))
-    deck = chaos.deal(9 - 2 * ranks, 4, ranks, random.Random(1))
+    (setting,) = (
+        each for each in chaos_faults.SETTINGS + chaos_faults.SHARDED if (each.name, each.ranks) == (name, ranks)
+    )
+    deck = chaos.deal(9 - 2 * ranks, 5, ranks, random.Random(1))
     report = chaos.disturb_all(tmp_path / "chaos", [setting], [deck], seed=1)
     assert report.failures == []
     assert report.kills == 9 - 2 * ranks
     assert report.same_bits == report.made
     kinds = {kind for _, _, kind in report.made}
-    assert {chaos.FLIPPED, chaos.CUT, chaos.FULL_DISK, chaos.STOPPED} <= kinds
+    assert {chaos.FLIPPED, chaos.CUT, chaos.LOST, chaos.FULL_DISK, chaos.STOPPED} <= kinds
     assert any(kind.startswith(chaos.NETWORK) for kind in kinds) == bool(setting.from_hub)
 
 
@@ -38,8 +43,8 @@ def test_another_bit_is_noticed(tmp_path: Path) -> None:
 def test_a_moment_that_is_never_reached_is_no_kill(tmp_path: Path) -> None:
     report = chaos.Report()
     subject = chaos.Chaos(chaos.SETTINGS[0], tmp_path / "chaos", report, random.Random(3))
-    assert not subject.start("run", CHAOS_MOMENT="checkpoint/store.py:save_checkpoint:call:999").killed
-    ending = subject.start("other", CHAOS_MOMENT="checkpoint/store.py:save_checkpoint:call:2")
+    assert not subject.start("run", CHAOS_MOMENT="checkpoint/store.py:publish:call:999").killed
+    ending = subject.start("other", CHAOS_MOMENT="checkpoint/store.py:publish:call:2")
     assert ending.killed and ending.code == -9
     assert [path.name for path in chaos.list_checkpoints(subject.folder / "other")] == ["step_00000000"]
 

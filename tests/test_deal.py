@@ -10,7 +10,7 @@ import pytest
 
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import dealt_weights, states_by_rank
+from peft_pretraining.memory.dealt_states import bytes_by_rank, dealt_weights, fullest
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
 from qgalore.sharding.deal import Load, deal, deals_rows, layer_of, row_ranges
@@ -71,7 +71,7 @@ def test_bytes_and_time_balance(config: Path, flags: str) -> None:
                 by_rows = deals_rows(weight.load, ranks)
                 for rank in range(ranks):
                     own = weight.load.values * ((1 / ranks) if by_rows else rank == owner)
-                    of_ranks[rank] += weight.bytes_of(rank, owner, ranks) if what == "states" else own
+                    of_ranks[rank] += weight.bytes_of(weight.states, rank, owner, ranks) if what == "states" else own
             mean = sum(of_ranks) / ranks
             whole = [x for x in large if not deals_rows(x.load, ranks)]
             largest = max((x.states if what == "states" else x.load.values for x in whole), default=0.0)
@@ -83,23 +83,31 @@ def test_bytes_and_time_balance(config: Path, flags: str) -> None:
 @pytest.mark.parametrize("flags", ["--recipe paper --rank 128", "--rank full"])
 def test_states_of_all_ranks_are_those_of_one(flags: str) -> None:
     run = planned(CONFIGS[0].parent / "llama_130m.json", flags)
-    alone, shared = states_by_rank(run, 1)[0], states_by_rank(run, 4)
-    assert [sum(each) for each in zip(*shared, strict=True)] == pytest.approx(alone, abs=4 * len(run.matrices))
+    alone, shared = bytes_by_rank(run, 1)[0], bytes_by_rank(run, 4)
+    sums = [sum(each.matrix_states for each in shared), sum(each.other_states for each in shared)]
+    assert sums == pytest.approx([alone.matrix_states, alone.other_states], abs=4 * len(run.matrices))
     lasting = plan(run.args, run.config).lasting
     failures = 0 if "full" in flags else 8 * 7 * 12  # counters of every rank
-    assert alone[0] + failures == lasting["optimizer states, decoder"]
-    assert alone[1] == lasting["optimizer states, embeddings, head, norms"]
+    assert alone.matrix_states + failures == lasting["optimizer states, decoder"]
+    assert alone.other_states == lasting["optimizer states, embeddings, head, norms"]
 
 
 def test_the_plan_is_of_the_fullest_rank() -> None:
+    config = CONFIGS[0].parent / "llama_1b.json"
+
     def peak(flags: str) -> int:
-        run = planned(CONFIGS[0].parent / "llama_1b.json", f"--dry_run {flags}")
+        run = planned(config, f"--dry_run --recipe paper {flags}")
         return plan(run.args, run.config).weights_and_states_bytes
 
-    alone, dealt = peak("--recipe paper"), peak("--recipe paper --nproc 8 --shard optimizer")
-    run = planned(CONFIGS[0].parent / "llama_1b.json", "--dry_run --recipe paper --nproc 8 --shard optimizer")
-    most = max(map(sum, states_by_rank(run, 8)))
-    assert alone - dealt == sum(states_by_rank(run, 1)[0]) - most > 0.8 * sum(states_by_rank(run, 1)[0])
-    assert peak("--recipe paper --nproc 8") == alone
+    alone, dealt, full = peak(""), peak("--nproc 8 --shard optimizer"), peak("--nproc 8 --shard full")
+    run = planned(config, "--dry_run --recipe paper --nproc 8 --shard optimizer")
+    one, most = bytes_by_rank(run, 1)[0].states, fullest(bytes_by_rank(run, 8)).states
+    assert alone - dealt == one - most > 0.8 * one
+    assert peak("--nproc 8") == alone
     text = plan(run.args, run.config).table()
     assert text.startswith("Planned memory of the fullest of 8 ranks (--shard optimizer: optimizer states of ")
+    run = planned(config, "--dry_run --recipe paper --nproc 8 --shard full")
+    lasting = plan(run.args, run.config).lasting
+    matrices = 24 * (4 * 2048**2 + 3 * 2048 * 5461)
+    assert 0.125 * matrices < lasting["decoder weights"] < 0.15 * matrices and full < 0.45 * dealt
+    assert lasting["matrices of other ranks, of two layers"] < 2.2 * matrices / 24

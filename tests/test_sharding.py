@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 import run_pretrain
+from peft_pretraining.build import build_training, shape_of
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
+from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import start_world
 from tests import test_layer_graphs
@@ -131,6 +138,38 @@ def test_weights_of_owners_are_gone_on_with_in_any_mode(small: SmallRun, ranks: 
     assert_same_run(small.result("whole"), small.result("parts"))
 
 
+def bytes_after_build(argv: list[str], folder: Path) -> None:
+    """A rank that builds a run and writes what its weights take, and what it should take by the plan."""
+    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
+    mesh = world.shard_mesh("full")
+    assert mesh is not None
+    mesh.owners = owners_by_name(args, mesh.size)
+    model, optimizer = build_training(args, world.device, None, mesh)
+    stored = sum(each.nbytes() for each in storages([*model.parameters(), *model.buffers()]))
+    elsewhere = sum(optimizer.is_elsewhere(param) for param in model.parameters())
+    config = shape_of(args.model)
+    assert config is not None
+    planned = bytes_by_rank(PlannedRun(args, config), 2)[world.rank]
+    (folder / f"bytes_{world.rank}.json").write_text(json.dumps([stored, elsewhere, planned.stored, planned.gathered]))
+    world.close()
+
+
+def test_no_rank_keeps_the_matrices_of_others(small: SmallRun) -> None:
+    """But room for two layers, which the plan counts with the bases that are not there yet."""
+    deep = json.loads(small.config.read_text()) | {"num_hidden_layers": 8}
+    small.config.write_text(json.dumps(deep))
+    argv = small.argv("run", FULL_RANK | {"shard": "full", "batch_size": 2})
+    log = small.folder / "log"
+    assert on_ranks(2, bytes_after_build, argv, small.folder, log=log) == [0, 0], log.read_text()
+    found = [json.loads((small.folder / f"bytes_{rank}.json").read_text()) for rank in range(2)]
+    tables_and_norms = 4 * (2 * deep["vocab_size"] + 2 * 8 + 1) * deep["hidden_size"]
+    for stored, elsewhere, planned, gathered in found:
+        room = planned + gathered
+        assert room <= stored - tables_and_norms < 1.1 * room, "rows of 16 and parts of 256 bytes"
+        assert elsewhere == 28
+    assert 5 * found[0][3] < found[0][2] + found[1][2], "all matrices of eight layers"
+
+
 def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
     flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
     whole = small.run_on(2, "whole", **flags)
@@ -242,6 +281,11 @@ def test_a_missing_or_damaged_part_is_named_and_an_older_checkpoint_taken(small:
         assert_same_bits(again.model_tensors, before.model_tensors)
         assert_same_bits(again.optimizer_state, before.optimizer_state)
         shutil.rmtree(kept)
+
+
+def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """Of tensors, each once."""
+    return list({each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}.values())
 
 
 # ---- CUDA graphs, as recorded on a CPU

@@ -151,17 +151,20 @@ class RunCheckpoints:
             return Unfinished.begin(self.save_dir, position.update_step)
 
         unfinished = self._world.from_main(begin)
-        written = self._world.gather(self._write_part(unfinished, state))
+        try:
+            written = self._world.gather(self._write_part(unfinished, state))
 
-        def publish() -> Path:
-            if failed := [part for part in written if isinstance(part, UserError)]:
+            def publish() -> Path:
+                if failed := [part for part in written if isinstance(part, UserError)]:
+                    raise failed[0]
+                parts = [part for part in written if isinstance(part, Part)]
+                path = unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
+                return load_checkpoint(path).path if read_back else path
+
+            return self._world.from_main(publish)
+        finally:
+            if self._world.is_main:  # nothing is left but after an error: also a KeyboardInterrupt or a bug
                 unfinished.abandon()
-                raise failed[0]
-            parts = [part for part in written if isinstance(part, Part)]
-            path = unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
-            return load_checkpoint(path).path if read_back else path
-
-        return self._world.from_main(publish)
 
     def _write_part(self, unfinished: Unfinished, state: dict[str, Any]) -> Part | UserError | None:
         """Write this rank's part of a checkpoint; None for a rank that has nothing of its own."""

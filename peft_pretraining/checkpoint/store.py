@@ -115,7 +115,7 @@ class Unfinished(NamedTuple):
         folder = Path(save_dir)
         target = checkpoint_path(folder, update_step)
         unfinished = cls(temporary_path(target), target)
-        with unfinished._or_nothing():
+        with unfinished._in_a_sentence():
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
             unfinished.temporary.mkdir()
@@ -129,38 +129,32 @@ class Unfinished(NamedTuple):
         state: Mapping[str, Any] | None,
     ) -> Part:
         """Write and sync the files of part `number`: 0 is the one that has a `state`. Raises UserError."""
-        with self._or_nothing():
+        with self._in_a_sentence():
             return _write_parts(self.temporary, number, model_tensors, optimizer_state, state)
 
     def publish(self, parts: Sequence[Part], keep: int = 0) -> Path:
         """Write the manifest of all parts, give the folder its name and prune; one rank does so. Raises UserError."""
         files = {name: entry for part in parts for name, entry in part.files.items()}
         aliases = {name: names for part in parts for name, names in part.aliases.items()}
-        with self._or_nothing():
+        with self._in_a_sentence():
             with _synced_file(self.temporary / MANIFEST) as file:
                 write_manifest(file, step_of(self.target), files, aliases)
             sync_directory(self.temporary)
             put_in_place(self.temporary, self.target)
-        self.abandon()  # of which nothing is left but after an error
         if keep > 0:
             prune(self.target.parent, keep, just_written=self.target)
         return self.target
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove what was written and not published; one rank does so, when no other writes any more."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _or_nothing(self) -> Iterator[None]:
-        """Within it, what fails leaves nothing: also a KeyboardInterrupt or a bug."""
+    def _in_a_sentence(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.abandon()
             raise UserError(_why_not_saved(self.target.parent, self.target, error)) from error
-        except BaseException:
-            self.abandon()
-            raise
 
 
 def save_checkpoint(
@@ -177,7 +171,10 @@ def save_checkpoint(
     checkpoints are untouched, the unfinished directory is removed and UserError says what to do.
     """
     unfinished = Unfinished.begin(save_dir, update_step)
-    return unfinished.publish([unfinished.write(0, model_tensors, optimizer_state, state)], keep)
+    try:
+        return unfinished.publish([unfinished.write(0, model_tensors, optimizer_state, state)], keep)
+    finally:
+        unfinished.abandon()  # also after a KeyboardInterrupt or a bug
 
 
 def load_checkpoint(path: str | Path, check: bool = True, asked_by: str = "--continue_from") -> Checkpoint:

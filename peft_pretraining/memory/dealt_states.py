@@ -1,35 +1,64 @@
-"""Bytes of optimizer states on each rank where weights are dealt to ranks: `--shard`."""
+"""Bytes of weights and optimizer states on each rank where they are dealt to ranks: `--shard`."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from peft_pretraining.build import model_on_meta
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.build import model_on_meta, shape_of
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
+from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names, matrix_shapes
 from peft_pretraining.models.config import is_of_mlp
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.build import states_on_meta
 from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
+from qgalore.update.gradient_sum import zeros
 from qgalore.update.weight import is_of_subspace
 
 
 class DealtWeight(NamedTuple):
-    """A weight of the whole model."""
+    """A weight of the whole model, in bytes; the layer is None for what is in none."""
 
     load: Load
+    shape: tuple[int, ...]
+    layer: int | None
     is_matrix: bool
     """Whether it is a decoder matrix."""
     states: int
-    """Bytes of what its owner alone has: the moments."""
-    shape: tuple[int, ...]
+    """The moments."""
+    stored: int
+    """The weight, and the bases of its subspace."""
+    sums: int
+    """The sum of its gradients over micro-batches."""
 
-    def bytes_of(self, rank: int, owner: int, ranks: int) -> int:
-        """Of its states on one of so many ranks."""
+    def bytes_of(self, size: int, rank: int, owner: int, ranks: int) -> int:
+        """Of `size`, that of the whole, what one of so many ranks has."""
         if not deals_rows(self.load, ranks):
-            return self.states if rank == owner else 0
+            return size if rank == owner else 0
         start, stop = row_ranges(self.shape, ranks)[rank]
-        return self.states * (stop - start) // self.shape[0]
+        return size * (stop - start) // self.shape[0]
+
+
+class RankBytes(NamedTuple):
+    """What a rank has of that which is dealt."""
+
+    matrix_states: int
+    other_states: int
+    stored: int = 0
+    """Matrices of the decoder and the bases of their subspaces, with `--shard full`."""
+    gathered: int = 0
+    """Room for those that other ranks own, of two layers."""
+    sums: int = 0
+
+    @property
+    def states(self) -> int:
+        """Of optimizer states."""
+        return self.matrix_states + self.other_states
 
 
 def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
@@ -47,36 +76,69 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
             if param not in states or (layer and param not in in_layer):
                 continue
             path = matrices.get(param)
-            shape = tuple(param.shape) if path is None else shapes[path]
-            values = gradient = _product(shape)
+            shape = gradient = tuple(param.shape) if path is None else shapes[path]
             options = subspace.config(is_of_mlp(name))
             if path is not None and low_rank and options.sides(shape):
-                gradient = _product(options.gradient_shape(shape))
-            bytes_of = {key: x.nbytes for key, x in states[param].items() if x.is_meta}
-            cost, divisible = values if library else cost_of(values, gradient), path is None and not library
-            is_vector = len(shape) < 2
-            load = Load(_in_layer(name, layer), values, cost, is_vector, divisible and not is_vector)
-            own = sum(size for key, size in bytes_of.items() if not is_of_subspace(key))
-            (rest if path is None else found).append(DealtWeight(load, path is not None, own, shape))
+                gradient = options.gradient_shape(shape)
+            sizes = [(key, x.nbytes) for key, x in states[param].items() if x.is_meta]
+            own = sum(size for key, size in sizes if not is_of_subspace(key))
+            stored = _stored(model, path, param) + sum(size for key, size in sizes if "_basis" in key)
+            sums = zeros(torch.Size(gradient), run.sum_dtype, torch.device("meta")).nbytes
+            values, is_vector = math.prod(shape), len(shape) < 2
+            cost, divisible = cost_of(values, math.prod(gradient)), path is None and not library and not is_vector
+            load = Load(_in_layer(name, layer), values, values if library else cost, is_vector, divisible)
+            number = layer if param in in_layer else None
+            weight = DealtWeight(load, shape, number, path is not None, own, stored, 0 if run.updates_at_once else sums)
+            (rest if path is None else found).append(weight)
     return rest + found
 
 
-def states_by_rank(run: PlannedRun, ranks: int) -> list[tuple[int, int]]:
-    """(bytes of the moments of decoder matrices, of all others) on each of so many ranks."""
-    weights, found = dealt_weights(run), [[0, 0] for _ in range(ranks)]
-    for weight, owner in zip(weights, deal([weight.load for weight in weights], ranks), strict=True):
-        for rank in range(ranks):
-            found[rank][not weight.is_matrix] += weight.bytes_of(rank, owner, ranks)
-    return [(matrices, others) for matrices, others in found]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    values = 1
-    for size in shape:
-        values *= size
-    return values
+def _stored(model: CausalLM, path: str | None, param: Tensor) -> int:
+    """Bytes of a weight with its scales."""
+    module: nn.Module | None = None if path is None else model.get_submodule(path)
+    scales = [] if module is None else list(module.buffers(recurse=False))
+    return param.nbytes + sum(buffer.nbytes for buffer in scales)
 
 
 def _in_layer(name: str, layer: int) -> str:
     """The name that a parameter of the first layer has in another one."""
     return name.replace(".0.", f".{layer}.", 1)
+
+
+def owners_by_name(args: RunArgs, ranks: int) -> dict[str, int]:
+    """The rank that owns each parameter of a run's model, by its name; empty for a model that only transformers knows.
+
+    It is known before the model is built, so that no rank ever has more than its part.
+    """
+    if (config := shape_of(args.model)) is None:
+        return {}
+    weights = dealt_weights(PlannedRun(args, config))
+    loads = [weight.load for weight in weights]
+    return {load.name: owner for load, owner in zip(loads, deal(loads, ranks), strict=True)}
+
+
+def bytes_by_rank(run: PlannedRun, ranks: int) -> list[RankBytes]:
+    """What each of so many ranks has."""
+    weights = dealt_weights(run)
+    owners = deal([weight.load for weight in weights], ranks)
+    return [_of_rank(run, list(zip(weights, owners, strict=True)), rank, ranks) for rank in range(ranks)]
+
+
+def _of_rank(run: PlannedRun, dealt: list[tuple[DealtWeight, int]], rank: int, ranks: int) -> RankBytes:
+    def total(field: str, matrices: tuple[bool, ...]) -> int:
+        chosen = [(weight, owner) for weight, owner in dealt if weight.is_matrix in matrices]
+        return sum(weight.bytes_of(getattr(weight, field), rank, owner, ranks) for weight, owner in chosen)
+
+    states = total("states", (True,)), total("states", (False,))
+    if run.args.runtime.shard != "full":
+        return RankBytes(*states)
+    elsewhere = [0] * run.config.num_hidden_layers
+    for weight, owner in dealt:
+        if weight.is_matrix and weight.layer is not None and owner != rank:
+            elsewhere[weight.layer] += weight.stored
+    return RankBytes(*states, total("stored", (True,)), 2 * max(elsewhere), total("sums", (True, False)))
+
+
+def fullest(ranks: list[RankBytes]) -> RankBytes:
+    """The rank with most bytes."""
+    return max(ranks, key=sum)

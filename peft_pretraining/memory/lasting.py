@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.build import model_on_meta
-from peft_pretraining.memory.dealt_states import states_by_rank
+from peft_pretraining.memory.dealt_states import bytes_by_rank, fullest
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.build import states_on_meta
@@ -22,6 +22,7 @@ from qgalore.update.gradient_sum import zeros
 from qgalore.update.weight import is_of_subspace
 
 GRADIENTS, REFRESHES = "gradients", "for refreshes of subspaces (at most)"
+GATHERED = "matrices of other ranks, of two layers"
 _WEIGHTS = ("decoder weights", "embeddings, head, norms")
 _STATES = ("optimizer states, decoder", "optimizer states, embeddings, head, norms")
 
@@ -42,15 +43,23 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
                 if tensor.is_meta and (run.shards == 1 or is_of_subspace(key)):
                     kind = "projections" if "basis" in key else _STATES[param not in weights]
                     found[kind] += (count if param in times else number == 0) * tensor.nbytes
-    if run.shards > 1:
-        for name, dealt in zip(_STATES, max(states_by_rank(run, run.shards), key=sum), strict=True):
-            found[name] += dealt
     if not run.updates_at_once:
         full = args.method.method == "full"
         trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]
         rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in trained)
         found |= {GRADIENTS: rest + (_sums_of_matrices(run) if full else 0), REFRESHES: _refresh_bytes(run)}
-    return found
+    return found if run.shards == 1 else found | _of_fullest_rank(run, found)
+
+
+def _of_fullest_rank(run: PlannedRun, found: dict[str, int]) -> dict[str, int]:
+    """What `--shard` changes, of the rank with most; `found`: what every rank has."""
+    rank = fullest(bytes_by_rank(run, run.shards))
+    changed = dict(zip(_STATES, (rank.matrix_states, rank.other_states), strict=True))
+    changed = {name: found[name] + size for name, size in changed.items()}
+    if run.args.runtime.shard == "full":
+        changed |= {_WEIGHTS[0]: rank.stored, "projections": 0, GATHERED: rank.gathered}
+        changed |= {} if run.updates_at_once else {GRADIENTS: rank.sums}
+    return changed
 
 
 def _sums_of_matrices(run: PlannedRun) -> int:

@@ -86,6 +86,10 @@ class PassingBytes:
             kept += self.b * (3 * values + max(full, sum(x.bases for x in run.matrices)))
         return kept
 
+    def messages(self) -> int:
+        """The gradients of a layer that are sent while those of the next one are made."""
+        return 2 * self.b * sum(x.gradient + x.residual for x in self.run.matrices)
+
     # ---- layers
 
     def layer(self, recomputed: bool = False) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.memory.dealt_states import states_by_rank
-from peft_pretraining.memory.lasting import GRADIENTS, REFRESHES, lasting_bytes
+from peft_pretraining.memory.dealt_states import bytes_by_rank
+from peft_pretraining.memory.lasting import GATHERED, GRADIENTS, REFRESHES, lasting_bytes
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.config import ModelConfig
@@ -37,7 +37,7 @@ class MemoryPlan:
     @property
     def weights_and_states_bytes(self) -> int:
         """Weights and optimizer states alone: the estimate that the papers' tables give."""
-        return sum(size for name, size in self.lasting.items() if name not in (GRADIENTS, REFRESHES))
+        return sum(size for name, size in self.lasting.items() if name not in (GRADIENTS, REFRESHES, GATHERED))
 
     @property
     def peak_bytes(self) -> int:
@@ -70,14 +70,16 @@ def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
     passing = PassingBytes(run)
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
+    overhead |= {"gradients of two layers on their way": passing.messages()} if run.gathers else {}
     return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, _whose(run))
 
 
 def _whose(run: PlannedRun) -> str:
     if run.shards == 1:
         return "one rank"
-    states = [sum(each) for each in states_by_rank(run, run.shards)]
+    shard, totals = run.args.runtime.shard, [sum(each) for each in bytes_by_rank(run, run.shards)]
+    what = "matrices and optimizer states" if shard == "full" else "optimizer states"
     return (
-        f"the fullest of {run.shards} ranks (--shard {run.args.runtime.shard}: optimizer states of "
-        f"{min(states) / 1e9:.3f} to {max(states) / 1e9:.3f} GB)"
+        f"the fullest of {run.shards} ranks (--shard {shard}: {what} of {min(totals) / 1e9:.3f} to "
+        f"{max(totals) / 1e9:.3f} GB a rank)"
     )

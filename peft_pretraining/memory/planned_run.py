@@ -43,7 +43,9 @@ class PlannedRun:
         self.dtype: torch.dtype = getattr(torch, args.model.dtype)
         self.cuda = args.runtime.device != "cpu"
         self.compiled = compiles_layers(args.model, pays=self.cuda) and _family_compiles(config)
-        self.graphs = self.compiled and self.cuda and allows_graphs(args)
+        self.gathers = args.runtime.shard == "full" and args.world_size > 1
+        """Whether a layer's weights are gathered before it runs."""
+        self.graphs = self.compiled and self.cuda and allows_graphs(args) and not self.gathers
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
         self.updates_at_once = optimizer.per_layer and alone
         """Whether each gradient is used up inside the backward pass of its layer."""

@@ -28,7 +28,6 @@ class Gathering:
     def __init__(self, slots: Sequence[Sequence[Slot]], mesh: ShardMesh) -> None:
         """slots: of the weights of each layer, those of one owner in each; others' weights are given up."""
         self._slots, self._mesh = slots, mesh
-        self._weight_bytes = {slot: slot.buffer.numel() for of_layer in slots for slot in of_layer}
         self._present: list[tuple[int, bool] | None] = [None] * _BUFFERS
         """The layer of each buffer, and whether its bases are there."""
         self._works: dict[int, list[Waiting]] = {}
@@ -76,8 +75,10 @@ class Gathering:
         self._present[number] = index, bases
         works = self._works.setdefault(index, [])
         for slot in self._slots[index]:
-            weights = self._weight_bytes[slot]
-            start, stop = weights if layer == index else 0, slot.buffer.numel() if bases else weights
+            start, stop = (
+                slot.weight_bytes if layer == index else 0,
+                slot.buffer.numel() if bases else slot.weight_bytes,
+            )
             if stop > start:
                 works.append(self._mesh.broadcast(slot.buffer[start:stop], slot.owner))
 

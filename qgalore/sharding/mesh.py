@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +24,8 @@ class ShardMesh:
             raise ValueError(f"a mesh of {mesh.ndim} dimensions: give one, or two of which the first has replicas")
         self._group = mesh.get_group(mesh.ndim - 1)
         self._replicas = mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None
+        self.owners: Mapping[str, int] = {}
+        """The rank that owns a parameter, by its name, where that has been decided; others are dealt."""
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def reduce(self, tensor: Tensor, owner: int) -> Waiting:

@@ -40,7 +40,8 @@ class Shards:
         """Deal the weights, which belong to their layers by now, and move them into slots."""
         self._mesh, self._weights = mesh, weights
         loads = list(map(_load_of, weights))
-        for weight, load, owner in zip(weights, loads, deal(loads, mesh.size), strict=True):
+        for weight, load, dealt in zip(weights, loads, deal(loads, mesh.size), strict=True):
+            owner = mesh.owners.get(f"{weight.name}.weight" if weight.layer is not None else weight.name, dealt)
             rows = row_ranges(weight.shape, mesh.size)[mesh.rank] if deals_rows(load, mesh.size) else None
             weight.give_to(owner, owner == mesh.rank or rows is not None, self._from_owner, rows)
         self._slots = Slots(weights, mesh)

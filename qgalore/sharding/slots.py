@@ -29,8 +29,23 @@ class Slot:
         self.owner, self.owned, self.waiting = weights[0].owner, weights[0].owned, set(weights)
         self.weights = tuple(weights)
         self.tensors = [tensor for weight in weights for tensor in stored_tensors(weight)]
-        self.buffer = torch.empty(size_of(self.tensors), dtype=torch.uint8, device=weights[0].param.device)
-        move(self.tensors, self.buffer)
+        self.weight_bytes = size_of(self.tensors)
+        given_up = not self.owned and any(map(is_given_up, self.tensors))
+        self.buffer = torch.empty(
+            0 if given_up else self.weight_bytes, dtype=torch.uint8, device=weights[0].param.device
+        )
+        if not given_up:
+            move(self.tensors, self.buffer)
+
+
+def give_up(tensor: Tensor) -> None:
+    """Free the memory of a tensor, which keeps its shape: every value is the same zero."""
+    tensor.data = torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def is_given_up(tensor: Tensor) -> bool:
+    """Whether `give_up` has freed a tensor."""
+    return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

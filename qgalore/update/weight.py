@@ -163,7 +163,8 @@ class Weight:
             )
         if self.param.dtype == torch.float64:
             raise ValueError(f"parameter {self.name} is float64: updates are made in float32; convert the model to it")
-        if self.layer is None and not self.param.is_contiguous():
+        # One that another rank owns may have no memory, and then no strides.
+        if self.layer is None and not self.param.is_contiguous() and any(self.param.stride()):
             raise ValueError(f"parameter {self.name} is not contiguous in memory: give the optimizer one that is")
         if "exp_avg" in self.state and self.state["exp_avg"].shape != self.moment_shape:
             shapes = tuple(self.state["exp_avg"].shape), tuple(self.moment_shape)
