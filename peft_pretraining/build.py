@@ -89,7 +89,7 @@ def build_training(
     """
     args = with_backend(args, backend_of(args, device))
     seed = args.runtime.seed
-    model = build_model(args.model, device, seed, on_module=converter_of(args))
+    model = build_model(args.kept_activations, device, seed, on_module=converter_of(args))
     if args.optimizer.is_low_rank:
         # Of our own models it was seen before anything was built; those of transformers tell their shapes here.
         shapes, layers = matrix_shapes(model), len(model.decoder_layers)

@@ -192,6 +192,12 @@ class BatchArgs:
     """Sequences per update, over all ranks and micro-batches."""
     max_length: Annotated[int, Flag("tokens", at_least=2)] = 256
     """Length of a sequence."""
+    accumulate_by: Annotated[str, Flag(choices=("micro_batch", "layer"))] = "micro_batch"
+    """The outer loop of an update. micro_batch: each goes through the whole model, and the sums of all gradients wait
+    for the last one. layer: each layer has all micro-batches before the next layer has its first, so that an optimizer
+    _per_layer keeps the sums of one layer at a time. Every layer is then computed again in the backward pass, from its
+    input in host memory: batch_size x gradient_accumulation x max_length x hidden_size values a layer, which --dry_run
+    counts. The bits are the same, but for rounding where the head's weight is that of the embeddings."""
 
 
 @dataclass(frozen=True)

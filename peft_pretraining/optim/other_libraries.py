@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ class LibraryOptimizer:
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self._skip: Tensor | None = None
         self._norm: Tensor | None = None
-        self.is_last_micro_batch = True
+        self.is_last_micro_batch, self.accumulates_by_layer = True, False
         self.loss_scale: LossScale | None = None  # float16 is refused
         self.state_dict = optimizer.state_dict
+        self._all_reduce = all_reduce
         if all_reduce is not None:
             for param in self._parameters():
-                param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
+                param.register_post_accumulate_grad_hook(self._sum_hook())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -64,17 +65,27 @@ class LibraryOptimizer:
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
+    def _sum_hook(self) -> Callable[[Tensor], None]:
         optimizer = weakref.ref(self)  # a strong reference in a hook would keep the optimizer alive with the weights
 
         def hook(param: Tensor) -> None:
             owner = optimizer()
-            if owner is not None and owner.is_last_micro_batch and param.grad is not None:
-                waiting = all_reduce(param.grad)
-                if waiting is not None:
-                    waiting.wait()
+            if owner is not None and owner.is_last_micro_batch:
+                owner._sum_over_ranks(param)
 
         return hook
+
+    def _sum_over_ranks(self, param: Tensor) -> None:
+        if self._all_reduce is not None and param.grad is not None:
+            waiting = self._all_reduce(param.grad)
+            if waiting is not None:
+                waiting.wait()
+
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """See `TrainingOptimizer`: here gradients are summed over the ranks, and `step` updates."""
+        self.is_last_micro_batch = True
+        for param in parameters:
+            self._sum_over_ranks(param)
 
     def grad_norm(self) -> Tensor:
         """Norm of the gradient before clipping; read it before `zero_grad`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -30,6 +30,12 @@ class TrainingOptimizer(Protocol):
     @property
     def state(self) -> Mapping[Tensor, dict[str, Any]]:
         """What is kept of each parameter; loading a state replaces it."""
+
+    accumulates_by_layer: bool
+    """Set where each layer has the backward passes of all micro-batches at once, with `end_layer` after the last."""
+
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """All micro-batches of the update have reached these parameters; those updated per layer are updated now."""
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
