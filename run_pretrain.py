@@ -35,6 +35,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import parse_within_budget
+from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
@@ -74,6 +75,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     try:
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization.int8_products)
+        if missing := next(filter(None, world.gather(missing_host_memory(args))), None):
+            raise UserError(missing)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))

@@ -9,6 +9,7 @@ from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
+from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.run_summary import summary_lines
 
@@ -22,7 +23,8 @@ def print_description(args: RunArgs) -> None:
 def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
     config, device = shape_of(args.model), args.runtime.device
-    lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
+    warnings = [*args.warnings, *filter(None, [missing_host_memory(args)])]
+    lines = [*args.notes, *(f"warning: {warning}" for warning in warnings)]
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")

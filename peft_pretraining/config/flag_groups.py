@@ -119,8 +119,8 @@ class ModelArgs:
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
     and updates run from Python. No graphs are used with --simulation, a --weight_group_size that 8 does not divide,
-    --grad_accum_dtype int8 with one micro-batch, --sum_in_momentum, or --residual with updates outside. The bits are
-    the same."""
+    --grad_accum_dtype int8 with one micro-batch, --sum_in_momentum, --accumulate_by layer, or --residual with updates
+    outside. The bits are the same."""
 
 
 @dataclass(frozen=True)
