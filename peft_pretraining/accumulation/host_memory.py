@@ -43,6 +43,8 @@ def page_locked(owner: object, shapes: list[torch.Size], dtype: torch.dtype) -> 
 
 
 def _unregister(tensors: list[Tensor]) -> None:
+    if tensors:
+        torch.cuda.synchronize()  # a copy may still be under way
     for tensor in tensors:
         torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
     tensors.clear()
