@@ -75,9 +75,9 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     try:
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization.int8_products)
+        args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         if missing := next(filter(None, world.gather(missing_host_memory(args))), None):
             raise UserError(missing)
-        args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
         device = world.device
@@ -121,8 +121,8 @@ class Run:
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         self.loader, self.eval_set = build_data(args, world)
         self.model, self.optimizer = build_training(args, world.device, world.gradient_all_reduce())
-        self.by_layer = LayerByLayer(self.model, self.optimizer) if args.by_layer else None
         self.average = WeightAverage(args, world, self.model)
+        self.by_layer = LayerByLayer(self.model, self.optimizer) if args.by_layer else None
         self.restarts, self.dropouts = AdapterRestarts(args, self.model, self.optimizer), dropouts_of(self.model)
         self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader, self.average)
         self.position = self.checkpoints.restore()

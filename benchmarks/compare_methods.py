@@ -179,12 +179,12 @@ def train_ours(setting: Setting, recipe: str, world: World) -> tuple[Training, C
     """Our training on the ranks of `world`, each with token ids of its own; returns (training, model, optimizer)."""
     flags = q_galore_flags(setting, recipe)
     args = parse_args(flags)
-    if missing := missing_host_memory(args):
-        raise UserError(missing)
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce())
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
     target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
 
+    if missing := missing_host_memory(args):
+        raise UserError(missing)
     by_layer = LayerByLayer(model, optimizer) if args.by_layer else None
 
     def check(loss: Tensor) -> None:

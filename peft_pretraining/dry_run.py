@@ -23,8 +23,9 @@ def print_description(args: RunArgs) -> None:
 def describe(args: RunArgs) -> str:
     """The text of `--dry_run`; nothing is built and nothing is written."""
     config, device = shape_of(args.model), args.runtime.device
-    warnings = [*args.warnings, *filter(None, [missing_host_memory(args)])]
-    lines = [*args.notes, *(f"warning: {warning}" for warning in warnings)]
+    lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
+    if missing := missing_host_memory(args):
+        lines.append(f"warning: {missing}")
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
 _STORED_BASES = ("proj_quant", "proj_bits", "proj_group_size")
+_OF_ACTIVATIONS = ("activation_checkpointing", "checkpoint_every", "int8_activations")
 _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
 
@@ -85,18 +86,17 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--grad_accum_dtype {args.optimizer.grad_accum_dtype} is that of embeddings, head and norms alone: with "
             "--sum_in_momentum matrices have no sums of gradients"
         )
+    idle = [name for name in _OF_ACTIVATIONS if name in given and getattr(args.model, name) != getattr(ModelArgs, name)]
+    if idle and args.by_layer:
+        flags = [f"--{name}" for name in idle]
+        warnings.append(f"{_idle(flags)}: --accumulate_by layer recomputes every layer")
     if "adam8bit_backend" in given and args.optimizer.optimizer != "adam8bit":
         warnings.append(f"{_idle(['--adam8bit_backend'])}: --optimizer {args.optimizer.optimizer} is not adam8bit")
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
     warnings += [*source_warnings(model, args.data), *_unread_keys(model)]
-    if args.by_layer:
-        names = ("activation_checkpointing", "checkpoint_every", "int8_activations")
-        idle = [f"--{name}" for name in names if name in given and getattr(model, name) != getattr(ModelArgs, name)]
-        if idle:
-            warnings.append(f"{_idle(idle)}: --accumulate_by layer recomputes every layer")
-    elif model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
+    if model.int8_activations and model.activation_checkpointing and model.checkpoint_every == 1:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
         warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")

@@ -25,10 +25,10 @@ class LibraryOptimizer:
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self._skip: Tensor | None = None
         self._norm: Tensor | None = None
+        self._all_reduce = all_reduce
         self.is_last_micro_batch, self.accumulates_by_layer = True, False
         self.loss_scale: LossScale | None = None  # float16 is refused
         self.state_dict = optimizer.state_dict
-        self._all_reduce = all_reduce
         if all_reduce is not None:
             for param in self._parameters():
                 param.register_post_accumulate_grad_hook(self._sum_hook())
@@ -75,18 +75,6 @@ class LibraryOptimizer:
 
         return hook
 
-    def _sum_over_ranks(self, param: Tensor) -> None:
-        if self._all_reduce is not None and param.grad is not None:
-            waiting = self._all_reduce(param.grad)
-            if waiting is not None:
-                waiting.wait()
-
-    def end_layer(self, parameters: Iterable[Tensor]) -> None:
-        """See `TrainingOptimizer`: here gradients are summed over the ranks, and `step` updates."""
-        self.is_last_micro_batch = True
-        for param in parameters:
-            self._sum_over_ranks(param)
-
     def grad_norm(self) -> Tensor:
         """Norm of the gradient before clipping; read it before `zero_grad`."""
         if self._norm is not None:
@@ -121,6 +109,18 @@ class LibraryOptimizer:
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """Empty: there are no subspaces."""
         return {}
+
+    def _sum_over_ranks(self, param: Tensor) -> None:
+        if self._all_reduce is not None and param.grad is not None:
+            waiting = self._all_reduce(param.grad)
+            if waiting is not None:
+                waiting.wait()
+
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """See `TrainingOptimizer`: here gradients are summed over the ranks, and `step` updates."""
+        self.is_last_micro_batch = True
+        for param in parameters:
+            self._sum_over_ranks(param)
 
 
 class OptimizerPair:

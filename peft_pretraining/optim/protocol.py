@@ -31,12 +31,6 @@ class TrainingOptimizer(Protocol):
     def state(self) -> Mapping[Tensor, dict[str, Any]]:
         """What is kept of each parameter; loading a state replaces it."""
 
-    accumulates_by_layer: bool
-    """Set where each layer has the backward passes of all micro-batches at once, with `end_layer` after the last."""
-
-    def end_layer(self, parameters: Iterable[Tensor]) -> None:
-        """All micro-batches of the update have reached these parameters; those updated per layer are updated now."""
-
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
 
@@ -66,3 +60,9 @@ class TrainingOptimizer(Protocol):
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """Metrics of the low-rank subspaces by name; empty without any."""
+
+    accumulates_by_layer: bool
+    """Set where each layer has the backward passes of all micro-batches at once, with `end_layer` after the last."""
+
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """All micro-batches of the update have reached these parameters; those updated per layer are updated now."""

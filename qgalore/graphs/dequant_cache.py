@@ -32,7 +32,8 @@ weights of a 7B layer take 400 MB.
 def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype, limit: float = CACHE_BYTES) -> Iterator[None]:
     """Within it `LowRankLinear.padded_weight(dtype)` of quantized layers is there already.
 
-    Nothing is cached for products in INT8, or where it would be more than `limit` bytes.
+    Nothing is cached for products in INT8, or where it would be more than `CACHE_BYTES`.
+    limit: other bytes in their place.
     """
     _cache_weights(layers, dtype, limit)
     try:

@@ -362,20 +362,6 @@ class LowRankAdamW(Optimizer):
         """
         self._finalize(weights, bucket, check)
 
-    @torch.no_grad()
-    def end_layer(self, parameters: Iterable[Tensor]) -> None:
-        """Finalize the gradients of parameters that all micro-batches have reached; see `accumulates_by_layer`.
-
-        No backward pass is under way, so whatever a layer keeps for one may be gone by now. On several ranks one
-        gradient after the other is sent, updated with and freed. Sets `is_last_micro_batch`.
-        """
-        self.is_last_micro_batch = True
-        found = (self._weights[param] for param in parameters if param in self._weights)
-        weights = [weight for weight in found if weight.gradient.waits]
-        for part in [[weight] for weight in weights] if self.sums_over_ranks else [weights]:
-            if part:
-                self._finalize(part, None, self.updates_at_once)
-
     def _finalize(self, weights: Sequence[Weight], bucket: Bucket | None, check: bool) -> None:
         self._add_to_momenta(weights)
         if bucket is None and (bucket := self.bucket_of(weights)) is not None:
@@ -418,6 +404,20 @@ class LowRankAdamW(Optimizer):
     def weights_of(self, module: nn.Module) -> list[Weight]:
         """The weights among the parameters of a module, in its order."""
         return [self._weights[param] for param in module.parameters() if param in self._weights]
+
+    @torch.no_grad()
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """Finalize the gradients of parameters that all micro-batches have reached; see `accumulates_by_layer`.
+
+        No backward pass is under way, so whatever a layer keeps for one may be gone by now. On several ranks one
+        gradient after the other is sent, updated with and freed. Sets `is_last_micro_batch`.
+        """
+        self.is_last_micro_batch = True
+        found = (self._weights[param] for param in parameters if param in self._weights)
+        weights = [weight for weight in found if weight.gradient.waits]
+        for part in [[weight] for weight in weights] if self.sums_over_ranks else [weights]:
+            if part:
+                self._finalize(part, None, self.updates_at_once)
 
     # ---- the update
 
