@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before what takes seconds to load
 
 import torch
 
+from peft_pretraining.accumulation.layer_by_layer import LayerByLayer
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training, shape_of
 from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
@@ -35,6 +36,7 @@ from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import card_here, parse_within_budget
 from peft_pretraining.memory.dealt_states import owners_by_name
+from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
@@ -76,6 +78,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
+        if missing := next(filter(None, world.gather(missing_host_memory(args))), None):
+            raise UserError(missing)
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
         device = world.device
@@ -125,6 +129,7 @@ class Run:
         all_reduce = world.gradient_all_reduce() if mesh is None else None
         self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)
         self.average = WeightAverage(args, world, self.model)
+        self.by_layer = LayerByLayer(self.model, self.optimizer) if args.by_layer else None
         self.restarts, self.dropouts = AdapterRestarts(args, self.model, self.optimizer), dropouts_of(self.model)
         self.checkpoints = RunCheckpoints(args, world, self.model, self.optimizer, self.loader, self.average)
         self.position = self.checkpoints.restore()
@@ -185,31 +190,13 @@ class Run:
             return False
         update, target_tokens = received
         self.set_learning_rate()
-        loss = torch.zeros((), device=self.world.device)
         if self.update_step in self.skip_steps:  # before momenta have any of its gradients
-            self.optimizer.skip_update_if(torch.ones_like(loss, dtype=torch.bool))
-        for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
-            # Momenta that have gradients of an update cannot be taken back: it is then made to its end.
-            may_stop = micro_step == 1 or not self.optimizer.sums_in_momentum
-            if may_stop and not self.world.all_on_host(not self.stop.requested):
-                self.end_early(data_before)
-                return False
-            self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
-            begin_pass(self.dropouts, self.update_step, micro_step, self.world.rank)
-            input_ids = self.world.to_device(micro_batch.input_ids)
-            labels = self.world.to_device(micro_batch.labels)
-            # Divided by the targets of the whole update, so that its split into micro-batches changes no gradient.
-            micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
-            loss += micro_loss.detach()
-            if self.optimizer.is_last_micro_batch:
-                # The last backward pass may update weights, so the loss of the whole update is checked before it.
-                self.world.all_reduce(loss)
-                broken = ~loss.isfinite()
-                self.optimizer.skip_update_if(
-                    torch.ones_like(broken) if self.update_step in self.skip_steps else broken
-                )
-            scale = self.optimizer.loss_scale
-            (micro_loss if scale is None else scale.scaled(micro_loss)).backward()
+            self.optimizer.skip_update_if(torch.ones((), dtype=torch.bool, device=self.world.device))
+        accumulate = self.accumulate if self.by_layer is None else self.accumulate_by_layer
+        loss = accumulate(update, target_tokens)
+        if loss is None:
+            self.end_early(data_before)
+            return False
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
@@ -224,8 +211,8 @@ class Run:
         measured = self.metrics.finish_update(self.loader.wait_seconds, waited_for_device=previous is not None)
         metrics: dict[str, float | torch.Tensor] = {"train/loss": loss, "train/tokens": float(self.position.tokens)}
         self.outcomes.put(done, metrics, self.optimizer, measured)
-        if scale is not None:
-            scale.update_(self.optimizer.skipped())
+        if self.optimizer.loss_scale is not None:
+            self.optimizer.loss_scale.update_(self.optimizer.skipped())
         self.decide(previous)
         self.optimizer.zero_grad()
         if news:
@@ -233,6 +220,47 @@ class Run:
         if is_due(done, self.args.runtime.check_replicas):
             self.world.check_replicas(tensors_here(self.model, self.optimizer), done)
         return True
+
+    def accumulate(self, update: Update, target_tokens: int) -> torch.Tensor | None:
+        """Make the passes of one micro-batch after the other; returns the update's loss (), None on a stop request."""
+        loss = torch.zeros((), device=self.world.device)
+        for micro_step, micro_batch in enumerate(update.micro_batches, start=1):
+            # Momenta that have gradients of an update cannot be taken back: it is then made to its end.
+            may_stop = micro_step == 1 or not self.optimizer.sums_in_momentum
+            if may_stop and not self.world.all_on_host(not self.stop.requested):
+                return None
+            self.optimizer.is_last_micro_batch = micro_step == len(update.micro_batches)
+            begin_pass(self.dropouts, self.update_step, micro_step, self.world.rank)
+            input_ids = self.world.to_device(micro_batch.input_ids)
+            labels = self.world.to_device(micro_batch.labels)
+            # Divided by the targets of the whole update, so that its split into micro-batches changes no gradient.
+            micro_loss = self.model(input_ids, labels).loss_sum / target_tokens
+            loss += micro_loss.detach()
+            if self.optimizer.is_last_micro_batch:
+                self.check_loss(loss)
+            scale = self.optimizer.loss_scale
+            (micro_loss if scale is None else scale.scaled(micro_loss)).backward()
+        return loss
+
+    def accumulate_by_layer(self, update: Update, target_tokens: int) -> torch.Tensor | None:
+        """The same with the passes of all micro-batches in one layer after the other; stops before the first update."""
+        assert self.by_layer is not None
+        batches = [(self.world.to_device(x.input_ids), self.world.to_device(x.labels)) for x in update.micro_batches]
+
+        def begin(micro_step: int) -> None:
+            begin_pass(self.dropouts, self.update_step, micro_step, self.world.rank)
+
+        goes_on = self.by_layer.forward(batches, begin, lambda: self.world.all_on_host(not self.stop.requested))
+        return self.by_layer.backward(target_tokens, self.check_loss) if goes_on else None
+
+    def check_loss(self, loss: torch.Tensor) -> None:
+        """Sum the loss () of the whole update over the ranks, and let the update be skipped if it is not finite.
+
+        Before the last backward pass, which may update weights.
+        """
+        self.world.all_reduce(loss)
+        broken = ~loss.isfinite()
+        self.optimizer.skip_update_if(torch.ones_like(broken) if self.update_step in self.skip_steps else broken)
 
     def log_notices(self, done: int) -> None:
         """Log what the loader of any rank has noticed about the data, each sentence once in a run."""

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from benchmarks import compare_peers
 from benchmarks.models import LENGTH, MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT
+from peft_pretraining.accumulation.layer_by_layer import LayerByLayer
 from peft_pretraining.build import build_model, build_training
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.dealt_states import owners_by_name
+from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.head import IGNORE_INDEX
 from peft_pretraining.models.init import OnModule
@@ -205,17 +207,31 @@ def train_ours(
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
     target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
 
-    def update() -> Tensor:
-        set_learning_rate(optimizer, 1.0)
+    if missing := missing_host_memory(args):
+        raise UserError(missing)
+    by_layer = LayerByLayer(model, optimizer) if args.by_layer else None
+
+    def check(loss: Tensor) -> None:
+        world.all_reduce(loss)
+        optimizer.skip_update_if(~loss.isfinite())
+
+    def accumulate() -> Tensor:
+        if by_layer is not None:
+            by_layer.forward([(ids, ids) for ids in batches], begin=lambda _: None, go_on=lambda: True)
+            return by_layer.backward(target_tokens, check)
         loss = torch.zeros((), device=setting.device)
         for micro_step, input_ids in enumerate(batches, start=1):
             optimizer.is_last_micro_batch = micro_step == len(batches)
             micro_loss = model(input_ids, input_ids).loss_sum / target_tokens
             loss += micro_loss.detach()
             if optimizer.is_last_micro_batch:
-                world.all_reduce(loss)
-                optimizer.skip_update_if(~loss.isfinite())
+                check(loss)
             micro_loss.backward()
+        return loss
+
+    def update() -> Tensor:
+        set_learning_rate(optimizer, 1.0)
+        loss = accumulate()
         if args.optimizer.grad_clipping:
             optimizer.clip_grad_norm_(args.optimizer.grad_clipping)
         optimizer.step()

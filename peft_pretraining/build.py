@@ -103,7 +103,7 @@ def build_training(
     convert = converter_of(args)
     if mesh is not None and args.runtime.shard == "full":
         convert = _of_owned(convert, mesh)
-    model = build_model(args.model, device, seed, on_module=convert)
+    model = build_model(args.kept_activations, device, seed, on_module=convert)
     if args.optimizer.is_low_rank:
         # Of our own models it was seen before anything was built; those of transformers tell their shapes here.
         shapes, layers = matrix_shapes(model), len(model.decoder_layers)

@@ -10,6 +10,7 @@ from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
 from peft_pretraining.memory.budget import card_here
+from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.run_summary import summary_lines
 from peft_pretraining.speed.cards import Card
@@ -34,6 +35,8 @@ def describe(args: RunArgs, card: Card | None = None) -> str:
     card = card or card_here()
     if price := warning_of_direction(args, config, card):
         lines.append(f"warning: {price}")
+    if missing := missing_host_memory(args):
+        lines.append(f"warning: {missing}")
     chosen = _chosen_by_others(args)
     for group in GROUPS:
         lines.append(f"{group}:")

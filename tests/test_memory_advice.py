@@ -24,18 +24,18 @@ RUNS = {  # flags of 7B: GB available, and what is advised
     "sums": (
         f"{Q_GALORE} --rank 1024 --batch_size 16 --total_batch_size 512 --activation_checkpointing",
         15.9,
-        ["--grad_accum_dtype int8", "--rank 512"],
+        ["--grad_accum_dtype int8", "--accumulate_by layer", "--rank 512"],
     ),
     "rank": (
         f"{Q_GALORE} --batch_size 16 --total_batch_size 512 --activation_checkpointing --grad_accum_dtype int8",
         15.9,
-        ["--batch_size 8 --gradient_accumulation 64", "--rank 1568"],
+        ["--accumulate_by layer", "--batch_size 8 --gradient_accumulation 64", "--rank 1568"],
     ),
     "full rank": (
         "--optimizer q_galore_adamw8bit_per_layer --weight_quant --rank full --batch_size 16 --total_batch_size 512 "
         "--activation_checkpointing --grad_accum_dtype int8",
         17.0,
-        ["--rank 1536"],
+        ["--accumulate_by layer", "--rank 1536"],
     ),
     "one micro-batch": (
         "--optimizer adamw --batch_size 64",

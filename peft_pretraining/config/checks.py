@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
 _STORED_BASES = ("proj_quant", "proj_bits", "proj_group_size")
+_OF_ACTIVATIONS = ("activation_checkpointing", "checkpoint_every", "checkpoint_layers", "int8_activations")
 _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
 
@@ -43,6 +44,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_model_problems(args),
         *source_problems(args.model, args.checkpoint),
         *_batch_problems(args),
+        *_by_layer_problems(args),
         *_data_problems(args),
         *_optimizer_problems(args),
         *method_problems(args),
@@ -82,6 +84,10 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         if idle and not used:
             why = f"with --no-{kind}_quant" if f"{kind}_quant" in given else f"without --{kind}_quant"
             warnings.append(f"{_idle(idle)} {why}")
+    idle = [name for name in _OF_ACTIVATIONS if name in given and getattr(args.model, name) != getattr(ModelArgs, name)]
+    if idle and args.by_layer:
+        flags = [f"--{name}" for name in idle]
+        warnings.append(f"{_idle(flags)}: --accumulate_by layer recomputes every layer")
     if "adam8bit_backend" in given and args.optimizer.optimizer != "adam8bit":
         warnings.append(f"{_idle(['--adam8bit_backend'])}: --optimizer {args.optimizer.optimizer} is not adam8bit")
     if "momentum_rest_bits" in given and not args.subspace.momentum_rank:
@@ -188,7 +194,7 @@ def _model_problems(args: RunArgs) -> list[str]:
     checks: list[Callable[[], None]] = [lambda: check_length(config, args.batch.max_length)]
     if args.method.method != "full":
         checks.append(lambda: check_method_rank(config, args.subspace.rank))
-    problems = [] if args.model.use_hf_model else _family_problems(args.model, family)
+    problems = [] if args.model.use_hf_model else _family_problems(args, family)
     if args.optimizer.is_low_rank:
         layers, shapes = config.num_hidden_layers, config.matrix_shapes()
         problems += rank_problems(config.source, layers, shapes, *args.subspace.both_ranks)
@@ -202,16 +208,20 @@ def _model_problems(args: RunArgs) -> list[str]:
     return problems
 
 
-def _family_problems(model: ModelArgs, family: ModelFamily[Any]) -> list[str]:
+def _family_problems(args: RunArgs, family: ModelFamily[Any]) -> list[str]:
     """List the flags that ask for a feature which the model family lacks."""
     lacks = {
         "activation_checkpointing": ("cannot recompute its layers", family.recomputes_layers),
         "int8_activations": ("keeps its activations as they are", family.int8_activations),
     }
+    given = {flag: flag for flag in lacks if getattr(args.model, flag)}
+    if args.by_layer:
+        lacks["accumulate_by"] = "does not run a layer at a time", family.runs_by_layer
+        given["accumulate_by"] = "accumulate_by layer"
     return [
-        f"--{flag} cannot work with a model of model_type {family.model_type!r}, which {reason}: leave it out"
-        for flag, (reason, has) in lacks.items()
-        if getattr(model, flag) and not has
+        f"--{text} cannot work with a model of model_type {family.model_type!r}, which {lacks[flag][0]}: leave it out"
+        for flag, text in given.items()
+        if not lacks[flag][1]
     ]
 
 
@@ -236,6 +246,30 @@ def _batch_problems(args: RunArgs) -> list[str]:
         else f"--total_batch_size {batch.total_batch_size} is less than {product} = {a_pass}: give at least {a_pass}, "
         "a smaller --batch_size or fewer ranks"
     ]
+
+
+def _by_layer_problems(args: RunArgs) -> list[str]:
+    if not args.by_layer:
+        return []
+    optimizer, problems = args.optimizer, []
+    if args.model.use_hf_model:
+        problems.append(
+            "--accumulate_by layer is for the project's own networks, which run a layer at a time: leave "
+            "--accumulate_by or --use_hf_model out"
+        )
+    if optimizer.per_layer and optimizer.grad_clipping:
+        problems.append(
+            f"--grad_clipping {optimizer.grad_clipping:g} cannot work with --optimizer {optimizer.optimizer} and "
+            "--accumulate_by layer: the global norm needs all gradients at once, and those of each layer are used and "
+            f"freed before the next has any. Use --accumulate_by micro_batch, --grad_clipping 0, --norm_growth, or "
+            f"{optimizer.optimizer[:-10]}"
+        )
+    if args.sums_in_momentum:
+        problems.append(
+            "--sum_in_momentum saves sums of gradients by rounding momenta with every micro-batch, and with "
+            "--accumulate_by layer there are those of one layer: leave one of them out"
+        )
+    return problems
 
 
 def _data_problems(args: RunArgs) -> list[str]:
@@ -343,12 +377,16 @@ def _float16_problems(args: RunArgs) -> list[str]:
             "--sum_in_momentum keeps gradients in momenta from one update to the next, and the loss scale of --dtype "
             "float16 would change what they are worth: leave it out, or use --dtype bfloat16"
         ]
-    if optimizer.per_layer and args.batch.gradient_accumulation == 1 and not optimizer.loss_scale:
+    alone = args.batch.gradient_accumulation == 1
+    if optimizer.per_layer and (alone or args.by_layer) and not optimizer.loss_scale:
+        where, others = "at one micro-batch an update", "a smaller --batch_size with the same --total_batch_size"
+        if args.by_layer:
+            where, others = "and --accumulate_by layer", "--accumulate_by micro_batch"
         return [
-            f"--dtype float16 cannot work with --optimizer {name} at one micro-batch an update: its loss scale is "
-            "found by overflows, and where the gradient of a lower layer overflows the upper ones have been updated "
-            f"already. Use a smaller --batch_size with the same --total_batch_size, {name[:-10]}, or a fixed "
-            "--loss_scale such as 1024, with which an overflow goes back to the newest checkpoint"
+            f"--dtype float16 cannot work with --optimizer {name} {where}: its loss scale is found by overflows, and "
+            "where the gradient of a lower layer overflows the upper ones have been updated already. Use "
+            f"{others}, {name[:-10]}, or a fixed --loss_scale such as 1024, with which an overflow goes back to the "
+            "newest checkpoint"
         ]
     return []
 

@@ -139,8 +139,8 @@ class ModelArgs:
     """auto: replay compiled layers from CUDA graphs for galore and q_galore optimizers. The updates are inside the
     graphs, but with several micro-batches, --grad_clipping or an optimizer without _per_layer, graphs sum the gradients
     and updates run from Python. No graphs are used with --simulation, a --weight_group_size that 8 does not divide,
-    --grad_accum_dtype int8 with one micro-batch, --sum_in_momentum, or --residual with updates outside. The bits are
-    the same."""
+    --grad_accum_dtype int8 with one micro-batch, --sum_in_momentum, --accumulate_by layer, or --residual with updates
+    outside. The bits are the same."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,12 @@ class BatchArgs:
     """Sequences per update, over all ranks and micro-batches."""
     max_length: Annotated[int, Flag("tokens", at_least=2)] = 256
     """Length of a sequence."""
+    accumulate_by: Annotated[str, Flag(choices=("micro_batch", "layer"))] = "micro_batch"
+    """The outer loop of an update. micro_batch: each goes through the whole model, and the sums of all gradients wait
+    for the last one. layer: each layer has all micro-batches before the next layer has its first, so that an optimizer
+    _per_layer keeps the sums of one layer at a time. Every layer is then computed again in the backward pass, from its
+    input in host memory: batch_size x gradient_accumulation x max_length x hidden_size values a layer, which --dry_run
+    counts. The bits are the same, but for rounding where the head's weight is that of the embeddings."""
 
 
 @dataclass(frozen=True)

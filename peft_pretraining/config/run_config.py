@@ -73,6 +73,21 @@ class RunArgs:
         return self.batch.total_batch_size * self.batch.max_length
 
     @property
+    def by_layer(self) -> bool:
+        """Whether each layer has all micro-batches of an update before the next layer has its first."""
+        return self.batch.accumulate_by == "layer"
+
+    @property
+    def kept_activations(self) -> ModelArgs:
+        """The options of the model with those that say what is kept of activations as they take effect."""
+        if not self.by_layer:
+            return self.model
+        # A layer is computed again just before its backward pass, which is alone with what it has kept.
+        return dataclasses.replace(
+            self.model, activation_checkpointing=False, checkpoint_every=1, checkpoint_layers=0, int8_activations=False
+        )
+
+    @property
     def sums_in_momentum(self) -> bool:
         """Whether the gradients of the decoder matrices are summed in their momenta."""
         return self.optimizer.is_low_rank and self.subspace.sum_in_momentum

@@ -78,7 +78,7 @@ class Candidate:
     @property
     def needs(self) -> int:
         """The planned peak and what is kept free beside it."""
-        again = OF_COMPILER if self.args.model.activation_checkpointing else 0
+        again = OF_COMPILER if self.args.kept_activations.activation_checkpointing else 0
         return self.peak + int(self.peak * UNPLANNED_SHARE) + again
 
     def seconds(self, card: Card) -> float:
@@ -202,6 +202,9 @@ class Candidates:
     def _activations(self, first: RunArgs) -> Iterator[Setting]:
         """Flags of what is kept of activations, with the values that they set."""
         given, layers = self._given, self.config.num_hidden_layers
+        if first.by_layer:  # which keeps those of one layer
+            yield (), {}
+            return
         again: list[Setting] = [((), {})]
         fixed = first.model.activation_checkpointing
         switch = () if fixed else ("--activation_checkpointing",)

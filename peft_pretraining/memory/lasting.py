@@ -46,7 +46,7 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
     if not run.updates_at_once:
         full = args.method.method == "full"
         trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]
-        rest = sum(times.get(x, 1) * _sum_bytes(run, x.shape) for x in trained)
+        rest = sum(times.get(x, 1) * sum_bytes(run, x.shape) for x in trained)
         found |= {GRADIENTS: rest + (_sums_of_matrices(run) if full else 0), REFRESHES: _refresh_bytes(run)}
     return found if run.shards == 1 else found | _of_fullest_rank(run, found)
 
@@ -71,14 +71,15 @@ def _sums_of_matrices(run: PlannedRun) -> int:
         for subspace in run.args.subspace.by_depth(run.config.num_hidden_layers)
         for matrix in run.matrices_of(subspace)
     ]
-    return sum(_sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in matrices)
+    return sum(sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in matrices)
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _sum_bytes(run: PlannedRun, shape: tuple[int, ...]) -> int:
+def sum_bytes(run: PlannedRun, shape: tuple[int, ...]) -> int:
+    """Bytes of a sum of gradients of this shape."""
     return zeros(torch.Size(shape), run.sum_dtype, torch.device("meta")).nbytes
 
 
@@ -89,7 +90,7 @@ def _refresh_bytes(run: PlannedRun) -> int:
     the second ones of a short interval.
     """
     count, gap = run.config.num_hidden_layers * len(run.matrices), run.args.subspace.shortest_interval
-    sketches = max(sum(_sum_bytes(run, (x.rank, side)) for side in x.sides) for x in run.matrices)
+    sketches = max(sum(sum_bytes(run, (x.rank, side)) for side in x.sides) for x in run.matrices)
     svd = run.args.subspace.subspace == "svd" and sketches
-    later = max(_sum_bytes(run, x.shape) for x in run.matrices) if svd else sketches
+    later = max(sum_bytes(run, x.shape) for x in run.matrices) if svd else sketches
     return math.ceil(count / first_refresh_spread(count, gap)) * sketches + math.ceil(count / gap) * later

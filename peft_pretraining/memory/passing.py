@@ -36,8 +36,9 @@ class PassingBytes:
         width = padded_width(config.intermediate_size) if args.optimizer.is_low_rank else config.intermediate_size
         self.hidden, self.wide = run.tokens * config.hidden_size * self.b, run.tokens * width * self.b
         self.table = config.vocab_size * config.hidden_size * self.b
-        self.recomputed = args.model.recomputed(layers)
-        self.int8_activations = args.model.int8_activations and run.compiled
+        kept = args.kept_activations
+        self.recomputed = kept.recomputed(layers)
+        self.int8_activations = kept.int8_activations and run.compiled
         self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
         self.quantized = self.format.stored_bits is not None and not self.format.int8_products
         self.converts = self.options.proj_quant or self.format.stored_bits is not None
@@ -56,13 +57,8 @@ class PassingBytes:
 
     def phases(self) -> dict[str, int]:
         """The moments that can be the peak, in the order in which an update comes to them."""
-        run, config, float32 = self.run, self.run.config, self.table // self.b * 4
-        # Of the head's gradient: what leaves an INT8 sum in float32; rows of a direction, or all of it where blocks of
-        # an 8-bit state straddle them.
-        read = (min(_ROWS, float32) if run.args.world_size == 1 else float32) if self.int8_sums else 0
-        rows = float32 if self.int8_states and config.hidden_size % 256 else min(_ROWS, float32)
-        update = read + (rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows)
-        of_table = self.table + (update if run.updates_at_once else read)
+        run, config, update = self.run, self.run.config, self.update_of_table()
+        of_table = self.table + (update if run.updates_at_once else self.read_of_table())
         # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
         # gradient waits for that of the embeddings.
         stays, waits = self.kept + self.hidden * run.graphs, self.table * config.tie_word_embeddings
@@ -76,6 +72,17 @@ class PassingBytes:
         if not run.updates_at_once:
             found["update of the largest weight"] = max(self.updates(), update)
         return found
+
+    def read_of_table(self) -> int:
+        """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""
+        float32 = self.table // self.b * 4
+        return (min(_ROWS, float32) if self.run.args.world_size == 1 else float32) if self.int8_sums else 0
+
+    def update_of_table(self) -> int:
+        """That, and rows of a direction, or all of it where blocks of an 8-bit state straddle them."""
+        run, float32 = self.run, self.table // self.b * 4
+        rows = float32 if self.int8_states and run.config.hidden_size % 256 else min(_ROWS, float32)
+        return self.read_of_table() + (rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows)
 
     def kept_by_graphs(self) -> int:
         """What nothing else uses: over ranks also three messages of a layer's gradients, one with sums of a refresh."""
@@ -182,18 +189,25 @@ class PassingBytes:
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         total = sum(x.gradient for x in run.matrices) * layers
         values, cached = min(total, limit + largest), self.bases if run.updates_at_once else 0
+        read = 4 * values if self.int8_sums and not (run.updates_at_once or run.args.sums_in_momentum) else 0
+        steps = self.directions(values, largest, GROUP_LIMIT, bool(cached)) + read
+        return cached + max(steps + max(map(self._applying, run.matrices)), *map(self.refresh, run.matrices))
+
+    def directions(self, values: int, largest: int, grouped: int, cached: bool) -> int:
+        """Of matrices with so many values in all, so many of which are orthogonalised at once.
+
+        cached: bases are dequantized already, and counted.
+        """
+        run, matrices = self.run, self.run.matrices
         if self.options.direction != "adam":  # momenta, two buffers, and two squares a matrix, in segments four
             squares = 2 if self.options.newton_schulz == "muon" else 4
-            made = 3 * values + squares * GROUP_LIMIT * max(min(x.gradient_shape) for x in run.matrices) ** 2
+            made = 3 * values + squares * grouped * max(min(x.gradient_shape) for x in matrices) ** 2
         else:
-            made = values + (
-                0 if cached else self.converts * layers * sum(x.bases for x in run.matrices) * values // total
-            )
+            bases = sum(x.bases for x in matrices) * values // sum(x.gradient for x in matrices)
+            made = values + (0 if cached else self.converts * bases)
         if self.options.momentum_rank:  # one momentum in float32 and bfloat16, beside those that are made
             made = max(made, values + (4 + self.b) * largest // self.b)
-        read = 4 * values if self.int8_sums and not (run.updates_at_once or run.args.sums_in_momentum) else 0
-        steps = self.b * made + read + max(map(self._applying, run.matrices))
-        return cached + max(steps, *map(self.refresh, run.matrices))
+        return run.dtype.itemsize * made
 
     def _by_bitsandbytes(self) -> int:
         """Bytes a value of an update by bitsandbytes, beside the sum of its gradient.

@@ -14,6 +14,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.dealt_states import bytes_by_rank
 from peft_pretraining.memory.lasting import GATHERED, GRADIENTS, REFRESHES, lasting_bytes
 from peft_pretraining.memory.passing import PassingBytes
+from peft_pretraining.memory.passing_by_layer import PassingByLayer
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.config import ModelConfig
 
@@ -33,6 +34,8 @@ class MemoryPlan:
     """What the way of running takes on a GPU: workspaces, and memory that CUDA graphs hold."""
     of: str = "one rank"
     """Whose memory it is."""
+    host: int = 0
+    """Bytes of host memory that the run takes for what would else be on the device."""
 
     @property
     def weights_and_states_bytes(self) -> int:
@@ -57,6 +60,8 @@ class MemoryPlan:
         lines = [f"Planned memory of {self.of}"]
         for title, sizes in parts.items():
             lines += [f"{title}:", *(f"  {name:<44}{size / 1e9:>10.3f} GB" for name, size in sizes.items())]
+        if self.host:
+            lines.append(f"host memory of one rank: {self.host / 1e9:.3f} GB of hidden states")
         return "\n".join(lines)
 
 
@@ -67,8 +72,12 @@ def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
 
 def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
     """The planned memory of a run of which it is known what lasts."""
-    passing = PassingBytes(run)
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
+    if run.args.by_layer:
+        by_layer = PassingByLayer(run)
+        overhead |= by_layer.overhead()
+        return MemoryPlan(lasting, by_layer.phases(), by_layer.kept, overhead, _whose(run), by_layer.host())
+    passing = PassingBytes(run)
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
     overhead |= {"gradients of two layers on their way": passing.messages()} if run.gathers else {}
     return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, _whose(run))

@@ -47,8 +47,8 @@ class PlannedRun:
         """Whether a layer's weights are gathered before it runs."""
         self.graphs = self.compiled and self.cuda and allows_graphs(args) and not self.gathers
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
-        self.updates_at_once = optimizer.per_layer and alone
-        """Whether each gradient is used up inside the backward pass of its layer."""
+        self.updates_at_once = optimizer.per_layer and (alone or args.by_layer)
+        """Whether each gradient is used up inside the backward pass of its layer, or after it."""
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)

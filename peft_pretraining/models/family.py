@@ -31,6 +31,9 @@ class ModelFamily(ABC, Generic[ConfigT]):
     int8_activations: bool = False
     """It overrides `keep_int8_activations`; --int8_activations is refused otherwise."""
 
+    runs_by_layer: bool = False
+    """It overrides `CausalLM.embed`, `layer_constants` and `head_loss`; --accumulate_by layer is refused otherwise."""
+
     @abstractmethod
     def config(self, raw: dict[str, Any], source: str) -> ConfigT:
         """The contents of a config.json, checked; raises UserError that names `source`, the file, and the key."""

@@ -52,6 +52,22 @@ class CausalLM(nn.Module):
         """
         raise NotImplementedError
 
+    # ---- a forward pass in parts: of a family that says `runs_by_layer`
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The input (B, L, hidden_size) of the first decoder layer for input_ids (B, L)."""
+        raise NotImplementedError
+
+    def layer_constants(self, length: int) -> tuple[Tensor, ...]:
+        """The arguments of each layer beside its input, for sequences of so many tokens, such as rotary tables."""
+        raise NotImplementedError
+
+    def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The float32 sum () of the loss of `forward`, from the output x (B, L, hidden_size) of the last layer."""
+        raise NotImplementedError
+
+    # ----
+
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator, std: float) -> Tensor:
         """The float32 values on the CPU that the parameter of this dotted name starts with.
 

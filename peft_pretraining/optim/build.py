@@ -152,14 +152,15 @@ def allows_graphs(args: RunArgs) -> bool:
     A graph must read everything that changes from step to step from the device. That is not so for fake quantization,
     group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
     residual that is kept until a later update. Nor is it served where gradients are added to momenta: each would have a
-    buffer of its own, and there is to be none.
+    buffer of its own, and there is to be none. These graphs are of one micro-batch in all layers: none where a layer
+    has all micro-batches at once.
     """
     optimizer, quantization = args.optimizer, args.quantization
     waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
     fake = quantization.weight_quant and quantization.simulation
     packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
-    fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum
+    fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum and not args.by_layer
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 

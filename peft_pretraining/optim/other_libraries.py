@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class LibraryOptimizer:
         self._optimizer, self._skipped = optimizer, torch.zeros((), dtype=torch.bool)
         self._skip: Tensor | None = None
         self._norm: Tensor | None = None
-        self.is_last_micro_batch = True
+        self._all_reduce = all_reduce
+        self.is_last_micro_batch, self.accumulates_by_layer = True, False
         self.loss_scale: LossScale | None = None  # float16 is refused
         self.state_dict = optimizer.state_dict
         self._mesh, self._owners = mesh, dict[Tensor, int]()
@@ -49,7 +50,7 @@ class LibraryOptimizer:
                 param.register_post_accumulate_grad_hook(self._reduce_hook(mesh))
         if all_reduce is not None:
             for param in self._parameters():
-                param.register_post_accumulate_grad_hook(self._sum_hook(all_reduce))
+                param.register_post_accumulate_grad_hook(self._sum_hook())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -86,15 +87,13 @@ class LibraryOptimizer:
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _sum_hook(self, all_reduce: AllReduce) -> Callable[[Tensor], None]:
+    def _sum_hook(self) -> Callable[[Tensor], None]:
         optimizer = weakref.ref(self)  # a strong reference in a hook would keep the optimizer alive with the weights
 
         def hook(param: Tensor) -> None:
             owner = optimizer()
-            if owner is not None and owner.is_last_micro_batch and param.grad is not None:
-                waiting = all_reduce(param.grad)
-                if waiting is not None:
-                    waiting.wait()
+            if owner is not None and owner.is_last_micro_batch:
+                owner._sum_over_ranks(param)
 
         return hook
 
@@ -181,6 +180,18 @@ class LibraryOptimizer:
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """Empty: there are no subspaces."""
         return {}
+
+    def _sum_over_ranks(self, param: Tensor) -> None:
+        if self._all_reduce is not None and param.grad is not None:
+            waiting = self._all_reduce(param.grad)
+            if waiting is not None:
+                waiting.wait()
+
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """See `TrainingOptimizer`: here gradients are summed over the ranks, and `step` updates."""
+        self.is_last_micro_batch = True
+        for param in parameters:
+            self._sum_over_ranks(param)
 
 
 class OptimizerPair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -67,3 +67,9 @@ class TrainingOptimizer(Protocol):
 
     def subspace_metrics(self) -> dict[str, float | Tensor]:
         """Metrics of the low-rank subspaces by name; empty without any."""
+
+    accumulates_by_layer: bool
+    """Set where each layer has the backward passes of all micro-batches at once, with `end_layer` after the last."""
+
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """All micro-batches of the update have reached these parameters; those updated per layer are updated now."""

@@ -53,8 +53,11 @@ def _times(s: Setting, ours: bool, card: Card) -> tuple[float, float, float]:
 
 
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
-    """What decides the passes of a run; the mean of the ranks of attention and MLP stands for all matrices."""
-    optimizer, subspace, model = args.optimizer, args.subspace, args.model
+    """What decides the passes of a run; the mean of the ranks of attention and MLP stands for all matrices.
+
+    Of accumulation by layers each pass of a micro-batch is counted as otherwise, and no copy to or from the host.
+    """
+    optimizer, subspace, model = args.optimizer, args.subspace, args.kept_activations
     of_both = (*subspace.ranks(), *subspace.ranks(of_mlp=True)) if optimizer.is_low_rank else ()
     ranks = [rank for rank in of_both if rank != FULL]
     return Setting(
@@ -62,7 +65,7 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         args.batch.batch_size,
         rank=round(sum(map(int, ranks)) / len(ranks)) if ranks else 0,
         grad_accum=args.batch.gradient_accumulation,
-        checkpointing=model.activation_checkpointing,
+        checkpointing=model.activation_checkpointing or args.by_layer,
         length=args.batch.max_length,
         update_proj_gap=math.ceil(subspace.update_proj_gap),
         checkpoint_every=model.checkpoint_every,

@@ -29,12 +29,13 @@ weights of a 7B layer take 400 MB.
 
 
 @contextlib.contextmanager
-def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> Iterator[None]:
+def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype, limit: float = CACHE_BYTES) -> Iterator[None]:
     """Within it `LowRankLinear.padded_weight(dtype)` of quantized layers is there already.
 
     Nothing is cached for products in INT8 or FP8, or where it would be more than `CACHE_BYTES`.
+    limit: other bytes in their place.
     """
-    _cache_weights(layers, dtype)
+    _cache_weights(layers, dtype, limit)
     try:
         yield
     finally:
@@ -54,11 +55,11 @@ def cached_bases(weights: Sequence[Weight], dtype: torch.dtype) -> Iterator[None
             bases.cached.clear()
 
 
-def _cache_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype) -> None:
+def _cache_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype, limit: float) -> None:
     multiplied = [layer for layer in layers if not layer.format.products]
     stored = [(layer, weight) for layer in multiplied if (weight := layer.quantized_weight) is not None]
     shapes = [(padded_width(weight.shape[0]), padded_width(weight.shape[1])) for _, weight in stored]
-    if sum(map(math.prod, shapes)) * dtype.itemsize > CACHE_BYTES:
+    if sum(map(math.prod, shapes)) * dtype.itemsize > limit:
         return
     values = grouped_dequantize([weight for _, weight in stored], dtype, shapes)
     for (layer, _), padded in zip(stored, values, strict=True):

@@ -130,6 +130,9 @@ class LowRankAdamW(Optimizer):
         self._checks: UpdateChecks | None = None
         self._step_table: StepTable | None = None
         self.update_in_backward = False
+        self.accumulates_by_layer = False
+        """Set to True where a layer has the backward passes of all micro-batches before the next layer has its first,
+        with `end_layer` after the last of them: what `update_in_backward` updates is then updated there."""
         self._replay: Replay | None = None
         self.states_replaced = 0
         """How often weights have taken up groups and state, and sums anew: CUDA graphs of before are then void."""
@@ -296,8 +299,9 @@ class LowRankAdamW(Optimizer):
 
     @property
     def updates_at_once(self) -> bool:
-        """Whether each weight is updated as soon as the backward pass that goes on has its gradient."""
-        return self.update_in_backward and self.takes_whole_gradients
+        """Whether each weight is updated as soon as its gradient is final, by the backward pass that goes on."""
+        complete = self.is_last_micro_batch if self.accumulates_by_layer else self.takes_whole_gradients
+        return self.update_in_backward and complete
 
     @property
     def takes_whole_gradients(self) -> bool:
@@ -506,6 +510,20 @@ class LowRankAdamW(Optimizer):
     def weights_of(self, module: nn.Module) -> list[Weight]:
         """The weights among the parameters of a module, in its order."""
         return [self._weights[param] for param in module.parameters() if param in self._weights]
+
+    @torch.no_grad()
+    def end_layer(self, parameters: Iterable[Tensor]) -> None:
+        """Finalize the gradients of parameters that all micro-batches have reached; see `accumulates_by_layer`.
+
+        No backward pass is under way, so whatever a layer keeps for one may be gone by now. On several ranks one
+        gradient after the other is sent, updated with and freed. Sets `is_last_micro_batch`.
+        """
+        self.is_last_micro_batch = True
+        found = (self._weights[param] for param in parameters if param in self._weights)
+        weights = [weight for weight in found if weight.gradient.waits]
+        for part in [[weight] for weight in weights] if self.sums_over_ranks else [weights]:
+            if part:
+                self._finalize(part, None, self.updates_at_once)
 
     # ---- the update
 

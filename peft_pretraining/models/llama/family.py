@@ -18,6 +18,7 @@ class Llama(ModelFamily[LlamaConfig]):
     compiles_layers = True
     recomputes_layers = True
     int8_activations = True
+    runs_by_layer = True
 
     def config(self, raw: dict[str, Any], source: str) -> LlamaConfig:
         """See `ModelFamily.config`."""

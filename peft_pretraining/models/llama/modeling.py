@@ -162,8 +162,7 @@ class LlamaModel(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
-        config = self.config
-        cos, sin = rotary_tables(input_ids.shape[1], config.head_dim, config.rope_theta, x.device, config.rope_scaling)
+        cos, sin = self.tables(input_ids.shape[1])
         # Batches of training have one shape; an evaluation's may have others, each of which would be compiled.
         training = torch.is_grad_enabled()
         if training and self.run_layers is not None:
@@ -173,6 +172,11 @@ class LlamaModel(nn.Module):
                 x = self.compiled_layer(layer, x, cos, sin) if training and self.compiled_layer else layer(x, cos, sin)
         out: Tensor = self.norm(x)
         return out
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables of sequences of so many tokens, each (length, head_dim / 2)."""
+        config, device = self.config, self.embed_tokens.weight.device
+        return rotary_tables(length, config.head_dim, config.rope_theta, device, config.rope_scaling)
 
 
 class LlamaForCausalLM(CausalLM):
@@ -253,6 +257,21 @@ class LlamaForCausalLM(CausalLM):
     def run_layers_by(self, runner: LayerRunner) -> None:
         """See `CausalLM`."""
         self.model.run_layers = runner
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """See `CausalLM`."""
+        x: Tensor = self.model.embed_tokens(input_ids)
+        return x
+
+    def layer_constants(self, length: int) -> tuple[Tensor, ...]:
+        """See `CausalLM`: the rotary tables."""
+        return self.model.tables(length)
+
+    def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """See `CausalLM`."""
+        loss_sum = head_output(self.model.norm(x), self.lm_head, labels).loss_sum
+        assert loss_sum is not None
+        return loss_sum
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """See `CausalLM`."""

@@ -1,0 +1,1 @@
+"""Accumulation of gradients layer by layer, over hidden states in host memory."""
