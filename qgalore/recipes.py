@@ -84,7 +84,7 @@ def _falling_faster(updates: int) -> float:
     """4 in up to 800 updates, 1/2 in 3,200, the best measured at both; beyond with the root, as in the other recipe."""
     if updates > _LONG:
         return 0.5 * math.sqrt(_LONG / updates)
-    return 4.0 * min(1.0, _SHORT / max(1, updates)) ** 1.5
+    return 4.0 * math.pow(min(1.0, _SHORT / max(1, updates)), 1.5)
 
 
 def _rising(updates: int) -> float:

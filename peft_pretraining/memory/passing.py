@@ -17,7 +17,7 @@ from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
-from qgalore.layer.linear import joined_product_bytes, product_bytes
+from qgalore.layer.linear import fused_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
@@ -158,10 +158,10 @@ class PassingBytes:
             queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
             worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
         elif run.graphs or self.int8_activations:
-            joined = 0
+            fused = 0
             if self.format.fp8_products:  # the weights of gate and up at once, whose shape is that of down turned
-                joined = joined_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
-            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, joined) + made)
+                fused = fused_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
+            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, fused) + made)
         else:
             worst = (3 if run.compiled else 2) * self.wide
         return self.weights + self.bases + max(self.wide + multiplying, worst)
