@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
-from qgalore.layer.linear import grouped_linear, fused_product_bytes, product_bytes
+from qgalore.layer.linear import fused_product_bytes, grouped_linear, product_bytes
 from tests.sinks import FactorSink
 
 FORMATS = {
