@@ -271,8 +271,8 @@ def _by_layer_problems(args: RunArgs) -> list[str]:
         )
     if args.runtime.shard != "none":
         problems.append(
-            f"--accumulate_by layer does not work with --shard {args.runtime.shard}: leave one of them out, or copies of "
-            "all states on every rank (--shard none)"
+            f"--accumulate_by layer does not work with --shard {args.runtime.shard}: leave one of them out, or "
+            "keep all states on every rank (--shard none)"
         )
     return problems
 
