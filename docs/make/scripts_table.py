@@ -47,4 +47,7 @@ def _cells(model: str) -> str:
 
 
 def _peak(stem: str) -> str:
+    """Of a script for one GPU; one that the paper does not have has none."""
+    if stem not in _ON_ONE_GPU:
+        return "none"
     return f"official README: {PEAK_GB[_ON_ONE_GPU[stem], '7b'][0]:.2f} GB at the peak"
