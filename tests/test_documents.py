@@ -138,6 +138,13 @@ def test_the_page_of_rooms_has_all_of_them() -> None:
         assert f"| `{path}` | {rooms_page.purpose(room)} |" in text.split(f"## `{library}`")[1], room
 
 
+def test_the_page_of_scripts_names_every_method() -> None:
+    text = (ROOT / "docs/reference/scripts.md").read_text(encoding="utf-8")
+    (methods,) = re.findall(r'^METHODS="(.*)"$', (ROOT / "scripts/recipe.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text.split("Perplexity")[0], re.MULTILINE)))
+    assert named == methods.split()
+
+
 # ---- links
 
 

@@ -19,6 +19,7 @@ from docs.make import (
     param_group_page,
     perplexity_tables,
     rooms_page,
+    scripts_table,
     speed_tables,
     update_bytes,
 )
@@ -44,12 +45,20 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "memory of 7B": memory_tables.parts_of_7b,
     "perplexity": perplexity_tables.short,
     "perplexity in full": perplexity_tables.full,
+    "scripts": scripts_table.scripts,
     "speed": speed_tables.beside_adamw,
     "speed of others": speed_tables.other_projects,
     "speed of large models": speed_tables.large_models,
 }
 """Blocks by the name in their first mark, `<!-- begin: NAME -->`; the second is `<!-- end -->`."""
-WITH_BLOCKS = ("README.md", "docs/*.md", "docs/results/*.md", "docs/explain/*.md", "docs/guide/*.md")
+WITH_BLOCKS = (
+    "README.md",
+    "docs/*.md",
+    "docs/reference/scripts.md",
+    "docs/results/*.md",
+    "docs/explain/*.md",
+    "docs/guide/*.md",
+)
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[^`]*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

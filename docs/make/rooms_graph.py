@@ -58,10 +58,11 @@ def draw(found: dict[str, Any]) -> Any:
             for number, room in enumerate(own):
                 place[room] = left + 2.0 * number + (0.9 if level % 2 else 0.0)
     figure, axis = pyplot.subplots(figsize=(8, 9))
+    half = {room: 0.36 if room.startswith("qgalore") else 0.2 for room in found}  # of a box of two lines, or of one
     for room, others in arrows.items():
         for other in others:
             axis.annotate(
-                "", (place[other], height[other] + 0.22), (place[room], height[room] - 0.22),
+                "", (place[other], height[other] + half[other]), (place[room], height[room] - half[room]),
                 arrowprops={"arrowstyle": "-|>", "color": "0.6", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0},
             )  # fmt: skip
     for room in found:
