@@ -12,7 +12,8 @@ sums of all gradients are alive from the first to the last. Here the loops are t
 It is activation checkpointing (Chen et al., arXiv 1604.06174) with a checkpoint a layer, of all micro-batches: they are
 in host memory (`hidden_states`). Each sum has its addends in the order of the micro-batches, as it does otherwise, and
 thus the same bits; but where the head's weight is that of the embeddings, whose gradients come one after the other
-here. A layer's quantized weights are dequantized once a pass, not once a micro-batch.
+here. A layer's quantized weights are dequantized once a pass, not once a micro-batch: all of them in the forward pass,
+and as many as `CACHED_BYTES` holds in the backward pass, which has the sums of gradients beside them.
 
 Losses are known before any weight is updated. A gradient that is not finite is found when layers above may have been
 updated, as it is with one micro-batch: `LowRankAdamW.late_overflow`.
@@ -21,6 +22,7 @@ updated, as it is with one micro-batch: `LowRankAdamW.late_overflow`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,10 +33,14 @@ from peft_pretraining.accumulation.hidden_states import HiddenStates, hidden_sta
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore.graphs.dequant_cache import cached_bases, cached_weights
+from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update.weight import Weight
 
+CACHED_BYTES = 128 << 20
+"""Of weights of a layer that stay dequantized during its backward pass: all up to 1B, at 7B those of the attention. The
+others would take 0.27 GB more there for 3 % of the time."""
 Batch = tuple[Tensor, Tensor]
 """Token ids and labels (B, L) of a micro-batch, on the device."""
 
@@ -70,7 +76,7 @@ class LayerByLayer:
             if not go_on():
                 self._batches = ()
                 return False
-            with self._dequantized(index):
+            with cached_weights(self._linears[index], self._embeddings.dtype, limit=math.inf):
                 for number, x in enumerate(self._inputs(index)):
                     # With gradients, though none is asked for: the backward pass then begins with the same kernels.
                     self._rows.write(index, number, self._run(index, number, x.requires_grad_()).detach())
@@ -89,7 +95,7 @@ class LayerByLayer:
         optimizer.end_layer(self._of_head)
         for index in range(last, -1, -1):
             optimizer.is_last_micro_batch = False
-            with self._dequantized(index), cached_bases(self._weights_of(index), dtype):
+            with self._dequantized(index, dtype), cached_bases(self._weights_of(index), dtype):
                 for number, (x, grad) in enumerate(zip(self._inputs(index), rows.read(last), strict=True)):
                     self._run(index, number, x.requires_grad_()).backward(grad)
                     rows.write(last, number, _gradient_of(x))
@@ -149,13 +155,21 @@ class LayerByLayer:
         out: Tensor = layer(x, *self._constants) if run is None else run(layer, x, *self._constants)
         return out
 
-    def _dequantized(self, index: int) -> contextlib.AbstractContextManager[None]:
-        """Within it the layer's quantized weights are there in the dtype of its input, whatever memory that takes."""
-        return cached_weights(self._linears[index], self._embeddings.dtype, limit=math.inf)
+    def _dequantized(self, index: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+        """Within it the first of a layer's quantized weights are there in `dtype`, up to `CACHED_BYTES`."""
+        linears = self._linears[index]
+        shapes = [(linear.out_features, linear.in_features) for linear in linears]
+        return cached_weights(linears[: cached_matrices(shapes, dtype)], dtype, limit=math.inf)
 
     def _weights_of(self, index: int) -> list[Weight]:
         optimizer = self._optimizer
         return optimizer.weights_of(self._layers[index]) if isinstance(optimizer, LowRankAdamW) else []
+
+
+def cached_matrices(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """How many of a layer's matrices, the first ones, stay dequantized during its backward pass."""
+    sizes = itertools.accumulate(dtype.itemsize * math.prod(map(padded_width, shape)) for shape in shapes)
+    return sum(size <= CACHED_BYTES for size in sizes)
 
 
 def _gradient_of(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Bytes that come and go in an update that is made layer by layer (`peft_pretraining.accumulation`).
 
 A moment has one layer, its sums of gradients and what it keeps of one micro-batch, or the head, or the embeddings. The
-weights of a layer are dequantized as a whole while its passes are made, and are gone when it is updated.
+weights of a layer are dequantized for all micro-batches while a pass is made, and are gone when it is updated.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from peft_pretraining.accumulation.hidden_states import BUFFERS_OF_A_MICRO_BATCH
+from peft_pretraining.accumulation.layer_by_layer import cached_matrices
 from peft_pretraining.memory.lasting import sum_bytes
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
@@ -25,9 +26,12 @@ class PassingByLayer(PassingBytes):
     def __init__(self, run: PlannedRun) -> None:
         """What a layer has dequantized, and what it keeps of a micro-batch beside its input, which is in a buffer."""
         super().__init__(run)
-        multiplied = sum(math.prod(map(padded_width, x.shape)) for x in run.matrices)
+        cached = cached_matrices([x.shape for x in run.matrices], run.dtype)
+        sizes = [self.b * math.prod(map(padded_width, x.shape)) * self.quantized for x in run.matrices]
+        self.dequantized, self.stays_dequantized = sum(sizes), sum(sizes[:cached])
+        """In the forward pass of a layer, and in its backward pass."""
         bases = self.b * sum(x.bases for x in run.matrices) * self.options.proj_quant
-        self.weights = self.b * multiplied if self.quantized else 0
+        self.weights = 0  # which `backward` would count, and with it no other
         self.bases = bases if bases <= CACHE_BYTES else 0
         self.kept = self.layer()
 
@@ -37,10 +41,12 @@ class PassingByLayer(PassingBytes):
         of_table, update = self._sum(config.vocab_size, config.hidden_size), self.update_of_table()
         loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype)
         of_layer = self._sums_of_layer()
+        backward = self.stays_dequantized + self.kept + self.backward(recomputed=False)
         found = {
+            "forward of one layer": self.dequantized + self.kept + self.hidden,
             "loss and sum of the head's gradients": loss + self.hidden + of_table,
             "update of the head": update + of_table,
-            "backward of one layer and its sums": self.kept + self.backward(recomputed=False) + of_layer,
+            "backward of one layer and its sums": backward + of_layer,
             "sum of the embeddings' gradients": self.table + of_table,
         }
         if run.updates_at_once:
