@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 
 from docs.make import __main__ as command
-from docs.make import flags_page, generated, memory_tables, pictures, rooms_page, speed_tables
+from docs.make import bars, flags_page, generated, memory_tables, pictures, rooms_page, speed_tables
 from docs.make.markdown import table
 from docs.make.update_flow import PARAMETERS_OF_7B
 from peft_pretraining.config.flags import read_specs
@@ -254,6 +254,7 @@ def test_the_figures_in_the_readmes_sentences_are_those_of_rows() -> None:
     capped = memory_tables.measured_7b()
     assert capped and f"needs {float(capped['run_peak_gb']):.1f} GB on one NVIDIA GPU" in text
     assert f"alone are {8 * PARAMETERS_OF_7B / 1e9:.0f} GB." in text
+    assert f"7B takes {bars.figures()['7b']['q_galore_checkpointing'][1]:.1f} GB here" in text
 
 
 def test_the_readmes_commands_are_those_of_the_program() -> None:

@@ -1,0 +1,88 @@
+"""The recipes beside AdamW and Muon: perplexity, bytes, speed and peak memory, from quality.csv and compare.csv."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from docs.make.csv_rows import Row, newest, rows_of
+from docs.make.markdown import table
+from docs.make.perplexity_tables import bytes_of, mean, seeds_of
+from docs.make.speed_tables import comparison
+
+_TUNED = "--full_rank_lr 4e-2 --weight_decay 2.0 --full_rank_weight_decay 0"
+_MUON = "--lr 4e-3 --weight_decay 1.0 --full_rank_lr 4e-2 --full_rank_weight_decay 0"
+_AVERAGED = "--average_last 0.1"
+_SPEEDS = ("60m", "350m")
+
+
+class _Line(NamedTuple):
+    label: str
+    small: tuple[str, str]
+    """Setting and flags at 60M."""
+    large: tuple[str, str] | None
+    """At 350M."""
+    method: str = ""
+    """Of compare.csv."""
+
+
+LINES = (
+    _Line(
+        "**the default**, `--recipe full_rank`",
+        ("full_rank", "--direction normuon --full_rank_second_moment row --full_rank_lr 4e-2"),
+        ("full_rank_recipe", _AVERAGED),
+        "q_galore_full_rank",
+    ),
+    _Line(
+        "`--recipe orthogonal`",
+        ("q_galore_recipe_per_layer", ""),
+        ("q_galore_recipe_per_layer", _AVERAGED),
+        "q_galore_orthogonal",
+    ),
+    _Line("`--recipe paper --subspace streaming`", ("q_galore_streaming_20", ""), None, "q_galore"),
+    _Line("AdamW, tuned", ("adamw_tuned", _TUNED), ("adamw_tuned", f"{_TUNED} {_AVERAGED}"), "adamw_compiled"),
+    _Line("Muon, tuned", ("muon", _MUON), ("muon", f"{_MUON} {_AVERAGED}")),
+)
+
+
+def recipes() -> str:
+    """A line a recipe; figures that nobody has measured are dashes."""
+    lines = []
+    for line in LINES:
+        small = seeds_of(*line.small)
+        large = f"{mean(seeds_of(*line.large, model='350m')):.1f}" if line.large else "-"
+        beside = [_beside_adamw(line.method, model) if line.method else None for model in _SPEEDS]
+        speeds, peaks = ([pair[index] if pair else "-" for pair in beside] for index in (0, 1))
+        size = bytes_of(small) or bytes_of(seeds_of("q_galore_streaming_20", "--full_rank_lr 2e-2"))
+        lines.append([line.label, f"{mean(small):.1f}", large, f"{size} GB", ", ".join(speeds), ", ".join(peaks)])
+    head = ["", "perplexity, 60M", "350M", "weights and states, 60M", "speed, 60M and 350M", "peak memory"]
+    return table(head, lines)
+
+
+def _beside_adamw(method: str, model: str) -> tuple[str, str]:
+    """(speed, peak memory) as multiples of compiled AdamW's."""
+    if method in ("q_galore", "adamw_compiled"):
+        found = comparison(model)
+        row, theirs = found[method], found["adamw_compiled"]
+    else:
+        row, theirs = _newest_pair(method, model)
+    columns = ("in_a_row_tokens_per_second", "run_peak_gb")
+    speed, peak = (float(row[name]) / float(theirs[name]) for name in columns)
+    return f"{speed:.2f}", f"{peak:.2f}"
+
+
+def _newest_pair(method: str, model: str) -> tuple[Row, Row]:
+    """The newest row of a method with updates in a row, and that of AdamW in the same call.
+
+    Raises LookupError if there is none.
+    """
+    rows = [row for row in rows_of("compare.csv") if row["model"] == model and not row["error"]]
+    for row in reversed(rows):
+        if row["method"] != method or not row["in_a_row_speed_ratio"]:
+            continue
+        same = ("commit", "device", "micro_batch", "note")
+        theirs = newest(
+            rows, lambda x, row=row: x["method"] == "adamw_compiled" and all(x[name] == row[name] for name in same)
+        )  # type: ignore[misc]
+        if theirs:
+            return row, theirs
+    raise LookupError(f"compare.csv has no row of {method} for {model} beside compiled AdamW")
