@@ -17,7 +17,7 @@ from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
-from qgalore.layer.linear import joined_product_bytes, product_bytes
+from qgalore.layer.linear import columns_bytes, joined_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
@@ -159,7 +159,7 @@ class PassingBytes:
         """A gradient with bases, and what makes it: a projected factor, or all of it, or a sketch where one is due."""
         result = self.b * (matrix.gradient + (0 if self.bases else self.converts * matrix.bases))
         if not matrix.sides:
-            return result
+            return result + (columns_bytes(matrix.shape, self.run.tokens) if self.format.fp8_weight_gradients else 0)
         side, tokens = "right" if matrix.sides[-1] == matrix.shape[1] else "left", self.run.tokens
         formed = matrix.residual or self.options.subspace == "svd"
         formed = formed or not fit.projects_directly(tokens, *matrix.shape, matrix.rank, side)

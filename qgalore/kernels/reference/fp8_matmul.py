@@ -17,7 +17,7 @@ from torch import Tensor
 from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, fp8_width
 from qgalore.kernels.reference.group_quantization import dequantize_groups, unpack_int4
 
-__all__ = ["fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
+__all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
 _LARGEST = 448.0
 _SMALLEST_ROW = 2.0**-110  # 448 over a smaller number, or a smaller number over 448, may leave float32
@@ -59,7 +59,13 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
     return Fp8Matrix(codes.view(torch.float8_e4m3fn), scales[0].new_ones(len(codes))), scales
 
 
-def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
+def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
+    """See `qgalore.kernels.fp8_columns`."""
+    values = F.pad(x[:, :columns].float().T, (0, 0, 0, fp8_width(columns) - columns))
+    return _rounded(values, values.abs().amax(dim=1) if len(x) else values.sum(dim=1))
+
+
+def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool) -> Tensor:
     """See `qgalore.kernels.fp8_product`."""
     with torch.autocast(a.codes.device.type, enabled=False):
         value = (a.codes.float() @ b.codes.float().T).mul_(a.scale[:, None]).mul_(b.scale)
