@@ -143,13 +143,14 @@ class PassingBytes:
             weight = self.b * matrix.size
         multiplying = max(weight, self.projecting(matrix))
         made = self.b * (matrix.gradient + matrix.residual) if run.updates_at_once else 0
+        joined = 0
+        if self.format.fp8_products:  # of gate and up at once, whose shape is that of down turned
+            joined = joined_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
         if recomputed and run.compiled:
             queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
             worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
+            worst = max(worst, 2 * self.hidden + joined + 2 * made if joined else 0)
         elif run.graphs or self.int8_activations:
-            joined = 0
-            if self.format.fp8_products:  # the weights of gate and up at once, whose shape is that of down turned
-                joined = joined_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
             worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, joined) + made)
         else:
             worst = (3 if run.compiled else 2) * self.wide
