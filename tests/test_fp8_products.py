@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
-from qgalore.layer.linear import columns_bytes, grouped_linear, joined_product_bytes, product_bytes
+from qgalore.layer.linear import columns_bytes, fused_product_bytes, grouped_linear, product_bytes
 from tests.sinks import FactorSink
 
 FORMATS = {
@@ -178,9 +178,9 @@ def test_what_products_take_is_counted() -> None:
             [normal(tokens, len(x.qdata)) for x in weights], [len(x.qdata) for x in weights], factors
         )
         shapes = [(len(x.qdata), 40) for x in weights]
-        assert sum(x.nbytes for x in (*turned, *factors, *rows)) == joined_product_bytes(shapes, tokens)
+        assert sum(x.nbytes for x in (*turned, *factors, *rows)) == fused_product_bytes(shapes, tokens)
         if len(weights) == 1:
-            assert product_bytes(layers[0].format, shapes[0], tokens, torch.bfloat16) == joined_product_bytes(
+            assert product_bytes(layers[0].format, shapes[0], tokens, torch.bfloat16) == fused_product_bytes(
                 shapes, tokens
             )
     made = (*kernels.fp8_weight(stored[0]), *kernels.fp8_rows([normal(tokens, 40)], [40]))

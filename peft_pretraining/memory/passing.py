@@ -17,7 +17,7 @@ from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
-from qgalore.layer.linear import columns_bytes, joined_product_bytes, product_bytes
+from qgalore.layer.linear import columns_bytes, fused_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
@@ -143,15 +143,15 @@ class PassingBytes:
             weight = self.b * matrix.size
         multiplying = max(weight, self.projecting(matrix))
         made = self.b * (matrix.gradient + matrix.residual) if run.updates_at_once else 0
-        joined = 0
+        fused = 0
         if self.format.fp8_products:  # of gate and up at once, whose shape is that of down turned
-            joined = joined_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
+            fused = fused_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
         if recomputed and run.compiled:
             queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
             worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
-            worst = max(worst, 2 * self.hidden + joined + 2 * made if joined else 0)
+            worst = max(worst, 2 * self.hidden + fused + 2 * made if fused else 0)
         elif run.graphs or self.int8_activations:
-            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, joined) + made)
+            worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, fused) + made)
         else:
             worst = (3 if run.compiled else 2) * self.wide
         return self.weights + self.bases + max(self.wide + multiplying, worst)

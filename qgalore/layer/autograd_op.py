@@ -325,8 +325,8 @@ def _backward(
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
         # In FP8 all are one product, which adds them up; else those that are adjacent.
-        joined = ctx.storage[3] >= FP8_PRODUCTS and kernels.fp8_joins([grad.shape[-1] for grad in grad_outputs])
-        for start, stop in itertools.pairwise((0, *range(count if joined else ctx.adjacent, count + 1))):
+        fused = ctx.storage[3] >= FP8_PRODUCTS and kernels.fp8_joins([grad.shape[-1] for grad in grad_outputs])
+        for start, stop in itertools.pairwise((0, *range(count if fused else ctx.adjacent, count + 1))):
             part = input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,
                 ctx.width, after if ctx.frees_input else None,

@@ -326,7 +326,7 @@ def product_bytes(format: WeightFormat, shape: tuple[int, int], tokens: int, dty
     return 0 if format.stored_bits is None else padded_width(shape[0]) * padded_width(shape[1]) * dtype.itemsize
 
 
-def joined_product_bytes(shapes: Sequence[tuple[int, int]], tokens: int) -> int:
+def fused_product_bytes(shapes: Sequence[tuple[int, int]], tokens: int) -> int:
     """Bytes that the product in FP8 for the gradient of an input takes beside the gradients of outputs and the result.
 
     shapes: (out_features, in_features) of the weights with that input, whose gradients it adds up.
