@@ -148,12 +148,12 @@ def input_gradients(s: Setting) -> Passes:
     hidden, query, key = s.widths
     if s.rounds_products:
         rounded = [round_to_8_bits(s.tokens, m) for m, _ in s.shapes]
-        joined = s.shapes
+        fused = s.shapes
         if s.products >= FP8_PRODUCTS:  # all matrices with one input
             shapes = s.config.matrix_shapes().items()
             of_one = [[shape for name, shape in shapes if name.endswith(ends)] for ends in _WITH_ONE_INPUT]
-            joined = [(sum(m for m, _ in each), each[0][1]) for each in of_one if each]
-        return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in joined)]
+            fused = [(sum(m for m, _ in each), each[0][1]) for each in of_one if each]
+        return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in fused)]
     if not merges_input_gradients(s):
         return decoder_products(s)
     others = [shape for name, shape in s.config.matrix_shapes().items() if not name.endswith(("q_proj", "k_proj"))]
