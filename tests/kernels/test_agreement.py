@@ -364,6 +364,16 @@ def test_fp8_weight(shape: Shape, kind: str, bits: int, kernel_device: torch.dev
 
 
 @each("dtype", FLOATS)
+@each("shape", [(70, 85), (16, 512), (9, 21)])
+def test_fp8_weight_of_floats(shape: tuple[int, int], dtype: torch.dtype, kernel_device: torch.device) -> None:
+    weight = (normal(*shape) * 0.02).to(kernel_device, dtype)
+    found = same_factor(lambda: kernels.fp8_weight(weight))
+    assert found.codes.shape == (kernels.fp8_width(shape[0]), kernels.fp8_width(shape[1]))
+    turned = same_factor(lambda: kernels.fp8_turned_weights([weight, weight])[0])
+    assert same(turned.codes.float(), torch.cat([found.codes.float()] * 2).T)
+
+
+@each("dtype", FLOATS)
 @each("shape", INT8_SHAPES)
 def test_fp8_columns(shape: Shape, dtype: torch.dtype, kernel_device: torch.device) -> None:
     """As rows of what is turned, of which the last bits do not count."""

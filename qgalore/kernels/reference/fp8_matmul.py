@@ -37,23 +37,32 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
 def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        codes, scale = fp8_rows([weight], [weight.shape[1]], None)
+        matrix = fp8_rows([weight], [weight.shape[1]], None)
     else:
         stored = unpack_int4(weight.qdata, weight.columns) if weight.bits == 4 else weight.qdata[:, : weight.columns]
         values = dequantize_groups(stored, weight.scale, weight.zero_point, weight.group_size, torch.float32)
         first, step = weight.zero_point.float(), weight.scale.float()
         last = step * (2.0**weight.bits - 1) + first
-        codes, scale = _rounded(values, torch.maximum(first.abs(), last.abs()).amax(dim=1))
-    missing = fp8_width(len(codes)) - len(codes)
-    if missing:
-        codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype)
-        scale = F.pad(scale, (0, missing))
-    return Fp8Matrix(codes, scale)
+        matrix = _rounded(values, torch.maximum(first.abs(), last.abs()).amax(dim=1))
+    return with_padded_rows(matrix)
 
 
 def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
     """See `qgalore.kernels.fp8_turned_weights`."""
-    matrices = [fp8_weight(weight) for weight in weights]
+    return turned([fp8_weight(weight) for weight in weights])
+
+
+def with_padded_rows(matrix: Fp8Matrix) -> Fp8Matrix:
+    """A factor with rows of zeros up to a multiple of 16; itself where it has so many."""
+    codes, scale = matrix
+    missing = fp8_width(len(codes)) - len(codes)
+    if not missing:
+        return matrix
+    return Fp8Matrix(F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype), F.pad(scale, (0, missing)))
+
+
+def turned(matrices: Sequence[Fp8Matrix]) -> tuple[Fp8Matrix, list[Tensor]]:
+    """What `fp8_turned_weights` gives of weights that are in FP8 already, one below the other and turned."""
     codes = torch.cat([matrix.codes.view(torch.uint8) for matrix in matrices]).T.contiguous()
     scales = [matrix.scale for matrix in matrices]
     return Fp8Matrix(codes.view(torch.float8_e4m3fn), scales[0].new_ones(len(codes))), scales

@@ -219,7 +219,9 @@ def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
 def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        return fp8_matmul.fp8_weight(weight)
+        if not can_handle(weight.shape[1]):
+            return fp8_matmul.fp8_weight(weight)
+        return fp8_matmul.with_padded_rows(fp8_rows([weight], [weight.shape[1]], None))
     rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
     found = _empty(rows, depth, weight.qdata)
     _round_weight(weight, found.codes, found.scale, None)
@@ -230,7 +232,7 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
     """See `qgalore.kernels.fp8_turned_weights`."""
     stored = [weight for weight in weights if not isinstance(weight, Tensor)]
     if len(stored) < len(weights):
-        return fp8_matmul.fp8_turned_weights(weights)
+        return fp8_matmul.turned([fp8_weight(weight) for weight in weights])
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
     scales = list(torch.empty(sum(counts), dtype=torch.float32, device=found.codes.device).split(counts))
