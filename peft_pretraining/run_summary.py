@@ -78,6 +78,7 @@ def _weights(args: RunArgs, config: ModelConfig | None) -> str:
     group = "a row" if format.int8_products else f"{format.group_size}"
     rounding = "rounded stochastically" if format.stochastic_rounding else "rounded to nearest"
     rounding += ", multiplied in FP8" if format.fp8_products else ""
+    rounding += " for gradients, too" if format.fp8_weight_gradients else ""
     stored = f"INT{format.bits} in groups of {group}"
     stored = f"{dtype} on the grid of {stored} (simulation)" if format.simulate else stored
     if config is None:

@@ -17,8 +17,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 FULL = "full"
 """The rank of the whole space: nothing is projected, stored or refreshed."""
 
-FLOAT_PRODUCTS, INT8_PRODUCTS, FP8_PRODUCTS = range(3)
-"""What a layer multiplies: values in the dtype of its activations, or both factors rounded to INT8 or FP8."""
+FLOAT_PRODUCTS, INT8_PRODUCTS, FP8_PRODUCTS, FP8_GRADIENTS = range(4)
+"""What a layer multiplies: values in the dtype of its activations, or both factors rounded to INT8 or FP8, the last for
+its weight's gradient, too."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,16 @@ class WeightFormat:
     fp8_products: bool = False
     """Round activations, gradients and weights to FP8 as they come, with a scale a row, and multiply those: whatever
     the weight is stored in."""
+    fp8_weight_gradients: bool = False
+    """Beside fp8_products, round both factors of the weight's gradient, too, with a scale a column, where it is formed
+    as a whole."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for products in INT8 of a weight that is not stored in 8 bits, or in FP8, too."""
         if self.int8_products and self.fp8_products:
             raise ValueError("int8_products and fp8_products are two ways to multiply: leave one out")
+        if self.fp8_weight_gradients and not self.fp8_products:
+            raise ValueError("fp8_weight_gradients comes beside fp8_products: give both")
         if self.int8_products and (self.bits != 8 or self.simulate):
             stored = "a simulated weight" if self.simulate else f"bits={self.bits}"
             raise ValueError(f"int8_products multiplies the codes of an 8-bit weight: it cannot work with {stored}")
@@ -82,8 +88,10 @@ class WeightFormat:
 
     @property
     def products(self) -> int:
-        """What is multiplied: `FLOAT_PRODUCTS`, `INT8_PRODUCTS` or `FP8_PRODUCTS`."""
-        return INT8_PRODUCTS if self.int8_products else FP8_PRODUCTS if self.fp8_products else FLOAT_PRODUCTS
+        """What is multiplied: `FLOAT_PRODUCTS`, `INT8_PRODUCTS`, `FP8_PRODUCTS` or `FP8_GRADIENTS`."""
+        if self.fp8_products:
+            return FP8_GRADIENTS if self.fp8_weight_gradients else FP8_PRODUCTS
+        return INT8_PRODUCTS if self.int8_products else FLOAT_PRODUCTS
 
     def group_size_of(self, columns: int) -> int:
         """Values that share a scale in a row of so many columns; for a whole row a multiple of 8, as kernels want."""

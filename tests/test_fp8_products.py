@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
-from qgalore.layer.linear import fused_product_bytes, grouped_linear, product_bytes
+from qgalore.layer.linear import columns_bytes, fused_product_bytes, grouped_linear, product_bytes
 from tests.sinks import FactorSink
 
 FORMATS = {
@@ -197,6 +197,62 @@ def test_gradients_of_one_input_are_summed_in_the_product() -> None:
     expected = sum(grad @ each.dequantized_weight(torch.float32) for grad, each in zip(grads, layers, strict=True))
     assert x.grad is not None and isinstance(expected, Tensor)
     assert 1e-3 < float((x.grad - expected).norm() / expected.norm()) < 0.06
+
+
+# ---- the gradient of a weight
+
+
+class WholeSink(FactorSink):
+    """A sink that wants the whole gradient."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def forms_gradient(self, input: Tensor) -> bool:
+        return True
+
+    def accumulate_full(self, grad: Tensor) -> None:
+        self.grad = grad
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_a_whole_gradient_is_within_the_rounding_of_both_factors(sizes: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = sizes
+    torch.manual_seed(3)
+    format, sink = WeightFormat(8, fp8_products=True, fp8_weight_gradients=True), WholeSink(outputs)
+    module = LowRankLinear.from_linear(nn.Linear(inputs, outputs, bias=False), format)
+    module.attach(sink)
+    # Columns of any size have a scale of their own.
+    x = (normal(tokens, inputs) * torch.logspace(-3, 3, inputs)).requires_grad_()
+    grad = normal(tokens, outputs, seed=1) ** 3
+    module(x).backward(grad)
+    expected, x = grad.T @ x.detach(), x.detach()
+    assert sink.grad.shape == expected.shape and x.grad is None
+    each = rounding(grad.T, grad.abs().amax(0)[:, None]), rounding(x.T, x.abs().amax(0)[:, None])
+    bound = each[0] @ (x.T.abs() + each[1]).T + grad.T.abs() @ each[1].T
+    assert ((sink.grad - expected).abs() <= bound + 2.0**-8 * (expected.abs() + bound)).all()
+    assert not torch.equal(sink.grad, expected.bfloat16().float()), "nothing was rounded"
+
+
+def test_a_projected_gradient_is_of_what_came() -> None:
+    torch.manual_seed(3)
+    format, sink = WeightFormat(8, fp8_products=True, fp8_weight_gradients=True), FactorSink()
+    module = LowRankLinear.from_linear(nn.Linear(24, 40, bias=False), format)
+    module.attach(sink)
+    x, grad = normal(5, 24), normal(5, 40)
+    module(x).backward(grad)
+    assert torch.equal(sink.input, x) and torch.equal(sink.grad_output, grad)
+
+
+def test_what_a_gradient_takes_is_counted() -> None:
+    made = [*kernels.fp8_columns(normal(50, 40), 40), *kernels.fp8_columns(normal(50, 21), 21)]
+    maxima = 4 * 48  # of the columns of one factor at a time
+    assert sum(x.nbytes for x in made) + maxima == columns_bytes((21, 40), 50)
+
+
+def test_gradients_in_fp8_come_beside_products() -> None:
+    with pytest.raises(ValueError, match="fp8_weight_gradients comes beside fp8_products"):
+        WeightFormat(8, fp8_weight_gradients=True)
 
 
 # ---- in a model

@@ -58,6 +58,10 @@ CASES = {
     "other side": f"{STREAMING} --proj_type reverse_std",
     "products in int8": f"{STREAMING} --int8_products",
     "products in fp8": f"{STREAMING} --fp8_products",
+    "gradients in fp8": (
+        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full --fp8_products "
+        "--fp8_weight_gradients"
+    ),
     "int4": f"{STREAMING} --weight_bits 4",
     "float weights": "--optimizer galore_adamw8bit_per_layer --rank 8 --weight_decay 0.1",
     "recipe": QUANTIZED,

@@ -247,6 +247,15 @@ def test_a_model_that_only_transformers_reads_has_no_budget(tmp_path: Path) -> N
         parse_within_budget(flags.split())
 
 
+def test_a_model_that_is_not_planned_is_left_to_its_flags(tmp_path: Path) -> None:
+    config, raw = tmp_path / "config.json", json.loads((ROOT / "configs" / "llama_9m.json").read_text())
+    config.write_text(json.dumps(raw | {"mlp_bias": True}))
+    flags = f"--model_config {config} --use_hf_model --optimizer adamw --dataset pydocs --total_batch_size 4".split()
+    with pytest.raises(UserError, match="--batch_size is missing"):
+        within(flags, 10**9)
+    assert within([*flags, "--batch_size", "2"], 1) == parse_args([*flags, "--batch_size", "2"])
+
+
 def test_a_budget_beyond_the_card_is_refused() -> None:
     check_card(80 * 10**9, 85_000_000_000, "NVIDIA H100")
     with pytest.raises(

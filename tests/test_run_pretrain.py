@@ -103,6 +103,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "hf_int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"use_hf_model": True},
     "fp8_products": Q_GALORE_PER_LAYER | {"fp8_products": True},
     "fp8_products_int4_bfloat16": Q_GALORE_PER_LAYER | {"fp8_products": True, "weight_bits": 4, "dtype": "bfloat16"},
+    "fp8_weight_gradients": Q_GALORE_PER_LAYER | {"fp8_products": True, "fp8_weight_gradients": True},
     "hf_fp8_products": Q_GALORE_PER_LAYER | {"fp8_products": True, "use_hf_model": True},
     "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": False},
     "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": False, "stochastic_round": None},

@@ -447,7 +447,8 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
 
 def _fp8_products_problems(args: RunArgs) -> list[str]:
     if not args.quantization.fp8_products:
-        return []
+        alone = "--fp8_weight_gradients comes beside --fp8_products: give both, or leave it out"
+        return [alone] if args.quantization.fp8_weight_gradients else []
     problems = []
     if not args.optimizer.is_low_rank:
         problems.append(

@@ -367,6 +367,9 @@ class QuantizationArgs:
     """Round activations, gradients and the layers' weights to FP8 (e4m3) on the fly, with a scale for each row, and
     multiply those, in the forward pass and for the gradients of inputs; for a GPU from compute capability 8.9 up (RTX
     40, L4, H100), beside any stored form of the weights."""
+    fp8_weight_gradients: bool = False
+    """With --fp8_products multiply both factors of a weight's gradient in FP8, too, with a scale for each column, where
+    the gradient is formed as a whole, as with --rank full."""
     stochastic_round: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
@@ -382,6 +385,8 @@ class QuantizationArgs:
             simulate=self.simulation,
             int8_products=self.int8_products,
             fp8_products=self.fp8_products,
+            # A command line without fp8_products is refused with a sentence; until then it has a format.
+            fp8_weight_gradients=self.fp8_weight_gradients and self.fp8_products,
         )
 
 

@@ -321,6 +321,8 @@ def memory_of_card(world_size: int) -> tuple[int, Card] | None:
     if not torch.cuda.is_available():
         return None
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
+    if local_rank >= torch.cuda.device_count():
+        return None  # which the start of the ranks refuses
     return default_budget(*torch.cuda.mem_get_info(local_rank), world_size), card_here()
 
 
@@ -350,6 +352,8 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
         config = shape_of(args.model)
         if config is None or Candidate((), args, config, {}).needs <= budget:
             return args
+    elif shape_of(parse_args([*argv, "--batch_size", "1"], world_size, program).model) is None:
+        return parse_args(argv, world_size, program)  # which asks for a --batch_size: memory is not planned
     candidates = Candidates(argv, world_size)
     chosen = _fastest_unrounded(candidates, budget, card)
     if chosen is None and candidates.in_subspace is not None:

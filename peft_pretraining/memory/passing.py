@@ -17,7 +17,7 @@ from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
-from qgalore.layer.linear import fused_product_bytes, product_bytes
+from qgalore.layer.linear import columns_bytes, fused_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
@@ -154,13 +154,14 @@ class PassingBytes:
             weight = self.b * matrix.size
         multiplying = max(weight, self.projecting(matrix))
         made = self.b * (matrix.gradient + matrix.residual) if run.updates_at_once else 0
+        fused = 0
+        if self.format.fp8_products:  # of gate and up at once, whose shape is that of down turned
+            fused = fused_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
         if recomputed and run.compiled:
             queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
             worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
+            worst = max(worst, 2 * self.hidden + fused + 2 * made if fused else 0)
         elif run.graphs or self.int8_activations:
-            fused = 0
-            if self.format.fp8_products:  # the weights of gate and up at once, whose shape is that of down turned
-                fused = fused_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
             worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, fused) + made)
         else:
             worst = (3 if run.compiled else 2) * self.wide
@@ -170,7 +171,7 @@ class PassingBytes:
         """A gradient with bases, and what makes it: a projected factor, or all of it, or a sketch where one is due."""
         result = self.b * (matrix.gradient + (0 if self.bases else self.converts * matrix.bases))
         if not matrix.sides:
-            return result
+            return result + (columns_bytes(matrix.shape, self.run.tokens) if self.format.fp8_weight_gradients else 0)
         side, tokens = "right" if matrix.sides[-1] == matrix.shape[1] else "left", self.run.tokens
         formed = matrix.residual or self.options.subspace == "svd"
         formed = formed or not fit.projects_directly(tokens, *matrix.shape, matrix.rank, side)

@@ -26,7 +26,7 @@ from peft_pretraining.speed.passes import (
     side_of,
     times,
 )
-from qgalore.config import FLOAT_PRODUCTS, FP8_PRODUCTS
+from qgalore.config import FLOAT_PRODUCTS, FP8_GRADIENTS, FP8_PRODUCTS
 from qgalore.layer.linear import GROUPED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
 from qgalore.subspace.methods import GROUPED_BASIS_BYTES
@@ -133,13 +133,23 @@ def merges_input_gradients(s: Setting) -> bool:
 _WITH_ONE_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
+def whole_gradients(s: Setting) -> Passes:
+    """gᵀ x of each matrix; factors that are rounded are read twice, first for the scales of their columns."""
+    if s.products != FP8_GRADIENTS:
+        return decoder_products(s)
+    shapes = s.config.matrix_shapes().items()
+    own = [n for name, (_, n) in shapes if not name.endswith(("k_proj", "v_proj", "up_proj"))]
+    rounded = [moved(5 * s.tokens * width) for width in (*own, *(m for m, _ in s.shapes))]
+    return [*rounded, *(product_of_8_bits(m, s.tokens, n) for m, n in s.shapes)]
+
+
 def input_gradients(s: Setting) -> Passes:
     """g W of each matrix; in one product for queries and keys if they are small."""
     hidden, query, key = s.widths
     if s.rounds_products:
         rounded = [round_to_8_bits(s.tokens, m) for m, _ in s.shapes]
         fused = s.shapes
-        if s.products == FP8_PRODUCTS:  # all matrices with one input
+        if s.products >= FP8_PRODUCTS:  # all matrices with one input
             shapes = s.config.matrix_shapes().items()
             of_one = [[shape for name, shape in shapes if name.endswith(ends)] for ends in _WITH_ONE_INPUT]
             fused = [(sum(m for m, _ in each), each[0][1]) for each in of_one if each]
@@ -194,7 +204,7 @@ def pointwise(s: Setting, merged: bool) -> tuple[Passes, Passes]:
     forward = [4 * hidden, rotary, 3 * inter, 4 * hidden]  # add and norm, rotary, SwiGLU, add and norm
     # The gradient of a norm adds those of the products behind it, three or two, and the residual's.
     backward = [(5 if merged else 6) * hidden, rotary, 5 * inter, 5 * hidden]
-    if s.products == FP8_PRODUCTS:
+    if s.products >= FP8_PRODUCTS:
         backward = [4 * hidden, rotary, 5 * inter, 4 * hidden]
     return [moved(2 * s.tokens * w) for w in forward], [moved(2 * s.tokens * w) for w in backward]
 
@@ -345,7 +355,7 @@ def q_galore(s: Setting) -> Update:
     sums = [p for shape in gradient_shapes(s) for p in gradient_sums(*shape, s.grad_accum, s.sum_bytes)]
     table_gradient = 2 * table[0] * table[1] if s.grad_accum == 1 else sum_nbytes(*table, s.sum_bytes)
     update = _shared(s, quantized=True) | {
-        WEIGHT_GRADIENTS: times(projected_gradients(s) if s.rank else decoder_products(s), count),
+        WEIGHT_GRADIENTS: times(projected_gradients(s) if s.rank else whole_gradients(s), count),
         HEAD: times(chunked_head(s), s.grad_accum),
         # Weights for the forward and for the input gradients; bases for each gradient, and for an update of several.
         DEQUANTIZE: times(weights, 2 * count) + times(bases, count + (layers if s.grad_accum > 1 else 0)),

@@ -38,8 +38,8 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepScalars",
-    "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_joins", "fp8_product",
-    "fp8_rows", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward",
+    "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_columns", "fp8_joins",
+    "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward",
     "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
     "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
     "update_quantized_", "use_triton",
@@ -265,15 +265,28 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
     return backend(fp8_matmul.fp8_turned_weights, device, longest)(weights)
 
 
-def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
+def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
+    """The first columns of a float matrix x (rows, columns or more) in FP8, turned, with one scale a column.
+
+    (columns, rows), with zeros up to a multiple of 16 on both sides; as `fp8_rows` of xᵀ. Raises ValueError for an x
+    that is narrower.
+    """
+    _check_matrix(x, "x")
+    if x.shape[1] < columns:
+        raise ValueError(f"x {tuple(x.shape)} does not have {columns} columns")
+    return backend(fp8_matmul.fp8_columns, x.device, columns)(x, columns)
+
+
+def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool = False) -> Tensor:
     """a bᵀ (rows of a, width), rounded to bfloat16 and then given in dtype; cut, or zeros beyond the rows of b.
 
     On a GPU by cuBLASLt, in the same order every time, which needs compute capability 8.9; its sums over 32 products
-    or more have some 14 bits, those of the reference float32's. Raises ValueError for factors of another depth.
+    or more have some 14 bits, those of the reference float32's; exact: float32's every 128 products, for long sums.
+    Raises ValueError for factors of another depth.
     """
     if a.codes.shape[1] != b.codes.shape[1]:
         raise ValueError(f"factors {tuple(a.codes.shape)} and {tuple(b.codes.shape)} are not of one depth")
-    return backend(fp8_matmul.fp8_product, a.codes.device)(a, b, width, dtype)
+    return backend(fp8_matmul.fp8_product, a.codes.device)(a, b, width, dtype, exact)
 
 
 def _check_int8(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int, backward: bool) -> None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from qgalore import kernels
-from qgalore.config import FP8_PRODUCTS, INT8_PRODUCTS
+from qgalore.config import FP8_GRADIENTS, FP8_PRODUCTS, INT8_PRODUCTS
 from qgalore.layer.gradient_sink import GradientSink
 from qgalore.layer.layout import as_one_view, cut_columns, padded_width, with_padded_columns
 from qgalore.layer.quantization import QuantizedTensor, grouped_dequantize
@@ -91,7 +91,7 @@ def linear(input: Tensor, weight: Weight, width: int, products: int, cached: Ten
     """
     if products == INT8_PRODUCTS:
         return _int8(kernels.int8_linear, input, weight, width)
-    if products == FP8_PRODUCTS:
+    if products >= FP8_PRODUCTS:
         return _fp8_linears(input, [weight], [width])[0]
     return cut_columns(with_padded_columns(input) @ padded_weight(weight, input.dtype, cached).T, width)
 
@@ -102,7 +102,7 @@ def input_gradient(
     """grad_output (..., padded out_features) times W: (..., width), zeros beyond in_features."""
     if products == INT8_PRODUCTS:
         return _int8(kernels.int8_linear_backward, grad_output, weight, width)
-    if products == FP8_PRODUCTS:
+    if products >= FP8_PRODUCTS:
         return _fp8_input_gradient([grad_output], [weight], width)
     return cut_columns(grad_output @ padded_weight(weight, grad_output.dtype, cached), width)
 
@@ -177,7 +177,7 @@ _FORWARD = f"""grouped_linear(
 # needs what this one returns: (layers,) zeros, the gradients of the proxy leaves. They have an element each, since
 # inductor drops what makes tensors without elements, once those of a layer that is used twice are added up.
 _ACCUMULATE = f"""grouped_linear_accumulate(
-    Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent) -> Tensor"""
+    Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent, int products=0) -> Tensor"""
 _INPUT_GRADIENT = f"""grouped_linear_input_gradient(
     Tensor[] grad_outputs, Tensor[] stored, {_HANDLES}, int[] storage, int width, Tensor? after) -> Tensor"""
 # Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
@@ -210,7 +210,7 @@ def _forward(
     frees_input: bool,
 ) -> list[Tensor]:
     weights = _weights(stored, storage)
-    if storage[3] == FP8_PRODUCTS:
+    if storage[3] >= FP8_PRODUCTS:
         return _fp8_linears(input, weights, widths)
     return [
         linear(input, weight, width, storage[3], handle.cached)
@@ -220,15 +220,37 @@ def _forward(
 
 @torch.library.impl(_library, "grouped_linear_accumulate", "CompositeExplicitAutograd")
 def _accumulate(
-    grad_outputs: list[Tensor], input: Tensor, handles: list[WeightHandle], columns: int, adjacent: int
+    grad_outputs: list[Tensor],
+    input: Tensor,
+    handles: list[WeightHandle],
+    columns: int,
+    adjacent: int,
+    products: int = 0,
 ) -> Tensor:
     sinks, grads, factor = [handle.sink for handle in handles], list(map(_rows, grad_outputs)), _rows(input)
+    if products == FP8_GRADIENTS:
+        sinks = _accumulate_in_fp8(sinks, grads, factor, columns)
     done = _accumulate_whole(sinks[:adjacent], grads[:adjacent], factor[:, :columns]) if adjacent > 1 else 0
     sinks, grads = sinks[done:], grads[done:]
     for sink, grad, projected in zip(sinks, grads, project_grouped(sinks, factor), strict=True):
         if sink is not None:
             sink.accumulate(grad, factor, projected)
     return input.new_zeros(len(handles), dtype=torch.float32)
+
+
+def _accumulate_in_fp8(
+    sinks: Sequence[GradientSink | None], grads: Sequence[Tensor], input: Tensor, columns: int
+) -> list[GradientSink | None]:
+    """Give those sinks that want whole gradients products in FP8; None stands for them in what is returned."""
+    left, factor = list(sinks), None
+    for index, (sink, grad) in enumerate(zip(sinks, grads, strict=True)):
+        if sink is not None and sink.forms_gradient(input):
+            factor = kernels.fp8_columns(input, columns) if factor is None else factor
+            rows = kernels.fp8_columns(grad, sink.rows)
+            # Sums over thousands of tokens: in float32 from time to time.
+            sink.accumulate_full(kernels.fp8_product(rows, factor, columns, grad.dtype, exact=True)[: sink.rows])
+            left[index] = None
+    return left
 
 
 def _accumulate_whole(sinks: Sequence[GradientSink | None], grads: Sequence[Tensor], input: Tensor) -> int:
@@ -254,7 +276,7 @@ def _input_gradient(
     after: Tensor | None,
 ) -> Tensor:
     weights, cached = _weights(stored, storage), [handle.cached for handle in handles]
-    if storage[3] == FP8_PRODUCTS:
+    if storage[3] >= FP8_PRODUCTS:
         return _fp8_input_gradient(grad_outputs, weights, width)
     grads = [with_padded_columns(grad) for grad in grad_outputs]
     whole = as_one_view([_rows(grad) for grad in grads], 1) if len(grads) > 1 else None
@@ -299,11 +321,11 @@ def _backward(
     stored, handles = list(ctx.saved_tensors), ctx.handles
     grad, after, count = None, None, len(handles)
     if ctx.trains:
-        after = accumulate(grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent)
+        after = accumulate(grad_outputs, stored.pop(0), handles, ctx.storage[0], ctx.adjacent, ctx.storage[3])
     if ctx.needs_input_grad[0]:
         each = len(stored) // count
         # In FP8 all are one product, which adds them up; else those that are adjacent.
-        fused = ctx.storage[3] == FP8_PRODUCTS and kernels.fp8_joins([grad.shape[-1] for grad in grad_outputs])
+        fused = ctx.storage[3] >= FP8_PRODUCTS and kernels.fp8_joins([grad.shape[-1] for grad in grad_outputs])
         for start, stop in itertools.pairwise((0, *range(count if fused else ctx.adjacent, count + 1))):
             part = input_gradient(
                 grad_outputs[start:stop], stored[each * start : each * stop], handles[start:stop], ctx.storage,

@@ -335,6 +335,12 @@ def fused_product_bytes(shapes: Sequence[tuple[int, int]], tokens: int) -> int:
     return tokens * (rows + 4) + rows * columns + 4 * (rows + columns)
 
 
+def columns_bytes(shape: tuple[int, int], tokens: int) -> int:
+    """Bytes that the gradient of a weight (out_features, in_features) by a product in FP8 takes beside its factors."""
+    columns = sum(map(kernels.fp8_width, shape))
+    return columns * (kernels.fp8_width(tokens) + 4) + 4 * max(map(kernels.fp8_width, shape))
+
+
 def grouped_linear(input: Tensor, linears: Sequence[nn.Module], adjacent: int = 1) -> list[Tensor]:
     """What each of `linears` makes of the same input (..., in_features).
 

@@ -248,6 +248,11 @@ class Weight:
 
     # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
 
+    @property
+    def rows(self) -> int:
+        """Of the gradient: out_features."""
+        return self.shape[0]
+
     def forms_gradient(self, input: Tensor) -> bool:
         """Whether the full gradient is formed, and not the projected one from its factors."""
         return self.subspace.forms_gradient(input.shape[0])

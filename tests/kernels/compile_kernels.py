@@ -105,6 +105,7 @@ def launch_fp8(half: torch.dtype) -> None:
     for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2):
         for factors in (None, [torch.ones(each) for each in columns]):
             kernels.fp8_rows([torch.zeros(16, each, dtype=half) for each in columns], columns, factors)
+    kernels.fp8_columns(torch.zeros(256, 11008, dtype=half), 11008)
     for rows, width in ((11008, 4096), (2048, 5461)):
         for bits in (8, 4):
             codes = torch.zeros(rows, aligned_row_bytes(width, bits), dtype=torch.uint8)

@@ -363,6 +363,38 @@ def test_fp8_weight(shape: Shape, kind: str, bits: int, kernel_device: torch.dev
     assert same(expected, factor) and same(factor, found.scale)
 
 
+@each("dtype", FLOATS)
+@each("shape", [(70, 85), (16, 512), (9, 21)])
+def test_fp8_weight_of_floats(shape: tuple[int, int], dtype: torch.dtype, kernel_device: torch.device) -> None:
+    weight = (normal(*shape) * 0.02).to(kernel_device, dtype)
+    found = same_factor(lambda: kernels.fp8_weight(weight))
+    assert found.codes.shape == (kernels.fp8_width(shape[0]), kernels.fp8_width(shape[1]))
+    turned = same_factor(lambda: kernels.fp8_turned_weights([weight, weight])[0])
+    assert same(turned.codes.float(), torch.cat([found.codes.float()] * 2).T)
+
+
+@each("dtype", FLOATS)
+@each("shape", INT8_SHAPES)
+def test_fp8_columns(shape: Shape, dtype: torch.dtype, kernel_device: torch.device) -> None:
+    """As rows of what is turned, of which the last bits do not count."""
+    tokens, inputs, _ = shape
+    x = activations(tokens, inputs, dtype, kernel_device)
+    found = same_factor(lambda: kernels.fp8_columns(strided(x, 2), inputs))
+    assert found.codes.shape == (kernels.fp8_width(inputs), kernels.fp8_width(tokens))
+    codes, scale = kernels.fp8_rows([x.T], [tokens])
+    assert same(codes.float(), found.codes.float()[:inputs]) and same(scale, found.scale[:inputs])
+    assert found.codes.float()[inputs:].count_nonzero() == 0 and found.scale[inputs:].count_nonzero() == 0
+
+
+@each("value", ("inf", "nan"))
+def test_fp8_columns_that_are_not_finite(value: str, kernel_device: torch.device) -> None:
+    x = normal(40, 30).to(kernel_device)
+    x[2, 7] = float(value)
+    for codes, scale in both(lambda: kernels.fp8_columns(x, 30)):
+        finite = (codes.float()[:30, :40] * scale[:30, None]).isfinite()
+        assert not finite[7].any() and finite.sum() == 29 * 40
+
+
 def test_fp8_weights_of_one_input(kernel_device: torch.device) -> None:
     made = [kernels.quantize(normal(rows, 85, seed=rows).to(kernel_device), 8, 64) for rows in (70, 9, 16)]
     weights = [kernels.QuantizedMatrix(*each, 85, 8, 64) for each in made]

@@ -17,7 +17,7 @@ from torch import Tensor
 from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, fp8_width
 from qgalore.kernels.reference.group_quantization import dequantize_groups, unpack_int4
 
-__all__ = ["fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
+__all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
 _LARGEST = 448.0
 _SMALLEST_ROW = 2.0**-110  # 448 over a smaller number, or a smaller number over 448, may leave float32
@@ -37,29 +37,44 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
 def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        codes, scale = fp8_rows([weight], [weight.shape[1]], None)
+        matrix = fp8_rows([weight], [weight.shape[1]], None)
     else:
         stored = unpack_int4(weight.qdata, weight.columns) if weight.bits == 4 else weight.qdata[:, : weight.columns]
         values = dequantize_groups(stored, weight.scale, weight.zero_point, weight.group_size, torch.float32)
         first, step = weight.zero_point.float(), weight.scale.float()
         last = step * (2.0**weight.bits - 1) + first
-        codes, scale = _rounded(values, torch.maximum(first.abs(), last.abs()).amax(dim=1))
-    missing = fp8_width(len(codes)) - len(codes)
-    if missing:
-        codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype)
-        scale = F.pad(scale, (0, missing))
-    return Fp8Matrix(codes, scale)
+        matrix = _rounded(values, torch.maximum(first.abs(), last.abs()).amax(dim=1))
+    return with_padded_rows(matrix)
 
 
 def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
     """See `qgalore.kernels.fp8_turned_weights`."""
-    matrices = [fp8_weight(weight) for weight in weights]
+    return turned([fp8_weight(weight) for weight in weights])
+
+
+def with_padded_rows(matrix: Fp8Matrix) -> Fp8Matrix:
+    """A factor with rows of zeros up to a multiple of 16; itself where it has so many."""
+    codes, scale = matrix
+    missing = fp8_width(len(codes)) - len(codes)
+    if not missing:
+        return matrix
+    return Fp8Matrix(F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype), F.pad(scale, (0, missing)))
+
+
+def turned(matrices: Sequence[Fp8Matrix]) -> tuple[Fp8Matrix, list[Tensor]]:
+    """What `fp8_turned_weights` gives of weights that are in FP8 already, one below the other and turned."""
     codes = torch.cat([matrix.codes.view(torch.uint8) for matrix in matrices]).T.contiguous()
     scales = [matrix.scale for matrix in matrices]
     return Fp8Matrix(codes.view(torch.float8_e4m3fn), scales[0].new_ones(len(codes))), scales
 
 
-def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
+def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
+    """See `qgalore.kernels.fp8_columns`."""
+    values = F.pad(x[:, :columns].float().T, (0, 0, 0, fp8_width(columns) - columns))
+    return _rounded(values, values.abs().amax(dim=1) if len(x) else values.sum(dim=1))
+
+
+def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool) -> Tensor:
     """See `qgalore.kernels.fp8_product`."""
     with torch.autocast(a.codes.device.type, enabled=False):
         value = (a.codes.float() @ b.codes.float().T).mul_(a.scale[:, None]).mul_(b.scale)

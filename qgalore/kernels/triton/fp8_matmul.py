@@ -1,6 +1,7 @@
 """Factors of products in FP8, in Triton, and the product by cuBLASLt.
 
     rows:     codes = e4m3(x f / s), s = max |x f| / 448 of each row
+    columns:  the same of each column, turned: a program finds its tile's maxima, another rounds
     weight:   the same of a quantized weight, s = max over its groups of (|zero point|, |last value|) / 448
 
 Layout: x (rows, columns) float with any strides, or up to three of them that make one row; f (columns,) float32 of
@@ -29,9 +30,10 @@ from qgalore.kernels.reference import fp8_matmul
 from qgalore.kernels.triton.group_quantization import block_of_group, warps_of_block
 from qgalore.kernels.triton.tiles import load_codes, to_float8
 
-__all__ = ["fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
+__all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
 _LONGEST_ROW, _LONGEST_JOINED, _MOST_PARTS = 16384, 32768, 3
+_TILE_TURNED = 128, 64  # rows and columns of activations that a program rounds by columns
 _TILE = 64, 128  # rows and columns of a weight that a program rounds
 
 
@@ -96,6 +98,37 @@ def _fp8_rows_kernel(
         mask = inside & (column < ends[2] - starts[2])
         tl.store(at + starts[2], _rounded(third * inverse[:, None]), mask=mask)
     tl.store(row_scale + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _read_tile(x, rows, columns, x_row, x_column, M: tl.constexpr, N: tl.constexpr):
+    """A tile (M, N) float32 of a matrix with 0 beyond it, and the numbers of its rows and columns."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0)
+    return value.to(tl.float32), row, column
+
+
+@triton.jit
+def _column_maxima_kernel(x, largest, rows, columns, x_row, x_column, M: tl.constexpr, N: tl.constexpr):
+    value, _, column = _read_tile(x, rows, columns, x_row, x_column, M, N)
+    bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    tl.atomic_max(largest + column, bits, mask=column < columns, sem="relaxed")  # which has no order
+
+
+@triton.jit
+def _fp8_columns_kernel(
+    x, largest, codes, scale, rows, columns, x_row, x_column, padded_columns, depth, M: tl.constexpr, N: tl.constexpr
+):
+    value, row, column = _read_tile(x, rows, columns, x_row, x_column, M, N)
+    bits = tl.load(largest + column, mask=column < padded_columns, other=0)
+    inverse, own_scale = _scale_of_rows(bits.to(tl.float32, bitcast=True))
+    if tl.program_id(0) == 0:
+        tl.store(scale + column, own_scale, mask=column < padded_columns)
+    at = codes + column[:, None].to(tl.int64) * depth + row[None, :]
+    mask = (column < padded_columns)[:, None] & (row < depth)[None, :]
+    tl.store(at, tl.trans(_rounded(value * inverse[None, :])), mask=mask)
 
 
 @triton.jit
@@ -166,10 +199,29 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
     return found
 
 
+def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
+    """See `qgalore.kernels.fp8_columns`."""
+    rows, padded, depth = x.shape[0], fp8_width(columns), fp8_width(x.shape[0])
+    found = _empty(padded, depth, x)
+    largest = torch.zeros(padded, dtype=torch.int32, device=x.device)  # magnitudes by their bits
+    block_rows, block_columns = _TILE_TURNED
+    grid = ceil_div(depth, block_rows), ceil_div(padded, block_columns)
+    _column_maxima_kernel[grid](
+        x, largest, rows, columns, *x.stride(), M=block_rows, N=block_columns, enable_fp_fusion=False, num_warps=8
+    )
+    _fp8_columns_kernel[grid](
+        x, largest, found.codes.view(torch.uint8), found.scale, rows, columns, *x.stride(), padded, depth, M=block_rows,
+        N=block_columns, enable_fp_fusion=False, num_warps=8,
+    )  # fmt: skip
+    return found
+
+
 def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        return fp8_matmul.fp8_weight(weight)
+        if not can_handle(weight.shape[1]):
+            return fp8_matmul.fp8_weight(weight)
+        return fp8_matmul.with_padded_rows(fp8_rows([weight], [weight.shape[1]], None))
     rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
     found = _empty(rows, depth, weight.qdata)
     _round_weight(weight, found.codes, found.scale, None)
@@ -180,7 +232,7 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
     """See `qgalore.kernels.fp8_turned_weights`."""
     stored = [weight for weight in weights if not isinstance(weight, Tensor)]
     if len(stored) < len(weights):
-        return fp8_matmul.fp8_turned_weights(weights)
+        return fp8_matmul.turned([fp8_weight(weight) for weight in weights])
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
     scales = list(torch.empty(sum(counts), dtype=torch.float32, device=found.codes.device).split(counts))
@@ -202,14 +254,14 @@ def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, one
     )  # fmt: skip
 
 
-def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype) -> Tensor:
+def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool) -> Tensor:
     """See `qgalore.kernels.fp8_product`."""
     if not a.codes.is_cuda:
-        return fp8_matmul.fp8_product(a, b, width, dtype)
+        return fp8_matmul.fp8_product(a, b, width, dtype, exact)
     by_row = F.ScalingType.RowWise
     product = F.scaled_mm(
         a.codes, b.codes.T, a.scale[:, None], by_row, b.scale[None, :], by_row, output_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        use_fast_accum=not exact,
     )  # fmt: skip
     return fp8_matmul.with_columns(product, width).to(dtype)
 
