@@ -58,7 +58,8 @@ class PassingBytes:
         run, config, float32 = self.run, self.run.config, self.table // self.b * 4
         # Of the head's gradient: what leaves an INT8 sum in float32; rows of a direction, or all of it where blocks of
         # an 8-bit state straddle them.
-        read = (min(_ROWS, float32) if run.args.world_size == 1 else float32) if self.int8_sums else 0
+        at_once = run.args.world_size > 1 and not run.gathers  # sums are sent as a whole
+        read = (float32 if at_once else min(_ROWS, float32)) if self.int8_sums else 0
         rows = float32 if self.int8_states and config.hidden_size % 256 else min(_ROWS, float32)
         update = read + (rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows)
         of_table = self.table + (update if run.updates_at_once else read)
