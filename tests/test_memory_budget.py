@@ -267,5 +267,5 @@ def test_states_then_weights_are_dealt_to_ranks_before_a_rank_is_made_smaller() 
         chosen[budget] = args.runtime.shard, args.subspace.rank
     assert [shard for shard, _ in chosen.values()] == ["none", "none", "optimizer", "full"]
     assert {rank for _, rank in chosen.values()} == {512}
-    one = parse_within_budget([*argv("1b", flags), "--memory_budget", "3GB", "--shard", "none"], card=CARDS["h100"])
+    one = parse_within_budget([*argv("1b", flags), "--memory_budget", "3.3GB", "--shard", "none"], card=CARDS["h100"])
     assert one.runtime.shard == "none", "which was given"
