@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import run_pretrain
 from peft_pretraining.build import build_training, shape_of
+from peft_pretraining.checkpoint.store import Part, Unfinished
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
@@ -262,6 +265,38 @@ def test_a_stopped_run_goes_on_with_the_same_bits(small: SmallRun, case: str) ->
     assert on_ranks(2, stop_after, 3, argv) == [0, 0]
     assert on_ranks(2, run_pretrain.main, argv) == [0, 0]
     assert_same_run(whole, small.result("parts"))
+
+
+def main_that_waits_for_the_next_update(argv: list[str]) -> int:
+    """A rank whose files are not written before the update after the save has been made."""
+    update, write, made = run_pretrain.Run.update, Unfinished.write, threading.Event()
+
+    def update_and_note(run: run_pretrain.Run) -> bool:
+        goes_on = update(run)
+        if run.update_step == 2:
+            made.set()
+        return goes_on
+
+    def write_later(unfinished: Unfinished, number: int, *part: Any) -> Part:
+        if unfinished.target.name == "step_00000002":
+            assert made.wait(60), "training stood still"
+        return write(unfinished, number, *part)
+
+    run_pretrain.Run.update = update_and_note  # type: ignore[method-assign]
+    Unfinished.write = write_later  # type: ignore[method-assign]
+    return run_pretrain.main(argv)
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "full"])
+def test_training_goes_on_while_a_copy_is_written(small: SmallRun, shard: str) -> None:
+    flags = PER_LAYER | AT_ONCE | {"num_training_steps": 4, "save_every": 2, "batch_size": 2}
+    replicated = small.run_on(2, "replicated", **flags)
+    argv = small.argv("sharded", flags | {"shard": shard})
+    assert on_ranks(2, main_that_waits_for_the_next_update, argv) == [0, 0]
+    one, two = replicated.checkpoint(2), small.result("sharded").checkpoint(2)
+    assert_same_bits(one.model_tensors, two.model_tensors)
+    assert_same_bits(one.optimizer_state, two.optimizer_state)
+    assert_same_run(replicated, small.result("sharded"))
 
 
 def test_a_missing_or_damaged_part_is_named_and_an_older_checkpoint_taken(small: SmallRun) -> None:
