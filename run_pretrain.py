@@ -110,6 +110,7 @@ def train(args: RunArgs, world: World, stop: StopRequest, skip_steps: set[int]) 
         run.train()
         return None
     except RollbackError as error:
+        run.finish_save()  # the newest checkpoint, to which the run goes back
         run.metrics.log(str(error))
         return error.update_step
     finally:
@@ -159,7 +160,7 @@ class Run:
             if self.update_step > first:
                 self.evaluate_if_due(last)
                 if last or is_due(self.update_step, self.args.checkpoint.save_every):
-                    self.save(self.loader.state_dict())
+                    self.save(self.loader.state_dict(), wait=last)
             elif first == 0:
                 if self.args.model.init_from:  # what training has to improve on
                     self.metrics.evaluation(0, self.evaluate())
@@ -219,6 +220,8 @@ class Run:
             self.log_notices(done)
         if is_due(done, self.args.runtime.check_replicas):
             self.world.check_replicas(tensors_here(self.model, self.optimizer), done)
+        if self.checkpoints.is_written():
+            self.finish_save()
         return True
 
     def accumulate(self, update: Update, target_tokens: int) -> torch.Tensor | None:
@@ -310,16 +313,23 @@ class Run:
         alike = self.world.any_on_host if self.args.runtime.shard == "full" else None
         return evaluate(self.model, self.eval_set, self.world.device, self.world.gather, alike)
 
-    def save(self, data_state: dict[str, Any], read_back: bool = False) -> None:
+    def save(self, data_state: dict[str, Any], read_back: bool = False, wait: bool = True) -> None:
         """Write a checkpoint of the state after `update_step` updates; data_state is of this rank's loader.
 
-        read_back: also read it again, to test that it can be loaded.
+        read_back: also read it again, to test that it can be loaded. wait: until it is there.
         """
+        self.finish_save()
         self.decide(self.outcomes.take())
         # A checkpoint has the learning rate of the next update, whether or not a stop came after it was set.
         self.set_learning_rate()
-        path = self.checkpoints.save(self.position, data_state, before=self.metrics.sync, read_back=read_back)
-        self.metrics.log(f"saved {path}")
+        path = self.checkpoints.save(self.position, data_state, self.metrics.sync, read_back, wait)
+        if path is not None:
+            self.metrics.log(f"saved {path}")
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written, if one is."""
+        if (path := self.checkpoints.finish()) is not None:
+            self.metrics.log(f"saved {path}")
 
     def set_learning_rate(self) -> None:
         """Set the learning rate of the next update."""
@@ -337,6 +347,7 @@ class Run:
     def close(self) -> None:
         """Stop the threads and close the metrics."""
         self.loader.close()
+        self.checkpoints.close()
         self.average.close()
         self.metrics.close(failed=sys.exc_info()[1] is not None)
 

@@ -182,8 +182,9 @@ class Chaos:
         if kind in MOMENTS:
             file, function, most = rng.choice(MOMENTS[kind])
             moment = fault.where or f"{file}:{function}:{rng.choice(EVENTS)}:{rng.randint(1, most)}"
-            # Only the first rank deletes, and only ranks of a sharded run all write.
-            main_alone = kind == PRUNE or (kind == SAVE and self.setting not in SHARDED)
+            # Only the first rank publishes and deletes; the others of a sharded run write.
+            writes = self.setting in SHARDED and function in ("_synced_file", "write", "_write_part")
+            main_alone = kind in (SAVE, PRUNE) and not writes
             rank = 0 if main_alone else rng.randrange(self.setting.ranks)
             ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rank))
             return self.survive_kill(ending)

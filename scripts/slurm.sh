@@ -12,9 +12,13 @@
 # and the job queues itself again. Options of sbatch win over those above.
 #
 #   sbatch [--nodes 8 --gpus-per-node 8 ...] scripts/slurm.sh scripts/pretrain_c4/llama_60m.sh [METHOD] [flags]
+#
+# A rank is started for each GPU of a node; with --shard optimizer or full the ranks of a node share a model
+# (docs/guide/many_gpus.md).
 set -uo pipefail
 
 export NNODES="${SLURM_NNODES:-1}"
+if [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then export NPROC="${NPROC:-$SLURM_GPUS_ON_NODE}"; fi
 # By itself: inside $(...) it would not end this script, and srun would start the recipe from where one logs in.
 : "${SLURM_JOB_NODELIST:?start this with sbatch}"
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"

@@ -365,3 +365,16 @@ def test_sizes_read_back() -> None:
         assert parse_size(text) == nbytes
     for nbytes in (24 * 10**9, 22_500_000_000, 8 * 10**8, 1_234_000_000):
         assert parse_size(format_size(nbytes)) == nbytes
+
+
+def test_states_then_weights_are_dealt_to_ranks_before_a_rank_is_made_smaller() -> None:
+    flags = f"{QUANTIZED} --recipe paper --subspace streaming --rank 512 --batch_size 8 --dry_run --nproc 4"
+    chosen = {}
+    for budget in ("6GB", "4GB", "3GB", "2GB"):
+        args = parse_within_budget([*argv("1b", flags), "--memory_budget", budget], card=CARDS["h100"])
+        assert plan(args, read_config(args.model.model_config)).peak_bytes <= parse_size(budget)
+        chosen[budget] = args.runtime.shard, args.subspace.rank
+    assert [shard for shard, _ in chosen.values()] == ["none", "none", "optimizer", "full"]
+    assert {rank for _, rank in chosen.values()} == {512}
+    one = parse_within_budget([*argv("1b", flags), "--memory_budget", "3.3GB", "--shard", "none"], card=CARDS["h100"])
+    assert one.runtime.shard == "none", "which was given"

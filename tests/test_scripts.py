@@ -270,7 +270,7 @@ def test_dry_run(script: str, tmp_path: Path) -> None:
 
 SLURM_RUN = """
 trap 'echo saved; exit 1' TERM
-echo "$NNODES $MASTER_ADDR $1"
+echo "$NNODES $MASTER_ADDR $1${NPROC:+ on $NPROC}"
 [ "$1" = short ] && exit 3
 touch "$STARTED"
 while :; do sleep 0.1; done
@@ -278,7 +278,7 @@ while :; do sleep 0.1; done
 
 
 def start_slurm(
-    tmp_path: Path, argument: str, recipe: str = SLURM_RUN, nodes: str = "first"
+    tmp_path: Path, argument: str, recipe: str = SLURM_RUN, nodes: str = "first", gpus: str = ""
 ) -> "subprocess.Popen[str]":
     """scripts/slurm.sh with stand-ins for SLURM's programs and for the recipe."""
     tools = {"srun": '#!/bin/sh\nexec "$@"\n', "scontrol": '#!/bin/sh\necho "$2" "$1"\n'}
@@ -291,7 +291,7 @@ def start_slurm(
         "SLURM_JOB_NODELIST": nodes,
         "SLURM_NNODES": "2",
         "STARTED": str(tmp_path / "started"),
-    }
+    } | ({"SLURM_GPUS_ON_NODE": gpus} if gpus else {})
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts" / "slurm.sh"), str(tmp_path / "recipe.sh"), argument],
         stdout=subprocess.PIPE,
@@ -311,6 +311,11 @@ def test_slurm_job_that_ends_is_not_queued_again(tmp_path: Path) -> None:
     output, _ = job.communicate(timeout=30)
     assert output == "2 hostnames show short\n"
     assert job.returncode == 3
+
+
+def test_slurm_starts_a_rank_for_each_gpu_of_a_node(tmp_path: Path) -> None:
+    output, _ = start_slurm(tmp_path, "short", gpus="8").communicate(timeout=30)
+    assert output == "2 hostnames show short on 8\n"
 
 
 def test_slurm_job_saves_and_queues_itself_again(tmp_path: Path) -> None:

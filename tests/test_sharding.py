@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import run_pretrain
 from peft_pretraining.build import build_training, shape_of
+from peft_pretraining.checkpoint.store import Part, Unfinished
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
@@ -56,6 +59,11 @@ SUMMED: dict[str, dict[str, object]] = {
 }
 
 
+def marked(cases: Iterable[str], *quick: str) -> list[Any]:
+    """Cases as parameters, of which only some are tried in every change: each takes up to ten seconds."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> SmallRun:
     return SmallRun(tmp_path, layers=2)
@@ -70,12 +78,12 @@ def assert_sharding_changes_nothing(small: SmallRun, flags: dict[str, object]) -
     assert {"optimizer_00001.safetensors", "optimizer_00001.json", "model_00001.safetensors"} <= names
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", marked(CASES, "streaming"))
 def test_updates_of_one_micro_batch(small: SmallRun, case: str) -> None:
     assert_sharding_changes_nothing(small, CASES[case] | AT_ONCE)
 
 
-@pytest.mark.parametrize("case", CASES | SUMMED)
+@pytest.mark.parametrize("case", marked(CASES | SUMMED, "muon", "clipping"))
 def test_updates_of_several_micro_batches(small: SmallRun, case: str) -> None:
     assert_sharding_changes_nothing(small, (CASES | SUMMED)[case])
 
@@ -96,7 +104,7 @@ SUMMED_BY_OWNERS: dict[str, tuple[dict[str, object], float]] = {
 order (`tests/test_data_parallel.py` has what that makes, and what a mistake makes)."""
 
 
-@pytest.mark.parametrize("case", FULL)
+@pytest.mark.parametrize("case", marked(FULL, "q_galore_adamw8bit_per_layer"))
 def test_gathered_layers_have_the_bits_of_those_that_stay(small: SmallRun, case: str) -> None:
     """Three layers for two buffers, and evaluations in which one rank has more batches than the other."""
     deep = SmallRun(small.folder / "deep", layers=3) if (small.folder / "deep").mkdir() is None else small
@@ -106,7 +114,20 @@ def test_gathered_layers_have_the_bits_of_those_that_stay(small: SmallRun, case:
     assert_same_run(replicated, deep.run_on(2, "full", **flags, shard="full"))
 
 
-@pytest.mark.parametrize("case", SUMMED_BY_OWNERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["optimizer", "full"])
+def test_four_ranks_agree_up_to_the_order_of_sums(small: SmallRun, shard: str) -> None:
+    flags, share = SUMMED_BY_OWNERS["streaming"]
+    flags = {"batch_size": 1, "num_training_steps": 5, "check_replicas": 1, "save_every": 5} | flags
+    replicated = small.run_on(4, "replicated", **flags)
+    sharded = small.run_on(4, shard, **flags, shard=shard)
+    assert sharded.losses == pytest.approx(replicated.losses, abs=5e-4)
+    assert_close_weights(sharded, replicated, share)
+    names = {path.name for path in sharded.checkpoints[-1].glob("optimizer_*.json")}
+    assert names == {f"optimizer_{rank:05d}.json" for rank in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("case", marked(SUMMED_BY_OWNERS, "streaming"))
 def test_owners_sum_micro_batches(small: SmallRun, case: str) -> None:
     flags, share = SUMMED_BY_OWNERS[case]
     flags = {"batch_size": 1, "num_training_steps": 5, "check_replicas": 1, "save_every": 5} | flags
@@ -116,7 +137,7 @@ def test_owners_sum_micro_batches(small: SmallRun, case: str) -> None:
     assert_close_weights(full, replicated, share)
 
 
-@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit_per_layer", "adamw"])
+@pytest.mark.parametrize("optimizer", marked(["q_galore_adamw8bit_per_layer", "adamw"], "adamw"))
 def test_a_gathered_run_skips_what_one_rank_finds_not_finite(small: SmallRun, optimizer: str) -> None:
     flags: dict[str, object] = flags_of(optimizer) | {"batch_size": 2, "num_training_steps": 5, "save_every": 2}
     flags |= AT_ONCE | {"check_replicas": 1}
@@ -125,6 +146,7 @@ def test_a_gathered_run_skips_what_one_rank_finds_not_finite(small: SmallRun, op
     assert_same_run(replicated, outcome(small, "full", fault, 2, flags | {"shard": "full"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "shard"), [(1, "none"), (2, "optimizer"), (2, "full"), (4, "full")])
 def test_weights_of_owners_are_gone_on_with_in_any_mode(small: SmallRun, ranks: int, shard: str) -> None:
     """From the checkpoint of gathered layers as from that of replicated ones."""
@@ -170,6 +192,7 @@ def test_no_rank_keeps_the_matrices_of_others(small: SmallRun) -> None:
     assert 5 * found[0][3] < found[0][2] + found[1][2], "all matrices of eight layers"
 
 
+@pytest.mark.slow
 def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
     flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
     whole = small.run_on(2, "whole", **flags)
@@ -193,7 +216,7 @@ BY_ROWS: dict[str, dict[str, object]] = {
 """Of the last two the norm of a gradient is a factor, and that of rows is summed in another order."""
 
 
-@pytest.mark.parametrize("case", BY_ROWS)
+@pytest.mark.parametrize("case", marked(BY_ROWS, "q_galore"))
 def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> None:
     small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
     flags = {"batch_size": 2, "num_training_steps": 4, "check_replicas": 1, "save_every": 2} | BY_ROWS[case]
@@ -223,8 +246,8 @@ def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> No
         )
 
 
-@pytest.mark.parametrize("where", ["gradient", "loss"])
-@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit_per_layer", "adamw", "sgd"])
+@pytest.mark.parametrize("where", marked(["gradient", "loss"], "gradient"))
+@pytest.mark.parametrize("optimizer", marked(["q_galore_adamw8bit_per_layer", "adamw", "sgd"], "adamw"))
 def test_what_one_rank_finds_not_finite_all_skip(small: SmallRun, optimizer: str, where: str) -> None:
     """Per layer the gradient of the lowest weight comes too late, and the run goes back."""
     flags: dict[str, object] = flags_of(optimizer) | {"batch_size": 4, "num_training_steps": 5, "save_every": 2}
@@ -240,6 +263,7 @@ def test_what_one_rank_finds_not_finite_all_skip(small: SmallRun, optimizer: str
 # ---- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("shard", ["none", "optimizer"])
 def test_a_checkpoint_in_parts_is_gone_on_with_by_any_ranks(small: SmallRun, ranks: int, shard: str) -> None:
@@ -254,6 +278,7 @@ def test_a_checkpoint_in_parts_is_gone_on_with_by_any_ranks(small: SmallRun, ran
     assert_same_run(small.result("whole"), small.result("parts"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["q_galore_adamw8bit_per_layer", "adafactor", "muon"])
 def test_a_stopped_run_goes_on_with_the_same_bits(small: SmallRun, case: str) -> None:
     flags = flags_of(case) | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "optimizer"}
@@ -264,6 +289,39 @@ def test_a_stopped_run_goes_on_with_the_same_bits(small: SmallRun, case: str) ->
     assert_same_run(whole, small.result("parts"))
 
 
+def main_that_waits_for_the_next_update(argv: list[str]) -> int:
+    """A rank whose files are not written before the update after the save has been made."""
+    update, write, made = run_pretrain.Run.update, Unfinished.write, threading.Event()
+
+    def update_and_note(run: run_pretrain.Run) -> bool:
+        goes_on = update(run)
+        if run.update_step == 2:
+            made.set()
+        return goes_on
+
+    def write_later(unfinished: Unfinished, number: int, *part: Any) -> Part:
+        if unfinished.target.name == "step_00000002":
+            assert made.wait(60), "training stood still"
+        return write(unfinished, number, *part)
+
+    run_pretrain.Run.update = update_and_note  # type: ignore[method-assign]
+    Unfinished.write = write_later  # type: ignore[method-assign]
+    return run_pretrain.main(argv)
+
+
+@pytest.mark.parametrize("shard", marked(["optimizer", "full"], "optimizer"))
+def test_training_goes_on_while_a_copy_is_written(small: SmallRun, shard: str) -> None:
+    flags = PER_LAYER | AT_ONCE | {"num_training_steps": 4, "save_every": 2, "batch_size": 2}
+    replicated = small.run_on(2, "replicated", **flags)
+    argv = small.argv("sharded", flags | {"shard": shard})
+    assert on_ranks(2, main_that_waits_for_the_next_update, argv) == [0, 0]
+    one, two = replicated.checkpoint(2), small.result("sharded").checkpoint(2)
+    assert_same_bits(one.model_tensors, two.model_tensors)
+    assert_same_bits(one.optimizer_state, two.optimizer_state)
+    assert_same_run(replicated, small.result("sharded"))
+
+
+@pytest.mark.slow
 def test_a_missing_or_damaged_part_is_named_and_an_older_checkpoint_taken(small: SmallRun) -> None:
     flags = PER_LAYER | {"num_training_steps": 4, "save_every": 2, "shard": "optimizer", "batch_size": 2}
     whole = small.run_on(2, "run", **flags)
@@ -305,7 +363,10 @@ def losses_and_hash(folder: Path, flags: str, graphs: bool) -> None:
     world.close()
 
 
-@pytest.mark.parametrize("case", ["streaming", "svd", "full rank", "fira, limited", "int8 sums", "clipping"])
+GRAPHS = ["streaming", "svd", "full rank", "fira, limited", "int8 sums", "clipping"]
+
+
+@pytest.mark.parametrize("case", marked(GRAPHS, "streaming"))
 def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
     flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
     for graphs in (False, True):

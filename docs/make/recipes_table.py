@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from docs.make.csv_rows import Row, newest, rows_of
+from docs.make.csv_rows import Row, rows_of
 from docs.make.markdown import table
 from docs.make.perplexity_tables import bytes_of, mean, seeds_of
 from docs.make.speed_tables import comparison
@@ -77,12 +77,11 @@ def _newest_pair(method: str, model: str) -> tuple[Row, Row]:
     """
     rows = [row for row in rows_of("compare.csv") if row["model"] == model and not row["error"]]
     for row in reversed(rows):
-        if row["method"] != method or not row["in_a_row_speed_ratio"]:
-            continue
-        same = ("commit", "device", "micro_batch", "note")
-        theirs = newest(
-            rows, lambda x, row=row: x["method"] == "adamw_compiled" and all(x[name] == row[name] for name in same)
-        )  # type: ignore[misc]
-        if theirs:
-            return row, theirs
+        if row["method"] == method and row["in_a_row_speed_ratio"]:
+            same = {name: row[name] for name in ("commit", "device", "micro_batch", "note")} | {
+                "method": "adamw_compiled"
+            }
+            for other in rows:
+                if same.items() <= other.items():
+                    return row, other
     raise LookupError(f"compare.csv has no row of {method} for {model} beside compiled AdamW")

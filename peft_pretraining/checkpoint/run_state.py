@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -85,6 +87,7 @@ class RunCheckpoints:
         self.changed_flags: list[str] = []
         """What a resumed run's command changes of the flags that its checkpoint has recorded, in words."""
         self._args, self._world = args, world
+        self._pending: _Pending | None = None
         self._model, self._optimizer, self._loader, self._average = model, optimizer, loader, average
         self.model_config = read_config_json(args.model.model_config)  # once: a source may be gone later
         """The contents of the model's config.json."""
@@ -137,10 +140,13 @@ class RunCheckpoints:
         data_state: dict[str, Any],
         before: Callable[[], None],
         read_back: bool = False,
-    ) -> Path:
+        wait: bool = True,
+    ) -> Path | None:
         """Write a checkpoint and return its path; data_state is the state of this rank's loader.
 
         `before` is called on the main rank before anything is written; with `read_back` the checkpoint is read again.
+        wait: False to let ranks that share a model train on as soon as all is copied to host memory; the path is then
+        that of `finish`, which must come before the next save.
         """
         state = self._describe() | {"data": merge_states(self._world.gather(data_state))}
         state |= {name: value for name, value in asdict(position).items() if name != "update_step"}
@@ -151,9 +157,28 @@ class RunCheckpoints:
             before()
             return Unfinished.begin(self.save_dir, position.update_step)
 
-        unfinished = self._world.from_main(begin)
+        unfinished, part = self._world.from_main(begin), self._part(state)
+        if wait or not self._optimizer.owners:
+            written: Future[Part | UserError | None] = Future()
+            written.set_result(_write(unfinished, self._world.rank, part))
+        else:
+            thread = ThreadPoolExecutor(1, "checkpoint")
+            written = thread.submit(_write, unfinished, self._world.rank, copy_on_host(part, {}))
+            thread.shutdown(wait=False)
+        self._pending = _Pending(unfinished, written, read_back)
+        return self.finish() if wait or not self._optimizer.owners else None
+
+    def is_written(self) -> bool:
+        """Whether all ranks have written a save that is not finished; all ask at the same time."""
+        return self._pending is not None and self._world.all_on_host(self._pending.written.done())
+
+    def finish(self) -> Path | None:
+        """Wait for what is being written, publish it and return its path; None where there is nothing."""
+        if self._pending is None:
+            return None
+        (unfinished, pending, read_back), self._pending = self._pending, None
         try:
-            written = self._world.gather(self._write_part(unfinished, state))
+            written = self._world.gather(pending.result())
 
             def publish() -> Path:
                 if failed := [part for part in written if isinstance(part, UserError)]:
@@ -167,20 +192,24 @@ class RunCheckpoints:
             if self._world.is_main:  # nothing is left but after an error: also a KeyboardInterrupt or a bug
                 unfinished.abandon()
 
-    def _write_part(self, unfinished: Unfinished, state: dict[str, Any]) -> Part | UserError | None:
-        """Write this rank's part of a checkpoint; None for a rank that has nothing of its own."""
+    def close(self) -> None:
+        """Give up a save that is not finished, once its thread has ended."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            wait_for([pending.written])
+            if self._world.is_main:
+                pending.unfinished.abandon()
+
+    def _part(self, state: dict[str, Any]) -> _PartOfRank | None:
+        """What this rank has of a checkpoint; None for a rank that has nothing of its own."""
         owners, rank = self._optimizer.owners, self._world.rank
         if rank and rank not in owners.values():
             return None
         model_tensors, optimizer_state = part_of_model(self._model, owners, rank), self._optimizer.state_dict()
         if rank:
-            optimizer_state = {"state": optimizer_state["state"]}
-        elif (average := self._average.state_dict()) is not None:
-            state = state | {"average": average}
-        try:
-            return unfinished.write(rank, model_tensors, optimizer_state, None if rank else state)
-        except UserError as error:  # which all ranks are to learn
-            return error
+            return model_tensors, {"state": optimizer_state["state"]}, None
+        average = self._average.state_dict()
+        return model_tensors, optimizer_state, state if average is None else state | {"average": average}
 
     def mark_stop(self, why: str) -> None:
         """Write a file in the run's folder with the reason why it ended early."""
@@ -194,6 +223,42 @@ class RunCheckpoints:
 
     def _describe(self) -> dict[str, Any]:
         return {**self._args.to_dict(), "model_config_contents": self.model_config}
+
+
+_PartOfRank = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]
+"""(weights, state of the optimizer, the rest on the main rank): the arguments of `Unfinished.write`."""
+
+
+class _Pending(NamedTuple):
+    """A save that is being written."""
+
+    unfinished: Unfinished
+    written: Future[Part | UserError | None]
+    """What this rank wrote, or why not."""
+    read_back: bool
+
+
+def _write(unfinished: Unfinished, rank: int, part: _PartOfRank | None) -> Part | UserError | None:
+    if part is None:
+        return None
+    try:
+        return unfinished.write(rank, *part)
+    except UserError as error:  # which all ranks are to learn
+        return error
+
+
+def copy_on_host(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
+    """A nest of dicts, lists and tuples with all tensors copied to host memory; one that is there twice is one copy."""
+    if isinstance(tree, Tensor):
+        same = tree.device, tree.data_ptr(), tree.dtype, tuple(tree.shape), tree.stride()
+        if same not in copies or not tree.numel():
+            copies[same] = tree.detach().to("cpu", copy=True)
+        return copies[same]
+    if isinstance(tree, dict):
+        return {key: copy_on_host(value, copies) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(copy_on_host(value, copies) for value in tree)
+    return tree
 
 
 def part_of_model(model: nn.Module, owners: Mapping[Tensor, int], rank: int) -> dict[str, Tensor]:

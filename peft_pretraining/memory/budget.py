@@ -8,6 +8,9 @@ What is chosen are flags: the same command with them is the same run. Settings a
    the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast;
 4. where the full rank is a default, which no flag asks for, and does not fit: all of this with `--recipe orthogonal`.
 
+On several ranks the first two steps are made for replicas, then for optimizer states that are dealt to them and for
+weights that are, too (`--shard`), before a rank is made smaller.
+
 Of the settings of a step that fit, the one of the least counted time of an update is taken (`peft_pretraining.speed`).
 Where others are as fast to one per cent, one that rounds nothing goes before one that does, then one that computes
 nothing again, then the one of the least memory.
@@ -15,6 +18,7 @@ nothing again, then the one of the least memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -118,15 +122,18 @@ class Candidates:
         self.steps = [self._candidates(plain, each) for each in sums]
         self.lower_ranks = [self._candidates(plain, sums[-1], rank) for rank in self._ranks(first)]
 
-    def choose(self, budget: int, card: Card) -> Candidate | None:
-        """The fastest candidate on a card that fits into so many bytes; None if there is none."""
-        if self.own_smallest.needs > budget:
-            return self.in_subspace.choose(budget, card) if self.in_subspace else None
-        for steps, worth in ((self.steps, WORTH_ROUNDING), (self.lower_ranks, WORTH_A_RANK)):
+    def choose(self, budget: int, card: Card, ranks: Collection[bool] = (False, True)) -> Candidate | None:
+        """The fastest candidate on a card that fits into so many bytes; None if there is none.
+
+        ranks: True for smaller ranks, False for that of the command, or both, in this order.
+        """
+        of_ranks = {False: (self.steps, WORTH_ROUNDING), True: (self.lower_ranks, WORTH_A_RANK)}
+        fits = self.own_smallest.needs <= budget
+        for steps, worth in (of_ranks[lower] for lower in ranks if fits):
             if found := [each for step in steps if (each := _fastest(step, budget, card))]:
                 limit = worth * min(each.seconds(card) for each in found)
                 return next(each for each in found if each.seconds(card) <= limit)
-        return None
+        return self.in_subspace.choose(budget, card) if True in ranks and self.in_subspace else None
 
     @cached_property
     def in_subspace(self) -> _InSubspace | None:
@@ -297,16 +304,20 @@ def parse_within_budget(
         return (
             parse_args(argv, world_size, program) if found is None else within_card(argv, world_size, program, *found)
         )
-    candidates = Candidates(argv, world_size)
+    world_size = _ranks_of(argv, world_size)
+    modes = _modes(argv, world_size)
+    candidates = next(iter(modes.values()))
     first = candidates.steps[0][0].args
     budget = first.runtime.memory_budget
     if card is None and first.runtime.device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         check_card(budget, properties.total_memory, properties.name)
     card = card or card_here()
-    chosen = candidates.choose(budget, card)
+    chosen = _chosen(modes, budget, card)
     if chosen is None:
-        raise UserError(too_small(f"--memory_budget {format_size(budget)}", candidates.smallest))
+        shard, last = list(modes.items())[-1]
+        least = dataclasses.replace(last.smallest, flags=(*shard, *last.smallest.flags))
+        raise UserError(too_small(f"--memory_budget {format_size(budget)}", least))
     args = parse_args([*argv, *chosen.flags], world_size)
     return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
 
@@ -374,6 +385,32 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
 
 def _fastest_unrounded(candidates: Candidates, budget: int, card: Card) -> Candidate | None:
     return _fastest([each for each in candidates.steps[0] if "--int8_activations" not in each.flags], budget, card)
+
+
+def _ranks_of(argv: Sequence[str], world_size: int) -> int:
+    """The ranks that a command line is about: with --dry_run those of --nproc."""
+    given = [value for name, value in flag_values(argv) if name == "--nproc"]
+    described = "--dry_run" in argv and given and given[-1].isdecimal()
+    return max(1, int(given[-1])) if described else world_size
+
+
+def _modes(argv: Sequence[str], world_size: int) -> dict[tuple[str, ...], Candidates]:
+    """The candidates by flags of --shard: from replicas to weights with their owners, where that is open."""
+    found: dict[tuple[str, ...], Candidates] = {(): Candidates(argv, world_size)}
+    if world_size > 1 and not _is_given(argv, "shard"):
+        for shard in ("optimizer", "full"):
+            with contextlib.suppress(UserError):  # a mode that does not go with the other flags
+                found["--shard", shard] = Candidates([*argv, "--shard", shard], world_size)
+    return found
+
+
+def _chosen(modes: dict[tuple[str, ...], Candidates], budget: int, card: Card) -> Candidate | None:
+    """The first mode in which something fits: a smaller rank, which is another training, comes after all of them."""
+    for lower in (False, True):
+        for shard, candidates in modes.items():
+            if chosen := candidates.choose(budget, card, (lower,)):
+                return dataclasses.replace(chosen, flags=(*shard, *chosen.flags))
+    return None
 
 
 def in_words(chosen: Candidate, card: Card) -> str:

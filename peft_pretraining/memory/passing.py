@@ -75,8 +75,9 @@ class PassingBytes:
 
     def read_of_table(self) -> int:
         """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""
-        float32 = self.table // self.b * 4
-        return (min(_ROWS, float32) if self.run.args.world_size == 1 else float32) if self.int8_sums else 0
+        run, float32 = self.run, self.table // self.b * 4
+        as_a_whole = run.args.world_size > 1 and not run.gathers  # as it is sent
+        return (float32 if as_a_whole else min(_ROWS, float32)) if self.int8_sums else 0
 
     def update_of_table(self) -> int:
         """That, and rows of a direction, or all of it where blocks of an 8-bit state straddle them."""
