@@ -40,14 +40,16 @@ class PassingByLayer(PassingBytes):
         run, config = self.run, self.run.config
         of_table, update = self._sum(config.vocab_size, config.hidden_size), self.update_of_table()
         loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype)
-        of_layer = self._sums_of_layer()
+        of_layer = self.sums_of_layer()
+        # A sum that gets its second gradient is there in both dtypes for a moment.
+        widened = self.table if run.updates_at_once and run.sum_dtype.itemsize > self.b else 0
         backward = self.stays_dequantized + self.kept + self.backward(recomputed=False)
         found = {
             "forward of one layer": self.dequantized + self.kept + self.hidden,
-            "loss and sum of the head's gradients": loss + self.hidden + of_table,
+            "loss and sum of the head's gradients": max(loss, 2 * self.hidden + self.table + widened) + of_table,
             "update of the head": update + of_table,
             "backward of one layer and its sums": backward + of_layer,
-            "sum of the embeddings' gradients": self.table + of_table,
+            "sum of the embeddings' gradients": self.hidden + self.table + widened + of_table,
         }
         if run.updates_at_once:
             found["update of one layer"] = self._update_of_layer(of_layer)
@@ -72,8 +74,8 @@ class PassingByLayer(PassingBytes):
         most = 0
         for batch in self._batches():
             values, largest = sum(x.gradient for x in batch), max(x.gradient for x in batch)
-            # A sum in INT8 is made whole for it, and so is what goes over the ranks.
-            read = 4 * values if self.int8_sums or self.run.args.world_size > 1 else 0
+            # A sum in INT8 is made whole for it; over ranks others are sent from where they are.
+            read = 4 * values if self.int8_sums else 0
             steps = self.directions(values, largest, len(batch), cached=False) + max(map(self._applying, batch))
             most = max(most, sums + read + max(steps, *map(self.refresh, batch)))
             sums -= sum(self._sum(*x.gradient_shape) for x in batch)
@@ -91,7 +93,7 @@ class PassingByLayer(PassingBytes):
         if batch:
             yield batch
 
-    def _sums_of_layer(self) -> int:
+    def sums_of_layer(self) -> int:
         """Of one layer, with those that refresh subspaces; none that are kept for `step`, which are counted there."""
         run = self.run
         gradients = sum(self._sum(*x.gradient_shape) + self.b * x.residual for x in run.matrices)

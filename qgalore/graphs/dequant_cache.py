@@ -29,13 +29,13 @@ weights of a 7B layer take 400 MB.
 
 
 @contextlib.contextmanager
-def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype, limit: float = CACHE_BYTES) -> Iterator[None]:
+def cached_weights(layers: Sequence[LowRankLinear], dtype: torch.dtype, limit: float | None = None) -> Iterator[None]:
     """Within it `LowRankLinear.padded_weight(dtype)` of quantized layers is there already.
 
     Nothing is cached for products in INT8 or FP8, or where it would be more than `CACHE_BYTES`.
     limit: other bytes in their place.
     """
-    _cache_weights(layers, dtype, limit)
+    _cache_weights(layers, dtype, CACHE_BYTES if limit is None else limit)
     try:
         yield
     finally:
