@@ -11,7 +11,7 @@ class GradientSink(Protocol):
     """What receives the factors of a weight gradient during the backward pass."""
 
     @property
-    def rows(self) -> int:
+    def out_features(self) -> int:
         """Of the gradient: out_features."""
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
