@@ -52,6 +52,7 @@ class Setting:
     extra: str  # more flags for ours
     seed: int
     device: torch.device
+    length: int = LENGTH  # tokens of a sequence
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ def split_method(name: str) -> tuple[str, int]:
 
 
 def token_ids(setting: Setting, vocab_size: int) -> Tensor:
-    """Random token ids of an update, (grad_accum, micro_batch, LENGTH)."""
+    """Random token ids of an update, (grad_accum, micro_batch, length)."""
     generator = torch.Generator().manual_seed(setting.seed)
-    shape = (setting.grad_accum, setting.micro_batch, LENGTH)
+    shape = (setting.grad_accum, setting.micro_batch, setting.length)
     return torch.randint(vocab_size, shape, generator=generator).to(setting.device)
 
 
@@ -135,7 +136,7 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
     """The command line of `run_pretrain.py` for this setting; the paper's recipe with the streaming subspace."""
     flags = ["--model_config", str(setting.config), "--device", setting.device.type, "--seed", str(setting.seed)]
     flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
-    flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
+    flags += ["--max_length", str(setting.length), "--lr", str(ADAM["lr"])]
     flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
     flags += ["--recipe", recipe]
     if recipe == "paper":
@@ -189,7 +190,7 @@ def train_ours(setting: Setting, recipe: str, world: World) -> tuple[Training, C
     args = parse_args(flags)
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce())
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
-    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
+    target_tokens = batches[..., 1:].numel() * world.world_size
 
     def update() -> Tensor:
         set_learning_rate(optimizer, 1.0)
@@ -240,7 +241,7 @@ def others(
     batches = token_ids(setting, model.config.vocab_size)
     loss_of = (make_loss or mean_loss)(model)
     if isinstance(model, LlamaForCausalLM):
-        model.model.run_layers = LayersInTurn(model)
+        model.model.run_layers = LayersInTurn(model, setting.length)
     if compile_model and setting.compile:
         loss_of = torch.compile(loss_of)
 
@@ -264,14 +265,14 @@ class LayersInTurn:
     times the time of those kernels, 16 of the 60 ms of an update of 60M by AdamW.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        """Compute the tables for `model`, which must be on its device."""
+    def __init__(self, model: LlamaForCausalLM, length: int) -> None:
+        """Compute the tables for sequences of `length` and `model`, which must be on its device."""
         config, device = model.config, model.lm_head.weight.device
         self._layers = model.model.layers
-        self._tables = rotary_tables(LENGTH, config.head_dim, config.rope_theta, device)
+        self._tables = rotary_tables(length, config.head_dim, config.rope_theta, device)
 
     def __call__(self, x: Tensor, *tables: Tensor) -> Tensor:
-        """Run x (B, LENGTH, hidden_size) through all layers; the tables given are not used."""
+        """Run x (B, length, hidden_size) through all layers; the tables given are not used."""
         for layer in self._layers:
             x = layer(x, *self._tables)
         return x
@@ -282,10 +283,10 @@ class LayersInTurn:
 
 
 def mean_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The mean cross-entropy in float32 of token ids (B, LENGTH), the last of which have no target."""
+    """The mean cross-entropy in float32 of token ids (B, L), the last of which have no target."""
 
     def loss_of(input_ids: Tensor) -> Tensor:
-        logits = model(input_ids).logits  # (B, LENGTH, vocab_size)
+        logits = model(input_ids).logits  # (B, L, vocab_size)
         targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
 

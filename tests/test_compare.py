@@ -190,6 +190,14 @@ def test_flags_of_ours() -> None:
     assert (args.subspace.subspace, args.subspace.rank, args.subspace.update_proj_gap) == ("streaming", 128, 50)
 
 
+def test_long_sequences_have_positions() -> None:
+    short, long = models.config_path("7b"), compare.with_positions(models.config_path("7b"), 4096)
+    assert compare.with_positions(short, 2048) == short != long
+    before, after = (json.loads(path.read_text()) for path in (short, long))
+    assert after == before | {"max_position_embeddings": 4096}
+    parse_args(["--model_config", str(long), "--batch_size", "1", "--max_length", "4096"])
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
