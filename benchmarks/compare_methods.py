@@ -136,7 +136,7 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
     """The command line of `run_pretrain.py` for this setting; the paper's recipe with the streaming subspace."""
     flags = ["--model_config", str(setting.config), "--device", setting.device.type, "--seed", str(setting.seed)]
     flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
-    flags += ["--max_length", str(setting.length), "--lr", str(ADAM["lr"])]
+    flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
     flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
     flags += ["--recipe", recipe]
     if recipe == "paper":
@@ -148,7 +148,8 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
         flags += ["--activation_checkpointing", "--checkpoint_every", str(setting.checkpoint_every)]
     if not setting.compile:
         flags += ["--compile", "off"]
-    return flags + setting.extra.split()
+    longer = ["--max_length", str(setting.length)] if setting.length != LENGTH else []
+    return [*flags, *longer, *setting.extra.split()]
 
 
 def q_galore_orthogonal(setting: Setting) -> Training:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,7 @@ def test_flags_of_ours() -> None:
     )
     args = parse_args(q_galore_flags(setting))
     assert (args.batch.batch_size, args.batch.gradient_accumulation, args.batch.max_length) == (4, 2, 256)
+    assert parse_args(q_galore_flags(replace(setting, length=512))).batch.max_length == 512
     assert args.optimizer.per_layer and args.optimizer.grad_accum_dtype == "int8" and args.optimizer.beta2 == 0.99
     assert args.model.activation_checkpointing and args.model.checkpoint_every == 2 and args.model.compile == "off"
     assert args.quantization.weight_quant and args.subspace.proj_quant and args.quantization.stochastic_round
