@@ -206,7 +206,7 @@ class WholeSink(FactorSink):
     """A sink that wants the whole gradient."""
 
     def __init__(self, rows: int) -> None:
-        self.rows = rows
+        self.out_features = rows
 
     def forms_gradient(self, input: Tensor) -> bool:
         return True

@@ -246,9 +246,11 @@ def _accumulate_in_fp8(
     for index, (sink, grad) in enumerate(zip(sinks, grads, strict=True)):
         if sink is not None and sink.forms_gradient(input):
             factor = kernels.fp8_columns(input, columns) if factor is None else factor
-            rows = kernels.fp8_columns(grad, sink.rows)
+            rows = kernels.fp8_columns(grad, sink.out_features)
             # Sums over thousands of tokens: in float32 from time to time.
-            sink.accumulate_full(kernels.fp8_product(rows, factor, columns, grad.dtype, exact=True)[: sink.rows])
+            sink.accumulate_full(
+                kernels.fp8_product(rows, factor, columns, grad.dtype, exact=True)[: sink.out_features]
+            )
             left[index] = None
     return left
 

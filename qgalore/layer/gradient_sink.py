@@ -11,8 +11,8 @@ class GradientSink(Protocol):
     """What receives the factors of a weight gradient during the backward pass."""
 
     @property
-    def rows(self) -> int:
-        """Of the gradient: out_features."""
+    def out_features(self) -> int:
+        """Rows of the gradient."""
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         """Take grad_output (tokens, out_features) and input (tokens, in_features): the gradient is their product.

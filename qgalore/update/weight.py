@@ -201,8 +201,8 @@ class Weight:
     # ---- the gradient sink of a layer (`qgalore.layer.gradient_sink`)
 
     @property
-    def rows(self) -> int:
-        """Of the gradient: out_features."""
+    def out_features(self) -> int:
+        """Rows of the gradient."""
         return self.shape[0]
 
     def forms_gradient(self, input: Tensor) -> bool:
