@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = training_parser("compare", __doc__.splitlines()[0], "60m,130m,350m,1b", "compare.csv")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help=f"of {', '.join(METHODS)}, or with {CHECKPOINTING}")
     parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches an update; ours sums them in INT8")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence")
     parser.add_argument("--warmup", type=int, default=20, help="updates before the timed ones")
     parser.add_argument("--updates", type=int, default=10, help="timed updates")
     parser.add_argument("--no_compile", action="store_true", help="compile nothing")
@@ -230,13 +231,15 @@ def measure(method: str, model: str, args: argparse.Namespace) -> Row:
         grad_accum=args.grad_accum,
         compile=not args.no_compile,
         seed=args.seed,
+        length=args.length,
+        config=with_positions(config_path(model), args.length),
     )
     row: Row = dict.fromkeys(COLUMNS, "") | {
         "model": model,
         "method": method,
         "micro_batch": setting.micro_batch,
         "grad_accum": setting.grad_accum,
-        "length": LENGTH,
+        "length": setting.length,
         "rank": setting.rank,
         "warmup_updates": args.warmup,
         "updates": args.updates,
@@ -250,6 +253,16 @@ def measure(method: str, model: str, args: argparse.Namespace) -> Row:
     except Exception as error:  # whatever another project's code raises
         traceback.print_exc()
         return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def with_positions(config: Path, length: int) -> Path:
+    """A configuration, or a copy of it in the folder for temporary files, with positions for sequences of `length`."""
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    if raw.get("max_position_embeddings", length) >= length:
+        return config
+    longer = Path(tempfile.gettempdir()) / f"{config.stem}_{length}.json"
+    longer.write_text(json.dumps(raw | {"max_position_embeddings": length}), encoding="utf-8")
+    return longer
 
 
 def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
@@ -275,7 +288,7 @@ def timed(method: str, setting: Setting, args: argparse.Namespace) -> Row:
         in_a_row = statistics.median(seconds_in_a_row(training.update, args.updates, device) for _ in range(3))
     after = memory_metrics(device)
     losses += more_losses
-    tokens = setting.grad_accum * setting.micro_batch * LENGTH
+    tokens = setting.grad_accum * setting.micro_batch * setting.length
     peaks = {}
     for column, key in (("peak_gb", "memory/peak_gb"), ("reserved_gb", "memory/reserved_gb")):
         if key in after:

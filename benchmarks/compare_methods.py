@@ -55,6 +55,7 @@ class Setting:
     extra: str  # more flags for ours
     seed: int
     device: torch.device
+    length: int = LENGTH  # tokens of a sequence
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def split_method(name: str) -> tuple[str, int]:
 
 
 def token_ids(setting: Setting, vocab_size: int) -> Tensor:
-    """Random token ids of an update, (grad_accum, micro_batch, LENGTH)."""
+    """Random token ids of an update, (grad_accum, micro_batch, length)."""
     generator = torch.Generator().manual_seed(setting.seed)
-    shape = (setting.grad_accum, setting.micro_batch, LENGTH)
+    shape = (setting.grad_accum, setting.micro_batch, setting.length)
     return torch.randint(vocab_size, shape, generator=generator).to(setting.device)
 
 
@@ -150,7 +151,8 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
         flags += ["--activation_checkpointing", "--checkpoint_every", str(setting.checkpoint_every)]
     if not setting.compile:
         flags += ["--compile", "off"]
-    return flags + setting.extra.split()
+    longer = ["--max_length", str(setting.length)] if setting.length != LENGTH else []
+    return [*flags, *longer, *setting.extra.split()]
 
 
 def q_galore_orthogonal(setting: Setting) -> Training:
@@ -205,7 +207,7 @@ def train_ours(
         mesh.owners = owners_by_name(args, mesh.size)
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce() if mesh is None else None, mesh)
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
-    target_tokens = batches.numel() // LENGTH * (LENGTH - 1) * world.world_size
+    target_tokens = batches[..., 1:].numel() * world.world_size
 
     if missing := missing_host_memory(args):
         raise UserError(missing)
@@ -270,7 +272,7 @@ def others(
     batches = token_ids(setting, model.config.vocab_size)
     loss_of = (make_loss or mean_loss)(model)
     if isinstance(model, LlamaForCausalLM):
-        model.model.run_layers = LayersInTurn(model)
+        model.model.run_layers = LayersInTurn(model, setting.length)
     if compile_model and setting.compile:
         loss_of = torch.compile(loss_of)
 
@@ -294,14 +296,14 @@ class LayersInTurn:
     times the time of those kernels, 16 of the 60 ms of an update of 60M by AdamW.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        """Compute the tables for `model`, which must be on its device."""
+    def __init__(self, model: LlamaForCausalLM, length: int) -> None:
+        """Compute the tables for sequences of `length` and `model`, which must be on its device."""
         config, device = model.config, model.lm_head.weight.device
         self._layers = model.model.layers
-        self._tables = rotary_tables(LENGTH, config.head_dim, config.rope_theta, device)
+        self._tables = rotary_tables(length, config.head_dim, config.rope_theta, device)
 
     def __call__(self, x: Tensor, *tables: Tensor) -> Tensor:
-        """Run x (B, LENGTH, hidden_size) through all layers; the tables given are not used."""
+        """Run x (B, length, hidden_size) through all layers; the tables given are not used."""
         for layer in self._layers:
             x = layer(x, *self._tables)
         return x
@@ -312,10 +314,10 @@ class LayersInTurn:
 
 
 def mean_loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The mean cross-entropy in float32 of token ids (B, LENGTH), the last of which have no target."""
+    """The mean cross-entropy in float32 of token ids (B, L), the last of which have no target."""
 
     def loss_of(input_ids: Tensor) -> Tensor:
-        logits = model(input_ids).logits  # (B, LENGTH, vocab_size)
+        logits = model(input_ids).logits  # (B, L, vocab_size)
         targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
 

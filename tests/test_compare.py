@@ -7,6 +7,7 @@ import fcntl
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,10 +185,19 @@ def test_flags_of_ours() -> None:
     )
     args = parse_args(q_galore_flags(setting))
     assert (args.batch.batch_size, args.batch.gradient_accumulation, args.batch.max_length) == (4, 2, 256)
+    assert parse_args(q_galore_flags(replace(setting, length=512))).batch.max_length == 512
     assert args.optimizer.per_layer and args.optimizer.grad_accum_dtype == "int8" and args.optimizer.beta2 == 0.99
     assert args.model.activation_checkpointing and args.model.checkpoint_every == 2 and args.model.compile == "off"
     assert args.quantization.weight_quant and args.subspace.proj_quant and args.quantization.stochastic_round
     assert (args.subspace.subspace, args.subspace.rank, args.subspace.update_proj_gap) == ("streaming", 128, 50)
+
+
+def test_long_sequences_have_positions() -> None:
+    short, long = models.config_path("7b"), compare.with_positions(models.config_path("7b"), 4096)
+    assert compare.with_positions(short, 2048) == short != long
+    before, after = (json.loads(path.read_text()) for path in (short, long))
+    assert after == before | {"max_position_embeddings": 4096}
+    parse_args(["--model_config", str(long), "--batch_size", "1", "--max_length", "4096"])
 
 
 @pytest.mark.parametrize(

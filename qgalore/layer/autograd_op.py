@@ -248,7 +248,9 @@ def _accumulate_in_fp8(
             factor = kernels.fp8_columns(input, columns) if factor is None else factor
             rows = kernels.fp8_columns(grad, sink.out_features)
             # Sums over thousands of tokens: in float32 from time to time.
-            sink.accumulate_full(kernels.fp8_product(rows, factor, columns, grad.dtype, exact=True)[: sink.out_features])
+            sink.accumulate_full(
+                kernels.fp8_product(rows, factor, columns, grad.dtype, exact=True)[: sink.out_features]
+            )
             left[index] = None
     return left
 

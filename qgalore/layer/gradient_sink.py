@@ -12,7 +12,7 @@ class GradientSink(Protocol):
 
     @property
     def out_features(self) -> int:
-        """Of the gradient: out_features."""
+        """Rows of the gradient."""
 
     def accumulate(self, grad_output: Tensor, input: Tensor, projected: Tensor | None = None) -> None:
         """Take grad_output (tokens, out_features) and input (tokens, in_features): the gradient is their product.

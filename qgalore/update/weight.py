@@ -250,7 +250,7 @@ class Weight:
 
     @property
     def out_features(self) -> int:
-        """Of the layer: the rows of the gradient."""
+        """Rows of the gradient."""
         return self.shape[0]
 
     def forms_gradient(self, input: Tensor) -> bool:
