@@ -35,7 +35,7 @@ _SHARED = (
     "--eval_tokens 50K --save_every 0 --wandb_mode off --device cpu --workers 0"
 )
 METHODS: Mapping[str, str] = {
-    "recipe": "--optimizer q_galore_adamw8bit_per_layer",
+    "recipe": "--optimizer q_galore_adamw8bit_per_layer --recipe orthogonal",
     "paper": "--optimizer q_galore_adamw8bit_per_layer --recipe paper --lr 0.01 --rank 32 --galore_scale 0.25",
     "adamw": "--optimizer adamw --lr 0.001 --full_rank_lr 0.01",
 }

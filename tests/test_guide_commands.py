@@ -140,7 +140,7 @@ def test_the_bytes_of_recipes_on_the_page_are_those_of_the_plan() -> None:
 def test_each_recipe_of_the_page_trains(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared, lines = shared_and_commands("which_recipe.md")
     table = re.findall(r"^\| .* \| `(--optimizer .*)` \|$", (GUIDE / "which_recipe.md").read_text(), re.MULTILINE)
-    assert len(lines) == 6 and [line.removeprefix("python $TRAIN ") for line in lines] == table
+    assert len(lines) >= 6 and [line.removeprefix("python $TRAIN ") for line in lines] == table
     for number, line in enumerate(lines):
         rank = "--rank 16" if "--rank" in line else ""
         assert run(line, shared, f"--save_every 0 --save_dir run{number} {rank}") == 0

@@ -53,6 +53,8 @@ def rows() -> dict[MeasuredSpeed, RunArgs]:
         args = run(row["model"], row["flags"])
         if args.quantization.weight_format.products != FLOAT_PRODUCTS or args.batch.max_length != 256:
             continue  # the table has no column for these
+        if args.subspace.direction != "adam":
+            continue  # it is of the paper's algorithm
         every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
         batch, int8 = args.batch, args.model.int8_activations
         setting = (NAMES[row["device"]], row["model"], batch.batch_size, batch.gradient_accumulation)
@@ -65,11 +67,7 @@ def rows() -> dict[MeasuredSpeed, RunArgs]:
 def test_the_table_of_measured_speeds_is_the_newest_rows() -> None:
     assert set(MEASURED_SPEEDS) == rows().keys() and len(MEASURED_SPEEDS) == len(rows())
     for args in rows().values():  # as its docstring says
-        assert (args.subspace.subspace, args.subspace.direction, args.subspace.update_proj_gap) == (
-            "streaming",
-            "adam",
-            200,
-        )
+        assert (args.subspace.subspace, args.subspace.update_proj_gap) == ("streaming", 200)
         assert args.batch.max_length == 256 and args.optimizer.per_layer
 
 

@@ -44,6 +44,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "guide": guide_index.pages,
     "memory": memory_tables.planned_and_measured,
     "memory of 7B": memory_tables.parts_of_7b,
+    "methods of scripts": scripts_table.methods,
     "perplexity": perplexity_tables.short,
     "perplexity in full": perplexity_tables.full,
     "recipes": recipes_table.recipes,

@@ -1,4 +1,4 @@
-"""The table of the papers' runs: what each script sets, and the paper's figure for it."""
+"""The tables of the papers' runs: their methods, what each script sets, and the paper's figure for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from docs.make.markdown import table
 
 _METHODS = ("q_galore", "galore", "full")
 _ON_ONE_GPU = {"llama_7b": "q_galore", "llama_7b_galore": "galore"}
+
+
+def methods() -> str:
+    """What `METHOD` may be, from the comment at the head of `scripts/recipe.sh`."""
+    text = (ROOT / "scripts" / "recipe.sh").read_text(encoding="utf-8")
+    lines: list[list[str]] = []
+    for line in text.split("# METHOD (")[1].split("\n#\n")[0].splitlines()[1:]:
+        names, _, meaning = line.removeprefix("#   ").partition("  ")
+        if names:
+            quoted = ", ".join(f"`{name.strip()}`" for name in names.split(","))
+            lines.append([quoted, meaning.strip()])
+        else:  # the line before goes on
+            lines[-1][1] += f" {meaning.strip()}"
+    return table(["METHOD", "what it is"], lines)
 
 
 def scripts() -> str:

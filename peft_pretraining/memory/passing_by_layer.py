@@ -27,7 +27,8 @@ class PassingByLayer(PassingBytes):
         """What a layer has dequantized, and what it keeps of a micro-batch beside its input, which is in a buffer."""
         super().__init__(run)
         cached = cached_matrices([x.shape for x in run.matrices], run.dtype)
-        sizes = [self.b * math.prod(map(padded_width, x.shape)) * self.quantized for x in run.matrices]
+        dequantizes = self.quantized and not self.format.fp8_products
+        sizes = [self.b * math.prod(map(padded_width, x.shape)) * dequantizes for x in run.matrices]
         self.dequantized, self.stays_dequantized = sum(sizes), sum(sizes[:cached])
         """In the forward pass of a layer, and in its backward pass."""
         bases = self.b * sum(x.bases for x in run.matrices) * self.options.proj_quant
