@@ -33,7 +33,8 @@ class Measured(NamedTuple):
     def text(self) -> str:
         """In words, with tokens a second and peak."""
         how = f"capped to {self.row['cap_gib']} GiB" if self.capped else "not capped"
-        return f"{self.speed:,.0f} tokens/s, {float(self.row['run_peak_gb']):.1f} GB, {card(self.row)} {how}"
+        sums = ", no sums" if self.row["grad_accum"] == "1" else ""
+        return f"{self.speed:,.0f} tokens/s, {float(self.row['run_peak_gb']):.1f} GB, {card(self.row)} {how}{sums}"
 
     @property
     def speed(self) -> float:
