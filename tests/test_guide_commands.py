@@ -85,6 +85,10 @@ def test_the_planned_figures_of_the_page_are_those_of_the_plan(capsys: pytest.Ca
             assert run_pretrain.main([*done.stdout.split()[1:], "--device", "cuda", "--dry_run"]) == 0
         peaks.append(float(re.findall(r"^  peak +([\d.]+) GB", capsys.readouterr().out, re.MULTILINE)[0]))
     assert f"stops: {peaks[0]:.1f} GB" in text and f"{peaks[1]:.1f} GB by the plan" in text
+    for line in (line for line in commands("seven_b.md") if "--accumulate_by" in line):
+        args = parse_args(shlex.split(line)[2:])
+        peaks.append(plan(args, read_config(args.model.model_config)).peak_bytes / 1e9)
+    assert f"{peaks[2]:.1f} GB of the card by the plan, or {peaks[3]:.1f} with" in text
     fit = ShippedRun("7b").fit(16 * 10**9, CARDS["4060ti"])
     assert 10e9 / fit.tokens_per_second / 86_400 == pytest.approx(182, rel=0.1) and "half a year" in text
 
