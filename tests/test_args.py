@@ -23,6 +23,7 @@ from peft_pretraining.config.flags import (
     read_specs,
     whole_number,
 )
+from peft_pretraining.config.named_method import with_old_values
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.config.tried_names import ADVICE, RENAMED, flags_in_advice, what_is_right
@@ -216,9 +217,35 @@ def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_pat
                               "command line says nothing of it",)  # fmt: skip
     assert parse(f"{auto} --weight_quant --stochastic_round --recipe orthogonal").notes == ()
     assert parse(f"{auto} --weight_quant --stochastic_round --rank 32").notes == (), "which that recipe is for"
+    assert parse(f"{auto} --galore_scale 0.25").notes == args.notes, "and no word of another recipe"
     with pytest.raises(UserError, match=r"--int8_products .*\(--no-weight_quant .*, as in the checkpoint"):
         parse(f"{auto} --int8_products")
     assert parse(f"{Q_GALORE} --save_dir {tmp_path / 'none'} --continue_from auto").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("state", "recipe"),
+    [
+        ({"recipe": "orthogonal"}, "orthogonal"),
+        ({"recipe": "", "direction": "orthogonal"}, "orthogonal"),
+        ({"direction": "normuon"}, "full_rank"),
+        ({"direction": "adam"}, "paper"),
+    ],
+)
+def test_the_recipe_of_an_old_checkpoint(state: dict[str, str], recipe: str) -> None:
+    assert with_old_values({"optimizer": "q_galore_adamw8bit", **state})["recipe"] == recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--sum_in_momentum --galore_scale 0.25", r"\(recipe paper, because of --galore_scale 0.25\)"),
+        ("--momentum_rank 16 --update_proj_gap 100", r"\(recipe orthogonal, because of --update_proj_gap 100\)"),
+    ],
+)
+def test_a_refusal_says_which_flag_has_chosen_the_recipe(flags: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        parse(f"{Q_GALORE} {flags}")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

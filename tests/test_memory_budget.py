@@ -155,6 +155,29 @@ def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path
         assert (again is not None and again.needs == below.needs) == falls_back
 
 
+def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    """Replicas, shards; the same of the recipe orthogonal; and only then smaller ranks."""
+    card, flags = CARDS["h100"], argv("1b", f"{UNASKED.replace('total_batch_size 8', 'total_batch_size 16')}")
+    replicas = Candidates([*flags, "--memory_budget", "1GB"], 2)
+    assert replicas.in_subspace is not None
+    sharded = Candidates([*flags, "--memory_budget", "1GB", "--shard", "full"], 2)
+    assert sharded.in_subspace is not None
+    least = {
+        name: min(each.needs for step in found.steps for each in step)
+        for name, found in (("replicas", replicas.in_subspace), ("sharded", sharded.in_subspace))
+    }
+    own = min(each.needs for step in sharded.steps for each in step)
+    budget = min(least["replicas"], own) - 10**6
+    assert least["sharded"] < budget
+    args = parse_within_budget([*flags, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
+    assert (args.runtime.shard, args.optimizer.recipe, args.subspace.rank) == ("full", "orthogonal", 896)
+    smallest = min(replicas.smallest.needs, sharded.smallest.needs)
+    with pytest.raises(UserError, match=r"is too small: the least that works is ([\d.]+)GB, with") as raised:
+        parse_within_budget([*flags, "--memory_budget", "100MB"], 2, card)
+    told = float(re.findall(r"works is ([\d.]+)GB", str(raised.value))[0])
+    assert told * 1e9 <= smallest + 2 * 10**7
+
+
 def test_without_a_budget_the_card_decides_on_the_full_rank() -> None:
     flags = argv("1b", f"{UNASKED}")
     candidates_ = Candidates(flags)

@@ -233,8 +233,8 @@ class OptimizerArgs:
         str,
         Flag(
             choices=RECIPES,
-            auto="full_rank for q_galore optimizers, orthogonal beside rank or flags of projections, paper beside "
-            "galore_scale or flags of SVDs; paper for others",
+            auto="full_rank for q_galore optimizers, but orthogonal beside rank, flags of projections or direction "
+            "adam, and paper beside galore_scale or flags of SVDs; paper for others",
         ),
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:

@@ -64,8 +64,9 @@ def with_old_values(state: Mapping[str, Any]) -> dict[str, Any]:
     8-bit Adam had our kernels, and a subspace followed the paper or had the orthogonal direction.
     """
     old = {"adam8bit_backend": "own"} if state.get("optimizer") == "adam8bit" else {}
-    if state.get("optimizer") in Q_GALORE_OPTIMIZERS:
-        old = {"recipe": "orthogonal" if state.get("direction") == "orthogonal" else "paper"}
+    if state.get("optimizer") in Q_GALORE_OPTIMIZERS and not state.get("recipe"):
+        recipes = {"orthogonal": "orthogonal", "normuon": "full_rank"}
+        return {**state, "recipe": recipes.get(state.get("direction", ""), "paper")}
     return {**old, **state}
 
 

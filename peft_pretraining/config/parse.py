@@ -26,7 +26,13 @@ from peft_pretraining.config.named_method import (
     recorded_method,
     with_named_method,
 )
-from peft_pretraining.config.recipes import length_in_words, recipe_in_words, with_length, with_recipe
+from peft_pretraining.config.recipes import (
+    length_in_words,
+    recipe_in_words,
+    why_recipe,
+    with_length,
+    with_recipe,
+)
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
 
@@ -44,7 +50,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]
     recorded = recorded_method(parsed.values)
-    values = with_recipe({**{name: recorded[name] for name in ("recipe",) if name in recorded}, **parsed.values})
+    given_or_recorded = {**{name: recorded[name] for name in ("recipe",) if name in recorded}, **parsed.values}
+    values, why = with_recipe(given_or_recorded), why_recipe(given_or_recorded)
     chosen, kept = with_named_method(values, recorded), recorded_in_words(with_recipe(parsed.values), recorded)
     dealt, groups = rank_to_deal(parsed.values), {}
     if dealt is not None:
@@ -72,9 +79,12 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     ]
     problems += [text for text in found if not any(flag.search(text) for flag in unreadable)]
     if problems:
-        raise UserError(_list_problems(problems) + (f" ({kept})." if kept else ""))
+        reasons = "; ".join(filter(None, [kept, why]))
+        raise UserError(_list_problems(problems) + (f" ({reasons})." if reasons else ""))
     of_length = length_in_words(args.optimizer, args.schedule, parsed.values.keys())
-    notes = tuple(filter(None, [recipe_in_words(parsed.values), of_length, kept, dealt_in_words(args, parsed.values)]))
+    notes = tuple(
+        filter(None, [recipe_in_words(given_or_recorded), of_length, kept, dealt_in_words(args, parsed.values)])
+    )
     return dataclasses.replace(args, warnings=tuple(find_warnings(args, parsed.values)), notes=notes)
 
 

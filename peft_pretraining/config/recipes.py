@@ -60,6 +60,16 @@ def _is_about_a_subspace(given: Mapping[str, Any]) -> bool:
     return any(rank not in (0, FULL) for rank in ranks) or (not ranks and any(name in given for name in OF_PROJECTIONS))
 
 
+def why_recipe(given: Mapping[str, Any]) -> str:
+    """The flags by which a q_galore command line has another recipe than the default; "" if it gives --recipe."""
+    name = recipe_name(given)
+    if given.get("recipe") or name == "full_rank" or given.get("optimizer") not in Q_GALORE_OPTIMIZERS:
+        return ""
+    names = {"rank", "mlp_rank", "direction", *OF_PROJECTIONS} & given.keys()
+    of_subspace = [f"--{each} {given[each]}".removesuffix(" True") for each in sorted(names)]
+    return f"recipe {name}, because of {' and '.join(_papers_flags(given) or of_subspace)}"
+
+
 def recipe_in_words(given: Mapping[str, Any]) -> str:
     """A sentence on why a q_galore command line gets the paper's recipe; "" if it gives --recipe or has another one."""
     flags = _papers_flags(given)

@@ -24,6 +24,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
@@ -94,6 +95,16 @@ class Candidate:
         return self.args.tokens_per_update / self.seconds(card)
 
 
+class Ranks(IntEnum):
+    """Which ranks are looked at, in the order in which something is given up for memory."""
+
+    OWN = 0
+    """That of the command line, or its recipe's."""
+    OF_SUBSPACE = 1
+    """Where a full rank is a default: that of `IN_SUBSPACE`."""
+    SMALLER = 2
+
+
 class Candidates:
     """All settings that a command line leaves open, step by step."""
 
@@ -122,18 +133,30 @@ class Candidates:
         self.steps = [self._candidates(plain, each) for each in sums]
         self.lower_ranks = [self._candidates(plain, sums[-1], rank) for rank in self._ranks(first)]
 
-    def choose(self, budget: int, card: Card, ranks: Collection[bool] = (False, True)) -> Candidate | None:
-        """The fastest candidate on a card that fits into so many bytes; None if there is none.
+    def choose(self, budget: int, card: Card, ranks: Sequence[Ranks] = tuple(Ranks)) -> Candidate | None:
+        """The fastest candidate on a card that fits into so many bytes, of the first of `ranks` with one; else None."""
+        for rank in ranks:
+            if rank == Ranks.OWN:
+                chosen = self._fastest_step(self.steps, WORTH_ROUNDING, budget, card)
+            elif self.in_subspace is None:
+                smaller = self.lower_ranks if rank == Ranks.SMALLER else []
+                chosen = self._fastest_step(smaller, WORTH_A_RANK, budget, card)
+            else:
+                same = Ranks.OWN if rank == Ranks.OF_SUBSPACE else Ranks.SMALLER
+                chosen = self.in_subspace.choose(budget, card, (same,))
+            if chosen is not None:
+                return chosen
+        return None
 
-        ranks: True for smaller ranks, False for that of the command, or both, in this order.
-        """
-        of_ranks = {False: (self.steps, WORTH_ROUNDING), True: (self.lower_ranks, WORTH_A_RANK)}
-        fits = self.own_smallest.needs <= budget
-        for steps, worth in (of_ranks[lower] for lower in ranks if fits):
-            if found := [each for step in steps if (each := _fastest(step, budget, card))]:
-                limit = worth * min(each.seconds(card) for each in found)
-                return next(each for each in found if each.seconds(card) <= limit)
-        return self.in_subspace.choose(budget, card) if True in ranks and self.in_subspace else None
+    def _fastest_step(
+        self, steps: Sequence[Sequence[Candidate]], worth: float, budget: int, card: Card
+    ) -> Candidate | None:
+        """Of the first step within `worth` of the least time of all steps the fastest candidate that fits."""
+        if self.own_smallest.needs > budget:
+            return None
+        found = [each for step in steps if (each := _fastest(step, budget, card))]
+        limit = worth * min((each.seconds(card) for each in found), default=0.0)
+        return next((each for each in found if each.seconds(card) <= limit), None)
 
     @cached_property
     def in_subspace(self) -> _InSubspace | None:
@@ -315,8 +338,8 @@ def parse_within_budget(
     card = card or card_here()
     chosen = _chosen(modes, budget, card)
     if chosen is None:
-        shard, last = list(modes.items())[-1]
-        least = dataclasses.replace(last.smallest, flags=(*shard, *last.smallest.flags))
+        smallest = [dataclasses.replace(x.smallest, flags=(*shard, *x.smallest.flags)) for shard, x in modes.items()]
+        least = min(smallest, key=lambda each: each.needs)
         raise UserError(too_small(f"--memory_budget {format_size(budget)}", least))
     args = parse_args([*argv, *chosen.flags], world_size)
     return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
@@ -406,9 +429,9 @@ def _modes(argv: Sequence[str], world_size: int) -> dict[tuple[str, ...], Candid
 
 def _chosen(modes: dict[tuple[str, ...], Candidates], budget: int, card: Card) -> Candidate | None:
     """The first mode in which something fits: a smaller rank, which is another training, comes after all of them."""
-    for lower in (False, True):
+    for rank in Ranks:
         for shard, candidates in modes.items():
-            if chosen := candidates.choose(budget, card, (lower,)):
+            if chosen := candidates.choose(budget, card, (rank,)):
                 return dataclasses.replace(chosen, flags=(*shard, *chosen.flags))
     return None
 
