@@ -183,7 +183,7 @@ class Chaos:
             file, function, most = rng.choice(MOMENTS[kind])
             moment = fault.where or f"{file}:{function}:{rng.choice(EVENTS)}:{rng.randint(1, most)}"
             # Only the first rank publishes and deletes; the others of a sharded run write.
-            writes = self.setting in SHARDED and function in ("_synced_file", "write", "_write_part")
+            writes = self.setting in SHARDED and function in ("_synced_file", "write", "_write_parts")
             main_alone = kind in (SAVE, PRUNE) and not writes
             rank = 0 if main_alone else rng.randrange(self.setting.ranks)
             ending = self.start(name, CHAOS_MOMENT=moment, CHAOS_RANK=str(rank))

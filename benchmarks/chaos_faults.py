@@ -63,7 +63,7 @@ MOMENTS: Mapping[str, Sequence[tuple[str, str, int]]] = {
     "kill inside a save": [
         # Of each file of the first saves: before it is opened, when it is open, when it is written, when it is synced.
         ("checkpoint/store.py", "_synced_file", 24),
-        ("checkpoint/run_state.py", "_write_part", 5),
+        ("checkpoint/store.py", "_write_parts", 5),
         ("checkpoint/store.py", "publish", 5),
         ("checkpoint/tensor_file.py", "write", 60),
         ("checkpoint/folder.py", "put_in_place", 3),

@@ -81,8 +81,8 @@ Q_GALORE: Mapping[str, object] = {
     "proj_quant": True,
 }
 FULL_RANK: Mapping[str, object] = {
-    "optimizer": "q_galore_adamw8bit_per_layer", "rank": "full", "weight_quant": True, "weight_group_size": 48,
-    "stochastic_round": True,
+    "optimizer": "q_galore_adamw8bit_per_layer", "recipe": "orthogonal", "rank": "full", "weight_quant": True,
+    "weight_group_size": 48, "stochastic_round": True,
 }  # fmt: skip
 RECIPE: Mapping[str, object] = {"recipe": None, "rank": None, "lr": None}
 """Beside the flags of a q_galore optimizer: its default recipe decides."""

@@ -116,7 +116,9 @@ def test_flags_of_runs_on_a_gpu(name: str, tmp_path: Path, capsys: pytest.Captur
     assert run_pretrain.main([*command_line(name, "cuda", tmp_path), "--dry_run"]) == 0
     text = capsys.readouterr().out
     assert ("--cuda_graphs off" in text) == name.endswith(WITHOUT_GRAPHS)
-    assert "--dtype bfloat16" in text and "warning" not in text
+    warnings = [line for line in text.splitlines() if "warning" in line]
+    # That an orthogonal direction costs so small a model most of an update is said, and true.
+    assert "--dtype bfloat16" in text and not [each for each in warnings if "orthogonalises all momenta" not in each]
 
 
 @pytest.fixture

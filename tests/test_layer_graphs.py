@@ -76,7 +76,8 @@ CASES = {
         "--optimizer galore_adamw8bit --rank full --recipe orthogonal --momentum_rank 3 --momentum_rest_bits 2"
     ),
     "rounding feedback": (
-        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full --rounding_feedback 1"
+        "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full "
+        "--recipe orthogonal --rounding_feedback 1"
     ),
     "fira, limited": f"{STREAMING} --residual fira --norm_growth 1.01",
     "in step": STREAMING.replace("_per_layer", ""),

@@ -43,7 +43,7 @@ def test_a_file_a_folder_a_size_and_a_run_name_the_same_model(tmp_path: Path) ->
         assert read_config_json(name) == CONFIG
         assert read_config(name).hidden_size == 64 and parse(name).model.model_config == str(name)
     assert read_config_json(tmp_path / "run") == CONFIG | {"num_hidden_layers": 2}
-    args = parse("60m", "--optimizer", "q_galore_adamw8bit")
+    args = parse("60m", "--optimizer", "q_galore_adamw8bit", "--recipe", "orthogonal")
     assert read_config("60m").hidden_size == 512 and args.subspace.rank == 224
 
 

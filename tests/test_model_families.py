@@ -190,8 +190,9 @@ def test_a_qwen2_trains_and_so_do_its_biases(tmp_path: Path) -> None:
     assert not [name for name, value in after.items() if torch.equal(value, before[name])]
 
 
-def test_the_default_recipe_takes_its_rank_from_another_family(small: SmallRun) -> None:
-    args = parse_args(small.argv("run", {"optimizer": "q_galore_adamw8bit", "rank": None, "lr": None}))
+def test_a_recipe_takes_its_rank_from_another_family(small: SmallRun) -> None:
+    flags = {"optimizer": "q_galore_adamw8bit", "recipe": "orthogonal", "rank": None, "lr": None}
+    args = parse_args(small.argv("run", flags))
     assert args.subspace.rank == 64 * 7 // 16 // 8 * 8
 
 

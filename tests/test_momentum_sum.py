@@ -378,7 +378,8 @@ def test_the_recipe_leaves_its_limit_out() -> None:
 
 # ---- refusals
 
-ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galore_adamw8bit --sum_in_momentum "
+ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galore_adamw8bit --recipe orthogonal "
+ARGV += "--sum_in_momentum "
 
 
 @pytest.mark.parametrize(
@@ -421,7 +422,8 @@ def test_embeddings_and_head_keep_sums_of_the_type_that_is_given() -> None:
     """Which makes 0.8 GB at 7B: a full rank fits 16 GB with it."""
     sums = []
     for dtype in ("float32", "int8"):
-        args = parse_args([*ARGV.split(), "--gradient_accumulation", "4", "--grad_accum_dtype", dtype])
+        flags = f"{ARGV} --rank full --gradient_accumulation 4 --grad_accum_dtype {dtype}"
+        args = parse_args(flags.split())
         assert args.warnings == ()
         sums.append(plan(args, read_config(args.model.model_config)).lasting["gradients"])
     assert 3.5 < sums[0] / sums[1] < 4

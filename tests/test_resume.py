@@ -14,7 +14,7 @@ import pytest
 import run_pretrain
 from peft_pretraining.checkpoint import run_state
 from peft_pretraining.checkpoint.recorded_flags import changed_flags, differing_keys
-from peft_pretraining.checkpoint.store import save_checkpoint
+from peft_pretraining.checkpoint.store import Unfinished
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.reporting.jsonl import METRICS_FILE, read_metrics
 from tests.file_opens import counted_opens
@@ -159,14 +159,16 @@ def test_a_run_that_was_killed_goes_on_from_its_newest_checkpoint(
     flags = Q_GALORE_PER_LAYER | {"save_every": 3}
     whole = small.run("whole", **flags)
 
-    def save_and_die(save_dir: Path, update_step: int, *rest: object) -> Path:
-        path = save_checkpoint(save_dir, update_step, *rest)  # type: ignore[arg-type]
-        if update_step == 6:
+    publish = Unfinished.publish
+
+    def publish_and_die(unfinished: Unfinished, *rest: Any) -> Path:
+        path = publish(unfinished, *rest)
+        if path.name == "step_00000006":
             raise InterruptedError
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "save_checkpoint", save_and_die)
+        patch.setattr(Unfinished, "publish", publish_and_die)
         with pytest.raises(InterruptedError):
             small.main("parts", **flags)
     assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
@@ -395,12 +397,14 @@ def test_a_run_that_cannot_read_its_first_checkpoint_says_so_at_once(
 ) -> None:
     """As on a disk that loses what it has acknowledged."""
 
-    def save_and_lose(*args: Any) -> Path:
-        path = save_checkpoint(*args)
+    publish = Unfinished.publish
+
+    def publish_and_lose(*args: Any) -> Path:
+        path = publish(*args)
         (path / "optimizer.json").write_bytes(b"lost")
         return path
 
-    monkeypatch.setattr(run_state, "save_checkpoint", save_and_lose)
+    monkeypatch.setattr(Unfinished, "publish", publish_and_lose)
     assert small.main("run", save_every=1000) == 2
     assert "step_00000000: optimizer.json has 4 bytes instead of" in capsys.readouterr().err
     assert small.result("run").lines == [], "it trained for nothing"

@@ -195,7 +195,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(small: SmallRun) -> 
 
 # ---- refusals
 
-ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galore_adamw8bit --rounding_feedback 0.5 "
+ARGV = "--model_config configs/llama_60m.json --batch_size 8 --optimizer q_galore_adamw8bit --recipe orthogonal "
+ARGV += "--rounding_feedback 0.5 "
 
 
 @pytest.mark.parametrize(
