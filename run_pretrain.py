@@ -99,6 +99,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     finally:
         for lock in locks:  # a run that was refused has left nothing else
             lock.remove_unused()
+            lock.release()
         if not is_lost_rank(sys.exc_info()[1]):  # closing the process group would wait for that rank
             world.close()
 

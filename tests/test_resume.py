@@ -13,6 +13,7 @@ import pytest
 
 import run_pretrain
 from peft_pretraining.checkpoint import run_state
+from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
 from peft_pretraining.checkpoint.recorded_flags import changed_flags, differing_keys
 from peft_pretraining.checkpoint.store import Unfinished
 from peft_pretraining.config.parse import parse_args
@@ -408,6 +409,20 @@ def test_a_run_that_cannot_read_its_first_checkpoint_says_so_at_once(
     assert small.main("run", save_every=1000) == 2
     assert "step_00000000: optimizer.json has 4 bytes instead of" in capsys.readouterr().err
     assert small.result("run").lines == [], "it trained for nothing"
+
+
+def test_the_folder_is_free_when_a_run_has_ended(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where something still refers to the lock, as a traceback does."""
+    kept: list[FolderLock] = []
+
+    def lock_and_keep(save_dir: Path) -> FolderLock:
+        kept.append(lock_folder(save_dir))
+        return kept[-1]
+
+    monkeypatch.setattr(run_pretrain, "lock_folder", lock_and_keep)
+    small.run("run", num_training_steps=1)
+    lock_folder(small.folder / "run").release()
+    assert len(kept) == 1
 
 
 # ---- what the flags of the second command say

@@ -24,7 +24,7 @@ _TEMPORARY, _REPLACED, _LOCK = ".tmp_", ".replaced_", ".lock"
 
 @dataclass(frozen=True)
 class FolderLock:
-    """A run's folder that is locked while this object lives."""
+    """A run's folder that is locked until `release`, or until the process ends."""
 
     file: IO[str]
     created: tuple[Path, ...]
@@ -39,9 +39,13 @@ class FolderLock:
                 for folder in self.created:
                     folder.rmdir()
 
+    def release(self) -> None:
+        """Let other runs have the folder: at once, and not when nothing refers to this object any more."""
+        self.file.close()
+
 
 def lock_folder(save_dir: str | Path) -> FolderLock:
-    """Lock a run's folder until the returned object is gone or the process ends; on a file system without locks not.
+    """Lock a run's folder until the lock is released or the process ends; on a file system without locks not.
 
     Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError if another process has
     locked it or it cannot be created.
