@@ -72,16 +72,13 @@ def why_recipe(given: Mapping[str, Any]) -> str:
 
 def recipe_in_words(given: Mapping[str, Any]) -> str:
     """A sentence on why a q_galore command line gets the paper's recipe; "" if it gives --recipe or has another one."""
-    flags = _papers_flags(given)
-    if given.get("recipe") or not flags or given.get("optimizer") not in Q_GALORE_OPTIMIZERS:
+    flags, why = _papers_flags(given), why_recipe(given)
+    if not why or not flags:
         return ""
     # The streaming subspace needs no SVD, and follows one side of a gradient.
     apart = [flag for flag in ("--proj_type full", "--svd_method randomized") if flag in flags]
     keep = f"leave {' and '.join(apart)} out and add" if apart else "add"
-    return (
-        f"recipe paper, because of {' and '.join(flags)}: flags left out have the official defaults; for those of "
-        f"this project {keep} --recipe orthogonal"
-    )
+    return f"{why}: flags left out have the official defaults; for those of this project {keep} --recipe orthogonal"
 
 
 def _papers_flags(given: Mapping[str, Any]) -> list[str]:

@@ -89,7 +89,6 @@ MODES: dict[str, Mode] = {
     "fira": Mode(f"{STREAMING} --residual fira --norm_growth 1.01"),
     "int8_sums": Mode(f"{STREAMING} --batch_size 2 --gradient_accumulation 2 --grad_accum_dtype int8", COARSE, True),
     "int8_products": Mode(f"{STREAMING} --int8_products --weight_group_size 256", on_gpu=True),
-    "fp8_products": Mode(f"{STREAMING} --fp8_products", COARSE),
     "recomputing": Mode(f"{STREAMING} --activation_checkpointing --checkpoint_every 2 --int8_activations", on_gpu=True),
     "simulation": Mode(f"{PAPER} --simulation"),
     "int4": Mode(
