@@ -144,7 +144,7 @@ def fine_tune(
         "trained_values": trainee.trained_values(),
         "updates": trainer.state.global_step,
         "resumed_at": 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "versions": versions(),
     }
