@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_engine_steps, code_size, cpu_runs, loss_curves, same_bits
+from benchmarks import bench_engine_steps, bench_kernels, code_size, cpu_runs, loss_curves, same_bits
 from tests.small_run import SmallRun, flags_of, restored_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,3 +145,34 @@ def test_rows_of_random_settings_in_two_checkouts(tmp_path: Path, capsys: pytest
     path.unlink()
     assert same_bits.main(argv) == 1
     assert int(only_row(path)["differing"]) > 0 and "setting 0: " in capsys.readouterr().out
+
+
+def test_rows_of_kernels_add_up_to_the_time_of_an_update(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.csv"
+    argv = [
+        "--models",
+        "9m",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "1",
+        "--warmup",
+        "1",
+        "--updates",
+        "2",
+        "--extra",
+        "--max_length 32",
+    ]
+    with restored_process():
+        assert (
+            bench_kernels.main([*argv, "--results", str(path), "--methods", "q_galore_full_rank", "--kernels", "1000"])
+            == 0
+        )
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    times = [float(row["ms"]) for row in rows]
+    assert times == sorted(times, reverse=True)
+    assert sum(times) == pytest.approx(float(rows[0]["busy_ms"]), rel=0.02)
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=0.02)
+    products = [row for row in rows if row["kernel"] in ("aten::mm", "aten::addmm", "aten::bmm")]
+    assert products and all(float(row["calls"]) >= 1 for row in products)
