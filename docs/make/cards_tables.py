@@ -16,7 +16,7 @@ from peft_pretraining.speed.cards import card_of_size
 _LEFT = 1
 """GiB that context and display are left: a card of 16 GB has 16 GiB, and stands for a process that is capped to 15."""
 _PLAIN = re.compile(r"q_galore(_int8_activations)?(_checkpointing\d*)?")
-MODELS = {8: "1b", 12: "3b", 16: "7b", 24: "7b", 48: "13b", 80: "13b"}
+MODELS = ((8, "1b"), (12, "3b"), (16, "7b"), (24, "7b"), (24, "13b"), (48, "13b"), (80, "13b"))
 """By GB (10^9 bytes), a model that trains there at the rank of the paper and a speed that is of use."""
 FULL = "--memory 8GB,12GB,16GB,24GB,48GB,80GB --model 60m,130m,350m,1b,3b,7b,13b"
 """Flags of `qgalore plan` for the table in full."""
@@ -33,7 +33,7 @@ class Measured(NamedTuple):
     def text(self) -> str:
         """In words, with tokens a second and peak."""
         how = f"capped to {self.row['cap_gib']} GiB" if self.capped else "not capped"
-        sums = ", no sums" if self.row["grad_accum"] == "1" else ""
+        sums = ", one micro-batch an update" if self.row["grad_accum"] == "1" else ""
         return f"{self.speed:,.0f} tokens/s, {float(self.row['run_peak_gb']):.1f} GB, {card(self.row)} {how}{sums}"
 
     @property
@@ -68,7 +68,7 @@ def _is_plain(row: Row) -> bool:
 def short() -> str:
     """A row a memory: a model that trains there at the paper's rank, planned and measured."""
     lines = []
-    for gigabytes, model in MODELS.items():
+    for gigabytes, model in MODELS:
         fit = ShippedRun(model).fit(gigabytes * 10**9, card_of_size(gigabytes * 10**9))
         assert fit.chosen is not None, f"{model} does not fit {gigabytes} GB"
         row, counted = measured(model, gigabytes), fit.chosen.tokens_per_second(fit.card)

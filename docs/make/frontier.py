@@ -7,7 +7,6 @@ from typing import Any
 from docs.make.perplexity_tables import BYTES_OF, SHORT, bytes_of, mean, seeds_of
 
 _LABELS = {
-    "adamw": ("AdamW, one learning rate", "0.45"),
     "adamw_tuned": ("AdamW, tuned", "0.45"),
     "adam8bit_tuned": ("8-bit AdamW, tuned", "0.45"),
     "muon": ("Muon, tuned", "0.45"),
