@@ -99,6 +99,7 @@ SUMMED_BY_OWNERS: dict[str, tuple[dict[str, object], float]] = {
     "streaming": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming"}, 1e-3),
     "fira": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming", "residual": "fira"}, 1e-3),
     "int8_sums": (flags_of("galore_adamw") | LINEAR | {"rotate_moments": True, "grad_accum_dtype": "int8"}, 0.1),
+    "bfloat16_sums": (flags_of("adamw") | LINEAR | {"grad_accum_dtype": "bfloat16"}, 0.02),
 }
 """How far weights may end from those of replicated ranks, as a share of their way: sums over micro-batches have another
 order (`tests/test_data_parallel.py` has what that makes, and what a mistake makes)."""
@@ -127,14 +128,80 @@ def test_four_ranks_agree_up_to_the_order_of_sums(small: SmallRun, shard: str) -
     assert names == {f"optimizer_{rank:05d}.json" for rank in (1, 2, 3)}
 
 
+OWNERS: dict[str, dict[str, object]] = {
+    "full": {"shard": "full"},
+    "optimizer": {"shard": "optimizer", "shard_sums": "owner"},
+}
+"""The modes in which owners sum each micro-batch."""
+
+
+@pytest.mark.parametrize("mode", OWNERS)
 @pytest.mark.parametrize("case", marked(SUMMED_BY_OWNERS, "streaming"))
-def test_owners_sum_micro_batches(small: SmallRun, case: str) -> None:
+def test_owners_sum_micro_batches(small: SmallRun, case: str, mode: str) -> None:
     flags, share = SUMMED_BY_OWNERS[case]
     flags = {"batch_size": 1, "num_training_steps": 5, "check_replicas": 1, "save_every": 5} | flags
     replicated = small.run_on(2, "replicated", **flags)
-    full = small.run_on(2, "full", **flags, shard="full")
-    assert full.losses == pytest.approx(replicated.losses, abs=5e-4)
-    assert_close_weights(full, replicated, share)
+    sharded = small.run_on(2, mode, **flags | OWNERS[mode])
+    assert sharded.losses == pytest.approx(replicated.losses, abs=5e-4)
+    assert_close_weights(sharded, replicated, share)
+
+
+IN_MOMENTUM: dict[str, dict[str, object]] = {
+    "float32": {
+        "optimizer": "galore_adamw", "recipe": "orthogonal", "weight_quant": None, "stochastic_round": None,
+        "weight_group_size": None,
+    },
+    "per_layer": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", OWNERS)
+@pytest.mark.parametrize(
+    ("case", "share", "of_loss"),
+    [("float32", 1e-4, 1e-5), pytest.param("per_layer", 0.35, 2e-3, marks=pytest.mark.slow)],
+)
+def test_owners_add_micro_batches_to_their_momenta(
+    small: SmallRun, case: str, share: float, of_loss: float, mode: str
+) -> None:
+    """As one rank does with micro-batches of the rows of both; `tests/test_momentum_sum.py` explains the shares."""
+    flags = (
+        FULL_RANK | {"sum_in_momentum": True, "num_training_steps": 5, "save_every": 5, "lr": 1e-2} | IN_MOMENTUM[case]
+    )
+    one = small.run("one", **flags | {"batch_size": 4})
+    two = small.run_on(2, "two", **flags | OWNERS[mode] | {"batch_size": 2, "check_replicas": 1})
+    assert two.losses == pytest.approx(one.losses, abs=of_loss)
+    norms = [[line["train/grad_norm"] for line in run.train_lines] for run in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+    assert_close_weights(two, one, share)
+
+
+@pytest.mark.parametrize("mode", marked(OWNERS, "optimizer"))
+def test_all_owners_go_back_when_a_micro_batch_is_not_finite(small: SmallRun, mode: str) -> None:
+    """Some of their momenta have gradients of the update already."""
+    flags = FULL_RANK | {"sum_in_momentum": True, "num_training_steps": 4, "save_every": 2, "batch_size": 2, "lr": 1e-2}
+    run = outcome(small, "run", Fault("gradient", (2,), rank=1), 2, flags | OWNERS[mode] | {"check_replicas": 1})
+    assert "update 3: a gradient further down was not finite" in (small.folder / "run.log").read_text()
+    assert [line["train/skipped"] for line in run.train_lines] == [0, 0, 1, 0]
+
+
+# ---- layer by layer
+
+BY_LAYER = ["adamw", "streaming", "full_rank", "recipe", "fira", "momentum_in_parts", "int8_sums", "bfloat16_sums"]
+QUICK_BY_LAYER = {("streaming", "optimizer"), ("full_rank", "full"), ("muon", "optimizer")}
+PAIRS = [(case, shard) for case in [*BY_LAYER, "lazy"] for shard in ("optimizer", "full")]
+PAIRS += [("muon", "optimizer"), ("adafactor", "optimizer")]
+
+
+@pytest.mark.parametrize(
+    ("case", "shard"), [pytest.param(*each, marks=[] if each in QUICK_BY_LAYER else pytest.mark.slow) for each in PAIRS]
+)
+def test_sums_of_one_layer_at_a_time_have_the_bits_of_replicas(small: SmallRun, case: str, shard: str) -> None:
+    """Each rank sums what it has of a layer, and sends it once: also to the owners of weights that are gathered."""
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"num_hidden_layers": 3}))
+    flags = {"batch_size": 1, "num_training_steps": 6, "check_replicas": 1, "save_every": 3, "eval_every": 3}
+    flags |= (CASES | SUMMED)[case] | {"accumulate_by": "layer"}
+    replicated = small.run_on(2, "replicated", **flags)
+    assert_same_run(replicated, small.run_on(2, shard, **flags, shard=shard))
 
 
 @pytest.mark.parametrize("optimizer", marked(["q_galore_adamw8bit_per_layer", "adamw"], "adamw"))
@@ -165,7 +232,7 @@ def bytes_after_build(argv: list[str], folder: Path) -> None:
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh("full")
     assert mesh is not None
-    mesh.owners = owners_by_name(args, mesh.size)
+    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
     model, optimizer = build_training(args, world.device, None, mesh)
     stored = sum(each.nbytes() for each in storages([*model.parameters(), *model.buffers()]))
     elsewhere = sum(optimizer.is_elsewhere(param) for param in model.parameters())
@@ -209,6 +276,7 @@ BY_ROWS: dict[str, dict[str, object]] = {
     "q_galore": PER_LAYER | AT_ONCE,
     "full_rank": FULL_RANK | {"full_rank_second_moment": "row", "norm_growth": 0},
     "adam8bit": flags_of("adam8bit") | {"grad_accum_dtype": "bfloat16"},
+    "int8_sums": STREAMING | {"grad_accum_dtype": "int8"},
     "adam": flags_of("adam") | {"weight_decay": 0.1},
     "limited": PER_LAYER | AT_ONCE | {"norm_growth": 1.01, "lr": 1.0, "adam_eps": 1.0},
     "clipping": flags_of("galore_adamw") | {"grad_clipping": 0.5, "lr": 1.0, "adam_eps": 1.0},
@@ -216,7 +284,7 @@ BY_ROWS: dict[str, dict[str, object]] = {
 """Of the last two the norm of a gradient is a factor, and that of rows is summed in another order."""
 
 
-@pytest.mark.parametrize("case", marked(BY_ROWS, "q_galore"))
+@pytest.mark.parametrize("case", marked(BY_ROWS, "q_galore", "int8_sums"))
 def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> None:
     small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
     flags = {"batch_size": 2, "num_training_steps": 4, "check_replicas": 1, "save_every": 2} | BY_ROWS[case]
