@@ -19,9 +19,13 @@ from peft_pretraining.checkpoint.store import Part, Unfinished
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
+from peft_pretraining.memory.lasting import GRADIENTS, lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import start_world
+from qgalore.optimizer import LowRankAdamW
+from qgalore.subspace.methods import GRADIENT
+from qgalore.update.gradient_sum import Gradient
 from tests import test_layer_graphs
 from tests.small_run import (
     FULL_RANK,
@@ -259,6 +263,56 @@ def test_no_rank_keeps_the_matrices_of_others(small: SmallRun) -> None:
     assert 5 * found[0][3] < found[0][2] + found[1][2], "all matrices of eight layers"
 
 
+def tensors_of(gradient: Gradient) -> list[Tensor]:
+    return [gradient] if isinstance(gradient, Tensor) else [gradient.qdata, gradient.scale, gradient.zero_point]
+
+
+def bytes_of_sums(argv: list[str], folder: Path) -> None:
+    """A rank that has two micro-batches of an update, and writes what their sums take, and should take by the plan."""
+    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
+    mesh = world.shard_mesh(args.runtime.shard)
+    assert mesh is not None
+    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    model, optimizer = build_training(args, world.device, None, mesh)
+    assert isinstance(optimizer, LowRankAdamW)
+    optimizer.is_last_micro_batch = False
+    for micro_batch in range(2):
+        generator = torch.Generator().manual_seed(2 * micro_batch + world.rank)
+        ids = torch.randint(0, 256, (2, 32), generator=generator)
+        loss = model(ids, ids).loss_sum
+        assert loss is not None
+        loss.backward()
+    sums = [
+        each.stored
+        for weight in optimizer.weights_of(model)
+        for name, each in (weight.gradient._sums | weight.gradient._totals).items()
+        if name == GRADIENT and not each.empty
+    ]
+    found = sum(each.nbytes() for each in storages([part for each in sums for part in tensors_of(each)]))
+    config = shape_of(args.model)
+    assert config is not None
+    planned = lasting_bytes(run := PlannedRun(args, config))[GRADIENTS]
+    own = bytes_by_rank(run, 2)[world.rank].sums
+    (folder / f"bytes_{world.rank}.json").write_text(json.dumps([found, own, planned, str(run.sum_dtype)]))
+    world.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mode", [*OWNERS, "rank"])
+def test_sums_take_what_the_plan_says(small: SmallRun, mode: str, dtype: str) -> None:
+    """Those of embeddings and head, which are dealt by rows, too; of `--shard_sums rank` every rank has all."""
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
+    flags = FULL_RANK | {"batch_size": 2, "grad_accum_dtype": dtype} | OWNERS.get(mode, {"shard": "optimizer"})
+    log = small.folder / "log"
+    assert on_ranks(2, bytes_of_sums, small.argv("run", flags), small.folder, log=log) == [0, 0], log.read_text()
+    found = [json.loads((small.folder / f"bytes_{rank}.json").read_text()) for rank in range(2)]
+    for nbytes, own, planned, summed_in in found:
+        assert summed_in == f"torch.{dtype}"
+        assert nbytes == (planned if mode == "rank" else own)
+    if mode != "rank":
+        assert max(own for _, own, *_ in found) == found[0][2], "the plan is of the fullest rank"
+
+
 @pytest.mark.slow
 def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
     flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
@@ -417,7 +471,7 @@ def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 # ---- CUDA graphs, as recorded on a CPU
 
 
-def losses_and_hash(folder: Path, flags: str, graphs: bool) -> None:
+def losses_and_hash(folder: Path, flags: str, graphs: bool, owners_sum: bool) -> None:
     """A rank that trains a little, and writes what came of it."""
     world = start_world("cpu", StopRequest())
     with pytest.MonkeyPatch.context() as patch:
@@ -425,20 +479,29 @@ def losses_and_hash(folder: Path, flags: str, graphs: bool) -> None:
             test_layer_graphs.record_graphs(patch)
         else:
             test_layer_graphs.skip_for_kernels(patch)
-        losses, digest, model = test_layer_graphs.trained(folder, "cpu", flags, mesh=world.shard_mesh("optimizer"))
-        assert not graphs or model.model.run_layers.replays
+        mesh = world.shard_mesh("optimizer")
+        assert mesh is not None
+        mesh.owners_sum = owners_sum
+        losses, digest, model = test_layer_graphs.trained(folder, "cpu", flags, mesh=mesh)
+        assert not graphs or model.model.run_layers.replays or (owners_sum and "accumulation" not in flags)
     (folder / f"{'graphs' if graphs else 'plain'}_{world.rank}.json").write_text(json.dumps([losses, digest]))
     world.close()
 
 
 GRAPHS = ["streaming", "svd", "full rank", "fira, limited", "int8 sums", "clipping"]
+GRAPHS_OF_OWNERS = ["sums", "int8 sums", "bfloat16 sums, svd", "clipping"]
+CASES_OF_GRAPHS = [(case, False) for case in GRAPHS] + [(case, True) for case in GRAPHS_OF_OWNERS]
+QUICK_GRAPHS = {("streaming", False), ("sums", True)}
 
 
-@pytest.mark.parametrize("case", marked(GRAPHS, "streaming"))
-def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "owners_sum"),
+    [pytest.param(*each, marks=[] if each in QUICK_GRAPHS else pytest.mark.slow) for each in CASES_OF_GRAPHS],
+)
+def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, owners_sum: bool, tmp_path: Path) -> None:
     flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
     for graphs in (False, True):
         log = tmp_path / "log"
-        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, log=log) == [0, 0], log.read_text()
+        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, owners_sum, log=log) == [0, 0], log.read_text()
     for rank in range(2):
         assert (tmp_path / f"plain_{rank}.json").read_text() == (tmp_path / f"graphs_{rank}.json").read_text()

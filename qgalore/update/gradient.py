@@ -93,8 +93,8 @@ class WeightGradient:
         """Add `take_micro_batch_parts`, summed over the ranks, to what the owner keeps until the update."""
         for name, value in zip(self._subspace.sums(), summed, strict=True):
             total = self._totals.setdefault(name, GradientSum(self._dtype))
-            if total.empty and self._dtype != torch.int8:
-                value = value.to(self._dtype, copy=True)  # not a view of what was sent, with all that others own
+            if total.empty:  # not with a view of what was sent, which has all that others own
+                value = total.own(value)
             total.add(value, self._rows.write(self.sent, self._dtype), self.first_row)
 
     def finalize(self, summed: list[Tensor] | None = None) -> None:

@@ -86,6 +86,12 @@ class GradientSum:
             packed = _is_packed(grad.shape, self.dtype)
             self._sum = quantize(grad, 8, GROUP_SIZE, row, first_row) if packed else grad
 
+    def own(self, value: Tensor) -> Tensor:
+        """A gradient as a sum that begins with it may keep it: in the sum's dtype, of memory that is its own."""
+        if _is_packed(value.shape, self.dtype):
+            return value  # of which codes are made
+        return value.to(torch.float32 if self.dtype == torch.int8 else self.dtype, copy=True)
+
     def check_(self, squared_norms: Tensor, index: int, skip: Tensor) -> None:
         """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
         total = self.stored
