@@ -126,7 +126,7 @@ class Run:
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         mesh = world.shard_mesh(args.runtime.shard)
         if mesh is not None:
-            mesh.owners = owners_by_name(args, mesh.size)
+            mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
         self.loader, self.eval_set = build_data(args, world)
         all_reduce = world.gradient_all_reduce() if mesh is None else None
         self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)

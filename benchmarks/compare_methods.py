@@ -204,7 +204,7 @@ def train_ours(
     args = parse_args([*flags, "--shard", shard], world.world_size)
     mesh = world.shard_mesh(shard)
     if mesh is not None:
-        mesh.owners = owners_by_name(args, mesh.size)
+        mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce() if mesh is None else None, mesh)
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
     target_tokens = batches[..., 1:].numel() * world.world_size

@@ -351,7 +351,6 @@ Q_GALORE = "--optimizer q_galore_adamw8bit_per_layer --accumulate_by layer"
         ("--use_hf_model", "--accumulate_by layer is for the project's own networks"),
         ("--recipe full_rank --sum_in_momentum", "there are those of one layer: leave one of them out"),
         ("--dtype float16", "Use --accumulate_by micro_batch, q_galore_adamw8bit, or a fixed --loss_scale"),
-        ("--shard optimizer", "--accumulate_by layer does not work with --shard optimizer: leave one of them out"),
     ],
 )
 def test_what_cannot_be_had_is_refused(flags: str, message: str) -> None:

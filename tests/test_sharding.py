@@ -19,9 +19,13 @@ from peft_pretraining.checkpoint.store import Part, Unfinished
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
+from peft_pretraining.memory.lasting import GRADIENTS, lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import start_world
+from qgalore.optimizer import LowRankAdamW
+from qgalore.subspace.methods import GRADIENT
+from qgalore.update.gradient_sum import Gradient
 from tests import test_layer_graphs
 from tests.small_run import (
     FULL_RANK,
@@ -99,6 +103,7 @@ SUMMED_BY_OWNERS: dict[str, tuple[dict[str, object], float]] = {
     "streaming": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming"}, 1e-3),
     "fira": (flags_of("galore_adamw") | LINEAR | {"subspace": "streaming", "residual": "fira"}, 1e-3),
     "int8_sums": (flags_of("galore_adamw") | LINEAR | {"rotate_moments": True, "grad_accum_dtype": "int8"}, 0.1),
+    "bfloat16_sums": (flags_of("adamw") | LINEAR | {"grad_accum_dtype": "bfloat16"}, 0.02),
 }
 """How far weights may end from those of replicated ranks, as a share of their way: sums over micro-batches have another
 order (`tests/test_data_parallel.py` has what that makes, and what a mistake makes)."""
@@ -127,14 +132,80 @@ def test_four_ranks_agree_up_to_the_order_of_sums(small: SmallRun, shard: str) -
     assert names == {f"optimizer_{rank:05d}.json" for rank in (1, 2, 3)}
 
 
+OWNERS: dict[str, dict[str, object]] = {
+    "full": {"shard": "full"},
+    "optimizer": {"shard": "optimizer", "shard_sums": "owner"},
+}
+"""The modes in which owners sum each micro-batch."""
+
+
+@pytest.mark.parametrize("mode", OWNERS)
 @pytest.mark.parametrize("case", marked(SUMMED_BY_OWNERS, "streaming"))
-def test_owners_sum_micro_batches(small: SmallRun, case: str) -> None:
+def test_owners_sum_micro_batches(small: SmallRun, case: str, mode: str) -> None:
     flags, share = SUMMED_BY_OWNERS[case]
     flags = {"batch_size": 1, "num_training_steps": 5, "check_replicas": 1, "save_every": 5} | flags
     replicated = small.run_on(2, "replicated", **flags)
-    full = small.run_on(2, "full", **flags, shard="full")
-    assert full.losses == pytest.approx(replicated.losses, abs=5e-4)
-    assert_close_weights(full, replicated, share)
+    sharded = small.run_on(2, mode, **flags | OWNERS[mode])
+    assert sharded.losses == pytest.approx(replicated.losses, abs=5e-4)
+    assert_close_weights(sharded, replicated, share)
+
+
+IN_MOMENTUM: dict[str, dict[str, object]] = {
+    "float32": {
+        "optimizer": "galore_adamw", "recipe": "orthogonal", "weight_quant": None, "stochastic_round": None,
+        "weight_group_size": None,
+    },
+    "per_layer": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", OWNERS)
+@pytest.mark.parametrize(
+    ("case", "share", "of_loss"),
+    [("float32", 1e-4, 1e-5), pytest.param("per_layer", 0.35, 2e-3, marks=pytest.mark.slow)],
+)
+def test_owners_add_micro_batches_to_their_momenta(
+    small: SmallRun, case: str, share: float, of_loss: float, mode: str
+) -> None:
+    """As one rank does with micro-batches of the rows of both; `tests/test_momentum_sum.py` explains the shares."""
+    flags = (
+        FULL_RANK | {"sum_in_momentum": True, "num_training_steps": 5, "save_every": 5, "lr": 1e-2} | IN_MOMENTUM[case]
+    )
+    one = small.run("one", **flags | {"batch_size": 4})
+    two = small.run_on(2, "two", **flags | OWNERS[mode] | {"batch_size": 2, "check_replicas": 1})
+    assert two.losses == pytest.approx(one.losses, abs=of_loss)
+    norms = [[line["train/grad_norm"] for line in run.train_lines] for run in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+    assert_close_weights(two, one, share)
+
+
+@pytest.mark.parametrize("mode", marked(OWNERS, "optimizer"))
+def test_all_owners_go_back_when_a_micro_batch_is_not_finite(small: SmallRun, mode: str) -> None:
+    """Some of their momenta have gradients of the update already."""
+    flags = FULL_RANK | {"sum_in_momentum": True, "num_training_steps": 4, "save_every": 2, "batch_size": 2, "lr": 1e-2}
+    run = outcome(small, "run", Fault("gradient", (2,), rank=1), 2, flags | OWNERS[mode] | {"check_replicas": 1})
+    assert "update 3: a gradient further down was not finite" in (small.folder / "run.log").read_text()
+    assert [line["train/skipped"] for line in run.train_lines] == [0, 0, 1, 0]
+
+
+# ---- layer by layer
+
+BY_LAYER = ["adamw", "streaming", "full_rank", "recipe", "fira", "momentum_in_parts", "int8_sums", "bfloat16_sums"]
+QUICK_BY_LAYER = {("streaming", "optimizer"), ("full_rank", "full"), ("muon", "optimizer")}
+PAIRS = [(case, shard) for case in [*BY_LAYER, "lazy"] for shard in ("optimizer", "full")]
+PAIRS += [("muon", "optimizer"), ("adafactor", "optimizer")]
+
+
+@pytest.mark.parametrize(
+    ("case", "shard"), [pytest.param(*each, marks=[] if each in QUICK_BY_LAYER else pytest.mark.slow) for each in PAIRS]
+)
+def test_sums_of_one_layer_at_a_time_have_the_bits_of_replicas(small: SmallRun, case: str, shard: str) -> None:
+    """Each rank sums what it has of a layer, and sends it once: also to the owners of weights that are gathered."""
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"num_hidden_layers": 3}))
+    flags = {"batch_size": 1, "num_training_steps": 6, "check_replicas": 1, "save_every": 3, "eval_every": 3}
+    flags |= (CASES | SUMMED)[case] | {"accumulate_by": "layer"}
+    replicated = small.run_on(2, "replicated", **flags)
+    assert_same_run(replicated, small.run_on(2, shard, **flags, shard=shard))
 
 
 @pytest.mark.parametrize("optimizer", marked(["q_galore_adamw8bit_per_layer", "adamw"], "adamw"))
@@ -165,7 +236,7 @@ def bytes_after_build(argv: list[str], folder: Path) -> None:
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh("full")
     assert mesh is not None
-    mesh.owners = owners_by_name(args, mesh.size)
+    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
     model, optimizer = build_training(args, world.device, None, mesh)
     stored = sum(each.nbytes() for each in storages([*model.parameters(), *model.buffers()]))
     elsewhere = sum(optimizer.is_elsewhere(param) for param in model.parameters())
@@ -192,6 +263,56 @@ def test_no_rank_keeps_the_matrices_of_others(small: SmallRun) -> None:
     assert 5 * found[0][3] < found[0][2] + found[1][2], "all matrices of eight layers"
 
 
+def tensors_of(gradient: Gradient) -> list[Tensor]:
+    return [gradient] if isinstance(gradient, Tensor) else [gradient.qdata, gradient.scale, gradient.zero_point]
+
+
+def bytes_of_sums(argv: list[str], folder: Path) -> None:
+    """A rank that has two micro-batches of an update, and writes what their sums take, and should take by the plan."""
+    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
+    mesh = world.shard_mesh(args.runtime.shard)
+    assert mesh is not None
+    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    model, optimizer = build_training(args, world.device, None, mesh)
+    assert isinstance(optimizer, LowRankAdamW)
+    optimizer.is_last_micro_batch = False
+    for micro_batch in range(2):
+        generator = torch.Generator().manual_seed(2 * micro_batch + world.rank)
+        ids = torch.randint(0, 256, (2, 32), generator=generator)
+        loss = model(ids, ids).loss_sum
+        assert loss is not None
+        loss.backward()
+    sums = [
+        each.stored
+        for weight in optimizer.weights_of(model)
+        for name, each in (weight.gradient._sums | weight.gradient._totals).items()
+        if name == GRADIENT and not each.empty
+    ]
+    found = sum(each.nbytes() for each in storages([part for each in sums for part in tensors_of(each)]))
+    config = shape_of(args.model)
+    assert config is not None
+    planned = lasting_bytes(run := PlannedRun(args, config))[GRADIENTS]
+    own = bytes_by_rank(run, 2)[world.rank].sums
+    (folder / f"bytes_{world.rank}.json").write_text(json.dumps([found, own, planned, str(run.sum_dtype)]))
+    world.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mode", [*OWNERS, "rank"])
+def test_sums_take_what_the_plan_says(small: SmallRun, mode: str, dtype: str) -> None:
+    """Those of embeddings and head, which are dealt by rows, too; of `--shard_sums rank` every rank has all."""
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
+    flags = FULL_RANK | {"batch_size": 2, "grad_accum_dtype": dtype} | OWNERS.get(mode, {"shard": "optimizer"})
+    log = small.folder / "log"
+    assert on_ranks(2, bytes_of_sums, small.argv("run", flags), small.folder, log=log) == [0, 0], log.read_text()
+    found = [json.loads((small.folder / f"bytes_{rank}.json").read_text()) for rank in range(2)]
+    for nbytes, own, planned, summed_in in found:
+        assert summed_in == f"torch.{dtype}"
+        assert nbytes == (planned if mode == "rank" else own)
+    if mode != "rank":
+        assert max(own for _, own, *_ in found) == found[0][2], "the plan is of the fullest rank"
+
+
 @pytest.mark.slow
 def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
     flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
@@ -209,6 +330,7 @@ BY_ROWS: dict[str, dict[str, object]] = {
     "q_galore": PER_LAYER | AT_ONCE,
     "full_rank": FULL_RANK | {"full_rank_second_moment": "row", "norm_growth": 0},
     "adam8bit": flags_of("adam8bit") | {"grad_accum_dtype": "bfloat16"},
+    "int8_sums": STREAMING | {"grad_accum_dtype": "int8"},
     "adam": flags_of("adam") | {"weight_decay": 0.1},
     "limited": PER_LAYER | AT_ONCE | {"norm_growth": 1.01, "lr": 1.0, "adam_eps": 1.0},
     "clipping": flags_of("galore_adamw") | {"grad_clipping": 0.5, "lr": 1.0, "adam_eps": 1.0},
@@ -216,7 +338,7 @@ BY_ROWS: dict[str, dict[str, object]] = {
 """Of the last two the norm of a gradient is a factor, and that of rows is summed in another order."""
 
 
-@pytest.mark.parametrize("case", marked(BY_ROWS, "q_galore"))
+@pytest.mark.parametrize("case", marked(BY_ROWS, "q_galore", "int8_sums"))
 def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> None:
     small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
     flags = {"batch_size": 2, "num_training_steps": 4, "check_replicas": 1, "save_every": 2} | BY_ROWS[case]
@@ -349,7 +471,7 @@ def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 # ---- CUDA graphs, as recorded on a CPU
 
 
-def losses_and_hash(folder: Path, flags: str, graphs: bool) -> None:
+def losses_and_hash(folder: Path, flags: str, graphs: bool, owners_sum: bool) -> None:
     """A rank that trains a little, and writes what came of it."""
     world = start_world("cpu", StopRequest())
     with pytest.MonkeyPatch.context() as patch:
@@ -357,20 +479,29 @@ def losses_and_hash(folder: Path, flags: str, graphs: bool) -> None:
             test_layer_graphs.record_graphs(patch)
         else:
             test_layer_graphs.skip_for_kernels(patch)
-        losses, digest, model = test_layer_graphs.trained(folder, "cpu", flags, mesh=world.shard_mesh("optimizer"))
-        assert not graphs or model.model.run_layers.replays
+        mesh = world.shard_mesh("optimizer")
+        assert mesh is not None
+        mesh.owners_sum = owners_sum
+        losses, digest, model = test_layer_graphs.trained(folder, "cpu", flags, mesh=mesh)
+        assert not graphs or model.model.run_layers.replays or (owners_sum and "accumulation" not in flags)
     (folder / f"{'graphs' if graphs else 'plain'}_{world.rank}.json").write_text(json.dumps([losses, digest]))
     world.close()
 
 
 GRAPHS = ["streaming", "svd", "full rank", "fira, limited", "int8 sums", "clipping"]
+GRAPHS_OF_OWNERS = ["sums", "int8 sums", "bfloat16 sums, svd", "clipping"]
+CASES_OF_GRAPHS = [(case, False) for case in GRAPHS] + [(case, True) for case in GRAPHS_OF_OWNERS]
+QUICK_GRAPHS = {("streaming", False), ("sums", True)}
 
 
-@pytest.mark.parametrize("case", marked(GRAPHS, "streaming"))
-def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "owners_sum"),
+    [pytest.param(*each, marks=[] if each in QUICK_GRAPHS else pytest.mark.slow) for each in CASES_OF_GRAPHS],
+)
+def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, owners_sum: bool, tmp_path: Path) -> None:
     flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
     for graphs in (False, True):
         log = tmp_path / "log"
-        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, log=log) == [0, 0], log.read_text()
+        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, owners_sum, log=log) == [0, 0], log.read_text()
     for rank in range(2):
         assert (tmp_path / f"plain_{rank}.json").read_text() == (tmp_path / f"graphs_{rank}.json").read_text()

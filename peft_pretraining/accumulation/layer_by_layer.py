@@ -15,6 +15,9 @@ thus the same bits; but where the head's weight is that of the embeddings, whose
 here. A layer's quantized weights are dequantized once a pass, not once a micro-batch: all of them in the forward pass,
 and as many as `CACHED_BYTES` holds in the backward pass, which has the sums of gradients beside them.
 
+With `--shard full` a layer's weights are gathered from their owners twice an update, for each pass through it, while
+the layer before it runs.
+
 Losses are known before any weight is updated. A gradient that is not finite is found when layers above may have been
 updated, as it is with one micro-batch: `LowRankAdamW.late_overflow`.
 """
@@ -56,6 +59,7 @@ class LayerByLayer:
         self._linears = [
             [part for part in layer.modules() if isinstance(part, LowRankLinear)] for layer in self._layers
         ]
+        self._gathering = optimizer.gathering if isinstance(optimizer, LowRankAdamW) else None
         self._embeddings = model.get_parameter(model.table_names[0])
         inside = {id(param) for param in (self._embeddings, *model.decoder_layers.parameters())}
         self._of_head = [param for param in model.parameters() if id(param) not in inside]
@@ -72,10 +76,13 @@ class LayerByLayer:
         """
         self._batches, self._begin = batches, begin
         self._make_rows(len(batches), batches[0][0].shape)
+        if self._gathering is not None and isinstance(self._optimizer, LowRankAdamW):
+            self._gathering.begin(self._optimizer.states_replaced)
         for index in range(len(self._layers)):
             if not go_on():
                 self._batches = ()
                 return False
+            self._enter(index, 1)
             with cached_weights(self._linears[index], self._embeddings.dtype, limit=math.inf):
                 for number, x in enumerate(self._inputs(index)):
                     # With gradients, though none is asked for: the backward pass then begins with the same kernels.
@@ -95,6 +102,7 @@ class LayerByLayer:
         optimizer.end_layer(self._of_head)
         for index in range(last, -1, -1):
             optimizer.is_last_micro_batch = False
+            self._enter(index, -1)
             with self._dequantized(index, dtype), cached_bases(self._weights_of(index), dtype):
                 for number, (x, grad) in enumerate(zip(self._inputs(index), rows.read(last), strict=True)):
                     self._run(index, number, x.requires_grad_()).backward(grad)
@@ -154,6 +162,10 @@ class LayerByLayer:
         run, layer = self._model.compiled_layer, self._layers[index]
         out: Tensor = layer(x, *self._constants) if run is None else run(layer, x, *self._constants)
         return out
+
+    def _enter(self, index: int, step: int) -> None:
+        if self._gathering is not None:
+            self._gathering.enter(index, step)
 
     def _dequantized(self, index: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
         """Within it the first of a layer's quantized weights are there in `dtype`, up to `CACHED_BYTES`."""

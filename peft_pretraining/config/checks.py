@@ -269,11 +269,6 @@ def _by_layer_problems(args: RunArgs) -> list[str]:
             "--sum_in_momentum saves sums of gradients by rounding momenta with every micro-batch, and with "
             "--accumulate_by layer there are those of one layer: leave one of them out"
         )
-    if args.runtime.shard != "none":
-        problems.append(
-            f"--accumulate_by layer does not work with --shard {args.runtime.shard}: leave one of them out, or "
-            "keep all states on every rank (--shard none)"
-        )
     return problems
 
 

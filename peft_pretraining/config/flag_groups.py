@@ -584,6 +584,10 @@ class RuntimeArgs:
     has the weights; each matrix has one rank that keeps its optimizer state and updates it for the others, which
     receive the stored weight. full: the weight, too, is with that rank, and a layer's are gathered before it runs;
     without CUDA graphs. Ranks of one machine share; other machines have the same again."""
+    shard_sums: Annotated[str, Flag(choices=("auto", "rank", "owner"))] = "auto"
+    """Who sums the gradients of a dealt matrix over the micro-batches of an update. rank: every rank its own, which are
+    sent once an update and take as much memory as without --shard. owner: each micro-batch's are sent to the owner,
+    which alone has a sum. auto: owner with --shard full or --sum_in_momentum, else rank."""
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a

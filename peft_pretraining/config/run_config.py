@@ -92,6 +92,18 @@ class RunArgs:
         """Whether the gradients of the decoder matrices are summed in their momenta."""
         return self.optimizer.is_low_rank and self.subspace.sum_in_momentum
 
+    @property
+    def owners_sum(self) -> bool:
+        """Whether each micro-batch's gradients are sent to the ranks that own the weights, which alone have sums."""
+        runtime = self.runtime
+        if runtime.shard == "none" or self.world_size == 1 or self.by_layer:
+            return False
+        if runtime.shard == "full":
+            return True
+        if runtime.shard_sums == "auto":
+            return self.sums_in_momentum
+        return runtime.shard_sums == "owner" and (self.batch.gradient_accumulation > 1 or self.sums_in_momentum)
+
     def save_dir(self, now: datetime) -> Path:
         """The run's folder: `--save_dir`, else that of the checkpoint to resume from, else a new one named by `now`.
 

@@ -23,12 +23,13 @@ def shard_problems(args: RunArgs) -> list[str]:
             f"--nproc_per_node {args.runtime.nproc}, or add --dry_run"
         )
     if shard == "none":
+        if args.runtime.shard_sums != "auto":
+            problems.append(
+                f"--shard_sums {args.runtime.shard_sums} is about matrices that have owners, and with --shard none "
+                "none has: add --shard optimizer, or leave it out"
+            )
         return problems
-    if args.sums_in_momentum:
-        problems.append(
-            f"--shard {shard} cannot work with --sum_in_momentum: each rank adds gradients to momenta, which only the "
-            "owner of a matrix has. Leave one of them out"
-        )
+    problems += _sum_problems(args)
     if shard == "full":
         problems += _full_problems(args)
     ranks, matrices = ranks_that_share(args.world_size), _matrices(args)
@@ -36,6 +37,31 @@ def shard_problems(args: RunArgs) -> list[str]:
         problems.append(
             f"--shard {shard}: {ranks} ranks share a model of {matrices} matrices, and some would own none: use at "
             f"most {matrices} ranks a machine, or --shard none"
+        )
+    return problems
+
+
+def _sum_problems(args: RunArgs) -> list[str]:
+    shard, sums, problems = args.runtime.shard, args.runtime.shard_sums, list[str]()
+    if sums == "rank" and args.sums_in_momentum:
+        problems.append(
+            "--sum_in_momentum cannot work with --shard_sums rank: each rank would sum in momenta of all matrices, and "
+            f"with --shard {shard} only the owner of a matrix has one. Use --shard_sums owner, or leave one of them out"
+        )
+    elif sums == "rank" and shard == "full" and not args.by_layer:
+        problems.append(
+            "--shard full cannot work with --shard_sums rank: sums of all matrices on every rank are what it does "
+            "without. Use --shard_sums owner, or --shard optimizer"
+        )
+    if sums == "owner" and args.by_layer:
+        problems.append(
+            "--accumulate_by layer keeps the sums of one layer at a time and sends them once: --shard_sums owner would "
+            "only send more. Leave one of them out"
+        )
+    if sums == "owner" and args.optimizer.optimizer in LIBRARY_OPTIMIZERS:
+        problems.append(
+            f"--shard_sums owner cannot work with --optimizer {args.optimizer.optimizer}, which is another library's "
+            "and sums in the gradients of all parameters: leave it out, or use another optimizer"
         )
     return problems
 

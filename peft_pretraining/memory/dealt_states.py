@@ -54,6 +54,7 @@ class RankBytes(NamedTuple):
     gathered: int = 0
     """Room for those that other ranks own, of two layers."""
     sums: int = 0
+    """Of gradients, where the owner of a weight alone has one."""
 
     @property
     def states(self) -> int:
@@ -88,7 +89,8 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
             cost, divisible = cost_of(values, math.prod(gradient)), path is None and not library and not is_vector
             load = Load(_in_layer(name, layer), values, values if library else cost, is_vector, divisible)
             number = layer if param in in_layer else None
-            weight = DealtWeight(load, shape, number, path is not None, own, stored, 0 if run.updates_at_once else sums)
+            is_summed = not run.updates_at_once and not (path is not None and args.sums_in_momentum)
+            weight = DealtWeight(load, shape, number, path is not None, own, stored, sums if is_summed else 0)
             (rest if path is None else found).append(weight)
     return rest + found
 
@@ -130,13 +132,14 @@ def _of_rank(run: PlannedRun, dealt: list[tuple[DealtWeight, int]], rank: int, r
         return sum(weight.bytes_of(getattr(weight, field), rank, owner, ranks) for weight, owner in chosen)
 
     states = total("states", (True,)), total("states", (False,))
+    sums = total("sums", (True, False)) if run.args.owners_sum else 0
     if run.args.runtime.shard != "full":
-        return RankBytes(*states)
+        return RankBytes(*states, sums=sums)
     elsewhere = [0] * run.config.num_hidden_layers
     for weight, owner in dealt:
         if weight.is_matrix and weight.layer is not None and owner != rank:
             elsewhere[weight.layer] += weight.stored
-    return RankBytes(*states, total("stored", (True,)), 2 * max(elsewhere), total("sums", (True, False)))
+    return RankBytes(*states, total("stored", (True,)), 2 * max(elsewhere), sums)
 
 
 def fullest(ranks: list[RankBytes]) -> RankBytes:

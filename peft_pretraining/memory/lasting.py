@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_pretraining.build import model_on_meta
 from peft_pretraining.memory.dealt_states import bytes_by_rank, fullest
-from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.build import states_on_meta
 from qgalore.subspace.schedule import first_refresh_spread
@@ -58,7 +58,8 @@ def _of_fullest_rank(run: PlannedRun, found: dict[str, int]) -> dict[str, int]:
     changed = {name: found[name] + size for name, size in changed.items()}
     if run.args.runtime.shard == "full":
         changed |= {_WEIGHTS[0]: rank.stored, "projections": 0, GATHERED: rank.gathered}
-        changed |= {} if run.updates_at_once else {GRADIENTS: rank.sums}
+    if run.args.owners_sum and not run.updates_at_once:
+        changed[GRADIENTS] = rank.sums + _residuals(run)
     return changed
 
 
@@ -66,12 +67,17 @@ def _sums_of_matrices(run: PlannedRun) -> int:
     """Sums of the matrices' gradients; where momenta sum them there is nothing else that does."""
     if run.args.sums_in_momentum:
         return 0
-    matrices = [
-        matrix
-        for subspace in run.args.subspace.by_depth(run.config.num_hidden_layers)
-        for matrix in run.matrices_of(subspace)
-    ]
-    return sum(sum_bytes(run, x.gradient_shape) + run.dtype.itemsize * x.residual for x in matrices)
+    return sum(sum_bytes(run, x.gradient_shape) for x in _all_matrices(run)) + _residuals(run)
+
+
+def _residuals(run: PlannedRun) -> int:
+    """The full gradients that every rank keeps of the last micro-batch, where what a projection leaves out is used."""
+    return sum(run.dtype.itemsize * x.residual for x in _all_matrices(run))
+
+
+def _all_matrices(run: PlannedRun) -> list[Matrix]:
+    by_depth = run.args.subspace.by_depth(run.config.num_hidden_layers)
+    return [matrix for subspace in by_depth for matrix in run.matrices_of(subspace)]
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:

@@ -76,7 +76,7 @@ class PassingBytes:
     def read_of_table(self) -> int:
         """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""
         run, float32 = self.run, self.table // self.b * 4
-        as_a_whole = run.args.world_size > 1 and not run.gathers  # as it is sent
+        as_a_whole = run.args.world_size > 1 and not run.args.owners_sum  # as it is sent
         return (float32 if as_a_whole else min(_ROWS, float32)) if self.int8_sums else 0
 
     def update_of_table(self) -> int:
@@ -130,7 +130,7 @@ class PassingBytes:
         waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
         sketches = self.b * max(x.bases for x in run.matrices) * (waiting if self.options.subspace != "svd" else 0)
         found = {"activations and backward of one layer": backward + sketches}
-        if run.args.sums_in_momentum and run.args.world_size > 1:  # in float32, as it is and as it is sent
+        if run.args.sums_in_momentum and run.args.world_size > 1 and not run.args.owners_sum:  # in float32, as sent
             found["activations and sum of a momentum over ranks"] = 8 * max(x.size for x in run.matrices)
         if run.updates_at_once:
             gradients = sum((4 if self.int8_sums else self.b) * x.gradient + self.b * x.residual for x in run.matrices)

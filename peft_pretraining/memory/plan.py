@@ -79,7 +79,7 @@ def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
         return MemoryPlan(lasting, by_layer.phases(), by_layer.kept, overhead, _whose(run), by_layer.host())
     passing = PassingBytes(run)
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
-    overhead |= {"gradients of two layers on their way": passing.messages()} if run.gathers else {}
+    overhead |= {"gradients of two layers on their way": passing.messages()} if run.args.owners_sum else {}
     return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, _whose(run))
 
 

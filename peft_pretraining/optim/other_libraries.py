@@ -46,10 +46,8 @@ class LibraryOptimizer:
                 Load(str(index), param.numel(), param.numel(), param.dim() < 2) for index, param in enumerate(trained)
             ]
             self._owners = dict(zip(trained, deal(loads, mesh.size), strict=True))
-            for param in trained:
-                param.register_post_accumulate_grad_hook(self._reduce_hook(mesh))
-        if all_reduce is not None:
-            for param in self._parameters():
+        if mesh is not None or all_reduce is not None:
+            for param in self._owners or self._parameters():
                 param.register_post_accumulate_grad_hook(self._sum_hook())
 
     @property
@@ -94,21 +92,6 @@ class LibraryOptimizer:
             owner = optimizer()
             if owner is not None and owner.is_last_micro_batch:
                 owner._sum_over_ranks(param)
-
-        return hook
-
-    def _reduce_hook(self, mesh: ShardMesh) -> Callable[[Tensor], None]:
-        optimizer = weakref.ref(self)
-
-        def hook(param: Tensor) -> None:
-            owner = optimizer()
-            if owner is None or not owner.is_last_micro_batch or param.grad is None:
-                return
-            mesh.reduce(param.grad, owner._owners[param]).wait()
-            if owner._owns(param):
-                mesh.sum_over_replicas(param.grad)
-            else:
-                param.grad = None  # for which the library then makes no state, and no step
 
         return hook
 
@@ -182,10 +165,17 @@ class LibraryOptimizer:
         return {}
 
     def _sum_over_ranks(self, param: Tensor) -> None:
-        if self._all_reduce is not None and param.grad is not None:
-            waiting = self._all_reduce(param.grad)
-            if waiting is not None:
-                waiting.wait()
+        """Sum a gradient: on a mesh for its owner, and others forget theirs."""
+        if param.grad is None:
+            return
+        if self._mesh is not None and param in self._owners:
+            self._mesh.reduce(param.grad, self._owners[param]).wait()
+            if self._owns(param):
+                self._mesh.sum_over_replicas(param.grad)
+            else:
+                param.grad = None  # for which the library then makes no state, and no step
+        elif self._all_reduce is not None and (waiting := self._all_reduce(param.grad)) is not None:
+            waiting.wait()
 
     def end_layer(self, parameters: Iterable[Tensor]) -> None:
         """See `TrainingOptimizer`: here gradients are summed over the ranks, and `step` updates."""

@@ -42,7 +42,7 @@ class CapturedStack(EagerStack):
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:
                 weight.layer.allow_backward_after_update()
-            if not self._at_once:
+            if not self._at_once and not self._sends:
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
                 weight.gradient.fix_addresses(x.dtype if optimizer.takes_whole_gradients else None)
         self._forward_graph = self._capture(self._run_forward)
@@ -61,7 +61,7 @@ class CapturedStack(EagerStack):
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
         self.forward_passes += 1
-        if not self._at_once and not self._optimizer.has_sums:
+        if not self._at_once and not self._sends and not self._optimizer.has_sums:
             for weight in itertools.chain(*self._weights):
                 weight.gradient.begin()
         # Through .data: autograd would take the write for a change of what the backward passes have saved.

@@ -43,7 +43,7 @@ class EagerStack:
         self._buckets: dict[int, Bucket] = {}
         """The gradients of layers on their way over the ranks."""
         self._at_once = optimizer.updates_at_once
-        self._sends = self._at_once and optimizer.sums_over_ranks
+        self._sends = optimizer.owners_sum or (self._at_once and optimizer.sums_over_ranks)
         self._grad = torch.empty(0)
         self.forward_passes = 0
 
@@ -77,20 +77,19 @@ class EagerStack:
                 self._buckets[index].start()
                 self._finish(index + 1)
             elif not self._at_once:
-                self._gradients_are_there(index)
+                self._optimizer.gradients_ready(self._weights[index])
         self._finish(0)
-
-    def _gradients_are_there(self, index: int) -> None:
-        """After the backward pass of a layer, where updates are not made in it."""
-        self._optimizer.gradients_ready(self._weights[index])
 
     def _enter(self, index: int, step: int) -> None:
         """Before a layer runs, and after it that of number index + step: forward where step is 1."""
 
     def _finish(self, index: int) -> None:
-        """Update a layer whose gradients are on their way, if they are."""
+        """Update a layer whose gradients are on their way, if they are, or add them to their owners' sums."""
         if index in self._buckets:
             self._buckets[index].wait()
+            if not self._at_once:
+                self._optimizer.gradients_sent(self._weights[index], self._buckets.pop(index))
+                return
             if self._optimizer.is_sharded:
                 self._perform(self._checks, index)
                 self._optimizer.agree_on_skip()

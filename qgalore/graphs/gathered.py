@@ -17,7 +17,6 @@ from qgalore.graphs.eager import EagerStack, RunLayer
 from qgalore.graphs.runner import Step
 from qgalore.optimizer import LowRankAdamW
 from qgalore.sharding.gathering import Gathering
-from qgalore.update.all_reduce import Bucket
 
 
 class GatheredStack(EagerStack):
@@ -27,52 +26,29 @@ class GatheredStack(EagerStack):
         """arguments: of `EagerStack`."""
         super().__init__(*arguments)
         self._gathering = gathering
-        self._summing: tuple[int, Bucket] | None = None
-        """The layer whose gradients are on their way, where updates are not made in the backward pass."""
 
     def _enter(self, index: int, step: int) -> None:
-        backward = step < 0
-        self._gathering.fetch(index, backward)
-        self._gathering.wait(index)
-        self._gathering.fetch(index + step, backward)
-
-    def _gradients_are_there(self, index: int) -> None:
-        """See `EagerStack`; sums are under way while the layer below runs."""
-        bucket = self._optimizer.bucket_of(self._weights[index])
-        assert bucket is not None
-        bucket.start()
-        self._take_sums()
-        self._summing = index, bucket
-
-    def _finish(self, index: int) -> None:
-        super()._finish(index)
-        if index == 0:
-            self._take_sums()
-
-    def _take_sums(self) -> None:
-        if self._summing is not None:
-            (index, bucket), self._summing = self._summing, None
-            self._optimizer.gradients_sent(self._weights[index], bucket)
+        self._gathering.enter(index, step)
 
 
 class GatheredLayers:
     """Runs layers one after the other, whose weights other ranks own."""
 
     def __init__(self, layers: Sequence[nn.Module], run: RunLayer | None, optimizer: LowRankAdamW) -> None:
-        """layers are on one device; `optimizer` is attached to them with a mesh. run: None for plain calls."""
+        """layers are on one device; `optimizer` is attached to them with a mesh. run: None for plain calls.
+
+        Somebody else may call the layers of a training step, too, who tells the optimizer's `gathering`.
+        """
         self._layers, self._optimizer = list(layers), optimizer
         self._run: RunLayer = run or (lambda layer, *inputs: layer(*inputs))
         self._gathering = optimizer.gather_layers(self._layers)
-        self._states_replaced = -1
         for index, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(self._before_evaluation(index))
 
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x through all layers; `constants` are further arguments of each."""
         if torch.is_grad_enabled() and x.requires_grad:
-            if self._states_replaced != self._optimizer.states_replaced:
-                self._gathering.take_bases()
-                self._states_replaced = self._optimizer.states_replaced
+            self._gathering.begin(self._optimizer.states_replaced)
             arguments = (self._layers, self._run, self._optimizer, constants, x)
             out: Tensor = Step.apply(x, GatheredStack(self._gathering, *arguments))
             return out
@@ -87,8 +63,6 @@ class GatheredLayers:
     def _before_evaluation(self, index: int) -> Callable[..., None]:
         def gather(*_: object) -> None:
             if not torch.is_grad_enabled():
-                self._gathering.fetch(index, bases=False)
-                self._gathering.wait(index)
-                self._gathering.fetch(index + 1, bases=False)
+                self._gathering.enter(index, 1)
 
         return gather

@@ -93,6 +93,9 @@ class LayerGraphs:
         packs = self._optimizer.updates_at_once and self._optimizer.sums_in_int8
         # A momentum that sums gradients has them one after the other; in graphs each would have a buffer.
         packs = packs or self._optimizer.sums_in_momentum
+        # One that waits for `step` alone would lie in the buffer that the next layer but one is sent from.
+        alone = self._optimizer.takes_whole_gradients and not self._optimizer.updates_at_once
+        packs = packs or (self._optimizer.owners_sum and alone)
         if self._captured is not None or packs or not begins or not _can_capture(x.device):
             return EagerStack(*arguments)
         self._captured = CapturedStack(*arguments)

@@ -60,15 +60,18 @@ def _check_format(bits: int, group_size: int) -> None:
         raise ValueError(f"group_size must be positive, not {group_size}")
 
 
-def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, group_size: int, row: Tensor | None = None, row_start: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a float matrix (rows, columns): stored codes, scale, zero point.
 
     Codes are uint8, (rows, columns) at 8 bits and packed two a byte, (rows, ceil(columns / 2)), at 4; scale and zero
-    point are bfloat16, (rows, ceil(columns / group_size)). Nearest without a step row, stochastic with the seed of one.
+    point are bfloat16, (rows, ceil(columns / group_size)). Nearest without a step row, stochastic with the seed of one:
+    x is then rounded as rows row_start: of the matrix that the seed belongs to.
     """
     _check_matrix(x, "x")
     _check_format(bits, group_size)
-    return backend(group_quantization.quantize, x.device, group_size)(x, bits, group_size, row)
+    return backend(group_quantization.quantize, x.device, group_size)(x, bits, group_size, row, row_start)
 
 
 def dequantize(matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> list[Tensor]:

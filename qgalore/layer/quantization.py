@@ -82,18 +82,20 @@ class QuantizedTensor:
         )
 
 
-def quantize(x: Tensor, bits: int = 8, group_size: int = 256, row: Tensor | None = None) -> QuantizedTensor:
+def quantize(
+    x: Tensor, bits: int = 8, group_size: int = 256, row: Tensor | None = None, row_start: int = 0
+) -> QuantizedTensor:
     """Quantize a float matrix to `bits` in groups of `group_size` along its rows.
 
     Without a step row to the nearest code: |dequantized - x| <= scale / 2. With one (`qgalore.kernels.StepScalars`)
-    stochastically: unbiased, |dequantized - x| < scale, the same bits for the same seed on every device. On the meta
-    device the result has shapes alone.
+    stochastically: unbiased, |dequantized - x| < scale, the same bits for the same seed on every device, of rows
+    row_start: as when the whole matrix is quantized. On the meta device the result has shapes alone.
     """
     if x.is_meta:
         scale = x.new_empty(x.shape[0], -(-x.shape[1] // group_size), dtype=torch.bfloat16)
         qdata = x.new_empty(x.shape[0], row_bytes(x.shape[1], bits), dtype=torch.uint8)
         return QuantizedTensor(qdata, scale, scale.new_empty(scale.shape), x.shape[1], bits, group_size)
-    qdata, scale, zero_point = kernels.quantize(x, bits, group_size, row)
+    qdata, scale, zero_point = kernels.quantize(x, bits, group_size, row, row_start)
     return QuantizedTensor(qdata, scale, zero_point, x.shape[1], bits, group_size)
 
 

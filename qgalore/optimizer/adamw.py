@@ -240,11 +240,12 @@ class LowRankAdamW(Optimizer):
         optimizer cannot train.
         """
         self.detach()
-        if mesh is not None and (all_reduce is not None or self.sums_in_momentum):
+        if mesh is not None and all_reduce is not None:
+            raise ValueError("with a mesh gradients are summed by the owner of a weight alone: leave all_reduce out")
+        if mesh is not None and self.sums_in_momentum and not mesh.owners_sum:
             raise ValueError(
-                "with a mesh gradients are summed by the owner of a weight alone: leave "
-                + ("all_reduce" if all_reduce is not None else "sum_in_momentum, which adds them on every rank,")
-                + " out"
+                "sum_in_momentum adds each micro-batch to a momentum, which on a mesh the owner of a weight alone has: "
+                "set owners_sum of the mesh, or leave sum_in_momentum out"
             )
         if loss_scale is not None and self.sums_in_momentum:
             raise ValueError(
@@ -276,12 +277,13 @@ class LowRankAdamW(Optimizer):
             now = self.updates_at_once and not all(map(is_small, weights))
             self._finalize(weights, None, now)
             return
-        self._sums = True
-        if self._shards is not None and self._shards.owners_sum_micro_batches:
+        if self.owners_sum:
             bucket = self.bucket_of(weights)
             assert bucket is not None
             bucket.start()
-            self.add_micro_batch(weights, bucket)
+            self.gradients_sent(weights, bucket)
+            return
+        self._sums = True
         self._add_to_momenta(weights)
         for weight in weights:
             weight.gradient.end_micro_batch()
@@ -292,9 +294,12 @@ class LowRankAdamW(Optimizer):
         if self.is_last_micro_batch:
             self._finalize(weights, bucket, check=False)
             return
-        self._sums = True
-        self.add_micro_batch(weights, bucket)
+        self._sums, owned = True, _owned(weights)
+        for weight, summed in zip(owned, bucket.summed(), strict=True):
+            weight.gradient.add_micro_batch(summed)
+        self._add_to_momenta(owned)
         for weight in weights:
+            weight.gradient.sent += 1
             weight.gradient.end_micro_batch()
 
     @property
@@ -336,7 +341,9 @@ class LowRankAdamW(Optimizer):
         """Let the momenta that sum gradients have those of the micro-batch that has ended."""
         if not any(weight.sums_in_momentum for weight in weights):
             return
-        if self._all_reduce is not None and self._share_of_momenta is None:
+        if self.is_sharded:  # owners have the momenta whole
+            self._share_of_momenta = 1.0
+        elif self._all_reduce is not None and self._share_of_momenta is None:
             # By what they make of 1: so a function that averages is served, too.
             ranks = torch.ones(1, device=next(iter(self._weights)).device)
             if (sent := self._all_reduce(ranks)) is not None:
@@ -385,6 +392,11 @@ class LowRankAdamW(Optimizer):
         """The rank of the mesh that owns each parameter; empty without a mesh."""
         return {param: weight.owner for param, weight in self._weights.items()} if self.is_sharded else {}
 
+    @property
+    def owners_sum(self) -> bool:
+        """Whether each micro-batch's gradient is sent to the owner of its weight, which alone has a sum."""
+        return self._shards is not None and self._shards.owners_sum
+
     def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
         if self._shards is not None:
@@ -404,17 +416,16 @@ class LowRankAdamW(Optimizer):
         gradient = weight.gradient
         return gradient.parts_to_sum() if self.is_last_micro_batch else gradient.take_micro_batch_parts()
 
-    @torch.no_grad()
-    def add_micro_batch(self, weights: Sequence[Weight], bucket: Bucket) -> None:
-        """Where owners sum each micro-batch: add those of one that is not the last, which have been sent."""
-        for weight, summed in zip(_owned(weights), bucket.summed(), strict=True):
-            weight.gradient.add_micro_batch(summed)
-
     def gather_layers(self, layers: Sequence[nn.Module]) -> Gathering:
         """On a rank of a mesh: give up the weights of layers that others own, but while their layer runs."""
         if self._shards is None:
             raise RuntimeError("weights can be gathered from other ranks after attach(model, mesh=...) alone")
         return self._shards.gather_layers([self.weights_of(layer) for layer in layers])
+
+    @property
+    def gathering(self) -> Gathering | None:
+        """What brings the weights of layers here before they run, after `gather_layers`."""
+        return None if self._shards is None else self._shards.gathering
 
     def is_elsewhere(self, param: Tensor) -> bool:
         """Whether this rank does not have a parameter for good."""
@@ -474,7 +485,8 @@ class LowRankAdamW(Optimizer):
 
     def _make_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
         """Finalize the gradients of weights, on a mesh those that this rank owns; the others' are sent."""
-        self._add_to_momenta(weights)
+        if not self.is_sharded:
+            self._add_to_momenta(weights)
         if bucket is None and (bucket := self.bucket_of(weights)) is not None:
             bucket.start()
         for weight in weights:
@@ -492,6 +504,10 @@ class LowRankAdamW(Optimizer):
             self._shards.note_refreshes(weights)
             self._sent += [weight for weight in weights if not weight.owned]
         finalize_gradients(owned, bucket)
+        for weight in weights:
+            weight.gradient.sent = 0
+        if self.is_sharded:
+            self._add_to_momenta(owned)
         store_momenta(owned, checks)
 
     def write_update_rows(self) -> None:

@@ -27,7 +27,10 @@ class OwnedBucket(Bucket):
             for owner, rows in shares_of(weight, mesh.size)
         ]
         pieces.sort(key=lambda piece: piece[:2])
+        whole = parts[0][0] if len(parts) == 1 and len(parts[0]) == 1 else None
+        self._whole = whole.flatten() if whole is not None and whole.is_contiguous() else None
         super().__init__([piece for *_, piece in pieces], lambda _: None, buffer)
+        self._whole = None
         self._mesh, self._owners = mesh, [owner for owner, *_ in pieces]
         self._works: list[Waiting] = []
         self._parts_of_owners: dict[int, Tensor] = {}
@@ -36,6 +39,10 @@ class OwnedBucket(Bucket):
             values = sum(part.numel() for *_, piece in of_owner for part in piece)
             self._parts_of_owners[owner] = self.buffer[start : start + values]
             start += values
+
+    def _gathered(self, flat: list[Tensor], buffer: Tensor | None) -> Tensor:
+        # The rows of one matrix lie behind each other as they are: no copy is made of the gradient of embeddings.
+        return super()._gathered(flat, buffer) if self._whole is None or buffer is not None else self._whole
 
     def start(self) -> None:
         """See `Bucket`."""

@@ -31,6 +31,7 @@ class Gathering:
         self._present: list[tuple[int, bool] | None] = [None] * _BUFFERS
         """The layer of each buffer, and whether its bases are there."""
         self._works: dict[int, list[Waiting]] = {}
+        self._version = -1
         self._buffers: list[Tensor] = []
         self._lay_out(with_bases=False)
 
@@ -55,7 +56,22 @@ class Gathering:
                     move(tensors[slot], slot.buffer, copy=slot.owned)
         self._present = [None] * _BUFFERS
 
-    def take_bases(self) -> None:
+    def begin(self, version: int) -> None:
+        """Call before the forward pass of a training step; version: another number if states have been replaced."""
+        if version != self._version:
+            self._take_bases()
+            self._version = version
+
+    def enter(self, index: int, step: int) -> None:
+        """Let a layer be here for work that is launched from now on, and begin to gather layer index + step.
+
+        step: 1 in a forward pass, -1 in a backward one, which needs bases, too.
+        """
+        self.fetch(index, step < 0)
+        self.wait(index)
+        self.fetch(index + step, step < 0)
+
+    def _take_bases(self) -> None:
         """Let the bases of subspaces, which all weights have by now, lie with their weights."""
         for of_layer in self._slots:
             for slot in of_layer:

@@ -26,6 +26,9 @@ class ShardMesh:
         self._replicas = mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None
         self.owners: Mapping[str, int] = {}
         """The rank that owns a parameter, by its name, where that has been decided; others are dealt."""
+        self.owners_sum = False
+        """Whether the gradient of each micro-batch is sent to the owners, which alone have sums of them. Else each rank
+        sums its own, and sends them once an update."""
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def reduce(self, tensor: Tensor, owner: int) -> Waiting:

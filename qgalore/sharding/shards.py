@@ -50,20 +50,17 @@ class Shards:
         self._refreshing: list[Weight] = []
         self._refreshed: list[Weight] = []
         self._works: list[Waiting] = []
-        self._gathering: Gathering | None = None
+        self.gathering: Gathering | None = None
+        """Of `gather_layers`."""
+        self.owners_sum = mesh.owners_sum
+        """See `ShardMesh`."""
+        for weight in weights if self.owners_sum else ():
+            weight.sum_for_owner()
 
     def gather_layers(self, layers: Sequence[Sequence[Weight]]) -> Gathering:
-        """From now on the matrices of layers are on other ranks than their owners only while their layer runs.
-
-        Gradients are then summed by the owners after each micro-batch.
-        """
-        self._gathering = Gathering([self._slots.take_matrices(weights) for weights in layers], self._mesh)
-        return self._gathering
-
-    @property
-    def owners_sum_micro_batches(self) -> bool:
-        """Whether the gradient of each micro-batch is sent to the owner, which alone has a sum of them."""
-        return self._gathering is not None
+        """From now on the matrices of layers are on other ranks than their owners only while their layer runs."""
+        self.gathering = Gathering([self._slots.take_matrices(weights) for weights in layers], self._mesh)
+        return self.gathering
 
     def is_elsewhere(self, weight: Weight) -> bool:
         """Whether this rank does not have a weight for good."""
@@ -121,8 +118,8 @@ class Shards:
     def finish(self, checks: UpdateChecks) -> None:
         """End an update: let later work wait for what was sent, and take over the schedules of refreshed subspaces."""
         self._slots.finish()
-        if self._gathering is not None:
-            self._gathering.forget()
+        if self.gathering is not None:
+            self.gathering.forget()
         for work in self._works:
             work.wait()
         self._works.clear()

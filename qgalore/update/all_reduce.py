@@ -37,10 +37,12 @@ class Bucket:
         flat = [part for of_weight in parts for part in of_weight]
         self._shapes = [[part.shape for part in of_weight] for of_weight in parts]
         self._sizes = [part.numel() for part in flat]
-        if buffer is not None and buffer.numel() == sum(self._sizes):
-            self.buffer = torch.cat([part.flatten() for part in flat], out=buffer)
-        else:
-            self.buffer = flat[0].flatten() if len(flat) == 1 else torch.cat([part.flatten() for part in flat])
+        fits = buffer is not None and buffer.numel() == sum(self._sizes)
+        self.buffer = self._gathered([part.flatten() for part in flat], buffer if fits else None)
+
+    def _gathered(self, flat: list[Tensor], buffer: Tensor | None) -> Tensor:
+        """The values of all parts behind each other, in `buffer` where there is one; of a single part itself."""
+        return flat[0] if len(flat) == 1 and buffer is None else torch.cat(flat, out=buffer)
 
     def start(self) -> None:
         """Send them; what is launched afterwards does not wait for it."""

@@ -24,9 +24,12 @@ class WeightGradient:
         """Summed over micro-batches and ranks, ready for the update."""
         self._sums = {GRADIENT: GradientSum(dtype)}
         self._additions = 0
+        self.first_row = 0
+        """The row of the weight to which the first one of the final gradient belongs: of one that is dealt by rows."""
+        self.sent = 0
+        """Micro-batches of this update that the owner of the weight has been sent one by one."""
         self._totals: dict[str, GradientSum] = {}
-        """Of the micro-batches before, summed over ranks, where the owner of a weight sums each."""
-        self._total_additions = 0
+        """Of these, summed over ranks; on the owner's rank alone."""
         self._last_full: Tensor | None = None
         self._ended, self._micro_batches = True, 0
         """Whether the micro-batch of `_last_full` has ended, and those with a full gradient."""
@@ -39,13 +42,18 @@ class WeightGradient:
     @property
     def waits(self) -> bool:
         """Whether a micro-batch has reached the weight since the last final gradient."""
-        return not all(each.empty for each in self._sums.values())
+        return self.sent > 0 or not all(each.empty for each in self._sums.values())
+
+    def sum_for_owner(self) -> None:
+        """Keep no sum here: each micro-batch is sent to the owner as it is, with `take_micro_batch_parts`."""
+        # In its own dtype: it is added up in that of sums there.
+        self._sums = {GRADIENT: GradientSum(torch.float32)}
 
     def add(self, name: str, value: Tensor) -> None:
         """Add what a micro-batch has of a sum."""
-        total = self._sums.setdefault(name, GradientSum(self._dtype))
+        total = self._sums.setdefault(name, GradientSum(self._sums[GRADIENT].dtype))
         self._additions = 0 if total.empty else self._additions + 1
-        total.add(value, self._rows.write(self._additions, self._dtype))
+        total.add(value, self._rows.write(self._additions, total.dtype))
 
     def keep_full(self, grad: Tensor) -> None:
         """Keep the full gradient (m, n) of a micro-batch, summed over all uses of the weight; not of the one before."""
@@ -70,20 +78,24 @@ class WeightGradient:
 
     def parts_to_sum(self) -> list[Tensor]:
         """What `finalize` needs the sums of over the ranks, in the dtype it has (INT8: float32); not kept here."""
-        parts = [each.take() for each in self._sums.values() if not each.empty]
+        parts = self.take_micro_batch_parts() if self.sent else self._take_sums()
         return parts if self._last_full is None else [*parts, self._last_full]
 
     def take_micro_batch_parts(self) -> list[Tensor]:
-        """What `add_micro_batch` needs the sums of over the ranks, of a micro-batch that is not the last."""
+        """What `add_micro_batch` needs the sums of over the ranks; zeros where only earlier micro-batches had any."""
+        zeros_of = self._subspace.sums().values()
+        return self._take_sums() or [torch.zeros(shape, device=self._rows.device) for shape in zeros_of]
+
+    def _take_sums(self) -> list[Tensor]:
         return [each.take() for each in self._sums.values() if not each.empty]
 
     def add_micro_batch(self, summed: list[Tensor]) -> None:
-        """Add `take_micro_batch_parts`, summed over the ranks, to what is kept until the update."""
+        """Add `take_micro_batch_parts`, summed over the ranks, to what the owner keeps until the update."""
         for name, value in zip(self._subspace.sums(), summed, strict=True):
             total = self._totals.setdefault(name, GradientSum(self._dtype))
-            row = self._rows.write(self._total_additions, self._dtype)
-            total.add(value, row)
-        self._total_additions += 1
+            if total.empty:  # not with a view of what was sent, which has all that others own
+                value = total.own(value)
+            total.add(value, self._rows.write(self.sent, self._dtype), self.first_row)
 
     def finalize(self, summed: list[Tensor] | None = None) -> None:
         """Make the final gradient, of this rank's sums or of `parts_to_sum` summed over the ranks."""
@@ -91,10 +103,10 @@ class WeightGradient:
         if summed is not None:
             if self._last_full is not None:
                 *summed, self._last_full = summed
-            if self._totals:
+            if self.sent:
                 self.add_micro_batch(summed)
-                self._sums, self._totals = {GRADIENT: self._sums[GRADIENT]} | self._totals, {}
-                return self.finalize()
+                self._finalize_totals()
+                return
             full, *sketches = summed
             for name, value in zip(
                 [name for name in self._sums if name in self._subspace.sides], sketches, strict=True
@@ -105,7 +117,16 @@ class WeightGradient:
         if full is None:
             self._sums[GRADIENT], self.final = self.final, self._sums[GRADIENT]
         else:
-            self.final.replace(full, self._rows.write(-1, self._dtype))
+            self.final.replace(full, self._rows.write(-1, self._dtype), self.first_row)
+
+    def _finalize_totals(self) -> None:
+        totals, self._totals = self._totals, {}
+        if self._subspace.needs_full_gradient:
+            full = self._subspace.finish(totals.pop(FULL).take())
+            self.final.replace(full, self._rows.write(-1, self._dtype), self.first_row)
+        else:
+            self.final = totals.pop(GRADIENT)
+        self._sums |= totals
 
     def take_sketches(self) -> dict[str, Tensor]:
         """The sketches of the update by side; none where no subspace is refreshed."""
@@ -116,7 +137,7 @@ class WeightGradient:
         self.final.clear()
         self._sums[GRADIENT].clear()
         self._sums = {GRADIENT: self._sums[GRADIENT]}
-        self._totals, self._total_additions = {}, 0
+        self._totals, self.sent = {}, 0
         self._last_full, self._ended, self._micro_batches = None, True, 0
 
     # ---- under CUDA graphs

@@ -65,10 +65,11 @@ class GradientSum:
             part.zero_()
         self._sum = out
 
-    def add(self, grad: Tensor, row: Tensor) -> None:
+    def add(self, grad: Tensor, row: Tensor, first_row: int = 0) -> None:
         """Add a gradient; without an `out`, a first one is kept as it is, without a copy.
 
-        row: a step row of step size -1, for the rounding at int8.
+        row: a step row of step size -1, for the rounding at int8, in which a first gradient has the rows from first_row
+        on of the one that the seed belongs to.
         """
         if self._sum is None and self.out is not None:
             self.begin()
@@ -83,7 +84,13 @@ class GradientSum:
             self._sum = self._sum.to(torch.float32 if self.dtype == torch.int8 else self.dtype).add_(grad)
         else:
             packed = _is_packed(grad.shape, self.dtype)
-            self._sum = quantize(grad, bits=8, group_size=GROUP_SIZE, row=row) if packed else grad
+            self._sum = quantize(grad, 8, GROUP_SIZE, row, first_row) if packed else grad
+
+    def own(self, value: Tensor) -> Tensor:
+        """A gradient as a sum that begins with it may keep it: in the sum's dtype, of memory that is its own."""
+        if _is_packed(value.shape, self.dtype):
+            return value  # of which codes are made
+        return value.to(torch.float32 if self.dtype == torch.int8 else self.dtype, copy=True)
 
     def check_(self, squared_norms: Tensor, index: int, skip: Tensor) -> None:
         """`kernels.check_gradients_` of an INT8 sum, which is never whole in float32."""
@@ -101,15 +108,15 @@ class GradientSum:
         assert self._sum is not None
         return self._sum
 
-    def replace(self, value: Tensor, row: Tensor) -> None:
-        """Forget the sum and keep `value` instead, in the sum's dtype; row as in `add`."""
+    def replace(self, value: Tensor, row: Tensor, first_row: int = 0) -> None:
+        """Forget the sum and keep `value` instead, in the sum's dtype; row, first_row as in `add`."""
         value = value.to(self.dtype) if self.dtype == torch.bfloat16 else value
         if isinstance(self.out, Tensor):
             # Which the value may be a view of.
             self._sum = self.out.copy_(value) if self.out.dtype == value.dtype else value
             return
         self._sum = None
-        self.add(value, row)
+        self.add(value, row, first_row)
 
     def take(self) -> Tensor:
         """The sum, in float32 or the dtype of a gradient that came alone; it is empty afterwards."""

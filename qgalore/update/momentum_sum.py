@@ -13,7 +13,8 @@ In 8 bits M is rounded with every micro-batch. So it is stored as sums of gradie
 whose stochastic rounding is unbiased. The step rows of sums give decay, step size and seed.
 
 Over W ranks each rank decays by beta / W and adds its own gradients. The sum over ranks, made with the last
-micro-batch, is the momentum, which all store.
+micro-batch, is the momentum, which all store. Where weights are dealt to ranks (`qgalore.sharding`) only the owner has
+a momentum, and adds to it the gradient of each micro-batch, summed over the ranks: as one rank would of larger ones.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class SummedGradient(WeightGradient):
         """Micro-batches of this update that the momentum has."""
         self.of_ranks: tuple[Tensor, Tensor] | None = None
         """What `qgalore.update.step.parts_to_sum` gave, summed over the ranks: the momentum (m, n), a norm (1,)."""
-        self._final = False
+        self._final = self._for_owner = False
 
     @property
     def has_micro_batch(self) -> bool:
@@ -130,7 +131,13 @@ class SummedGradient(WeightGradient):
     @property
     def waits(self) -> bool:
         """See `WeightGradient`; what the momentum has also waits for the update."""
-        return not self._final and (self.has_micro_batch or self.additions > 0)
+        # Of what owners add all ranks have to say the same.
+        added = self.sent if self._for_owner else self.additions
+        return not self._final and (self.has_micro_batch or added > 0)
+
+    def sum_for_owner(self) -> None:
+        """See `WeightGradient`."""
+        self._for_owner = True
 
     def take_micro_batch(self) -> Tensor:
         """The gradient (m, n) of the micro-batch that waits, which counts as added."""
@@ -138,12 +145,21 @@ class SummedGradient(WeightGradient):
         return self._sums[GRADIENT].take()
 
     def parts_to_sum(self) -> list[Tensor]:
-        """Not of gradients: `qgalore.update.step.parts_to_sum` has what is summed."""
-        raise RuntimeError("a momentum that sums its gradients is summed over the ranks itself")
+        """For an owner the last gradient; else `qgalore.update.step.parts_to_sum` has what is summed, the momentum."""
+        if not self._for_owner:
+            raise RuntimeError("a momentum that sums its gradients is summed over the ranks itself")
+        return self.take_micro_batch_parts()
+
+    def add_micro_batch(self, summed: list[Tensor]) -> None:
+        """Let a micro-batch's gradient, summed over the ranks, be the one that is added to the owner's momentum."""
+        self._sums[GRADIENT].replace(summed[0], self._rows.write(0, torch.float32))
 
     def finalize(self, summed: list[Tensor] | None = None) -> None:
-        """Let the update begin; summed: `of_ranks`, or None for one rank."""
-        self.of_ranks = None if summed is None else (summed[0], summed[1])
+        """Let the update begin; summed: None for one rank, `of_ranks`, or for the owner the last one's gradient."""
+        if summed is not None and self._for_owner:
+            self.add_micro_batch(summed)
+        elif summed is not None:
+            self.of_ranks = summed[0], summed[1]
         self._final = True
 
     def clear(self) -> None:

@@ -55,6 +55,7 @@ class Weight:
         self.rows: tuple[int, int] | None = None
         """Of a weight that is dealt by rows those start:stop whose moments are here; None for all."""
         self._from_owner: FromOwner | None = None
+        self._sums_for_owner = False
 
     def bind(
         self, group: dict[str, Any], states: States, table: StepTable, index: int, position: int, count: int
@@ -91,6 +92,12 @@ class Weight:
                 del self.state[key]
             elif part is not value:
                 self.state[key] = part.clone()
+        self.gradient.first_row = self.first_row
+
+    def sum_for_owner(self) -> None:
+        """Keep no sum over micro-batches on this rank, but for that of the owner."""
+        self._sums_for_owner = True
+        self.gradient.sum_for_owner()
 
     def part_of_state(self, key: str, value: Tensor) -> Tensor | None:
         """What this rank keeps of an entry of the whole state: all, a view of some rows, or None for nothing."""
@@ -127,6 +134,9 @@ class Weight:
         self.gradient = (
             SummedGradient(subspace, rows) if self.sums_in_momentum else WeightGradient(subspace, dtype, rows)
         )
+        self.gradient.first_row = self.first_row
+        if self._sums_for_owner:
+            self.gradient.sum_for_owner()
 
     @property
     def shape(self) -> torch.Size:

@@ -105,6 +105,15 @@ def test_quantize_strided(kernel_device: torch.device) -> None:
     agreed(lambda: quantize(normal(7, 600).to(kernel_device)[:, ::2], 4, GROUP, 5))
 
 
+@each("bits", (8, 4))
+def test_rows_of_a_matrix_are_quantized_as_in_the_whole(bits: int, kernel_device: torch.device) -> None:
+    x, row = normal(9, 600).to(kernel_device), kernels.StepScalars(7, -1.0, 1.0).row().to(kernel_device)
+    whole = agreed(lambda: kernels.quantize(x, bits, GROUP, row))
+    part = agreed(lambda: kernels.quantize(x[4:], bits, GROUP, row, 4))
+    assert same(tuple(tensor[4:] for tensor in whole), part)
+    assert not same(part, kernels.quantize(x[4:], bits, GROUP, row)), "of rows that begin at 0"
+
+
 @each("dtype", FLOATS)
 @each("bits", (8, 4))
 @each("shape", SHAPES)

@@ -165,7 +165,9 @@ def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tenso
     )  # fmt: skip
 
 
-def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, group_size: int, row: Tensor | None, row_start: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `qgalore.kernels.quantize`."""
     rows, columns = x.shape
     groups = ceil_div(columns, group_size)
@@ -176,7 +178,7 @@ def quantize(x: Tensor, bits: int, group_size: int, row: Tensor | None) -> tuple
     parts = QuantizedUpdate(
         qdata, scale, zero_point, x, None, None, columns, bits, group_size, without_row, row is not None
     )
-    write_groups_([parts], None, update=False)
+    write_groups_([parts], None, update=False, row_start=row_start)
     return qdata, scale, zero_point
 
 
