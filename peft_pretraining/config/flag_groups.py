@@ -584,6 +584,10 @@ class RuntimeArgs:
     has the weights; each matrix has one rank that keeps its optimizer state and updates it for the others, which
     receive the stored weight. full: the weight, too, is with that rank, and a layer's are gathered before it runs;
     without CUDA graphs. Ranks of one machine share; other machines have the same again."""
+    offload: Annotated[str, Flag(choices=("none", "states", "weights"))] = "none"
+    """What of the decoder's layers waits in host memory, and is copied to the device for each layer before it is
+    needed there, while another one runs. states: optimizer states and bases of subspaces, which an update of the layer
+    needs. weights: the stored weights as well, which its forward and backward pass need; without CUDA graphs."""
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
