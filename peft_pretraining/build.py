@@ -118,7 +118,8 @@ def build_training(
     if mesh is not None and args.runtime.shard == "full":
         gather_layers(model, optimizer)
     elif args.runtime.offload != "none":
-        for tensor, value in waiting:  # attached as tensors of the device, which they are while their layer runs
+        while waiting:  # attached as tensors of the device, which they are while their layer runs
+            tensor, value = waiting.pop()
             tensor.data = value
         offload_layers(model, optimizer, args)
     elif allows_graphs(args):

@@ -57,14 +57,16 @@ QUICK = {("streaming", "summed"), ("full_rank", "at_once"), ("adam8bit", "by_lay
 QUANTIZED = [case for case, flags in CASES.items() if flags.get("weight_quant") or case == "recipe"]
 
 
+def in_each_way(cases: Iterable[str]) -> list[tuple[str, str]]:
+    """Cases with ways that go with them."""
+    return [each for each in itertools.product(cases, WAYS) if each != ("sum_in_momentum", "by_layer")]
+
+
 def every(cases: Iterable[str]) -> list[Any]:
-    """Cases in each way, of which only some are tried in every change."""
-    chosen = [(case, way) for case in cases for way in WAYS]
-    refused = {("sum_in_momentum", "by_layer")}
+    """`in_each_way`, of which only some are tried in every change."""
     return [
         pytest.param(*each, id="-".join(each), marks=() if each in QUICK else pytest.mark.slow)
-        for each in chosen
-        if each not in refused
+        for each in in_each_way(cases)
     ]
 
 
