@@ -36,7 +36,7 @@ from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import card_here, parse_within_budget
 from peft_pretraining.memory.dealt_states import owners_by_name
-from peft_pretraining.memory.host import missing_host_memory
+from peft_pretraining.memory.host import missing_host_memory, not_locked
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
@@ -56,6 +56,7 @@ from peft_pretraining.runtime.update_outcomes import (
 )
 from peft_pretraining.runtime.world import World, is_lost_rank, start_world
 from peft_pretraining.speed.direction_price import warning_of_direction
+from qgalore.offload.page_locked import PageLockError
 
 PROGRAM = "run_pretrain.py"
 
@@ -96,6 +97,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
             gc.collect()  # a model and its hooks are a reference cycle
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(args, world.device)) from error
+    except PageLockError as error:
+        raise UserError(not_locked(args, error)) from error
     finally:
         for lock in locks:  # a run that was refused has left nothing else
             lock.remove_unused()

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_pretraining.config.flag_groups import DataArgs, ModelArgs
 from peft_pretraining.config.run_config import RunArgs
@@ -36,6 +37,7 @@ from peft_pretraining.optim.build import (
     build_optimizer,
     gather_layers,
     low_rank_converter,
+    offload_layers,
     replay_layers,
 )
 from peft_pretraining.optim.protocol import TrainingOptimizer
@@ -103,6 +105,9 @@ def build_training(
     convert = converter_of(args)
     if mesh is not None and args.runtime.shard == "full":
         convert = _of_owned(convert, mesh)
+    waiting: list[tuple[Tensor, Tensor]] = []
+    if args.runtime.offload == "weights":
+        convert = _on_host(convert, waiting)
     model = build_model(args.kept_activations, device, seed, on_module=convert)
     if args.optimizer.is_low_rank:
         # Of our own models it was seen before anything was built; those of transformers tell their shapes here.
@@ -112,6 +117,11 @@ def build_training(
     optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce, mesh)
     if mesh is not None and args.runtime.shard == "full":
         gather_layers(model, optimizer)
+    elif args.runtime.offload != "none":
+        while waiting:  # attached as tensors of the device, which they are while their layer runs
+            tensor, value = waiting.pop()
+            tensor.data = value
+        offload_layers(model, optimizer, args)
     elif allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer
@@ -128,6 +138,23 @@ def _of_owned(convert: OnModule, mesh: ShardMesh) -> OnModule:
                 give_up(tensor)
 
     return convert_and_free
+
+
+def _on_host(convert: OnModule, waiting: list[tuple[Tensor, Tensor]]) -> OnModule:
+    """A callback that also moves decoder matrices to host memory, as soon as they are there: tensors and their values.
+
+    The tensors keep shape and device, and no memory.
+    """
+
+    def convert_and_move(model: CausalLM, name: str) -> None:
+        convert(model, name)
+        if model.is_decoder_matrix(name):
+            matrix = model.get_submodule(name)
+            for tensor in (matrix.get_parameter("weight"), *matrix.buffers(recurse=False)):
+                waiting.append((tensor, tensor.data.to("cpu", copy=True)))
+                give_up(tensor)
+
+    return convert_and_move
 
 
 def converter_of(args: RunArgs) -> OnModule:

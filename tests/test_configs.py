@@ -30,14 +30,21 @@ SHAPES = {
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
+    "30b": (6656, 17920, 60, 52),
+    "70b": (8192, 28672, 80, 64),
 }
+KEY_VALUE_HEADS = {"70b": 8}
+"""Where they are fewer than heads, which share them."""
+POSITIONS = {"7b": 2048, "13b": 2048, "30b": 2048, "70b": 4096}
 COUNTS = {"9m": 8_995_968, "60m": 58_073_600, "350m": 367_969_280, "1b": 1_339_082_752, "7b": 6_738_415_616}
+COUNTS |= {"30b": 32_528_943_616, "70b": 68_976_648_192}  # as LLaMA-1 and LLaMA-2 have them
 
 
 def expected_count(name: str) -> int:
-    hidden, inter, layers, _ = SHAPES[name]
+    hidden, inter, layers, heads = SHAPES[name]
+    key_values = 2 * hidden**2 * KEY_VALUE_HEADS.get(name, heads) // heads
     vocabulary = 32_100 if name == "100m" else 32_000
-    return 2 * vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * inter + 2 * hidden) + hidden
+    return 2 * vocabulary * hidden + layers * (2 * hidden**2 + key_values + 3 * hidden * inter + 2 * hidden) + hidden
 
 
 def test_every_config_is_listed(root: Path) -> None:
@@ -54,9 +61,9 @@ def test_shape(root: Path, name: str) -> None:
         config.num_hidden_layers,
         config.num_attention_heads,
     )
-    assert config.num_key_value_heads == config.num_attention_heads
+    assert config.num_key_value_heads == KEY_VALUE_HEADS.get(name, config.num_attention_heads)
     assert config.vocab_size == (32_100 if name == "100m" else 32_000)
-    assert config.max_position_embeddings == (2048 if name in ("7b", "13b") else 1024)
+    assert config.max_position_embeddings == POSITIONS.get(name, 1024)
     assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 1, None)
     assert (config.rms_norm_eps, config.rope_theta, config.tie_word_embeddings) == (1e-6, 10000.0, False)
     assert config.parameter_count() == expected_count(name) == COUNTS.get(name, expected_count(name))

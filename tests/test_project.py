@@ -101,8 +101,8 @@ def test_no_data_set_is_asked_for_by_its_name(name: str) -> None:
 
 ROOMS = [
     "qgalore.torch_internals", "qgalore.seeding", "qgalore.config", "qgalore.recipes", "qgalore.kernels",
-    "qgalore.layer", "qgalore.subspace", "qgalore.update", "qgalore.sharding", "qgalore.optimizer", "qgalore.graphs",
-    "qgalore.integrations", "qgalore.compat", "qgalore",
+    "qgalore.layer", "qgalore.subspace", "qgalore.update", "qgalore.sharding", "qgalore.offload", "qgalore.optimizer",
+    "qgalore.graphs", "qgalore.integrations", "qgalore.compat", "qgalore",
     "peft_pretraining.errors", "peft_pretraining.data", "peft_pretraining.models", "peft_pretraining.config",
     "peft_pretraining.methods", "peft_pretraining.optim", "peft_pretraining.accumulation", "peft_pretraining.runtime",
     "peft_pretraining.build", "peft_pretraining.evaluation",

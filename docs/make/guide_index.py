@@ -13,6 +13,7 @@ WISHES = {
     "which_recipe.md": "choose a method and its settings",
     "continued_pretraining.md": "go on from a model that is there",
     "many_gpus.md": "train on several GPUs, or as a job of SLURM",
+    "offload.md": "train what one card does not hold, with host memory",
     "when_it_stops.md": "know what a stop, a crash or a warning means",
     "after_training.md": "see text, measure, compare and export a model",
     "trainers.md": "train in Trainer, accelerate, Lightning or my own loop",

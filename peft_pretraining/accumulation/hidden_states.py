@@ -23,8 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from peft_pretraining.accumulation.host_memory import page_locked
-from peft_pretraining.accumulation.side_stream import CudaStreams, Event, Streams
+from peft_pretraining.accumulation.host_memory import locked_for_hidden_states
+from qgalore.offload.side_stream import CudaStreams, Event, Streams
 
 BUFFERS_OF_A_MICRO_BATCH = 6
 """Of a CUDA device, each for the hidden states of one micro-batch."""
@@ -118,5 +118,5 @@ def hidden_states(boundaries: int, micro_batches: int, like: Tensor) -> HiddenSt
     streams = CudaStreams(like.device)
     host: list[Tensor] = []
     states = StreamedHiddenStates(host, like, streams)
-    host += page_locked(states, [torch.Size((micro_batches, *like.shape))] * boundaries, like.dtype)
+    host += locked_for_hidden_states(states, [torch.Size((micro_batches, *like.shape))] * boundaries, like.dtype)
     return states

@@ -1,18 +1,14 @@
-"""Page-locked host memory of exactly the size that is asked for.
-
-PyTorch's allocator of page-locked memory rounds up to a power of two, which of tens of gigabytes may be as much again.
-Here ordinary memory is registered with CUDA, and stays so until its owner is gone.
-"""
+"""Host memory that is free, or is locked for the hidden states of a run."""
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
+from qgalore.offload.page_locked import PageLockError, page_locked
 
 
 def free_host_bytes() -> int | None:
@@ -24,27 +20,12 @@ def free_host_bytes() -> int | None:
         return None
 
 
-def page_locked(owner: object, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
-    """Uninitialised tensors on the host that a CUDA device reads and writes without the host's help.
-
-    They are registered as long as `owner` lives. Raises UserError where the system does not lock so much memory.
-    """
-    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
-    registered: list[Tensor] = []
-    weakref.finalize(owner, _unregister, registered).atexit = False  # CUDA may be gone before
-    for tensor in tensors:
-        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            raise UserError(
-                f"--accumulate_by layer: the system does not lock the {sum(x.nbytes for x in tensors) / 1e9:.1f} GB of "
-                "host memory that hold hidden states: give a smaller --total_batch_size, or --accumulate_by micro_batch"
-            )
-        registered.append(tensor)
-    return tensors
-
-
-def _unregister(tensors: list[Tensor]) -> None:
-    if tensors:
-        torch.cuda.synchronize()  # a copy may still be under way
-    for tensor in tensors:
-        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-    tensors.clear()
+def locked_for_hidden_states(owner: object, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
+    """`page_locked`; raises UserError where the system does not lock so much memory."""
+    try:
+        return page_locked(owner, shapes, dtype)
+    except PageLockError as error:
+        raise UserError(
+            f"--accumulate_by layer: {error}, which is to hold hidden states: give a smaller --total_batch_size, or "
+            "--accumulate_by micro_batch"
+        ) from error

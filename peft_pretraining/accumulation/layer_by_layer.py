@@ -38,6 +38,7 @@ from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import LowRankLinear
+from qgalore.offload.offload import Pass
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update.weight import Weight
 
@@ -82,8 +83,7 @@ class LayerByLayer:
             if not go_on():
                 self._batches = ()
                 return False
-            self._enter(index, 1)
-            with cached_weights(self._linears[index], self._embeddings.dtype, limit=math.inf):
+            with self._inside(index, 1), cached_weights(self._linears[index], self._embeddings.dtype, limit=math.inf):
                 for number, x in enumerate(self._inputs(index)):
                     # With gradients, though none is asked for: the backward pass then begins with the same kernels.
                     self._rows.write(index, number, self._run(index, number, x.requires_grad_()).detach())
@@ -102,12 +102,12 @@ class LayerByLayer:
         optimizer.end_layer(self._of_head)
         for index in range(last, -1, -1):
             optimizer.is_last_micro_batch = False
-            self._enter(index, -1)
-            with self._dequantized(index, dtype), cached_bases(self._weights_of(index), dtype):
-                for number, (x, grad) in enumerate(zip(self._inputs(index), rows.read(last), strict=True)):
-                    self._run(index, number, x.requires_grad_()).backward(grad)
-                    rows.write(last, number, _gradient_of(x))
-            optimizer.end_layer(self._layers[index].parameters())
+            with self._inside(index, -1):
+                with self._dequantized(index, dtype), cached_bases(self._weights_of(index), dtype):
+                    for number, (x, grad) in enumerate(zip(self._inputs(index), rows.read(last), strict=True)):
+                        self._run(index, number, x.requires_grad_()).backward(grad)
+                        rows.write(last, number, _gradient_of(x))
+                optimizer.end_layer(self._layers[index].parameters())
         optimizer.is_last_micro_batch = False
         for (ids, _), grad in zip(self._batches, rows.read(last), strict=True):
             self._model.embed(ids).backward(grad)
@@ -163,15 +163,25 @@ class LayerByLayer:
         out: Tensor = layer(x, *self._constants) if run is None else run(layer, x, *self._constants)
         return out
 
-    def _enter(self, index: int, step: int) -> None:
-        if self._gathering is not None:
-            self._gathering.enter(index, step)
-
     def _dequantized(self, index: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
         """Within it the first of a layer's quantized weights are there in `dtype`, up to `CACHED_BYTES`."""
         linears = self._linears[index]
         shapes = [(linear.out_features, linear.in_features) for linear in linears]
         return cached_weights(linears[: cached_matrices(shapes, dtype)], dtype, limit=math.inf)
+
+    @contextlib.contextmanager
+    def _inside(self, index: int, step: int) -> Iterator[None]:
+        """Within it what other ranks or host memory have of a layer is here: in the forward pass where step is 1."""
+        optimizer = self._optimizer
+        if self._gathering is not None:
+            self._gathering.enter(index, step)
+        if not isinstance(optimizer, LowRankAdamW) or (offload := optimizer.offload) is None:
+            yield
+            return
+        backward = Pass.UPDATE if optimizer.update_in_backward else Pass.GRADIENTS
+        offload.enter(index, Pass.FORWARD if step > 0 else backward, step)
+        yield
+        offload.leave(index)
 
     def _weights_of(self, index: int) -> list[Weight]:
         optimizer = self._optimizer

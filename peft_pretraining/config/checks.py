@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
 from peft_pretraining.config.method_checks import method_problems
 from peft_pretraining.config.model_source import source_problems, source_warnings
+from peft_pretraining.config.offload_checks import offload_problems, offload_warnings
 from peft_pretraining.config.shard_checks import shard_problems, shard_warnings
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
@@ -56,6 +57,7 @@ def find_problems(args: RunArgs) -> list[str]:
         *_schedule_problems(args),
         *_run_problems(args),
         *shard_problems(args),
+        *offload_problems(args),
     ]
 
 
@@ -98,7 +100,7 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
     elif model.int8_activations and model.compile == "off":
         warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
-    warnings += shard_warnings(args)
+    warnings += [*shard_warnings(args), *offload_warnings(args)]
     schedule = args.schedule
     if schedule.warmup_steps >= schedule.num_training_steps:
         warnings.append(

@@ -588,6 +588,10 @@ class RuntimeArgs:
     """Who sums the gradients of a dealt matrix over the micro-batches of an update. rank: every rank its own, which are
     sent once an update and take as much memory as without --shard. owner: each micro-batch's are sent to the owner,
     which alone has a sum. auto: owner with --shard full or --sum_in_momentum, else rank."""
+    offload: Annotated[str, Flag(choices=("none", "states", "weights"))] = "none"
+    """What of the decoder's layers waits in host memory, and is copied to the device for each layer before it is
+    needed there, while another one runs. states: optimizer states and bases of subspaces, which an update of the layer
+    needs. weights: the stored weights as well, which its forward and backward pass need; without CUDA graphs."""
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a

@@ -9,7 +9,8 @@ What is chosen are flags: the same command with them is the same run. Settings a
 4. where the full rank is a default, which no flag asks for, and does not fit: all of this with `--recipe orthogonal`.
 
 On several ranks the first two steps are made for replicas, then for optimizer states that are dealt to them and for
-weights that are, too (`--shard`), before a rank is made smaller.
+weights that are, too (`--shard`), before a rank is made smaller. Where nothing of all this fits, all of it is made for
+optimizer states that wait in host memory, then for weights that do (`--offload`), whose copies may make a run slower.
 
 Of the settings of a step that fit, the one of the least counted time of an update is taken (`peft_pretraining.speed`).
 Where others are as fast to one per cent, one that rounds nothing goes before one that does, then one that computes
@@ -336,13 +337,19 @@ def parse_within_budget(
         properties = torch.cuda.get_device_properties(0)
         check_card(budget, properties.total_memory, properties.name)
     card = card or card_here()
-    chosen = _chosen(modes, budget, card)
+    chosen, notes = _chosen(modes, budget, card), list[str]()
+    if chosen is None:
+        modes |= (offloading := _offloading(argv, world_size))
+        chosen = _chosen(offloading, budget, card)
+        notes += [] if chosen is None else [f"nothing fits without --offload {chosen.args.runtime.offload}"]
     if chosen is None:
         smallest = [dataclasses.replace(x.smallest, flags=(*shard, *x.smallest.flags)) for shard, x in modes.items()]
         least = min(smallest, key=lambda each: each.needs)
         raise UserError(too_small(f"--memory_budget {format_size(budget)}", least))
     args = parse_args([*argv, *chosen.flags], world_size)
-    return dataclasses.replace(args, command=tuple(argv), notes=(*args.notes, in_words(chosen, card)))
+    return dataclasses.replace(
+        args, command=tuple(argv), notes=(*args.notes, "; ".join([in_words(chosen, card), *notes]))
+    )
 
 
 def _is_given(argv: Sequence[str], name: str, value: str | None = None) -> bool:
@@ -424,6 +431,15 @@ def _modes(argv: Sequence[str], world_size: int) -> dict[tuple[str, ...], Candid
         for shard in ("optimizer", "full"):
             with contextlib.suppress(UserError):  # a mode that does not go with the other flags
                 found["--shard", shard] = Candidates([*argv, "--shard", shard], world_size)
+    return found
+
+
+def _offloading(argv: Sequence[str], world_size: int) -> dict[tuple[str, ...], Candidates]:
+    """The candidates by flags of --offload, where that is open: from states to weights on the host."""
+    found: dict[tuple[str, ...], Candidates] = {}
+    for offload in () if _is_given(argv, "offload") else ("states", "weights"):
+        with contextlib.suppress(UserError):
+            found["--offload", offload] = Candidates([*argv, "--offload", offload], world_size)
     return found
 
 

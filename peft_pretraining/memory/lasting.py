@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_pretraining.build import model_on_meta
 from peft_pretraining.memory.dealt_states import bytes_by_rank, fullest
+from peft_pretraining.memory.offloaded import offloaded
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.optim.build import states_on_meta
@@ -23,6 +24,7 @@ from qgalore.update.weight import is_of_subspace
 
 GRADIENTS, REFRESHES = "gradients", "for refreshes of subspaces (at most)"
 GATHERED = "matrices of other ranks, of two layers"
+SLOTS = "slots for layers from host memory"
 _WEIGHTS = ("decoder weights", "embeddings, head, norms")
 _STATES = ("optimizer states, decoder", "optimizer states, embeddings, head, norms")
 
@@ -34,15 +36,21 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
     decoder = {tensor for name in low_rank_names(model) for tensor in _tensors_of(model.get_submodule(name))}
     weights = {tensor for tensor in decoder if tensor.dim() > 1}  # without biases, which train in full
     found = dict.fromkeys((*_WEIGHTS, "projections", *_STATES, GRADIENTS, REFRESHES), 0)
+    offload, waiting = args.runtime.offload, offloaded(run)
     for tensor in _tensors_of(model):
+        if offload == "weights" and tensor in weights:
+            continue
         found[_WEIGHTS[tensor not in decoder]] += times.get(tensor, 1) * tensor.nbytes
     for number, (subspace, count) in enumerate(Counter(args.subspace.by_depth(layers)).items()):
         for param, state in states_on_meta(model, args.optimizer, subspace).items():
             for key, tensor in state.items():
                 # Counters stay on the CPU, and what is dealt is counted below.
-                if tensor.is_meta and (run.shards == 1 or is_of_subspace(key)):
+                on_host = offload != "none" and param in weights and tensor.dim() > 0
+                if tensor.is_meta and not on_host and (run.shards == 1 or is_of_subspace(key)):
                     kind = "projections" if "basis" in key else _STATES[param not in weights]
                     found[kind] += (count if param in times else number == 0) * tensor.nbytes
+    if offload != "none":
+        found[SLOTS] = waiting.in_slots
     if not run.updates_at_once:
         full = args.method.method == "full"
         trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]

@@ -187,7 +187,10 @@ class PassingBytes:
         if not run.args.optimizer.is_low_rank:
             rows = min(_ROWS, 4 * largest)
             return rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows
-        one_by_one, layers = run.updates_at_once and not run.graphs, 1 if run.updates_at_once else self.layers
+        one_by_one, layers = (
+            run.updates_at_once and not (run.graphs or run.stacked),
+            1 if run.updates_at_once else self.layers,
+        )
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         total = sum(x.gradient for x in run.matrices) * layers
         values, cached = min(total, limit + largest), self.bases if run.updates_at_once else 0

@@ -8,11 +8,12 @@ are not counted one by one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.dealt_states import bytes_by_rank
-from peft_pretraining.memory.lasting import GATHERED, GRADIENTS, REFRESHES, lasting_bytes
+from peft_pretraining.memory.lasting import GATHERED, GRADIENTS, REFRESHES, SLOTS, lasting_bytes
+from peft_pretraining.memory.offloaded import offloaded
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.passing_by_layer import PassingByLayer
 from peft_pretraining.memory.planned_run import PlannedRun
@@ -34,13 +35,21 @@ class MemoryPlan:
     """What the way of running takes on a GPU: workspaces, and memory that CUDA graphs hold."""
     of: str = "one rank"
     """Whose memory it is."""
-    host: int = 0
-    """Bytes of host memory that the run takes for what would else be on the device."""
+    hidden_states: int = 0
+    """Bytes of host memory for the outputs of layers, with `--accumulate_by layer`."""
+    waiting: int = 0
+    """Bytes of host memory for weights and states that wait for their layer, with `--offload`."""
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory that the run takes for what would else be on the device."""
+        return self.hidden_states + self.waiting
 
     @property
     def weights_and_states_bytes(self) -> int:
-        """Weights and optimizer states alone: the estimate that the papers' tables give."""
-        return sum(size for name, size in self.lasting.items() if name not in (GRADIENTS, REFRESHES, GATHERED))
+        """Weights and optimizer states alone, on device and host: the estimate that the papers' tables give."""
+        others = (GRADIENTS, REFRESHES, GATHERED, SLOTS)
+        return self.waiting + sum(size for name, size in self.lasting.items() if name not in others)
 
     @property
     def peak_bytes(self) -> int:
@@ -61,17 +70,20 @@ class MemoryPlan:
         for title, sizes in parts.items():
             lines += [f"{title}:", *(f"  {name:<44}{size / 1e9:>10.3f} GB" for name, size in sizes.items())]
         if self.host:
-            lines.append(f"host memory of one rank: {self.host / 1e9:.3f} GB of hidden states")
+            waits = {"weights and states of layers": self.waiting, "hidden states": self.hidden_states}
+            of_what = ", ".join(f"{size / 1e9:.3f} GB of {name}" for name, size in waits.items() if size)
+            lines.append(f"host memory of one rank: {of_what}")
         return "\n".join(lines)
 
 
 def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
     """The planned memory of one rank of this run; takes a fraction of a second for any model size."""
-    return plan_of_run(run := PlannedRun(args, config), lasting_bytes(run))
+    planned = plan_of_run(run := PlannedRun(args, config), lasting_bytes(run))
+    return replace(planned, waiting=offloaded(run).on_host)
 
 
 def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
-    """The planned memory of a run of which it is known what lasts."""
+    """The planned memory of a run of which it is known what lasts; on the device, with `--offload`."""
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
     if run.args.by_layer:
         by_layer = PassingByLayer(run)

@@ -46,6 +46,8 @@ class PlannedRun:
         self.gathers = args.runtime.shard == "full" and args.world_size > 1
         """Whether a layer's weights are gathered before it runs."""
         self.graphs = self.compiled and self.cuda and allows_graphs(args) and not self.gathers
+        self.stacked = args.runtime.offload != "none" and not args.by_layer and not self.graphs
+        """Whether the matrices of a layer are updated together, without graphs."""
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
         self.updates_at_once = optimizer.per_layer and (alone or args.by_layer)
         """Whether each gradient is used up inside the backward pass of its layer, or after it."""

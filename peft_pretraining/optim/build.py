@@ -25,6 +25,7 @@ from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig
 from qgalore.graphs.gathered import GatheredLayers
+from qgalore.graphs.offloaded import OffloadedLayers, let_evaluations_in
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
@@ -153,7 +154,7 @@ def allows_graphs(args: RunArgs) -> bool:
     group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
     residual that is kept until a later update. Nor is it served where gradients are added to momenta: each would have a
     buffer of its own, and there is to be none. These graphs are of one micro-batch in all layers: none where a layer
-    has all micro-batches at once.
+    has all micro-batches at once, or its weights come from the host.
     """
     optimizer, quantization = args.optimizer, args.quantization
     waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
@@ -161,6 +162,7 @@ def allows_graphs(args: RunArgs) -> bool:
     packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
     fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum and not args.by_layer
+    fits = fits and args.runtime.offload != "weights"
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 
@@ -170,11 +172,38 @@ def gather_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
     model.run_layers_by(GatheredLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 
 
-def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Run the decoder layers from CUDA graphs if they are compiled, on a CUDA GPU and updated by Triton kernels."""
+def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) -> None:
+    """Let optimizer states of the decoder layers wait on the host, and their weights if `--offload` says so.
+
+    Raises UserError where the system does not lock so much memory.
+    """
+    assert isinstance(optimizer, LowRankAdamW)
+    layers, weights = list(model.decoder_layers), args.runtime.offload == "weights"
+    offload = optimizer.offload_layers(layers, weights, slots_of(args))
+    let_evaluations_in(layers, offload)
+    replays = allows_graphs(args) and replay_layers(model, optimizer)
+    if not args.by_layer and not replays:
+        model.run_layers_by(OffloadedLayers(layers, model.compiled_layer, optimizer))
+
+
+def slots_of(args: RunArgs) -> int:
+    """How many layers `--offload` has on the device at the same time: one that runs, one that comes.
+
+    Over ranks one more, whose gradients are summed while the one below it runs.
+    """
+    return 2 if args.world_size == 1 else 3
+
+
+def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> bool:
+    """Run the decoder layers from CUDA graphs if they are compiled, on a CUDA GPU and updated by Triton kernels.
+
+    Returns whether they are.
+    """
     run, layers, device = model.compiled_layer, model.decoder_layers, next(model.parameters()).device
     if run is None or not isinstance(optimizer, LowRankAdamW):
-        return
+        return False
     matrices = [layer for layer in layers.modules() if isinstance(layer, LowRankLinear)]
-    if device.type == "cuda" and all(reads_rows_on_device(device, x.group_size) for x in matrices):
-        model.run_layers_by(LayerGraphs(list(layers), run, optimizer))
+    if device.type != "cuda" or not all(reads_rows_on_device(device, x.group_size) for x in matrices):
+        return False
+    model.run_layers_by(LayerGraphs(list(layers), run, optimizer))
+    return True

@@ -9,6 +9,7 @@ from functools import lru_cache
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.speed.cards import Card
+from peft_pretraining.speed.host_link import seconds_with_link
 from peft_pretraining.speed.passes import seconds
 from peft_pretraining.speed.update_passes import (
     Setting,
@@ -39,7 +40,8 @@ def counted_seconds(args: RunArgs, config: ModelConfig, card: Card) -> float:
         replace(s, checkpointing=False, checkpoint_every=1, checkpoint_layers=0), ours, card
     )
     kept = s.config.num_hidden_layers - s.recomputed
-    return (plain + s.grad_accum * (s.recomputed * again + kept * rounding)) / SHARE_OF_FLOOR
+    computing = (plain + s.grad_accum * (s.recomputed * again + kept * rounding)) / SHARE_OF_FLOOR
+    return seconds_with_link(args, s, computing, card.link_bytes_per_second)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -55,7 +57,8 @@ def _times(s: Setting, ours: bool, card: Card) -> tuple[float, float, float]:
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
     """What decides the passes of a run; the mean of the ranks of attention and MLP stands for all matrices.
 
-    Of accumulation by layers each pass of a micro-batch is counted as otherwise, and no copy to or from the host.
+    Of accumulation by layers each pass of a micro-batch is counted as otherwise, and no copy of its hidden
+    states to or from the host.
     """
     optimizer, subspace, model = args.optimizer, args.subspace, args.kept_activations
     of_both = (*subspace.ranks(), *subspace.ranks(of_mlp=True)) if optimizer.is_low_rank else ()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer.linear import LowRankLinear
+from qgalore.offload.offload import Pass
 from qgalore.optimizer import LowRankAdamW
 from qgalore.update.all_reduce import Bucket
 
@@ -44,6 +45,7 @@ class EagerStack:
         """The gradients of layers on their way over the ranks."""
         self._at_once = optimizer.updates_at_once
         self._sends = optimizer.owners_sum or (self._at_once and optimizer.sums_over_ranks)
+        self._offload = optimizer.offload
         self._grad = torch.empty(0)
         self.forward_passes = 0
 
@@ -68,6 +70,7 @@ class EagerStack:
                 with cached_weights(linears, self._dtype):
                     self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
                 self._inputs.append(self._outputs[-1].detach().requires_grad_())
+                self._leave(index)
 
     def _run_backward(self) -> None:
         for index in reversed(range(len(self._layers))):
@@ -76,12 +79,22 @@ class EagerStack:
             if self._sends:
                 self._buckets[index].start()
                 self._finish(index + 1)
-            elif not self._at_once:
+                continue
+            if not self._at_once:
                 self._optimizer.gradients_ready(self._weights[index])
+            self._leave(index)
         self._finish(0)
 
     def _enter(self, index: int, step: int) -> None:
         """Before a layer runs, and after it that of number index + step: forward where step is 1."""
+        if self._offload is not None:
+            backward = Pass.UPDATE if self._at_once else Pass.GRADIENTS
+            self._offload.enter(index, Pass.FORWARD if step > 0 else backward, step)
+
+    def _leave(self, index: int) -> None:
+        """After all that a pass has done with a layer."""
+        if self._offload is not None:
+            self._offload.leave(index)
 
     def _finish(self, index: int) -> None:
         """Update a layer whose gradients are on their way, if they are, or add them to their owners' sums."""
@@ -96,6 +109,7 @@ class EagerStack:
             self._perform(self._updates, index)
             self._optimizer.publish(self._weights[index])
             del self._buckets[index]
+            self._leave(index)
 
     def _perform(self, work: Work, index: int) -> None:
         work(index, ANY_MEMORY)

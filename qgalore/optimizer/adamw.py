@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
+from qgalore.offload.offload import Offload
 from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
 from qgalore.optimizer.saved_state import state_for
 from qgalore.sharding.gathering import Gathering
@@ -44,7 +45,7 @@ from qgalore.update.step import (
     update_weights,
 )
 from qgalore.update.step_table import StepTable
-from qgalore.update.weight import Weight
+from qgalore.update.weight import HOST_STATE, Weight
 
 
 class LowRankAdamW(Optimizer):
@@ -116,6 +117,8 @@ class LowRankAdamW(Optimizer):
         self._share_of_momenta: float | None = None
         """See `add_to_momenta`."""
         self._shards: Shards | None = None
+        self.offload: Offload | None = None
+        """What of layers waits in host memory."""
         self._sent: list[Weight] = []
         """Those whose owners, other ranks, have their gradients and are to update them."""
         self.loss_scale: LossScale | None = None
@@ -143,6 +146,8 @@ class LowRankAdamW(Optimizer):
         # A copy is attached to no model.
         self._check_whole("be copied")
         self._settle()
+        if self.offload is not None:
+            self.offload.settle()
         return super().__getstate__() | {"_seed": self._seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -267,6 +272,9 @@ class LowRankAdamW(Optimizer):
         """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again."""
         self.update_in_backward, self._all_reduce, self.loss_scale, self._replay = False, None, None, None
         self._shards = None
+        if self.offload is not None:
+            self.offload.release()
+            self.offload = None
         if self._detach is not None:
             self._detach()
 
@@ -345,7 +353,7 @@ class LowRankAdamW(Optimizer):
             self._share_of_momenta = 1.0
         elif self._all_reduce is not None and self._share_of_momenta is None:
             # By what they make of 1: so a function that averages is served, too.
-            ranks = torch.ones(1, device=next(iter(self._weights)).device)
+            ranks = torch.ones(1, device=next(iter(self._weights.values())).device)
             if (sent := self._all_reduce(ranks)) is not None:
                 sent.wait()
             self._share_of_momenta = 1.0 / float(ranks)
@@ -370,7 +378,7 @@ class LowRankAdamW(Optimizer):
     def _update_checks(self) -> UpdateChecks:
         """The checks of the update that is being made, cleared at its beginning."""
         if self._checks is None or self._checks.count != len(self._weights):
-            self._checks = UpdateChecks(len(self._weights), next(iter(self._weights)).device)
+            self._checks = UpdateChecks(len(self._weights), next(iter(self._weights.values())).device)
         elif self._stepped:
             self._checks.clear()
         self._checks.inverse_scale = self._inverse_scale
@@ -427,6 +435,28 @@ class LowRankAdamW(Optimizer):
         """What brings the weights of layers here before they run, after `gather_layers`."""
         return None if self._shards is None else self._shards.gathering
 
+    @torch.no_grad()
+    def offload_layers(self, layers: Sequence[nn.Module], weights: bool = False, slots: int = 2) -> Offload:
+        """Let what the matrices of layers have wait in host memory: optimizer states, and with `weights` codes, too.
+
+        Passes over the layers must then enter and leave them (`qgalore.graphs.runner.OffloadedLayers`); `step` does so
+        itself. slots: see `Offload`. Raises RuntimeError on a rank of a mesh and without `attach`, ValueError for
+        weights that are not quantized, PageLockError where the system does not lock so much memory.
+        """
+        if self._detach is None or not self._detach.alive or self._shards is not None:
+            raise RuntimeError("layers can be offloaded after attach(model) alone, and not with a mesh")
+        found = [self.weights_of(layer) for layer in layers]
+        floats = [x.name for of_layer in found for x in of_layer if len(x.shape) > 1 and x.param.is_floating_point()]
+        if weights and floats:
+            raise ValueError(f"{floats[0]} is float, and only quantized weights are offloaded: leave weights=True out")
+        device = next(iter(self._weights.values())).device
+        self.offload = offload = Offload(found, device, weights, slots)
+        for layer in layers if weights else ():
+            layer.register_state_dict_pre_hook(lambda *_: offload.settle())
+            layer.register_load_state_dict_pre_hook(lambda *_: offload.forget())
+        self.states_replaced += 1
+        return offload
+
     def is_elsewhere(self, param: Tensor) -> bool:
         """Whether this rank does not have a parameter for good."""
         return self._shards is not None and param in self._weights and self._shards.is_elsewhere(self._weights[param])
@@ -465,7 +495,9 @@ class LowRankAdamW(Optimizer):
             self._shards.publish(weights)
 
     def _update(self, weights: Sequence[Weight], clip: Tensor | None) -> None:
-        update_weights(_owned(weights), self._update_checks(), clip, self._replay)
+        owned = _owned(weights)
+        for part in [owned] if self.offload is None else self.offload.by_layer(owned):
+            update_weights(part, self._update_checks(), clip, self._replay)
         if others := [weight for weight in weights if not weight.owned]:
             for weight in others:
                 weight.count_update()
@@ -514,14 +546,14 @@ class LowRankAdamW(Optimizer):
         """Let the step rows be those of the update that goes on, if they are not."""
         if not self._rows_written and self._step_table is not None:
             scalars = [weight.update_scalars() for weight in self._weights.values()]
-            self._step_table.write_updates(scalars, next(iter(self._weights)).device)
+            self._step_table.write_updates(scalars, next(iter(self._weights.values())).device)
             self._rows_written = True
 
     def write_sum_rows(self) -> None:
         """Let the step rows of sums be those of the gradients that the next micro-batch adds."""
         if self._step_table is not None:
             scalars = [weight.gradient.next_sum_scalars() for weight in self._weights.values()]
-            self._step_table.write_sums(scalars, next(iter(self._weights)).device)
+            self._step_table.write_sums(scalars, next(iter(self._weights.values())).device)
 
     def weights_of(self, module: nn.Module) -> list[Weight]:
         """The weights among the parameters of a module, in its order."""
@@ -699,6 +731,8 @@ class LowRankAdamW(Optimizer):
         """
         self._check_whole("be saved")
         self._settle()
+        if self.offload is not None:
+            self.offload.settle()
         found: dict[str, Any] = super().state_dict()
         ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
         groups = [dict(sorted(group.items())) for group in found["param_groups"]]
@@ -716,7 +750,11 @@ class LowRankAdamW(Optimizer):
         before = {"param_groups": self.param_groups, "state": self.state}
         # The last hook sees what others made of the dict.
         part_of = None if self._shards is None else self._part_of_state
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: state_for(self.param_groups, given, part_of))
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, given: state_for(self.param_groups, given, part_of, self._home_of_state)
+        )
+        if self.offload is not None:
+            self.offload.forget()
         try:
             super().load_state_dict(state_dict)
             for weight in self._weights.values():
@@ -730,6 +768,12 @@ class LowRankAdamW(Optimizer):
 
     def _part_of_state(self, param: Tensor, key: str, value: Tensor) -> Tensor | None:
         return self._weights[param].part_of_state(key, value)
+
+    def _home_of_state(self, param: Tensor, key: str, value: Tensor) -> torch.device:
+        """Where an entry of the state of a parameter lies between updates."""
+        weight = self._weights[param]
+        hosted = self.offload is not None and self.offload.is_hosted(weight, value)
+        return torch.device("cpu") if key in HOST_STATE or hosted else weight.device
 
     # ---- what the subspaces do
 

@@ -14,14 +14,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qgalore.config import SubspaceConfig, complete_group, subspace_of
-from qgalore.update.weight import HOST_STATE
 
 Group = dict[str, Any]
 PartOf = Callable[[Tensor, str, Tensor], Tensor | None]
 """part_of(parameter, name, entry) -> what is kept of an entry of a state; None for nothing."""
+HomeOf = Callable[[Tensor, str, Tensor], torch.device]
+"""home_of(parameter, name, entry) -> where an entry of a state lies between updates."""
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "accumulator_dtype", "norm_growth",
@@ -34,13 +36,12 @@ _LATER_KEYS = {"norm_growth": 0.0, "second_moment": "value", "cautious_decay": F
 """Keys that came later: what states that do not know them were made with. Options of a subspace have their defaults."""
 
 
-def state_for(groups: list[Group], saved: dict[str, Any], part_of: PartOf | None = None) -> dict[str, Any]:
+def state_for(groups: list[Group], saved: dict[str, Any], part_of: PartOf | None, home_of: HomeOf) -> dict[str, Any]:
     """`saved`, a state dict, with groups as `groups` need them and the state of each parameter under the parameter.
 
-    Tensors are copies on the parameter's device (counters: on the CPU), in the dtypes they were saved in; `saved` stays
-    as it is. As torch does, the saved hyperparameters are taken; a warning names options of a subspace that were
-    others. part_of: what of each entry is copied, if not all. Raises ValueError for the state of
-    another optimizer or model.
+    Tensors are copies in the dtypes they were saved in, each where `home_of` says; `saved` stays as it is. As torch
+    does, the saved hyperparameters are taken; a warning names options of a subspace that were others. part_of: what of
+    each entry is copied, if not all. Raises ValueError for the state of another optimizer or model.
     """
     _check_groups(groups, saved["param_groups"])
     loaded = [complete_group(_LATER_KEYS | group) for group in saved["param_groups"]]
@@ -55,7 +56,9 @@ def state_for(groups: list[Group], saved: dict[str, Any], part_of: PartOf | None
     _check_codes_have_state(owners, saved["state"])
     _warn_of_other_subspaces(groups, loaded)
     state = {
-        owners[key]: _placed(key, entries, owners[key], part_of) for key, entries in saved["state"].items() if entries
+        owners[key]: _placed(key, entries, owners[key], part_of, home_of)
+        for key, entries in saved["state"].items()
+        if entries
     }
     return saved | {"state": state, "param_groups": loaded}
 
@@ -113,7 +116,9 @@ def _check_codes_have_state(owners: Mapping[Any, Tensor], state: Mapping[Any, An
         )
 
 
-def _placed(key: Any, entries: Mapping[str, Any], param: Tensor, part_of: PartOf | None) -> dict[str, Tensor]:
+def _placed(
+    key: Any, entries: Mapping[str, Any], param: Tensor, part_of: PartOf | None, home_of: HomeOf
+) -> dict[str, Tensor]:
     for name, value in entries.items():
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -121,8 +126,4 @@ def _placed(key: Any, entries: Mapping[str, Any], param: Tensor, part_of: PartOf
                 "saved by another optimizer or in part"
             )
     parts = {name: value if part_of is None else part_of(param, name, value) for name, value in entries.items()}
-    return {
-        name: part.to("cpu" if name in HOST_STATE else param.device, copy=True)
-        for name, part in parts.items()
-        if part is not None
-    }
+    return {name: part.to(home_of(param, name, part), copy=True) for name, part in parts.items() if part is not None}

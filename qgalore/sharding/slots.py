@@ -55,9 +55,16 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 def move(tensors: Sequence[Tensor], buffer: Tensor, copy: bool = True) -> None:
     """Let tensors be views of a buffer, one behind the other; `copy` what they have been."""
-    for tensor, part in zip(tensors, buffer.split([_aligned(tensor) for tensor in tensors]), strict=True):
-        view = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    for tensor, view in zip(tensors, views_of(buffer, tensors), strict=True):
         tensor.data = view.copy_(tensor.data) if copy else view
+
+
+def views_of(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a buffer, which may have more bytes, of the shapes and dtypes of tensors, one behind the other."""
+    parts = buffer[: size_of(tensors)].split([_aligned(tensor) for tensor in tensors])
+    return [
+        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)
+    ]
 
 
 def _aligned(tensor: Tensor) -> int:

@@ -122,19 +122,19 @@ class Streaming(Identity):
     """A projection whose basis follows the gradient by one step of subspace iteration a refresh."""
 
     def __init__(
-        self, config: SubspaceConfig, param: Tensor, shape: torch.Size, state: dict[str, Tensor], seeds: Seeds,
+        self, config: SubspaceConfig, like: Tensor, shape: torch.Size, state: dict[str, Tensor], seeds: Seeds,
         position: int, count: int,
     ) -> None:  # fmt: skip
-        """state: that of the weight `param`, of `shape` (m, n), which is number `position` of `count` low-rank ones."""
+        """state: of a weight of `shape` (m, n), number `position` of `count` low-rank ones, stored as `like` is."""
         super().__init__(shape)
         self.config, self.sides = config, config.sides(shape)
         self.gradient_shape = torch.Size(config.gradient_shape(shape))
-        self.stored = StoredBases(config, shape, state, param.dtype if param.is_floating_point() else torch.float32)
+        self.stored = StoredBases(config, shape, state, like.dtype if like.is_floating_point() else torch.float32)
         self.schedule = RefreshSchedule(config, position, count)
         self.schedule.load(state)
-        self._device, self._state, self._seeds = param.device, state, seeds
+        self._device, self._state, self._seeds = like.device, state, seeds
         # In memory of its own: what a refresh allocates may be memory that CUDA graphs write over.
-        self._newest_similarity = torch.zeros((), device=param.device)
+        self._newest_similarity = torch.zeros((), device=like.device)
         self._failed = False
         self._unsettled: tuple[_FlagForHost, dict[str, Tensor]] | None = None
         """Whether the newest refresh was skipped, and the schedule before it."""

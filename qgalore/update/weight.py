@@ -50,6 +50,8 @@ class Weight:
         self.param, self._seed = param, seed
         self.layer: LowRankLinear | None = None
         self.name = ""
+        self.home: torch.device | None = None
+        """Where the weight is when it is used, if it waits elsewhere (`qgalore.offload`); None for where it is now."""
         self.owner, self.owned = 0, True
         """The rank that keeps the moments and makes the updates, and whether it is this one."""
         self.rows: tuple[int, int] | None = None
@@ -125,12 +127,13 @@ class Weight:
     def _compose(self) -> None:
         subspace, shape, config = Identity(self.shape), self.shape, self.config
         if config is not None and len(shape) == 2 and config.sides(shape):
-            rest = (self.param, shape, self.state, self._seeds, self._position, self._count)
+            like = self.param.new_empty(0, device=self.device)
+            rest = (like, shape, self.state, self._seeds, self._position, self._count)
             subspace = METHODS[config.subspace](config, *rest)
         self.subspace = subspace
         name: Any = self.param_group["accumulator_dtype"]
         dtype: torch.dtype = getattr(torch, name, name)
-        rows = SumRows(self._table, self._seeds, self.param.device)
+        rows = SumRows(self._table, self._seeds, self.device)
         self.gradient = (
             SummedGradient(subspace, rows) if self.sums_in_momentum else WeightGradient(subspace, dtype, rows)
         )
@@ -144,6 +147,11 @@ class Weight:
         if self.layer is None:
             return self.param.shape
         return torch.Size((self.layer.out_features, self.layer.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is updated."""
+        return self.home or self.param.device
 
     @property
     def sums_in_momentum(self) -> bool:
@@ -242,11 +250,11 @@ class Weight:
             self._init_moments()
         self.subspace.init_state()
         if self.owned and self.param_group["norm_growth"]:
-            self.state["limited_norm"] = torch.zeros((), device=self.param.device)
+            self.state["limited_norm"] = torch.zeros((), device=self.device)
 
     def _init_moments(self) -> None:
         """Put moments of zero into the state."""
-        shape, device = self.moment_shape, self.param.device
+        shape, device = self.moment_shape, self.device
         if parts := self.momentum_format:
             parts.init_state(self.state, self._seeds(START), device)
         elif self.sums_in_momentum:
@@ -319,7 +327,7 @@ class Weight:
 
     def sum_row(self, scalars: kernels.StepScalars) -> Tensor:
         """The step row of what is added to the sum of gradients next, with these scalars."""
-        self._table.write_sum(self.index, scalars, self.param.device)
+        self._table.write_sum(self.index, scalars, self.device)
         return self._table.sum_rows[self.index]
 
     def addition_scalars(self, number: int, share: float) -> kernels.StepScalars:
@@ -386,7 +394,7 @@ class Weight:
         if self.owned:
             value = moments.read_moment(self.state, "exp_avg")
         else:
-            value = torch.empty(self.subspace.gradient_shape, device=self.param.device)
+            value = torch.empty(self.subspace.gradient_shape, device=self.device)
         return self._from_owner(value, self.owner)
 
     def clear(self) -> None:

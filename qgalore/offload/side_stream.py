@@ -31,6 +31,9 @@ class Streams(Protocol):
     def side_stream(self) -> SideStream:
         """A new stream for copies."""
 
+    def join(self) -> None:
+        """Let the host wait for all that the device has been given: never in the steady step."""
+
 
 class CudaStreams:
     """Those of a CUDA device; what is computed is launched on the stream that is current at each call."""
@@ -50,6 +53,10 @@ class CudaStreams:
         """See `Streams`."""
         return CudaSideStream(self._device)
 
+    def join(self) -> None:
+        """See `Streams`."""
+        torch.cuda.synchronize(self._device)
+
 
 class CudaSideStream:
     """A CUDA stream for copies; those from and to pageable memory would make the host wait."""
@@ -64,3 +71,24 @@ class CudaSideStream:
         with torch.cuda.stream(self._stream):
             out.copy_(source, non_blocking=True)
         return self._stream.record_event()
+
+
+class HostStreams:
+    """Those of a CPU, whose work is done when it is asked for: so are copies, and no event has to be waited for."""
+
+    def mark(self) -> Event:
+        """See `Streams`."""
+
+    def wait(self, event: Event) -> None:
+        """See `Streams`."""
+
+    def side_stream(self) -> SideStream:
+        """See `Streams`."""
+        return self
+
+    def join(self) -> None:
+        """See `Streams`."""
+
+    def copy(self, out: Tensor, source: Tensor, after: Iterable[Event]) -> Event:
+        """See `SideStream`."""
+        out.copy_(source)
