@@ -36,6 +36,7 @@ from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.budget import card_here, parse_within_budget
 from peft_pretraining.memory.dealt_states import owners_by_name
+from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.memory.host import missing_host_memory, not_locked
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
 from peft_pretraining.methods.restarts import AdapterRestarts
@@ -43,7 +44,7 @@ from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up,
 from peft_pretraining.optim.lr_schedule import restarts_of, scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
-from peft_pretraining.runtime.device import check_device, slow_dtype
+from peft_pretraining.runtime.device import check_device, emulated_products, slow_dtype
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
@@ -87,6 +88,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         warnings = (
             warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device),
             warning_of_direction(args, shape_of(args.model), card_here()) if device.type == "cuda" else None,
+            emulated_products(device, args.quantization), warning_of_fp8_gradients(args, shape_of(args.model)),
         )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)

@@ -133,7 +133,7 @@ def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dic
 
 
 @torch.no_grad()
-def measure(product: Product, repeats: int) -> dict[str, float]:
+def measure(product: Callable[[], object], repeats: int) -> dict[str, float]:
     """The median milliseconds in a CUDA graph, without Python, and the peak beyond the operands in GB."""
     for _ in range(3):
         product()

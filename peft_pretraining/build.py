@@ -109,6 +109,8 @@ def build_training(
     if args.runtime.offload == "weights":
         convert = _on_host(convert, waiting)
     model = build_model(args.kept_activations, device, seed, on_module=convert)
+    if products := args.quantization.head_products:
+        model.multiply_head_in_fp8(products)
     if args.optimizer.is_low_rank:
         # Of our own models it was seen before anything was built; those of transformers tell their shapes here.
         shapes, layers = matrix_shapes(model), len(model.decoder_layers)

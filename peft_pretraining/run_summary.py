@@ -74,11 +74,13 @@ def _weights(args: RunArgs, config: ModelConfig | None) -> str:
     if args.method.method == "qlora":
         return f"those that are trained in {dtype}"
     if format.bits is None:
-        return f"all in {dtype}{', decoder products in FP8' if format.fp8_products else ''}"
+        in_fp8 = "decoder and head" if args.quantization.fp8_head else "decoder"
+        return f"all in {dtype}{f', {in_fp8} products in FP8' if format.fp8_products else ''}"
     group = "a row" if format.int8_products else f"{format.group_size}"
     rounding = "rounded stochastically" if format.stochastic_rounding else "rounded to nearest"
     rounding += ", multiplied in FP8" if format.fp8_products else ""
     rounding += " for gradients, too" if format.fp8_weight_gradients else ""
+    rounding += ", the head as well" if args.quantization.fp8_head else ""
     stored = f"INT{format.bits} in groups of {group}"
     stored = f"{dtype} on the grid of {stored} (simulation)" if format.simulate else stored
     if config is None:

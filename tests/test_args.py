@@ -551,6 +551,7 @@ BAD_COMBINATIONS = [
     ("--fp8_products", 1, "and --optimizer adam trains ordinary ones: use a galore or q_galore optimizer, or leave"),
     (f"{INT8_PRODUCTS} --fp8_products", 1, "--fp8_products and --int8_products are two ways to multiply"),
     (f"{GALORE} --fp8_weight_gradients", 1, "--fp8_weight_gradients comes beside --fp8_products: give both, or leave"),
+    (f"{GALORE} --fp8_head", 1, "--fp8_head comes beside --fp8_products: give both, or leave it out"),
     (f"{GALORE} --fp8_products --dtype float16", 1, "--dtype float16 does not hold: use --dtype bfloat16"),
     ("--proj_quant", 1, "--proj_quant cannot work with --optimizer adam, which has no projections"),
     ("--single_gpu", 2, "--single_gpu runs one process, torchrun started 2: use --nproc_per_node 1"),

@@ -12,7 +12,7 @@ import torch
 from peft_pretraining.config.flag_groups import QuantizationArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime.device import problem_of_gpu, problem_of_products, slow_dtype
+from peft_pretraining.runtime.device import emulated_products, problem_of_gpu, problem_of_products, slow_dtype
 from qgalore.update import loss_scale
 from tests.golden.record import restored_process
 from tests.small_run import Result, SmallRun, assert_same_bits, assert_same_run, flags_of
@@ -210,6 +210,15 @@ def test_the_host_reads_nothing_of_the_scale() -> None:
         scale.can_fall()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cpu_is_told_that_fp8_is_emulated(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = flags_of("q_galore_adamw8bit_per_layer") | {"fp8_products": True, "num_training_steps": 2}
+    assert small.main("run", **flags) == 0
+    told = "warning: --fp8_products on a CPU: values are rounded as a GPU rounds them and then multiplied in float32"
+    assert capsys.readouterr().err.count(told) == 1
+    assert emulated_products(torch.device("cuda"), QuantizationArgs(fp8_products=True)) is None
+    assert emulated_products(torch.device("cpu"), QuantizationArgs()) is None
 
 
 def test_a_cpu_is_told_that_float32_is_faster(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

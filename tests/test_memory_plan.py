@@ -115,6 +115,7 @@ MODES = {
     "q-galore simulated": f"{Q_GALORE} --simulation",
     "products in INT8": f"{Q_GALORE} --int8_products",
     "products in FP8": f"{Q_GALORE} --fp8_products",
+    "head in FP8": f"{Q_GALORE} --fp8_products --fp8_head",
     "8-bit projection": f"{Q_GALORE} --proj_bits 8 --proj_group_size 64",
     "one moment": f"{Q_GALORE} --direction orthogonal",
     "another rank of the MLP": f"{Q_GALORE} --mlp_rank 13",

@@ -74,6 +74,7 @@ MODES: dict[str, dict[str, object]] = {
     "int8_products": Q_GALORE_PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "fp8_products": Q_GALORE_PER_LAYER | {"fp8_products": True, "dtype": "bfloat16"},
     "fp8_weight_gradients": FULL_RANK | {"fp8_products": True, "fp8_weight_gradients": True, "dtype": "bfloat16"},
+    "fp8_head": FULL_RANK | {"fp8_products": True, "fp8_weight_gradients": True, "fp8_head": True},
     "recipe": Q_GALORE_PER_LAYER | RECIPE,
     "fira": Q_GALORE_PER_LAYER | {"subspace": "streaming", "residual": "fira", "norm_growth": 1.01},
     "full_rank": {**FULL_RANK},

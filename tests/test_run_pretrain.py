@@ -104,6 +104,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "fp8_products": Q_GALORE_PER_LAYER | {"fp8_products": True},
     "fp8_products_int4_bfloat16": Q_GALORE_PER_LAYER | {"fp8_products": True, "weight_bits": 4, "dtype": "bfloat16"},
     "fp8_weight_gradients": Q_GALORE_PER_LAYER | {"fp8_products": True, "fp8_weight_gradients": True},
+    "fp8_head": Q_GALORE_PER_LAYER | {"fp8_products": True, "fp8_head": True, "fp8_weight_gradients": True},
     "hf_fp8_products": Q_GALORE_PER_LAYER | {"fp8_products": True, "use_hf_model": True},
     "nearest_rounding": Q_GALORE_PER_LAYER | {"stochastic_round": False},
     "float_weights": Q_GALORE_PER_LAYER | {"weight_quant": False, "stochastic_round": None},
@@ -143,6 +144,22 @@ def test_products_in_int8_follow_the_float_ones_and_are_others(small: SmallRun) 
     assert max(differences) < 0.02, (rounded.losses, plain.losses)
     state = rounded.checkpoint().model_tensors
     assert state["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
+
+
+@pytest.mark.parametrize("model", ["ours", "transformers"])
+def test_a_head_in_fp8_follows_the_float_one_and_is_another(small: SmallRun, model: str) -> None:
+    flags = Q_GALORE_PER_LAYER | {"fp8_products": True, "num_training_steps": 12}
+    flags |= {"use_hf_model": True} if model == "transformers" else {}
+    plain, head = small.run("plain", **flags), small.run("head", **flags, fp8_head=True)
+    both = small.run("both", **flags, fp8_head=True, fp8_weight_gradients=True)
+    for rounded in (head, both):
+        differences = [abs(a - b) for a, b in zip(rounded.losses, plain.losses, strict=True)]
+        assert differences[0] > 0, "the flag did not reach the head"
+        # The first loss is of the same weights; the later ones are of two trainings that part.
+        assert differences[0] < 1e-3 and max(differences) < 0.03, (rounded.losses, plain.losses)
+        assert abs(sum(rounded.losses) - sum(plain.losses)) / 12 < 0.01
+        assert rounded.eval_loss == pytest.approx(plain.eval_loss, abs=0.03)
+    assert head.losses != both.losses, "the gradient of its weight is what it was"
 
 
 def test_storage_of_weights_and_projections(small: SmallRun) -> None:

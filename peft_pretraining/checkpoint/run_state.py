@@ -40,15 +40,15 @@ _STOP_MARKER = "STOPPED"
 # Values that must be the same for a resumed run to equal an uninterrupted one.
 _FIXED = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "mlp_rank", "proj_type", "weight_quant",
-    "weight_bits", "weight_group_size", "int8_products", "fp8_products", "fp8_weight_gradients", "simulation",
-    "proj_quant", "proj_bits", "proj_group_size", "subspace", "direction", "newton_schulz", "momentum_rank",
-    "momentum_rest_bits", "full_rank_second_moment", "seed", "method", "lora_alpha", "qlora_bits",
+    "weight_bits", "weight_group_size", "int8_products", "fp8_products", "fp8_weight_gradients", "fp8_head",
+    "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "direction", "newton_schulz",
+    "momentum_rank", "momentum_rest_bits", "full_rank_second_moment", "seed", "method", "lora_alpha", "qlora_bits",
     "model_config_contents",
 )  # fmt: skip
 # Values of newer flags for checkpoints that were saved before these flags existed.
 _OLD_VALUES = {
-    "int8_products": False, "fp8_products": False, "fp8_weight_gradients": False, "direction": "adam",
-    "newton_schulz": "muon", "momentum_rank": 0, "momentum_rest_bits": 4, "mlp_rank": 0,
+    "int8_products": False, "fp8_products": False, "fp8_weight_gradients": False, "fp8_head": False,
+    "direction": "adam", "newton_schulz": "muon", "momentum_rank": 0, "momentum_rest_bits": 4, "mlp_rank": 0,
     "full_rank_second_moment": "value", "method": "full", "lora_alpha": 32.0, "qlora_bits": 4,
 }  # fmt: skip
 

@@ -217,6 +217,9 @@ def _family_problems(args: RunArgs, family: ModelFamily[Any]) -> list[str]:
         "int8_activations": ("keeps its activations as they are", family.int8_activations),
     }
     given = {flag: flag for flag in lacks if getattr(args.model, flag)}
+    if args.quantization.fp8_head:
+        lacks["fp8_head"] = "has a loss of its own", family.fp8_head
+        given["fp8_head"] = "fp8_head"
     if args.by_layer:
         lacks["accumulate_by"] = "does not run a layer at a time", family.runs_by_layer
         given["accumulate_by"] = "accumulate_by layer"
@@ -444,8 +447,8 @@ def _int8_products_problems(args: RunArgs) -> list[str]:
 
 def _fp8_products_problems(args: RunArgs) -> list[str]:
     if not args.quantization.fp8_products:
-        alone = "--fp8_weight_gradients comes beside --fp8_products: give both, or leave it out"
-        return [alone] if args.quantization.fp8_weight_gradients else []
+        given = [flag for flag in ("fp8_weight_gradients", "fp8_head") if getattr(args.quantization, flag)]
+        return [f"--{flag} comes beside --fp8_products: give both, or leave it out" for flag in given]
     problems = []
     if not args.optimizer.is_low_rank:
         problems.append(

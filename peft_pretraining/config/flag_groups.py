@@ -16,7 +16,7 @@ from typing import Annotated
 from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
-from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
+from qgalore.config import FLOAT_PRODUCTS, FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "adam8bit", *LIBRARY_OPTIMIZERS)
@@ -370,10 +370,18 @@ class QuantizationArgs:
     fp8_weight_gradients: bool = False
     """With --fp8_products multiply both factors of a weight's gradient in FP8, too, with a scale for each column, where
     the gradient is formed as a whole, as with --rank full."""
+    fp8_head: bool = False
+    """With --fp8_products multiply in FP8 where the head makes logits and their gradient that of its input, in
+    training; with --fp8_weight_gradients that of its weight, too."""
     stochastic_round: Annotated[bool, Flag(auto=_BY_NAME)] = False
     """Round updated integer weights stochastically, which keeps their mean; otherwise to the nearest."""
     simulation: bool = False
     """Fake quantization: float weights that are rounded onto the integer grid at every update."""
+
+    @property
+    def head_products(self) -> int:
+        """What the head multiplies in training, as `WeightFormat.products` has it."""
+        return self.weight_format.products if self.fp8_head else FLOAT_PRODUCTS
 
     @property
     def weight_format(self) -> WeightFormat:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from peft_pretraining.memory.fp8_gradients import forms_gradient
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from peft_pretraining.models.ops.linear_cross_entropy import training_bytes
 from peft_pretraining.models.ops.swiglu import group_size_of
@@ -62,7 +63,8 @@ class PassingBytes:
         # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
         # gradient waits for that of the embeddings.
         stays, waits = self.kept + self.hidden * run.graphs, self.table * config.tie_word_embeddings
-        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype)
+        products = run.args.quantization.head_products
+        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
         head = self.kept + self.hidden + of_table
         found = {"activations and loss": self.kept + loss, "activations and gradient of the head": head}
         beside = {} if self.own else self.of_layers()
@@ -173,9 +175,8 @@ class PassingBytes:
         result = self.b * (matrix.gradient + (0 if self.bases else self.converts * matrix.bases))
         if not matrix.sides:
             return result + (columns_bytes(matrix.shape, self.run.tokens) if self.format.fp8_weight_gradients else 0)
-        side, tokens = "right" if matrix.sides[-1] == matrix.shape[1] else "left", self.run.tokens
-        formed = matrix.residual or self.options.subspace == "svd"
-        formed = formed or not fit.projects_directly(tokens, *matrix.shape, matrix.rank, side)
+        tokens = self.run.tokens
+        formed = forms_gradient(self.run.args, tokens, matrix)
         factor, momentum = self.b * tokens * matrix.rank, 4 * matrix.gradient if self.int8_states else 0
         # Of a sketch: the momentum in float32, and scaled; that and its product with a factor.
         refresh = self.b * matrix.gradient + max(momentum, factor + self.b * matrix.bases)

@@ -40,7 +40,8 @@ class PassingByLayer(PassingBytes):
         """See `PassingBytes`."""
         run, config = self.run, self.run.config
         of_table, update = self._sum(config.vocab_size, config.hidden_size), self.update_of_table()
-        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype)
+        products = run.args.quantization.head_products
+        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
         of_layer = self.sums_of_layer()
         # A sum that gets its second gradient is there in both dtypes for a moment.
         widened = self.table if run.updates_at_once and run.sum_dtype.itemsize > self.b else 0

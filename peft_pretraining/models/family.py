@@ -30,6 +30,8 @@ class ModelFamily(ABC, Generic[ConfigT]):
     """It overrides `gradient_checkpointing_enable`; --activation_checkpointing is refused otherwise."""
     int8_activations: bool = False
     """It overrides `keep_int8_activations`; --int8_activations is refused otherwise."""
+    fp8_head: bool = False
+    """It overrides `multiply_head_in_fp8`; --fp8_head is refused otherwise."""
 
     runs_by_layer: bool = False
     """It overrides `CausalLM.embed`, `layer_constants` and `head_loss`; --accumulate_by layer is refused otherwise."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
+from qgalore.config import FLOAT_PRODUCTS
 
 IGNORE_INDEX = -100
 
@@ -23,9 +24,15 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def head_output(hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None) -> CausalLMOutput:
-    """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L)."""
+def head_output(
+    hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None, products: int = FLOAT_PRODUCTS
+) -> CausalLMOutput:
+    """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L).
+
+    products: in what a loss with gradients is multiplied, as `CausalLM.head_products` says.
+    """
     if labels is None:
         return CausalLMOutput(lm_head(hidden), None)
-    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, shifted(labels).flatten(), IGNORE_INDEX)
+    targets = shifted(labels).flatten()
+    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets, IGNORE_INDEX, products)
     return CausalLMOutput(None, loss_sum)

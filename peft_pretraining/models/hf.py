@@ -114,6 +114,15 @@ class HFCausalLM(CausalLM):
         """UserError: transformers' layers cannot."""
         raise UserError("transformers' models keep their activations as they are: build the project's own")
 
+    def multiply_head_in_fp8(self, products: int) -> None:
+        """See `CausalLM`; UserError where the loss is not of what the head alone makes."""
+        if not self._plain_head:
+            raise UserError(
+                f"--fp8_head: {_kind(self._network[0])} caps, scales or shifts its logits, of which PyTorch makes the "
+                "loss: leave --fp8_head out"
+            )
+        self.head_products = products
+
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """See `CausalLM`. Raises UserError for sequences longer than the model's positions."""
         network, longest = self._network[0], self._longest
@@ -124,7 +133,7 @@ class HFCausalLM(CausalLM):
             )
         if self._plain_head:
             hidden = network.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return head_output(hidden, network.get_output_embeddings(), labels)
+            return head_output(hidden, network.get_output_embeddings(), labels, self.head_products)
         logits: Tensor = network(input_ids=input_ids, use_cache=False).logits  # (B, L, vocab_size)
         if labels is None:
             return CausalLMOutput(logits, None)

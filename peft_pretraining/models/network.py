@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import NetworkConfig
 from peft_pretraining.models.head import CausalLMOutput
+from qgalore.config import FLOAT_PRODUCTS
 
 
 class LayerRunner(Protocol):
@@ -42,6 +43,8 @@ class CausalLM(nn.Module):
 
     table_names: tuple[str, str] = ("", "")
     """The weights of the embeddings and of the head, of which a checkpoint of a model that ties them has one."""
+    head_products: int = FLOAT_PRODUCTS
+    """What a loss with gradients multiplies, as `WeightFormat.products` has it."""
     ignored_names: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     """Patterns of names in other programs' checkpoints of this architecture that are no weights of it."""
 
@@ -106,6 +109,12 @@ class CausalLM(nn.Module):
     def keep_int8_activations(self) -> None:
         """From now on keep the widest activations of each layer in INT8, but for what is recomputed anyway."""
         raise UserError(f"{type(self).__name__} keeps its activations as they are: leave --int8_activations out")
+
+    def multiply_head_in_fp8(self, products: int) -> None:
+        """From now on multiply in FP8 where the head's loss has gradients: `head_products`, for `head_output`."""
+        raise UserError(
+            f"{type(self).__name__} computes its loss otherwise than by `head_output`: leave --fp8_head out"
+        )
 
     def compile_layers(self) -> None:
         """From now on run training through `torch.compile`, one decoder layer at a time; nothing where it cannot."""

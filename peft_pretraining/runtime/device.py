@@ -35,6 +35,16 @@ def slow_dtype(device: torch.device, dtype: str) -> str | None:
     )
 
 
+def emulated_products(device: torch.device, quantization: QuantizationArgs) -> str | None:
+    """A sentence for a device that computes what FP8 gives without its speed; None for any other."""
+    if device.type != "cpu" or not quantization.fp8_products:
+        return None
+    return (
+        "--fp8_products on a CPU: values are rounded as a GPU rounds them and then multiplied in float32, which is "
+        "slower than without; it shows what FP8 does to the loss, and leaving it out is faster"
+    )
+
+
 def problem_of_gpu(name: str, capability: tuple[int, int], dtype: str, in_triton: bool) -> str:
     """The sentence for a GPU of a compute capability, such as (7, 5); "" where there is no problem."""
     number = ".".join(map(str, capability))

@@ -169,7 +169,8 @@ def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None = None) ->
     matrices = []
     for update in updates:
         weight, direction = update.weight, update.direction
-        matrix = weight.view(weight.shape[0], -1) if weight.dim() > 1 else weight.view(1, -1)
+        shape = (weight.shape[0], weight.shape[1:].numel()) if weight.dim() > 1 else (1, weight.numel())
+        matrix = weight.view(shape)
         whole = update.left is None and update.right is None
         direction = direction.view(matrix.shape) if whole else direction
         stochastic = update.stochastic and weight.dtype in (torch.bfloat16, torch.float16)

@@ -18,6 +18,7 @@ class Llama(ModelFamily[LlamaConfig]):
     compiles_layers = True
     recomputes_layers = True
     int8_activations = True
+    fp8_head = True
     runs_by_layer = True
 
     def config(self, raw: dict[str, Any], source: str) -> LlamaConfig:

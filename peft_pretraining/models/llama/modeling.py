@@ -214,6 +214,10 @@ class LlamaForCausalLM(CausalLM):
             if not layer.gradient_checkpointing:
                 layer.mlp.training_swiglu = swiglu_through_int8
 
+    def multiply_head_in_fp8(self, products: int) -> None:
+        """See `CausalLM`."""
+        self.head_products = products
+
     def compile_layers(self, backend: str = "inductor") -> None:
         """From now on run training through `torch.compile`, one decoder layer at a time.
 
@@ -269,7 +273,7 @@ class LlamaForCausalLM(CausalLM):
 
     def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """See `CausalLM`."""
-        loss_sum = head_output(self.model.norm(x), self.lm_head, labels).loss_sum
+        loss_sum = head_output(self.model.norm(x), self.lm_head, labels, self.head_products).loss_sum
         assert loss_sum is not None
         return loss_sum
 
@@ -279,8 +283,8 @@ class LlamaForCausalLM(CausalLM):
         layers = self.model.run_layers
         # The head's gradient waits for that of the embeddings where they are one.
         if layers is None or labels is None or not torch.is_grad_enabled() or self.config.tie_word_embeddings:
-            return head_output(hidden, self.lm_head, labels)
+            return head_output(hidden, self.lm_head, labels, self.head_products)
         with layers.graph_pool():
-            output = head_output(hidden, self.lm_head, labels)
+            output = head_output(hidden, self.lm_head, labels, self.head_products)
         assert output.loss_sum is not None
         return CausalLMOutput(None, output.loss_sum.clone())

@@ -12,6 +12,11 @@ and the backward pass only multiplies dh and dW by the gradient of the sum. The 
 layer, none is computed twice. Over several chunks dW is summed in float32 and rounded once at the end. Without
 gradients only the losses are computed. Nothing waits for the device, and every sum has a fixed order.
 
+In FP8 (`products`) the three are of factors rounded to e4m3 with one scale for each row of the sum, as those of the
+layers are (`qgalore.kernels.fp8_product`): both of W are made once a call, those of G and h with their chunk. A row of
+G spans 2^18: less than 2^-18 of the largest probability of a token adds nothing to dh. dW sums over tokens and has its
+scales by columns, so that a rare token keeps its gradient. Without gradients nothing is rounded.
+
 In float16 dW stays in float32 until the gradient of the sum is known. It is a sum over all tokens, whose size no scale
 of the loss changes: of a frequent token it may be beyond 65504, of a rare one below 6e-8. dh is of one token.
 """
@@ -25,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qgalore import kernels
+from qgalore.config import FLOAT_PRODUCTS, FP8_GRADIENTS, FP8_PRODUCTS
 from qgalore.kernels import row_chunks, use_triton
 
 CHUNK_BYTES = 256 << 20
@@ -33,12 +40,15 @@ _TOKEN_MULTIPLE = 128  # whole tiles of a matrix product
 _COLUMN_MULTIPLE = 64  # rows of logits start at aligned addresses, whatever the vocabulary
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, products: int = FLOAT_PRODUCTS
+) -> Tensor:
     """The sum () of the cross-entropy of `hidden @ weight.T` against the targets that are not `ignore_index`.
 
     hidden (T, H) and weight (vocabulary, H) have one dtype, or get that of an autocast region, as in `F.linear`;
     targets (T,) are int64. The sum is float32, of float64 values float64, and not finite if a logit of a counted token
     is not. With gradients they are computed here already, so call it without where none is wanted.
+    products: with gradients `FP8_PRODUCTS` multiplies logits and dh in FP8, `FP8_GRADIENTS` dW, too.
     Raises ValueError for shapes that do not match; a second backward pass through one result raises RuntimeError.
     """
     if (
@@ -57,19 +67,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         # Autocast leaves float64 as it is.
         hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
         with torch.autocast(device_type, enabled=False):
-            return linear_cross_entropy(hidden, weight, targets, ignore_index)
+            return linear_cross_entropy(hidden, weight, targets, ignore_index, products)
     if torch.is_grad_enabled():
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, products)
         return loss
-    return _loss_and_gradients(hidden, weight, targets, ignore_index, False, False)[0]
+    return _loss_and_gradients(_Products(hidden, weight), targets, ignore_index, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, products: int) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        ctx.dtype = hidden.dtype
-        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, targets, ignore_index, needs_hidden, needs_weight)
+        ctx.dtype, rounds = hidden.dtype, products >= FP8_PRODUCTS and (needs_hidden or needs_weight)
+        head = _Fp8Products(hidden, weight, needs_hidden, products) if rounds else _Products(hidden, weight)
+        loss, *ctx.gradients = _loss_and_gradients(head, targets, ignore_index, needs_hidden, needs_weight)
         return loss
 
     @staticmethod
@@ -86,22 +97,90 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 # As a matrix the factor stays float32; a scalar tensor would first be rounded to the gradient's dtype.
                 gradient.mul_(grad_output.view(1, 1))
-        return (*(None if x is None else x.to(ctx.dtype) for x in gradients), None, None)
+        return (*(None if x is None else x.to(ctx.dtype) for x in gradients), None, None, None)
+
+
+class _Products:
+    """The products of a head, some tokens at a time, in the dtype of its factors."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.vocabulary = weight.shape[0]
+        self.chunks = token_chunks(len(hidden), _width(self.vocabulary) * hidden.element_size())
+        self._buffer: Tensor | None = None
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Those of some tokens, (chunk, width): the vocabulary's, and columns without a meaning."""
+        if self._buffer is None:
+            most = max(stop - start for start, stop in self.chunks)
+            self._buffer = self.hidden.new_empty(most, _width(self.vocabulary))
+            if not self.hidden.is_cuda:
+                # Products in bfloat16 on a CPU read it, times zeros: memory may hold NaN.
+                self._buffer[:, self.vocabulary :] = 0
+        padded = self._buffer[: stop - start]
+        torch.mm(self.hidden[start:stop], self.weight.T, out=padded[:, : self.vocabulary])
+        return padded
+
+    def hidden_gradient_(self, out: Tensor, gradient: Tensor) -> None:
+        """out (chunk, H) <- G W."""
+        torch.mm(gradient, self.weight, out=out)
+
+    def weight_gradient_(self, out: Tensor, gradient: Tensor, start: int, stop: int, sums: bool) -> None:
+        """out (vocabulary, H) <- Gᵀ h, or with what it holds before where it `sums`."""
+        if sums:
+            _add_product_(out, gradient.T, self.hidden[start:stop])
+        else:
+            torch.mm(gradient.T, self.hidden[start:stop], out=out)
+
+
+class _Fp8Products(_Products):
+    """The same of factors in FP8, but for dW where that is not asked for."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs_hidden: bool, products: int) -> None:
+        super().__init__(hidden, weight)
+        self._gradients = products == FP8_GRADIENTS
+        self._weight = kernels.fp8_weight(weight)
+        self._turned = kernels.fp8_columns(weight, weight.shape[1]) if needs_hidden else None
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """See `_Products`: the result of the product itself, as it has no place to be given."""
+        rows = kernels.fp8_rows([self.hidden[start:stop]], [self.hidden.shape[1]])
+        return kernels.fp8_product(rows, self._weight, kernels.fp8_width(self.vocabulary), self.hidden.dtype)
+
+    def hidden_gradient_(self, out: Tensor, gradient: Tensor) -> None:
+        """See `_Products`."""
+        assert self._turned is not None
+        rows = kernels.fp8_rows([gradient], [self.vocabulary])
+        out.copy_(kernels.fp8_product(rows, self._turned, out.shape[1], out.dtype, exact=True))
+
+    def weight_gradient_(self, out: Tensor, gradient: Tensor, start: int, stop: int, sums: bool) -> None:
+        """See `_Products`."""
+        if not self._gradients:
+            super().weight_gradient_(out, gradient, start, stop, sums)
+            return
+        size = out.shape[1]
+        factors = kernels.fp8_columns(gradient, self.vocabulary), kernels.fp8_columns(self.hidden[start:stop], size)
+        product = kernels.fp8_product(*factors, size, self.hidden.dtype, exact=True)[: self.vocabulary]
+        if sums:
+            out.add_(product)
+        else:
+            out.copy_(product)
+
+
+def _width(vocabulary: int) -> int:
+    """Columns of a buffer of logits."""
+    return -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool
+    products: _Products, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sum of the losses (), and its gradients like hidden and like weight where they are needed.
 
     That of a float16 weight is float32.
     """
+    hidden, weight, chunks = products.hidden, products.weight, products.chunks
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    width = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
-    chunks = token_chunks(tokens, width * hidden.element_size())
-    buffer = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), width)
-    if not hidden.is_cuda:
-        buffer[:, vocabulary:] = 0  # which products in bfloat16 on a CPU read, times zeros: memory may hold NaN
     losses = hidden.new_empty(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))  # (T,)
     hidden_grad = hidden.new_empty(hidden.shape) if needs_hidden else None
     weight_grad, half = None, weight.dtype == torch.float16
@@ -110,18 +189,16 @@ def _loss_and_gradients(
         # A single chunk needs no sum, and a large head no float32 copy.
         weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
     for start, stop in chunks:
-        padded = buffer[: stop - start]  # (chunk, width)
+        padded = products.logits(start, stop)  # (chunk, width)
         logits = padded[:, :vocabulary]  # (chunk, vocabulary)
-        torch.mm(hidden[start:stop], weight.T, out=logits)
         softmax_gradient_(
             padded, vocabulary, targets[start:stop], ignore_index, losses[start:stop], needs_hidden or needs_weight
         )
         if hidden_grad is not None:
-            torch.mm(logits, weight, out=hidden_grad[start:stop])
-        if weight_grad is not None and alone:
-            torch.mm(logits.T, hidden, out=weight_grad)
-        elif weight_grad is not None:
-            _add_product_(weight_grad, logits.T, hidden[start:stop])
+            products.hidden_gradient_(hidden_grad[start:stop], logits)
+        if weight_grad is not None:
+            products.weight_gradient_(weight_grad, logits, start, stop, sums=not alone)
+        del padded, logits  # before others are made
     return losses.sum(), hidden_grad, weight_grad if weight_grad is None or half else weight_grad.to(weight.dtype)
 
 
@@ -138,16 +215,28 @@ def token_chunks(tokens: int, token_bytes: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def training_bytes(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> int:
+def training_bytes(
+    tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, products: int = FLOAT_PRODUCTS
+) -> int:
     """Bytes that `linear_cross_entropy` takes with gradients beside its arguments, which are in dtype.
 
     hidden made contiguous and its gradient, one chunk of logits, the weight's gradient and over several chunks its
-    float32 sum, and of each token its target and its loss.
+    float32 sum, and of each token its target and its loss. In FP8 also both forms of the weight, and what is rounded of
+    a chunk.
     """
-    width, itemsize = -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE, dtype.itemsize
+    width, itemsize = _width(vocabulary), dtype.itemsize
     chunks = token_chunks(tokens, width * itemsize)
     of_sum = 4 if dtype == torch.float16 or (len(chunks) > 1 and itemsize < 4) else 0
-    chunk = max(stop - start for start, stop in chunks) * width * itemsize
+    longest = max(stop - start for start, stop in chunks)
+    chunk = longest * width * itemsize
+    if products >= FP8_PRODUCTS:
+        rows, columns = kernels.fp8_width(vocabulary), kernels.fp8_width(hidden_size)
+        chunk += 2 * rows * columns + 4 * (rows + columns)
+        of_gradient = longest * (rows + 4) + longest * hidden_size * itemsize  # and its product, which is copied
+        if products == FP8_GRADIENTS:
+            both = (rows + columns) * (kernels.fp8_width(longest) + 4) + 4 * columns
+            of_gradient = max(of_gradient, both + rows * hidden_size * itemsize)
+        chunk += of_gradient
     return 2 * tokens * hidden_size * itemsize + chunk + vocabulary * hidden_size * (itemsize + of_sum) + 12 * tokens
 
 

@@ -97,7 +97,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_int4` for a matrix of `columns` columns."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns]
+    return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], 2 * packed.shape[1])[:, :columns]
 
 
 def quantize(
@@ -105,7 +105,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `qgalore.kernels.quantize`."""
     seed = None if row is None else StepScalars.unpack(row).seed
-    chunks = row_chunks(*x.shape)
+    chunks = row_chunks(*x.shape) or [(0, 0)]  # of a matrix without rows
     parts = [quantize_chunk(x[start:stop], bits, group_size, seed, row_start + start) for start, stop in chunks]
     # PyTorch lays them out as x is, and kernels read rows.
     qdata, scale, zero_point = (

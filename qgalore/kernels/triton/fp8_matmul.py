@@ -10,8 +10,8 @@ each, or none; the codes of a weight as in
 that of the sum, padded with zeros to a multiple of 16, as cuBLASLt wants it; s float32 a row. Both factors of a product
 are contiguous along the sum: Hopper's tensor cores take FP8 in no other order.
 
-One program rounds one tile of whole rows of activations, or a tile of a weight, whose rows' scales it finds by itself:
-a group has 256 values and two numbers. All values are float32 inside.
+One program rounds one tile of whole rows of activations, a long row in blocks, or a tile of a weight, whose rows'
+scales it finds by itself: a group has 256 values and two numbers. All values are float32 inside.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qgalore.kernels.triton.tiles import load_codes, to_float8
 __all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
 _LONGEST_ROW, _LONGEST_JOINED, _MOST_PARTS = 16384, 32768, 3
+_BLOCK = 8192  # columns of a longer row, such as one of logits, that a program reads at a time
 _TILE_TURNED = 128, 64  # rows and columns of activations that a program rounds by columns
 _TILE = 64, 128  # rows and columns of a weight that a program rounds
 
@@ -98,6 +99,26 @@ def _fp8_rows_kernel(
         mask = inside & (column < ends[2] - starts[2])
         tl.store(at + starts[2], _rounded(third * inverse[:, None]), mask=mask)
     tl.store(row_scale + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _fp8_long_rows_kernel(
+    x, factor, codes, row_scale, columns, x_row, x_column, depth, BLOCK: tl.constexpr, HAS_FACTOR: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    inside = (row >= 0)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    bits = tl.zeros((1, BLOCK), tl.int32)
+    for start in range(0, columns, BLOCK):
+        value = _read(x, factor, row, start + lane, inside, columns, x_row, x_column, HAS_FACTOR)
+        bits = tl.maximum(bits, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    inverse, scale = _scale_of_rows(tl.max(bits, axis=1).to(tl.float32, bitcast=True))
+    tl.store(row_scale + row, scale)
+    # The row has just been read: it comes from a cache.
+    for start in range(0, depth, BLOCK):
+        value = _read(x, factor, row, start + lane, inside, columns, x_row, x_column, HAS_FACTOR)
+        at = codes + row[:, None] * depth + start + lane
+        tl.store(at, _rounded(value * inverse[:, None]), mask=inside & (start + lane < depth))
 
 
 @triton.jit
@@ -175,10 +196,10 @@ def _fp8_weight_kernel(
 
 
 def can_handle(longest: int, parts: int = 1) -> bool:
-    """Whether a row of activations in so many parts fits a tile, or the groups of a row of a weight."""
+    """Whether a kernel takes rows of so many columns, in so many parts; those of one part may have any length."""
     if not 0 < parts <= _MOST_PARTS or longest <= 0:
         return False
-    return block_of_group(longest)[1] * parts <= (_LONGEST_ROW if parts == 1 else _LONGEST_JOINED)
+    return parts == 1 or block_of_group(longest)[1] * parts <= _LONGEST_JOINED
 
 
 def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
@@ -189,7 +210,12 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
     block_rows, block_columns = block_of_group(max(map(fp8_width, columns)))
     x_row, x_column = zip(*(part.stride() for part in parts), strict=True)
     factor = tuple(parts if factors is None else factors)
-    if rows:
+    if rows and block_columns * len(parts) > (_LONGEST_ROW if len(parts) == 1 else _LONGEST_JOINED):
+        _fp8_long_rows_kernel[(rows,)](
+            parts[0], factor[0], found.codes.view(torch.uint8), found.scale, columns[0], x_row[0], x_column[0], depth,
+            BLOCK=_BLOCK, HAS_FACTOR=factors is not None, enable_fp_fusion=False, num_warps=8,
+        )  # fmt: skip
+    elif rows:
         _fp8_rows_kernel[(ceil_div(rows, block_rows),)](
             tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), x_row, x_column,
             starts, ends, depth, PARTS=len(parts), G=block_columns, M=block_rows,
@@ -203,6 +229,8 @@ def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_columns`."""
     rows, padded, depth = x.shape[0], fp8_width(columns), fp8_width(x.shape[0])
     found = _empty(padded, depth, x)
+    if not rows:  # nothing is launched
+        found.scale.zero_()
     largest = torch.zeros(padded, dtype=torch.int32, device=x.device)  # magnitudes by their bits
     block_rows, block_columns = _TILE_TURNED
     grid = ceil_div(depth, block_rows), ceil_div(padded, block_columns)
@@ -219,8 +247,6 @@ def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
 def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
-        if not can_handle(weight.shape[1]):
-            return fp8_matmul.fp8_weight(weight)
         return fp8_matmul.with_padded_rows(fp8_rows([weight], [weight.shape[1]], None))
     rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
     found = _empty(rows, depth, weight.qdata)
@@ -235,6 +261,8 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
         return fp8_matmul.turned([fp8_weight(weight) for weight in weights])
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
+    if not sum(counts):  # nothing is launched
+        found.scale.fill_(1.0)
     scales = list(torch.empty(sum(counts), dtype=torch.float32, device=found.codes.device).split(counts))
     for weight, codes, scale in zip(stored, found.codes.split(counts, dim=1), scales, strict=True):
         _round_weight(weight, codes, scale, found.scale)
@@ -258,12 +286,16 @@ def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exac
     """See `qgalore.kernels.fp8_product`."""
     if not a.codes.is_cuda:
         return fp8_matmul.fp8_product(a, b, width, dtype, exact)
+    return fp8_matmul.with_columns(by_library(a, b, exact), width).to(dtype)
+
+
+def by_library(a: Fp8Matrix, b: Fp8Matrix, exact: bool) -> Tensor:
+    """a bᵀ (rows of a, rows of b) bfloat16 by cuBLASLt, or by CUTLASS where that is older than CUDA 12.9."""
     by_row = F.ScalingType.RowWise
-    product = F.scaled_mm(
+    return F.scaled_mm(
         a.codes, b.codes.T, a.scale[:, None], by_row, b.scale[None, :], by_row, output_dtype=torch.bfloat16,
         use_fast_accum=not exact,
     )  # fmt: skip
-    return fp8_matmul.with_columns(product, width).to(dtype)
 
 
 def _empty(rows: int, columns: int, like: Tensor) -> Fp8Matrix:

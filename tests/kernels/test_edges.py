@@ -1,0 +1,217 @@
+"""Every operation by Triton's kernels on matrices without rows, of one row, of one column and of no multiple of a tile.
+
+In the interpreter, which says as much as it can of a kernel without a GPU. What it cannot say, and what does:
+
+- products of bfloat16 or FP8, whose bits it multiplies as integers: float32 here, `test_agreement.py` on a GPU;
+- casts to bfloat16 and e4m3, which it makes otherwise: `tiles.to_float` and `to_float8` spell them out there alone;
+- subnormal numbers of bfloat16, which it reads wrongly: `test_agreement.py` on a GPU;
+- `F.scaled_mm`, which is no kernel of ours: the rules of its operands below, its sums on a GPU;
+- registers, shared memory and instructions: `test_compiles.py` compiles every kernel for cards that are not there;
+- races, since its programs run one after another: atomics are maxima of integers alone, which have no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator is called
+from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
+from qgalore import kernels
+from tests.kernels.comparison import both, copied, each, normal, same, step_row, whole_numbers
+
+GROUP, BLOCK = 64, 256
+SHAPES = [(0, 1), (0, 17), (1, 1), (1, 2), (3, 1), (3, 17), (65, 67)]
+Shape = tuple[int, int]
+
+
+def matrix(shape: Shape, bits: int) -> kernels.QuantizedMatrix:
+    return kernels.QuantizedMatrix(*kernels.quantize(normal(*shape), bits, GROUP), shape[1], bits, GROUP)
+
+
+def floats(*factors: kernels.Fp8Matrix) -> tuple[Tensor, ...]:
+    """Codes have no equality of their own."""
+    return tuple(tensor.float() for factor in factors for tensor in factor)
+
+
+def update(shape: Shape, bits: int, side: str) -> tuple[Tensor, ...]:
+    """A weight after an update with a direction of rank 2, or of full rank."""
+    (rows, columns), stored = shape, copied(matrix(shape, bits)[:3])
+    left, right = (
+        whole_numbers(2, size, seed=1) if side == name else None
+        for name, size in zip(("left", "right"), shape, strict=True)
+    )
+    sizes = (2 if left is not None else rows, 2 if right is not None else columns)
+    row = step_row(step_size=0.125, seed=3)
+    kernels.update_quantized_(
+        [kernels.QuantizedUpdate(*stored, whole_numbers(*sizes, seed=2), left, right, columns, bits, GROUP, row)]
+    )
+    return stored
+
+
+def float_update(shape: Shape) -> Tensor:
+    weight = normal(*shape).bfloat16()
+    kernels.update_float_([kernels.FloatUpdate(weight, normal(*shape, seed=1), None, None, step_row(0.125, seed=3))])
+    return weight
+
+
+def momentum(shape: Shape) -> tuple[Tensor, ...]:
+    state = torch.zeros(shape, dtype=torch.uint8), torch.zeros(-(-normal(*shape).numel() // BLOCK))
+    step = kernels.AdamStep(normal(*shape), *state, None, None, step_row(), (0.9, 0.99), 1e-8)
+    return (*kernels.momentum_steps([step], BLOCK), *state)
+
+
+def blocks(shape: Shape) -> tuple[Tensor, ...]:
+    codes, absmax = torch.zeros(shape, dtype=torch.uint8), torch.zeros(-(-normal(*shape).numel() // BLOCK))
+    kernels.quantize_blocks_(codes, absmax, normal(*shape), True, BLOCK)
+    return codes, absmax, kernels.dequantize_blocks(codes, absmax, True, BLOCK)
+
+
+def rotated(shape: Shape) -> tuple[Tensor, ...]:
+    rows, columns = shape
+    heads = normal(1, rows, 3, 2 * columns), normal(1, rows, 1, 2 * columns)
+    turned: tuple[Tensor, ...] = torch.ops.peft_pretraining.rotate(*heads, normal(*shape), normal(*shape), False)
+    return turned
+
+
+EXACT: dict[str, Callable[[Shape], object]] = {
+    "quantize": lambda shape: kernels.quantize(normal(*shape), 8, GROUP, step_row(seed=3)),
+    "quantize to 4 bits": lambda shape: kernels.quantize(normal(*shape), 4, GROUP, step_row(seed=3)),
+    "dequantize": lambda shape: kernels.dequantize([matrix(shape, 8)], torch.float32)[0],
+    "dequantize 4 bits": lambda shape: kernels.dequantize([matrix(shape, 4)], torch.float32)[0],
+    "update": lambda shape: update(shape, 8, "none"),
+    "update projected from the left": lambda shape: update(shape, 8, "left"),
+    "update projected from the right": lambda shape: update(shape, 4, "right"),
+    "update of floats": float_update,
+    "momentum": momentum,
+    "blocks": blocks,
+    "rotate": rotated,
+    "FP8 rows": lambda shape: floats(kernels.fp8_rows([normal(*shape)], [shape[1]])),
+    "FP8 rows in parts": lambda shape: floats(
+        kernels.fp8_rows([normal(*shape), normal(*shape, seed=1)], [shape[1]] * 2, [normal(shape[1]).abs()] * 2)
+    ),
+    "FP8 columns": lambda shape: floats(kernels.fp8_columns(normal(*shape), shape[1])),
+    "FP8 weight": lambda shape: floats(kernels.fp8_weight(matrix(shape, 8))),
+    "FP8 weight in 4 bits": lambda shape: floats(kernels.fp8_weight(matrix(shape, 4))),
+    "FP8 float weight": lambda shape: floats(kernels.fp8_weight(normal(*shape))),
+    "FP8 turned weight": lambda shape: floats(kernels.fp8_turned_weights([matrix(shape, 8)])[0]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def unwritten_memory_shows(kernel_device: torch.device) -> object:
+    """Let new tensors hold NaN, and the largest numbers, until something is written."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@each("shape", SHAPES)
+@pytest.mark.parametrize("operation", EXACT)
+@pytest.mark.usefixtures("unwritten_memory_shows")
+def test_the_same_bits_at_the_edges(operation: str, shape: Shape) -> None:
+    expected, found = both(lambda: EXACT[operation](shape))
+    assert same(expected, found)
+
+
+def softmax(shape: Shape) -> tuple[Tensor, ...]:
+    logits, losses = torch.zeros(shape[0], 192), torch.zeros(shape[0])
+    logits[:, : shape[1]] = normal(*shape)
+    softmax_gradient_(logits, shape[1], torch.zeros(shape[0], dtype=torch.int64), -100, losses, True)
+    return logits[:, : shape[1]], losses
+
+
+def norm(shape: Shape) -> tuple[Tensor, ...]:
+    norms, skip = torch.zeros(2), torch.zeros((), dtype=torch.bool)
+    kernels.check_gradients_([normal(*shape)], norms, [1], skip)
+    return norms, skip.float()
+
+
+def adam(shape: Shape) -> tuple[Tensor, ...]:
+    state = normal(*shape), normal(*shape).square()
+    step = kernels.AdamStep(normal(*shape), state[0], None, state[1], None, step_row(), (0.9, 0.99), 1e-8)
+    return (*kernels.adam_steps([step], BLOCK), *state)
+
+
+def int8_products(shape: Shape) -> tuple[Tensor, ...]:
+    rows, columns = shape
+    weight = kernels.quantize(normal(5, columns), 8, -(-columns // 8) * 8)
+    forward = kernels.int8_linear(normal(*shape), *weight, 5)
+    return forward, kernels.int8_linear_backward(normal(rows, 5), *weight, columns)
+
+
+SUMS: dict[str, Callable[[Shape], tuple[Tensor, ...]]] = {
+    "softmax": softmax, "norm": norm, "Adam": adam, "INT8 products": int8_products,
+}  # fmt: skip
+
+
+@each("shape", SHAPES)
+@pytest.mark.parametrize("operation", SUMS)
+@pytest.mark.usefixtures("unwritten_memory_shows")
+def test_sums_in_another_order_at_the_edges(operation: str, shape: Shape) -> None:
+    expected, found = both(lambda: SUMS[operation](shape))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@each("shape", [shape for shape in SHAPES if shape[0]])
+@pytest.mark.parametrize("segments", [None, (1, 2)])
+def test_orthogonalized_at_the_edges(
+    shape: Shape, segments: tuple[int, ...] | None, kernel_device: torch.device
+) -> None:
+    steps = [(1.5, -0.5, 0.0)] * 3
+    (expected,), (found,) = both(lambda: tuple(kernels.orthogonalize([normal(*shape)], steps, segments)))
+    torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-5)
+
+
+# ---- long rows, and the library's product
+
+
+@each("factor", (False, True))
+@each("columns", [16385, 32000, 50257])
+def test_rows_as_long_as_a_vocabulary(columns: int, factor: bool, kernel_device: torch.device) -> None:
+    """The largest magnitude of each is in another block of columns."""
+    x = torch.full((3, columns + 5), float("nan"))
+    x[:, :columns] = normal(3, columns)
+    x[torch.arange(3), torch.tensor([0, columns // 2, columns - 1])] = 9.0
+    factors = [normal(columns, seed=1).abs() + 0.5] if factor else None
+    expected, found = both(lambda: floats(kernels.fp8_rows([x], [columns], factors)))
+    assert same(expected, found)
+    codes, _ = found
+    assert codes.shape == (3, kernels.fp8_width(columns)) and (codes.abs().amax(1) == 448).all()
+
+
+def test_the_library_multiplies_what_the_reference_does(kernel_device: torch.device) -> None:
+    """Operands, scales and their order, as `F.scaled_mm` of PyTorch's CPU has them."""
+    from qgalore.kernels.triton import fp8_matmul
+
+    x, weight = normal(9, 85) * torch.logspace(-3, 3, 9)[:, None], normal(21, 85) * torch.logspace(-2, 2, 21)[:, None]
+    factors = kernels.fp8_rows([x.to(kernel_device)], [85]), kernels.fp8_weight(weight.to(kernel_device))
+    expected = kernels.fp8_product(*factors, 32, torch.float32)
+    for exact in (False, True):
+        found = fp8_matmul.by_library(*factors, exact)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=2.0**-7, atol=1e-6)
+
+
+@each("tokens", (0, 1, 9))
+def test_operands_keep_the_rules_of_the_library(tokens: int, kernel_device: torch.device) -> None:
+    """Those that PyTorch checks on its meta device, as on a GPU: multiples of 16 and one order of each factor."""
+    from qgalore.kernels.triton import fp8_matmul
+
+    rows, weight = kernels.fp8_rows([normal(tokens, 85)], [85]), kernels.fp8_weight(normal(21, 85))
+    turned, (scale,) = kernels.fp8_turned_weights([normal(21, 85)])
+    grads = kernels.fp8_rows([normal(tokens, 21)], [21], [scale])
+    of_tokens = kernels.fp8_columns(normal(tokens, 21), 21), kernels.fp8_columns(normal(tokens, 85), 85)
+    for pair in ((rows, weight), (grads, turned), of_tokens):
+        a, b = (kernels.Fp8Matrix(*(tensor.to("meta") for tensor in factor)) for factor in pair)
+        assert fp8_matmul.by_library(a, b, True).shape == (len(a.codes), len(b.codes))
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        narrow = kernels.Fp8Matrix(rows.codes[:, :24].to("meta"), rows.scale.to("meta"))
+        fp8_matmul.by_library(narrow, narrow, True)
