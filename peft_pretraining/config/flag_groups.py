@@ -16,7 +16,7 @@ from typing import Annotated
 from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS
+from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
@@ -98,8 +98,7 @@ def _recomputed(text: str) -> str:
                 f"names of {', '.join(ACTIVATIONS)}, each perhaps with a number of first layers, such as "
                 "attention,mlp:12; or none"
             ) from None
-    found = {name: counts[name] for name in ACTIVATIONS if name in counts}
-    return ",".join(f"{name}:{count}" if count else name for name, count in found.items())
+    return in_flag(counts)
 
 
 def _mlp_ranks(text: str) -> int | str:
@@ -617,7 +616,7 @@ class RuntimeArgs:
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
-    total_batch_size), activation_checkpointing, checkpoint_layers and int8_activations; where nothing else fits,
+    total_batch_size), recompute or activation_checkpointing, and int8_activations; where nothing else fits,
     grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""

@@ -18,7 +18,7 @@ compiler is told what to compute again and chooses what else it keeps; without o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -34,6 +34,12 @@ _NOT_KEPT = (_aten.add.Tensor, _aten.constant_pad_nd.default, _aten.view.default
 """Beside a product: biases, which are added again, and views of its operands."""
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """What `torch.utils.checkpoint.checkpoint` takes as its `context_fn`."""
+
+
+def in_flag(counts: Mapping[str, int], layers: int = 0) -> str:
+    """Numbers of layers by name as `--recompute` has them: attention,mlp:12; all of `layers` are not told."""
+    found = {name: counts[name] for name in ACTIVATIONS if name in counts}
+    return ",".join(name if count == layers else f"{name}:{count}" for name, count in found.items())
 
 
 def makes(name: str, on_the_way: bool = False) -> AbstractContextManager[None]:
@@ -55,7 +61,8 @@ def contexts(recomputed: tuple[str, ...], compiled: bool) -> Contexts:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return create_selective_checkpoint_contexts(policy)
+        forward, again = create_selective_checkpoint_contexts(policy)
+        return forward, again
 
     # By which PyTorch finds what it compiled for such a layer in an earlier process.
     context_fn.cache_hash = f"peft_pretraining {_VERSION}: {','.join(recomputed)}"  # type: ignore[attr-defined]
