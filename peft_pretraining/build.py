@@ -67,10 +67,12 @@ def build_model(
     """
     device = torch.device(device)
     model = build_on_meta(args.model_config, args.use_hf_model)
+    layers = len(model.decoder_layers)
     if args.activation_checkpointing:
-        layers = len(model.decoder_layers)
         again = args.recomputed(layers)
         model.gradient_checkpointing_enable(None if len(again) == layers else again)
+    elif args.recompute:
+        model.recompute(args.recomputed_tensors(layers))
     if args.int8_activations:
         model.keep_int8_activations()
     std, draws = model.config.initializer_range, not args.init_from

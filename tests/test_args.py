@@ -416,6 +416,14 @@ def test_combinations_that_work(text: str) -> None:
         ("--scheduler constant --min_lr_ratio 0.2", "--min_lr_ratio changes nothing: --scheduler constant stays at"),
         ("--scheduler wsd --num_training_steps 20", "--warmup_steps 1000 is not less than the run's 20 updates"),
         ("--int8_activations --activation_checkpointing", "--int8_activations changes nothing: --activation_"),
+        (
+            "--int8_activations --activation_checkpointing --checkpoint_layers 8",
+            "changes nothing: --activation_checkpointing --checkpoint_layers 8 recomputes every layer",
+        ),
+        (
+            "--int8_activations --recompute mlp",
+            "changes nothing: --recompute mlp recomputes gate and up of every layer",
+        ),
         ("--int8_activations --compile off", "--int8_activations rounds without saving memory: with --compile off"),
     ],
 )
@@ -538,6 +546,11 @@ BAD_COMBINATIONS = [
         1,
         "--checkpoint_every 3 and --checkpoint_layers 2 both say which layers are recomputed",
     ),
+    ("--checkpoint_layers 99 --activation_checkpointing", 1, "--checkpoint_layers 99 is more than the 8 layers of"),
+    ("--recompute attention,mlp:99", 1, "--recompute mlp:99 is more than the 8 layers of"),
+    ("--recompute mlp --activation_checkpointing", 1, "recomputes all that --recompute mlp names: leave one out"),
+    ("--recompute mlp --use_hf_model", 1, "--recompute is for the project's own LLaMA"),
+    ("--recompute gate", 1, "--recompute is 'gate', it must be names of attention, residual, qkv, mlp, each perhaps"),
     ("--int8_activations --use_hf_model", 1, "--int8_activations is for the project's own LLaMA"),
     ("--weight_quant", 1, "--weight_quant cannot work with --optimizer adam, which updates float weights"),
     (f"{GALORE} --weight_quant", 1, "use q_galore_adamw8bit or q_galore_adamw8bit_per_layer"),

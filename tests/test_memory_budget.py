@@ -29,8 +29,11 @@ from peft_pretraining.memory.budget import (
     parse_within_budget,
     within_card,
 )
+from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.registry import read_config
+from peft_pretraining.models.selective_checkpoint import ACTIVATIONS
 from peft_pretraining.speed.cards import CARDS
 from tests.small_run import SmallRun
 
@@ -78,6 +81,30 @@ def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(model: str, run: st
     assert found.choose(found.smallest.needs - 1, card) is None
 
 
+@pytest.mark.parametrize(("length", "model"), [(64, "1b"), (1024, "1b"), (256, "7b")])
+def test_tensors_are_computed_again_in_the_order_of_the_time_that_a_byte_saves(length: int, model: str) -> None:
+    """In a chain each step spares bytes for at least as much time a byte as the steps before, and time only grows."""
+    found = Candidates(
+        [*argv(model, f"{RUNS['paper']} --batch_size 8 --max_length {length}"), "--memory_budget", "1GB"]
+    )
+    card = CARDS["h100"]
+    for chain in found.chains[0]:
+        in_part = [each for each in chain if not each.args.model.activation_checkpointing]
+        kept = [PassingBytes(PlannedRun(each.args, each.config)).kept for each in in_part]
+        seconds = [each.seconds(card) for each in in_part]
+        prices = [
+            (later - earlier) / (before - after)
+            for (earlier, later), (before, after) in zip(
+                itertools.pairwise(seconds), itertools.pairwise(kept), strict=True
+            )
+        ]
+        rounds = "--int8_activations" in chain[0].flags  # of which a layer less is rounded, too
+        assert all(price > 0 for price in prices)
+        assert rounds or all(later > 0.98 * earlier for earlier, later in itertools.pairwise(prices))
+        used = {name for each in in_part for name, count in each.args.model.recomputed_tensors(4).items() if count}
+        assert used == {*ACTIVATIONS}
+
+
 def test_more_memory_is_slower_only_by_what_rounding_less_may_cost() -> None:
     found, card = candidates("1b", "default"), CARDS["4090"]
     chosen = [found.choose(budget * 10**9, card) for budget in (2, 3, 4, 6, 8, 12, 16)]
@@ -112,6 +139,7 @@ def fields(args: RunArgs, *names: str) -> list[object]:
         ("--gradient_accumulation 4 --total_batch_size 8", {"batch_size": 2}),
         ("--total_batch_size 8 --activation_checkpointing --checkpoint_every 2", {"checkpoint_every": 2}),
         ("--total_batch_size 8 --activation_checkpointing --checkpoint_layers 3", {"checkpoint_layers": 3}),
+        ("--total_batch_size 8 --recompute mlp:2", {"recompute": "mlp:2", "activation_checkpointing": False}),
         ("--total_batch_size 8 --grad_accum_dtype bfloat16", {"grad_accum_dtype": "bfloat16"}),
         ("--total_batch_size 8 --int8_activations", {"int8_activations": True}),
         ("--total_batch_size 8 --rank 32", {"rank": 32}),
@@ -324,10 +352,9 @@ def test_without_a_budget_layers_are_computed_again_as_far_as_the_card_needs_it(
     if "checkpoint_layers" in given:
         assert args == plain, "what the user gives stays, and a warning tells"
         return
-    again = args.model.recomputed(24)
-    assert len(again) == 2 and args.model.int8_activations == plain.model.int8_activations
+    assert args.model.recompute == "attention:2" and args.model.int8_activations == plain.model.int8_activations
     assert args.batch == plain.batch and args.subspace == plain.subspace and args.command == tuple(flags)
-    chosen = f"--activation_checkpointing --checkpoint_layers {len(again)}"
+    chosen = "--recompute attention:2"
     assert args.notes[-1].startswith(f"within the {peak / 1e9:.2f} GB that this card has for it: {chosen}, with ")
     assert Candidate((), plain, read_config("1b"), {}).needs > peak, "two layers are the first step"
     # What cannot be made to fit is left alone.

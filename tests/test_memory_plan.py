@@ -222,6 +222,28 @@ def test_papers_estimate_of_adamw(name: str, published: float) -> None:
 # ---- what comes and goes
 
 
+def bytes_autograd_saves(flags: str, shape: dict[str, Any], folder: Path) -> int:
+    """Of a forward pass; compiled layers only go through the partitioner, which decides what is saved."""
+    torch.compiler.reset()
+    _, model, _optimizer = built(flags, shape, folder)
+    if "--compile on" in flags:
+        # The partitioner of "inductor" without its code generator: what is saved is decided before that.
+        model.compile_layers(backend="aot_eager_decomp_partition")
+    stored = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Bytes are the state of the random generator.
+        if tensor.data_ptr() not in stored and tensor.dim() and tensor.dtype != torch.uint8:
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.zeros(3, 16, dtype=torch.int64))
+    assert output.logits is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("kind", ["eager", "compiled", "compiled int8", "checkpointed", "compiled checkpointed int8"])
 def test_activations_are_what_autograd_saves(kind: str, kv_heads: int, tmp_path: Path) -> None:
@@ -232,29 +254,53 @@ def test_activations_are_what_autograd_saves(kind: str, kv_heads: int, tmp_path:
     shape = RAGGED | {"num_key_value_heads": kv_heads}
 
     def saved_bytes(layers: int) -> int:
-        torch.compiler.reset()
-        _, model, _optimizer = built(flags, shape | {"num_hidden_layers": layers}, tmp_path)
-        if "compiled" in kind:
-            # The partitioner of "inductor" without its code generator: what is saved is decided before that.
-            model.compile_layers(backend="aot_eager_decomp_partition")
-        stored = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        found: dict[int, torch.Tensor] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            # Bytes are the state of the random generator.
-            if tensor.data_ptr() not in stored and tensor.dim() and tensor.dtype != torch.uint8:
-                found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(torch.zeros(3, 16, dtype=torch.int64))
-        assert output.logits is not None
-        return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+        return bytes_autograd_saves(flags, shape | {"num_hidden_layers": layers}, tmp_path)
 
     values = 3 * 16 * 96 * 4
     formula = values if "checkpointed" in kind else PassingBytes(run_of(flags, shape)).layer()
     # Uncompiled on the CPU the norm is not fused: each also keeps x / rms(x), its factor of the weight.
     assert saved_bytes(3) - saved_bytes(2) == formula + (2 * values if kind == "eager" else 0)
+
+
+INT8_BESIDE = " --int8_activations"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("attention", "residual", "qkv", "mlp", "attention,residual,qkv", "residual,qkv,mlp"),
+        *(f"attention,mlp:1{INT8_BESIDE}", f"attention:2,residual:1,qkv:1,mlp:1{INT8_BESIDE}"),
+    ],
+)
+def test_single_tensors_that_are_recomputed_are_not_saved(names: str, tmp_path: Path) -> None:
+    """What three compiled layers save beside the same layers with all recomputed, to the byte."""
+    flags = f"{PER_LAYER} --dtype float32 --device cpu --batch_size 3 --max_length 16 --compile on"
+    shape, of_all = RAGGED | {"num_hidden_layers": 3}, f"{flags} --activation_checkpointing"
+    ours = f"{flags} --recompute {names}"
+    measured = [bytes_autograd_saves(each, shape, tmp_path) for each in (ours, of_all)]
+    kept = [PassingBytes(run_of(each, shape)).kept for each in (ours, of_all)]
+    assert measured[0] - measured[1] == kept[0] - kept[1] > 0
+
+
+@pytest.mark.usefixtures("only_new_tensors")
+@pytest.mark.parametrize("optimizer", [PER_LAYER, "--optimizer adamw"])
+@pytest.mark.parametrize("names", ["attention", "attention,qkv:1,mlp:2", "residual,qkv,mlp"])
+def test_single_tensors_that_are_recomputed_without_a_compiler_are_not_kept(
+    names: str, optimizer: str, tmp_path: Path
+) -> None:
+    flags = f"{optimizer} --device cpu --batch_size 2 --max_length 8"
+    shape = RAGGED | {"num_hidden_layers": 3}
+
+    def kept(flags: str) -> int:
+        _, model, _optimizer = built(flags, shape, tmp_path)
+        tokens, before = torch.zeros(2, 8, dtype=torch.int64), alive()
+        loss = model(tokens, tokens).loss_sum
+        assert loss is not None
+        return alive() - before
+
+    ours, of_all = f"{flags} --recompute {names}", f"{flags} --activation_checkpointing"
+    plans = [PassingBytes(run_of(each, shape)) for each in (ours, of_all)]
+    assert kept(ours) - kept(of_all) == plans[0].kept - plans[1].kept > 0
 
 
 def profiled_peak(work: Callable[[], object]) -> int:

@@ -191,6 +191,21 @@ def test_checkpointing_gives_the_same_gradients(tmp_path: Path, dtype: str) -> N
     assert all(torch.equal(a, other) for a, *others in zip(*grads, strict=True) for other in others)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_single_tensors_gives_the_same_gradients(tmp_path: Path, compiled: bool) -> None:
+    path = write_config(tmp_path, num_key_value_heads=3)
+    grads = []
+    for names in ("", "attention", "residual", "qkv", "mlp", "attention:1,qkv,mlp:1", "attention,residual,qkv,mlp"):
+        model = built(path, False, "bfloat16", seed=2, recompute=names)
+        assert isinstance(model, LlamaForCausalLM)
+        if compiled:
+            torch.compiler.reset()
+            model.compile_layers(backend="aot_eager_decomp_partition")
+        model(tokens(), tokens()).loss_sum.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, other) for a, *others in zip(*grads, strict=True) for other in others)
+
+
 def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
     saved = []
     path = write_config(tmp_path, num_hidden_layers=4)

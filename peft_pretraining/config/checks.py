@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
 _STORED_BASES = ("proj_quant", "proj_bits", "proj_group_size")
-_OF_ACTIVATIONS = ("activation_checkpointing", "checkpoint_every", "checkpoint_layers", "int8_activations")
+_OF_ACTIVATIONS = (
+    *("activation_checkpointing", "checkpoint_every", "checkpoint_layers", "recompute"),
+    "int8_activations",
+)
 _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
 
@@ -96,8 +99,8 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(f"{_idle(['--momentum_rest_bits'])} without --momentum_rank")
     model = args.model
     warnings += [*source_warnings(model, args.data), *_unread_keys(model)]
-    if model.int8_activations and model.recomputed_in_words == "all":
-        warnings.append(f"{_idle(['--int8_activations'])}: --activation_checkpointing recomputes every layer")
+    if model.int8_activations and (again := _recomputes_every_mlp(model)):
+        warnings.append(f"{_idle(['--int8_activations'])}: {again}")
     elif model.int8_activations and model.compile == "off":
         warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
     warnings += [*shard_warnings(args), *offload_warnings(args)]
@@ -120,6 +123,18 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
     return warnings
+
+
+def _recomputes_every_mlp(model: ModelArgs) -> str:
+    """What recomputes gate and up of every layer, so that none is rounded; empty where nothing does."""
+    layers = read_config_json(model.model_config).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return ""
+    if model.activation_checkpointing and len(model.recomputed(layers)) == layers:
+        in_part = f" --checkpoint_layers {model.checkpoint_layers}" * (model.checkpoint_layers > 0)
+        return f"--activation_checkpointing{in_part} recomputes every layer"
+    every_mlp = model.recomputed_tensors(layers)["mlp"] == layers
+    return f"--recompute {model.recompute} recomputes gate and up of every layer" if every_mlp else ""
 
 
 def _unread_keys(model: ModelArgs) -> list[str]:
@@ -164,6 +179,15 @@ def _activation_problems(args: RunArgs) -> list[str]:
             "--int8_activations is for the project's own LLaMA: transformers' keeps its activations as they are; leave "
             "--int8_activations or --use_hf_model out"
         )
+    if model.recompute and model.use_hf_model:
+        problems.append(
+            "--recompute is for the project's own LLaMA: transformers' recomputes every layer, with "
+            "--activation_checkpointing; leave --recompute or --use_hf_model out"
+        )
+    if model.recompute and model.activation_checkpointing:
+        problems.append(
+            f"--activation_checkpointing recomputes all that --recompute {model.recompute} names: leave one out"
+        )
     in_part = {"checkpoint_every": model.checkpoint_every > 1, "checkpoint_layers": model.checkpoint_layers > 0}
     for name in (name for name, given in in_part.items() if given):
         flag = f"--{name} {getattr(model, name)}"
@@ -197,6 +221,7 @@ def _model_problems(args: RunArgs) -> list[str]:
     if args.method.method != "full":
         checks.append(lambda: check_method_rank(config, args.subspace.rank))
     problems = [] if args.model.use_hf_model else _family_problems(args, family)
+    problems += _too_many_layers(args.model, config.num_hidden_layers, config.source)
     if args.optimizer.is_low_rank:
         layers, shapes = config.num_hidden_layers, config.matrix_shapes()
         problems += rank_problems(config.source, layers, shapes, *args.subspace.both_ranks)
@@ -210,10 +235,23 @@ def _model_problems(args: RunArgs) -> list[str]:
     return problems
 
 
+def _too_many_layers(model: ModelArgs, layers: int, source: str) -> list[str]:
+    """Name numbers of recomputed layers beyond those of the model."""
+    given = {f"--checkpoint_layers {model.checkpoint_layers}": model.checkpoint_layers}
+    for name, colon, count in (part.partition(":") for part in model.recompute.split(",")):
+        given[f"--recompute {name}:{count}"] = int(count) if colon else 0
+    return [
+        f"{flag} is more than the {layers} layers of {source}: give at most {layers}"
+        for flag, count in given.items()
+        if count > layers
+    ]
+
+
 def _family_problems(args: RunArgs, family: ModelFamily[Any]) -> list[str]:
     """List the flags that ask for a feature which the model family lacks."""
     lacks = {
         "activation_checkpointing": ("cannot recompute its layers", family.recomputes_layers),
+        "recompute": ("cannot recompute its layers", family.recomputes_layers),
         "int8_activations": ("keeps its activations as they are", family.int8_activations),
     }
     given = {flag: flag for flag in lacks if getattr(args.model, flag)}

@@ -16,6 +16,7 @@ from typing import Annotated
 from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
+from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
 from qgalore.config import FLOAT_PRODUCTS, FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
@@ -83,6 +84,23 @@ def _ranks(text: str) -> int | str:
     return ranks[0] if len(set(ranks)) == 1 else ",".join(map(str, ranks))
 
 
+def _recomputed(text: str) -> str:
+    """Names of activations, each with a number of layers if one is given, in their order."""
+    counts = dict[str, int]()
+    for part in text.replace(" ", "").split(",") if text != "none" else ():
+        name, colon, count = part.partition(":")
+        try:
+            if name not in ACTIVATIONS or name in counts or (colon and parse_whole(count) < 1):
+                raise ValueError
+            counts[name] = parse_whole(count) if colon else 0
+        except ValueError:
+            raise ValueError(
+                f"names of {', '.join(ACTIVATIONS)}, each perhaps with a number of first layers, such as "
+                "attention,mlp:12; or none"
+            ) from None
+    return in_flag(counts)
+
+
 def _mlp_ranks(text: str) -> int | str:
     if AUTO in text:
         raise ValueError(f"a whole number of at least 1, as --rank {AUTO} deals that of the MLP, too,")
@@ -111,6 +129,11 @@ class ModelArgs:
     cost in time."""
     checkpoint_layers: Annotated[int, Flag("layers", at_least=0, auto="as checkpoint_every says")] = 0
     """With --activation_checkpointing recompute the first so many layers alone."""
+    recompute: Annotated[str, Flag("tensors", parse=_recomputed)] = ""
+    """Recompute some tensors of the decoder layers in the backward pass and keep the others: attention (its output, for
+    little time in short sequences), residual (the sum behind it), qkv (queries, keys, values) and mlp (gate and up, the
+    widest), each in all layers or, as in attention,mlp:12, in so many first ones. The bits are the same. All four are
+    --activation_checkpointing."""
     int8_activations: bool = False
     """Round gate and up of each MLP to INT8 in training: about half of what a compiled layer keeps for its backward
     pass, in half the bytes. Layers that are recomputed do not round."""
@@ -119,18 +142,24 @@ class ModelArgs:
     bfloat16."""
 
     def recomputed(self, layers: int) -> range:
-        """The indices of the layers, of so many, that are recomputed in the backward pass."""
+        """The indices of the layers, of so many, that are wholly recomputed in the backward pass."""
         if not self.activation_checkpointing:
-            return range(0)
+            return range(min(self.recomputed_tensors(layers).values()))
         if self.checkpoint_layers:
             return range(min(self.checkpoint_layers, layers))
         return range(0, layers, self.checkpoint_every)
 
+    def recomputed_tensors(self, layers: int) -> dict[str, int]:
+        """In how many first layers, of so many, --recompute recomputes each name of `ACTIVATIONS`."""
+        given = [part.partition(":") for part in self.recompute.split(",")]
+        counts = {name: min(int(count), layers) if colon else layers for name, colon, count in given}
+        return {name: counts.get(name, 0) for name in ACTIVATIONS}
+
     @property
     def recomputed_in_words(self) -> str:
-        """Which layers those are: none, all, 1 in 3, or the first 5."""
+        """Which layers or tensors those are: none, all, 1 in 3, the first 5, or attention,mlp:12."""
         if not self.activation_checkpointing:
-            return "none"
+            return self.recompute or "none"
         if self.checkpoint_layers:
             return f"the first {self.checkpoint_layers}"
         return f"1 in {self.checkpoint_every}" if self.checkpoint_every > 1 else "all"
@@ -603,7 +632,7 @@ class RuntimeArgs:
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
-    total_batch_size), activation_checkpointing, checkpoint_layers and int8_activations; where nothing else fits,
+    total_batch_size), recompute or activation_checkpointing, and int8_activations; where nothing else fits,
     grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""

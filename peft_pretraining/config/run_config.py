@@ -84,7 +84,12 @@ class RunArgs:
             return self.model
         # A layer is computed again just before its backward pass, which is alone with what it has kept.
         return dataclasses.replace(
-            self.model, activation_checkpointing=False, checkpoint_every=1, checkpoint_layers=0, int8_activations=False
+            self.model,
+            activation_checkpointing=False,
+            checkpoint_every=1,
+            checkpoint_layers=0,
+            recompute="",
+            int8_activations=False,
         )
 
     @property

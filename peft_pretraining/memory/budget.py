@@ -2,7 +2,7 @@
 
 What is chosen are flags: the same command with them is the same run. Settings are tried step by step:
 
-1. micro-batches that divide the total batch, the first so many layers computed again, gate and up kept in INT8;
+1. micro-batches that divide the total batch, tensors of so many layers computed again, gate and up kept in INT8;
 2. sums over micro-batches in INT8 as well: where nothing else fits, or where it makes an update faster by 5 %;
 3. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
    the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast;
@@ -12,6 +12,12 @@ On several ranks the first two steps are made for replicas, then for optimizer s
 weights that are, too (`--shard`), before a rank is made smaller. Where nothing of all this fits, all of it is made for
 optimizer states that wait in host memory, then for weights that do (`--offload`), whose copies may make a run slower.
 
+What is computed again is a knapsack: tensors of layers (`peft_pretraining.models.selective_checkpoint`) with the bytes
+that they take and the counted time to make each again. Those of one name are alike in all layers, so that the least
+time for so many bytes is found by taking first what costs least time a byte (Dantzig, Operations Research 5 (2), 1957),
+which is exact but for a part of one layer: `Candidates` has a chain of such settings for each micro-batch, from all
+kept to all computed again, and in a chain the first that fits is the fastest.
+
 Of the settings of a step that fit, the one of the least counted time of an update is taken (`peft_pretraining.speed`).
 Where others are as fast to one per cent, one that rounds nothing goes before one that does, then one that computes
 nothing again, then the one of the least memory.
@@ -19,6 +25,7 @@ nothing again, then the one of the least memory.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -39,11 +46,13 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.lasting import lasting_bytes
+from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.plan import plan_of_run
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.config import ModelConfig
+from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
 from peft_pretraining.speed.cards import CARDS, Card
-from peft_pretraining.speed.run_speed import counted_seconds
+from peft_pretraining.speed.run_speed import counted_seconds, seconds_of_tensors
 from qgalore.config import FULL
 
 UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
@@ -84,7 +93,7 @@ class Candidate:
     @property
     def needs(self) -> int:
         """The planned peak and what is kept free beside it."""
-        again = OF_COMPILER if self.args.kept_activations.activation_checkpointing else 0
+        again = OF_COMPILER if self.args.kept_activations.recomputed_in_words != "none" else 0
         return self.peak + int(self.peak * UNPLANNED_SHARE) + again
 
     def seconds(self, card: Card) -> float:
@@ -121,6 +130,7 @@ class Candidates:
         given = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
         self._given = given.difference(defaults)
         self._lasting: dict[Any, dict[str, int]] = {}
+        self._asked: dict[tuple[str, ...], bool] = {}
         self._sizes = self._parsed_sizes()
         first = self._sizes[-1][1]  # of the smallest micro-batch
         config = shape_of(first.model)
@@ -130,17 +140,33 @@ class Candidates:
                 "planned: leave it out, or use a model of the project's own"
             )
         self.config = config
-        plain, sums = list(self._activations(first)), self._sums(first)
-        self.steps = [self._candidates(plain, each) for each in sums]
-        self.lower_ranks = [self._candidates(plain, sums[-1], rank) for rank in self._ranks(first)]
+        self._kept = [list(self._activations(args)) for _, args in self._sizes]
+        self.chains = [self._candidates(each) for each in self._sums(first)]
+        """Of each step: in a chain the time grows and the memory falls."""
+
+    @property
+    def steps(self) -> list[list[Candidate]]:
+        """All candidates of each step with the rank of the command line."""
+        return [list(itertools.chain(*chains)) for chains in self.chains]
+
+    @property
+    def lower_ranks(self) -> list[list[Candidate]]:
+        """All with a smaller rank, by ranks."""
+        return [list(itertools.chain(*chains)) for chains in self.lower_chains]
+
+    @cached_property
+    def lower_chains(self) -> list[list[list[Candidate]]]:
+        """Chains by smaller ranks, from large to small."""
+        first = self._sizes[-1][1]
+        return [self._candidates(self._sums(first)[-1], rank) for rank in self._ranks(first)]
 
     def choose(self, budget: int, card: Card, ranks: Sequence[Ranks] = tuple(Ranks)) -> Candidate | None:
         """The fastest candidate on a card that fits into so many bytes, of the first of `ranks` with one; else None."""
         for rank in ranks:
             if rank == Ranks.OWN:
-                chosen = self._fastest_step(self.steps, WORTH_ROUNDING, budget, card)
+                chosen = self._fastest_step(self.chains, WORTH_ROUNDING, budget, card)
             elif self.in_subspace is None:
-                smaller = self.lower_ranks if rank == Ranks.SMALLER else []
+                smaller = self.lower_chains if rank == Ranks.SMALLER else []
                 chosen = self._fastest_step(smaller, WORTH_A_RANK, budget, card)
             else:
                 same = Ranks.OWN if rank == Ranks.OF_SUBSPACE else Ranks.SMALLER
@@ -150,11 +176,9 @@ class Candidates:
         return None
 
     def _fastest_step(
-        self, steps: Sequence[Sequence[Candidate]], worth: float, budget: int, card: Card
+        self, steps: Sequence[Sequence[list[Candidate]]], worth: float, budget: int, card: Card
     ) -> Candidate | None:
         """Of the first step within `worth` of the least time of all steps the fastest candidate that fits."""
-        if self.own_smallest.needs > budget:
-            return None
         found = [each for step in steps if (each := _fastest(step, budget, card))]
         limit = worth * min((each.seconds(card) for each in found), default=0.0)
         return next((each for each in found if each.seconds(card) <= limit), None)
@@ -174,7 +198,8 @@ class Candidates:
     @cached_property
     def own_smallest(self) -> Candidate:
         """The candidate of the least memory of those with the recipe of the command line."""
-        return min(itertools.chain(*self.steps, *self.lower_ranks[-1:]), key=lambda each: each.needs)
+        ends = itertools.chain(*self.chains, *self.lower_chains[-1:])
+        return min(itertools.chain(*map(_least_of, ends)), key=lambda each: each.needs)
 
     @property
     def smallest(self) -> Candidate:
@@ -230,29 +255,63 @@ class Candidates:
             return []
         return [rank for eighths in range(7, 0, -1) if (rank := first.subspace.dimensions * eighths // 8)]
 
-    def _activations(self, first: RunArgs) -> Iterator[Setting]:
-        """Flags of what is kept of activations, with the values that they set."""
-        given, layers = self._given, self.config.num_hidden_layers
-        if first.by_layer:  # which keeps those of one layer
-            yield (), {}
+    def _activations(self, args: RunArgs) -> Iterator[list[Setting]]:
+        """Chains of flags of what is kept of activations, with the values that they set."""
+        if args.by_layer:  # which keeps those of one layer
+            yield [((), {})]
             return
-        again: list[Setting] = [((), {})]
-        fixed = first.model.activation_checkpointing
-        switch = () if fixed else ("--activation_checkpointing",)
-        if not given & {"checkpoint_every", "checkpoint_layers"} and (fixed or self._allows(*switch)):
-            again = [] if fixed else again
-            step = -(-layers // MOST_COUNTS)
-            counts = range(step, layers, step) if self._allows(*switch, "--checkpoint_layers", "1") else ()
-            for count in (*counts, 0):
-                in_part = ("--checkpoint_layers", str(count)) if count else ()
-                values: dict[str, Any] = {"activation_checkpointing": True, "checkpoint_layers": count}
-                again.append(((*switch, *in_part), values))
-        for flags, values in again:
-            yield flags, values
-            model = dataclasses.replace(first.model, **values)
-            some_kept = len(model.recomputed(layers)) < layers
-            if some_kept and "int8_activations" not in given and self._rounds:
-                yield (*flags, "--int8_activations"), values | {"int8_activations": True}
+        layers = self.config.num_hidden_layers
+        yield list(self._recomputing(args))
+        if "int8_activations" in self._given or not self._rounds:
+            return
+        rounded = dataclasses.replace(args, model=dataclasses.replace(args.model, int8_activations=True))
+        chain = list[Setting]()
+        for flags, values in self._recomputing(rounded):
+            model = dataclasses.replace(args.model, **values)
+            if max(len(model.recomputed(layers)), model.recomputed_tensors(layers)["mlp"]) < layers:
+                chain.append(((*flags, "--int8_activations"), values | {"int8_activations": True}))
+        if chain:
+            yield chain
+
+    def _recomputing(self, args: RunArgs) -> Iterator[Setting]:
+        """Flags of what is computed again, from nothing to all."""
+        layers, fixed = self.config.num_hidden_layers, args.model.activation_checkpointing
+        switch, whole = ("--activation_checkpointing",), {"activation_checkpointing": True}
+        step = -(-layers // MOST_COUNTS)
+        if self._given & {"checkpoint_every", "checkpoint_layers", "recompute"}:
+            yield (), {}
+        elif fixed:
+            for count in range(step, layers, step) if self._may("--checkpoint_layers", "1") else ():
+                yield ("--checkpoint_layers", str(count)), {"checkpoint_layers": count}
+            yield (), {}
+        else:
+            yield (), {}
+            for counts in self._tensors(args, step) if self._may("--recompute", "attention") else ():
+                text = in_flag(counts, layers)
+                yield ("--recompute", text), {"recompute": text}
+            if self._may(*switch):
+                yield switch, whole
+
+    def _tensors(self, args: RunArgs, step: int) -> Iterator[dict[str, int]]:
+        """Layers by the tensors that they compute again, but for all: first what costs the least time a byte."""
+        layers, card = self.config.num_hidden_layers, CARDS["h100"]
+        nbytes, seconds = (
+            PassingBytes(PlannedRun(args, self.config)).parts(),
+            seconds_of_tensors(args, self.config, card),
+        )
+        names = sorted(ACTIVATIONS, key=lambda name: seconds[name] / nbytes[name])
+        counts = dict[str, int]()
+        for name in names:
+            for count in (*range(step, layers, step), layers):
+                counts[name] = count
+                if count < layers or name != names[-1]:
+                    yield counts
+
+    def _may(self, *flags: str) -> bool:
+        """`_allows`, asked once."""
+        if flags not in self._asked:
+            self._asked[flags] = self._allows(*flags)
+        return self._asked[flags]
 
     @cached_property
     def _rounds(self) -> bool:
@@ -260,20 +319,29 @@ class Candidates:
         args = self._sizes[-1][1]
         return self._allows("--int8_activations") and PlannedRun(args, self.config).compiled
 
-    def _candidates(self, activations: Sequence[Setting], sums: Setting, rank: int | None = None) -> list[Candidate]:
+    def _candidates(self, sums: Setting, rank: int | None = None) -> list[list[Candidate]]:
+        """The chains of all micro-batches."""
         found = []
-        for (size, args), (keep, model) in itertools.product(self._sizes, activations):
+        for (size, args), chains in zip(self._sizes, self._kept, strict=True):
             # With one micro-batch there is nothing to sum.
             add, optimizer = sums if args.batch.gradient_accumulation > 1 else ((), {})
-            changed = dataclasses.replace(
+            of_size = dataclasses.replace(
                 args,
-                model=dataclasses.replace(args.model, **model),
                 optimizer=dataclasses.replace(args.optimizer, **optimizer),
                 subspace=dataclasses.replace(args.subspace, rank=rank) if rank else args.subspace,
             )
             lower = ("--rank", str(rank)) if rank else ()
-            flags = (*self.recipe_flags, *size, *keep, *add, *lower)
-            found.append(Candidate(flags, changed, self.config, self._lasting))
+            for chain in chains:
+                models = [(keep, dataclasses.replace(args.model, **values)) for keep, values in chain]
+                found.append(
+                    [
+                        Candidate(
+                            (*self.recipe_flags, *size, *keep, *add, *lower),
+                            dataclasses.replace(of_size, model=model), self.config, self._lasting,
+                        )
+                        for keep, model in models
+                    ]
+                )  # fmt: skip
         return found
 
 
@@ -296,19 +364,34 @@ def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, value if glued else following
 
 
-def _fastest(candidates: Sequence[Candidate], budget: int, card: Card) -> Candidate | None:
-    found: list[Candidate] = []
-    for each in sorted(candidates, key=lambda each: each.seconds(card)):
-        if found and each.seconds(card) > AS_FAST * found[0].seconds(card):
-            break
-        if each.needs <= budget:
-            found.append(each)
+def _fastest(chains: Sequence[list[Candidate]], budget: int, card: Card) -> Candidate | None:
+    """Of what fits the candidate that gives up the least of those that are as fast as the fastest."""
+    first = [(chain, start) for chain in chains if (start := _first_fitting(chain, budget)) is not None]
+    limit = AS_FAST * min((chain[start].seconds(card) for chain, start in first), default=0.0)
+    found = list[Candidate]()
+    for chain, start in first:
+        as_fast = itertools.takewhile(lambda each: each.seconds(card) <= limit, chain[start:])
+        found += [each for each in as_fast if each.needs <= budget]
     return min(found, key=_by_what_it_gives_up) if found else None
+
+
+def _first_fitting(chain: list[Candidate], budget: int) -> int | None:
+    """The index of the first candidate of a chain that fits; None where none does."""
+    start = bisect.bisect_left(chain, True, key=lambda each: each.needs <= budget)
+    if start == len(chain):
+        # What a layer computes again is there beside what others keep: of few layers the last may take more.
+        return next((index for index, each in enumerate(chain) if each.needs <= budget), None)
+    return start
+
+
+def _least_of(chain: list[Candidate]) -> list[Candidate]:
+    """Those of a chain among which is the one of the least memory: steps of eighths and the last."""
+    return [*chain[:: max(1, len(chain) // 8)], chain[-1]]
 
 
 def _by_what_it_gives_up(candidate: Candidate) -> tuple[bool, bool, int]:
     model = candidate.args.model
-    return model.int8_activations, model.activation_checkpointing, candidate.peak
+    return model.int8_activations, model.recomputed_in_words != "none", candidate.peak
 
 
 def parse_within_budget(
@@ -331,7 +414,7 @@ def parse_within_budget(
     world_size = _ranks_of(argv, world_size)
     modes = _modes(argv, world_size)
     candidates = next(iter(modes.values()))
-    first = candidates.steps[0][0].args
+    first = candidates.chains[0][0][0].args
     budget = first.runtime.memory_budget
     if card is None and first.runtime.device != "cpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -414,7 +497,8 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
 
 
 def _fastest_unrounded(candidates: Candidates, budget: int, card: Card) -> Candidate | None:
-    return _fastest([each for each in candidates.steps[0] if "--int8_activations" not in each.flags], budget, card)
+    chains = [each for each in candidates.chains[0] if "--int8_activations" not in each[0].flags]
+    return _fastest(chains, budget, card)
 
 
 def _ranks_of(argv: Sequence[str], world_size: int) -> int:

@@ -39,6 +39,8 @@ class PassingBytes:
         self.table = config.vocab_size * config.hidden_size * self.b
         kept = args.kept_activations
         self.recomputed = kept.recomputed(layers)
+        self.tensors = kept.recomputed_tensors(layers)
+        """In how many first layers the tensors of these names are recomputed (`models.selective_checkpoint`)."""
         self.int8_activations = kept.int8_activations and run.compiled
         self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
         self.quantized = self.format.stored_bits is not None and not self.format.int8_products
@@ -48,8 +50,7 @@ class PassingBytes:
         self.bases = self._cached(x.bases for x in run.matrices if self.options.proj_quant)
         # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
         self.own = run.graphs and (config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums))
-        again = len(self.recomputed)
-        self.kept = (again + 1) * self.hidden + (layers - again) * self.layer() + (4 + 8 + 8) * run.tokens
+        self.kept = self._kept_from(0) + self.hidden + (4 + 8 + 8) * run.tokens
         """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
 
     def _cached(self, values: Iterable[int]) -> int:
@@ -109,24 +110,50 @@ class PassingBytes:
         float32 log-sum-exp of each head. MLP: gate and up, perhaps in INT8. Uncompiled also the norms' outputs,
         silu(gate) and the product. Of factors and adapters what lies between the two.
         """
-        config, heads = self.run.config, self.run.config.num_attention_heads
-        size = group_size_of(self.wide // self.b) if self.int8_activations and not recomputed else None
-        of_mlp = 2 * self.wide if size is None else 2 * (self.wide // self.b) * (size + 2) // size
-        again = 0 if self.run.compiled else 2 * (self.hidden + self.wide)
-        attention = 2 * (heads + config.num_key_value_heads) * config.head_dim * self.b + 4 * heads
         # The product of each matrix's input and a factor.
         factors = self.run.rank_of_factors * self.b * len(self.run.matrices)
-        return 2 * self.hidden + self.run.tokens * (attention + 4 * 2 + factors) + of_mlp + again
+        parts = sum(self.parts(recomputed).values())
+        return self.hidden + self.run.tokens * (4 * 2 + factors) + parts + self.between() * (not self.run.compiled)
+
+    def parts(self, recomputed: bool = False) -> dict[str, int]:
+        """Of these bytes those that `--recompute` may spare, by the names of `models.selective_checkpoint`."""
+        config, heads = self.run.config, self.run.config.num_attention_heads
+        size = group_size_of(self.wide // self.b) if self.int8_activations and not recomputed else None
+        query, key_value = (count * config.head_dim * self.b for count in (heads, config.num_key_value_heads))
+        return {
+            "attention": self.run.tokens * (query + 4 * heads),
+            "residual": self.hidden,
+            "qkv": self.run.tokens * (query + 2 * key_value),
+            "mlp": 2 * self.wide if size is None else 2 * (self.wide // self.b) * (size + 2) // size,
+        }
+
+    def between(self) -> int:
+        """What an uncompiled layer keeps that a compiled one makes again: norms' outputs, silu(gate), the product."""
+        return 2 * (self.hidden + self.wide)
+
+    def _kept_from(self, first: int) -> int:
+        """What the layers from this index on keep."""
+        again = sum(index >= first for index in self.recomputed)
+        found = again * self.hidden + (self.layers - first - again) * self.layer()
+        parts, in_part = self.parts(), {name: max(0, count - first - again) for name, count in self.tensors.items()}
+        if not self.run.compiled:  # a layer of which a part is recomputed keeps nothing but the other parts
+            found -= max(in_part.values()) * (self.between() + 2 * 4 * self.run.tokens)
+        return found - sum(count * parts[name] for name, count in in_part.items())
+
+    def _recomputed_in(self, index: int) -> list[str]:
+        return [name for name, count in self.tensors.items() if index < count]
 
     def of_layers(self) -> dict[str, int]:
         """What the backward pass of the layers takes by its moments, beside all activations: in the graphs' memory."""
         run, backward = self.run, self.backward(recomputed=False)
         above = self.layers - 1 - self.recomputed[-1] if self.recomputed else 1
+        parts = [self._again_in_part(count - 1) for count in {*self.tensors.values()} - {0, len(self.recomputed)}]
         if self.recomputed:
             # A compiled layer has both norms' outputs by then; layers above have given up theirs, but not to graphs.
             again = self.layer(recomputed=True) + (1 if run.compiled else -1) * self.hidden
-            again += self.backward(recomputed=True) - (0 if run.graphs else above * self.layer())
+            again += self.backward(recomputed=True) - self._given_up_above(self.recomputed[-1])
             backward = again if len(self.recomputed) == self.layers else max(again, backward)
+        backward = max(backward, *parts, 0)
         # Where graphs run a layer and several matrices are due, their sketches wait for the end of its backward pass.
         due = math.ceil(self.layers * len(run.matrices) / self.options.shortest_interval)
         waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
@@ -141,6 +168,49 @@ class PassingBytes:
             found["activations and updates of one layer"] = gradients + self.updates() + sketches
         return found
 
+    def _given_up_above(self, index: int) -> int:
+        """What layers above this one had kept, whose backward passes are over; but graphs keep their memory."""
+        return 0 if self.run.graphs else self._kept_from(index + 1)
+
+    def _again_in_part(self, index: int) -> int:
+        """Inside the backward pass of a layer that recomputes some tensors, beside all activations.
+
+        Each tensor is made again where the backward pass comes to it: for the MLP gate and up, and the sum before them
+        with what that is made of; then for attention its inputs and output. The norm's output that gate and up, or
+        queries, keys and values are made of waits for the gradients of their weights.
+        """
+        names, parts, backward = (
+            self._recomputed_in(index),
+            self.parts(recomputed=True),
+            self.backward(recomputed=False),
+        )
+        above = self._given_up_above(index)
+        if not self.run.compiled:  # the whole layer runs again, but for products that it has kept
+            return sum(parts[name] for name in names) + self.between() + backward - above
+        again = {name: parts[name] + self.hidden * (name in ("mlp", "qkv")) for name in names}
+        for_sum = [name for name in ("residual", "attention", "qkv") if name in again] if "residual" in again else []
+        if "attention" not in for_sum:
+            for_sum = for_sum[:1]
+        of_mlp = again.get("mlp", 0) + sum(again[name] for name in for_sum)
+        # By then gate and up have been given up, if it was the layer that kept them.
+        kept = 0 if "mlp" in again or self.run.graphs else self.parts()["mlp"]
+        of_attention = again.get("qkv", 0) + again.get("attention", 0) + self._gradients_of_attention() - kept
+        return max(of_mlp + backward, of_attention + self.weights + self.bases) - above
+
+    def _gradients_of_attention(self) -> int:
+        """Gradients of five inputs, of queries, keys and values, those of queries in float32, and projected ones."""
+        run, config = self.run, self.run.config
+        queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
+        return 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * self._made()
+
+    def _made(self) -> int:
+        """Of the largest matrix the gradients that wait for its update."""
+        matrix = self._largest()
+        return self.b * (matrix.gradient + matrix.residual) if self.run.updates_at_once else 0
+
+    def _largest(self) -> Matrix:
+        return max(self.run.matrices, key=lambda x: (x.size, -x.shape[0]))  # down_proj
+
     def backward(self, recomputed: bool) -> int:
         """Inside the backward pass of a layer, beside what is kept and the gradient of the layer's output.
 
@@ -150,19 +220,16 @@ class PassingBytes:
         weight or a projection, beside the projected gradients made so far. Attention: gradients of five inputs, of
         queries, keys and values, and those of the queries in float32.
         """
-        run, config = self.run, self.run.config
-        matrix = max(run.matrices, key=lambda x: (x.size, -x.shape[0]))  # down_proj
+        run, matrix, made = self.run, self._largest(), self._made()
         weight = 0 if self.weights else product_bytes(self.format, matrix.shape, run.tokens, run.dtype)
         if run.args.method.method == "qlora":  # dequantized as a whole
             weight = self.b * matrix.size
         multiplying = max(weight, self.projecting(matrix))
-        made = self.b * (matrix.gradient + matrix.residual) if run.updates_at_once else 0
         fused = 0
         if self.format.fp8_products:  # of gate and up at once, whose shape is that of down turned
             fused = fused_product_bytes([matrix.shape[::-1]] * 2, run.tokens)
         if recomputed and run.compiled:
-            queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
-            worst = 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * made - 2 * self.wide
+            worst = self._gradients_of_attention() - 2 * self.wide
             worst = max(worst, 2 * self.hidden + fused + 2 * made if fused else 0)
         elif run.graphs or self.int8_activations:
             worst = max(4 * self.wide, 2 * (self.wide + self.hidden) + max(multiplying, fused) + made)

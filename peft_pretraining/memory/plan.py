@@ -78,21 +78,24 @@ class MemoryPlan:
 
 def plan(args: RunArgs, config: ModelConfig) -> MemoryPlan:
     """The planned memory of one rank of this run; takes a fraction of a second for any model size."""
-    planned = plan_of_run(run := PlannedRun(args, config), lasting_bytes(run))
+    planned = plan_of_run(run := PlannedRun(args, config), lasting_bytes(run), _whose(run))
     return replace(planned, waiting=offloaded(run).on_host)
 
 
-def plan_of_run(run: PlannedRun, lasting: dict[str, int]) -> MemoryPlan:
-    """The planned memory of a run of which it is known what lasts; on the device, with `--offload`."""
+def plan_of_run(run: PlannedRun, lasting: dict[str, int], of: str = "one rank") -> MemoryPlan:
+    """The planned memory of a run of which it is known what lasts, and whose that is, which takes as long to find.
+
+    With `--offload` that of the device.
+    """
     overhead = {"workspaces of cuBLAS": _WORKSPACES} if run.cuda else {}
     if run.args.by_layer:
         by_layer = PassingByLayer(run)
         overhead |= by_layer.overhead()
-        return MemoryPlan(lasting, by_layer.phases(), by_layer.kept, overhead, _whose(run), by_layer.host())
+        return MemoryPlan(lasting, by_layer.phases(), by_layer.kept, overhead, of, by_layer.host())
     passing = PassingBytes(run)
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
     overhead |= {"gradients of two layers on their way": passing.messages()} if run.args.owners_sum else {}
-    return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, _whose(run))
+    return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, of)
 
 
 def _whose(run: PlannedRun) -> str:

@@ -1,6 +1,6 @@
 """A network as building, optimizers and CUDA graphs see it: the base class of every family's."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -105,6 +105,13 @@ class CausalLM(nn.Module):
         To be called before the decoder matrices are converted, which are made for the one or the other.
         """
         raise UserError(f"{type(self).__name__} cannot recompute its layers: leave --activation_checkpointing out")
+
+    def recompute(self, counts: Mapping[str, int]) -> None:
+        """From now on compute tensors again in the backward pass: each name of `ACTIVATIONS` in so many first layers.
+
+        To be called before the decoder matrices are converted, too.
+        """
+        raise UserError(f"{type(self).__name__} cannot recompute single tensors: leave --recompute out")
 
     def keep_int8_activations(self) -> None:
         """From now on keep the widest activations of each layer in INT8, but for what is recomputed anyway."""

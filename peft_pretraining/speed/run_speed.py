@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
+from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.speed.cards import Card
@@ -16,7 +17,7 @@ from peft_pretraining.speed.update_passes import (
     adamw,
     all_passes,
     q_galore,
-    recompute,
+    recompute_tensors,
     rounded_activations,
 )
 from qgalore.config import FULL
@@ -36,22 +37,27 @@ def counted_tokens_per_second(args: RunArgs, config: ModelConfig, card: Card) ->
 def counted_seconds(args: RunArgs, config: ModelConfig, card: Card) -> float:
     """The time of an update of such a run."""
     s, ours = setting_of(args, config), args.optimizer.is_low_rank
-    plain, again, rounding = _times(
-        replace(s, checkpointing=False, checkpoint_every=1, checkpoint_layers=0), ours, card
-    )
-    kept = s.config.num_hidden_layers - s.recomputed
-    computing = (plain + s.grad_accum * (s.recomputed * again + kept * rounding)) / SHARE_OF_FLOOR
+    bare = replace(s, checkpointing=False, checkpoint_every=1, checkpoint_layers=0, tensors=())
+    plain, again, rounding = _times(bare, ours, card)
+    repeated = s.recomputed * sum(again.values()) + sum(count * again[name] for name, count in s.tensors)
+    computing = (plain + s.grad_accum * (repeated + s.rounded * rounding)) / SHARE_OF_FLOOR
     return seconds_with_link(args, s, computing, card.link_bytes_per_second)
 
 
+def seconds_of_tensors(args: RunArgs, config: ModelConfig, card: Card) -> dict[str, float]:
+    """The counted time that each tensor of a layer takes which is computed again, a micro-batch, by its name."""
+    s = replace(setting_of(args, config), checkpointing=False, checkpoint_every=1, checkpoint_layers=0, tensors=())
+    again = _times(s, args.optimizer.is_low_rank, card)[1]
+    return {name: each / SHARE_OF_FLOOR for name, each in again.items()}
+
+
 @lru_cache(maxsize=1 << 12)
-def _times(s: Setting, ours: bool, card: Card) -> tuple[float, float, float]:
+def _times(s: Setting, ours: bool, card: Card) -> tuple[float, dict[str, float], float]:
     """Floors of an update in which nothing is computed again or rounded, and of both in a layer and micro-batch."""
     ceilings, plain = card.ceilings, replace(s, int8_activations=False)
     update = q_galore(plain) if ours else adamw(plain, in_chunks=True)
-    parts = (all_passes(update), recompute(s, ours), rounded_activations(s))
-    whole, again, rounding = (seconds(passes, ceilings) for passes in parts)
-    return whole, again, rounding
+    again = {name: seconds(passes, ceilings) for name, passes in recompute_tensors(s, ours).items()}
+    return seconds(all_passes(update), ceilings), again, seconds(rounded_activations(s), ceilings)
 
 
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
@@ -73,6 +79,7 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         update_proj_gap=math.ceil(subspace.update_proj_gap),
         checkpoint_every=model.checkpoint_every,
         checkpoint_layers=model.checkpoint_layers,
+        tensors=_tensors(model, config.num_hidden_layers),
         int8_activations=model.int8_activations,
         weight_bits=args.quantization.weight_format.stored_bits,
         basis_bits=subspace.proj_bits if subspace.proj_quant else None,
@@ -81,3 +88,7 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         newton_schulz=subspace.newton_schulz,
         products=args.quantization.weight_format.products,
     )
+
+
+def _tensors(model: ModelArgs, layers: int) -> tuple[tuple[str, int], ...]:
+    return tuple(model.recomputed_tensors(layers).items()) if model.recompute else ()

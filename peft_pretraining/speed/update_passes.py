@@ -63,6 +63,7 @@ class Setting:
     float32_logits: bool = False  # AdamW's, in memory
     checkpoint_every: int = 1  # with checkpointing one in so many layers is computed again
     checkpoint_layers: int = 0  # or so many, if that is not 0
+    tensors: tuple[tuple[str, int], ...] = ()  # or of these names of `TENSORS` in so many layers
     int8_activations: bool = False
     weight_bits: int | None = 8  # None: float weights
     basis_bits: int | None = 4
@@ -87,6 +88,11 @@ class Setting:
         layers = self.config.num_hidden_layers
         in_part = min(self.checkpoint_layers, layers) or -(-layers // self.checkpoint_every)
         return in_part if self.checkpointing else 0
+
+    @property
+    def rounded(self) -> int:
+        """Layers that round gate and up, if any do."""
+        return self.config.num_hidden_layers - max(self.recomputed, dict(self.tensors).get("mlp", 0))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -130,6 +136,10 @@ def merges_input_gradients(s: Setting) -> bool:
     return not s.rounds_products and 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
 
 
+_OF_TENSORS = (
+    ("residual", ("o_proj",)), ("qkv", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")),
+)  # fmt: skip
+"""The matrices that make what `--recompute` names."""
 _WITH_ONE_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
@@ -211,17 +221,34 @@ def pointwise(s: Setting, merged: bool) -> tuple[Passes, Passes]:
 
 def recompute(s: Setting, quantized: bool) -> Passes:
     """The passes that checkpointing repeats: all but down_proj and the sum after it, which no gradient needs."""
+    return [each for passes in recompute_tensors(s, quantized).values() for each in passes]
+
+
+def recompute_tensors(s: Setting, quantized: bool) -> dict[str, Passes]:
+    """The same by the tensors that they make, as `--recompute` names them (`models.selective_checkpoint`).
+
+    A product makes a value of b bytes in 2 in_features operations, so that one with the model's width h takes 2 h / b
+    a byte, be it of queries or of gate: 4,096 in bfloat16 for LLaMA-7B. Fused attention makes a value in 2 L in
+    sequences of L tokens, but reads its inputs: of 256 tokens it is what each byte saves the most time with.
+    """
     hidden, query, key_value = s.widths
-    widths = (2 * hidden, 2 * (query + key_value), 4 * hidden, 3 * s.config.intermediate_size)
-    shapes = [shape for name, shape in s.config.matrix_shapes().items() if name != "mlp.down_proj"]
-    if quantized and s.rounds_products:
-        inputs = (hidden, query, hidden)
-        passes = [round_to_8_bits(s.tokens, n) for n in inputs]
-        passes += [product_of_8_bits(s.tokens, n, m) for m, n in shapes]
-    else:
-        passes = [product(s.tokens, n, m) for m, n in shapes]
-    passes += [moved(2 * s.tokens * width) for width in widths]
-    return [*passes, attention(s)[0], *(weights_as_factors(s, shapes) if quantized else [])]
+    # The first has norm and rotation, the sum has its norm, gate and up their product.
+    widths = {
+        "qkv": (2 * hidden, 2 * (query + key_value)),
+        "residual": (4 * hidden,),
+        "mlp": (3 * s.config.intermediate_size,),
+    }
+    found = {"attention": [attention(s)[0]]}
+    for name, of_matrices in _OF_TENSORS:
+        inner = query if name == "residual" else hidden
+        shapes = [shape for each, shape in s.config.matrix_shapes().items() if each.endswith(of_matrices)]
+        rounds = quantized and s.rounds_products
+        product_of = product_of_8_bits if rounds else product
+        passes = [round_to_8_bits(s.tokens, inner)] if rounds else []
+        passes += [product_of(s.tokens, n, m) for m, n in shapes]
+        passes += [moved(2 * s.tokens * each) for each in widths[name]]
+        found[name] = passes + (weights_as_factors(s, shapes) if quantized else [])
+    return found
 
 
 def rounded_activations(s: Setting) -> Passes:
@@ -337,13 +364,18 @@ def _shared(s: Setting, quantized: bool) -> Update:
     forward, backward = pointwise(s, quantized and merges_input_gradients(s))
     return {
         FORWARD: times(forward_products(s) if quantized else decoder_products(s), count),
-        RECOMPUTE: times(recompute(s, quantized), s.grad_accum * s.recomputed),
+        RECOMPUTE: times(recompute(s, quantized), s.grad_accum * s.recomputed) + _in_part(s, quantized),
         INPUT_GRADIENTS: times(input_gradients(s) if quantized else decoder_products(s), count),
         ATTENTION: times(attention(s), count),
         POINTWISE: times([*forward, *backward], count)
-        + times(rounded_activations(s), count - s.grad_accum * s.recomputed)
+        + times(rounded_activations(s), s.grad_accum * s.rounded)
         + times(ends(s), s.grad_accum),
     }
+
+
+def _in_part(s: Setting, quantized: bool) -> Passes:
+    parts = recompute_tensors(s, quantized) if s.tensors else {}
+    return [each for name, count in s.tensors for each in times(parts[name], s.grad_accum * count)]
 
 
 def q_galore(s: Setting) -> Update:

@@ -10,7 +10,7 @@ parameters' dtype. There are no buffers: the rotary tables are computed in each 
 of the model can round them and a model built on the meta device has nothing left to fill in.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
+from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, Contexts, contexts, makes
 from qgalore.layer.linear import grouped_linear
 from qgalore.torch_internals import internal, set_for_process
 
@@ -93,16 +94,20 @@ class LlamaAttention(nn.Module):
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         # The rotation gives the gradients of queries and keys as adjacent columns.
-        of_heads = grouped_linear(x, (self.q_proj, self.k_proj, self.v_proj), adjacent=2)
+        with makes("qkv"):
+            of_heads = grouped_linear(x, (self.q_proj, self.k_proj, self.v_proj), adjacent=2)
         query, key, value = (y.view(heads) for y in of_heads)
-        query, key = rotate(query, key, cos, sin)  # (B, L, heads, head_dim), (B, L, kv_heads, head_dim) as value
+        with makes("qkv", on_the_way=True):
+            query, key = rotate(query, key, cos, sin)  # (B, L, heads, head_dim), (B, L, kv_heads, head_dim) as value
         # Transposed views: the output then has the queries' layout, and its heads join again without a copy.
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if torch.is_grad_enabled() and length <= self.cudnn_length and x.dtype == torch.bfloat16:
-            out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True)[0]
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
-        mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        with makes("attention"):
+            if torch.is_grad_enabled() and length <= self.cudnn_length and x.dtype == torch.bfloat16:
+                out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True)[0]
+            else:
+                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        with makes("residual", on_the_way=True):
+            mixed: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         return mixed
 
 
@@ -118,7 +123,9 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activation = self.training_swiglu if torch.is_grad_enabled() else swiglu
-        out: Tensor = self.down_proj(activation(*grouped_linear(x, (self.gate_proj, self.up_proj))))
+        with makes("mlp"):
+            gate, up = grouped_linear(x, (self.gate_proj, self.up_proj))
+        out: Tensor = self.down_proj(activation(gate, up))
         return out
 
 
@@ -131,18 +138,35 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.recomputed: tuple[str, ...] = ()
+        """Names of `ACTIVATIONS` that are computed again in the backward pass."""
         self.add_attention: Callable[[Tensor, Tensor], Tensor] = torch.add
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether all is computed again."""
+        return self.recomputed == ACTIVATIONS
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # There is no dropout, so the random state need not be kept for the second forward.
-            out: Tensor = checkpoint(self._run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-            return out
-        return self._run(x, cos, sin)
+        if not self.recomputed or not torch.is_grad_enabled():
+            return self._run(x, cos, sin)
+        # There is no dropout, so the random state need not be kept for the second forward.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.recomputed != ACTIVATIONS:
+            options["context_fn"] = self._compiled_contexts if torch.compiler.is_compiling() else self._contexts
+        out: Tensor = checkpoint(self._run, x, cos, sin, **options)
+        return out
+
+    def recompute(self, names: Collection[str]) -> None:
+        """From now on compute the activations of these names again in the backward pass."""
+        self.recomputed = tuple(name for name in ACTIVATIONS if name in names)
+        self._contexts: Contexts = contexts(self.recomputed, compiled=False)
+        self._compiled_contexts: Contexts = contexts(self.recomputed, compiled=True)
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = self.add_attention(x, self.self_attn(self.input_layernorm(x), cos, sin))
+        added = self.self_attn(self.input_layernorm(x), cos, sin)
+        with makes("residual"):
+            x = self.add_attention(x, added)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -200,7 +224,13 @@ class LlamaForCausalLM(CausalLM):
         """See `CausalLM`."""
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, LlamaDecoderLayer)
-            layer.gradient_checkpointing = layers is None or index in layers
+            layer.recompute(ACTIVATIONS if layers is None or index in layers else ())
+
+    def recompute(self, counts: Mapping[str, int]) -> None:
+        """See `CausalLM`."""
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, LlamaDecoderLayer)
+            layer.recompute([name for name, count in counts.items() if index < count])
 
     def recomputes(self, name: str) -> bool:
         """See `CausalLM`."""
@@ -211,7 +241,7 @@ class LlamaForCausalLM(CausalLM):
         """From now on keep gate and up of each MLP in INT8 (`swiglu`), but for what is recomputed anyway."""
         for layer in self.model.layers:
             assert isinstance(layer, LlamaDecoderLayer)
-            if not layer.gradient_checkpointing:
+            if "mlp" not in layer.recomputed:
                 layer.mlp.training_swiglu = swiglu_through_int8
 
     def multiply_head_in_fp8(self, products: int) -> None:
