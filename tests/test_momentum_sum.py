@@ -454,6 +454,28 @@ def test_a_momentum_in_another_format_is_refused() -> None:
         weight.check()
 
 
+def test_a_momentum_of_sums_is_refused_by_who_does_not_sum() -> None:
+    """Its codes have the shape of block-wise ones, for which a kernel would take them."""
+    _, summing = build("galore8bit", "plain", **SUMMED)
+    _, other = build("galore8bit", "plain", **SUMMED | {"sum_in_momentum": False})
+    source, target = low_rank(summing)[0], low_rank(other)[0]
+    source.init_state()
+    target.state.update(source.state)
+    with pytest.raises(ValueError, match="a momentum to which gradients were added, and its param group no sum_in_mom"):
+        target.check()
+
+
+@pytest.mark.parametrize(("made", "read"), [("adam", "normuon"), ("normuon", "orthogonal"), ("orthogonal", "adam")])
+def test_the_moments_of_another_direction_are_refused(made: str, read: str) -> None:
+    _, first = build("galore8bit", "plain", **SUMMED | {"sum_in_momentum": False, "direction": made})
+    _, second = build("galore8bit", "plain", **SUMMED | {"sum_in_momentum": False, "direction": read})
+    source, target = low_rank(first)[0], low_rank(second)[0]
+    source.init_state()
+    target.state.update(source.state)
+    with pytest.raises(ValueError, match=r"has the moments exp_avg.*, and an update needs exp_avg"):
+        target.check()
+
+
 def test_a_checkpoint_goes_on_as_it_was_saved() -> None:
     """Loaded into an optimizer without the option, which a warning names."""
     net, optimizer = build("galore8bit", "plain", **SUMMED)

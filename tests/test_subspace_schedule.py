@@ -166,3 +166,17 @@ def test_a_schedule_goes_on_from_its_state() -> None:
         setattr(again, field, getattr(half, field))
     assert made + run(again, 90, 300) == expected
     assert dataclasses.asdict(again) == dataclasses.asdict(whole)
+
+
+def test_a_state_of_a_longer_queue_is_cut_to_this_ones() -> None:
+    """So that the rows which ranks send each other are as long on all, whichever queue the checkpoint had."""
+    long, short = (
+        RefreshSchedule(SubspaceConfig(rank=4, update_proj_gap=2, cos_threshold=1.0, queue_size=size), 0, 1)
+        for size in (4, 2)
+    )
+    for update_step, similarity in enumerate((None, 0.1, 0.2, 0.3)):
+        long.record(update_step, similarity)
+    state: dict[str, Any] = {}
+    long.save(state)
+    short.load(state)
+    assert short.window == [0.2, 0.3]

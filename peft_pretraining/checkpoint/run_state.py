@@ -42,13 +42,17 @@ _FIXED = (
     "use_hf_model", "dtype", "optimizer", "total_batch_size", "rank", "mlp_rank", "proj_type", "weight_quant",
     "weight_bits", "weight_group_size", "int8_products", "fp8_products", "fp8_weight_gradients", "fp8_head",
     "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "direction", "newton_schulz",
-    "momentum_rank", "momentum_rest_bits", "full_rank_second_moment", "seed", "method", "lora_alpha", "qlora_bits",
+    "momentum_rank", "momentum_rest_bits", "sum_in_momentum", "full_rank_second_moment", "seed", "method",
+    "lora_alpha", "qlora_bits",
     "model_config_contents",
 )  # fmt: skip
+_MOMENTUM_BY_BETA1 = ("sgd", "adafactor")
+"""Optimizers that keep a first moment where `--beta1` is not 0, and none where it is."""
 # Values of newer flags for checkpoints that were saved before these flags existed.
 _OLD_VALUES = {
     "int8_products": False, "fp8_products": False, "fp8_weight_gradients": False, "fp8_head": False,
-    "direction": "adam", "newton_schulz": "muon", "momentum_rank": 0, "momentum_rest_bits": 4, "mlp_rank": 0,
+    "direction": "adam", "newton_schulz": "muon", "momentum_rank": 0, "momentum_rest_bits": 4,
+    "sum_in_momentum": False, "mlp_rank": 0,
     "full_rank_second_moment": "value", "method": "full", "lora_alpha": 32.0, "qlora_bits": 4,
 }  # fmt: skip
 
@@ -104,10 +108,16 @@ class RunCheckpoints:
             return Position(initial_weights=load_initial_weights(self._args.model, self._model, self._world))
         described = self._describe()
         checkpoint = replace(checkpoint, state=_OLD_VALUES | checkpoint.state)
-        check_compatible(checkpoint, {name: described[name] for name in _FIXED})
+        check_compatible(checkpoint, {name: described[name] for name in _fixed_flags(described, checkpoint.state)})
         check_model_tensors(checkpoint, self._model.state_dict())
         self._model.load_state_dict(checkpoint.model_tensors)
-        self._optimizer.load_state_dict(self._with_todays_options(checkpoint.optimizer_state))
+        try:
+            self._optimizer.load_state_dict(self._with_todays_options(checkpoint.optimizer_state))
+        except ValueError as error:
+            raise UserError(
+                f"--continue_from {checkpoint.path} has the state of another optimizer: {error}. Give the flags of "
+                "that run or another checkpoint."
+            ) from error
         self._loader.load_state_dict(checkpoint.state["data"])
         if self._optimizer.loss_scale is not None:
             self._optimizer.loss_scale.load_state_dict(checkpoint.state.get("loss_scale_state", {}))
@@ -278,6 +288,12 @@ def params_of_entries(model: nn.Module) -> dict[str, Tensor]:
     params = dict(model.named_parameters(remove_duplicate=False))
     found = {name: params.get(name, params.get(_OF_CODES.sub("", name))) for name in model.state_dict()}
     return {name: param for name, param in found.items() if param is not None}
+
+
+def _fixed_flags(here: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[str, ...]:
+    """What must be the same in a run, `here`, as in its checkpoint, `there`: both by the names of flags."""
+    moments = [values.get("optimizer") in _MOMENTUM_BY_BETA1 and bool(values.get("beta1")) for values in (here, there)]
+    return _FIXED if moments[0] == moments[1] else (*_FIXED, "beta1")
 
 
 _OF_CODES = re.compile(r"_(qdata|scale|zero_point|format)$")

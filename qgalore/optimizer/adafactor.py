@@ -99,20 +99,21 @@ class AdafactorWeight(Weight):
 
     def check(self) -> None:
         """See `Weight`."""
-        config, shape = self.config, self.subspace.gradient_shape
+        config = self.config
         self.config = None if config is _WHOLE else config
         try:
             super().check()
         finally:
             self.config = config
-        if (
-            self.state
-            and self.owned
-            and {name: moment.shape for name, moment in self._moments("meta").items()}
-            != {name: moment.shape for name, moment in self.state.items() if name.startswith("exp_avg")}
-        ):
+
+    def _check_moments(self) -> None:
+        """See `Weight`."""
+        if {name: moment.shape for name, moment in self._moments("meta").items()} != {
+            name: moment.shape for name, moment in self.state.items() if name.startswith("exp_avg")
+        }:
+            shape = tuple(self.subspace.gradient_shape)
             raise ValueError(
-                f"the state of {self.name} is not that of a gradient of shape {tuple(shape)} under Adafactor with "
+                f"the state of {self.name} is not that of a gradient of shape {shape} under Adafactor with "
                 f"beta1={self.param_group['beta1']}: it was saved for another model or other param groups"
             )
 

@@ -65,7 +65,8 @@ class RefreshSchedule:
         """Take up what `save` has put into a weight's optimizer state; nothing where there is none."""
         if "schedule" in state:
             self.interval, self.next_refresh, self.refreshes, self.saved = state["schedule"].tolist()
-            self.window = state["similarities"].tolist()
+            # No more than `record` would keep: a state may be of a longer queue.
+            self.window = state["similarities"].tolist()[-self.options.queue_size :]
 
     def save(self, state: dict[str, Tensor]) -> None:
         """Put the schedule into a weight's optimizer state, as tensors on the CPU."""

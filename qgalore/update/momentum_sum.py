@@ -80,6 +80,11 @@ def fits(state: dict[str, Tensor]) -> bool:
     return _CODES in state and (state[_CODES].dtype == torch.float32 or _SCALE in state)
 
 
+def only_fits(state: dict[str, Tensor]) -> bool:
+    """Whether a state's momentum is stored in the 8 bits of `init_state`, which nothing else reads."""
+    return _CODES in state and _SCALE in state
+
+
 def read(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """The momentum (m, n) in dtype; the state's own tensor where that is of this dtype."""
     return _stored(state).dequantize(dtype) if _SCALE in state else state[_CODES].to(dtype)

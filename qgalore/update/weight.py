@@ -202,16 +202,22 @@ class Weight:
         if self.config is not None:
             self.config.check_shape(tuple(self.shape), self.name)
             self._check_feedback(self.config.rounding_feedback)
-        if self.state and self.owned and self.sums_in_momentum and not momentum_sum.fits(self.state):
+        if self.state and self.owned:
+            self._check_moments()
+
+    def _check_moments(self) -> None:
+        """Raise ValueError where the state's moments are not those that the weight's group asks for, as these store
+        them."""
+        if self.sums_in_momentum and not momentum_sum.fits(self.state):
             raise ValueError(
                 f"the state of {self.name} has a momentum that gradients cannot be added to: it was saved with other "
                 "param groups, without sum_in_momentum"
             )
-        if self.state and self.owned:
-            self._check_momentum()
-
-    def _check_momentum(self) -> None:
-        """Raise ValueError where the state's momentum is in parts and should not be, or the other way round."""
+        if not self.sums_in_momentum and momentum_sum.only_fits(self.state):
+            raise ValueError(
+                f"the state of {self.name} has a momentum to which gradients were added, and its param group no "
+                "sum_in_momentum: it was saved with other param groups"
+            )
         if parts := self.momentum_format:
             if not parts.fits(self.state):
                 raise ValueError(
@@ -223,6 +229,15 @@ class Weight:
             raise ValueError(
                 f"the state of {self.name} has a momentum in parts, and its param group no momentum_rank: it was saved "
                 "for another model or other param groups"
+            )
+        wanted = {moments.ROW_MOMENT} if self.direction.by_row else set()
+        wanted |= set() if parts else {*self.direction.moments}
+        found = {*(*moments.MOMENTS, moments.ROW_MOMENT)} & self.state.keys()
+        if found != wanted:
+            raise ValueError(
+                f"the state of {self.name} has the moments {', '.join(sorted(found))}, and an update needs "
+                f"{', '.join(sorted(wanted))}: it was saved with other param groups, of another direction or second "
+                "moment"
             )
 
     def _check_feedback(self, share: float) -> None:
