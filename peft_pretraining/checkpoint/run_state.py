@@ -43,8 +43,7 @@ _FIXED = (
     "weight_bits", "weight_group_size", "int8_products", "fp8_products", "fp8_weight_gradients", "fp8_head",
     "simulation", "proj_quant", "proj_bits", "proj_group_size", "subspace", "direction", "newton_schulz",
     "momentum_rank", "momentum_rest_bits", "sum_in_momentum", "full_rank_second_moment", "seed", "method",
-    "lora_alpha", "qlora_bits",
-    "model_config_contents",
+    "lora_alpha", "qlora_bits", "model_config_contents",
 )  # fmt: skip
 _MOMENTUM_BY_BETA1 = ("sgd", "adafactor")
 """Optimizers that keep a first moment where `--beta1` is not 0, and none where it is."""
@@ -52,8 +51,8 @@ _MOMENTUM_BY_BETA1 = ("sgd", "adafactor")
 _OLD_VALUES = {
     "int8_products": False, "fp8_products": False, "fp8_weight_gradients": False, "fp8_head": False,
     "direction": "adam", "newton_schulz": "muon", "momentum_rank": 0, "momentum_rest_bits": 4,
-    "sum_in_momentum": False, "mlp_rank": 0,
-    "full_rank_second_moment": "value", "method": "full", "lora_alpha": 32.0, "qlora_bits": 4,
+    "sum_in_momentum": False, "mlp_rank": 0, "full_rank_second_moment": "value", "method": "full",
+    "lora_alpha": 32.0, "qlora_bits": 4,
 }  # fmt: skip
 
 

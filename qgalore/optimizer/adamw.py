@@ -492,7 +492,7 @@ class LowRankAdamW(Optimizer):
     def publish(self, weights: Sequence[Weight]) -> None:
         """After them: send updated weights to the other ranks of a mesh; `step` lets later work wait for them."""
         if self._shards is not None:
-            self._shards.publish(weights)
+            self._shards.publish(weights, self._update_checks())
 
     def _update(self, weights: Sequence[Weight], clip: Tensor | None) -> None:
         owned = _owned(weights)
@@ -661,7 +661,7 @@ class LowRankAdamW(Optimizer):
             self._update(waiting, clip)
             self.publish(waiting)
         if self._shards is not None:
-            self._shards.finish(self._update_checks())
+            self._shards.finish()
         self._clip_factor = self._scale = None
         self._stepped, self._sums, self._rows_written = True, False, False
         self._finalized.clear()

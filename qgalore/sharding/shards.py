@@ -27,7 +27,7 @@ from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
-from qgalore.subspace.methods import Streaming
+from qgalore.subspace.methods import FlagForHost, Streaming
 from qgalore.update.all_reduce import Waiting
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.weight import Weight
@@ -48,7 +48,8 @@ class Shards:
         device = weights[0].param.device
         self._owned_here = torch.tensor([weight.owner == mesh.rank for weight in weights], device=device)
         self._refreshing: list[Weight] = []
-        self._refreshed: list[Weight] = []
+        self._refreshed: dict[Weight, FlagForHost | None] = {}
+        """Whose subspaces were refreshed in this update, with the flag `skip` as it was then."""
         self._works: list[Waiting] = []
         self.gathering: Gathering | None = None
         """Of `gather_layers`."""
@@ -101,8 +102,8 @@ class Shards:
         """Remember which subspaces the update of these weights is to refresh; before it is made."""
         self._refreshing += [weight for weight in weights if weight.subspace.due]
 
-    def publish(self, weights: Sequence[Weight]) -> None:
-        """Send what owners have made of weights, and receive what others have."""
+    def publish(self, weights: Sequence[Weight], checks: UpdateChecks) -> None:
+        """Broadcast this rank's updated weights, and receive the others'; before anything else is checked."""
         self._slots.publish(weights)
         for weight in weights:
             if not weight.owned and weight.layer is not None and not self._slots.is_gathered(weight):
@@ -113,9 +114,10 @@ class Shards:
             for weight in chosen:
                 parts = weight.subspace.refreshed_tensors(with_bases=not self._slots.is_gathered(weight))
                 self._works += [self._mesh.broadcast(part, weight.owner) for part in parts]
-            self._refreshed += chosen
+                skip = None if weight.owned else checks.skip_for_kernels()
+                self._refreshed[weight] = None if skip is None else FlagForHost(skip)
 
-    def finish(self, checks: UpdateChecks) -> None:
+    def finish(self) -> None:
         """End an update: let later work wait for what was sent, and take over the schedules of refreshed subspaces."""
         self._slots.finish()
         if self.gathering is not None:
@@ -124,10 +126,10 @@ class Shards:
             work.wait()
         self._works.clear()
         if self._refreshed:
-            self._share_schedules(checks)
+            self._share_schedules()
         self._refreshed.clear()
 
-    def _share_schedules(self, checks: UpdateChecks) -> None:
+    def _share_schedules(self) -> None:
         """By one message of the hosts, as long as subspaces are refreshed in an update."""
         subspaces = [weight.subspace for weight in self._refreshed]
         streaming = [each for each in subspaces if isinstance(each, Streaming)]
@@ -136,9 +138,9 @@ class Shards:
         shared = torch.tensor([number for row in rows for number in row], dtype=torch.float64)
         self._mesh.sum(shared)
         parts = shared.split([len(row) for row in rows])
-        for weight, each, part in zip(self._refreshed, streaming, parts, strict=True):
+        for (weight, skipped), each, part in zip(self._refreshed.items(), streaming, parts, strict=True):
             if not weight.owned:
-                each.take_schedule(part.tolist(), checks.skip_for_kernels())
+                each.take_schedule(part.tolist(), skipped)
 
     def forget(self) -> None:
         """Forget the update that goes on."""

@@ -136,7 +136,7 @@ class Streaming(Identity):
         # In memory of its own: what a refresh allocates may be memory that CUDA graphs write over.
         self._newest_similarity = torch.zeros((), device=like.device)
         self._failed = False
-        self._unsettled: tuple[_FlagForHost, dict[str, Tensor]] | None = None
+        self._unsettled: tuple[FlagForHost, dict[str, Tensor]] | None = None
         """Whether the newest refresh was skipped, and the schedule before it."""
 
     @property
@@ -261,7 +261,7 @@ class Streaming(Identity):
     def _record(self, skip: Tensor | None) -> None:
         """Count the refresh of the update that has just been counted, until `settle` knows that it was skipped."""
         if skip is not None:
-            self._unsettled = _FlagForHost(skip), {key: self._state[key] for key in self.schedule.KEYS}
+            self._unsettled = FlagForHost(skip), {key: self._state[key] for key in self.schedule.KEYS}
         assert self.similarity is not None
         # Only the lazy rule needs the number on the host, and only an SVD, which waits for the device anyway, is lazy.
         known = float(self.similarity) if self.schedule.lazy and self.schedule.refreshes > 0 else None
@@ -289,15 +289,18 @@ class Streaming(Identity):
         padding = [0.0] * (self.config.queue_size - len(window))
         return [float(self.similarity is not None), *counters, float(len(window)), *window, *padding]
 
-    def take_schedule(self, row: list[float], skip: Tensor | None) -> None:
-        """Take over `schedule_row` of the rank that has made the refresh, unless the update was skipped."""
+    def take_schedule(self, row: list[float], skipped: FlagForHost | None) -> None:
+        """Take over `schedule_row` of the rank that has made the refresh, unless the refresh was skipped.
+
+        skipped: the flag as it was when the owner made the refresh; what it became afterwards does not count there.
+        """
         found, *counters, length = row[:6]
         before = {key: self._state[key] for key in self.schedule.KEYS}
         self._state["schedule"] = torch.tensor(counters).to(torch.int64)
         self._state["similarities"] = torch.tensor(row[6 : 6 + int(length)], dtype=torch.float64)
         self.schedule.load(self._state)
-        if skip is not None and self.schedule.refreshes > int(before["schedule"][2]):
-            self._unsettled = _FlagForHost(skip), before
+        if skipped is not None and self.schedule.refreshes > int(before["schedule"][2]):
+            self._unsettled = skipped, before
         self.similarity = self._newest_similarity if found else None
 
     def clear(self) -> None:
@@ -380,7 +383,7 @@ def _found_gradient(sketches: Mapping[str, Tensor]) -> bool:
     return bool(torch.stack([sketch.any() for sketch in sketches.values()]).all())
 
 
-class _FlagForHost:
+class FlagForHost:
     """A flag as it is now on its device, on its way to the host; only who asks for it waits, and for it alone."""
 
     def __init__(self, flag: Tensor) -> None:
