@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.small_run import (
+    FULL_RANK,
     INT8_PRODUCTS,
     OPTIMIZERS,
     RECIPE,
@@ -21,7 +22,7 @@ from tests.small_run import (
     ranks_of,
     start,
 )
-from tests.test_data_parallel import assert_close, wait_for_updates
+from tests.test_data_parallel import assert_close, assert_close_weights, wait_for_updates
 from tests.test_skipped_updates import Fault, assert_same_training, outcome
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
@@ -90,6 +91,28 @@ def test_two_gpus_are_one(small: SmallRun, case: str) -> None:
     small.run_on(2, "parts", **flags | {"num_training_steps": 3})
     parts = small.run_on(2, "parts", **flags | {"continue_from": "auto"})
     assert_same_run(whole, parts)
+
+
+SHARDED: dict[str, dict[str, object]] = {
+    "streaming": PER_LAYER | {"subspace": "streaming", "dtype": "bfloat16"},
+    "full_rank": FULL_RANK | {"dtype": "bfloat16"},
+    "int8 sums": PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8", "total_batch_size": 16},
+}
+
+
+@pytest.mark.multi_gpu
+@two_gpus
+@pytest.mark.parametrize("shard", ["optimizer", "full"])
+@pytest.mark.parametrize("case", SHARDED)
+def test_weights_dealt_to_two_gpus_are_those_of_replicas(small: SmallRun, case: str, shard: str) -> None:
+    """Over NCCL: losses and weights of replicas, up to the order of sums; stopped and resumed with the same bits."""
+    flags = {"batch_size": 4} | SHARDED[case] | CUDA | {"num_training_steps": 6, "save_every": 3, "eval_every": 3}
+    flags |= {"scheduler": "linear", "min_lr_ratio": 1.0}  # whose rates do not depend on the end
+    replicated, whole = small.run_on(2, "replicated", **flags), small.run_on(2, "whole", **flags, shard=shard)
+    assert_close(whole, replicated, 1e-2)
+    assert_close_weights(whole, replicated, 2e-2)
+    small.run_on(2, "parts", **flags | {"num_training_steps": 3}, shard=shard)
+    assert_same_run(whole, small.run_on(2, "parts", **flags | {"continue_from": "auto"}, shard=shard))
 
 
 @pytest.mark.multi_gpu

@@ -368,6 +368,23 @@ def test_embeddings_and_head_are_dealt_by_rows(small: SmallRun, case: str) -> No
         )
 
 
+@pytest.mark.slow
+def test_a_rank_that_owns_rows_alone_saves_them(small: SmallRun) -> None:
+    """A layer has seven matrices: of eight ranks one has rows of embeddings and head, and no matrix."""
+    small.config.write_text(
+        json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099, "num_hidden_layers": 1})
+    )
+    flags = PER_LAYER | {"num_training_steps": 2, "shard": "optimizer", "batch_size": 1}
+    run = small.run_on(8, "run", **flags)
+    state = run.checkpoint().optimizer_state["state"]
+    tables = [each["exp_avg"].shape for each in state.values() if each["exp_avg"].shape[0] == 4099]
+    assert len(tables) == 2
+    again = small.run(
+        "run", **flags | {"num_training_steps": 3, "shard": "none", "batch_size": 8, "continue_from": "auto"}
+    )
+    assert again.checkpoint().update_step == 3
+
+
 @pytest.mark.parametrize("where", marked(["gradient", "loss"], "gradient"))
 @pytest.mark.parametrize("optimizer", marked(["q_galore_adamw8bit_per_layer", "adamw", "sgd"], "adamw"))
 def test_what_one_rank_finds_not_finite_all_skip(small: SmallRun, optimizer: str, where: str) -> None:

@@ -212,9 +212,9 @@ class RunCheckpoints:
     def _part(self, state: dict[str, Any]) -> _PartOfRank | None:
         """What this rank has of a checkpoint; None for a rank that has nothing of its own."""
         owners, rank = self._optimizer.owners, self._world.rank
-        if rank and rank not in owners.values():
-            return None
         model_tensors, optimizer_state = part_of_model(self._model, owners, rank), self._optimizer.state_dict()
+        if rank and not (owners and (model_tensors or optimizer_state["state"])):
+            return None
         if rank:
             return model_tensors, {"state": optimizer_state["state"]}, None
         average = self._average.state_dict()

@@ -117,10 +117,12 @@ class LowRankAdamW(Optimizer):
         self._share_of_momenta: float | None = None
         """See `add_to_momenta`."""
         self._shards: Shards | None = None
+        self._dealt = False
+        """Whether states were dealt to ranks, and no whole state has been loaded since."""
         self.offload: Offload | None = None
         """What of layers waits in host memory."""
         self._sent: list[Weight] = []
-        """Those whose owners, other ranks, have their gradients and are to update them."""
+        """Weights of other ranks, which have got their gradients, and whose updated values are still to be received."""
         self.loss_scale: LossScale | None = None
         """What the loss is multiplied by before its backward pass; None: by nothing."""
         self._clip_factor: Tensor | None = None
@@ -245,6 +247,11 @@ class LowRankAdamW(Optimizer):
         optimizer cannot train.
         """
         self.detach()
+        if self._dealt:
+            raise ValueError(
+                "the optimizer was attached with a mesh, and this rank has the states of its own weights alone: load a "
+                "whole model and optimizer, such as a checkpoint's, before it is attached again"
+            )
         if mesh is not None and all_reduce is not None:
             raise ValueError("with a mesh gradients are summed by the owner of a weight alone: leave all_reduce out")
         if mesh is not None and self.sums_in_momentum and not mesh.owners_sum:
@@ -266,10 +273,14 @@ class LowRankAdamW(Optimizer):
             weight.check()
         if mesh is not None:
             self._shards = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
+            self._dealt = True
             self.states_replaced += 1
 
     def detach(self) -> None:
-        """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again."""
+        """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again.
+
+        What a mesh has dealt to ranks stays dealt: a whole state has to be loaded before another `attach`.
+        """
         self.update_in_backward, self._all_reduce, self.loss_scale, self._replay = False, None, None, None
         self._shards = None
         if self.offload is not None:
@@ -756,7 +767,11 @@ class LowRankAdamW(Optimizer):
         if self.offload is not None:
             self.offload.forget()
         try:
+            if self._dealt and self._shards is None:
+                for weight in self._weights.values():
+                    weight.take_back()
             super().load_state_dict(state_dict)
+            self._dealt = self._shards is not None
             for weight in self._weights.values():
                 if weight.layer is not None or weight.param.is_floating_point():
                     weight.check()

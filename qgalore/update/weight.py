@@ -96,6 +96,11 @@ class Weight:
                 self.state[key] = part.clone()
         self.gradient.first_row = self.first_row
 
+    def take_back(self) -> None:
+        """Own the whole weight again: its state, of which this rank may have had a part, has to be loaded after it."""
+        self.owner, self.owned, self._from_owner, self.rows, self._sums_for_owner = 0, True, None, None, False
+        self._compose()
+
     def sum_for_owner(self) -> None:
         """Keep no sum over micro-batches on this rank, but for that of the owner."""
         self._sums_for_owner = True

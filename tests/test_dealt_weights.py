@@ -1,4 +1,4 @@
-"""Subspaces that are refreshed in an update which turns out too late not to be finite: all ranks count them alike."""
+"""Weights that are dealt to ranks, as the optimizer has them: schedules of refreshes, and a mesh that is left."""
 
 from __future__ import annotations
 
@@ -68,3 +68,43 @@ def test_ranks_keep_one_schedule_when_an_update_is_found_bad_after_a_refresh(sha
     assert schedules == others
     refreshes = [[row[3] for row in rows] for rows in schedules]
     assert all(later > before for before, later in zip(refreshes[0], refreshes[-1], strict=True)), "nothing refreshed"
+
+
+# ---- a mesh that is left
+
+
+def leave_and_come_back(folder: Path) -> None:
+    """A rank that trains with a mesh, leaves it, and trains alone with the states of both ranks."""
+    world = start_world("cpu", StopRequest())
+    argv = f"--model_config {folder}/model.json --dataset {folder} --batch_size 2 --num_training_steps 9"
+    args = parse_args(f"{argv} --save_dir {folder}/run --max_length 16 --device cpu --lr 0.01 {STREAMING}".split(), 1)
+    model, optimizer = build_training(args, world.device, None, world.shard_mesh("optimizer"))
+    assert isinstance(model, LlamaForCausalLM) and isinstance(optimizer, LowRankAdamW)
+
+    def update(step: int) -> None:
+        ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
+        (model(ids, ids).loss_sum / ids.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update(0)
+    parts = world.gather(optimizer.state_dict())
+    whole = {"state": {}, "param_groups": parts[0]["param_groups"]}
+    for part in parts:
+        whole["state"].update(part["state"])
+    optimizer.detach()
+    with pytest.raises(ValueError, match="load a whole model and optimizer"):
+        optimizer.attach(model)
+    optimizer.load_state_dict(whole)
+    optimizer.attach(model)
+    before = [param.detach().clone() for param in model.parameters()]
+    update(1)
+    changed = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert all(changed), "a weight that another rank had owned was not trained"
+    world.close()
+
+
+def test_a_mesh_that_was_left_needs_a_whole_state(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
+    log = tmp_path / "log"
+    assert on_ranks(2, leave_and_come_back, tmp_path, log=log) == [0, 0], log.read_text()
