@@ -8,9 +8,12 @@ import shlex
 import pytest
 
 from benchmarks.rows import ROOT
-from peft_pretraining.build import shape_of
+from peft_pretraining.build import model_on_meta, shape_of
 from peft_pretraining.config.parse import parse_args
+from peft_pretraining.memory.dealt_states import dealt_weights
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.models.build import low_rank_names
 
 TEXT = (ROOT / "docs" / "guide" / "many_gpus.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -54,6 +57,56 @@ def test_planned_bytes_are_those_of_the_plan(row: tuple[str, str]) -> None:
             assert config is not None and args.world_size == int(ranks)
             expected.append(f"{plan(args, config).peak_bytes / 1e9:.1f}")
     assert cells == expected
+
+
+SENT = re.findall(r"^\| `(--shard [^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", TEXT, flags=re.MULTILINE)
+
+
+def sent_of(run: PlannedRun) -> float:
+    """What a rank sends in an update beside an all-reduce of the gradient in bfloat16.
+
+    The updated codes once and the gradient once; of `full` codes twice and bases once a pass instead; of embeddings and
+    head, in bfloat16, the gradient and what has become of it. An all-reduce is sent twice, all others once.
+    """
+    args, model = run.args, model_on_meta(run.args, run.config)
+    weights = dealt_weights(run)
+    of_layer = [model.get_submodule(name) for name in low_rank_names(model)]
+    codes = run.config.num_hidden_layers * sum(
+        tensor.nbytes for module in of_layer for tensor in (*module.parameters(), *module.buffers())
+    )
+    bases = sum(weight.stored for weight in weights if weight.is_matrix) - codes
+    gradient = 2 * run.config.num_hidden_layers * sum(matrix.gradient for matrix in run.matrices)
+    rest = sum(2 * weight.load.values for weight in weights if not weight.is_matrix)
+    micro_batches = args.batch.gradient_accumulation
+    gathers = micro_batches if args.owners_sum else 1
+    sums = (micro_batches if args.owners_sum else 1) * (gradient + rest)
+    moved = gathers * (2 * codes + bases) if args.runtime.shard == "full" else codes
+    return (moved + sums + rest) / (4 * sum(weight.load.values for weight in weights))
+
+
+@pytest.mark.parametrize(("flags", "planned", "sent"), SENT)
+def test_who_sums_decides_memory_and_what_is_sent(flags: str, planned: str, sent: str) -> None:
+    (command,) = [line for line in COMMANDS if "llama_13b" in line and "torchrun" in line]
+    words = flags_of_command(command)
+    words = [*words[: words.index("--shard")], *flags.split(), "--device", "cuda", "--dry_run", "--nproc", "2"]
+    for flag, value in (("--recipe", "paper"), ("--subspace", "streaming")):
+        if words.count("--recipe") > 1:  # another one is given behind it
+            del words[words.index(flag) : words.index(value) + 1]
+    args = parse_args(words)
+    config = shape_of(args.model)
+    assert config is not None
+    assert planned == f"{plan(args, config).peak_bytes / 1e9:.1f}"
+    assert sent == f"{sent_of(PlannedRun(args, config)):.2f}"
+
+
+def test_13b_takes_14_gb_of_each_of_two_gpus() -> None:
+    (command,) = [line for line in COMMANDS if "llama_13b" in line and "torchrun" in line]
+    args = parse_args([*flags_of_command(command), "--device", "cuda", "--dry_run", "--nproc", "2"])
+    config = shape_of(args.model)
+    assert config is not None and args.batch.total_batch_size == 512
+    found = plan(args, config)
+    assert found.peak_bytes <= 14e9 and f"{found.host / 1e9:.0f} GB a rank here" in TEXT
+    assert len(SENT) == 7
 
 
 def test_there_are_rows_for_two_four_and_eight() -> None:

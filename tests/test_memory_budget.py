@@ -198,7 +198,8 @@ def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture
     budget = min(least["replicas"], own) - 10**6
     assert least["sharded"] < budget
     args = parse_within_budget([*flags, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
-    assert (args.runtime.shard, args.optimizer.recipe, args.subspace.rank) == ("full", "orthogonal", 896)
+    assert (args.runtime.shard, args.runtime.shard_sums) == ("optimizer", "owner")
+    assert (args.optimizer.recipe, args.subspace.rank) == ("orthogonal", 896)
     smallest = min(replicas.smallest.needs, sharded.smallest.needs)
     with pytest.raises(UserError, match=r"is too small: the least that works is ([\d.]+)GB, with") as raised:
         parse_within_budget([*flags, "--memory_budget", "100MB"], 2, card)

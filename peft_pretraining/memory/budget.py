@@ -512,9 +512,12 @@ def _modes(argv: Sequence[str], world_size: int) -> dict[tuple[str, ...], Candid
     """The candidates by flags of --shard: from replicas to weights with their owners, where that is open."""
     found: dict[tuple[str, ...], Candidates] = {(): Candidates(argv, world_size)}
     if world_size > 1 and not _is_given(argv, "shard"):
-        for shard in ("optimizer", "full"):
+        by_owner = () if _is_given(argv, "shard_sums") else ("--shard_sums", "owner")
+        for flags in dict.fromkeys(
+            [("--shard", "optimizer"), ("--shard", "optimizer", *by_owner), ("--shard", "full")]
+        ):
             with contextlib.suppress(UserError):  # a mode that does not go with the other flags
-                found["--shard", shard] = Candidates([*argv, "--shard", shard], world_size)
+                found[flags] = Candidates([*argv, *flags], world_size)
     return found
 
 
