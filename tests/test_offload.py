@@ -14,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from peft_pretraining import build
 from peft_pretraining.build import build_training
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
+from peft_pretraining.optim import build as optim_build
+from qgalore.graphs.runner import LayerGraphs
 from qgalore.offload import hosted, offload
 from qgalore.offload.hosted import Hosted
 from qgalore.optimizer import LowRankAdamW
+from tests import test_layer_graphs
 from tests.small_run import (
     CONFIG,
     FULL_RANK,
@@ -31,6 +35,7 @@ from tests.small_run import (
     flags_of,
 )
 from tests.test_hidden_states import ClockedStreams, RaceError
+from tests.test_layer_graphs import record_graphs, trained
 from tests.test_skipped_updates import Fault, outcome
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
@@ -140,6 +145,41 @@ def test_skipped_and_late_updates_are_skipped_alike(small: SmallRun) -> None:
     fault = Fault("gradient", (3, 4))
     stays = outcome(small, "stays", fault, 1, flags)
     assert_same_run(stays, outcome(small, "waits", fault, 1, flags | {"offload": "weights"}))
+
+
+@pytest.mark.parametrize(
+    ("case", "sums"),
+    [
+        ("streaming", True),
+        ("full rank", False),
+        pytest.param("streaming", False, marks=pytest.mark.slow),
+        pytest.param("svd", False, marks=pytest.mark.slow),
+        pytest.param("sums", False, marks=pytest.mark.slow),
+        pytest.param("in step", False, marks=pytest.mark.slow),
+        pytest.param("float weights", False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_graphs_go_on_over_states_that_wait(
+    case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded graphs, also with gradients on their way over ranks while the layer below runs."""
+    flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", flags, sums=sums)
+    record_graphs(monkeypatch)
+    stacks: list[LayerGraphs] = []
+
+    def replay(model: Any, optimizer: LowRankAdamW) -> bool:
+        build.replay_layers(model, optimizer)
+        stacks.append(model.model.run_layers)
+        return True
+
+    monkeypatch.setattr(optim_build, "allows_graphs", lambda _: True)
+    monkeypatch.setattr(optim_build, "replay_layers", replay)
+    monkeypatch.setattr(optim_build, "slots_of", lambda _: 3 if sums else 2)
+    waits = trained(tmp_path, "cpu", f"{flags} --offload states", sums=sums)
+    assert waits[:2] == plain[:2]
+    assert stacks[0].replays and stacks[0]._optimizer.offload is not None
 
 
 # ---- what is where
