@@ -22,6 +22,7 @@ from peft_pretraining.optim import build as optim_build
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.offload import hosted, offload
 from qgalore.offload.hosted import Hosted
+from qgalore.offload.page_locked import PageLockError
 from qgalore.optimizer import LowRankAdamW
 from tests import test_layer_graphs
 from tests.small_run import (
@@ -290,7 +291,46 @@ def test_outside_of_their_layer_tensors_are_the_hosts(tmp_path: Path) -> None:
             assert all(slot.buffer is not None and slot.buffer.numel() == block.nbytes for slot in part._slots)
 
 
+def test_detached_tensors_are_their_own_again(tmp_path: Path) -> None:
+    model, optimizer = small_training(tmp_path, "--recipe full_rank --offload weights")
+    updates(model, optimizer, 2)
+    waits = optimizer.offload
+    assert waits is not None and waits._weights is not None
+    blocks = [block for part in waits._parts for block in part._blocks.values()]
+    before = [(tensor, tensor.clone()) for block in blocks for tensor in block.tensors]
+    assert len(before) > 3 * 7 * 3
+    optimizer.detach()
+    for block in blocks:
+        block.host.fill_(0xA5)
+    assert all(torch.equal(tensor, value) for tensor, value in before)
+    assert optimizer.offload is None and not any(weight.home for weight in waits._index)
+
+
+def test_float_weights_and_what_is_not_attached_are_not_offloaded(tmp_path: Path) -> None:
+    model, optimizer = small_training(tmp_path, "--recipe full_rank --no-weight_quant")
+    with pytest.raises(ValueError, match="is float, and only quantized weights are offloaded"):
+        optimizer.offload_layers(list(model.decoder_layers), weights=True)
+    optimizer.detach()
+    with pytest.raises(RuntimeError, match=r"after attach\(model\) alone"):
+        optimizer.offload_layers(list(model.decoder_layers))
+
+
 # ---- what is refused
+
+
+def test_memory_that_the_system_does_not_lock_ends_the_run_with_a_sentence(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of states as late as in the first update, inside the backward pass."""
+
+    def refuse(*_: object) -> None:
+        raise PageLockError("the system does not lock 1.0 GB of host memory")
+
+    monkeypatch.setattr(hosted, "pages", refuse)
+    assert small.main("refused", **FULL_RANK, offload="states") == 2
+    error = capsys.readouterr().err
+    assert "--offload states: the system does not lock 1.0 GB of host memory, which is to hold" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(
