@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 
 from peft_pretraining import build
 from peft_pretraining.build import build_training
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.optim import build as optim_build
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.offload import hosted, offload
@@ -181,6 +184,29 @@ def test_graphs_go_on_over_states_that_wait(
     waits = trained(tmp_path, "cpu", f"{flags} --offload states", sums=sums)
     assert waits[:2] == plain[:2]
     assert stacks[0].replays and stacks[0]._optimizer.offload is not None
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("streaming", "weights"),
+        pytest.param("checkpointing", "weights", marks=pytest.mark.slow),
+        pytest.param("full rank", "states", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_one_compilation_serves_all_layers_that_wait(
+    case: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a compiled layer has saved of its weights is right again in the backward pass."""
+    flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", f"{flags} --compile off", 6)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers = LlamaForCausalLM.compile_layers
+    monkeypatch.setattr(LlamaForCausalLM, "compile_layers", lambda model: compile_layers(model, "aot_eager"))
+    assert trained(tmp_path, "cpu", f"{flags} --compile on --offload {what}", 6)[:2] == plain[:2]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ---- what is where
