@@ -168,7 +168,6 @@ def _memory(args: RunArgs, config: ModelConfig | None) -> str:
     if config is None:
         return "not planned for what only transformers reads"
     planned = plan(args, config)
-    return (
-        f"{planned.peak_bytes / 1e9:.3g} GB planned a rank, {planned.weights_and_states_bytes / 1e9:.3g} of it weights "
-        "and optimizer states"
-    )
+    here = f"{(planned.weights_and_states_bytes - planned.waiting) / 1e9:.3g}"
+    on_host = f"; {planned.host / 1e9:.3g} GB of host memory" if planned.host else ""
+    return f"{planned.peak_bytes / 1e9:.3g} GB planned a rank, {here} of it weights and optimizer states{on_host}"

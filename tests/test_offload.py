@@ -13,13 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 
+from peft_pretraining import build
 from peft_pretraining.build import build_training
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.optim import build as optim_build
+from qgalore.graphs.runner import LayerGraphs
 from qgalore.offload import hosted, offload
 from qgalore.offload.hosted import Hosted
+from qgalore.offload.page_locked import PageLockError
 from qgalore.optimizer import LowRankAdamW
+from tests import test_layer_graphs
 from tests.small_run import (
     CONFIG,
     FULL_RANK,
@@ -31,6 +39,7 @@ from tests.small_run import (
     flags_of,
 )
 from tests.test_hidden_states import ClockedStreams, RaceError
+from tests.test_layer_graphs import record_graphs, trained
 from tests.test_skipped_updates import Fault, outcome
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
@@ -142,6 +151,64 @@ def test_skipped_and_late_updates_are_skipped_alike(small: SmallRun) -> None:
     assert_same_run(stays, outcome(small, "waits", fault, 1, flags | {"offload": "weights"}))
 
 
+@pytest.mark.parametrize(
+    ("case", "sums"),
+    [
+        ("streaming", True),
+        ("full rank", False),
+        pytest.param("streaming", False, marks=pytest.mark.slow),
+        pytest.param("svd", False, marks=pytest.mark.slow),
+        pytest.param("sums", False, marks=pytest.mark.slow),
+        pytest.param("in step", False, marks=pytest.mark.slow),
+        pytest.param("float weights", False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_graphs_go_on_over_states_that_wait(
+    case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded graphs, also with gradients on their way over ranks while the layer below runs."""
+    flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", flags, sums=sums)
+    record_graphs(monkeypatch)
+    stacks: list[LayerGraphs] = []
+
+    def replay(model: Any, optimizer: LowRankAdamW) -> bool:
+        build.replay_layers(model, optimizer)
+        stacks.append(model.model.run_layers)
+        return True
+
+    monkeypatch.setattr(optim_build, "allows_graphs", lambda _: True)
+    monkeypatch.setattr(optim_build, "replay_layers", replay)
+    monkeypatch.setattr(optim_build, "slots_of", lambda _: 3 if sums else 2)
+    waits = trained(tmp_path, "cpu", f"{flags} --offload states", sums=sums)
+    assert waits[:2] == plain[:2]
+    assert stacks[0].replays and stacks[0]._optimizer.offload is not None
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        ("streaming", "weights"),
+        pytest.param("checkpointing", "weights", marks=pytest.mark.slow),
+        pytest.param("full rank", "states", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("poisoned")
+def test_one_compilation_serves_all_layers_that_wait(
+    case: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a compiled layer has saved of its weights is right again in the backward pass."""
+    flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", f"{flags} --compile off", 6)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers = LlamaForCausalLM.compile_layers
+    monkeypatch.setattr(LlamaForCausalLM, "compile_layers", lambda model: compile_layers(model, "aot_eager"))
+    assert trained(tmp_path, "cpu", f"{flags} --compile on --offload {what}", 6)[:2] == plain[:2]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 # ---- what is where
 
 
@@ -250,7 +317,46 @@ def test_outside_of_their_layer_tensors_are_the_hosts(tmp_path: Path) -> None:
             assert all(slot.buffer is not None and slot.buffer.numel() == block.nbytes for slot in part._slots)
 
 
+def test_detached_tensors_are_their_own_again(tmp_path: Path) -> None:
+    model, optimizer = small_training(tmp_path, "--recipe full_rank --offload weights")
+    updates(model, optimizer, 2)
+    waits = optimizer.offload
+    assert waits is not None and waits._weights is not None
+    blocks = [block for part in waits._parts for block in part._blocks.values()]
+    before = [(tensor, tensor.clone()) for block in blocks for tensor in block.tensors]
+    assert len(before) > 3 * 7 * 3
+    optimizer.detach()
+    for block in blocks:
+        block.host.fill_(0xA5)
+    assert all(torch.equal(tensor, value) for tensor, value in before)
+    assert optimizer.offload is None and not any(weight.home for weight in waits._index)
+
+
+def test_float_weights_and_what_is_not_attached_are_not_offloaded(tmp_path: Path) -> None:
+    model, optimizer = small_training(tmp_path, "--recipe full_rank --no-weight_quant")
+    with pytest.raises(ValueError, match="is float, and only quantized weights are offloaded"):
+        optimizer.offload_layers(list(model.decoder_layers), weights=True)
+    optimizer.detach()
+    with pytest.raises(RuntimeError, match=r"after attach\(model\) alone"):
+        optimizer.offload_layers(list(model.decoder_layers))
+
+
 # ---- what is refused
+
+
+def test_memory_that_the_system_does_not_lock_ends_the_run_with_a_sentence(
+    small: SmallRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of states as late as in the first update, inside the backward pass."""
+
+    def refuse(*_: object) -> None:
+        raise PageLockError("the system does not lock 1.0 GB of host memory")
+
+    monkeypatch.setattr(hosted, "pages", refuse)
+    assert small.main("refused", **FULL_RANK, offload="states") == 2
+    error = capsys.readouterr().err
+    assert "--offload states: the system does not lock 1.0 GB of host memory, which is to hold" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

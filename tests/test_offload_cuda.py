@@ -13,6 +13,8 @@ from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.registry import read_config
 from qgalore.offload.page_locked import page_locked
 from tests.small_run import RECIPE, SmallRun, assert_same_run, flags_of
+from tests.test_layer_graphs import CASES as LAYER_CASES
+from tests.test_layer_graphs import trained
 from tests.test_offload import CASES, QUANTIZED, WAYS, in_each_way
 
 pytestmark = [
@@ -52,6 +54,13 @@ def test_a_stopped_run_goes_on_in_another_mode(small: SmallRun, way: str, what: 
     small.stop("parts", 5, **flags, offload=what)
     parts = small.run("parts", **flags, continue_from="auto")
     assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("what", ["states", "states --cuda_graphs off", "weights"])
+def test_nothing_waits_for_the_device_in_a_steady_update(what: str, tmp_path: Path) -> None:
+    """From the tenth update on every subspace has had its first refresh, from random numbers of the host."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        trained(tmp_path, "cuda", f"{LAYER_CASES['streaming']} --offload {what}", 20, waits_from=14)
 
 
 @pytest.mark.slow
@@ -98,3 +107,12 @@ def test_locked_memory_is_written_and_read_without_the_host() -> None:
         assert torch.equal(tensor, there.cpu())
     del owner
     assert not any(tensor.is_pinned() for tensor in tensors)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("what", ["states", "weights"])
+def test_two_gpus_each_with_its_host(small: SmallRun, what: str) -> None:
+    flags = CASES["streaming"] | CUDA | {"batch_size": 2, "total_batch_size": 4, "num_training_steps": 6}
+    flags |= {"check_replicas": 1, "eval_every": 3}
+    assert_same_run(small.run_on(2, "stays", **flags), small.run_on(2, "waits", **flags, offload=what))

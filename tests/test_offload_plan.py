@@ -133,13 +133,17 @@ def test_copies_are_counted_where_they_take_longer_than_what_computes() -> None:
         "hidden behind 32 micro-batches"
     )
     moved = link_bytes(waits, setting_of(waits, config))
-    # Codes in the forward and in the backward pass, moments with that.
-    assert moved.beside_passes == pytest.approx(3 * offloaded(PlannedRun(waits, config)).weights.on_host, rel=0.01)
+    # Codes in the forward and in the backward pass, moments with that; three rows of hidden states a layer.
+    states = link_bytes(stays, setting_of(stays, config)).beside_passes
+    assert states == 3 * plan(stays, config).hidden_states
+    codes = offloaded(PlannedRun(waits, config)).weights.on_host
+    assert moved.beside_passes - states == pytest.approx(3 * codes, rel=0.01)
     slow = card._replace(link=0.1)
     alone = moved.total / (0.1e9 * SHARE_OF_LINK)
     assert alone > counted_seconds(stays, config, card)
     assert counted_seconds(waits, config, slow) == pytest.approx(alone)
-    assert counted_seconds(stays, config, slow) == counted_seconds(stays, config, card)
+    plain = run("13b", "--total_batch_size 512 --batch_size 16")
+    assert counted_seconds(plain, config, slow) == counted_seconds(plain, config, card)
 
 
 def test_micro_batches_one_after_the_other_copy_weights_for_each() -> None:

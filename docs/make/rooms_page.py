@@ -22,7 +22,7 @@ start to end. A room imports those above it in its table and never one below; no
 ![The rooms, drawn from their imports](../pictures/rooms.svg)"""
 _BESIDE = {
     "run_pretrain.py": "the training run, from start to end",
-    "configs/": "the shapes of the shipped models, 9M to 13B",
+    "configs/": "the shapes of the shipped models, 9M to 70B",
     "scripts/": "quickstart, tests, the paper's recipes, SLURM",
     "benchmarks/": "what figures are measured with; `results/` has the rows",
     "docs/": "these pages; `make/` makes those that are generated",

@@ -1,4 +1,4 @@
-"""Bytes that an update moves between the host and the device, over the link, for layers that wait in host memory.
+"""Bytes that an update moves between the host and the device, over the link: layers and hidden states that wait there.
 
 Copies of a pass over the layers are made while it computes, in both directions at once; what a pass takes is the longer
 of the two. Moments that `step` updates after the last backward pass have little beside them that computes.
@@ -28,18 +28,21 @@ class LinkBytes(NamedTuple):
 
 
 def link_bytes(args: RunArgs, s: Setting) -> LinkBytes:
-    """What `--offload` moves; s: what decides the passes of the run."""
+    """What `--offload` and `--accumulate_by layer` move; s: what decides the passes of the run."""
     offload, layers = args.runtime.offload, s.config.num_hidden_layers
+    # A layer's input is read in both passes and written once, the gradient of its output read and that of its input
+    # written.
+    hidden = 2 * s.config.hidden_size * s.tokens * s.grad_accum * layers if args.by_layer else 0
     if offload == "none":
-        return LinkBytes(0, 0)
+        return LinkBytes(3 * hidden, 0)
     codes = layers * sum(_stored(s, m, n) for m, n in s.shapes) if offload == "weights" else 0
     bases = layers * sum(_bases(s, m, n) for m, n in s.shapes) if s.rank else 0
     moments = layers * sum(_moments(args, s, m, n) for m, n in gradient_shapes(s))
     passes = 1 if args.by_layer else s.grad_accum
     at_once = args.optimizer.per_layer and passes == 1
-    to_device = float(passes * (2 * codes + bases))
+    to_device = float(passes * (2 * codes + bases)) + 3 * hidden
     if at_once:  # the backward pass also gets moments, and sends what it has updated
-        return LinkBytes(max(to_device + moments, codes + moments), 0)
+        return LinkBytes(to_device + moments, 0)
     if args.sums_in_momentum:  # both ways with every micro-batch
         to_device += passes * moments
     return LinkBytes(to_device, codes + bases + moments)
@@ -61,6 +64,6 @@ def _moments(args: RunArgs, s: Setting, rows: int, columns: int) -> float:
 
 
 def seconds_with_link(args: RunArgs, s: Setting, computing: float, bytes_per_second: float) -> float:
-    """The time of an update that computes for so many seconds, with the copies of `--offload` beside it."""
+    """The time of an update that computes for so many seconds, with copies beside it."""
     moved = link_bytes(args, s)
     return max(computing, moved.beside_passes / bytes_per_second) + moved.of_step / bytes_per_second

@@ -63,8 +63,7 @@ def _times(s: Setting, ours: bool, card: Card) -> tuple[float, dict[str, float],
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
     """What decides the passes of a run; the mean of the ranks of attention and MLP stands for all matrices.
 
-    Of accumulation by layers each pass of a micro-batch is counted as otherwise, and no copy of its hidden
-    states to or from the host.
+    Of accumulation by layers each pass of a micro-batch is counted as otherwise.
     """
     optimizer, subspace, model = args.optimizer, args.subspace, args.kept_activations
     of_both = (*subspace.ranks(), *subspace.ranks(of_mlp=True)) if optimizer.is_low_rank else ()
