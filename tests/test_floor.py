@@ -76,12 +76,12 @@ def test_products_of_8_bits_by_hand() -> None:
 
 
 def test_a_head_in_fp8_by_hand() -> None:
-    """Of one chunk: its weight twice, hidden states, the logits' gradient, and the result that is copied."""
+    """Of one chunk: its weight twice, hidden states, the codes of the logits' gradient, a result that is copied."""
     s = replace(TINY, products=FP8_PRODUCTS, head_products=FP8_PRODUCTS)
     vocabulary, hidden = s.config.vocab_size, s.config.hidden_size
     plain, found = (q_galore(each)[update_passes.HEAD] for each in (TINY, s))
     assert operations(found) == pytest.approx(operations(plain) * (2 / EIGHT_BIT_SPEED + 1) / 3)
-    rounding = 8 * vocabulary * hidden + 3 * TOKENS * (hidden + vocabulary) + 4 * TOKENS * hidden
+    rounding = 8 * vocabulary * hidden + TOKENS * (3 * hidden + vocabulary) + 4 * TOKENS * hidden
     spared = vocabulary * hidden * 2 + TOKENS * (hidden + vocabulary)  # bytes of the factors of both products
     assert sum(p.nbytes for p in found) - sum(p.nbytes for p in plain) == rounding - spared
     both = q_galore(replace(s, head_products=FP8_GRADIENTS))[update_passes.HEAD]

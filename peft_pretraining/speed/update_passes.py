@@ -271,8 +271,8 @@ def _head_products(s: Setting, chunk: int, sum_bytes: int) -> Passes:
         added = moved((2 + sum_bytes) * vocabulary * hidden)  # what the product has written
         weight = [*rounded, product_of_8_bits(vocabulary, chunk, hidden), added]
     forward = [round_to_8_bits(chunk, hidden), product_of_8_bits(chunk, hidden, vocabulary)]
-    backward = [round_to_8_bits(chunk, vocabulary), product_of_8_bits(chunk, vocabulary, hidden)]
-    return [*forward, loss, *backward, moved(4 * chunk * hidden), *weight]
+    backward = [product_of_8_bits(chunk, vocabulary, hidden), moved(4 * chunk * hidden)]
+    return [*forward, moved(5 * chunk * vocabulary), *backward, *weight]  # the loss writes its gradient's codes, too
 
 
 def whole_head(s: Setting) -> Passes:
