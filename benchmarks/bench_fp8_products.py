@@ -8,8 +8,8 @@ that of the weight as a whole, and projected. Weights are INT8, the head's bfloa
 are found, with 256 tokens. Columns:
 
 - bfloat16_ms: with what it takes to dequantize weights;
-- fp8_ms: with what it takes to round both factors; factors_ms: that alone; for a projected gradient the codes of the
-  factors that other products have made are there already;
+- fp8_ms: with what it takes to round both factors; factors_ms: that alone; codes that the loss or another product has
+  made, for the head's input gradient and for projected gradients, are there already;
 - gain_ms: of them all, for one layer or one chunk: above 0, FP8 pays there;
 - fp8_error, bfloat16_error: the norm of the difference to a float32 product, over the norm of that.
 """
@@ -117,10 +117,13 @@ class Group:
                 total.addmm_(grad.to(dtype), weight)
             return [total]
 
+        values = self.grads[0].float() * 448 if self._head else self.grads[0][:0].float()
+        values = torch.nn.functional.pad(values, (0, kernels.fp8_width(values.shape[1]) - values.shape[1]))
+        codes = kernels.Fp8Matrix(values.to(torch.float8_e4m3fn), values.new_full((len(values),), 1 / 448))
+
         def factors() -> Factors:
-            if isinstance(self.weights[0], Tensor):  # as the head has it
-                weight = kernels.fp8_columns(self.weights[0], self.inputs)
-                return [(kernels.fp8_rows(self.grads, self.outputs), weight, self.inputs)]
+            if isinstance(self.weights[0], Tensor):  # the head's, where the loss has written the codes of its gradient
+                return [(codes, kernels.fp8_columns(self.weights[0], self.inputs), self.inputs)]
             turned, scales = kernels.fp8_turned_weights(self.weights)
             return [(kernels.fp8_rows(self.grads, self.outputs, scales), turned, self.inputs)]
 

@@ -9,7 +9,7 @@ from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.speed import update_passes
 from peft_pretraining.speed.passes import EIGHT_BIT_SPEED, Ceilings, Pass, moved, product, quantized_bytes, seconds
 from peft_pretraining.speed.update_passes import Setting, adamw, all_passes, q_galore
-from qgalore.config import FP8_PRODUCTS, INT8_PRODUCTS
+from qgalore.config import FP8_GRADIENTS, FP8_PRODUCTS, INT8_PRODUCTS
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -64,12 +64,28 @@ def test_products_of_8_bits_by_hand() -> None:
     fewer = [sum(p.nbytes for p in passes) for passes in (backward, fp8[update_passes.INPUT_GRADIENTS])]
     assert fewer[0] - fewer[1] == 2 * TOKENS * 3 * 16
     between = [sum(p.nbytes for p in found[update_passes.POINTWISE]) for found in (q_galore(s), fp8)]
-    assert between[0] - between[1] == 2 * TOKENS * 3 * 16
+    # And what norms and SwiGLU make is written in a byte, with nothing left to round but attention's output.
+    assert between[0] - between[1] == 2 * TOKENS * 3 * 16 + TOKENS * (16 + 16 + 32)
+    rounding = [sum(p.nbytes for p in found[update_passes.FORWARD]) for found in (q_galore(s), fp8)]
+    assert rounding[0] - rounding[1] == 3 * TOKENS * (16 + 16 + 32)
     # A weight is read as it is stored, one group a row, and written in a byte a value; bases as ever.
     weights, bases = (sum(16 * p for p in (16, 16, 16, 16, 32, 32, 32)), q_galore(TINY)[update_passes.DEQUANTIZE])
     found = q_galore(s)[update_passes.DEQUANTIZE]
     assert sum(p.nbytes for p in bases) - sum(p.nbytes for p in found) == 2 * weights
     assert adamw(s) == adamw(TINY)
+
+
+def test_a_head_in_fp8_by_hand() -> None:
+    """Of one chunk: its weight twice, hidden states, the codes of the logits' gradient, a result that is copied."""
+    s = replace(TINY, products=FP8_PRODUCTS, head_products=FP8_PRODUCTS)
+    vocabulary, hidden = s.config.vocab_size, s.config.hidden_size
+    plain, found = (q_galore(each)[update_passes.HEAD] for each in (TINY, s))
+    assert operations(found) == pytest.approx(operations(plain) * (2 / EIGHT_BIT_SPEED + 1) / 3)
+    rounding = 8 * vocabulary * hidden + TOKENS * (3 * hidden + vocabulary) + 4 * TOKENS * hidden
+    spared = vocabulary * hidden * 2 + TOKENS * (hidden + vocabulary)  # bytes of the factors of both products
+    assert sum(p.nbytes for p in found) - sum(p.nbytes for p in plain) == rounding - spared
+    both = q_galore(replace(s, head_products=FP8_GRADIENTS))[update_passes.HEAD]
+    assert operations(both) == pytest.approx(operations(plain) / EIGHT_BIT_SPEED)
 
 
 def test_a_quantized_row_has_two_numbers_a_group() -> None:

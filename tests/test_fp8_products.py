@@ -5,9 +5,14 @@ The kernels' own bits are in `tests/kernels/test_agreement.py`, whole runs in `t
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 from qgalore import LowRankLinear, QGaLoreAdamW8bit, WeightFormat, convert_linears, kernels, low_rank_param_groups
 from qgalore.layer.linear import columns_bytes, fused_product_bytes, grouped_linear, product_bytes
@@ -291,6 +296,68 @@ def test_training_lowers_the_loss_and_is_the_same_however_it_is_run() -> None:
         assert again[0] == losses
         tensors = zip(model.state_dict().values(), again[1].state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in tensors)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_compiler_rounds_an_input_with_what_it_comes_from(recomputes: bool) -> None:
+    """The forward pass writes codes of the norm and of the product with its gate, and neither in 16 bits or 32."""
+    norm, gate, up, down = nn.RMSNorm(48), layer(48, 32), layer(48, 32), layer(32, 48)
+    for each in (gate, up, down):
+        each.attach(FactorSink())
+
+    def run(x: Tensor) -> Tensor:
+        first, second = grouped_linear(norm(x), [gate, up])
+        out: Tensor = x + down(torch.nn.functional.silu(first) * second)
+        return out
+
+    def block(x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False) if recomputes else run(x)
+        return out
+
+    passes: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        passes.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    x, found = normal(2, 5, 48).requires_grad_(), []
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        for function in (run, torch.compile(block, backend=backend, fullgraph=True)):
+            out = function(x)
+            out.square().sum().backward()
+            assert x.grad is not None and isinstance(down.sink, FactorSink) and isinstance(gate.sink, FactorSink)
+            found.append((out.detach(), x.grad, gate.sink.input.view(10, -1), down.sink.input.view(10, -1)))
+            x.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    forward, backward = passes
+    operators = torch.ops.qgalore
+    products = [node for node in forward.graph.nodes if node.target == operators.grouped_linear_of_codes.default]
+    assert len(products) == 2 and not forward.graph.find_nodes(
+        op="call_function", target=operators.grouped_linear.default
+    )
+    assert all(node.args[0].meta["val"].dtype == torch.float8_e4m3fn for node in products)
+    results = [node for node in forward.graph.output_node().args[0] if node.op == "call_function"]
+    kept = sorted(tuple(node.meta["val"].shape) for node in results)
+    shapes = {(2, 5, 48), (2, 5, 1), (2, 5, 32)}  # the output, a number a token of the norm, gate and up
+    assert {*kept} <= shapes and kept.count((2, 5, 48)) == 1, kept
+    again = backward.graph.find_nodes(op="call_function", target=operators.grouped_linear_of_codes.default)
+    assert len(again) == recomputes, "of a layer that is computed again gate and up, and not what no gradient reads"
+
+
+def test_a_ragged_input_is_rounded_by_the_operator() -> None:
+    """A compiler would write it in float32 to pad it."""
+    module, graphs = layer(40, 16), list[torch.fx.GraphModule]()
+    module.attach(FactorSink())
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    x = normal(4, 40).requires_grad_()
+    torch.compile(lambda x: module(x), backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x)
+    (node,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.qgalore.grouped_linear.default)
+    assert node.args[0].meta["val"].dtype == torch.float32
 
 
 def test_training_follows_that_in_float() -> None:

@@ -58,6 +58,7 @@ CASES = {
     "other side": f"{STREAMING} --proj_type reverse_std",
     "products in int8": f"{STREAMING} --int8_products",
     "products in fp8": f"{STREAMING} --fp8_products",
+    "products in fp8, checkpointed": f"{STREAMING} --fp8_products --activation_checkpointing",
     "head in fp8": f"{STREAMING} --fp8_products --fp8_head",
     "gradients in fp8": (
         "--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --rank full --fp8_products "

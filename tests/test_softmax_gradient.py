@@ -62,6 +62,37 @@ def test_triton_kernel_equals_reference(
     assert torch.equal(alone, losses) and torch.equal(untouched, logits[:, :columns])
 
 
+@pytest.mark.parametrize(("rows", "columns", "width"), CASES)
+def test_the_gradient_in_fp8(rows: int, columns: int, width: int, kernel_device: torch.device) -> None:
+    """Codes of the gradient, with zeros at the end; of two that differ by 1e-7 the codes may be neighbours."""
+    logits, targets = problem(rows, columns, width, torch.bfloat16, kernel_device)
+    depth, found = -(-columns // 16) * 16, {}
+    for implementation in ("reference", "triton"):
+        codes = torch.full((rows, depth), 77, dtype=torch.uint8, device=kernel_device).view(torch.float8_e4m3fn)
+        written, losses = logits.clone(), torch.empty(rows, device=kernel_device)
+        with mock.patch.dict(os.environ, QGALORE_KERNELS=implementation):
+            softmax_gradient_(written, columns, targets, IGNORE_INDEX, losses, True, codes)
+        values = codes.float()
+        assert values[:, columns:].count_nonzero() == 0 and not values[targets == IGNORE_INDEX].any()
+        # Half a step of e4m3, 2^-4 of a value or 2^-10 at least, and that of bfloat16.
+        exact = written[:, :columns].float() * 448
+        assert ((values[:, :columns] - exact).abs() <= exact.abs() * (2**-4 + 2**-8) + 2**-10).all()
+        assert torch.equal(written[:, :columns], computed(implementation, logits, columns, targets)[1])
+        found[implementation] = values
+    assert (found["reference"] != found["triton"]).float().mean() < 1e-2
+    assert not (found["reference"] - found["triton"]).abs().gt(found["reference"].abs() / 8 + 2**-9).any()
+
+
+def test_a_gradient_that_is_not_finite_shows_in_fp8(kernel_device: torch.device) -> None:
+    for implementation in ("reference", "triton"):
+        logits, targets = problem(7, 33, 64, torch.bfloat16, kernel_device)
+        logits[2, 3] = torch.nan
+        codes = torch.empty(7, 48, dtype=torch.float8_e4m3fn, device=kernel_device)
+        with mock.patch.dict(os.environ, QGALORE_KERNELS=implementation):
+            softmax_gradient_(logits, 33, targets, IGNORE_INDEX, torch.empty(7, device=kernel_device), True, codes)
+        assert not codes.float()[2].isfinite().all() and codes.float()[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
 def check_values_that_are_not_finite(implementation: str, device: torch.device) -> None:
     rows, columns, width, target = 8, 8300, 8320, 5
     targets = torch.full((rows,), target, device=device)

@@ -86,6 +86,7 @@ def setting_of(args: RunArgs, config: ModelConfig) -> Setting:
         direction=subspace.direction,
         newton_schulz=subspace.newton_schulz,
         products=args.quantization.weight_format.products,
+        head_products=args.quantization.head_products,
     )
 
 

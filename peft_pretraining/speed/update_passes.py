@@ -27,6 +27,7 @@ from peft_pretraining.speed.passes import (
     times,
 )
 from qgalore.config import FLOAT_PRODUCTS, FP8_GRADIENTS, FP8_PRODUCTS
+from qgalore.kernels import fp8_width
 from qgalore.layer.linear import GROUPED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
 from qgalore.subspace.methods import GROUPED_BASIS_BYTES
@@ -71,6 +72,7 @@ class Setting:
     direction: str = "adam"
     newton_schulz: str = "muon"
     products: int = FLOAT_PRODUCTS  # forward and for the gradients of inputs
+    head_products: int = FLOAT_PRODUCTS
 
     @property
     def tokens(self) -> int:
@@ -119,8 +121,14 @@ def forward_products(s: Setting) -> Passes:
     if not s.rounds_products:
         return decoder_products(s)
     shapes = s.config.matrix_shapes().items()
-    own = [n for name, (_, n) in shapes if not name.endswith(("k_proj", "v_proj", "up_proj"))]
+    hidden, query, _ = s.widths
+    own = [query, *(width for width in (hidden, hidden, s.config.intermediate_size) if not rounds_within(s, width))]
     return [*(round_to_8_bits(s.tokens, n) for n in own), *(product_of_8_bits(s.tokens, n, m) for _, (m, n) in shapes)]
+
+
+def rounds_within(s: Setting, width: int) -> bool:
+    """Whether the pass that makes an input of so many values a token, a norm or SwiGLU, rounds it as well."""
+    return s.products >= FP8_PRODUCTS and fp8_width(width) == width
 
 
 def weights_as_factors(s: Setting, shapes: list[tuple[int, int]]) -> Passes:
@@ -211,7 +219,9 @@ def pointwise(s: Setting, merged: bool) -> tuple[Passes, Passes]:
     hidden, query, key_value = s.widths
     inter = s.config.intermediate_size
     rotary = 2 * (query + key_value)
-    forward = [4 * hidden, rotary, 3 * inter, 4 * hidden]  # add and norm, rotary, SwiGLU, add and norm
+    forward: list[float] = [4 * hidden, rotary, 3 * inter, 4 * hidden]  # add and norm, rotary, SwiGLU, add and norm
+    for index, width in ((0, hidden), (2, inter), (3, hidden)):
+        forward[index] -= width / 2 if rounds_within(s, width) else 0  # a byte for two
     # The gradient of a norm adds those of the products behind it, three or two, and the residual's.
     backward = [(5 if merged else 6) * hidden, rotary, 5 * inter, 5 * hidden]
     if s.products >= FP8_PRODUCTS:
@@ -240,15 +250,23 @@ def recompute_tensors(s: Setting, quantized: bool) -> dict[str, Passes]:
     }
     found = {"attention": [attention(s)[0]]}
     for name, of_matrices in _OF_TENSORS:
-        inner = query if name == "residual" else hidden
         shapes = [shape for each, shape in s.config.matrix_shapes().items() if each.endswith(of_matrices)]
         rounds = quantized and s.rounds_products
         product_of = product_of_8_bits if rounds else product
-        passes = [round_to_8_bits(s.tokens, inner)] if rounds else []
+        passes = [_round_input(s, name)] if rounds else []
         passes += [product_of(s.tokens, n, m) for m, n in shapes]
         passes += [moved(2 * s.tokens * each) for each in widths[name]]
         found[name] = passes + (weights_as_factors(s, shapes) if quantized else [])
     return found
+
+
+def _round_input(s: Setting, tensor: str) -> Pass:
+    """The pass that rounds what the product of a tensor reads: attention's output, or that of a norm."""
+    hidden, query, _ = s.widths
+    if tensor == "residual":
+        return round_to_8_bits(s.tokens, query)
+    # Of the norms the backward pass needs what is not rounded, too.
+    return moved(s.tokens * hidden) if rounds_within(s, hidden) else round_to_8_bits(s.tokens, hidden)
 
 
 def rounded_activations(s: Setting) -> Passes:
@@ -270,9 +288,25 @@ def chunked_head(s: Setting) -> Passes:
     passes = []
     for number, (start, stop) in enumerate(chunks, start=1):
         chunk, sum_bytes = stop - start, (4 if number > 1 else 0) + (2 if number == len(chunks) else 4)
-        passes += [product(chunk, hidden, vocabulary), moved(4 * chunk * vocabulary)]
-        passes += [product(chunk, vocabulary, hidden), product(vocabulary, chunk, hidden, sum_bytes)]
+        passes += _head_products(s, chunk, sum_bytes)
+    if s.head_products >= FP8_PRODUCTS:  # both forms of the weight, of which the second is read twice
+        passes += [round_to_8_bits(vocabulary, hidden), moved(5 * vocabulary * hidden)]
     return passes
+
+
+def _head_products(s: Setting, chunk: int, sum_bytes: int) -> Passes:
+    """The products and the loss of so many tokens; sum_bytes: moved for a value of the weight's gradient."""
+    hidden, vocabulary = s.config.hidden_size, s.config.vocab_size
+    loss, weight = moved(4 * chunk * vocabulary), [product(vocabulary, chunk, hidden, sum_bytes)]
+    if s.head_products < FP8_PRODUCTS:
+        return [product(chunk, hidden, vocabulary), loss, product(chunk, vocabulary, hidden), *weight]
+    if s.head_products == FP8_GRADIENTS:
+        rounded = [moved(5 * chunk * width) for width in (vocabulary, hidden)]
+        added = moved((2 + sum_bytes) * vocabulary * hidden)  # what the product has written
+        weight = [*rounded, product_of_8_bits(vocabulary, chunk, hidden), added]
+    forward = [round_to_8_bits(chunk, hidden), product_of_8_bits(chunk, hidden, vocabulary)]
+    backward = [product_of_8_bits(chunk, vocabulary, hidden), moved(4 * chunk * hidden)]
+    return [*forward, moved(5 * chunk * vocabulary), *backward, *weight]  # the loss writes its gradient's codes, too
 
 
 def whole_head(s: Setting) -> Passes:

@@ -39,10 +39,10 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepScalars",
     "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_columns", "fp8_joins",
-    "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward",
-    "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
-    "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
-    "update_quantized_", "use_triton",
+    "fp8_product", "fp8_rows", "fp8_rows_to_fuse", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear",
+    "int8_linear_backward", "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back",
+    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped",
+    "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -243,6 +243,11 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
         if part.shape[1] < count or factor.shape[-1] < count:
             raise ValueError(f"x {tuple(part.shape)} and its factor do not have {count} columns")
     return backend(fp8_matmul.fp8_rows, parts[0].device, max(columns), len(parts))(parts, columns, factors)
+
+
+def fp8_rows_to_fuse(x: Tensor, columns: int) -> Fp8Matrix:
+    """`fp8_rows` of one matrix in operations of PyTorch, of which a compiler makes one kernel with what makes x."""
+    return fp8_matmul.fp8_rows([x], [columns], None)
 
 
 def fp8_joins(columns: Sequence[int]) -> bool:

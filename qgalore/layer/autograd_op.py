@@ -117,8 +117,15 @@ def _int8(product: Any, x: Tensor, weight: Weight, width: int) -> Tensor:
 def _fp8_linears(input: Tensor, weights: Sequence[Weight], widths: Sequence[int]) -> list[Tensor]:
     """`linear` in FP8 of several weights: the input is rounded once."""
     rows, shape = kernels.fp8_rows([input.reshape(-1, input.shape[-1])], [weights[0].shape[1]]), input.shape[:-1]
+    found = _fp8_products(rows, weights, widths, input.dtype)
+    return [product.view(*shape, width) for product, width in zip(found, widths, strict=True)]
+
+
+def _fp8_products(
+    rows: kernels.Fp8Matrix, weights: Sequence[Weight], widths: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
     return [
-        kernels.fp8_product(rows, kernels.fp8_weight(_as_stored(weight)), width, input.dtype).view(*shape, width)
+        kernels.fp8_product(rows, kernels.fp8_weight(_as_stored(weight)), width, dtype)
         for weight, width in zip(weights, widths, strict=True)
     ]
 
@@ -180,8 +187,11 @@ _ACCUMULATE = f"""grouped_linear_accumulate(
     Tensor[] grad_outputs, Tensor input, {_HANDLES}, int columns, int adjacent, int products=0) -> Tensor"""
 _INPUT_GRADIENT = f"""grouped_linear_input_gradient(
     Tensor[] grad_outputs, Tensor[] stored, {_HANDLES}, int[] storage, int width, Tensor? after) -> Tensor"""
+# In FP8 for a compiler, which rounds the input (tokens, in_features) by itself, with what it comes from.
+_OF_CODES = """grouped_linear_of_codes(
+    Tensor codes, Tensor scale, Tensor[] stored, int[] storage, int[] widths, ScalarType dtype) -> Tensor[]"""
 # Any layout is taken: for a certain one a compiler would make a copy of an input for each layer that reads it.
-for _schema in (_FORWARD, _ACCUMULATE, _INPUT_GRADIENT):
+for _schema in (_FORWARD, _ACCUMULATE, _INPUT_GRADIENT, _OF_CODES):
     _library.define(" ".join(_schema.split()), tags=torch.Tag.flexible_layout)
 
 
@@ -216,6 +226,13 @@ def _forward(
         linear(input, weight, width, storage[3], handle.cached)
         for weight, width, handle in zip(weights, widths, handles, strict=True)
     ]
+
+
+@torch.library.impl(_library, "grouped_linear_of_codes", "CompositeExplicitAutograd")
+def _forward_of_codes(
+    codes: Tensor, scale: Tensor, stored: list[Tensor], storage: list[int], widths: list[int], dtype: torch.dtype
+) -> list[Tensor]:
+    return _fp8_products(kernels.Fp8Matrix(codes, scale), _weights(stored, storage), widths, dtype)
 
 
 @torch.library.impl(_library, "grouped_linear_accumulate", "CompositeExplicitAutograd")
@@ -294,6 +311,11 @@ def _input_gradient(
 @torch.library.register_fake("qgalore::grouped_linear")
 def _(input: Tensor, *rest: Any) -> list[Tensor]:
     return [input.new_empty(*input.shape[:-1], width) for width in rest[4]]
+
+
+@torch.library.register_fake("qgalore::grouped_linear_of_codes")
+def _(codes: Tensor, *rest: Any) -> list[Tensor]:
+    return [codes.new_empty(len(codes), width, dtype=rest[4]) for width in rest[3]]
 
 
 @torch.library.register_fake("qgalore::grouped_linear_accumulate")
@@ -380,12 +402,50 @@ _backward_of_function_once: Callable[..., tuple[Any, ...]] = torch.autograd.func
 )
 
 
+class _GroupedLinearOfCodes(torch.autograd.Function):
+    """The same in FP8 where a compiler traces, of an input that is rounded already.
+
+    The forward pass reads the codes alone, the backward pass the input. So a compiler writes the codes where the norm
+    or SwiGLU writes its result, for which it would otherwise write and read 16 bits a value, and makes the input in the
+    backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, rows: tuple[Tensor, Tensor], rest: tuple[Any, ...], count: int, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        """rest: as of `_GroupedLinear`; tensors: so many stored ones, then the proxies."""
+        stored, proxies = list(tensors[:count]), tensors[count:]
+        _setup_context(ctx, (input, stored, proxies, *rest), [])
+        _, storage, widths, *_ = rest
+        found = torch.ops.qgalore.grouped_linear_of_codes(*rows, stored, storage, widths, input.dtype)
+        return tuple(product.view(*input.shape[:-1], width) for product, width in zip(found, widths, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        """See `_backward`."""
+        operators = torch.ops.qgalore
+        grad, proxies, stored = _backward(
+            ctx, grad_outputs, operators.grouped_linear_accumulate, operators.grouped_linear_input_gradient
+        )
+        return grad, None, None, None, *[None] * stored, *proxies
+
+
 def grouped_linear(
     input: Tensor, stored: list[Tensor], proxies: Sequence[Tensor | None], *rest: Any
 ) -> Sequence[Tensor]:
     """The operator `grouped_linear`, by the shortest way there is."""
+    columns, *_, products = rest[1]
+    # Of a ragged width a compiler would write float32 values, to pad them.
+    whole = input.shape[-1] == kernels.fp8_width(columns)
+    if torch.compiler.is_compiling() and products >= FP8_PRODUCTS and proxies and whole:
+        rows = kernels.fp8_rows_to_fuse(input.detach().reshape(-1, input.shape[-1]), columns)
+        outputs: Sequence[Tensor] = _GroupedLinearOfCodes.apply(
+            input, (rows.codes, rows.scale), rest, len(stored), *stored, *proxies
+        )
+        return outputs
     if torch.compiler.is_compiling() or _is_traced():
-        outputs: list[Tensor] = torch.ops.qgalore.grouped_linear(input, stored, proxies, *rest)
+        outputs = torch.ops.qgalore.grouped_linear(input, stored, proxies, *rest)
         return outputs
     found: tuple[Tensor, ...] = _GroupedLinear.apply(input, stored, rest, *proxies)
     return found

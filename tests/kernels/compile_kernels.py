@@ -115,6 +115,13 @@ def launch_fp8(half: torch.dtype) -> None:
             kernels.fp8_turned_weights([weight])
 
 
+def launch_head(half: torch.dtype) -> None:
+    """The loss of 7B's head, whose gradient is in FP8, too."""
+    logits, targets = torch.zeros(4, 32000, dtype=half), torch.zeros(4, dtype=torch.int64)
+    codes = torch.zeros(4, 32000, dtype=torch.float8_e4m3fn)
+    softmax_gradient_(logits, 32000, targets, -100, torch.zeros(4), True, codes)
+
+
 def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
     """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32.
 
@@ -236,6 +243,7 @@ if __name__ == "__main__":
     launch_all(torch.bfloat16, orthogonalizes=True)
     if int(sys.argv[1]) >= 89:
         launch_fp8(torch.bfloat16)
+        launch_head(torch.bfloat16)
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
     found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes()}

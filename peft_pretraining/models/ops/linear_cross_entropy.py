@@ -13,9 +13,10 @@ layer, none is computed twice. Over several chunks dW is summed in float32 and r
 gradients only the losses are computed. Nothing waits for the device, and every sum has a fixed order.
 
 In FP8 (`products`) the three are of factors rounded to e4m3 with one scale for each row of the sum, as those of the
-layers are (`qgalore.kernels.fp8_product`): both of W are made once a call, those of G and h with their chunk. A row of
-G spans 2^18: less than 2^-18 of the largest probability of a token adds nothing to dh. dW sums over tokens and has its
-scales by columns, so that a rare token keeps its gradient. Without gradients nothing is rounded.
+layers are (`qgalore.kernels.fp8_product`): both of W are made once a call, those of G and h with their chunk. G is
+rounded where it is computed, in units of 1 / 448 for all tokens, since its largest value is near -1 for a target that
+was not expected and matters little elsewhere; a probability below 2e-6 adds nothing to dh. dW sums over tokens and has
+its scales by columns, so that a rare token keeps its gradient. Without gradients nothing is rounded.
 
 In float16 dW stays in float32 until the gradient of the sum is known. It is a sum over all tokens, whose size no scale
 of the loss changes: of a frequent token it may be beyond 65504, of a rare one below 6e-8. dh is of one token.
@@ -27,6 +28,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -121,7 +123,11 @@ class _Products:
         torch.mm(self.hidden[start:stop], self.weight.T, out=padded[:, : self.vocabulary])
         return padded
 
-    def hidden_gradient_(self, out: Tensor, gradient: Tensor) -> None:
+    def gradient_codes(self, start: int, stop: int) -> Tensor | None:
+        """Where G of some tokens goes in FP8 as well, (chunk, vocabulary or more); None: nowhere."""
+        return None
+
+    def hidden_gradient_(self, out: Tensor, gradient: Tensor, codes: Tensor | None) -> None:
         """out (chunk, H) <- G W."""
         torch.mm(gradient, self.weight, out=out)
 
@@ -147,10 +153,17 @@ class _Fp8Products(_Products):
         rows = kernels.fp8_rows([self.hidden[start:stop]], [self.hidden.shape[1]])
         return kernels.fp8_product(rows, self._weight, kernels.fp8_width(self.vocabulary), self.hidden.dtype)
 
-    def hidden_gradient_(self, out: Tensor, gradient: Tensor) -> None:
-        """See `_Products`."""
-        assert self._turned is not None
-        rows = kernels.fp8_rows([gradient], [self.vocabulary])
+    def gradient_codes(self, start: int, stop: int) -> Tensor | None:
+        """See `_Products`: written by the kernel that has G in its registers."""
+        if self._turned is None:
+            return None
+        depth = kernels.fp8_width(self.vocabulary)
+        return torch.empty(stop - start, depth, dtype=torch.float8_e4m3fn, device=self.hidden.device)
+
+    def hidden_gradient_(self, out: Tensor, gradient: Tensor, codes: Tensor | None) -> None:
+        """See `_Products`; of the codes, in units of 1 / 448."""
+        assert self._turned is not None and codes is not None
+        rows = kernels.Fp8Matrix(codes, self.hidden.new_full((len(codes),), 1 / 448, dtype=torch.float32))
         out.copy_(kernels.fp8_product(rows, self._turned, out.shape[1], out.dtype, exact=True))
 
     def weight_gradient_(self, out: Tensor, gradient: Tensor, start: int, stop: int, sums: bool) -> None:
@@ -189,13 +202,15 @@ def _loss_and_gradients(
         # A single chunk needs no sum, and a large head no float32 copy.
         weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
     for start, stop in chunks:
-        padded = products.logits(start, stop)  # (chunk, width)
+        padded, codes = products.logits(start, stop), products.gradient_codes(start, stop)  # (chunk, width)
         logits = padded[:, :vocabulary]  # (chunk, vocabulary)
         softmax_gradient_(
-            padded, vocabulary, targets[start:stop], ignore_index, losses[start:stop], needs_hidden or needs_weight
-        )
+            padded, vocabulary, targets[start:stop], ignore_index, losses[start:stop], needs_hidden or needs_weight,
+            codes,
+        )  # fmt: skip
         if hidden_grad is not None:
-            products.hidden_gradient_(hidden_grad[start:stop], logits)
+            products.hidden_gradient_(hidden_grad[start:stop], logits, codes)
+        del codes
         if weight_grad is not None:
             products.weight_gradient_(weight_grad, logits, start, stop, sums=not alone)
         del padded, logits  # before others are made
@@ -241,9 +256,12 @@ def training_bytes(
 
 
 def softmax_gradient_(
-    logits: Tensor, columns: int, targets: Tensor, ignore_index: int, losses: Tensor, write_gradient: bool
-) -> None:
+    logits: Tensor, columns: int, targets: Tensor, ignore_index: int, losses: Tensor, write_gradient: bool,
+    codes: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write the cross-entropy of each row into losses (T,) and, if asked to, its gradient over the logits.
+
+    codes: beside that e4m3(448 gradient) into a float8_e4m3fn (T, columns or more), with zeros at the end.
 
     logits (T, width) is contiguous, of which the first `columns` count; the rest is padding without a meaning, before
     and after. A row whose target is `ignore_index` has loss and gradient zero; in any other, one value that is not
@@ -252,7 +270,7 @@ def softmax_gradient_(
     if use_triton(logits.device):
         from peft_pretraining.models.ops import softmax_gradient
 
-        softmax_gradient.softmax_gradient_(logits, columns, targets, ignore_index, losses, write_gradient)
+        softmax_gradient.softmax_gradient_(logits, columns, targets, ignore_index, losses, write_gradient, codes)
         return
     for start, stop in row_chunks(*logits.shape):
         values = logits[start:stop, :columns]
@@ -266,6 +284,9 @@ def softmax_gradient_(
             gradient = log_softmax.exp_()
             gradient.scatter_(1, index, gradient.gather(1, index) - 1)
             values.copy_(gradient.masked_fill_(ignored.unsqueeze(1), 0))
+            if codes is not None:
+                padding = (0, codes.shape[1] - columns)
+                codes[start:stop] = F.pad(gradient.float().mul_(448.0).clamp_(-448.0, 448.0), padding).to(codes.dtype)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, ceil_div, fp8_width, next_power_of_2
 from qgalore.kernels.reference import fp8_matmul
 from qgalore.kernels.triton.group_quantization import block_of_group, warps_of_block
-from qgalore.kernels.triton.tiles import load_codes, to_float8
+from qgalore.kernels.triton.tiles import float8_bits, load_codes
 
 __all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
@@ -47,13 +47,6 @@ def _scale_of_rows(largest):
         counts, tl.div_rn(tl.full(largest.shape, 448.0, tl.float32), tl.where(counts, largest, 1.0)), 0.0
     )
     return inverse, tl.where(largest < smallest, 0.0, largest * 0.0022321429569274187)
-
-
-@triton.jit
-def _rounded(value):
-    """float32 to the bits of e4m3; what is not a number stays so."""
-    limited = tl.maximum(tl.minimum(value, 448.0), -448.0)
-    return to_float8(tl.where(value == value, limited, value)).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
@@ -91,13 +84,13 @@ def _fp8_rows_kernel(
         largest = tl.maximum(largest, _magnitudes(third))
     inverse, scale = _scale_of_rows(largest.to(tl.float32, bitcast=True))
     at = codes + row[:, None] * depth + column
-    tl.store(at, _rounded(first * inverse[:, None]), mask=inside & (column < ends[0]))
+    tl.store(at, float8_bits(first * inverse[:, None]), mask=inside & (column < ends[0]))
     if PARTS > 1:
         mask = inside & (column < ends[1] - starts[1])
-        tl.store(at + starts[1], _rounded(second * inverse[:, None]), mask=mask)
+        tl.store(at + starts[1], float8_bits(second * inverse[:, None]), mask=mask)
     if PARTS > 2:
         mask = inside & (column < ends[2] - starts[2])
-        tl.store(at + starts[2], _rounded(third * inverse[:, None]), mask=mask)
+        tl.store(at + starts[2], float8_bits(third * inverse[:, None]), mask=mask)
     tl.store(row_scale + row, scale, mask=row < rows)
 
 
@@ -118,7 +111,7 @@ def _fp8_long_rows_kernel(
     for start in range(0, depth, BLOCK):
         value = _read(x, factor, row, start + lane, inside, columns, x_row, x_column, HAS_FACTOR)
         at = codes + row[:, None] * depth + start + lane
-        tl.store(at, _rounded(value * inverse[:, None]), mask=inside & (start + lane < depth))
+        tl.store(at, float8_bits(value * inverse[:, None]), mask=inside & (start + lane < depth))
 
 
 @triton.jit
@@ -149,7 +142,7 @@ def _fp8_columns_kernel(
         tl.store(scale + column, own_scale, mask=column < padded_columns)
     at = codes + column[:, None].to(tl.int64) * depth + row[None, :]
     mask = (column < padded_columns)[:, None] & (row < depth)[None, :]
-    tl.store(at, tl.trans(_rounded(value * inverse[None, :])), mask=mask)
+    tl.store(at, tl.trans(float8_bits(value * inverse[None, :])), mask=mask)
 
 
 @triton.jit
@@ -183,7 +176,7 @@ def _fp8_weight_kernel(
     step = tl.load(scale + at, mask=mask_of_group, other=0.0).to(tl.float32)
     offset = tl.load(zero_point + at, mask=mask_of_group, other=0.0).to(tl.float32)
     value = tl.where(mask, tl.fma(code, step, offset), 0.0) * inverse[:, None]  # the product within is exact
-    rounded = _rounded(value)
+    rounded = float8_bits(value)
     if TURNS:
         turned = start + tl.arange(0, N)
         at = codes + turned[:, None].to(tl.int64) * stride + row[None, :]

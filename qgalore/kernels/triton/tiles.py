@@ -202,3 +202,10 @@ def to_float8(x):
         small = (size + 24576.0) - 24576.0  # in whole multiples of 2^-9
         x = tl.where(size < 0.015625, tl.where(x < 0, -small, small), tl.where(x == x, normal, x))
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def float8_bits(x):
+    """float32 x rounded to e4m3, as bytes: beyond its largest value that, and what is not a number stays so."""
+    bits = to_float8(tl.maximum(tl.minimum(x, 448.0), -448.0)).to(tl.uint8, bitcast=True)
+    return tl.where(x == x, bits, tl.full(bits.shape, 0x7F, tl.uint8))
