@@ -617,7 +617,7 @@ class RuntimeArgs:
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
     total_batch_size), recompute or activation_checkpointing, and int8_activations; where nothing else fits,
-    grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
+    grad_accum_dtype int8, then accumulate_by layer, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""
     check_replicas: Annotated[int, Flag("updates", at_least=0)] = 0

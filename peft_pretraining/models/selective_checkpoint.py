@@ -64,6 +64,8 @@ def contexts(recomputed: tuple[str, ...], compiled: bool) -> Contexts:
         forward, again = create_selective_checkpoint_contexts(policy)
         return forward, again
 
-    # By which PyTorch finds what it compiled for such a layer in an earlier process.
+    # PyTorch pickles it by its name to find what it compiled for such a layer in an earlier process.
+    context_fn.__name__ = context_fn.__qualname__ = "_".join(("context_fn", *recomputed, *["compiled"] * compiled))
+    globals()[context_fn.__name__] = context_fn
     context_fn.cache_hash = f"peft_pretraining {_VERSION}: {','.join(recomputed)}"  # type: ignore[attr-defined]
     return context_fn

@@ -251,11 +251,13 @@ class LlamaForCausalLM(CausalLM):
         is inside it: only what a gradient needs is computed again. The gradient of a layer's output is used up by the
         backward pass: that of the input takes its place.
         """
-        from peft_pretraining.models.compile import GivesUpGradients, recomputes_random  # which loads inductor
+        # which loads inductor
+        from peft_pretraining.models.compile import GivesUpGradients, allow_selective_checkpoints, recomputes_random
 
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
         # memory and 1 to 4 % of the speed.
         set_for_process("torch._functorch.config.ban_recompute_materialized_backward", False)
+        allow_selective_checkpoints()
         device = self.lm_head.weight.device
         if device.type == "cpu":
             set_for_process("torch._functorch.partitioners.has_recomputable_rng_ops", recomputes_random)
