@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import time
 from functools import cache
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from peft_pretraining.memory.budget import (
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.models.activations import ACTIVATIONS
 from peft_pretraining.models.registry import read_config
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS
 from peft_pretraining.speed.cards import CARDS
 from tests.small_run import SmallRun
 
@@ -79,6 +80,15 @@ def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(model: str, run: st
         fastest = min(each.seconds(card) for each in plain or fitting(found, budget))
         assert chosen.seconds(card) <= AS_FAST * fastest
     assert found.choose(found.smallest.needs - 1, card) is None
+
+
+@pytest.mark.parametrize("budget", ["6GB", "24GB"])
+def test_7b_with_three_ranks_by_depth_on_four_cards_is_planned_in_seconds(budget: str) -> None:
+    flags = f"{QUANTIZED} --rank 128,256,512 --total_batch_size 512 --dry_run --nproc 4 --memory_budget {budget}"
+    start = time.process_time()
+    args = parse_within_budget(argv("7b", flags))
+    assert time.process_time() - start < 5, "seconds of one core"
+    assert args.world_size == 4
 
 
 @pytest.mark.parametrize(("length", "model"), [(64, "1b"), (1024, "1b"), (256, "7b")])

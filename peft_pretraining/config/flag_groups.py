@@ -16,7 +16,7 @@ from typing import Annotated
 from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
+from peft_pretraining.models.activations import ACTIVATIONS, in_flag
 from qgalore.config import FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")

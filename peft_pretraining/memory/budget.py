@@ -13,7 +13,7 @@ What is chosen are flags: the same command with them is the same run. Settings a
 On several ranks the first three steps are made for replicas, then for optimizer states that are dealt to them and for
 weights that are, too (`--shard`), before a rank is made smaller.
 
-What is computed again is a knapsack: tensors of layers (`peft_pretraining.models.selective_checkpoint`) with the bytes
+What is computed again is a knapsack: tensors of layers (`peft_pretraining.models.activations`) with the bytes
 that they take and the counted time to make each again. Those of one name are alike in all layers, so that the least
 time for so many bytes is found by taking first what costs least time a byte (Dantzig, Operations Research 5 (2), 1957),
 which is exact but for a part of one layer: `Candidates` has a chain of such settings for each micro-batch, from all
@@ -53,8 +53,8 @@ from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.passing_by_layer import PassingByLayer
 from peft_pretraining.memory.plan import plan_of_run
 from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.models.activations import ACTIVATIONS, in_flag
 from peft_pretraining.models.config import ModelConfig
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
 from peft_pretraining.speed.cards import CARDS, Card
 from peft_pretraining.speed.run_speed import counted_seconds, seconds_of_tensors
 from qgalore.config import FULL
@@ -405,7 +405,7 @@ def _first_fitting(chain: list[Candidate], budget: int) -> int | None:
     start = bisect.bisect_left(chain, True, key=lambda each: each.needs <= budget)
     if start == len(chain):
         # What a layer computes again is there beside what others keep: of few layers the last may take more.
-        return next((index for index, each in enumerate(chain) if each.needs <= budget), None)
+        return next((chain.index(each) for each in _least_of(chain) if each.needs <= budget), None)
     return start
 
 

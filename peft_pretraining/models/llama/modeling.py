@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_pretraining.models.activations import ACTIVATIONS
 from peft_pretraining.models.head import CausalLMOutput, head_output
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, Contexts, contexts, makes
+from peft_pretraining.models.selective_checkpoint import Contexts, contexts, makes
 from qgalore.layer.linear import grouped_linear
 from qgalore.torch_internals import internal, set_for_process
 
