@@ -227,7 +227,8 @@ def test_without_a_budget_the_card_decides_on_the_full_rank() -> None:
 
 
 def test_a_smaller_rank_only_where_nothing_else_fits() -> None:
-    found, card = candidates("1b", "default"), CARDS["h100"]
+    flags = argv("1b", f"{RUNS['default']} --accumulate_by micro_batch")
+    found, card = Candidates([*flags, "--memory_budget", "1GB"]), CARDS["h100"]
     least = min(each.needs for each in itertools.chain(*found.steps))
     at_least, below = found.choose(least, card), found.choose(least - 1, card)
     assert at_least is not None and "--rank" not in at_least.flags and at_least.args.subspace.rank == 896

@@ -262,8 +262,8 @@ class OptimizerArgs:
         str,
         Flag(
             choices=RECIPES,
-            auto="full_rank for q_galore optimizers, but orthogonal beside rank, flags of projections or direction "
-            "adam, and paper beside galore_scale or flags of SVDs; paper for others",
+            auto="full_rank for q_galore optimizers, but orthogonal beside a rank below full, flags of projections or "
+            "direction adam, and paper beside galore_scale or flags of SVDs, unless rank is full; paper for others",
         ),
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
@@ -435,7 +435,7 @@ class SubspaceArgs(SubspaceConfig):
     ] = 0.0
     proj_quant: Annotated[bool, Flag(auto=_BY_NAME)] = False
     mlp_rank: Annotated[int | str, Flag("dimensions", parse=_mlp_ranks, words=(FULL,), auto="rank")] = 0
-    """The same for the MLP's matrices alone."""
+    """--rank of the MLP's matrices alone: a number, several by depth, or full, where those have no projection."""
 
     def __post_init__(self) -> None:
         """Skip the checks of the base class: `config.checks` reports all problems of a command line together."""

@@ -46,8 +46,8 @@ from peft_pretraining.config.flags import format_size, parse_whole
 from peft_pretraining.config.named_method import recorded_method
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.config.shard_checks import ranks_that_share
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.host import ranks_here
 from peft_pretraining.memory.lasting import lasting_bytes
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.passing_by_layer import PassingByLayer
@@ -170,7 +170,7 @@ class Candidates:
         free, found = free_host_bytes(), list[list[Candidate]]()
         for size, args in self._sizes:
             if args.batch.gradient_accumulation > 1 and (by_layer := self._allowed(*size, *BY_LAYER)):
-                host = PassingByLayer(PlannedRun(by_layer, self.config)).host() * ranks_here(self._world_size)
+                host = PassingByLayer(PlannedRun(by_layer, self.config)).host() * ranks_that_share(self._world_size)
                 if free is None or host <= free:
                     flags = (*self.recipe_flags, *size, *BY_LAYER)
                     found.append([Candidate(flags, by_layer, self.config, self._lasting)])

@@ -10,11 +10,6 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.plan import plan
 
 
-def ranks_here(world_size: int = 1) -> int:
-    """The ranks that share this machine's memory, as torchrun says; of a run that is only described all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-
-
 def missing_host_memory(args: RunArgs, free: int | None = None) -> str | None:
     """The sentence for a run whose ranks on this machine take more host memory than is free; None if it fits.
 
@@ -23,7 +18,7 @@ def missing_host_memory(args: RunArgs, free: int | None = None) -> str | None:
     config, free = shape_of(args.model), free_host_bytes() if free is None else free
     if not args.by_layer or config is None or free is None:
         return None
-    ranks = ranks_here()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = ranks * plan(args, config).host
     if needed <= free:
         return None
