@@ -27,7 +27,12 @@ from peft_pretraining.accumulation.layer_by_layer import LayerByLayer
 from peft_pretraining.averaging import WeightAverage
 from peft_pretraining.build import build_data, build_training, shape_of
 from peft_pretraining.checkpoint.folder import FolderLock, lock_folder
-from peft_pretraining.checkpoint.run_state import RunCheckpoints, from_newest_checkpoint, tensors_here
+from peft_pretraining.checkpoint.run_state import (
+    RunCheckpoints,
+    from_newest_checkpoint,
+    refusal_of_start,
+    tensors_here,
+)
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
@@ -72,7 +77,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     if args.runtime.dry_run:
         from peft_pretraining.dry_run import print_description
 
-        return print_description(args)
+        return print_description(args, refusal_of_start(args))
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
     locks: list[FolderLock] = []  # of the main rank; kept until the run ends

@@ -18,10 +18,10 @@ from peft_pretraining.speed.direction_price import warning_of_direction
 from peft_pretraining.speed.run_speed import counted_tokens_per_second
 
 
-def print_description(args: RunArgs) -> None:
-    """Print `describe`, once for all ranks."""
+def print_description(args: RunArgs, refusal: str = "") -> None:
+    """Print `describe`, once for all ranks; refusal: why the run would not start, for a first line."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(describe(args))
+        print(f"warning: this run would be refused: {refusal}\n{describe(args)}" if refusal else describe(args))
 
 
 def describe(args: RunArgs, card: Card | None = None) -> str:

@@ -129,7 +129,9 @@ def _optimizer(args: RunArgs) -> str:
 
 def _subspace(args: RunArgs) -> str:
     subspace = args.subspace
-    rank = f"rank {subspace.rank}" + (f", {subspace.mlp_rank} in the MLP" if subspace.mlp_rank else "")
+    rank = f"rank {subspace.rank}" + (
+        f", {subspace.mlp_rank} in the MLP" if subspace.mlp_rank not in (0, subspace.rank) else ""
+    )
     if not subspace.projects:
         return f"{rank}: no projections; scale {subspace.galore_scale:g}"
     basis = f"INT{subspace.proj_bits}" if subspace.proj_quant else "float"

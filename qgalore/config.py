@@ -105,7 +105,7 @@ class SubspaceConfig:
     rank: Annotated[int | str, Allowed("dimensions", at_least=1, words=(FULL,))]
     """Dimensions of the subspace of each decoder matrix; full: the whole space, with no projection."""
     galore_scale: Annotated[float, Allowed("factor", above=0)] = 0.25
-    """Multiplier of the projected-back update (alpha in the papers)."""
+    """Multiplier of the update once it is projected back (alpha in the papers), at full rank of the update itself."""
     proj_type: Annotated[str, Allowed(choices=("std", "reverse_std", "left", "right", "full"))] = "std"
     """Side that is projected: std the smaller one, reverse_std the larger one, full both."""
     subspace: Annotated[str, Allowed(choices=("svd", "streaming"))] = "svd"

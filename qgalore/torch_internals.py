@@ -25,6 +25,7 @@ NAMES = {
     "torch._functorch.partitioners.has_recomputable_rng_ops": "attention that is computed again on a CPU",
     "torch._functorch.partitioners.must_recompute": "attention that is computed again on a CPU",
     "torch._guards.TracingContext": "compiled backward passes that write over the gradients they are given",
+    "torch._higher_order_ops.wrap.log": "compiled layers that compute single tensors again",
     "torch._inductor.custom_graph_pass.CustomGraphPass": "compiled backward passes that write over given gradients",
     "torch._inductor.custom_graph_pass.get_hash_for_files": "the cache of what is compiled",
     "torch._inductor.lowering.lowerings": "sums that are kept apart from the norm that follows",

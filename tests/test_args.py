@@ -424,6 +424,23 @@ def test_combinations_that_work(text: str) -> None:
             "--int8_activations --recompute mlp",
             "changes nothing: --recompute mlp recomputes gate and up of every layer",
         ),
+        ("--beta2 0.9 --adam_eps 1e-6 --optimizer sgd", "--beta2, --adam_eps change nothing: --optimizer sgd has no"),
+        (
+            "--optimizer galore_adamw --subspace streaming --svd_method full --queue_size 3",
+            "--svd_method, --queue_size change nothing: --subspace streaming makes no SVD",
+        ),
+        (
+            "--optimizer galore_adamw8bit_per_layer --accumulate_by layer",
+            "--accumulate_by layer has one micro-batch an update and nothing to sum",
+        ),
+        (
+            "--optimizer galore_adamw8bit --accumulate_by layer --gradient_accumulation 2",
+            "keeps those of all layers for its step: use galore_adamw8bit_per_layer",
+        ),
+        ("--optimizer muon --accumulate_by layer --gradient_accumulation 2", "use an optimizer _per_layer"),
+        ("--check_replicas 5", "--check_replicas changes nothing on one rank"),
+        ("--use_hf_model --compile on", "--compile on changes nothing: --use_hf_model runs transformers' layers"),
+        ("--tags a,b --wandb_mode off", "--tags changes nothing: wandb is off"),
         ("--int8_activations --compile off", "--int8_activations rounds without saving memory: with --compile off"),
     ],
 )
@@ -744,3 +761,32 @@ def test_a_tilde_is_expanded_in_the_flags_of_scripts(
 
 if __name__ == "__main__":
     print(command_line(), end="")
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("--residual none", "recipe orthogonal, because of --residual none: flags left out have its values, "),
+        ("--proj_type std --rank 64", "recipe orthogonal, because of --proj_type std and --rank 64: flags left out"),
+        ("--direction adam", "recipe orthogonal, because of --direction adam: flags left out have its values"),
+        (
+            "--galore_scale 0.5",
+            "recipe paper, because of --galore_scale 0.5: flags left out have the official defaults",
+        ),
+    ],
+)
+def test_a_flag_that_chooses_the_recipe_is_named(text: str, note: str) -> None:
+    found = [each for each in parse(f"{Q_GALORE} {text}").notes if each.startswith("recipe")]
+    assert len(found) == 1 and found[0].startswith(note)
+    for given in ("", "--rank full", "--recipe orthogonal", "--rank full --galore_scale 0.5"):
+        assert not any(each.startswith("recipe") for each in parse(f"{Q_GALORE} {given}").notes)
+
+
+@pytest.mark.parametrize("method", ["lora", "relora --relora_every 100 --warmup_steps 10 --relora_warmup 5", "qlora"])
+def test_a_method_beside_a_subspaces_optimizer_has_one_sentence(method: str) -> None:
+    """The rank is its recipe's, and nobody has given it."""
+    with pytest.raises(UserError) as raised:
+        parse(f"{Q_GALORE} --method {method}")
+    assert "cannot work with --method" in str(raised.value) and "--rank full" not in str(raised.value)
+    with pytest.raises(UserError, match="--rank full cannot work with --method"):
+        parse(f"{Q_GALORE} --method {method} --rank full")

@@ -137,3 +137,17 @@ def test_joins_no_process_group_and_is_printed_once(
 
 def test_needs_no_cuda_for_a_cuda_run(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda" in dry_run(small, capsys, device="cuda")
+
+
+def test_a_resume_that_the_checkpoint_would_refuse_says_so(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what the run itself says, and before a checkpoint is read whole."""
+    flags = {**flags_of("q_galore_adamw8bit"), "num_training_steps": 4}
+    stopped = small.run("run", **flags)
+    (folder, newest), refused = (stopped.save_dir, stopped.checkpoints[-1]), "warning: this run would be refused: "
+    for source in ("auto", folder, newest):
+        assert refused not in dry_run(small, capsys, **flags, continue_from=source)
+        text = dry_run(small, capsys, **{**flags, "rank": 16}, continue_from=source)
+        assert text.startswith(f"{refused}--continue_from {newest} is of another run: rank is 16 here and ")
+    shorter = dry_run(small, capsys, **{**flags, "num_training_steps": 2, "warmup_steps": 1}, continue_from="auto")
+    assert shorter.startswith(f"{refused}--num_training_steps 2: {newest} is after 4 updates already")
+    assert dry_run(small, capsys, **flags).startswith(f"{refused}--save_dir {folder} holds the checkpoints of another")

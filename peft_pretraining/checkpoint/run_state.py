@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +26,7 @@ from peft_pretraining.checkpoint.store import (
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
+    refusal_of,
     set_aside_later,
 )
 from peft_pretraining.config.flag_groups import ScheduleArgs
@@ -31,6 +34,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.data.train_loader import TrainLoader, merge_states
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
+from peft_pretraining.models.config_source import states_in
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.lr_schedule import describe_change
 from peft_pretraining.optim.protocol import TrainingOptimizer
@@ -54,6 +58,39 @@ _OLD_VALUES = {
     "sum_in_momentum": False, "mlp_rank": 0, "full_rank_second_moment": "value", "method": "full",
     "lora_alpha": 32.0, "qlora_bits": 4,
 }  # fmt: skip
+
+
+def refusal_of_start(args: RunArgs) -> str:
+    """Why the checkpoints in a run's folder, or the newest of `--continue_from`, would refuse it; "" if they would not.
+
+    Its state.json alone is read, and not checked.
+    """
+    source, save_dir = args.checkpoint.continue_from, args.checkpoint.save_dir
+    folder = Path(save_dir if source == "auto" else source)
+    try:
+        if save_dir:
+            _refuse_another_run(source, Path(save_dir))
+    except UserError as error:
+        return str(error)
+    if not source or not folder.is_dir():
+        no_run = source not in ("", "auto") and not folder.is_dir()
+        return f"--continue_from {source}: there is no such folder" if no_run else ""
+    for path in states_in(folder):
+        with contextlib.suppress(OSError, ValueError):
+            state = _OLD_VALUES | json.loads(path.read_text(encoding="utf-8"))
+            described = args.to_dict() | {"model_config_contents": read_config_json(args.model.model_config)}
+            refusal = refusal_of(path.parent, state, {name: described[name] for name in _FIXED})
+            return refusal or _refusal_of_length(args, path.parent, int(path.parent.name.rpartition("_")[2]))
+    return ""
+
+
+def _refusal_of_length(args: RunArgs, path: Path, update_step: int) -> str:
+    if update_step <= args.schedule.num_training_steps:
+        return ""
+    return (
+        f"--num_training_steps {args.schedule.num_training_steps}: {path} is after {update_step} updates already; give "
+        "at least that many, or an older checkpoint"
+    )
 
 
 @dataclass
@@ -125,11 +162,8 @@ class RunCheckpoints:
         self.changed_flags = changed_flags(self._args, checkpoint.state)
         position = Position(checkpoint.update_step, **{name: checkpoint.state[name] for name in names})
         position.initial_weights = checkpoint.state.get("initial_weights", "")
-        if position.update_step > self._args.schedule.num_training_steps:
-            raise UserError(
-                f"--num_training_steps {self._args.schedule.num_training_steps}: {checkpoint.path} is after "
-                f"{position.update_step} updates already; give at least that many, or an older checkpoint"
-            )
+        if refusal := _refusal_of_length(self._args, checkpoint.path, position.update_step):
+            raise UserError(refusal)
         before = {name: checkpoint.state[name] for name in vars(self._args.schedule) if name in checkpoint.state}
         changed = describe_change(self._args.schedule, ScheduleArgs(**before), position.update_step)
         self.notices += [changed] if changed else []

@@ -260,21 +260,28 @@ def check_compatible(checkpoint: Checkpoint, expected: Mapping[str, object]) -> 
 
     Raises one UserError for all differences.
     """
+    if refusal := refusal_of(checkpoint.path, checkpoint.state, expected):
+        raise UserError(refusal)
+
+
+def refusal_of(path: Path, state: Mapping[str, Any], expected: Mapping[str, object]) -> str:
+    """The sentence on all differences between a checkpoint's state and what is expected; "" where there are none."""
     absent = object()
-    differences = []
+    differences = list[str]()
     for name, here in expected.items():
-        there = checkpoint.state.get(name, absent)
+        there = state.get(name, absent)
         if there is absent:
             differences.append(f"{name} is {here!r} here and not recorded there")
         elif isinstance(there, dict) and isinstance(here, dict):
             differences += differing_keys(there, here)
         elif there != here:
             differences.append(f"{name} is {here!r} here and {there!r} there")
-    if differences:
-        raise UserError(
-            f"--continue_from {checkpoint.path} is of another run: {'; '.join(differences)}. "
-            f"Give the flags of that run or another checkpoint."
-        )
+    if not differences:
+        return ""
+    return (
+        f"--continue_from {path} is of another run: {'; '.join(differences)}. Give the flags of that run or another "
+        "checkpoint."
+    )
 
 
 def check_model_tensors(checkpoint: Checkpoint, model_tensors: Mapping[str, Tensor]) -> None:

@@ -110,6 +110,8 @@ def tokenize(data: DataArgs, args: argparse.Namespace) -> None:
     added = Added(data.add_bos, data.add_eos)
     tokenizer = load_tokenizer(data.tokenizer, data.dataset, added=added, options=options)
     print(f"tokenizer {tokenizer.describe()}")
+    if lost := kind.lost_as_ids(data.dataset):
+        print(f"warning: {lost}")
     keep_trained(tokenizer, args.output_dir)
     origin = {"dataset": data.dataset} | ({"dataset_revision": commit} if commit else {})
     for split in args.splits or kind.splits:

@@ -12,11 +12,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, ModelArgs, ScheduleArgs, SubspaceArgs
+from peft_pretraining.config.flag_groups import (
+    GALORE_OPTIMIZERS,
+    LIBRARY_OPTIMIZERS,
+    Q_GALORE_OPTIMIZERS,
+    ModelArgs,
+    ScheduleArgs,
+    SubspaceArgs,
+)
 from peft_pretraining.config.method_checks import method_problems
 from peft_pretraining.config.model_source import source_problems, source_warnings
 from peft_pretraining.config.offload_checks import offload_problems, offload_warnings
 from peft_pretraining.config.shard_checks import shard_problems, shard_warnings
+from peft_pretraining.data.sources.kind import TokenKind
 from peft_pretraining.data.sources.registry import find_kind
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import (
@@ -38,6 +46,8 @@ _OF_ACTIVATIONS = (
     *("activation_checkpointing", "checkpoint_every", "checkpoint_layers", "recompute"),
     "int8_activations",
 )
+_OF_SVD = ("svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size")
+_PER_LAYER = [name for name in (*GALORE_OPTIMIZERS, *Q_GALORE_OPTIMIZERS) if name.endswith("_per_layer")]
 _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
 
@@ -103,6 +113,8 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
         warnings.append(f"{_idle(['--int8_activations'])}: {again}")
     elif model.int8_activations and model.compile == "off":
         warnings.append("--int8_activations rounds without saving memory: with --compile off all is kept anyway")
+    warnings += [*_idle_subspace_flags(args, given), *_idle_optimizer_flags(args, given), *_by_layer_warnings(args)]
+    warnings += _idle_run_flags(args, given)
     warnings += [*shard_warnings(args), *offload_warnings(args)]
     schedule = args.schedule
     if schedule.warmup_steps >= schedule.num_training_steps:
@@ -123,6 +135,54 @@ def find_warnings(args: RunArgs, given: Collection[str]) -> list[str]:
             f"--max_train_tokens replaces --num_training_steps: the run has {schedule.num_training_steps} updates"
         )
     return warnings
+
+
+def _idle_subspace_flags(args: RunArgs, given: Collection[str]) -> list[str]:
+    """Name the flags of subspaces by SVD among those `given` by name, beside another kind of subspace."""
+    idle = [f"--{name}" for name in _OF_SVD if name in given]
+    if not idle or not args.optimizer.is_low_rank or not args.subspace.projects or args.subspace.subspace == "svd":
+        return []
+    return [f"{_idle(idle)}: --subspace {args.subspace.subspace} makes no SVD and refreshes at a fixed interval"]
+
+
+def _idle_optimizer_flags(args: RunArgs, given: Collection[str]) -> list[str]:
+    """Name the flags of Adam among those `given` by name, beside an optimizer that has none."""
+    name = args.optimizer.optimizer
+    idle = [f"--{each}" for each in ("beta2", "adam_eps") if each in given and name in ("sgd", "adafactor")]
+    return [f"{_idle(idle)}: --optimizer {name} has no second moment of Adam"] if idle else []
+
+
+def _idle_run_flags(args: RunArgs, given: Collection[str]) -> list[str]:
+    """Name the flags of text beside token ids, of compiled layers beside transformers' own, and of wandb without it."""
+    warnings, dataset = [], args.data.dataset
+    of_text = [f"--{name}" for name in ("text_column", "text_unit", "add_bos", "add_eos") if name in given]
+    if of_text and isinstance(find_kind(dataset), TokenKind):
+        warnings.append(f"{_idle(of_text)}: --dataset {dataset} holds token ids")
+    if args.model.use_hf_model and args.model.compile == "on":
+        warnings.append(
+            "--compile on changes nothing: --use_hf_model runs transformers' layers, which are not compiled"
+        )
+    if "tags" in given and args.logging.resolved_wandb_mode == "off":
+        warnings.append(f"{_idle(['--tags'])}: wandb is off")
+    return warnings
+
+
+def _by_layer_warnings(args: RunArgs) -> list[str]:
+    """What --accumulate_by layer costs where it saves nothing."""
+    if not args.by_layer:
+        return []
+    if args.batch.gradient_accumulation == 1:
+        return [
+            "--accumulate_by layer has one micro-batch an update and nothing to sum: it only recomputes every layer"
+        ]
+    if args.optimizer.per_layer:
+        return []
+    name = args.optimizer.optimizer
+    other = f"{name}_per_layer" if f"{name}_per_layer" in _PER_LAYER else "an optimizer _per_layer"
+    return [
+        f"--accumulate_by layer saves no sums of gradients with --optimizer {name}, which keeps those of all layers "
+        f"for its step: use {other}"
+    ]
 
 
 def _recomputes_every_mlp(model: ModelArgs) -> str:

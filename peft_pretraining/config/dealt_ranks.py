@@ -117,8 +117,10 @@ def dealing_problems(args: RunArgs, given: Mapping[str, Any]) -> list[str]:
     if rank is None:
         return problems
     if args.method.method != "full":
-        word = given["rank"]
-        return [f"--rank {word} cannot work with --method {args.method.method}, whose factors have one rank: give it"]
+        return [
+            f"--rank {given['rank']} cannot work with --method {args.method.method}, whose factors have one rank: give "
+            f"a whole number such as {rank if isinstance(rank, int) else 128}"
+        ]
     if not args.optimizer.is_low_rank:
         return problems
     if not isinstance(rank, int):

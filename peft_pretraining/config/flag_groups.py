@@ -16,7 +16,7 @@ from typing import Annotated
 from peft_pretraining.config.flags import Flag, parse_count, parse_size, parse_whole
 from peft_pretraining.data.sources.kind import SourceOptions
 from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
+from peft_pretraining.models.activations import ACTIVATIONS, in_flag
 from qgalore.config import FLOAT_PRODUCTS, FULL, OF_PROJECTIONS, SubspaceConfig, WeightFormat, default_of, subspace_of
 
 LIBRARY_OPTIMIZERS = ("sgd", "adafactor", "muon")
@@ -262,8 +262,8 @@ class OptimizerArgs:
         str,
         Flag(
             choices=RECIPES,
-            auto="full_rank for q_galore optimizers, but orthogonal beside rank, flags of projections or direction "
-            "adam, and paper beside galore_scale or flags of SVDs; paper for others",
+            auto="full_rank for q_galore optimizers, but orthogonal beside a rank below full, flags of projections or "
+            "direction adam, and paper beside galore_scale or flags of SVDs, unless rank is full; paper for others",
         ),
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
@@ -443,7 +443,7 @@ class SubspaceArgs(SubspaceConfig):
     ] = 0.0
     proj_quant: Annotated[bool, Flag(auto=_BY_NAME)] = False
     mlp_rank: Annotated[int | str, Flag("dimensions", parse=_mlp_ranks, words=(FULL,), auto="rank")] = 0
-    """The same for the MLP's matrices alone."""
+    """--rank of the MLP's matrices alone: a number, several by depth, or full, where those have no projection."""
 
     def __post_init__(self) -> None:
         """Skip the checks of the base class: `config.checks` reports all problems of a command line together."""
@@ -633,7 +633,7 @@ class RuntimeArgs:
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
     total_batch_size), recompute or activation_checkpointing, and int8_activations; where nothing else fits,
-    grad_accum_dtype int8, and at last a smaller rank. --dry_run prints the choice."""
+    grad_accum_dtype int8, then accumulate_by layer, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""
     check_replicas: Annotated[int, Flag("updates", at_least=0)] = 0

@@ -44,10 +44,17 @@ def method_problems(args: RunArgs) -> list[str]:
             f"--optimizer {name} cannot work with --method {method}: it {reason}, and of a matrix there are two "
             f"factors: use one of {', '.join(OPTIMIZERS)}, or --method full"
         )
-    if not isinstance(args.subspace.rank, int):
+    # Of an optimizer that is refused the rank is its recipe's, unless it is given.
+    given = any(token.partition("=")[0] == "--rank" for token in args.command)
+    if not isinstance(args.subspace.rank, int) and (given or name in OPTIMIZERS):
         problems.append(
             f"--rank {args.subspace.rank} cannot work with --method {method}, whose factors have one rank: give a "
             "whole number such as 128"
+        )
+    if args.model.recompute:
+        problems.append(
+            f"--recompute {args.model.recompute} cannot work with --method {method}, whose layers keep more than these "
+            "tensors: use --activation_checkpointing, or leave it out"
         )
     if args.subspace.mlp_rank:
         problems.append(

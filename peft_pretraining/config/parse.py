@@ -5,10 +5,12 @@ All problems of a command line are raised together as one `UserError`. Nothing h
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.dealt_ranks import (
@@ -40,12 +42,18 @@ _DESCRIPTION = "Pretrain LLaMA with Q-GaLore, GaLore or a full-rank optimizer. S
 _USAGE = "--model_config NAME_OR_PATH --batch_size SEQUENCES [flags]"
 
 
+@lru_cache(maxsize=8)
+def _parser(program: str) -> argparse.ArgumentParser:
+    """Made once: `--memory_budget` reads many command lines."""
+    return build_parser(GROUPS, _DESCRIPTION, f"{program} {_USAGE}")
+
+
 def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: str = "run_pretrain.py") -> RunArgs:
     """Read a command line (default: this program's) for a run of `world_size` ranks; the usage names `program`.
 
     Raises UserError that lists every problem; `--help` prints the flags and leaves the program.
     """
-    parser = build_parser(GROUPS, _DESCRIPTION, f"{program} {_USAGE}")
+    parser = _parser(program)
     command = tuple(sys.argv[1:] if argv is None else argv)
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]

@@ -71,10 +71,12 @@ def why_recipe(given: Mapping[str, Any]) -> str:
 
 
 def recipe_in_words(given: Mapping[str, Any]) -> str:
-    """A sentence on why a q_galore command line gets the paper's recipe; "" if it gives --recipe or has another one."""
+    """A sentence on the flags by which a q_galore command line has another recipe than full_rank; "" with --recipe."""
     flags, why = _papers_flags(given), why_recipe(given)
-    if not why or not flags:
+    if not why:
         return ""
+    if not flags:
+        return f"{why}: flags left out have its values, --recipe paper has the official defaults"
     # The streaming subspace needs no SVD, and follows one side of a gradient.
     apart = [flag for flag in ("--proj_type full", "--svd_method randomized") if flag in flags]
     keep = f"leave {' and '.join(apart)} out and add" if apart else "add"

@@ -96,6 +96,8 @@ def shard_warnings(args: RunArgs) -> list[str]:
     shard = args.runtime.shard
     if shard != "none" and args.world_size == 1:
         return [f"--shard {shard} changes nothing on one rank, which owns everything"]
+    if args.runtime.check_replicas and args.world_size == 1:
+        return ["--check_replicas changes nothing on one rank, which has no other to compare with"]
     return []
 
 

@@ -63,7 +63,9 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
     """Flags with values that take less, from little to much, and the options they set in a group of the arguments."""
     batch, model = args.batch, args.model
     if not model.activation_checkpointing:
-        yield "--activation_checkpointing", "", "model", {"activation_checkpointing": True, "checkpoint_every": 1}
+        instead = f"instead of --recompute {model.recompute}" if model.recompute else ""
+        values = {"activation_checkpointing": True, "checkpoint_every": 1, "recompute": ""}
+        yield "--activation_checkpointing", instead, "model", values
     elif model.checkpoint_every > 1:
         yield "--checkpoint_every", 1, "model", {"checkpoint_every": 1}
     elif model.checkpoint_layers:

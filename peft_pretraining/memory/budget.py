@@ -4,15 +4,17 @@ What is chosen are flags: the same command with them is the same run. Settings a
 
 1. micro-batches that divide the total batch, tensors of so many layers computed again, gate and up kept in INT8;
 2. sums over micro-batches in INT8 as well: where nothing else fits, or where it makes an update faster by 5 %;
-3. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
+3. sums of one layer at a time, `--accumulate_by layer`, where nothing else fits with this rank: if the machine has the
+   host memory for the hidden states of all micro-batches;
+4. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
    the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast;
-4. where the full rank is a default, which no flag asks for, and does not fit: all of this with `--recipe orthogonal`.
+5. where the full rank is a default, which no flag asks for, and does not fit: all of this with `--recipe orthogonal`.
 
-On several ranks the first two steps are made for replicas, then for optimizer states that are dealt to them and for
+On several ranks the first three steps are made for replicas, then for optimizer states that are dealt to them and for
 weights that are, too (`--shard`), before a rank is made smaller. Where nothing of all this fits, all of it is made for
 optimizer states that wait in host memory, then for weights that do (`--offload`), whose copies may make a run slower.
 
-What is computed again is a knapsack: tensors of layers (`peft_pretraining.models.selective_checkpoint`) with the bytes
+What is computed again is a knapsack: tensors of layers (`peft_pretraining.models.activations`) with the bytes
 that they take and the counted time to make each again. Those of one name are alike in all layers, so that the least
 time for so many bytes is found by taking first what costs least time a byte (Dantzig, Operations Research 5 (2), 1957),
 which is exact but for a part of one layer: `Candidates` has a chain of such settings for each micro-batch, from all
@@ -38,19 +40,22 @@ from typing import Any
 
 import torch
 
+from peft_pretraining.accumulation.host_memory import free_host_bytes
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.config.flags import format_size, parse_whole
 from peft_pretraining.config.named_method import recorded_method
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.config.shard_checks import ranks_that_share
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.lasting import lasting_bytes
 from peft_pretraining.memory.passing import PassingBytes
+from peft_pretraining.memory.passing_by_layer import PassingByLayer
 from peft_pretraining.memory.plan import plan_of_run
 from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.models.activations import ACTIVATIONS, in_flag
 from peft_pretraining.models.config import ModelConfig
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, in_flag
 from peft_pretraining.speed.cards import CARDS, Card
 from peft_pretraining.speed.run_speed import counted_seconds, seconds_of_tensors
 from qgalore.config import FULL
@@ -60,6 +65,7 @@ UNPLANNED_SHARE, OF_COMPILER = 0.01, 64 << 20
 again up to 53 MB more, while the compiler times its kernels (`docs/performance.md`)."""
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
+BY_LAYER = ("--accumulate_by", "layer")
 IN_SUBSPACE = ("--recipe", "orthogonal")
 MOST_COUNTS = 20
 """Numbers of recomputed layers that are tried, so that a large model is planned as fast as a small one."""
@@ -110,9 +116,11 @@ class Ranks(IntEnum):
 
     OWN = 0
     """That of the command line, or its recipe's."""
-    OF_SUBSPACE = 1
+    OWN_BY_LAYER = 1
+    """The same with sums of one layer at a time."""
+    OF_SUBSPACE = 2
     """Where a full rank is a default: that of `IN_SUBSPACE`."""
-    SMALLER = 2
+    SMALLER = 3
 
 
 class Candidates:
@@ -155,6 +163,21 @@ class Candidates:
         return [list(itertools.chain(*chains)) for chains in self.lower_chains]
 
     @cached_property
+    def chains_by_layer(self) -> list[list[list[Candidate]]]:
+        """Those of `BY_LAYER`, whose hidden states fit in the free host memory; none where that is not open."""
+        given = {"accumulate_by", "activation_checkpointing", "checkpoint_every", "checkpoint_layers", "recompute"}
+        if self._given & (given | {"int8_activations"}) or not self._allows(*BY_LAYER):
+            return []
+        free, found = free_host_bytes(), list[list[Candidate]]()
+        for size, args in self._sizes:
+            if args.batch.gradient_accumulation > 1 and (by_layer := self._allowed(*size, *BY_LAYER)):
+                host = PassingByLayer(PlannedRun(by_layer, self.config)).host() * ranks_that_share(self._world_size)
+                if free is None or host <= free:
+                    flags = (*self.recipe_flags, *size, *BY_LAYER)
+                    found.append([Candidate(flags, by_layer, self.config, self._lasting)])
+        return [found] if found else []
+
+    @cached_property
     def lower_chains(self) -> list[list[list[Candidate]]]:
         """Chains by smaller ranks, from large to small."""
         first = self._sizes[-1][1]
@@ -165,12 +188,15 @@ class Candidates:
         for rank in ranks:
             if rank == Ranks.OWN:
                 chosen = self._fastest_step(self.chains, WORTH_ROUNDING, budget, card)
+            elif rank == Ranks.OWN_BY_LAYER:
+                chosen = self._fastest_step(self.chains_by_layer, WORTH_ROUNDING, budget, card)
             elif self.in_subspace is None:
                 smaller = self.lower_chains if rank == Ranks.SMALLER else []
                 chosen = self._fastest_step(smaller, WORTH_A_RANK, budget, card)
             else:
-                same = Ranks.OWN if rank == Ranks.OF_SUBSPACE else Ranks.SMALLER
-                chosen = self.in_subspace.choose(budget, card, (same,))
+                own = rank == Ranks.OF_SUBSPACE
+                same = (Ranks.OWN, Ranks.OWN_BY_LAYER) if own else (Ranks.SMALLER,)
+                chosen = self.in_subspace.choose(budget, card, same)
             if chosen is not None:
                 return chosen
         return None
@@ -198,7 +224,7 @@ class Candidates:
     @cached_property
     def own_smallest(self) -> Candidate:
         """The candidate of the least memory of those with the recipe of the command line."""
-        ends = itertools.chain(*self.chains, *self.lower_chains[-1:])
+        ends = itertools.chain(*self.chains, *self.chains_by_layer, *self.lower_chains[-1:])
         return min(itertools.chain(*map(_least_of, ends)), key=lambda each: each.needs)
 
     @property
@@ -380,7 +406,7 @@ def _first_fitting(chain: list[Candidate], budget: int) -> int | None:
     start = bisect.bisect_left(chain, True, key=lambda each: each.needs <= budget)
     if start == len(chain):
         # What a layer computes again is there beside what others keep: of few layers the last may take more.
-        return next((index for index, each in enumerate(chain) if each.needs <= budget), None)
+        return next((chain.index(each) for each in _least_of(chain) if each.needs <= budget), None)
     return start
 
 
@@ -542,9 +568,16 @@ def _chosen(modes: dict[tuple[str, ...], Candidates], budget: int, card: Card) -
 def in_words(chosen: Candidate, card: Card) -> str:
     """What was chosen, the planned peak and the counted speed."""
     flags = " ".join(chosen.flags) or "no flag, as all are given"
+    on_host = ""
+    if BY_LAYER[0] in chosen.flags:
+        hidden = PassingByLayer(PlannedRun(chosen.args, chosen.config)).host()
+        on_host = (
+            f", as nothing else fits with this rank, and {_with_unit(hidden)} of hidden states a rank in host memory, "
+            "whose copies are not counted as time"
+        )
     return (
         f"--memory_budget {format_size(chosen.args.runtime.memory_budget)} chooses {flags}: {_with_unit(chosen.peak)} "
-        f"planned at the peak, {chosen.tokens_per_second(card):,.0f} tokens/s counted for {card.name}"
+        f"planned at the peak, {chosen.tokens_per_second(card):,.0f} tokens/s counted for {card.name}{on_host}"
     )
 
 

@@ -71,8 +71,10 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
     low_rank, library = args.optimizer.is_low_rank, args.optimizer.optimizer in LIBRARY_OPTIMIZERS
     rest: list[DealtWeight] = []
     found: list[DealtWeight] = []
-    for layer, subspace in enumerate(args.subspace.by_depth(config.num_hidden_layers)):
-        states = states_on_meta(model, args.optimizer, subspace)
+    subspaces = args.subspace.by_depth(config.num_hidden_layers)
+    of_subspace = {each: states_on_meta(model, args.optimizer, each) for each in dict.fromkeys(subspaces)}
+    for layer, subspace in enumerate(subspaces):
+        states = of_subspace[subspace]
         for name, param in model.named_parameters():
             if param not in states or (layer and param not in in_layer):
                 continue

@@ -101,9 +101,10 @@ def overview(pairs: Sequence[tuple[int, Card]], models: Sequence[str], flags: Se
         [
             text_table(rows),
             "",
-            "A cell: sequences of a micro-batch; recomputed layers (R: all, R3: the first 3); what is rounded to INT8",
-            "(a: activations, s: sums over micro-batches); the rank, where it is below the recipe's; tokens/s, with *",
-            "where measured; days of as many tokens as the paper's run; or the least memory that the model trains in.",
+            "A cell: sequences of a micro-batch; what is recomputed (R: all layers, R3: the first 3, or tensors, as",
+            "--recompute has them); what is rounded to INT8 (a: activations, s: sums over micro-batches); the rank,",
+            "where it is below the recipe's; tokens/s, with * where measured; days of as many tokens as the paper's",
+            "run; or the least memory that the model trains in.",
             f"Speeds are counted from a card's published rates and what an H100 reaches of its own. {NOT_MEASURED}",
         ]
     )
@@ -115,6 +116,7 @@ def _cell(fit: Fit) -> str:
     args, given = fit.chosen.args, ""
     if args.model.activation_checkpointing:
         given += f" R{args.model.checkpoint_layers or ''}"
+    given += f" R({args.model.recompute})" if args.model.recompute else ""
     sums = args.optimizer.grad_accum_dtype == "int8" and args.batch.gradient_accumulation > 1
     given += " " + "a" * args.model.int8_activations + "s" * sums if args.model.int8_activations or sums else ""
     rank = f", rank {args.subspace.rank}" if "--rank" in fit.chosen.flags else ""

@@ -40,7 +40,7 @@ class PassingBytes:
         kept = args.kept_activations
         self.recomputed = kept.recomputed(layers)
         self.tensors = kept.recomputed_tensors(layers)
-        """In how many first layers the tensors of these names are recomputed (`models.selective_checkpoint`)."""
+        """In how many first layers the tensors of these names are recomputed (`models.activations`)."""
         self.int8_activations = kept.int8_activations and run.compiled
         self.int8_states, self.int8_sums = "8bit" in args.optimizer.optimizer, run.sum_dtype.itemsize == 1
         self.quantized = self.format.stored_bits is not None and not self.format.int8_products
@@ -116,7 +116,7 @@ class PassingBytes:
         return self.hidden + self.run.tokens * (4 * 2 + factors) + parts + self.between() * (not self.run.compiled)
 
     def parts(self, recomputed: bool = False) -> dict[str, int]:
-        """Of these bytes those that `--recompute` may spare, by the names of `models.selective_checkpoint`."""
+        """Of these bytes those that `--recompute` may spare, by the names of `models.activations`."""
         config, heads = self.run.config, self.run.config.num_attention_heads
         size = group_size_of(self.wide // self.b) if self.int8_activations and not recomputed else None
         query, key_value = (count * config.head_dim * self.b for count in (heads, config.num_key_value_heads))

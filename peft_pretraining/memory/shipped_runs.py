@@ -48,7 +48,7 @@ class Fit(NamedTuple):
             return None
         args, subspace = self.chosen.args, self.chosen.args.subspace
         every = args.model.checkpoint_every if args.model.activation_checkpointing else 0
-        if args.model.checkpoint_layers:
+        if args.model.checkpoint_layers or args.model.recompute:
             return None
         setting = (args.batch.batch_size, subspace.rank, every, args.model.int8_activations)
         alike = subspace.subspace == "streaming" and subspace.direction == "adam" and not subspace.mlp_rank

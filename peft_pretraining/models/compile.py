@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ def _draws(node: Node) -> bool:
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     values = dict(zip(names, node.args, strict=False)) | node.kwargs
     return "dropout_p" not in names or values.get("dropout_p", 0.0) != 0.0
+
+
+def _is_not_about_contexts(record: logging.LogRecord) -> bool:
+    return "context_fn" not in str(record.msg)
+
+
+def allow_selective_checkpoints() -> None:
+    """Leave out PyTorch's warning that a selective checkpoint must have no operation in place: a layer has none."""
+    internal("torch._higher_order_ops.wrap.log").addFilter(_is_not_about_contexts)
 
 
 _CustomGraphPass: Any = internal("torch._inductor.custom_graph_pass.CustomGraphPass")

@@ -1,15 +1,9 @@
 """Selective activation checkpointing: a decoder layer computes some of its tensors again and keeps the others.
 
-The tensors that the backward pass of a layer needs beside its input are named by what makes them:
-
-    qkv        queries, keys and values, from the layer's input
-    attention  the output of attention and the log-sum-exp of its rows, from queries, keys and values
-    residual   the sum of the layer's input and what attention adds to it
-    mlp        gate and up, from that sum
-
-All of them computed again is activation checkpointing (Chen et al., arXiv 1604.06174). Attention alone, which takes
-little time in short sequences, is what Korthikanti et al. compute again (arXiv 2205.05198). Norms, rotations and the
-product of SwiGLU are computed again in every compiled layer, as its compiler finds by itself.
+Where all tensors of `models.activations` are computed again it is activation checkpointing (Chen et al., arXiv
+1604.06174). Attention alone, which takes little time in short sequences, is what Korthikanti et al. compute again
+(arXiv 2205.05198). Norms, rotations and the product of SwiGLU are computed again in every compiled layer, as its
+compiler finds by itself.
 
 `torch.utils.checkpoint.create_selective_checkpoint_contexts` asks a policy for each operation. A layer says which of
 its operations make one of these tensors by `makes`, an annotation that stays with them where they are traced. A
@@ -18,7 +12,7 @@ compiler is told what to compute again and chooses what else it keeps; without o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -26,20 +20,14 @@ from typing import Any
 import torch.fx.traceback
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-ACTIVATIONS = ("attention", "residual", "qkv", "mlp")
-"""The names of the tensors."""
+from peft_pretraining.models.activations import ACTIVATIONS
+
 _KEY, _ON_THE_WAY, _VERSION = "activation", " input", 1
 _aten = torch.ops.aten
 _NOT_KEPT = (_aten.add.Tensor, _aten.constant_pad_nd.default, _aten.view.default, _aten.t.default)
 """Beside a product: biases, which are added again, and views of its operands."""
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """What `torch.utils.checkpoint.checkpoint` takes as its `context_fn`."""
-
-
-def in_flag(counts: Mapping[str, int], layers: int = 0) -> str:
-    """Numbers of layers by name as `--recompute` has them: attention,mlp:12; all of `layers` are not told."""
-    found = {name: counts[name] for name in ACTIVATIONS if name in counts}
-    return ",".join(name if count == layers else f"{name}:{count}" for name, count in found.items())
 
 
 def makes(name: str, on_the_way: bool = False) -> AbstractContextManager[None]:
@@ -64,6 +52,8 @@ def contexts(recomputed: tuple[str, ...], compiled: bool) -> Contexts:
         forward, again = create_selective_checkpoint_contexts(policy)
         return forward, again
 
-    # By which PyTorch finds what it compiled for such a layer in an earlier process.
+    # PyTorch pickles it by its name to find what it compiled for such a layer in an earlier process.
+    context_fn.__name__ = context_fn.__qualname__ = "_".join(("context_fn", *recomputed, *["compiled"] * compiled))
+    globals()[context_fn.__name__] = context_fn
     context_fn.cache_hash = f"peft_pretraining {_VERSION}: {','.join(recomputed)}"  # type: ignore[attr-defined]
     return context_fn

@@ -235,7 +235,7 @@ def recompute(s: Setting, quantized: bool) -> Passes:
 
 
 def recompute_tensors(s: Setting, quantized: bool) -> dict[str, Passes]:
-    """The same by the tensors that they make, as `--recompute` names them (`models.selective_checkpoint`).
+    """The same by the tensors that they make, as `--recompute` names them (`models.activations`).
 
     A product makes a value of b bytes in 2 in_features operations, so that one with the model's width h takes 2 h / b
     a byte, be it of queries or of gate: 4,096 in bfloat16 for LLaMA-7B. Fused attention makes a value in 2 L in

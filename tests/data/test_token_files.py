@@ -223,6 +223,22 @@ def test_the_script_leaves_no_partial_file(
     assert not [*(tmp_path / "out").glob("train*")]
 
 
+def test_the_script_says_that_the_weights_of_a_mixture_are_not_in_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        write_texts(tmp_path / f"{name}.txt", [document(number) for number in range(80)])
+    (tmp_path / "b.txt").write_text((tmp_path / "b.txt").read_text().replace("0", "zero"))
+    mixed = f"{tmp_path}/a.txt:0.7,{tmp_path}/b.txt:0.3"
+    common = ["--tokenizer", "train:300", "--output_dir", str(tmp_path / "out"), "--dataset"]
+    assert tokenize_dataset([*common, mixed]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: --dataset {mixed}: the documents of its parts are written one part after another" in said
+    assert "give the run --dataset a_tokens:0.7,b_tokens:0.3" in said
+    assert tokenize_dataset([*common, f"{tmp_path}/a.txt"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_script_says_what_it_added(
     tmp_path: Path, c4_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,10 @@ class TextKind(DatasetKind):
     default_tokenizer: str | OwnBPE = "t5-base"
     """The tokenizer without --tokenizer: its name on the hub, or how one is trained."""
 
+    def lost_as_ids(self, dataset: str) -> str:
+        """A sentence on what a data set says that files of its token ids cannot; "" where that is nothing."""
+        return ""
+
     @abstractmethod
     def open(self, dataset: str, split: str, options: SourceOptions) -> Source | None:
         """See `DatasetKind.open`. None for a missing validation split, for which documents of train are held out."""

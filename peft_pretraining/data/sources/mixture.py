@@ -73,6 +73,15 @@ class MixtureKind(TextKind):
         found.needs_network = any(kind.needs_network for kind in kinds.values())
         return found
 
+    def lost_as_ids(self, dataset: str) -> str:
+        """See `TextKind.lost_as_ids`: the weights."""
+        apart = ",".join(f"{Path(name).stem}_tokens:{weight:g}" for name, weight in split_mixture(dataset))
+        return (
+            f"--dataset {dataset}: the documents of its parts are written one part after another, each as often "
+            "as it is there: their weights are not in the files. To mix token ids, tokenize each part alone and give "
+            f"the run --dataset {apart}"
+        )
+
     def open(self, dataset: str, split: str, options: SourceOptions) -> Mixture:
         """See `DatasetKind.open`; documents are held out of each source without a validation split."""
         splits = self.open_splits(dataset, options)

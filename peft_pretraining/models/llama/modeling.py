@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_pretraining.models.activations import ACTIVATIONS
 from peft_pretraining.models.head import CausalLMOutput, head_output
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
-from peft_pretraining.models.selective_checkpoint import ACTIVATIONS, Contexts, contexts, makes
+from peft_pretraining.models.selective_checkpoint import Contexts, contexts, makes
 from qgalore.layer.linear import grouped_linear
 from qgalore.torch_internals import internal, set_for_process
 
@@ -255,11 +256,13 @@ class LlamaForCausalLM(CausalLM):
         is inside it: only what a gradient needs is computed again. The gradient of a layer's output is used up by the
         backward pass: that of the input takes its place.
         """
-        from peft_pretraining.models.compile import GivesUpGradients, recomputes_random  # which loads inductor
+        # which loads inductor
+        from peft_pretraining.models.compile import GivesUpGradients, allow_selective_checkpoints, recomputes_random
 
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
         # memory and 1 to 4 % of the speed.
         set_for_process("torch._functorch.config.ban_recompute_materialized_backward", False)
+        allow_selective_checkpoints()
         device = self.lm_head.weight.device
         if device.type == "cpu":
             set_for_process("torch._functorch.partitioners.has_recomputable_rng_ops", recomputes_random)
