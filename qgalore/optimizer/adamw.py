@@ -439,7 +439,7 @@ class LowRankAdamW(Optimizer):
     @torch.no_grad()
     def update_checked(self, weights: Sequence[Weight]) -> None:
         """Update weights in the backward pass, as far as this rank owns them, and count the updates of the others."""
-        self._update_checks().remember_first()
+        self._update_checks().note_write()
         self.write_update_rows()
         self._update(weights, self._inverse_scale)
 
