@@ -350,7 +350,8 @@ class Run:
     def close(self) -> None:
         """Stop the threads and close the metrics."""
         self.loader.close()
-        self.checkpoints.close()
+        if (path := self.checkpoints.close()) is not None:
+            self.metrics.log(f"saved {path}")
         self.average.close()
         self.metrics.close(failed=sys.exc_info()[1] is not None)
 
