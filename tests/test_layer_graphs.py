@@ -20,6 +20,7 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import runner
+from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
 from qgalore.sharding.mesh import ShardMesh
@@ -390,3 +391,25 @@ def test_nothing_waits_for_the_device_in_a_steady_update(graphs: str, tmp_path: 
     # From the tenth update on every subspace has had its first refresh, from random numbers of the host.
     with torch.cuda.stream(torch.cuda.Stream()):
         trained(tmp_path, "cuda", f"{CASES['streaming']} --cuda_graphs {graphs}", 20, waits_from=14)
+
+
+def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the stream would go on capturing, and every later error would be about that."""
+    calls = []
+
+    class Graph:
+        def capture_begin(self, **_: object) -> None:
+            calls.append("begin")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
+    def work() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    stack = object.__new__(CapturedStack)
+    stack._pool = None
+    with pytest.raises(ZeroDivisionError):
+        stack._capture(work)
+    assert calls == ["begin", "end"]
