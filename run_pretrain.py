@@ -39,6 +39,7 @@ from peft_pretraining.data.tokenizer import check_vocabulary, keep_trained
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
+from peft_pretraining.memory.agreement import agree_on_flags
 from peft_pretraining.memory.budget import card_here, parse_within_budget
 from peft_pretraining.memory.dealt_states import owners_by_name
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
@@ -82,6 +83,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     world = start_world(args.runtime.device, stop)
     locks: list[FolderLock] = []  # of the main rank; kept until the run ends
     try:
+        args = agree_on_flags(args, world)
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
@@ -358,7 +360,8 @@ class Run:
     def close(self) -> None:
         """Stop the threads and close the metrics."""
         self.loader.close()
-        self.checkpoints.close()
+        if (path := self.checkpoints.close()) is not None:
+            self.metrics.log(f"saved {path}")
         self.average.close()
         self.metrics.close(failed=sys.exc_info()[1] is not None)
 

@@ -16,6 +16,8 @@ import torch
 import run_pretrain
 from peft_pretraining.data.batch import Update
 from peft_pretraining.data.train_loader import TrainLoader
+from peft_pretraining.memory import agreement, budget
+from peft_pretraining.speed.cards import CARDS
 from tests.small_run import (
     FULL_RANK,
     OPTIMIZERS,
@@ -242,3 +244,42 @@ def test_a_refusal_on_the_first_rank_ends_all(small: SmallRun) -> None:
     assert time.monotonic() - begin < 60, "the other rank waited for the first one"
     assert codes[0] == 2 and codes[1] != 0
     assert "run_pretrain.py: " in log.read_text() and str(small.folder / "file" / "run") in log.read_text()
+
+
+def main_of_unlike_ranks(argvs: list[list[str]], memories: list[int]) -> int:
+    """`run_pretrain.main` with a command line for each rank, as on cards of which a run may take so many bytes."""
+    rank = int(os.environ["RANK"])
+    for module in (budget, agreement):
+        module.memory_of_card = lambda world_size: (memories[rank], CARDS["h100"])  # type: ignore[attr-defined]
+    return run_pretrain.main(argvs[rank])
+
+
+def test_ranks_with_unlike_cards_train_as_the_smallest_one_needs_it(small: SmallRun) -> None:
+    """Each would choose another micro-batch, so another number of micro-batches, each with collectives of its own."""
+    flags: dict[str, object] = {"batch_size": None, "total_batch_size": 32, "device": None, "num_training_steps": 2}
+    flags |= {"optimizer": "galore_adamw", "rank": 8}
+    argv, log, memories = small.argv("run", flags), small.folder / "log", [10**9, 69_200_000]
+    alone = [budget.within_card(argv, 2, "", memory, CARDS["h100"]).batch.batch_size for memory in memories]
+    assert alone[0] > alone[1], "the two cards choose alike"
+    assert on_ranks(2, main_of_unlike_ranks, [argv, argv], memories, log=log) == [0, 0], log.read_text()
+    state = small.result("run").checkpoint().state
+    assert (state["batch_size"], state["total_batch_size"]) == (alone[1], 32)
+    assert (small.folder / "run" / "command.txt").read_text().count("--batch_size") == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": 0.5}, "--lr is 0.0001 on rank 0, 0.5 on rank 1: all ranks train one model by the same flags"),
+        ({"batch_size": 1}, "--batch_size is 2 on rank 0, 1 on rank 1"),
+        ({"activation_checkpointing": True}, "--activation_checkpointing is False on rank 0, True on rank 1"),
+        ({"workers": 1}, ""),
+    ],
+)
+def test_ranks_with_other_flags_are_refused(small: SmallRun, changed: dict[str, object], message: str) -> None:
+    """But for those of their machine."""
+    flags: dict[str, object] = {"batch_size": 2, "num_training_steps": 1}
+    argvs, log = [small.argv("run", flags), small.argv("run", flags | changed)], small.folder / "log"
+    codes = on_ranks(2, main_of_unlike_ranks, argvs, [0, 0], log=log)
+    assert codes == ([2, 2] if message else [0, 0]), log.read_text()
+    assert message in log.read_text() and "Traceback" not in log.read_text()

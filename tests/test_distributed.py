@@ -192,3 +192,32 @@ def test_one_of_several_ranks_leaves_at_once(ranks: str, at_once: bool, monkeypa
     with pytest.raises(SystemExit) as end:
         process.leave(2)
     assert end.value.code == 2 and left == ([2] if at_once else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/pair.cc:537] Read error [127.0.0.1]:41654: Connection reset by peer", True),
+        ("NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.27.3", True),
+        (
+            "NCCL error in: x.cpp:1, invalid usage\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device",
+            False,
+        ),
+    ],
+)
+def test_a_failed_collective_keeps_its_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, lost: bool
+) -> None:
+    """Only where another rank is gone there is nothing to look for on this one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(process, "_end_at_once", sys.exit)
+
+    def collective_of_the_run() -> None:
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit, match="1"):
+        process.exit_code_of(collective_of_the_run, "run_pretrain.py")
+    said = capsys.readouterr().err
+    assert text.splitlines()[-1] in said
+    assert ("another rank has ended" in said) == lost
+    assert ("in collective_of_the_run" in said) != lost

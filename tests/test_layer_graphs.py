@@ -20,6 +20,7 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import runner
+from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
 from qgalore.sharding.mesh import ShardMesh
@@ -103,20 +104,28 @@ def trained(
     waits_from: int = 99,
     sums: bool = False,
     mesh: ShardMesh | None = None,
+    overflows: int = -1,
+    flag_each: bool = True,
 ) -> tuple[list[float], str, LlamaForCausalLM]:
     """Losses, a hash of all weights and states, and the model after some updates; the sixth is skipped.
 
-    From update `waits_from` on it is an error to wait for the device inside an update.
+    From update `waits_from` on it is an error to wait for the device inside an update. In update `overflows` the
+    gradient of the embeddings alone, which is the last, is infinite: too late for updates inside the backward pass.
+    flag_each: whether each update gets a flag that may skip it, and not the sixth alone.
     """
     config = folder / "model.json"
-    config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 3, "intermediate_size": 85}))
+    tied = {"tie_word_embeddings": "tied" in flags}
+    flags = flags.replace("tied", "")
+    config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 3, "intermediate_size": 85} | tied))
     argv = f"--model_config {config} --dataset {folder} --batch_size 4 --num_training_steps 100 --wandb_mode off"
     gap = "" if "--rank full" in flags else "--update_proj_gap 3"
     argv += f" --save_dir {folder}/run {gap} --max_length 32 --device {device} {flags}"
     args = parse_args(argv.split(), 1)
     model, optimizer = build_training(args, torch.device(device), SumOfOne if sums else None, mesh)
     assert isinstance(model, LlamaForCausalLM)
-    losses = []
+    losses: list[float] = []
+    embeddings = model.get_submodule("model.embed_tokens")
+    embeddings.register_forward_hook(lambda _, __, x: _spoil(x) if len(losses) == overflows else None)
     for step in range(updates):
         shape = (args.batch.gradient_accumulation, 4, 32)
         batches = torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(step)).to(device)
@@ -130,7 +139,7 @@ def trained(
             optimizer.is_last_micro_batch = micro_step == len(batches)
             loss = model(ids, ids).loss_sum / batches.numel()
             assert loss is not None
-            if optimizer.is_last_micro_batch:
+            if optimizer.is_last_micro_batch and (flag_each or step == 5):
                 optimizer.skip_update_if(flag)
             (loss if optimizer.loss_scale is None else optimizer.loss_scale.scaled(loss)).backward()
             total += loss.detach()
@@ -142,8 +151,9 @@ def trained(
             optimizer.loss_scale.update_(optimizer.skipped())
         if step >= waits_from:
             torch.cuda.set_sync_debug_mode("default")
-        assert bool(optimizer.skipped()) == (step == 5) and not bool(optimizer.late_overflow())
-        assert float(norm) > 0
+        assert bool(optimizer.skipped()) == (step in (5, overflows))
+        assert bool(optimizer.late_overflow()) == (step == overflows and "_per_layer" in flags)
+        assert float(norm) > 0 or step == overflows
         optimizer.zero_grad()
         losses.append(float(total))
     digest = hashlib.sha256()
@@ -151,6 +161,10 @@ def trained(
     for tensor in (*model.state_dict().values(), *states):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return losses, digest.hexdigest(), model
+
+
+def _spoil(output: Tensor) -> None:
+    output.register_hook(lambda grad: grad * float("inf"))
 
 
 @pytest.mark.parametrize("case", ["streaming", "checkpointing", "float weights"])
@@ -235,6 +249,40 @@ def test_recorded_graphs_give_the_bits_of_plain_calls(
     assert isinstance(graphs, LayerGraphs) and graphs.replays
     sums = [weight.gradient._sums for weight in graphs._optimizer.low_rank_weights()]
     assert all(each.keys() == {"gradient"} for each in sums), "no full gradient is kept"
+
+
+LATE = {
+    "tied": f"{CASES['full rank']} tied",
+    "tied, float weights": "--optimizer galore_adamw8bit_per_layer --rank full --recipe orthogonal tied",
+    "untied": CASES["full rank"],
+    "tied, in step": f"{CASES['full rank']} tied".replace("_per_layer", ""),
+}
+"""With a tied head nothing that Python updates comes before the layers, and the embeddings come after them. A subspace
+that is refreshed would take a layer out of its graph."""
+
+
+@pytest.mark.parametrize(("case", "flag_each"), [*((case, True) for case in LATE), ("tied", False)])
+def test_recorded_graphs_tell_of_an_overflow_that_comes_too_late(
+    case: str, flag_each: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an update that is replayed, after one that was; what is left is of no update, and differs."""
+    flags = f"{LATE[case]} --dtype float32"
+    plain = trained(tmp_path, "cpu", flags, overflows=7, flag_each=flag_each)
+    record_graphs(monkeypatch)
+    recorded = trained(tmp_path, "cpu", flags, overflows=7, flag_each=flag_each)
+    assert recorded[0][:8] == plain[0][:8]
+    graphs = recorded[2].model.run_layers
+    assert isinstance(graphs, LayerGraphs) and graphs.replays
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", LATE)
+def test_graphs_tell_of_an_overflow_that_comes_too_late(case: str, tmp_path: Path) -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        model = trained(tmp_path, "cuda", LATE[case], overflows=7)[2]
+    graphs = model.model.run_layers
+    assert isinstance(graphs, LayerGraphs) and graphs.replays
 
 
 @pytest.mark.parametrize("captures", [False, True])
@@ -345,3 +393,25 @@ def test_nothing_waits_for_the_device_in_a_steady_update(graphs: str, tmp_path: 
     # From the tenth update on every subspace has had its first refresh, from random numbers of the host.
     with torch.cuda.stream(torch.cuda.Stream()):
         trained(tmp_path, "cuda", f"{CASES['streaming']} --cuda_graphs {graphs}", 20, waits_from=14)
+
+
+def test_a_capture_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the stream would go on capturing, and every later error would be about that."""
+    calls = []
+
+    class Graph:
+        def capture_begin(self, **_: object) -> None:
+            calls.append("begin")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
+    def work() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    stack = object.__new__(CapturedStack)
+    stack._pool = None
+    with pytest.raises(ZeroDivisionError):
+        stack._capture(work)
+    assert calls == ["begin", "end"]

@@ -1136,3 +1136,18 @@ def test_what_it_cannot_train_is_refused_by_name() -> None:
     optimizer.attach(table)
     with pytest.raises(ValueError, match="parameter weight has a sparse gradient: use a layer with sparse=False"):
         table(torch.tensor([1])).sum().backward()
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "shared"])
+def test_a_refused_attach_leaves_nothing_on_the_model(wrong: str) -> None:
+    net, optimizer = build("galore8bit", "int8", attach=False)
+    if wrong == "dtype":
+        net.head.weight.data = net.head.weight.data.double()
+    else:
+        net.second = nn.Module()
+        net.second.weight = net.layers[0].self_attn.weight
+    with pytest.raises(ValueError, match=r"is float64|are one parameter"):
+        optimizer.attach(net, update_in_backward=True)
+    assert not optimizer.update_in_backward
+    assert not any(module.sink for module in net.modules() if isinstance(module, LowRankLinear))
+    assert not any(param._post_accumulate_grad_hooks for param in net.parameters())

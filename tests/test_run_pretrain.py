@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import itertools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import IO
@@ -546,3 +548,29 @@ def test_low_rank_layers_are_only_those_of_the_decoder(small: SmallRun) -> None:
     plain, _, _ = first_update(small, **flags_of("adamw"), **{"num_training_steps": 1})
     assert not any(isinstance(module, LowRankLinear) for module in plain.modules())
     assert set(LOW_RANK) & set(Q_GALORE) == set()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_locked_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def refuse(file: IO[str], operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock_folder(tmp_path).release()
+    said = capsys.readouterr().err
+    assert f"warning: --save_dir {tmp_path}: its file system has no locks ({os.strerror(number)})" in said
+
+
+def test_a_folder_that_a_network_file_system_has_locked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may say so as POSIX's other locks do."""
+
+    def refuse(file: IO[str], operation: int) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="another process is running there"):
+        lock_folder(tmp_path)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -45,7 +46,7 @@ class FolderLock:
 
 
 def lock_folder(save_dir: str | Path) -> FolderLock:
-    """Lock a run's folder until the lock is released or the process ends; on a file system without locks not.
+    """Lock a run's folder until the lock is released or the process ends; a file system without locks is warned of.
 
     Two runs in one folder would delete each other's unfinished checkpoints. Raises UserError if another process has
     locked it or it cannot be created.
@@ -63,11 +64,16 @@ def lock_folder(save_dir: str | Path) -> FolderLock:
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # the latter where a network file system has locks of its own
             raise UserError(
                 f"--save_dir {save_dir}: another process is running there; stop it first or give another --save_dir"
             ) from None
-        except OSError:
+        except OSError as error:
+            print(
+                f"warning: --save_dir {save_dir}: its file system has no locks ({error.strerror}): nothing keeps a "
+                "second run out of this folder, and two would delete each other's unfinished checkpoints",
+                file=sys.stderr,
+            )
             return FolderLock(file, created)
         with contextlib.suppress(OSError):
             # A run that ended meanwhile may have deleted the file that is locked now.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -219,29 +220,42 @@ class RunCheckpoints:
         """Wait for what is being written, publish it and return its path; None where there is nothing."""
         if self._pending is None:
             return None
-        (unfinished, pending, read_back), self._pending = self._pending, None
+        unfinished, pending, read_back = self._pending
+        written = self._world.gather(pending.result())  # where this fails because a rank is lost, `close` is left
+        self._pending = None
+
+        def publish() -> Path:
+            if failed := [part for part in written if isinstance(part, UserError)]:
+                raise failed[0]
+            parts = [part for part in written if isinstance(part, Part)]
+            path = unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
+            return load_checkpoint(path).path if read_back else path
+
         try:
-            written = self._world.gather(pending.result())
-
-            def publish() -> Path:
-                if failed := [part for part in written if isinstance(part, UserError)]:
-                    raise failed[0]
-                parts = [part for part in written if isinstance(part, Part)]
-                path = unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
-                return load_checkpoint(path).path if read_back else path
-
             return self._world.from_main(publish)
         finally:
             if self._world.is_main:  # nothing is left but after an error: also a KeyboardInterrupt or a bug
                 unfinished.abandon()
 
-    def close(self) -> None:
-        """Give up a save that is not finished, once its thread has ended."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            wait_for([pending.written])
-            if self._world.is_main:
-                pending.unfinished.abandon()
+    def close(self) -> Path | None:
+        """Publish a save that is not finished, if all ranks have written it, else give it up; returns its path.
+
+        Without the other ranks, which may have ended: what they have written they have noted beside it. For them it
+        waits up to `_PATIENCE_SECONDS`.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        wait_for([pending.written])
+        if not self._world.is_main:
+            return None
+        try:
+            parts = pending.unfinished.noted_parts({0, *self._optimizer.owners.values()}, _PATIENCE_SECONDS)
+            if parts is None:
+                return None
+            return pending.unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
+        finally:
+            pending.unfinished.abandon()
 
     def _part(self, state: dict[str, Any]) -> _PartOfRank | None:
         """What this rank has of a checkpoint; None for a rank that has nothing of its own."""
@@ -288,6 +302,15 @@ def _write(unfinished: Unfinished, rank: int, part: _PartOfRank | None) -> Part 
         return unfinished.write(rank, *part)
     except UserError as error:  # which all ranks are to learn
         return error
+    except Exception as error:  # a bug: the others wait for an answer, whatever it is
+        traceback.print_exc()
+        return UserError(
+            f"{unfinished.target} was not saved: rank {rank} could not write its part ({type(error).__name__}: {error})"
+        )
+
+
+_PATIENCE_SECONDS = 20.0
+"""torchrun kills the ranks that are left 30 seconds after it has asked them to end."""
 
 
 def copy_on_host(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:

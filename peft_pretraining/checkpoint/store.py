@@ -23,7 +23,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -128,15 +129,42 @@ class Unfinished(NamedTuple):
         optimizer_state: Mapping[str, Any],
         state: Mapping[str, Any] | None,
     ) -> Part:
-        """Write and sync the files of part `number`: 0 is the one that has a `state`. Raises UserError."""
+        """Write and sync the files of part `number`: 0 is the one that has a `state`. Raises UserError.
+
+        Then note what was written in a file beside them, for `noted_parts`.
+        """
         with self._in_a_sentence():
-            return _write_parts(self.temporary, number, model_tensors, optimizer_state, state)
+            part = _write_parts(self.temporary, number, model_tensors, optimizer_state, state)
+            note = self._note(number)
+            draft = note.with_suffix(".draft")
+            draft.write_text(json.dumps(part._asdict()), encoding="utf-8")
+            draft.rename(note)
+            return part
+
+    def noted_parts(self, numbers: Collection[int], patience: float) -> list[Part] | None:
+        """The parts of these numbers that have been written, without asking who wrote them.
+
+        None where one is not there after `patience` seconds.
+        """
+        end = time.monotonic() + patience
+        while not all(self._note(number).exists() for number in numbers):
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.05)
+        found = [json.loads(self._note(number).read_text(encoding="utf-8")) for number in sorted(numbers)]
+        files = [{name: (size, digest) for name, (size, digest) in each["files"].items()} for each in found]
+        return [Part(each, other["aliases"]) for each, other in zip(files, found, strict=True)]
+
+    def _note(self, number: int) -> Path:
+        return self.temporary / f"{number}.written"
 
     def publish(self, parts: Sequence[Part], keep: int = 0) -> Path:
         """Write the manifest of all parts, give the folder its name and prune; one rank does so. Raises UserError."""
         files = {name: entry for part in parts for name, entry in part.files.items()}
         aliases = {name: names for part in parts for name, names in part.aliases.items()}
         with self._in_a_sentence():
+            for note in self.temporary.glob("*.written"):
+                note.unlink()
             with _synced_file(self.temporary / MANIFEST) as file:
                 write_manifest(file, step_of(self.target), files, aliases)
             sync_directory(self.temporary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ import torch
 from peft_pretraining.data.sources.builders import remove_scratch
 from peft_pretraining.errors import UserError, missing_package
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
-from peft_pretraining.runtime.world import is_lost_rank
+from peft_pretraining.runtime.world import is_lost_rank, tells_of_a_connection
 
 
 def make_reproducible(dtype: str = "") -> None:
@@ -40,7 +41,7 @@ def exit_code_of(program: Callable[[], None], name: str) -> int:
     """Run `program`; returns 0 if it ended or was stopped cleanly, 2 for a UserError or a missing package.
 
     What the user can do about these is printed as `name`'s.
-    Where another rank is lost the process ends here, with exit code 1.
+    Where another rank is lost, or a collective has failed, the process ends here, with exit code 1.
     """
     try:
         program()
@@ -55,7 +56,11 @@ def exit_code_of(program: Callable[[], None], name: str) -> int:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        print(f"{name}: another rank has ended or cannot be reached ({error})", file=sys.stderr)
+        if tells_of_a_connection(error):
+            print(f"{name}: another rank has ended or cannot be reached ({error})", file=sys.stderr)
+        else:  # as where two ranks have one GPU: the cause is here
+            traceback.print_exception(error)
+            print(f"{name}: what the ranks do together has failed on this one, as above", file=sys.stderr)
         _end_at_once(1)  # an ordinary exit would wait for collectives that this rank has queued
     return 0
 

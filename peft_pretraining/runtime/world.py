@@ -27,10 +27,24 @@ T = TypeVar("T")
 
 
 def is_lost_rank(error: BaseException | None) -> bool:
-    """Whether an error of a collective means that another rank has died; gloo raises bare RuntimeErrors."""
-    signs = ("gloo", "Connection closed by peer", "Connection reset", "NCCL", "Timed out waiting")
+    """Whether a collective has failed, as it does where another rank has died; gloo raises bare RuntimeErrors.
+
+    Then nothing more may wait for the other ranks.
+    """
+    signs = ("gloo", "NCCL", *_OF_A_CONNECTION)
     may_be = world_size_of_launch() > 1 and isinstance(error, RuntimeError)
     return may_be and any(sign in str(error) for sign in signs)
+
+
+def tells_of_a_connection(error: BaseException) -> bool:
+    """Whether such an error is about the connection to another rank, and not about what this one has asked for."""
+    return any(sign in str(error) for sign in _OF_A_CONNECTION)
+
+
+_OF_A_CONNECTION = (
+    "Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting",
+    "timed out", "remote process exited", "Socket closed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,8 @@ class CapturedStack(EagerStack):
         """A graph of what `work` launches; nothing of it has run yet."""
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        work()
-        graph.capture_end()
+        try:
+            work()
+        finally:
+            graph.capture_end()
         return graph

@@ -266,11 +266,15 @@ class LowRankAdamW(Optimizer):
             )
         self.update_in_backward, self._all_reduce, self._share_of_momenta = update_in_backward, all_reduce, None
         self.loss_scale, self._replay = loss_scale, replay
-        attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
-        self._detach = weakref.finalize(self, attachment.remove)
-        self._detach.atexit = False
-        for weight in self._weights.values():
-            weight.check()
+        try:
+            attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
+            self._detach = weakref.finalize(self, attachment.remove)
+            self._detach.atexit = False
+            for weight in self._weights.values():
+                weight.check()  # by its layer, to which it belongs now
+        except ValueError:
+            self.detach()
+            raise
         if mesh is not None:
             self._shards = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
             self._dealt = True
@@ -491,7 +495,7 @@ class LowRankAdamW(Optimizer):
     @torch.no_grad()
     def update_checked(self, weights: Sequence[Weight]) -> None:
         """Update weights in the backward pass, as far as this rank owns them, and count the updates of the others."""
-        self._update_checks().remember_first()
+        self._update_checks().note_write()
         self.write_update_rows()
         self._update(weights, self._inverse_scale)
 

@@ -27,14 +27,13 @@ class UpdateChecks:
         """What such gradients are to be multiplied by, (); None for 1."""
         self.skip = torch.zeros((), dtype=torch.bool, device=device)
         """Something in the update is not finite."""
-        self._first_skip = torch.zeros_like(self.skip)
-        self._remembers = False
+        self._written = torch.zeros_like(self.skip)
+        """A weight, or momentum, of the update was written when `skip` was false."""
 
     def clear(self) -> None:
         """Begin another update."""
-        for tensor in (self.squared_norms, self.skip, self._first_skip):
+        for tensor in (self.squared_norms, self.skip, self._written):
             tensor.zero_()
-        self._remembers = False
 
     def check(self, gradients: Mapping[int, GradientSum]) -> None:
         """Look at the final gradients of weights, by their index."""
@@ -69,15 +68,16 @@ class UpdateChecks:
         """The flag `skip` where kernels have to read it; None on a CPU, where the host can look at it."""
         return None if self.skip.device.type == "cpu" else self.skip
 
-    def remember_first(self) -> None:
-        """Keep `skip` as it is when the first weight, or momentum, of the update is written."""
-        if not self._remembers:
-            self._first_skip.copy_(self.skip)
-            self._remembers = True
+    def note_write(self) -> None:
+        """Note that weights, or momenta, are written now, unless `skip` is true; before each time that they are.
+
+        On the device alone: a CUDA graph does it again, and the host would not learn of that.
+        """
+        torch.ge(self._written, self.skip, out=self._written)  # or not skip: `skip` stays true once it is
 
     def late_overflow(self) -> Tensor:
         """Whether `skip` became true after the first weight, or momentum, had been written: a bool, ()."""
-        return self.skip & ~self._first_skip if self._remembers else torch.zeros_like(self.skip)
+        return self.skip & self._written
 
 
 def limit_growth(states: Sequence[dict[str, Tensor]], growth: float, norms: Sequence[Tensor], skip: Tensor) -> Tensor:

@@ -72,11 +72,11 @@ def add_to_momenta(weights: Sequence[Weight], checks: UpdateChecks, share: float
     if not waiting:
         return
     if share is not None:  # what this rank alone finds out comes too late: others have added
-        checks.remember_first()
+        checks.note_write()
     scalars = [weight.addition_scalars(gradient.additions, share or 1.0) for weight, gradient in waiting]
     grads = {weight.index: gradient.take_micro_batch() for weight, gradient in waiting}
     checks.check_micro_batch(grads)
-    checks.remember_first()
+    checks.note_write()
     additions = [
         Addition(weight.state, grads[weight.index], weight.sum_row(each))
         for (weight, _), each in zip(waiting, scalars, strict=True)
