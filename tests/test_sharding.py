@@ -350,9 +350,17 @@ def test_sums_take_what_the_plan_says(small: SmallRun, mode: str, dtype: str) ->
         assert max(own for _, own, *_ in found) == found[0][2], "the plan is of the fullest rank"
 
 
+STOPPED: dict[str, dict[str, object]] = {
+    "owners_sum": STREAMING | {"shard": "full"},
+    "by_layer": STREAMING | {"shard": "full", "accumulate_by": "layer"},
+    "owners_momenta": FULL_RANK | {"shard": "optimizer", "sum_in_momentum": True, "lr": 1e-2},
+}
+
+
 @pytest.mark.slow
-def test_a_gathered_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun) -> None:
-    flags = STREAMING | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2, "shard": "full"}
+@pytest.mark.parametrize("case", STOPPED)
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(small: SmallRun, case: str) -> None:
+    flags = STOPPED[case] | {"num_training_steps": 6, "eval_every": 3, "batch_size": 2}
     whole = small.run_on(2, "whole", **flags)
     argv = small.argv("parts", flags | {"continue_from": "auto"})
     assert on_ranks(2, stop_after, 3, argv) == [0, 0]
