@@ -426,8 +426,8 @@ def test_combinations_that_work(text: str) -> None:
         ),
         ("--beta2 0.9 --adam_eps 1e-6 --optimizer sgd", "--beta2, --adam_eps change nothing: --optimizer sgd has no"),
         (
-            "--optimizer galore_adamw --subspace streaming --svd_method full --queue_size 3",
-            "--svd_method, --queue_size change nothing: --subspace streaming makes no SVD",
+            "--optimizer galore_adamw --subspace streaming --svd_method full --max_update_proj_gap 300",
+            "--svd_method, --max_update_proj_gap change nothing: --subspace streaming makes no SVD",
         ),
         (
             "--optimizer galore_adamw8bit_per_layer --accumulate_by layer",

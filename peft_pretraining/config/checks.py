@@ -45,7 +45,8 @@ _OF_ACTIVATIONS = (
     *("activation_checkpointing", "checkpoint_every", "checkpoint_layers", "recompute"),
     "int8_activations",
 )
-_OF_SVD = ("svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size")
+_OF_SVD = ("svd_method", "max_update_proj_gap")
+"""Of what subspaces by SVD alone read; official command lines have the rest of the lazy rule, whatever they add."""
 _PER_LAYER = [name for name in (*GALORE_OPTIMIZERS, *Q_GALORE_OPTIMIZERS) if name.endswith("_per_layer")]
 _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
