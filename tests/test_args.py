@@ -565,6 +565,7 @@ BAD_COMBINATIONS = [
     ),
     ("--checkpoint_layers 99 --activation_checkpointing", 1, "--checkpoint_layers 99 is more than the 8 layers of"),
     ("--recompute attention,mlp:99", 1, "--recompute mlp:99 is more than the 8 layers of"),
+    ("--recompute mlp --checkpoint_layers 2", 1, "--recompute mlp says itself in how many first layers: write --recom"),
     ("--recompute mlp --activation_checkpointing", 1, "recomputes all that --recompute mlp names: leave one out"),
     ("--recompute mlp --use_hf_model", 1, "--recompute is for the project's own LLaMA"),
     ("--recompute gate", 1, "--recompute is 'gate', it must be names of attention, residual, qkv, mlp, each perhaps"),

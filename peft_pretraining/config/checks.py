@@ -250,7 +250,12 @@ def _activation_problems(args: RunArgs) -> list[str]:
     in_part = {"checkpoint_every": model.checkpoint_every > 1, "checkpoint_layers": model.checkpoint_layers > 0}
     for name in (name for name, given in in_part.items() if given):
         flag = f"--{name} {getattr(model, name)}"
-        if not model.activation_checkpointing:
+        if model.recompute and not model.activation_checkpointing:
+            problems.append(
+                f"{flag} is of whole layers, and --recompute {model.recompute} says itself in how many first layers: "
+                f"write --recompute mlp:{getattr(model, name)}, or leave --{name} out"
+            )
+        elif not model.activation_checkpointing:
             problems.append(f"{flag} needs --activation_checkpointing: nothing is recomputed")
         elif model.use_hf_model:
             problems.append(
