@@ -426,8 +426,8 @@ def test_combinations_that_work(text: str) -> None:
         ),
         ("--beta2 0.9 --adam_eps 1e-6 --optimizer sgd", "--beta2, --adam_eps change nothing: --optimizer sgd has no"),
         (
-            "--optimizer galore_adamw --subspace streaming --svd_method full --queue_size 3",
-            "--svd_method, --queue_size change nothing: --subspace streaming makes no SVD",
+            "--optimizer galore_adamw --subspace streaming --svd_method full --max_update_proj_gap 300",
+            "--svd_method, --max_update_proj_gap change nothing: --subspace streaming makes no SVD",
         ),
         (
             "--optimizer galore_adamw8bit_per_layer --accumulate_by layer",
@@ -565,6 +565,7 @@ BAD_COMBINATIONS = [
     ),
     ("--checkpoint_layers 99 --activation_checkpointing", 1, "--checkpoint_layers 99 is more than the 8 layers of"),
     ("--recompute attention,mlp:99", 1, "--recompute mlp:99 is more than the 8 layers of"),
+    ("--recompute mlp --checkpoint_layers 2", 1, "--recompute mlp says itself in how many first layers: write --recom"),
     ("--recompute mlp --activation_checkpointing", 1, "recomputes all that --recompute mlp names: leave one out"),
     ("--recompute mlp --use_hf_model", 1, "--recompute is for the project's own LLaMA"),
     ("--recompute gate", 1, "--recompute is 'gate', it must be names of attention, residual, qkv, mlp, each perhaps"),

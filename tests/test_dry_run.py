@@ -144,7 +144,7 @@ def test_a_resume_that_the_checkpoint_would_refuse_says_so(small: SmallRun, caps
     flags = {**flags_of("q_galore_adamw8bit"), "num_training_steps": 4}
     stopped = small.run("run", **flags)
     (folder, newest), refused = (stopped.save_dir, stopped.checkpoints[-1]), "warning: this run would be refused: "
-    for source in ("auto", folder, newest):
+    for source in ("auto", newest):
         assert refused not in dry_run(small, capsys, **flags, continue_from=source)
         text = dry_run(small, capsys, **{**flags, "rank": 16}, continue_from=source)
         assert text.startswith(f"{refused}--continue_from {newest} is of another run: rank is 16 here and ")

@@ -514,7 +514,7 @@ REFUSED = {
     "--method low_rank --rank 8 --optimizer galore_adamw": "--optimizer galore_adamw cannot work with --method",
     "--method qlora --rank 8 --optimizer q_galore_adamw8bit": "use one of adam, adamw, adam8bit, sgd, adafactor",
     "--method lora --rank full": "--rank full cannot work with --method lora",
-    "--method lora --rank auto": "--rank auto cannot work with --method lora, whose factors have one rank: give it",
+    "--method lora --rank auto": "--rank auto cannot work with --method lora, whose factors have one rank: give a",
     "--method lora --rank 8,16": "--rank 8,16 cannot work with --method lora",
     "--method lora --rank 64": "--rank is 64, but self_attn.q_proj",
     "--method low_rank --rank 8 --mlp_rank 4": "--mlp_rank 4 cannot work with --method low_rank",

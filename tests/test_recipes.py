@@ -122,7 +122,15 @@ def test_the_recipe_of_a_command_line(flags: str, expected: dict[str, object]) -
         (f"{Q_GALORE} --svd_method randomized", "leave --svd_method randomized out and add --recipe orthogonal"),
         (f"{Q_GALORE} --galore_scale 1.0 --recipe paper", ""),
         (f"{Q_GALORE} --galore_scale 1.0 --recipe orthogonal", ""),
-        (f"{Q_GALORE} --lr 0.01 --rank 64 --proj_type left", ""),
+        (
+            f"{Q_GALORE} --lr 0.01 --rank 64 --proj_type left",
+            "recipe orthogonal, because of --proj_type left and --rank",
+        ),
+        (
+            f"{Q_GALORE} --residual none",
+            "because of --residual none: flags left out have its values, --recipe paper has",
+        ),
+        (f"{Q_GALORE} --rank full --galore_scale 0.5", ""),
         ("--optimizer galore_adamw8bit --galore_scale 0.25", ""),
     ],
 )
@@ -140,7 +148,7 @@ def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> No
     metrics.announce()
     assert said == [*summary_lines(args, "1 x cpu"), *([note] if says else [])]
     if says:
-        assert args.optimizer.recipe == "paper"
+        assert args.optimizer.recipe == ("orthogonal" if "orthogonal, because" in note else "paper")
         advised = re.sub(r"--proj_type full|--svd_method randomized", "", flags)
         assert parse(f"{advised} --recipe orthogonal").notes == ()
 

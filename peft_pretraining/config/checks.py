@@ -46,7 +46,8 @@ _OF_ACTIVATIONS = (
     *("activation_checkpointing", "checkpoint_every", "checkpoint_layers", "recompute"),
     "int8_activations",
 )
-_OF_SVD = ("svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size")
+_OF_SVD = ("svd_method", "max_update_proj_gap")
+"""Of what subspaces by SVD alone read; official command lines have the rest of the lazy rule, whatever they add."""
 _PER_LAYER = [name for name in (*GALORE_OPTIMIZERS, *Q_GALORE_OPTIMIZERS) if name.endswith("_per_layer")]
 _LOW_RANK_FLAGS = ("recipe", *(field.name for field in fields(SubspaceArgs) if field.name not in _STORED_BASES))
 
@@ -251,7 +252,12 @@ def _activation_problems(args: RunArgs) -> list[str]:
     in_part = {"checkpoint_every": model.checkpoint_every > 1, "checkpoint_layers": model.checkpoint_layers > 0}
     for name in (name for name, given in in_part.items() if given):
         flag = f"--{name} {getattr(model, name)}"
-        if not model.activation_checkpointing:
+        if model.recompute and not model.activation_checkpointing:
+            problems.append(
+                f"{flag} is of whole layers, and --recompute {model.recompute} says itself in how many first layers: "
+                f"write --recompute mlp:{getattr(model, name)}, or leave --{name} out"
+            )
+        elif not model.activation_checkpointing:
             problems.append(f"{flag} needs --activation_checkpointing: nothing is recomputed")
         elif model.use_hf_model:
             problems.append(

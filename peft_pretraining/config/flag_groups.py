@@ -96,7 +96,7 @@ def _recomputed(text: str) -> str:
         except ValueError:
             raise ValueError(
                 f"names of {', '.join(ACTIVATIONS)}, each perhaps with a number of first layers, such as "
-                "attention,mlp:12; or none"
+                "attention,mlp:12; or none; all of them are --activation_checkpointing"
             ) from None
     return in_flag(counts)
 

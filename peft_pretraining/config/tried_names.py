@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 _OTHER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing grad_checkpointing checkpoint_activations",
+    "recompute": "selective_checkpointing selective_activation_checkpointing recompute_activations",
     "adam_eps": "adam_epsilon eps epsilon",
     "batch_size": "per_device_train_batch_size per_device_batch_size micro_batch_size micro_batch device_batch_size "
     "train_batch_size bs batch",

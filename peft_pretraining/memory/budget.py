@@ -567,7 +567,7 @@ def _chosen(modes: dict[tuple[str, ...], Candidates], budget: int, card: Card) -
 
 def in_words(chosen: Candidate, card: Card) -> str:
     """What was chosen, the planned peak and the counted speed."""
-    flags = " ".join(chosen.flags) or "no flag, as all are given"
+    flags = " ".join(chosen.flags) or "no flag beside those that are given"
     on_host = ""
     if BY_LAYER[0] in chosen.flags:
         hidden = PassingByLayer(PlannedRun(chosen.args, chosen.config)).host()
