@@ -38,6 +38,8 @@ class LibraryOptimizer:
         self._all_reduce = all_reduce
         self.is_last_micro_batch, self.accumulates_by_layer = True, False
         self.loss_scale: LossScale | None = None  # float16 is refused
+        self.summed: list[Tensor] = []
+        """See `TrainingOptimizer`."""
         self.state_dict = optimizer.state_dict
         self._mesh, self._owners = mesh, dict[Tensor, int]()
         if mesh is not None:
@@ -83,6 +85,7 @@ class LibraryOptimizer:
         """See `TrainingOptimizer`."""
         self._optimizer.zero_grad()
         self._norm = self._skip = None
+        self.summed = []
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -104,6 +107,7 @@ class LibraryOptimizer:
             owner = optimizer()
             if owner is None or not owner.is_last_micro_batch or param.grad is None:
                 return
+            owner.summed.append(param)
             mesh.reduce(param.grad, owner._owners[param]).wait()
             if owner._owns(param):
                 mesh.sum_over_replicas(param.grad)
@@ -183,6 +187,7 @@ class LibraryOptimizer:
 
     def _sum_over_ranks(self, param: Tensor) -> None:
         if self._all_reduce is not None and param.grad is not None:
+            self.summed.append(param)
             waiting = self._all_reduce(param.grad)
             if waiting is not None:
                 waiting.wait()
