@@ -54,6 +54,7 @@ from peft_pretraining.runtime.device import check_device, emulated_products, slo
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.trained_alike import check_trained_alike, names_of, numbers_to_sum
 from peft_pretraining.runtime.update_outcomes import (
     FinishedUpdate,
     Outcome,
@@ -155,6 +156,7 @@ class Run:
         self.metrics = RunMetrics(args, world, self.model, self.position)
         self.outcomes = UpdateOutcomes()
         self.noticed: set[str] = set()
+        self.names: dict[torch.Tensor, str] = {param: name for name, param in self.model.named_parameters()}
 
     @property
     def update_step(self) -> int:
@@ -214,9 +216,11 @@ class Run:
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        tokens, news = self.world.sums_on_host([update.tokens, len(self.loader.notices)])
+        summed, done = names_of(self.optimizer.summed, self.names), self.update_step + 1
+        numbers = [update.tokens, len(self.loader.notices), *numbers_to_sum(summed)]
+        tokens, news, *alike = self.world.sums_on_host(numbers)
+        check_trained_alike(self.world, summed, alike, done)
         self.position.tokens += tokens
-        done = self.update_step + 1
         self.average.after_update(done)
         if self.restarts.after_update(done):
             self.metrics.log(f"update {done}: adapters are merged into their matrices and begin anew")

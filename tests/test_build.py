@@ -89,9 +89,10 @@ def test_nothing_else_puts_a_training_together(root: Path) -> None:
     files += [path for name in ("peft_pretraining", "benchmarks", "scripts") for path in (root / name).rglob("*.py")]
     calls = ("build_optimizer(", "low_rank_converter(", "replay_layers(")
     found = {
-        path.name
+        str(path.relative_to(root))
         for path in files
         for line in path.read_text(encoding="utf-8").splitlines()
         if any(call in line for call in calls) and not line.startswith("def ")
     }
-    assert found == {"build.py", "trained_model.py"}, "the second opens what was trained, and has no optimizer"
+    of_runs, opened = "peft_pretraining/build.py", "peft_pretraining/after_training/trained_model.py"
+    assert found == {of_runs, opened}, "the second opens what was trained, and has no optimizer"

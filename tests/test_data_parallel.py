@@ -283,3 +283,29 @@ def test_ranks_with_other_flags_are_refused(small: SmallRun, changed: dict[str, 
     codes = on_ranks(2, main_of_unlike_ranks, argvs, [0, 0], log=log)
     assert codes == ([2, 2] if message else [0, 0]), log.read_text()
     assert message in log.read_text() and "Traceback" not in log.read_text()
+
+
+def main_with_a_layer_a_rank(argv: list[str]) -> int:
+    """`run_pretrain.main` of a model whose rows take another layer on each rank, as experts do."""
+    init = run_pretrain.Run.__init__
+
+    def init_with_experts(run: run_pretrain.Run, *args: object) -> None:
+        init(run, *args)  # type: ignore[arg-type]
+        inner, rank = run.model.get_submodule("model"), run.world.rank
+        inner.layers = torch.nn.ModuleList([inner.layers[rank]])  # type: ignore[index]
+
+    run_pretrain.Run.__init__ = init_with_experts  # type: ignore[method-assign, assignment]
+    return run_pretrain.main(argv)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "full_rank"])
+def test_ranks_that_train_other_parameters_are_refused(tmp_path: Path, optimizer: str) -> None:
+    """Their gradients have the same shapes: what is summed fits, and is of two matrices."""
+    flags = FULL_RANK if optimizer == "full_rank" else flags_of(optimizer)
+    small = SmallRun(tmp_path, layers=2)
+    argv = small.argv("run", {**flags, "batch_size": 4, "num_training_steps": 3})
+    log = small.folder / "log"
+    assert on_ranks(2, main_with_a_layer_a_rank, argv, log=log) == [2, 2], log.read_text()
+    said = log.read_text()
+    assert "update 1: the ranks trained different parameters (model.layers.0." in said
+    assert "on rank 0 alone; model.layers.1." in said and "Traceback" not in said

@@ -16,10 +16,14 @@ from peft_pretraining.commands.export import export
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
+from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models import registry
 from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.network import CausalLM
+from peft_pretraining.speed import update_passes
+from peft_pretraining.speed.passes import EIGHT_BIT_SPEED
+from peft_pretraining.speed.run_speed import setting_of
 from qgalore import LowRankLinear
 from tests.small_run import Result, SmallRun, flags_of
 
@@ -207,6 +211,32 @@ def test_dry_run_of_another_family(small: SmallRun, capsys: pytest.CaptureFixtur
     assert plan(args, config).weights_and_states_bytes == 12 * parameter_count(model)
     # A family whose layers nobody compiles is planned so.
     assert plan(args, config) == plan(parse_args(small.argv("run", {"device": "cuda", "compile": "off"})), config)
+
+
+COUNTED: dict[str, dict[str, object]] = {
+    "rank": {}, "full rank": {"rank": "full", "proj_quant": None, "proj_group_size": None, "update_proj_gap": None},
+    "int8": {"int8_products": True, "weight_group_size": None}, "fp8": {"fp8_products": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_the_speed_of_another_family_counts_each_of_its_matrices(small: SmallRun, case: str) -> None:
+    """Whose names nothing here knows; as on a GPU without a --batch_size, and under a --memory_budget."""
+    flags = flags_of("q_galore_adamw8bit_per_layer") | {"dtype": "bfloat16", "batch_size": 8} | COUNTED[case]
+    args = parse_args(small.argv("run", flags))
+    setting = setting_of(args, registry.read_config(small.config))
+    update = update_passes.q_galore(setting)
+    counted = {name: sum(each.operations for each in passes) for name, passes in update.items()}
+    products = 2 * setting.tokens * 2 * (64 * 104 + 104 * 64)  # of both layers
+    eight_bits = EIGHT_BIT_SPEED if setting.rounds_products else 1
+    assert counted[update_passes.FORWARD] == products / eight_bits
+    assert counted[update_passes.INPUT_GRADIENTS] == products / eight_bits
+    if case == "full rank":
+        assert counted[update_passes.WEIGHT_GRADIENTS] == products
+    else:  # each projected onto 32 of the shorter side's 64 dimensions, whichever product comes first
+        assert products / 2 <= counted[update_passes.WEIGHT_GRADIENTS] <= 2 * products
+    flags |= {"batch_size": None, "memory_budget": "1GB"}
+    assert parse_within_budget(small.argv("run", flags)).batch.batch_size == 8
 
 
 def test_what_the_builder_and_the_optimizers_ask(small: SmallRun) -> None:

@@ -41,7 +41,7 @@ def agree_on_flags(args: RunArgs, world: World) -> RunArgs:
                 f"--{name} is {found}: all ranks train one model by the same flags; start them with the same command"
             )
     least = min(range(len(everyone)), key=lambda rank: everyone[rank][1])
-    return _with_places_of(args, commands[least])
+    return _with_own_paths(args, commands[least])
 
 
 def _given(command: Sequence[str]) -> set[str]:
@@ -49,7 +49,7 @@ def _given(command: Sequence[str]) -> set[str]:
     return {flag.removeprefix("--").removeprefix("no-") for flag, _ in flag_values(command)}
 
 
-def _with_places_of(own: RunArgs, chosen: RunArgs) -> RunArgs:
+def _with_own_paths(own: RunArgs, chosen: RunArgs) -> RunArgs:
     """The chosen arguments with this rank's own flags of its machine, and its command."""
     groups: dict[str, Any] = {}
     for name in GROUPS:

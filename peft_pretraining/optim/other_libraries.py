@@ -38,6 +38,8 @@ class LibraryOptimizer:
         self._all_reduce = all_reduce
         self.is_last_micro_batch, self.accumulates_by_layer = True, False
         self.loss_scale: LossScale | None = None  # float16 is refused
+        self.summed: list[Tensor] = []
+        """See `TrainingOptimizer`."""
         self.state_dict = optimizer.state_dict
         self._mesh, self._owners = mesh, dict[Tensor, int]()
         if mesh is not None:
@@ -81,6 +83,7 @@ class LibraryOptimizer:
         """See `TrainingOptimizer`."""
         self._optimizer.zero_grad()
         self._norm = self._skip = None
+        self.summed = []
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -168,6 +171,7 @@ class LibraryOptimizer:
         """Sum a gradient: on a mesh for its owner, and others forget theirs."""
         if param.grad is None:
             return
+        self.summed.append(param)
         if self._mesh is not None and param in self._owners:
             self._mesh.reduce(param.grad, self._owners[param]).wait()
             if self._owns(param):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,6 +34,10 @@ class TrainingOptimizer(Protocol):
     @property
     def owners(self) -> Mapping[Tensor, int]:
         """The rank that keeps the state of each parameter and updates it; empty where every rank does."""
+
+    @property
+    def summed(self) -> Sequence[Tensor]:
+        """The parameters whose gradients were summed over the ranks in the last update, in that order."""
 
     def is_elsewhere(self, param: Tensor) -> bool:
         """Whether another rank owns a parameter, which this one does not have for good."""

@@ -141,7 +141,8 @@ def weights_as_factors(s: Setting, shapes: list[tuple[int, int]]) -> Passes:
 def merges_input_gradients(s: Setting) -> bool:
     """Whether the library computes the input gradients of queries and keys in one product."""
     hidden, query, key = s.widths
-    return not s.rounds_products and 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
+    names = [name for name in s.config.matrix_shapes() if name.endswith(_WITH_ONE_INPUT[0][:2])]
+    return len(names) == 2 and not s.rounds_products and 2 * (query + key) * hidden <= GROUPED_WEIGHT_BYTES
 
 
 _OF_TENSORS = (
@@ -149,6 +150,20 @@ _OF_TENSORS = (
 )  # fmt: skip
 """The matrices that make what `--recompute` names."""
 _WITH_ONE_INPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+"""Names of matrices, by what they multiply, in the models whose products share work. A family may have others."""
+
+
+def shapes_by_input(s: Setting) -> list[tuple[bool, list[tuple[int, int]]]]:
+    """The shapes of the matrices with one input each, and whether they begin with queries and keys.
+
+    A matrix whose name nothing is known of counts as the only one of its input.
+    """
+    left, found = dict(s.config.matrix_shapes()), []
+    for ends in _WITH_ONE_INPUT:
+        names = [name for name in left if name.endswith(ends)]
+        queries_and_keys = [name.endswith(end) for name, end in zip(names, ends, strict=False)][:2] == [True, True]
+        found.append((queries_and_keys and ends == _WITH_ONE_INPUT[0], [left.pop(name) for name in names]))
+    return [each for each in found if each[1]] + [(False, [shape]) for shape in left.values()]
 
 
 def whole_gradients(s: Setting) -> Passes:
@@ -168,9 +183,7 @@ def input_gradients(s: Setting) -> Passes:
         rounded = [round_to_8_bits(s.tokens, m) for m, _ in s.shapes]
         fused = s.shapes
         if s.products >= FP8_PRODUCTS:  # all matrices with one input
-            shapes = s.config.matrix_shapes().items()
-            of_one = [[shape for name, shape in shapes if name.endswith(ends)] for ends in _WITH_ONE_INPUT]
-            fused = [(sum(m for m, _ in each), each[0][1]) for each in of_one if each]
+            fused = [(sum(m for m, _ in each), each[0][1]) for _, each in shapes_by_input(s)]
         return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in fused)]
     if not merges_input_gradients(s):
         return decoder_products(s)
@@ -181,14 +194,13 @@ def input_gradients(s: Setting) -> Passes:
 def projected_gradients(s: Setting) -> Passes:
     """gᵀ x of each matrix, projected, in the library's order; products that share an input are merged."""
     passes = []
-    for names in _WITH_ONE_INPUT:
-        shapes = [shape for name, shape in s.config.matrix_shapes().items() if name.endswith(names)]
+    for queries_and_keys, shapes in shapes_by_input(s):
         direct = [projects_directly(s.tokens, *shape, s.rank, side_of(*shape)[0]) for shape in shapes]
         side, width, _ = side_of(*shapes[0])
         merged = all(direct) and side == "right" and 2 * s.rank * width <= GROUPED_BASIS_BYTES
-        side_by_side = names[0] == "q_proj" and not any(direct[:2])  # the gradients of queries and keys
+        side_by_side = queries_and_keys and not any(direct[:2])  # their gradients
         if merged:
-            passes.append(product(s.tokens, width, s.rank * len(names)))
+            passes.append(product(s.tokens, width, s.rank * len(shapes)))
         if side_by_side:
             passes.append(product(sum(m for m, _ in shapes[:2]), s.tokens, width))
         for index, ((m, n), directly) in enumerate(zip(shapes, direct, strict=True)):

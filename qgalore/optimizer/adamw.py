@@ -129,7 +129,10 @@ class LowRankAdamW(Optimizer):
         self._scale: Tensor | None = None
         self._detach: weakref.finalize[..., Any] | None = None
         self._stepped = self._sums = self._rows_written = False
-        self._finalized: set[Weight] = set()
+        self._finalized: dict[Weight, None] = {}
+        self.summed: list[Tensor] = []
+        """The parameters whose gradients of the last update were made final, and summed over the ranks, in that order;
+        without those that CUDA graphs have."""
         self._unchecked: list[Weight] = []
         """Those with a final gradient that `checks` have not seen."""
         self._checks: UpdateChecks | None = None
@@ -237,7 +240,9 @@ class LowRankAdamW(Optimizer):
         backward of its layer; `step` is left with norms and biases, whose gradients take no memory to speak of and
         which are faster updated as one. Over several micro-batches the sums of all gradients exist anyway: updating
         before `step` would save nothing, so it is left to `step`, which knows them all.
-        `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.update.all_reduce.AllReduce`).
+        `all_reduce` sums a tensor over the ranks of a data-parallel run (`qgalore.update.all_reduce.AllReduce`): each
+        gradient as it comes, so that every rank must use the same parameters in the same order (`summed` tells them),
+        or gradients of different weights are added up.
         `loss_scale` is what each loss is multiplied by before its backward pass: gradients are divided by it before
         anything is made of their size. Call its `update_(optimizer.skipped())` after each `step`.
         `replay` makes updates from CUDA graphs (`qgalore.graphs.updates.UpdateGraphs`).
@@ -545,7 +550,7 @@ class LowRankAdamW(Optimizer):
                     "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect after "
                     "accelerator.prepare"
                 )
-            self._finalized.add(weight)
+            self._finalized[weight] = None
         owned, checks = _owned(weights), self._update_checks()
         if self._shards is not None:
             self._shards.note_refreshes(weights)
@@ -679,6 +684,7 @@ class LowRankAdamW(Optimizer):
             self._shards.finish()
         self._clip_factor = self._scale = None
         self._stepped, self._sums, self._rows_written = True, False, False
+        self.summed = [weight.param for weight in self._finalized]
         self._finalized.clear()
         return loss
 
