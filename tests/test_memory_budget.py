@@ -208,7 +208,8 @@ def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture
     budget = min(least["replicas"], own) - 10**6
     assert least["sharded"] < budget
     args = parse_within_budget([*flags, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
-    assert (args.runtime.shard, args.runtime.shard_sums) == ("optimizer", "owner")
+    assert args.runtime.shard == "optimizer" and plan(args, read_config(args.model.model_config)).peak_bytes <= budget
+    assert args.runtime.shard_sums == "owner" or args.by_layer, "sums of all matrices on every rank would not fit"
     assert (args.optimizer.recipe, args.subspace.rank) == ("orthogonal", 896)
     smallest = min(replicas.smallest.needs, sharded.smallest.needs)
     with pytest.raises(UserError, match=r"is too small: the least that works is ([\d.]+)GB, with") as raised:
