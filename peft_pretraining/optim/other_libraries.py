@@ -96,7 +96,6 @@ class LibraryOptimizer:
         def hook(param: Tensor) -> None:
             owner = optimizer()
             if owner is not None and owner.is_last_micro_batch:
-                owner.summed.append(param)
                 owner._sum_over_ranks(param)
 
         return hook
@@ -108,6 +107,7 @@ class LibraryOptimizer:
             owner = optimizer()
             if owner is None or not owner.is_last_micro_batch or param.grad is None:
                 return
+            owner.summed.append(param)
             mesh.reduce(param.grad, owner._owners[param]).wait()
             if owner._owns(param):
                 mesh.sum_over_replicas(param.grad)
@@ -187,6 +187,7 @@ class LibraryOptimizer:
 
     def _sum_over_ranks(self, param: Tensor) -> None:
         if self._all_reduce is not None and param.grad is not None:
+            self.summed.append(param)
             waiting = self._all_reduce(param.grad)
             if waiting is not None:
                 waiting.wait()
