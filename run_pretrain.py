@@ -206,7 +206,8 @@ class Run:
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        summed, done = names_of(self.optimizer.summed, self.names), self.update_step + 1
+        summed = names_of(self.optimizer.summed, self.names) if self.world.world_size > 1 else []
+        done = self.update_step + 1
         numbers = [update.tokens, len(self.loader.notices), *numbers_to_sum(summed)]
         tokens, news, *alike = self.world.sums_on_host(numbers)
         check_trained_alike(self.world, summed, alike, done)
