@@ -206,7 +206,7 @@ class Run:
             return False
         update, target_tokens = received
         self.set_learning_rate()
-        if self.update_step in self.skip_steps:  # before momenta have any of its gradients
+        if self.update_step in self.skip_steps:  # before momenta have any of its gradients; `check_loss` leaves it so
             self.optimizer.skip_update_if(torch.ones((), dtype=torch.bool, device=self.world.device))
         accumulate = self.accumulate if self.by_layer is None else self.accumulate_by_layer
         loss = accumulate(update, target_tokens)
@@ -216,7 +216,8 @@ class Run:
         if self.args.optimizer.grad_clipping:
             self.optimizer.clip_grad_norm_(self.args.optimizer.grad_clipping)
         self.optimizer.step()
-        summed, done = names_of(self.optimizer.summed, self.names), self.update_step + 1
+        summed = names_of(self.optimizer.summed, self.names) if self.world.world_size > 1 else []
+        done = self.update_step + 1
         numbers = [update.tokens, len(self.loader.notices), *numbers_to_sum(summed)]
         tokens, news, *alike = self.world.sums_on_host(numbers)
         check_trained_alike(self.world, summed, alike, done)
@@ -279,8 +280,7 @@ class Run:
         Before the last backward pass, which may update weights.
         """
         self.world.all_reduce(loss)
-        broken = ~loss.isfinite()
-        self.optimizer.skip_update_if(torch.ones_like(broken) if self.update_step in self.skip_steps else broken)
+        self.optimizer.skip_update_if(~loss.isfinite())
 
     def log_notices(self, done: int) -> None:
         """Log what the loader of any rank has noticed about the data, each sentence once in a run."""
@@ -294,11 +294,12 @@ class Run:
         """(this rank's part of the next update, number of target tokens over all ranks); None on a stop request."""
         while True:
             update = self.loader.next_update(give_up=lambda: self.stop.requested)
-            if not self.world.all_on_host(update is not None):
+            mine = [0, 0] if update is None else [1, update.target_tokens]
+            received, target_tokens = self.world.sums_on_host(mine)
+            if update is None or received < self.world.world_size:
                 return None
-            assert update is not None
             # Near the end of data that is not repeated all rows of an update may come from exhausted logical shards.
-            if target_tokens := self.world.sum_on_host(update.target_tokens):
+            if target_tokens:
                 return update, target_tokens
 
     def decide(self, finished: FinishedUpdate | None) -> None:

@@ -357,3 +357,20 @@ def test_nothing_keeps_the_weights_of_a_training_that_is_over(small: SmallRun, n
     left = trained()
     gc.collect()
     assert not [found for found in left if found() is not None]
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "adamw", "galore_adamw8bit_per_layer"])
+@pytest.mark.parametrize("flags", [(True, False), (False, True), (False, False)])
+def test_one_of_several_flags_skips_an_update(small: SmallRun, name: str, flags: tuple[bool, bool]) -> None:
+    """An update that the run is to leave out stays left out where its loss is finite."""
+    model, optimizer = build(small, **flags_of(name))
+    train(model, optimizer, range(1))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for flag in flags:
+        optimizer.skip_update_if(torch.tensor(flag))
+    train(model, optimizer, range(1, 2))
+    assert bool(optimizer.skipped()) == any(flags)
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert bool(changed) != any(flags)
+    train(model, optimizer, range(2, 3))
+    assert not optimizer.skipped(), "a flag holds for one update"

@@ -147,8 +147,8 @@ class LibraryOptimizer:
                 work.wait()
 
     def skip_update_if(self, flag: Tensor) -> None:
-        """See `TrainingOptimizer`."""
-        self._skip = flag
+        """See `TrainingOptimizer`; one flag that is true is enough."""
+        self._skip = flag if self._skip is None else self._skip | flag
 
     def skipped(self) -> Tensor:
         """See `TrainingOptimizer`."""

@@ -52,7 +52,10 @@ class TrainingOptimizer(Protocol):
         """Update the weights that the backward pass has not updated already; none if the gradient is not finite."""
 
     def skip_update_if(self, flag: Tensor) -> None:
-        """Make this update change nothing if flag, a 0-dim bool on the device and equal on all ranks, is true."""
+        """Make this update change nothing if flag, a 0-dim bool on the device and equal on all ranks, is true.
+
+        Of several flags in an update one is enough.
+        """
 
     def skipped(self) -> Tensor:
         """Whether the last update was skipped, as a 0-dim bool on the device."""
