@@ -195,7 +195,9 @@ def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path
 
 def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     """Replicas, shards; the same of the recipe orthogonal; and only then smaller ranks."""
-    card, flags = CARDS["h100"], argv("1b", f"{UNASKED.replace('total_batch_size 8', 'total_batch_size 16')}")
+    by_micro_batch = "--accumulate_by micro_batch"
+    card = CARDS["h100"]
+    flags = argv("1b", f"{UNASKED.replace('total_batch_size 8', 'total_batch_size 16')} {by_micro_batch}")
     replicas = Candidates([*flags, "--memory_budget", "1GB"], 2)
     assert replicas.in_subspace is not None
     sharded = Candidates([*flags, "--memory_budget", "1GB", "--shard", "full"], 2)
@@ -209,7 +211,7 @@ def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture
     assert least["sharded"] < budget
     args = parse_within_budget([*flags, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
     assert args.runtime.shard == "optimizer" and plan(args, read_config(args.model.model_config)).peak_bytes <= budget
-    assert args.runtime.shard_sums == "owner" or args.by_layer, "sums of all matrices on every rank would not fit"
+    assert args.runtime.shard_sums == "owner", "sums of all matrices on every rank would not fit"
     assert (args.optimizer.recipe, args.subspace.rank) == ("orthogonal", 896)
     smallest = min(replicas.smallest.needs, sharded.smallest.needs)
     with pytest.raises(UserError, match=r"is too small: the least that works is ([\d.]+)GB, with") as raised:

@@ -41,6 +41,7 @@ REFUSED: dict[str, Toggle] = {
     "weight_group_size": (SVD, 48, 64),
     "int8_products": (SVD | INT8_PRODUCTS | {"dtype": "bfloat16"}, None, True),
     "fp8_products": (SVD | {"dtype": "bfloat16"}, None, True),
+    "fp8_head": (SVD | {"fp8_products": True, "dtype": "bfloat16"}, None, True),
     "fp8_weight_gradients": (FULL_RANK | {"fp8_products": True, "dtype": "bfloat16"}, None, True),
     "simulation": (SVD, None, True),
     "proj_quant": (SVD | {"proj_group_size": None}, True, False),
@@ -67,6 +68,7 @@ MOMENTUM = {"sgd": 0.9, "adafactor": 0.9}
 
 FREE: dict[str, Toggle] = {
     "activation_checkpointing": (SVD, None, True),
+    "recompute": (SVD, None, "attention"),
     "checkpoint_every": (SVD | {"activation_checkpointing": True}, 1, 2),
     "checkpoint_layers": (SVD | {"activation_checkpointing": True}, None, 1),
     "int8_activations": (SVD, None, True),
@@ -144,7 +146,8 @@ ELSEWHERE = {
     "save_dir": "a place: test_resume", "continue_from": "itself: test_resume",
     "name": "of wandb, as project",
     "tensorboard": "needs a package of its own: test_metrics",
-    "shard": "deals the same states to ranks: test_sharding",
+    "shard": "deals the same states to ranks: test_sharding", "shard_sums": "likewise",
+    "offload": "the same states elsewhere: test_offload",
     "memory_budget": "gives other flags their values: test_memory_budget",
     "dry_run": "trains nothing", "nproc": "describes other ranks than there are",
 }  # fmt: skip
