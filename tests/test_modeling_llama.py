@@ -206,6 +206,24 @@ def test_recomputing_single_tensors_gives_the_same_gradients(tmp_path: Path, com
     assert all(torch.equal(a, other) for a, *others in zip(*grads, strict=True) for other in others)
 
 
+@pytest.mark.slow
+def test_layers_that_recompute_single_tensors_are_found_among_what_was_compiled_before(tmp_path: Path) -> None:
+    """By their policy, which is no part of the graph; with the bits of those that keep all."""
+    path, grads = write_config(tmp_path), []
+    with fresh_cache():
+        for names in ("", "attention:1,mlp", "attention:1,mlp"):
+            torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
+            model = built(path, False, "bfloat16", seed=2, recompute=names)
+            assert isinstance(model, LlamaForCausalLM)
+            model.compile_layers()
+            model(tokens(), tokens()).loss_sum.backward()
+            grads.append([parameter.grad for parameter in model.parameters()])
+        found = torch._dynamo.utils.counters["aot_autograd"]
+    assert all(torch.equal(a, other) for a, *others in zip(*grads, strict=True) for other in others)
+    assert found["autograd_cache_hit"] == 2 and not found["autograd_cache_miss"] and not found["autograd_cache_bypass"]
+
+
 def test_checkpointing_keeps_fewer_tensors(tmp_path: Path) -> None:
     saved = []
     path = write_config(tmp_path, num_hidden_layers=4)
