@@ -31,12 +31,12 @@ class PassingBytes:
 
     def __init__(self, run: PlannedRun) -> None:
         """Hidden states between layers, an activation of the MLP, the head's table; what graphs hold dequantized."""
-        args, config, self.run, self.b = run.args, run.config, run, run.dtype.itemsize
+        args, config, self.run, self.itemsize = run.args, run.config, run, run.dtype.itemsize
         self.options, self.format = args.subspace, args.quantization.weight_format
         self.layers = layers = config.num_hidden_layers
         width = padded_width(config.intermediate_size) if args.optimizer.is_low_rank else config.intermediate_size
-        self.hidden, self.wide = run.tokens * config.hidden_size * self.b, run.tokens * width * self.b
-        self.table = config.vocab_size * config.hidden_size * self.b
+        self.hidden, self.wide = run.tokens * config.hidden_size * self.itemsize, run.tokens * width * self.itemsize
+        self.table = config.vocab_size * config.hidden_size * self.itemsize
         kept = args.kept_activations
         self.recomputed = kept.recomputed(layers)
         self.tensors = kept.recomputed_tensors(layers)
@@ -49,12 +49,14 @@ class PassingBytes:
         self.weights = self._cached(math.prod(map(padded_width, x.shape)) for x in run.matrices if dequantizes)
         self.bases = self._cached(x.bases for x in run.matrices if self.options.proj_quant)
         # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
-        self.own = run.graphs and (config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums))
+        self.loss_has_own_memory = run.graphs and (
+            config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums)
+        )
         self.kept = self._kept_from(0) + self.hidden + (4 + 8 + 8) * run.tokens
         """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
 
     def _cached(self, values: Iterable[int]) -> int:
-        total = self.b * sum(values)
+        total = self.itemsize * sum(values)
         return total if self.run.graphs and total <= CACHE_BYTES else 0
 
     def phases(self) -> dict[str, int]:
@@ -68,7 +70,7 @@ class PassingBytes:
         loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
         head = self.kept + self.hidden + of_table
         found = {"activations and loss": self.kept + loss, "activations and gradient of the head": head}
-        beside = {} if self.own else self.of_layers()
+        beside = {} if self.loss_has_own_memory else self.of_layers()
         found |= {name: stays + waits + beside.get(name, 0) for name in self.of_layers()}
         if waits:
             found["gradients of head and embeddings"] = (stays if run.graphs else self.hidden) + waits + of_table
@@ -78,28 +80,28 @@ class PassingBytes:
 
     def read_of_table(self) -> int:
         """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""
-        run, float32 = self.run, self.table // self.b * 4
+        run, float32 = self.run, self.table // self.itemsize * 4
         as_a_whole = run.args.world_size > 1 and not run.args.owners_sum  # as it is sent
         return (float32 if as_a_whole else min(_ROWS, float32)) if self.int8_sums else 0
 
     def update_of_table(self) -> int:
         """That, and rows of a direction, or all of it where blocks of an 8-bit state straddle them."""
-        run, float32 = self.run, self.table // self.b * 4
+        run, float32 = self.run, self.table // self.itemsize * 4
         rows = float32 if self.int8_states and run.config.hidden_size % 256 else min(_ROWS, float32)
         return self.read_of_table() + (rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows)
 
     def kept_by_graphs(self) -> int:
         """What nothing else uses: over ranks also three messages of a layer's gradients, one with sums of a refresh."""
-        run, kept = self.run, max(self.of_layers().values()) if self.own else 0
+        run, kept = self.run, max(self.of_layers().values()) if self.loss_has_own_memory else 0
         if run.args.world_size > 1 and run.updates_at_once:
             values = sum(x.gradient for x in run.matrices) + 2 * run.config.hidden_size  # of the norms
             full = max(x.size for x in run.matrices) if self.options.subspace == "svd" else 0
-            kept += self.b * (3 * values + max(full, sum(x.bases for x in run.matrices)))
+            kept += self.itemsize * (3 * values + max(full, sum(x.bases for x in run.matrices)))
         return kept
 
     def messages(self) -> int:
         """The gradients of a layer that are sent while those of the next one are made."""
-        return 2 * self.b * sum(x.gradient + x.residual for x in self.run.matrices)
+        return 2 * self.itemsize * sum(x.gradient + x.residual for x in self.run.matrices)
 
     # ---- layers
 
@@ -111,20 +113,20 @@ class PassingBytes:
         silu(gate) and the product. Of factors and adapters what lies between the two.
         """
         # The product of each matrix's input and a factor.
-        factors = self.run.rank_of_factors * self.b * len(self.run.matrices)
+        factors = self.run.rank_of_factors * self.itemsize * len(self.run.matrices)
         parts = sum(self.parts(recomputed).values())
         return self.hidden + self.run.tokens * (4 * 2 + factors) + parts + self.between() * (not self.run.compiled)
 
     def parts(self, recomputed: bool = False) -> dict[str, int]:
         """Of these bytes those that `--recompute` may spare, by the names of `models.activations`."""
         config, heads = self.run.config, self.run.config.num_attention_heads
-        size = group_size_of(self.wide // self.b) if self.int8_activations and not recomputed else None
-        query, key_value = (count * config.head_dim * self.b for count in (heads, config.num_key_value_heads))
+        size = group_size_of(self.wide // self.itemsize) if self.int8_activations and not recomputed else None
+        query, key_value = (count * config.head_dim * self.itemsize for count in (heads, config.num_key_value_heads))
         return {
             "attention": self.run.tokens * (query + 4 * heads),
             "residual": self.hidden,
             "qkv": self.run.tokens * (query + 2 * key_value),
-            "mlp": 2 * self.wide if size is None else 2 * (self.wide // self.b) * (size + 2) // size,
+            "mlp": 2 * self.wide if size is None else 2 * (self.wide // self.itemsize) * (size + 2) // size,
         }
 
     def between(self) -> int:
@@ -157,12 +159,16 @@ class PassingBytes:
         # Where graphs run a layer and several matrices are due, their sketches wait for the end of its backward pass.
         due = math.ceil(self.layers * len(run.matrices) / self.options.shortest_interval)
         waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
-        sketches = self.b * max(x.bases for x in run.matrices) * (waiting if self.options.subspace != "svd" else 0)
+        sketches = (
+            self.itemsize * max(x.bases for x in run.matrices) * (waiting if self.options.subspace != "svd" else 0)
+        )
         found = {"activations and backward of one layer": backward + sketches}
         if run.args.sums_in_momentum and run.args.world_size > 1 and not run.args.owners_sum:  # in float32, as sent
             found["activations and sum of a momentum over ranks"] = 8 * max(x.size for x in run.matrices)
         if run.updates_at_once:
-            gradients = sum((4 if self.int8_sums else self.b) * x.gradient + self.b * x.residual for x in run.matrices)
+            gradients = sum(
+                (4 if self.int8_sums else self.itemsize) * x.gradient + self.itemsize * x.residual for x in run.matrices
+            )
             if not run.graphs:  # the layer has given up what it saved, and there is the gradient of its input
                 gradients += self.hidden - (self.layer() if above else self.hidden)
             found["activations and updates of one layer"] = gradients + self.updates() + sketches
@@ -200,13 +206,16 @@ class PassingBytes:
     def _gradients_of_attention(self) -> int:
         """Gradients of five inputs, of queries, keys and values, those of queries in float32, and projected ones."""
         run, config = self.run, self.run.config
-        queries, others = config.num_attention_heads * (self.b + 4), 2 * config.num_key_value_heads * self.b
+        queries, others = (
+            config.num_attention_heads * (self.itemsize + 4),
+            2 * config.num_key_value_heads * self.itemsize,
+        )
         return 5 * self.hidden + run.tokens * config.head_dim * (queries + others) + 3 * self._made()
 
     def _made(self) -> int:
         """Of the largest matrix the gradients that wait for its update."""
         matrix = self._largest()
-        return self.b * (matrix.gradient + matrix.residual) if self.run.updates_at_once else 0
+        return self.itemsize * (matrix.gradient + matrix.residual) if self.run.updates_at_once else 0
 
     def _largest(self) -> Matrix:
         return max(self.run.matrices, key=lambda x: (x.size, -x.shape[0]))  # down_proj
@@ -223,7 +232,7 @@ class PassingBytes:
         run, matrix, made = self.run, self._largest(), self._made()
         weight = 0 if self.weights else product_bytes(self.format, matrix.shape, run.tokens, run.dtype)
         if run.args.method.method == "qlora":  # dequantized as a whole
-            weight = self.b * matrix.size
+            weight = self.itemsize * matrix.size
         multiplying = max(weight, self.projecting(matrix))
         fused = 0
         if self.format.fp8_products:  # of gate and up at once, whose shape is that of down turned
@@ -239,15 +248,15 @@ class PassingBytes:
 
     def projecting(self, matrix: Matrix) -> int:
         """A gradient with bases, and what makes it: a projected factor, or all of it, or a sketch where one is due."""
-        result = self.b * (matrix.gradient + (0 if self.bases else self.converts * matrix.bases))
+        result = self.itemsize * (matrix.gradient + (0 if self.bases else self.converts * matrix.bases))
         if not matrix.sides:
             return result + (columns_bytes(matrix.shape, self.run.tokens) if self.format.fp8_weight_gradients else 0)
         tokens = self.run.tokens
         formed = forms_gradient(self.run.args, tokens, matrix)
-        factor, momentum = self.b * tokens * matrix.rank, 4 * matrix.gradient if self.int8_states else 0
+        factor, momentum = self.itemsize * tokens * matrix.rank, 4 * matrix.gradient if self.int8_states else 0
         # Of a sketch: the momentum in float32, and scaled; that and its product with a factor.
-        refresh = self.b * matrix.gradient + max(momentum, factor + self.b * matrix.bases)
-        return result + max(self.b * matrix.size if formed else len(matrix.sides) * factor, refresh)
+        refresh = self.itemsize * matrix.gradient + max(momentum, factor + self.itemsize * matrix.bases)
+        return result + max(self.itemsize * matrix.size if formed else len(matrix.sides) * factor, refresh)
 
     def updates(self) -> int:
         """At most, beside the gradients: directions of matrices that are updated as a batch, or a refresh of one."""
@@ -279,7 +288,7 @@ class PassingBytes:
             bases = sum(x.bases for x in matrices) * values // sum(x.gradient for x in matrices)
             made = values + (0 if cached else self.converts * bases)
         if self.options.momentum_rank:  # one momentum in float32 and bfloat16, beside those that are made
-            made = max(made, values + (4 + self.b) * largest // self.b)
+            made = max(made, values + (4 + self.itemsize) * largest // self.itemsize)
         return run.dtype.itemsize * made
 
     def _by_bitsandbytes(self) -> int:
@@ -290,8 +299,8 @@ class PassingBytes:
         back.
         """
         run, clips = self.run, self.run.args.optimizer.grad_clipping or self.run.args.optimizer.norm_growth
-        grad = 0 if run.sum_dtype == run.dtype and not clips else self.b
-        return max((4 if clips else 0) + grad, grad + (self.b + 2 if run.cuda else 0))
+        grad = 0 if run.sum_dtype == run.dtype and not clips else self.itemsize
+        return max((4 if clips else 0) + grad, grad + (self.itemsize + 2 if run.cuda else 0))
 
     def _applying(self, matrix: Matrix) -> int:
         """Beside direction and bases: the whole direction of a residual; factors and rows of a float weight.
@@ -303,7 +312,7 @@ class PassingBytes:
         one_side = len(matrix.sides) < 2
         if matrix.residual or (self.quantized and one_side):
             return 2 * fit.wide_dtype(self.run.dtype).itemsize * matrix.residual
-        on_tensor_cores = self.run.cuda and self.b == 2 and one_side
+        on_tensor_cores = self.run.cuda and self.itemsize == 2 and one_side
         return (0 if on_tensor_cores else 4 * (matrix.gradient + matrix.bases)) + min(_ROWS, 4 * matrix.size)
 
     def refresh(self, matrix: Matrix) -> int:
@@ -315,4 +324,4 @@ class PassingBytes:
         wide = fit.wide_dtype(self.run.dtype).itemsize
         bases, square, rotated = matrix.bases, matrix.rank**2, (2 * wide if self.int8_states else 8) * matrix.gradient
         changing = (wide + 1) * bases + wide * square + rotated
-        return self.b * bases + max((self.b + 12) * bases + 8 * square, changing)
+        return self.itemsize * bases + max((self.itemsize + 12) * bases + 8 * square, changing)

@@ -28,10 +28,10 @@ class PassingByLayer(PassingBytes):
         super().__init__(run)
         cached = cached_matrices([x.shape for x in run.matrices], run.dtype)
         dequantizes = self.quantized and not self.format.fp8_products
-        sizes = [self.b * math.prod(map(padded_width, x.shape)) * dequantizes for x in run.matrices]
+        sizes = [self.itemsize * math.prod(map(padded_width, x.shape)) * dequantizes for x in run.matrices]
         self.dequantized, self.stays_dequantized = sum(sizes), sum(sizes[:cached])
         """In the forward pass of a layer, and in its backward pass."""
-        bases = self.b * sum(x.bases for x in run.matrices) * self.options.proj_quant
+        bases = self.itemsize * sum(x.bases for x in run.matrices) * self.options.proj_quant
         self.weights = 0  # which `backward` would count, and with it no other
         self.bases = bases if bases <= CACHE_BYTES else 0
         self.kept = self.layer()
@@ -44,7 +44,7 @@ class PassingByLayer(PassingBytes):
         loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
         of_layer = self.sums_of_layer()
         # A sum that gets its second gradient is there in both dtypes for a moment.
-        widened = self.table if run.updates_at_once and run.sum_dtype.itemsize > self.b else 0
+        widened = self.table if run.updates_at_once and run.sum_dtype.itemsize > self.itemsize else 0
         backward = self.stays_dequantized + self.kept + self.backward(recomputed=False)
         found = {
             "forward of one layer": self.dequantized + self.kept + self.hidden,
@@ -98,7 +98,7 @@ class PassingByLayer(PassingBytes):
     def sums_of_layer(self) -> int:
         """Of one layer, with those that refresh subspaces; none that are kept for `step`, which are counted there."""
         run = self.run
-        gradients = sum(self._sum(*x.gradient_shape) + self.b * x.residual for x in run.matrices)
+        gradients = sum(self._sum(*x.gradient_shape) + self.itemsize * x.residual for x in run.matrices)
         due = min(math.ceil(self.layers * len(run.matrices) / self.options.shortest_interval), len(run.matrices))
         largest = max(run.matrices, key=lambda x: x.size)
         of_refresh = sum(self._sum(largest.rank, side) for side in largest.sides)

@@ -62,7 +62,7 @@ class PlannedRun:
         self.by_bitsandbytes = optimizer.by_bitsandbytes or self._chooses_bitsandbytes()
         """Whether bitsandbytes makes the updates."""
         self.matrices = self.matrices_of(args.subspace)
-        """Those of one layer; of ranks by depth, one with the largest."""
+        """The matrices of one layer; where ranks differ by depth, of a layer with the largest."""
 
     def _chooses_bitsandbytes(self) -> bool:
         """Whether --adam8bit_backend auto would be that on a GPU of this machine's environment."""

@@ -147,3 +147,18 @@ class StepScalars(NamedTuple):
     def changes_nothing(self) -> bool:
         """Whether an update leaves every bit, as with a learning rate of 0: requantizing would move the grid."""
         return self.step_size == 0 and self.decay == 1
+
+
+class StepNumbers(NamedTuple):
+    """The floats of a step row, () each: views of it, which are read and written without waiting for its device."""
+
+    step_size: Tensor
+    decay: Tensor
+    inverse_correction1: Tensor
+    inverse_correction2: Tensor
+    decay_of_growing: Tensor
+
+    @classmethod
+    def of(cls, row: Tensor) -> StepNumbers:
+        """Those of a row as `StepScalars.row` makes it."""
+        return cls(*row.view(torch.float32)[2:7].unbind())

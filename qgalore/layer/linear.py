@@ -249,8 +249,8 @@ class LowRankLinear(nn.Module):
         elif self.format.simulate:
             full = kernels.project_back(direction, left, right)
             value = self._to_grid(kernels.stepped(self.weight.float(), full, row), row)
-            step_size, decay = row.view(torch.float32)[2:4].unbind()
-            unchanged = (step_size == 0) & (decay == 1)
+            numbers = kernels.StepNumbers.of(row)
+            unchanged = (numbers.step_size == 0) & (numbers.decay == 1)
             skip = unchanged if skip is None else skip | unchanged
             self.weight.copy_(torch.where(skip, self.weight, value))
         else:

@@ -48,10 +48,13 @@ class _Step(NamedTuple):
 def _direction(step: _Step, skip: Tensor | None) -> Tensor:
     """The update of the gradient factor * grad; moves the moments, unless the flag `skip` is true."""
     grad, group, new = kernels.scaled(step.grad, step.factor), step.group, dict[str, Tensor]()
-    row = step.row.view(torch.float32)
-    rate, beta2 = row[4:6].unbind()
+    numbers = kernels.StepNumbers.of(step.row)
+    rate, beta2 = numbers.inverse_correction1, numbers.inverse_correction2  # whose places these take
     if step.size is not None:
-        row[3] = row[6] = 1 - row[2] * rate * step.size * (group["weight_decay"] / group.get("galore_scale", 1.0))
+        share = group["weight_decay"] / group.get("galore_scale", 1.0)
+        decay = 1 - numbers.step_size * rate * step.size * share
+        numbers.decay.copy_(decay)
+        numbers.decay_of_growing.copy_(decay)
         rate = rate * step.size
     square = grad.square().add_(group["eps"][0])
     means = {"exp_avg_sq": square}

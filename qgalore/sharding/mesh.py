@@ -32,7 +32,7 @@ class ShardMesh:
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def reduce(self, tensor: Tensor, owner: int) -> Waiting:
-        """Start the sum of a tensor over the ranks, in place of that of `owner`; the others' is then of no use."""
+        """Start an asynchronous reduce of a tensor to `owner`, in place; undefined on the other ranks afterwards."""
         work: Waiting = dist.reduce(tensor, group_dst=owner, group=self._group, async_op=True)
         return work
 

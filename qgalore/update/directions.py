@@ -129,10 +129,11 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
     squares = kernels.scaled(step.grad, step.factor).square_().mean(dim=1)
     second = step.exp_avg_sq * beta2 + squares * (1.0 - beta2)
     step.exp_avg_sq.copy_(second if skip is None else torch.where(skip, step.exp_avg_sq, second))
-    inverse1, inverse2 = step.row.view(torch.float32)[4:6].unbind()
+    numbers = kernels.StepNumbers.of(step.row)
     # Nesterov's momentum of a constant gradient g is (1 - beta1^(step + 1)) g.
-    ahead = 1.0 - beta1 * (1.0 - 1.0 / inverse1)
-    return momentum.mul_((1.0 / (ahead * ((second * inverse2).sqrt_() + step.eps)))[:, None]).to(step.dtype)
+    ahead = 1.0 - beta1 * (1.0 - 1.0 / numbers.inverse_correction1)
+    root = (second * numbers.inverse_correction2).sqrt_()
+    return momentum.mul_((1.0 / (ahead * (root + step.eps)))[:, None]).to(step.dtype)
 
 
 def _normuon(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
@@ -146,8 +147,7 @@ def _rows_alike(step: Step, direction: Tensor, skip: Tensor | None) -> Tensor:
     squares = torch.linalg.vector_norm(direction, dim=1, dtype=torch.float32).square_() / direction.shape[1]
     second = step.exp_avg_sq * step.betas[1] + squares * (1.0 - step.betas[1])
     step.exp_avg_sq.copy_(second if skip is None else torch.where(skip, step.exp_avg_sq, second))
-    inverse2 = step.row.view(torch.float32)[5]
-    factor = 1.0 / ((second * inverse2).sqrt_() + step.eps)
+    factor = 1.0 / ((second * kernels.StepNumbers.of(step.row).inverse_correction2).sqrt_() + step.eps)
     # So that the root mean square of the whole stays what it was.
     size = (squares.mean() / (squares * factor.square()).mean().clamp_min(1e-30)).sqrt_()
     return direction.mul_((factor * size).to(direction.dtype)[:, None])

@@ -219,7 +219,7 @@ def _stored(state: dict[str, Tensor], part: str, columns: int, bits: int, group_
 def _row_of_replacing(device: torch.device) -> Tensor:
     """A step row of step size -1 and decay 0, made on the device, where a CUDA graph can make it again."""
     row = torch.zeros(8, dtype=torch.int32, device=device)
-    row.view(torch.float32)[2].fill_(-1.0)
+    kernels.StepNumbers.of(row).step_size.fill_(-1.0)
     return row
 
 

@@ -50,7 +50,7 @@ class WeightGradient:
         self._sums = {GRADIENT: GradientSum(torch.float32)}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add what a micro-batch has of a sum."""
+        """Add this micro-batch's contribution to the sum `name`."""
         total = self._sums.setdefault(name, GradientSum(self._sums[GRADIENT].dtype))
         self._additions = 0 if total.empty else self._additions + 1
         total.add(value, self._rows.write(self._additions, total.dtype))

@@ -56,7 +56,7 @@ def apply_with_feedback(layer: LowRankLinear, weight: Weight, direction: Tensor,
     momentum = moments.read_moment(weight.state, "exp_avg")
     length = ORTHOGONAL_RMS * max(direction.shape) ** 0.5  # c
     size = (momentum * direction).sum() / (length * min(direction.shape))  # h
-    step_size = row.view(torch.float32)[2]
+    step_size = kernels.StepNumbers.of(row).step_size
     wanted = weight.config.rounding_feedback * (1.0 - beta) / (beta**2 * length) * size / step_size
     # Infinite where nothing was stepped.
     largest = torch.linalg.vector_norm(momentum) / torch.linalg.vector_norm(error).clamp_min(1e-30)

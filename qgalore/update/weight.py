@@ -351,12 +351,15 @@ class Weight:
         return self._table.sum_rows[self.index]
 
     def addition_scalars(self, number: int, share: float) -> kernels.StepScalars:
-        """What adds micro-batch `number` of an update to the momentum; share: of the momentum, that this rank has."""
+        """Scalars that add micro-batch `number` of an update to the momentum.
+
+        share: 1 / ranks where each rank has a momentum, so that those of all ranks add up to the whole one.
+        """
         beta = self.param_group["betas"][0]
         return kernels.StepScalars(self._seeds(ACCUMULATION, number), beta - 1.0, 1.0 if number else beta * share)
 
     def replacing_scalars(self) -> kernels.StepScalars:
-        """What makes the momentum another one."""
+        """Scalars that overwrite the momentum: a decay of 0, and a step of -1 times the new value."""
         return kernels.StepScalars(self._seeds(ACCUMULATION, -1), -1.0, 0.0)
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qgalore.kernels.arguments import StepScalars
+from qgalore.kernels.arguments import StepNumbers, StepScalars
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -43,8 +43,9 @@ def stepped(weight: Tensor, direction: Tensor, row: Tensor) -> Tensor:
 
     The scalars are read where the row lies: nothing waits for its device.
     """
-    step_size, decay, _, _, growing = row.view(torch.float32)[2:7].unbind()
-    return torch.where(weight * direction >= 0, decay, growing).mul_(weight).sub_(direction * step_size)
+    numbers = StepNumbers.of(row)
+    decay = torch.where(weight * direction >= 0, numbers.decay, numbers.decay_of_growing)
+    return decay.mul_(weight).sub_(direction * numbers.step_size)
 
 
 def project_back(
