@@ -40,10 +40,10 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepNumbers",
     "StepScalars", "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_columns",
-    "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse", "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear",
-    "int8_linear_backward", "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype", "project_back",
-    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped",
-    "update_float_", "update_quantized_", "use_triton",
+    "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse", "fp8_turned_weights", "fp8_weight", "fp8_width",
+    "int8_linear", "int8_linear_backward", "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype",
+    "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled",
+    "stepped", "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
