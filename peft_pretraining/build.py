@@ -39,6 +39,7 @@ from peft_pretraining.optim.build import (
     low_rank_converter,
     offload_layers,
     replay_layers,
+    run_offloaded_layers,
 )
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
@@ -126,6 +127,9 @@ def build_training(
             tensor, value = waiting.pop()
             tensor.data = value
         offload_layers(model, optimizer, args)
+        replays = allows_graphs(args) and replay_layers(model, optimizer)
+        if not args.by_layer and not replays:
+            run_offloaded_layers(model, optimizer)
     elif allows_graphs(args):
         replay_layers(model, optimizer)
     return model, optimizer

@@ -58,7 +58,9 @@ def test_rows_of_all_ranks_are_all_rows_in_whole_blocks(columns: int, ranks: int
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_bytes_and_time_balance(config: Path, flags: str) -> None:
     """The fullest rank has a twentieth above the mean, and where weights are few not more than one weight above it."""
-    rank = json.loads(config.read_text())["hidden_size"] // 4
+    shape = json.loads(config.read_text())
+    keys = shape["hidden_size"] * shape.get("num_key_value_heads", shape["num_attention_heads"])
+    rank = min(shape["hidden_size"] // 4, keys // shape["num_attention_heads"])
     weights = dealt_weights(planned(config, flags + (f" --rank {rank}" if "paper" in flags else "")))
     loads = [weight.load for weight in weights]
     large = [weight for weight in weights if not weight.load.is_vector]

@@ -36,6 +36,7 @@ from peft_pretraining.config.recipes import (
     with_recipe,
 )
 from peft_pretraining.config.run_config import GROUPS, RunArgs
+from peft_pretraining.data.sources.registry import all_kinds_in_words, default_tokenizers_in_words
 from peft_pretraining.errors import UserError
 
 _DESCRIPTION = "Pretrain LLaMA with Q-GaLore, GaLore or a full-rank optimizer. Start it with torchrun or python."
@@ -43,8 +44,8 @@ _USAGE = "--model_config NAME_OR_PATH --batch_size SEQUENCES [flags]"
 
 
 @lru_cache(maxsize=8)
-def _parser(program: str) -> argparse.ArgumentParser:
-    """Made once: `--memory_budget` reads many command lines."""
+def _parser(program: str, *_kinds_in_words: str) -> argparse.ArgumentParser:
+    """Made once for the kinds of data that there are: `--memory_budget` reads many command lines."""
     return build_parser(GROUPS, _DESCRIPTION, f"{program} {_USAGE}")
 
 
@@ -53,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
 
     Raises UserError that lists every problem; `--help` prints the flags and leaves the program.
     """
-    parser = _parser(program)
+    parser = _parser(program, all_kinds_in_words(), default_tokenizers_in_words())
     command = tuple(sys.argv[1:] if argv is None else argv)
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]

@@ -181,9 +181,12 @@ def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs)
     layers, weights = list(model.decoder_layers), args.runtime.offload == "weights"
     offload = optimizer.offload_layers(layers, weights, slots_of(args))
     let_evaluations_in(layers, offload)
-    replays = allows_graphs(args) and replay_layers(model, optimizer)
-    if not args.by_layer and not replays:
-        model.run_layers_by(OffloadedLayers(layers, model.compiled_layer, optimizer))
+
+
+def run_offloaded_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
+    """Run layers of `offload_layers` from Python, where neither CUDA graphs nor `--accumulate_by layer` run them."""
+    assert isinstance(optimizer, LowRankAdamW)
+    model.run_layers_by(OffloadedLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 
 
 def slots_of(args: RunArgs) -> int:
