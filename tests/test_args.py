@@ -565,7 +565,17 @@ BAD_COMBINATIONS = [
     ),
     ("--checkpoint_layers 99 --activation_checkpointing", 1, "--checkpoint_layers 99 is more than the 8 layers of"),
     ("--recompute attention,mlp:99", 1, "--recompute mlp:99 is more than the 8 layers of"),
-    ("--recompute mlp --checkpoint_layers 2", 1, "--recompute mlp says itself in how many first layers: write --recom"),
+    (
+        "--recompute mlp --checkpoint_layers 2",
+        1,
+        "in how many first layers: write --recompute mlp:2, or leave --checkp",
+    ),
+    (
+        "--recompute attention:3,qkv --checkpoint_layers 2",
+        1,
+        "write --recompute attention:2,qkv:2, or leave --checkpoint_layers out",
+    ),
+    ("--recompute attention --checkpoint_every 2", 1, "in how many first layers: leave --checkpoint_every out"),
     ("--recompute mlp --activation_checkpointing", 1, "recomputes all that --recompute mlp names: leave one out"),
     ("--recompute mlp --use_hf_model", 1, "--recompute is for the project's own LLaMA"),
     ("--recompute gate", 1, "--recompute is 'gate', it must be names of attention, residual, qkv, mlp, each perhaps"),

@@ -20,6 +20,8 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.budget import (
     AS_FAST,
+    OF_COMPILER,
+    UNPLANNED_SHARE,
     WORTH_A_RANK,
     WORTH_ROUNDING,
     Candidate,
@@ -467,3 +469,12 @@ def test_states_then_weights_are_dealt_to_ranks_before_a_rank_is_made_smaller() 
     assert {rank for _, rank in chosen.values()} == {512}
     one = parse_within_budget([*argv("1b", flags), "--memory_budget", "3.3GB", "--shard", "none"], card=CARDS["h100"])
     assert one.runtime.shard == "none", "which was given"
+
+
+def test_a_compiler_that_does_not_run_takes_nothing_of_a_budget() -> None:
+    """What is kept free for it is more than a small run without it takes in all."""
+    flags = ["--batch_size", "1", "--total_batch_size", "8", "--recompute", "mlp", "--memory_budget", "1GB"]
+    for compiles, free in (("off", 0), ("on", OF_COMPILER)):
+        found = Candidates([*argv("60m", "--optimizer adamw"), *flags, "--compile", compiles])
+        for each in found.steps[0]:
+            assert each.needs == each.peak + int(each.peak * UNPLANNED_SHARE) + free

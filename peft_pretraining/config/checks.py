@@ -253,9 +253,12 @@ def _activation_problems(args: RunArgs) -> list[str]:
     for name in (name for name, given in in_part.items() if given):
         flag = f"--{name} {getattr(model, name)}"
         if model.recompute and not model.activation_checkpointing:
+            names = [each.partition(":")[0].strip() for each in model.recompute.split(",")]
+            counted = ",".join(f"{each}:{model.checkpoint_layers}" for each in names)
+            instead = f"write --recompute {counted}, or " if name == "checkpoint_layers" else ""
             problems.append(
                 f"{flag} is of whole layers, and --recompute {model.recompute} says itself in how many first layers: "
-                f"write --recompute mlp:{getattr(model, name)}, or leave --{name} out"
+                f"{instead}leave --{name} out"
             )
         elif not model.activation_checkpointing:
             problems.append(f"{flag} needs --activation_checkpointing: nothing is recomputed")

@@ -88,9 +88,14 @@ class Candidate:
     """What other candidates have counted already."""
 
     @cached_property
+    def run(self) -> PlannedRun:
+        """The run with this setting, as it is planned."""
+        return PlannedRun(self.args, self.config)
+
+    @cached_property
     def peak(self) -> int:
         """The planned peak in bytes."""
-        run = PlannedRun(self.args, self.config)
+        run = self.run
         key = run.updates_at_once, run.sum_dtype, self.args.subspace  # all else that lasts is the same everywhere
         if key not in self.lasting:
             self.lasting[key] = lasting_bytes(run)
@@ -99,8 +104,9 @@ class Candidate:
     @property
     def needs(self) -> int:
         """The planned peak and what is kept free beside it."""
-        again = OF_COMPILER if self.args.kept_activations.recomputed_in_words != "none" else 0
-        return self.peak + int(self.peak * UNPLANNED_SHARE) + again
+        recomputes = self.args.kept_activations.recomputed_in_words != "none"
+        of_compiler = OF_COMPILER if recomputes and self.run.compiled else 0
+        return self.peak + int(self.peak * UNPLANNED_SHARE) + of_compiler
 
     def seconds(self, card: Card) -> float:
         """The counted time of an update."""

@@ -121,9 +121,20 @@ def test_files_without_a_split_are_left_out_where_others_have_one(
 ) -> None:
     write(tmp_path, "train-0.jsonl", "urls.jsonl", "dev.jsonl")
     assert files_of(tmp_path) == ["train-0.jsonl"]
-    assert "1 file without a split in the name, such as urls.jsonl, left out, because others are called train" in (
-        caplog.text
-    )
+    assert "1 file without a split in the name, such as urls.jsonl, left out (49 % of the text)" in caplog.text
+    write(tmp_path / "c4", "c4-train.0.jsonl", "u.jsonl")
+    assert files_of(tmp_path / "c4") == ["c4-train.0.jsonl"], "a word among others, but of most of the text"
+
+
+def test_a_word_in_a_title_leaves_no_larger_text_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "titles", "after_training.txt", "history.txt", "more/poems.txt", "dev.txt")
+    assert files_of(tmp_path / "titles") == ["after_training.txt", "history.txt", "more/poems.txt"]
+    assert "after_training.txt has the word train in its name, and is read as 2 files without a split" in caplog.text
+    assert files_of(tmp_path / "titles", "validation") == ["dev.txt"]
+    assert files_of(tmp_path / "titles", train_split="train") == ["after_training.txt"]
+    write(tmp_path / "plain", "train.txt", "history.txt", "more/poems.txt")
+    assert files_of(tmp_path / "plain") == ["train.txt"]
+    assert " % of the text), because 1 file, such as train.txt, is called train" in caplog.text
 
 
 def test_splits_are_chosen_by_their_names(tmp_path: Path) -> None:

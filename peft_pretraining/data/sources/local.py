@@ -32,7 +32,7 @@ from peft_pretraining.data.sources.documents import is_text
 from peft_pretraining.data.sources.file_heads import what_is, why_unreadable
 from peft_pretraining.data.sources.kind import SourceOptions, TextKind
 from peft_pretraining.data.sources.log_once import log_once
-from peft_pretraining.data.sources.split_names import named, splits_named
+from peft_pretraining.data.sources.split_names import is_in_a_title, named, splits_named
 from peft_pretraining.errors import UserError
 
 _COMPARED_FILES, _SAME_DOCUMENTS, _FIRST_ITEMS = 64, 5, 200
@@ -238,13 +238,10 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
     paths = [path for path in listed.paths if split in splits_named(path)]
     unnamed = [path for path in listed.paths if not splits_named(path)]
     if split == "train":
-        if paths and unnamed:
-            log_once(
-                f"--dataset {dataset}: {_files(len(unnamed))} without a split in the name, such as {unnamed[0]}, "
-                "left out, because others are called train"
-            )
         if name := options.validation_split:
             unnamed = [path for path in unnamed if not named(path, name)]
+        if paths and unnamed:
+            paths = _with_or_without(dataset, listed, paths, unnamed)
         if not (paths := paths or unnamed):
             raise UserError(
                 f"--dataset {dataset}: there is no file to train on. {_splits_in_words(listed)} "
@@ -252,6 +249,24 @@ def _of_split(dataset: str, listed: _Listed, split: str, options: SourceOptions)
             )
         _log_unread_test_split(dataset, listed, options.validation_split)
     return _of_one_format(dataset, split, listed.root, paths) if paths else []
+
+
+def _with_or_without(dataset: str, listed: _Listed, called_train: list[str], unnamed: list[str]) -> list[str]:
+    """The paths to train on where some are called train: those alone, unless it is a word in titles of little text."""
+    sizes = [sum(listed.file(path).size for path in paths) for paths in (called_train, unnamed)]
+    others = f"{_files(len(unnamed))} without a split in the name, such as {unnamed[0]}"
+    if sizes[1] > sizes[0] and all(map(is_in_a_title, called_train)):
+        log_once(
+            f"--dataset {dataset}: {called_train[0]} has the word train in its name, and is read as {others}; "
+            "--train_split train trains on what is called so alone"
+        )
+        return [path for path in listed.paths if path in {*called_train, *unnamed}]
+    log_once(
+        f"--dataset {dataset}: {others}, left out ({100 * sizes[1] / max(1, sum(sizes)):.0f} % of the text), because "
+        f"{_files(len(called_train))}, such as {called_train[0]}, {'is' if len(called_train) == 1 else 'are'} called "
+        "train; rename one or the other to train on all"
+    )
+    return called_train
 
 
 def _log_unread_test_split(dataset: str, listed: _Listed, evaluated: str) -> None:

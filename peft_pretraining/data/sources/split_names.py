@@ -29,6 +29,15 @@ def splits_named(path: str) -> set[str]:
     return set()
 
 
+def is_in_a_title(path: str) -> bool:
+    """Whether a split is named by a word among others, as in after_training.txt, not by one alone, as in train-0."""
+    for part in reversed(PurePosixPath(path).parts):
+        words = re.findall(r"[^\W\d_]+", part.partition(".")[0].lower())
+        if splits_named(part):
+            return any(word != "of" and not splits_named(word) for word in words)
+    return False
+
+
 def named(path: str, name: str) -> bool:
     """Whether a path belongs to the split `name` of a flag: train, dev, or any other word."""
     words = WORDS.get(name, (name,))
