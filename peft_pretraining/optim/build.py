@@ -24,8 +24,9 @@ from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_opt
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig
+from qgalore.graphs.eager_layers import EagerLayers
 from qgalore.graphs.gathered import GatheredLayers
-from qgalore.graphs.offloaded import OffloadedLayers, let_evaluations_in
+from qgalore.graphs.offloaded import let_evaluations_in
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
@@ -186,7 +187,7 @@ def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs)
 def run_offloaded_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
     """Run layers of `offload_layers` from Python, where neither CUDA graphs nor `--accumulate_by layer` run them."""
     assert isinstance(optimizer, LowRankAdamW)
-    model.run_layers_by(OffloadedLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
+    model.run_layers_by(EagerLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 
 
 def slots_of(args: RunArgs) -> int:

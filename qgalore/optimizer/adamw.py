@@ -459,7 +459,7 @@ class LowRankAdamW(Optimizer):
     def offload_layers(self, layers: Sequence[nn.Module], weights: bool = False, slots: int = 2) -> Offload:
         """Let what the matrices of layers have wait in host memory: optimizer states, and with `weights` codes, too.
 
-        Passes over the layers must then enter and leave them (`qgalore.graphs.runner.OffloadedLayers`); `step` does so
+        Passes over the layers must then enter and leave them (`qgalore.graphs.eager.EagerStack`); `step` does so
         itself. slots: see `Offload`. Raises RuntimeError on a rank of a mesh and without `attach`, ValueError for
         weights that are not quantized, PageLockError where the system does not lock so much memory.
         """
