@@ -18,6 +18,7 @@ NAMES = {
     "torch._C._cuda_beginAllocateCurrentThreadToPool": "memory of CUDA graphs used between two replays",
     "torch._C._cuda_endAllocateToPool": "memory of CUDA graphs used between two replays",
     "torch._C._cuda_releasePool": "memory of CUDA graphs used between two replays",
+    "torch._dynamo.config.recompile_limit": "many models that are compiled in one process",
     "torch._foreach_copy_": "one launch for what is written to many weights",
     "torch._foreach_mul": "one launch for the sizes of many directions",
     "torch._functorch.config.donated_buffer": "backward passes of compiled layers that are retained",

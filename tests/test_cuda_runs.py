@@ -33,7 +33,8 @@ CASES: dict[str, dict[str, object]] = {name: flags_of(name) for name in OPTIMIZE
     "int8_products": PER_LAYER | INT8_PRODUCTS | {"dtype": "bfloat16"},
     "fp8_products": PER_LAYER | {"fp8_products": True, "dtype": "bfloat16"},
     "fp8_weight_gradients": flags_of("q_galore_adamw8bit_per_layer")
-    | {"rank": "full", "recipe": None, "fp8_products": True, "fp8_weight_gradients": True, "dtype": "bfloat16"},
+    | RECIPE
+    | {"fp8_products": True, "fp8_weight_gradients": True, "dtype": "bfloat16"},
     "fp8_head": PER_LAYER | {"fp8_products": True, "fp8_weight_gradients": True, "fp8_head": True, "dtype": "bfloat16"},
     "checkpointing": PER_LAYER | {"dtype": "bfloat16", "activation_checkpointing": True},
     "clipping": flags_of("galore_adamw8bit") | {"grad_clipping": 0.5},

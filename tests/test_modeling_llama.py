@@ -280,6 +280,17 @@ def test_a_compiled_layer_keeps_the_sum_that_both_norms_read(tmp_path: Path) -> 
     assert torch.ops.peft_pretraining.saved_sum.default in kept[0]
 
 
+def test_a_process_may_compile_many_models(tmp_path: Path) -> None:
+    """PyTorch's own limit is eight kinds of layers."""
+    torch.compiler.reset()
+    for heads in range(1, 11):
+        sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": heads}
+        model = built(write_config(tmp_path, **sizes), dtype="bfloat16")
+        assert isinstance(model, LlamaForCausalLM)
+        model.compile_layers(backend="eager")
+        model(tokens(), tokens()).loss_sum.backward()
+
+
 @pytest.mark.slow
 def test_a_compiled_layer_makes_that_sum_together_with_the_norm(tmp_path: Path) -> None:
     model = built(write_config(tmp_path), dtype="bfloat16")

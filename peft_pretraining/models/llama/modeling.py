@@ -43,6 +43,10 @@ class LlamaRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+_MOST_KINDS_OF_LAYERS = 128
+"""That may be compiled in one process: of all its models, by shapes, formats and what is recomputed."""
+
+
 def cudnn_length(device: torch.device, config: LlamaConfig) -> int:
     """Up to which length of sequence cuDNN's attention is fast and gives the same bits every time; 0: none.
 
@@ -262,6 +266,8 @@ class LlamaForCausalLM(CausalLM):
         # Norms and products of elements are computed again in the backward pass rather than kept, for a quarter less
         # memory and 1 to 4 % of the speed.
         set_for_process("torch._functorch.config.ban_recompute_materialized_backward", False)
+        # A ninth kind of layer in one process, as in a notebook that tries several models, would be an error.
+        set_for_process("torch._dynamo.config.recompile_limit", _MOST_KINDS_OF_LAYERS)
         allow_selective_checkpoints()
         device = self.lm_head.weight.device
         if device.type == "cpu":
