@@ -5,12 +5,12 @@
     python -m benchmarks.bench_direction --shapes 48x130,48x48 --device cpu --results FILE
 
 A sample of each distinct shape is timed, as many matrices as are updated at once, and multiplied by how many there are.
-Rows have an op: `direction` is the whole of it, momentum in 8 bits, orthogonalisation and scale; `orthogonalize` is
-that alone, in the plain form and in segments. Their floors are the multiply-adds of the form's products over the rate
-of one large product on the same device: `floor_ms` with symmetric products counted by half, `floor_full_ms` the plain
-form with all products counted whole. `--sweep` times one product at a time, `gram`, `square` and `apply`
-(`qgalore.kernels.triton.newton_schulz`), each with every candidate for its tiles, and prints the fastest: what
-`TILES` there should have.
+Rows have an op: `direction` is the whole of it, momentum in 8 bits, orthogonalisation and scale, `normuon` that with
+rows of one size; `orthogonalize` is the middle alone, in the plain form and in segments. Their floors are the
+multiply-adds of the form's products over the rate of one large product on the same device: `floor_ms` with symmetric
+products counted by half, `floor_full_ms` the plain form with all products counted whole. `--sweep` times one product at
+a time, `gram`, `square` and `apply` (`qgalore.kernels.triton.newton_schulz`), each with every candidate for its tiles,
+and prints the fastest: what `TILES` there should have.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
 from qgalore import kernels
+from qgalore.kernels.arguments import GROUP_LIMIT
 from qgalore.update import moments
-from qgalore.update.directions import direction_of
+from qgalore.update.directions import DIRECTIONS, direction_of
 from qgalore.update.newton_schulz import METHODS, SEGMENT, multiply_adds, segments_of
 
 Shape = tuple[int, int]
 MODELS = ("60m", "130m", "350m", "1b", "7b")
+OPS = {"orthogonal": "direction", "normuon": "normuon"}
+"""Ops of rows by the names of directions."""
 REPEATS = 5
 CANDIDATES = (
-    (64, 128, 64, 4, 4), (128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3),
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+    (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (128, 128, 32, 4, 4),
+    (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
 )  # fmt: skip
 """Rows and columns of a tile, terms summed at a time, warps, stages."""
 
@@ -77,6 +81,11 @@ def _shapes_by_model(names: str, given: str) -> dict[str, Counter[Shape]]:
     return found
 
 
+def _at_once(shape: Shape) -> int:
+    """Matrices of a shape that an optimizer makes directions of together."""
+    return -(-DIRECTIONS["orthogonal"].batch_values // (shape[0] * shape[1]))
+
+
 class Bench:
     """What is timed on one device, and where rows go."""
 
@@ -91,16 +100,17 @@ class Bench:
     def method(self, model: str, shapes: Mapping[Shape, int], method: str) -> None:
         """Rows of a method for each shape and for all."""
         polynomials, segmented = METHODS[method]
-        steps, advance = len(polynomials), direction_of("orthogonal", method).advance
+        steps, advance = len(polynomials), {name: direction_of(name, method).advance for name in OPS}
         plain = (1,) * steps
         forms = {"plain": plain, "segments": (SEGMENT, steps - SEGMENT)} if segmented else {"plain": plain}
         totals: Counter[tuple[str, str, str]] = Counter()
         for shape, count in shapes.items():
             chosen = segments_of(shape, steps) if segmented else plain
-            together = min(count, -(-(1 << 24) // (shape[0] * shape[1])))
+            together = min(count, _at_once(shape))
             adam_steps = [self._step(shape) for _ in range(together)]
             runs: dict[tuple[str, str], tuple[Callable[[], object], tuple[int, ...]]] = {
-                ("direction", "chosen"): (lambda steps=adam_steps: advance(steps, None), chosen)
+                (op, "chosen"): (lambda run=advance[name], steps=adam_steps: run(steps, None), chosen)
+                for name, op in OPS.items()
             }
             momenta = [step.grad for step in adam_steps]
             for form, segments in forms.items():
@@ -120,11 +130,13 @@ class Bench:
             self._append(model, op, method, form, "all", sum(shapes.values()), values)
 
     def sweep(self, model: str, shapes: Mapping[Shape, int]) -> None:
-        """Rows of single products of one matrix, and which tiles are the fastest."""
+        """Rows of single products of as many matrices as are updated at once, and which tiles are the fastest."""
         from qgalore.kernels.triton import newton_schulz as triton_kernels
 
         rows, width = max(((min(shape), max(shape)) for shape in shapes), key=lambda sides: sides[0] * sides[1])
-        matrix, fastest = torch.randn(rows, width, device=self.device).to(self.dtype), dict[str, tuple[float, str]]()
+        count = min(GROUP_LIMIT, _at_once((rows, width)))
+        matrices = [torch.randn(rows, width, device=self.device).to(self.dtype) for _ in range(count)]
+        fastest: dict[str, tuple[float, str]] = {}
         kept = dict(triton_kernels.TILES)
         for numbers in (*CANDIDATES, None):
             height, columns, depth, warps, stages = numbers or (64, 64, 64, 4, 3)
@@ -133,25 +145,25 @@ class Bench:
             triton_kernels.TILES = {1 << 30: tiles}
             name = "library" if numbers is None else "x".join(map(str, numbers))
             try:
-                found = self._products(triton_kernels._Group([matrix], in_segments=True), rows, width)
+                found = self._products(triton_kernels._Group(matrices, in_segments=True), rows, width)
             except Exception as error:  # of Triton, whose classes differ by version: more memory than the card has
                 print(f"{model}: tiles {name} do not run: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             for op, (milliseconds, floor) in found.items():
                 values = {"ms": milliseconds, "floor_ms": floor, "floor_full_ms": 2 * floor if op != "apply" else floor}
-                self._append(model, op, "", name, f"{rows}x{width}", 1, values)
+                self._append(model, op, "", name, f"{rows}x{width}", count, values)
                 fastest[op] = min(fastest.get(op, (milliseconds, name)), (milliseconds, name))
         triton_kernels.TILES = kept
         for op, (milliseconds, name) in fastest.items():
-            print(f"{model}, {rows} rows: the fastest tiles of {op} are {name}, {milliseconds:.3f} ms")
+            print(f"{model}, {count} of {rows} rows: the fastest tiles of {op} are {name}, {milliseconds:.3f} ms")
 
     def _products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:
-        """Time and floor of each product of a group of one matrix in milliseconds; of the library that with X."""
+        """Time and floor of each product of a group in milliseconds; of the library that with X."""
         group._x.copy_(torch.randn(group._x.shape, device=self.device) / width**0.5)
         first, second, out = group._squares(3)
         for square in (first, second):
             square.copy_(torch.eye(rows, device=self.device)[None])
-        unit = 2e3 * rows**2 / self.rate
+        unit = 2e3 * len(group._matrices) * rows**2 / self.rate
         if group._tiles.library:
             return {"apply": (self._ms(lambda: group._apply_by_library(first, 1.0, None, group._out)), unit * width)}
         return {
@@ -169,7 +181,8 @@ class Bench:
         moments.init_moments(state, torch.Size(shape), 8, self.device, moments.MOMENTS[:1])
         grad = torch.randn(shape, device=self.device).to(self.dtype)
         row = kernels.StepScalars(1, 1.0, 1.0).row(self.device)
-        momentum = (state["exp_avg"], state.get("exp_avg_absmax"), None, None)
+        rows = torch.zeros(shape[0], device=self.device)
+        momentum = (state["exp_avg"], state.get("exp_avg_absmax"), rows, None)
         return kernels.AdamStep(grad, *momentum, row, (0.9, 0.99), 1e-8)
 
     def _ms(self, run: Callable[[], object]) -> float:

@@ -24,12 +24,13 @@ def test_rows_have_floors_and_totals(tmp_path: Path) -> None:
     written = Path(bench_direction.ROOT / "benchmarks/results/direction.csv")
     assert list(rows[0]) == list(rows_of(written)[0]), "the file of results has other columns"
     by_key = {(row["method"], row["op"], row["form"], row["shape"]): row for row in rows}
-    assert len(by_key) == len(rows) == 3 * 2 + 3 * 3
+    assert len(by_key) == len(rows) == 3 * 3 + 3 * 4
     for row in rows:
         assert 0 < float(row["floor_ms"]) < float(row["floor_full_ms"]) and float(row["ms"]) > 0
     # In products of two (16, 16) matrices: a wide one in four plain steps, in two segments, and two square ones.
     expected = {
         ("direction", "chosen"): 14 + 16,
+        ("normuon", "chosen"): 14 + 16,
         ("orthogonalize", "plain"): 20 + 16,
         ("orthogonalize", "segments"): 14 + 16,
     }

@@ -101,11 +101,13 @@ def test_directions_are_grouped_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
     values = [rank * max(shape) for rank, shape in zip(ranks, shapes, strict=True)]
     calls: list[list[int]] = []
 
-    def noted(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor]:
-        calls.append([momentum.numel() for momentum in momenta])
-        return orthogonal_directions(momenta, newton_schulz)
+    orthogonalize = kernels.orthogonalize
 
-    monkeypatch.setattr("qgalore.update.directions.orthogonal_directions", noted)
+    def noted(momenta: Sequence[Tensor], *how: Any) -> list[Tensor]:
+        calls.append([momentum.numel() for momentum in momenta])
+        return orthogonalize(momenta, *how)
+
+    monkeypatch.setattr("qgalore.kernels.orthogonalize", noted)
 
     def trained_weights(limit: int) -> list[Tensor]:
         monkeypatch.setitem(DIRECTIONS, "orthogonal", DIRECTIONS["orthogonal"]._replace(batch_values=limit))

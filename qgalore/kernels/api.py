@@ -17,6 +17,7 @@ from qgalore.kernels.arguments import (
     Fp8Matrix,
     QuantizedMatrix,
     QuantizedUpdate,
+    RowNormalization,
     StepNumbers,
     StepScalars,
     fp8_width,
@@ -32,18 +33,20 @@ from qgalore.kernels.reference import (
     int8_matmul,
     low_rank_update,
     newton_schulz,
+    row_normalization,
 )
 from qgalore.kernels.reference.adam import PART, scaled
 from qgalore.kernels.reference.newton_schulz import odd_polynomials
 from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks, rows_of, stepped
 
 __all__ = [
-    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate", "StepNumbers",
-    "StepScalars", "adam_steps", "at_least_1d", "check_gradients_", "dequantize", "dequantize_blocks", "fp8_columns",
-    "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse", "fp8_turned_weights", "fp8_weight", "fp8_width",
-    "int8_linear", "int8_linear_backward", "momentum_steps", "odd_polynomials", "orthogonalize", "product_dtype",
-    "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled",
-    "stepped", "update_float_", "update_quantized_", "use_triton",
+    "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate",
+    "RowNormalization", "StepNumbers", "StepScalars", "adam_steps", "at_least_1d", "check_gradients_", "dequantize",
+    "dequantize_blocks", "fp8_columns", "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse",
+    "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward", "momentum_steps",
+    "normalize_rows", "odd_polynomials", "orthogonalize", "product_dtype", "project_back", "quantize",
+    "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped", "update_float_",
+    "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -143,6 +146,16 @@ def orthogonalize(
     unrolled = device.type == "cuda" and product_dtype(device) == torch.float32
     run = newton_schulz.orthogonalize if unrolled else backend(newton_schulz.orthogonalize, device)
     return run(matrices, polynomials, segments)
+
+
+def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None = None) -> list[Tensor]:
+    """Each row of scale * N over the root of its second moment, which moves with beta; the whole keeps its size.
+
+    That is (1 / rows Σ N²)^1/2 before as after. Directions N (rows, columns) float; those returned may be written in
+    their place. The second moments lag as Adam's, with the bias correction of the step row. Where the flag `skip` is
+    true they stay, and the directions are undefined. In Triton two launches for matrices of one dtype and layout.
+    """
+    return backend(row_normalization.normalize_rows, parts[0].direction.device)(parts, skip)
 
 
 def update_quantized_(updates: Sequence[QuantizedUpdate], skip: Tensor | None = None) -> None:

@@ -31,6 +31,19 @@ class AdamStep(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
+class RowNormalization(NamedTuple):
+    """Arguments of `qgalore.kernels.normalize_rows` that belong to one matrix."""
+
+    direction: Tensor
+    scale: float
+    """What the direction is multiplied with first."""
+    second: Tensor
+    """Second moments of the rows, (rows,) float32."""
+    row: Tensor
+    beta: float
+    eps: float
+
+
 class FloatUpdate(NamedTuple):
     """Arguments of `qgalore.kernels.update_float_` that belong to one weight."""
 

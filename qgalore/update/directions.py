@@ -13,6 +13,7 @@ to the bit, where the flag `skip` is true. The gradient is factor * grad.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -72,6 +73,11 @@ class Direction(NamedTuple):
 
 def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
     """Of momenta with one shorter side: orthogonalised, of root mean square 0.2; newton_schulz names a method."""
+    return _sized(_without_sizes(momenta, newton_schulz))
+
+
+def _without_sizes(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor]:
+    """Momenta with one shorter side, orthogonalised."""
     polynomials, segmented = METHODS[newton_schulz]
     forms: dict[tuple[int, ...] | None, list[int]] = {}
     for index, momentum in enumerate(momenta):
@@ -81,8 +87,16 @@ def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon"
     for form, indices in forms.items():
         alike = kernels.orthogonalize([momenta[index] for index in indices], polynomials, form)
         by_index.update(zip(indices, alike, strict=True))
-    found = [by_index[index] for index in range(len(momenta))]
-    scaled: list[Tensor] = internal("torch._foreach_mul")(found, [ORTHOGONAL_RMS * max(x.shape) ** 0.5 for x in found])
+    return [by_index[index] for index in range(len(momenta))]
+
+
+def _size(orthogonalized: Tensor) -> float:
+    """What makes of an orthogonal matrix one of root mean square 0.2."""
+    return ORTHOGONAL_RMS * math.sqrt(max(orthogonalized.shape))
+
+
+def _sized(orthogonalized: Sequence[Tensor]) -> list[Tensor]:
+    scaled: list[Tensor] = internal("torch._foreach_mul")(orthogonalized, [_size(x) for x in orthogonalized])
     return scaled
 
 
@@ -102,18 +116,23 @@ def _momenta(steps: Sequence[Step], dtype: torch.dtype, skip: Tensor | None) -> 
     return [found[index] for index in range(len(steps))]
 
 
-def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
-    """Muon's directions, of the momenta with one shorter side at once; in bfloat16 on a GPU that has it."""
+def _orthogonalized(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str) -> list[Tensor]:
+    """The momenta, orthogonalised, those with one shorter side at once; in bfloat16 on a GPU that has it."""
     dtype = kernels.product_dtype(steps[0].grad.device)
     values = _momenta(steps, dtype, skip)
     indices: dict[int, list[int]] = {}
     for index, momentum in enumerate(values):
         indices.setdefault(min(momentum.shape), []).append(index)
     for alike in indices.values():
-        made = orthogonal_directions([values[index] for index in alike], newton_schulz)
+        made = _without_sizes([values[index] for index in alike], newton_schulz)
         for index, direction in zip(alike, made, strict=True):
             values[index] = direction
     return values
+
+
+def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
+    """Muon's directions."""
+    return _sized(_orthogonalized(steps, skip, newton_schulz))
 
 
 def _adam_by_row(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
@@ -138,19 +157,15 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
 
 def _normuon(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Orthogonalised momenta whose rows are alike in size; as a whole of the size of `_orthogonal`."""
-    found = _orthogonal(steps, skip, newton_schulz)
-    return [_rows_alike(step, x, skip) for step, x in zip(steps, found, strict=True)]
+    found = _orthogonalized(steps, skip, newton_schulz)
+    return kernels.normalize_rows([_rows_of(step, x) for step, x in zip(steps, found, strict=True)], skip)
 
 
-def _rows_alike(step: Step, direction: Tensor, skip: Tensor | None) -> Tensor:
+def _rows_of(step: Step, direction: Tensor) -> kernels.RowNormalization:
     assert step.exp_avg_sq is not None
-    squares = torch.linalg.vector_norm(direction, dim=1, dtype=torch.float32).square_() / direction.shape[1]
-    second = step.exp_avg_sq * step.betas[1] + squares * (1.0 - step.betas[1])
-    step.exp_avg_sq.copy_(second if skip is None else torch.where(skip, step.exp_avg_sq, second))
-    factor = 1.0 / ((second * kernels.StepNumbers.of(step.row).inverse_correction2).sqrt_() + step.eps)
-    # So that the root mean square of the whole stays what it was.
-    size = (squares.mean() / (squares * factor.square()).mean().clamp_min(1e-30)).sqrt_()
-    return direction.mul_((factor * size).to(direction.dtype)[:, None])
+    return kernels.RowNormalization(
+        direction, _size(direction), step.exp_avg_sq, step.row, beta=step.betas[1], eps=step.eps
+    )
 
 
 ADAM_BY_ROW = Direction(_adam_by_row, moments.MOMENTS[:1], batch_values=3 << 20, by_row=True)

@@ -24,6 +24,7 @@ from tests.kernels.comparison import (
     normal,
     quantize,
     same,
+    step_row,
     update_float_,
     updated,
     whole_numbers,
@@ -565,6 +566,50 @@ def test_newton_schulz_of_zeros(segments: tuple[int, ...], kernel_device: torch.
     polynomials = [(3.4445, -4.7750, 2.0315)] * 3
     for found in both(lambda: kernels.orthogonalize(matrices, polynomials, segments or None)):
         assert not found[0].any() and found[1].isfinite().all()
+
+
+ROWS = {"one": [(5, 9)], "tall and wide": [(70, 24), (24, 24), (24, 1300), (3, 1)], "nine": [(72, 80)] * 9}
+
+
+@each("turned", (False, True))
+@each("skip", (None, False, True))
+@each("count", ROWS)
+def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_device: torch.device) -> None:
+    """To the last bits; turned: in the layout of a tall matrix that was orthogonalised."""
+    dtype, flag = OPERAND_TYPES[-1], None if skip is None else torch.tensor(skip, device=kernel_device)
+    row = step_row(step=3, device=kernel_device)
+    directions = [(normal(*shape, seed=i) * (i + 1)).to(kernel_device, dtype) for i, shape in enumerate(ROWS[count])]
+    seconds = [normal(shape[0], seed=9).square().to(kernel_device) for shape in ROWS[count]]
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        moved = [second.clone() for second in seconds]
+        given = [x.T.contiguous().T if turned else x.clone() for x in directions]
+        parts = [
+            kernels.RowNormalization(x, 0.2 + x.shape[1], v, row, 0.9, 1e-8) for x, v in zip(given, moved, strict=True)
+        ]
+        return kernels.normalize_rows(parts, flag), moved
+
+    (expected, moved), (found, moved_too) = both(run)
+    for before, one, other in zip(seconds, moved, moved_too, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5) and torch.equal(other, before) == (skip is True)
+    for one, other in zip(expected, found, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 0.01
+        assert skip or (one.float() - other.float()).norm() <= tolerance * one.float().norm()
+
+
+def test_rows_of_zeros_are_normalized(kernel_device: torch.device) -> None:
+    """A weight without a gradient has a direction of zeros, and so has a row of one that has another."""
+    row, some = step_row(device=kernel_device), normal(4, 6).to(kernel_device)
+    some[1] = 0
+
+    def run() -> list[Tensor]:
+        given = some.clone(), torch.zeros(3, 5, device=kernel_device)
+        parts = [kernels.RowNormalization(x, 1.0, x.new_zeros(len(x)), row, 0.9, 1e-8) for x in given]
+        return kernels.normalize_rows(parts)
+
+    for found in both(run):
+        assert all(x.isfinite().all() for x in found) and not found[0][1].any() and not found[1].any()
 
 
 # ---- the flag that skips an update, and the check that raises it

@@ -14,6 +14,7 @@ captured. What a matrix becomes does not depend on its neighbours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div
-from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, unit_factors, working_dtype
-from qgalore.kernels.triton.tiles import to_float
+from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches
+from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, working_dtype
+from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
+from qgalore.torch_internals import internal
 
 __all__ = ["orthogonalize"]
 
@@ -74,6 +76,32 @@ def _store_both(out, value, i, j, rows, ONCE: tl.constexpr):
     else:
         tl.store(at, value, mask=inside)
         tl.store(other, tl.trans(value), mask=turned)
+
+
+@triton.jit
+def _fill_kernel(
+    matrices, x, factors, numbers, rows, width, lengths, strides, starts, ends, T: tl.constexpr, C: tl.constexpr,
+    TURNS: tl.constexpr, HAS_FACTORS: tl.constexpr,
+):  # fmt: skip
+    """Slots of X, each a matrix (rows, length), with zeros up to a whole tile.
+
+    TURNS: they are contiguous along the rows, and a tile is turned. factors: of all matrices of the group, by number.
+    """
+    which, program = matrix_of_program(ends)
+    matrix, length, stride = chosen(which, matrices), chosen(which, lengths), chosen(which, strides)
+    blocks = tl.cdiv(rows, T)
+    i, column = (program % blocks) * T + tl.arange(0, T), (program // blocks) * C + tl.arange(0, C)
+    if TURNS:
+        mask = (column < length)[:, None] & (i < rows)[None, :]
+        value = tl.trans(tl.load(matrix + column[:, None].to(tl.int64) * stride + i[None, :], mask=mask, other=0.0))
+    else:
+        mask = (i < rows)[:, None] & (column < length)[None, :]
+        value = tl.load(matrix + i[:, None].to(tl.int64) * stride + column[None, :], mask=mask, other=0.0)
+    if HAS_FACTORS:
+        value = value.to(tl.float32) * tl.load(factors + chosen(which, numbers))
+        value = to_float(value, x.dtype.element_ty)
+    at = x + i[:, None].to(tl.int64) * width + (chosen(which, starts) + column)[None, :]
+    tl.store(at, value, mask=(i < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=_ENDS)
@@ -161,7 +189,7 @@ class Tiles(NamedTuple):
     full: tuple[int, int, int, int, int]
     """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
     library: bool = False
-    """Whether cuBLAS makes the products with X, in segments alone."""
+    """Whether cuBLAS makes the products with X, one matrix at a time."""
 
 
 TILES: dict[int, Tiles] = {
@@ -174,6 +202,10 @@ TILES: dict[int, Tiles] = {
 def tiles_for(rows: int) -> Tiles:
     """Those of the table."""
     return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
+
+
+_FILLED_ROWS = 32
+"""Rows of a tile that is copied into X; as many columns as a tile of X has."""
 
 
 def orthogonalize(
@@ -202,15 +234,15 @@ class _Group:
         self._width, self._count = ends[-1] * columns, len(matrices)
         self._starts = [end * columns for end in [0, *ends[:-1]]]
         self._dtype = working_dtype(dtype) if in_segments else dtype
-        self._x = torch.zeros(self._rows, self._width, dtype=self._dtype, device=device)
+        self._x = torch.empty(self._rows, self._width, dtype=self._dtype, device=device)
         self._ends = [*ends, *[ends[-1]] * (GROUP_LIMIT - self._count)]
         # cuBLAS writes the matrices alone; kernels write the zeros between, too.
-        self._out = (torch.zeros_like if in_segments and self._tiles.library else torch.empty_like)(self._x)
+        self._out = (torch.zeros_like if self._tiles.library else torch.empty_like)(self._x)
+        self._multiply = self._apply_by_library if self._tiles.library else self._apply
 
     def plain(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
         """Each step on X, scaled by |X|."""
-        for start, matrix in zip(self._starts, self._matrices, strict=True):
-            _slot(self._x, start, matrix).copy_(matrix)
+        self._fill(None)
         gram, even = self._squares(2)
         scale = torch.empty(0, device=gram.device)
         for step, (first, third, fifth) in enumerate(polynomials):
@@ -220,15 +252,13 @@ class _Group:
                 # Its square must be finite, as 0 times infinity is none: of |X| below 1e-9 the result is 0.
                 scale = torch.where(trace < 1e-18, 0.0, trace.reciprocal())
             self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 if step == 0 else 0)
-            self._apply(even, first, scale if step == 0 else None, self._out)
+            self._multiply(even, first, scale if step == 0 else None, self._out)
             self._x, self._out = self._out, self._x
         return self._slots(self._x)
 
     def by_segments(self, polynomials: Sequence[tuple[float, float, float]], segments: Sequence[int]) -> list[Tensor]:
         """Segments of steps on the Gram matrix, scaled by its norm."""
-        factors = unit_factors(self._matrices)
-        for start, matrix, factor in zip(self._starts, self._matrices, factors, strict=True):
-            torch.mul(matrix, factor, out=_slot(self._x, start, matrix))
+        self._fill(_unit_factors(self._matrices))
         squares = self._squares(4 if max(segments) > 1 else 2)
         for index, steps in enumerate(steps_by_segment(polynomials, segments)):
             self._gram(squares[0], 1.0 if index else 1.0 / self._rows)
@@ -237,7 +267,7 @@ class _Group:
             last, size = index == len(segments) - 1, None if scale is None else scale / self._rows
             # A buffer of values of 16 bits holds those of the other type of 16 bits.
             out = self._out.view(self._matrices[0].dtype) if last else self._out
-            (self._apply_by_library if self._tiles.library else self._apply)(factor, first, size, out)
+            self._multiply(factor, first, size, out)
             self._x, self._out = out, self._x
         return self._slots(self._x)
 
@@ -264,6 +294,24 @@ class _Group:
     def _squares(self, count: int) -> tuple[Tensor, ...]:
         shape = (count, self._count, self._rows, self._rows)
         return torch.empty(*shape, dtype=self._dtype, device=self._x.device).unbind()
+
+    def _fill(self, factors: Tensor | None) -> None:
+        """Write the matrices, times their factors, to their slots; one launch for each order of their values."""
+        views = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in self._matrices]
+        views = [view if 1 in view.stride() else view.contiguous() for view in views]
+        columns = self._tiles.full[1]
+        for indices in launches(views, lambda view: view.stride(1) != 1):
+            turns = views[indices[0]].stride(1) != 1
+            chosen_views = [views[index] for index in indices]
+            lengths = tuple(view.shape[1] for view in chosen_views)
+            blocks = ceil_div(self._rows, _FILLED_ROWS)
+            ends = tuple(itertools.accumulate(blocks * ceil_div(length, columns) for length in lengths))
+            _fill_kernel[(ends[-1],)](
+                tuple(chosen_views), self._x, factors, tuple(indices), self._rows, self._width, lengths,
+                tuple(view.stride(0 if not turns else 1) for view in chosen_views),
+                tuple(self._starts[index] for index in indices), ends, T=_FILLED_ROWS, C=columns, TURNS=turns,
+                HAS_FACTORS=factors is not None, num_warps=4,
+            )  # fmt: skip
 
     def _below(self) -> int:
         """Tiles of a symmetric matrix that reach below its diagonal."""
@@ -309,6 +357,13 @@ class _Group:
 
     def _slots(self, x: Tensor) -> list[Tensor]:
         return [_slot(x, start, matrix) for start, matrix in zip(self._starts, self._matrices, strict=True)]
+
+
+def _unit_factors(matrices: Sequence[Tensor]) -> Tensor:
+    """`reference.newton_schulz.unit_factors` in one tensor (count,), in as many launches for many as for one."""
+    norms = internal("torch._foreach_norm")(matrices, 2, dtype=torch.float32)
+    sizes = torch.stack(internal("torch._foreach_mul")(norms, [matrix.numel() ** -0.5 for matrix in matrices]))
+    return torch.where(sizes < 1e-18, 0.0, sizes.log2().round_().neg_().exp2_())
 
 
 def _slot(x: Tensor, start: int, matrix: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""Rows of directions over the roots of their second moments, with the size of the whole kept, in Triton.
+
+    q_i = s² mean x_ij²,    v_i <- beta v_i + (1 - beta) q_i,    f_i = 1 / (sqrt(c v_i) + eps)
+    x_ij <- s f_i sqrt(Σ q_i / Σ q_i f_i²) x_ij
+
+with the scale s of the direction and c the second bias correction of the step row. Two launches for a group of
+matrices: one reads whole rows, the other sums q and q f² of all rows of its matrix, in one order, and writes.
+
+Layout: directions (rows, columns) float in place, contiguous along the columns or, TALL, along the rows; v (rows,)
+float32; q, q f² and f of all matrices one after the other in a buffer (3, all rows) float32. All values are float32
+inside.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.arguments import RowNormalization, ceil_div, launches
+from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
+
+__all__ = ["normalize_rows"]
+
+_SUMS = 1024  # rows whose sums a program reads at a time
+_TILES = {False: (8, 512), True: (32, 128)}
+"""Rows and columns that a program reads at a time: 8 kB, by whether the direction is contiguous along its rows."""
+
+
+@triton.jit
+def _offsets(row, column, stride, TALL: tl.constexpr):
+    return row + column * stride if TALL else row * stride + column
+
+
+@triton.jit(do_not_specialize=["beta", "rest", "eps"])
+def _row_squares_kernel(
+    x, second, step_rows, scales, sums, all_rows, firsts, rows, columns, strides, ends, skip, beta, rest, eps,
+    M: tl.constexpr, N: tl.constexpr, TALL: tl.constexpr, HAS_SKIP: tl.constexpr,
+):  # fmt: skip
+    which, program = matrix_of_program(ends)
+    x, rows, columns, stride = chosen(which, x), chosen(which, rows), chosen(which, columns), chosen(which, strides)
+    row = program * M + tl.arange(0, M)
+    at = row[:, None].to(tl.int64)
+    inside = row < rows
+    total = tl.zeros((M, N), dtype=tl.float32)
+    for start in range(0, columns, N):
+        column = (start + tl.arange(0, N))[None, :].to(tl.int64)
+        value = tl.load(x + _offsets(at, column, stride, TALL), mask=inside[:, None] & (column < columns), other=0.0)
+        value = value.to(tl.float32)
+        total += value * value
+    scale = chosen(which, scales)
+    square = tl.sum(total, axis=1) * (scale * scale / columns)
+    second = chosen(which, second)
+    moved = tl.load(second + row, mask=inside, other=0.0) * beta + square * rest
+    keeps = False
+    if HAS_SKIP:
+        keeps = tl.load(skip)
+    tl.store(second + row, moved, mask=inside & (keeps == 0))
+    inverse2 = tl.load(chosen(which, step_rows) + 5).to(tl.float32, bitcast=True)
+    factor = 1.0 / (tl.sqrt(moved * inverse2) + eps)
+    sums += chosen(which, firsts) + row
+    tl.store(sums, square, mask=inside)
+    tl.store(sums + all_rows, square * factor * factor, mask=inside)
+    tl.store(sums + 2 * all_rows, factor, mask=inside)
+
+
+@triton.jit
+def _scale_rows_kernel(
+    x, scales, sums, all_rows, firsts, rows, columns, strides, ends, M: tl.constexpr, N: tl.constexpr,
+    S: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    which, program = matrix_of_program(ends)
+    x, rows, columns, stride = chosen(which, x), chosen(which, rows), chosen(which, columns), chosen(which, strides)
+    sums += chosen(which, firsts)
+    before, after = tl.zeros((S,), dtype=tl.float32), tl.zeros((S,), dtype=tl.float32)
+    for start in range(0, rows, S):
+        at = start + tl.arange(0, S)
+        before += tl.load(sums + at, mask=at < rows, other=0.0)
+        after += tl.load(sums + all_rows + at, mask=at < rows, other=0.0)
+    size = tl.sqrt(tl.sum(before, axis=0) / tl.maximum(tl.sum(after, axis=0), 1e-30 * rows))
+    row = program * M + tl.arange(0, M)
+    at = row[:, None].to(tl.int64)
+    inside = row < rows
+    factor = tl.load(sums + 2 * all_rows + row, mask=inside, other=0.0) * (size * chosen(which, scales))
+    for start in range(0, columns, N):
+        column = (start + tl.arange(0, N))[None, :].to(tl.int64)
+        mask = inside[:, None] & (column < columns)
+        place = x + _offsets(at, column, stride, TALL)
+        value = tl.load(place, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(place, to_float(value, x.dtype.element_ty), mask=mask)
+
+
+def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None) -> list[Tensor]:
+    """See `qgalore.kernels.normalize_rows`."""
+    directions = [part.direction if 1 in part.direction.stride() else part.direction.contiguous() for part in parts]
+
+    def kind(index: int) -> tuple[object, ...]:
+        return directions[index].dtype, _is_tall(directions[index]), parts[index].beta, parts[index].eps
+
+    for indices in launches(range(len(parts)), kind):
+        _launch([directions[index] for index in indices], [parts[index] for index in indices], skip)
+    return directions
+
+
+def _is_tall(direction: Tensor) -> bool:
+    return direction.stride(1) != 1
+
+
+def _launch(directions: Sequence[Tensor], parts: Sequence[RowNormalization], skip: Tensor | None) -> None:
+    tall = _is_tall(directions[0])
+    (height, width), device = _TILES[tall], directions[0].device
+    rows, columns = zip(*(direction.shape for direction in directions), strict=True)
+    strides = tuple(direction.stride(1 if tall else 0) for direction in directions)
+    ends = tuple(itertools.accumulate(ceil_div(count, height) for count in rows))
+    firsts = (0, *itertools.accumulate(rows[:-1]))
+    sums = torch.empty(3, sum(rows), dtype=torch.float32, device=device)
+    _, scales, seconds, step_rows, (beta, *_), (eps, *_) = zip(*parts, strict=True)
+    where = sums, sum(rows), firsts, rows, columns, strides, ends
+    how = {"M": height, "N": width, "TALL": tall, "num_warps": 4}
+    _row_squares_kernel[(ends[-1],)](
+        tuple(directions), seconds, step_rows, scales, *where, skip, beta, 1.0 - beta, eps, HAS_SKIP=skip is not None,
+        **how,
+    )  # fmt: skip
+    _scale_rows_kernel[(ends[-1],)](tuple(directions), scales, *where, S=_SUMS, **how)
