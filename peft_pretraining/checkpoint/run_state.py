@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass, replace
@@ -329,20 +329,25 @@ def copy_on_host(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
 
 def part_of_model(model: nn.Module, owners: Mapping[Tensor, int], rank: int) -> dict[str, Tensor]:
     """What rank number `rank` saves of a model's state dict: the weights that it owns, the first rank also the rest."""
-    tensors, params = model.state_dict(), params_of_entries(model)
+    tensors = model.state_dict()
+    params = params_of_entries(model, tensors)
     return {name: x for name, x in tensors.items() if (owners.get(params[name], 0) if name in params else 0) == rank}
 
 
 def tensors_here(model: nn.Module, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """A model's state dict without the weights that other ranks alone have."""
-    tensors, params = model.state_dict(), params_of_entries(model)
+    tensors = model.state_dict()
+    params = params_of_entries(model, tensors)
     return {name: x for name, x in tensors.items() if name not in params or not optimizer.is_elsewhere(params[name])}
 
 
-def params_of_entries(model: nn.Module) -> dict[str, Tensor]:
-    """The parameter that each entry of a model's state dict belongs to, by the entry's name; buffers have none."""
+def params_of_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameter that each entry of a model's state dict belongs to, by the entry's name; buffers have none.
+
+    names: of the entries. A second state dict would make a second copy of all codes whose rows are padded.
+    """
     params = dict(model.named_parameters(remove_duplicate=False))
-    found = {name: params.get(name, params.get(_OF_CODES.sub("", name))) for name in model.state_dict()}
+    found = {name: params.get(name, params.get(_OF_CODES.sub("", name))) for name in names}
     return {name: param for name, param in found.items() if param is not None}
 
 

@@ -41,6 +41,8 @@ def contexts(recomputed: tuple[str, ...], compiled: bool) -> Contexts:
 
     def policy(_: object, operation: object, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = torch.fx.traceback.current_meta.get("custom", {}).get(_KEY, "")
+        if compiled and recomputed == ACTIVATIONS:
+            return CheckpointPolicy.PREFER_RECOMPUTE
         if compiled:
             again = name.removesuffix(_ON_THE_WAY) in recomputed
             return CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.PREFER_SAVE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable
 from importlib import import_module
@@ -559,6 +560,22 @@ def test_newton_schulz_by_other_tiles(tiles: str, kernel_device: torch.device, m
         assert (one.float() - other.float()).norm() <= tolerance * one.float().norm()
 
 
+def test_buffers_of_newton_schulz_are_freed_at_once(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the garbage collector, which may be minutes late: the buffers of dozens of groups waited for it."""
+    triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz", reason="Triton is not installed")
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    gc.collect()
+    gc.disable()
+    try:
+        for segments in (None, (1, 1)):
+            kernels.orthogonalize([normal(24, 40).to(kernel_device)], [(3.4445, -4.7750, 2.0315)] * 2, segments)
+        assert not [x for x in gc.get_objects() if type(x) is triton._Group]
+    finally:
+        gc.enable()
+
+
 @each("segments", [(), (1, 2)])
 def test_newton_schulz_of_zeros(segments: tuple[int, ...], kernel_device: torch.device) -> None:
     """A weight without a gradient has a momentum of zeros, and so has its direction."""
@@ -590,12 +607,13 @@ def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_dev
         return kernels.normalize_rows(parts, flag), moved
 
     (expected, moved), (found, moved_too) = both(run)
+    # The reference rounds the directions once more on the way.
+    exactness = 1e-5 if dtype == torch.float32 else 5e-3
     for before, one, other in zip(seconds, moved, moved_too, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5) and torch.equal(other, before) == (skip is True)
+        assert torch.allclose(one, other, rtol=exactness) and torch.equal(other, before) == (skip is True)
     for one, other in zip(expected, found, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype == dtype
-        tolerance = 1e-5 if dtype == torch.float32 else 0.01
-        assert skip or (one.float() - other.float()).norm() <= tolerance * one.float().norm()
+        assert skip or (one.float() - other.float()).norm() <= 2 * exactness * one.float().norm()
 
 
 def test_rows_of_zeros_are_normalized(kernel_device: torch.device) -> None:

@@ -25,7 +25,7 @@ from peft_pretraining.models.network import CausalLM, LayerRunner
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
 from peft_pretraining.models.selective_checkpoint import Contexts, contexts, makes
-from qgalore.layer.linear import grouped_linear
+from qgalore.layer.linear import LowRankLinear, grouped_linear
 from qgalore.torch_internals import internal, set_for_process
 
 
@@ -157,10 +157,18 @@ class LlamaDecoderLayer(nn.Module):
             return self._run(x, cos, sin)
         # There is no dropout, so the random state need not be kept for the second forward.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.recomputed != ACTIVATIONS:
-            options["context_fn"] = self._compiled_contexts if torch.compiler.is_compiling() else self._contexts
+        compiling = torch.compiler.is_compiling()
+        # What a custom autograd.Function does, as products of codes are, PyTorch computes again only where a policy
+        # says so (2.11; 2.13 has one of its own for all that is computed again).
+        if self.recomputed != ACTIVATIONS or (compiling and self._multiplies_codes):
+            options["context_fn"] = self._compiled_contexts if compiling else self._contexts
         out: Tensor = checkpoint(self._run, x, cos, sin, **options)
         return out
+
+    @property
+    def _multiplies_codes(self) -> bool:
+        layer = self.mlp.down_proj
+        return isinstance(layer, LowRankLinear) and layer.format.fp8_products
 
     def recompute(self, names: Collection[str]) -> None:
         """From now on compute the activations of these names again in the backward pass."""
