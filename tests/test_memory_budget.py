@@ -20,6 +20,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.budget import (
     AS_FAST,
+    IN_PARTS,
     OF_COMPILER,
     UNPLANNED_SHARE,
     WORTH_A_RANK,
@@ -172,11 +173,17 @@ UNASKED = "--optimizer q_galore_adamw8bit_per_layer --batch_size 1 --total_batch
 
 
 def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path) -> None:
-    """Where it does not fit; a flag or the checkpoint of a run that goes on keeps it."""
+    """Where it does not fit, nor with a momentum in parts; a flag or the checkpoint of a run that goes on keeps it."""
     found, card = Candidates([*argv("1b", UNASKED), "--memory_budget", "1GB"]), CARDS["h100"]
+    assert found.in_parts is not None
     least = found.own_smallest.needs
-    full, below = found.choose(least, card), found.choose(least - 1, card)
+    full, in_parts = found.choose(least, card), found.choose(least - 1, card)
     assert full is not None and "--recipe" not in full.flags and full.args.subspace.rank == "full"
+    assert in_parts is not None and in_parts.flags[:4] == IN_PARTS and in_parts.args.subspace.rank == "full"
+    assert parse_args([*argv("1b", UNASKED), *in_parts.flags]).subspace.momentum_rest_bits == 4
+    least = found.in_parts.own_smallest.needs
+    assert in_parts.needs < found.own_smallest.needs
+    below = found.choose(least - 1, card)
     assert below is not None and below.flags[:2] == ("--recipe", "orthogonal") and below.needs < least
     args = parse_args([*argv("1b", UNASKED), *below.flags])
     assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_ranks
@@ -190,13 +197,13 @@ def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path
     for recipe, falls_back in (("full_rank", False), ("orthogonal", True)):
         (tmp_path / "state.json").write_text(json.dumps({"recipe": recipe}))
         goes_on = Candidates([*argv("1b", f"{UNASKED} --continue_from {tmp_path}"), "--memory_budget", "1GB"])
-        assert goes_on.in_subspace is None
+        assert goes_on.in_subspace is goes_on.in_parts is None
         again = goes_on.choose(least - 1, card)
         assert (again is not None and again.needs == below.needs) == falls_back
 
 
 def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
-    """Replicas, shards; the same of the recipe orthogonal; and only then smaller ranks."""
+    """Replicas, shards; the same with a momentum in parts, of the recipe orthogonal; and only then smaller ranks."""
     by_micro_batch = "--accumulate_by micro_batch"
     card = CARDS["h100"]
     flags = argv("1b", f"{UNASKED.replace('total_batch_size 8', 'total_batch_size 16')} {by_micro_batch}")
@@ -208,7 +215,8 @@ def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture
         name: min(each.needs for step in found.steps for each in step)
         for name, found in (("replicas", replicas.in_subspace), ("sharded", sharded.in_subspace))
     }
-    own = min(each.needs for step in sharded.steps for each in step)
+    assert sharded.in_parts is not None
+    own = min(each.needs for step in (*sharded.steps, *sharded.in_parts.steps) for each in step)
     budget = min(least["replicas"], own) - 10**6
     assert least["sharded"] < budget
     args = parse_within_budget([*flags, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
@@ -228,6 +236,10 @@ def test_without_a_budget_the_card_decides_on_the_full_rank() -> None:
     unrounded = [each for each in candidates_.steps[0] if "--int8_activations" not in each.flags]
     least = min(each.needs for each in unrounded)
     assert within_card(flags, 1, "run_pretrain.py", least, CARDS["h100"]).subspace.rank == "full"
+    args = within_card(flags, 1, "run_pretrain.py", least - 1, CARDS["h100"])
+    assert args.subspace.rank == "full" and "--momentum_rank 1/16" in args.notes[-1]
+    assert candidates_.in_parts is not None
+    least = min(each.needs for each in candidates_.in_parts.steps[0] if "--int8_activations" not in each.flags)
     args = within_card(flags, 1, "run_pretrain.py", least - 1, CARDS["h100"])
     assert args.subspace.rank == 896 and "--recipe orthogonal" in args.notes[-1]
 

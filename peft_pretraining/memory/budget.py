@@ -8,7 +8,9 @@ What is chosen are flags: the same command with them is the same run. Settings a
    host memory for the hidden states of all micro-batches;
 4. a smaller rank as well, which is another training, where nothing else fits: of seven eighths, six eighths and so on
    the largest that fits, but for one at which micro-batches become so small that a smaller rank is twice as fast;
-5. where the full rank is a default, which no flag asks for, and does not fit: all of this with `--recipe orthogonal`.
+5. where the full rank is a default, which no flag asks for, and does not fit: the first three with a momentum in parts,
+   `--momentum_rank 1/16 --momentum_rest_bits 4`, whose perplexity is 1 % higher, then all with `--recipe orthogonal`,
+   whose is 15 % higher (`docs/quality.md`).
 
 On several ranks the first three steps are made for replicas, then for optimizer states that are dealt to them and for
 weights that are, too (`--shard`), before a rank is made smaller. Where nothing of all this fits, all of it is made for
@@ -66,6 +68,7 @@ again up to 53 MB more, while the compiler times its kernels (`docs/performance.
 Setting = tuple[tuple[str, ...], dict[str, Any]]
 """Flags, and the fields of a group of arguments that they set."""
 BY_LAYER = ("--accumulate_by", "layer")
+IN_PARTS = ("--momentum_rank", "1/16", "--momentum_rest_bits", "4")
 IN_SUBSPACE = ("--recipe", "orthogonal")
 MOST_COUNTS = 20
 """Numbers of recomputed layers that are tried, so that a large model is planned as fast as a small one."""
@@ -124,9 +127,11 @@ class Ranks(IntEnum):
     """That of the command line, or its recipe's."""
     OWN_BY_LAYER = 1
     """The same with sums of one layer at a time."""
-    OF_SUBSPACE = 2
-    """Where a full rank is a default: that of `IN_SUBSPACE`."""
-    SMALLER = 3
+    IN_PARTS = 2
+    """Where a full rank is a default: the same with `IN_PARTS`, by layer if need be."""
+    OF_SUBSPACE = 3
+    """There that of `IN_SUBSPACE`."""
+    SMALLER = 4
 
 
 class Candidates:
@@ -196,13 +201,12 @@ class Candidates:
                 chosen = self._fastest_step(self.chains, WORTH_ROUNDING, budget, card)
             elif rank == Ranks.OWN_BY_LAYER:
                 chosen = self._fastest_step(self.chains_by_layer, WORTH_ROUNDING, budget, card)
-            elif self.in_subspace is None:
-                smaller = self.lower_chains if rank == Ranks.SMALLER else []
-                chosen = self._fastest_step(smaller, WORTH_A_RANK, budget, card)
+            elif rank == Ranks.SMALLER and self.in_subspace is None:
+                chosen = self._fastest_step(self.lower_chains, WORTH_A_RANK, budget, card)
             else:
-                own = rank == Ranks.OF_SUBSPACE
-                same = (Ranks.OWN, Ranks.OWN_BY_LAYER) if own else (Ranks.SMALLER,)
-                chosen = self.in_subspace.choose(budget, card, same)
+                other = self.in_parts if rank == Ranks.IN_PARTS else self.in_subspace
+                same = (Ranks.SMALLER,) if rank == Ranks.SMALLER else (Ranks.OWN, Ranks.OWN_BY_LAYER)
+                chosen = None if other is None else other.choose(budget, card, same)
             if chosen is not None:
                 return chosen
         return None
@@ -216,14 +220,22 @@ class Candidates:
         return next((each for each in found if each.seconds(card) <= limit), None)
 
     @cached_property
-    def in_subspace(self) -> _InSubspace | None:
+    def in_parts(self) -> Candidates | None:
+        """The same command line with a momentum in parts; None where how it is kept is chosen, as its rank may be."""
+        return None if "momentum_rank" in self._given else self._in_place_of_full_rank(IN_PARTS)
+
+    @cached_property
+    def in_subspace(self) -> Candidates | None:
         """The same command line with a subspace; None where its rank or recipe is chosen, by a flag or a checkpoint."""
+        return self._in_place_of_full_rank(IN_SUBSPACE)
+
+    def _in_place_of_full_rank(self, flags: tuple[str, ...]) -> Candidates | None:
         first = self._sizes[-1][1]
         chosen = "recipe" in self._given or first.optimizer.recipe != "full_rank" or "rank" in self._given
         if chosen or not first.optimizer.is_low_rank or _goes_on_with_recipe(first):
             return None
         try:
-            return _InSubspace([*self._argv, *IN_SUBSPACE], self._world_size)
+            return _WithFlags(self._argv, flags, self._world_size)
         except UserError:  # of other flags, such as those of a full momentum
             return None
 
@@ -236,7 +248,7 @@ class Candidates:
     @property
     def smallest(self) -> Candidate:
         """The candidate of the least memory."""
-        found = [self.own_smallest, *([self.in_subspace.smallest] if self.in_subspace else [])]
+        found = [self.own_smallest, *(other.smallest for other in (self.in_parts, self.in_subspace) if other)]
         return min(found, key=lambda each: each.needs)
 
     # ---- what is open
@@ -377,10 +389,12 @@ class Candidates:
         return found
 
 
-class _InSubspace(Candidates):
-    """The settings of a command line that `IN_SUBSPACE` ends, which are flags of each."""
+class _WithFlags(Candidates):
+    """The settings of a command line that some flags end, which are flags of each."""
 
-    recipe_flags = IN_SUBSPACE
+    def __init__(self, argv: Sequence[str], flags: tuple[str, ...], world_size: int) -> None:
+        self.recipe_flags = flags
+        super().__init__([*argv, *flags], world_size)
 
 
 def _goes_on_with_recipe(args: RunArgs) -> bool:
@@ -497,8 +511,8 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
 
     Where its plan is beyond that, the first layers are computed again, as few as that needs; and where no --batch_size
     is given, but a --total_batch_size, the fastest micro-batch is chosen; where the full rank is a default and does not
-    fit so, the same with `IN_SUBSPACE`. Nothing is rounded for it, and a run that fits, or that cannot be made to, is
-    left as it is, which a warning then tells. Raises UserError.
+    fit so, the same with `IN_PARTS`, then with `IN_SUBSPACE`. Nothing else is rounded for it, and a run that fits, or
+    that cannot be made to, is left as it is, which a warning then tells. Raises UserError.
     """
     has_batch = _is_given(argv, "batch_size")
     if not has_batch and not _is_given(argv, "total_batch_size"):
@@ -512,8 +526,9 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
         return parse_args(argv, world_size, program)  # which asks for a --batch_size: memory is not planned
     candidates = Candidates(argv, world_size)
     chosen = _fastest_unrounded(candidates, budget, card)
-    if chosen is None and candidates.in_subspace is not None:
-        chosen = _fastest_unrounded(candidates.in_subspace, budget, card)
+    for other in ("in_parts", "in_subspace"):
+        if chosen is None and (candidates_with := getattr(candidates, other)) is not None:
+            chosen = _fastest_unrounded(candidates_with, budget, card)
     if chosen is None and has_batch:
         return args
     if chosen is None:
