@@ -231,6 +231,4 @@ def float8_word(a, b, c, d):
         low = float8_bits(a).to(tl.int32) | (float8_bits(b).to(tl.int32) << 8)
         return low | (float8_bits(c).to(tl.int32) << 16) | (float8_bits(d).to(tl.int32) << 24)
     else:
-        return tl.inline_asm_elementwise(
-            _FLOAT8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(_FLOAT8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
