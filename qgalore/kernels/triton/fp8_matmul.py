@@ -304,13 +304,13 @@ def _fp8_turned_weight_kernel(
     for block in tl.static_range(BLOCKS):
         start = (tl.program_id(1) * BLOCKS + block) * N
         rounded = ()
-        for place in tl.static_range(4):
-            row = word.to(tl.int64) * 4 + place
+        for index in tl.static_range(4):
+            row = word.to(tl.int64) * 4 + index
             value = _read_weight(
                 qdata, scale, zero_point, row, row < rows, columns, q_stride, q_width, groups, start, GROUP, BITS, N,
                 WHOLE,
             )  # fmt: skip
-            rounded += (value * inverse[place][:, None],)  # type: ignore[assignment]
+            rounded += (value * inverse[index][:, None],)  # type: ignore[assignment]
         column = start + tl.arange(0, N)
         at = words + column[:, None].to(tl.int64) * tl.multiple_of(stride, 4) + word[None, :]
         mask = (column < depth)[:, None] & (word < tl.multiple_of(padded_rows // 4, 4))[None, :]
