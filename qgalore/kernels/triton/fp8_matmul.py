@@ -60,7 +60,10 @@ class WeightTile(NamedTuple):
 
 
 ROWS: dict[bool, dict[int, RowsTile]] = {
-    False: {1024: RowsTile(8, 256, 4, True), 3072: RowsTile(4, 256, 4, True), 1 << 30: RowsTile(1, 2048, 8, True)},
+    False: {
+        1024: RowsTile(8, 256, 4, True), 3072: RowsTile(4, 256, 4, True), 16384: RowsTile(1, 2048, 8, True),
+        1 << 30: RowsTile(1, 2048, 8, False),
+    },
     True: {
         1024: RowsTile(4, 256, 4, True), 6144: RowsTile(1, 512, 2, True), 12288: RowsTile(1, 2048, 8, True),
         1 << 30: RowsTile(1, 2048, 8, False),
@@ -200,30 +203,36 @@ def _fp8_long_rows_kernel(
 
 
 @triton.jit
-def _read_tile(x, rows, columns, x_row, x_column, M: tl.constexpr, N: tl.constexpr):
-    """A tile (M, N) float32 of a matrix with 0 beyond it, and the numbers of its rows and columns."""
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    column = tl.program_id(1) * N + tl.arange(0, N)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    value = tl.load(x + row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0)
-    return value.to(tl.float32), row, column
+def _read_tile(x, row, column, rows, columns, stored, x_row, x_column, CUT: tl.constexpr):
+    """A tile float32 of a matrix with 0 beyond it; CUT: of the columns that are stored not all are to be read."""
+    mask = (row < rows)[:, None] & (column < stored)[None, :]
+    at = x + row.to(tl.int64)[:, None] * x_row + column[None, :] * x_column
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return tl.where((column < columns)[None, :], value, 0.0) if CUT else value
 
 
 @triton.jit
-def _column_maxima_kernel(x, largest, rows, columns, x_row, x_column, M: tl.constexpr, N: tl.constexpr):
-    value, _, column = _read_tile(x, rows, columns, x_row, x_column, M, N)
+def _column_maxima_kernel(
+    x, largest, rows, columns, stored, x_row, x_column, M: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+):
+    row, column = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
+    value = _read_tile(x, row, column, rows, columns, stored, x_row, x_column, CUT)
     bits = tl.max(_magnitude(value), axis=0)
     tl.atomic_max(largest + column, bits, mask=column < columns, sem="relaxed")  # which has no order
 
 
 @triton.jit
 def _fp8_columns_kernel(
-    x, largest, codes, scale, rows, columns, x_row, x_column, padded_columns, depth, M: tl.constexpr, N: tl.constexpr
-):
-    value, row, column = _read_tile(x, rows, columns, x_row, x_column, M, N)
+    x, largest, codes, scale, rows, columns, stored, x_row, x_column, padded_columns, depth, M: tl.constexpr,
+    N: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    # From the end on: what has been read last, for the maxima, may be in the cache.
+    row_block, column_block = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    row, column = row_block * M + tl.arange(0, M), column_block * N + tl.arange(0, N)
+    value = _read_tile(x, row, column, rows, columns, stored, x_row, x_column, CUT)
     bits = tl.load(largest + column, mask=column < padded_columns, other=0)
     inverse, own_scale = _scale_of_rows(bits.to(tl.float32, bitcast=True))
-    if tl.program_id(0) == 0:
+    if row_block == 0:
         tl.store(scale + column, own_scale, mask=column < padded_columns)
     at = codes + column[:, None].to(tl.int64) * depth + row[None, :]
     mask = (column < padded_columns)[:, None] & (row < depth)[None, :]
@@ -365,14 +374,16 @@ def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
     if not rows:  # nothing is launched
         found.scale.zero_()
     largest = torch.zeros(padded, dtype=torch.int32, device=x.device)  # magnitudes by their bits
+    stored = min(padded, x.shape[1])  # with padding that is left out again, as in `fp8_rows`
+    sizes = rows, columns, stored, *x.stride()
     block_rows, block_columns, warps = COLUMN_MAXIMA
     _column_maxima_kernel[ceil_div(depth, block_rows), ceil_div(padded, block_columns)](
-        x, largest, rows, columns, *x.stride(), M=block_rows, N=block_columns, enable_fp_fusion=False, num_warps=warps
+        x, largest, *sizes, M=block_rows, N=block_columns, CUT=stored > columns, enable_fp_fusion=False, num_warps=warps
     )
     block_rows, block_columns, warps = COLUMNS
     _fp8_columns_kernel[ceil_div(depth, block_rows), ceil_div(padded, block_columns)](
-        x, largest, found.codes.view(torch.uint8), found.scale, rows, columns, *x.stride(), padded, depth, M=block_rows,
-        N=block_columns, enable_fp_fusion=False, num_warps=warps,
+        x, largest, found.codes.view(torch.uint8), found.scale, *sizes, padded, depth, M=block_rows, N=block_columns,
+        CUT=stored > columns, enable_fp_fusion=False, num_warps=warps,
     )  # fmt: skip
     return found
 
