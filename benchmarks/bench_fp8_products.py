@@ -4,10 +4,11 @@
 
 Prints a row for each product of a micro-batch of `benchmarks/compare.py` (of the head: of a chunk of its loss):
 queries, keys and values, the attention's output, gate and up, down, head; forward, for the gradient of the input, for
-that of the weight as a whole, and projected. Weights are INT8, the head's bfloat16. Where there is no GPU, errors alone
-are found, with 256 tokens. Columns:
+that of the weight as a whole, and projected. Weights are INT8, the head's bfloat16. Activations, weights and gradients
+lie in memory as they do in training, those of a ragged width (5461 at 1B) with zeros behind. Where there is no GPU,
+errors alone are found, with 256 tokens. Columns:
 
-- bfloat16_ms: with what it takes to dequantize weights;
+- bfloat16_ms: what a layer does without the flag, with what it takes to dequantize weights;
 - fp8_ms: with what it takes to round both factors; factors_ms: that alone; codes that the loss or another product has
   made, for the head's input gradient and for projected gradients, are there already;
 - gain_ms: of them all, for one layer or one chunk: above 0, FP8 pays there;
@@ -17,6 +18,7 @@ are found, with 256 tokens. Columns:
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +33,10 @@ from benchmarks.rows import ROOT, append_row, commit
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from qgalore import kernels
+from qgalore.layer.autograd_op import Weight, WeightHandle, linear
+from qgalore.layer.layout import as_one_view, padded_width
+from qgalore.layer.quantization import QuantizedTensor, quantize
+from qgalore.subspace import fit
 
 MODELS = ("60m", "130m", "350m", "1b", "7b", "13b")
 GROUPS = {
@@ -67,25 +73,35 @@ class Group:
         self._device, self._head, self.inputs = device, head, shapes[0][1]
         self.outputs = [rows for rows, _ in shapes]
         floats = [self._normal(*shape) * 0.02 for shape in shapes]
-        self.weights: list[kernels.QuantizedMatrix | Tensor] = [self._stored(weight) for weight in floats]
-        self.x = self._normal(tokens, self.inputs).bfloat16()
-        self.grads = [self._normal(tokens, rows).bfloat16() for rows in self.outputs]
+        self.weights: list[Weight] = [
+            weight.bfloat16() if head else quantize(weight).with_aligned_rows() for weight in floats
+        ]
+        self.stored = [weight.stored() if isinstance(weight, QuantizedTensor) else weight for weight in self.weights]
+        self.x = self._activations(tokens, self.inputs)
+        # The first two of queries, keys and values are columns of one matrix, as the rotation leaves them.
+        self._adjacent = 2 if len(shapes) == 3 else 1
+        first = self._activations(tokens, sum(self.outputs[: self._adjacent]))
+        self.grads = [
+            *(first.split(self.outputs[: self._adjacent], dim=1) if self._adjacent > 1 else [first]),
+            *(self._activations(tokens, rows) for rows in self.outputs[self._adjacent :]),
+        ]
         if head:
             self.grads = [(self.x.float() @ floats[0].T).softmax(1).bfloat16()]
             self.grads[0][torch.arange(tokens), torch.arange(tokens) % self.outputs[0]] -= 1
         self.bases = [self._normal(rank, min(shape)).div(min(shape) ** 0.5).bfloat16() for shape in shapes]
 
-    def _stored(self, weight: Tensor) -> kernels.QuantizedMatrix | Tensor:
-        if self._head:
-            return weight.bfloat16()
-        return kernels.QuantizedMatrix(*kernels.quantize(weight, 8, 256), self.inputs, 8, 256)
-
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self._device, generator=self._generator)
 
-    def floats(self, dtype: torch.dtype) -> list[Tensor]:
-        """The weights in a dtype."""
-        return [w.to(dtype) if isinstance(w, Tensor) else kernels.dequantize([w], dtype)[0] for w in self.weights]
+    def _activations(self, tokens: int, width: int) -> Tensor:
+        """bfloat16, with zeros up to the padded width."""
+        return torch.nn.functional.pad(self._normal(tokens, width).bfloat16(), (0, padded_width(width) - width))
+
+    def exact(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The input, weights and gradients in float32, without padding."""
+        weights = [w.dequantize() if isinstance(w, QuantizedTensor) else w.float() for w in self.weights]
+        grads = [grad[:, :width].float() for grad, width in zip(self.grads, self.outputs, strict=True)]
+        return self.x[:, : self.inputs].float(), weights, grads
 
     def works(self) -> Iterator[Work]:
         """All its products."""
@@ -96,44 +112,55 @@ class Group:
             yield self._projected()
 
     def _forward(self) -> Work:
+        widths = list(map(padded_width, self.outputs))
+
         def factors() -> Factors:
             rows = kernels.fp8_rows([self.x], [self.inputs])
-            pairs = zip(self.weights, self.outputs, strict=True)
-            return [(rows, kernels.fp8_weight(weight), width) for weight, width in pairs]
+            return [(rows, kernels.fp8_weight(weight), w) for weight, w in zip(self.stored, widths, strict=True)]
 
+        def exact() -> list[Tensor]:
+            x, weights, _ = self.exact()
+            return [x @ weight.T for weight in weights]
+
+        pairs = list(zip(self.weights, widths, strict=True))
         return Work(
-            "forward",
-            lambda: [self.x @ weight.T for weight in self.floats(torch.bfloat16)],
-            factors,
-            _products,
-            lambda: [self.x.float() @ weight.T for weight in self.floats(torch.float32)],
+            "forward", lambda: [linear(self.x, weight, width, 0) for weight, width in pairs], factors, _products, exact
         )
 
     def _input_gradient(self) -> Work:
-        def summed(dtype: torch.dtype) -> list[Tensor]:
-            first, *rest = zip(self.grads, self.floats(dtype), strict=True)
-            total = first[0].to(dtype) @ first[1]
-            for grad, weight in rest:
-                total.addmm_(grad.to(dtype), weight)
+        width, adjacent = self.x.shape[1], self._adjacent
+
+        def in_bfloat16() -> list[Tensor]:
+            """As the backward pass: adjacent gradients at once, the others one by one, and added to it."""
+            storage, handles, total = self._storage(), [WeightHandle() for _ in self.weights], None
+            for start, stop in itertools.pairwise((0, *range(adjacent, len(self.weights) + 1))):
+                stored = [tensor for weight in self.weights[start:stop] for tensor in _tensors(weight)]
+                part = torch.ops.qgalore.grouped_linear_input_gradient(
+                    self.grads[start:stop], stored, handles[start:stop], storage, width, None
+                )
+                total = part if total is None else total + part
+            assert total is not None
             return [total]
+
+        def exact() -> list[Tensor]:
+            _, weights, grads = self.exact()
+            return [torch.stack([grad @ weight for grad, weight in zip(grads, weights, strict=True)]).sum(dim=0)]
 
         values = self.grads[0].float() * 448 if self._head else self.grads[0][:0].float()
         values = torch.nn.functional.pad(values, (0, kernels.fp8_width(values.shape[1]) - values.shape[1]))
         codes = kernels.Fp8Matrix(values.to(torch.float8_e4m3fn), values.new_full((len(values),), 1 / 448))
 
         def factors() -> Factors:
-            if isinstance(self.weights[0], Tensor):  # the head's, where the loss has written the codes of its gradient
-                return [(codes, kernels.fp8_columns(self.weights[0], self.inputs), self.inputs)]
-            turned, scales = kernels.fp8_turned_weights(self.weights)
-            return [(kernels.fp8_rows(self.grads, self.outputs, scales), turned, self.inputs)]
+            if isinstance(self.stored[0], Tensor):  # the head's, where the loss has written the codes of its gradient
+                return [(codes, kernels.fp8_columns(self.stored[0], self.inputs), width)]
+            turned, scales = kernels.fp8_turned_weights(self.stored)
+            return [(kernels.fp8_rows(self.grads, self.outputs, scales), turned, width)]
 
-        return Work(
-            "input gradient",
-            lambda: summed(torch.bfloat16),
-            factors,
-            lambda made: _products(made, exact=self._head),
-            lambda: summed(torch.float32),
-        )
+        return Work("input gradient", in_bfloat16, factors, lambda made: _products(made, exact=self._head), exact)
+
+    def _storage(self) -> list[int]:
+        """`qgalore.layer.autograd_op.Storage`, of products in bfloat16."""
+        return [self.inputs, 0 if self._head else 8, 0 if self._head else 256, 0]
 
     def _weight_gradient(self) -> Work:
         def factors() -> Factors:
@@ -141,34 +168,62 @@ class Group:
             pairs = zip(self.grads, self.outputs, strict=True)
             return [(kernels.fp8_columns(grad, width), columns, self.inputs) for grad, width in pairs]
 
+        def exact() -> list[Tensor]:
+            x, _, grads = self.exact()
+            return [grad.T @ x for grad in grads]
+
+        # Adjacent ones are one product.
+        first, heights = as_one_view(self.grads[: self._adjacent], 1), self.outputs[: self._adjacent]
+        assert first is not None
+        others = zip(self.grads[self._adjacent :], self.outputs[self._adjacent :], strict=True)
+        sides = [(first, heights), *((grad, [height]) for grad, height in others)]
         return Work(
             "weight gradient",
-            lambda: [grad.T @ self.x for grad in self.grads],
+            lambda: [
+                part
+                for grad, heights in sides
+                for part in fit.gradient(grad, self.x, (sum(heights), self.inputs)).split(heights)
+            ],
             factors,
             lambda made: [full[:width] for full, width in zip(_products(made, True), self.outputs, strict=True)],
-            lambda: [grad.T.float() @ self.x.float() for grad in self.grads],
+            exact,
         )
 
     def _projected(self) -> Work:
         """gᵀ (x Pᵀ), or (g Pᵀ)ᵀ x: what is projected comes with the codes of its rows."""
         right = [rows >= self.inputs for rows in self.outputs]
-        pairs = zip(self.grads, right, strict=True)
-        sides = [(self.x, grad) if of_input else (grad, self.x) for grad, of_input in pairs]
-        codes = [kernels.fp8_rows([short], [short.shape[1]]) for short, _ in sides]
+        x = self.x, self.inputs
+        pairs = zip(zip(self.grads, self.outputs, strict=True), right, strict=True)
+        sides = [(x, grad) if of_input else (grad, x) for grad, of_input in pairs]
+        codes = [kernels.fp8_rows([short], [width]) for (short, width), _ in sides]
 
         def turned(of_input: bool, product: Tensor) -> Tensor:
             return product if of_input else product.T
 
-        def in_dtype(dtype: torch.dtype) -> list[Tensor]:
-            parts = zip(right, sides, self.bases, strict=True)
-            return [turned(r, long.to(dtype).T @ (short.to(dtype) @ p.to(dtype).T)) for r, (short, long), p in parts]
+        stacked, ranks = torch.cat(self.bases), list(map(len, self.bases))
+
+        def in_bfloat16() -> list[Tensor]:
+            if all(right) and len(right) > 1:  # the input is read once
+                projected = (self.x[:, : self.inputs] @ stacked.T).split(ranks, dim=1)
+                triples = zip(self.grads, projected, self.outputs, strict=True)
+                return [fit.gradient(grad, short, (rows, short.shape[1])) for grad, short, rows in triples]
+            parts = zip(self.grads, self.outputs, right, self.bases, strict=True)
+            return [
+                fit.project_factors(grad, self.x, (rows, self.inputs), None if r else basis, basis if r else None)
+                for grad, rows, r, basis in parts
+            ]
+
+        def exact() -> list[Tensor]:
+            x, _, grads = self.exact()
+            parts = zip(grads, right, self.bases, strict=True)
+            return [grad.T @ (x @ p.float().T) if r else (grad @ p.float().T).T @ x for grad, r, p in parts]
 
         def multiply(made: Factors) -> list[Tensor]:
             found = []
-            for of_input, (rows, basis, rank), (_, long) in zip(right, made, sides, strict=True):
+            for of_input, (rows, basis, rank), (_, (long, width)) in zip(right, made, sides, strict=True):
                 projected = kernels.fp8_product(rows, basis, rank, torch.bfloat16)
-                pair = kernels.fp8_columns(long, long.shape[1]), kernels.fp8_columns(projected, rank)
-                full = kernels.fp8_product(*pair, rank, torch.bfloat16, exact=True)[: long.shape[1]]
+                pair = kernels.fp8_columns(long, width), kernels.fp8_columns(projected, rank)
+                full = kernels.fp8_product(*pair, rank, torch.bfloat16, exact=True)[:width]
                 found.append(turned(of_input, full))
             return found
 
@@ -176,9 +231,12 @@ class Group:
             made = zip(codes, self.bases, strict=True)
             return [(rows, kernels.fp8_weight(basis), len(basis)) for rows, basis in made]
 
-        return Work(
-            "projected gradient", lambda: in_dtype(torch.bfloat16), factors, multiply, lambda: in_dtype(torch.float32)
-        )
+        return Work("projected gradient", in_bfloat16, factors, multiply, exact)
+
+
+def _tensors(weight: Weight) -> list[Tensor]:
+    """As the operators take a weight."""
+    return [weight.qdata, weight.scale, weight.zero_point] if isinstance(weight, QuantizedTensor) else [weight]
 
 
 def _products(factors: Factors, exact: bool = False) -> list[Tensor]:
@@ -195,8 +253,8 @@ def groups(config: ModelConfig, tokens: int, rank: int, device: str) -> Iterator
 
 
 def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The norm of the difference over the norm of what is exact, of all at once."""
-    pairs = list(zip(found, exact, strict=True))
+    """The norm of the difference over the norm of what is exact, of all at once; padding is not looked at."""
+    pairs = [(a[:, : b.shape[1]], b) for a, b in zip(found, exact, strict=True)]
     difference = sum(float((a.float() - b).square().sum(dtype=torch.float64)) for a, b in pairs)
     return (difference / sum(float(b.square().sum(dtype=torch.float64)) for b in exact)) ** 0.5
 

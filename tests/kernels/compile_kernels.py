@@ -102,7 +102,7 @@ def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> N
 
 def launch_fp8(half: torch.dtype) -> None:
     """The factors of products in FP8 with 7B's weights and its head, and with a ragged weight of 1B."""
-    for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2, (32000,)):
+    for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2, (32000,), (50257,)):
         for factors in (None, [torch.ones(each) for each in columns]):
             kernels.fp8_rows([torch.zeros(16, each, dtype=half) for each in columns], columns, factors)
     kernels.fp8_columns(torch.zeros(256, 11008, dtype=half), 11008)

@@ -10,14 +10,18 @@ each, or none; the codes of a weight as in
 that of the sum, padded with zeros to a multiple of 16, as cuBLASLt wants it; s float32 a row. Both factors of a product
 are contiguous along the sum: Hopper's tensor cores take FP8 in no other order.
 
-One program rounds one tile of whole rows of activations, a long row in blocks, or a tile of a weight, whose rows'
-scales it finds by itself: a group has 256 values and two numbers. All values are float32 inside.
+One program rounds some whole rows of activations, piece by piece, or a tile of a weight, whose rows' scales it finds by
+itself: a group has 256 values and two numbers. All values are float32 inside. A program's instructions, and not its
+bytes, were what these kernels waited for (docs/log/2026-11.md): so none is spent on lanes beyond a row that is no power
+of two long, scales of a weight's rows serve several blocks of columns, and codes change places as words of four.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +31,55 @@ from torch import Tensor
 
 from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, ceil_div, fp8_width, next_power_of_2
 from qgalore.kernels.reference import fp8_matmul
-from qgalore.kernels.triton.group_quantization import block_of_group, warps_of_block
-from qgalore.kernels.triton.tiles import float8_bits, load_codes
+from qgalore.kernels.triton.tiles import float8_bits, float8_word, load_codes
 
 __all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
-_LONGEST_ROW, _LONGEST_JOINED, _MOST_PARTS = 16384, 32768, 3
+
+class RowsTile(NamedTuple):
+    """How `_fp8_rows_kernel` reads rows of one to three parts."""
+
+    rows: int
+    """Of a program."""
+    columns: int
+    """That are read by one instruction for each thread, or several; 256 to a warp let it have its rows for itself."""
+    warps: int
+    keeps: bool
+    """Whether values wait in registers for the largest magnitude; else they are read again, from a cache."""
+
+
+class WeightTile(NamedTuple):
+    """What a program that rounds a weight does."""
+
+    rows: int
+    columns: int
+    """At most: a divisor of them that divides a group, of which more rows are taken then."""
+    blocks: int
+    """Of so many columns, one after the other: the scales of rows are found once for all."""
+    warps: int
+
+
+ROWS: dict[bool, dict[int, RowsTile]] = {
+    False: {
+        1024: RowsTile(8, 256, 4, True), 3072: RowsTile(4, 256, 4, True), 16384: RowsTile(1, 2048, 8, True),
+        1 << 30: RowsTile(1, 2048, 8, False),
+    },
+    True: {
+        1024: RowsTile(4, 256, 4, True), 6144: RowsTile(1, 512, 2, True), 12288: RowsTile(1, 2048, 8, True),
+        1 << 30: RowsTile(1, 2048, 8, False),
+    },
+}  # fmt: skip
+"""Tiles by whether columns have factors, and by how many a row has at most."""
+WEIGHT = WeightTile(16, 256, 4, 8)
+TURNED_WEIGHT = WeightTile(64, 256, 2, 8)
+COLUMN_MAXIMA = 512, 64, 8
+"""Rows, columns and warps of a program that finds the largest magnitudes of columns."""
+COLUMNS = 128, 64, 8
+"""Of one that rounds them, and turns what it has read."""
+
+_LONGEST, _MOST_PARTS = 32768, 3
+_LEAST_BLOCK = 64  # columns of a weight; a group that fewer divide has its scale read with every value
 _BLOCK = 8192  # columns of a longer row, such as one of logits, that a program reads at a time
-_TILE_TURNED = 128, 64  # rows and columns of activations that a program rounds by columns
-_TILE = 64, 128  # rows and columns of a weight that a program rounds
 
 
 @triton.jit
@@ -50,6 +94,85 @@ def _scale_of_rows(largest):
 
 
 @triton.jit
+def _magnitude(value):
+    """The bits of magnitudes: they are in their order, those of NaN above all."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _load(at, mask, WHOLE: tl.constexpr):
+    """float32 of what is stored, 0 where it is not; WHOLE: all is."""
+    if WHOLE:
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _read_piece(
+    x, factor, row, inside, columns, stored, x_row, x_column, PART: tl.constexpr, START: tl.constexpr,
+    MASKED: tl.constexpr, CUT: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, HAS_FACTOR: tl.constexpr,
+):  # fmt: skip
+    """N columns float32 of a part of some rows, times their factors, with 0 beyond the columns.
+
+    MASKED: not all of them are stored; CUT: nor are all that are stored to be read; EVEN: all rows are there.
+    """
+    column = START + tl.arange(0, N)[None, :]
+    mask = inside & (column < stored[PART])
+    WHOLE: tl.constexpr = EVEN and not MASKED
+    value = _load(x[PART] + row[:, None] * x_row[PART] + column * x_column[PART], mask, WHOLE)
+    if HAS_FACTOR:
+        value = value * _load(factor[PART] + row[:, None] * 0 + column, mask, WHOLE)  # in the same threads as x
+    return tl.where(column < columns[PART], value, 0.0) if CUT else value
+
+
+@triton.jit
+def _write_piece(
+    codes, value, row, inside, starts, ends, depth, PART: tl.constexpr, START: tl.constexpr, MASKED: tl.constexpr,
+    N: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    column = starts[PART] + START + tl.arange(0, N)[None, :]
+    at = codes + row[:, None] * depth + column
+    if EVEN and not MASKED:
+        tl.store(at, float8_bits(value))
+    else:
+        tl.store(at, float8_bits(value), mask=inside & (column < ends[PART]))
+
+
+@triton.jit
+def _fp8_rows_kernel(
+    x, factor, codes, row_scale, rows, columns, stored, x_row, x_column, starts, ends, depth, PIECES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, HAS_FACTOR: tl.constexpr, KEEPS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    inside = (row < rows)[:, None]
+    bits = tl.zeros((M, N), tl.int32)
+    kept = ()
+    for piece in tl.static_range(len(PIECES)):
+        value = _read_piece(
+            x, factor, row, inside, columns, stored, x_row, x_column, PIECES[piece][0], PIECES[piece][1],
+            PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR,
+        )  # fmt: skip
+        bits = tl.maximum(bits, _magnitude(value))
+        if KEEPS:
+            kept += (value,)  # type: ignore[assignment]
+    inverse, scale = _scale_of_rows(tl.max(bits, axis=1).to(tl.float32, bitcast=True))
+    tl.store(row_scale + row, scale, mask=row < rows)
+    for piece in tl.static_range(len(PIECES)):
+        if KEEPS:
+            value = kept[piece]
+        else:  # they come from a cache
+            value = _read_piece(
+                x, factor, row, inside, columns, stored, x_row, x_column, PIECES[piece][0], PIECES[piece][1],
+                PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR,
+            )  # fmt: skip
+        _write_piece(
+            codes, value * inverse[:, None], row, inside, starts, ends, depth, PIECES[piece][0], PIECES[piece][1],
+            PIECES[piece][2], N, EVEN,
+        )  # fmt: skip
+
+
+@triton.jit
 def _read(x, factor, row, column, inside, columns, x_row, x_column, HAS_FACTOR: tl.constexpr):
     """Values float32 of some rows, times their factors, with 0 beyond the columns."""
     value = tl.load(x + row[:, None] * x_row + column * x_column, mask=inside & (column < columns), other=0.0)
@@ -57,41 +180,6 @@ def _read(x, factor, row, column, inside, columns, x_row, x_column, HAS_FACTOR: 
     if HAS_FACTOR:
         value = value * tl.load(factor + column, mask=column < columns, other=0.0)
     return value
-
-
-@triton.jit
-def _magnitudes(value):
-    """The bits of the largest magnitude of each row: they are in the order of magnitudes, those of NaN above all."""
-    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-
-
-@triton.jit
-def _fp8_rows_kernel(
-    x, factor, codes, row_scale, rows, columns, x_row, x_column, starts, ends, depth, PARTS: tl.constexpr,
-    G: tl.constexpr, M: tl.constexpr, HAS_FACTOR: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    column = tl.arange(0, G)[None, :]
-    inside = (row < rows)[:, None]
-    first = _read(x[0], factor[0], row, column, inside, columns[0], x_row[0], x_column[0], HAS_FACTOR)
-    largest = _magnitudes(first)
-    second, third = first, first
-    if PARTS > 1:
-        second = _read(x[1], factor[1], row, column, inside, columns[1], x_row[1], x_column[1], HAS_FACTOR)
-        largest = tl.maximum(largest, _magnitudes(second))
-    if PARTS > 2:
-        third = _read(x[2], factor[2], row, column, inside, columns[2], x_row[2], x_column[2], HAS_FACTOR)
-        largest = tl.maximum(largest, _magnitudes(third))
-    inverse, scale = _scale_of_rows(largest.to(tl.float32, bitcast=True))
-    at = codes + row[:, None] * depth + column
-    tl.store(at, float8_bits(first * inverse[:, None]), mask=inside & (column < ends[0]))
-    if PARTS > 1:
-        mask = inside & (column < ends[1] - starts[1])
-        tl.store(at + starts[1], float8_bits(second * inverse[:, None]), mask=mask)
-    if PARTS > 2:
-        mask = inside & (column < ends[2] - starts[2])
-        tl.store(at + starts[2], float8_bits(third * inverse[:, None]), mask=mask)
-    tl.store(row_scale + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -104,7 +192,7 @@ def _fp8_long_rows_kernel(
     bits = tl.zeros((1, BLOCK), tl.int32)
     for start in range(0, columns, BLOCK):
         value = _read(x, factor, row, start + lane, inside, columns, x_row, x_column, HAS_FACTOR)
-        bits = tl.maximum(bits, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        bits = tl.maximum(bits, _magnitude(value))
     inverse, scale = _scale_of_rows(tl.max(bits, axis=1).to(tl.float32, bitcast=True))
     tl.store(row_scale + row, scale)
     # The row has just been read: it comes from a cache.
@@ -115,30 +203,36 @@ def _fp8_long_rows_kernel(
 
 
 @triton.jit
-def _read_tile(x, rows, columns, x_row, x_column, M: tl.constexpr, N: tl.constexpr):
-    """A tile (M, N) float32 of a matrix with 0 beyond it, and the numbers of its rows and columns."""
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    column = tl.program_id(1) * N + tl.arange(0, N)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    value = tl.load(x + row[:, None] * x_row + column[None, :] * x_column, mask=mask, other=0.0)
-    return value.to(tl.float32), row, column
+def _read_tile(x, row, column, rows, columns, stored, x_row, x_column, CUT: tl.constexpr):
+    """A tile float32 of a matrix with 0 beyond it; CUT: of the columns that are stored not all are to be read."""
+    mask = (row < rows)[:, None] & (column < stored)[None, :]
+    at = x + row.to(tl.int64)[:, None] * x_row + column[None, :] * x_column
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return tl.where((column < columns)[None, :], value, 0.0) if CUT else value
 
 
 @triton.jit
-def _column_maxima_kernel(x, largest, rows, columns, x_row, x_column, M: tl.constexpr, N: tl.constexpr):
-    value, _, column = _read_tile(x, rows, columns, x_row, x_column, M, N)
-    bits = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+def _column_maxima_kernel(
+    x, largest, rows, columns, stored, x_row, x_column, M: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+):
+    row, column = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N)
+    value = _read_tile(x, row, column, rows, columns, stored, x_row, x_column, CUT)
+    bits = tl.max(_magnitude(value), axis=0)
     tl.atomic_max(largest + column, bits, mask=column < columns, sem="relaxed")  # which has no order
 
 
 @triton.jit
 def _fp8_columns_kernel(
-    x, largest, codes, scale, rows, columns, x_row, x_column, padded_columns, depth, M: tl.constexpr, N: tl.constexpr
-):
-    value, row, column = _read_tile(x, rows, columns, x_row, x_column, M, N)
+    x, largest, codes, scale, rows, columns, stored, x_row, x_column, padded_columns, depth, M: tl.constexpr,
+    N: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    # From the end on: what has been read last, for the maxima, may be in the cache.
+    row_block, column_block = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    row, column = row_block * M + tl.arange(0, M), column_block * N + tl.arange(0, N)
+    value = _read_tile(x, row, column, rows, columns, stored, x_row, x_column, CUT)
     bits = tl.load(largest + column, mask=column < padded_columns, other=0)
     inverse, own_scale = _scale_of_rows(bits.to(tl.float32, bitcast=True))
-    if tl.program_id(0) == 0:
+    if row_block == 0:
         tl.store(scale + column, own_scale, mask=column < padded_columns)
     at = codes + column[:, None].to(tl.int64) * depth + row[None, :]
     mask = (column < padded_columns)[:, None] & (row < depth)[None, :]
@@ -146,53 +240,102 @@ def _fp8_columns_kernel(
 
 
 @triton.jit
-def _fp8_weight_kernel(
-    qdata, scale, zero_point, codes, row_scale, ones, rows, columns, q_stride, q_width, groups, padded_rows, depth,
-    stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
-    TURNS: tl.constexpr,
-):  # fmt: skip
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    inside = row < rows
-    # A bound of the largest magnitude of each row: that of the first and the last value of each of its groups.
+def _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """`_scale_of_rows` of a bound of the largest magnitude of each row: of the first and last value of its groups."""
     group = tl.arange(0, GROUPS)[None, :]
     at, mask = row[:, None] * groups + group, inside[:, None] & (group < groups)
     first = tl.load(zero_point + at, mask=mask, other=0.0).to(tl.float32)
     last = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32) * ((1 << BITS) - 1.0) + first
-    bits = tl.maximum(first.to(tl.int32, bitcast=True) & 0x7FFFFFFF, last.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    inverse, own_scale = _scale_of_rows(tl.max(bits, axis=1).to(tl.float32, bitcast=True))
-    if tl.program_id(1) == 0:
-        tl.store(row_scale + row, tl.where(inside, own_scale, 0.0), mask=row < padded_rows)
-    start = tl.program_id(1) * N
+    bits = tl.max(tl.maximum(_magnitude(first), _magnitude(last)), axis=1)
+    return _scale_of_rows(bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _read_weight(
+    qdata, scale, zero_point, row, inside, columns, q_stride, q_width, groups, start, GROUP: tl.constexpr,
+    BITS: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """N columns float32, from `start` on, of some rows of a weight, with 0 beyond it.
+
+    WHOLE: so many divide its columns. Where they divide a group, a row has one scale.
+    """
+    row, inside = row[:, None], inside[:, None]
     column = start + tl.arange(0, N)[None, :]
-    code = load_codes(qdata, row[:, None], q_stride, q_width, inside[:, None], start, N, N, BITS).to(tl.float32)
-    mask = inside[:, None] & (column < columns)
+    code = load_codes(qdata, row, q_stride, q_width, inside, start, N, N, BITS).to(tl.float32)
+    mask = inside & (start < columns if WHOLE else column < columns)
     if GROUP % N == 0:
-        at, mask_of_group = (
-            row[:, None] * groups + start // GROUP,
-            inside[:, None] & (row[:, None] * 0 + start < columns),
-        )
+        at, mask_of_group = row * groups + start // GROUP, inside & (start < columns)
     else:
-        at, mask_of_group = row[:, None] * groups + column // GROUP, mask
+        at, mask_of_group = row * groups + column // GROUP, mask
     step = tl.load(scale + at, mask=mask_of_group, other=0.0).to(tl.float32)
     offset = tl.load(zero_point + at, mask=mask_of_group, other=0.0).to(tl.float32)
-    value = tl.where(mask, tl.fma(code, step, offset), 0.0) * inverse[:, None]  # the product within is exact
-    rounded = float8_bits(value)
-    if TURNS:
-        turned = start + tl.arange(0, N)
-        at = codes + turned[:, None].to(tl.int64) * stride + row[None, :]
-        tl.store(at, tl.trans(rounded), mask=(turned < depth)[:, None] & (row < padded_rows)[None, :])
+    value = tl.fma(code, step, offset)  # the product within is exact
+    return value if WHOLE else tl.where(mask, value, 0.0)
+
+
+@triton.jit
+def _fp8_weight_kernel(
+    qdata, scale, zero_point, codes, row_scale, rows, columns, q_stride, q_width, groups, padded_rows, depth,
+    GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    inside = row < rows
+    inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS, GROUPS)
+    if tl.program_id(1) == 0:
+        tl.store(row_scale + row, own_scale, mask=row < padded_rows)
+    for block in tl.static_range(BLOCKS):
+        start = (tl.program_id(1) * BLOCKS + block) * N
+        value = _read_weight(
+            qdata, scale, zero_point, row, inside, columns, q_stride, q_width, groups, start, GROUP, BITS, N, WHOLE
+        )
+        column = start + tl.arange(0, N)[None, :]
+        mask = (row < padded_rows)[:, None] & (column < depth)
+        tl.store(codes + row[:, None] * depth + column, float8_bits(value * inverse[:, None]), mask=mask)
+
+
+@triton.jit
+def _fp8_turned_weight_kernel(
+    qdata, scale, zero_point, words, row_scale, ones, rows, columns, q_stride, q_width, groups, padded_rows, depth,
+    stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    all_inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, row < rows, groups, BITS, GROUPS)
+    if tl.program_id(1) == 0:
+        tl.store(row_scale + row, own_scale, mask=row < padded_rows)
+    # Four codes that become adjacent are one word before they change places.
+    even, odd = tl.split(tl.reshape(all_inverse, (M // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    inverse = (first, second, third, fourth)
+    word = tl.program_id(0) * (M // 4) + tl.arange(0, M // 4)
+    for block in tl.static_range(BLOCKS):
+        start = (tl.program_id(1) * BLOCKS + block) * N
+        rounded = ()
+        for index in tl.static_range(4):
+            row = word.to(tl.int64) * 4 + index
+            value = _read_weight(
+                qdata, scale, zero_point, row, row < rows, columns, q_stride, q_width, groups, start, GROUP, BITS, N,
+                WHOLE,
+            )  # fmt: skip
+            rounded += (value * inverse[index][:, None],)  # type: ignore[assignment]
+        column = start + tl.arange(0, N)
+        at = words + column[:, None].to(tl.int64) * tl.multiple_of(stride, 4) + word[None, :]
+        mask = (column < depth)[:, None] & (word < tl.multiple_of(padded_rows // 4, 4))[None, :]
+        tl.store(at, tl.trans(float8_word(*rounded)), mask=mask)
         if tl.program_id(0) == 0:
-            tl.store(ones + turned, tl.full((N,), 1.0, tl.float32), mask=turned < depth)
-    else:
-        at = codes + row[:, None] * stride + column
-        tl.store(at, rounded, mask=(row < padded_rows)[:, None] & (column < depth))
+            tl.store(ones + column, tl.full((N,), 1.0, tl.float32), mask=column < depth)
 
 
 def can_handle(longest: int, parts: int = 1) -> bool:
     """Whether a kernel takes rows of so many columns, in so many parts; those of one part may have any length."""
-    if not 0 < parts <= _MOST_PARTS or longest <= 0:
-        return False
-    return parts == 1 or block_of_group(longest)[1] * parts <= _LONGEST_JOINED
+    return 0 < parts <= _MOST_PARTS and longest > 0 and (parts == 1 or fp8_width(longest) * parts <= _LONGEST)
+
+
+def rows_tile(depth: int, has_factors: bool) -> RowsTile:
+    """The tile for rows of so many values."""
+    return next(tile for limit, tile in ROWS[has_factors].items() if depth <= limit)
 
 
 def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
@@ -200,20 +343,26 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
     rows, ends = parts[0].shape[0], tuple(itertools.accumulate(map(fp8_width, columns)))
     starts, depth = (0, *ends[:-1]), ends[-1]
     found = _empty(rows, depth, parts[0])
-    block_rows, block_columns = block_of_group(max(map(fp8_width, columns)))
     x_row, x_column = zip(*(part.stride() for part in parts), strict=True)
     factor = tuple(parts if factors is None else factors)
-    if rows and block_columns * len(parts) > (_LONGEST_ROW if len(parts) == 1 else _LONGEST_JOINED):
+    if rows and depth > _LONGEST:
         _fp8_long_rows_kernel[(rows,)](
             parts[0], factor[0], found.codes.view(torch.uint8), found.scale, columns[0], x_row[0], x_column[0], depth,
             BLOCK=_BLOCK, HAS_FACTOR=factors is not None, enable_fp_fusion=False, num_warps=8,
         )  # fmt: skip
     elif rows:
-        _fp8_rows_kernel[(ceil_div(rows, block_rows),)](
-            tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), x_row, x_column,
-            starts, ends, depth, PARTS=len(parts), G=block_columns, M=block_rows,
-            HAS_FACTOR=factors is not None, enable_fp_fusion=False,
-            num_warps=next_power_of_2(warps_of_block(block_rows, block_columns * len(parts))),
+        tile = rows_tile(depth, factors is not None)
+        # Padding that is stored is read with what is before it, and left out then.
+        widths = zip(map(fp8_width, columns), parts, factor, strict=True)
+        stored = tuple(min(width, part.shape[1], each.shape[-1]) for width, part, each in widths)
+        pieces = tuple(
+            (part, start, start + tile.columns > stored[part], start + tile.columns > count and stored[part] > count)
+            for part, count in enumerate(columns) for start in range(0, fp8_width(count), tile.columns)
+        )  # fmt: skip
+        _fp8_rows_kernel[(ceil_div(rows, tile.rows),)](
+            tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), stored, x_row,
+            x_column, starts, ends, depth, PIECES=pieces, M=tile.rows, N=tile.columns, EVEN=rows % tile.rows == 0,
+            HAS_FACTOR=factors is not None, KEEPS=tile.keeps, enable_fp_fusion=False, num_warps=tile.warps,
         )  # fmt: skip
     return found
 
@@ -225,14 +374,16 @@ def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
     if not rows:  # nothing is launched
         found.scale.zero_()
     largest = torch.zeros(padded, dtype=torch.int32, device=x.device)  # magnitudes by their bits
-    block_rows, block_columns = _TILE_TURNED
-    grid = ceil_div(depth, block_rows), ceil_div(padded, block_columns)
-    _column_maxima_kernel[grid](
-        x, largest, rows, columns, *x.stride(), M=block_rows, N=block_columns, enable_fp_fusion=False, num_warps=8
+    stored = min(padded, x.shape[1])  # with padding that is left out again, as in `fp8_rows`
+    sizes = rows, columns, stored, *x.stride()
+    block_rows, block_columns, warps = COLUMN_MAXIMA
+    _column_maxima_kernel[ceil_div(depth, block_rows), ceil_div(padded, block_columns)](
+        x, largest, *sizes, M=block_rows, N=block_columns, CUT=stored > columns, enable_fp_fusion=False, num_warps=warps
     )
-    _fp8_columns_kernel[grid](
-        x, largest, found.codes.view(torch.uint8), found.scale, rows, columns, *x.stride(), padded, depth, M=block_rows,
-        N=block_columns, enable_fp_fusion=False, num_warps=8,
+    block_rows, block_columns, warps = COLUMNS
+    _fp8_columns_kernel[ceil_div(depth, block_rows), ceil_div(padded, block_columns)](
+        x, largest, found.codes.view(torch.uint8), found.scale, *sizes, padded, depth, M=block_rows, N=block_columns,
+        CUT=stored > columns, enable_fp_fusion=False, num_warps=warps,
     )  # fmt: skip
     return found
 
@@ -255,7 +406,7 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
     if not sum(counts):  # nothing is launched
-        found.scale.fill_(1.0)
+        return Fp8Matrix(found.codes, found.scale.fill_(1.0)), [found.scale.new_empty(0) for _ in counts]
     scales = list(torch.empty(sum(counts), dtype=torch.float32, device=found.codes.device).split(counts))
     for weight, codes, scale in zip(stored, found.codes.split(counts, dim=1), scales, strict=True):
         _round_weight(weight, codes, scale, found.scale)
@@ -265,14 +416,25 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
 def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, ones: Tensor | None) -> None:
     """Write codes and scales of rows; turned, where there are ones to write."""
     qdata, scale, zero_point, columns, bits, group_size, _ = weight
-    rows = qdata.shape[0]
-    padded_rows, depth, turned = fp8_width(rows), fp8_width(columns), ones is not None
-    block_rows, block_columns = _TILE
-    _fp8_weight_kernel[(ceil_div(padded_rows, block_rows), ceil_div(depth, block_columns))](
-        qdata, scale, zero_point, codes.view(torch.uint8), row_scale, ones, rows, columns, qdata.stride(0),
-        qdata.shape[1], scale.shape[1], padded_rows, depth, codes.stride(0), GROUP=group_size, BITS=bits, M=block_rows,
-        N=block_columns, GROUPS=next_power_of_2(scale.shape[1]), TURNS=turned, enable_fp_fusion=False, num_warps=8,
-    )  # fmt: skip
+    padded_rows, depth = fp8_width(qdata.shape[0]), fp8_width(columns)
+    rows, most_columns, blocks, warps = WEIGHT if ones is None else TURNED_WEIGHT
+    width = math.gcd(group_size, most_columns)
+    width = width if width >= _LEAST_BLOCK else most_columns
+    rows, blocks = rows * (most_columns // width), min(blocks, ceil_div(depth, width))
+    grid = ceil_div(padded_rows, rows), ceil_div(depth, width * blocks)
+    sizes = qdata.shape[0], columns, qdata.stride(0), qdata.shape[1], scale.shape[1], padded_rows, depth
+    options = {
+        "GROUP": group_size, "BITS": bits, "M": rows, "N": width, "BLOCKS": blocks,
+        "GROUPS": next_power_of_2(scale.shape[1]), "WHOLE": columns % width == 0, "enable_fp_fusion": False,
+        "num_warps": warps,
+    }  # fmt: skip
+    if ones is None:
+        _fp8_weight_kernel[grid](qdata, scale, zero_point, codes.view(torch.uint8), row_scale, *sizes, **options)
+    else:
+        words = codes.view(torch.int32)
+        _fp8_turned_weight_kernel[grid](
+            qdata, scale, zero_point, words, row_scale, ones, *sizes, words.stride(0), **options
+        )
 
 
 def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool) -> Tensor:

@@ -193,19 +193,42 @@ def to_float(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def to_float8(x):
+def _to_float8(x):
     """float32 x, within +-448, rounded to the nearest e4m3, ties to even, which the interpreter's own cast is not."""
-    if _INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
-        size = tl.abs(x)
-        small = (size + 24576.0) - 24576.0  # in whole multiples of 2^-9
-        x = tl.where(size < 0.015625, tl.where(x < 0, -small, small), tl.where(x == x, normal, x))
+    bits = x.to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+    size = tl.abs(x)
+    small = (size + 24576.0) - 24576.0  # in whole multiples of 2^-9
+    x = tl.where(size < 0.015625, tl.where(x < 0, -small, small), tl.where(x == x, normal, x))
     return x.to(tl.float8e4nv)
 
 
 @triton.jit
 def float8_bits(x):
-    """float32 x rounded to e4m3, as bytes: beyond its largest value that, and what is not a number stays so."""
-    bits = to_float8(tl.maximum(tl.minimum(x, 448.0), -448.0)).to(tl.uint8, bitcast=True)
-    return tl.where(x == x, bits, tl.full(bits.shape, 0x7F, tl.uint8))
+    """float32 x rounded to e4m3, as bytes: beyond its largest value that, and what is not a number stays so.
+
+    The instruction of a GPU does all of that.
+    """
+    if _INTERPRETED:
+        bits = _to_float8(tl.maximum(tl.minimum(x, 448.0), -448.0)).to(tl.uint8, bitcast=True)
+        return tl.where(x == x, bits, tl.full(bits.shape, 0x7F, tl.uint8))
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+_FLOAT8_WORD = tl.constexpr("""{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+}""")
+
+
+@triton.jit
+def float8_word(a, b, c, d):
+    """`float8_bits` of four tensors, a the lowest byte, as int32: what is adjacent in memory may be so in no tensor."""
+    if _INTERPRETED:
+        low = float8_bits(a).to(tl.int32) | (float8_bits(b).to(tl.int32) << 8)
+        return low | (float8_bits(c).to(tl.int32) << 16) | (float8_bits(d).to(tl.int32) << 24)
+    else:
+        return tl.inline_asm_elementwise(_FLOAT8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
