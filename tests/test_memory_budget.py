@@ -174,29 +174,30 @@ UNASKED = "--optimizer q_galore_adamw8bit_per_layer --batch_size 1 --total_batch
 
 def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path) -> None:
     """Where it does not fit, nor with a momentum in parts; a flag or the checkpoint of a run that goes on keeps it."""
-    found, card = Candidates([*argv("1b", UNASKED), "--memory_budget", "1GB"]), CARDS["h100"]
+    flags, card = f"{UNASKED} --accumulate_by micro_batch", CARDS["h100"]
+    found = Candidates([*argv("1b", flags), "--memory_budget", "1GB"])
     assert found.in_parts is not None
-    least = found.own_smallest.needs
-    full, in_parts = found.choose(least, card), found.choose(least - 1, card)
+    own = found.own_smallest.needs
+    full, in_parts = found.choose(own, card), found.choose(own - 1, card)
     assert full is not None and "--recipe" not in full.flags and full.args.subspace.rank == "full"
     assert in_parts is not None and in_parts.flags[:4] == IN_PARTS and in_parts.args.subspace.rank == "full"
-    assert parse_args([*argv("1b", UNASKED), *in_parts.flags]).subspace.momentum_rest_bits == 4
+    assert parse_args([*argv("1b", flags), *in_parts.flags]).subspace.momentum_rest_bits == 4
     least = found.in_parts.own_smallest.needs
-    assert in_parts.needs < found.own_smallest.needs
+    assert least < own
     below = found.choose(least - 1, card)
     assert below is not None and below.flags[:2] == ("--recipe", "orthogonal") and below.needs < least
-    args = parse_args([*argv("1b", UNASKED), *below.flags])
+    args = parse_args([*argv("1b", flags), *below.flags])
     assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_ranks
     assert plan(args, read_config(args.model.model_config)).peak_bytes == below.peak
     assert found.smallest.needs < below.needs, "of a smaller rank"
     assert found.choose(found.smallest.needs - 1, card) is None
     for asked in ("--recipe full_rank", "--rank full"):
-        given = Candidates([*argv("1b", f"{UNASKED} {asked}"), "--memory_budget", "1GB"])
-        assert given.choose(least, card) is not None and given.choose(least - 1, card) is None
+        given = Candidates([*argv("1b", f"{flags} {asked}"), "--memory_budget", "1GB"])
+        assert given.choose(own, card) is not None and given.choose(own - 1, card) is None
     (tmp_path / MANIFEST).touch()
     for recipe, falls_back in (("full_rank", False), ("orthogonal", True)):
         (tmp_path / "state.json").write_text(json.dumps({"recipe": recipe}))
-        goes_on = Candidates([*argv("1b", f"{UNASKED} --continue_from {tmp_path}"), "--memory_budget", "1GB"])
+        goes_on = Candidates([*argv("1b", f"{flags} --continue_from {tmp_path}"), "--memory_budget", "1GB"])
         assert goes_on.in_subspace is goes_on.in_parts is None
         again = goes_on.choose(least - 1, card)
         assert (again is not None and again.needs == below.needs) == falls_back
@@ -204,25 +205,31 @@ def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path
 
 def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture[str]) -> None:
     """Replicas, shards; the same with a momentum in parts, of the recipe orthogonal; and only then smaller ranks."""
-    by_micro_batch = "--accumulate_by micro_batch"
     card = CARDS["h100"]
-    flags = argv("1b", f"{UNASKED.replace('total_batch_size 8', 'total_batch_size 16')} {by_micro_batch}")
+    flags = argv("1b", f"{UNASKED.replace('total_batch_size 8', 'total_batch_size 16')} --accumulate_by micro_batch")
     replicas = Candidates([*flags, "--memory_budget", "1GB"], 2)
-    assert replicas.in_subspace is not None
     sharded = Candidates([*flags, "--memory_budget", "1GB", "--shard", "full"], 2)
-    assert sharded.in_subspace is not None
-    least = {
-        name: min(each.needs for step in found.steps for each in step)
-        for name, found in (("replicas", replicas.in_subspace), ("sharded", sharded.in_subspace))
-    }
-    assert sharded.in_parts is not None
-    own = min(each.needs for step in (*sharded.steps, *sharded.in_parts.steps) for each in step)
-    budget = min(least["replicas"], own) - 10**6
-    assert least["sharded"] < budget
-    args = parse_within_budget([*flags, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
-    assert args.runtime.shard == "optimizer" and plan(args, read_config(args.model.model_config)).peak_bytes <= budget
-    assert args.runtime.shard_sums == "owner", "sums of all matrices on every rank would not fit"
-    assert (args.optimizer.recipe, args.subspace.rank) == ("orthogonal", 896)
+    assert replicas.in_subspace and sharded.in_parts and sharded.in_subspace
+
+    def least(found: Candidates) -> int:
+        return min(each.needs for step in found.steps for each in step)
+
+    def within(budget: int, *more: str) -> RunArgs:
+        args = parse_within_budget([*flags, *more, "--memory_budget", f"{budget // 10**6}MB"], 2, card)
+        assert plan(args, read_config(args.model.model_config)).peak_bytes <= budget
+        return args
+
+    assert least(replicas.in_subspace) > least(sharded), "a subspace saves less here than sharing does"
+    full = within(least(sharded) + 10**6)
+    assert (full.runtime.shard, full.subspace.rank, full.subspace.momentum_rank) == ("full", "full", 0)
+    in_parts = within(least(sharded) - 10**6)
+    assert (in_parts.runtime.shard, in_parts.subspace.rank) == ("full", "full") and in_parts.subspace.momentum_rank
+    in_subspace = within(least(sharded.in_parts) - 10**6)
+    assert (in_subspace.runtime.shard, in_subspace.optimizer.recipe) == ("full", "orthogonal")
+    assert in_subspace.subspace.rank == 896
+    asked = within(least(sharded) - 10**6, "--recipe", "orthogonal")
+    assert (asked.runtime.shard, asked.subspace.rank) == ("optimizer", 896)
+    assert asked.runtime.shard_sums == "owner", "sums of all matrices on every rank would not fit"
     smallest = min(replicas.smallest.needs, sharded.smallest.needs)
     with pytest.raises(UserError, match=r"is too small: the least that works is ([\d.]+)GB, with") as raised:
         parse_within_budget([*flags, "--memory_budget", "100MB"], 2, card)

@@ -113,6 +113,12 @@ def test_all_shipped_models_are_planned_where_none_is_named() -> None:
     assert command.model_names("7B, llama_60m") == ["7b", "60m"]
 
 
+@pytest.mark.parametrize("model", list(shipped_configs()))
+def test_every_shipped_model_can_be_planned(model: str) -> None:
+    """As `qgalore plan --gpu 4090` does; 70B has matrices that are narrower than half of its hidden size."""
+    assert ShippedRun(model).candidates.chains
+
+
 def test_every_card_has_its_source(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [cells(line) for line in printed(capsys, "--cards").splitlines() if line.startswith("|")]
     assert [line[0] for line in lines[2:]] == list(CARDS)

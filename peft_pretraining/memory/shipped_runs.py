@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -93,8 +94,12 @@ class ShippedRun:
 
     @property
     def _papers_rank(self) -> int:
-        width = read_config(shipped_configs()[self.model]).hidden_size
-        return RECIPES[self.model][0] if self.model in RECIPES else _RANKS.get(self.model, int(PAPER.rank(width)))
+        """Half of the hidden size where the paper has no such run, and no more than the shortest side of a matrix."""
+        config = read_config(shipped_configs()[self.model])
+        if self.model in RECIPES:
+            return RECIPES[self.model][0]
+        shortest = min(itertools.chain(*config.matrix_shapes().values()))
+        return _RANKS.get(self.model, min(int(PAPER.rank(config.hidden_size)), shortest))
 
     def fit(self, budget: int, card: Card) -> Fit:
         """The fastest setting that fits into so many bytes on a card."""
