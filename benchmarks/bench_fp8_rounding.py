@@ -225,11 +225,13 @@ def _small_work(spec: Spec) -> Work:
     return Work(spec._replace(rows=rows), torch.device("cuda"))
 
 
-def _compile(task: tuple[Spec, str]) -> None:
-    """Put a kernel into Triton's cache on disk, in a process of its own."""
+def _compile(task: tuple[Spec, str]) -> bool:
+    """Put a kernel into Triton's cache on disk, in a process of its own; whether that could be done."""
     spec, name = task
-    with contextlib.suppress(Exception), using(settings_of(spec, sweeps=True)[name]):  # it is said where it is timed
+    with contextlib.suppress(Exception), using(settings_of(spec, sweeps=True)[name]):  # why not is said by `measure`
         _small_work(spec).run()
+        return True
+    return False
 
 
 def compile_ahead(specs: Sequence[Spec], seconds: float) -> None:
@@ -239,9 +241,9 @@ def compile_ahead(specs: Sequence[Spec], seconds: float) -> None:
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         done = pool.map_async(_compile, tasks, chunksize=4)
         done.wait(seconds)
-        finished = done.ready()
+        count = f"{sum(done.get())} of {len(tasks)}" if done.ready() else f"not all {len(tasks)}"
         pool.terminate()
-    print(f"{len(tasks)} kernels {'' if finished else 'not all '}compiled in {time.perf_counter() - start:.1f} s")
+    print(f"{count} settings compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 # ---- timing

@@ -100,29 +100,33 @@ def _magnitude(value):
 
 
 @triton.jit
-def _load(at, mask, WHOLE: tl.constexpr):
+def _load(at, mask, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
     """float32 of what is stored, 0 where it is not; WHOLE: all is."""
     if WHOLE:
-        return tl.load(at).to(tl.float32)
+        return tl.load(at, eviction_policy=EVICTION).to(tl.float32)
     else:
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
 def _read_piece(
     x, factor, row, inside, columns, stored, x_row, x_column, PART: tl.constexpr, START: tl.constexpr,
     MASKED: tl.constexpr, CUT: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """N columns float32 of a part of some rows, times their factors, with 0 beyond the columns.
 
-    MASKED: not all of them are stored; CUT: nor are all that are stored to be read; EVEN: all rows are there.
+    MASKED: not all of them are stored; CUT: nor are all that are stored to be read; EVEN: all rows are there;
+    LAST: x is not read again, but factors are, by every program.
     """
     column = START + tl.arange(0, N)[None, :]
     mask = inside & (column < stored[PART])
     WHOLE: tl.constexpr = EVEN and not MASKED
-    value = _load(x[PART] + row[:, None] * x_row[PART] + column * x_column[PART], mask, WHOLE)
+    at = x[PART] + row[:, None] * x_row[PART] + column * x_column[PART]
+    value = _load(at, mask, WHOLE, "evict_first" if LAST else "")
     if HAS_FACTOR:
-        value = value * _load(factor[PART] + row[:, None] * 0 + column, mask, WHOLE)  # in the same threads as x
+        at = factor[PART] + row[:, None] * 0 + column  # in the same threads as x
+        value = value * _load(at, mask, WHOLE, "")
     return tl.where(column < columns[PART], value, 0.0) if CUT else value
 
 
@@ -151,7 +155,7 @@ def _fp8_rows_kernel(
     for piece in tl.static_range(len(PIECES)):
         value = _read_piece(
             x, factor, row, inside, columns, stored, x_row, x_column, PIECES[piece][0], PIECES[piece][1],
-            PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR,
+            PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR, KEEPS,
         )  # fmt: skip
         bits = tl.maximum(bits, _magnitude(value))
         if KEEPS:
@@ -164,7 +168,7 @@ def _fp8_rows_kernel(
         else:  # they come from a cache
             value = _read_piece(
                 x, factor, row, inside, columns, stored, x_row, x_column, PIECES[piece][0], PIECES[piece][1],
-                PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR,
+                PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR, True,
             )  # fmt: skip
         _write_piece(
             codes, value * inverse[:, None], row, inside, starts, ends, depth, PIECES[piece][0], PIECES[piece][1],
