@@ -7,13 +7,12 @@
 Kernels are those of `qgalore/kernels/triton/fp8_matmul.py`. A model has, for a micro-batch of `benchmarks/compare.py`:
 `rows` of activations; `gradients`, rows of one to three outputs with a factor a column; `columns` of activations, which
 are read twice; `weight`, in INT8 as a layer stores it, and `turned weight`. Each row of results is one of them with one
-setting: rows, columns and warps of a tile, `kept` where values wait in registers and `again` where they are read twice;
-rows, columns, blocks and warps of a weight; both tiles of columns. `mb` are bytes read and written, `tbps` those over
-`ms`, `copy_tbps` what a copy on the device reaches, and `same` whether codes and scales, of inputs that are not all
-finite, are those of the reference. Inputs have so many copies that a cache holds few of them, and results of all calls
-are kept.
-`--sweep` compiles in processes beside, and prints at the end, for each kernel, the fastest settings: what the tables
-there should have. No shape is begun after `--seconds`.
+setting: rows, columns and warps of a tile, `kept` where values wait in registers (of which there may be a limit), or
+`again` where they are read twice; rows, columns, blocks and warps of a weight; both tiles of columns. `mb` are bytes
+read and written, `tbps` those over `ms`, `copy_tbps` what a copy on the device reaches, and `same` whether codes and
+scales, of inputs that are not all finite, are those of the reference. Inputs have so many copies that a cache holds few
+of them, and results of all calls are kept. `--sweep` compiles in processes beside, and prints at the end, for each
+kernel, the fastest settings: what the tables there should have. No shape is begun after `--seconds`.
 """
 
 from __future__ import annotations
@@ -43,11 +42,12 @@ from qgalore.layer.quantization import aligned_row_bytes
 
 MODELS = ("7b", "60m", "1b", "350m")
 REPEATS, GROUP_SIZE = 5, 256
-ROWS = (
+ROWS: tuple[tuple[Any, ...], ...] = (
     (8, 256, 4, True), (4, 256, 4, True), (4, 512, 4, True), (1, 512, 2, True), (1, 1024, 4, True), (1, 2048, 8, True),
-    (1, 4096, 16, True), (1, 1024, 4, False), (1, 2048, 8, False), (1, 4096, 16, False), (4, 256, 4, False),
+    (1, 4096, 16, True), (1, 2048, 8, True, 64), (1, 2048, 8, True, 128), (1, 4096, 16, True, 64), (1, 1024, 4, False),
+    (1, 2048, 8, False), (1, 4096, 16, False), (4, 256, 4, False),
 )  # fmt: skip
-"""Rows, columns and warps of a program, and whether values are kept."""
+"""Rows, columns and warps of a program, whether values are kept, and the most registers."""
 WEIGHT = ((16, 256, 2, 8), (16, 256, 4, 8), (16, 256, 8, 8), (8, 256, 4, 4), (8, 256, 8, 4), (8, 256, 16, 4))
 TURNED_WEIGHT = (
     (64, 256, 1, 8), (64, 256, 2, 8), (64, 256, 4, 8), (128, 128, 1, 8), (128, 128, 2, 8), (128, 256, 1, 8),
@@ -176,11 +176,13 @@ def settings_of(spec: Spec, sweeps: bool) -> dict[str, Setting]:
     own, found = own_setting(spec), list[Setting]()
     if spec.kernel in ("rows", "gradients"):
         depth = sum(map(kernels.fp8_width, spec.columns))
-        for tile in map(fp8_matmul.RowsTile._make, ROWS):
+        for tile in (fp8_matmul.RowsTile(*numbers) for numbers in ROWS):
             waiting = depth * tile.rows / (32 * tile.warps)
             pieces = sum(-(-width // tile.columns) for width in spec.columns)
-            # Not what would leave registers, lanes without work, or a program of thousands of instructions.
-            if tile.columns < 2 * max(spec.columns) and (waiting <= 112 if tile.keeps else 4 < pieces <= 24):
+            # Not what would leave registers or not need them, lanes without work, or thousands of instructions.
+            most = tile.registers or 150
+            fits = waiting <= 0.75 * most and (tile.registers is None or waiting > 0.3 * most)
+            if tile.columns < 2 * max(spec.columns) and (fits if tile.keeps else 4 < pieces <= 24):
                 found.append({"ROWS": {spec.kernel == "gradients": {1 << 30: tile}}})
     elif spec.kernel == "columns":
         found += [{**own, "COLUMN_MAXIMA": tile} for tile in COLUMN_MAXIMA]
@@ -196,8 +198,10 @@ def _name(setting: Setting) -> str:
     tiles = [
         next(iter(next(iter(value.values())).values())) if name == "ROWS" else value for name, value in setting.items()
     ]
-    names = ["x".join(str(size) for size in tile if not isinstance(size, bool)) for tile in tiles]
-    return " ".join(names) + ((" kept" if tiles[0].keeps else " again") if "ROWS" in setting else "")
+    if "ROWS" in setting:
+        rows, columns, warps, keeps, registers = tiles[0]
+        return f"{rows}x{columns}x{warps} {'kept' if keeps else 'again'}{f' {registers}' if registers else ''}"
+    return " ".join("x".join(map(str, tile)) for tile in tiles)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ class RowsTile(NamedTuple):
     warps: int
     keeps: bool
     """Whether values wait in registers for the largest magnitude; else they are read again, from a cache."""
+    registers: int | None = None
+    """Of a thread at most, so that more programs are on a multiprocessor; None: as many as the compiler takes."""
 
 
 class WeightTile(NamedTuple):
@@ -367,6 +369,7 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
             tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), stored, x_row,
             x_column, starts, ends, depth, PIECES=pieces, M=tile.rows, N=tile.columns, EVEN=rows % tile.rows == 0,
             HAS_FACTOR=factors is not None, KEEPS=tile.keeps, enable_fp_fusion=False, num_warps=tile.warps,
+            maxnreg=tile.registers,
         )  # fmt: skip
     return found
 
