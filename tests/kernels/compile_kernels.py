@@ -246,9 +246,11 @@ def narrow_fp8() -> dict[str, int]:
     kernels.fp8_columns(x, n)
     kernels.fp8_weight(weight)
     kernels.fp8_turned_weights([weight])
-    # Scales of groups are two bytes each, and come by `ld` alone.
-    moved = {name: r"(?:ld|st)" if "weight" not in name else r"st" for name in CODE}
-    return {name: len(re.findall(rf"\b{moved[name]}\.global\S*\.b(?:8|16)\b", code)) for name, code in CODE.items()}
+    found = {}
+    for name, code in CODE.items():
+        narrow = "8" if "weight" in name else "8|16"  # scales of groups have two bytes
+        found[name] = len(re.findall(rf"\bld\.global\S*\.b(?:{narrow})\b|\bst\.global\S*\.b(?:8|16)\b", code))
+    return found
 
 
 if __name__ == "__main__":
