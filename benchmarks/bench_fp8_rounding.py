@@ -59,7 +59,7 @@ COLUMNS = ((128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 128, 8), (64, 128, 8))
 """Rows, columns, warps."""
 
 Setting = Mapping[str, Any]
-"""Values of the tables in `qgalore.kernels.triton.fp8_matmul`."""
+"""A tile, or two, by the name of what gives it in `qgalore.kernels.triton.fp8_matmul`."""
 
 
 class Spec(NamedTuple):
@@ -163,10 +163,12 @@ def own_setting(spec: Spec) -> Setting:
     from qgalore.kernels.triton import fp8_matmul
 
     if spec.kernel in ("rows", "gradients"):
-        depth, has_factors = sum(map(kernels.fp8_width, spec.columns)), spec.kernel == "gradients"
-        return {"ROWS": {has_factors: {1 << 30: fp8_matmul.rows_tile(depth, has_factors)}}}
-    names = {"weight": ("WEIGHT",), "turned weight": ("TURNED_WEIGHT",)}.get(spec.kernel, ("COLUMN_MAXIMA", "COLUMNS"))
-    return {name: getattr(fp8_matmul, name) for name in names}
+        return {"rows_tile": fp8_matmul.rows_tile(spec.columns)}
+    if spec.kernel == "columns":
+        return {name: getattr(fp8_matmul, name) for name in ("COLUMN_MAXIMA", "COLUMNS")}
+    name, groups = spec.kernel.replace(" ", "_").upper(), -(-spec.columns[0] // GROUP_SIZE)
+    tiles: Mapping[int, Any] = getattr(fp8_matmul, name)
+    return {name: next(tile for limit, tile in tiles.items() if groups <= limit)}
 
 
 def settings_of(spec: Spec, sweeps: bool) -> dict[str, Setting]:
@@ -183,36 +185,38 @@ def settings_of(spec: Spec, sweeps: bool) -> dict[str, Setting]:
             most = tile.registers or 150
             fits = waiting <= 0.75 * most and (tile.registers is None or waiting > 0.3 * most)
             if tile.columns < 2 * max(spec.columns) and (fits if tile.keeps else 4 < pieces <= 24):
-                found.append({"ROWS": {spec.kernel == "gradients": {1 << 30: tile}}})
+                found.append({"rows_tile": tile})
     elif spec.kernel == "columns":
         found += [{**own, "COLUMN_MAXIMA": tile} for tile in COLUMN_MAXIMA]
         found += [{**own, "COLUMNS": tile} for tile in COLUMNS]
     else:
-        name, tiles = ("WEIGHT", WEIGHT) if spec.kernel == "weight" else ("TURNED_WEIGHT", TURNED_WEIGHT)
-        found += [{name: fp8_matmul.WeightTile(*tile)} for tile in tiles]
+        (name,) = own
+        found += [{name: fp8_matmul.WeightTile(*tile)} for tile in {"WEIGHT": WEIGHT}.get(name, TURNED_WEIGHT)]
     return {_name(setting): setting for setting in (own, *(found if sweeps else ()))}
 
 
 def _name(setting: Setting) -> str:
     """Such as `4x256x4 kept`, or `512x64x8 128x64x8`."""
-    tiles = [
-        next(iter(next(iter(value.values())).values())) if name == "ROWS" else value for name, value in setting.items()
-    ]
-    if "ROWS" in setting:
-        rows, columns, warps, keeps, registers = tiles[0]
+    if "rows_tile" in setting:
+        rows, columns, warps, keeps, registers = setting["rows_tile"]
         return f"{rows}x{columns}x{warps} {'kept' if keeps else 'again'}{f' {registers}' if registers else ''}"
-    return " ".join("x".join(map(str, tile)) for tile in tiles)
+    return " ".join("x".join(map(str, tile)) for tile in setting.values())
 
 
 @contextlib.contextmanager
 def using(setting: Setting) -> Iterator[None]:
-    """The tables of the kernels with other values."""
+    """The kernels with these tiles, whatever the shape."""
     from qgalore.kernels.triton import fp8_matmul
+
+    def in_module(name: str, tile: Any) -> Any:
+        if name == "rows_tile":
+            return lambda columns: tile
+        return {1 << 30: tile} if "WEIGHT" in name else tile
 
     before = {name: getattr(fp8_matmul, name) for name in setting}
     try:
-        for name, value in setting.items():
-            setattr(fp8_matmul, name, value)
+        for name, tile in setting.items():
+            setattr(fp8_matmul, name, in_module(name, tile))
         yield
     finally:
         for name, value in before.items():

@@ -196,8 +196,7 @@ def test_any_tile_of_rows_gives_the_same_bits(
 ) -> None:
     """Of two parts, with so many columns of no numbers behind them, which may be read together with the last ones."""
     fp8_matmul = pytest.importorskip("qgalore.kernels.triton.fp8_matmul", reason="Triton is not installed")
-    table = {1 << 30: fp8_matmul.RowsTile(*tile)}
-    monkeypatch.setattr(fp8_matmul, "ROWS", {False: table, True: table})
+    monkeypatch.setattr(fp8_matmul, "rows_tile", lambda columns: fp8_matmul.RowsTile(*tile))
     columns = [37, 48]
     parts = [
         torch.nn.functional.pad(normal(6, count, seed=count), (0, stored), value=float("nan")) for count in columns
@@ -220,8 +219,8 @@ def test_any_tile_of_a_weight_gives_the_same_bits(
 ) -> None:  # fmt: skip
     """Blocks that are a group, a part of one, or several, and end where the weight does or beyond."""
     fp8_matmul = pytest.importorskip("qgalore.kernels.triton.fp8_matmul", reason="Triton is not installed")
-    monkeypatch.setattr(fp8_matmul, "WEIGHT", fp8_matmul.WeightTile(*tile))
-    monkeypatch.setattr(fp8_matmul, "TURNED_WEIGHT", fp8_matmul.WeightTile(*tile))
+    for name in ("WEIGHT", "TURNED_WEIGHT"):
+        monkeypatch.setattr(fp8_matmul, name, {99: fp8_matmul.WeightTile(*tile)})
     monkeypatch.setattr(fp8_matmul, "_LEAST_BLOCK", 16)
     for group in (32, 40):
         made = kernels.quantize(normal(*shape).to(kernel_device), bits, group)

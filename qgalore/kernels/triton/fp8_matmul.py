@@ -18,6 +18,7 @@ of two long, scales of a weight's rows serve several blocks of columns, and code
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -61,25 +62,19 @@ class WeightTile(NamedTuple):
     warps: int
 
 
-ROWS: dict[bool, dict[int, RowsTile]] = {
-    False: {
-        1024: RowsTile(8, 256, 4, True), 3072: RowsTile(4, 256, 4, True), 16384: RowsTile(1, 2048, 8, True),
-        1 << 30: RowsTile(1, 2048, 8, False),
-    },
-    True: {
-        1024: RowsTile(4, 256, 4, True), 6144: RowsTile(1, 512, 2, True), 12288: RowsTile(1, 2048, 8, True),
-        1 << 30: RowsTile(1, 2048, 8, False),
-    },
-}  # fmt: skip
-"""Tiles by whether columns have factors, and by how many a row has at most."""
-WEIGHT = WeightTile(16, 256, 4, 8)
-TURNED_WEIGHT = WeightTile(64, 256, 2, 8)
+# From sweeps on an H200 (`benchmarks/bench_fp8_rounding.py`).
+WEIGHT = {16: WeightTile(16, 256, 2, 8), 1 << 30: WeightTile(8, 256, 4, 4)}
+"""Tiles by how many groups a row has at most."""
+TURNED_WEIGHT = {16: WeightTile(64, 256, 1, 8), 1 << 30: WeightTile(64, 256, 2, 8)}
 COLUMN_MAXIMA = 512, 64, 8
 """Rows, columns and warps of a program that finds the largest magnitudes of columns."""
 COLUMNS = 128, 64, 8
 """Of one that rounds them, and turns what it has read."""
 
 _LONGEST, _MOST_PARTS = 32768, 3
+_LONGEST_KEPT = 16384  # values of a row that wait in registers
+_PIECES = (2048, 1024, 512)  # columns that a program reads of a row at a time, at most 16 times
+_MOST_LANES = 1.15  # for each value of a row, of which some lie beyond the end of a part
 _LEAST_BLOCK = 64  # columns of a weight; a group that fewer divide has its scale read with every value
 _BLOCK = 8192  # columns of a longer row, such as one of logits, that a program reads at a time
 
@@ -339,9 +334,27 @@ def can_handle(longest: int, parts: int = 1) -> bool:
     return 0 < parts <= _MOST_PARTS and longest > 0 and (parts == 1 or fp8_width(longest) * parts <= _LONGEST)
 
 
-def rows_tile(depth: int, has_factors: bool) -> RowsTile:
-    """The tile for rows of so many values."""
-    return next(tile for limit, tile in ROWS[has_factors].items() if depth <= limit)
+@functools.cache
+def rows_tile(columns: tuple[int, ...]) -> RowsTile:
+    """The tile for rows of parts with so many columns: the longest pieces that leave few lanes without work."""
+    widths = list(map(fp8_width, columns))
+    depth = sum(widths)
+    lanes = {piece: piece * sum(ceil_div(width, piece) for width in widths) for piece in _PIECES if depth >= 2 * piece}
+    usable = [piece for piece, count in lanes.items() if count <= 16 * piece]
+    if not usable:
+        return RowsTile(4, 256, 4, keeps=True)  # a warp has a row
+    fitting = (piece for piece in usable if lanes[piece] <= _MOST_LANES * depth)
+    piece = next(fitting, min(usable, key=lambda piece: lanes[piece]))
+    return RowsTile(1, piece, piece // 256, keeps=depth <= _LONGEST_KEPT)
+
+
+@functools.cache
+def _pieces(columns: tuple[int, ...], stored: tuple[int, ...], length: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Of a row the part and first column of each piece, and whether it is masked and cut: see `_read_piece`."""
+    return tuple(
+        (part, start, start + length > stored[part], start + length > count and stored[part] > count)
+        for part, count in enumerate(columns) for start in range(0, fp8_width(count), length)
+    )  # fmt: skip
 
 
 def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
@@ -357,14 +370,11 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
             BLOCK=_BLOCK, HAS_FACTOR=factors is not None, enable_fp_fusion=False, num_warps=8,
         )  # fmt: skip
     elif rows:
-        tile = rows_tile(depth, factors is not None)
+        tile = rows_tile(tuple(columns))
         # Padding that is stored is read with what is before it, and left out then.
         widths = zip(map(fp8_width, columns), parts, factor, strict=True)
         stored = tuple(min(width, part.shape[1], each.shape[-1]) for width, part, each in widths)
-        pieces = tuple(
-            (part, start, start + tile.columns > stored[part], start + tile.columns > count and stored[part] > count)
-            for part, count in enumerate(columns) for start in range(0, fp8_width(count), tile.columns)
-        )  # fmt: skip
+        pieces = _pieces(tuple(columns), stored, tile.columns)
         _fp8_rows_kernel[(ceil_div(rows, tile.rows),)](
             tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), stored, x_row,
             x_column, starts, ends, depth, PIECES=pieces, M=tile.rows, N=tile.columns, EVEN=rows % tile.rows == 0,
@@ -424,7 +434,8 @@ def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, one
     """Write codes and scales of rows; turned, where there are ones to write."""
     qdata, scale, zero_point, columns, bits, group_size, _ = weight
     padded_rows, depth = fp8_width(qdata.shape[0]), fp8_width(columns)
-    rows, most_columns, blocks, warps = WEIGHT if ones is None else TURNED_WEIGHT
+    tiles = WEIGHT if ones is None else TURNED_WEIGHT
+    rows, most_columns, blocks, warps = next(tile for groups, tile in tiles.items() if scale.shape[1] <= groups)
     width = math.gcd(group_size, most_columns)
     width = width if width >= _LEAST_BLOCK else most_columns
     rows, blocks = rows * (most_columns // width), min(blocks, ceil_div(depth, width))
