@@ -241,13 +241,18 @@ def _fp8_columns_kernel(
 
 
 @triton.jit
-def _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS: tl.constexpr, GROUPS: tl.constexpr):
+def _scale_of_weight_rows(
+    scale, zero_point, row, inside, groups, BITS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr
+):
     """`_scale_of_rows` of a bound of the largest magnitude of each row: of the first and last value of its groups."""
-    group = tl.arange(0, GROUPS)[None, :]
-    at, mask = row[:, None] * groups + group, inside[:, None] & (group < groups)
-    first = tl.load(zero_point + at, mask=mask, other=0.0).to(tl.float32)
-    last = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32) * ((1 << BITS) - 1.0) + first
-    bits = tl.max(tl.maximum(_magnitude(first), _magnitude(last)), axis=1)
+    bits = tl.zeros((row.shape[0], STEP), tl.int32)
+    for start in tl.static_range(0, GROUPS, STEP):
+        group = start + tl.arange(0, STEP)[None, :]
+        at, mask = row[:, None] * groups + group, inside[:, None] & (group < groups)
+        first = tl.load(zero_point + at, mask=mask, other=0.0).to(tl.float32)
+        last = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32) * ((1 << BITS) - 1.0) + first
+        bits = tl.maximum(bits, tl.maximum(_magnitude(first), _magnitude(last)))
+    bits = tl.max(bits, axis=1)
     return _scale_of_rows(bits.to(tl.float32, bitcast=True))
 
 
@@ -278,11 +283,11 @@ def _read_weight(
 def _fp8_weight_kernel(
     qdata, scale, zero_point, codes, row_scale, rows, columns, q_stride, q_width, groups, padded_rows, depth,
     GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     inside = row < rows
-    inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS, GROUPS)
+    inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS, GROUPS, STEP)
     if tl.program_id(1) == 0:
         tl.store(row_scale + row, own_scale, mask=row < padded_rows)
     for block in tl.static_range(BLOCKS):
@@ -299,10 +304,10 @@ def _fp8_weight_kernel(
 def _fp8_turned_weight_kernel(
     qdata, scale, zero_point, words, row_scale, ones, rows, columns, q_stride, q_width, groups, padded_rows, depth,
     stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    all_inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, row < rows, groups, BITS, GROUPS)
+    all_inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, row < rows, groups, BITS, GROUPS, STEP)
     if tl.program_id(1) == 0:
         tl.store(row_scale + row, own_scale, mask=row < padded_rows)
     # Four codes that become adjacent are one word before they change places.
@@ -441,10 +446,12 @@ def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, one
     rows, blocks = rows * (most_columns // width), min(blocks, ceil_div(depth, width))
     grid = ceil_div(padded_rows, rows), ceil_div(depth, width * blocks)
     sizes = qdata.shape[0], columns, qdata.stride(0), qdata.shape[1], scale.shape[1], padded_rows, depth
+    groups = next_power_of_2(scale.shape[1])
+    step = max(min(groups, 16), groups // 16)  # groups whose scales are read at a time
     options = {
         "GROUP": group_size, "BITS": bits, "M": rows, "N": width, "BLOCKS": blocks,
-        "GROUPS": next_power_of_2(scale.shape[1]), "WHOLE": columns % width == 0, "enable_fp_fusion": False,
-        "num_warps": warps,
+        "GROUPS": ceil_div(scale.shape[1], step) * step, "STEP": step, "WHOLE": columns % width == 0,
+        "enable_fp_fusion": False, "num_warps": warps,
     }  # fmt: skip
     if ones is None:
         _fp8_weight_kernel[grid](qdata, scale, zero_point, codes.view(torch.uint8), row_scale, *sizes, **options)
