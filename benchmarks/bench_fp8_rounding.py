@@ -7,13 +7,12 @@
 Kernels are those of `qgalore/kernels/triton/fp8_matmul.py`. A model has, for a micro-batch of `benchmarks/compare.py`:
 `rows` of activations; `gradients`, rows of one to three outputs with a factor a column; `columns` of activations, which
 are read twice; `weight`, in INT8 as a layer stores it, and `turned weight`. Each row of results is one of them with one
-setting: rows, columns and warps of a tile, `kept` where values wait in registers and `again` where they are read twice;
-rows, columns, blocks and warps of a weight; both tiles of columns. `mb` are bytes read and written, `tbps` those over
-`ms`, `copy_tbps` what a copy on the device reaches, and `same` whether codes and scales, of inputs that are not all
-finite, are those of the reference. Inputs have so many copies that a cache holds few of them, and results of all calls
-are kept.
-`--sweep` compiles in processes beside, and prints at the end, for each kernel, the fastest settings: what the tables
-there should have. No shape is begun after `--seconds`.
+setting: rows, columns and warps of a tile, `kept` where values wait in registers (of which there may be a limit), or
+`again` where they are read twice; rows, columns, blocks and warps of a weight; both tiles of columns. `mb` are bytes
+read and written, `tbps` those over `ms`, `copy_tbps` what a copy on the device reaches, and `same` whether codes and
+scales, of inputs that are not all finite, are those of the reference. Inputs have so many copies that a cache holds few
+of them, and results of all calls are kept. `--sweep` compiles in processes beside, and prints at the end, for each
+kernel, the fastest settings: what the tables there should have. No shape is begun after `--seconds`.
 """
 
 from __future__ import annotations
@@ -43,11 +42,12 @@ from qgalore.layer.quantization import aligned_row_bytes
 
 MODELS = ("7b", "60m", "1b", "350m")
 REPEATS, GROUP_SIZE = 5, 256
-ROWS = (
+ROWS: tuple[tuple[Any, ...], ...] = (
     (8, 256, 4, True), (4, 256, 4, True), (4, 512, 4, True), (1, 512, 2, True), (1, 1024, 4, True), (1, 2048, 8, True),
-    (1, 4096, 16, True), (1, 1024, 4, False), (1, 2048, 8, False), (1, 4096, 16, False), (4, 256, 4, False),
+    (1, 4096, 16, True), (1, 2048, 8, True, 64), (1, 2048, 8, True, 128), (1, 4096, 16, True, 64), (1, 1024, 4, False),
+    (1, 2048, 8, False), (1, 4096, 16, False), (4, 256, 4, False),
 )  # fmt: skip
-"""Rows, columns and warps of a program, and whether values are kept."""
+"""Rows, columns and warps of a program, whether values are kept, and the most registers."""
 WEIGHT = ((16, 256, 2, 8), (16, 256, 4, 8), (16, 256, 8, 8), (8, 256, 4, 4), (8, 256, 8, 4), (8, 256, 16, 4))
 TURNED_WEIGHT = (
     (64, 256, 1, 8), (64, 256, 2, 8), (64, 256, 4, 8), (128, 128, 1, 8), (128, 128, 2, 8), (128, 256, 1, 8),
@@ -59,7 +59,7 @@ COLUMNS = ((128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 128, 8), (64, 128, 8))
 """Rows, columns, warps."""
 
 Setting = Mapping[str, Any]
-"""Values of the tables in `qgalore.kernels.triton.fp8_matmul`."""
+"""A tile, or two, by the name of what gives it in `qgalore.kernels.triton.fp8_matmul`."""
 
 
 class Spec(NamedTuple):
@@ -163,10 +163,12 @@ def own_setting(spec: Spec) -> Setting:
     from qgalore.kernels.triton import fp8_matmul
 
     if spec.kernel in ("rows", "gradients"):
-        depth, has_factors = sum(map(kernels.fp8_width, spec.columns)), spec.kernel == "gradients"
-        return {"ROWS": {has_factors: {1 << 30: fp8_matmul.rows_tile(depth, has_factors)}}}
-    names = {"weight": ("WEIGHT",), "turned weight": ("TURNED_WEIGHT",)}.get(spec.kernel, ("COLUMN_MAXIMA", "COLUMNS"))
-    return {name: getattr(fp8_matmul, name) for name in names}
+        return {"rows_tile": fp8_matmul.rows_tile(spec.columns)}
+    if spec.kernel == "columns":
+        return {name: getattr(fp8_matmul, name) for name in ("COLUMN_MAXIMA", "COLUMNS")}
+    name, groups = spec.kernel.replace(" ", "_").upper(), -(-spec.columns[0] // GROUP_SIZE)
+    tiles: Mapping[int, Any] = getattr(fp8_matmul, name)
+    return {name: next(tile for limit, tile in tiles.items() if groups <= limit)}
 
 
 def settings_of(spec: Spec, sweeps: bool) -> dict[str, Setting]:
@@ -176,39 +178,45 @@ def settings_of(spec: Spec, sweeps: bool) -> dict[str, Setting]:
     own, found = own_setting(spec), list[Setting]()
     if spec.kernel in ("rows", "gradients"):
         depth = sum(map(kernels.fp8_width, spec.columns))
-        for tile in map(fp8_matmul.RowsTile._make, ROWS):
+        for tile in (fp8_matmul.RowsTile(*numbers) for numbers in ROWS):
             waiting = depth * tile.rows / (32 * tile.warps)
             pieces = sum(-(-width // tile.columns) for width in spec.columns)
-            # Not what would leave registers, lanes without work, or a program of thousands of instructions.
-            if tile.columns < 2 * max(spec.columns) and (waiting <= 112 if tile.keeps else 4 < pieces <= 24):
-                found.append({"ROWS": {spec.kernel == "gradients": {1 << 30: tile}}})
+            # Not what would leave registers or not need them, lanes without work, or thousands of instructions.
+            most = tile.registers or 150
+            fits = waiting <= 0.75 * most and (tile.registers is None or waiting > 0.3 * most)
+            if tile.columns < 2 * max(spec.columns) and (fits if tile.keeps else 4 < pieces <= 24):
+                found.append({"rows_tile": tile})
     elif spec.kernel == "columns":
         found += [{**own, "COLUMN_MAXIMA": tile} for tile in COLUMN_MAXIMA]
         found += [{**own, "COLUMNS": tile} for tile in COLUMNS]
     else:
-        name, tiles = ("WEIGHT", WEIGHT) if spec.kernel == "weight" else ("TURNED_WEIGHT", TURNED_WEIGHT)
-        found += [{name: fp8_matmul.WeightTile(*tile)} for tile in tiles]
+        (name,) = own
+        found += [{name: fp8_matmul.WeightTile(*tile)} for tile in {"WEIGHT": WEIGHT}.get(name, TURNED_WEIGHT)]
     return {_name(setting): setting for setting in (own, *(found if sweeps else ()))}
 
 
 def _name(setting: Setting) -> str:
     """Such as `4x256x4 kept`, or `512x64x8 128x64x8`."""
-    tiles = [
-        next(iter(next(iter(value.values())).values())) if name == "ROWS" else value for name, value in setting.items()
-    ]
-    names = ["x".join(str(size) for size in tile if not isinstance(size, bool)) for tile in tiles]
-    return " ".join(names) + ((" kept" if tiles[0].keeps else " again") if "ROWS" in setting else "")
+    if "rows_tile" in setting:
+        rows, columns, warps, keeps, registers = setting["rows_tile"]
+        return f"{rows}x{columns}x{warps} {'kept' if keeps else 'again'}{f' {registers}' if registers else ''}"
+    return " ".join("x".join(map(str, tile)) for tile in setting.values())
 
 
 @contextlib.contextmanager
 def using(setting: Setting) -> Iterator[None]:
-    """The tables of the kernels with other values."""
+    """The kernels with these tiles, whatever the shape."""
     from qgalore.kernels.triton import fp8_matmul
+
+    def in_module(name: str, tile: Any) -> Any:
+        if name == "rows_tile":
+            return lambda columns: tile
+        return {1 << 30: tile} if "WEIGHT" in name else tile
 
     before = {name: getattr(fp8_matmul, name) for name in setting}
     try:
-        for name, value in setting.items():
-            setattr(fp8_matmul, name, value)
+        for name, tile in setting.items():
+            setattr(fp8_matmul, name, in_module(name, tile))
         yield
     finally:
         for name, value in before.items():
@@ -225,11 +233,13 @@ def _small_work(spec: Spec) -> Work:
     return Work(spec._replace(rows=rows), torch.device("cuda"))
 
 
-def _compile(task: tuple[Spec, str]) -> None:
-    """Put a kernel into Triton's cache on disk, in a process of its own."""
+def _compile(task: tuple[Spec, str]) -> bool:
+    """Put a kernel into Triton's cache on disk, in a process of its own; whether that could be done."""
     spec, name = task
-    with contextlib.suppress(Exception), using(settings_of(spec, sweeps=True)[name]):  # it is said where it is timed
+    with contextlib.suppress(Exception), using(settings_of(spec, sweeps=True)[name]):  # why not is said by `measure`
         _small_work(spec).run()
+        return True
+    return False
 
 
 def compile_ahead(specs: Sequence[Spec], seconds: float) -> None:
@@ -239,9 +249,9 @@ def compile_ahead(specs: Sequence[Spec], seconds: float) -> None:
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         done = pool.map_async(_compile, tasks, chunksize=4)
         done.wait(seconds)
-        finished = done.ready()
+        count = f"{sum(done.get())} of {len(tasks)}" if done.ready() else f"not all {len(tasks)}"
         pool.terminate()
-    print(f"{len(tasks)} kernels {'' if finished else 'not all '}compiled in {time.perf_counter() - start:.1f} s")
+    print(f"{count} settings compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 # ---- timing

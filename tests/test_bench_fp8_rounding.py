@@ -67,18 +67,18 @@ def test_rows_of_every_kernel(ours: Any, tmp_path: Path, capsys: pytest.CaptureF
 def test_a_sweep_sets_the_tables_and_puts_them_back(
     ours: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, used = (ours.ROWS, ours.WEIGHT), list[int]()
+    kept, used = (ours.rows_tile, ours.WEIGHT), list[int]()
     monkeypatch.setattr(bench_fp8_rounding, "ROWS", ((2, 16, 1, True), (2, 12, 1, True)))
     launch = ours.fp8_rows
     monkeypatch.setattr(
-        ours, "fp8_rows", lambda *given: (used.append(ours.rows_tile(48, False).columns), launch(*given))[1]
+        ours, "fp8_rows", lambda *given: (used.append(ours.rows_tile((37,)).columns), launch(*given))[1]
     )
     monkeypatch.setattr(bench_fp8_rounding, "_given", lambda shapes: [bench_fp8_rounding.Spec("rows", 5, (37,))])
     rows = run(tmp_path / "rows.csv", "--shapes", "any", "--sweep")
-    assert [row["setting"] for row in rows] == ["8x256x4 kept", "2x16x1 kept"] and {*used} == {256, 16, 12}
+    assert [row["setting"] for row in rows] == ["4x256x4 kept", "2x16x1 kept"] and {*used} == {256, 16, 12}
     assert [row["chosen"] for row in rows] == ["yes", "no"] and {row["same"] for row in rows} == {"yes"}
     assert "rows 5x37: 2x12x1 kept does not run" in capsys.readouterr().out, "12 lanes are no power of two"
-    assert kept == (ours.ROWS, ours.WEIGHT)
+    assert kept == (ours.rows_tile, ours.WEIGHT)
 
 
 def test_other_codes_are_told(

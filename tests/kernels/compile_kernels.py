@@ -6,8 +6,9 @@ prints a JSON object. "shared": the most bytes of shared memory that each kernel
 layouts of what `check_gradients_` adds up, which decide the order of its sums. "indices": how many kernels it takes for
 norms at different indices. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
 "bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
-8 and in 4 bits. "int8": the instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so
-tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that have it.
+8 and in 4 bits. "fp8": those that move less than four bytes in kernels that round factors with such rows. "int8": the
+instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so tensors are on the CPU and
+results are whatever memory held. Factors of products in FP8 are for cards that have it.
 
     python tests/kernels/compile_kernels.py 75 float16
 
@@ -234,6 +235,24 @@ def single_bytes() -> dict[str, list[int]]:
     return found
 
 
+def narrow_fp8() -> dict[str, int]:
+    """Loads and stores of a byte or two in kernels that round factors with 1B's MLP, as a layer stores them."""
+    tokens, (m, n) = 64, (2048, 5461)
+    x = torch.zeros(tokens, padded_width(n), dtype=torch.bfloat16)
+    made = torch.zeros(m, aligned_row_bytes(n, 8), dtype=torch.uint8), *torch.zeros(2, m, 22, dtype=torch.bfloat16)
+    weight = kernels.QuantizedMatrix(*made, n, 8, 256)
+    CODE.clear()
+    kernels.fp8_rows([x, x], [n, n], [torch.ones(kernels.fp8_width(n))] * 2)
+    kernels.fp8_columns(x, n)
+    kernels.fp8_weight(weight)
+    kernels.fp8_turned_weights([weight])
+    found = {}
+    for name, code in CODE.items():
+        narrow = "8" if "weight" in name else "8|16"  # scales of groups have two bytes
+        found[name] = len(re.findall(rf"\bld\.global\S*\.b(?:{narrow})\b|\bst\.global\S*\.b(?:8|16)\b", code))
+    return found
+
+
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
     if sys.argv[2:] == ["float16"]:
@@ -244,7 +263,8 @@ if __name__ == "__main__":
     if int(sys.argv[1]) >= 89:
         launch_fp8(torch.bfloat16)
         launch_head(torch.bfloat16)
+    narrow = narrow_fp8() if int(sys.argv[1]) >= 89 else {}
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
-    found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes()}
+    found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes(), "fp8": narrow}
     print(json.dumps(found))

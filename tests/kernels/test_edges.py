@@ -3,7 +3,7 @@
 In the interpreter, which says as much as it can of a kernel without a GPU. What it cannot say, and what does:
 
 - products of bfloat16 or FP8, whose bits it multiplies as integers: float32 here, `test_agreement.py` on a GPU;
-- casts to bfloat16 and e4m3, which it makes otherwise: `tiles.to_float` and `to_float8` spell them out there alone;
+- casts to bfloat16 and e4m3, which it makes otherwise: `tiles.to_float` and `float8_bits` spell them out there alone;
 - subnormal numbers of bfloat16, which it reads wrongly: `test_agreement.py` on a GPU;
 - `F.scaled_mm`, which is no kernel of ours: the rules of its operands below, its sums on a GPU;
 - registers, shared memory and instructions: `test_compiles.py` compiles every kernel for cards that are not there;
@@ -12,7 +12,9 @@ In the interpreter, which says as much as it can of a kernel without a GPU. What
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +187,59 @@ def test_rows_as_long_as_a_vocabulary(columns: int, factor: bool, kernel_device:
     assert same(expected, found)
     codes, _ = found
     assert codes.shape == (3, kernels.fp8_width(columns)) and (codes.abs().amax(1) == 448).all()
+
+
+@each("stored", [0, 5, 11, 40])
+@each("tile", [(2, 16, 1, True), (1, 32, 1, False), (4, 16, 2, False, 64), (8, 128, 4, True)])
+def test_any_tile_of_rows_gives_the_same_bits(
+    tile: tuple[Any, ...], stored: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two parts, with so many columns of no numbers behind them, which may be read together with the last ones."""
+    fp8_matmul = pytest.importorskip("qgalore.kernels.triton.fp8_matmul", reason="Triton is not installed")
+    monkeypatch.setattr(fp8_matmul, "rows_tile", lambda columns: fp8_matmul.RowsTile(*tile))
+    columns = [37, 48]
+    parts = [
+        torch.nn.functional.pad(normal(6, count, seed=count), (0, stored), value=float("nan")) for count in columns
+    ]
+    factors = [normal(count + stored, seed=1).abs() for count in columns]
+    given = [part.to(kernel_device) for part in parts], columns, [factor.to(kernel_device) for factor in factors]
+    for count, scaled in itertools.product((1, 2), (False, True)):
+        some = given[0][:count], columns[:count], given[2][:count] if scaled else None
+        expected, found = both(lambda: floats(kernels.fp8_rows(*some)))  # noqa: B023
+        assert same(expected, found)
+        assert found[0][:, 37:48].count_nonzero() == 0 and found[0].isfinite().all()
+
+
+@each("bits", (8, 4))
+@each("shape", [(16, 64), (9, 85)])
+@each("tile", [(16, 16, 1, 1), (8, 64, 3, 2), (4, 32, 2, 1)])
+def test_any_tile_of_a_weight_gives_the_same_bits(
+    tile: tuple[int, int, int, int], shape: Shape, bits: int, kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Blocks that are a group, a part of one, or several, and end where the weight does or beyond."""
+    fp8_matmul = pytest.importorskip("qgalore.kernels.triton.fp8_matmul", reason="Triton is not installed")
+    for name in ("WEIGHT", "TURNED_WEIGHT"):
+        monkeypatch.setattr(fp8_matmul, name, {99: fp8_matmul.WeightTile(*tile)})
+    monkeypatch.setattr(fp8_matmul, "_LEAST_BLOCK", 16)
+    for group in (32, 40):
+        made = kernels.quantize(normal(*shape).to(kernel_device), bits, group)
+        weight = kernels.QuantizedMatrix(*made, shape[1], bits, group)
+        expected, found = both(lambda: floats(kernels.fp8_weight(weight), kernels.fp8_turned_weights([weight])[0]))  # noqa: B023
+        assert same(expected, found) and same(found[0].T, found[2])
+
+
+@each("tiles", [((16, 16, 1), (32, 8, 1)), ((64, 32, 2), (16, 64, 4))])
+@each("stored", [0, 3, 30])
+def test_any_tile_of_columns_gives_the_same_bits(
+    tiles: tuple[tuple[int, int, int], ...], stored: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8_matmul = pytest.importorskip("qgalore.kernels.triton.fp8_matmul", reason="Triton is not installed")
+    monkeypatch.setattr(fp8_matmul, "COLUMN_MAXIMA", tiles[0])
+    monkeypatch.setattr(fp8_matmul, "COLUMNS", tiles[1])
+    x = torch.nn.functional.pad(normal(45, 37), (0, stored), value=float("nan")).to(kernel_device)
+    expected, found = both(lambda: floats(kernels.fp8_columns(x, 37)))
+    assert same(expected, found) and found[0].isfinite().all() and found[1][37:].count_nonzero() == 0
 
 
 def test_the_library_multiplies_what_the_reference_does(kernel_device: torch.device) -> None:

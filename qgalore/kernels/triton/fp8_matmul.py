@@ -18,6 +18,7 @@ of two long, scales of a weight's rows serve several blocks of columns, and code
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class RowsTile(NamedTuple):
     warps: int
     keeps: bool
     """Whether values wait in registers for the largest magnitude; else they are read again, from a cache."""
+    registers: int | None = None
+    """Of a thread at most, so that more programs are on a multiprocessor; None: as many as the compiler takes."""
 
 
 class WeightTile(NamedTuple):
@@ -59,25 +62,19 @@ class WeightTile(NamedTuple):
     warps: int
 
 
-ROWS: dict[bool, dict[int, RowsTile]] = {
-    False: {
-        1024: RowsTile(8, 256, 4, True), 3072: RowsTile(4, 256, 4, True), 16384: RowsTile(1, 2048, 8, True),
-        1 << 30: RowsTile(1, 2048, 8, False),
-    },
-    True: {
-        1024: RowsTile(4, 256, 4, True), 6144: RowsTile(1, 512, 2, True), 12288: RowsTile(1, 2048, 8, True),
-        1 << 30: RowsTile(1, 2048, 8, False),
-    },
-}  # fmt: skip
-"""Tiles by whether columns have factors, and by how many a row has at most."""
-WEIGHT = WeightTile(16, 256, 4, 8)
-TURNED_WEIGHT = WeightTile(64, 256, 2, 8)
+# From sweeps on an H200 (`benchmarks/bench_fp8_rounding.py`).
+WEIGHT = {16: WeightTile(16, 256, 2, 8), 1 << 30: WeightTile(8, 256, 4, 4)}
+"""Tiles by how many groups a row has at most."""
+TURNED_WEIGHT = {16: WeightTile(64, 256, 1, 8), 1 << 30: WeightTile(64, 256, 2, 8)}
 COLUMN_MAXIMA = 512, 64, 8
 """Rows, columns and warps of a program that finds the largest magnitudes of columns."""
 COLUMNS = 128, 64, 8
 """Of one that rounds them, and turns what it has read."""
 
 _LONGEST, _MOST_PARTS = 32768, 3
+_LONGEST_KEPT = 16384  # values of a row that wait in registers
+_PIECES = (2048, 1024, 512)  # columns that a program reads of a row at a time, at most 16 times
+_MOST_LANES = 1.15  # for each value of a row, of which some lie beyond the end of a part
 _LEAST_BLOCK = 64  # columns of a weight; a group that fewer divide has its scale read with every value
 _BLOCK = 8192  # columns of a longer row, such as one of logits, that a program reads at a time
 
@@ -100,29 +97,33 @@ def _magnitude(value):
 
 
 @triton.jit
-def _load(at, mask, WHOLE: tl.constexpr):
+def _load(at, mask, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
     """float32 of what is stored, 0 where it is not; WHOLE: all is."""
     if WHOLE:
-        return tl.load(at).to(tl.float32)
+        return tl.load(at, eviction_policy=EVICTION).to(tl.float32)
     else:
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(at, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
 def _read_piece(
     x, factor, row, inside, columns, stored, x_row, x_column, PART: tl.constexpr, START: tl.constexpr,
     MASKED: tl.constexpr, CUT: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """N columns float32 of a part of some rows, times their factors, with 0 beyond the columns.
 
-    MASKED: not all of them are stored; CUT: nor are all that are stored to be read; EVEN: all rows are there.
+    MASKED: not all of them are stored; CUT: nor are all that are stored to be read; EVEN: all rows are there;
+    LAST: x is not read again, but factors are, by every program.
     """
     column = START + tl.arange(0, N)[None, :]
     mask = inside & (column < stored[PART])
     WHOLE: tl.constexpr = EVEN and not MASKED
-    value = _load(x[PART] + row[:, None] * x_row[PART] + column * x_column[PART], mask, WHOLE)
+    at = x[PART] + row[:, None] * x_row[PART] + column * x_column[PART]
+    value = _load(at, mask, WHOLE, "evict_first" if LAST else "")
     if HAS_FACTOR:
-        value = value * _load(factor[PART] + row[:, None] * 0 + column, mask, WHOLE)  # in the same threads as x
+        at = factor[PART] + row[:, None] * 0 + column  # in the same threads as x
+        value = value * _load(at, mask, WHOLE, "")
     return tl.where(column < columns[PART], value, 0.0) if CUT else value
 
 
@@ -151,7 +152,7 @@ def _fp8_rows_kernel(
     for piece in tl.static_range(len(PIECES)):
         value = _read_piece(
             x, factor, row, inside, columns, stored, x_row, x_column, PIECES[piece][0], PIECES[piece][1],
-            PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR,
+            PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR, KEEPS,
         )  # fmt: skip
         bits = tl.maximum(bits, _magnitude(value))
         if KEEPS:
@@ -164,7 +165,7 @@ def _fp8_rows_kernel(
         else:  # they come from a cache
             value = _read_piece(
                 x, factor, row, inside, columns, stored, x_row, x_column, PIECES[piece][0], PIECES[piece][1],
-                PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR,
+                PIECES[piece][2], PIECES[piece][3], N, EVEN, HAS_FACTOR, True,
             )  # fmt: skip
         _write_piece(
             codes, value * inverse[:, None], row, inside, starts, ends, depth, PIECES[piece][0], PIECES[piece][1],
@@ -240,13 +241,18 @@ def _fp8_columns_kernel(
 
 
 @triton.jit
-def _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS: tl.constexpr, GROUPS: tl.constexpr):
+def _scale_of_weight_rows(
+    scale, zero_point, row, inside, groups, BITS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr
+):
     """`_scale_of_rows` of a bound of the largest magnitude of each row: of the first and last value of its groups."""
-    group = tl.arange(0, GROUPS)[None, :]
-    at, mask = row[:, None] * groups + group, inside[:, None] & (group < groups)
-    first = tl.load(zero_point + at, mask=mask, other=0.0).to(tl.float32)
-    last = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32) * ((1 << BITS) - 1.0) + first
-    bits = tl.max(tl.maximum(_magnitude(first), _magnitude(last)), axis=1)
+    bits = tl.zeros((row.shape[0], STEP), tl.int32)
+    for start in tl.static_range(0, GROUPS, STEP):
+        group = start + tl.arange(0, STEP)[None, :]
+        at, mask = row[:, None] * groups + group, inside[:, None] & (group < groups)
+        first = tl.load(zero_point + at, mask=mask, other=0.0).to(tl.float32)
+        last = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32) * ((1 << BITS) - 1.0) + first
+        bits = tl.maximum(bits, tl.maximum(_magnitude(first), _magnitude(last)))
+    bits = tl.max(bits, axis=1)
     return _scale_of_rows(bits.to(tl.float32, bitcast=True))
 
 
@@ -277,11 +283,11 @@ def _read_weight(
 def _fp8_weight_kernel(
     qdata, scale, zero_point, codes, row_scale, rows, columns, q_stride, q_width, groups, padded_rows, depth,
     GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     inside = row < rows
-    inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS, GROUPS)
+    inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, inside, groups, BITS, GROUPS, STEP)
     if tl.program_id(1) == 0:
         tl.store(row_scale + row, own_scale, mask=row < padded_rows)
     for block in tl.static_range(BLOCKS):
@@ -298,10 +304,10 @@ def _fp8_weight_kernel(
 def _fp8_turned_weight_kernel(
     qdata, scale, zero_point, words, row_scale, ones, rows, columns, q_stride, q_width, groups, padded_rows, depth,
     stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    all_inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, row < rows, groups, BITS, GROUPS)
+    all_inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, row < rows, groups, BITS, GROUPS, STEP)
     if tl.program_id(1) == 0:
         tl.store(row_scale + row, own_scale, mask=row < padded_rows)
     # Four codes that become adjacent are one word before they change places.
@@ -333,9 +339,27 @@ def can_handle(longest: int, parts: int = 1) -> bool:
     return 0 < parts <= _MOST_PARTS and longest > 0 and (parts == 1 or fp8_width(longest) * parts <= _LONGEST)
 
 
-def rows_tile(depth: int, has_factors: bool) -> RowsTile:
-    """The tile for rows of so many values."""
-    return next(tile for limit, tile in ROWS[has_factors].items() if depth <= limit)
+@functools.cache
+def rows_tile(columns: tuple[int, ...]) -> RowsTile:
+    """The tile for rows of parts with so many columns: the longest pieces that leave few lanes without work."""
+    widths = list(map(fp8_width, columns))
+    depth = sum(widths)
+    lanes = {piece: piece * sum(ceil_div(width, piece) for width in widths) for piece in _PIECES if depth >= 2 * piece}
+    usable = [piece for piece, count in lanes.items() if count <= 16 * piece]
+    if not usable:
+        return RowsTile(4, 256, 4, keeps=True)  # a warp has a row
+    fitting = (piece for piece in usable if lanes[piece] <= _MOST_LANES * depth)
+    piece = next(fitting, min(usable, key=lambda piece: lanes[piece]))
+    return RowsTile(1, piece, piece // 256, keeps=depth <= _LONGEST_KEPT)
+
+
+@functools.cache
+def _pieces(columns: tuple[int, ...], stored: tuple[int, ...], length: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Of a row the part and first column of each piece, and whether it is masked and cut: see `_read_piece`."""
+    return tuple(
+        (part, start, start + length > stored[part], start + length > count and stored[part] > count)
+        for part, count in enumerate(columns) for start in range(0, fp8_width(count), length)
+    )  # fmt: skip
 
 
 def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
@@ -351,18 +375,16 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
             BLOCK=_BLOCK, HAS_FACTOR=factors is not None, enable_fp_fusion=False, num_warps=8,
         )  # fmt: skip
     elif rows:
-        tile = rows_tile(depth, factors is not None)
+        tile = rows_tile(tuple(columns))
         # Padding that is stored is read with what is before it, and left out then.
         widths = zip(map(fp8_width, columns), parts, factor, strict=True)
         stored = tuple(min(width, part.shape[1], each.shape[-1]) for width, part, each in widths)
-        pieces = tuple(
-            (part, start, start + tile.columns > stored[part], start + tile.columns > count and stored[part] > count)
-            for part, count in enumerate(columns) for start in range(0, fp8_width(count), tile.columns)
-        )  # fmt: skip
+        pieces = _pieces(tuple(columns), stored, tile.columns)
         _fp8_rows_kernel[(ceil_div(rows, tile.rows),)](
             tuple(parts), factor, found.codes.view(torch.uint8), found.scale, rows, tuple(columns), stored, x_row,
             x_column, starts, ends, depth, PIECES=pieces, M=tile.rows, N=tile.columns, EVEN=rows % tile.rows == 0,
             HAS_FACTOR=factors is not None, KEEPS=tile.keeps, enable_fp_fusion=False, num_warps=tile.warps,
+            maxnreg=tile.registers,
         )  # fmt: skip
     return found
 
@@ -417,16 +439,19 @@ def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, one
     """Write codes and scales of rows; turned, where there are ones to write."""
     qdata, scale, zero_point, columns, bits, group_size, _ = weight
     padded_rows, depth = fp8_width(qdata.shape[0]), fp8_width(columns)
-    rows, most_columns, blocks, warps = WEIGHT if ones is None else TURNED_WEIGHT
+    tiles = WEIGHT if ones is None else TURNED_WEIGHT
+    rows, most_columns, blocks, warps = next(tile for groups, tile in tiles.items() if scale.shape[1] <= groups)
     width = math.gcd(group_size, most_columns)
     width = width if width >= _LEAST_BLOCK else most_columns
     rows, blocks = rows * (most_columns // width), min(blocks, ceil_div(depth, width))
     grid = ceil_div(padded_rows, rows), ceil_div(depth, width * blocks)
     sizes = qdata.shape[0], columns, qdata.stride(0), qdata.shape[1], scale.shape[1], padded_rows, depth
+    groups = next_power_of_2(scale.shape[1])
+    step = max(min(groups, 16), groups // 16)  # groups whose scales are read at a time
     options = {
         "GROUP": group_size, "BITS": bits, "M": rows, "N": width, "BLOCKS": blocks,
-        "GROUPS": next_power_of_2(scale.shape[1]), "WHOLE": columns % width == 0, "enable_fp_fusion": False,
-        "num_warps": warps,
+        "GROUPS": ceil_div(scale.shape[1], step) * step, "STEP": step, "WHOLE": columns % width == 0,
+        "enable_fp_fusion": False, "num_warps": warps,
     }  # fmt: skip
     if ones is None:
         _fp8_weight_kernel[grid](qdata, scale, zero_point, codes.view(torch.uint8), row_scale, *sizes, **options)
