@@ -21,7 +21,6 @@ NAMES = {
     "torch._dynamo.config.recompile_limit": "many models that are compiled in one process",
     "torch._foreach_copy_": "one launch for what is written to many weights",
     "torch._foreach_mul": "one launch for the sizes of many directions",
-    "torch._foreach_norm": "one launch for the norms of many momenta",
     "torch._functorch.config.donated_buffer": "backward passes of compiled layers that are retained",
     "torch._functorch.config.ban_recompute_materialized_backward": "norms computed again in the backward pass",
     "torch._functorch.partitioners.has_recomputable_rng_ops": "attention that is computed again on a CPU",

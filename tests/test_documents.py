@@ -16,6 +16,7 @@ import pytest
 
 from docs.make import __main__ as command
 from docs.make import bars, flags_page, generated, memory_tables, pictures, rooms_page, speed_tables
+from docs.make.csv_rows import rows_of
 from docs.make.markdown import table
 from docs.make.update_flow import PARAMETERS_OF_7B
 from peft_pretraining.config.flags import read_specs
@@ -244,18 +245,37 @@ def test_the_figures_in_the_readmes_sentences_are_those_of_rows() -> None:
         recomputed.append((found["q_galore_checkpointing"][0] / speed, found["q_galore_checkpointing"][1] / peak))
     speeds, shares = zip(*plain, strict=True)
     text = " ".join(README.split())
-    assert (
-        f"{100 * min(speeds) - 100:.0f} to {100 * max(speeds) - 100:.0f} % faster than that in half to two thirds"
-        in text
-    )
+    faster = f"{100 * min(speeds) - 100:.0f} to {100 * max(speeds) - 100:.0f} % faster"
+    assert f"{faster} in half to two thirds of the memory" in text and f"It is {faster} than AdamW up to 1B" in text
     assert min(shares) > 0.49 and max(shares) < 0.68
     slower, small = zip(*recomputed, strict=True)
-    assert f"a seventh to a quarter of it, at {min(slower):.2f} to {max(slower):.2f} of the speed" in text
+    assert f"at {min(slower):.2f} to {max(slower):.2f} of the speed in a seventh to a quarter" in text
     assert round(1 / min(small)) == 7 and round(1 / max(small)) in (4, 5)
     capped = memory_tables.measured_7b()
-    assert capped and f"needs {float(capped['run_peak_gb']):.1f} GB on one NVIDIA GPU" in text
-    assert f"alone are {8 * PARAMETERS_OF_7B / 1e9:.0f} GB." in text
-    assert f"7B takes {bars.figures()['7b']['q_galore_checkpointing'][1]:.1f} GB here" in text
+    assert capped and f"7B into {float(capped['run_peak_gb']):.1f} GB of a GPU alone" in text
+    assert f"of 7B are {8 * PARAMETERS_OF_7B / 1e9:.0f} GB in bfloat16" in text
+    assert f"7B takes {bars.figures()['7b']['q_galore_checkpointing'][1]:.1f} GB" in text
+
+
+def test_the_figures_of_7b_in_the_readme_are_those_of_rows() -> None:
+    rows, text = [row for row in rows_of("compare.csv") if row["model"] == "7b"], " ".join(README.split())
+    (default,) = (line for line in README.splitlines() if line.startswith("| **the default**"))
+    perplexities, speeds = default.split("|")[2:4], default.split("|")[5].strip()
+    (adamw_line,) = (line for line in README.splitlines() if line.startswith("| AdamW, tuned"))
+    below = [
+        100 - 100 * float(ours) / float(other)
+        for ours, other in zip(perplexities, adamw_line.split("|")[2:4], strict=True)
+    ]
+    assert f"{below[0]:.0f} to {below[1]:.0f} % below that of a tuned AdamW" in text
+    assert f"at {speeds.replace(', ', ' to ')} of AdamW's speed" in text
+    (by_layer,) = (row for row in rows if "--accumulate_by layer" in row["flags"] and row["run_peak_gb"])
+    assert f"7B has trained in {float(by_layer['run_peak_gb']):.1f} GB" in text and by_layer["last_loss"]
+    (adamw,) = (row for row in rows if row["commit"] == "9c880eb" and row["method"] == "adamw_compiled_checkpointing")
+    (fp8,) = (row for row in rows if row["commit"] == "9c880eb" and row["method"] == "q_galore_fp8_checkpointing")
+    (ours, peak), (other, other_peak) = (
+        (int(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"])) for row in (fp8, adamw)
+    )
+    assert f"{ours:,} tokens/s in {peak:.1f} GB, AdamW {other:,} in {other_peak:.1f}" in text
 
 
 def test_the_readmes_commands_are_those_of_the_program() -> None:
@@ -263,18 +283,13 @@ def test_the_readmes_commands_are_those_of_the_program() -> None:
     lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", "").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     first, second = [line[2:] for line in words if line[:2] == ["python", "run_pretrain.py"]]
-    for flags in (first, [*second, "--device", "cuda"], [*second, "--device", "cuda", *_flags_of_the_cards()]):
+    for flags, said in ((first, "--recipe full_rank"), ([*second, "--device", "cuda"], "--memory_budget 23GB chooses")):
         program = [sys.executable, "run_pretrain.py", *flags, "--dataset", "pydocs", "--dry_run"]
         done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "Planned memory" in done.stdout, done.stderr
+        assert done.returncode == 0 and "Planned memory" in done.stdout and said in done.stdout, done.stderr
+    assert "--recipe full_rank" in done.stdout, "7B fits by the default recipe"
     after = [line[1] for line in words if line and line[0] == "qgalore"]
     assert after == ["generate", "evaluate", "plot", "export"]
-
-
-def _flags_of_the_cards() -> list[str]:
-    """What the page adds to its second command for a row of the table of cards."""
-    (found,) = re.findall(r"with `(--recipe [^`]*)` runs that row", " ".join(README.split()))
-    return shlex.split(found)
 
 
 def test_the_readmes_example_of_the_library_trains() -> None:

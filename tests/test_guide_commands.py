@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import run_pretrain
+from docs.make.csv_rows import rows_of
 from peft_pretraining.commands import main as qgalore
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.plan import plan
@@ -85,10 +86,18 @@ def test_the_planned_figures_of_the_page_are_those_of_the_plan(capsys: pytest.Ca
             assert run_pretrain.main([*done.stdout.split()[1:], "--device", "cuda", "--dry_run"]) == 0
         peaks.append(float(re.findall(r"^  peak +([\d.]+) GB", capsys.readouterr().out, re.MULTILINE)[0]))
     assert f"stops: {peaks[0]:.1f} GB" in text and f"{peaks[1]:.1f} GB by the plan" in text
-    for line in (line for line in commands("seven_b.md") if "--accumulate_by" in line):
-        args = parse_args(shlex.split(line)[2:])
-        peaks.append(plan(args, read_config(args.model.model_config)).peak_bytes / 1e9)
-    assert f"{peaks[2]:.1f} GB of the card by the plan, or {peaks[3]:.1f} with" in text
+    for line, sentence in (
+        ("--accumulate_by", "12.6 GiB on an H200; {:.1f} by the plan"),
+        ("--sum_in_momentum", "capped to 15.4 GiB; {:.1f} by the plan"),
+    ):
+        (command,) = (command for command in commands("seven_b.md") if line in command)
+        args = parse_args(shlex.split(command)[2:])
+        assert sentence.format(plan(args, read_config(args.model.model_config)).peak_bytes / 1e9) in text
+    rows = [row for row in rows_of("compare.csv") if row["commit"] == "164f053" and row["cap_gib"]]
+    assert [(row["cap_gib"], f"{float(row['run_peak_gb']):.1f}") for row in rows] == [
+        ("15.4", "15.4"),
+        ("12.6", "12.4"),
+    ]
     fit = ShippedRun("7b").fit(16 * 10**9, CARDS["4060ti"])
     assert 10e9 / fit.tokens_per_second / 86_400 == pytest.approx(182, rel=0.1) and "half a year" in text
 

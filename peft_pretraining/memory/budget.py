@@ -222,14 +222,14 @@ class Candidates:
     @cached_property
     def in_parts(self) -> Candidates | None:
         """The same command line with a momentum in parts; None where how it is kept is chosen, as its rank may be."""
-        return None if "momentum_rank" in self._given else self._in_place_of_full_rank(IN_PARTS)
+        return None if "momentum_rank" in self._given else self._fallback(IN_PARTS)
 
     @cached_property
     def in_subspace(self) -> Candidates | None:
         """The same command line with a subspace; None where its rank or recipe is chosen, by a flag or a checkpoint."""
-        return self._in_place_of_full_rank(IN_SUBSPACE)
+        return self._fallback(IN_SUBSPACE)
 
-    def _in_place_of_full_rank(self, flags: tuple[str, ...]) -> Candidates | None:
+    def _fallback(self, flags: tuple[str, ...]) -> Candidates | None:
         first = self._sizes[-1][1]
         chosen = "recipe" in self._given or first.optimizer.recipe != "full_rank" or "rank" in self._given
         if chosen or not first.optimizer.is_low_rank or _goes_on_with_recipe(first):

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from qgalore.kernels.arguments import RowNormalization, StepNumbers
-from qgalore.torch_internals import internal
 
 __all__ = ["normalize_rows"]
 
 
 def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None) -> list[Tensor]:
     """See `qgalore.kernels.normalize_rows`."""
-    scaled: list[Tensor] = internal("torch._foreach_mul")([p.direction for p in parts], [p.scale for p in parts])
-    return [_normalized(part, direction, skip) for part, direction in zip(parts, scaled, strict=True)]
+    return [_normalized(part, skip) for part in parts]
 
 
-def _normalized(part: RowNormalization, direction: Tensor, skip: Tensor | None) -> Tensor:
+def _normalized(part: RowNormalization, skip: Tensor | None) -> Tensor:
+    direction = part.direction * part.scale
     squares = torch.linalg.vector_norm(direction, dim=1, dtype=torch.float32).square_() / direction.shape[1]
     second = part.second * part.beta + squares * (1.0 - part.beta)
     part.second.copy_(second if skip is None else torch.where(skip, part.second, second))

@@ -26,7 +26,6 @@ from torch import Tensor
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches
 from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, working_dtype
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
-from qgalore.torch_internals import internal
 
 __all__ = ["orthogonalize"]
 
@@ -366,9 +365,9 @@ class _Group:
 
 
 def _unit_factors(matrices: Sequence[Tensor]) -> Tensor:
-    """`reference.newton_schulz.unit_factors` in one tensor (count,), in as many launches for many as for one."""
-    norms = internal("torch._foreach_norm")(matrices, 2, dtype=torch.float32)
-    sizes = torch.stack(internal("torch._foreach_mul")(norms, [matrix.numel() ** -0.5 for matrix in matrices]))
+    """`reference.newton_schulz.unit_factors` in one tensor (count,)."""
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) * x.numel() ** -0.5 for x in matrices]
+    sizes = torch.stack(norms)
     return torch.where(sizes < 1e-18, 0.0, sizes.log2().round_().neg_().exp2_())
 
 

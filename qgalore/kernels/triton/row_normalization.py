@@ -89,9 +89,9 @@ def _scale_rows_kernel(
     for start in range(0, columns, N):
         column = (start + tl.arange(0, N))[None, :].to(tl.int64)
         mask = inside[:, None] & (column < columns)
-        place = x + _offsets(at, column, stride, TALL)
-        value = tl.load(place, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-        tl.store(place, to_float(value, x.dtype.element_ty), mask=mask)
+        pointer = x + _offsets(at, column, stride, TALL)
+        value = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(pointer, to_float(value, x.dtype.element_ty), mask=mask)
 
 
 def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None) -> list[Tensor]:
