@@ -113,7 +113,8 @@ def launch_fp8(half: torch.dtype) -> None:
             scale, zero_point = torch.zeros(2, rows, -(-width // 256), dtype=torch.bfloat16)
             weight = kernels.QuantizedMatrix(codes, scale, zero_point, width, bits, 256)
             kernels.fp8_weight(weight)
-            kernels.fp8_turned_weights([weight])
+            for count in (1, 3):
+                kernels.fp8_turned_weights([weight] * count)
 
 
 def launch_head(half: torch.dtype) -> None:
@@ -245,7 +246,7 @@ def narrow_fp8() -> dict[str, int]:
     kernels.fp8_rows([x, x], [n, n], [torch.ones(kernels.fp8_width(n))] * 2)
     kernels.fp8_columns(x, n)
     kernels.fp8_weight(weight)
-    kernels.fp8_turned_weights([weight])
+    kernels.fp8_turned_weights([weight, weight])
     found = {}
     for name, code in CODE.items():
         narrow = "8" if "weight" in name else "8|16"  # scales of groups have two bytes

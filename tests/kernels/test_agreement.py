@@ -406,9 +406,12 @@ def test_fp8_columns_that_are_not_finite(value: str, kernel_device: torch.device
         assert not finite[7].any() and finite.sum() == 29 * 40
 
 
-def test_fp8_weights_of_one_input(kernel_device: torch.device) -> None:
-    made = [kernels.quantize(normal(rows, 85, seed=rows).to(kernel_device), 8, 64) for rows in (70, 9, 16)]
-    weights = [kernels.QuantizedMatrix(*each, 85, 8, 64) for each in made]
+@each("bits", [(8, 8, 8), (8, 4, 8)])
+def test_fp8_weights_of_one_input(bits: tuple[int, ...], kernel_device: torch.device) -> None:
+    """One launch for those that are stored alike, each of which has rows of its own in the result."""
+    rows = (70, 9, 16)
+    made = [kernels.quantize(normal(m, 85, seed=m).to(kernel_device), b, 64) for m, b in zip(rows, bits, strict=True)]
+    weights = [kernels.QuantizedMatrix(*each, 85, b, 64) for each, b in zip(made, bits, strict=True)]
     found = same_factor(lambda: kernels.fp8_turned_weights(weights)[0])
     assert found.codes.shape == (96, 80 + 16 + 16)
     for expected, factor in zip(*both(lambda: tuple(kernels.fp8_turned_weights(weights)[1])), strict=True):

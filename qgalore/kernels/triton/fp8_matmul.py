@@ -21,8 +21,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, ceil_div, fp8_width, next_power_of_2
+from qgalore.kernels.arguments import Fp8Matrix, QuantizedMatrix, ceil_div, fp8_width, launches, next_power_of_2
 from qgalore.kernels.reference import fp8_matmul
-from qgalore.kernels.triton.tiles import float8_bits, float8_word, load_codes
+from qgalore.kernels.triton.tiles import chosen, float8_bits, float8_word, load_codes, matrix_of_program
 
 __all__ = ["fp8_columns", "fp8_product", "fp8_rows", "fp8_turned_weights", "fp8_weight"]
 
@@ -268,9 +268,10 @@ def _read_weight(
     row, inside = row[:, None], inside[:, None]
     column = start + tl.arange(0, N)[None, :]
     code = load_codes(qdata, row, q_stride, q_width, inside, start, N, N, BITS).to(tl.float32)
-    mask = inside & (start < columns if WHOLE else column < columns)
+    begun = inside & (row * 0 + start < columns)
+    mask = begun if WHOLE else inside & (column < columns)
     if GROUP % N == 0:
-        at, mask_of_group = row * groups + start // GROUP, inside & (start < columns)
+        at, mask_of_group = row * groups + start // GROUP, begun
     else:
         at, mask_of_group = row * groups + column // GROUP, mask
     step = tl.load(scale + at, mask=mask_of_group, other=0.0).to(tl.float32)
@@ -301,21 +302,26 @@ def _fp8_weight_kernel(
 
 
 @triton.jit
-def _fp8_turned_weight_kernel(
-    qdata, scale, zero_point, words, row_scale, ones, rows, columns, q_stride, q_width, groups, padded_rows, depth,
-    stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
+def _fp8_turned_weights_kernel(
+    qdata, scale, zero_point, words, row_scale, ones, rows, padded_rows, starts, ends, columns, q_stride, q_width,
+    groups, depth, stride, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    which, program = matrix_of_program(ends)
+    qdata, scale, zero_point = chosen(which, qdata), chosen(which, scale), chosen(which, zero_point)
+    q_stride, q_width = chosen(which, q_stride), chosen(which, q_width)
+    rows, padded_rows, first_row = chosen(which, rows), chosen(which, padded_rows), chosen(which, starts)
+    words += tl.multiple_of(first_row // 4, 4)
+    row = (program * M + tl.arange(0, M)).to(tl.int64)
     all_inverse, own_scale = _scale_of_weight_rows(scale, zero_point, row, row < rows, groups, BITS, GROUPS, STEP)
     if tl.program_id(1) == 0:
-        tl.store(row_scale + row, own_scale, mask=row < padded_rows)
+        tl.store(row_scale + first_row + row, own_scale, mask=row < padded_rows)
     # Four codes that become adjacent are one word before they change places.
     even, odd = tl.split(tl.reshape(all_inverse, (M // 4, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     inverse = (first, second, third, fourth)
-    word = tl.program_id(0) * (M // 4) + tl.arange(0, M // 4)
+    word = program * (M // 4) + tl.arange(0, M // 4)
     for block in tl.static_range(BLOCKS):
         start = (tl.program_id(1) * BLOCKS + block) * N
         rounded = ()
@@ -416,7 +422,11 @@ def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
         return fp8_matmul.with_padded_rows(fp8_rows([weight], [weight.shape[1]], None))
     rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
     found = _empty(rows, depth, weight.qdata)
-    _round_weight(weight, found.codes, found.scale, None)
+    grid_rows, grid_columns, options = _weight_launch(weight, WEIGHT)
+    _fp8_weight_kernel[ceil_div(rows, grid_rows), grid_columns](
+        *weight[:3], found.codes.view(torch.uint8), found.scale, len(weight.qdata), weight.columns,
+        weight.qdata.stride(0), weight.qdata.shape[1], weight.scale.shape[1], rows, depth, **options,
+    )  # fmt: skip
     return found
 
 
@@ -427,25 +437,32 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
         return fp8_matmul.turned([fp8_weight(weight) for weight in weights])
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
+    scales = found.scale.new_empty(sum(counts))
+    starts = list(itertools.accumulate(counts, initial=0))
     if not sum(counts):  # nothing is launched
-        return Fp8Matrix(found.codes, found.scale.fill_(1.0)), [found.scale.new_empty(0) for _ in counts]
-    scales = list(torch.empty(sum(counts), dtype=torch.float32, device=found.codes.device).split(counts))
-    for weight, codes, scale in zip(stored, found.codes.split(counts, dim=1), scales, strict=True):
-        _round_weight(weight, codes, scale, found.scale)
-    return found, scales
+        return Fp8Matrix(found.codes, found.scale.fill_(1.0)), list(scales.split(counts))
+    words = found.codes.view(torch.int32)
+    for indices in launches(stored, lambda weight: weight[3:6]):
+        some = [stored[index] for index in indices]
+        grid_rows, grid_columns, options = _weight_launch(some[0], TURNED_WEIGHT)
+        padded = tuple(counts[index] for index in indices)
+        ends = tuple(itertools.accumulate(ceil_div(count, grid_rows) for count in padded))
+        qdata, scale, zero_point, (columns, *_), *_ = zip(*some, strict=True)
+        _fp8_turned_weights_kernel[ends[-1], grid_columns](
+            qdata, scale, zero_point, words, scales, found.scale, tuple(map(len, qdata)), padded,
+            tuple(starts[index] for index in indices), ends, columns, tuple(x.stride(0) for x in qdata),
+            tuple(x.shape[1] for x in qdata), scale[0].shape[1], len(found.codes), words.stride(0), **options,
+        )  # fmt: skip
+    return found, list(scales.split(counts))
 
 
-def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, ones: Tensor | None) -> None:
-    """Write codes and scales of rows; turned, where there are ones to write."""
-    qdata, scale, zero_point, columns, bits, group_size, _ = weight
-    padded_rows, depth = fp8_width(qdata.shape[0]), fp8_width(columns)
-    tiles = WEIGHT if ones is None else TURNED_WEIGHT
+def _weight_launch(weight: QuantizedMatrix, tiles: Mapping[int, WeightTile]) -> tuple[int, int, dict[str, Any]]:
+    """Rows of a program that rounds such a weight, programs for all columns, and options of its kernel."""
+    _, scale, _, columns, bits, group_size, _ = weight
     rows, most_columns, blocks, warps = next(tile for groups, tile in tiles.items() if scale.shape[1] <= groups)
     width = math.gcd(group_size, most_columns)
     width = width if width >= _LEAST_BLOCK else most_columns
-    rows, blocks = rows * (most_columns // width), min(blocks, ceil_div(depth, width))
-    grid = ceil_div(padded_rows, rows), ceil_div(depth, width * blocks)
-    sizes = qdata.shape[0], columns, qdata.stride(0), qdata.shape[1], scale.shape[1], padded_rows, depth
+    rows, blocks = rows * (most_columns // width), min(blocks, ceil_div(fp8_width(columns), width))
     groups = next_power_of_2(scale.shape[1])
     step = max(min(groups, 16), groups // 16)  # groups whose scales are read at a time
     options = {
@@ -453,13 +470,7 @@ def _round_weight(weight: QuantizedMatrix, codes: Tensor, row_scale: Tensor, one
         "GROUPS": ceil_div(scale.shape[1], step) * step, "STEP": step, "WHOLE": columns % width == 0,
         "enable_fp_fusion": False, "num_warps": warps,
     }  # fmt: skip
-    if ones is None:
-        _fp8_weight_kernel[grid](qdata, scale, zero_point, codes.view(torch.uint8), row_scale, *sizes, **options)
-    else:
-        words = codes.view(torch.int32)
-        _fp8_turned_weight_kernel[grid](
-            qdata, scale, zero_point, words, row_scale, ones, *sizes, words.stride(0), **options
-        )
+    return rows, ceil_div(fp8_width(columns), width * blocks), options
 
 
 def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool) -> Tensor:
