@@ -22,13 +22,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.offload.offload import Offload
+from qgalore.offload.offload import Offload, offload_modules
 from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
-from qgalore.optimizer.saved_state import state_for
+from qgalore.optimizer.saved_state import in_order, state_for
+from qgalore.optimizer.subspace_metrics import subspace_metrics
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.shards import Shards
-from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
 from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
@@ -465,15 +465,8 @@ class LowRankAdamW(Optimizer):
         """
         if self._detach is None or not self._detach.alive or self._shards is not None:
             raise RuntimeError("layers can be offloaded after attach(model) alone, and not with a mesh")
-        found = [self.weights_of(layer) for layer in layers]
-        floats = [x.name for of_layer in found for x in of_layer if len(x.shape) > 1 and x.param.is_floating_point()]
-        if weights and floats:
-            raise ValueError(f"{floats[0]} is float, and only quantized weights are offloaded: leave weights=True out")
-        device = next(iter(self._weights.values())).device
-        self.offload = offload = Offload(found, device, weights, slots)
-        for layer in layers if weights else ():
-            layer.register_state_dict_pre_hook(lambda *_: offload.settle())
-            layer.register_load_state_dict_pre_hook(lambda *_: offload.forget())
+        found, device = [self.weights_of(layer) for layer in layers], next(iter(self._weights.values())).device
+        self.offload = offload = offload_modules(layers, found, device, weights, slots)
         self.states_replaced += 1
         return offload
 
@@ -754,13 +747,10 @@ class LowRankAdamW(Optimizer):
         self._settle()
         if self.offload is not None:
             self.offload.settle()
-        found: dict[str, Any] = super().state_dict()
-        ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
-        groups = [dict(sorted(group.items())) for group in found["param_groups"]]
+        owned = None
         if self._shards is not None:
             owned = {weight.index for weight in self._weights.values() if weight.owned}
-            state = {index: entries for index, entries in state.items() if index in owned}
-        return {"state": {index: state[index] for index in ids if index in state} | state, "param_groups": groups}
+        return in_order(super().state_dict(), owned)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
@@ -812,24 +802,7 @@ class LowRankAdamW(Optimizer):
         `subspace/similarity/<layer>` and `subspace/failures` are there for weights refreshed since the last call, as
         tensors on the device, so that asking does not wait for it.
         """
-        found = {weight: weight.subspace for weight in self._weights.values()}
-        weights = {weight: subspace for weight, subspace in found.items() if isinstance(subspace, Streaming)}
-        if not weights:
-            return {}
-        saved = sum(subspace.schedule.saved for subspace in weights.values())
-        made = sum(subspace.schedule.refreshes for subspace in weights.values())
-        metrics: dict[str, float | Tensor] = {
-            "subspace/refreshes": float(made),
-            "subspace/refreshes_saved_fraction": saved / max(1, saved + made),
-        }
-        for weight, subspace in weights.items():
-            if subspace.similarity is not None:
-                metrics[f"subspace/similarity/{weight.name}"] = subspace.similarity
-                subspace.similarity = None
-        if len(metrics) > 2:
-            failures = [weight.state["failures"] for weight in weights if weight.state]
-            metrics["subspace/failures"] = torch.stack(failures).sum()
-        return metrics
+        return subspace_metrics(self._weights.values())
 
 
 def _owned(weights: Sequence[Weight]) -> list[Weight]:
