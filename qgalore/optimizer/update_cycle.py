@@ -264,7 +264,7 @@ class UpdateCycle:
             self._unchecked = []
 
     def _update_checks(self) -> UpdateChecks:
-        """The checks of the update that is being made, cleared at its beginning."""
+        """The checks of the update that is being made, cleared by the first call of it: make none without need."""
         if self._checks is None or self._checks.count != len(self._weights):
             self._checks = UpdateChecks(len(self._weights), self._device)
         elif self._ended:
