@@ -55,19 +55,22 @@ class UpdateCycle:
         self.accumulates_by_layer, self.is_last_micro_batch = False, True
         self.summed: list[Tensor] = []
         """See `qgalore.optimizer.LowRankAdamW`."""
-        self._has_sums = False
+        self._checks: UpdateChecks | None = None
+        self._ended = False
+        """Whether `_checks` are those of an update that was finished."""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have nothing of an update yet; `_checks` stay until the next one needs them."""
+        self._has_sums = self._rows_written = False
         self._finalized: dict[Weight, None] = {}
         """Weights whose gradients of this update were made final, in that order."""
         self._unchecked: list[Weight] = []
         """Those with a final gradient that `_checks` have not seen."""
         self._sent: list[Weight] = []
         """Weights of other ranks, which have got their gradients, and whose updated values are still to be received."""
-        self._checks: UpdateChecks | None = None
-        self._ended = False
-        """Whether `_checks` are those of an update that was finished."""
         self._clip_factor: Tensor | None = None
         self._scale: Tensor | None = None
-        self._rows_written = False
 
     def bind(self, groups: Sequence[Mapping[str, Any]], table: StepTable) -> None:
         """Take up the optimizer's param groups, and the step table that its weights have now."""
@@ -264,7 +267,7 @@ class UpdateCycle:
             self._unchecked = []
 
     def _update_checks(self) -> UpdateChecks:
-        """The checks of the update that is being made, cleared by the first call of it: make none without need."""
+        """The checks of the update that is being made, which the first call clears: none is made without need."""
         if self._checks is None or self._checks.count != len(self._weights):
             self._checks = UpdateChecks(len(self._weights), self._device)
         elif self._ended:
@@ -358,10 +361,9 @@ class UpdateCycle:
             self._update(waiting, clip)
             self.publish(waiting)
         self.ranks.finish()
-        self._clip_factor = self._scale = None
-        self._ended, self._has_sums, self._rows_written = True, False, False
         self.summed = [weight.param for weight in self._finalized]
-        self._finalized.clear()
+        self._ended = True
+        self._begin()
 
     def write_update_rows(self) -> None:
         """Let the step rows be those of the update that goes on, if they are not."""
@@ -400,10 +402,7 @@ class UpdateCycle:
 
     def abandon(self) -> None:
         """Forget the gradients of the update that goes on, and its checks."""
-        self._clip_factor = self._scale = None
-        self._has_sums = self._rows_written = False
-        self._finalized.clear()
-        self._unchecked, self._sent = [], []
+        self._begin()
         self.ranks.forget()
         if self._checks is not None and not self._ended:
             self._checks.clear()  # after an update has ended `grad_norm` can still be read
