@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from peft_pretraining.build import shape_of
+from peft_pretraining.build import build_model, converter_of, shape_of
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import bytes_by_rank, dealt_weights, fullest
+from peft_pretraining.memory.dealt_states import bytes_by_rank, dealt_weights, fullest, owners_by_name
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
 from qgalore.sharding.deal import Load, deal, deals_rows, layer_of, row_ranges
@@ -52,6 +53,20 @@ def test_rows_of_all_ranks_are_all_rows_in_whole_blocks(columns: int, ranks: int
     assert all(start * columns % 256 == 0 and stop > start for start, stop in ranges)
     sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 2 * 64 + 3
+
+
+@pytest.mark.parametrize("method", ["low_rank", "lora", "qlora"])
+def test_factors_are_dealt_and_what_is_beside_them(method: str) -> None:
+    """Those of low_rank by the names that they have in a run, where adapters have names of their own."""
+    flags = f"--model_config 9m --batch_size 1 --dataset pydocs --optimizer adamw --method {method} --rank 8"
+    args = parse_args(f"{flags} --compile off".split())
+    model = build_model(args.model, torch.device("cpu"), 0, on_module=converter_of(args))
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    factors = {name for name in trained if "_proj" in name}
+    owners = owners_by_name(args, 2)
+    assert owners.keys() >= (trained if method == "low_rank" else trained - factors)
+    assert len(owners) == len(trained) and len(factors) == 14 * len(model.decoder_layers)
+    assert set(owners.values()) == {0, 1}
 
 
 @pytest.mark.parametrize("flags", ["--recipe paper", "--rank full"])

@@ -12,7 +12,7 @@ from peft_pretraining.build import model_on_meta, shape_of
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.planned_run import PlannedRun
-from peft_pretraining.models.build import low_rank_names, matrix_shapes
+from peft_pretraining.models.build import matrix_shapes
 from peft_pretraining.models.config import is_of_mlp
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.build import states_on_meta
@@ -66,8 +66,9 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
     """All weights that are trained, in an order of param groups: embeddings, head and norms, then matrices by layer."""
     args, config = run.args, run.config
     model = model_on_meta(args, config)
-    in_layer, shapes = set(model.decoder_layers.parameters()), matrix_shapes(model)
-    matrices = {model.get_submodule(name).get_parameter("weight"): name for name in low_rank_names(model)}
+    in_layer = set(model.decoder_layers.parameters())
+    shapes = matrix_shapes(model) if args.method.method == "full" else {}  # factors are parameters as others are
+    matrices = {model.get_submodule(name).get_parameter("weight"): name for name in shapes}
     low_rank, library = args.optimizer.is_low_rank, args.optimizer.optimizer in LIBRARY_OPTIMIZERS
     rest: list[DealtWeight] = []
     found: list[DealtWeight] = []

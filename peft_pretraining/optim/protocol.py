@@ -16,8 +16,9 @@ class TrainingOptimizer(Protocol):
     is_last_micro_batch: bool
     """Set before each backward pass: in the last one of an update gradients are summed, and may be applied."""
 
-    loss_scale: LossScale | None
-    """What each loss is multiplied by before its backward pass; None: by nothing."""
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """What each loss is multiplied by before its backward pass; None: by nothing."""
 
     @property
     def sums_in_momentum(self) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qgalore.offload.hosted import Copies, Hosted
 from qgalore.offload.side_stream import CudaStreams, HostStreams, Streams
@@ -163,6 +163,23 @@ class Offload:
     @property
     def _parts(self) -> list[Hosted]:
         return [self._bases, self._moments, *([] if self._weights is None else [self._weights])]
+
+
+def offload_modules(
+    modules: Sequence[nn.Module], layers: Sequence[Sequence[Weight]], device: torch.device, weights: bool, slots: int
+) -> Offload:
+    """An `Offload` of modules, each with its weights, whose state dicts are those of what was computed last.
+
+    Raises ValueError where weights are to be offloaded that are not quantized, PageLockError as `Offload` does.
+    """
+    floats = [x.name for of_layer in layers for x in of_layer if len(x.shape) > 1 and x.param.is_floating_point()]
+    if weights and floats:
+        raise ValueError(f"{floats[0]} is float, and only quantized weights are offloaded: leave weights=True out")
+    offload = Offload(layers, device, weights, slots)
+    for module in modules if weights else ():
+        module.register_state_dict_pre_hook(lambda *_: offload.settle())
+        module.register_load_state_dict_pre_hook(lambda *_: offload.forget())
+    return offload
 
 
 def _hosted_state(weight: Weight) -> list[tuple[str, Tensor]]:

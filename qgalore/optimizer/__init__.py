@@ -1,4 +1,4 @@
-"""The optimizers, AdamW and Adafactor on projected gradients; their param groups and saved states; `summary`."""
+"""The optimizers, AdamW and Adafactor on projected gradients; the cycle of an update; saved states; `summary`."""
 
 from qgalore.optimizer.adamw import GaLoreAdamW, GaLoreAdamW8bit, LowRankAdamW, QGaLoreAdamW8bit
 

@@ -10,7 +10,6 @@ autograd cannot give a gradient, train at all.
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,28 +21,19 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qgalore.config import complete_group, ignored_arguments
 from qgalore.layer.linear import LowRankLinear
-from qgalore.offload.offload import Offload
+from qgalore.offload.offload import Offload, offload_modules
 from qgalore.optimizer.param_groups import check_group, check_rates, check_seed
-from qgalore.optimizer.saved_state import state_for
+from qgalore.optimizer.saved_state import in_order, state_for
+from qgalore.optimizer.subspace_metrics import subspace_metrics
+from qgalore.optimizer.update_cycle import UpdateCycle
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.shards import Shards
-from qgalore.subspace.methods import Streaming
 from qgalore.update.all_reduce import AllReduce, Bucket
-from qgalore.update.finite_checks import UpdateChecks
 from qgalore.update.hooks import Attachment
 from qgalore.update.loss_scale import LossScale
-from qgalore.update.momentum_sum import SummedGradient
-from qgalore.update.step import (
-    Replay,
-    add_to_momenta,
-    check_gradients,
-    finalize_gradients,
-    is_small,
-    parts_to_sum,
-    store_momenta,
-    update_weights,
-)
+from qgalore.update.ranks import SummingRanks
+from qgalore.update.step import Replay
 from qgalore.update.step_table import StepTable
 from qgalore.update.weight import HOST_STATE, Weight
 
@@ -113,46 +103,18 @@ class LowRankAdamW(Optimizer):
     def _reset(self) -> None:
         """Reset everything that is not in the state dict."""
         self._weights: dict[Tensor, Weight] = {}
-        self._all_reduce: AllReduce | None = None
-        self._share_of_momenta: float | None = None
-        """See `add_to_momenta`."""
-        self._shards: Shards | None = None
+        self._step_table = StepTable(0)
+        self._cycle = UpdateCycle(self._weights)
+        self._detach: weakref.finalize[..., Any] | None = None
         self._dealt = False
         """Whether states were dealt to ranks, and no whole state has been loaded since."""
-        self.offload: Offload | None = None
-        """What of layers waits in host memory."""
-        self._sent: list[Weight] = []
-        """Weights of other ranks, which have got their gradients, and whose updated values are still to be received."""
-        self.loss_scale: LossScale | None = None
-        """What the loss is multiplied by before its backward pass; None: by nothing."""
-        self._clip_factor: Tensor | None = None
-        self._scale: Tensor | None = None
-        self._detach: weakref.finalize[..., Any] | None = None
-        self._stepped = self._sums = self._rows_written = False
-        self._finalized: dict[Weight, None] = {}
-        self.summed: list[Tensor] = []
-        """The parameters whose gradients of the last update were made final, and summed over the ranks, in that order;
-        without those that CUDA graphs have."""
-        self._unchecked: list[Weight] = []
-        """Those with a final gradient that `checks` have not seen."""
-        self._checks: UpdateChecks | None = None
-        self._step_table: StepTable | None = None
-        self.update_in_backward = False
-        self.accumulates_by_layer = False
-        """Set to True where a layer has the backward passes of all micro-batches before the next layer has its first,
-        with `end_layer` after the last of them: what `update_in_backward` updates is then updated there."""
-        self._replay: Replay | None = None
         self.states_replaced = 0
         """How often weights have taken up groups and state, and sums anew: CUDA graphs of before are then void."""
-        self.is_last_micro_batch = True
-        """Set to False during the backward of all but the last micro-batch of an update."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no model.
-        self._check_whole("be copied")
+        self._cycle.check_whole("be copied")
         self._settle()
-        if self.offload is not None:
-            self.offload.settle()
         return super().__getstate__() | {"_seed": self._seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,7 +122,7 @@ class LowRankAdamW(Optimizer):
         if "_weights" not in self.__dict__:  # a copy, and not `load_state_dict`
             self._reset()
         self._build_weights()
-        self._abandon_update()
+        self._cycle.abandon()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with the options of a `SubspaceConfig` its weights are under projection."""
@@ -182,11 +144,11 @@ class LowRankAdamW(Optimizer):
         Objects that exist are kept, since hooks and layers hold them; group, state and number are brought up to date.
         """
         self.states_replaced += 1
-        self._settle()
+        self._settle_subspaces()
         count = sum(len(group["params"]) for group in self.param_groups if "rank" in group)
         index = position = 0
         total = sum(len(group["params"]) for group in self.param_groups)
-        if self._step_table is None or len(self._step_table.updates) != total:
+        if len(self._step_table.updates) != total:
             self._step_table = StepTable(total)
         for group in self.param_groups:
             for param in group["params"]:
@@ -195,35 +157,25 @@ class LowRankAdamW(Optimizer):
                 )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
+        self._cycle.bind(self.param_groups, self._step_table)
 
-    def _settle(self) -> None:
-        """Let the states be those of updates that were made, which the host learns last where the device is a GPU."""
-        for weight in self._weights.values():
-            weight.subspace.settle()
+    def weights_of(self, module: nn.Module) -> list[Weight]:
+        """The weights among the parameters of a module, in its order."""
+        return [self._weights[param] for param in module.parameters() if param in self._weights]
 
-    @classmethod
-    def initial_states(
-        cls, groups: Iterable[dict[str, Any]], layers: Iterable[LowRankLinear]
-    ) -> dict[Tensor, dict[str, Tensor]]:
-        """The states of the weights of param groups before their first update; on the meta device without memory.
+    def low_rank_weights(self) -> Iterator[Weight]:
+        """The weights of groups with a rank, in order."""
+        return (weight for weight in self._weights.values() if "rank" in weight.param_group)
 
-        layers: those that hold low-rank weights. No optimizer is made, since PyTorch's imports its compiler: seconds.
+    def subspace_metrics(self) -> dict[str, float | Tensor]:
+        """What the refreshes did: their number, the share that the lazy rule saved, and of the newest the similarity.
+
+        `subspace/similarity/<layer>` and `subspace/failures` are there for weights refreshed since the last call, as
+        tensors on the device, so that asking does not wait for it.
         """
-        states: dict[Tensor, dict[str, Tensor]] = {}
-        holders: dict[Tensor, LowRankLinear] = {layer.weight: layer for layer in layers}
-        for group in groups:
-            options = complete_group(group, proj_quant=cls.quant)
-            options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
-            options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
-            options.setdefault("norm_growth", 0.0)
-            for param in group["params"]:
-                weight = cls.weight_type(param, 0)
-                weight.layer = holders.get(param)
-                weight.bind(options, states, StepTable(1), 0, 0, 1)
-                weight.init_state()
-        return states
+        return subspace_metrics(self._weights.values())
 
-    # ---- the backward pass
+    # ---- attached to a model
 
     def attach(
         self,
@@ -252,6 +204,27 @@ class LowRankAdamW(Optimizer):
         optimizer cannot train.
         """
         self.detach()
+        self._check_arguments(all_reduce, loss_scale, mesh)
+        ranks = None if all_reduce is None else SummingRanks(all_reduce)
+        self._cycle.configure(update_in_backward, ranks, loss_scale, replay)
+        try:
+            attachment = Attachment(model, self._weights, weakref.WeakMethod(self._cycle.gradients_ready))
+            self._detach = weakref.finalize(self, attachment.remove)
+            self._detach.atexit = False
+            for weight in self._weights.values():
+                weight.check()  # by its layer, to which it belongs now
+        except ValueError:
+            self.detach()
+            raise
+        if mesh is not None:
+            self._cycle.ranks = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
+            self._dealt = True
+            self.states_replaced += 1
+
+    def _check_arguments(
+        self, all_reduce: AllReduce | None, loss_scale: LossScale | None, mesh: ShardMesh | None
+    ) -> None:
+        """Raise ValueError for arguments of `attach` that cannot be combined with each other or with a param group."""
         if self._dealt:
             raise ValueError(
                 "the optimizer was attached with a mesh, and this rank has the states of its own weights alone: load a "
@@ -269,180 +242,55 @@ class LowRankAdamW(Optimizer):
                 "sum_in_momentum keeps gradients in momenta from one update to the next, and a loss_scale that changes "
                 "would change what they are worth: leave one of them out"
             )
-        self.update_in_backward, self._all_reduce, self._share_of_momenta = update_in_backward, all_reduce, None
-        self.loss_scale, self._replay = loss_scale, replay
-        try:
-            attachment = Attachment(model, self._weights, weakref.WeakMethod(self.gradients_ready))
-            self._detach = weakref.finalize(self, attachment.remove)
-            self._detach.atexit = False
-            for weight in self._weights.values():
-                weight.check()  # by its layer, to which it belongs now
-        except ValueError:
-            self.detach()
-            raise
-        if mesh is not None:
-            self._shards = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
-            self._dealt = True
-            self.states_replaced += 1
 
     def detach(self) -> None:
         """Undo `attach`, as before another optimizer takes the model: gradients arrive in `.grad` again.
 
         What a mesh has dealt to ranks stays dealt: a whole state has to be loaded before another `attach`.
         """
-        self.update_in_backward, self._all_reduce, self.loss_scale, self._replay = False, None, None, None
-        self._shards = None
+        self._cycle.configure()
         if self.offload is not None:
             self.offload.release()
-            self.offload = None
+            self._cycle.offload = None
         if self._detach is not None:
             self._detach()
 
-    @torch.no_grad()
-    def gradients_ready(self, weights: Sequence[Weight]) -> None:
-        """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` call it."""
-        if self.is_last_micro_batch:
-            now = self.updates_at_once and not all(map(is_small, weights))
-            self._finalize(weights, None, now)
-            return
-        if self.owners_sum:
-            bucket = self.bucket_of(weights)
-            assert bucket is not None
-            bucket.start()
-            self.gradients_sent(weights, bucket)
-            return
-        self._sums = True
-        self._add_to_momenta(weights)
-        for weight in weights:
-            weight.gradient.end_micro_batch()
-
-    @torch.no_grad()
-    def gradients_sent(self, weights: Sequence[Weight], bucket: Bucket) -> None:
-        """`gradients_ready` where owners sum each micro-batch, of gradients that are on their way."""
-        if self.is_last_micro_batch:
-            self._finalize(weights, bucket, check=False)
-            return
-        self._sums, owned = True, _owned(weights)
-        for weight, summed in zip(owned, bucket.summed(), strict=True):
-            weight.gradient.add_micro_batch(summed)
-        self._add_to_momenta(owned)
-        for weight in weights:
-            weight.gradient.sent += 1
-            weight.gradient.end_micro_batch()
+    @property
+    def update_in_backward(self) -> bool:
+        """As given to `attach`; False before it."""
+        return self._cycle.update_in_backward
 
     @property
-    def updates_at_once(self) -> bool:
-        """Whether each weight is updated as soon as its gradient is final, by the backward pass that goes on."""
-        complete = self.is_last_micro_batch if self.accumulates_by_layer else self.takes_whole_gradients
-        return self.update_in_backward and complete
-
-    @property
-    def takes_whole_gradients(self) -> bool:
-        """Whether the backward pass that goes on, or comes next, is the only one of its update."""
-        return self.is_last_micro_batch and not self._sums
-
-    @property
-    def has_sums(self) -> bool:
-        """Whether the update that goes on has had a micro-batch already."""
-        return self._sums
-
-    @property
-    def keeps_no_gradient(self) -> bool:
-        """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
-        return self.updates_at_once or self.sums_in_int8
-
-    @property
-    def sums_in_int8(self) -> bool:
-        """Whether sums of gradients have 8 bits a value."""
-        return all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
-
-    @property
-    def sums_in_momentum(self) -> bool:
-        """Whether any momentum takes the place of a sum of gradients (`SubspaceConfig.sum_in_momentum`).
-
-        An update that has begun must then be made: nothing takes back what its momenta have.
-        """
-        return any(group.get("sum_in_momentum") for group in self.param_groups)
-
-    @torch.no_grad()
-    def _add_to_momenta(self, weights: Sequence[Weight]) -> None:
-        """Let the momenta that sum gradients have those of the micro-batch that has ended."""
-        if not any(weight.sums_in_momentum for weight in weights):
-            return
-        if self.is_sharded:  # owners have the momenta whole
-            self._share_of_momenta = 1.0
-        elif self._all_reduce is not None and self._share_of_momenta is None:
-            # By what they make of 1: so a function that averages is served, too.
-            ranks = torch.ones(1, device=next(iter(self._weights.values())).device)
-            if (sent := self._all_reduce(ranks)) is not None:
-                sent.wait()
-            self._share_of_momenta = 1.0 / float(ranks)
-        add_to_momenta(weights, self._update_checks(), self._share_of_momenta)
-
-    def _check_whole(self, wanted: str) -> None:
-        """Raise RuntimeError where momenta have a part of an update's gradients; wanted: what the optimizer is to."""
-        if any(
-            isinstance(each.gradient, SummedGradient) and each.gradient.additions for each in self._weights.values()
-        ):
-            raise RuntimeError(
-                f"the optimizer cannot {wanted} in the middle of an update: with sum_in_momentum its momenta have the "
-                "gradients of some micro-batches already. Make the others and call step first, or load_state_dict of a "
-                "state from before the update"
-            )
-
-    @property
-    def _inverse_scale(self) -> Tensor | None:
-        """What gradients are multiplied by when they are used, (); None for 1."""
-        return None if self.loss_scale is None else self.loss_scale.inverse
-
-    def _update_checks(self) -> UpdateChecks:
-        """The checks of the update that is being made, cleared at its beginning."""
-        if self._checks is None or self._checks.count != len(self._weights):
-            self._checks = UpdateChecks(len(self._weights), next(iter(self._weights.values())).device)
-        elif self._stepped:
-            self._checks.clear()
-        self._checks.inverse_scale = self._inverse_scale
-        self._stepped = False
-        return self._checks
+    def loss_scale(self) -> LossScale | None:
+        """What the loss is multiplied by before its backward pass; None: by nothing."""
+        return self._cycle.loss_scale
 
     @property
     def sums_over_ranks(self) -> bool:
         """Whether gradients have to be summed over several ranks."""
-        return self._all_reduce is not None or self.is_sharded
+        return self._cycle.ranks.sums_gradients
 
     @property
     def is_sharded(self) -> bool:
         """Whether each weight is updated by the one rank that owns it."""
-        return self._shards is not None
+        return self._cycle.ranks.deals_weights
+
+    @property
+    def owners_sum(self) -> bool:
+        """Whether each micro-batch's gradient is sent to the owner of its weight, which alone has a sum."""
+        return self._cycle.ranks.owners_sum
 
     @property
     def owners(self) -> dict[Tensor, int]:
         """The rank of the mesh that owns each parameter; empty without a mesh."""
         return {param: weight.owner for param, weight in self._weights.items()} if self.is_sharded else {}
 
+    # ---- weights that are not here
+
     @property
-    def owners_sum(self) -> bool:
-        """Whether each micro-batch's gradient is sent to the owner of its weight, which alone has a sum."""
-        return self._shards is not None and self._shards.owners_sum
-
-    def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
-        """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
-        if self._shards is not None:
-            with torch.no_grad():
-                return self._shards.bucket(weights, [self._parts_to_sum(weight) for weight in weights], buffer)
-        if self._all_reduce is None:
-            return None
-        self._add_to_momenta(weights)
-        with torch.no_grad():
-            if self.sums_in_momentum:
-                parts = [parts_to_sum(weight, self._update_checks()) for weight in weights]
-            else:
-                parts = [weight.gradient.parts_to_sum() for weight in weights]
-            return Bucket(parts, self._all_reduce, buffer)
-
-    def _parts_to_sum(self, weight: Weight) -> list[Tensor]:
-        gradient = weight.gradient
-        return gradient.parts_to_sum() if self.is_last_micro_batch else gradient.take_micro_batch_parts()
+    def _shards(self) -> Shards | None:
+        ranks = self._cycle.ranks
+        return ranks if isinstance(ranks, Shards) else None
 
     def gather_layers(self, layers: Sequence[nn.Module]) -> Gathering:
         """On a rank of a mesh: give up the weights of layers that others own, but while their layer runs."""
@@ -455,6 +303,10 @@ class LowRankAdamW(Optimizer):
         """What brings the weights of layers here before they run, after `gather_layers`."""
         return None if self._shards is None else self._shards.gathering
 
+    def is_elsewhere(self, param: Tensor) -> bool:
+        """Whether this rank does not have a parameter for good."""
+        return self._shards is not None and param in self._weights and self._shards.is_elsewhere(self._weights[param])
+
     @torch.no_grad()
     def offload_layers(self, layers: Sequence[nn.Module], weights: bool = False, slots: int = 2) -> Offload:
         """Let what the matrices of layers have wait in host memory: optimizer states, and with `weights` codes, too.
@@ -463,245 +315,108 @@ class LowRankAdamW(Optimizer):
         itself. slots: see `Offload`. Raises RuntimeError on a rank of a mesh and without `attach`, ValueError for
         weights that are not quantized, PageLockError where the system does not lock so much memory.
         """
-        if self._detach is None or not self._detach.alive or self._shards is not None:
+        if self._detach is None or not self._detach.alive or self.is_sharded:
             raise RuntimeError("layers can be offloaded after attach(model) alone, and not with a mesh")
-        found = [self.weights_of(layer) for layer in layers]
-        floats = [x.name for of_layer in found for x in of_layer if len(x.shape) > 1 and x.param.is_floating_point()]
-        if weights and floats:
-            raise ValueError(f"{floats[0]} is float, and only quantized weights are offloaded: leave weights=True out")
-        device = next(iter(self._weights.values())).device
-        self.offload = offload = Offload(found, device, weights, slots)
-        for layer in layers if weights else ():
-            layer.register_state_dict_pre_hook(lambda *_: offload.settle())
-            layer.register_load_state_dict_pre_hook(lambda *_: offload.forget())
+        found, device = [self.weights_of(layer) for layer in layers], next(iter(self._weights.values())).device
+        self._cycle.offload = offload = offload_modules(layers, found, device, weights, slots)
         self.states_replaced += 1
         return offload
 
-    def is_elsewhere(self, param: Tensor) -> bool:
-        """Whether this rank does not have a parameter for good."""
-        return self._shards is not None and param in self._weights and self._shards.is_elsewhere(self._weights[param])
+    @property
+    def offload(self) -> Offload | None:
+        """What of layers waits in host memory."""
+        return self._cycle.offload
 
-    @torch.no_grad()
-    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
-        """Make gradients final, and update where that is due.
+    # ---- an update
 
-        bucket: that of `bucket_of`, sent already; else on several ranks one is sent and waited for. check: now, and not
-        in `collect`, which checks all that are left at once. Raises RuntimeError for a weight whose gradient of this
-        update is final already.
+    @property
+    def is_last_micro_batch(self) -> bool:
+        """Set to False during the backward of all but the last micro-batch of an update."""
+        return self._cycle.is_last_micro_batch
+
+    @is_last_micro_batch.setter
+    def is_last_micro_batch(self, value: bool) -> None:
+        self._cycle.is_last_micro_batch = value
+
+    @property
+    def accumulates_by_layer(self) -> bool:
+        """Set to True where a layer has the backward passes of all micro-batches before the next layer has its first,
+        with `end_layer` after the last of them: what `update_in_backward` updates is then updated there."""
+        return self._cycle.accumulates_by_layer
+
+    @accumulates_by_layer.setter
+    def accumulates_by_layer(self, value: bool) -> None:
+        self._cycle.accumulates_by_layer = value
+
+    @property
+    def sums_in_int8(self) -> bool:
+        """Whether sums of gradients have 8 bits a value."""
+        return all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
+
+    @property
+    def sums_in_momentum(self) -> bool:
+        """Whether any momentum takes the place of a sum of gradients (`SubspaceConfig.sum_in_momentum`).
+
+        An update that has begun must then be made: nothing takes back what its momenta have.
         """
-        self._finalize(weights, bucket, check)
+        return self._cycle.sums_in_momentum
 
-    @torch.no_grad()
-    def check_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
-        """The first part of `finalize` on a rank of a mesh; `update_checked` is the second one."""
-        self._make_final(weights, bucket)
-        self._check(weights)
-
-    @torch.no_grad()
-    def update_checked(self, weights: Sequence[Weight]) -> None:
-        """Update weights in the backward pass, as far as this rank owns them, and count the updates of the others."""
-        self._update_checks().note_write()
-        self.write_update_rows()
-        self._update(weights, self._inverse_scale)
-
-    def agree_on_skip(self) -> None:
-        """Between the two parts: let all ranks of a mesh skip what any of them does."""
-        if self._shards is not None:
-            self._shards.agree_on_skip(self._update_checks())
-
-    def publish(self, weights: Sequence[Weight]) -> None:
-        """After them: send updated weights to the other ranks of a mesh; `step` lets later work wait for them."""
-        if self._shards is not None:
-            self._shards.publish(weights, self._update_checks())
-
-    def _update(self, weights: Sequence[Weight], clip: Tensor | None) -> None:
-        owned = _owned(weights)
-        for part in [owned] if self.offload is None else self.offload.by_layer(owned):
-            update_weights(part, self._update_checks(), clip, self._replay)
-        if others := [weight for weight in weights if not weight.owned]:
-            for weight in others:
-                weight.count_update()
-                weight.clear()
-            self._sent = [weight for weight in self._sent if weight not in set(others)]
-
-    def _finalize(self, weights: Sequence[Weight], bucket: Bucket | None, check: bool) -> None:
-        self._make_final(weights, bucket)
-        if not check:
-            self._unchecked += _owned(weights)
-            return
-        self._check(weights)
-        if self.updates_at_once:
-            self.agree_on_skip()
-            self.update_checked(weights)
-            self.publish(weights)
-
-    def _make_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
-        """Finalize the gradients of weights, on a mesh those that this rank owns; the others' are sent."""
-        if not self.is_sharded:
-            self._add_to_momenta(weights)
-        if bucket is None and (bucket := self.bucket_of(weights)) is not None:
-            bucket.start()
-        for weight in weights:
-            if weight in self._finalized:
-                raise RuntimeError(
-                    f"{weight.name} got another gradient after that of the last micro-batch: before a backward pass "
-                    "that is not the last of its update, or that reaches a weight more than once (a layer shared by "
-                    "reentrant checkpoints), set is_last_micro_batch = False; step then takes the sums. In a Trainer "
-                    "qgalore.integrations.QGaLoreCallback does so, under accelerate qgalore.integrations.connect after "
-                    "accelerator.prepare"
-                )
-            self._finalized[weight] = None
-        owned, checks = _owned(weights), self._update_checks()
-        if self._shards is not None:
-            self._shards.note_refreshes(weights)
-            self._sent += [weight for weight in weights if not weight.owned]
-        finalize_gradients(owned, bucket)
-        for weight in weights:
-            weight.gradient.sent = 0
-        if self.is_sharded:
-            self._add_to_momenta(owned)
-        store_momenta(owned, checks)
-
-    def write_update_rows(self) -> None:
-        """Let the step rows be those of the update that goes on, if they are not."""
-        if not self._rows_written and self._step_table is not None:
-            scalars = [weight.update_scalars() for weight in self._weights.values()]
-            self._step_table.write_updates(scalars, next(iter(self._weights.values())).device)
-            self._rows_written = True
-
-    def write_sum_rows(self) -> None:
-        """Let the step rows of sums be those of the gradients that the next micro-batch adds."""
-        if self._step_table is not None:
-            scalars = [weight.gradient.next_sum_scalars() for weight in self._weights.values()]
-            self._step_table.write_sums(scalars, next(iter(self._weights.values())).device)
-
-    def weights_of(self, module: nn.Module) -> list[Weight]:
-        """The weights among the parameters of a module, in its order."""
-        return [self._weights[param] for param in module.parameters() if param in self._weights]
-
-    @torch.no_grad()
     def end_layer(self, parameters: Iterable[Tensor]) -> None:
         """Finalize the gradients of parameters that all micro-batches have reached; see `accumulates_by_layer`.
 
         No backward pass is under way, so whatever a layer keeps for one may be gone by now. On several ranks one
         gradient after the other is sent, updated with and freed. Sets `is_last_micro_batch`.
         """
-        self.is_last_micro_batch = True
-        found = (self._weights[param] for param in parameters if param in self._weights)
-        weights = [weight for weight in found if weight.gradient.waits]
-        for part in [[weight] for weight in weights] if self.sums_over_ranks else [weights]:
-            if part:
-                self._finalize(part, None, self.updates_at_once)
+        self._cycle.end_layer(parameters)
 
-    # ---- the update
-
-    def grad_norm(self) -> Tensor:
-        """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
-        self._check_rest()
-        return torch.zeros(()) if self._checks is None else self._checks.norm()
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Let `step` scale all gradients so that `grad_norm` is at most max_norm; returns the norm before, ().
-
-        Raises RuntimeError where the updates are made inside the backward pass.
-        """
-        if self.update_in_backward:
-            raise RuntimeError("clip_grad_norm_ needs all gradients at once: attach with update_in_backward=False")
-        self._check_unscaled("clip_grad_norm_")
-        self.collect()
-        norm = self.grad_norm()
-        self._clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return norm
-
-    def scale_gradients(self, factor: Tensor) -> None:
-        """Let the next `step` scale all gradients that it updates with by a factor, (), beside what clips them.
-
-        Raises RuntimeError where momenta have the gradients already.
-        """
-        self._check_unscaled("scale_gradients")
-        self._scale = factor
-
-    def _check_unscaled(self, method: str) -> None:
-        if self.sums_in_momentum:
-            raise RuntimeError(
-                f"{method} scales the sum of an update's gradients, and with sum_in_momentum they are part of the "
-                "momentum by then: do without, or leave sum_in_momentum out"
-            )
-
-    @torch.no_grad()
     def collect(self) -> None:
         """Make the gradients of this update final where they are not, so that `grad_norm` is that of all of them.
 
         That is the `.grad` of parameters that no hook watches, and what only an early micro-batch has reached. `step`
         and `clip_grad_norm_` begin with it.
         """
-        for param, weight in self._weights.items():
-            if weight.layer is None:  # others were looked at when they were attached
-                weight.check()
-            if weight.gradient.is_final:
-                continue
-            if param.grad is not None:
-                weight.accumulate_full(param.grad)
-            if weight.gradient.waits:
-                self.finalize([weight], check=self.updates_at_once)
-        self._check_rest()
-        if self._shards is not None:
-            self._shards.share_checks(self._update_checks())
+        self._cycle.collect()
 
-    def _check_rest(self) -> None:
-        if self._unchecked:
-            self._check(self._unchecked)
-            self._unchecked = []
+    def grad_norm(self) -> Tensor:
+        """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
+        return self._cycle.grad_norm()
 
-    def _check(self, weights: Sequence[Weight]) -> None:
-        owned, checks = _owned(weights), self._update_checks()
-        if owned:
-            check_gradients(owned, checks)
-        if self._shards is not None:
-            self._shards.share_norms_of_rows(owned, checks)
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Let `step` scale all gradients so that `grad_norm` is at most max_norm; returns the norm before, ().
 
-    @torch.no_grad()
+        Raises RuntimeError where the updates are made inside the backward pass.
+        """
+        return self._cycle.clip_grad_norm_(max_norm)
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Let the next `step` scale all gradients that it updates with by a factor, (), beside what clips them.
+
+        Raises RuntimeError where momenta have the gradients already.
+        """
+        self._cycle.scale_gradients(factor)
+
+    def skip_update_if(self, flag: Tensor) -> None:
+        """Leave everything as it is in this update where flag, a bool (), is true, as for a loss that is not finite.
+
+        Call it before the backward pass of the last micro-batch, with the same flag on all ranks.
+        """
+        self._cycle.skip_update_if(flag)
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every weight that has a gradient and was not updated inside the backward pass."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.collect()
-        sent = set(self._sent)
-        waiting = [weight for weight in self._weights.values() if weight.gradient.is_final or weight in sent]
-        if waiting:
-            if not self.updates_at_once:  # else most weights have been updated
-                self.skip_update_if(~self.grad_norm().isfinite())
-            self.write_update_rows()
-            given = (self._clip_factor, self._scale, self._inverse_scale)
-            factors = [factor for factor in given if factor is not None]
-            clip = functools.reduce(torch.mul, factors) if factors else None
-            self._update(waiting, clip)
-            self.publish(waiting)
-        if self._shards is not None:
-            self._shards.finish()
-        self._clip_factor = self._scale = None
-        self._stepped, self._sums, self._rows_written = True, False, False
-        self.summed = [weight.param for weight in self._finalized]
-        self._finalized.clear()
+        self._cycle.finish()
         return loss
-
-    @torch.no_grad()
-    def skip_update_if(self, flag: Tensor) -> None:
-        """Leave everything as it is in this update where flag, a bool (), is true, as for a loss that is not finite.
-
-        Call it before the backward pass of the last micro-batch, with the same flag on all ranks.
-        """
-        self._update_checks().skip.logical_or_(flag)
 
     def skipped(self) -> Tensor:
         """Whether the last update was skipped because of a gradient or flag that was not finite: a bool, ().
 
         Weights, moments and bases are then as they were, unless there was a `late_overflow`.
         """
-        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.skip.clone()
+        return self._cycle.skipped()
 
     def late_overflow(self) -> Tensor:
         """Whether the last update was skipped too late: a bool, ().
@@ -710,36 +425,90 @@ class LowRankAdamW(Optimizer):
         finite and one further down is not; and with `sum_in_momentum`, if another gradient was added before. The state
         is then of no update: go back to a checkpoint.
         """
-        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.late_overflow()
+        return self._cycle.late_overflow()
+
+    @property
+    def summed(self) -> list[Tensor]:
+        """The parameters whose gradients of the last update were made final, and summed over the ranks, in that order;
+        without those that CUDA graphs have."""
+        return self._cycle.summed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; warns where the backward pass has made a part of the update and `step` not the rest.
 
         Raises RuntimeError where momenta have some of an update that goes on.
         """
-        self._check_whole("forget gradients")
-        # Rows are written with the first weight of an update.
-        if self._rows_written and any(weight.gradient.is_final for weight in self._weights.values()):
+        self._cycle.check_whole("forget gradients")
+        if self._cycle.is_half_made:
             warnings.warn(
                 "zero_grad() between backward() and step(): with update_in_backward most weights have been updated by "
                 "now, and norms and biases, which step() updates, have not: call step() before zero_grad()",
                 stacklevel=2,
             )
         super().zero_grad(set_to_none)
-        self._abandon_update()
+        self._cycle.abandon()
 
-    def _abandon_update(self) -> None:
-        """Forget the gradients of the update that goes on, and its checks."""
-        self._clip_factor = self._scale = None
-        self._sums = self._rows_written = False
-        self._finalized.clear()
-        self._unchecked, self._sent = [], []
-        if self._shards is not None:
-            self._shards.forget()
-        if self._checks is not None and not self._stepped:
-            self._checks.clear()  # an abandoned update; after a step `grad_norm` can still be read
-        for weight in self._weights.values():
-            weight.clear()
+    # ---- parts of an update, for who runs layers himself (`qgalore.graphs`): see `UpdateCycle`
+
+    @property
+    def updates_at_once(self) -> bool:
+        """Whether each weight is updated as soon as its gradient is final, by the backward pass that goes on."""
+        return self._cycle.updates_at_once
+
+    @property
+    def takes_whole_gradients(self) -> bool:
+        """Whether the backward pass that goes on, or comes next, is the only one of its update."""
+        return self._cycle.takes_whole_gradients
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether the update that goes on has had a micro-batch already."""
+        return self._cycle.has_sums
+
+    @property
+    def keeps_no_gradient(self) -> bool:
+        """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
+        return self.updates_at_once or self.sums_in_int8
+
+    def gradients_ready(self, weights: Sequence[Weight]) -> None:
+        """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` tell so."""
+        self._cycle.gradients_ready(weights)
+
+    def gradients_sent(self, weights: Sequence[Weight], bucket: Bucket) -> None:
+        """`gradients_ready` where owners sum each micro-batch, of gradients that are on their way."""
+        self._cycle.gradients_sent(weights, bucket)
+
+    def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
+        """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
+        return self._cycle.bucket_of(weights, buffer)
+
+    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
+        """Make gradients final, and update where that is due; `UpdateCycle.finalize` has arguments and errors."""
+        self._cycle.finalize(weights, bucket, check)
+
+    def check_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
+        """The first part of `finalize` on a rank of a mesh."""
+        self._cycle.check_final(weights, bucket)
+
+    def agree_on_skip(self) -> None:
+        """After it: let all ranks of a mesh skip what any of them does."""
+        self._cycle.agree_on_skip()
+
+    def update_checked(self, weights: Sequence[Weight]) -> None:
+        """The second part of `finalize` on a rank of a mesh."""
+        self._cycle.update_checked(weights)
+
+    def publish(self, weights: Sequence[Weight]) -> None:
+        """After it: send updated weights to the other ranks of a mesh."""
+        self._cycle.publish(weights)
+
+    def write_update_rows(self) -> None:
+        """Let the step rows be those of the update that goes on, if they are not."""
+        self._cycle.write_update_rows()
+
+    def write_sum_rows(self) -> None:
+        """Let the step rows of sums be those of the gradients that the next micro-batch adds."""
+        self._cycle.write_sum_rows()
 
     # ---- state
 
@@ -750,17 +519,10 @@ class LowRankAdamW(Optimizer):
         On a rank of a mesh it has the state of the weights that this rank owns: those of all ranks make the whole.
         Raises RuntimeError where momenta have some gradients of an update that goes on.
         """
-        self._check_whole("be saved")
+        self._cycle.check_whole("be saved")
         self._settle()
-        if self.offload is not None:
-            self.offload.settle()
-        found: dict[str, Any] = super().state_dict()
-        ids, state = (index for group in found["param_groups"] for index in group["params"]), found["state"]
-        groups = [dict(sorted(group.items())) for group in found["param_groups"]]
-        if self._shards is not None:
-            owned = {weight.index for weight in self._weights.values() if weight.owned}
-            state = {index: entries for index, entries in state.items() if index in owned}
-        return {"state": {index: state[index] for index in ids if index in state} | state, "param_groups": groups}
+        owned = {weight.index for weight in self._weights.values() if weight.owned} if self.is_sharded else None
+        return in_order(super().state_dict(), owned)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
@@ -770,18 +532,18 @@ class LowRankAdamW(Optimizer):
         """
         before = {"param_groups": self.param_groups, "state": self.state}
         # The last hook sees what others made of the dict.
-        part_of = None if self._shards is None else self._part_of_state
+        part_of = self._part_of_state if self.is_sharded else None
         handle = self.register_load_state_dict_pre_hook(
             lambda _, given: state_for(self.param_groups, given, part_of, self._home_of_state)
         )
         if self.offload is not None:
             self.offload.forget()
         try:
-            if self._dealt and self._shards is None:
+            if self._dealt and not self.is_sharded:
                 for weight in self._weights.values():
                     weight.take_back()
             super().load_state_dict(state_dict)
-            self._dealt = self._shards is not None
+            self._dealt = self.is_sharded
             for weight in self._weights.values():
                 if weight.layer is not None or weight.param.is_floating_point():
                     weight.check()
@@ -800,40 +562,37 @@ class LowRankAdamW(Optimizer):
         hosted = self.offload is not None and self.offload.is_hosted(weight, value)
         return torch.device("cpu") if key in HOST_STATE or hosted else weight.device
 
-    # ---- what the subspaces do
+    def _settle(self) -> None:
+        """Let the states be those of updates that were made, which the host learns last where the device is a GPU."""
+        self._settle_subspaces()
+        if self.offload is not None:
+            self.offload.settle()
 
-    def low_rank_weights(self) -> Iterator[Weight]:
-        """The weights of groups with a rank, in order."""
-        return (weight for weight in self._weights.values() if "rank" in weight.param_group)
+    def _settle_subspaces(self) -> None:
+        for weight in self._weights.values():
+            weight.subspace.settle()
 
-    def subspace_metrics(self) -> dict[str, float | Tensor]:
-        """What the refreshes did: their number, the share that the lazy rule saved, and of the newest the similarity.
+    @classmethod
+    def initial_states(
+        cls, groups: Iterable[dict[str, Any]], layers: Iterable[LowRankLinear]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """The states of the weights of param groups before their first update; on the meta device without memory.
 
-        `subspace/similarity/<layer>` and `subspace/failures` are there for weights refreshed since the last call, as
-        tensors on the device, so that asking does not wait for it.
+        layers: those that hold low-rank weights. No optimizer is made, since PyTorch's imports its compiler: seconds.
         """
-        found = {weight: weight.subspace for weight in self._weights.values()}
-        weights = {weight: subspace for weight, subspace in found.items() if isinstance(subspace, Streaming)}
-        if not weights:
-            return {}
-        saved = sum(subspace.schedule.saved for subspace in weights.values())
-        made = sum(subspace.schedule.refreshes for subspace in weights.values())
-        metrics: dict[str, float | Tensor] = {
-            "subspace/refreshes": float(made),
-            "subspace/refreshes_saved_fraction": saved / max(1, saved + made),
-        }
-        for weight, subspace in weights.items():
-            if subspace.similarity is not None:
-                metrics[f"subspace/similarity/{weight.name}"] = subspace.similarity
-                subspace.similarity = None
-        if len(metrics) > 2:
-            failures = [weight.state["failures"] for weight in weights if weight.state]
-            metrics["subspace/failures"] = torch.stack(failures).sum()
-        return metrics
-
-
-def _owned(weights: Sequence[Weight]) -> list[Weight]:
-    return [weight for weight in weights if weight.owned]
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        holders: dict[Tensor, LowRankLinear] = {layer.weight: layer for layer in layers}
+        for group in groups:
+            options = complete_group(group, proj_quant=cls.quant)
+            options |= {"state_bits": cls.state_bits, "accumulator_dtype": "float32"}
+            options |= {"weight_decay": 0.0, "decoupled_weight_decay": True}
+            options.setdefault("norm_growth", 0.0)
+            for param in group["params"]:
+                weight = cls.weight_type(param, 0)
+                weight.layer = holders.get(param)
+                weight.bind(options, states, StepTable(1), 0, 0, 1)
+                weight.init_state()
+        return states
 
 
 class GaLoreAdamW(LowRankAdamW):

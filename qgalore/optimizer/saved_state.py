@@ -1,4 +1,4 @@
-"""A saved optimizer state, made ready for the parameters of the optimizer that loads it.
+"""State dicts of an optimizer: in one order as they are saved, and under its parameters as they are loaded.
 
 `torch.optim.Optimizer.load_state_dict` gives a state to the parameter that stands where its id stands in the param
 groups, whatever ids are: numbers, or names as those of `torch.distributed.checkpoint`. It also casts floating state to
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ def state_for(groups: list[Group], saved: dict[str, Any], part_of: PartOf | None
         if entries
     }
     return saved | {"state": state, "param_groups": loaded}
+
+
+def in_order(state_dict: dict[str, Any], owned: Container[int] | None) -> dict[str, Any]:
+    """torch's state dict of an optimizer, with states in the order of the groups, and keys of these by the alphabet.
+
+    owned: the numbers of parameters whose states are kept; None for all.
+    """
+    ids, state = (index for group in state_dict["param_groups"] for index in group["params"]), state_dict["state"]
+    groups = [dict(sorted(group.items())) for group in state_dict["param_groups"]]
+    if owned is not None:
+        state = {index: entries for index, entries in state.items() if index in owned}
+    return {"state": {index: state[index] for index in ids if index in state} | state, "param_groups": groups}
 
 
 def _check_groups(groups: list[Group], loaded: list[Group]) -> None:

@@ -30,11 +30,15 @@ from qgalore.sharding.slots import Slots
 from qgalore.subspace.methods import FlagForHost, Streaming
 from qgalore.update.all_reduce import Waiting
 from qgalore.update.finite_checks import UpdateChecks
+from qgalore.update.ranks import Ranks
 from qgalore.update.weight import Weight
 
 
-class Shards:
+class Shards(Ranks):
     """The part of a model's states that this rank keeps."""
+
+    sums_gradients = deals_weights = True
+    """See `Ranks`."""
 
     def __init__(self, mesh: ShardMesh, weights: Sequence[Weight]) -> None:
         """Deal the weights, which belong to their layers by now, and move them into slots."""
@@ -75,6 +79,10 @@ class Shards:
     def bucket(self, weights: Sequence[Weight], parts: list[list[Tensor]], buffer: Tensor | None) -> OwnedBucket:
         """The gradients of weights, ready to be sent to their owners."""
         return OwnedBucket(weights, parts, self._mesh, buffer)
+
+    def share_of_momenta(self, device: torch.device) -> float:
+        """See `Ranks`: owners have the momenta whole."""
+        return 1.0
 
     # ---- checks
 

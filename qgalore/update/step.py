@@ -2,8 +2,8 @@
 
 Before: during backward passes each layer's gradient sink and each parameter's hook (`qgalore.update.hooks`) add
 gradients to `weight.gradient`, already projected where the weight has a subspace, without any clipping. With the last
-micro-batch the optimizer calls `finalize_gradients`, then `update_weights`: at once for the weights of each hook, if
-updates are made in the backward pass, else in `LowRankAdamW.step` for all. In this order:
+micro-batch `qgalore.optimizer.update_cycle` calls `finalize_gradients`, then `update_weights`: at once for the weights
+of each hook, if updates are made in the backward pass, else in `LowRankAdamW.step` for all. In this order:
 
 At full rank the momentum may take the place of the sum (`qgalore.update.momentum_sum`): then `add_to_momenta` checks
 each micro-batch's gradient and adds it, and at step 4 the momentum has them all.
