@@ -268,10 +268,10 @@ def _read_weight(
     row, inside = row[:, None], inside[:, None]
     column = start + tl.arange(0, N)[None, :]
     code = load_codes(qdata, row, q_stride, q_width, inside, start, N, N, BITS).to(tl.float32)
-    begun = inside & (row * 0 + start < columns)
-    mask = begun if WHOLE else inside & (column < columns)
+    started = inside & (row * 0 + start < columns)
+    mask = started if WHOLE else inside & (column < columns)
     if GROUP % N == 0:
-        at, mask_of_group = row * groups + start // GROUP, begun
+        at, mask_of_group = row * groups + start // GROUP, started
     else:
         at, mask_of_group = row * groups + column // GROUP, mask
     step = tl.load(scale + at, mask=mask_of_group, other=0.0).to(tl.float32)
