@@ -77,7 +77,14 @@ def short() -> str:
              _days(row.speed) if row else "-",
              f"{fit.card.name}: {counted:,.0f} tokens/s, {_days(counted)} days, {fit.chosen.peak / 1e9:.1f} GB"]
         )  # fmt: skip
-    head = ["memory", "model", "length", "measured", "days for 10 B tokens", "counted for a card, not measured"]
+    head = [
+        "memory",
+        "model",
+        "length",
+        "measured",
+        "days for 10 B tokens",
+        "estimate for a card, with a batch that fills it",
+    ]
     return table(head, lines)
 
 

@@ -56,7 +56,7 @@ def recipes() -> str:
         size = bytes_of(small) or bytes_of(seeds_of("q_galore_streaming_20", "--full_rank_lr 2e-2"))
         lines.append([line.label, f"{mean(small):.1f}", large, f"{size} GB", ", ".join(speeds), ", ".join(peaks)])
     head = ["", "perplexity, 60M", "350M", "weights and states, 60M"]
-    head += ["speed ÷ AdamW's, 60M, 350M (more is better)", "peak memory ÷ AdamW's"]
+    head += ["speed ÷ AdamW's: 60M, 350M", "peak memory ÷ AdamW's: 60M, 350M"]
     return table(head, lines)
 
 
