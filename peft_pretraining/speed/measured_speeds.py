@@ -51,7 +51,7 @@ MEASURED_SPEEDS = (
     MeasuredSpeed("h100", "1b", 16, 1, 512, 1, False, 51787, 3.375, "caf4340"),
     MeasuredSpeed("h100", "7b", 16, 32, 1024, 1, False, 11422, 15.189, "0ffbf27"),
     MeasuredSpeed("h100", "7b", 16, 1, 1024, 1, False, 11064, 13.252, "820d367"),
-    MeasuredSpeed("h200", "60m", 256, 1, 128, 0, False, 1463853, 7.298, "ef42296"),
+    MeasuredSpeed("h200", "60m", 256, 1, 128, 0, False, 1580983, 7.231, "164f053"),
     MeasuredSpeed("h200", "60m", 256, 1, 128, 0, True, 1445273, 5.878, "ef42296"),
     MeasuredSpeed("h200", "60m", 256, 1, 128, 12, True, 1417367, 5.83, "ef42296"),
     MeasuredSpeed("h200", "60m", 256, 1, 128, 2, False, 1299684, 4.969, "7e84f43"),

@@ -165,7 +165,8 @@ def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
     for rank in (224, 1792) if orthogonalizes else ():
         for segments in (None, (2, 3)):
             kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5, segments)
-    for direction in (zeros(width, hidden), zeros(width, hidden).T) if orthogonalizes else ():
+    orthogonal = zeros(width, hidden, dtype=half if orthogonalizes else torch.float32)
+    for direction in (orthogonal, orthogonal.T):
         second = zeros(len(direction), dtype=torch.float32)
         kernels.normalize_rows([kernels.RowNormalization(direction, 0.2, second, row, 0.99, 1e-8)], skip)
     heads, tables = zeros(1, tokens, 32, 128), (zeros(tokens, 64, dtype=torch.float32),) * 2

@@ -55,11 +55,11 @@ def _row_squares_kernel(
     scale = chosen(which, scales)
     square = tl.sum(total, axis=1) * (scale * scale / columns)
     second = chosen(which, second)
-    moved = tl.load(second + row, mask=inside, other=0.0) * beta + square * rest
-    keeps = False
+    kept = tl.load(second + row, mask=inside, other=0.0)
+    moved = kept * beta + square * rest
     if HAS_SKIP:
-        keeps = tl.load(skip)
-    tl.store(second + row, moved, mask=inside & (keeps == 0))
+        moved = tl.where(tl.load(skip), kept, moved)
+    tl.store(second + row, moved, mask=inside)
     inverse2 = tl.load(chosen(which, step_rows) + 5).to(tl.float32, bitcast=True)
     factor = 1.0 / (tl.sqrt(moved * inverse2) + eps)
     sums += chosen(which, firsts) + row
