@@ -16,9 +16,7 @@ and prints the fastest: what `TILES` there should have.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
+from benchmarks.timing import median_ms
 from qgalore import kernels
 from qgalore.kernels.arguments import GROUP_LIMIT
 from qgalore.update import moments
@@ -138,39 +137,49 @@ class Bench:
         matrices = [torch.randn(rows, width, device=self.device).to(self.dtype) for _ in range(count)]
         fastest: dict[str, tuple[float, str]] = {}
         kept = dict(triton_kernels.TILES)
-        for numbers in (*CANDIDATES, None):
-            height, columns, depth, warps, stages = numbers or (64, 64, 64, 4, 3)
-            square = (min(height, columns), max(height, columns), depth, warps, stages)
-            tiles = triton_kernels.Tiles(square, (height, columns, depth, warps, stages), library=numbers is None)
-            triton_kernels.TILES = {1 << 30: tiles}
-            name = "library" if numbers is None else "x".join(map(str, numbers))
-            try:
-                found = self._products(triton_kernels._Group(matrices, in_segments=True), rows, width)
-            except Exception as error:  # of Triton, whose classes differ by version: more memory than the card has
-                print(f"{model}: tiles {name} do not run: {str(error).splitlines()[0]}", file=sys.stderr)
-                continue
+
+        def note(name: str, found: Mapping[str, tuple[float, float]]) -> None:
             for op, (milliseconds, floor) in found.items():
                 values = {"ms": milliseconds, "floor_ms": floor, "floor_full_ms": 2 * floor if op != "apply" else floor}
                 self._append(model, op, "", name, f"{rows}x{width}", count, values)
                 fastest[op] = min(fastest.get(op, (milliseconds, name)), (milliseconds, name))
+
+        for height, columns, depth, warps, stages in CANDIDATES:
+            square = (min(height, columns), max(height, columns), depth, warps, stages)
+            triton_kernels.TILES = {1 << 30: triton_kernels.Tiles(square, (height, columns, depth, warps, stages))}
+            name = "x".join(map(str, (height, columns, depth, warps, stages)))
+            try:
+                note(name, self._products(triton_kernels._Group(matrices, in_segments=True), rows, width))
+            except Exception as error:  # of Triton, whose classes differ by version: more memory than the card has
+                print(f"{model}: tiles {name} do not run: {str(error).splitlines()[0]}", file=sys.stderr)
+        note("library", self._by_library(matrices))
         triton_kernels.TILES = kept
         for op, (milliseconds, name) in fastest.items():
             print(f"{model}, {count} of {rows} rows: the fastest tiles of {op} are {name}, {milliseconds:.3f} ms")
 
     def _products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:
-        """Time and floor of each product of a group in milliseconds; of the library that with X."""
+        """Time and floor of each product of a group in milliseconds."""
         group._x.copy_(torch.randn(group._x.shape, device=self.device) / width**0.5)
         first, second, out = group._squares(3)
         for square in (first, second):
             square.copy_(torch.eye(rows, device=self.device)[None])
         unit = 2e3 * len(group._matrices) * rows**2 / self.rate
-        if group._tiles.library:
-            return {"apply": (self._ms(lambda: group._apply_by_library(first, 1.0, None, group._out)), unit * width)}
         return {
             "gram": (self._ms(lambda: group._gram(out, 1.0)), unit * width / 2),
             "square": (self._ms(lambda: group._square(first, second, out, (1.0, 1.0, 0.0), None, 0)), unit * rows / 2),
             "apply": (self._ms(lambda: group._apply(first, 1.0, None, group._out)), unit * width),
         }
+
+    def _by_library(self, matrices: Sequence[Tensor]) -> dict[str, tuple[float, float]]:
+        """The same of products of X by cuBLAS, one matrix after the other."""
+        rows, width = matrices[0].shape
+        factor, outs = torch.eye(rows, device=self.device).to(self.dtype), [torch.empty_like(x) for x in matrices]
+
+        def multiply() -> None:
+            for x, out in zip(matrices, outs, strict=True):
+                torch.addmm(x, factor, x, out=out)
+
+        return {"apply": (self._ms(multiply), 2e3 * len(matrices) * rows**2 * width / self.rate)}
 
     def _floor(self, shape: Shape, segments: tuple[int, ...], symmetric: bool = True) -> float:
         return 2e3 * multiply_adds(shape, segments, symmetric) / self.rate
@@ -186,29 +195,7 @@ class Bench:
         return kernels.AdamStep(grad, *momentum, row, (0.9, 0.99), 1e-8)
 
     def _ms(self, run: Callable[[], object]) -> float:
-        """Median time of a call in milliseconds, after one that compiles; on a GPU as a CUDA graph."""
-        run()
-        times = []
-        if self.device.type != "cuda":
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                run()
-                times.append(1e3 * (time.perf_counter() - start))
-            return statistics.median(times)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = run()
-        graph.replay()
-        for _ in range(REPEATS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        del kept
-        return statistics.median(times)
+        return median_ms(lambda _: run(), self.device, REPEATS)
 
     def _append(
         self, model: str, op: str, method: str, form: str, shape: str, count: int, values: Mapping[str, float]

@@ -23,7 +23,6 @@ import functools
 import gc
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
+from benchmarks.timing import median_ms
 from qgalore import kernels
 from qgalore.kernels import reference
 from qgalore.layer.layout import padded_width
@@ -274,6 +274,10 @@ class Bench:
             "triton": triton.__version__, "commit": commit(), "note": note,
         }  # fmt: skip
 
+    @torch.no_grad()
+    def _ms(self, run: Callable[[int], object], calls: int) -> float:
+        return median_ms(run, self.device, REPEATS, calls, self._pool)
+
     def measure(self, model: str, spec: Spec, sweeps: bool) -> str:
         """Rows of one shape with each setting, and a line with the fastest."""
         first = Work(spec, self.device)
@@ -310,32 +314,6 @@ class Bench:
         fastest = sorted(times.items(), key=lambda item: item[1])[:4]
         found = ", ".join(f"{name} {1e3 * ms:.1f}" for name, ms in fastest)
         return f"{model} {spec.kernel} {spec.shape}: {floor:.1f} us by bytes; table {1e3 * own:.1f}; {found}"
-
-    @torch.no_grad()
-    def _ms(self, run: Callable[[int], object], calls: int) -> float:
-        """The median milliseconds of a call, after one that compiles; on a GPU in a CUDA graph."""
-        run(0)
-        times = []
-        if self.device.type != "cuda":
-            for call in range(REPEATS):
-                start = time.perf_counter()
-                run(call)
-                times.append(1e3 * (time.perf_counter() - start))
-            return statistics.median(times)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            kept = [run(call) for call in range(calls)]
-        graph.replay()
-        for _ in range(REPEATS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / calls)
-        del kept
-        return statistics.median(times)
 
 
 def _given(shapes: str) -> list[Spec]:

@@ -229,6 +229,14 @@ class Candidates:
         """The same command line with a subspace; None where its rank or recipe is chosen, by a flag or a checkpoint."""
         return self._fallback(IN_SUBSPACE)
 
+    @property
+    def fallbacks(self) -> Iterator[Candidates]:
+        """What takes the place of a full rank that is a default, in the order in which it is tried."""
+        if self.in_parts is not None:
+            yield self.in_parts
+        if self.in_subspace is not None:
+            yield self.in_subspace
+
     def _fallback(self, flags: tuple[str, ...]) -> Candidates | None:
         first = self._sizes[-1][1]
         chosen = "recipe" in self._given or first.optimizer.recipe != "full_rank" or "rank" in self._given
@@ -248,7 +256,7 @@ class Candidates:
     @property
     def smallest(self) -> Candidate:
         """The candidate of the least memory."""
-        found = [self.own_smallest, *(other.smallest for other in (self.in_parts, self.in_subspace) if other)]
+        found = [self.own_smallest, *(other.smallest for other in self.fallbacks)]
         return min(found, key=lambda each: each.needs)
 
     # ---- what is open
@@ -526,9 +534,9 @@ def within_card(argv: Sequence[str], world_size: int, program: str, budget: int,
         return parse_args(argv, world_size, program)  # which asks for a --batch_size: memory is not planned
     candidates = Candidates(argv, world_size)
     chosen = _fastest_unrounded(candidates, budget, card)
-    for other in ("in_parts", "in_subspace"):
-        if chosen is None and (candidates_with := getattr(candidates, other)) is not None:
-            chosen = _fastest_unrounded(candidates_with, budget, card)
+    if chosen is None:
+        found = (_fastest_unrounded(other, budget, card) for other in candidates.fallbacks)
+        chosen = next(filter(None, found), None)
     if chosen is None and has_batch:
         return args
     if chosen is None:

@@ -73,11 +73,11 @@ class Direction(NamedTuple):
 
 def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
     """Of momenta with one shorter side: orthogonalised, of root mean square 0.2; newton_schulz names a method."""
-    return _sized(_without_sizes(momenta, newton_schulz))
+    return _scaled(_orthogonalize(momenta, newton_schulz))
 
 
-def _without_sizes(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor]:
-    """Momenta with one shorter side, orthogonalised."""
+def _orthogonalize(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor]:
+    """Momenta with one shorter side, with singular values of about 1."""
     polynomials, segmented = METHODS[newton_schulz]
     forms: dict[tuple[int, ...] | None, list[int]] = {}
     for index, momentum in enumerate(momenta):
@@ -90,13 +90,13 @@ def _without_sizes(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor
     return [by_index[index] for index in range(len(momenta))]
 
 
-def _size(orthogonalized: Tensor) -> float:
+def _scale(orthogonalized: Tensor) -> float:
     """What makes of an orthogonal matrix one of root mean square 0.2."""
     return ORTHOGONAL_RMS * math.sqrt(max(orthogonalized.shape))
 
 
-def _sized(orthogonalized: Sequence[Tensor]) -> list[Tensor]:
-    scaled: list[Tensor] = internal("torch._foreach_mul")(orthogonalized, [_size(x) for x in orthogonalized])
+def _scaled(orthogonalized: Sequence[Tensor]) -> list[Tensor]:
+    scaled: list[Tensor] = internal("torch._foreach_mul")(orthogonalized, [_scale(x) for x in orthogonalized])
     return scaled
 
 
@@ -124,7 +124,7 @@ def _orthogonalized(steps: Sequence[Step], skip: Tensor | None, newton_schulz: s
     for index, momentum in enumerate(values):
         indices.setdefault(min(momentum.shape), []).append(index)
     for alike in indices.values():
-        made = _without_sizes([values[index] for index in alike], newton_schulz)
+        made = _orthogonalize([values[index] for index in alike], newton_schulz)
         for index, direction in zip(alike, made, strict=True):
             values[index] = direction
     return values
@@ -132,7 +132,7 @@ def _orthogonalized(steps: Sequence[Step], skip: Tensor | None, newton_schulz: s
 
 def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Muon's directions."""
-    return _sized(_orthogonalized(steps, skip, newton_schulz))
+    return _scaled(_orthogonalized(steps, skip, newton_schulz))
 
 
 def _adam_by_row(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
@@ -164,7 +164,7 @@ def _normuon(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "m
 def _rows_of(step: Step, direction: Tensor) -> kernels.RowNormalization:
     assert step.exp_avg_sq is not None
     return kernels.RowNormalization(
-        direction, _size(direction), step.exp_avg_sq, step.row, beta=step.betas[1], eps=step.eps
+        direction, _scale(direction), step.exp_avg_sq, step.row, beta=step.betas[1], eps=step.eps
     )
 
 

@@ -47,16 +47,14 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
-def unit_factors(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """For each matrix the power of two () that brings its values to about 1, which rounds nothing.
+def unit_factors(matrices: Sequence[Tensor]) -> Tensor:
+    """For each matrix the power of two, (count,), that brings its values to about 1, which rounds nothing.
 
     0 where they are below 1e-18, whose squares float32 does not hold.
     """
-    factors = []
-    for matrix in matrices:
-        size = torch.linalg.vector_norm(matrix, dtype=_at_least_float32(matrix)) * matrix.numel() ** -0.5
-        factors.append(torch.where(size < 1e-18, 0.0, size.log2().round_().neg_().exp2_()))
-    return factors
+    norms = [torch.linalg.vector_norm(x, dtype=_at_least_float32(x)) * x.numel() ** -0.5 for x in matrices]
+    sizes = torch.stack(norms)
+    return torch.where(sizes < 1e-18, 0.0, sizes.log2().round_().neg_().exp2_())
 
 
 def gram_scales(grams: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 with s = 1 / |X| in the first step, where |X|² is the trace of A, and 1 afterwards. A and B are symmetric: tiles on and
 below the diagonal are computed and stored twice. In segments, products of such squares take more of the work
-(`reference.newton_schulz` has the formulas); where the tables say so, cuBLAS multiplies X.
+(`reference.newton_schulz` has the formulas).
 
 Layout: the matrices have equally many rows and lie side by side in one buffer (rows, width), each padded with zeros to
 whole tiles of columns; a second buffer takes the result, in turn. Squares (count, rows, rows). `ends` are the tiles of
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches
-from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, working_dtype
+from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, unit_factors, working_dtype
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
 
 __all__ = ["orthogonalize"]
@@ -187,8 +187,6 @@ class Tiles(NamedTuple):
     """Rows of a tile of a symmetric matrix, its columns, a multiple of them, terms summed at a time, warps, stages."""
     full: tuple[int, int, int, int, int]
     """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
-    library: bool = False
-    """Whether cuBLAS makes the products with X, one matrix at a time."""
 
 
 TILES: dict[int, Tiles] = {
@@ -238,8 +236,7 @@ class _Group:
         self._dtype = working_dtype(dtype) if in_segments else dtype
         self._x = torch.empty(self._rows, self._width, dtype=self._dtype, device=device)
         self._ends = [*ends, *[ends[-1]] * (GROUP_LIMIT - self._count)]
-        # cuBLAS writes the matrices alone; kernels write the zeros between, too.
-        self._out = (torch.zeros_like if self._tiles.library else torch.empty_like)(self._x)
+        self._out = torch.empty_like(self._x)
 
     def plain(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
         """Each step on X, scaled by |X|."""
@@ -253,13 +250,13 @@ class _Group:
                 # Its square must be finite, as 0 times infinity is none: of |X| below 1e-9 the result is 0.
                 scale = torch.where(trace < 1e-18, 0.0, trace.reciprocal())
             self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 if step == 0 else 0)
-            self._multiply(even, first, scale if step == 0 else None, self._out)
+            self._apply(even, first, scale if step == 0 else None, self._out)
             self._x, self._out = self._out, self._x
         return self._slots(self._x)
 
     def by_segments(self, polynomials: Sequence[tuple[float, float, float]], segments: Sequence[int]) -> list[Tensor]:
         """Segments of steps on the Gram matrix, scaled by its norm."""
-        self._fill(_unit_factors(self._matrices))
+        self._fill(unit_factors(self._matrices))
         squares = self._squares(4 if max(segments) > 1 else 2)
         for index, steps in enumerate(steps_by_segment(polynomials, segments)):
             self._gram(squares[0], 1.0 if index else 1.0 / self._rows)
@@ -268,7 +265,7 @@ class _Group:
             last, size = index == len(segments) - 1, None if scale is None else scale / self._rows
             # A buffer of values of 16 bits holds those of the other type of 16 bits.
             out = self._out.view(self._matrices[0].dtype) if last else self._out
-            self._multiply(factor, first, size, out)
+            self._apply(factor, first, size, out)
             self._x, self._out = out, self._x
         return self._slots(self._x)
 
@@ -337,38 +334,16 @@ class _Group:
             SECOND=factors[2] != 0.0, ONCE=self._in_segments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-    def _multiply(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
-        """out = (first X + factor X) sqrt(scale)."""
-        (self._apply_by_library if self._tiles.library else self._apply)(factor, first, scale, out)
-
     def _apply(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
-        """`_multiply` in Triton."""
+        """out = (first X + factor X) sqrt(scale)."""
         rows, columns, depth, warps, stages = self._tiles.full
         _apply_kernel[(ceil_div(self._rows, rows), self._width // columns)](
             self._x, factor, factor if scale is None else scale, out, self._rows, self._width, first, *self._ends,
             T=rows, K=depth, C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-    def _apply_by_library(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
-        """`_multiply`, of each matrix by itself; uses up X."""
-        for index, (start, matrix) in enumerate(zip(self._starts, self._matrices, strict=True)):
-            x, result = (each[:, start : start + max(matrix.shape)] for each in (self._x, out))
-            if scale is not None:
-                x.mul_(scale[index].sqrt())
-            if out.dtype == x.dtype:
-                torch.addmm(x, factor[index], x, beta=first, out=result)
-            else:
-                result.copy_(torch.addmm(x, factor[index], x, beta=first))
-
     def _slots(self, x: Tensor) -> list[Tensor]:
         return [_slot(x, start, matrix) for start, matrix in zip(self._starts, self._matrices, strict=True)]
-
-
-def _unit_factors(matrices: Sequence[Tensor]) -> Tensor:
-    """`reference.newton_schulz.unit_factors` in one tensor (count,)."""
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) * x.numel() ** -0.5 for x in matrices]
-    sizes = torch.stack(norms)
-    return torch.where(sizes < 1e-18, 0.0, sizes.log2().round_().neg_().exp2_())
 
 
 def _slot(x: Tensor, start: int, matrix: Tensor) -> Tensor:
