@@ -2,13 +2,13 @@
 
     python tests/kernels/compile_kernels.py 86
 
-prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the
-layouts of what `check_gradients_` adds up, which decide the order of its sums. "indices": how many kernels it takes for
-norms at different indices. "dequantized": how many dequantize the weights and the bases of layers, by their widths.
-"bytes": the instructions of each kernel that move a single byte of a quantized weight whose rows are of 5461 values, in
-8 and in 4 bits. "fp8": those that move less than four bytes in kernels that round factors with such rows. "int8": the
-instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so tensors are on the CPU and
-results are whatever memory held. Factors of products in FP8 are for cards that have it.
+prints a JSON object. "shared": the most bytes of shared memory that each kernel takes, by its name. "sums": the layouts
+of what the kernels of `check_gradients_` and of Newton-Schulz add up, which decide the order of sums. "indices": how
+many kernels it takes for norms at different indices. "dequantized": how many dequantize the weights and the bases of
+layers, by their widths. "bytes": the instructions of each kernel that move a single byte of a quantized weight whose
+rows are of 5461 values, in 8 and in 4 bits. "fp8": those that move less than four bytes in kernels that round factors
+with such rows. "int8": the instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so
+tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that have it.
 
     python tests/kernels/compile_kernels.py 75 float16
 
@@ -43,7 +43,11 @@ from qgalore.layer.quantization import aligned_row_bytes
 TAKEN: dict[str, int] = {}
 MADE: set[str] = set()
 CODE: dict[str, str] = {}
-SUMS: dict[str, set[str]] = {"_partial_sums_kernel": set(), "_finish_kernel": set()}
+SUMS: dict[str, set[str]] = {}
+_SUMMING = (
+    "_partial_sums_kernel", "_finish_kernel", "_row_squares_kernel", "_scale_rows_kernel", "_trace_kernel",
+    "_square_sums_kernel", "_norm_kernel",
+)  # fmt: skip
 
 
 class CardThatIsNotThere:
@@ -74,14 +78,33 @@ def compile_only(capability: int) -> None:
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
         MADE.add(kernel.hash)
         CODE[self.__name__] = kernel.asm["ptx"]
-        if self.__name__ in SUMS:
-            code = kernel.asm["ttgir"]
-            (layout,) = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#\w+)>', code)
-            SUMS[self.__name__] |= set(re.findall(rf"{layout} = (#ttg.*)", code))
+        if self.__name__ in _SUMMING:
+            code, name = kernel.asm["ttgir"], self.__name__ + (" of columns" if kwargs.get("TALL") else "")
+            layouts = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#[^>]*>?)>', code)
+            named = dict(re.findall(r"^(#\w+) = (#ttg.*)", code, re.MULTILINE))
+            SUMS.setdefault(name, set()).add(" then ".join(_spelt(layout, named) for layout in layouts))
         return kernel
 
     driver.set_active(CardThatIsNotThere(capability))
     JITFunction.run = compiled
+
+
+def _spelt(layout: str, named: dict[str, str]) -> str:
+    """A layout with those that it refers to by name."""
+    return re.sub(r"#\w+(?=[,}>]|$)", lambda name: named.get(name[0], name[0]), layout)
+
+
+def launch_sums(row: torch.Tensor, dtype: torch.dtype) -> None:
+    """What adds up numbers of a matrix, alone and with neighbours that are shorter by no round number."""
+    for shapes in ([(1024, 2736)], [(1024, 2736), (1024, 2731)], [(1024, 2736), (1021, 2731), (5, 7), (1024, 2736)]):
+        for turned in (False, True):
+            directions = [torch.zeros(m, 2816, dtype=dtype)[:, :n] for m, n in shapes]
+            directions = [x.T for x in directions] if turned else directions
+            rows = [kernels.RowNormalization(x, 0.2, torch.zeros(len(x)), row, 0.99, 1e-8) for x in directions]
+            kernels.normalize_rows(rows)
+        for segments in (None, (2, 3)):
+            matrices = [torch.zeros(1024, n, dtype=dtype) for _, n in shapes]
+            kernels.orthogonalize(matrices, [(1.0, 1.0, 1.0)] * 5, segments)
 
 
 def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> None:
@@ -144,6 +167,8 @@ def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
         bases = (wide if side == "left" else None, wide if side == "right" else None)
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
     launch_groups(skip, row, half)
+    if orthogonalizes:
+        launch_sums(row, half)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
     for shapes in ([(width, width)], [(width,)] * 7 + [(hidden,), (1,)], [(2, width)] * 2):
         floats = [kernels.FloatUpdate(zeros(*shape), zeros(*shape), None, None, row) for shape in shapes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -610,6 +610,30 @@ def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_dev
     for one, other in zip(expected, found, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype == dtype
         assert skip or (one.float() - other.float()).norm() <= 2 * exactness * one.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@each("segments", [(), (1, 2), (3,)])
+def test_neighbours_change_no_bits(segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole directions: an interpreter adds up in one order, but on a GPU that may depend on addresses and sizes."""
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    shapes = [(1024, 2731), (2736, 1024), (1024, 1024), (1500, 1024), (1024, 1029)]
+    momenta = [normal(*shape, seed=i).to("cuda", torch.bfloat16) for i, shape in enumerate(shapes)]
+    polynomials, row = [(8.4703, -25.1081, 18.6293), (3.8944, -2.7889, 0.51), (1.875, -1.25, 0.375)], step_row(step=3)
+
+    def directions(chosen: Sequence[Tensor]) -> list[list[Tensor]]:
+        found = kernels.orthogonalize(chosen, polynomials, segments or None)
+        seconds = [torch.ones(len(x), device="cuda") for x in chosen]
+        parts = [
+            kernels.RowNormalization(x, 0.2, v, row.cuda(), 0.9, 1e-8) for x, v in zip(found, seconds, strict=True)
+        ]
+        return [[x.clone() for x in found], kernels.normalize_rows(parts), seconds]
+
+    together = directions(momenta)
+    for index, momentum in enumerate(momenta):
+        for alone, among in zip(directions([momentum]), together, strict=True):
+            assert torch.equal(alone[0], among[index])
 
 
 def test_rows_of_zeros_are_normalized(kernel_device: torch.device) -> None:

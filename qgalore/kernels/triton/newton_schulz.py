@@ -9,7 +9,8 @@ below the diagonal are computed and stored twice. In segments, products of such 
 Layout: the matrices have equally many rows and lie side by side in one buffer (rows, width), each padded with zeros to
 whole tiles of columns; a second buffer takes the result, in turn. Squares (count, rows, rows). `ends` are the tiles of
 columns after each matrix, as arguments of the launch: a table on the device could not be made while a graph is
-captured. What a matrix becomes does not depend on its neighbours.
+captured. What a matrix becomes does not depend on its neighbours: so norms are not added up by PyTorch, in which the
+order within a batch depends on its size.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches
-from qgalore.kernels.reference.newton_schulz import gram_scales, steps_by_segment, unit_factors, working_dtype
+from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches, next_power_of_2
+from qgalore.kernels.reference.newton_schulz import steps_by_segment, unit_factors, working_dtype
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
 
 __all__ = ["orthogonalize"]
@@ -180,6 +181,41 @@ def _apply_kernel(
     tl.store(at, to_float(value, out.dtype.element_ty), mask=(i < rows)[:, None])
 
 
+@triton.jit
+def _trace_kernel(gram, scale, rows, WIDTH: tl.constexpr):
+    """scale = 1 / trace; 0 where its square would not be finite: of |X| below 1e-9 the result is 0."""
+    gram += tl.program_id(0).to(tl.int64) * rows * rows
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    for start in range(0, rows, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        total += tl.load(gram + at.to(tl.int64) * (rows + 1), mask=at < rows, other=0.0).to(tl.float32)
+    trace = tl.sum(total, axis=0)
+    tl.store(scale + tl.program_id(0), tl.where(trace < 1e-18, 0.0, 1.0 / tl.maximum(trace, 1e-18)))
+
+
+@triton.jit
+def _square_sums_kernel(gram, sums, rows, T: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of squares of T rows a program."""
+    which, program = tl.program_id(1), tl.program_id(0)
+    i, k = (program * T + tl.arange(0, T))[:, None], tl.arange(0, K)[None, :]
+    gram += which.to(tl.int64) * rows * rows
+    total = tl.zeros((T, K), dtype=tl.float32)
+    for start in range(0, rows, K):
+        mask = (i < rows) & (start + k < rows)
+        value = tl.load(gram + i.to(tl.int64) * rows + (start + k), mask=mask, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(sums + which * WIDTH + program, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+@triton.jit
+def _norm_kernel(sums, scale, programs, WIDTH: tl.constexpr):
+    """scale = 1 / the root of the sum of all sums."""
+    at = tl.arange(0, WIDTH)
+    values = tl.load(sums + tl.program_id(0) * WIDTH + at, mask=at < programs, other=0.0)
+    norm = tl.sqrt(tl.sum(values, axis=0))
+    tl.store(scale + tl.program_id(0), 1.0 / tl.maximum(norm, 1e-6))
+
+
 class Tiles(NamedTuple):
     """How products are computed; all numbers but warps and stages are powers of two of at least 16."""
 
@@ -205,7 +241,9 @@ def tiles_for(rows: int) -> Tiles:
 
 
 _FILLED_ROWS = 32
-"""Rows of a tile that is copied into X; as many columns as a tile of X has."""
+"""Rows of a tile that is copied into X, or that is squared; as many columns as a tile of X has."""
+_SUMS = 1024
+"""Values that a program adds up at a time."""
 
 
 def orthogonalize(
@@ -242,13 +280,11 @@ class _Group:
         """Each step on X, scaled by |X|."""
         self._fill(None)
         gram, even = self._squares(2)
-        scale = torch.empty(0, device=gram.device)
+        scale = torch.empty(self._count, dtype=torch.float32, device=gram.device)
         for step, (first, third, fifth) in enumerate(polynomials):
             self._gram(gram, 1.0)
             if step == 0:
-                trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float32)
-                # Its square must be finite, as 0 times infinity is none: of |X| below 1e-9 the result is 0.
-                scale = torch.where(trace < 1e-18, 0.0, trace.reciprocal())
+                _trace_kernel[(self._count,)](gram, scale, self._rows, WIDTH=_SUMS, num_warps=4)
             self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 if step == 0 else 0)
             self._apply(even, first, scale if step == 0 else None, self._out)
             self._x, self._out = self._out, self._x
@@ -260,7 +296,7 @@ class _Group:
         squares = self._squares(4 if max(segments) > 1 else 2)
         for index, steps in enumerate(steps_by_segment(polynomials, segments)):
             self._gram(squares[0], 1.0 if index else 1.0 / self._rows)
-            scale = None if index else gram_scales(squares[0])
+            scale = None if index else self._norm_scales(squares[0])
             factor, first = self._segment(squares, steps, scale)
             last, size = index == len(segments) - 1, None if scale is None else scale / self._rows
             # A buffer of values of 16 bits holds those of the other type of 16 bits.
@@ -288,6 +324,17 @@ class _Group:
                 factor, more[1] = more[1], factor
             whole *= first
         return factor, whole
+
+    def _norm_scales(self, gram: Tensor) -> Tensor:
+        """`reference.newton_schulz.gram_scales`, added up in an order that the number of matrices does not change."""
+        height = next_power_of_2(max(_FILLED_ROWS, ceil_div(self._rows, _SUMS)))
+        programs, scale = ceil_div(self._rows, height), torch.empty(self._count, device=gram.device)
+        sums = torch.empty(self._count, _SUMS, device=gram.device)
+        _square_sums_kernel[(programs, self._count)](
+            gram, sums, self._rows, T=height, K=_FILLED_ROWS, WIDTH=_SUMS, num_warps=4
+        )
+        _norm_kernel[(self._count,)](sums, scale, programs, WIDTH=_SUMS, num_warps=4)
+        return scale
 
     def _squares(self, count: int) -> tuple[Tensor, ...]:
         shape = (count, self._count, self._rows, self._rows)

@@ -7,8 +7,9 @@ with the scale s of the direction and c the second bias correction of the step r
 matrices: one reads whole rows, the other sums q and q f² of all rows of its matrix, in one order, and writes.
 
 Layout: directions (rows, columns) float in place, contiguous along the columns or, TALL, along the rows; v (rows,)
-float32; q, q f² and f of all matrices one after the other in a buffer (3, all rows) float32. All values are float32
-inside.
+float32; q, q f² and f of all matrices one after the other in a buffer (3, all rows) float32, each from a multiple of 16
+rows on: the order in which a program adds depends on what the compiler knows of the address, and must not depend on
+the neighbours of a matrix. All values are float32 inside.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
 __all__ = ["normalize_rows"]
 
 _SUMS = 1024  # rows whose sums a program reads at a time
+_ALIGNED = 16  # numbers that are multiples of it are known to the compiler as such
 _TILES = {False: (8, 512), True: (32, 128)}
 """Rows and columns that a program reads at a time: 8 kB, by whether the direction is contiguous along its rows."""
 
@@ -116,10 +118,10 @@ def _launch(directions: Sequence[Tensor], parts: Sequence[RowNormalization], ski
     rows, columns = zip(*(direction.shape for direction in directions), strict=True)
     strides = tuple(direction.stride(1 if tall else 0) for direction in directions)
     ends = tuple(itertools.accumulate(ceil_div(count, height) for count in rows))
-    firsts = (0, *itertools.accumulate(rows[:-1]))
-    sums = torch.empty(3, sum(rows), dtype=torch.float32, device=device)
+    *firsts, all_rows = 0, *itertools.accumulate(ceil_div(count, _ALIGNED) * _ALIGNED for count in rows)
+    sums = torch.empty(3, all_rows, dtype=torch.float32, device=device)
     _, scales, seconds, step_rows, (beta, *_), (eps, *_) = zip(*parts, strict=True)
-    where = sums, sum(rows), firsts, rows, columns, strides, ends
+    where = sums, all_rows, tuple(firsts), rows, columns, strides, ends
     how = {"M": height, "N": width, "TALL": tall, "num_warps": 4}
     _row_squares_kernel[(ends[-1],)](
         tuple(directions), seconds, step_rows, scales, *where, skip, beta, 1.0 - beta, eps, HAS_SKIP=skip is not None,
