@@ -39,7 +39,7 @@ from peft_pretraining.optim.build import (
     low_rank_converter,
     offload_layers,
     replay_layers,
-    run_offloaded_layers,
+    run_from_python,
 )
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
@@ -120,18 +120,17 @@ def build_training(
         if problems := rank_problems(args.model.model_config, layers, shapes, *args.subspace.both_ranks):
             raise UserError("; ".join(problems))
     optimizer = build_optimizer(model, args.optimizer, args.subspace, seed, all_reduce, mesh)
-    if mesh is not None and args.runtime.shard == "full":
+    while waiting:  # attached as tensors of the device, which they are while their layer runs
+        tensor, value = waiting.pop()
+        tensor.data = value
+    gathers, offloads = mesh is not None and args.runtime.shard == "full", args.runtime.offload != "none"
+    if gathers:
         gather_layers(model, optimizer)
-    elif args.runtime.offload != "none":
-        while waiting:  # attached as tensors of the device, which they are while their layer runs
-            tensor, value = waiting.pop()
-            tensor.data = value
+    if offloads:
         offload_layers(model, optimizer, args)
-        replays = allows_graphs(args) and replay_layers(model, optimizer)
-        if not args.by_layer and not replays:
-            run_offloaded_layers(model, optimizer)
-    elif allows_graphs(args):
-        replay_layers(model, optimizer)
+    replays = allows_graphs(args) and replay_layers(model, optimizer)
+    if (gathers or offloads) and not (args.by_layer or replays):
+        run_from_python(model, optimizer)
     return model, optimizer
 
 

@@ -119,11 +119,6 @@ class RecordedStack(CapturedStack):
         assert not any(weight.subspace.due for weight in self._weights[index]), "a graph refreshes nothing"
         super()._replay(work, index)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # What has run at the capture saw no input.
-        self._forward_graph.replays += 1  # type: ignore[attr-defined]
-        return super().forward(x)
-
     @contextlib.contextmanager
     def graph_pool(self) -> Iterator[None]:
         RecordedStack.in_pool = True

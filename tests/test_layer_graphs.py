@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from peft_pretraining import build
 from peft_pretraining.build import build_training
+from peft_pretraining.checkpoint.run_state import tensors_here
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.runtime.process import make_reproducible
@@ -158,7 +159,7 @@ def trained(
         losses.append(float(total))
     digest = hashlib.sha256()
     states = (value for state in optimizer.state_dict()["state"].values() for value in state.values())
-    for tensor in (*model.state_dict().values(), *states):
+    for tensor in (*tensors_here(model, optimizer).values(), *states):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return losses, digest.hexdigest(), model
 
@@ -225,8 +226,9 @@ def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_table, "_write", write_outside)
     monkeypatch.setattr(step_table, "is_capturing", lambda device: in_graph())
 
-    def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
+    def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> bool:
         model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
+        return True
 
     monkeypatch.setattr(build, "allows_graphs", lambda _: True)
     monkeypatch.setattr(build, "replay_layers", layer_by_layer)

@@ -152,20 +152,26 @@ def test_skipped_and_late_updates_are_skipped_alike(small: SmallRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "sums"),
+    ("case", "what", "sums"),
     [
-        ("streaming", True),
-        ("full rank", False),
-        pytest.param("streaming", False, marks=pytest.mark.slow),
-        pytest.param("svd", False, marks=pytest.mark.slow),
-        pytest.param("sums", False, marks=pytest.mark.slow),
-        pytest.param("in step", False, marks=pytest.mark.slow),
-        pytest.param("float weights", False, marks=pytest.mark.slow),
+        ("streaming", "states", True),
+        ("full rank", "states", False),
+        ("streaming", "weights", False),
+        ("checkpointing", "weights", False),
+        pytest.param("streaming", "weights", True, marks=pytest.mark.slow),
+        pytest.param("streaming", "states", False, marks=pytest.mark.slow),
+        pytest.param("svd", "states", False, marks=pytest.mark.slow),
+        pytest.param("svd", "weights", False, marks=pytest.mark.slow),
+        pytest.param("sums", "states", False, marks=pytest.mark.slow),
+        pytest.param("sums", "weights", False, marks=pytest.mark.slow),
+        pytest.param("in step", "states", False, marks=pytest.mark.slow),
+        pytest.param("in step", "weights", False, marks=pytest.mark.slow),
+        pytest.param("float weights", "states", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("poisoned")
-def test_graphs_go_on_over_states_that_wait(
-    case: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_graphs_go_on_over_what_waits(
+    case: str, what: str, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recorded graphs, also with gradients on their way over ranks while the layer below runs."""
     flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
@@ -182,7 +188,7 @@ def test_graphs_go_on_over_states_that_wait(
 
     monkeypatch.setattr(build, "replay_layers", replay)
     monkeypatch.setattr(optim_build, "slots_of", lambda _: 3 if sums else 2)
-    waits = trained(tmp_path, "cpu", f"{flags} --offload states", sums=sums)
+    waits = trained(tmp_path, "cpu", f"{flags} --offload {what}", sums=sums)
     assert waits[:2] == plain[:2]
     assert stacks[0].replays and stacks[0]._optimizer.offload is not None
 

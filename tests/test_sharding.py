@@ -533,7 +533,7 @@ def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 # ---- CUDA graphs, as recorded on a CPU
 
 
-def losses_and_hash(folder: Path, flags: str, graphs: bool, owners_sum: bool) -> None:
+def losses_and_hash(folder: Path, flags: str, graphs: bool, owners_sum: bool, shard: str) -> None:
     """A rank that trains a little, and writes what came of it."""
     world = start_world("cpu", StopRequest())
     with pytest.MonkeyPatch.context() as patch:
@@ -541,10 +541,10 @@ def losses_and_hash(folder: Path, flags: str, graphs: bool, owners_sum: bool) ->
             test_layer_graphs.record_graphs(patch)
         else:
             test_layer_graphs.skip_for_kernels(patch)
-        mesh = world.shard_mesh("optimizer")
+        mesh = world.shard_mesh(shard)
         assert mesh is not None
         mesh.owners_sum = owners_sum
-        losses, digest, model = test_layer_graphs.trained(folder, "cpu", flags, mesh=mesh)
+        losses, digest, model = test_layer_graphs.trained(folder, "cpu", f"{flags} --shard {shard}", mesh=mesh)
         assert not graphs or model.model.run_layers.replays or (owners_sum and "accumulation" not in flags)
     (folder / f"{'graphs' if graphs else 'plain'}_{world.rank}.json").write_text(json.dumps([losses, digest]))
     world.close()
@@ -552,18 +552,28 @@ def losses_and_hash(folder: Path, flags: str, graphs: bool, owners_sum: bool) ->
 
 GRAPHS = ["streaming", "svd", "full rank", "fira, limited", "int8 sums", "clipping"]
 GRAPHS_OF_OWNERS = ["sums", "int8 sums", "bfloat16 sums, svd", "clipping"]
-CASES_OF_GRAPHS = [(case, False) for case in GRAPHS] + [(case, True) for case in GRAPHS_OF_OWNERS]
-QUICK_GRAPHS = {("streaming", False), ("sums", True)}
+GRAPHS_OF_GATHERED = ["streaming", "checkpointing", "full rank", "svd", "sums", "clipping"]
+CASES_OF_GRAPHS = [
+    *((case, False, "optimizer") for case in GRAPHS),
+    *((case, True, "optimizer") for case in GRAPHS_OF_OWNERS),
+    *((case, False, "full") for case in GRAPHS_OF_GATHERED),
+    *((case, True, "full") for case in GRAPHS_OF_OWNERS),
+]
+QUICK_GRAPHS = {("streaming", False, "optimizer"), ("sums", True, "optimizer"), ("streaming", False, "full")}
 
 
 @pytest.mark.parametrize(
-    ("case", "owners_sum"),
+    ("case", "owners_sum", "shard"),
     [pytest.param(*each, marks=[] if each in QUICK_GRAPHS else pytest.mark.slow) for each in CASES_OF_GRAPHS],
 )
-def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(case: str, owners_sum: bool, tmp_path: Path) -> None:
+def test_graphs_of_dealt_weights_give_the_bits_of_plain_calls(
+    case: str, owners_sum: bool, shard: str, tmp_path: Path
+) -> None:
     flags = f"{test_layer_graphs.CASES[case]} --dtype float32"
     for graphs in (False, True):
         log = tmp_path / "log"
-        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, owners_sum, log=log) == [0, 0], log.read_text()
+        assert on_ranks(2, losses_and_hash, tmp_path, flags, graphs, owners_sum, shard, log=log) == [0, 0], (
+            log.read_text()
+        )
     for rank in range(2):
         assert (tmp_path / f"plain_{rank}.json").read_text() == (tmp_path / f"graphs_{rank}.json").read_text()

@@ -45,7 +45,7 @@ class PlannedRun:
         self.compiled = compiles_layers(args.model, pays=self.cuda) and _family_compiles(config)
         self.gathers = args.runtime.shard == "full" and args.world_size > 1
         """Whether a layer's weights are gathered before it runs."""
-        self.graphs = self.compiled and self.cuda and allows_graphs(args) and not self.gathers
+        self.graphs = self.compiled and self.cuda and allows_graphs(args)
         self.stacked = args.runtime.offload != "none" and not args.by_layer and not self.graphs
         """Whether the matrices of a layer are updated together, without graphs."""
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1

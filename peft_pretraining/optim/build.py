@@ -25,12 +25,12 @@ from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig
 from qgalore.graphs.eager_layers import EagerLayers
-from qgalore.graphs.gathered import GatheredLayers
-from qgalore.graphs.offloaded import let_evaluations_in
+from qgalore.graphs.evaluations import let_evaluations_in
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
 from qgalore.layer.linear_names import is_conv1d
+from qgalore.offload.offload import Pass
 from qgalore.optimizer import LowRankAdamW
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import AllReduce
@@ -155,7 +155,7 @@ def allows_graphs(args: RunArgs) -> bool:
     group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
     residual that is kept until a later update. Nor is it served where gradients are added to momenta: each would have a
     buffer of its own, and there is to be none. These graphs are of one micro-batch in all layers: none where a layer
-    has all micro-batches at once, or its weights come from the host.
+    has all micro-batches at once.
     """
     optimizer, quantization = args.optimizer, args.quantization
     waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
@@ -163,14 +163,15 @@ def allows_graphs(args: RunArgs) -> bool:
     packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
     fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum and not args.by_layer
-    fits = fits and args.runtime.offload != "weights"
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 
 def gather_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
     """Let the decoder layers' weights lie with the ranks that own them, and gather each before it runs."""
     assert isinstance(optimizer, LowRankAdamW)
-    model.run_layers_by(GatheredLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
+    layers = list(model.decoder_layers)
+    gathering = optimizer.gather_layers(layers)
+    let_evaluations_in(layers, lambda index: gathering.enter(index, 1))
 
 
 def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) -> None:
@@ -181,11 +182,11 @@ def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs)
     assert isinstance(optimizer, LowRankAdamW)
     layers, weights = list(model.decoder_layers), args.runtime.offload == "weights"
     offload = optimizer.offload_layers(layers, weights, slots_of(args))
-    let_evaluations_in(layers, offload)
+    let_evaluations_in(layers, lambda index: offload.enter(index, Pass.FORWARD, 1), offload.leave)
 
 
-def run_offloaded_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Run layers of `offload_layers` from Python, where neither CUDA graphs nor `--accumulate_by layer` run them."""
+def run_from_python(model: CausalLM, optimizer: TrainingOptimizer) -> None:
+    """Run layers that are gathered or offloaded from Python."""
     assert isinstance(optimizer, LowRankAdamW)
     model.run_layers_by(EagerLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 

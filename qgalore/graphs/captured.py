@@ -45,9 +45,7 @@ class CapturedStack(EagerStack):
             if not self._at_once and not self._sends:
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
                 weight.gradient.fix_addresses(x.dtype if optimizer.takes_whole_gradients else None)
-        self._forward_graph = self._capture(self._run_forward)
-        # For the gradients between layers, one after the other: the last layer's output, which nobody needs by then.
-        self._grad_buffer = self._outputs[-1].data
+        self._forward_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def serves(self, x: Tensor) -> bool:
@@ -66,7 +64,10 @@ class CapturedStack(EagerStack):
                 weight.gradient.begin()
         # Through .data: autograd would take the write for a change of what the backward passes have saved.
         self._inputs[0].data.copy_(x)
-        self._forward_graph.replay()
+        if self._optimizer.weights_arrive:
+            self._run_forward()
+        else:
+            self._replay_forward(0, super()._run_forward)
         return self._outputs[-1].detach()
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -78,6 +79,22 @@ class CapturedStack(EagerStack):
         self._grad_buffer.copy_(grad)
         self._run_backward()
         return self._grad_buffer
+
+    @property
+    def _grad_buffer(self) -> Tensor:
+        """For the gradients between layers, one after the other: the last output, which nobody needs by then."""
+        return self._outputs[-1].data
+
+    def _forward_of_layer(self, index: int) -> None:
+        if self._optimizer.weights_arrive:
+            self._replay_forward(index, functools.partial(super()._forward_of_layer, index))
+        else:
+            super()._forward_of_layer(index)
+
+    def _replay_forward(self, index: int, work: Callable[[], None]) -> None:
+        if index not in self._forward_graphs:
+            self._forward_graphs[index] = self._capture(work)
+        self._forward_graphs[index].replay()
 
     def _perform(self, work: Work, index: int) -> None:
         if any(weight.subspace.due for weight in self._weights[index]):

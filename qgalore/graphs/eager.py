@@ -45,7 +45,7 @@ class EagerStack:
         """The gradients of layers on their way over the ranks."""
         self._at_once = optimizer.updates_at_once
         self._sends = optimizer.owners_sum or (self._at_once and optimizer.sums_over_ranks)
-        self._offload = optimizer.offload
+        self._gathering, self._offload = optimizer.gathering, optimizer.offload
         self._grad = torch.empty(0)
         self.forward_passes = 0
 
@@ -64,13 +64,15 @@ class EagerStack:
         return self._grad
 
     def _run_forward(self) -> None:
-        with torch.enable_grad():
-            for index, (layer, linears) in enumerate(zip(self._layers, self._linears, strict=True)):
-                self._enter(index, 1)
-                with cached_weights(linears, self._dtype):
-                    self._outputs.append(self._run(layer, self._inputs[-1], *self._constants))
-                self._inputs.append(self._outputs[-1].detach().requires_grad_())
-                self._leave(index)
+        for index in range(len(self._layers)):
+            self._enter(index, 1)
+            self._forward_of_layer(index)
+            self._leave(index)
+
+    def _forward_of_layer(self, index: int) -> None:
+        with torch.enable_grad(), cached_weights(self._linears[index], self._dtype):
+            self._outputs.append(self._run(self._layers[index], self._inputs[-1], *self._constants))
+        self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def _run_backward(self) -> None:
         for index in reversed(range(len(self._layers))):
@@ -87,6 +89,8 @@ class EagerStack:
 
     def _enter(self, index: int, step: int) -> None:
         """Before a layer runs, and after it that of number index + step: forward where step is 1."""
+        if self._gathering is not None:
+            self._gathering.enter(index, step)
         if self._offload is not None:
             backward = Pass.UPDATE if self._at_once else Pass.GRADIENTS
             self._offload.enter(index, Pass.FORWARD if step > 0 else backward, step)

@@ -4,6 +4,10 @@ A step through a LLaMA with low-rank weights is about a hundred kernels a layer.
 sooner than Python can ask for them. Here the forward pass of all layers is one graph, and each layer has another for
 its backward pass together with the updates of its weights, which happen as soon as their gradients are there.
 
+Where the weights of a layer come before it runs, from the ranks that own them or from the host, a pass of each layer
+forward is a graph of its own, since what brings them is part of none: a graph reads the memory into which they come,
+whose addresses never change.
+
 Where the update waits, for more micro-batches or for the norm of all gradients, a layer's graph adds its gradients to
 sums at fixed addresses, and the optimizer updates from Python.
 
@@ -26,13 +30,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.eager import EagerStack, RunLayer
+from qgalore.graphs.eager_layers import EagerLayers
 from qgalore.optimizer import LowRankAdamW
 from qgalore.torch_internals import set_for_process
 
@@ -40,7 +44,7 @@ _ORDINARY_STEPS = 2
 """Steps without graphs, in which kernels are compiled and libraries set up."""
 
 
-class LayerGraphs:
+class LayerGraphs(EagerLayers):
     """Runs layers one after the other; from the third training step of one shape on by CUDA graphs."""
 
     def __init__(self, layers: Sequence[nn.Module], run: RunLayer, optimizer: LowRankAdamW) -> None:
@@ -51,19 +55,10 @@ class LayerGraphs:
         """
         # The retained backward passes of a compiled layer must not write over what they have saved.
         set_for_process("torch._functorch.config.donated_buffer", False)
-        self._layers, self._run, self._optimizer = list(layers), run, optimizer
+        super().__init__(layers, run, optimizer)
         self._steps = 0
         self._states_replaced = optimizer.states_replaced
         self._captured: CapturedStack | None = None
-
-    def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
-        """x through all layers; `constants` are further arguments of each, the same in all steps of one shape."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = Step.apply(x, self._stack_for(x, constants))
-            return out
-        for layer in self._layers:
-            x = self._run(layer, x, *constants)
-        return x
 
     @property
     def replays(self) -> bool:
@@ -80,7 +75,7 @@ class LayerGraphs:
             return contextlib.nullcontext()
         return self._captured.graph_pool()
 
-    def _stack_for(self, x: Tensor, constants: tuple[Tensor, ...]) -> EagerStack:
+    def _stack(self, constants: tuple[Tensor, ...], x: Tensor) -> EagerStack:
         self._steps += 1
         if self._states_replaced != self._optimizer.states_replaced:
             # Run eagerly first: state initialised during capture would be reset by each replay.
@@ -104,22 +99,3 @@ class LayerGraphs:
 
 def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
-
-
-class Step(torch.autograd.Function):
-    """All layers as one node of autograd's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: EagerStack) -> Tensor:
-        out = stack.forward(x)
-        ctx.stack, ctx.number = stack, stack.forward_passes
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        if ctx.number != ctx.stack.forward_passes:
-            raise RuntimeError(
-                "layers in CUDA graphs keep the activations of their newest forward pass alone: make the backward pass "
-                "of each before the next one, or do without the graphs"
-            )
-        return ctx.stack.backward(grad_output), None

@@ -72,6 +72,11 @@ class Offload:
     def _find_moments(self, index: int) -> list[Tensor]:
         return [value for weight in self._layers[index] for key, value in _hosted_state(weight) if "_basis" not in key]
 
+    @property
+    def hosts_weights(self) -> bool:
+        """Whether the stored weights of layers lie on the host, too."""
+        return self._weights is not None
+
     def is_hosted(self, weight: Weight, value: Tensor) -> bool:
         """Whether an entry of the state of a weight lies on the host."""
         return value.dim() > 0 and weight in self._index

@@ -327,6 +327,11 @@ class LowRankAdamW(Optimizer):
         """What of layers waits in host memory."""
         return self._cycle.offload
 
+    @property
+    def weights_arrive(self) -> bool:
+        """Whether the weights of a layer come before it runs: from the ranks that own them, or from the host."""
+        return self.gathering is not None or (self.offload is not None and self.offload.hosts_weights)
+
     # ---- an update
 
     @property
