@@ -27,7 +27,7 @@ def each(name: str, values: Iterable[object]) -> pytest.MarkDecorator:
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def both(run: Callable[[], object]) -> Iterator[Any]:
@@ -58,7 +58,7 @@ def copied(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 def whole_numbers(*shape: int, seed: int) -> Tensor:
     """Small whole numbers: their products and sums are exact in float32 whatever the order."""
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed), device="cpu").float()
 
 
 # The interpreter multiplies the bit patterns of bfloat16.

@@ -368,8 +368,14 @@ def _pieces(columns: tuple[int, ...], stored: tuple[int, ...], length: int) -> t
     )  # fmt: skip
 
 
+# A size of 1 is a constant to Triton, so that all lanes but one are known to be masked. Of such lanes ptxas made codes
+# that are no zeros (Triton 3.6, H200): the reference takes these few values.
+
+
 def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_rows`."""
+    if 1 in columns:
+        return fp8_matmul.fp8_rows(parts, columns, factors)
     rows, ends = parts[0].shape[0], tuple(itertools.accumulate(map(fp8_width, columns)))
     starts, depth = (0, *ends[:-1]), ends[-1]
     found = _empty(rows, depth, parts[0])
@@ -397,6 +403,8 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
 
 def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_columns`."""
+    if 1 in (len(x), columns):
+        return fp8_matmul.fp8_columns(x, columns)
     rows, padded, depth = x.shape[0], fp8_width(columns), fp8_width(x.shape[0])
     found = _empty(padded, depth, x)
     if not rows:  # nothing is launched
@@ -420,6 +428,8 @@ def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
         return fp8_matmul.with_padded_rows(fp8_rows([weight], [weight.shape[1]], None))
+    if 1 in (len(weight.qdata), weight.columns):
+        return fp8_matmul.fp8_weight(weight)
     rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
     found = _empty(rows, depth, weight.qdata)
     grid_rows, grid_columns, options = _weight_launch(weight, WEIGHT)
@@ -433,7 +443,7 @@ def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
 def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
     """See `qgalore.kernels.fp8_turned_weights`."""
     stored = [weight for weight in weights if not isinstance(weight, Tensor)]
-    if len(stored) < len(weights):
+    if len(stored) < len(weights) or any(1 in (len(weight.qdata), weight.columns) for weight in stored):
         return fp8_matmul.turned([fp8_weight(weight) for weight in weights])
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
