@@ -15,7 +15,8 @@ from peft_pretraining.speed.cards import card_of_size
 
 _LEFT = 1
 """GiB that context and display are left: a card of 16 GB has 16 GiB, and stands for a process that is capped to 15."""
-_PLAIN = re.compile(r"q_galore(_int8_activations)?(_checkpointing\d*)?")
+_PAPER = re.compile(r"q_galore(_int8_activations)?(_checkpointing\d*)?")
+_DEFAULT = re.compile(r"q_galore_full_rank(_checkpointing\d*)?")
 MODELS = ((8, "1b"), (12, "3b"), (16, "7b"), (24, "7b"), (24, "13b"), (48, "13b"), (80, "13b"))
 """By GB (10^9 bytes), a model that trains there at the rank of the paper and a speed that is of use."""
 FULL = "--memory 8GB,12GB,16GB,24GB,48GB,80GB --model 60m,130m,350m,1b,3b,7b,13b"
@@ -34,7 +35,9 @@ class Measured(NamedTuple):
         """In words, with tokens a second and peak."""
         how = f"capped to {self.row['cap_gib']} GiB" if self.capped else "not capped"
         sums = ", one micro-batch an update" if self.row["grad_accum"] == "1" else ""
-        return f"{self.speed:,.0f} tokens/s, {float(self.row['run_peak_gb']):.1f} GB, {card(self.row)} {how}{sums}"
+        recipe = "`paper`" if _PAPER.fullmatch(self.row["method"]) else "the default"
+        gigabytes = float(self.row["run_peak_gb"])
+        return f"{recipe}: {self.speed:,.0f} tokens/s, {gigabytes:.1f} GB, {card(self.row)} {how}{sums}"
 
     @property
     def speed(self) -> float:
@@ -59,10 +62,11 @@ def measured(model: str, gigabytes: int) -> Measured | None:
 
 
 def _is_plain(row: Row) -> bool:
-    """Whether a row is a finished measurement of the published algorithm, with products in bfloat16."""
+    """Whether a row is a finished measurement of `paper` or of the default, in bfloat16 and on the card alone."""
     finished = row["tokens_per_second"] and row["run_reserved_gb"] and not row["error"]
-    plain = _PLAIN.fullmatch(row["method"]) and "--int8_products" not in row["flags"]
-    return bool(finished and plain and row["length"] == str(LENGTH))
+    known = _PAPER.fullmatch(row["method"]) or _DEFAULT.fullmatch(row["method"])
+    others = any(flag in row["flags"] for flag in ("--int8_products", "--fp8_", "--offload", "--accumulate_by"))
+    return bool(finished and known and not others and row["length"] == str(LENGTH))
 
 
 def short() -> str:
