@@ -78,6 +78,15 @@ class RunArgs:
         return self.batch.accumulate_by == "layer"
 
     @property
+    def updates_at_once(self) -> bool:
+        """Whether each weight is updated as soon as its layer's backward pass has its gradient: none is summed or kept.
+
+        The optimizer would, but over several micro-batches sums exist until the last, unless they are of one layer at a
+        time.
+        """
+        return self.optimizer.per_layer and (self.batch.gradient_accumulation == 1 or self.by_layer)
+
+    @property
     def kept_activations(self) -> ModelArgs:
         """The options of the model with those that say what is kept of activations as they take effect."""
         if not self.by_layer:

@@ -49,8 +49,6 @@ class PlannedRun:
         self.stacked = args.runtime.offload != "none" and not args.by_layer and not self.graphs
         """Whether the matrices of a layer are updated together, without graphs."""
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
-        self.updates_at_once = optimizer.per_layer and (alone or args.by_layer)
-        """Whether each gradient is used up inside the backward pass of its layer, or after it."""
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
