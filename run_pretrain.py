@@ -328,7 +328,7 @@ class Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluate the model as it is now."""
-        alike = self.world.any_on_host if self.args.runtime.shard == "full" else None
+        alike = self.world.any_on_host if self.args.gathers_layers else None
         return evaluate(self.model, self.eval_set, self.world.device, self.world.gather, alike)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False, wait: bool = True) -> None:

@@ -14,10 +14,10 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from peft_pretraining import build
 from peft_pretraining.build import build_training
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.optim import layer_execution
 from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import runner
 from qgalore.graphs.captured import CapturedStack
@@ -198,7 +198,8 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
 
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
-    monkeypatch.setattr(build, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(layer_execution, "can_replay", lambda *_: True)
+    monkeypatch.setattr(layer_execution, "replay_layers", layer_by_layer)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == plain[:2]
     assert len(calls) % (3 * 9) == 0 and calls
 
@@ -228,8 +229,9 @@ def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
         model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
 
-    monkeypatch.setattr(build, "allows_graphs", lambda _: True)
-    monkeypatch.setattr(build, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(layer_execution, "allows_graphs", lambda _: True)
+    monkeypatch.setattr(layer_execution, "can_replay", lambda *_: True)
+    monkeypatch.setattr(layer_execution, "replay_layers", layer_by_layer)
     monkeypatch.setattr(runner, "CapturedStack", RecordedStack)
     monkeypatch.setattr(runner, "_can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))

@@ -64,7 +64,7 @@ def _of_fullest_rank(run: PlannedRun, found: dict[str, int]) -> dict[str, int]:
     rank = fullest(bytes_by_rank(run, run.shards))
     changed = dict(zip(_STATES, (rank.matrix_states, rank.other_states), strict=True))
     changed = {name: found[name] + size for name, size in changed.items()}
-    if run.args.runtime.shard == "full":
+    if run.args.gathers_layers:
         changed |= {_WEIGHTS[0]: rank.stored, "projections": 0, GATHERED: rank.gathered}
     if run.args.owners_sum and not run.args.updates_at_once:
         changed[GRADIENTS] = rank.sums + _residuals(run)
