@@ -40,7 +40,8 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.agreement import agree_on_flags
-from peft_pretraining.memory.budget import card_here, parse_within_budget
+from peft_pretraining.memory.budget import parse_within_budget
+from peft_pretraining.memory.card_memory import card_here
 from peft_pretraining.memory.dealt_states import owners_by_name
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.memory.host import missing_host_memory, not_locked
