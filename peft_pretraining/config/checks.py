@@ -36,7 +36,7 @@ from peft_pretraining.models.config import (
 )
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
-from qgalore.config import OF_PROJECTIONS
+from qgalore.config import OF_PROJECTIONS, scaled_too_late
 
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
@@ -578,8 +578,7 @@ def _subspace_problems(args: RunArgs) -> list[str]:
     problems = args.subspace.problems(lambda option: f"--{option} {getattr(args.subspace, option)}")
     if args.sums_in_momentum:
         problems += [
-            f"--{flag} {value:g} scales the sum of an update's gradients, and with --sum_in_momentum they are part of "
-            f"the momentum by then: give --{flag} 0, or leave --sum_in_momentum out"
+            scaled_too_late(f"--{flag} {value:g}", "--sum_in_momentum", f"give --{flag} 0")
             for flag in ("grad_clipping", "norm_growth")
             if (value := getattr(args.optimizer, flag))
         ]

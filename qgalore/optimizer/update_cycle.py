@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgalore.config import scaled_too_late
 from qgalore.offload.offload import Offload
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.finite_checks import UpdateChecks
@@ -308,10 +309,7 @@ class UpdateCycle:
 
     def _check_unscaled(self, method: str) -> None:
         if self.sums_in_momentum:
-            raise RuntimeError(
-                f"{method} scales the sum of an update's gradients, and with sum_in_momentum they are part of the "
-                "momentum by then: do without, or leave sum_in_momentum out"
-            )
+            raise RuntimeError(scaled_too_late(method, "sum_in_momentum", "do without"))
 
     @torch.no_grad()
     def skip_update_if(self, flag: Tensor) -> None:
