@@ -179,16 +179,16 @@ class QGaLoreAdamW8bit(optimizer.QGaLoreAdamW8bit):
                 "INT8 weights of several processes: a script of q-galore-torch cannot say how gradients are summed; "
                 "use qgalore.QGaLoreAdamW8bit and its attach(model, all_reduce=...)"
             )
-        ready: weakref.WeakMethod[Ready] = weakref.WeakMethod(self.gradients_ready)
+        ready: weakref.WeakMethod[Ready] = weakref.WeakMethod(self._gradients_ready)
         attached = [Attachment(model, weights, ready) for model in _models_of(weights)]
         self.is_last_micro_batch = False  # nobody says which one is: `step` takes the sums
         self._detach = weakref.finalize(self, _remove, attached)
         self._detach.atexit = False
 
     @torch.no_grad()
-    def gradients_ready(self, weights: Sequence[Weight]) -> None:
-        """See `qgalore.QGaLoreAdamW8bit`; calls the weights' own hooks."""
-        super().gradients_ready(weights)
+    def _gradients_ready(self, weights: Sequence[Weight]) -> None:
+        """As of `UpdateCycle`; calls the weights' own hooks."""
+        self.cycle.gradients_ready(weights)
         for weight in weights:
             hook: Callable[[Tensor], object] | None = getattr(weight.param, "backward_hook", None)
             weight.param.float_grad = None  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ from qgalore.graphs import runner
 from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
+from qgalore.optimizer.update_cycle import UpdateCycle
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.update import step_table
 from qgalore.update.all_reduce import Bucket
@@ -292,10 +293,10 @@ def test_no_bucket_outlives_its_updates(captures: bool, tmp_path: Path, monkeypa
     """One is made while the other is under way, and graphs have two buffers for them."""
     record_graphs(monkeypatch)
     monkeypatch.setattr(runner, "_can_capture", lambda _: captures)
-    bucket_of, alive, most = LowRankAdamW.bucket_of, weakref.WeakSet[Bucket](), []
+    bucket_of, alive, most = UpdateCycle.bucket_of, weakref.WeakSet[Bucket](), []
 
-    def watched(optimizer: LowRankAdamW, weights: list[Weight], buffer: Tensor | None = None) -> Bucket | None:
-        bucket = bucket_of(optimizer, weights, buffer)
+    def watched(cycle: UpdateCycle, weights: list[Weight], buffer: Tensor | None = None) -> Bucket | None:
+        bucket = bucket_of(cycle, weights, buffer)
         assert bucket is not None
         if buffer is None or bucket.buffer.data_ptr() != buffer.data_ptr():
             alive.add(bucket)
@@ -303,7 +304,7 @@ def test_no_bucket_outlives_its_updates(captures: bool, tmp_path: Path, monkeypa
         most.append(len(alive))
         return bucket
 
-    monkeypatch.setattr(LowRankAdamW, "bucket_of", watched)
+    monkeypatch.setattr(UpdateCycle, "bucket_of", watched)
     trained(tmp_path, "cpu", f"{CASES['streaming']} --dtype float32", sums=True)
     assert max(most) == 2 and not alive
 

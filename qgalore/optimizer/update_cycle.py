@@ -141,6 +141,16 @@ class UpdateCycle:
         return self.update_in_backward and complete
 
     @property
+    def keeps_no_gradient(self) -> bool:
+        """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
+        return self.updates_at_once or self.sums_in_int8
+
+    @property
+    def sums_in_int8(self) -> bool:
+        """Whether sums of gradients have 8 bits a value."""
+        return all(group["accumulator_dtype"] == "int8" for group in self._groups)
+
+    @property
     def takes_whole_gradients(self) -> bool:
         """Whether the backward pass that goes on, or comes next, is the only one of its update."""
         return self.is_last_micro_batch and not self._has_sums
