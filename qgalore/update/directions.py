@@ -24,7 +24,7 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.kernels import AdamStep
 from qgalore.torch_internals import internal
-from qgalore.update import moments, momentum_sum
+from qgalore.update import moments
 from qgalore.update.factored_momentum import FactoredStep
 from qgalore.update.momentum_sum import SummedStep
 from qgalore.update.newton_schulz import METHODS, segments_of
@@ -101,19 +101,12 @@ def _scale(orthogonalized: Tensor) -> float:
 
 
 def _momenta(steps: Sequence[Step], skip: Tensor | None) -> list[Tensor]:
-    """`kernels.momentum_steps`, in bfloat16 on a GPU that has it; momenta in parts are made whole one after the other.
-
-    Those that have the gradients already are as they are, without Nesterov's look ahead.
-    """
+    """`kernels.momentum_steps`, in bfloat16 on a GPU that has it; momenta that are not whole one after the other."""
     dtype = kernels.product_dtype(steps[0].grad.device)
     whole = {index: step._replace(dtype=dtype) for index, step in enumerate(steps) if isinstance(step, AdamStep)}
     moved = kernels.momentum_steps(list(whole.values()), moments.BLOCK_SIZE, skip) if whole else []
     found = dict(zip(whole, moved, strict=True))
-    for index, step in enumerate(steps):
-        if isinstance(step, FactoredStep):
-            found[index] = step.advance(dtype, skip)
-        elif isinstance(step, SummedStep):
-            found[index] = momentum_sum.read(step.state, dtype)
+    found |= {index: x.advance(dtype, skip) for index, x in enumerate(steps) if not isinstance(x, AdamStep)}
     return [found[index] for index in range(len(steps))]
 
 
