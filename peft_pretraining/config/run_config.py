@@ -78,11 +78,11 @@ class RunArgs:
         return self.batch.accumulate_by == "layer"
 
     @property
-    def updates_at_once(self) -> bool:
-        """Whether each weight is updated as soon as its layer's backward pass has its gradient: none is summed or kept.
+    def updates_immediately(self) -> bool:
+        """Whether each weight is updated as soon as its gradient is final, while the backward pass goes on.
 
-        The optimizer would, but over several micro-batches sums exist until the last, unless they are of one layer at a
-        time.
+        Over several micro-batches the sums of all gradients exist until the last one and nothing would be won, unless
+        they are of one layer at a time.
         """
         return self.optimizer.per_layer and (self.batch.gradient_accumulation == 1 or self.by_layer)
 

@@ -92,5 +92,5 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
 def _may_go_by_layer(args: RunArgs) -> bool:
     """Whether sums of gradients over micro-batches may be those of one layer at a time, and are then fewer."""
     by_layer = dataclasses.replace(args, batch=dataclasses.replace(args.batch, accumulate_by="layer"))
-    fewer = by_layer.updates_at_once and not args.updates_at_once
+    fewer = by_layer.updates_immediately and not args.updates_immediately
     return fewer and not set(find_problems(by_layer)).difference(find_problems(args))

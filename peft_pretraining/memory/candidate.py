@@ -39,7 +39,11 @@ class Candidate:
     def peak(self) -> int:
         """The planned peak in bytes."""
         run = self.run
-        key = run.args.updates_at_once, run.sum_dtype, self.args.subspace  # all else that lasts is the same everywhere
+        key = (
+            run.args.updates_immediately,
+            run.sum_dtype,
+            self.args.subspace,
+        )  # all else that lasts is the same everywhere
         if key not in self.lasting:
             self.lasting[key] = lasting_bytes(run)
         return plan_of_run(run, self.lasting[key]).peak_bytes

@@ -44,8 +44,10 @@ class PlannedRun:
         self.cuda = args.runtime.device != "cpu"
         self.compiled = compiles_layers(args.model, pays=self.cuda) and _family_compiles(config)
         execution = execution_of(args, can_replay=self.compiled and self.cuda)
-        self.graphs, self.stacked = execution is Execution.FROM_GRAPHS, execution is Execution.OFFLOADED
-        """Whether CUDA graphs run the layers, and whether the matrices of a layer are updated together without."""
+        self.graphs = execution is Execution.FROM_GRAPHS
+        """Whether CUDA graphs run the layers."""
+        self.updates_whole_layers = execution in (Execution.FROM_GRAPHS, Execution.OFFLOADED)
+        """Whether the matrices of a layer are updated together where they are in the backward pass."""
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")

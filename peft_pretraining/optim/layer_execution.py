@@ -45,9 +45,9 @@ def allows_graphs(args: RunArgs) -> bool:
     """
     optimizer, quantization = args.optimizer, args.quantization
     fake = quantization.weight_quant and quantization.simulation
-    packs = args.updates_at_once and optimizer.grad_accum_dtype == "int8"
+    packs = args.updates_immediately and optimizer.grad_accum_dtype == "int8"
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
-    fits = fits and (args.updates_at_once or args.subspace.residual == "none")
+    fits = fits and (args.updates_immediately or args.subspace.residual == "none")
     fits = fits and not args.sums_in_momentum and not args.by_layer and args.runtime.offload != "weights"
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 

@@ -40,7 +40,7 @@ def link_bytes(args: RunArgs, s: Setting) -> LinkBytes:
     moments = layers * sum(_moments(args, s, m, n) for m, n in gradient_shapes(s))
     passes = 1 if args.by_layer else s.grad_accum
     to_device = float(passes * (2 * codes + bases)) + 3 * hidden
-    if args.updates_at_once:  # the backward pass also gets moments, and sends what it has updated
+    if args.updates_immediately:  # the backward pass also gets moments, and sends what it has updated
         return LinkBytes(to_device + moments, 0)
     if args.sums_in_momentum:  # both ways with every micro-batch
         to_device += passes * moments

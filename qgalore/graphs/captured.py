@@ -42,7 +42,7 @@ class CapturedStack(EagerStack):
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:
                 weight.layer.allow_backward_after_update()
-            if not self._at_once and not self._sends:
+            if not self._immediately and not self._sends:
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
                 weight.gradient.fix_addresses(x.dtype if optimizer.cycle.takes_whole_gradients else None)
         self._forward_graph = self._capture(self._run_forward)
@@ -52,7 +52,7 @@ class CapturedStack(EagerStack):
 
     def serves(self, x: Tensor) -> bool:
         """Whether the graphs are those of a step like the one that begins."""
-        return self._shape == x.shape and self._at_once == self._cycle.updates_at_once
+        return self._shape == x.shape and self._immediately == self._cycle.updates_immediately
 
     def graph_pool(self) -> contextlib.AbstractContextManager[None]:
         """See `LayerGraphs`."""
@@ -61,7 +61,7 @@ class CapturedStack(EagerStack):
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
         self.forward_passes += 1
-        if not self._at_once and not self._sends and not self._cycle.has_sums:
+        if not self._immediately and not self._sends and not self._cycle.has_sums:
             for weight in itertools.chain(*self._weights):
                 weight.gradient.begin()
         # Through .data: autograd would take the write for a change of what the backward passes have saved.
@@ -71,7 +71,7 @@ class CapturedStack(EagerStack):
 
     def backward(self, grad: Tensor) -> Tensor:
         """See `EagerStack`; layers in which a subspace is refreshed run from Python."""
-        if self._at_once:
+        if self._immediately:
             self._cycle.write_update_rows()
         else:
             self._cycle.write_sum_rows()
@@ -96,7 +96,7 @@ class CapturedStack(EagerStack):
             self._buckets[index] = self._sent[index]
         elif work != self._checks:
             for weight in self._weights[index]:
-                if self._at_once:
+                if self._immediately:
                     weight.count_replayed()
                 else:
                     weight.gradient.count_replayed()

@@ -43,8 +43,8 @@ class EagerStack:
         self._outputs: list[Tensor] = []
         self._buckets: dict[int, Bucket] = {}
         """The gradients of layers on their way over the ranks."""
-        self._at_once = self._cycle.updates_at_once
-        self._sends = self._cycle.ranks.owners_sum or (self._at_once and self._cycle.ranks.sums_gradients)
+        self._immediately = self._cycle.updates_immediately
+        self._sends = self._cycle.ranks.owners_sum or (self._immediately and self._cycle.ranks.sums_gradients)
         self._offload = optimizer.offload
         self._grad = torch.empty(0)
         self.forward_passes = 0
@@ -80,7 +80,7 @@ class EagerStack:
                 self._buckets[index].start()
                 self._finish(index + 1)
                 continue
-            if not self._at_once:
+            if not self._immediately:
                 self._cycle.gradients_ready(self._weights[index])
             self._leave(index)
         self._finish(0)
@@ -88,7 +88,7 @@ class EagerStack:
     def _enter(self, index: int, step: int) -> None:
         """Before a layer runs, and after it that of number index + step: forward where step is 1."""
         if self._offload is not None:
-            backward = Pass.UPDATE if self._at_once else Pass.GRADIENTS
+            backward = Pass.UPDATE if self._immediately else Pass.GRADIENTS
             self._offload.enter(index, Pass.FORWARD if step > 0 else backward, step)
 
     def _leave(self, index: int) -> None:
@@ -100,7 +100,7 @@ class EagerStack:
         """Update a layer whose gradients are on their way, if they are, or add them to their owners' sums."""
         if index in self._buckets:
             self._buckets[index].wait()
-            if not self._at_once:
+            if not self._immediately:
                 self._cycle.gradients_sent(self._weights[index], self._buckets.pop(index))
                 return
             if self._cycle.ranks.deals_weights:
@@ -118,7 +118,7 @@ class EagerStack:
         """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
         with memory, cached_bases(self._weights[index], self._dtype):
             self._backward_of_layer(index)
-            if self._at_once and not self._sends:
+            if self._immediately and not self._sends:
                 self._cycle.finalize(self._weights[index])
         if self._sends:
             # Not there: it is still needed when graphs write over their memory.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qgalore.graphs.eager import EagerStack, RunLayer
-from qgalore.graphs.runner import Step
+from qgalore.graphs.runner import LayersFunction
 from qgalore.optimizer import LowRankAdamW
 
 
@@ -24,7 +24,7 @@ class EagerLayers:
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x through all layers; `constants` are further arguments of each."""
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = Step.apply(x, self._stack(constants, x))
+            out: Tensor = LayersFunction.apply(x, self._stack(constants, x))
             return out
         for layer in self._layers:
             x = layer(x, *constants)

@@ -59,7 +59,7 @@ class LayerGraphs:
     def __call__(self, x: Tensor, *constants: Tensor) -> Tensor:
         """x through all layers; `constants` are further arguments of each, the same in all steps of one shape."""
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = Step.apply(x, self._stack_for(x, constants))
+            out: Tensor = LayersFunction.apply(x, self._stack_for(x, constants))
             return out
         for layer in self._layers:
             x = self._run(layer, x, *constants)
@@ -90,11 +90,11 @@ class LayerGraphs:
         arguments, cycle = (self._layers, self._run, self._optimizer, constants, x), self._optimizer.cycle
         begins = self._steps > _ORDINARY_STEPS and not cycle.has_sums
         # A gradient that is updated with at once is packed, if at all, with a seed of the host.
-        packs = cycle.updates_at_once and cycle.sums_in_int8
+        packs = cycle.updates_immediately and cycle.sums_in_int8
         # A momentum that sums gradients has them one after the other; in graphs each would have a buffer.
         packs = packs or self._optimizer.sums_in_momentum
         # One that waits for `step` alone would lie in the buffer that the next layer but one is sent from.
-        alone = cycle.takes_whole_gradients and not cycle.updates_at_once
+        alone = cycle.takes_whole_gradients and not cycle.updates_immediately
         packs = packs or (cycle.ranks.owners_sum and alone)
         if self._captured is not None or packs or not begins or not _can_capture(x.device):
             return EagerStack(*arguments)
@@ -106,7 +106,7 @@ def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
-class Step(torch.autograd.Function):
+class LayersFunction(torch.autograd.Function):
     """All layers as one node of autograd's graph."""
 
     @staticmethod
