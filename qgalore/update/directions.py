@@ -25,7 +25,7 @@ from qgalore import kernels
 from qgalore.kernels import AdamStep
 from qgalore.torch_internals import internal
 from qgalore.update import moments
-from qgalore.update.factored_momentum import FactoredStep
+from qgalore.update.momentum_in_parts import PartsStep
 from qgalore.update.momentum_sum import SummedStep
 from qgalore.update.newton_schulz import METHODS, segments_of
 
@@ -33,7 +33,7 @@ ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
 
 
-Step = AdamStep | FactoredStep | SummedStep
+Step = AdamStep | PartsStep | SummedStep
 
 
 class RowsOfWeight(NamedTuple):
@@ -55,7 +55,7 @@ class Direction(NamedTuple):
     advance: Callable[[Sequence[Any], Tensor | None], list[Tensor]]
     """advance(steps, skip) -> directions of several weights, whose moments it moves in place.
 
-    steps: `AdamStep`, and with one moment also `FactoredStep` and `SummedStep` of the modules of momenta.
+    steps: `AdamStep`, and with one moment also `PartsStep` and `SummedStep` of the modules of momenta.
     """
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""

@@ -14,7 +14,7 @@ from qgalore import kernels
 from qgalore.config import SubspaceConfig
 from qgalore.update import moments, momentum_sum
 from qgalore.update.directions import Direction, Step
-from qgalore.update.factored_momentum import FactoredStep, MomentumFormat, in_parts
+from qgalore.update.momentum_in_parts import PartsFormat, PartsStep, in_parts
 from qgalore.update.momentum_sum import SummedStep
 
 
@@ -97,9 +97,9 @@ class _Summed(NamedTuple):
 
 
 class _InParts(NamedTuple):
-    """A momentum in factors and a rest (`qgalore.update.factored_momentum`)."""
+    """A momentum in factors and a rest (`qgalore.update.momentum_in_parts`)."""
 
-    parts: MomentumFormat
+    parts: PartsFormat
     names: tuple[str, ...] = ()
 
     def init_state(self, state: dict[str, Tensor], shape: torch.Size, seed: int, device: torch.device) -> None:
@@ -115,7 +115,7 @@ class _InParts(NamedTuple):
 
     def step(self, grad: Tensor | None, state: dict[str, Tensor], given: Given) -> Step:
         assert grad is not None
-        return FactoredStep(grad, self.parts, state, state.get(moments.ROW_MOMENT), *given)
+        return PartsStep(grad, self.parts, state, state.get(moments.ROW_MOMENT), *given)
 
 
 def moment_format(config: SubspaceConfig | None, direction: Direction, shape: torch.Size, bits: int) -> MomentFormat:
@@ -125,4 +125,4 @@ def moment_format(config: SubspaceConfig | None, direction: Direction, shape: to
     rank = config.momentum_dimensions(shape) if config is not None and len(shape) == 2 else 0
     if config is None or not rank or shape.numel() < moments.MIN_8BIT_NUMEL:
         return _Whole(direction.moments, bits)
-    return _InParts(MomentumFormat((shape[0], shape[1]), rank, config.momentum_rest_bits))
+    return _InParts(PartsFormat((shape[0], shape[1]), rank, config.momentum_rest_bits))
