@@ -59,6 +59,10 @@ def fitting(found: Candidates, budget: int) -> list[Candidate]:
     return [each for each in itertools.chain(*found.steps) if each.needs <= budget]
 
 
+def of_lower_ranks(found: Candidates) -> list[list[Candidate]]:
+    return [list(itertools.chain(*chains)) for chains in found.lower_chains]
+
+
 @pytest.mark.parametrize(("model", "run"), PAIRS)
 def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(model: str, run: str) -> None:
     found, card = candidates(model, run), CARDS["h100"]
@@ -150,7 +154,7 @@ def fields(args: RunArgs, *names: str) -> list[object]:
 )
 def test_what_the_user_gives_stays(flags: str, kept: dict[str, object]) -> None:
     found = Candidates([*argv("9m", f"{QUANTIZED} {flags}"), "--memory_budget", "1GB"])
-    every = [each for step in (*found.steps, *found.lower_ranks) for each in step]
+    every = [each for step in (*found.steps, *of_lower_ranks(found)) for each in step]
     assert len(every) > 1
     for each in every:
         assert fields(each.args, *kept) == list(kept.values())
@@ -249,7 +253,7 @@ def test_a_smaller_rank_only_where_nothing_else_fits() -> None:
     assert at_least is not None and "--rank" not in at_least.flags and at_least.args.subspace.rank == 896
     assert below is not None and below.flags[-2:] == ("--rank", str(below.args.subspace.rank))
     # Of larger ranks none fits, but with so small micro-batches that it takes twice as long.
-    larger = [step for step in found.lower_ranks if step[0].args.subspace.rank > below.args.subspace.rank]
+    larger = [step for step in of_lower_ranks(found) if step[0].args.subspace.rank > below.args.subspace.rank]
     for each in itertools.chain(*larger):
         assert each.needs >= least or each.seconds(card) > WORTH_A_RANK * below.seconds(card)
 

@@ -61,11 +61,6 @@ class Candidates:
         """All candidates of each step with the rank of the command line."""
         return [list(itertools.chain(*chains)) for chains in self.chains]
 
-    @property
-    def lower_ranks(self) -> list[list[Candidate]]:
-        """All with a smaller rank, by ranks."""
-        return [list(itertools.chain(*chains)) for chains in self.lower_chains]
-
     @cached_property
     def chains_by_layer(self) -> list[list[list[Candidate]]]:
         """Those of `BY_LAYER`, whose hidden states fit in the free host memory; none where that is not open."""

@@ -64,48 +64,28 @@ def can_replay(model: CausalLM, optimizer: TrainingOptimizer) -> bool:
 def set_execution(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) -> None:
     """Let the decoder layers of a model with an attached optimizer run as the flags and the device say.
 
-    Raises UserError where `--offload` needs more locked memory than the system gives.
+    With `--offload` optimizer states of the layers wait on the host from now on, and weights if it says so. Raises
+    PageLockError where the system does not lock so much memory.
     """
-    if args.runtime.offload != "none":
-        offload_layers(model, optimizer, args)
-    match execution_of(args, can_replay(model, optimizer)):
-        case Execution.GATHERED:
-            gather_layers(model, optimizer)
-        case Execution.FROM_GRAPHS:
-            replay_layers(model, optimizer)
-        case Execution.OFFLOADED:
-            run_offloaded_layers(model, optimizer)
-        case Execution.IN_NETWORK:
-            pass
-
-
-def gather_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Let the decoder layers' weights lie with the ranks that own them, and gather each before it runs."""
+    execution, offload = execution_of(args, can_replay(model, optimizer)), args.runtime.offload
+    if execution is Execution.IN_NETWORK and offload == "none":
+        return
     assert isinstance(optimizer, LowRankAdamW)
-    model.run_layers_by(GatheredLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
+    layers = list(model.decoder_layers)
+    if offload != "none":
+        let_evaluations_in(layers, optimizer.offload_layers(layers, offload == "weights", slots_of(args)))
+    if execution is Execution.GATHERED:
+        model.run_layers_by(GatheredLayers(layers, model.compiled_layer, optimizer))
+    elif execution is Execution.OFFLOADED:
+        model.run_layers_by(EagerLayers(layers, model.compiled_layer, optimizer))
+    elif execution is Execution.FROM_GRAPHS:
+        replay_layers(model, optimizer)
 
 
-def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
+def replay_layers(model: CausalLM, optimizer: LowRankAdamW) -> None:
     """Run the decoder layers from CUDA graphs, which `can_replay` allows."""
-    assert isinstance(optimizer, LowRankAdamW) and model.compiled_layer is not None
+    assert model.compiled_layer is not None
     model.run_layers_by(LayerGraphs(list(model.decoder_layers), model.compiled_layer, optimizer))
-
-
-def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) -> None:
-    """Let optimizer states of the decoder layers wait on the host, and their weights if `--offload` says so.
-
-    Raises UserError where the system does not lock so much memory.
-    """
-    assert isinstance(optimizer, LowRankAdamW)
-    layers, weights = list(model.decoder_layers), args.runtime.offload == "weights"
-    offload = optimizer.offload_layers(layers, weights, slots_of(args))
-    let_evaluations_in(layers, offload)
-
-
-def run_offloaded_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Run layers of `offload_layers` from Python."""
-    assert isinstance(optimizer, LowRankAdamW)
-    model.run_layers_by(EagerLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
 
 
 def slots_of(args: RunArgs) -> int:
