@@ -181,7 +181,7 @@ def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path
     below = choose(found, least - 1, card)
     assert below is not None and below.flags[:2] == ("--recipe", "orthogonal") and below.needs < least
     args = parse_args([*argv("1b", flags), *below.flags])
-    assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_ranks
+    assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_chains
     assert plan(args, read_config(args.model.model_config)).peak_bytes == below.peak
     assert found.smallest.needs < below.needs, "of a smaller rank"
     assert choose(found, found.smallest.needs - 1, card) is None
