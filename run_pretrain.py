@@ -40,7 +40,8 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import EvalResult, evaluate
 from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.agreement import agree_on_flags
-from peft_pretraining.memory.budget import card_here, parse_within_budget
+from peft_pretraining.memory.budget import parse_within_budget
+from peft_pretraining.memory.card_memory import card_here
 from peft_pretraining.memory.dealt_states import owners_by_name
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.memory.host import missing_host_memory, not_locked
@@ -328,7 +329,7 @@ class Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluate the model as it is now."""
-        alike = self.world.any_on_host if self.args.runtime.shard == "full" else None
+        alike = self.world.any_on_host if self.args.gathers_layers else None
         return evaluate(self.model, self.eval_set, self.world.device, self.world.gather, alike)
 
     def save(self, data_state: dict[str, Any], read_back: bool = False, wait: bool = True) -> None:

@@ -24,7 +24,9 @@ from benchmarks.compare import Row, in_own_process
 from benchmarks.compare_methods import Setting, q_galore_flags
 from benchmarks.models import MICRO_BATCHES, RANKS, config_path
 from benchmarks.rows import ROOT, append_row, commit
-from peft_pretraining.memory.budget import Candidate, Candidates
+from peft_pretraining.memory.candidate import Candidate
+from peft_pretraining.memory.candidates import Candidates
+from peft_pretraining.memory.choice import choose
 from peft_pretraining.speed.cards import Card, find_card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS
 
@@ -73,7 +75,7 @@ def choices(model: str, card: Card, points: int) -> list[tuple[int, Candidate]]:
     found: list[tuple[int, Candidate]] = []
     for number in range(points):
         budget = least + (most - least) * number // max(1, points - 1)
-        chosen = candidates.choose(budget, card)
+        chosen = choose(candidates, budget, card)
         if chosen and (not found or chosen is not found[-1][1]):
             found.append((budget, chosen))
     return found

@@ -17,7 +17,6 @@ Shapes are those of the models' matrices with the tokens of a micro-batch of `be
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.rows import ROOT, append_row, commit
+from benchmarks.timing import median_ms
 from qgalore import LowRankLinear, WeightFormat, kernels
 from qgalore.kernels.reference.int8_matmul import quantize_rows
 from qgalore.layer import autograd_op
@@ -135,26 +135,19 @@ def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dic
 @torch.no_grad()
 def measure(product: Callable[[], object], repeats: int) -> dict[str, float]:
     """The median milliseconds in a CUDA graph, without Python, and the peak beyond the operands in GB."""
-    for _ in range(3):
+
+    def call(_: int) -> None:  # what is made is freed, as in training
         product()
+
+    call(0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    product()
+    call(0)
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            product()
-    for _ in range(repeats + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / CALLS)
-    return {"ms": round(statistics.median(times[1:]), 4), "peak_gb": round(peak, 4)}
+    ms = median_ms(call, torch.device("cuda"), repeats, CALLS)
+    return {"ms": round(ms, 4), "peak_gb": round(peak, 4)}
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -32,15 +32,8 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.models.source_tokenizer import tokenizer_of_source
 from peft_pretraining.optim.adam8bit_backend import backend_of, with_backend
-from peft_pretraining.optim.build import (
-    allows_graphs,
-    build_optimizer,
-    gather_layers,
-    low_rank_converter,
-    offload_layers,
-    replay_layers,
-    run_from_python,
-)
+from peft_pretraining.optim.build import build_optimizer, low_rank_converter
+from peft_pretraining.optim.layer_execution import set_execution
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
 from qgalore.kernels import product_dtype
@@ -106,7 +99,7 @@ def build_training(
     args = with_backend(args, backend_of(args, device))
     seed = args.runtime.seed
     convert = converter_of(args)
-    if mesh is not None and args.runtime.shard == "full":
+    if mesh is not None and args.gathers_layers:
         convert = _of_owned(convert, mesh)
     waiting: list[tuple[Tensor, Tensor]] = []
     if args.runtime.offload == "weights":
@@ -123,14 +116,7 @@ def build_training(
     while waiting:  # attached as tensors of the device, which they are while their layer runs
         tensor, value = waiting.pop()
         tensor.data = value
-    gathers, offloads = mesh is not None and args.runtime.shard == "full", args.runtime.offload != "none"
-    if gathers:
-        gather_layers(model, optimizer)
-    if offloads:
-        offload_layers(model, optimizer, args)
-    replays = allows_graphs(args) and replay_layers(model, optimizer)
-    if (gathers or offloads) and not (args.by_layer or replays):
-        run_from_python(model, optimizer)
+    set_execution(model, optimizer, args)
     return model, optimizer
 
 

@@ -9,7 +9,7 @@ from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
-from peft_pretraining.memory.budget import card_here
+from peft_pretraining.memory.card_memory import card_here
 from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.run_summary import summary_lines

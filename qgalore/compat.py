@@ -31,11 +31,7 @@ from qgalore.kernels import StepScalars
 from qgalore.layer.conversion import convert_linears
 from qgalore.layer.linear import LowRankLinear
 from qgalore.optimizer.adafactor import GaLoreAdafactor as _GaLoreAdafactor
-from qgalore.sharding.mesh import ShardMesh
-from qgalore.update.all_reduce import AllReduce
 from qgalore.update.hooks import Attachment, Ready
-from qgalore.update.loss_scale import LossScale
-from qgalore.update.step import Replay
 from qgalore.update.weight import Weight
 
 _AFTER_DECAY = {
@@ -152,18 +148,10 @@ class QGaLoreAdamW8bit(optimizer.QGaLoreAdamW8bit):
         super().__init__(params, lr, betas, eps, weight_decay, **_named("adamw8bit", others, named))
         self._attach_quantized()
 
-    def attach(
-        self,
-        model: nn.Module,
-        update_in_backward: bool = False,
-        all_reduce: AllReduce | None = None,
-        loss_scale: LossScale | None = None,
-        replay: Replay | None = None,
-        mesh: ShardMesh | None = None,
-    ) -> None:
+    def attach(self, *arguments: Any, **named: Any) -> None:
         """See `qgalore.QGaLoreAdamW8bit`: from then on `is_last_micro_batch` counts, and all gradients are taken."""
         self.is_last_micro_batch = True
-        super().attach(model, update_in_backward, all_reduce, loss_scale, replay, mesh)
+        super().attach(*arguments, **named)
 
     def _attach_quantized(self) -> None:
         """Attach the layers of quantized weights alone: the gradients of all others stay in `.grad`."""
@@ -179,16 +167,16 @@ class QGaLoreAdamW8bit(optimizer.QGaLoreAdamW8bit):
                 "INT8 weights of several processes: a script of q-galore-torch cannot say how gradients are summed; "
                 "use qgalore.QGaLoreAdamW8bit and its attach(model, all_reduce=...)"
             )
-        ready: weakref.WeakMethod[Ready] = weakref.WeakMethod(self.gradients_ready)
+        ready: weakref.WeakMethod[Ready] = weakref.WeakMethod(self._gradients_ready)
         attached = [Attachment(model, weights, ready) for model in _models_of(weights)]
         self.is_last_micro_batch = False  # nobody says which one is: `step` takes the sums
         self._detach = weakref.finalize(self, _remove, attached)
         self._detach.atexit = False
 
     @torch.no_grad()
-    def gradients_ready(self, weights: Sequence[Weight]) -> None:
-        """See `qgalore.QGaLoreAdamW8bit`; calls the weights' own hooks."""
-        super().gradients_ready(weights)
+    def _gradients_ready(self, weights: Sequence[Weight]) -> None:
+        """As of `UpdateCycle`; calls the weights' own hooks."""
+        self.cycle.gradients_ready(weights)
         for weight in weights:
             hook: Callable[[Tensor], object] | None = getattr(weight.param, "backward_hook", None)
             weight.param.float_grad = None  # type: ignore[attr-defined]

@@ -332,6 +332,17 @@ class SubspaceConfig:
         return self.dimensions if "left" in sides else rows, self.dimensions if "right" in sides else columns
 
 
+def scaled_too_late(given: str, summing: str, instead: str) -> str:
+    """The sentence for what scales an update's gradients beside `SubspaceConfig.sum_in_momentum`.
+
+    given: what scales them; summing: sum_in_momentum; instead: what would be right; each as the user writes it.
+    """
+    return (
+        f"{given} scales the sum of an update's gradients, and with {summing} they are part of the momentum by then: "
+        f"{instead}, or leave {summing} out"
+    )
+
+
 def default_of(options: type, name: str) -> Any:
     """The default of a dataclass's field."""
     return next(field.default for field in dataclasses.fields(options) if field.name == name)

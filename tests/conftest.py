@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ if not ON_A_GPU:
 def _one_thread() -> None:
     """Small tensors are fastest on one thread, and one thread keeps sums in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Put back what a program that the test calls in this process has set for it, such as deterministic kernels."""
+    from tests.golden.record import restored_process
+
+    with restored_process():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
 from peft_pretraining.models.ops.swiglu import swiglu_through_int8
-from peft_pretraining.optim.build import allows_graphs
+from peft_pretraining.optim.layer_execution import allows_graphs
 from qgalore import LowRankLinear, QGaLoreAdamW8bit
 from tests.small_run import SmallRun, flags_of
 
@@ -87,7 +87,7 @@ def test_graphs_serve_what_the_help_says(tmp_path: Path, name: str) -> None:
 def test_nothing_else_puts_a_training_together(root: Path) -> None:
     files = [root / "run_pretrain.py"]
     files += [path for name in ("peft_pretraining", "benchmarks", "scripts") for path in (root / name).rglob("*.py")]
-    calls = ("build_optimizer(", "low_rank_converter(", "replay_layers(")
+    calls = ("build_optimizer(", "low_rank_converter(", "set_execution(")
     found = {
         str(path.relative_to(root))
         for path in files

@@ -265,7 +265,7 @@ def test_the_residual_of_the_last_micro_batch_stands_for_all() -> None:
         optimizer.is_last_micro_batch = last
         with torch.no_grad():
             weight.accumulate_full(grad)
-        optimizer.gradients_ready([weight])
+        optimizer.cycle.gradients_ready([weight])
     optimizer.step()
     whole_layer, whole, _ = trained(residual="fira")
     torch.testing.assert_close(before - layer.weight.detach(), update(whole_layer, whole, 3 * grad))
@@ -277,7 +277,7 @@ def test_the_residual_is_that_of_the_last_micro_batch() -> None:
         optimizer.is_last_micro_batch = seed == 2
         with torch.no_grad():
             weight.accumulate_full(normal(24, 40, seed=seed))
-        optimizer.gradients_ready([weight])
+        optimizer.cycle.gradients_ready([weight])
     full = weight.gradient.full_of_last_micro_batch(torch.float32)
     assert full is not None and torch.equal(full, 3 * normal(24, 40, seed=2))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,13 @@ from peft_pretraining.data.tokenizer import Added, Tokenizer
 from peft_pretraining.data.tokenizers.files import named_tokenizer
 from tests.data.files import write_texts
 from tests.data.small_tokenizers import TEXTS, byte_level, write_model
-from tests.golden.record import restored_process
 from tests.small_run import SmallRun, flags_of, write_text
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("restored")
 
 PER_LAYER = {**flags_of("q_galore_adamw8bit_per_layer"), "num_training_steps": 4, "average_last": 0.5}
 RESULTS = ("loss", "perplexity", "perplexity_official", "tokens")
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """An evaluation allows deterministic kernels alone."""
-    with restored_process():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -131,34 +131,6 @@ def test_layers_of_one_input_give_what_each_gives() -> None:
     assert x.grad is not None and all(len(sink.input) == 4 for sink in sinks)
 
 
-@pytest.mark.parametrize("shape", [(21,), (4, 21), (2, 3, 21)])
-def test_tokens_of_any_shape_are_rounded_one_by_one(shape: tuple[int, ...]) -> None:
-    module, x = layer(21, 10), normal(*shape)
-    one_by_one = torch.stack([module(token) for token in x.reshape(-1, 21)])
-    assert torch.equal(module(x), one_by_one.view(*shape[:-1], 10))
-    assert module(x.bfloat16()).dtype == torch.bfloat16
-    assert module(x.unsqueeze(0)[:0]).shape == (0, *shape[:-1], 10)
-
-
-def test_no_weight_is_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = layer(24, 16)
-    module.attach(FactorSink())
-    monkeypatch.setattr(kernels, "dequantize", lambda *args: pytest.fail("a weight was dequantized"))
-    module(normal(4, 24).requires_grad_()).sum().backward()
-
-
-def test_padding_is_never_read_and_comes_back_as_zeros() -> None:
-    x, back = normal(5, 24), layer(21, 24)
-    narrow, wide = layer(24, 21)(x), layer(24, 21, pads_output=True)(x)
-    assert wide.shape == (5, 32) and torch.equal(wide[:, :21], narrow) and wide[:, 21:].count_nonzero() == 0
-    assert torch.equal(back(wide), back(narrow))
-    back.attach(FactorSink())
-    wide = wide.detach().requires_grad_()
-    back(wide).square().sum().backward()
-    assert wide.grad is not None and wide.grad.shape == (5, 32)
-    assert wide.grad[:, 21:].count_nonzero() == 0 and wide.grad[:, :21].count_nonzero() > 0
-
-
 def test_two_ways_to_multiply_are_refused() -> None:
     with pytest.raises(ValueError, match="int8_products and fp8_products are two ways to multiply"):
         WeightFormat(8, int8_products=True, fp8_products=True)

@@ -102,35 +102,6 @@ def test_input_gradient_is_within_the_rounding_of_the_output_gradient(sizes: tup
     assert torch.equal(sink.input[:, :inputs], x) and torch.equal(sink.grad_output[:, :outputs], grad)
 
 
-@pytest.mark.parametrize("shape", [(21,), (4, 21), (2, 3, 21)])
-def test_tokens_of_any_shape_are_rounded_one_by_one(shape: tuple[int, ...]) -> None:
-    module, x = layer(21, 10, bias=True), normal(*shape)
-    one_by_one = torch.stack([module(token) for token in x.reshape(-1, 21)])
-    assert torch.equal(module(x), one_by_one.view(*shape[:-1], 10))
-    assert module(x.bfloat16()).dtype == torch.bfloat16
-    assert module(x.unsqueeze(0)[:0]).shape == (0, *shape[:-1], 10)
-
-
-def test_no_weight_is_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = layer(24, 16)
-    module.attach(FactorSink())
-    monkeypatch.setattr(kernels, "dequantize", lambda *args: pytest.fail("a weight was dequantized"))
-    module(normal(4, 24).requires_grad_()).sum().backward()
-
-
-def test_padding_is_never_read_and_comes_back_as_zeros() -> None:
-    module, back = layer(24, 21), layer(21, 24)
-    x = normal(5, 24)
-    narrow, wide = module(x), layer(24, 21, pads_output=True)(x)
-    assert wide.shape == (5, 32) and torch.equal(wide[:, :21], narrow) and wide[:, 21:].count_nonzero() == 0
-    assert torch.equal(back(wide), back(narrow))
-    back.attach(FactorSink())
-    wide = wide.detach().requires_grad_()
-    back(wide).square().sum().backward()
-    assert wide.grad is not None and wide.grad.shape == (5, 32)
-    assert wide.grad[:, 21:].count_nonzero() == 0 and wide.grad[:, :21].count_nonzero() > 0
-
-
 def test_a_row_is_one_group_whatever_the_group_size() -> None:
     for columns in (85, 300, 1376):
         module = LowRankLinear(normal(6, columns), None, WeightFormat(bits=8, group_size=64, int8_products=True))

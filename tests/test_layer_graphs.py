@@ -14,16 +14,17 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from peft_pretraining import build
 from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint.run_state import tensors_here
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
+from peft_pretraining.optim import layer_execution
 from peft_pretraining.runtime.process import make_reproducible
 from qgalore.graphs import runner
 from qgalore.graphs.captured import CapturedStack
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.optimizer import LowRankAdamW
+from qgalore.optimizer.update_cycle import UpdateCycle
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.update import step_table
 from qgalore.update.all_reduce import Bucket
@@ -121,7 +122,7 @@ def trained(
     argv = f"--model_config {config} --dataset {folder} --batch_size 4 --num_training_steps 100 --wandb_mode off"
     gap = "" if "--rank full" in flags else "--update_proj_gap 3"
     argv += f" --save_dir {folder}/run {gap} --max_length 32 --device {device} {flags}"
-    args = parse_args(argv.split(), 1)
+    args = parse_args(argv.split(), 1 if mesh is None else mesh.size)
     model, optimizer = build_training(args, torch.device(device), SumOfOne if sums else None, mesh)
     assert isinstance(model, LlamaForCausalLM)
     losses: list[float] = []
@@ -199,7 +200,8 @@ def test_the_order_of_the_graphs_gives_the_bits_of_autograd(
 
         model.model.run_layers = LayerGraphs(list(model.model.layers), run, optimizer)
 
-    monkeypatch.setattr(build, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(layer_execution, "can_replay", lambda *_: True)
+    monkeypatch.setattr(layer_execution, "replay_layers", layer_by_layer)
     assert trained(tmp_path, "cpu", flags, sums=sums)[:2] == plain[:2]
     assert len(calls) % (3 * 9) == 0 and calls
 
@@ -226,12 +228,12 @@ def record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_table, "_write", write_outside)
     monkeypatch.setattr(step_table, "is_capturing", lambda device: in_graph())
 
-    def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> bool:
+    def layer_by_layer(model: LlamaForCausalLM, optimizer: LowRankAdamW) -> None:
         model.model.run_layers = LayerGraphs(list(model.model.layers), lambda layer, *x: layer(*x), optimizer)
-        return True
 
-    monkeypatch.setattr(build, "allows_graphs", lambda _: True)
-    monkeypatch.setattr(build, "replay_layers", layer_by_layer)
+    monkeypatch.setattr(layer_execution, "allows_graphs", lambda _: True)
+    monkeypatch.setattr(layer_execution, "can_replay", lambda *_: True)
+    monkeypatch.setattr(layer_execution, "replay_layers", layer_by_layer)
     monkeypatch.setattr(runner, "CapturedStack", RecordedStack)
     monkeypatch.setattr(runner, "_can_capture", lambda _: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
@@ -292,10 +294,10 @@ def test_no_bucket_outlives_its_updates(captures: bool, tmp_path: Path, monkeypa
     """One is made while the other is under way, and graphs have two buffers for them."""
     record_graphs(monkeypatch)
     monkeypatch.setattr(runner, "_can_capture", lambda _: captures)
-    bucket_of, alive, most = LowRankAdamW.bucket_of, weakref.WeakSet[Bucket](), []
+    bucket_of, alive, most = UpdateCycle.bucket_of, weakref.WeakSet[Bucket](), []
 
-    def watched(optimizer: LowRankAdamW, weights: list[Weight], buffer: Tensor | None = None) -> Bucket | None:
-        bucket = bucket_of(optimizer, weights, buffer)
+    def watched(cycle: UpdateCycle, weights: list[Weight], buffer: Tensor | None = None) -> Bucket | None:
+        bucket = bucket_of(cycle, weights, buffer)
         assert bucket is not None
         if buffer is None or bucket.buffer.data_ptr() != buffer.data_ptr():
             alive.add(bucket)
@@ -303,7 +305,7 @@ def test_no_bucket_outlives_its_updates(captures: bool, tmp_path: Path, monkeypa
         most.append(len(alive))
         return bucket
 
-    monkeypatch.setattr(LowRankAdamW, "bucket_of", watched)
+    monkeypatch.setattr(UpdateCycle, "bucket_of", watched)
     trained(tmp_path, "cpu", f"{CASES['streaming']} --dtype float32", sums=True)
     assert max(most) == 2 and not alive
 

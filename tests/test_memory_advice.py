@@ -67,6 +67,16 @@ def test_each_advice_fits_alone(run: str, root: Path) -> None:
         assert peak(changed) <= limit and changed.batch.total_batch_size == args.batch.total_batch_size
 
 
+@pytest.mark.parametrize("refused", ["--shard optimizer --shard_sums owner", "--grad_clipping 1", "--dtype float16"])
+def test_what_the_checks_would_refuse_is_not_advised(refused: str, root: Path) -> None:
+    flags, config = f"{Q_GALORE} --batch_size 4 --gradient_accumulation 8 --activation_checkpointing", "llama_60m.json"
+    for more, advised in (("", True), (refused, False)):
+        command = ["--model_config", str(root / "configs" / config), "--dataset", "pydocs", "--device", "cuda"]
+        args = parse_args([*command, *f"{flags} {more}".split()], 2)
+        fitting = advice.flags_that_fit(args, LlamaConfig.from_json(args.model.model_config), 10**12)
+        assert ("--accumulate_by layer" in fitting) == advised
+
+
 def test_only_a_run_that_does_not_fit_is_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(RUNS["rank"][0], root)
     for free, warned in ((peak(args), False), (peak(args) - 1, True)):

@@ -18,21 +18,11 @@ from peft_pretraining.config.flags import format_size, parse_size
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.budget import (
-    AS_FAST,
-    IN_PARTS,
-    OF_COMPILER,
-    UNPLANNED_SHARE,
-    WORTH_A_RANK,
-    WORTH_ROUNDING,
-    Candidate,
-    Candidates,
-    check_card,
-    default_budget,
-    memory_of_card,
-    parse_within_budget,
-    within_card,
-)
+from peft_pretraining.memory.budget import parse_within_budget, within_card
+from peft_pretraining.memory.candidate import OF_COMPILER, UNPLANNED_SHARE, Candidate
+from peft_pretraining.memory.candidates import IN_PARTS, Candidates
+from peft_pretraining.memory.card_memory import check_card, default_budget, memory_of_card
+from peft_pretraining.memory.choice import AS_FAST, WORTH_A_RANK, WORTH_ROUNDING, choose
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
@@ -69,12 +59,16 @@ def fitting(found: Candidates, budget: int) -> list[Candidate]:
     return [each for each in itertools.chain(*found.steps) if each.needs <= budget]
 
 
+def of_lower_ranks(found: Candidates) -> list[list[Candidate]]:
+    return [list(itertools.chain(*chains)) for chains in found.lower_chains]
+
+
 @pytest.mark.parametrize(("model", "run"), PAIRS)
 def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(model: str, run: str) -> None:
     found, card = candidates(model, run), CARDS["h100"]
     every = sorted({each.needs for each in itertools.chain(*found.steps)})
     for budget in {every[0], every[len(every) // 3], every[2 * len(every) // 3], every[-1]}:
-        chosen = found.choose(budget, card)
+        chosen = choose(found, budget, card)
         assert chosen is not None and chosen.peak < budget
         # The plan of the command with these flags is the one that was asked.
         args = parse_args([*argv(model, RUNS[run]), *chosen.flags])
@@ -82,7 +76,7 @@ def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(model: str, run: st
         plain = [each for each in fitting(found, budget) if each in found.steps[0]]
         fastest = min(each.seconds(card) for each in plain or fitting(found, budget))
         assert chosen.seconds(card) <= AS_FAST * fastest
-    assert found.choose(found.smallest.needs - 1, card) is None
+    assert choose(found, found.smallest.needs - 1, card) is None
 
 
 @pytest.mark.parametrize("budget", ["6GB", "24GB"])
@@ -120,7 +114,7 @@ def test_tensors_are_computed_again_in_the_order_of_the_time_that_a_byte_saves(l
 
 def test_more_memory_is_slower_only_by_what_rounding_less_may_cost() -> None:
     found, card = candidates("1b", "default"), CARDS["4090"]
-    chosen = [found.choose(budget * 10**9, card) for budget in (2, 3, 4, 6, 8, 12, 16)]
+    chosen = [choose(found, budget * 10**9, card) for budget in (2, 3, 4, 6, 8, 12, 16)]
     seconds = [each.seconds(card) for each in chosen if each and "--rank" not in each.flags]
     assert len(seconds) > 4 and seconds[-1] < 0.9 * seconds[0]
     assert all(later <= AS_FAST * WORTH_ROUNDING * earlier for earlier, later in itertools.pairwise(seconds))
@@ -160,7 +154,7 @@ def fields(args: RunArgs, *names: str) -> list[object]:
 )
 def test_what_the_user_gives_stays(flags: str, kept: dict[str, object]) -> None:
     found = Candidates([*argv("9m", f"{QUANTIZED} {flags}"), "--memory_budget", "1GB"])
-    every = [each for step in (*found.steps, *found.lower_ranks) for each in step]
+    every = [each for step in (*found.steps, *of_lower_ranks(found)) for each in step]
     assert len(every) > 1
     for each in every:
         assert fields(each.args, *kept) == list(kept.values())
@@ -178,28 +172,28 @@ def test_a_full_rank_that_nobody_asks_for_gives_way_to_a_subspace(tmp_path: Path
     found = Candidates([*argv("1b", flags), "--memory_budget", "1GB"])
     assert found.in_parts is not None
     own = found.own_smallest.needs
-    full, in_parts = found.choose(own, card), found.choose(own - 1, card)
+    full, in_parts = choose(found, own, card), choose(found, own - 1, card)
     assert full is not None and "--recipe" not in full.flags and full.args.subspace.rank == "full"
     assert in_parts is not None and in_parts.flags[:4] == IN_PARTS and in_parts.args.subspace.rank == "full"
     assert parse_args([*argv("1b", flags), *in_parts.flags]).subspace.momentum_rest_bits == 4
     least = found.in_parts.own_smallest.needs
     assert least < own
-    below = found.choose(least - 1, card)
+    below = choose(found, least - 1, card)
     assert below is not None and below.flags[:2] == ("--recipe", "orthogonal") and below.needs < least
     args = parse_args([*argv("1b", flags), *below.flags])
-    assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_ranks
+    assert (args.subspace.rank, args.subspace.direction) == (896, "orthogonal") and not found.lower_chains
     assert plan(args, read_config(args.model.model_config)).peak_bytes == below.peak
     assert found.smallest.needs < below.needs, "of a smaller rank"
-    assert found.choose(found.smallest.needs - 1, card) is None
+    assert choose(found, found.smallest.needs - 1, card) is None
     for asked in ("--recipe full_rank", "--rank full"):
         given = Candidates([*argv("1b", f"{flags} {asked}"), "--memory_budget", "1GB"])
-        assert given.choose(own, card) is not None and given.choose(own - 1, card) is None
+        assert choose(given, own, card) is not None and choose(given, own - 1, card) is None
     (tmp_path / MANIFEST).touch()
     for recipe, falls_back in (("full_rank", False), ("orthogonal", True)):
         (tmp_path / "state.json").write_text(json.dumps({"recipe": recipe}))
         goes_on = Candidates([*argv("1b", f"{flags} --continue_from {tmp_path}"), "--memory_budget", "1GB"])
         assert goes_on.in_subspace is goes_on.in_parts is None
-        again = goes_on.choose(least - 1, card)
+        again = choose(goes_on, least - 1, card)
         assert (again is not None and again.needs == below.needs) == falls_back
 
 
@@ -255,11 +249,11 @@ def test_a_smaller_rank_only_where_nothing_else_fits() -> None:
     flags = argv("1b", f"{RUNS['default']} --accumulate_by micro_batch")
     found, card = Candidates([*flags, "--memory_budget", "1GB"]), CARDS["h100"]
     least = min(each.needs for each in itertools.chain(*found.steps))
-    at_least, below = found.choose(least, card), found.choose(least - 1, card)
+    at_least, below = choose(found, least, card), choose(found, least - 1, card)
     assert at_least is not None and "--rank" not in at_least.flags and at_least.args.subspace.rank == 896
     assert below is not None and below.flags[-2:] == ("--rank", str(below.args.subspace.rank))
     # Of larger ranks none fits, but with so small micro-batches that it takes twice as long.
-    larger = [step for step in found.lower_ranks if step[0].args.subspace.rank > below.args.subspace.rank]
+    larger = [step for step in of_lower_ranks(found) if step[0].args.subspace.rank > below.args.subspace.rank]
     for each in itertools.chain(*larger):
         assert each.needs >= least or each.seconds(card) > WORTH_A_RANK * below.seconds(card)
 
@@ -270,7 +264,7 @@ FULL_RANK = QUANTIZED.replace(" --proj_quant", "") + " --rank full --total_batch
 def test_sums_of_one_layer_at_a_time_where_nothing_else_fits_at_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     found, card = Candidates([*argv("1b", FULL_RANK), "--memory_budget", "1GB"]), CARDS["h100"]
     others = min(each.needs for each in itertools.chain(*found.steps))
-    above, below = found.choose(others, card), found.choose(others - 1, card)
+    above, below = choose(found, others, card), choose(found, others - 1, card)
     assert above is not None and "--accumulate_by" not in above.flags
     assert below is not None and below.flags[-2:] == ("--accumulate_by", "layer") and below.needs < others
     args = parse_within_budget([*argv("1b", FULL_RANK), "--memory_budget", format_size(others - 10**6)], 1, card)
@@ -283,9 +277,9 @@ def test_sums_of_one_layer_at_a_time_where_nothing_else_fits_at_this_rank(monkey
     for flag in ("--accumulate_by micro_batch", "--grad_clipping 1", "--recompute mlp"):
         given = Candidates([*argv("1b", f"{FULL_RANK} {flag}"), "--memory_budget", "1GB"])
         assert not given.chains_by_layer
-    monkeypatch.setattr("peft_pretraining.memory.budget.free_host_bytes", lambda: host - 1)
+    monkeypatch.setattr("peft_pretraining.memory.candidates.free_host_bytes", lambda: host - 1)
     small_host = Candidates([*argv("1b", FULL_RANK), "--memory_budget", "1GB"])
-    assert not small_host.chains_by_layer and small_host.choose(others - 1, card) is None
+    assert not small_host.chains_by_layer and choose(small_host, others - 1, card) is None
 
 
 def test_clipping_inside_the_backward_pass_needs_a_sum() -> None:

@@ -389,7 +389,7 @@ def test_orthogonal_directions_take_what_is_planned(method: str) -> None:
     momenta = [torch.randn(x.gradient_shape, device="cuda").bfloat16() for x in run.matrices]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    orthogonal_directions(momenta, method)
+    orthogonal_directions(list(momenta), method)
     taken = torch.cuda.max_memory_allocated() - before
     passing = PassingBytes(run)
     assert 0.9 * taken < passing.updates() - passing.bases - size(momenta) < 1.1 * taken

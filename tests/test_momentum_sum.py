@@ -437,7 +437,7 @@ def test_embeddings_and_head_keep_sums_of_the_type_that_is_given() -> None:
             {"direction": "adam"},
             "=True is exact for a momentum alone, and direction='adam' has a second moment",
         ),
-        ({"norm_growth": 1.01}, r"norm_growth=1\.01 limits the norm of the sum .* set norm_growth=0 in that group"),
+        ({"norm_growth": 1.01}, r"norm_growth=1\.01 scales the sum .* set norm_growth=0 in that group"),
     ],
 )
 def test_an_optimizer_refuses_it_likewise(options: dict[str, Any], message: str) -> None:

@@ -171,7 +171,7 @@ def test_an_update_is_made_by_the_method(name: str, direction: str) -> None:
 def test_what_a_direction_is_does_not_depend_on_its_neighbours() -> None:
     """Wide and square momenta are made in different forms; their order stays."""
     momenta = [normal(48, width, seed=width) for width in (48, 130, 48, 300)]
-    together = orthogonal_directions(momenta, "polar4")
+    together = orthogonal_directions(list(momenta), "polar4")
     for momentum, found in zip(momenta, together, strict=True):
         assert torch.equal(orthogonal_directions([momentum], "polar4")[0], found)
 

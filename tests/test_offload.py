@@ -16,12 +16,11 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from peft_pretraining import build
 from peft_pretraining.build import build_training
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.llama.modeling import LlamaForCausalLM
-from peft_pretraining.optim import build as optim_build
+from peft_pretraining.optim import layer_execution
 from qgalore.graphs.runner import LayerGraphs
 from qgalore.offload import hosted, offload
 from qgalore.offload.hosted import Hosted
@@ -179,15 +178,14 @@ def test_graphs_go_on_over_what_waits(
     record_graphs(monkeypatch)
     stacks: list[LayerGraphs] = []
 
-    recorded = build.replay_layers
+    recorded = layer_execution.replay_layers
 
-    def replay(model: Any, optimizer: LowRankAdamW) -> bool:
+    def replay(model: Any, optimizer: LowRankAdamW) -> None:
         recorded(model, optimizer)
         stacks.append(model.model.run_layers)
-        return True
 
-    monkeypatch.setattr(build, "replay_layers", replay)
-    monkeypatch.setattr(optim_build, "slots_of", lambda _: 3 if sums else 2)
+    monkeypatch.setattr(layer_execution, "replay_layers", replay)
+    monkeypatch.setattr(layer_execution, "slots_of", lambda _: 3 if sums else 2)
     waits = trained(tmp_path, "cpu", f"{flags} --offload {what}", sums=sums)
     assert waits[:2] == plain[:2]
     assert stacks[0].replays and stacks[0]._optimizer.offload is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.budget import OF_COMPILER
+from peft_pretraining.memory.candidate import OF_COMPILER
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.registry import read_config
 from qgalore.offload.page_locked import page_locked

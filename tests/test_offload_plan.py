@@ -11,7 +11,8 @@ from peft_pretraining.build import build_training
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.budget import Candidates, parse_within_budget
+from peft_pretraining.memory.budget import parse_within_budget
+from peft_pretraining.memory.candidates import Candidates
 from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.memory.lasting import GRADIENTS, REFRESHES, SLOTS, lasting_bytes
 from peft_pretraining.memory.offloaded import offloaded

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,14 @@ import pytest
 
 from peft_pretraining.commands import evaluate
 from peft_pretraining.commands import main as qgalore
-from tests.golden.record import restored_process
 from tests.small_run import ROOT, SmallRun, assert_same_bits, flags_of
 
 pytest.importorskip("transformers", reason="exports are configured as transformers' models are")
+pytestmark = pytest.mark.usefixtures("restored")
 
 MODES = ("none", "optimizer", "full")
 FLAGS = flags_of("q_galore_adamw8bit_per_layer") | {"subspace": "streaming", "total_batch_size": 4, "batch_size": 2}
 """One micro-batch an update, in which all three modes have the same bits."""
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    """An evaluation allows deterministic kernels alone."""
-    with restored_process():
-        yield
 
 
 @pytest.fixture(scope="module")

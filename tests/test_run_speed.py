@@ -12,7 +12,7 @@ import pytest
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.budget import Candidate
+from peft_pretraining.memory.candidate import Candidate
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, card_of_size, find_card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE, MeasuredSpeed

@@ -165,9 +165,9 @@ def test_a_connection_replays_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         model = small_model()
         optimizer = qgalore.optimizer_for(model, rank=16, weight_bits=8)
         connection = connect(optimizer, model, capture_updates=capture)
-        assert isinstance(optimizer._cycle.replay, UpdateGraphs) == capture
+        assert isinstance(optimizer.cycle.replay, UpdateGraphs) == capture
         connection.close()
-        assert optimizer._cycle.replay is None
+        assert optimizer.cycle.replay is None
 
 
 def test_batches_that_change_with_each_update_are_forgotten(

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from peft_pretraining.config.flags import parse_size
+from peft_pretraining.config.flags import is_given, parse_size
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_config, shipped_configs
 from peft_pretraining.speed.cards import card_of_size, find_card, table_of_cards
@@ -57,7 +57,7 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
             f"--memory {args.memory} is more than the {card.gigabytes} GB of {card.name}: give at most that, or leave "
             "--gpu out"
         )
-    if _is_given("model_config", flags):
+    if is_given(flags, "model_config"):
         return _describe(args, flags, card.gigabytes if card else 0)
     if card is not None and not budgets:
         budgets = [card.bytes]
@@ -102,14 +102,10 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
     budget = args.memory
     # Planned for that card, whatever this machine has.
     card = find_card(args.gpu) if args.gpu else card_of_size(_bytes(budget)) if budget else None
-    if card and not budget and not _is_given("batch_size", flags) and not _is_given("memory_budget", flags):
+    if card and not budget and not is_given(flags, "batch_size") and not is_given(flags, "memory_budget"):
         budget = f"{gigabytes}GB"
     flags = [*flags, *(["--memory_budget", budget] if budget else [])]
     return describe(parse_within_budget(flags, world_size_of_launch(), card), card)
-
-
-def _is_given(name: str, flags: Sequence[str]) -> bool:
-    return any(flag.partition("=")[0] == f"--{name}" for flag in flags)
 
 
 def _bytes(text: str) -> int:

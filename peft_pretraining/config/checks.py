@@ -36,7 +36,7 @@ from peft_pretraining.models.config import (
 )
 from peft_pretraining.models.family import ModelFamily
 from peft_pretraining.models.registry import find_family
-from qgalore.config import OF_PROJECTIONS
+from qgalore.config import OF_PROJECTIONS, scaled_too_late
 
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
@@ -369,7 +369,7 @@ def _by_layer_problems(args: RunArgs) -> list[str]:
             "--accumulate_by layer is for the project's own networks, which run a layer at a time: leave "
             "--accumulate_by or --use_hf_model out"
         )
-    if optimizer.per_layer and optimizer.grad_clipping:
+    if args.updates_immediately and optimizer.grad_clipping:
         problems.append(
             f"--grad_clipping {optimizer.grad_clipping:g} cannot work with --optimizer {optimizer.optimizer} and "
             "--accumulate_by layer: the global norm needs all gradients at once, and those of each layer are used and "
@@ -411,7 +411,7 @@ def _data_problems(args: RunArgs) -> list[str]:
 def _optimizer_problems(args: RunArgs) -> list[str]:
     optimizer, name = args.optimizer, args.optimizer.optimizer
     problems = []
-    if optimizer.per_layer and optimizer.grad_clipping and args.batch.gradient_accumulation == 1:
+    if args.updates_immediately and optimizer.grad_clipping and args.batch.gradient_accumulation == 1:
         problems.append(
             f"--grad_clipping {optimizer.grad_clipping:g} cannot work with --optimizer {name} at one micro-batch an "
             "update: the global norm needs all gradients at once, and each is used and freed inside the backward pass. "
@@ -489,8 +489,7 @@ def _float16_problems(args: RunArgs) -> list[str]:
             "--sum_in_momentum keeps gradients in momenta from one update to the next, and the loss scale of --dtype "
             "float16 would change what they are worth: leave it out, or use --dtype bfloat16"
         ]
-    alone = args.batch.gradient_accumulation == 1
-    if optimizer.per_layer and (alone or args.by_layer) and not optimizer.loss_scale:
+    if args.updates_immediately and not optimizer.loss_scale:
         where, others = "at one micro-batch an update", "a smaller --batch_size with the same --total_batch_size"
         if args.by_layer:
             where, others = "and --accumulate_by layer", "--accumulate_by micro_batch"
@@ -579,8 +578,7 @@ def _subspace_problems(args: RunArgs) -> list[str]:
     problems = args.subspace.problems(lambda option: f"--{option} {getattr(args.subspace, option)}")
     if args.sums_in_momentum:
         problems += [
-            f"--{flag} {value:g} scales the sum of an update's gradients, and with --sum_in_momentum they are part of "
-            f"the momentum by then: give --{flag} 0, or leave --sum_in_momentum out"
+            scaled_too_late(f"--{flag} {value:g}", "--sum_in_momentum", f"give --{flag} 0")
             for flag in ("grad_clipping", "norm_growth")
             if (value := getattr(args.optimizer, flag))
         ]

@@ -13,10 +13,11 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cache
@@ -150,6 +151,23 @@ def format_size(nbytes: int) -> str:
     return f"{nbytes / 10**9:.3f}".rstrip("0").rstrip(".") + "GB" if nbytes >= 10**9 else f"{nbytes / 10**6:g}MB"
 
 
+def names_given(argv: Sequence[str]) -> set[str]:
+    """The names of the flags of a command line."""
+    return {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
+
+
+def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags of a command line with the text that follows them."""
+    for token, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, glued, value = token.partition("=")
+        yield name, value if glued else following
+
+
+def is_given(argv: Sequence[str], name: str, value: str | None = None) -> bool:
+    """Whether a command line has a flag, with this value if one is asked for."""
+    return any(flag == f"--{name}" and value in (None, text) for flag, text in flag_values(argv))
+
+
 def parse_path(text: str) -> Path:
     """A path, with ~ for the user's folder; a type for argparse. Raises ArgumentTypeError for an unknown user."""
     try:
@@ -245,7 +263,7 @@ def parse_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type], arg
             values[name] = raw if specs[name].is_switch else convert(specs[name], raw)
         except ValueError as error:
             problems.append(str(error))
-    named = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
+    named = names_given(argv)
     required = {name for name, spec in specs.items() if spec.default is dataclasses.MISSING}
     tried = {RENAMED.get(normal_form(token)) for token in unknown if token.startswith("-")}
     missing = required - named - tried

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from peft_pretraining.config.flags import is_given
+
 if TYPE_CHECKING:
     from peft_pretraining.config.run_config import RunArgs
 
@@ -45,7 +47,7 @@ def method_problems(args: RunArgs) -> list[str]:
             f"factors: use one of {', '.join(OPTIMIZERS)}, or --method full"
         )
     # Of an optimizer that is refused the rank is its recipe's, unless it is given.
-    given = any(token.partition("=")[0] == "--rank" for token in args.command)
+    given = is_given(args.command, "rank")
     if not isinstance(args.subspace.rank, int) and (given or name in OPTIMIZERS):
         problems.append(
             f"--rank {args.subspace.rank} cannot work with --method {method}, whose factors have one rank: give a "

@@ -78,6 +78,15 @@ class RunArgs:
         return self.batch.accumulate_by == "layer"
 
     @property
+    def updates_immediately(self) -> bool:
+        """Whether each weight is updated as soon as its gradient is final, while the backward pass goes on.
+
+        Over several micro-batches the sums of all gradients exist until the last one and nothing would be won, unless
+        they are of one layer at a time.
+        """
+        return self.optimizer.per_layer and (self.batch.gradient_accumulation == 1 or self.by_layer)
+
+    @property
     def kept_activations(self) -> ModelArgs:
         """The options of the model with those that say what is kept of activations as they take effect."""
         if not self.by_layer:
@@ -98,12 +107,17 @@ class RunArgs:
         return self.optimizer.is_low_rank and self.subspace.sum_in_momentum
 
     @property
+    def gathers_layers(self) -> bool:
+        """Whether a layer's weights lie with the ranks that own them, and are gathered before it runs."""
+        return self.runtime.shard == "full" and self.world_size > 1
+
+    @property
     def owners_sum(self) -> bool:
         """Whether each micro-batch's gradients are sent to the ranks that own the weights, which alone have sums."""
         runtime = self.runtime
         if runtime.shard == "none" or self.world_size == 1 or self.by_layer:
             return False
-        if runtime.shard == "full":
+        if self.gathers_layers:
             return True
         if runtime.shard_sums == "auto":
             return self.sums_in_momentum

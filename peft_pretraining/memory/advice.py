@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from peft_pretraining.build import shape_of
+from peft_pretraining.config.checks import find_problems
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.config import ModelConfig
-from peft_pretraining.models.registry import family_of
 from qgalore.config import FULL
 from qgalore.recipes import RECIPES
 
@@ -73,7 +73,7 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
             yield "--checkpoint_layers", count, "model", {"checkpoint_layers": count}
     if batch.gradient_accumulation > 1 and args.optimizer.grad_accum_dtype != "int8":
         yield "--grad_accum_dtype", "int8", "optimizer", {"grad_accum_dtype": "int8"}
-    if _may_go_by_layer(args, config):
+    if _may_go_by_layer(args):
         yield "--accumulate_by", "layer", "batch", {"accumulate_by": "layer"}
     size, accumulation = batch.batch_size, batch.gradient_accumulation
     while size % 2 == 0:
@@ -89,9 +89,8 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
             yield "--rank", rank, "subspace", {**recipe, "rank": rank}
 
 
-def _may_go_by_layer(args: RunArgs, config: ModelConfig) -> bool:
-    """Whether sums of gradients over micro-batches may be those of one layer at a time, as `config.checks` has it."""
-    optimizer, keeps_all = args.optimizer, args.batch.gradient_accumulation > 1 and not args.by_layer
-    scaled = args.model.dtype == "float16" and not optimizer.loss_scale
-    others = optimizer.grad_clipping or args.sums_in_momentum or scaled or args.model.use_hf_model
-    return keeps_all and optimizer.per_layer and not others and family_of(config).runs_by_layer
+def _may_go_by_layer(args: RunArgs) -> bool:
+    """Whether sums of gradients over micro-batches may be those of one layer at a time, and are then fewer."""
+    by_layer = dataclasses.replace(args, batch=dataclasses.replace(args.batch, accumulate_by="layer"))
+    fewer = by_layer.updates_immediately and not args.updates_immediately
+    return fewer and not set(find_problems(by_layer)).difference(find_problems(args))

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from peft_pretraining.config.flags import flag_values
 from peft_pretraining.config.run_config import GROUPS, RunArgs
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.budget import flag_values, memory_of_card
+from peft_pretraining.memory.card_memory import memory_of_card
 from peft_pretraining.runtime.world import World
 
 OF_A_MACHINE = {

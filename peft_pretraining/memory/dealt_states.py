@@ -92,7 +92,7 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
             cost, divisible = cost_of(values, math.prod(gradient)), path is None and not library and not is_vector
             load = Load(_in_layer(name, layer), values, values if library else cost, is_vector, divisible)
             number = layer if param in in_layer else None
-            is_summed = not run.updates_at_once and not (path is not None and args.sums_in_momentum)
+            is_summed = not run.args.updates_immediately and not (path is not None and args.sums_in_momentum)
             weight = DealtWeight(load, shape, number, path is not None, own, stored, sums if is_summed else 0)
             (rest if path is None else found).append(weight)
     return rest + found

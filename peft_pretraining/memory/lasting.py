@@ -51,7 +51,7 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
                     found[kind] += (count if param in times else number == 0) * tensor.nbytes
     if offload != "none":
         found[SLOTS] = waiting.in_slots
-    if not run.updates_at_once:
+    if not run.args.updates_immediately:
         full = args.method.method == "full"
         trained = [x for x in model.parameters() if (x not in weights if full else x.requires_grad)]
         rest = sum(times.get(x, 1) * sum_bytes(run, x.shape) for x in trained)
@@ -64,9 +64,9 @@ def _of_fullest_rank(run: PlannedRun, found: dict[str, int]) -> dict[str, int]:
     rank = fullest(bytes_by_rank(run, run.shards))
     changed = dict(zip(_STATES, (rank.matrix_states, rank.other_states), strict=True))
     changed = {name: found[name] + size for name, size in changed.items()}
-    if run.args.runtime.shard == "full":
+    if run.args.gathers_layers:
         changed |= {_WEIGHTS[0]: rank.stored, "projections": 0, GATHERED: rank.gathered}
-    if run.args.owners_sum and not run.updates_at_once:
+    if run.args.owners_sum and not run.args.updates_immediately:
         changed[GRADIENTS] = rank.sums + _residuals(run)
     return changed
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from peft_pretraining.build import model_on_meta
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
-from peft_pretraining.optim.build import slots_of, states_on_meta
+from peft_pretraining.optim.build import states_on_meta
+from peft_pretraining.optim.layer_execution import slots_of
 from qgalore.sharding.slots import size_of
 
 

@@ -50,7 +50,7 @@ class PassingBytes:
         self.bases = self._cached(x.bases for x in run.matrices if self.options.proj_quant)
         # The loss cannot take the graphs' memory where the head's gradient outlives the layers' backward pass.
         self.loss_has_own_memory = run.graphs and (
-            config.tie_word_embeddings or not (run.updates_at_once or self.int8_sums)
+            config.tie_word_embeddings or not (run.args.updates_immediately or self.int8_sums)
         )
         self.kept = self._kept_from(0) + self.hidden + (4 + 8 + 8) * run.tokens
         """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
@@ -62,7 +62,7 @@ class PassingBytes:
     def phases(self) -> dict[str, int]:
         """The moments that can be the peak, in the order in which an update comes to them."""
         run, config, update = self.run, self.run.config, self.update_of_table()
-        of_table = self.table + (update if run.updates_at_once else self.read_of_table())
+        of_table = self.table + (update if run.args.updates_immediately else self.read_of_table())
         # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
         # gradient waits for that of the embeddings.
         stays, waits = self.kept + self.hidden * run.graphs, self.table * config.tie_word_embeddings
@@ -74,7 +74,7 @@ class PassingBytes:
         found |= {name: stays + waits + beside.get(name, 0) for name in self.of_layers()}
         if waits:
             found["gradients of head and embeddings"] = (stays if run.graphs else self.hidden) + waits + of_table
-        if not run.updates_at_once:
+        if not run.args.updates_immediately:
             found["update of the largest weight"] = max(self.updates(), update)
         return found
 
@@ -93,7 +93,7 @@ class PassingBytes:
     def kept_by_graphs(self) -> int:
         """What nothing else uses: over ranks also three messages of a layer's gradients, one with sums of a refresh."""
         run, kept = self.run, max(self.of_layers().values()) if self.loss_has_own_memory else 0
-        if run.args.world_size > 1 and run.updates_at_once:
+        if run.args.world_size > 1 and run.args.updates_immediately:
             values = sum(x.gradient for x in run.matrices) + 2 * run.config.hidden_size  # of the norms
             full = max(x.size for x in run.matrices) if self.options.subspace == "svd" else 0
             kept += self.itemsize * (3 * values + max(full, sum(x.bases for x in run.matrices)))
@@ -158,14 +158,14 @@ class PassingBytes:
         backward = max(backward, *parts, 0)
         # Where graphs run a layer and several matrices are due, their sketches wait for the end of its backward pass.
         due = math.ceil(self.layers * len(run.matrices) / self.options.shortest_interval)
-        waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.updates_at_once else 0
+        waiting = min(due, len(run.matrices)) - 1 if run.graphs and run.args.updates_immediately else 0
         sketches = (
             self.itemsize * max(x.bases for x in run.matrices) * (waiting if self.options.subspace != "svd" else 0)
         )
         found = {"activations and backward of one layer": backward + sketches}
         if run.args.sums_in_momentum and run.args.world_size > 1 and not run.args.owners_sum:  # in float32, as sent
             found["activations and sum of a momentum over ranks"] = 8 * max(x.size for x in run.matrices)
-        if run.updates_at_once:
+        if run.args.updates_immediately:
             gradients = sum(
                 (4 if self.int8_sums else self.itemsize) * x.gradient + self.itemsize * x.residual for x in run.matrices
             )
@@ -215,7 +215,7 @@ class PassingBytes:
     def _made(self) -> int:
         """Of the largest matrix the gradients that wait for its update."""
         matrix = self._largest()
-        return self.itemsize * (matrix.gradient + matrix.residual) if self.run.updates_at_once else 0
+        return self.itemsize * (matrix.gradient + matrix.residual) if self.run.args.updates_immediately else 0
 
     def _largest(self) -> Matrix:
         return max(self.run.matrices, key=lambda x: (x.size, -x.shape[0]))  # down_proj
@@ -264,14 +264,12 @@ class PassingBytes:
         if not run.args.optimizer.is_low_rank:
             rows = min(_ROWS, 4 * largest)
             return rows // 4 * self._by_bitsandbytes() if run.by_bitsandbytes else rows
-        one_by_one, layers = (
-            run.updates_at_once and not (run.graphs or run.stacked),
-            1 if run.updates_at_once else self.layers,
-        )
+        one_by_one = run.args.updates_immediately and not run.updates_whole_layers
+        layers = 1 if run.args.updates_immediately else self.layers
         limit = 0 if one_by_one else DIRECTIONS[self.options.direction].batch_values
         total = sum(x.gradient for x in run.matrices) * layers
-        values, cached = min(total, limit + largest), self.bases if run.updates_at_once else 0
-        read = 4 * values if self.int8_sums and not (run.updates_at_once or run.args.sums_in_momentum) else 0
+        values, cached = min(total, limit + largest), self.bases if run.args.updates_immediately else 0
+        read = 4 * values if self.int8_sums and not (run.args.updates_immediately or run.args.sums_in_momentum) else 0
         steps = self.directions(values, largest, GROUP_LIMIT, bool(cached)) + read
         return cached + max(steps + max(map(self._applying, run.matrices)), *map(self.refresh, run.matrices))
 

@@ -44,7 +44,7 @@ class PassingByLayer(PassingBytes):
         loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
         of_layer = self.sums_of_layer()
         # A sum that gets its second gradient is there in both dtypes for a moment.
-        widened = self.table if run.updates_at_once and run.sum_dtype.itemsize > self.itemsize else 0
+        widened = self.table if run.args.updates_immediately and run.sum_dtype.itemsize > self.itemsize else 0
         backward = self.stays_dequantized + self.kept + self.backward(recomputed=False)
         found = {
             "forward of one layer": self.dequantized + self.kept + self.hidden,
@@ -53,7 +53,7 @@ class PassingByLayer(PassingBytes):
             "backward of one layer and its sums": backward + of_layer,
             "sum of the embeddings' gradients": self.hidden + self.table + widened + of_table,
         }
-        if run.updates_at_once:
+        if run.args.updates_immediately:
             found["update of one layer"] = self._update_of_layer(of_layer)
         else:
             found["update of the largest weight"] = max(self.updates(), update)
@@ -104,7 +104,7 @@ class PassingByLayer(PassingBytes):
         of_refresh = sum(self._sum(largest.rank, side) for side in largest.sides)
         if self.options.subspace == "svd" and largest.sides:
             of_refresh = self._sum(*largest.shape)
-        return gradients + due * of_refresh if run.updates_at_once else 0
+        return gradients + due * of_refresh if run.args.updates_immediately else 0
 
     def _sum(self, *shape: int) -> int:
-        return sum_bytes(self.run, shape) if self.run.updates_at_once else 0
+        return sum_bytes(self.run, shape) if self.run.args.updates_immediately else 0

@@ -14,7 +14,7 @@ from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, SubspaceArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig, is_of_mlp
 from peft_pretraining.models.registry import family_of
-from peft_pretraining.optim.build import allows_graphs
+from peft_pretraining.optim.layer_execution import Execution, execution_of
 from qgalore.config import SubspaceConfig
 
 
@@ -43,14 +43,12 @@ class PlannedRun:
         self.dtype: torch.dtype = getattr(torch, args.model.dtype)
         self.cuda = args.runtime.device != "cpu"
         self.compiled = compiles_layers(args.model, pays=self.cuda) and _family_compiles(config)
-        self.gathers = args.runtime.shard == "full" and args.world_size > 1
-        """Whether a layer's weights are gathered before it runs."""
-        self.graphs = self.compiled and self.cuda and allows_graphs(args)
-        self.stacked = args.runtime.offload != "none" and not args.by_layer and not self.graphs
-        """Whether the matrices of a layer are updated together, without graphs."""
+        execution = execution_of(args, can_replay=self.compiled and self.cuda)
+        self.graphs = execution is Execution.FROM_GRAPHS
+        """Whether CUDA graphs run the layers."""
+        self.updates_whole_layers = execution is not Execution.IN_NETWORK
+        """Whether the matrices of a layer are updated together where they are in the backward pass."""
         optimizer, alone = args.optimizer, args.batch.gradient_accumulation == 1
-        self.updates_at_once = optimizer.per_layer and (alone or args.by_layer)
-        """Whether each gradient is used up inside the backward pass of its layer, or after it."""
         # A gradient that comes alone keeps its dtype, unless its sum is to be INT8.
         keeps = optimizer.optimizer in LIBRARY_OPTIMIZERS or (alone and optimizer.grad_accum_dtype != "int8")
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)

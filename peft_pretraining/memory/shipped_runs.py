@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from peft_pretraining.config.flag_groups import AUTO
-from peft_pretraining.memory.budget import Candidate, Candidates, flag_values
+from peft_pretraining.config.flags import is_given
+from peft_pretraining.memory.candidate import Candidate
+from peft_pretraining.memory.candidates import Candidates
+from peft_pretraining.memory.choice import choose
 from peft_pretraining.models.config_files import shipped_configs
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, Card
@@ -81,16 +84,16 @@ class ShippedRun:
     def __init__(self, model: str, flags: Sequence[str] = ()) -> None:
         """flags: of `run_pretrain.py`, in place of the recipe's. Raises UserError."""
         self.model = model
-        names = {token.partition("=")[0] for token in flags if token.startswith("--")}
+        has_rank = is_given(flags, "rank")
         self.argv = ["--model_config", str(shipped_configs()[model]), "--memory_budget", "1TB", "--device", "cuda"]
         self.argv += _BATCH
-        if "--optimizer" not in names:
+        if not is_given(flags, "optimizer"):
             # The paper has projections.
-            own = "--recipe" in names or ("--rank", FULL) in flag_values(flags)
+            own = is_given(flags, "recipe") or is_given(flags, "rank", FULL)
             self.argv += [*_Q_GALORE, *(() if own else [*_PAPER, "--rank", str(self._papers_rank)])]
-            if not own and ("--rank", AUTO) in flag_values(flags):
+            if not own and is_given(flags, "rank", AUTO):
                 flags = [*flags, "--rank", f"{AUTO}:{self._papers_rank}"]
-        self.candidates = Candidates([*self.argv, *flags], defaults=() if "--rank" in names else ("rank",))
+        self.candidates = Candidates([*self.argv, *flags], defaults=() if has_rank else ("rank",))
 
     @property
     def _papers_rank(self) -> int:
@@ -103,4 +106,4 @@ class ShippedRun:
 
     def fit(self, budget: int, card: Card) -> Fit:
         """The fastest setting that fits into so many bytes on a card."""
-        return Fit(self.model, card, budget, self.candidates.choose(budget, card), self.candidates.smallest)
+        return Fit(self.model, card, budget, choose(self.candidates, budget, card), self.candidates.smallest)

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from qgalore import GaLoreAdamW8bit, kernels
-from qgalore.update.directions import DIRECTIONS, RowsOfWeight
-from qgalore.update.step_table import StepTable
-from qgalore.update.weight import States, Weight
+from qgalore.update.directions import DIRECTIONS, Direction, RowsOfWeight
+from qgalore.update.weight import Weight
 
 
 def why_not(device: torch.device) -> str:
@@ -47,12 +46,8 @@ def why_not(device: torch.device) -> str:
 class _Weight(Weight):
     """One parameter that bitsandbytes updates."""
 
-    def bind(
-        self, group: dict[str, Any], states: States, table: StepTable, index: int, position: int, count: int
-    ) -> None:
-        """See `Weight`."""
-        super().bind(group, states, table, index, position, count)
-        self.direction = _BY_BITSANDBYTES
+    def _direction(self) -> Direction:
+        return _BY_BITSANDBYTES
 
     def check(self) -> None:
         """See `Weight`."""

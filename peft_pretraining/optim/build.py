@@ -1,4 +1,4 @@
-"""Build the optimizer of `--optimizer` and set up CUDA graphs for it.
+"""Build the optimizer of `--optimizer`, attached to its model.
 
 All optimizers have the same few methods (`TrainingOptimizer`), so the training loop has no branch on their kind. The
 Adam family uses `qgalore` also at full rank, because it rounds bfloat16 weights stochastically: torch's AdamW on
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.config.flag_groups import LIBRARY_OPTIMIZERS, OptimizerArgs, QuantizationArgs, SubspaceArgs
-from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.methods.convert import trained_matrix_names
 from peft_pretraining.models.config import is_of_mlp
 from peft_pretraining.models.network import CausalLM
@@ -24,14 +23,8 @@ from peft_pretraining.optim.other_libraries import LibraryOptimizer, library_opt
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore import GaLoreAdamW, GaLoreAdamW8bit, LowRankLinear, QGaLoreAdamW8bit, low_rank_param_groups
 from qgalore.config import SubspaceConfig
-from qgalore.graphs.eager_layers import EagerLayers
-from qgalore.graphs.evaluations import let_evaluations_in
-from qgalore.graphs.runner import LayerGraphs
-from qgalore.kernels import reads_rows_on_device
 from qgalore.layer.conversion import low_rank_linear
 from qgalore.layer.linear_names import is_conv1d
-from qgalore.offload.offload import Pass
-from qgalore.optimizer import LowRankAdamW
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.loss_scale import LossScale
@@ -146,69 +139,3 @@ def states_on_meta(model: CausalLM, args: OptimizerArgs, subspace: SubspaceArgs)
     for group in groups:
         group["norm_growth"] = args.norm_growth
     return _ADAM_FAMILY[args.optimizer].initial_states(groups, layers)
-
-
-def allows_graphs(args: RunArgs) -> bool:
-    """Whether these flags allow CUDA graphs of compiled decoder layers, on a GPU with Triton.
-
-    A graph must read everything that changes from step to step from the device. That is not so for fake quantization,
-    group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
-    residual that is kept until a later update. Nor is it served where gradients are added to momenta: each would have a
-    buffer of its own, and there is to be none. These graphs are of one micro-batch in all layers: none where a layer
-    has all micro-batches at once.
-    """
-    optimizer, quantization = args.optimizer, args.quantization
-    waits = not optimizer.per_layer or optimizer.grad_clipping > 0 or args.batch.gradient_accumulation > 1
-    fake = quantization.weight_quant and quantization.simulation
-    packs = optimizer.per_layer and args.batch.gradient_accumulation == 1 and optimizer.grad_accum_dtype == "int8"
-    fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
-    fits = fits and not (waits and args.subspace.residual != "none") and not args.sums_in_momentum and not args.by_layer
-    return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
-
-
-def gather_layers(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Let the decoder layers' weights lie with the ranks that own them, and gather each before it runs."""
-    assert isinstance(optimizer, LowRankAdamW)
-    layers = list(model.decoder_layers)
-    gathering = optimizer.gather_layers(layers)
-    let_evaluations_in(layers, lambda index: gathering.enter(index, 1))
-
-
-def offload_layers(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) -> None:
-    """Let optimizer states of the decoder layers wait on the host, and their weights if `--offload` says so.
-
-    Raises UserError where the system does not lock so much memory.
-    """
-    assert isinstance(optimizer, LowRankAdamW)
-    layers, weights = list(model.decoder_layers), args.runtime.offload == "weights"
-    offload = optimizer.offload_layers(layers, weights, slots_of(args))
-    let_evaluations_in(layers, lambda index: offload.enter(index, Pass.FORWARD, 1), offload.leave)
-
-
-def run_from_python(model: CausalLM, optimizer: TrainingOptimizer) -> None:
-    """Run layers that are gathered or offloaded from Python."""
-    assert isinstance(optimizer, LowRankAdamW)
-    model.run_layers_by(EagerLayers(list(model.decoder_layers), model.compiled_layer, optimizer))
-
-
-def slots_of(args: RunArgs) -> int:
-    """How many layers `--offload` has on the device at the same time: one that runs, one that comes.
-
-    Over ranks one more, whose gradients are summed while the one below it runs.
-    """
-    return 2 if args.world_size == 1 else 3
-
-
-def replay_layers(model: CausalLM, optimizer: TrainingOptimizer) -> bool:
-    """Run the decoder layers from CUDA graphs if they are compiled, on a CUDA GPU and updated by Triton kernels.
-
-    Returns whether they are.
-    """
-    run, layers, device = model.compiled_layer, model.decoder_layers, next(model.parameters()).device
-    if run is None or not isinstance(optimizer, LowRankAdamW):
-        return False
-    matrices = [layer for layer in layers.modules() if isinstance(layer, LowRankLinear)]
-    if device.type != "cuda" or not all(reads_rows_on_device(device, x.group_size) for x in matrices):
-        return False
-    model.run_layers_by(LayerGraphs(list(layers), run, optimizer))
-    return True

@@ -39,9 +39,8 @@ def link_bytes(args: RunArgs, s: Setting) -> LinkBytes:
     bases = layers * sum(_bases(s, m, n) for m, n in s.shapes) if s.rank else 0
     moments = layers * sum(_moments(args, s, m, n) for m, n in gradient_shapes(s))
     passes = 1 if args.by_layer else s.grad_accum
-    at_once = args.optimizer.per_layer and passes == 1
     to_device = float(passes * (2 * codes + bases)) + 3 * hidden
-    if at_once:  # the backward pass also gets moments, and sends what it has updated
+    if args.updates_immediately:  # the backward pass also gets moments, and sends what it has updated
         return LinkBytes(to_device + moments, 0)
     if args.sums_in_momentum:  # both ways with every micro-batch
         to_device += passes * moments

@@ -30,7 +30,7 @@ class CapturedStack(EagerStack):
         x: Tensor,
     ) -> None:
         super().__init__(layers, run, optimizer, constants, x)
-        self._shape = x.shape
+        self._shape, self._weights_arrive = x.shape, optimizer.weights_arrive
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
@@ -42,15 +42,15 @@ class CapturedStack(EagerStack):
         for weight in itertools.chain(*self._weights):
             if weight.layer is not None:
                 weight.layer.allow_backward_after_update()
-            if not self._at_once and not self._sends:
+            if not self._immediately and not self._sends:
                 # A gradient that comes alone keeps its dtype, as it does without graphs.
-                weight.gradient.fix_addresses(x.dtype if optimizer.takes_whole_gradients else None)
+                weight.gradient.fix_addresses(x.dtype if optimizer.cycle.takes_whole_gradients else None)
         self._forward_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def serves(self, x: Tensor) -> bool:
         """Whether the graphs are those of a step like the one that begins."""
-        return self._shape == x.shape and self._at_once == self._optimizer.updates_at_once
+        return self._shape == x.shape and self._immediately == self._cycle.updates_immediately
 
     def graph_pool(self) -> contextlib.AbstractContextManager[None]:
         """See `LayerGraphs`."""
@@ -59,12 +59,12 @@ class CapturedStack(EagerStack):
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last layer, at an address that the next step uses again."""
         self.forward_passes += 1
-        if not self._at_once and not self._sends and not self._optimizer.has_sums:
+        if not self._immediately and not self._sends and not self._cycle.has_sums:
             for weight in itertools.chain(*self._weights):
                 weight.gradient.begin()
         # Through .data: autograd would take the write for a change of what the backward passes have saved.
         self._inputs[0].data.copy_(x)
-        if self._optimizer.weights_arrive:
+        if self._weights_arrive:
             self._run_forward()
         else:
             self._replay_forward(0, super()._run_forward)
@@ -72,10 +72,10 @@ class CapturedStack(EagerStack):
 
     def backward(self, grad: Tensor) -> Tensor:
         """See `EagerStack`; layers in which a subspace is refreshed run from Python."""
-        if self._at_once:
-            self._optimizer.write_update_rows()
+        if self._immediately:
+            self._cycle.write_update_rows()
         else:
-            self._optimizer.write_sum_rows()
+            self._cycle.write_sum_rows()
         self._grad_buffer.copy_(grad)
         self._run_backward()
         return self._grad_buffer
@@ -86,7 +86,7 @@ class CapturedStack(EagerStack):
         return self._outputs[-1].data
 
     def _forward_of_layer(self, index: int) -> None:
-        if self._optimizer.weights_arrive:
+        if self._weights_arrive:
             self._replay_forward(index, functools.partial(super()._forward_of_layer, index))
         else:
             super()._forward_of_layer(index)
@@ -113,7 +113,7 @@ class CapturedStack(EagerStack):
             self._buckets[index] = self._sent[index]
         elif work != self._checks:
             for weight in self._weights[index]:
-                if self._at_once:
+                if self._immediately:
                     weight.count_replayed()
                 else:
                     weight.gradient.count_replayed()

@@ -35,7 +35,7 @@ class EagerStack:
         constants: tuple[Tensor, ...],
         x: Tensor,
     ) -> None:
-        self._layers, self._run, self._optimizer, self._constants = layers, run, optimizer, constants
+        self._layers, self._run, self._cycle, self._constants = layers, run, optimizer.cycle, constants
         self._dtype = x.dtype
         self._linears = [[part for part in layer.modules() if isinstance(part, LowRankLinear)] for layer in layers]
         self._weights = [optimizer.weights_of(layer) for layer in layers]
@@ -43,8 +43,8 @@ class EagerStack:
         self._outputs: list[Tensor] = []
         self._buckets: dict[int, Bucket] = {}
         """The gradients of layers on their way over the ranks."""
-        self._at_once = optimizer.updates_at_once
-        self._sends = optimizer.owners_sum or (self._at_once and optimizer.sums_over_ranks)
+        self._immediately = self._cycle.updates_immediately
+        self._sends = self._cycle.ranks.owners_sum or (self._immediately and self._cycle.ranks.sums_gradients)
         self._gathering, self._offload = optimizer.gathering, optimizer.offload
         self._grad = torch.empty(0)
         self.forward_passes = 0
@@ -82,8 +82,8 @@ class EagerStack:
                 self._buckets[index].start()
                 self._finish(index + 1)
                 continue
-            if not self._at_once:
-                self._optimizer.gradients_ready(self._weights[index])
+            if not self._immediately:
+                self._cycle.gradients_ready(self._weights[index])
             self._leave(index)
         self._finish(0)
 
@@ -92,7 +92,7 @@ class EagerStack:
         if self._gathering is not None:
             self._gathering.enter(index, step)
         if self._offload is not None:
-            backward = Pass.UPDATE if self._at_once else Pass.GRADIENTS
+            backward = Pass.UPDATE if self._immediately else Pass.GRADIENTS
             self._offload.enter(index, Pass.FORWARD if step > 0 else backward, step)
 
     def _leave(self, index: int) -> None:
@@ -104,14 +104,14 @@ class EagerStack:
         """Update a layer whose gradients are on their way, if they are, or add them to their owners' sums."""
         if index in self._buckets:
             self._buckets[index].wait()
-            if not self._at_once:
-                self._optimizer.gradients_sent(self._weights[index], self._buckets.pop(index))
+            if not self._immediately:
+                self._cycle.gradients_sent(self._weights[index], self._buckets.pop(index))
                 return
-            if self._optimizer.is_sharded:
+            if self._cycle.ranks.deals_weights:
                 self._perform(self._checks, index)
-                self._optimizer.agree_on_skip()
+                self._cycle.agree_on_skip()
             self._perform(self._updates, index)
-            self._optimizer.publish(self._weights[index])
+            self._cycle.publish(self._weights[index])
             del self._buckets[index]
             self._leave(index)
 
@@ -122,25 +122,25 @@ class EagerStack:
         """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
         with memory, cached_bases(self._weights[index], self._dtype):
             self._backward_of_layer(index)
-            if self._at_once and not self._sends:
-                self._optimizer.finalize(self._weights[index])
+            if self._immediately and not self._sends:
+                self._cycle.finalize(self._weights[index])
         if self._sends:
             # Not there: it is still needed when graphs write over their memory.
-            bucket = self._optimizer.bucket_of(self._weights[index], self._buffer_of(index))
+            bucket = self._cycle.bucket_of(self._weights[index], self._buffer_of(index))
             assert bucket is not None
             self._buckets[index] = bucket
 
     def _checks(self, index: int, memory: Memory) -> None:
         """On a rank of a mesh: finalize the gradients of a layer, for other ranks to learn whether they are finite."""
         with memory:
-            self._optimizer.check_final(self._weights[index], self._buckets[index])
+            self._cycle.check_final(self._weights[index], self._buckets[index])
 
     def _updates(self, index: int, memory: Memory) -> None:
         with memory, cached_bases(self._weights[index], self._dtype):
-            if self._optimizer.is_sharded:
-                self._optimizer.update_checked(self._weights[index])
+            if self._cycle.ranks.deals_weights:
+                self._cycle.update_checked(self._weights[index])
             else:
-                self._optimizer.finalize(self._weights[index], self._buckets[index])
+                self._cycle.finalize(self._weights[index], self._buckets[index])
 
     def _backward_of_layer(self, index: int) -> None:
         """From the gradient of the layer's output to that of its input, which is written over it."""

@@ -26,7 +26,7 @@ class EagerLayers:
         if torch.is_grad_enabled() and x.requires_grad:
             if (gathering := self._optimizer.gathering) is not None:
                 gathering.begin(self._optimizer.states_replaced)
-            out: Tensor = Step.apply(x, self._stack(constants, x))
+            out: Tensor = LayersFunction.apply(x, self._stack(constants, x))
             return out
         for layer in self._layers:
             x = self._run(layer, x, *constants) if torch.is_grad_enabled() else layer(x, *constants)
@@ -41,7 +41,7 @@ class EagerLayers:
         return contextlib.nullcontext()
 
 
-class Step(torch.autograd.Function):
+class LayersFunction(torch.autograd.Function):
     """All layers as one node of autograd's graph."""
 
     @staticmethod

@@ -71,7 +71,7 @@ class LayerGraphs(EagerLayers):
         Only for what is gone before the backward pass of the layers begins, since a replay writes over it; other memory
         where gradients may stay.
         """
-        if self._captured is None or not self._optimizer.keeps_no_gradient:
+        if self._captured is None or not self._optimizer.cycle.keeps_no_gradient:
             return contextlib.nullcontext()
         return self._captured.graph_pool()
 
@@ -82,15 +82,15 @@ class LayerGraphs(EagerLayers):
             self._captured, self._states_replaced, self._steps = None, self._optimizer.states_replaced, 1
         if self._captured is not None and self._captured.serves(x):
             return self._captured
-        arguments = (self._layers, self._run, self._optimizer, constants, x)
-        begins = self._steps > _ORDINARY_STEPS and not self._optimizer.has_sums
+        arguments, cycle = (self._layers, self._run, self._optimizer, constants, x), self._optimizer.cycle
+        begins = self._steps > _ORDINARY_STEPS and not cycle.has_sums
         # A gradient that is updated with at once is packed, if at all, with a seed of the host.
-        packs = self._optimizer.updates_at_once and self._optimizer.sums_in_int8
+        packs = cycle.updates_immediately and cycle.sums_in_int8
         # A momentum that sums gradients has them one after the other; in graphs each would have a buffer.
         packs = packs or self._optimizer.sums_in_momentum
         # One that waits for `step` alone would lie in the buffer that the next layer but one is sent from.
-        alone = self._optimizer.takes_whole_gradients and not self._optimizer.updates_at_once
-        packs = packs or (self._optimizer.owners_sum and alone)
+        alone = cycle.takes_whole_gradients and not cycle.updates_immediately
+        packs = packs or (cycle.ranks.owners_sum and alone)
         if self._captured is not None or packs or not begins or not _can_capture(x.device):
             return EagerStack(*arguments)
         self._captured = CapturedStack(*arguments)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from qgalore.config import SubspaceConfig
+from qgalore.config import SubspaceConfig, scaled_too_late
 from qgalore.integrations.connection import Connection, connect, unwrapped, without_ddp
 from qgalore.layer.export import SaveMethod
 from qgalore.layer.linear import LowRankLinear
@@ -169,10 +169,7 @@ def _problem(args: Any, update_in_backward: bool, sums_in_momentum: bool = False
             "weight when its own is there: set max_grad_norm=0, or leave update_in_backward=False"
         )
     if sums_in_momentum and args.max_grad_norm:
-        return (
-            f"max_grad_norm={args.max_grad_norm} scales the sum of an update's gradients, and with sum_in_momentum "
-            "they are part of the momentum by then: set max_grad_norm=0, or leave sum_in_momentum=False"
-        )
+        return scaled_too_late(f"max_grad_norm={args.max_grad_norm}", "sum_in_momentum", "set max_grad_norm=0")
     return ""
 
 

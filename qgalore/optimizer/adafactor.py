@@ -98,7 +98,10 @@ class AdafactorWeight(Weight):
     ) -> None:
         """See `Weight`."""
         super().bind(group, states, table, index, position, count)
-        self.config, self.direction = self.config or _WHOLE, _ADAFACTOR
+        self.config = self.config or _WHOLE
+
+    def _direction(self) -> Direction:
+        return _ADAFACTOR
 
     def check(self) -> None:
         """See `Weight`."""

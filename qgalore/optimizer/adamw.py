@@ -29,7 +29,7 @@ from qgalore.optimizer.update_cycle import UpdateCycle
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.shards import Shards
-from qgalore.update.all_reduce import AllReduce, Bucket
+from qgalore.update.all_reduce import AllReduce
 from qgalore.update.hooks import Attachment
 from qgalore.update.loss_scale import LossScale
 from qgalore.update.ranks import SummingRanks
@@ -104,7 +104,8 @@ class LowRankAdamW(Optimizer):
         """Reset everything that is not in the state dict."""
         self._weights: dict[Tensor, Weight] = {}
         self._step_table = StepTable(0)
-        self._cycle = UpdateCycle(self._weights)
+        self.cycle = UpdateCycle(self._weights)
+        """The update that goes on: its parts are for who runs layers himself, as `qgalore.graphs` does."""
         self._detach: weakref.finalize[..., Any] | None = None
         self._dealt = False
         """Whether states were dealt to ranks, and no whole state has been loaded since."""
@@ -113,7 +114,7 @@ class LowRankAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no model.
-        self._cycle.check_whole("be copied")
+        self.cycle.check_whole("be copied")
         self._settle()
         return super().__getstate__() | {"_seed": self._seed}
 
@@ -122,7 +123,7 @@ class LowRankAdamW(Optimizer):
         if "_weights" not in self.__dict__:  # a copy, and not `load_state_dict`
             self._reset()
         self._build_weights()
-        self._cycle.abandon()
+        self.cycle.abandon()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; with the options of a `SubspaceConfig` its weights are under projection."""
@@ -157,7 +158,7 @@ class LowRankAdamW(Optimizer):
                 )
                 weight.bind(group, self.state, self._step_table, index, position, count)
                 index, position = index + 1, position + ("rank" in group)
-        self._cycle.bind(self.param_groups, self._step_table)
+        self.cycle.bind(self.param_groups, self._step_table)
 
     def weights_of(self, module: nn.Module) -> list[Weight]:
         """The weights among the parameters of a module, in its order."""
@@ -206,9 +207,9 @@ class LowRankAdamW(Optimizer):
         self.detach()
         self._check_arguments(all_reduce, loss_scale, mesh)
         ranks = None if all_reduce is None else SummingRanks(all_reduce)
-        self._cycle.configure(update_in_backward, ranks, loss_scale, replay)
+        self.cycle.configure(update_in_backward, ranks, loss_scale, replay)
         try:
-            attachment = Attachment(model, self._weights, weakref.WeakMethod(self._cycle.gradients_ready))
+            attachment = Attachment(model, self._weights, weakref.WeakMethod(self.cycle.gradients_ready))
             self._detach = weakref.finalize(self, attachment.remove)
             self._detach.atexit = False
             for weight in self._weights.values():
@@ -217,7 +218,7 @@ class LowRankAdamW(Optimizer):
             self.detach()
             raise
         if mesh is not None:
-            self._cycle.ranks = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
+            self.cycle.ranks = Shards(mesh, sorted(self._weights.values(), key=lambda weight: weight.index))
             self._dealt = True
             self.states_replaced += 1
 
@@ -248,48 +249,33 @@ class LowRankAdamW(Optimizer):
 
         What a mesh has dealt to ranks stays dealt: a whole state has to be loaded before another `attach`.
         """
-        self._cycle.configure()
+        self.cycle.configure()
         if self.offload is not None:
             self.offload.release()
-            self._cycle.offload = None
+            self.cycle.offload = None
         if self._detach is not None:
             self._detach()
 
     @property
     def update_in_backward(self) -> bool:
         """As given to `attach`; False before it."""
-        return self._cycle.update_in_backward
+        return self.cycle.update_in_backward
 
     @property
     def loss_scale(self) -> LossScale | None:
         """What the loss is multiplied by before its backward pass; None: by nothing."""
-        return self._cycle.loss_scale
-
-    @property
-    def sums_over_ranks(self) -> bool:
-        """Whether gradients have to be summed over several ranks."""
-        return self._cycle.ranks.sums_gradients
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each weight is updated by the one rank that owns it."""
-        return self._cycle.ranks.deals_weights
-
-    @property
-    def owners_sum(self) -> bool:
-        """Whether each micro-batch's gradient is sent to the owner of its weight, which alone has a sum."""
-        return self._cycle.ranks.owners_sum
+        return self.cycle.loss_scale
 
     @property
     def owners(self) -> dict[Tensor, int]:
         """The rank of the mesh that owns each parameter; empty without a mesh."""
-        return {param: weight.owner for param, weight in self._weights.items()} if self.is_sharded else {}
+        return {param: weight.owner for param, weight in self._weights.items()} if self._shards is not None else {}
 
     # ---- weights that are not here
 
     @property
     def _shards(self) -> Shards | None:
-        ranks = self._cycle.ranks
+        ranks = self.cycle.ranks
         return ranks if isinstance(ranks, Shards) else None
 
     def gather_layers(self, layers: Sequence[nn.Module]) -> Gathering:
@@ -315,17 +301,17 @@ class LowRankAdamW(Optimizer):
         itself. slots: see `Offload`. Raises RuntimeError on a rank of a mesh and without `attach`, ValueError for
         weights that are not quantized, PageLockError where the system does not lock so much memory.
         """
-        if self._detach is None or not self._detach.alive or self.is_sharded:
+        if self._detach is None or not self._detach.alive or self._shards is not None:
             raise RuntimeError("layers can be offloaded after attach(model) alone, and not with a mesh")
         found, device = [self.weights_of(layer) for layer in layers], next(iter(self._weights.values())).device
-        self._cycle.offload = offload = offload_modules(layers, found, device, weights, slots)
+        self.cycle.offload = offload = offload_modules(layers, found, device, weights, slots)
         self.states_replaced += 1
         return offload
 
     @property
     def offload(self) -> Offload | None:
         """What of layers waits in host memory."""
-        return self._cycle.offload
+        return self.cycle.offload
 
     @property
     def weights_arrive(self) -> bool:
@@ -337,26 +323,21 @@ class LowRankAdamW(Optimizer):
     @property
     def is_last_micro_batch(self) -> bool:
         """Set to False during the backward of all but the last micro-batch of an update."""
-        return self._cycle.is_last_micro_batch
+        return self.cycle.is_last_micro_batch
 
     @is_last_micro_batch.setter
     def is_last_micro_batch(self, value: bool) -> None:
-        self._cycle.is_last_micro_batch = value
+        self.cycle.is_last_micro_batch = value
 
     @property
     def accumulates_by_layer(self) -> bool:
         """Set to True where a layer has the backward passes of all micro-batches before the next layer has its first,
         with `end_layer` after the last of them: what `update_in_backward` updates is then updated there."""
-        return self._cycle.accumulates_by_layer
+        return self.cycle.accumulates_by_layer
 
     @accumulates_by_layer.setter
     def accumulates_by_layer(self, value: bool) -> None:
-        self._cycle.accumulates_by_layer = value
-
-    @property
-    def sums_in_int8(self) -> bool:
-        """Whether sums of gradients have 8 bits a value."""
-        return all(group["accumulator_dtype"] == "int8" for group in self.param_groups)
+        self.cycle.accumulates_by_layer = value
 
     @property
     def sums_in_momentum(self) -> bool:
@@ -364,7 +345,7 @@ class LowRankAdamW(Optimizer):
 
         An update that has begun must then be made: nothing takes back what its momenta have.
         """
-        return self._cycle.sums_in_momentum
+        return self.cycle.sums_in_momentum
 
     def end_layer(self, parameters: Iterable[Tensor]) -> None:
         """Finalize the gradients of parameters that all micro-batches have reached; see `accumulates_by_layer`.
@@ -372,7 +353,7 @@ class LowRankAdamW(Optimizer):
         No backward pass is under way, so whatever a layer keeps for one may be gone by now. On several ranks one
         gradient after the other is sent, updated with and freed. Sets `is_last_micro_batch`.
         """
-        self._cycle.end_layer(parameters)
+        self.cycle.end_layer(parameters)
 
     def collect(self) -> None:
         """Make the gradients of this update final where they are not, so that `grad_norm` is that of all of them.
@@ -380,32 +361,32 @@ class LowRankAdamW(Optimizer):
         That is the `.grad` of parameters that no hook watches, and what only an early micro-batch has reached. `step`
         and `clip_grad_norm_` begin with it.
         """
-        self._cycle.collect()
+        self.cycle.collect()
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole gradient of this update (projected where it is low-rank), summed over ranks: ()."""
-        return self._cycle.grad_norm()
+        return self.cycle.grad_norm()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Let `step` scale all gradients so that `grad_norm` is at most max_norm; returns the norm before, ().
 
         Raises RuntimeError where the updates are made inside the backward pass.
         """
-        return self._cycle.clip_grad_norm_(max_norm)
+        return self.cycle.clip_grad_norm_(max_norm)
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Let the next `step` scale all gradients that it updates with by a factor, (), beside what clips them.
 
         Raises RuntimeError where momenta have the gradients already.
         """
-        self._cycle.scale_gradients(factor)
+        self.cycle.scale_gradients(factor)
 
     def skip_update_if(self, flag: Tensor) -> None:
         """Leave everything as it is in this update where flag, a bool (), is true, as for a loss that is not finite.
 
         Call it before the backward pass of the last micro-batch, with the same flag on all ranks.
         """
-        self._cycle.skip_update_if(flag)
+        self.cycle.skip_update_if(flag)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every weight that has a gradient and was not updated inside the backward pass."""
@@ -413,7 +394,7 @@ class LowRankAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._cycle.finish()
+        self.cycle.finish()
         return loss
 
     def skipped(self) -> Tensor:
@@ -421,7 +402,7 @@ class LowRankAdamW(Optimizer):
 
         Weights, moments and bases are then as they were, unless there was a `late_overflow`.
         """
-        return self._cycle.skipped()
+        return self.cycle.skipped()
 
     def late_overflow(self) -> Tensor:
         """Whether the last update was skipped too late: a bool, ().
@@ -430,90 +411,28 @@ class LowRankAdamW(Optimizer):
         finite and one further down is not; and with `sum_in_momentum`, if another gradient was added before. The state
         is then of no update: go back to a checkpoint.
         """
-        return self._cycle.late_overflow()
+        return self.cycle.late_overflow()
 
     @property
     def summed(self) -> list[Tensor]:
         """The parameters whose gradients of the last update were made final, and summed over the ranks, in that order;
         without those that CUDA graphs have."""
-        return self._cycle.summed
+        return self.cycle.summed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; warns where the backward pass has made a part of the update and `step` not the rest.
 
         Raises RuntimeError where momenta have some of an update that goes on.
         """
-        self._cycle.check_whole("forget gradients")
-        if self._cycle.is_half_made:
+        self.cycle.check_whole("forget gradients")
+        if self.cycle.is_half_made:
             warnings.warn(
                 "zero_grad() between backward() and step(): with update_in_backward most weights have been updated by "
                 "now, and norms and biases, which step() updates, have not: call step() before zero_grad()",
                 stacklevel=2,
             )
         super().zero_grad(set_to_none)
-        self._cycle.abandon()
-
-    # ---- parts of an update, for who runs layers himself (`qgalore.graphs`): see `UpdateCycle`
-
-    @property
-    def updates_at_once(self) -> bool:
-        """Whether each weight is updated as soon as its gradient is final, by the backward pass that goes on."""
-        return self._cycle.updates_at_once
-
-    @property
-    def takes_whole_gradients(self) -> bool:
-        """Whether the backward pass that goes on, or comes next, is the only one of its update."""
-        return self._cycle.takes_whole_gradients
-
-    @property
-    def has_sums(self) -> bool:
-        """Whether the update that goes on has had a micro-batch already."""
-        return self._cycle.has_sums
-
-    @property
-    def keeps_no_gradient(self) -> bool:
-        """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
-        return self.updates_at_once or self.sums_in_int8
-
-    def gradients_ready(self, weights: Sequence[Weight]) -> None:
-        """A backward pass has added all that it has to the gradients of weights; the hooks of `attach` tell so."""
-        self._cycle.gradients_ready(weights)
-
-    def gradients_sent(self, weights: Sequence[Weight], bucket: Bucket) -> None:
-        """`gradients_ready` where owners sum each micro-batch, of gradients that are on their way."""
-        self._cycle.gradients_sent(weights, bucket)
-
-    def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
-        """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
-        return self._cycle.bucket_of(weights, buffer)
-
-    def finalize(self, weights: Sequence[Weight], bucket: Bucket | None = None, check: bool = True) -> None:
-        """Make gradients final, and update where that is due; `UpdateCycle.finalize` has arguments and errors."""
-        self._cycle.finalize(weights, bucket, check)
-
-    def check_final(self, weights: Sequence[Weight], bucket: Bucket | None) -> None:
-        """The first part of `finalize` on a rank of a mesh."""
-        self._cycle.check_final(weights, bucket)
-
-    def agree_on_skip(self) -> None:
-        """After it: let all ranks of a mesh skip what any of them does."""
-        self._cycle.agree_on_skip()
-
-    def update_checked(self, weights: Sequence[Weight]) -> None:
-        """The second part of `finalize` on a rank of a mesh."""
-        self._cycle.update_checked(weights)
-
-    def publish(self, weights: Sequence[Weight]) -> None:
-        """After it: send updated weights to the other ranks of a mesh."""
-        self._cycle.publish(weights)
-
-    def write_update_rows(self) -> None:
-        """Let the step rows be those of the update that goes on, if they are not."""
-        self._cycle.write_update_rows()
-
-    def write_sum_rows(self) -> None:
-        """Let the step rows of sums be those of the gradients that the next micro-batch adds."""
-        self._cycle.write_sum_rows()
+        self.cycle.abandon()
 
     # ---- state
 
@@ -524,9 +443,11 @@ class LowRankAdamW(Optimizer):
         On a rank of a mesh it has the state of the weights that this rank owns: those of all ranks make the whole.
         Raises RuntimeError where momenta have some gradients of an update that goes on.
         """
-        self._cycle.check_whole("be saved")
+        self.cycle.check_whole("be saved")
         self._settle()
-        owned = {weight.index for weight in self._weights.values() if weight.owned} if self.is_sharded else None
+        owned = (
+            {weight.index for weight in self._weights.values() if weight.owned} if self._shards is not None else None
+        )
         return in_order(super().state_dict(), owned)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -537,18 +458,18 @@ class LowRankAdamW(Optimizer):
         """
         before = {"param_groups": self.param_groups, "state": self.state}
         # The last hook sees what others made of the dict.
-        part_of = self._part_of_state if self.is_sharded else None
+        part_of = self._part_of_state if self._shards is not None else None
         handle = self.register_load_state_dict_pre_hook(
             lambda _, given: state_for(self.param_groups, given, part_of, self._home_of_state)
         )
         if self.offload is not None:
             self.offload.forget()
         try:
-            if self._dealt and not self.is_sharded:
+            if self._dealt and self._shards is None:
                 for weight in self._weights.values():
                     weight.take_back()
             super().load_state_dict(state_dict)
-            self._dealt = self.is_sharded
+            self._dealt = self._shards is not None
             for weight in self._weights.values():
                 if weight.layer is not None or weight.param.is_floating_point():
                     weight.check()

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qgalore.config import SubspaceConfig, complete_group, complete_names, subspace_of
+from qgalore.config import SubspaceConfig, complete_group, complete_names, scaled_too_late, subspace_of
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.linear_names import module_of
 
@@ -104,11 +104,8 @@ def check_group(group: Mapping[str, Any]) -> None:
             "in the subspace; leave decoupled_weight_decay=False out or set weight_decay=0"
         )
     if group.get("sum_in_momentum") and group["norm_growth"]:
-        raise ValueError(
-            f"norm_growth={group['norm_growth']!r} limits the norm of the sum of an update's gradients, and with "
-            "sum_in_momentum they are part of the momentum by then: set norm_growth=0 in that group, or leave "
-            "sum_in_momentum out"
-        )
+        given, instead = f"norm_growth={group['norm_growth']!r}", "set norm_growth=0 in that group"
+        raise ValueError(scaled_too_late(given, "sum_in_momentum", instead))
     for number, param in enumerate(group["params"]):
         if param.is_floating_point():  # of a quantized weight its layer alone knows the shape
             subspace_of(group).check_shape(tuple(param.shape), f"number {number} of its group")

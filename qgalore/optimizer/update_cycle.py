@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgalore.config import scaled_too_late
 from qgalore.offload.offload import Offload
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.finite_checks import UpdateChecks
@@ -96,7 +97,7 @@ class UpdateCycle:
     def gradients_ready(self, weights: Sequence[Weight]) -> None:
         """A backward pass has added all that it has to the gradients of weights."""
         if self.is_last_micro_batch:
-            self._finalize(weights, None, check=self.updates_at_once and not all(map(is_small, weights)))
+            self._finalize(weights, None, check=self.updates_immediately and not all(map(is_small, weights)))
             return
         if self.ranks.owners_sum:
             bucket = self.bucket_of(weights)
@@ -131,13 +132,23 @@ class UpdateCycle:
         weights = [weight for weight in found if weight.gradient.waits]
         for part in [[weight] for weight in weights] if self.ranks.sums_gradients else [weights]:
             if part:
-                self._finalize(part, None, self.updates_at_once)
+                self._finalize(part, None, self.updates_immediately)
 
     @property
-    def updates_at_once(self) -> bool:
+    def updates_immediately(self) -> bool:
         """Whether each weight is updated as soon as its gradient is final, by the backward pass that goes on."""
         complete = self.is_last_micro_batch if self.accumulates_by_layer else self.takes_whole_gradients
         return self.update_in_backward and complete
+
+    @property
+    def keeps_no_gradient(self) -> bool:
+        """Whether every gradient is used up, or added to an INT8 sum, as soon as the backward pass has it."""
+        return self.updates_immediately or self.sums_in_int8
+
+    @property
+    def sums_in_int8(self) -> bool:
+        """Whether sums of gradients have 8 bits a value."""
+        return all(group["accumulator_dtype"] == "int8" for group in self._groups)
 
     @property
     def takes_whole_gradients(self) -> bool:
@@ -210,7 +221,7 @@ class UpdateCycle:
             if param.grad is not None:
                 weight.accumulate_full(param.grad)
             if weight.gradient.waits:
-                self._finalize([weight], None, self.updates_at_once)
+                self._finalize([weight], None, self.updates_immediately)
         self._check_rest()
         if self.ranks.deals_weights:
             self.ranks.share_checks(self._update_checks())
@@ -221,7 +232,7 @@ class UpdateCycle:
             self._unchecked += _owned(weights)
             return
         self._check(weights)
-        if self.updates_at_once:
+        if self.updates_immediately:
             self.agree_on_skip()
             self.update_checked(weights)
             self.publish(weights)
@@ -308,10 +319,7 @@ class UpdateCycle:
 
     def _check_unscaled(self, method: str) -> None:
         if self.sums_in_momentum:
-            raise RuntimeError(
-                f"{method} scales the sum of an update's gradients, and with sum_in_momentum they are part of the "
-                "momentum by then: do without, or leave sum_in_momentum out"
-            )
+            raise RuntimeError(scaled_too_late(method, "sum_in_momentum", "do without"))
 
     @torch.no_grad()
     def skip_update_if(self, flag: Tensor) -> None:
@@ -352,7 +360,7 @@ class UpdateCycle:
         sent = set(self._sent)
         waiting = [weight for weight in self._weights.values() if weight.gradient.is_final or weight in sent]
         if waiting:
-            if not self.updates_at_once:  # else most weights have been updated
+            if not self.updates_immediately:  # else most weights have been updated
                 self.skip_update_if(~self.grad_norm().isfinite())
             self.write_update_rows()
             given = (self._clip_factor, self._scale, self._inverse_scale)

@@ -24,8 +24,8 @@ from torch import Tensor
 from qgalore import kernels
 from qgalore.kernels import AdamStep
 from qgalore.torch_internals import internal
-from qgalore.update import moments, momentum_sum
-from qgalore.update.factored_momentum import FactoredStep
+from qgalore.update import moments
+from qgalore.update.momentum_in_parts import PartsStep
 from qgalore.update.momentum_sum import SummedStep
 from qgalore.update.newton_schulz import METHODS, segments_of
 
@@ -33,7 +33,7 @@ ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
 
 
-Step = AdamStep | FactoredStep | SummedStep
+Step = AdamStep | PartsStep | SummedStep
 
 
 class RowsOfWeight(NamedTuple):
@@ -55,7 +55,7 @@ class Direction(NamedTuple):
     advance: Callable[[Sequence[Any], Tensor | None], list[Tensor]]
     """advance(steps, skip) -> directions of several weights, whose moments it moves in place.
 
-    steps: `AdamStep`, and with one moment also `FactoredStep` and `SummedStep` of the modules of momenta.
+    steps: `AdamStep`, and with one moment also `PartsStep` and `SummedStep` of the modules of momenta.
     """
     moments: tuple[str, ...]
     """Moments of the gradient's shape, in the order of their powers."""
@@ -71,23 +71,28 @@ class Direction(NamedTuple):
     of another library that does both. Like them it keeps all, to the bit, where the flag `skip` is true."""
 
 
-def orthogonal_directions(momenta: Sequence[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
-    """Of momenta with one shorter side: orthogonalised, of root mean square 0.2; newton_schulz names a method."""
-    return _scaled(_orthogonalize(momenta, newton_schulz))
+def orthogonal_directions(momenta: list[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
+    """Momenta, orthogonalised, of root mean square 0.2; newton_schulz names a method.
+
+    Momenta are replaced in their list, so that the memory of those that nothing else has is free.
+    """
+    orthogonalized = _orthogonalized(momenta, newton_schulz)
+    scaled: list[Tensor] = internal("torch._foreach_mul")(orthogonalized, [_scale(x) for x in orthogonalized])
+    return scaled
 
 
-def _orthogonalize(momenta: Sequence[Tensor], newton_schulz: str) -> list[Tensor]:
-    """Momenta with one shorter side, with singular values of about 1."""
+def _orthogonalized(momenta: list[Tensor], newton_schulz: str) -> list[Tensor]:
+    """The list of momenta, with each replaced by one of singular values of about 1; those alike are made at once."""
     polynomials, segmented = METHODS[newton_schulz]
-    forms: dict[tuple[int, ...] | None, list[int]] = {}
+    alike: dict[tuple[int, tuple[int, ...] | None], list[int]] = {}
     for index, momentum in enumerate(momenta):
         form = segments_of(momentum.shape, len(polynomials)) if segmented else None
-        forms.setdefault(form, []).append(index)
-    by_index: dict[int, Tensor] = {}
-    for form, indices in forms.items():
-        alike = kernels.orthogonalize([momenta[index] for index in indices], polynomials, form)
-        by_index.update(zip(indices, alike, strict=True))
-    return [by_index[index] for index in range(len(momenta))]
+        alike.setdefault((min(momentum.shape), form), []).append(index)
+    for (_, form), indices in alike.items():
+        made = kernels.orthogonalize([momenta[index] for index in indices], polynomials, form)
+        for index, each in zip(indices, made, strict=True):
+            momenta[index] = each
+    return momenta
 
 
 def _scale(orthogonalized: Tensor) -> float:
@@ -95,44 +100,19 @@ def _scale(orthogonalized: Tensor) -> float:
     return ORTHOGONAL_RMS * math.sqrt(max(orthogonalized.shape))
 
 
-def _scaled(orthogonalized: Sequence[Tensor]) -> list[Tensor]:
-    scaled: list[Tensor] = internal("torch._foreach_mul")(orthogonalized, [_scale(x) for x in orthogonalized])
-    return scaled
-
-
-def _momenta(steps: Sequence[Step], dtype: torch.dtype, skip: Tensor | None) -> list[Tensor]:
-    """`kernels.momentum_steps` in dtype; momenta in parts are made whole and taken apart one after the other.
-
-    Those that have the gradients already are as they are, without Nesterov's look ahead.
-    """
+def _momenta(steps: Sequence[Step], skip: Tensor | None) -> list[Tensor]:
+    """`kernels.momentum_steps`, in bfloat16 on a GPU that has it; momenta that are not whole one after the other."""
+    dtype = kernels.product_dtype(steps[0].grad.device)
     whole = {index: step._replace(dtype=dtype) for index, step in enumerate(steps) if isinstance(step, AdamStep)}
     moved = kernels.momentum_steps(list(whole.values()), moments.BLOCK_SIZE, skip) if whole else []
     found = dict(zip(whole, moved, strict=True))
-    for index, step in enumerate(steps):
-        if isinstance(step, FactoredStep):
-            found[index] = step.advance(dtype, skip)
-        elif isinstance(step, SummedStep):
-            found[index] = momentum_sum.read(step.state, dtype)
+    found |= {index: x.advance(dtype, skip) for index, x in enumerate(steps) if not isinstance(x, AdamStep)}
     return [found[index] for index in range(len(steps))]
-
-
-def _orthogonalized(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str) -> list[Tensor]:
-    """The momenta, orthogonalised, those with one shorter side at once; in bfloat16 on a GPU that has it."""
-    dtype = kernels.product_dtype(steps[0].grad.device)
-    values = _momenta(steps, dtype, skip)
-    indices: dict[int, list[int]] = {}
-    for index, momentum in enumerate(values):
-        indices.setdefault(min(momentum.shape), []).append(index)
-    for alike in indices.values():
-        made = _orthogonalize([values[index] for index in alike], newton_schulz)
-        for index, direction in zip(alike, made, strict=True):
-            values[index] = direction
-    return values
 
 
 def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Muon's directions."""
-    return _scaled(_orthogonalized(steps, skip, newton_schulz))
+    return orthogonal_directions(_momenta(steps, skip), newton_schulz)
 
 
 def _adam_by_row(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
@@ -157,7 +137,7 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
 
 def _normuon(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:
     """Orthogonalised momenta whose rows are alike in size; as a whole of the size of `_orthogonal`."""
-    found = _orthogonalized(steps, skip, newton_schulz)
+    found = _orthogonalized(_momenta(steps, skip), newton_schulz)
     return kernels.normalize_rows([_rows_of(step, x) for step, x in zip(steps, found, strict=True)], skip)
 
 

@@ -1,4 +1,4 @@
-"""Adam's moments for one weight, in float32 or block-wise 8-bit, as tensors in an optimizer's state.
+"""Adam's moments for one weight as whole tensors in an optimizer's state, in float32 or block-wise 8-bit.
 
 The arithmetic and its sources are in `qgalore.kernels.reference`.
 """

@@ -63,6 +63,10 @@ class SummedStep(NamedTuple):
         """What stands for the gradient where only its device is asked for."""
         return self.state[_CODES]
 
+    def advance(self, dtype: torch.dtype, skip: Tensor | None) -> Tensor:
+        """The momentum (m, n) in dtype as it is, without Nesterov's look ahead."""
+        return read(self.state, dtype)
+
 
 def init_state(state: dict[str, Tensor], shape: torch.Size, bits: int, device: torch.device) -> None:
     """Put a momentum of zero into `state`: of a large matrix (m, n) in 8 bits where bits is 8, else in float32."""

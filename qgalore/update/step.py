@@ -324,9 +324,9 @@ def _update_plain(
         for start, stop in moments.row_parts(weight.state, weight.moment_shape or torch.Size((1,)))
     ]
     gradients.clear()
-    at_once = len(parts) if len(weights) > 1 else 1
-    for first in range(0, len(parts), at_once):
-        chosen = parts[first : first + at_once]
+    grouped = len(parts) if len(weights) > 1 else 1
+    for first in range(0, len(parts), grouped):
+        chosen = parts[first : first + grouped]
         steps = [_step_of_rows(*part) for part in chosen]
         rows = [_rows_of_weight(weight, start, stop) for weight, _, _, start, stop in chosen]
         if update := weights[0].direction.update:

@@ -19,12 +19,12 @@ from qgalore.layer.linear import LowRankLinear
 from qgalore.seeding import ACCUMULATION, ROUNDING, START, Seeds, step_of
 from qgalore.subspace import fit
 from qgalore.subspace.methods import METHODS, Identity
-from qgalore.update import moments, momentum_sum
+from qgalore.update import moments
 from qgalore.update.directions import ADAM_BY_ROW, DIRECTIONS, Direction, Step, direction_of
-from qgalore.update.factored_momentum import FactoredStep, MomentumFormat, in_parts
 from qgalore.update.gradient import WeightGradient
 from qgalore.update.gradient_sum import Gradient, dense
-from qgalore.update.momentum_sum import SummedGradient, SummedStep
+from qgalore.update.moment_formats import Given, moment_format
+from qgalore.update.momentum_sum import SummedGradient
 from qgalore.update.step_table import StepTable, SumRows
 
 HOST_STATE = ("step", "schedule", "similarities")
@@ -136,6 +136,7 @@ class Weight:
             rest = (like, shape, self.state, self._seeds, self._position, self._count)
             subspace = METHODS[config.subspace](config, *rest)
         self.subspace = subspace
+        self.moments = moment_format(config, self.direction, shape, self.param_group["state_bits"])
         name: Any = self.param_group["accumulator_dtype"]
         dtype: torch.dtype = getattr(torch, name, name)
         rows = SumRows(self._table, self._seeds, self.device)
@@ -162,15 +163,6 @@ class Weight:
     def sums_in_momentum(self) -> bool:
         """Whether each micro-batch's gradient is added to the momentum (`qgalore.update.momentum_sum`)."""
         return self.config is not None and self.config.sum_in_momentum
-
-    @property
-    def momentum_format(self) -> MomentumFormat | None:
-        """How the momentum is stored in parts; None where each moment is one tensor."""
-        shape, config = self.shape, self.config
-        rank = config.momentum_dimensions(shape) if config is not None and len(shape) == 2 else 0
-        if config is None or not rank or shape.numel() < moments.MIN_8BIT_NUMEL:
-            return None
-        return MomentumFormat((shape[0], shape[1]), rank, config.momentum_rest_bits)
 
     @property
     def step(self) -> int:
@@ -213,37 +205,16 @@ class Weight:
     def _check_moments(self) -> None:
         """Raise ValueError where the state's moments are not those that the weight's group asks for, as these store
         them."""
-        if self.sums_in_momentum and not momentum_sum.fits(self.state):
-            raise ValueError(
-                f"the state of {self.name} has a momentum that gradients cannot be added to: it was saved with other "
-                "param groups, without sum_in_momentum"
-            )
-        if not self.sums_in_momentum and momentum_sum.only_fits(self.state):
-            raise ValueError(
-                f"the state of {self.name} has a momentum to which gradients were added, and its param group no "
-                "sum_in_momentum: it was saved with other param groups"
-            )
-        if parts := self.momentum_format:
-            if not parts.fits(self.state):
-                raise ValueError(
-                    f"the state of {self.name} does not have the momentum of {parts.shape} in factors of rank "
-                    f"{parts.rank} and a rest in {parts.rest_bits} bits: it was saved for another model or other param "
-                    "groups"
-                )
-        elif in_parts(self.state):
-            raise ValueError(
-                f"the state of {self.name} has a momentum in parts, and its param group no momentum_rank: it was saved "
-                "for another model or other param groups"
-            )
-        wanted = {moments.ROW_MOMENT} if self.direction.by_row else set()
-        wanted |= set() if parts else {*self.direction.moments}
+        problem = self.moments.misfit(self.state)
+        wanted = {*self.moments.names, *([moments.ROW_MOMENT] if self.direction.by_row else [])}
         found = {*(*moments.MOMENTS, moments.ROW_MOMENT)} & self.state.keys()
-        if found != wanted:
-            raise ValueError(
-                f"the state of {self.name} has the moments {', '.join(sorted(found))}, and an update needs "
-                f"{', '.join(sorted(wanted))}: it was saved with other param groups, of another direction or second "
-                "moment"
+        if not problem and found != wanted:
+            problem = (
+                f"has the moments {', '.join(sorted(found))}, and an update needs {', '.join(sorted(wanted))}: it was "
+                "saved with other param groups, of another direction or second moment"
             )
+        if problem:
+            raise ValueError(f"the state of {self.name} {problem}")
 
     def _check_feedback(self, share: float) -> None:
         """Raise ValueError where no rounding error can be fed into the momentum, and is to be."""
@@ -275,12 +246,7 @@ class Weight:
     def _init_moments(self) -> None:
         """Put moments of zero into the state."""
         shape, device = self.moment_shape, self.device
-        if parts := self.momentum_format:
-            parts.init_state(self.state, self._seeds(START), device)
-        elif self.sums_in_momentum:
-            momentum_sum.init_state(self.state, shape, self.param_group["state_bits"], device)
-        else:
-            moments.init_moments(self.state, shape, self.param_group["state_bits"], device, self.direction.moments)
+        self.moments.init_state(self.state, shape, self._seeds(START), device)
         if self.direction.by_row:
             self.state[moments.ROW_MOMENT] = torch.zeros(shape[0], device=device)
 
@@ -383,25 +349,18 @@ class Weight:
         return self.gradient.final.take_stored() if stored else self.gradient.final.take()
 
     def make_step(self, grad: Gradient | None, factor: Tensor | None) -> Step:
-        """`prepare_step` of a gradient in a float dtype, or of that which the momentum has."""
-        if grad is None:
-            second = self.state.get(moments.ROW_MOMENT)
-            return SummedStep(self.state, second, self.step_row, self.param_group["betas"], self.param_group["eps"])
-        return self.prepare_step(dense(grad), factor)
+        """`prepare_step` of a gradient in any form."""
+        return self.prepare_step(None if grad is None else dense(grad), factor)
 
-    def prepare_step(self, grad: Tensor, factor: Tensor | None, state: dict[str, Tensor] | None = None) -> Step:
+    def prepare_step(self, grad: Tensor | None, factor: Tensor | None, state: dict[str, Tensor] | None = None) -> Step:
         """The arguments of `Direction.advance` for this weight, of which nothing is changed yet.
 
-        grad in a float dtype, which is to be multiplied by `factor`; state: that of the weight, or views of some rows.
+        grad in a float dtype, which is to be multiplied by `factor`; None where the momentum has it. state: that of the
+        weight, or views of some rows.
         """
-        group, dtype, state = self.param_group, self.subspace.dtype, self.state if state is None else state
-        if parts := self.momentum_format:
-            second = state.get(moments.ROW_MOMENT)
-            return FactoredStep(grad, parts, state, second, self.step_row, group["betas"], group["eps"], factor, dtype)
-        read: list[Any] = [state.get(key) for name in moments.MOMENTS for key in (name, f"{name}_absmax")]
-        if moments.ROW_MOMENT in state:
-            read[2] = state[moments.ROW_MOMENT]
-        return kernels.AdamStep(grad, *read, self.step_row, group["betas"], group["eps"], factor, dtype)  # type: ignore[call-arg]
+        group = self.param_group
+        given = Given(self.step_row, group["betas"], group["eps"], factor, self.subspace.dtype)
+        return self.moments.step(grad, self.state if state is None else state, given)
 
     def rotate_moments(self, change: Tensor, side: str, wanted: Tensor | None) -> None:
         """Let the moments be those in another basis, by `change` (rank, rank), unless the flag wanted () is false."""

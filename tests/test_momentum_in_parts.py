@@ -14,7 +14,7 @@ from qgalore.config import SubspaceConfig, WeightFormat
 from qgalore.layer.conversion import low_rank_linear
 from qgalore.layer.quantization import quantize
 from qgalore.update.directions import orthogonal_directions
-from qgalore.update.factored_momentum import MomentumFormat
+from qgalore.update.momentum_in_parts import PartsFormat
 
 SHAPES = [(96, 160), (160, 96), (64, 64), (97, 130)]
 CPU = torch.device("cpu")
@@ -35,9 +35,9 @@ def error_of_direction(found: Tensor, exact: Tensor) -> float:
     return error(*(orthogonal_directions([x])[0] for x in (found, exact)))
 
 
-def stored(momentum: Tensor, rank: int, bits: int, writes: int = 4) -> tuple[MomentumFormat, dict[str, Tensor]]:
+def stored(momentum: Tensor, rank: int, bits: int, writes: int = 4) -> tuple[PartsFormat, dict[str, Tensor]]:
     """A state after the same momentum was written some times, which lets the subspace follow."""
-    kind, state = MomentumFormat((momentum.shape[0], momentum.shape[1]), rank, bits), dict[str, Tensor]()
+    kind, state = PartsFormat((momentum.shape[0], momentum.shape[1]), rank, bits), dict[str, Tensor]()
     kind.init_state(state, 1, CPU)
     for _ in range(writes):
         kind.write(state, momentum.clone())
@@ -108,7 +108,7 @@ def test_a_skipped_update_keeps_every_bit_and_every_address(bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "expected"), [(8, 1 + 4 / 256), (4, 1 / 2 + 4 / 128), (2, 1 / 4 + 2 / 128), (0, 0.0)])
 def test_bytes_of_a_value(bits: int, expected: float) -> None:
-    kind, state = MomentumFormat((512, 1024), 32, bits), dict[str, Tensor]()
+    kind, state = PartsFormat((512, 1024), 32, bits), dict[str, Tensor]()
     kind.init_state(state, 1, torch.device("meta"))
     factors = 32 * (512 + 1024) * (1 + 4 / 256) / (512 * 1024)
     columns = 4 / 512 if bits in (4, 2) else 0

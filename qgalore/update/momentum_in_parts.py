@@ -50,7 +50,7 @@ _POLYNOMIALS = (
 _SMALLEST = 1e-30
 
 
-class MomentumFormat(NamedTuple):
+class PartsFormat(NamedTuple):
     """How the momentum of one matrix is stored in an optimizer's state."""
 
     shape: tuple[int, int]
@@ -148,11 +148,11 @@ class MomentumFormat(NamedTuple):
             state[key].copy_(value if skip is None else torch.where(skip, state[key], value))
 
 
-class FactoredStep(NamedTuple):
+class PartsStep(NamedTuple):
     """As `qgalore.kernels.AdamStep`, of a weight whose momentum is stored in parts and that has no second moment."""
 
     grad: Tensor
-    format: MomentumFormat
+    format: PartsFormat
     state: dict[str, Tensor]
     """Of the weight."""
     exp_avg_sq: Tensor | None
@@ -175,12 +175,12 @@ class FactoredStep(NamedTuple):
 
 
 def in_parts(state: dict[str, Tensor]) -> bool:
-    """Whether a state has a momentum in some `MomentumFormat`."""
+    """Whether a state has a momentum in some `PartsFormat`."""
     return "exp_avg_left" in state
 
 
 @functools.cache
-def _shapes(format: MomentumFormat) -> dict[str, torch.Size]:
+def _shapes(format: PartsFormat) -> dict[str, torch.Size]:
     """Of the tensors of a state; cached, since float weights are checked in each update."""
     state: dict[str, Tensor] = {}
     format.init_state(state, 0, torch.device("meta"))
