@@ -27,10 +27,11 @@ def test_rows_have_floors_and_totals(tmp_path: Path) -> None:
     assert len(by_key) == len(rows) == 3 * 3 + 3 * 4
     for row in rows:
         assert 0 < float(row["floor_ms"]) < float(row["floor_full_ms"]) and float(row["ms"]) > 0
-    # In products of two (16, 16) matrices: a wide one in four plain steps, in two segments, and two square ones.
+    # In products of two (16, 16) matrices: a wide one in four plain steps, as is chosen for so small ones, or in two
+    # segments, and two square ones.
     expected = {
-        ("direction", "chosen"): 14 + 16,
-        ("normuon", "chosen"): 14 + 16,
+        ("direction", "chosen"): 20 + 16,
+        ("normuon", "chosen"): 20 + 16,
         ("orthogonalize", "plain"): 20 + 16,
         ("orthogonalize", "segments"): 14 + 16,
     }

@@ -76,9 +76,9 @@ def test_the_cheaper_form_is_chosen() -> None:
     assert [multiply_adds(square, (1,) * 5, symmetric) / unit for symmetric in (False, True)] == [15, 10]
     plain = [multiply_adds(wide, (1,) * 5, symmetric) / unit for symmetric in (False, True)]
     assert plain == [31.875, 22.65625] and multiply_adds(wide, (2, 3)) / unit == 15.0625
-    for model in ("60m", "130m", "350m", "1b", "7b"):
+    for model, forms in {"350m": {(1,) * 5}, "1b": {(1,) * 5, (2, 3)}, "7b": {(1,) * 5, (2, 3)}}.items():
         shapes = models.config(model).matrix_shapes().values()
-        assert {segments_of(shape, 5) for shape in shapes} == {(1,) * 5, (2, 3)}
+        assert {segments_of(shape, 5) for shape in shapes} == forms, "a layer of small matrices is one group"
 
 
 SHAPES = [(48, 130), (130, 48), (48, 48)]

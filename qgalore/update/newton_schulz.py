@@ -55,6 +55,8 @@ SEGMENT = 2
 """Steps after which the Gram matrix is formed anew, once."""
 _WORTH_IT = 0.9
 """Segments are taken where they need at most so many of the multiply-adds of the plain form."""
+_LEAST_ROWS = 2048
+"""And for matrices with as many rows: products of smaller ones take less time if those of a layer are made together."""
 
 
 def segments_of(shape: tuple[int, ...], steps: int) -> tuple[int, ...]:
@@ -62,6 +64,8 @@ def segments_of(shape: tuple[int, ...], steps: int) -> tuple[int, ...]:
 
     A square matrix costs the same either way, and the plain form is the more accurate.
     """
+    if min(shape) < _LEAST_ROWS:
+        return (1,) * steps
     plain, gram = (1,) * steps, (min(SEGMENT, steps), *((steps - SEGMENT,) if steps > SEGMENT else ()))
     cheaper = multiply_adds(shape, gram) <= _WORTH_IT * multiply_adds(shape, plain)
     return gram if cheaper else plain

@@ -24,7 +24,7 @@ class Ranks:
 
     def bucket(self, weights: Sequence[Weight], parts: list[list[Tensor]], buffer: Tensor | None) -> Bucket:
         """The gradients of weights, some tensors of each, ready to be summed; `buffer` as in `Bucket`."""
-        raise NotImplementedError("one rank has nothing to sum over")
+        return Bucket(parts, lambda _: None, buffer)
 
     def share_of_momenta(self, device: torch.device) -> float | None:
         """What of a momentum from before the update each rank has; see `qgalore.update.step.add_to_momenta`."""

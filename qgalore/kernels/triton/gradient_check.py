@@ -19,9 +19,11 @@ from torch import Tensor
 from qgalore.kernels.arguments import ceil_div, launches, next_power_of_2
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program
 
-__all__ = ["check_gradients_"]
+__all__ = ["SUMS", "check_gradients_", "partial_sums"]
 
-_BLOCK, _PROGRAMS = 2048, 1024
+_BLOCK = 2048
+SUMS = 1024
+"""Programs for one matrix, at most."""
 _GROUP_LIMIT = 16  # gradients of a launch: those of a decoder layer
 
 
@@ -57,14 +59,21 @@ def check_gradients_(grads: Sequence[Tensor], squared_norms: Tensor, indices: Se
 
 def _launch(grads: Sequence[Tensor], squared_norms: Tensor, indices: Sequence[int], skip: Tensor) -> None:
     """Gradients of one dtype."""
-    numel = tuple(grad.numel() for grad in grads)
-    steps = tuple(next_power_of_2(max(1, ceil_div(count, _BLOCK * _PROGRAMS))) for count in numel)
-    counts = tuple(max(1, ceil_div(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
-    ends = tuple(itertools.accumulate(counts))
-    sums = torch.empty(len(grads), _PROGRAMS, dtype=torch.float32, device=grads[0].device)
-    _partial_sums_kernel[(ends[-1],)](
-        tuple(grads), sums, numel, steps, ends, BLOCK=_BLOCK, WIDTH=_PROGRAMS, num_warps=8
-    )
+    sums, counts = partial_sums(grads)
     # For numbers that are 1 or multiples of 16 Triton would compile again, and indices differ from layer to layer.
     odd = tuple(2 * index + 3 for index in indices)
-    _finish_kernel[(len(grads),)](sums, squared_norms, odd, counts, skip.view(torch.uint8), WIDTH=_PROGRAMS)
+    _finish_kernel[(len(grads),)](sums, squared_norms, odd, counts, skip.view(torch.uint8), WIDTH=SUMS)
+
+
+def partial_sums(matrices: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """Sums of squares, rows (count, SUMS) float32, and how many of each row there are.
+
+    matrices: contiguous, at most `_GROUP_LIMIT` of one dtype.
+    """
+    numel = tuple(matrix.numel() for matrix in matrices)
+    steps = tuple(next_power_of_2(max(1, ceil_div(count, _BLOCK * SUMS))) for count in numel)
+    counts = tuple(max(1, ceil_div(count, _BLOCK * step)) for count, step in zip(numel, steps, strict=True))
+    ends = tuple(itertools.accumulate(counts))
+    sums = torch.empty(len(matrices), SUMS, dtype=torch.float32, device=matrices[0].device)
+    _partial_sums_kernel[(ends[-1],)](tuple(matrices), sums, numel, steps, ends, BLOCK=_BLOCK, WIDTH=SUMS, num_warps=8)
+    return sums, counts

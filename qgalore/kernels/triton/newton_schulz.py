@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches, next_power_of_2
-from qgalore.kernels.reference.newton_schulz import steps_by_segment, unit_factors, working_dtype
+from qgalore.kernels.reference.newton_schulz import steps_by_segment, working_dtype
+from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
 
 __all__ = ["orthogonalize"]
@@ -216,6 +217,17 @@ def _norm_kernel(sums, scale, programs, WIDTH: tl.constexpr):
     tl.store(scale + tl.program_id(0), 1.0 / tl.maximum(norm, 1e-6))
 
 
+@triton.jit
+def _unit_factor_kernel(sums, factors, numel, counts, WIDTH: tl.constexpr):
+    """The power of two that brings a matrix to values of about 1, by its sums of squares; 0 where that is too small."""
+    which, at = tl.program_id(0), tl.arange(0, WIDTH)
+    values = tl.load(sums + which * WIDTH + at, mask=at < chosen(which, counts), other=0.0)
+    size = tl.sqrt(tl.sum(values, axis=0) / chosen(which, numel))
+    exponent = tl.floor(tl.log2(tl.maximum(size, 1e-18)) + 0.5)
+    factor = ((127 - tl.minimum(exponent, 126.0).to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+    tl.store(factors + which, tl.where(size < 1e-18, 0.0, factor))
+
+
 class Tiles(NamedTuple):
     """How products are computed; all numbers but warps and stages are powers of two of at least 16."""
 
@@ -242,8 +254,6 @@ def tiles_for(rows: int) -> Tiles:
 
 _FILLED_ROWS = 32
 """Rows of a tile that is copied into X, or that is squared; as many columns as a tile of X has."""
-_SUMS = 1024
-"""Values that a program adds up at a time."""
 
 
 def orthogonalize(
@@ -284,7 +294,7 @@ class _Group:
         for step, (first, third, fifth) in enumerate(polynomials):
             self._gram(gram, 1.0)
             if step == 0:
-                _trace_kernel[(self._count,)](gram, scale, self._rows, WIDTH=_SUMS, num_warps=4)
+                _trace_kernel[(self._count,)](gram, scale, self._rows, WIDTH=SUMS, num_warps=4)
             self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 if step == 0 else 0)
             self._apply(even, first, scale if step == 0 else None, self._out)
             self._x, self._out = self._out, self._x
@@ -292,7 +302,7 @@ class _Group:
 
     def by_segments(self, polynomials: Sequence[tuple[float, float, float]], segments: Sequence[int]) -> list[Tensor]:
         """Segments of steps on the Gram matrix, scaled by its norm."""
-        self._fill(unit_factors(self._matrices))
+        self._fill(_unit_factors(self._matrices))
         squares = self._squares(4 if max(segments) > 1 else 2)
         for index, steps in enumerate(steps_by_segment(polynomials, segments)):
             self._gram(squares[0], 1.0 if index else 1.0 / self._rows)
@@ -327,13 +337,13 @@ class _Group:
 
     def _norm_scales(self, gram: Tensor) -> Tensor:
         """`reference.newton_schulz.gram_scales`, added up in an order that the number of matrices does not change."""
-        height = next_power_of_2(max(_FILLED_ROWS, ceil_div(self._rows, _SUMS)))
+        height = next_power_of_2(max(_FILLED_ROWS, ceil_div(self._rows, SUMS)))
         programs, scale = ceil_div(self._rows, height), torch.empty(self._count, device=gram.device)
-        sums = torch.empty(self._count, _SUMS, device=gram.device)
+        sums = torch.empty(self._count, SUMS, device=gram.device)
         _square_sums_kernel[(programs, self._count)](
-            gram, sums, self._rows, T=height, K=_FILLED_ROWS, WIDTH=_SUMS, num_warps=4
+            gram, sums, self._rows, T=height, K=_FILLED_ROWS, WIDTH=SUMS, num_warps=4
         )
-        _norm_kernel[(self._count,)](sums, scale, programs, WIDTH=_SUMS, num_warps=4)
+        _norm_kernel[(self._count,)](sums, scale, programs, WIDTH=SUMS, num_warps=4)
         return scale
 
     def _squares(self, count: int) -> tuple[Tensor, ...]:
@@ -391,6 +401,15 @@ class _Group:
 
     def _slots(self, x: Tensor) -> list[Tensor]:
         return [_slot(x, start, matrix) for start, matrix in zip(self._starts, self._matrices, strict=True)]
+
+
+def _unit_factors(matrices: Sequence[Tensor]) -> Tensor:
+    """`reference.newton_schulz.unit_factors`, in two launches; contiguous copies are made of other matrices."""
+    sums, counts = partial_sums([matrix.contiguous() for matrix in matrices])
+    factors = torch.empty(len(matrices), dtype=torch.float32, device=sums.device)
+    numel = tuple(matrix.numel() for matrix in matrices)
+    _unit_factor_kernel[(len(matrices),)](sums, factors, numel, counts, WIDTH=SUMS, num_warps=4)
+    return factors
 
 
 def _slot(x: Tensor, start: int, matrix: Tensor) -> Tensor:
