@@ -100,8 +100,7 @@ class UpdateCycle:
             self._finalize(weights, None, check=self.updates_immediately and not all(map(is_small, weights)))
             return
         if self.ranks.owners_sum:
-            bucket = self.bucket_of(weights)
-            assert bucket is not None
+            bucket = self.filled_bucket(weights)
             bucket.start()
             self.gradients_sent(weights, bucket)
             return
@@ -180,8 +179,10 @@ class UpdateCycle:
 
     def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
-        if not self.ranks.sums_gradients:
-            return None
+        return self.filled_bucket(weights, buffer) if self.ranks.sums_gradients else None
+
+    def filled_bucket(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket:
+        """`bucket_of`, also on one rank, where the gradients are their sums."""
         if not self.ranks.deals_weights:
             self._add_to_momenta(weights)
         with torch.no_grad():
