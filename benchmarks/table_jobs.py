@@ -24,9 +24,11 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.models.build import matrix_shapes, network_on_meta
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, Card
 from peft_pretraining.speed.run_speed import counted_tokens_per_second
+from qgalore.subspace.schedule import first_refresh_spread
 
 Row = dict[str, str]
 Key = tuple[str, ...]
@@ -36,11 +38,13 @@ KEY = ("model", "method", "flags", "updates", "sequences", "seed", "data")
 COLUMNS = (
     *KEY,
     *("rates", "micro_batch", "ranks", "perplexity", "perplexity_official", "eval_tokens", "weights_and_states_gb"),
-    *("planned_peak_gb", "peak_gb", "reserved_gb", "tokens_per_second_median", "train_hours", "refreshes"),
-    *("device", "torch", "commit", "note", "error"),
+    *("planned_peak_gb", "peak_gb", "reserved_gb", "tokens_per_second_median", "tokens_per_second_steady"),
+    *("train_hours", "refreshes", "device", "torch", "commit", "note", "error"),
 )
 SPEED_UPDATES = 40
-"""Of the runs of memory and throughput, each an update a micro-batch."""
+"""The last ones of a run, over which `tokens_per_second_steady` is. Runs of memory and throughput, each an update a
+micro-batch, have before them those that find all subspaces for the first time, seven at most in each: an SVD takes
+longer than the rest of an update of 7B."""
 TUNING_TOKENS = "tokens:52428800"
 """800 updates of 256 sequences, as in the study of `docs/quality.md`."""
 SAVE_SECONDS = 600
@@ -167,7 +171,7 @@ class Study:
         micro_batch = self.batch_size or MICRO_BATCHES.get(model, 16)
         sequences = self.ranks * micro_batch if self.is_of_speed else self.sequences
         micro_batch = max(1, min(micro_batch, sequences // self.ranks))
-        updates = updates or (SPEED_UPDATES if self.is_of_speed else self.budget.updates(model, sequences))
+        updates = updates or (speed_updates(model) if self.is_of_speed else self.budget.updates(model, sequences))
         flags = [*flags_of(method, recipe, updates, factor), *self.extra]
         known = (model, method, flags, updates, sequences, seed, Path(self.dataset).name)
         digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:10]
@@ -179,6 +183,16 @@ class Study:
         argv += ["--activation_checkpointing"] if recipe.large else []
         argv += ["--eval_tokens", "100K"] if self.is_of_speed else []
         return Job(*known, factor, micro_batch, self.ranks, [*argv, *flags], folder)
+
+
+def speed_updates(model: str) -> int:
+    """The updates of a run of memory and throughput, the same for all methods of a model."""
+    return (
+        first_refresh_spread(
+            len(matrix_shapes(network_on_meta(read_config(config_path(model))))), recipe_of(model).interval
+        )
+        + SPEED_UPDATES
+    )
 
 
 def perplexity_of(row: Mapping[str, str]) -> float:
@@ -200,8 +214,8 @@ def measure(job: Job) -> Answer:
         return {STOPPED: f"after {lines[-1]['update_step'] if lines else 0} updates"}
     reported = recipe_of(job.model).reported_at
     evaluations = [line for line in lines if line["update_step"] == reported and "eval/perplexity" in line]
-    hours = {"train_hours": round(train_seconds(lines) / 3600, 6)}
-    return measurements([*lines, *evaluations[-1:]]) | planned(job) | hours
+    times = {"train_hours": round(train_seconds(lines) / 3600, 6), "tokens_per_second_steady": steady_speed(job, lines)}
+    return measurements([*lines, *evaluations[-1:]]) | planned(job) | times
 
 
 def planned(job: Job) -> Answer:
@@ -241,14 +255,21 @@ def save_every(job: Job) -> int:
     return updates if updates < job.updates else 0
 
 
-def train_seconds(lines: Sequence[Mapping[str, float]]) -> float:
-    """The time of all updates, without evaluations, checkpoints, and what a run that was stopped had to do again."""
-    seconds, before = 0.0, 0.0
+def train_seconds(lines: Sequence[Mapping[str, float]], after: int = 0) -> float:
+    """The time of the updates after so many, without evaluations, checkpoints, and what a stopped run had to repeat."""
+    seconds, before = 0.0, float(after)
     for line in lines:
-        if "time/update_seconds" in line:
+        if "time/update_seconds" in line and line["update_step"] > after:
             seconds += (line["update_step"] - before) * line["time/update_seconds"]
             before = line["update_step"]
     return seconds
+
+
+def steady_speed(job: Job, lines: Sequence[Mapping[str, float]]) -> int:
+    """Tokens a second over the last `SPEED_UPDATES` updates of a run, with the refreshes among them."""
+    after = max(0, job.updates - SPEED_UPDATES)
+    seconds = train_seconds(lines, after)
+    return round((job.updates - after) * job.run_args().tokens_per_update / seconds) if seconds else 0
 
 
 def reason(failure: str) -> str:

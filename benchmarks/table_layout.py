@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import paper_figures
 from benchmarks.models import LENGTH
-from benchmarks.table_jobs import Job, Key, Row, Study, perplexity_of
+from benchmarks.table_jobs import SPEED_UPDATES, Job, Key, Row, Study, perplexity_of
 from benchmarks.table_methods import ABLATION, METHODS, RECIPES, SEQUENCES
 
 Chosen = Mapping[tuple[str, str], Sequence[Job]]
@@ -64,15 +64,18 @@ def throughput(study: Study, chosen: Chosen, rows: Rows) -> str:
     head = ["model", "method", "tokens/s", "x GaLore", "paper", "hours of the paper's run", "measured peak GB"]
     lines = []
     for (model, method), row in _first_rows(chosen, rows):
-        speed = float(row.get("tokens_per_second_median") or 0)
-        galore = next(iter(_found(chosen, rows, model, "galore")), {}).get("tokens_per_second_median")
+        speed = float(row.get("tokens_per_second_steady") or 0)
+        galore = next(iter(_found(chosen, rows, model, "galore")), {}).get("tokens_per_second_steady")
         paper = paper_figures.SPEED_AGAINST_GALORE.get(method)
         share = f"{speed / float(galore):.2f}" if speed and galore else ""
         tokens = RECIPES[model].updates * SEQUENCES * LENGTH if model in RECIPES else 0
         hours = f"{tokens / speed / 3600:,.1f}" if speed and tokens else ""
         own = [f"{speed:,.0f}" if speed else "", share, f"{paper[0]:.2f}" if paper else "", hours, _measured_peak(row)]
         lines.append([model, METHODS[method].label, *own, *_of_the_card(row)])
-    words = "Medians of updates of a micro-batch each; an update in which an SVD falls is slower and seldom the median."
+    words = (
+        f"Over the last {SPEED_UPDATES} updates of a run, a micro-batch each, after all subspaces were found once; the "
+        "SVDs that fall into them, a few weights at a time, are in it."
+    )
     return "\n\n".join([markdown([*head, *_CARD], lines), words, *failures(_errors(chosen, rows)), *_sources(study)])
 
 

@@ -9,10 +9,10 @@ A run has one row in `benchmarks/results/tables.csv`, by which it is known: the 
 row yet, after Ctrl-C or a lost machine from the newest checkpoint in `--folder`. A run that fails, out of memory for
 example, has a row with its error, and the others go on; `--retry` tries those again. With `--gpus 0,1` two run at once.
 
-pretrain: perplexity and bytes of all methods. memory, throughput: 40 updates of a micro-batch each. ablation: Q-GaLore
-with one thing changed. glue, mmlu: fine-tuning, with rows in `glue_mmlu.csv`. What a method is: `table_methods.py`,
-`table_finetuning.py`; the papers' figures: `paper_figures.py`. `--tuned` multiplies a method's learning rates by the
-best of 1, 0.5 and 2.
+pretrain: perplexity and bytes of all methods. memory, throughput: 48 to 72 updates of a micro-batch each. ablation:
+Q-GaLore with one thing changed. glue, mmlu: fine-tuning, with rows in `glue_mmlu.csv`. What a method is:
+`table_methods.py`, `table_finetuning.py`; the papers' figures: `paper_figures.py`. `--tuned` multiplies a method's
+learning rates by the best of 1, 0.5 and 2.
 """
 
 from __future__ import annotations

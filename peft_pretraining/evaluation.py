@@ -71,7 +71,7 @@ def _batch_losses(
     model.eval()
     indices: list[int] = []
     counts: list[int] = []
-    losses: list[Tensor] = []
+    losses: list[Tensor | float] = []
     try:
         # Not inference mode: its tensors cannot be used with autograd later, and a compiled model would be recompiled.
         with torch.no_grad():
@@ -83,13 +83,17 @@ def _batch_losses(
                 output = model(
                     batch.input_ids.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
                 )
-                losses.append(output.loss_sum.float())
+                loss = output.loss_sum.float()
+                # On a CPU there is nothing to wait for, and a tensor that stays would take a place in the hole that an
+                # activation leaves, which then holds no other one: 12 MB more with each batch.
+                losses.append(loss.item() if loss.device.type == "cpu" else loss)
             while any_rank is not None and any_rank(False):
                 model(torch.zeros(1, 2, dtype=torch.int64, device=device))
     finally:
         model.train(was_training)
     # One transfer for all batches: reading each loss would make the device wait for the CPU at every batch.
-    values = torch.stack(losses).tolist() if losses else []
+    values = [float(loss) for loss in losses if not isinstance(loss, Tensor)]
+    values += torch.stack(waiting).tolist() if (waiting := [x for x in losses if isinstance(x, Tensor)]) else []
     return list(zip(indices, values, counts, strict=True))
 
 

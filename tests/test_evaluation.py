@@ -1,7 +1,10 @@
 """Perplexity: worked out by hand on batches of unequal length, and the same on any number of ranks."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +14,7 @@ from torch import nn
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluation import BatchLoss, EvalResult, evaluate, summarize
 from peft_pretraining.models.head import CausalLMOutput, head_output
+from tests.small_run import ROOT
 
 
 class MicroBatch(NamedTuple):
@@ -119,3 +123,33 @@ def test_extreme_losses() -> None:
     assert math.isnan(summarize([(0, math.nan, 1)]).loss)
     with pytest.raises(ValueError, match="same batch"):
         summarize([(0, 1.0, 1), (0, 2.0, 1)])
+
+
+GROWTH = """
+import torch
+from peft_pretraining.build import build_model
+from peft_pretraining.config.flag_groups import ModelArgs
+from peft_pretraining.data.batch import MicroBatch
+from peft_pretraining.evaluation import evaluate
+from peft_pretraining.runtime.process import make_reproducible
+
+make_reproducible()
+model = build_model(ModelArgs("9m"))
+ids = torch.randint(32000, (2, 256))
+found = []
+
+def batches():
+    for number in range(45):
+        found.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
+        yield number, MicroBatch(ids.clone(), ids.clone(), 510, 512)
+
+evaluate(model, batches(), "cpu")
+print(found[-1] - found[5])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it reads /proc, as Linux has it")
+def test_memory_does_not_grow_with_the_batches() -> None:
+    """A loss that stayed between the activations of two batches cost 12 MB each on a CPU: 13 GB in all."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60e6

@@ -279,6 +279,16 @@ def test_activations_are_what_autograd_saves(kind: str, kv_heads: int, tmp_path:
     assert saved_bytes(3) - saved_bytes(2) == formula + (2 * values if kind == "eager" else 0)
 
 
+@pytest.mark.parametrize("flags", ["--method low_rank", "--method lora", "--method lora --lora_dropout 0.1"])
+def test_activations_of_factors_and_adapters_are_what_autograd_saves(flags: str, tmp_path: Path) -> None:
+    """In compiled layers; of a dropout also its results, and masks that the compiler does not make twice."""
+    flags = (
+        f"--optimizer adamw --rank 8 {flags} --dtype bfloat16 --device cpu --batch_size 3 --max_length 16 --compile on"
+    )
+    saved = [bytes_autograd_saves(flags, RAGGED | {"num_hidden_layers": layers}, tmp_path) for layers in (2, 3)]
+    assert saved[1] - saved[0] == PassingBytes(run_of(flags, RAGGED)).layer()
+
+
 INT8_BESIDE = " --int8_activations"
 
 

@@ -23,12 +23,13 @@ from peft_pretraining.config.flag_groups import MethodArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.methods.adapters import A, Adapter, B, adapters_of, add_adapter
-from peft_pretraining.methods.dropout import SeededDropout
+from peft_pretraining.methods.dropout import SeededDropout, begin_pass, dropouts_of, dropped
 from peft_pretraining.methods.factored import FactoredLinear, factored
 from peft_pretraining.methods.merge import merged, merged_entries
 from peft_pretraining.methods.restarts import largest, merge_, prune_
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.optim.lr_schedule import Restarts
+from qgalore.seeding import mix_seed
 from qgalore.update.moments import init_moments, read_moment, write_moment
 from tests.golden.record import restored_process
 from tests.small_run import CONFIG, ROOT, Result, SmallRun, assert_same_bits, assert_same_run
@@ -177,17 +178,21 @@ def test_transformers_own_class(small: SmallRun, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["low_rank", "lora"])
-def test_all_layers_are_one_compiled_graph(tmp_path: Path, name: str) -> None:
-    """peft's layers, too, pass a compiler that may break no graph."""
+@pytest.mark.parametrize("name, dropout", [("low_rank", 0), ("lora", 0), ("lora", 0.1)])
+def test_all_layers_are_one_compiled_graph(tmp_path: Path, name: str, dropout: float) -> None:
+    """peft's layers, too, pass a compiler that may break no graph, and so does dropout with the bits that it has."""
     from torch._dynamo.utils import counters
 
     small = SmallRun(tmp_path, layers=12)
     model, optimizer = build_training(
-        parse_args(small.argv("compiled", FLAGS | METHODS[name])), torch.device("cpu")
-    )  # fmt: skip
+        parse_args(small.argv("compiled", FLAGS | METHODS[name] | ({"lora_dropout": dropout} if dropout else {}))),
+        torch.device("cpu"),
+    )
     optimizer.is_last_micro_batch = False
     ids = torch.arange(64).view(2, 32)
+    begin_pass(dropouts_of(model), 1)
+    for adapter in adapters_of(model):
+        adapter.factors[1].data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     expected = model(ids, ids).loss_sum
     torch._dynamo.reset()
     counters.clear()
@@ -224,8 +229,70 @@ def test_dropout_keeps_the_mean_and_the_share() -> None:
     y = layer(x)
     assert torch.equal(layer(x), y) and set(y.unique().tolist()) == {0.0, float(1 / torch.tensor(0.75))}
     assert float(y.mean()) == pytest.approx(1, abs=0.01)
-    layer.pass_seed = 1
-    assert not torch.equal(layer(x), y) and torch.equal(layer.eval()(x), x)
+    begin_pass([layer], 1)
+    other = layer(x)
+    assert not torch.equal(other, y) and torch.equal(layer.eval()(x), x)
+    # Those of another micro-batch and of another layer are as independent as those of a generator.
+    for again in (other, SeededDropout(0.25, seed=4)(x)):
+        assert float(((again > 0) & (y > 0)).float().mean()) == pytest.approx(0.75**2, abs=0.01)
+    dropped = (y == 0).float()
+    neighbours = (dropped[:, 1:] * dropped[:, :-1]).mean(), (dropped[1:] * dropped[:-1]).mean()
+    assert [float(share) for share in neighbours] == pytest.approx([0.25**2] * 2, abs=0.005)
+
+
+def test_dropout_has_the_same_bits_where_it_is_compiled_and_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the layer and the micro-batch; and so has its gradient, for which no mask is kept."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
+    layers = [SeededDropout(0.3, seed=mix_seed(seed)) for seed in (1, 2)]
+    compiled = torch.compile(SeededDropout.forward, fullgraph=True, dynamic=False)
+    saved: list[Tensor] = []
+    for number in range(3):
+        begin_pass(layers, number, 2**64 - 1)
+        for layer in layers:
+            x = torch.randn(5, 64, requires_grad=True)
+            expected = layer(x)
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda kept: (saved.append(kept), kept)[1], lambda kept: kept
+            ):
+                found = compiled(layer, x)
+            assert torch.equal(found, expected) and 0 < int((found == 0).sum()) < 160
+            given = torch.randn(5, 64)
+            grads = [torch.autograd.grad(y, x, given)[0] for y in (found, expected)]
+            assert torch.equal(*grads)
+    assert saved and all(tensor.numel() == 1 for tensor in saved)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dropout_has_the_same_bits_on_a_gpu() -> None:
+    """In the one kernel of a layer that is not compiled, and in operations one by one; nobody waits for the device."""
+    x = torch.randn(37, 512)
+    on_cpu, on_gpu = SeededDropout(0.05, seed=5), SeededDropout(0.05, seed=5, device="cuda")
+    begin_pass([on_cpu], 7)
+    moved = x.cuda()
+    on_gpu(moved)  # compiles it
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begin_pass([on_gpu], 7)
+        found = on_gpu(moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), on_cpu(x)) and 0 < int((found == 0).sum()) < 1500
+    assert torch.equal(dropped(moved, on_gpu.seed, on_gpu.pass_seed, 0.05), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_a_gpu_repeats_a_run_with_dropout(small: SmallRun, name: str) -> None:
+    """In compiled layers and in those of bitsandbytes, with the losses of layers that are computed again."""
+    flags = FLAGS | METHODS[name] | {"lora_dropout": 0.3, "device": "cuda", "num_training_steps": 4}
+    whole = small.run(f"{name}-gpu", **flags)
+    stopped = small.stop(f"{name}-gpu-parts", 2, **flags)
+    assert_same_run(whole, small.run(f"{name}-gpu-parts", **flags | {"continue_from": stopped.checkpoints[-1]}))
+    again = small.run(f"{name}-gpu-again", **flags | {"activation_checkpointing": True})
+    assert again.losses == pytest.approx(whole.losses, rel=2e-3)
 
 
 def test_another_method_is_another_run(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -529,7 +596,6 @@ REFUSED = {
     RELORA.replace("every 4", "every 8"): "--relora_every 8 is not less than the run's 8 updates",
     RELORA.replace("warmup 1", "warmup 4"): "--relora_warmup 4 is not less than --relora_every 4",
     "--method qlora --rank 8 --compile on": "--compile on cannot work with --method qlora",
-    "--method lora --rank 8 --lora_dropout 0.1 --compile on": "--compile on cannot work with --lora_dropout 0.1",
     "--method adalora": "--method is 'adalora', it must be one of full, low_rank, lora, relora, qlora",
 }
 

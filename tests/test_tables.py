@@ -226,14 +226,15 @@ def test_every_figure_of_the_papers_has_a_source_and_a_place() -> None:
 def test_the_tables_of_memory_and_throughput() -> None:
     study = study_of("--table", "throughput", "--models", "60m,7b", "--methods", "full,galore,q_galore")
     jobs = study.jobs({})
-    assert all(job.updates == table_jobs.SPEED_UPDATES and job.sequences == job.micro_batch for job in jobs)
+    # Eight updates find the subspaces of 56 matrices, and 32 those of 224.
+    assert all(job.updates == {"60m": 48, "7b": 72}[job.model] and job.sequences == job.micro_batch for job in jobs)
     assert (
         tables.missing(study_of("--table", "memory", "--models", "60m"), {job.key: {} for job in jobs})[0].method
         == "low_rank"
     )
     speeds = {"full": 1_200_000, "galore": 1_000_000, "q_galore": 900_000}
     rows = {
-        job.key: row_of(job, tokens_per_second_median=speeds[job.method])
+        job.key: row_of(job, tokens_per_second_steady=speeds[job.method])
         if (job.model, job.method) != ("7b", "full")
         else row_of(job, **dict.fromkeys(table_jobs.COLUMNS[8:-1], ""), error="CUDA out of memory | 80 GB")
         for job in jobs
@@ -245,6 +246,18 @@ def test_the_tables_of_memory_and_throughput() -> None:
     text = table_layout.memory(study, study.chosen(rows), rows)
     assert "| 60m | GaLore | 0.18 | 0.24 | 7.2 | 7.3 |  | 256 |" in text
     assert "| 7b | Q-GaLore (the paper's) | 0.18 | 15 | 7.2 | 7.3 | 15.26 | 16 |" in text
+
+
+def test_steady_speed_is_that_of_the_last_updates() -> None:
+    """The first updates of a run at 7B have seven SVDs each, and would be most of 40: so would be their median."""
+    (job,) = study_of("--table", "throughput", "--models", "7b", "--methods", "q_galore").jobs({})
+    lines = [{"update_step": step, "time/update_seconds": 9.0 if step <= 32 else 0.5} for step in range(1, 73)]
+    lines[71]["time/update_seconds"] = 2.5  # with the SVD of a matrix
+    tokens = job.micro_batch * 256
+    assert table_jobs.steady_speed(job, lines) == round(40 * tokens / (39 * 0.5 + 2.5))
+    every_eighth = [line | {"time/update_seconds": 0.25} for line in lines if line["update_step"] % 8 == 0]
+    assert table_jobs.steady_speed(job, every_eighth) == round(tokens / 0.25), "lines of some updates stand for all"
+    assert table_jobs.train_seconds(lines) == 32 * 9 + 39 * 0.5 + 2.5
 
 
 def test_the_table_of_ablations() -> None:

@@ -77,17 +77,9 @@ def method_problems(args: RunArgs) -> list[str]:
 
 
 def _compile_problems(args: RunArgs) -> list[str]:
-    if args.model.compile != "on":
+    if args.model.compile != "on" or args.method.method != "qlora":
         return []
-    why = {
-        f"--method {args.method.method}, whose quantized layers the compiler cannot see into": (
-            args.method.method == "qlora"
-        ),
-        f"--lora_dropout {args.method.lora_dropout:g}, which draws from a generator of its own": (
-            args.method.lora_dropout > 0
-        ),
-    }
-    return [f"--compile on cannot work with {text}: leave it out" for text, is_so in why.items() if is_so]
+    return ["--compile on cannot work with --method qlora, whose frozen layers it cannot see into: leave it out"]
 
 
 def _relora_problems(args: RunArgs) -> list[str]:

@@ -101,7 +101,7 @@ def _resolve(args: RunArgs) -> RunArgs:
     """Compute the values that depend on other flags."""
     batch, subspace, schedule, evaluation = args.batch, args.subspace, args.schedule, args.evaluation
     model = args.model
-    if model.compile == "auto" and (args.method.method == "qlora" or args.method.lora_dropout):
+    if model.compile == "auto" and args.method.method == "qlora":
         model = dataclasses.replace(model, compile="off")
     a_pass = batch.batch_size * args.world_size
     accumulation = batch.gradient_accumulation or max(1, batch.total_batch_size // a_pass)

@@ -110,10 +110,11 @@ class PassingBytes:
 
         Each norm: its input and one float32 a token. Attention: rotated queries and keys, values, output and the
         float32 log-sum-exp of each head. MLP: gate and up, perhaps in INT8. Uncompiled also the norms' outputs,
-        silu(gate) and the product. Of factors and adapters what lies between the two.
+        silu(gate) and the product. Of factors and adapters what lies between the two, and inputs behind a dropout.
         """
         # The product of each matrix's input and a factor.
         factors = self.run.rank_of_factors * self.itemsize * len(self.run.matrices)
+        factors += self.run.dropped_values * self.itemsize + self.run.dropout_masks
         parts = sum(self.parts(recomputed).values())
         return self.hidden + self.run.tokens * (4 * 2 + factors) + parts + self.between() * (not self.run.compiled)
 

@@ -57,6 +57,8 @@ class PlannedRun:
         rank = args.subspace.rank
         self.rank_of_factors = rank if args.method.method != "full" and isinstance(rank, int) else 0
         """Of the factors or adapters of each matrix; 0 without."""
+        self.dropped_values, self.dropout_masks = self._dropout() if args.method.lora_dropout else (0, 0)
+        """What dropout before adapters keeps of a token in a layer: values of their inputs, and bytes of masks."""
         self.by_bitsandbytes = optimizer.by_bitsandbytes or self._chooses_bitsandbytes()
         """Whether bitsandbytes makes the updates."""
         self.matrices = self.matrices_of(args.subspace)
@@ -66,6 +68,12 @@ class PlannedRun:
         """Whether --adam8bit_backend auto would be that on a GPU of this machine's environment."""
         auto = (self.args.optimizer.optimizer, self.args.optimizer.adam8bit_backend) == ("adam8bit", "auto")
         return auto and self.cuda and not needs_own_adam8bit(self.args) and find_spec("bitsandbytes") is not None
+
+    def _dropout(self) -> tuple[int, int]:
+        inputs = {name: shape[1] for name, shape in self.config.matrix_shapes().items()}
+        # A compiled layer computes masks again in its backward pass, but those of what it computes from a norm.
+        of_norms = [size for name, size in inputs.items() if not name.endswith(("o_proj", "down_proj"))]
+        return sum(inputs.values()), sum(of_norms) if self.compiled else 0
 
     def matrices_of(self, subspace: SubspaceArgs) -> tuple[Matrix, ...]:
         """Those of one layer with these options."""

@@ -75,7 +75,7 @@ def add_adapter(linear: nn.Linear, name: str, method: MethodArgs, rank: int, see
         part[_NAME].weight = nn.Parameter(value.to(linear.weight.device, dtype))
     if method.lora_dropout:
         own_seed = generator_of(seed, f"{name}.dropout").initial_seed()
-        adapter.layer.lora_dropout[_NAME] = SeededDropout(method.lora_dropout, own_seed)
+        adapter.layer.lora_dropout[_NAME] = SeededDropout(method.lora_dropout, own_seed, linear.weight.device)
     if linear.bias is not None:
         linear.bias.requires_grad_(True)
     layer: nn.Module = holder.matrix
