@@ -112,7 +112,7 @@ class RecordedStack(CapturedStack):
     in_pool = False
     """Whether what is allocated lies where a replay may write over it."""
 
-    def _capture(self, work: Callable[[], None], pool: Any) -> Any:
+    def _capture(self, work: Callable[[], None]) -> Any:
         return record(work)
 
     def _replay(self, work: Work, index: int) -> None:

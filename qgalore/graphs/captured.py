@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgalore.graphs.beside import Beside
 from qgalore.graphs.eager import ANY_MEMORY, EagerStack, RunLayer, Work
 from qgalore.optimizer import LowRankAdamW
-from qgalore.subspace.methods import Identity
 from qgalore.torch_internals import allocating_in_pool
 from qgalore.update import moments
 from qgalore.update.all_reduce import Bucket
-
-BESIDE_BYTES = 32 << 20
-"""The gradients of a layer that is updated beside the next one, at most: those of 350M have 24 MiB."""
 
 
 class CapturedStack(EagerStack):
@@ -39,8 +34,6 @@ class CapturedStack(EagerStack):
         # Graphs have memory of their own: what the ordinary steps took is given back first.
         torch.cuda.empty_cache()
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._beside = Beside(x.device) if self._updates_fit_beside(x) else None
-        self._apart = self._sends or self._beside is not None
         moments.make_tables(x.device)  # which must not lie in `graph_pool`
         self._buffers = self._bucket_buffers(x)
         self._sent: dict[int, Bucket] = {}
@@ -100,29 +93,8 @@ class CapturedStack(EagerStack):
 
     def _replay_forward(self, index: int, work: Callable[[], None]) -> None:
         if index not in self._forward_graphs:
-            self._forward_graphs[index] = self._capture(work, self._pool)
+            self._forward_graphs[index] = self._capture(work)
         self._forward_graphs[index].replay()
-
-    def _updates_fit_beside(self, x: Tensor) -> bool:
-        """Whether a layer is updated beside the backward pass of the next one, from a copy of its gradients.
-
-        Where gradients are whole and used at once, on one rank, with everything on the device; and small, so that two
-        copies are worth it.
-        """
-        alone = self._immediately and not self._sends and self._offload is None
-        small = self._values_of_bucket() * x.element_size() <= BESIDE_BYTES
-        return alone and small and all(type(weight.subspace) is Identity for weight in itertools.chain(*self._weights))
-
-    def _run_backward(self) -> None:
-        if self._beside is None:
-            super()._run_backward()
-            return
-        for index in reversed(range(len(self._layers))):
-            self._beside.wait_for(index + 2)  # which has the same buffer
-            self._perform(self._gradients, index)
-            self._beside.launch(index, functools.partial(self._perform, self._updates, index))
-            del self._buckets[index]
-        self._beside.join()
 
     def _perform(self, work: Work, index: int) -> None:
         if any(weight.subspace.due for weight in self._weights[index]):
@@ -132,13 +104,12 @@ class CapturedStack(EagerStack):
 
     def _replay(self, work: Work, index: int) -> None:
         """A part of a layer's backward pass by its graph."""
-        key, only_fills = (work.__name__, index), self._apart and work == self._gradients
+        key, only_sends = (work.__name__, index), self._sends and work == self._gradients
         if key not in self._graphs:
-            pool = self._beside.pool if self._beside is not None and work == self._updates else self._pool
-            self._graphs[key] = self._capture(functools.partial(work, index, ANY_MEMORY), pool)
-            if only_fills:
+            self._graphs[key] = self._capture(functools.partial(work, index, ANY_MEMORY))
+            if only_sends:
                 self._sent[index] = self._buckets[index]
-        elif only_fills:
+        elif only_sends:
             self._buckets[index] = self._sent[index]
         elif work != self._checks:
             for weight in self._weights[index]:
@@ -154,19 +125,17 @@ class CapturedStack(EagerStack):
             self._grad_buffer.copy_(grad)
 
     def _bucket_buffers(self, x: Tensor) -> list[Tensor]:
-        """Two buffers for the buckets of the layers in turn, in the dtype of one micro-batch; none without buckets."""
-        return [x.new_empty(self._values_of_bucket()) for _ in range(2)] if self._apart else []
-
-    def _values_of_bucket(self) -> int:
-        return max(sum(weight.values_to_sum for weight in weights) for weights in self._weights)
+        """Two buffers for the buckets of the layers in turn, in the dtype of one micro-batch; none on one rank."""
+        sizes = [sum(weight.values_to_sum for weight in weights) for weights in self._weights]
+        return [x.new_empty(max(sizes)) for _ in range(2)] if self._sends else []
 
     def _buffer_of(self, index: int) -> Tensor | None:
         return self._buffers[index % 2] if self._buffers else None
 
-    def _capture(self, work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-        """A graph of what `work` launches, in the memory of a pool; nothing of it has run yet."""
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what `work` launches; nothing of it has run yet."""
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
         finally:

@@ -45,8 +45,6 @@ class EagerStack:
         """The gradients of layers on their way over the ranks."""
         self._immediately = self._cycle.updates_immediately
         self._sends = self._cycle.ranks.owners_sum or (self._immediately and self._cycle.ranks.sums_gradients)
-        self._apart = self._sends
-        """Whether the gradients of a layer leave its backward pass in a bucket, and are updated with by work apart."""
         self._gathering, self._offload = optimizer.gathering, optimizer.offload
         self._grad = torch.empty(0)
         self.forward_passes = 0
@@ -124,11 +122,13 @@ class EagerStack:
         """The backward pass of a layer, and the updates of its weights if nothing else has to come before."""
         with memory, cached_bases(self._weights[index], self._dtype):
             self._backward_of_layer(index)
-            if self._immediately and not self._apart:
+            if self._immediately and not self._sends:
                 self._cycle.finalize(self._weights[index])
-        if self._apart:
+        if self._sends:
             # Not there: it is still needed when graphs write over their memory.
-            self._buckets[index] = self._cycle.filled_bucket(self._weights[index], self._buffer_of(index))
+            bucket = self._cycle.bucket_of(self._weights[index], self._buffer_of(index))
+            assert bucket is not None
+            self._buckets[index] = bucket
 
     def _checks(self, index: int, memory: Memory) -> None:
         """On a rank of a mesh: finalize the gradients of a layer, for other ranks to learn whether they are finite."""

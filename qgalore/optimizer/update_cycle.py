@@ -100,7 +100,8 @@ class UpdateCycle:
             self._finalize(weights, None, check=self.updates_immediately and not all(map(is_small, weights)))
             return
         if self.ranks.owners_sum:
-            bucket = self.filled_bucket(weights)
+            bucket = self.bucket_of(weights)
+            assert bucket is not None
             bucket.start()
             self.gradients_sent(weights, bucket)
             return
@@ -179,10 +180,8 @@ class UpdateCycle:
 
     def bucket_of(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket | None:
         """The gradients of weights, ready to be summed over the ranks; None on one rank. `buffer` as in `Bucket`."""
-        return self.filled_bucket(weights, buffer) if self.ranks.sums_gradients else None
-
-    def filled_bucket(self, weights: Sequence[Weight], buffer: Tensor | None = None) -> Bucket:
-        """`bucket_of`, also on one rank, where the gradients are their sums."""
+        if not self.ranks.sums_gradients:
+            return None
         if not self.ranks.deals_weights:
             self._add_to_momenta(weights)
         with torch.no_grad():
