@@ -272,6 +272,40 @@ def test_every_parameter_changes_after_one_update(name: str, storage: str, subsp
             assert value.isfinite().all()
 
 
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "streaming": {"subspace": "streaming"},
+    "two sides": {"proj_type": "full"},
+    "full rank": {"rank": "full", "direction": "normuon", "update_proj_gap": None},
+    "in parts": {"rank": "full", "direction": "orthogonal", "momentum_rank": 2, "update_proj_gap": None},
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+@pytest.mark.parametrize(("name", "storage"), PAIRS)
+def test_torchs_default_device_changes_nothing(name: str, storage: str, case: str) -> None:
+    """Scripts set it to a GPU; what is on no device here would be on that one. "meta" has no values to be wrong."""
+    flags = {key: value for key, value in ({"update_proj_gap": 2} | ELSEWHERE[case]).items() if value is not None}
+    low_rank = flags if "rank" in flags else {"rank": 4} | flags
+
+    def trained(device: str) -> tuple[Net, LowRankAdamW]:
+        net = Net()
+        if FORMATS[storage] is not None:
+            convert_linears(net, linear_names(net), FORMATS[storage])
+        optimizer = CLASSES[name](low_rank_param_groups(net, linear_names(net), **low_rank), lr=0.02)
+        batches = [batch(update) for update in range(4)]
+        with torch.device(device):
+            optimizer.attach(net, update_in_backward=True)
+            for tokens in batches:
+                net(tokens).backward()
+                optimizer.step()
+                assert optimizer.grad_norm().isfinite() and not optimizer.skipped()
+                optimizer.load_state_dict(optimizer.state_dict())
+        return net, optimizer
+
+    assert_same(trained("meta")[0], trained("cpu")[0])
+
+
 @pytest.mark.parametrize("after_attach", [False, True])
 @pytest.mark.parametrize("storage", ["plain", "float", "simulated"])
 def test_a_frozen_weight_stays_and_trains_when_it_is_free(storage: str, after_attach: bool) -> None:

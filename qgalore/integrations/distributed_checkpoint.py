@@ -70,6 +70,6 @@ def _listed(state: dict[str, Tensor]) -> dict[str, Any]:
 def _unlisted(state: dict[str, Any]) -> dict[str, Tensor]:
     dtypes = {name: torch.float64 if name == "similarities" else torch.int64 for name in HOST_STATE}
     return {
-        name: torch.tensor(value[0], dtype=dtypes[name]) if name in HOST_STATE else value
+        name: torch.tensor(value[0], dtype=dtypes[name], device="cpu") if name in HOST_STATE else value
         for name, value in state.items()
     }

@@ -119,7 +119,7 @@ class _HostFlag:
     def __init__(self, flag: Tensor) -> None:
         self._flag, self._event = flag, None
         if flag.is_cuda:
-            host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+            host = torch.empty(flag.shape, dtype=flag.dtype, device="cpu", pin_memory=True)
             self._flag, self._event = host.copy_(flag, non_blocking=True), torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(flag.device))
 

@@ -299,7 +299,7 @@ class UpdateCycle:
     def grad_norm(self) -> Tensor:
         """See `qgalore.optimizer.LowRankAdamW`."""
         self._check_rest()
-        return torch.zeros(()) if self._checks is None else self._checks.norm()
+        return torch.zeros((), device="cpu") if self._checks is None else self._checks.norm()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -328,11 +328,11 @@ class UpdateCycle:
 
     def skipped(self) -> Tensor:
         """See `qgalore.optimizer.LowRankAdamW`."""
-        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.skip.clone()
+        return torch.zeros((), dtype=torch.bool, device="cpu") if self._checks is None else self._checks.skip.clone()
 
     def late_overflow(self) -> Tensor:
         """See `qgalore.optimizer.LowRankAdamW`."""
-        return torch.zeros((), dtype=torch.bool) if self._checks is None else self._checks.late_overflow()
+        return torch.zeros((), dtype=torch.bool, device="cpu") if self._checks is None else self._checks.late_overflow()
 
     # ---- new weights
 

@@ -143,7 +143,7 @@ class Shards(Ranks):
         streaming = [each for each in subspaces if isinstance(each, Streaming)]
         rows = [each.schedule_row() for each in streaming]
         rows = [row if weight.owned else [0.0] * len(row) for weight, row in zip(self._refreshed, rows, strict=True)]
-        shared = torch.tensor([number for row in rows for number in row], dtype=torch.float64)
+        shared = torch.tensor([number for row in rows for number in row], dtype=torch.float64, device="cpu")
         self._mesh.sum(shared)
         parts = shared.split([len(row) for row in rows])
         for (weight, skipped), each, part in zip(self._refreshed.items(), streaming, parts, strict=True):

@@ -35,7 +35,9 @@ def random_matrix(rows: int, columns: int, seed: int, device: torch.device) -> T
     Bytes are drawn, on the CPU and eight at a time: a test matrix needs no more, and 7B has 3 billion such numbers.
     """
     generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-    words = torch.empty(-(-rows * columns // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    words = torch.empty(-(-rows * columns // 8), dtype=torch.int64, device="cpu").random_(
+        -(2**63), None, generator=generator
+    )
     values = words.view(torch.uint8)[: rows * columns].to(device).float()
     return values.sub_(127.5).mul_(math.sqrt(12 / (256**2 - 1))).view(rows, columns)
 

@@ -296,8 +296,8 @@ class Streaming(Identity):
         """
         found, *counters, length = row[:6]
         before = {key: self._state[key] for key in self.schedule.KEYS}
-        self._state["schedule"] = torch.tensor(counters).to(torch.int64)
-        self._state["similarities"] = torch.tensor(row[6 : 6 + int(length)], dtype=torch.float64)
+        self._state["schedule"] = torch.tensor(counters, device="cpu").to(torch.int64)
+        self._state["similarities"] = torch.tensor(row[6 : 6 + int(length)], dtype=torch.float64, device="cpu")
         self.schedule.load(self._state)
         if skipped is not None and self.schedule.refreshes > int(before["schedule"][2]):
             self._unsettled = skipped, before
@@ -387,7 +387,8 @@ class FlagForHost:
     """A flag as it is now on its device, on its way to the host; only who asks for it waits, and for it alone."""
 
     def __init__(self, flag: Tensor) -> None:
-        self._flag = torch.empty((), dtype=torch.bool, pin_memory=flag.is_cuda).copy_(flag, non_blocking=True)
+        self._flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=flag.is_cuda)
+        self._flag.copy_(flag, non_blocking=True)
         self._arrived = torch.cuda.Event() if flag.is_cuda else None
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(flag.device))

@@ -71,8 +71,8 @@ class RefreshSchedule:
     def save(self, state: dict[str, Tensor]) -> None:
         """Put the schedule into a weight's optimizer state, as tensors on the CPU."""
         counters = [self.interval, self.next_refresh, self.refreshes, self.saved]
-        state["schedule"] = torch.tensor(counters, dtype=torch.int64)
-        state["similarities"] = torch.tensor(self.window, dtype=torch.float64)
+        state["schedule"] = torch.tensor(counters, dtype=torch.int64, device="cpu")
+        state["similarities"] = torch.tensor(self.window, dtype=torch.float64, device="cpu")
 
     @property
     def lazy(self) -> bool:

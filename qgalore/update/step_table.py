@@ -17,7 +17,7 @@ class StepTable:
 
     def __init__(self, count: int) -> None:
         """count: the number of weights. The rows move to the device of the first write."""
-        self.updates = torch.zeros(count, 8, dtype=torch.int32)
+        self.updates = torch.zeros(count, 8, dtype=torch.int32, device="cpu")
         self.update_rows = self.updates.unbind()
         """A view of each row."""
         self.sums = torch.zeros_like(self.updates)
@@ -69,6 +69,6 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def _write(rows: Tensor, values: object) -> None:
-    source = torch.tensor(values, dtype=torch.int32)
+    source = torch.tensor(values, dtype=torch.int32, device="cpu")
     # A new pinned buffer each time: the copy may still be under way when the next one is written.
     rows.copy_(source.pin_memory() if rows.is_cuda else source, non_blocking=True)

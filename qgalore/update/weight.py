@@ -236,7 +236,7 @@ class Weight:
             return
         self.check()
         self._states[self.param] = self.state
-        self.state["step"] = torch.zeros((), dtype=torch.int64)
+        self.state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
         if self.owned:
             self._init_moments()
         self.subspace.init_state()

@@ -572,6 +572,14 @@ def test_buffers_of_newton_schulz_are_freed_at_once(
         gc.enable()
 
 
+def test_tables_of_codes_ignore_the_default_device(kernel_device: torch.device) -> None:
+    adam = pytest.importorskip("qgalore.kernels.triton.adam", reason="Triton is not installed")
+    adam._tables.cache_clear()
+    with torch.device("meta"):
+        tables = adam._tables(True, kernel_device)
+    assert all(table.device.type == kernel_device.type for table in tables)
+
+
 @each("segments", [(), (1, 2)])
 def test_newton_schulz_of_zeros(segments: tuple[int, ...], kernel_device: torch.device) -> None:
     """A weight without a gradient has a momentum of zeros, and so has its direction."""

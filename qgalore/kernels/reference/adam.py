@@ -32,7 +32,7 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     exponent_bits, fraction_bits = 7, 0 if signed else 1
     for exponent in range(exponent_bits):
         count = 2 ** (exponent + fraction_bits)
-        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float32, device="cpu")
         means = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (exponent - exponent_bits + 1)
         values += means.tolist()
         if signed:

@@ -48,14 +48,14 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
     """
     values = dynamic_map(signed, torch.device("cpu"))
     middle = (values[:-1] + values[1:]) / 2
-    bits = (torch.arange(_INTERVALS, dtype=torch.int32) + _FIRST_INTERVAL) << 16
+    bits = (torch.arange(_INTERVALS, dtype=torch.int32, device="cpu") + _FIRST_INTERVAL) << 16
     low, high = bits.view(torch.float32).clone(), (bits + 0xFFFF).view(torch.float32)
     low[0], high[-1] = 0.0, 1.0
     starts = [torch.bucketize(low, middle), torch.bucketize(-high, middle)]
     ends = [torch.bucketize(high, middle), torch.bucketize(-low, middle)]
     start, end = torch.cat(starts), torch.cat(ends)
     assert bool((end - start <= 1).all()), "two borders between codes in one interval"
-    borders = torch.cat((middle, torch.tensor([float("inf")])))
+    borders = torch.cat((middle, torch.tensor([float("inf")], device="cpu")))
     return values.to(device), borders.to(device), start.to(torch.uint8).to(device)
 
 

@@ -174,7 +174,7 @@ def quantize(
     qdata = torch.empty(rows, columns if bits == 8 else (columns + 1) // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=x.device)
     zero_point = torch.empty_like(scale)
-    without_row = torch.empty(0, dtype=torch.int32) if row is None else row
+    without_row = torch.empty(0, dtype=torch.int32, device=x.device) if row is None else row
     parts = QuantizedUpdate(
         qdata, scale, zero_point, x, None, None, columns, bits, group_size, without_row, row is not None
     )
