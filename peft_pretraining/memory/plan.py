@@ -94,7 +94,9 @@ def plan_of_run(run: PlannedRun, lasting: dict[str, int], of: str = "one rank") 
         return MemoryPlan(lasting, by_layer.phases(), by_layer.kept, overhead, of, by_layer.host())
     passing = PassingBytes(run)
     overhead |= {"memory of CUDA graphs": passing.kept_by_graphs()} if run.graphs else {}
-    overhead |= {"gradients of two layers on their way": passing.messages()} if run.args.owners_sum else {}
+    counted = run.graphs and run.args.updates_immediately
+    if run.args.owners_sum and not counted:
+        overhead |= {"gradients of two layers on their way": passing.messages()}
     return MemoryPlan(lasting, passing.phases(), passing.kept, overhead, of)
 
 
