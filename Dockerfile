@@ -1,4 +1,4 @@
-# An image that trains and runs the tests.
+# An image that trains; with --build-arg EXTRAS=dev it has what the tests need, too.
 #
 #   docker build -t qgalore .
 #   docker run --rm qgalore bash scripts/quickstart.sh
@@ -9,7 +9,7 @@
 # check its instructions, extras and paths.
 FROM python:3.12-slim
 
-# Triton compiles with a C compiler; git names the commit of a run.
+# Triton compiles with a C compiler; data sets of the Hugging Face hub may need git.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc git libc6-dev procps \
     && rm -rf /var/lib/apt/lists/*

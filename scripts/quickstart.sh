@@ -55,7 +55,7 @@ cat <<TEXT
      step_*/        checkpoints: safetensors and JSON
      metrics.jsonl  every metric of every update
      config.json    the model's shape; command.txt: the commands of this run
-     curves.png     loss, learning rate and subspace similarities
+     curves.png     loss and learning rate
 == next
      bash scripts/quickstart.sh --recipe paper --lr 0.01 --rank 32 --galore_scale 0.25    the paper's algorithm
      bash scripts/quickstart.sh --num_training_steps 1500    ten times as long

@@ -19,7 +19,7 @@ _BYTES_OF_ADAMW = 8
 
 
 def figures() -> dict[str, Any]:
-    """By model and method tokens/s and GB; of AdamW at 7B, which no row has, the bytes of weights and states alone."""
+    """By model and method tokens/s and GB; of AdamW at 7B, which no row of an H100 has, bytes of weights and states."""
     found: dict[str, Any] = {
         model: {
             method: [float(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"])]
@@ -61,7 +61,7 @@ def draw(found: dict[str, Any]) -> Any:
                 text = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:,.0f}k"
                 speed.annotate(text, (where, rate / base), (0, 2), textcoords="offset points", ha="center", fontsize=7)
             elif rate:
-                note = f"{rate:,.0f} tokens/s;\nAdamW was\nnot measured"
+                note = f"{rate:,.0f} tokens/s;\nAdamW not on\nthis card"
                 speed.annotate(note, (where, 0.05), ha="center", va="bottom", fontsize=7, color=colour)
             style = {"color": colour} if rate else {"fill": False, "edgecolor": "0.4", "hatch": "///"}
             memory.bar(where, peak, width * 0.94, label="_" if group else label, **style)

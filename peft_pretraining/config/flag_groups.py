@@ -619,8 +619,8 @@ class RuntimeArgs:
     shard: Annotated[str, Flag(choices=("none", "optimizer", "full"))] = "none"
     """What each of several ranks holds for all. none: every rank has all, and makes all updates. optimizer: every rank
     has the weights; each matrix has one rank that keeps its optimizer state and updates it for the others, which
-    receive the stored weight. full: the weight, too, is with that rank, and a layer's are gathered before it runs;
-    without CUDA graphs. Ranks of one machine share; other machines have the same again."""
+    receive the stored weight. full: the weight, too, is with that rank, and a layer's are gathered before it runs.
+    Ranks of one machine share; other machines have the same again."""
     shard_sums: Annotated[str, Flag(choices=("auto", "rank", "owner"))] = "auto"
     """Who sums the gradients of a dealt matrix over the micro-batches of an update. rank: every rank its own, which are
     sent once an update and take as much memory as without --shard. owner: each micro-batch's are sent to the owner,
@@ -633,7 +633,8 @@ class RuntimeArgs:
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a
     total_batch_size), recompute or activation_checkpointing, and int8_activations; where nothing else fits,
-    grad_accum_dtype int8, then accumulate_by layer, and at last a smaller rank. --dry_run prints the choice."""
+    grad_accum_dtype int8 or accumulate_by layer, over ranks shard, offload, a momentum in parts (momentum_rank), the
+    recipe orthogonal, and at last a smaller rank. --dry_run prints the choice."""
     max_skipped_updates: Annotated[int, Flag("updates", at_least=0)] = 10
     """Consecutive updates that may be skipped because the loss or gradient is not finite, before the run stops."""
     check_replicas: Annotated[int, Flag("updates", at_least=0)] = 0
