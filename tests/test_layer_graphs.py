@@ -332,6 +332,39 @@ def test_two_forward_passes_at_once_go_without_graphs_or_are_refused(monkeypatch
         train(2)
 
 
+@pytest.mark.parametrize("rows", [3, 2])
+def test_a_forward_pass_that_fails_in_its_capture_is_captured_anew(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory ends in it, and the caller tries again, or with a smaller batch."""
+    record_graphs(monkeypatch)
+    found = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 6) for _ in range(3)]
+        optimizer = LowRankAdamW([parameter for layer in layers for parameter in layer.parameters()], lr=0.02)
+        optimizer.attach(nn.ModuleList(layers), update_in_backward=True)
+        graphs = LayerGraphs(layers, lambda layer, x: layer(x), optimizer)
+        losses = []
+        for step in range(6):
+            x = torch.randn(3 if step < 2 else rows, 6, generator=torch.Generator().manual_seed(step))
+            if step == 2 and fails:
+                hook = layers[1].register_forward_pre_hook(_fail)
+                with pytest.raises(torch.OutOfMemoryError):
+                    graphs(torch.randn(3, 6, requires_grad=True))
+                hook.remove()
+            loss = graphs(x.requires_grad_()).square().sum()
+            loss.backward()
+            losses.append(float(loss.detach()))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert graphs.replays and graphs._captured is not None and graphs._captured.serves(x)
+        found.append((losses, [layer.weight.tolist() for layer in layers]))
+    assert found[0] == found[1]
+
+
+def _fail(*_: object) -> None:
+    raise torch.OutOfMemoryError("in the capture")
+
+
 @pytest.mark.parametrize("change", ["group", "state"])
 def test_graphs_are_void_after_another_group_or_state(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     record_graphs(monkeypatch)

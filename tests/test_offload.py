@@ -305,6 +305,38 @@ def test_the_steady_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert joins
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("what", ["weights", "states"])
+@pytest.mark.parametrize("where", ["training", "backward", "evaluation"])
+def test_a_pass_that_an_error_ends_hinders_no_later_one(tmp_path: Path, where: str, what: str) -> None:
+    """As an interrupt in a notebook, after which training goes on."""
+    found = []
+    for mode in ("none", what):
+        model, optimizer = small_training(tmp_path, f"--recipe full_rank --offload {mode}")
+        updates(model, optimizer, 2)
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        layer = model.decoder_layers[2]
+        if where == "backward":
+            hook = layer.register_forward_hook(lambda _, __, output: output.register_hook(_interrupt) and None)
+        else:
+            hook = layer.register_forward_pre_hook(_interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(where != "evaluation"):
+            loss = model(ids, ids).loss_sum
+            loss.backward()
+        hook.remove()
+        optimizer.zero_grad()
+        updates(model, optimizer, 1)
+        with torch.no_grad():
+            model(ids, ids)
+        updates(model, optimizer, 1)
+        found.append((model.state_dict(), optimizer.state_dict()["state"]))
+    assert_same_bits(*found)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_outside_of_their_layer_tensors_are_the_hosts(tmp_path: Path) -> None:
     model, optimizer = small_training(tmp_path, "--recipe paper --rank 8 --subspace streaming --offload weights")
     waits = optimizer.offload

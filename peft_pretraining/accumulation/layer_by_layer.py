@@ -79,6 +79,8 @@ class LayerByLayer:
         self._make_rows(len(batches), batches[0][0].shape)
         if self._gathering is not None and isinstance(self._optimizer, LowRankAdamW):
             self._gathering.begin(self._optimizer.states_replaced)
+        if isinstance(self._optimizer, LowRankAdamW) and self._optimizer.offload is not None:
+            self._optimizer.offload.begin()
         for index in range(len(self._layers)):
             if not go_on():
                 self._batches = ()

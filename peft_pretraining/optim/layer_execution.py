@@ -78,7 +78,13 @@ def set_execution(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) 
         let_evaluations_in(layers, lambda index: gathering.enter(index, 1))
     if offload != "none":
         waiting = optimizer.offload_layers(layers, offload == "weights", slots_of(args))
-        let_evaluations_in(layers, lambda index: waiting.enter(index, Pass.FORWARD, 1), waiting.leave)
+
+        def enter(index: int) -> None:
+            if index == 0:
+                waiting.begin()
+            waiting.enter(index, Pass.FORWARD, 1)
+
+        let_evaluations_in(layers, enter, waiting.leave)
     if execution is Execution.FROM_PYTHON:
         model.run_layers_by(EagerLayers(layers, model.compiled_layer, optimizer))
     elif execution is Execution.FROM_GRAPHS:

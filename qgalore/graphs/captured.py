@@ -48,6 +48,11 @@ class CapturedStack(EagerStack):
         self._forward_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a forward pass has been made; if not, the one that was to capture it has failed."""
+        return len(self._outputs) == len(self._layers)
+
     def serves(self, x: Tensor) -> bool:
         """Whether the graphs are those of a step like the one that begins."""
         return self._shape == x.shape and self._immediately == self._cycle.updates_immediately

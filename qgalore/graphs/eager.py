@@ -75,6 +75,8 @@ class EagerStack:
         self._inputs.append(self._outputs[-1].detach().requires_grad_())
 
     def _run_backward(self) -> None:
+        if self._offload is not None:
+            self._offload.begin()
         for index in reversed(range(len(self._layers))):
             self._enter(index, -1)
             self._perform(self._gradients, index)

@@ -26,6 +26,8 @@ class EagerLayers:
         if torch.is_grad_enabled() and x.requires_grad:
             if (gathering := self._optimizer.gathering) is not None:
                 gathering.begin(self._optimizer.states_replaced)
+            if (offload := self._optimizer.offload) is not None:
+                offload.begin()
             out: Tensor = LayersFunction.apply(x, self._stack(constants, x))
             return out
         for layer in self._layers:

@@ -80,6 +80,8 @@ class LayerGraphs(EagerLayers):
         if self._states_replaced != self._optimizer.states_replaced:
             # Run eagerly first: state initialised during capture would be reset by each replay.
             self._captured, self._states_replaced, self._steps = None, self._optimizer.states_replaced, 1
+        if self._captured is not None and not self._captured.is_whole:
+            self._captured = None
         if self._captured is not None and self._captured.serves(x):
             return self._captured
         arguments, cycle = (self._layers, self._run, self._optimizer, constants, x), self._optimizer.cycle

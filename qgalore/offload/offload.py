@@ -83,6 +83,11 @@ class Offload:
 
     # ---- passes
 
+    def begin(self) -> None:
+        """Call before a pass over all layers: those that one has left inside, as by an error in it, leave."""
+        for index in list(self._inside):
+            self.leave(index)
+
     def enter(self, index: int, which: Pass, then: int = 0) -> None:
         """Begin a pass over a layer, after which layer number index + then comes; then: 0 for no other."""
         before = self._inside.get(index)
@@ -147,8 +152,7 @@ class Offload:
 
     def settle(self) -> None:
         """Let the host have what the device has computed: it waits for all copies."""
-        for index in list(self._inside):
-            self.leave(index)
+        self.begin()
         self._streams.join()
 
     def forget(self) -> None:
