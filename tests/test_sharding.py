@@ -530,6 +530,30 @@ def storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     return list({each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}.values())
 
 
+def loads_its_own_part(argv: list[str], folder: Path) -> None:
+    """A rank that makes an update and loads the state that it then has, which is not the whole one."""
+    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
+    model, optimizer = build_training(args, world.device, None, world.shard_mesh("optimizer"))
+    optimizer.load_state_dict(optimizer.state_dict())  # of no update yet
+    ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(world.rank))
+    model(ids, ids).loss_sum.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    try:
+        optimizer.load_state_dict(optimizer.state_dict())
+    except ValueError as error:
+        (folder / f"refused_{world.rank}").write_text(str(error))
+    world.close()
+
+
+def test_the_state_of_one_rank_is_refused_in_a_sentence(small: SmallRun) -> None:
+    log = small.folder / "log"
+    argv = small.argv("run", {"shard": "optimizer"})
+    assert on_ranks(2, loads_its_own_part, argv, small.folder, log=log) == [0, 0], log.read_text()
+    for rank in range(2):
+        assert "of one rank alone" in (small.folder / f"refused_{rank}").read_text()
+
+
 # ---- CUDA graphs, as recorded on a CPU
 
 

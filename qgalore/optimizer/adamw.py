@@ -454,8 +454,11 @@ class LowRankAdamW(Optimizer):
         """Load what `state_dict` gave: tensors keep their dtypes, counters stay on the CPU.
 
         Ids are matched by position in the param groups, as torch does, whatever they are. Gradients on their way to
-        an update are forgotten. Raises ValueError for a state of another optimizer or model, and keeps what it has.
+        an update are forgotten. On a rank of a mesh it takes the state of all ranks. Raises ValueError for a state of
+        another optimizer or model, or of one rank alone, and keeps what it has.
         """
+        if self._shards is not None:
+            self._refuse_part(state_dict)
         before = {"param_groups": self.param_groups, "state": self.state}
         # The last hook sees what others made of the dict.
         part_of = self._part_of_state if self._shards is not None else None
@@ -478,6 +481,18 @@ class LowRankAdamW(Optimizer):
             raise
         finally:
             handle.remove()
+
+    def _refuse_part(self, state_dict: dict[str, Any]) -> None:
+        """Ranks that went on from their own parts would begin others' states anew, and wait for other messages."""
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        given = {param for key, param in zip(ids, params, strict=False) if key in state_dict["state"]}
+        elsewhere = {param for param, weight in self._weights.items() if not weight.owned}
+        if given and elsewhere and not given & elsewhere:
+            raise ValueError(
+                "this is the optimizer state of one rank alone, that of the weights which it owns: load the states of "
+                "all ranks, joined, as torch.distributed.checkpoint gives them (qgalore.integrations)"
+            )
 
     def _part_of_state(self, param: Tensor, key: str, value: Tensor) -> Tensor | None:
         return self._weights[param].part_of_state(key, value)
