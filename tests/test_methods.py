@@ -240,10 +240,10 @@ def test_dropout_keeps_the_mean_and_the_share() -> None:
     assert [float(share) for share in neighbours] == pytest.approx([0.25**2] * 2, abs=0.005)
 
 
-def test_dropout_has_the_same_bits_where_it_is_compiled_and_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(error_on_recompile=True)  # monkeypatch would hide the option afterwards
+def test_dropout_has_the_same_bits_where_it_is_compiled_and_is_compiled_once() -> None:
     """Whatever the layer and the micro-batch; and so has its gradient, for which no mask is kept."""
     torch._dynamo.reset()
-    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     layers = [SeededDropout(0.3, seed=mix_seed(seed)) for seed in (1, 2)]
     compiled = torch.compile(SeededDropout.forward, fullgraph=True, dynamic=False)
     saved: list[Tensor] = []

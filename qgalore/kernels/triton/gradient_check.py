@@ -19,7 +19,7 @@ from torch import Tensor
 from qgalore.kernels.arguments import ceil_div, launches, next_power_of_2
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program
 
-__all__ = ["SUMS", "check_gradients_", "partial_sums"]
+__all__ = ["check_gradients_"]
 
 _BLOCK = 2048
 SUMS = 1024
