@@ -45,6 +45,12 @@ CANDIDATES = (
     (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
 )  # fmt: skip
 """Rows and columns of a tile, terms summed at a time, warps, stages."""
+FP8_CANDIDATES = (
+    (64, 64, 128, 4, 3), (64, 64, 128, 4, 4), (64, 64, 256, 4, 2), (64, 128, 64, 4, 4), (64, 128, 128, 4, 3),
+    (64, 128, 128, 4, 4), (128, 128, 64, 4, 4), (128, 128, 128, 4, 2), (128, 128, 128, 4, 3), (128, 128, 64, 8, 4),
+    (128, 128, 128, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 128, 8, 2), (256, 128, 64, 8, 4),
+)  # fmt: skip
+"""The same in FP8."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,10 +101,17 @@ class Bench:
         a, b, out = (torch.randn(size, size, device=device).to(self.dtype) for _ in range(3))
         self.rate = 2 * size**3 / (self._ms(lambda: torch.mm(a, b, out=out)) / 1e3)
         """Of a large product, operations a second, two for a multiply-add."""
+        self.fp8_rate = self.rate
+        """The same in FP8, where the device has that."""
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+            first, second = (kernels.fp8_rows([x], [size], None) for x in (a, b))
+            run = lambda: kernels.fp8_product(first, second, size, self.dtype)  # noqa: E731
+            self.fp8_rate = 2 * size**3 / (self._ms(run) / 1e3)
 
     def method(self, model: str, shapes: Mapping[Shape, int], method: str) -> None:
         """Rows of a method for each shape and for all."""
-        polynomials, segmented = METHODS[method]
+        polynomials, segmented, fp8 = METHODS[method]
+        speed = self.fp8_rate / self.rate if fp8 else 1.0
         steps, advance = len(polynomials), {name: direction_of(name, method).advance for name in OPS}
         plain = (1,) * steps
         forms = {"plain": plain, "segments": (SEGMENT, steps - SEGMENT)} if segmented else {"plain": plain}
@@ -114,13 +127,16 @@ class Bench:
             momenta = [step.grad for step in adam_steps]
             for form, segments in forms.items():
                 given = segments if segmented else None
-                run = lambda momenta=momenta, given=given: kernels.orthogonalize(momenta, polynomials, given)  # noqa: E731
+                if fp8:
+                    run = lambda momenta=momenta: kernels.orthogonalize_fp8(momenta, polynomials)  # noqa: E731
+                else:
+                    run = lambda momenta=momenta, given=given: kernels.orthogonalize(momenta, polynomials, given)  # noqa: E731
                 runs["orthogonalize", form] = run, segments
             for (op, form), (run, segments) in runs.items():
                 values = {
                     "ms": self._ms(run) / together * count,
-                    "floor_ms": self._floor(shape, segments) * count,
-                    "floor_full_ms": self._floor(shape, plain, symmetric=False) * count,
+                    "floor_ms": self._floor(shape, segments) * count / speed,
+                    "floor_full_ms": self._floor(shape, plain, symmetric=False) * count / speed,
                 }
                 self._append(model, op, method, form, "{}x{}".format(*shape), count, values)
                 totals.update({(op, form, name): value for name, value in values.items()})
@@ -130,8 +146,19 @@ class Bench:
 
     def sweep(self, model: str, shapes: Mapping[Shape, int]) -> None:
         """Rows of single products of as many matrices as are updated at once, and which tiles are the fastest."""
-        from qgalore.kernels.triton import newton_schulz as triton_kernels
+        from qgalore.kernels.triton import newton_schulz, newton_schulz_fp8
 
+        plain = lambda given: newton_schulz._Group(given, in_segments=True)  # noqa: E731
+        self._sweep(model, shapes, newton_schulz, plain, self._products, CANDIDATES, "")
+        if self.fp8_rate != self.rate:
+            group = newton_schulz_fp8._Group
+            self._sweep(model, shapes, newton_schulz_fp8, group, self._fp8_products, FP8_CANDIDATES, "fp8")
+
+    def _sweep(
+        self, model: str, shapes: Mapping[Shape, int], triton_kernels: Any, group: Callable[[Sequence[Tensor]], Any],
+        products: Callable[[Any, int, int], dict[str, tuple[float, float]]], candidates: Sequence[Sequence[int]],
+        method: str,
+    ) -> None:  # fmt: skip
         rows, width = max(((min(shape), max(shape)) for shape in shapes), key=lambda sides: sides[0] * sides[1])
         count = min(GROUP_LIMIT, _at_once((rows, width)))
         matrices = [torch.randn(rows, width, device=self.device).to(self.dtype) for _ in range(count)]
@@ -141,21 +168,25 @@ class Bench:
         def note(name: str, found: Mapping[str, tuple[float, float]]) -> None:
             for op, (milliseconds, floor) in found.items():
                 values = {"ms": milliseconds, "floor_ms": floor, "floor_full_ms": 2 * floor if op != "apply" else floor}
-                self._append(model, op, "", name, f"{rows}x{width}", count, values)
+                self._append(model, op, method, name, f"{rows}x{width}", count, values)
                 fastest[op] = min(fastest.get(op, (milliseconds, name)), (milliseconds, name))
 
-        for height, columns, depth, warps, stages in CANDIDATES:
-            square = (min(height, columns), max(height, columns), depth, warps, stages)
-            triton_kernels.TILES = {1 << 30: triton_kernels.Tiles(square, (height, columns, depth, warps, stages))}
+        for height, columns, depth, warps, stages in candidates:
+            rest = depth, warps, stages
+            square = (min(height, columns), max(height, columns), *rest)
+            triton_kernels.TILES = {1 << 30: triton_kernels.Tiles(square, (height, max(columns, depth), *rest))}
             name = "x".join(map(str, (height, columns, depth, warps, stages)))
             try:
-                note(name, self._products(triton_kernels._Group(matrices, in_segments=True), rows, width))
+                note(name, products(group(matrices), rows, width))
             except Exception as error:  # of Triton, whose classes differ by version: more memory than the card has
                 print(f"{model}: tiles {name} do not run: {str(error).splitlines()[0]}", file=sys.stderr)
-        note("library", self._by_library(matrices))
+        if not method:
+            note("library", self._by_library(matrices))
         triton_kernels.TILES = kept
         for op, (milliseconds, name) in fastest.items():
-            print(f"{model}, {count} of {rows} rows: the fastest tiles of {op} are {name}, {milliseconds:.3f} ms")
+            print(
+                f"{model}, {count} of {rows} rows: the fastest tiles of {op}{' in FP8' if method else ''} are {name}, {milliseconds:.3f} ms"
+            )
 
     def _products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:
         """Time and floor of each product of a group in milliseconds."""
@@ -168,6 +199,18 @@ class Bench:
             "gram": (self._ms(lambda: group._gram(out, 1.0)), unit * width / 2),
             "square": (self._ms(lambda: group._square(first, second, out, (1.0, 1.0, 0.0), None, 0)), unit * rows / 2),
             "apply": (self._ms(lambda: group._apply(first, 1.0, None, group._out)), unit * width),
+        }
+
+    def _fp8_products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:
+        """The same in FP8."""
+        group._fill()
+        unit, polynomial = 2e3 * len(group._side_by_side.matrices) * rows**2 / self.fp8_rate, (3.0, -4.0, 2.0)
+        group._form_gram(1.0)
+        group._square(polynomial, 1.0)
+        return {
+            "gram": (self._ms(lambda: group._form_gram(1.0)), unit * width / 2),
+            "square": (self._ms(lambda: group._square(polynomial, 1.0)), unit * rows / 2),
+            "apply": (self._ms(lambda: group._apply(last=False)), unit * width),
         }
 
     def _by_library(self, matrices: Sequence[Tensor]) -> dict[str, tuple[float, float]]:

@@ -392,7 +392,7 @@ def test_a_new_basis_takes_what_is_planned() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("method", ["muon", "polar5"])
+@pytest.mark.parametrize("method", ["muon", "muon_fp8", "polar5"])
 def test_orthogonal_directions_take_what_is_planned(method: str) -> None:
     flags = f"{STREAMING} --rank 224 --direction orthogonal --newton_schulz {method} --batch_size 256"
     run = run_of(flags, "60m")
@@ -534,6 +534,8 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     assert passing.updates() == 2 * (3 * values + squares)
     run = run_of(f"{FULL_RANK} --newton_schulz polar4 --device cuda --batch_size 1", "60m")
     assert PassingBytes(run).updates() == 2 * (3 * values + 2 * squares), "in segments four"
+    run = run_of(f"{FULL_RANK} --newton_schulz polar4_fp8 --device cuda --batch_size 1", "60m")
+    assert PassingBytes(run).updates() == 2 * (3.5 * values + squares), "one in 16 bits and three in FP8"
 
 
 def test_rounding_feedback_takes_16_bytes_a_value_of_the_largest_matrix() -> None:

@@ -21,6 +21,7 @@ from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import columns_bytes, fused_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
+from qgalore.update.newton_schulz import METHODS
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 
 _ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
@@ -280,9 +281,13 @@ class PassingBytes:
         cached: bases are dequantized already, and counted.
         """
         run, matrices = self.run, self.run.matrices
-        if self.options.direction != "adam":  # momenta, two buffers, and two squares a matrix, in segments four
-            squares = 2 if self.options.newton_schulz == "muon" else 4
-            made = 3 * values + squares * grouped * max(min(x.gradient_shape) for x in matrices) ** 2
+        if self.options.direction != "adam":
+            method = METHODS[self.options.newton_schulz]
+            # Momenta, two buffers, and two squares a matrix, in segments four; in FP8 one buffer and three of half the
+            # size, and one square and two of half the size.
+            buffers, squares = (2.5, 2.0) if method.fp8 else (2.0, 4.0 if method.segmented else 2.0)
+            made = values + math.ceil(buffers * values)
+            made += int(squares) * grouped * max(min(x.gradient_shape) for x in matrices) ** 2
         else:
             bases = sum(x.bases for x in matrices) * values // sum(x.gradient for x in matrices)
             made = values + (0 if cached else self.converts * bases)

@@ -39,8 +39,7 @@ def allows_graphs(args: RunArgs) -> bool:
     group sizes that the Triton kernels do not support, a single micro-batch's gradient that is stored in 8 bits, and a
     residual that is kept until a later update. Nor is it served where gradients are added to momenta: each would have a
     buffer of its own, and there is to be none. These graphs are of one micro-batch in all layers: none where a layer
-    has all micro-batches at once. Weights that come from the host could be served as those of other ranks are, but that
-    has run on a CPU alone, from recorded graphs.
+    has all micro-batches at once.
     """
     optimizer, quantization = args.optimizer, args.quantization
     fake = quantization.weight_quant and quantization.simulation
@@ -48,7 +47,6 @@ def allows_graphs(args: RunArgs) -> bool:
     fits = quantization.weight_group_size % 8 == 0 and not fake and not packs
     fits = fits and (args.updates_immediately or args.subspace.residual == "none")
     fits = fits and not args.sums_in_momentum and not args.by_layer
-    fits = fits and args.runtime.offload != "weights"
     return args.model.cuda_graphs == "auto" and optimizer.is_low_rank and fits
 
 

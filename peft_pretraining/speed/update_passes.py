@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from peft_pretraining.speed.passes import (
+    EIGHT_BIT_SPEED,
     GROUP_SIZE,
     Pass,
     Passes,
@@ -361,11 +362,15 @@ def adam8bit(rows: int, columns: int, gradient: int, result_bytes: int, moments:
 
 
 def orthogonalize(s: Setting, rows: int, columns: int) -> Pass:
-    """Newton-Schulz of a momentum: each step reads it and a product of its size and writes it."""
-    polynomials, segmented = METHODS[s.newton_schulz]
+    """Newton-Schulz of a momentum: each step reads it and a product of its size and writes it.
+
+    In FP8 it reads it in two bytes and, for two products, in one, and writes four: in 16 bits and twice in FP8.
+    """
+    polynomials, segmented, fp8 = METHODS[s.newton_schulz]
     steps = len(polynomials)
     segments = segments_of((rows, columns), steps) if segmented else (1,) * steps
-    return Pass(2 * multiply_adds((rows, columns), segments), 2 * 3 * len(segments) * rows * columns)
+    operations = 2 * multiply_adds((rows, columns), segments) / (EIGHT_BIT_SPEED if fp8 else 1)
+    return Pass(operations, (8 if fp8 else 6) * len(segments) * rows * columns)
 
 
 def directions(s: Setting) -> Passes:

@@ -83,13 +83,15 @@ def orthogonal_directions(momenta: list[Tensor], newton_schulz: str = "muon") ->
 
 def _orthogonalized(momenta: list[Tensor], newton_schulz: str) -> list[Tensor]:
     """The list of momenta, with each replaced by one of singular values of about 1; those alike are made at once."""
-    polynomials, segmented = METHODS[newton_schulz]
+    polynomials, segmented, fp8 = METHODS[newton_schulz]
     alike: dict[tuple[int, tuple[int, ...] | None], list[int]] = {}
     for index, momentum in enumerate(momenta):
         form = segments_of(momentum.shape, len(polynomials)) if segmented else None
         alike.setdefault((min(momentum.shape), form), []).append(index)
     for (_, form), indices in alike.items():
-        made = kernels.orthogonalize([momenta[index] for index in indices], polynomials, form)
+        given = [momenta[index] for index in indices]
+        made = kernels.orthogonalize_fp8(given, polynomials) if fp8 else kernels.orthogonalize(given, polynomials, form)
+        del given
         for index, each in zip(indices, made, strict=True):
             momenta[index] = each
     return momenta

@@ -46,7 +46,7 @@ CODE: dict[str, str] = {}
 SUMS: dict[str, set[str]] = {}
 _SUMMING = (
     "_partial_sums_kernel", "_finish_kernel", "_row_squares_kernel", "_scale_rows_kernel", "_trace_kernel",
-    "_square_sums_kernel", "_norm_kernel",
+    "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel",
 )  # fmt: skip
 
 
@@ -125,7 +125,10 @@ def launch_groups(skip: torch.Tensor, row: torch.Tensor, half: torch.dtype) -> N
 
 
 def launch_fp8(half: torch.dtype) -> None:
-    """The factors of products in FP8 with 7B's weights and its head, and with a ragged weight of 1B."""
+    """Newton-Schulz in FP8, and the factors of products with 7B's weights and its head, and with a ragged one of 1B."""
+    for rows in (768, 1024, 2048, 4096):
+        matrices = [torch.zeros(rows, 11008, dtype=half), torch.zeros(rows, rows, dtype=half)]
+        kernels.orthogonalize_fp8(matrices, [(1.0, 1.0, 1.0)] * 2)
     for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2, (32000,), (50257,)):
         for factors in (None, [torch.ones(each) for each in columns]):
             kernels.fp8_rows([torch.zeros(16, each, dtype=half) for each in columns], columns, factors)

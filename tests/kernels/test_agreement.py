@@ -541,6 +541,31 @@ def test_newton_schulz(
     assert torch.equal(kernels.orthogonalize(matrices[-1:], polynomials, segments or None)[0], found[-1])
 
 
+FP8_TILES = {"default": None, "wide": ((16, 32, 32, 4, 3), (16, 64, 32, 4, 3))}
+
+
+@each("tiles", FP8_TILES)
+@each("count", SHORTER_SIDES)
+def test_newton_schulz_in_fp8(
+    count: str, tiles: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rounds the other way, where sums differ in their last bits, is 3 % of few values."""
+    triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
+    if sizes := FP8_TILES[tiles]:
+        monkeypatch.setattr(triton, "TILES", {1 << 30: triton.Tiles(*sizes)})
+    matrices = [
+        (normal(*shape, seed=i) * 10.0 ** (i - 2)).to(kernel_device, OPERAND_TYPES[-1])
+        for i, shape in enumerate(SHORTER_SIDES[count])
+    ]
+    polynomials = [(8.1693, -22.9667, 16.5429), (3.9810, -2.8678, 0.5293), (3.4959, -2.5673, 0.5022)]
+    expected, found = both(lambda: kernels.orthogonalize_fp8(matrices, polynomials))
+    for matrix, one, other in zip(matrices, expected, found, strict=True):
+        assert one.shape == other.shape == matrix.shape and one.dtype == other.dtype == matrix.dtype
+        assert (one.float() - other.float()).norm() <= 0.05 * one.float().norm()
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    assert torch.equal(kernels.orthogonalize_fp8(matrices[-1:], polynomials)[0], found[-1])
+
+
 def test_newton_schulz_by_other_tiles(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that are wider than high reach over the diagonal; within bfloat16 values are float16."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz", reason="Triton is not installed")
@@ -622,16 +647,22 @@ def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_dev
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@each("segments", [(), (1, 2), (3,)])
-def test_neighbours_change_no_bits(segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole directions: an interpreter adds up in one order, but on a GPU that may depend on addresses and sizes."""
+@each("segments", [(), (1, 2), (3,), None])
+def test_neighbours_change_no_bits(segments: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole directions: an interpreter adds up in one order, but on a GPU that may depend on addresses and sizes.
+
+    None: in FP8.
+    """
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
     shapes = [(1024, 2731), (2736, 1024), (1024, 1024), (1500, 1024), (1024, 1029)]
     momenta = [normal(*shape, seed=i).to("cuda", torch.bfloat16) for i, shape in enumerate(shapes)]
     polynomials, row = [(8.4703, -25.1081, 18.6293), (3.8944, -2.7889, 0.51), (1.875, -1.25, 0.375)], step_row(step=3)
 
     def directions(chosen: Sequence[Tensor]) -> list[list[Tensor]]:
-        found = kernels.orthogonalize(chosen, polynomials, segments or None)
+        if segments is None:
+            found = kernels.orthogonalize_fp8(chosen, polynomials)
+        else:
+            found = kernels.orthogonalize(chosen, polynomials, segments or None)
         seconds = [torch.ones(len(x), device="cuda") for x in chosen]
         parts = [
             kernels.RowNormalization(x, 0.2, v, row.cuda(), 0.9, 1e-8) for x, v in zip(found, seconds, strict=True)

@@ -6,16 +6,13 @@ with s = 1 / |X| in the first step, where |X|² is the trace of A, and 1 afterwa
 below the diagonal are computed and stored twice. In segments, products of such squares take more of the work
 (`reference.newton_schulz` has the formulas).
 
-Layout: the matrices have equally many rows and lie side by side in one buffer (rows, width), each padded with zeros to
-whole tiles of columns; a second buffer takes the result, in turn. Squares (count, rows, rows). `ends` are the tiles of
-columns after each matrix, as arguments of the launch: a table on the device could not be made while a graph is
-captured. What a matrix becomes does not depend on its neighbours: so norms are not added up by PyTorch, in which the
-order within a batch depends on its size.
+Layout: as `matrix_groups` says, with a second buffer that takes the result, in turn. Squares (count, rows, rows). What
+a matrix becomes does not depend on its neighbours: so norms are not added up by PyTorch, in which the order within a
+batch depends on its size.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,59 +21,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches, next_power_of_2
+from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, next_power_of_2
 from qgalore.kernels.reference.newton_schulz import steps_by_segment, working_dtype
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
-from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
+from qgalore.kernels.triton.matrix_groups import (
+    ENDS,
+    FILLED_ROWS,
+    SideBySide,
+    end_of,
+    matrix_of,
+    rows_and_columns,
+    store_both,
+    tile_of_slot,
+    tiles_below,
+)
+from qgalore.kernels.triton.tiles import chosen, to_float
 
 __all__ = ["orthogonalize"]
-
-_ENDS = [f"e{index}" for index in range(GROUP_LIMIT)]
-
-
-@triton.jit
-def _end_of(which, e0, e1, e2, e3, e4, e5, e6, e7):
-    """Tiles of columns after matrix `which`; 0 for -1."""
-    low = tl.where(which < 1, tl.where(which < 0, 0, e0), tl.where(which < 2, e1, tl.where(which < 3, e2, e3)))
-    high = tl.where(which < 6, tl.where(which < 5, e4, e5), tl.where(which < 7, e6, e7))
-    return tl.where(which < 4, low, high)
-
-
-@triton.jit
-def _below_diagonal(index):
-    """Row and column, at most the row, of a tile among those on and below the diagonal, counted row by row."""
-    row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)  # where the root was rounded down or up
-    row -= (row * (row + 1) // 2 > index).to(tl.int32)
-    return row, index - row * (row + 1) // 2
-
-
-@triton.jit
-def _rows_and_columns(index, T: tl.constexpr, S: tl.constexpr):
-    """Rows (T,) and columns (S,), S a multiple of T, of a tile among those that reach below the diagonal."""
-    EACH: tl.constexpr = S // T
-    row, column = _below_diagonal(index // EACH)
-    return (row * EACH + index % EACH) * T + tl.arange(0, T), column * S + tl.arange(0, S)
-
-
-@triton.jit
-def _store_both(out, value, i, j, rows, ONCE: tl.constexpr):
-    """A tile, and its transpose on the other side of the diagonal.
-
-    ONCE: where it reaches over the diagonal, only what is on and below that, so that no two stores meet: of two
-    different factors, value (i, j) and value (j, i) may differ in their last bit.
-    """
-    inside = (i < rows)[:, None] & (j < rows)[None, :]
-    turned = (j < rows)[:, None] & (i < rows)[None, :]
-    at, other = out + i[:, None] * rows + j[None, :], out + j[:, None] * rows + i[None, :]
-    if ONCE and tl.max(j, axis=0) > tl.min(i, axis=0):
-        inside = inside & (i[:, None] >= j[None, :])
-        turned = turned & (j[:, None] < i[None, :])
-        tl.store(at, value, mask=inside)
-        tl.store(other, tl.trans(value), mask=turned)
-    else:
-        tl.store(at, value, mask=inside)
-        tl.store(other, tl.trans(value), mask=turned)
 
 
 @triton.jit
@@ -84,37 +45,24 @@ def _fill_kernel(
     matrices, x, factors, numbers, rows, width, lengths, strides, starts, ends, T: tl.constexpr, C: tl.constexpr,
     TURNS: tl.constexpr, HAS_FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Slots of X, each a matrix (rows, length), with zeros up to a whole tile.
-
-    TURNS: they are contiguous along the rows, and a tile is turned. factors: of all matrices of the group, by number.
-    """
-    which, program = matrix_of_program(ends)
-    matrix, length, stride = chosen(which, matrices), chosen(which, lengths), chosen(which, strides)
-    blocks = tl.cdiv(rows, T)
-    i, column = (program % blocks) * T + tl.arange(0, T), (program // blocks) * C + tl.arange(0, C)
-    if TURNS:
-        mask = (column < length)[:, None] & (i < rows)[None, :]
-        value = tl.trans(tl.load(matrix + column[:, None].to(tl.int64) * stride + i[None, :], mask=mask, other=0.0))
-    else:
-        mask = (i < rows)[:, None] & (column < length)[None, :]
-        value = tl.load(matrix + i[:, None].to(tl.int64) * stride + column[None, :], mask=mask, other=0.0)
-    if HAS_FACTORS:
-        value = value.to(tl.float32) * tl.load(factors + chosen(which, numbers))
-        value = to_float(value, x.dtype.element_ty)
-    at = x + i[:, None].to(tl.int64) * width + (chosen(which, starts) + column)[None, :]
-    tl.store(at, value, mask=(i < rows)[:, None])
+    """X, from matrices and factors as `tile_of_slot` reads them."""
+    i, column, value = tile_of_slot(
+        matrices, factors, numbers, rows, lengths, strides, starts, ends, T, C, TURNS, HAS_FACTORS
+    )
+    at = x + i[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(at, to_float(value, x.dtype.element_ty), mask=(i < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=_ENDS)
+@triton.jit(do_not_specialize=ENDS)
 def _gram_kernel(
     x, gram, rows, width, factor, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(1)
-    i, j = _rows_and_columns(tl.program_id(0), T, S)
+    i, j = rows_and_columns(tl.program_id(0), T, S)
     k = tl.arange(0, K)
-    start = _end_of(which - 1, e0, e1, e2, e3, e4, e5, e6, e7) * C
-    end = _end_of(which, e0, e1, e2, e3, e4, e5, e6, e7) * C
+    start = end_of(which - 1, e0, e1, e2, e3, e4, e5, e6, e7) * C
+    end = end_of(which, e0, e1, e2, e3, e4, e5, e6, e7) * C
     # Rows beyond the last are read from the beginning, and not stored.
     a_at = x + (i % rows)[:, None] * width + (start + k)[None, :]
     b_at = x + (j % rows)[None, :] * width + (start + k)[:, None]
@@ -123,7 +71,7 @@ def _gram_kernel(
         total = tl.dot(tl.load(a_at), tl.load(b_at), total)
         a_at += K
         b_at += K
-    _store_both(gram + which * rows * rows, to_float(total * factor, gram.dtype.element_ty), i, j, rows, ONCE)
+    store_both(gram + which * rows * rows, to_float(total * factor, gram.dtype.element_ty), i, j, rows, ONCE)
 
 
 @triton.jit
@@ -136,7 +84,7 @@ def _square_kernel(
     SCALES: 1 where a is to be multiplied by `scale`, 2 where b, the same matrix, is, too.
     """
     which = tl.program_id(1)
-    i, j = _rows_and_columns(tl.program_id(0), T, S)
+    i, j = rows_and_columns(tl.program_id(0), T, S)
     k = tl.arange(0, K)
     a += which * rows * rows
     b += which * rows * rows
@@ -155,18 +103,16 @@ def _square_kernel(
     value = first * own + product * total
     if SECOND:
         value += second * tl.load(b + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
-    _store_both(out + which * rows * rows, to_float(value, out.dtype.element_ty), i, j, rows, ONCE)
+    store_both(out + which * rows * rows, to_float(value, out.dtype.element_ty), i, j, rows, ONCE)
 
 
-@triton.jit(do_not_specialize=_ENDS)
+@triton.jit(do_not_specialize=ENDS)
 def _apply_kernel(
     x, even, scale, out, rows, width, first, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr,
     C: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(1)
-    which = (index >= e0).to(tl.int32) + (index >= e1).to(tl.int32) + (index >= e2).to(tl.int32)
-    which += (index >= e3).to(tl.int32) + (index >= e4).to(tl.int32) + (index >= e5).to(tl.int32)
-    which += (index >= e6).to(tl.int32)
+    which = matrix_of(index, e0, e1, e2, e3, e4, e5, e6)
     i, column, k = tl.program_id(0) * T + tl.arange(0, T), index * C + tl.arange(0, C), tl.arange(0, K)
     even += which * rows * rows
     total = tl.zeros((T, C), dtype=tl.float32)
@@ -252,10 +198,6 @@ def tiles_for(rows: int) -> Tiles:
     return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
 
 
-_FILLED_ROWS = 32
-"""Rows of a tile that is copied into X, or that is squared; as many columns as a tile of X has."""
-
-
 def orthogonalize(
     matrices: Sequence[Tensor],
     polynomials: Sequence[tuple[float, float, float]],
@@ -273,17 +215,12 @@ class _Group:
     """At most `GROUP_LIMIT` matrices whose shorter sides are equal, side by side in a buffer."""
 
     def __init__(self, matrices: Sequence[Tensor], in_segments: bool) -> None:
-        self._matrices, self._rows = matrices, min(matrices[0].shape)
-        self._tiles, self._in_segments = tiles_for(self._rows), in_segments
-        dtype, device, columns = matrices[0].dtype, matrices[0].device, self._tiles.full[1]
-        ends: list[int] = []
-        for matrix in matrices:
-            ends.append((ends[-1] if ends else 0) + ceil_div(max(matrix.shape), columns))
-        self._width, self._count = ends[-1] * columns, len(matrices)
-        self._starts = [end * columns for end in [0, *ends[:-1]]]
-        self._dtype = working_dtype(dtype) if in_segments else dtype
-        self._x = torch.empty(self._rows, self._width, dtype=self._dtype, device=device)
-        self._ends = [*ends, *[ends[-1]] * (GROUP_LIMIT - self._count)]
+        self._matrices, self._in_segments = matrices, in_segments
+        self._tiles = tiles_for(min(matrices[0].shape))
+        self._side_by_side = SideBySide(matrices, self._tiles.full[1])
+        self._rows, self._count = self._side_by_side.rows, len(matrices)
+        self._dtype = working_dtype(matrices[0].dtype) if in_segments else matrices[0].dtype
+        self._x = self._side_by_side.empty(self._dtype)
         self._out = torch.empty_like(self._x)
 
     def plain(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
@@ -298,7 +235,7 @@ class _Group:
             self._square(gram, gram, even, (fifth, third, 0.0), scale, 2 if step == 0 else 0)
             self._apply(even, first, scale if step == 0 else None, self._out)
             self._x, self._out = self._out, self._x
-        return self._slots(self._x)
+        return self._side_by_side.slots(self._x)
 
     def by_segments(self, polynomials: Sequence[tuple[float, float, float]], segments: Sequence[int]) -> list[Tensor]:
         """Segments of steps on the Gram matrix, scaled by its norm."""
@@ -313,7 +250,7 @@ class _Group:
             out = self._out.view(self._matrices[0].dtype) if last else self._out
             self._apply(factor, first, size, out)
             self._x, self._out = out, self._x
-        return self._slots(self._x)
+        return self._side_by_side.slots(self._x)
 
     def _segment(
         self, squares: Sequence[Tensor], steps: Sequence[tuple[float, float, float]], scale: Tensor | None
@@ -337,11 +274,11 @@ class _Group:
 
     def _norm_scales(self, gram: Tensor) -> Tensor:
         """`reference.newton_schulz.gram_scales`, added up in an order that the number of matrices does not change."""
-        height = next_power_of_2(max(_FILLED_ROWS, ceil_div(self._rows, SUMS)))
+        height = next_power_of_2(max(FILLED_ROWS, ceil_div(self._rows, SUMS)))
         programs, scale = ceil_div(self._rows, height), torch.empty(self._count, device=gram.device)
         sums = torch.empty(self._count, SUMS, device=gram.device)
         _square_sums_kernel[(programs, self._count)](
-            gram, sums, self._rows, T=height, K=_FILLED_ROWS, WIDTH=SUMS, num_warps=4
+            gram, sums, self._rows, T=height, K=FILLED_ROWS, WIDTH=SUMS, num_warps=4
         )
         _norm_kernel[(self._count,)](sums, scale, programs, WIDTH=SUMS, num_warps=4)
         return scale
@@ -351,34 +288,21 @@ class _Group:
         return torch.empty(*shape, dtype=self._dtype, device=self._x.device).unbind()
 
     def _fill(self, factors: Tensor | None) -> None:
-        """Write the matrices, times their factors, to their slots; one launch for each order of their values."""
-        views = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in self._matrices]
-        views = [view if 1 in view.stride() else view.contiguous() for view in views]
-        columns = self._tiles.full[1]
-        for indices in launches(views, lambda view: view.stride(1) != 1):
-            turns = views[indices[0]].stride(1) != 1
-            chosen_views = [views[index] for index in indices]
-            lengths = tuple(view.shape[1] for view in chosen_views)
-            blocks = ceil_div(self._rows, _FILLED_ROWS)
-            ends = tuple(itertools.accumulate(blocks * ceil_div(length, columns) for length in lengths))
-            _fill_kernel[(ends[-1],)](
-                tuple(chosen_views), self._x, factors, tuple(indices), self._rows, self._width, lengths,
-                tuple(view.stride(0 if not turns else 1) for view in chosen_views),
-                tuple(self._starts[index] for index in indices), ends, T=_FILLED_ROWS, C=columns, TURNS=turns,
-                HAS_FACTORS=factors is not None, num_warps=4,
-            )  # fmt: skip
+        """Write the matrices, times their factors, to their slots."""
+        for programs, arguments in self._side_by_side.fills():
+            _fill_kernel[(programs,)](
+                x=self._x, factors=factors, HAS_FACTORS=factors is not None, num_warps=4, **arguments
+            )
 
     def _below(self) -> int:
-        """Tiles of a symmetric matrix that reach below its diagonal."""
-        rows, columns = self._tiles.square[:2]
-        across = ceil_div(self._rows, columns)
-        return columns // rows * (across * (across + 1) // 2)
+        return tiles_below(self._rows, *self._tiles.square[:2])
 
     def _gram(self, gram: Tensor, factor: float) -> None:
         rows, columns, depth, warps, stages = self._tiles.square
+        width, ends = self._side_by_side.width, self._side_by_side.ends
         _gram_kernel[(self._below(), self._count)](
-            self._x, gram, self._rows, self._width, factor, *self._ends, T=rows, S=columns, K=depth,
-            C=self._tiles.full[1], ONCE=self._in_segments, num_warps=warps, num_stages=stages,
+            self._x, gram, self._rows, width, factor, *ends, T=rows, S=columns, K=depth, C=self._tiles.full[1],
+            ONCE=self._in_segments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def _square(
@@ -394,13 +318,11 @@ class _Group:
     def _apply(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
         """out = (first X + factor X) sqrt(scale)."""
         rows, columns, depth, warps, stages = self._tiles.full
-        _apply_kernel[(ceil_div(self._rows, rows), self._width // columns)](
-            self._x, factor, factor if scale is None else scale, out, self._rows, self._width, first, *self._ends,
-            T=rows, K=depth, C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,
+        width, ends = self._side_by_side.width, self._side_by_side.ends
+        _apply_kernel[(ceil_div(self._rows, rows), width // columns)](
+            self._x, factor, factor if scale is None else scale, out, self._rows, width, first, *ends, T=rows, K=depth,
+            C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-
-    def _slots(self, x: Tensor) -> list[Tensor]:
-        return [_slot(x, start, matrix) for start, matrix in zip(self._starts, self._matrices, strict=True)]
 
 
 def _unit_factors(matrices: Sequence[Tensor]) -> Tensor:
@@ -410,10 +332,3 @@ def _unit_factors(matrices: Sequence[Tensor]) -> Tensor:
     numel = tuple(matrix.numel() for matrix in matrices)
     _unit_factor_kernel[(len(matrices),)](sums, factors, numel, counts, WIDTH=SUMS, num_warps=4)
     return factors
-
-
-def _slot(x: Tensor, start: int, matrix: Tensor) -> Tensor:
-    """The slot of a matrix in a buffer, in the shape of the matrix."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    view = x[:, start : start + max(matrix.shape)]
-    return view.T if tall else view

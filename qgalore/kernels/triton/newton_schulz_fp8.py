@@ -1,0 +1,244 @@
+"""Newton-Schulz steps in FP8 with exact diagonals (`reference.newton_schulz_fp8`), in Triton; sums in float32.
+
+Layout: X (rows, width) as `matrix_groups` says, which each step replaces in place; beside it X in FP8, in that order
+for its Gram matrices and turned, (width, rows), for its product with B, since tensor cores read both factors of a
+product along the dimension that is summed up. Of the Gram matrices without their diagonals one in the dtype of X and
+one in FP8, of B one in FP8; diagonals (count, rows) float32. What a matrix becomes does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div
+from qgalore.kernels.reference.newton_schulz_fp8 import FACTOR, FIRST_GRAM, GRAM, scale_of
+from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
+from qgalore.kernels.triton.matrix_groups import (
+    ENDS,
+    SideBySide,
+    end_of,
+    matrix_of,
+    rows_and_columns,
+    store_both,
+    tile_of_slot,
+    tiles_below,
+)
+from qgalore.kernels.triton.tiles import chosen, float8_bits, to_float
+
+__all__ = ["orthogonalize_fp8"]
+
+
+@triton.jit
+def _float8(x):
+    return float8_bits(x).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _inverse_norm_kernel(sums, factors, counts, WIDTH: tl.constexpr):
+    """1 / |X| of each matrix by its sums of squares; 0 for norms below 1e-18."""
+    which, at = tl.program_id(0), tl.arange(0, WIDTH)
+    values = tl.load(sums + which * WIDTH + at, mask=at < chosen(which, counts), other=0.0)
+    norm = tl.sqrt(tl.sum(values, axis=0))
+    tl.store(factors + which, tl.where(norm < 1e-18, 0.0, 1.0 / tl.maximum(norm, 1e-18)))
+
+
+@triton.jit
+def _store_x(x, x8, turned, value, i, column, rows, width, scale, LAST: tl.constexpr):
+    """A tile of X; but for the last step also in FP8, in both orders."""
+    inside = (i < rows)[:, None] & (column < width)[None, :]
+    value = to_float(value, x.dtype.element_ty)
+    at = i[:, None].to(tl.int64) * width + column[None, :]
+    tl.store(x + at, value, mask=inside)
+    if not LAST:
+        value8 = _float8(value.to(tl.float32) * scale)
+        tl.store(x8 + at, value8, mask=inside)
+        at = column[:, None].to(tl.int64) * rows + i[None, :]
+        tl.store(turned + at, tl.trans(value8), mask=(i < rows)[None, :] & (column < width)[:, None])
+
+
+@triton.jit
+def _fp8_fill_kernel(
+    matrices, x, x8, turned, factors, numbers, rows, width, lengths, strides, starts, ends, scale, T: tl.constexpr,
+    C: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    i, column, value = tile_of_slot(matrices, factors, numbers, rows, lengths, strides, starts, ends, T, C, TURNS, True)
+    _store_x(x, x8, turned, value, i, column, rows, width, scale, False)
+
+
+@triton.jit(do_not_specialize=ENDS)
+def _fp8_gram_kernel(
+    x8, gram, gram8, diagonal, rows, width, factor, scale, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The Gram matrices of what X in FP8 stands for, without diagonals, in 16 bits and in FP8, and their diagonals."""
+    which = tl.program_id(1)
+    i, j = rows_and_columns(tl.program_id(0), T, S)
+    k = tl.arange(0, K)
+    start = end_of(which - 1, e0, e1, e2, e3, e4, e5, e6, e7) * C
+    end = end_of(which, e0, e1, e2, e3, e4, e5, e6, e7) * C
+    # Rows beyond the last are read from the beginning, and not stored.
+    a_at = x8 + (i % rows)[:, None].to(tl.int64) * width + (start + k)[None, :]
+    b_at = x8 + (j % rows)[None, :].to(tl.int64) * width + (start + k)[:, None]
+    total = tl.zeros((T, S), dtype=tl.float32)
+    for _ in range(start, end, K):
+        total = tl.dot(tl.load(a_at), tl.load(b_at), total)
+        a_at += K
+        b_at += K
+    value = total * factor
+    on = i[:, None] == j[None, :]
+    if tl.max(j, axis=0) >= tl.min(i, axis=0):
+        tl.store(diagonal + which * rows + i, tl.sum(tl.where(on, value, 0.0), axis=1), mask=_has(i, j) & (i < rows))
+    rest = to_float(tl.where(on, 0.0, value), gram.dtype.element_ty)
+    store_both(gram + which * rows * rows, rest, i, j, rows, False)
+    store_both(gram8 + which * rows * rows, _float8(rest.to(tl.float32) * scale), i, j, rows, False)
+
+
+@triton.jit
+def _has(i, j):
+    """Whether each of rows i is among columns j, which follow one another."""
+    return (i >= tl.min(j, axis=0)) & (i <= tl.max(j, axis=0))
+
+
+@triton.jit
+def _fp8_square_kernel(
+    gram, gram8, diagonal, even8, even_diagonal, rows, first, third, fifth, factor, scale, T: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """B = first + third A + fifth A A of a Gram matrix A, without its diagonal in FP8, and its diagonal."""
+    which = tl.program_id(1)
+    i, j = rows_and_columns(tl.program_id(0), T, S)
+    k = tl.arange(0, K)
+    gram += which * rows * rows
+    gram8 += which * rows * rows
+    diagonal += which * rows
+    total = tl.zeros((T, S), dtype=tl.float32)
+    for start in range(0, rows, K):
+        inside = start + k < rows
+        left = tl.load(gram8 + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
+        right = tl.load(gram8 + (j % rows)[None, :] * rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
+        total = tl.dot(left, right, total)
+    total *= factor
+    own = tl.load(gram + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
+    d_i, d_j = tl.load(diagonal + i % rows), tl.load(diagonal + j % rows)
+    value = third * own + fifth * (total + (d_i[:, None] + d_j[None, :]) * own)
+    on = i[:, None] == j[None, :]
+    if tl.max(j, axis=0) >= tl.min(i, axis=0):
+        squared = tl.sum(tl.where(on, total, 0.0), axis=1) + d_i * d_i
+        even = first + third * d_i + fifth * squared
+        tl.store(even_diagonal + which * rows + i, even, mask=_has(i, j) & (i < rows))
+    store_both(even8 + which * rows * rows, _float8(tl.where(on, 0.0, value) * scale), i, j, rows, False)
+
+
+@triton.jit(do_not_specialize=ENDS)
+def _fp8_apply_kernel(
+    x, x8, turned, out, even8, even_diagonal, rows, width, factor, scale, e0, e1, e2, e3, e4, e5, e6, e7,
+    T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """B X in the place of X; X in FP8, turned, is read from `turned` and written to `out`."""
+    index = tl.program_id(1)
+    which = matrix_of(index, e0, e1, e2, e3, e4, e5, e6)
+    i, column, k = tl.program_id(0) * T + tl.arange(0, T), index * C + tl.arange(0, C), tl.arange(0, K)
+    even8 += which * rows * rows
+    total = tl.zeros((T, C), dtype=tl.float32)
+    for start in range(0, rows, K):
+        inside = start + k < rows
+        a = tl.load(even8 + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
+        b_at = turned + column[None, :].to(tl.int64) * rows + (start + k)[:, None]
+        total = tl.dot(a, tl.load(b_at, mask=inside[:, None], other=0.0), total)
+    own = tl.load(x + i[:, None].to(tl.int64) * width + column[None, :], mask=(i < rows)[:, None], other=0.0)
+    even = tl.load(even_diagonal + which * rows + i % rows)
+    value = even[:, None] * own.to(tl.float32) + total * factor
+    _store_x(x, x8, out, value, i, column, rows, width, scale, LAST)
+
+
+class Tiles(NamedTuple):
+    """As `qgalore.kernels.triton.newton_schulz.Tiles`; terms summed at a time are at least 32."""
+
+    square: tuple[int, int, int, int, int]
+    full: tuple[int, int, int, int, int]
+
+
+TILES: dict[int, Tiles] = {
+    768: Tiles((64, 64, 128, 4, 4), (128, 128, 128, 4, 3)),
+    1024: Tiles((128, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
+    2048: Tiles((64, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
+    1 << 30: Tiles((128, 128, 128, 4, 3), (128, 256, 128, 8, 3)),
+}
+"""By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep`."""
+
+
+def tiles_for(rows: int) -> Tiles:
+    """Those of the table."""
+    return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
+
+
+def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+    """See `qgalore.kernels.orthogonalize_fp8`."""
+    found = []
+    for start in range(0, len(matrices), GROUP_LIMIT):
+        found += _Group(matrices[start : start + GROUP_LIMIT]).steps(polynomials)
+    return found
+
+
+class _Group:
+    """At most `GROUP_LIMIT` matrices whose shorter sides are equal."""
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
+        self._tiles = tiles_for(min(matrices[0].shape))
+        self._side_by_side = place = SideBySide(matrices, self._tiles.full[1])
+        self._rows, self._count, self._scale = place.rows, place.count, scale_of(place.rows)
+        dtype, fp8, device = matrices[0].dtype, torch.float8_e4m3fn, matrices[0].device
+        self._x, self._x8 = place.empty(dtype), place.empty(fp8)
+        self._turned, self._out = torch.empty(2, place.width, place.rows, dtype=fp8, device=device).unbind()
+        self._gram, self._gram8, self._even8 = place.squares(dtype), place.squares(fp8), place.squares(fp8)
+        self._diagonals = torch.empty(2, self._count, self._rows, device=device).unbind()
+
+    def steps(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+        """The results, in the buffer of X."""
+        self._fill()
+        for step, polynomial in enumerate(polynomials):
+            scale = GRAM if step else FIRST_GRAM
+            self._form_gram(scale)
+            self._square(polynomial, scale)
+            self._apply(last=step == len(polynomials) - 1)
+            self._turned, self._out = self._out, self._turned
+        return self._side_by_side.slots(self._x)
+
+    def _fill(self) -> None:
+        place = self._side_by_side
+        sums, counts = partial_sums([matrix.contiguous() for matrix in place.matrices])
+        factors = torch.empty(self._count, dtype=torch.float32, device=sums.device)
+        _inverse_norm_kernel[(self._count,)](sums, factors, counts, WIDTH=SUMS, num_warps=4)
+        for programs, arguments in place.fills():
+            _fp8_fill_kernel[(programs,)](
+                x=self._x, x8=self._x8, turned=self._turned, factors=factors, scale=self._scale, num_warps=4,
+                **arguments,
+            )  # fmt: skip
+
+    def _form_gram(self, scale: float) -> None:
+        place, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.square
+        _fp8_gram_kernel[(tiles_below(self._rows, rows, columns), self._count)](
+            self._x8, self._gram, self._gram8, self._diagonals[0], self._rows, place.width, self._scale**-2, scale,
+            *place.ends, T=rows, S=columns, K=depth, C=place.columns, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def _square(self, polynomial: tuple[float, float, float], scale: float) -> None:
+        rows, columns, depth, warps, stages = self._tiles.square
+        _fp8_square_kernel[(tiles_below(self._rows, rows, columns), self._count)](
+            self._gram, self._gram8, self._diagonals[0], self._even8, self._diagonals[1], self._rows, *polynomial,
+            scale**-2, FACTOR, T=rows, S=columns, K=depth, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def _apply(self, last: bool) -> None:
+        place, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.full
+        _fp8_apply_kernel[(ceil_div(self._rows, rows), place.width // columns)](
+            self._x, self._x8, self._turned, self._out, self._even8, self._diagonals[1], self._rows, place.width,
+            1.0 / (FACTOR * self._scale), self._scale, *place.ends, T=rows, K=depth, C=columns, LAST=last,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
