@@ -87,7 +87,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     try:
         args = agree_on_flags(args, world)
         make_reproducible(args.model.dtype)
-        check_device(world.device, args.model.dtype, args.quantization)
+        check_device(world.device, args.model.dtype, args.quantization, args.subspace.newton_schulz)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         if missing := next(filter(None, world.gather(missing_host_memory(args))), None):
             raise UserError(missing)
@@ -97,7 +97,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         warnings = (
             warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device),
             warning_of_direction(args, shape_of(args.model), card_here()) if device.type == "cuda" else None,
-            emulated_products(device, args.quantization), warning_of_fp8_gradients(args, shape_of(args.model)),
+            emulated_products(device, args.quantization, args.subspace.newton_schulz),
+            warning_of_fp8_gradients(args, shape_of(args.model)),
         )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)

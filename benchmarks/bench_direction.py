@@ -183,9 +183,10 @@ class Bench:
         if not method:
             note("library", self._by_library(matrices))
         triton_kernels.TILES = kept
+        where = " in FP8" if method else ""
         for op, (milliseconds, name) in fastest.items():
             print(
-                f"{model}, {count} of {rows} rows: the fastest tiles of {op}{' in FP8' if method else ''} are {name}, {milliseconds:.3f} ms"
+                f"{model}, {count} of {rows} rows: the fastest tiles of {op}{where} are {name}, {milliseconds:.3f} ms"
             )
 
     def _products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,13 @@ import torch
 from peft_pretraining.config.flag_groups import QuantizationArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.runtime.device import emulated_products, problem_of_gpu, problem_of_products, slow_dtype
+from peft_pretraining.runtime.device import (
+    emulated_products,
+    problem_of_gpu,
+    problem_of_products,
+    problem_of_steps,
+    slow_dtype,
+)
 from qgalore.update import loss_scale
 from tests.golden.record import restored_process
 from tests.small_run import Result, SmallRun, assert_same_bits, assert_same_run, flags_of
@@ -170,6 +176,16 @@ def test_products_in_fp8_need_a_newer_gpu_still() -> None:
     assert not any(problem_of_products("NVIDIA L4", each, True, fp8) for each in ((8, 9), (9, 0), (12, 0)))
 
 
+def test_newton_schulz_in_fp8_needs_a_newer_gpu() -> None:
+    text = problem_of_steps("NVIDIA A100", (8, 0), "muon_fp8")
+    assert text.startswith("--newton_schulz muon_fp8: NVIDIA A100 has compute capability 8.0, and products in FP8 need")
+    assert text.endswith("give --newton_schulz muon")
+    assert not problem_of_steps("NVIDIA L4", (8, 9), "muon_fp8") and not problem_of_steps("T4", (7, 5), "polar4")
+    said = emulated_products(torch.device("cpu"), QuantizationArgs(), "muon_fp8")
+    assert said is not None and said.startswith("--newton_schulz muon_fp8 on a CPU: values are rounded")
+    assert emulated_products(torch.device("cuda"), QuantizationArgs(), "muon_fp8") is None
+
+
 # ---- on a GPU
 
 
@@ -217,8 +233,8 @@ def test_a_cpu_is_told_that_fp8_is_emulated(small: SmallRun, capsys: pytest.Capt
     assert small.main("run", **flags) == 0
     told = "warning: --fp8_products on a CPU: values are rounded as a GPU rounds them and then multiplied in float32"
     assert capsys.readouterr().err.count(told) == 1
-    assert emulated_products(torch.device("cuda"), QuantizationArgs(fp8_products=True)) is None
-    assert emulated_products(torch.device("cpu"), QuantizationArgs()) is None
+    assert emulated_products(torch.device("cuda"), QuantizationArgs(fp8_products=True), "muon") is None
+    assert emulated_products(torch.device("cpu"), QuantizationArgs(), "muon") is None
 
 
 def test_a_cpu_is_told_that_float32_is_faster(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:

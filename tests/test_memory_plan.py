@@ -534,7 +534,7 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     assert passing.updates() == 2 * (3 * values + squares)
     run = run_of(f"{FULL_RANK} --newton_schulz polar4 --device cuda --batch_size 1", "60m")
     assert PassingBytes(run).updates() == 2 * (3 * values + 2 * squares), "in segments four"
-    run = run_of(f"{FULL_RANK} --newton_schulz polar4_fp8 --device cuda --batch_size 1", "60m")
+    run = run_of(f"{FULL_RANK} --newton_schulz muon_fp8 --device cuda --batch_size 1", "60m")
     assert PassingBytes(run).updates() == 2 * (3.5 * values + squares), "one in 16 bits and three in FP8"
 
 

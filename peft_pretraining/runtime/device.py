@@ -7,21 +7,22 @@ import torch
 from peft_pretraining.config.flag_groups import QuantizationArgs
 from peft_pretraining.errors import UserError
 from qgalore.kernels import use_triton
+from qgalore.update.newton_schulz import METHODS
 
 _ADA, _AMPERE, _VOLTA = (8, 9), (8, 0), (7, 0)
 """Compute capabilities of NVIDIA: the first with FP8, the first with bfloat16, and the first that Triton compiles
 for."""
 
 
-def check_device(device: torch.device, dtype: str, quantization: QuantizationArgs) -> None:
+def check_device(device: torch.device, dtype: str, quantization: QuantizationArgs, newton_schulz: str) -> None:
     """Raise UserError for a GPU that cannot run in the data type of `--dtype`, or not run the kernels or products."""
     if device.type != "cuda" or torch.version.hip is not None:  # AMD's numbers are others
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     in_triton = use_triton(device)
-    if text := problem_of_gpu(name, capability, dtype, in_triton) or problem_of_products(
-        name, capability, in_triton, quantization
-    ):
+    problem = problem_of_gpu(name, capability, dtype, in_triton)
+    problem = problem or problem_of_products(name, capability, in_triton, quantization)
+    if text := problem or problem_of_steps(name, capability, newton_schulz):
         raise UserError(text)
 
 
@@ -35,13 +36,15 @@ def slow_dtype(device: torch.device, dtype: str) -> str | None:
     )
 
 
-def emulated_products(device: torch.device, quantization: QuantizationArgs) -> str | None:
+def emulated_products(device: torch.device, quantization: QuantizationArgs, newton_schulz: str) -> str | None:
     """A sentence for a device that computes what FP8 gives without its speed; None for any other."""
-    if device.type != "cpu" or not quantization.fp8_products:
+    in_fp8 = ["--fp8_products"] if quantization.fp8_products else []
+    in_fp8 += [f"--newton_schulz {newton_schulz}"] if METHODS[newton_schulz].fp8 else []
+    if device.type != "cpu" or not in_fp8:
         return None
     return (
-        "--fp8_products on a CPU: values are rounded as a GPU rounds them and then multiplied in float32, which is "
-        "slower than without; it shows what FP8 does to the loss, and leaving it out is faster"
+        f"{' and '.join(in_fp8)} on a CPU: values are rounded as a GPU rounds them and then multiplied in float32, "
+        "which is slower than without; it shows what FP8 does to the loss, and leaving it out is faster"
     )
 
 
@@ -76,3 +79,14 @@ def problem_of_products(name: str, capability: tuple[int, int], in_triton: bool,
             f"and newer): leave --fp8_products out{instead}"
         )
     return ""
+
+
+def problem_of_steps(name: str, capability: tuple[int, int], newton_schulz: str) -> str:
+    """The sentence for a GPU without the products of a method of `--newton_schulz`; "" where it has them."""
+    if not METHODS[newton_schulz].fp8 or capability >= _ADA:
+        return ""
+    number = ".".join(map(str, capability))
+    return (
+        f"--newton_schulz {newton_schulz}: {name} has compute capability {number}, and products "
+        f"in FP8 need 8.9 (RTX 40, L4, H100 and newer): give --newton_schulz {newton_schulz.removesuffix('_fp8')}"
+    )

@@ -58,7 +58,7 @@ def _orthogonalized(matrix: Tensor, polynomials: Sequence[tuple[float, float, fl
         squared = rest8 @ rest8 + (diagonal[:, None] + diagonal[None, :]) * rest + torch.diag(diagonal * diagonal)
         even = third * (rest + torch.diag(diagonal)) + fifth * squared
         diagonal, rest = _without_diagonal(even)
-        x = ((first + diagonal)[:, None] * x + in_fp8(rest, FACTOR) @ x8).to(dtype)
+        x = ((first + diagonal)[:, None] * x + in_fp8(rest.to(dtype).float(), FACTOR) @ x8).to(dtype)
     return x.T if tall else x
 
 
