@@ -92,9 +92,9 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
             stored = _stored(model, path, param) + sum(size for key, size in sizes if "_basis" in key)
             sums = zeros(torch.Size(gradient), run.sum_dtype, torch.device("meta")).nbytes
             values, is_vector = math.prod(shape), len(shape) < 2
-            cost, divisible = cost_of(values, math.prod(gradient)), path is None and not library and not is_vector
+            cost, number = cost_of(values, math.prod(gradient)), layer if param in in_layer else None
+            divisible = number is None and not library and not is_vector
             load = Load(_in_layer(name, layer), values, values if library else cost, is_vector, divisible)
-            number = layer if param in in_layer else None
             is_summed = not run.args.updates_immediately and not (path is not None and args.sums_in_momentum)
             weight = DealtWeight(load, shape, number, path is not None, own, stored, sums if is_summed else 0)
             (rest if path is None else found).append(weight)

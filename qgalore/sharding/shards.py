@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qgalore.sharding.bucket import OwnedBucket
-from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
+from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, layer_of, row_ranges
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
@@ -167,4 +167,5 @@ class Shards(Ranks):
 def _load_of(weight: Weight) -> Load:
     values, gradient = weight.shape.numel(), weight.subspace.gradient_shape.numel()
     is_vector, plain = len(weight.shape) < 2, weight.layer is None and weight.config is None
-    return Load(weight.name, values, cost_of(values, gradient), is_vector, plain and not is_vector)
+    in_stack = layer_of(weight.name) != weight.name  # whose matrices may be gathered, each from one owner
+    return Load(weight.name, values, cost_of(values, gradient), is_vector, plain and not is_vector and not in_stack)
