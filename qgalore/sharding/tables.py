@@ -33,6 +33,8 @@ class Tables:
             assert weight.rows is not None
             weight.kept_rows = kernels.rows_of(weight.param.data, *weight.rows).clone()
             give_up(weight.param)
+        self._absent = {table: table.data for table in self._weights}
+        """What stands for a table that is not here, without memory; made once, and not where a pass allocates."""
 
     def __contains__(self, table: object) -> bool:
         return table in self._weights
@@ -51,7 +53,7 @@ class Tables:
         try:
             yield True
         finally:
-            give_up(table)
+            table.data = self._absent[table]
 
     @contextlib.contextmanager
     def unread(self, table: Tensor) -> Iterator[None]:
