@@ -107,8 +107,8 @@ class LayerByLayer:
         dtype = self._embeddings.dtype
         optimizer.is_last_micro_batch = False
         # The only loss may take the head's memory, others leave it to the next.
-        several = len(self._batches) > 1
-        with self._model.tables.whole(self._table_of_head) if several else contextlib.nullcontext():
+        stays = len(self._batches) > 1
+        with self._model.tables.whole(self._table_of_head) if stays else contextlib.nullcontext():
             loss = self._head(target_tokens, check)
         optimizer.end_layer(self._of_head)
         for index in range(last, -1, -1):

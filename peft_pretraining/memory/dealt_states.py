@@ -15,7 +15,6 @@ from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import matrix_shapes
 from peft_pretraining.models.config import is_of_mlp
 from peft_pretraining.models.network import CausalLM
-from peft_pretraining.models.registry import family_of
 from peft_pretraining.optim.build import states_on_meta
 from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
 from qgalore.update.gradient_sum import zeros
@@ -150,16 +149,9 @@ def _of_rank(run: PlannedRun, dealt: list[tuple[DealtWeight, int]], rank: int, r
     return RankBytes(*states, total("stored", (True,)), 2 * max(elsewhere), rows, sums)
 
 
-def gathers_tables(run: PlannedRun) -> bool:
-    """Whether a rank has its rows alone of embeddings and head between passes."""
-    values = run.config.vocab_size * run.config.hidden_size
-    large = deals_rows(Load("", values, 0.0, divisible=True), run.shards)
-    return run.args.gathers_layers and family_of(run.config).brings_tables and large
-
-
 def is_table(run: PlannedRun, weight: DealtWeight) -> bool:
-    """Whether a weight is embeddings or head of `gathers_tables`."""
-    return gathers_tables(run) and not weight.is_matrix and deals_rows(weight.load, run.shards)
+    """Whether a weight is of embeddings and head, of which a rank has its rows alone between passes."""
+    return run.gathers_tables and not weight.is_matrix and deals_rows(weight.load, run.shards)
 
 
 def fullest(ranks: list[RankBytes]) -> RankBytes:

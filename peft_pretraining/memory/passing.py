@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from peft_pretraining.memory.dealt_states import gathers_tables
 from peft_pretraining.memory.fp8_gradients import forms_gradient
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from peft_pretraining.models.ops.linear_cross_entropy import logits_width, token_chunks, training_bytes
@@ -53,8 +52,6 @@ class PassingBytes:
         self.loss_has_own_memory = run.graphs and (
             config.tie_word_embeddings or not (run.args.updates_immediately or self.int8_sums)
         )
-        self.head_arrives = gathers_tables(run)
-        """Whether a rank has the rows of others but for the moments in which a pass reads embeddings or head."""
         self.kept = self._kept_from(0) + self.hidden + (4 + 8 + 8) * run.tokens
         """What the backward pass keeps: layers, their output, one float32 a token of the norm, ids and labels."""
 
@@ -91,7 +88,7 @@ class PassingBytes:
         loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
         chunks = token_chunks(run.tokens, logits_width(config.vocab_size) * self.itemsize)
         beside = stays or (len(chunks) > 1 and self.itemsize >= 4)
-        return loss + self.table * (self.head_arrives and beside)
+        return loss + self.table * (run.gathers_tables and beside)
 
     def read_of_table(self) -> int:
         """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""

@@ -43,7 +43,7 @@ class PassingByLayer(PassingBytes):
         of_layer = self.sums_of_layer()
         # A sum that gets its second gradient is there in both dtypes for a moment.
         widened = self.table if run.args.updates_immediately and run.sum_dtype.itemsize > self.itemsize else 0
-        summed = 2 * self.hidden + self.table * (1 + self.head_arrives) + widened
+        summed = 2 * self.hidden + self.table * (1 + run.gathers_tables) + widened
         backward = self.stays_dequantized + self.kept + self.backward(recomputed=False)
         found = {
             "forward of one layer": self.dequantized + self.kept + self.hidden,
