@@ -258,6 +258,7 @@ def test_rows_are_saved_by_their_ranks_and_gone_on_with_by_any(large: SmallRun, 
     source = open_source(str(folder))
     assert source.stored[name].shape == (VOCABULARY, HIDDEN)
     whole = large.result("whole").checkpoint().model_tensors
+    assert_same_bits(whole, large.result("rows").checkpoint().model_tensors, "as qgalore export reads them")
     assert torch.equal(source.read(name), whole[name]), "read by --init_from"
     again = flags | {"num_training_steps": 4, "continue_from": "auto", "batch_size": 6 // ranks}
     for run in ("whole", "rows"):
@@ -269,10 +270,17 @@ def test_rows_are_saved_by_their_ranks_and_gone_on_with_by_any(large: SmallRun, 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_take_their_rows_of_weights_that_are_there(large: SmallRun, tied: bool) -> None:
-    """Of a checkpoint of one rank: gone on with, stopped and gone on with again, and as initial weights."""
+    """Of a checkpoint of one rank, or of owners that each wrote whole tables, as `full` did before: gone on with,
+    stopped and gone on with again, and as initial weights."""
     with_config(large, tie_word_embeddings=tied)
     flags = STREAMING | AT_ONCE | {"num_training_steps": 2}
-    large.run("one", **flags | {"batch_size": 4})
+    if tied:
+        large.run("one", **flags | {"batch_size": 4})
+    else:
+        before = large.run_on(2, "one", **flags, shard="optimizer")
+        parts = [before.checkpoints[-1] / f"model{part}.safetensors" for part in ("", "_00001")]
+        shapes = [x.shape for part in parts for name, x in stored_tensors(part).items() if x.shape[0] == VOCABULARY]
+        assert shapes == [(VOCABULARY, HIDDEN)] * 2
     more: dict[str, object] = {"num_training_steps": 5, "batch_size": 2, "continue_from": "auto"}
     large.copy("one", "rows")
     replicated = large.run_on(2, "one", **flags | more)
