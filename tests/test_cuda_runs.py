@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -99,6 +100,8 @@ SHARDED: dict[str, dict[str, object]] = {
     "full_rank": FULL_RANK | {"dtype": "bfloat16"},
     "int8 sums": PER_LAYER | {"subspace": "streaming", "grad_accum_dtype": "int8", "total_batch_size": 16},
 }
+SHARDED |= {f"{case}, rows": flags for case, flags in SHARDED.items()}
+SHARDED["tied, rows"] = SHARDED["streaming"]
 
 
 @pytest.mark.multi_gpu
@@ -106,7 +109,13 @@ SHARDED: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("shard", ["optimizer", "full"])
 @pytest.mark.parametrize("case", SHARDED)
 def test_weights_dealt_to_two_gpus_are_those_of_replicas(small: SmallRun, case: str, shard: str) -> None:
-    """Over NCCL: losses and weights of replicas, up to the order of sums; stopped and resumed with the same bits."""
+    """Over NCCL: losses and weights of replicas, up to the order of sums; stopped and resumed with the same bits.
+
+    With rows of embeddings and head, too, where the tables are large enough.
+    """
+    tables = {"vocab_size": 4099} if case.endswith("rows") else {}
+    tables |= {"tie_word_embeddings": case.startswith("tied")}
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | tables))
     flags = {"batch_size": 4} | SHARDED[case] | CUDA | {"num_training_steps": 6, "save_every": 3, "eval_every": 3}
     flags |= {"scheduler": "linear", "min_lr_ratio": 1.0}  # whose rates do not depend on the end
     replicated, whole = small.run_on(2, "replicated", **flags), small.run_on(2, "whole", **flags, shard=shard)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.rows import ROOT
 from peft_pretraining.build import model_on_meta, shape_of
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import dealt_weights
+from peft_pretraining.memory.dealt_states import dealt_weights, is_table
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
@@ -66,7 +66,8 @@ def sent_of(run: PlannedRun) -> float:
     """What a rank sends in an update beside an all-reduce of the gradient in bfloat16.
 
     The updated codes once and the gradient once; of `full` codes twice and bases once a pass instead; of embeddings and
-    head, in bfloat16, the gradient and what has become of it. An all-reduce is sent twice, all others once.
+    head, in bfloat16, the gradient and what has become of it, or of `full` each once a pass instead, and the embeddings
+    once more where the first layer makes its own backward pass. An all-reduce is sent twice, all others once.
     """
     args, model = run.args, model_on_meta(run.args, run.config)
     weights = dealt_weights(run)
@@ -81,6 +82,8 @@ def sent_of(run: PlannedRun) -> float:
     gathers = micro_batches if args.owners_sum else 1
     sums = (micro_batches if args.owners_sum else 1) * (gradient + rest)
     moved = gathers * (2 * codes + bases) if args.runtime.shard == "full" else codes
+    tables = sum(2 * weight.load.values for weight in weights if is_table(run, weight))
+    moved += gathers * tables * (3 if args.by_layer else 2) // 2 - tables
     return (moved + sums + rest) / (4 * sum(weight.load.values for weight in weights))
 
 

@@ -221,7 +221,9 @@ def test_ranks_share_before_a_rank_is_made_smaller(capsys: pytest.CaptureFixture
     in_subspace = within(least(sharded.in_parts) - 10**6)
     assert (in_subspace.runtime.shard, in_subspace.optimizer.recipe) == ("full", "orthogonal")
     assert in_subspace.subspace.rank == 896
-    asked = within(least(sharded) - 10**6, "--recipe", "orthogonal")
+    orthogonal = ("--recipe", "orthogonal")
+    states = Candidates([*flags, *orthogonal, "--memory_budget", "1GB", "--shard", "optimizer"], 2)
+    asked = within(least(states) - 10**6, *orthogonal)
     assert (asked.runtime.shard, asked.subspace.rank) == ("optimizer", 896)
     assert asked.runtime.shard_sums == "owner", "sums of all matrices on every rank would not fit"
     smallest = min(replicas.smallest.needs, sharded.smallest.needs)

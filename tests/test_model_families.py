@@ -320,5 +320,6 @@ def test_a_family_says_of_itself_what_its_network_overrides() -> None:
             "recomputes_layers": network.gradient_checkpointing_enable is not CausalLM.gradient_checkpointing_enable,
             "int8_activations": network.keep_int8_activations is not CausalLM.keep_int8_activations,
             "fp8_head": network.multiply_head_in_fp8 is not CausalLM.multiply_head_in_fp8,
+            "brings_tables": network.bring_tables_by is not CausalLM.bring_tables_by,
         }
         assert overridden == {key: getattr(family, key) for key in overridden}

@@ -119,6 +119,15 @@ def test_gathered_layers_have_the_bits_of_those_that_stay(small: SmallRun, case:
     assert_same_run(replicated, deep.run_on(2, "full", **flags, shard="full"))
 
 
+def test_large_float_matrices_are_gathered_from_one_owner(small: SmallRun) -> None:
+    """Of more values than from which on embeddings and head are dealt by rows."""
+    config = json.loads(small.config.read_text()) | {"hidden_size": 192, "intermediate_size": 512}
+    small.config.write_text(json.dumps(config))
+    flags = flags_of("adamw") | AT_ONCE | {"batch_size": 2, "num_training_steps": 3, "check_replicas": 1}
+    replicated = small.run_on(2, "replicated", **flags)
+    assert_same_run(replicated, small.run_on(2, "full", **flags, shard="full"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_more_ranks_agree_up_to_the_order_of_sums(small: SmallRun, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ def launch(argv: list[str], ranks_of_machines: tuple[int, ...]) -> list[tuple[in
 @pytest.mark.slow
 @pytest.mark.parametrize(("shard", "optimizer"), [("optimizer", "galore_adamw8bit"), ("full", "galore_adamw")])
 def test_states_are_shared_inside_a_machine_and_replicated_between(tmp_path: Path, shard: str, optimizer: str) -> None:
+    """With tables that are large enough to be dealt by rows, which `full` gathers inside a machine."""
     small = SmallRun(tmp_path, layers=2)
+    small.config.write_text(json.dumps(json.loads(small.config.read_text()) | {"vocab_size": 4099}))
     flags = flags_of(optimizer) | LINEAR | {"subspace": "streaming", "num_training_steps": 5, "save_every": 5}
     flags |= {"check_replicas": 1, "batch_size": 1, "weight_decay": 0.1}
     replicated = small.run_on(4, "replicated", **flags)

@@ -16,7 +16,8 @@ here. A layer's quantized weights are dequantized once a pass, not once a micro-
 and as many as `CACHED_BYTES` holds in the backward pass, which has the sums of gradients beside them.
 
 With `--shard full` a layer's weights are gathered from their owners twice an update, for each pass through it, while
-the layer before it runs.
+the layer before it runs. The head is gathered once, for the losses of all micro-batches, and embeddings for each pass
+of the first layer: its inputs then wait with the hidden states, where nothing else does at that time.
 
 Losses are known before any weight is updated. A gradient that is not finite is found when layers above may have been
 updated, as it is with one micro-batch: `LowRankAdamW.late_overflow`.
@@ -61,7 +62,10 @@ class LayerByLayer:
             [part for part in layer.modules() if isinstance(part, LowRankLinear)] for layer in self._layers
         ]
         self._gathering = optimizer.gathering if isinstance(optimizer, LowRankAdamW) else None
-        self._embeddings = model.get_parameter(model.table_names[0])
+        self._embeddings, self._table_of_head = map(model.get_parameter, model.table_names)
+        self._embeddings_arrive = optimizer.kept_rows(self._embeddings) is not None
+        self._inputs_at: int | None = None
+        """The boundary at which inputs of the first layer wait; None where they are looked up when they are read."""
         inside = {id(param) for param in (self._embeddings, *model.decoder_layers.parameters())}
         self._of_head = [param for param in model.parameters() if id(param) not in inside]
         self._states: HiddenStates | None = None
@@ -85,6 +89,8 @@ class LayerByLayer:
             if not go_on():
                 self._batches = ()
                 return False
+            if index == 0:
+                self._look_up(len(self._layers) - 1)
             with self._inside(index, 1), cached_weights(self._linears[index], self._embeddings.dtype, limit=math.inf):
                 for number, x in enumerate(self._inputs(index)):
                     # With gradients, though none is asked for: the backward pass then begins with the same kernels.
@@ -100,10 +106,15 @@ class LayerByLayer:
         optimizer, rows, last = self._optimizer, self._rows, len(self._layers) - 1
         dtype = self._embeddings.dtype
         optimizer.is_last_micro_batch = False
-        loss = self._head(target_tokens, check)
+        # The only loss may take the head's memory, others leave it to the next.
+        stays = len(self._batches) > 1
+        with self._model.tables.whole(self._table_of_head) if stays else contextlib.nullcontext():
+            loss = self._head(target_tokens, check)
         optimizer.end_layer(self._of_head)
         for index in range(last, -1, -1):
             optimizer.is_last_micro_batch = False
+            if index == 0:
+                self._look_up(0 if last else None)  # of a single layer the gradients of outputs are there
             with self._inside(index, -1):
                 with self._dequantized(index, dtype), cached_bases(self._weights_of(index), dtype):
                     for number, (x, grad) in enumerate(zip(self._inputs(index), rows.read(last), strict=True)):
@@ -111,8 +122,9 @@ class LayerByLayer:
                         rows.write(last, number, _gradient_of(x))
                 optimizer.end_layer(self._layers[index].parameters())
         optimizer.is_last_micro_batch = False
-        for (ids, _), grad in zip(self._batches, rows.read(last), strict=True):
-            self._model.embed(ids).backward(grad)
+        with self._model.tables.unread(self._embeddings):
+            for (ids, _), grad in zip(self._batches, rows.read(last), strict=True):
+                self._model.embed(ids).backward(grad)
         optimizer.end_layer([self._embeddings])
         self._batches = ()
         return loss
@@ -146,10 +158,20 @@ class LayerByLayer:
             self._states, self._shape = hidden_states(len(self._layers), micro_batches, like), (micro_batches, *shape)
             self._constants = self._model.layer_constants(shape[1])
 
+    @torch.no_grad()
+    def _look_up(self, boundary: int | None) -> None:
+        """Let the inputs of the first layer wait at a boundary, if the embeddings are not here for long."""
+        self._inputs_at = boundary if self._embeddings_arrive else None
+        if self._inputs_at is not None:
+            with self._model.tables.whole(self._embeddings):
+                for number, (ids, _) in enumerate(self._batches):
+                    self._rows.write(self._inputs_at, number, self._model.embed(ids))
+
     def _inputs(self, index: int) -> Iterator[Tensor]:
         """The input of a layer for each micro-batch, a leaf of autograd's graph."""
-        if index:
-            yield from self._read(index - 1)
+        boundary = index - 1 if index else self._inputs_at
+        if boundary is not None:
+            yield from self._read(boundary)
             return
         for ids, _ in self._batches:
             yield self._model.embed(ids).detach()

@@ -21,7 +21,7 @@ from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.methods.adapters import BASE, adapters_of
 from peft_pretraining.models.hf import HFCausalLM
-from peft_pretraining.models.network import CausalLM
+from peft_pretraining.models.network import CausalLM, Tables
 from peft_pretraining.runtime.world import World
 from qgalore.layer.linear import LowRankLinear
 from qgalore.layer.quantization import QuantizedTensor
@@ -87,9 +87,9 @@ def put_weights(source: WeightSource, model: CausalLM, model_config: str) -> Non
         raise UserError(f"--init_from {source.name} {start}: {'; '.join(problems[:_MOST_NAMED])}{more}. {end}.")
     with torch.no_grad():
         for target, (first, *others) in chosen:
-            _store(source, target, first)
+            _store(source, target, first, model.tables)
             for other in others:
-                _compare(source, target, first, other)
+                _compare(source, target, first, other, model.tables)
 
 
 def _targets(model: CausalLM) -> list[_Target]:
@@ -172,7 +172,7 @@ def _rows_of_codes(target: _Target) -> int:
     return target.holder.out_features if isinstance(target.holder, LowRankLinear) else target.shape[0]
 
 
-def _store(source: WeightSource, target: _Target, name: str) -> None:
+def _store(source: WeightSource, target: _Target, name: str, tables: Tables) -> None:
     """Read a weight and put it into its place."""
     layer = target.holder if isinstance(target.holder, LowRankLinear) else None
     if source.is_quantized(name) and (layer is not None or name not in source.stored):
@@ -180,19 +180,20 @@ def _store(source: WeightSource, target: _Target, name: str) -> None:
         codes = source.read_codes(name, columns)
         if layer is not None:
             return store_quantized_(layer, _on(codes, layer.weight.device))
-        return _store_floats(target, _on(codes, _device_of(target)).dequantize(torch.float32))
+        return _store_floats(target, _on(codes, _device_of(target)).dequantize(torch.float32), tables)
     value = source.read(name)
     if layer is None:
-        return _store_floats(target, value)
+        return _store_floats(target, value, tables)
     value = value.to(layer.weight.device)
     value = value if value.dtype in (torch.bfloat16, torch.float32) else value.float()  # those that kernels take
     return store_float_(layer, value.T.contiguous() if layer.transposed else value)
 
 
-def _store_floats(target: _Target, value: Tensor) -> None:
+def _store_floats(target: _Target, value: Tensor, tables: Tables) -> None:
     """Put floats into a tensor, or into a frozen layer that quantizes them."""
     if isinstance(target.holder, Tensor):
-        target.holder.copy_(value)
+        if not tables.store(target.holder, value):
+            target.holder.copy_(value)
     else:
         assert not isinstance(target.holder, LowRankLinear)
         target.holder.store_(value.to(_device_of(target)))
@@ -202,11 +203,13 @@ def _device_of(target: _Target) -> torch.device:
     return target.holder.device if isinstance(target.holder, Tensor) else target.holder.weight.device
 
 
-def _compare(source: WeightSource, target: _Target, first: str, other: str) -> None:
+def _compare(source: WeightSource, target: _Target, first: str, other: str, tables: Tables) -> None:
     """Refuse a source that has two different tensors where the model has one."""
     if source.stored.get(first) is source.stored.get(other) or not isinstance(target.holder, Tensor):
         return
-    if not torch.equal(source.read(other).to(target.holder), target.holder):
+    with tables.whole(target.holder):
+        same = torch.equal(source.read(other).to(target.holder), target.holder)
+    if not same:
         raise UserError(
             f"--init_from {source.name}: {first} and {other} differ there, and are one tensor in this model; set "
             "tie_word_embeddings of its configuration to false."

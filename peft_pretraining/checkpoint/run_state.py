@@ -32,6 +32,7 @@ from peft_pretraining.checkpoint.store import (
 )
 from peft_pretraining.config.flag_groups import ScheduleArgs
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.config.shard_checks import ranks_that_share
 from peft_pretraining.data.train_loader import TrainLoader, merge_states
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config import read_config_json
@@ -250,7 +251,7 @@ class RunCheckpoints:
         if not self._world.is_main:
             return None
         try:
-            parts = pending.unfinished.noted_parts({0, *self._optimizer.owners.values()}, _PATIENCE_SECONDS)
+            parts = pending.unfinished.noted_parts(range(self._writers), _PATIENCE_SECONDS)
             if parts is None:
                 return None
             return pending.unfinished.publish(parts, self._args.checkpoint.keep_checkpoints)
@@ -259,14 +260,22 @@ class RunCheckpoints:
 
     def _part(self, state: dict[str, Any]) -> _PartOfRank | None:
         """What this rank has of a checkpoint; None for a rank that has nothing of its own."""
-        owners, rank = self._optimizer.owners, self._world.rank
-        model_tensors, optimizer_state = part_of_model(self._model, owners, rank), self._optimizer.state_dict()
-        if rank and not (owners and (model_tensors or optimizer_state["state"])):
+        rank = self._world.rank
+        if rank >= self._writers:
             return None
+        model_tensors, optimizer_state = part_of_model(self._model, self._optimizer, rank), self._optimizer.state_dict()
         if rank:
             return model_tensors, {"state": optimizer_state["state"]}, None
         average = self._average.state_dict()
         return model_tensors, optimizer_state, state if average is None else state | {"average": average}
+
+    @property
+    def _writers(self) -> int:
+        """The first so many ranks write: those of the first machine where they share a model, each of which has a part.
+
+        Other machines have the same parts.
+        """
+        return ranks_that_share(self._world.world_size) if self._optimizer.owners else 1
 
     def mark_stop(self, why: str) -> None:
         """Write a file in the run's folder with the reason why it ended early."""
@@ -327,18 +336,35 @@ def copy_on_host(tree: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
     return tree
 
 
-def part_of_model(model: nn.Module, owners: Mapping[Tensor, int], rank: int) -> dict[str, Tensor]:
-    """What rank number `rank` saves of a model's state dict: the weights that it owns, the first rank also the rest."""
-    tensors = model.state_dict()
+def part_of_model(model: nn.Module, optimizer: TrainingOptimizer, rank: int) -> dict[str, Tensor]:
+    """What rank number `rank` saves of a model's state dict: the weights that it owns, the first rank also the rest.
+
+    Of a weight of which it has some rows these.
+    """
+    tensors, owners = model.state_dict(), optimizer.owners
+    found: dict[str, Tensor] = {}
     params = params_of_entries(model, tensors)
-    return {name: x for name, x in tensors.items() if (owners.get(params[name], 0) if name in params else 0) == rank}
+    for name, value in tensors.items():
+        kept = optimizer.kept_rows(params[name]) if name in params else None
+        if kept is not None:
+            found[name] = kept[1]
+        elif (owners.get(params[name], 0) if name in params else 0) == rank:
+            found[name] = value
+    return found
 
 
 def tensors_here(model: nn.Module, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
-    """A model's state dict without the weights that other ranks alone have."""
+    """A model's state dict without what other ranks alone have of it; of rows the name says so."""
     tensors = model.state_dict()
+    found: dict[str, Tensor] = {}
     params = params_of_entries(model, tensors)
-    return {name: x for name, x in tensors.items() if name not in params or not optimizer.is_elsewhere(params[name])}
+    for name, value in tensors.items():
+        kept = optimizer.kept_rows(params[name]) if name in params else None
+        if kept is not None:
+            found[f"{name} from row {kept[0]} on"] = kept[1]
+        elif name not in params or not optimizer.is_elsewhere(params[name]):
+            found[name] = value
+    return found
 
 
 def params_of_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

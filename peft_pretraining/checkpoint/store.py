@@ -12,8 +12,8 @@ directory, which the next save removes. Loading checks every size and hash first
 
 Where states are dealt to several ranks, each writes those of the weights that it owns, and these weights, at the same
 time: rank 1 model_00001.safetensors, optimizer_00001.safetensors and optimizer_00001.json, and so on. Rank 0 has the
-rest, and publishes the folder when the files of all are there and synced. Read by any number of ranks, such a
-checkpoint is what one rank would have written.
+rest, and publishes the folder when the files of all are there and synced. What several files have by the same name are
+rows that follow each other. Read by any number of ranks, such a checkpoint is what one rank would have written.
 """
 
 from __future__ import annotations
@@ -248,7 +248,9 @@ def _read(folder: Path, check: bool) -> Checkpoint:
     parts = {name: tensors_in(content) for name, content in contents.items() if name.endswith(".safetensors")}
     for name, aliases in manifest.aliases.items():
         parts[name].update({alias: parts[name][original] for alias, original in aliases.items()})
-    model = {name: tensor for file in manifest.parts(MODEL) for name, tensor in parts[file].items()}
+    model: dict[str, Tensor] = {}
+    for file in manifest.parts(MODEL):
+        model |= {name: _with_rows(model.get(name), value) for name, value in parts[file].items()}
     optimizer = _merged(
         [
             join_tree(json.loads(contents[tree][:]), parts[tensors])
@@ -274,7 +276,8 @@ def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _with_rows(before: Tensor | None, value: Tensor) -> Tensor:
-    """An entry of a state of which ranks before this one had the rows `before`; what has none is the same on all."""
+    """A weight, or an entry of a state, of which ranks before this one had the rows `before`; what has none is the same
+    on all."""
     return value if before is None or not value.dim() else torch.cat([before, value])
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_pretraining.checkpoint.folder import list_checkpoints
@@ -140,7 +141,8 @@ def _checkpoint(name: str, step: Path, check: bool) -> WeightSource:
             check_hash(step, manifest, file)
         found = stored_tensors(step / file)
         aliases = manifest.aliases.get(file, {})
-        stored |= found | {alias: found[original] for alias, original in aliases.items()}
+        found |= {alias: found[original] for alias, original in aliases.items()}
+        stored |= {name: x if name not in stored else _with_rows(stored[name], x) for name, x in found.items()}
     state = json.loads((step / STATE).read_text(encoding="utf-8"))
     if (method := state.get("method", "full")) != "full":
         raise UserError(
@@ -157,6 +159,12 @@ def _checkpoint(name: str, step: Path, check: bool) -> WeightSource:
         name, f"{step} ({manifest.update_step:,} updates)", {}, bool(raw.get("tie_word_embeddings")), format=format
     )
     return _with_parts(source, with_todays_names(stored))  # type: ignore[arg-type]
+
+
+def _with_rows(before: StoredTensor, rows: StoredTensor) -> StoredTensor:
+    """A tensor of which ranks before this one have stored the rows `before`."""
+    shape = (before.shape[0] + rows.shape[0], *before.shape[1:])
+    return StoredTensor(before.dtype, shape, lambda: torch.cat([before.read(), rows.read()]))
 
 
 def _with_parts(source: WeightSource, stored: Mapping[str, StoredTensor], commit: str = "") -> WeightSource:

@@ -53,6 +53,8 @@ class RankBytes(NamedTuple):
     """Matrices of the decoder and the bases of their subspaces, with `--shard full`."""
     gathered: int = 0
     """Room for those that other ranks own, of two layers."""
+    rows: int = 0
+    """Of embeddings and head, with `--shard full`."""
     sums: int = 0
     """Of gradients, where the owner of a weight alone has one."""
 
@@ -89,9 +91,9 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
             stored = _stored(model, path, param) + sum(size for key, size in sizes if "_basis" in key)
             sums = zeros(torch.Size(gradient), run.sum_dtype, torch.device("meta")).nbytes
             values, is_vector = math.prod(shape), len(shape) < 2
-            cost, divisible = cost_of(values, math.prod(gradient)), path is None and not library and not is_vector
+            cost, number = cost_of(values, math.prod(gradient)), layer if param in in_layer else None
+            divisible = number is None and not library and not is_vector
             load = Load(_in_layer(name, layer), values, values if library else cost, is_vector, divisible)
-            number = layer if param in in_layer else None
             is_summed = not run.args.updates_immediately and not (path is not None and args.sums_in_momentum)
             weight = DealtWeight(load, shape, number, path is not None, own, stored, sums if is_summed else 0)
             (rest if path is None else found).append(weight)
@@ -142,7 +144,14 @@ def _of_rank(run: PlannedRun, dealt: list[tuple[DealtWeight, int]], rank: int, r
     for weight, owner in dealt:
         if weight.is_matrix and weight.layer is not None and owner != rank:
             elsewhere[weight.layer] += weight.stored
-    return RankBytes(*states, total("stored", (True,)), 2 * max(elsewhere), sums)
+    tables = [weight for weight, _ in dealt if is_table(run, weight)]
+    rows = sum(weight.bytes_of(weight.stored, rank, rank, ranks) for weight in tables)
+    return RankBytes(*states, total("stored", (True,)), 2 * max(elsewhere), rows, sums)
+
+
+def is_table(run: PlannedRun, weight: DealtWeight) -> bool:
+    """Whether a weight is of embeddings and head, of which a rank has its rows alone between passes."""
+    return run.gathers_tables and not weight.is_matrix and deals_rows(weight.load, run.shards)
 
 
 def fullest(ranks: list[RankBytes]) -> RankBytes:

@@ -61,11 +61,13 @@ def lasting_bytes(run: PlannedRun) -> dict[str, int]:
 
 def _of_fullest_rank(run: PlannedRun, found: dict[str, int]) -> dict[str, int]:
     """What `--shard` changes, of the rank with most; `found`: what every rank has."""
-    rank = fullest(bytes_by_rank(run, run.shards))
+    ranks = bytes_by_rank(run, run.shards)
+    rank = fullest(ranks)
     changed = dict(zip(_STATES, (rank.matrix_states, rank.other_states), strict=True))
     changed = {name: found[name] + size for name, size in changed.items()}
     if run.args.gathers_layers:
         changed |= {_WEIGHTS[0]: rank.stored, "projections": 0, GATHERED: rank.gathered}
+        changed[_WEIGHTS[1]] = found[_WEIGHTS[1]] - sum(each.rows for each in ranks) + rank.rows
     if run.args.owners_sum and not run.args.updates_immediately:
         changed[GRADIENTS] = rank.sums + _residuals(run)
     return changed

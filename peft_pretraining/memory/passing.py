@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from peft_pretraining.memory.fp8_gradients import forms_gradient
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
-from peft_pretraining.models.ops.linear_cross_entropy import training_bytes
+from peft_pretraining.models.ops.linear_cross_entropy import logits_width, token_chunks, training_bytes
 from peft_pretraining.models.ops.swiglu import group_size_of
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
@@ -67,8 +67,7 @@ class PassingBytes:
         # The gradient of the last layer's output takes the place of that output, which graphs keep; a tied head's
         # gradient waits for that of the embeddings.
         stays, waits = self.kept + self.hidden * run.graphs, self.table * config.tie_word_embeddings
-        products = run.args.quantization.head_products
-        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
+        loss = self.loss()
         head = self.kept + self.hidden + of_table
         found = {"activations and loss": self.kept + loss, "activations and gradient of the head": head}
         beside = {} if self.loss_has_own_memory else self.of_layers()
@@ -78,6 +77,19 @@ class PassingBytes:
         if not run.args.updates_immediately:
             found["update of the largest weight"] = max(self.updates(), update)
         return found
+
+    def loss(self, stays: bool = False) -> int:
+        """What the head's loss takes with gradients; a head that is gathered for it gives its memory to its gradient.
+
+        But for a sum in its own dtype, which several chunks of tokens make beside it. stays: whether another loss needs
+        the head after it.
+        """
+        run, config = self.run, self.run.config
+        products = run.args.quantization.head_products
+        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
+        chunks = token_chunks(run.tokens, logits_width(config.vocab_size) * self.itemsize)
+        beside = stays or (len(chunks) > 1 and self.itemsize >= 4)
+        return loss + self.table * (run.gathers_tables and beside)
 
     def read_of_table(self) -> int:
         """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""

@@ -14,7 +14,6 @@ from peft_pretraining.accumulation.layer_by_layer import cached_matrices
 from peft_pretraining.memory.lasting import sum_bytes
 from peft_pretraining.memory.passing import PassingBytes
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
-from peft_pretraining.models.ops.linear_cross_entropy import training_bytes
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.layer.layout import padded_width
 from qgalore.update.directions import DIRECTIONS
@@ -40,15 +39,15 @@ class PassingByLayer(PassingBytes):
         """See `PassingBytes`."""
         run, config = self.run, self.run.config
         of_table, update = self._sum(config.vocab_size, config.hidden_size), self.update_of_table()
-        products = run.args.quantization.head_products
-        loss = training_bytes(run.tokens, config.hidden_size, config.vocab_size, run.dtype, products)
+        loss = self.loss(stays=run.args.batch.gradient_accumulation > 1)
         of_layer = self.sums_of_layer()
         # A sum that gets its second gradient is there in both dtypes for a moment.
         widened = self.table if run.args.updates_immediately and run.sum_dtype.itemsize > self.itemsize else 0
+        summed = 2 * self.hidden + self.table * (1 + run.gathers_tables) + widened
         backward = self.stays_dequantized + self.kept + self.backward(recomputed=False)
         found = {
             "forward of one layer": self.dequantized + self.kept + self.hidden,
-            "loss and sum of the head's gradients": max(loss, 2 * self.hidden + self.table + widened) + of_table,
+            "loss and sum of the head's gradients": max(loss, summed) + of_table,
             "update of the head": update + of_table,
             "backward of one layer and its sums": backward + of_layer,
             "sum of the embeddings' gradients": self.hidden + self.table + widened + of_table,

@@ -104,7 +104,7 @@ def _whose(run: PlannedRun) -> str:
     if run.shards == 1:
         return "one rank"
     shard, totals = run.args.runtime.shard, [sum(each) for each in bytes_by_rank(run, run.shards)]
-    what = "matrices and optimizer states" if run.args.gathers_layers else "optimizer states"
+    what = "weights and optimizer states" if run.args.gathers_layers else "optimizer states"
     return (
         f"the fullest of {run.shards} ranks (--shard {shard}: {what} of {min(totals) / 1e9:.3f} to "
         f"{max(totals) / 1e9:.3f} GB a rank)"

@@ -16,6 +16,7 @@ from peft_pretraining.models.config import ModelConfig, is_of_mlp
 from peft_pretraining.models.registry import family_of
 from peft_pretraining.optim.layer_execution import Execution, execution_of
 from qgalore.config import SubspaceConfig
+from qgalore.sharding.deal import Load, deals_rows
 
 
 class Matrix:
@@ -54,6 +55,9 @@ class PlannedRun:
         self.sum_dtype: torch.dtype = self.dtype if keeps else getattr(torch, optimizer.grad_accum_dtype)
         self.shards = args.world_size if args.runtime.shard != "none" else 1
         """Ranks to which optimizer states are dealt; 1 where each has all."""
+        table = Load("", config.vocab_size * config.hidden_size, cost=0.0, divisible=True)
+        self.gathers_tables = args.gathers_layers and _family_brings_tables(config) and deals_rows(table, self.shards)
+        """Whether a rank has its rows alone of embeddings and head, but for the moments in which a pass reads them."""
         rank = args.subspace.rank
         self.rank_of_factors = rank if args.method.method != "full" and isinstance(rank, int) else 0
         """Of the factors or adapters of each matrix; 0 without."""
@@ -88,6 +92,11 @@ def _matrices(args: SubspaceArgs | None, config: ModelConfig) -> tuple[Matrix, .
     subspace, of_mlp = (args.config(), args.config(of_mlp=True)) if args else (None, None)
     shapes = config.matrix_shapes().items()
     return tuple(Matrix(shape, of_mlp if is_of_mlp(name) else subspace) for name, shape in shapes)
+
+
+@lru_cache(maxsize=256)
+def _family_brings_tables(config: ModelConfig) -> bool:
+    return family_of(config).brings_tables
 
 
 @lru_cache(maxsize=256)

@@ -36,6 +36,10 @@ class ModelFamily(ABC, Generic[ConfigT]):
     runs_by_layer: bool = False
     """It overrides `CausalLM.embed`, `layer_constants` and `head_loss`; --accumulate_by layer is refused otherwise."""
 
+    brings_tables: bool = False
+    """It overrides `CausalLM.tables` and `bring_tables_by`; each rank of --shard full has embeddings and head whole
+    otherwise."""
+
     @abstractmethod
     def config(self, raw: dict[str, Any], source: str) -> ConfigT:
         """The contents of a config.json, checked; raises UserError that names `source`, the file, and the key."""

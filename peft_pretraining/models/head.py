@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,14 +26,16 @@ def shifted(labels: Tensor) -> Tensor:
 
 
 def head_output(
-    hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None, products: int = FLOAT_PRODUCTS
+    hidden: Tensor, lm_head: nn.Linear, labels: Tensor | None, products: int = FLOAT_PRODUCTS, spent: bool = False
 ) -> CausalLMOutput:
     """Logits of hidden (B, L, hidden_size), or their cross-entropy against the shifted labels (B, L).
 
-    products: in what a loss with gradients is multiplied, as `CausalLM.head_products` says.
+    products: in what a loss with gradients is multiplied, as `CausalLM.head_products` says. spent: whether the head's
+    weight is there for this call alone, and its memory may be taken; logits then have no gradients.
     """
     if labels is None:
-        return CausalLMOutput(lm_head(hidden), None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not spent):
+            return CausalLMOutput(lm_head(hidden), None)
     targets = shifted(labels).flatten()
-    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets, IGNORE_INDEX, products)
+    loss_sum = linear_cross_entropy(hidden.flatten(0, 1), lm_head.weight, targets, IGNORE_INDEX, products, spent)
     return CausalLMOutput(None, loss_sum)

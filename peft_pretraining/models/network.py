@@ -1,7 +1,7 @@
 """A network as building, optimizers and CUDA graphs see it: the base class of every family's."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -21,6 +21,36 @@ class LayerRunner(Protocol):
 
     def graph_pool(self) -> AbstractContextManager[None]:
         """Within it, what is gone before the backward pass of the layers may take the memory of that pass."""
+
+
+class Tables(Protocol):
+    """Brings embeddings and head where a pass reads them, as `qgalore.sharding.tables.Tables` does."""
+
+    def whole(self, table: Tensor) -> AbstractContextManager[bool]:
+        """Within it a table has all its rows; gives whether its memory may be written over when nobody reads it any
+        more."""
+
+    def unread(self, table: Tensor) -> AbstractContextManager[None]:
+        """Within it a look-up is made for its backward pass alone, and whatever it reads will do."""
+
+    def store(self, table: Tensor, values: Tensor) -> bool:
+        """Give a table values (rows, columns); False for a parameter that is none of these."""
+
+
+class TablesHere:
+    """Tables that are always there."""
+
+    def whole(self, table: Tensor) -> AbstractContextManager[bool]:
+        """See `Tables`."""
+        return nullcontext(False)
+
+    def unread(self, table: Tensor) -> AbstractContextManager[None]:
+        """See `Tables`."""
+        return nullcontext()
+
+    def store(self, table: Tensor, values: Tensor) -> bool:
+        """See `Tables`."""
+        return False
 
 
 class CausalLM(nn.Module):
@@ -133,4 +163,13 @@ class CausalLM(nn.Module):
 
     def run_layers_by(self, runner: LayerRunner) -> None:
         """From now on `runner` takes the layers' place in training; only of a network that has a `compiled_layer`."""
+        raise NotImplementedError
+
+    @property
+    def tables(self) -> Tables:
+        """What brings embeddings and head where a pass reads them."""
+        return TablesHere()
+
+    def bring_tables_by(self, tables: Tables) -> None:
+        """From now on read embeddings and head within `tables.whole` alone; of a family that says `brings_tables`."""
         raise NotImplementedError

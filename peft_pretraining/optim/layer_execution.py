@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.network import CausalLM
+from peft_pretraining.models.registry import family_of
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from qgalore.graphs.eager_layers import EagerLayers
 from qgalore.graphs.evaluations import let_evaluations_in
@@ -62,7 +67,8 @@ def can_replay(model: CausalLM, optimizer: TrainingOptimizer) -> bool:
 def set_execution(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) -> None:
     """Let the decoder layers of a model with an attached optimizer run as the flags and the device say.
 
-    With `--shard full` the layers' matrices lie with the ranks that own them from now on. With `--offload` optimizer
+    With `--shard full` the layers' matrices lie with the ranks that own them from now on, as do the rows of embeddings
+    and head. With `--offload` optimizer
     states of the layers wait on the host, and weights if it says so. Raises PageLockError where the system does not
     lock so much memory.
     """
@@ -74,6 +80,8 @@ def set_execution(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) 
     if args.gathers_layers:
         gathering = optimizer.gather_layers(layers)
         let_evaluations_in(layers, lambda index: gathering.enter(index, 1))
+        if family_of(cast(ModelConfig, model.config)).brings_tables:
+            bring_tables(model, optimizer)
     if offload != "none":
         waiting = optimizer.offload_layers(layers, offload == "weights", slots_of(args))
 
@@ -87,6 +95,22 @@ def set_execution(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) 
         model.run_layers_by(EagerLayers(layers, model.compiled_layer, optimizer))
     elif execution is Execution.FROM_GRAPHS:
         replay_layers(model, optimizer)
+
+
+def bring_tables(model: CausalLM, optimizer: LowRankAdamW) -> None:
+    """Let embeddings and head that are dealt by rows be whole in passes alone; values that are loaded go to rows."""
+    tables = optimizer.gather_tables(map(model.get_parameter, model.table_names))
+    model.bring_tables_by(tables)
+
+    def take_rows(module: nn.Module, entries: dict[str, Any], prefix: str, *_: object) -> None:
+        for key, param in module.named_parameters(recurse=False):
+            value = entries.get(f"{prefix}{key}")
+            if isinstance(value, Tensor) and value.shape == param.shape and tables.store(param, value):
+                entries[f"{prefix}{key}"] = param  # which torch then copies to itself
+
+    for module in model.modules():
+        if any(param in tables for param in module.parameters(recurse=False)):
+            module.register_load_state_dict_pre_hook(take_rows)
 
 
 def replay_layers(model: CausalLM, optimizer: LowRankAdamW) -> None:

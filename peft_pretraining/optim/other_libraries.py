@@ -107,6 +107,10 @@ class LibraryOptimizer:
         """See `TrainingOptimizer`: never."""
         return False
 
+    def kept_rows(self, param: Tensor) -> tuple[int, Tensor] | None:
+        """See `TrainingOptimizer`: none."""
+        return None
+
     def _owns(self, param: Tensor) -> bool:
         """Whether this rank updates a parameter."""
         return self._mesh is None or self._owners.get(param) == self._mesh.rank

@@ -43,6 +43,9 @@ class TrainingOptimizer(Protocol):
     def is_elsewhere(self, param: Tensor) -> bool:
         """Whether another rank owns a parameter, which this one does not have for good."""
 
+    def kept_rows(self, param: Tensor) -> tuple[int, Tensor] | None:
+        """The first row that this rank has of a parameter, and all rows that it has; None where that is all or none."""
+
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the update, over all ranks."""
 

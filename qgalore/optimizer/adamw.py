@@ -29,6 +29,7 @@ from qgalore.optimizer.update_cycle import UpdateCycle
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.shards import Shards
+from qgalore.sharding.tables import Tables
 from qgalore.update.all_reduce import AllReduce
 from qgalore.update.hooks import Attachment
 from qgalore.update.loss_scale import LossScale
@@ -284,6 +285,17 @@ class LowRankAdamW(Optimizer):
             raise RuntimeError("weights can be gathered from other ranks after attach(model, mesh=...) alone")
         return self._shards.gather_layers([self.weights_of(layer) for layer in layers])
 
+    def gather_tables(self, tables: Iterable[Tensor]) -> Tables:
+        """On a rank of a mesh: give up the rows of embeddings and head that others own, but while a pass reads them.
+
+        Of those that are dealt by rows, large float parameters without a rank; small and frozen ones stay. Whoever
+        reads one does so within `Tables.whole`, on all ranks at the same time.
+        """
+        if self._shards is None:
+            raise RuntimeError("tables can be gathered from other ranks after attach(model, mesh=...) alone")
+        found = dict.fromkeys(self._weights[table] for table in tables if table in self._weights)
+        return self._shards.gather_tables(list(found))
+
     @property
     def gathering(self) -> Gathering | None:
         """What brings the weights of layers here before they run, after `gather_layers`."""
@@ -292,6 +304,14 @@ class LowRankAdamW(Optimizer):
     def is_elsewhere(self, param: Tensor) -> bool:
         """Whether this rank does not have a parameter for good."""
         return self._shards is not None and param in self._weights and self._shards.is_elsewhere(self._weights[param])
+
+    def kept_rows(self, param: Tensor) -> tuple[int, Tensor] | None:
+        """Of a parameter after `gather_tables` the first row that this rank has, and all that it has (rows, columns).
+
+        None for one of which it has all or nothing.
+        """
+        weight = self._weights.get(param)
+        return None if weight is None or weight.kept_rows is None else (weight.first_row, weight.kept_rows)
 
     @torch.no_grad()
     def offload_layers(self, layers: Sequence[nn.Module], weights: bool = False, slots: int = 2) -> Offload:

@@ -6,7 +6,8 @@ moments; of embeddings and head each rank owns some rows (`qgalore.sharding.deal
 1. gradients, projected where they are low-rank, are summed by the owner (`qgalore.sharding.bucket`);
 2. it checks them; whether one is not finite all ranks learn, before anything of the same hook or layer is written;
 3. it updates moments and weight with the random bits that every rank would have used, and sends the stored weight, the
-   codes of a quantized one (`qgalore.sharding.slots`), and new bases where they were refreshed;
+   codes of a quantized one (`qgalore.sharding.slots`), and new bases where they were refreshed; but not what passes
+   gather (`qgalore.sharding.gathering`, `qgalore.sharding.tables`);
 4. norms and the schedules of refreshes are shared at the end, for clipping, metrics and the next update.
 
 So two ranks hold the bits that they would hold if each updated all weights. Of more the order of sums is that of the
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor
 
 from qgalore.sharding.bucket import OwnedBucket
-from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
+from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, layer_of, row_ranges
 from qgalore.sharding.gathering import Gathering
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
+from qgalore.sharding.tables import Tables
 from qgalore.subspace.methods import FlagForHost, Streaming
 from qgalore.update.all_reduce import Waiting
 from qgalore.update.finite_checks import UpdateChecks
@@ -57,6 +59,8 @@ class Shards(Ranks):
         self._works: list[Waiting] = []
         self.gathering: Gathering | None = None
         """Of `gather_layers`."""
+        self.tables: Tables | None = None
+        """Of `gather_tables`."""
         self.owners_sum = mesh.owners_sum
         """See `ShardMesh`."""
         for weight in weights if self.owners_sum else ():
@@ -66,6 +70,11 @@ class Shards(Ranks):
         """From now on the matrices of layers are on other ranks than their owners only while their layer runs."""
         self.gathering = Gathering([self._slots.take_matrices(weights) for weights in layers], self._mesh)
         return self.gathering
+
+    def gather_tables(self, weights: Sequence[Weight]) -> Tables:
+        """From now on each rank has its rows alone of those weights that are dealt by rows, but while they are read."""
+        self.tables = Tables(self._slots.take_rows(weights), self._mesh)
+        return self.tables
 
     def is_elsewhere(self, weight: Weight) -> bool:
         """Whether this rank does not have a weight for good."""
@@ -158,4 +167,5 @@ class Shards(Ranks):
 def _load_of(weight: Weight) -> Load:
     values, gradient = weight.shape.numel(), weight.subspace.gradient_shape.numel()
     is_vector, plain = len(weight.shape) < 2, weight.layer is None and weight.config is None
-    return Load(weight.name, values, cost_of(values, gradient), is_vector, plain and not is_vector)
+    in_stack = layer_of(weight.name) != weight.name  # whose matrices may be gathered, each from one owner
+    return Load(weight.name, values, cost_of(values, gradient), is_vector, plain and not is_vector and not in_stack)

@@ -105,8 +105,14 @@ class Slots:
         self._slots = [slot for slot in self._slots if slot not in slots]
         return slots
 
+    def take_rows(self, weights: Iterable[Weight]) -> list[Weight]:
+        """Of some weights those that are dealt by rows, which are sent no more from here: others gather them."""
+        chosen = [weight for weight in weights if weight in self._by_rows]
+        self._gathered.update(chosen)
+        return chosen
+
     def is_gathered(self, weight: Weight) -> bool:
-        """Whether a weight that another rank owns is here only while its layer runs."""
+        """Whether what another rank owns of a weight is here only while it is used."""
         return weight in self._gathered
 
     def publish(self, weights: Iterable[Weight]) -> None:

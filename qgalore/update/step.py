@@ -343,6 +343,8 @@ def _update_plain(
 
 def _rows_of_weight(weight: Weight, start: int, stop: int) -> Tensor:
     """Rows of a plain weight, numbered as those of its moments."""
+    if weight.kept_rows is not None:
+        return kernels.rows_of(weight.kept_rows, start, stop)
     return kernels.rows_of(weight.param.data, weight.first_row + start, weight.first_row + stop)
 
 

@@ -56,6 +56,8 @@ class Weight:
         """The rank that keeps the moments and makes the updates, and whether it is this one."""
         self.rows: tuple[int, int] | None = None
         """Of a weight that is dealt by rows those start:stop whose moments are here; None for all."""
+        self.kept_rows: Tensor | None = None
+        """Of these the values, where the parameter has memory in passes alone (`qgalore.sharding.tables`)."""
         self._from_owner: FromOwner | None = None
         self._sums_for_owner = False
 
@@ -99,6 +101,7 @@ class Weight:
     def take_back(self) -> None:
         """Own the whole weight again: its state, of which this rank may have had a part, has to be loaded after it."""
         self.owner, self.owned, self._from_owner, self.rows, self._sums_for_owner = 0, True, None, None, False
+        self.kept_rows = None
         self._compose()
 
     def sum_for_owner(self) -> None:

@@ -20,6 +20,7 @@ class Llama(ModelFamily[LlamaConfig]):
     int8_activations = True
     fp8_head = True
     runs_by_layer = True
+    brings_tables = True
 
     def config(self, raw: dict[str, Any], source: str) -> LlamaConfig:
         """See `ModelFamily.config`."""

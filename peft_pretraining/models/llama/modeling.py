@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_pretraining.models.activations import ACTIVATIONS
 from peft_pretraining.models.head import CausalLMOutput, head_output
 from peft_pretraining.models.llama.config import LlamaConfig
-from peft_pretraining.models.network import CausalLM, LayerRunner
+from peft_pretraining.models.network import CausalLM, LayerRunner, Tables, TablesHere
 from peft_pretraining.models.ops.rotary import rotary_tables, rotate
 from peft_pretraining.models.ops.swiglu import swiglu, swiglu_through_int8
 from peft_pretraining.models.selective_checkpoint import Contexts, contexts, makes
@@ -196,9 +196,16 @@ class LlamaModel(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compiled_layer: Callable[..., Tensor] | None = None
         self.run_layers: LayerRunner | None = None
+        self.token_tables: Tables = TablesHere()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The input (B, L, hidden_size) of the first layer."""
+        with self.token_tables.whole(self.embed_tokens.weight):
+            x: Tensor = self.embed_tokens(input_ids)
+        return x
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        x: Tensor = self.embed_tokens(input_ids)
+        x = self.embed(input_ids)
         cos, sin = self.tables(input_ids.shape[1])
         # Batches of training have one shape; an evaluation's may have others, each of which would be compiled.
         training = torch.is_grad_enabled()
@@ -309,10 +316,18 @@ class LlamaForCausalLM(CausalLM):
         """See `CausalLM`."""
         self.model.run_layers = runner
 
+    @property
+    def tables(self) -> Tables:
+        """See `CausalLM`."""
+        return self.model.token_tables
+
+    def bring_tables_by(self, tables: Tables) -> None:
+        """See `CausalLM`."""
+        self.model.token_tables = tables
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """See `CausalLM`."""
-        x: Tensor = self.model.embed_tokens(input_ids)
-        return x
+        return self.model.embed(input_ids)
 
     def layer_constants(self, length: int) -> tuple[Tensor, ...]:
         """See `CausalLM`: the rotary tables."""
@@ -320,9 +335,13 @@ class LlamaForCausalLM(CausalLM):
 
     def head_loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """See `CausalLM`."""
-        loss_sum = head_output(self.model.norm(x), self.lm_head, labels, self.head_products).loss_sum
+        loss_sum = self._head(self.model.norm(x), labels).loss_sum
         assert loss_sum is not None
         return loss_sum
+
+    def _head(self, hidden: Tensor, labels: Tensor | None) -> CausalLMOutput:
+        with self.model.token_tables.whole(self.lm_head.weight) as spent:
+            return head_output(hidden, self.lm_head, labels, self.head_products, spent)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """See `CausalLM`."""
@@ -330,8 +349,8 @@ class LlamaForCausalLM(CausalLM):
         layers = self.model.run_layers
         # The head's gradient waits for that of the embeddings where they are one.
         if layers is None or labels is None or not torch.is_grad_enabled() or self.config.tie_word_embeddings:
-            return head_output(hidden, self.lm_head, labels, self.head_products)
+            return self._head(hidden, labels)
         with layers.graph_pool():
-            output = head_output(hidden, self.lm_head, labels, self.head_products)
+            output = self._head(hidden, labels)
         assert output.loss_sum is not None
         return CausalLMOutput(None, output.loss_sum.clone())

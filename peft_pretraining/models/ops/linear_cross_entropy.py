@@ -43,14 +43,16 @@ _COLUMN_MULTIPLE = 64  # rows of logits start at aligned addresses, whatever the
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, products: int = FLOAT_PRODUCTS
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, products: int = FLOAT_PRODUCTS,
+    spent: bool = False,
+) -> Tensor:  # fmt: skip
     """The sum () of the cross-entropy of `hidden @ weight.T` against the targets that are not `ignore_index`.
 
     hidden (T, H) and weight (vocabulary, H) have one dtype, or get that of an autocast region, as in `F.linear`;
     targets (T,) are int64. The sum is float32, of float64 values float64, and not finite if a logit of a counted token
     is not. With gradients they are computed here already, so call it without where none is wanted.
     products: with gradients `FP8_PRODUCTS` multiplies logits and dh in FP8, `FP8_GRADIENTS` dW, too.
+    spent: whether nobody reads the weight after this call, whose memory then becomes that of its gradient.
     Raises ValueError for shapes that do not match; a second backward pass through one result raises RuntimeError.
     """
     if (
@@ -69,20 +71,22 @@ def linear_cross_entropy(
         # Autocast leaves float64 as it is.
         hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
         with torch.autocast(device_type, enabled=False):
-            return linear_cross_entropy(hidden, weight, targets, ignore_index, products)
+            return linear_cross_entropy(hidden, weight, targets, ignore_index, products, spent)
     if torch.is_grad_enabled():
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, products)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, products, spent)
         return loss
     return _loss_and_gradients(_Products(hidden, weight), targets, ignore_index, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, products: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, products: int, spent: bool
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         ctx.dtype, rounds = hidden.dtype, products >= FP8_PRODUCTS and (needs_hidden or needs_weight)
         head = _Fp8Products(hidden, weight, needs_hidden, products) if rounds else _Products(hidden, weight)
-        loss, *ctx.gradients = _loss_and_gradients(head, targets, ignore_index, needs_hidden, needs_weight)
+        loss, *ctx.gradients = _loss_and_gradients(head, targets, ignore_index, needs_hidden, needs_weight, spent)
         return loss
 
     @staticmethod
@@ -99,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 # As a matrix the factor stays float32; a scalar tensor would first be rounded to the gradient's dtype.
                 gradient.mul_(grad_output.view(1, 1))
-        return (*(None if x is None else x.to(ctx.dtype) for x in gradients), None, None, None)
+        return (*(None if x is None else x.to(ctx.dtype) for x in gradients), None, None, None, None)
 
 
 class _Products:
@@ -108,14 +112,14 @@ class _Products:
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.hidden, self.weight = hidden, weight
         self.vocabulary = weight.shape[0]
-        self.chunks = token_chunks(len(hidden), _width(self.vocabulary) * hidden.element_size())
+        self.chunks = token_chunks(len(hidden), logits_width(self.vocabulary) * hidden.element_size())
         self._buffer: Tensor | None = None
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Those of some tokens, (chunk, width): the vocabulary's, and columns without a meaning."""
         if self._buffer is None:
             most = max(stop - start for start, stop in self.chunks)
-            self._buffer = self.hidden.new_empty(most, _width(self.vocabulary))
+            self._buffer = self.hidden.new_empty(most, logits_width(self.vocabulary))
             if not self.hidden.is_cuda:
                 # Products in bfloat16 on a CPU read it, times zeros: memory may hold NaN.
                 self._buffer[:, self.vocabulary :] = 0
@@ -180,17 +184,17 @@ class _Fp8Products(_Products):
             out.copy_(product)
 
 
-def _width(vocabulary: int) -> int:
+def logits_width(vocabulary: int) -> int:
     """Columns of a buffer of logits."""
     return -(-vocabulary // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
 
 
 def _loss_and_gradients(
-    products: _Products, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool
+    products: _Products, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool, spent: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sum of the losses (), and its gradients like hidden and like weight where they are needed.
 
-    That of a float16 weight is float32.
+    That of a float16 weight is float32. spent: the weight's gradient takes its memory, but in float16.
     """
     hidden, weight, chunks = products.hidden, products.weight, products.chunks
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
@@ -199,8 +203,11 @@ def _loss_and_gradients(
     weight_grad, half = None, weight.dtype == torch.float16
     alone = len(chunks) == 1 and not half
     if needs_weight:
-        # A single chunk needs no sum, and a large head no float32 copy.
-        weight_grad = weight.new_empty(weight.shape) if alone else weight.new_zeros(weight.shape, dtype=losses.dtype)
+        # A single chunk needs no sum, and a large head no float32 copy; it reads the weight before it has dW.
+        if alone:
+            weight_grad = weight.data if spent else weight.new_empty(weight.shape)
+        else:
+            weight_grad = weight.new_zeros(weight.shape, dtype=losses.dtype)
     for start, stop in chunks:
         padded, codes = products.logits(start, stop), products.gradient_codes(start, stop)  # (chunk, width)
         logits = padded[:, :vocabulary]  # (chunk, vocabulary)
@@ -214,7 +221,9 @@ def _loss_and_gradients(
         if weight_grad is not None:
             products.weight_gradient_(weight_grad, logits, start, stop, sums=not alone)
         del padded, logits  # before others are made
-    return losses.sum(), hidden_grad, weight_grad if weight_grad is None or half else weight_grad.to(weight.dtype)
+    if weight_grad is not None and not half and weight_grad.dtype != weight.dtype:
+        weight_grad = weight.data.copy_(weight_grad) if spent else weight_grad.to(weight.dtype)
+    return losses.sum(), hidden_grad, weight_grad
 
 
 def token_chunks(tokens: int, token_bytes: int) -> list[tuple[int, int]]:
@@ -239,7 +248,7 @@ def training_bytes(
     float32 sum, and of each token its target and its loss. In FP8 also both forms of the weight, and what is rounded of
     a chunk.
     """
-    width, itemsize = _width(vocabulary), dtype.itemsize
+    width, itemsize = logits_width(vocabulary), dtype.itemsize
     chunks = token_chunks(tokens, width * itemsize)
     of_sum = 4 if dtype == torch.float16 or (len(chunks) > 1 and itemsize < 4) else 0
     longest = max(stop - start for start, stop in chunks)
