@@ -143,7 +143,6 @@ class Offload:
         if self._inside.get(index) is Pass.UPDATE:
             yield
             return
-        self.leave(index)  # a backward pass that went before
         self.enter(index, Pass.UPDATE, then)
         yield
         self.leave(index)
