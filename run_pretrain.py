@@ -175,7 +175,8 @@ class Run:
             # A resumed run has the evaluation and the checkpoint of its first step already.
             if self.update_step > first:
                 self.evaluate_if_due(last)
-                if last or is_due(self.update_step, self.args.checkpoint.save_every):
+                of_end = last and self.args.checkpoint.save_last
+                if of_end or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict(), wait=last)
             elif first == 0:
                 if self.args.model.init_from:  # what training has to improve on
