@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit)
     try:
         if args.guide:
-            page = Path(args.guide)
-            page.write_text(table_guide.fill(page.read_text(encoding="utf-8"), measured_table), encoding="utf-8")
+            table_guide.write(Path(args.guide), measured_table)
             return 0
         check_gpus(args.gpus, args.ranks)
         text = finetuning_table(args) if args.table in table_finetuning.TABLES else pretraining_table(args)
@@ -99,7 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", default=str(ROOT / "runs/tables"), help="checkpoints of runs that have not ended")
     parser.add_argument("--results", default="", help="CSV of all runs (default: in benchmarks/results)")
     parser.add_argument("--out", default="", help="file for the table, in Markdown")
-    parser.add_argument("--guide", default="", help="page whose marked tables are written anew; runs nothing")
+    text = "write the tables of docs/results/papers_tables.md, or of another page with such marks, anew; runs nothing"
+    parser.add_argument("--guide", nargs="?", const=str(table_guide.PAGE), default="", metavar="PAGE", help=text)
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs with counted hours, run nothing")
     parser.add_argument("--gpu", default="h100", help="card of which --dry_run counts the hours, as for qgalore plan")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
