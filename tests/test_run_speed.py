@@ -18,7 +18,7 @@ from peft_pretraining.memory.choice import WORTH_ROUNDING
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, card_of_size, find_card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE, MeasuredSpeed
-from peft_pretraining.speed.passes import Pass, product_of_8_bits, seconds
+from peft_pretraining.speed.passes import Pass, product_in_fp8, seconds
 from peft_pretraining.speed.run_speed import (
     SHARE_OF_FLOOR,
     counted_seconds,
@@ -106,8 +106,8 @@ def test_counted_products_in_fp8_are_near_the_measured_ones() -> None:
             ragged = any(width % 16 for width in (inputs, *outputs))
             if row["device"] not in NAMES or row["op"] not in ("forward", "input gradient") or ragged:
                 continue
-            forward = [product_of_8_bits(tokens, inputs, width) for width in outputs]
-            passes = forward if row["op"] == "forward" else [product_of_8_bits(tokens, sum(outputs), inputs)]
+            forward = [product_in_fp8(tokens, inputs, width) for width in outputs]
+            passes = forward if row["op"] == "forward" else [product_in_fp8(tokens, sum(outputs), inputs)]
             measured = (float(row["fp8_ms"]) - float(row["factors_ms"])) / 1e3
             ratios.append(seconds(passes, CARDS[NAMES[row["device"]]].ceilings) / measured)
     assert len(ratios) > 20 and min(ratios) > 0.8 and max(ratios) < 1.1
