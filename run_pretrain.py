@@ -43,6 +43,7 @@ from peft_pretraining.memory.agreement import agree_on_flags
 from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.memory.card_memory import card_here
 from peft_pretraining.memory.dealt_states import owners_by_name
+from peft_pretraining.memory.fp8_gain import warning_of_fp8_gain
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.memory.host import missing_host_memory, not_locked
 from peft_pretraining.methods.dropout import begin_pass, dropouts_of
@@ -93,12 +94,12 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
             raise UserError(missing)
         args = args.in_folder(world.from_main(lambda: args.save_dir(datetime.now())))
         world.from_main(lambda: locks.append(lock_folder(args.checkpoint.save_dir)))
-        device = world.device
+        device, config = world.device, shape_of(args.model)
+        counted = (warning_of_direction, warning_of_fp8_gain) if device.type == "cuda" else ()
         warnings = (
             warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device),
-            warning_of_direction(args, shape_of(args.model), card_here()) if device.type == "cuda" else None,
-            emulated_products(device, args.quantization, args.subspace.newton_schulz),
-            warning_of_fp8_gradients(args, shape_of(args.model)),
+            emulated_products(device, args.quantization, args.subspace.newton_schulz), warning_of_fp8_gradients(args, config),
+            *(warning_of(args, config, card_here()) for warning_of in counted),
         )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)
@@ -176,7 +177,8 @@ class Run:
             # A resumed run has the evaluation and the checkpoint of its first step already.
             if self.update_step > first:
                 self.evaluate_if_due(last)
-                if last or is_due(self.update_step, self.args.checkpoint.save_every):
+                of_end = last and self.args.checkpoint.save_last
+                if of_end or is_due(self.update_step, self.args.checkpoint.save_every):
                     self.save(self.loader.state_dict(), wait=last)
             elif first == 0:
                 if self.args.model.init_from:  # what training has to improve on

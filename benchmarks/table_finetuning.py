@@ -41,6 +41,8 @@ COLUMNS = (
     *("metric", "score", "best_score", *GROUPS, "counted_gb", "peak_gb", "updates", "seconds"),
     *("device", "torch", "commit", "note", "error"),
 )
+OF_ALL_RUNS = ("--init_from ", "--dataset ")
+"""How a program begins to say that a model or its data cannot be read."""
 METHODS: Mapping[str, str] = {
     "full": "Full", "lora": "LoRA", "galore": "GaLore", "qlora": "QLoRA (8 bits)", "q_galore": "Q-GaLore",
 }  # fmt: skip
@@ -93,7 +95,10 @@ class Job(NamedTuple):
 
 
 def table(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[int]) -> str:
-    """Run what is missing of a table and return it; with `--dry_run` only list the commands."""
+    """Run what is missing of a table and return it; with `--dry_run` only list the commands.
+
+    Raises UserError for what the flags ask for and is not there, such as a model of a hub that is not reached.
+    """
     results = Path(args.results or RESULTS)
     jobs = jobs_of(args, methods, seeds)
     rows = rows_by(results, KEY)
@@ -102,7 +107,13 @@ def table(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[int]
         commands = [f"python -m {PROGRAMS[job.table].module} {' '.join(job.argv)}" for job in todo]
         return "\n".join([*commands, f"{len(todo)} runs are missing; none was timed yet, so there are no hours."])
     for job, row in finished(todo, args.gpus.split(",")):
-        append_row(results, row | {"note": args.note})
+        error = str(row["error"])
+        if (why := error.removeprefix(f"{job.table}: ")).startswith(OF_ALL_RUNS):
+            raise UserError(
+                f"{why} All runs of {job.model} read it, so none has a row of this; --models and --dataset give others."
+            )
+        row |= {"note": args.note, "error": error[:300]}
+        append_row(results, row)
         print(json.dumps({name: value for name, value in row.items() if value != ""}), flush=True)
         shutil.rmtree(job.folder, ignore_errors=True)
     return LAYOUTS[args.table](jobs, rows_by(results, KEY))
@@ -191,7 +202,7 @@ def row_of(job: Job, gpu: str, processes: set[subprocess.Popen[str]]) -> dict[st
     if process.returncode or not lines.exists():
         last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         print(errors[-3000:], file=sys.stderr, flush=True)
-        return row | {"error": last[:300]}
+        return row | {"error": last}
     found = json.loads(lines.read_text(encoding="utf-8").splitlines()[-1])
     lines.unlink()
     row |= {name: found[name] for name in COLUMNS if name in found and name not in KEY}

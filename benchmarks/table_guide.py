@@ -1,4 +1,4 @@
-"""The measured tables of `docs/guide/reproduce.md`, each between two marks and made of rows alone.
+"""The measured tables of `docs/results/papers_tables.md`, each between two marks and made of rows alone.
 
     <!-- measured: --table pretrain --models 60m --budget updates:800 -->
     ...
@@ -13,9 +13,13 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from benchmarks.rows import ROOT
 from benchmarks.table_jobs import Key, Row, Study
+from peft_pretraining.errors import UserError
 
+PAGE = ROOT / "docs/results/papers_tables.md"
 MARKED = re.compile(r"(<!-- measured: (.*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 NOTHING = "Not measured yet."
 
@@ -27,6 +31,19 @@ def fill(text: str, table_of: Callable[[list[str]], str]) -> str:
         return f"{match[1]}\n{table_of(shlex.split(match[2]))}\n\n"
 
     return MARKED.sub(filled, text)
+
+
+def write(page: Path, table_of: Callable[[list[str]], str]) -> None:
+    """`fill` a page; raises UserError where there is none, or none with marks."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--guide {page} cannot be read ({error.strerror}): --guide alone takes {PAGE}") from error
+    if not MARKED.search(text):
+        raise UserError(
+            f"--guide {page} has no table between <!-- measured: FLAGS --> and <!-- end -->: --guide alone takes {PAGE}"
+        )
+    page.write_text(fill(text, table_of), encoding="utf-8")
 
 
 def measured(study: Study, rows: Mapping[Key, Row]) -> Study | None:

@@ -108,6 +108,7 @@ class Study:
     tune_model: str
     dataset: str
     batch_size: int | None
+    """Of a rank; None: by model."""
     ranks: int
     device: str
     folder: Path
@@ -168,7 +169,7 @@ class Study:
     def job(self, model: str, method: str, seed: int, factor: float = 1.0, updates: int = 0) -> Job:
         """A run; updates: its length, by default the study's."""
         recipe = recipe_of(model)
-        micro_batch = self.batch_size or MICRO_BATCHES.get(model, 16)
+        micro_batch = MICRO_BATCHES.get(model, 16) if self.batch_size is None else self.batch_size
         sequences = self.ranks * micro_batch if self.is_of_speed else self.sequences
         micro_batch = max(1, min(micro_batch, sequences // self.ranks))
         updates = updates or (speed_updates(model) if self.is_of_speed else self.budget.updates(model, sequences))
@@ -181,7 +182,7 @@ class Study:
         argv += ["--num_training_steps", str(updates), "--warmup_steps", str(updates // 10), "--device", self.device]
         argv += ["--wandb_mode", "off", "--save_dir", folder, "--continue_from", "auto"]
         argv += ["--activation_checkpointing"] if recipe.large else []
-        argv += ["--eval_tokens", "100K"] if self.is_of_speed else []
+        argv += ["--eval_tokens", "100K", "--no-save_last"] if self.is_of_speed else []
         return Job(*known, factor, micro_batch, self.ranks, [*argv, *flags], folder)
 
 
@@ -245,10 +246,15 @@ def by_torchrun(argv: Sequence[str], ranks: int) -> int:
 
 
 def save_every(job: Job) -> int:
-    """Updates between two checkpoints, by the time that an H100 would take; 0 if none is due before the run's end."""
+    """Updates between two checkpoints, by the time that an H100 would take; 0 if none is due before the run's end.
+
+    0 for a run of memory and throughput, too, which is short, and whose weights nobody reads.
+    """
     try:
         run = job.run_args()
     except UserError:  # which the run will report
+        return 0
+    if not run.checkpoint.save_last:
         return 0
     speed = counted_tokens_per_second(run, read_config(run.model.model_config), CARDS["h100"])
     updates = max(1, int(SAVE_SECONDS * speed / run.tokens_per_update))
@@ -278,7 +284,7 @@ def reason(failure: str) -> str:
     program = f"{run_pretrain.PROGRAM}: "
     said = [number for number, line in enumerate(lines) if line.startswith(program)]
     text = " ".join(lines[said[-1] :]).removeprefix(program) if said else lines[-1]
-    return " ".join(text.split())[:300]
+    return " ".join(text.split())
 
 
 # ---- hours

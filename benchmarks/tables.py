@@ -30,7 +30,7 @@ from benchmarks import table_finetuning, table_guide
 from benchmarks.rows import ROOT, append_row, rows_by
 from benchmarks.table_jobs import COLUMNS, KEY, Job, Row, Study, hours_in_words, measure, planned, reason
 from benchmarks.table_layout import LAYOUTS
-from benchmarks.table_methods import ABLATION, METHODS, Budget, recipe_of
+from benchmarks.table_methods import ABLATION, METHODS, SEQUENCES, Budget, recipe_of
 from benchmarks.training_runs import FAILED, STOPPED, answers, serve
 from peft_pretraining.errors import UserError
 from peft_pretraining.speed.cards import find_card
@@ -38,6 +38,8 @@ from peft_pretraining.speed.cards import find_card
 RESULTS = ROOT / "benchmarks/results/tables.csv"
 LOCKED = "another process is running there"
 """In the words of `run_pretrain.py`."""
+OF_ALL_RUNS = ("--dataset ", "--tokenizer ")
+"""How `run_pretrain.py` begins to say that data cannot be read, such as those of a hub that is not reached."""
 TABLES = (*LAYOUTS, *table_finetuning.TABLES)
 
 
@@ -50,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit)
     try:
         if args.guide:
-            page = Path(args.guide)
-            page.write_text(table_guide.fill(page.read_text(encoding="utf-8"), measured_table), encoding="utf-8")
+            table_guide.write(Path(args.guide), measured_table)
             return 0
+        check_gpus(args.gpus, args.ranks)
         text = finetuning_table(args) if args.table in table_finetuning.TABLES else pretraining_table(args)
     except UserError as error:
         print(f"tables: {error}", file=sys.stderr)
@@ -89,14 +91,15 @@ def build_parser() -> argparse.ArgumentParser:
     text = "as for run_pretrain.py, such as a folder of tokens (default: c4; for glue and mmlu the hub's)"
     parser.add_argument("--dataset", default="", help=text)
     parser.add_argument("--sequences", type=int, default=512, help="sequences of 256 tokens an update")
-    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch (default: by model)")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch, 1 or more (default: by model)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--gpus", default="", help="indices of the GPUs, separated by commas (default: the first)")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs that train a run together, by torchrun")
     parser.add_argument("--folder", default=str(ROOT / "runs/tables"), help="checkpoints of runs that have not ended")
     parser.add_argument("--results", default="", help="CSV of all runs (default: in benchmarks/results)")
     parser.add_argument("--out", default="", help="file for the table, in Markdown")
-    parser.add_argument("--guide", default="", help="page whose marked tables are written anew; runs nothing")
+    text = "write the tables of docs/results/papers_tables.md, or of another page with such marks, anew; runs nothing"
+    parser.add_argument("--guide", nargs="?", const=str(table_guide.PAGE), default="", metavar="PAGE", help=text)
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs with counted hours, run nothing")
     parser.add_argument("--gpu", default="h100", help="card of which --dry_run counts the hours, as for qgalore plan")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
@@ -147,8 +150,13 @@ def study_of(args: argparse.Namespace) -> Study:
     models = [name for name in args.models.split(",") if name] or ["60m"]
     for model in [*models, *filter(None, [args.tune_model])]:
         recipe_of(model)
-    if args.sequences < 1 or (args.batch_size or 1) < 1:
-        raise UserError("--sequences and --batch_size are numbers of sequences: give 1 or more")
+    if args.sequences < 1:
+        raise UserError(f"--sequences {args.sequences}: an update has 1 sequence or more; the papers' has {SEQUENCES}")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(
+            f"--batch_size {args.batch_size}: a micro-batch has 1 sequence or more; leave it out for as many as each "
+            "model has in these tables"
+        )
     if args.ranks < 1 or args.sequences % args.ranks:
         raise UserError(f"--ranks {args.ranks}: give a number of GPUs that divides --sequences {args.sequences}")
     study = Study(
@@ -189,15 +197,20 @@ def seeds_of(text: str) -> list[int]:
     return [int(word) for word in dict.fromkeys(text.split(","))]
 
 
-def gpus_of_runs(gpus: str, ranks: int) -> list[str]:
-    """The GPUs of each of the runs that train at a time, from those of `--gpus`; raises UserError if some are left."""
-    if not gpus or ranks == 1:
-        return gpus.split(",")
+def check_gpus(gpus: str, ranks: int) -> None:
+    """Raise UserError where `--gpus` is no list of indices, or they cannot be dealt to runs of so many ranks each."""
     each = gpus.split(",")
-    if len(each) % ranks:
+    if gpus and not all(word.isdecimal() for word in each):
+        raise UserError(f"--gpus {gpus}: give indices of GPUs separated by commas, such as 0,1")
+    if gpus and ranks > 0 and len(each) % ranks:
         raise UserError(
             f"--gpus {gpus}: {len(each)} GPUs are no multiple of --ranks {ranks}; give as many for each run"
         )
+
+
+def gpus_of_runs(gpus: str, ranks: int) -> list[str]:
+    """The GPUs of each of the runs that train at a time, from those of `--gpus`; "" for those that a run chooses."""
+    each = gpus.split(",")
     return [",".join(each[first : first + ranks]) for first in range(0, len(each), ranks)]
 
 
@@ -215,7 +228,7 @@ def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "
 
     fresh: each in a process of its own, for peaks of memory.
     A run's folder is removed when it has ended well. Raises KeyboardInterrupt if a run was stopped from outside, and
-    UserError if another process trains it.
+    UserError if another process trains it, or what it was to read is no fault of its own.
     """
     command = [sys.executable, "-m", "benchmarks.tables", "--worker"]
     with contextlib.closing(answers(jobs, command, gpus, fresh)) as answered:
@@ -229,7 +242,13 @@ def train(jobs: Sequence[Job], gpus: Sequence[str], results: Path, note: str = "
                 )
             row: dict[str, object] = {**dict.fromkeys(COLUMNS, ""), **job.columns(), "note": note}
             if FAILED in answer:
-                row |= planned(job) | {"error": reason(str(answer[FAILED]))}
+                why = reason(str(answer[FAILED]))
+                if why.startswith(OF_ALL_RUNS):
+                    raise UserError(
+                        f"{why} All runs of the table read it, so none has a row of this; --dataset gives them other "
+                        "data, and --extra='--tokenizer NAME' another tokenizer."
+                    )
+                row |= planned(job) | {"error": why[:300]}
                 print(f"{job.model} {job.method} failed:\n{answer[FAILED]}", file=sys.stderr, flush=True)
             else:
                 row |= answer

@@ -10,6 +10,7 @@ from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
 from peft_pretraining.memory.card_memory import card_here
+from peft_pretraining.memory.fp8_gain import warning_of_fp8_gain
 from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.run_summary import summary_lines
@@ -33,8 +34,8 @@ def describe(args: RunArgs, card: Card | None = None) -> str:
     lines = [*args.notes, *(f"warning: {warning}" for warning in args.warnings)]
     counted = card is not None or device != "cpu"
     card = card or card_here()
-    if price := warning_of_direction(args, config, card):
-        lines.append(f"warning: {price}")
+    for warning in filter(None, (warning_of_direction(args, config, card), warning_of_fp8_gain(args, config, card))):
+        lines.append(f"warning: {warning}")
     if missing := missing_host_memory(args):
         lines.append(f"warning: {missing}")
     chosen = _chosen_by_others(args)

@@ -5,6 +5,7 @@ Whole runs are in `test_run_pretrain.py`, `test_resume.py` and, on a GPU, `test_
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from torch import Tensor
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
+from peft_pretraining.memory.fp8_gain import warning_of_fp8_gain
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.models.build import network_on_meta
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.models.ops import linear_cross_entropy as module
 from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy, training_bytes
+from peft_pretraining.speed.cards import CARDS
 from qgalore import kernels
 from qgalore.config import FLOAT_PRODUCTS, FP8_GRADIENTS, FP8_PRODUCTS
 from tests.test_linear_cross_entropy import error, problem
@@ -136,6 +139,21 @@ STREAMING = "--subspace streaming --rank 128 --fp8_weight_gradients"
 def warning(more: str, root: Path) -> str | None:
     args = parse_args(f"--model_config {root}/configs/llama_350m.json {FLAGS} --fp8_products {more}".split())
     return warning_of_fp8_gradients(args, shape_of(args.model))
+
+
+@pytest.mark.parametrize("head", ["", " --fp8_head"])
+def test_fp8_that_gains_less_than_rounding_is_worth_is_told(root: Path, head: str) -> None:
+    def told(model: str, size: int, flags: str = "") -> str | None:
+        argv = f"--model_config {root}/configs/llama_{model}.json --dataset pydocs --batch_size {size} --device cuda"
+        argv += f" --optimizer q_galore_adamw8bit_per_layer --recipe paper --subspace streaming{flags}"
+        args = parse_args(argv.split())
+        return warning_of_fp8_gain(args, shape_of(args.model), CARDS["h100"])
+
+    small = told("60m", 256, f" --fp8_products{head}")
+    assert small is not None and small.startswith("--fp8_products: 1,4") and "tokens/s counted for H100 SXM" in small
+    with_fp8, without = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+) (?:tokens|without)", small))
+    assert with_fp8 < 1.05 * without and "Leave it out" in small
+    assert told("7b", 16, f" --fp8_products{head}") is None and told("60m", 256) is None
 
 
 def test_gradients_in_fp8_without_a_whole_gradient_are_told(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/guide/many_gpus.md: its commands are command lines, and its figures those of the plan."""
+"""docs/guide/many_gpus.md and docs/guide/sharded_sums.md: commands are command lines, figures those of the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
 
-TEXT = (ROOT / "docs" / "guide" / "many_gpus.md").read_text(encoding="utf-8")
+GUIDE = ROOT / "docs" / "guide"
+TEXT = "".join((GUIDE / name).read_text(encoding="utf-8") for name in ("many_gpus.md", "sharded_sums.md"))
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL) for line in block.splitlines()
 ]  # fmt: skip

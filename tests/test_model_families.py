@@ -22,7 +22,7 @@ from peft_pretraining.models import registry
 from peft_pretraining.models.build import build_on_meta, low_rank_names, parameter_count
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.speed import update_passes
-from peft_pretraining.speed.passes import EIGHT_BIT_SPEED
+from peft_pretraining.speed.passes import FP8_SPEED, INT8_SPEED
 from peft_pretraining.speed.run_speed import setting_of
 from qgalore import LowRankLinear
 from tests.small_run import Result, SmallRun, flags_of
@@ -228,7 +228,7 @@ def test_the_speed_of_another_family_counts_each_of_its_matrices(small: SmallRun
     update = update_passes.q_galore(setting)
     counted = {name: sum(each.operations for each in passes) for name, passes in update.items()}
     products = 2 * setting.tokens * 2 * (64 * 104 + 104 * 64)  # of both layers
-    eight_bits = EIGHT_BIT_SPEED if setting.rounds_products else 1
+    eight_bits = (1, INT8_SPEED, FP8_SPEED, FP8_SPEED)[setting.products]
     assert counted[update_passes.FORWARD] == products / eight_bits
     assert counted[update_passes.INPUT_GRADIENTS] == products / eight_bits
     if case == "full rank":

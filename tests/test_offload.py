@@ -333,6 +333,38 @@ def test_a_pass_that_an_error_ends_hinders_no_later_one(tmp_path: Path, where: s
     assert_same_bits(*found)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("what", ["weights", "states"])
+@pytest.mark.parametrize("where", ["evaluation", "step"])
+def test_a_step_goes_on_after_an_interrupt(
+    tmp_path: Path, where: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an evaluation between the gradients and their update, or of the update itself, which `step` then ends."""
+    found = []
+    for mode in ("none", what):
+        model, optimizer = small_training(tmp_path, f"--recipe full_rank --offload {mode}")
+        updates(model, optimizer, 2, micro_batches=2)
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        for number in (1, 2):
+            optimizer.is_last_micro_batch = number == 2
+            (model(ids + number, ids + number).loss_sum / 90).backward()
+        if where == "evaluation":
+            hook = model.decoder_layers[2].register_forward_pre_hook(_interrupt)
+            with pytest.raises(KeyboardInterrupt), torch.no_grad():
+                model(ids, ids)
+            hook.remove()
+        elif mode != "none":
+            first = optimizer.weights_of(model.decoder_layers[0])[0]
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(first, "count_update", _interrupt)
+                optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        updates(model, optimizer, 1, micro_batches=2)
+        found.append((model.state_dict(), optimizer.state_dict()["state"]))
+    assert_same_bits(*found)
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""docs/guide/reproduce.md: its commands list their runs, and its figures are those of rows and of the programs."""
+"""docs/guide/reproduce.md and docs/results/papers_tables.md: commands list their runs, figures are those of rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_run import restored_process
 from tests.test_tables import row_of
 
 PAGE = ROOT / "docs" / "guide" / "reproduce.md"
-TEXT = PAGE.read_text(encoding="utf-8")
+TEXT, RESULTS = PAGE.read_text(encoding="utf-8"), table_guide.PAGE.read_text(encoding="utf-8")
 
 
 def commands() -> list[str]:
@@ -37,6 +37,8 @@ def test_each_command_of_the_page_lists_its_runs(
 
 
 def test_every_flag_and_every_table_has_a_place_on_the_page() -> None:
+    marks = [words for _, words in table_guide.MARKED.findall(RESULTS)]
+    assert {name for words in marks for name in re.findall(r"--table (\w+)", words)} == set(tables.TABLES)
     tabled = {word for command in commands() for word in re.findall(r"--table (\w+)", command)}
     assert tabled == set(tables.TABLES)
     assert [name for name in METHODS if name not in TEXT] == []
@@ -66,8 +68,17 @@ def test_the_numbers_of_runs() -> None:
 
 
 def test_measured_tables_are_those_of_the_rows() -> None:
-    assert len(table_guide.MARKED.findall(TEXT)) == 7
-    assert table_guide.fill(TEXT, tables.measured_table) == TEXT, f"python -m benchmarks.tables --guide {PAGE}"
+    assert len(table_guide.MARKED.findall(RESULTS)) == 7
+    assert table_guide.fill(RESULTS, tables.measured_table) == RESULTS, "python -m benchmarks.tables --guide"
+
+
+def test_a_page_without_marks_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for page, said in ((PAGE, "has no table between"), (tmp_path / "none.md", "cannot be read (No such file")):
+        with restored_process():
+            assert tables.main(["--guide", str(page)]) == 2
+        assert f"tables: --guide {page} {said}" in capsys.readouterr().err
+    assert PAGE.read_text(encoding="utf-8") == TEXT
+    assert tables.build_parser().parse_args(["--guide"]).guide == str(table_guide.PAGE)
 
 
 def test_a_measured_table_has_only_what_has_rows(tmp_path: Path) -> None:
@@ -87,6 +98,6 @@ def test_a_measured_table_has_only_what_has_rows(tmp_path: Path) -> None:
 
 
 def test_a_rate_of_the_page_is_that_of_the_recipes() -> None:
-    assert "0.001 up to 130M and 0.0005 beyond" in TEXT
+    assert "0.001 up to 130M and 0.0005 beyond" in RESULTS
     rates = {model: recipe.full_rank_lr for model, recipe in table_methods.RECIPES.items()}
     assert rates == {"60m": 0.001, "130m": 0.001, "350m": 0.0005, "1b": 0.0005, "7b": 0.0005}

@@ -308,6 +308,20 @@ def test_metrics_that_are_logged_now_and_then(small: SmallRun) -> None:
     assert_same_run(whole, small.run("parts", **flags, continue_from="auto"))
 
 
+def test_a_run_that_only_measures_leaves_no_checkpoint_of_its_end(small: SmallRun) -> None:
+    """But where a signal stops it, and from there it ends as if it had not been stopped."""
+    whole = small.run("whole", num_training_steps=4)
+    flags: dict[str, object] = {"num_training_steps": 4, "save_last": False}
+    measured = small.run("measured", **flags)
+    assert whole.checkpoints and not measured.checkpoints and measured.lines == whole.lines
+    assert [path.name for path in small.run("some", **flags, save_every=3).checkpoints] == [
+        "step_00000000",
+        "step_00000003",
+    ]
+    assert len(small.stop("stopped", 2, **flags).checkpoints) == 1
+    assert small.run("stopped", **flags, continue_from="auto").lines == whole.lines
+
+
 def test_a_run_can_be_made_longer(small: SmallRun) -> None:
     short = small.run("run", num_training_steps=3)
     longer = small.run("run", num_training_steps=5, continue_from="auto")

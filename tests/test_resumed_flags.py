@@ -150,6 +150,7 @@ ELSEWHERE = {
     "shard_sums": "sums of one update are in no checkpoint: test_sharding",
     "offload": "the same states elsewhere: test_offload",
     "memory_budget": "gives other flags their values: test_memory_budget",
+    "save_last": "saves the same or nothing: test_resume",
     "dry_run": "trains nothing", "nproc": "describes other ranks than there are",
 }  # fmt: skip
 """Flags that no run here toggles, each with the reason."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.candidate import Candidate
+from peft_pretraining.memory.choice import WORTH_ROUNDING
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.cards import CARDS, card_of_size, find_card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE, MeasuredSpeed
-from peft_pretraining.speed.passes import Pass, seconds
+from peft_pretraining.speed.passes import Pass, product_in_fp8, seconds
 from peft_pretraining.speed.run_speed import (
     SHARE_OF_FLOOR,
     counted_seconds,
@@ -24,7 +26,7 @@ from peft_pretraining.speed.run_speed import (
     setting_of,
 )
 from peft_pretraining.speed.update_passes import adamw, all_passes, q_galore
-from qgalore.config import FLOAT_PRODUCTS
+from qgalore.config import FLOAT_PRODUCTS, FP8_PRODUCTS
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {card.device: name for name, card in CARDS.items() if card.device}
@@ -38,8 +40,8 @@ def run(model: str, flags: str) -> RunArgs:
 
 
 @cache
-def rows() -> dict[MeasuredSpeed, RunArgs]:
-    """The newest row of each setting that ran alone on a card of the table, with its arguments."""
+def rows(products: int = FLOAT_PRODUCTS) -> dict[MeasuredSpeed, RunArgs]:
+    """The newest row of each setting with such products that ran alone on a card of the table, with its arguments."""
     kept: dict[tuple[str, ...], dict[str, str]] = {}
     with (ROOT / SOURCE).open(newline="") as file:
         for row in csv.DictReader(file):
@@ -51,7 +53,7 @@ def rows() -> dict[MeasuredSpeed, RunArgs]:
     newest = {}
     for row in kept.values():
         args = run(row["model"], row["flags"])
-        if args.quantization.weight_format.products != FLOAT_PRODUCTS or args.batch.max_length != 256:
+        if args.quantization.weight_format.products != products or args.batch.max_length != 256:
             continue  # the table has no column for these
         if args.subspace.direction != "adam":
             continue  # it is of the paper's algorithm
@@ -79,6 +81,36 @@ def test_counted_speeds_are_near_the_measured_ones(card: str, least: float, most
         config = read_config(ROOT / "configs" / f"llama_{each.model}.json")
         ratio = counted_tokens_per_second(rows()[each], config, CARDS[card]) / each.tokens_per_second
         assert least < ratio < most, each
+
+
+def test_counted_gains_of_fp8_are_near_the_measured_ones() -> None:
+    """At 60M, where sums of 512 values gain little and rounding takes what they do, and at 7B."""
+    counted, found = {}, rows(FP8_PRODUCTS)
+    for each, args in found.items():
+        config = read_config(args.model.model_config)
+        plain = replace(args, quantization=replace(args.quantization, fp8_products=False))
+        speeds = [counted_tokens_per_second(some, config, CARDS[each.card]) for some in (args, plain)]
+        assert 1.05 < speeds[0] / each.tokens_per_second < 1.2, "as without FP8 on that card"
+        (without,) = (other.tokens_per_second for other in rows() if other[:7] == each[:7])
+        counted[each.model] = speeds[0] / speeds[1]
+        assert counted[each.model] == pytest.approx(each.tokens_per_second / without, rel=0.05)
+    assert counted.keys() == {"60m", "7b"} and counted["60m"] < WORTH_ROUNDING < counted["7b"]
+
+
+def test_counted_products_in_fp8_are_near_the_measured_ones() -> None:
+    """But those with a ragged side, which these rows have without the padding of training (the log)."""
+    ratios = []
+    with (ROOT / "benchmarks/results/fp8_products.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            tokens, inputs, outputs = int(row["tokens"]), int(row["inputs"]), list(map(int, row["outputs"].split("+")))
+            ragged = any(width % 16 for width in (inputs, *outputs))
+            if row["device"] not in NAMES or row["op"] not in ("forward", "input gradient") or ragged:
+                continue
+            forward = [product_in_fp8(tokens, inputs, width) for width in outputs]
+            passes = forward if row["op"] == "forward" else [product_in_fp8(tokens, sum(outputs), inputs)]
+            measured = (float(row["fp8_ms"]) - float(row["factors_ms"])) / 1e3
+            ratios.append(seconds(passes, CARDS[NAMES[row["device"]]].ceilings) / measured)
+    assert len(ratios) > 20 and min(ratios) > 0.8 and max(ratios) < 1.1
 
 
 def test_measured_peaks_are_within_a_budget_that_holds_the_plan() -> None:

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ from peft_pretraining.checkpoint.folder import lock_folder
 from peft_pretraining.config.flags import build_parser
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import GROUPS
-from peft_pretraining.errors import UserError
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS
 from tests.small_run import CONFIG, restored_process, stopping, token_stream
@@ -134,6 +134,37 @@ def test_a_run_that_needs_too_much_memory_has_its_plan(place: Place, monkeypatch
     assert 0 < float(row["weights_and_states_gb"]) < float(row["planned_peak_gb"]) and row["peak_gb"] == ""
     line = f"| small | Full (AdamW) | {row['weights_and_states_gb']} |  | {row['planned_peak_gb']} |  |  |"
     assert line in (place.folder / "table.md").read_text()
+
+
+def test_data_that_cannot_be_read_are_a_sentence_and_no_rows(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As C4 without a network, which no method can help: every run would have a row of the same error."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for argv, said in (
+        (["--dataset", str(place.folder / "none")], f"--dataset {place.folder / 'none'} is neither"),
+        (["--dataset", "pydocs", "--extra=--tokenizer none/such"], "--tokenizer none/such: it is no local file"),
+    ):
+        place.trained.clear()
+        assert place.main("--methods", "full,galore", *argv) == 2
+        error = capsys.readouterr().err
+        assert f"tables: {said}" in error and "All runs of the table read it, so none has a row of this" in error
+        assert place.trained == ["full"] and not place.results.exists()
+
+
+def test_runs_of_speed_leave_no_weights(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[list[str]] = []
+
+    def answers(*given: Any) -> Iterator[tuple[Job, training_runs.Answer]]:
+        for job, answer in place.answers(*given):
+            saved.append([path.name for path in Path(job.folder).rglob("*.safetensors")])
+            yield job, answer
+
+    monkeypatch.setattr(tables, "answers", answers)
+    monkeypatch.setattr(table_jobs, "speed_updates", lambda model: 3)
+    assert place.main("--table", "throughput", "--methods", "full") == 0
+    assert place.main("--methods", "full", "--budget", "updates:2") == 0
+    assert not saved[0] and saved[1] and len(place.rows()) == 2
 
 
 def test_a_run_that_another_process_trains_is_left_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,8 +337,6 @@ def test_the_flags_of_every_method_parse_and_are_its_recipe(model: str, tmp_path
 def test_gpus_are_dealt_to_runs() -> None:
     assert tables.gpus_of_runs("", 2) == [""] and tables.gpus_of_runs("0,0", 1) == ["0", "0"]
     assert tables.gpus_of_runs("0,1,2,3", 2) == ["0,1", "2,3"]
-    with pytest.raises(UserError, match="--gpus 0,1,2: 3 GPUs are no multiple of --ranks 2"):
-        tables.gpus_of_runs("0,1,2", 2)
     (job,) = study_of("--ranks", "8", "--methods", "full").jobs({})
     assert (job.micro_batch, job.run_args().batch.gradient_accumulation) == (64, 1)
     (job,) = study_of("--ranks", "8", "--methods", "full", "--table", "throughput").jobs({})
@@ -364,7 +393,12 @@ def test_lengths() -> None:
         (["--budget", "updates:0"], "--budget updates:0: give paper, short, a number of tokens"),
         (["--models", "9m", "--budget", "paper"], "the papers have no run of 9m, only of 60m, 130m, 350m, 1b, 7b"),
         (["--seeds", "0;1"], "--seeds 0;1: give whole numbers separated by commas, such as 0,1,2"),
-        (["--sequences", "0"], "--sequences and --batch_size are numbers of sequences: give 1 or more"),
+        (["--sequences", "0"], "--sequences 0: an update has 1 sequence or more; the papers' has 512"),
+        (["--batch_size", "0"], "--batch_size 0: a micro-batch has 1 sequence or more; leave it out for as many as"),
+        (["--gpus", "x", "--dry_run"], "--gpus x: give indices of GPUs separated by commas, such as 0,1"),
+        (["--gpus", "0,", "--dry_run"], "--gpus 0,: give indices of GPUs separated by commas"),
+        (["--gpus", "0,1,2", "--ranks", "2", "--dry_run"], "--gpus 0,1,2: 3 GPUs are no multiple of --ranks 2"),
+        (["--gpus", "x", "--table", "glue", "--dry_run"], "--gpus x: give indices of GPUs separated by commas"),
         (["--ranks", "3"], "--ranks 3: give a number of GPUs that divides --sequences 512"),
         (["--gpu", "abacus", "--dry_run"], "--gpu abacus is not in the table of cards"),
         (["--table", "glue", "--tasks", "wnli"], "--tasks wnli: --table glue has cola, stsb,"),
@@ -407,6 +441,8 @@ def test_why_a_run_failed_is_a_line() -> None:
 FAKE = """
 import json, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if flags["--init_from"] == "none/such":
+    sys.exit("glue: --init_from none/such: there is no tokenizer that transformers can load")
 if flags["--method"] == "galore":
     sys.exit("glue: --device cuda: torch sees no CUDA GPU")
 row = {"metric": "accuracy", "score": 60.0 + int(flags["--seed"]), "best_score": 70.0, "counted_gb": 0.747,
@@ -452,6 +488,17 @@ def test_fine_tuning_runs_what_is_missing_and_stands_beside_the_paper(
     commands = main("--methods", "q_galore", "--budget", "paper", "--dry_run", "--dataset", "files/glue")
     assert "--task rte --method q_galore --seed 0 --init_from FacebookAI/roberta-base" in commands[0]
     assert commands[0].endswith("--dataset files/glue --device auto") and "2 runs are missing" in commands[-1]
+
+
+def test_a_model_that_cannot_be_read_is_a_sentence_and_no_rows(
+    programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--table", "glue", "--models", "none/such", "--methods", "full", "--results", str(programs)]
+    with restored_process():
+        assert tables.main([*argv, "--folder", str(programs.parent / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert "tables: --init_from none/such: there is no tokenizer" in error and "--models and --dataset give" in error
+    assert not programs.exists()
 
 
 def test_the_table_of_glue_has_the_papers_figure_in_each_cell() -> None:

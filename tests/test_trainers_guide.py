@@ -1,4 +1,4 @@
-"""The examples of docs/guide/trainers.md and trainers_more.md, run as they stand, but for a smaller model and rank."""
+"""The examples of docs/guide/trainers*.md, run as they stand, but for a smaller model and rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader
 from qgalore import LowRankLinear
 from tests.small_run import ROOT
 
-PAGES = [ROOT / "docs" / "guide" / name for name in ("trainers.md", "trainers_more.md")]
+NAMES = ("trainers.md", "trainers_hugging_face.md", "trainers_more.md", "trainers_saving.md")
+PAGES = [ROOT / "docs" / "guide" / name for name in NAMES]
+"""The first one has the lines with which all examples begin."""
 VOCABULARY, ROWS, LENGTH = 64, 8, 8
 NEEDED = {
     "Hugging Face's Trainer": ["accelerate"],
@@ -36,12 +38,10 @@ ELSEWHERE = ("Save the model", "Scripts written for galore-torch")
 
 
 def sections() -> dict[str, str]:
-    """The code of each section of both pages by its heading, the first lines of the first page before it."""
-    (start, *rest), (_, *more) = (
-        re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE) for page in PAGES
-    )
+    """The code of each section of the pages by its heading, the first lines of the first page before it."""
+    parts = [re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE) for page in PAGES]
     found = {}
-    for text in [f"start\n{start}", *rest, *more]:
+    for text in [f"start\n{parts[0][0]}", *(section for _, *sections in parts for section in sections)]:
         code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
         found[text.splitlines()[0]] = code.replace("rank=128", "rank=4")
     begin = found.pop("start")

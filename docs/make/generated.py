@@ -51,6 +51,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "scripts": scripts_table.scripts,
     "speed": speed_tables.beside_adamw,
     "speed of others": speed_tables.other_projects,
+    "speed of recipes": speed_tables.beside_adamw_of_its_call,
     "speed of large models": speed_tables.large_models,
 }
 """Blocks by the name in their first mark, `<!-- begin: NAME -->`; the second is `<!-- end -->`."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from docs.make.csv_rows import Row, rows_of
 from docs.make.markdown import table
 from docs.make.perplexity_tables import bytes_of, mean, seeds_of
-from docs.make.speed_tables import comparison
+from docs.make.speed_tables import comparison, newest_pair
 
 _TUNED = "--full_rank_lr 4e-2 --weight_decay 2.0 --full_rank_weight_decay 0"
 _MUON = "--lr 4e-3 --weight_decay 1.0 --full_rank_lr 4e-2 --full_rank_weight_decay 0"
@@ -65,24 +64,10 @@ def _beside_adamw(method: str, model: str) -> tuple[str, str] | None:
     if method in ("q_galore", "adamw_compiled"):
         found = comparison(model)
         row, theirs = found[method], found["adamw_compiled"]
-    elif pair := _newest_pair(method, model):
+    elif pair := newest_pair(method, model):
         row, theirs = pair
     else:
         return None
     columns = ("in_a_row_tokens_per_second", "run_peak_gb")
     speed, peak = (float(row[name]) / float(theirs[name]) for name in columns)
     return f"{speed:.2f}", f"{peak:.2f}"
-
-
-def _newest_pair(method: str, model: str) -> tuple[Row, Row] | None:
-    """The newest row of a method with updates in a row, and that of AdamW in the same call; None if there is none."""
-    rows = [row for row in rows_of("compare.csv") if row["model"] == model and not row["error"]]
-    for row in reversed(rows):
-        if row["method"] == method and row["in_a_row_speed_ratio"]:
-            same = {name: row[name] for name in ("commit", "device", "micro_batch", "note")} | {
-                "method": "adamw_compiled"
-            }
-            for other in rows:
-                if same.items() <= other.items():
-                    return row, other
-    return None

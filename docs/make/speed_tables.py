@@ -13,6 +13,11 @@ METHODS = {
     "q_galore_int8_activations_checkpointing12": "the same, every twelfth layer recomputed",
     "q_galore_checkpointing": "Q-GaLore, every layer recomputed",
 }
+_RECIPES = {
+    "q_galore_full_rank": "the default, `--recipe full_rank`",
+    "q_galore_orthogonal": "`--recipe orthogonal`",
+    "q_galore_fp8": "Q-GaLore, `--fp8_products`",
+}
 _OTHERS = {
     "adamw_compiled": "AdamW, bfloat16, compiled",
     "adam8bit_bitsandbytes": "bitsandbytes 8-bit Adam",
@@ -77,6 +82,37 @@ def beside_adamw() -> str:
     return table(head, lines)
 
 
+def newest_pair(method: str, model: str) -> tuple[Row, Row] | None:
+    """The newest row of a method with updates in a row, and that of AdamW in the same call; None if there is none."""
+    rows = [row for row in rows_of("compare.csv") if row["model"] == model and not row["error"]]
+    for row in reversed(rows):
+        if row["method"] == method and row["in_a_row_speed_ratio"]:
+            same = {name: row[name] for name in ("commit", "device", "micro_batch", "note")} | {
+                "method": "adamw_compiled"
+            }
+            for other in rows:
+                if same.items() <= other.items():
+                    return row, other
+    return None
+
+
+def beside_adamw_of_its_call() -> str:
+    """The recipes with orthogonalised momenta, and products in FP8, beside AdamW: the newest rows of any card."""
+    lines = []
+    for model in MODELS:
+        for method, label in _RECIPES.items():
+            if pair := newest_pair(method, model):
+                row, theirs = pair
+                speed, peak = float(row["in_a_row_tokens_per_second"]), float(row["run_peak_gb"])
+                adamw = float(theirs["in_a_row_tokens_per_second"])
+                lines.append(
+                    [f"{model.upper()}, {row['micro_batch']}", label, count(str(speed)), f"{speed / adamw:.2f}",
+                     f"{peak:.2f}", f"{peak / float(theirs['run_peak_gb']):.2f}", card(row), row["commit"]]
+                )  # fmt: skip
+    head = ["model, micro-batch", "method", "tokens/s", "x AdamW", "peak GB", "x AdamW", "card", "commit"]
+    return table(head, lines)
+
+
 def other_projects() -> str:
     """Optimizers of other projects at 60M, and Q-GaLore beside its own AdamW."""
     rows = rows_of("compare.csv")
@@ -120,7 +156,7 @@ def large_models() -> str:
     lines = [
         [row["model"].upper(), row["method"].replace("_", " "),
          f"{row['grad_accum']} x {row['micro_batch']} x {row['length']}",
-         "INT8" if _products(row) else "", count(row["in_a_row_tokens_per_second"] or row["tokens_per_second"]),
+         "".join(_products(row)).upper(), count(row["in_a_row_tokens_per_second"] or row["tokens_per_second"]),
          f"{float(row['run_peak_gb'] or row['peak_gb']):.2f}", f"{row['cap_gib']} GiB" if row["cap_gib"] else "none",
          card(row), row["commit"]]
         for row in found.values()
@@ -130,4 +166,4 @@ def large_models() -> str:
 
 
 def _products(row: Row) -> tuple[str, ...]:
-    return ("int8",) if "--int8_products" in row["flags"] else ()
+    return tuple(name for name in ("int8", "fp8") if f"--{name}_products" in row["flags"])

@@ -84,7 +84,7 @@ class LayerByLayer:
         if self._gathering is not None and isinstance(self._optimizer, LowRankAdamW):
             self._gathering.begin(self._optimizer.states_replaced)
         if isinstance(self._optimizer, LowRankAdamW) and self._optimizer.offload is not None:
-            self._optimizer.offload.begin()
+            self._optimizer.offload.leave_all()
         for index in range(len(self._layers)):
             if not go_on():
                 self._batches = ()

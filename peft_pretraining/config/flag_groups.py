@@ -568,8 +568,9 @@ class CheckpointArgs:
     save_dir: Annotated[str, Flag("folder", auto="checkpoints/<model>-<optimizer>-<time>")] = ""
     """Folder of the run: checkpoints, metrics.jsonl, wandb."""
     save_every: Annotated[int, Flag("updates", at_least=0)] = 10_000
-    """Interval between two checkpoints, the first of them before the first update; 0: none of these. A run is always
-    saved after its last update, and where a signal stops it."""
+    """Interval between two checkpoints, the first of them before the first update; 0: none of these."""
+    save_last: bool = True
+    """Save after the last update. Where a signal stops it a run is saved in any case."""
     keep_checkpoints: Annotated[int, Flag("checkpoints", at_least=0)] = 3
     """Number of the newest checkpoints to keep; 0 keeps all."""
     continue_from: Annotated[str, Flag("folder")] = ""

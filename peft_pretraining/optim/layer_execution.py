@@ -87,7 +87,7 @@ def set_execution(model: CausalLM, optimizer: TrainingOptimizer, args: RunArgs) 
 
         def enter(index: int) -> None:
             if index == 0:
-                waiting.begin()
+                waiting.leave_all()
             waiting.enter(index, Pass.FORWARD, 1)
 
         let_evaluations_in(layers, enter, waiting.leave)

@@ -9,6 +9,7 @@ pad a ragged matrix, and the eigenvectors of `--subspace svd`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft_pretraining.models.config import ModelConfig
@@ -21,7 +22,8 @@ from peft_pretraining.speed.passes import (
     dequantize,
     moved,
     product,
-    product_of_8_bits,
+    product_in_fp8,
+    product_in_int8,
     quantized_bytes,
     round_to_8_bits,
     side_of,
@@ -124,7 +126,15 @@ def forward_products(s: Setting) -> Passes:
     shapes = s.config.matrix_shapes().items()
     hidden, query, _ = s.widths
     own = [query, *(width for width in (hidden, hidden, s.config.intermediate_size) if not rounds_within(s, width))]
-    return [*(round_to_8_bits(s.tokens, n) for n in own), *(product_of_8_bits(s.tokens, n, m) for _, (m, n) in shapes)]
+    return [
+        *(round_to_8_bits(s.tokens, n) for n in own),
+        *(product_of_8_bits(s)(s.tokens, n, m) for _, (m, n) in shapes),
+    ]
+
+
+def product_of_8_bits(s: Setting) -> Callable[[int, int, int], Pass]:
+    """The pass of the layers' products where they round their factors."""
+    return product_in_fp8 if s.products >= FP8_PRODUCTS else product_in_int8
 
 
 def rounds_within(s: Setting, width: int) -> bool:
@@ -174,7 +184,7 @@ def whole_gradients(s: Setting) -> Passes:
     shapes = s.config.matrix_shapes().items()
     own = [n for name, (_, n) in shapes if not name.endswith(("k_proj", "v_proj", "up_proj"))]
     rounded = [moved(5 * s.tokens * width) for width in (*own, *(m for m, _ in s.shapes))]
-    return [*rounded, *(product_of_8_bits(m, s.tokens, n) for m, n in s.shapes)]
+    return [*rounded, *(product_in_fp8(m, s.tokens, n) for m, n in s.shapes)]
 
 
 def input_gradients(s: Setting) -> Passes:
@@ -185,7 +195,7 @@ def input_gradients(s: Setting) -> Passes:
         fused = s.shapes
         if s.products >= FP8_PRODUCTS:  # all matrices with one input
             fused = [(sum(m for m, _ in each), each[0][1]) for _, each in shapes_by_input(s)]
-        return [*rounded, *(product_of_8_bits(s.tokens, m, n) for m, n in fused)]
+        return [*rounded, *(product_of_8_bits(s)(s.tokens, m, n) for m, n in fused)]
     if not merges_input_gradients(s):
         return decoder_products(s)
     others = [shape for name, shape in s.config.matrix_shapes().items() if not name.endswith(("q_proj", "k_proj"))]
@@ -265,7 +275,7 @@ def recompute_tensors(s: Setting, quantized: bool) -> dict[str, Passes]:
     for name, of_matrices in _OF_TENSORS:
         shapes = [shape for each, shape in s.config.matrix_shapes().items() if each.endswith(of_matrices)]
         rounds = quantized and s.rounds_products
-        product_of = product_of_8_bits if rounds else product
+        product_of = product_of_8_bits(s) if rounds else product
         passes = [_round_input(s, name)] if rounds else []
         passes += [product_of(s.tokens, n, m) for m, n in shapes]
         passes += [moved(2 * s.tokens * each) for each in widths[name]]
@@ -316,9 +326,9 @@ def _head_products(s: Setting, chunk: int, sum_bytes: int) -> Passes:
     if s.head_products == FP8_GRADIENTS:
         rounded = [moved(5 * chunk * width) for width in (vocabulary, hidden)]
         added = moved((2 + sum_bytes) * vocabulary * hidden)  # what the product has written
-        weight = [*rounded, product_of_8_bits(vocabulary, chunk, hidden), added]
-    forward = [round_to_8_bits(chunk, hidden), product_of_8_bits(chunk, hidden, vocabulary)]
-    backward = [product_of_8_bits(chunk, vocabulary, hidden), moved(4 * chunk * hidden)]
+        weight = [*rounded, product_in_fp8(vocabulary, chunk, hidden), added]
+    forward = [round_to_8_bits(chunk, hidden), product_in_fp8(chunk, hidden, vocabulary)]
+    backward = [product_in_fp8(chunk, vocabulary, hidden), moved(4 * chunk * hidden)]
     return [*forward, moved(5 * chunk * vocabulary), *backward, *weight]  # the loss writes its gradient's codes, too
 
 

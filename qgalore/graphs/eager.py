@@ -76,7 +76,7 @@ class EagerStack:
 
     def _run_backward(self) -> None:
         if self._offload is not None:
-            self._offload.begin()
+            self._offload.leave_all()
         for index in reversed(range(len(self._layers))):
             self._enter(index, -1)
             self._perform(self._gradients, index)

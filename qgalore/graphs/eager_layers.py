@@ -27,7 +27,7 @@ class EagerLayers:
             if (gathering := self._optimizer.gathering) is not None:
                 gathering.begin(self._optimizer.states_replaced)
             if (offload := self._optimizer.offload) is not None:
-                offload.begin()
+                offload.leave_all()
             out: Tensor = LayersFunction.apply(x, self._stack(constants, x))
             return out
         for layer in self._layers:

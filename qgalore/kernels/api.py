@@ -269,7 +269,7 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
         _check_matrix(part, "x")
         if part.shape[1] < count or factor.shape[-1] < count:
             raise ValueError(f"x {tuple(part.shape)} and its factor do not have {count} columns")
-    return backend(fp8_matmul.fp8_rows, parts[0].device, max(columns), len(parts))(parts, columns, factors)
+    return backend(fp8_matmul.fp8_rows, parts[0].device, [len(parts[0])], columns)(parts, columns, factors)
 
 
 def fp8_rows_to_fuse(x: Tensor, columns: int) -> Fp8Matrix:
@@ -284,9 +284,8 @@ def fp8_joins(columns: Sequence[int]) -> bool:
 
 def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """A weight W (out, in), quantized or float, in FP8 for x Wᵀ; both sides end with zeros up to a multiple of 16."""
-    longest = weight.shape[1] if isinstance(weight, Tensor) else weight.scale.shape[1]
-    device = weight.device if isinstance(weight, Tensor) else weight.qdata.device
-    return backend(fp8_matmul.fp8_weight, device, longest)(weight)
+    device, rows, columns = _device_and_shape(weight)
+    return backend(fp8_matmul.fp8_weight, device, [rows], [columns])(weight)
 
 
 def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
@@ -295,10 +294,8 @@ def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8
     The scales of their rows lie along the sum. They come beside it, (out,) each, to be the factors of `fp8_rows` of the
     g, and its own are 1.
     """
-    first = weights[0]
-    longest = max(each.shape[1] if isinstance(each, Tensor) else each.scale.shape[1] for each in weights)
-    device = first.device if isinstance(first, Tensor) else first.qdata.device
-    return backend(fp8_matmul.fp8_turned_weights, device, longest)(weights)
+    devices, rows, columns = zip(*map(_device_and_shape, weights), strict=True)
+    return backend(fp8_matmul.fp8_turned_weights, devices[0], rows, columns[:1])(weights)
 
 
 def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
@@ -310,7 +307,7 @@ def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
     _check_matrix(x, "x")
     if x.shape[1] < columns:
         raise ValueError(f"x {tuple(x.shape)} does not have {columns} columns")
-    return backend(fp8_matmul.fp8_columns, x.device, columns)(x, columns)
+    return backend(fp8_matmul.fp8_columns, x.device, [len(x)], [columns])(x, columns)
 
 
 def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exact: bool = False) -> Tensor:
@@ -323,6 +320,13 @@ def fp8_product(a: Fp8Matrix, b: Fp8Matrix, width: int, dtype: torch.dtype, exac
     if a.codes.shape[1] != b.codes.shape[1]:
         raise ValueError(f"factors {tuple(a.codes.shape)} and {tuple(b.codes.shape)} are not of one depth")
     return backend(fp8_matmul.fp8_product, a.codes.device)(a, b, width, dtype, exact)
+
+
+def _device_and_shape(weight: QuantizedMatrix | Tensor) -> tuple[torch.device, int, int]:
+    """Of a weight the device, rows and columns."""
+    if isinstance(weight, Tensor):
+        return weight.device, weight.shape[0], weight.shape[1]
+    return weight.qdata.device, len(weight.qdata), weight.columns
 
 
 def _check_int8(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, width: int, backward: bool) -> None:

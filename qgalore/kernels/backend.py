@@ -53,7 +53,7 @@ def _triton_file(reference_file: str) -> Any:
     return importlib.import_module(reference_file.replace(".reference.", ".triton."))
 
 
-def backend(operation: Operation, device: torch.device, *sizes: int) -> Operation:
+def backend(operation: Operation, device: torch.device, *sizes: int | Sequence[int]) -> Operation:
     """An operation of `reference`, or that of the same stem and name in Triton where that runs and takes such sizes.
 
     What sizes it takes, if not all, the function `can_handle` of its file says.

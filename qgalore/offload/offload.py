@@ -83,8 +83,8 @@ class Offload:
 
     # ---- passes
 
-    def begin(self) -> None:
-        """Call before a pass over all layers: those that one has left inside, as by an error in it, leave."""
+    def leave_all(self) -> None:
+        """End the passes over all layers that are inside, as before a new pass where an error has ended the last."""
         for index in list(self._inside):
             self.leave(index)
 
@@ -143,7 +143,6 @@ class Offload:
         if self._inside.get(index) is Pass.UPDATE:
             yield
             return
-        self.leave(index)  # a backward pass that went before
         self.enter(index, Pass.UPDATE, then)
         yield
         self.leave(index)
@@ -152,7 +151,7 @@ class Offload:
 
     def settle(self) -> None:
         """Let the host have what the device has computed: it waits for all copies."""
-        self.begin()
+        self.leave_all()
         self._streams.join()
 
     def forget(self) -> None:

@@ -356,6 +356,8 @@ class UpdateCycle:
     @torch.no_grad()
     def finish(self) -> None:
         """Update every weight that has a gradient and was not updated inside the backward pass; end the update."""
+        if self.offload is not None:  # an evaluation, or an update, may have ended with an error
+            self.offload.leave_all()
         self.collect()
         sent = set(self._sent)
         waiting = [weight for weight in self._weights.values() if weight.gradient.is_final or weight in sent]

@@ -234,6 +234,24 @@ def test_any_tile_of_rows_gives_the_same_bits(
         assert found[0][:, 37:48].count_nonzero() == 0 and found[0].isfinite().all()
 
 
+@each("shape", [(1, 17), (17, 1), (1, 1), (0, 1), (2, 0), (2, 17)])
+@pytest.mark.usefixtures("here")
+def test_factors_with_a_side_of_one_are_left_to_the_reference(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton masks all lanes of such a side but one, and codes that ptxas made of them were no zeros."""
+    fp8_matmul = pytest.importorskip("qgalore.kernels.triton.fp8_matmul", reason="Triton is not installed")
+    chosen: list[str] = []
+    names = ("fp8_rows", "fp8_columns", "fp8_weight", "fp8_turned_weights")
+    for name in names:
+        monkeypatch.setattr(fp8_matmul, name, lambda *_, name=name: chosen.append(name))
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    x, other = normal(*shape), normal(5, shape[1])
+    kernels.fp8_rows([x, x], [shape[1]] * 2)
+    kernels.fp8_columns(x, shape[1])
+    kernels.fp8_weight(x)
+    kernels.fp8_turned_weights([other, x])
+    assert chosen == ([] if 1 in shape or not shape[1] else list(names))
+
+
 @each("bits", (8, 4))
 @each("shape", [(16, 64), (9, 85)])
 @each("tile", [(16, 16, 1, 1), (8, 64, 3, 2), (4, 32, 2, 1)])

@@ -340,9 +340,15 @@ def _fp8_turned_weights_kernel(
             tl.store(ones + column, tl.full((N,), 1.0, tl.float32), mask=column < depth)
 
 
-def can_handle(longest: int, parts: int = 1) -> bool:
-    """Whether a kernel takes rows of so many columns, in so many parts; those of one part may have any length."""
-    return 0 < parts <= _MOST_PARTS and longest > 0 and (parts == 1 or fp8_width(longest) * parts <= _LONGEST)
+def can_handle(rows: Sequence[int], columns: Sequence[int]) -> bool:
+    """Whether kernels take a factor of matrices with so many rows below one another, or columns beside one another.
+
+    No side may be 1, which is a constant to Triton: all lanes but one are then known to be masked, and of such lanes
+    ptxas made codes that are no zeros (Triton 3.6, H200). A row of one matrix may have any length.
+    """
+    if 1 in (*rows, *columns) or not max(columns):
+        return False
+    return len(columns) == 1 or (len(columns) <= _MOST_PARTS and fp8_width(max(columns)) * len(columns) <= _LONGEST)
 
 
 @functools.cache
@@ -368,14 +374,8 @@ def _pieces(columns: tuple[int, ...], stored: tuple[int, ...], length: int) -> t
     )  # fmt: skip
 
 
-# A size of 1 is a constant to Triton, so that all lanes but one are known to be masked. Of such lanes ptxas made codes
-# that are no zeros (Triton 3.6, H200): the reference takes these few values.
-
-
 def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[Tensor] | None) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_rows`."""
-    if 1 in columns:
-        return fp8_matmul.fp8_rows(parts, columns, factors)
     rows, ends = parts[0].shape[0], tuple(itertools.accumulate(map(fp8_width, columns)))
     starts, depth = (0, *ends[:-1]), ends[-1]
     found = _empty(rows, depth, parts[0])
@@ -403,8 +403,6 @@ def fp8_rows(parts: Sequence[Tensor], columns: Sequence[int], factors: Sequence[
 
 def fp8_columns(x: Tensor, columns: int) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_columns`."""
-    if 1 in (len(x), columns):
-        return fp8_matmul.fp8_columns(x, columns)
     rows, padded, depth = x.shape[0], fp8_width(columns), fp8_width(x.shape[0])
     found = _empty(padded, depth, x)
     if not rows:  # nothing is launched
@@ -428,8 +426,6 @@ def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
     """See `qgalore.kernels.fp8_weight`."""
     if isinstance(weight, Tensor):
         return fp8_matmul.with_padded_rows(fp8_rows([weight], [weight.shape[1]], None))
-    if 1 in (len(weight.qdata), weight.columns):
-        return fp8_matmul.fp8_weight(weight)
     rows, depth = fp8_width(weight.qdata.shape[0]), fp8_width(weight.columns)
     found = _empty(rows, depth, weight.qdata)
     grid_rows, grid_columns, options = _weight_launch(weight, WEIGHT)
@@ -443,7 +439,7 @@ def fp8_weight(weight: QuantizedMatrix | Tensor) -> Fp8Matrix:
 def fp8_turned_weights(weights: Sequence[QuantizedMatrix | Tensor]) -> tuple[Fp8Matrix, list[Tensor]]:
     """See `qgalore.kernels.fp8_turned_weights`."""
     stored = [weight for weight in weights if not isinstance(weight, Tensor)]
-    if len(stored) < len(weights) or any(1 in (len(weight.qdata), weight.columns) for weight in stored):
+    if len(stored) < len(weights):
         return fp8_matmul.turned([fp8_weight(weight) for weight in weights])
     counts = [fp8_width(weight.qdata.shape[0]) for weight in stored]
     found = _empty(fp8_width(stored[0].columns), sum(counts), stored[0].qdata)
