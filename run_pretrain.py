@@ -98,8 +98,8 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         counted = (warning_of_direction, warning_of_fp8_gain) if device.type == "cuda" else ()
         warnings = (
             warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device),
-            emulated_products(device, args.quantization, args.subspace.newton_schulz), warning_of_fp8_gradients(args, config),
-            *(warning_of(args, config, card_here()) for warning_of in counted),
+            emulated_products(device, args.quantization, args.subspace.newton_schulz),
+            warning_of_fp8_gradients(args, config), *(warning_of(args, config, card_here()) for warning_of in counted),
         )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):
             print(f"warning: {warning}", file=sys.stderr)

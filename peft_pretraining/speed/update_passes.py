@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.ops.linear_cross_entropy import token_chunks
 from peft_pretraining.speed.passes import (
-    EIGHT_BIT_SPEED,
+    FP8_SPEED,
     GROUP_SIZE,
     Pass,
     Passes,
@@ -379,8 +379,8 @@ def orthogonalize(s: Setting, rows: int, columns: int) -> Pass:
     polynomials, segmented, fp8 = METHODS[s.newton_schulz]
     steps = len(polynomials)
     segments = segments_of((rows, columns), steps) if segmented else (1,) * steps
-    operations = 2 * multiply_adds((rows, columns), segments) / (EIGHT_BIT_SPEED if fp8 else 1)
-    return Pass(operations, (8 if fp8 else 6) * len(segments) * rows * columns)
+    operations, values = 2 * multiply_adds((rows, columns), segments), len(segments) * rows * columns
+    return Pass(operations / FP8_SPEED, 8 * values, bytes_after=4 * values) if fp8 else Pass(operations, 6 * values)
 
 
 def directions(s: Setting) -> Passes:
