@@ -533,7 +533,11 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     values, squares = (1 << 24) + max(matrix.size for matrix in run.matrices), 2 * 8 * 512**2
     assert passing.updates() == 2 * (3 * values + squares)
     run = run_of(f"{FULL_RANK} --newton_schulz polar4 --device cuda --batch_size 1", "60m")
-    assert PassingBytes(run).updates() == 2 * (3 * values + 2 * squares), "in segments four"
+    assert PassingBytes(run).updates() == 2 * (3 * values + squares), "matrices this small are not made in segments"
+    run = run_of(f"{FULL_RANK} --newton_schulz polar4 --device cuda --batch_size 1", "7b")
+    assert PassingBytes(run).directions(1 << 20, 0, 2, False) == 2 * (3 * (1 << 20) + 2 * 4 * 4096**2), (
+        "in segments four"
+    )
     run = run_of(f"{FULL_RANK} --newton_schulz muon_fp8 --device cuda --batch_size 1", "60m")
     assert PassingBytes(run).updates() == 2 * (3.5 * values + squares), "one in 16 bits and three in FP8"
 

@@ -21,7 +21,7 @@ from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import columns_bytes, fused_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
-from qgalore.update.newton_schulz import METHODS
+from qgalore.update.newton_schulz import METHODS, Method, segments_of
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 
 _ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
@@ -294,12 +294,11 @@ class PassingBytes:
         """
         run, matrices = self.run, self.run.matrices
         if self.options.direction != "adam":
-            method = METHODS[self.options.newton_schulz]
             # Momenta, two buffers, and two squares a matrix, in segments four; in FP8 one buffer and three of half the
             # size, and one square and two of half the size.
-            buffers, squares = (2.5, 2.0) if method.fp8 else (2.0, 4.0 if method.segmented else 2.0)
-            made = values + math.ceil(buffers * values)
-            made += int(squares) * grouped * max(min(x.gradient_shape) for x in matrices) ** 2
+            method = METHODS[self.options.newton_schulz]
+            made = values + math.ceil((2.5 if method.fp8 else 2.0) * values)
+            made += max(_squares(method, x.gradient_shape) for x in matrices) * grouped
         else:
             bases = sum(x.bases for x in matrices) * values // sum(x.gradient for x in matrices)
             made = values + (0 if cached else self.converts * bases)
@@ -341,3 +340,9 @@ class PassingBytes:
         bases, square, rotated = matrix.bases, matrix.rank**2, (2 * wide if self.int8_states else 8) * matrix.gradient
         changing = (wide + 1) * bases + wide * square + rotated
         return self.itemsize * bases + max((self.itemsize + 12) * bases + 8 * square, changing)
+
+
+def _squares(method: Method, shape: tuple[int, int]) -> int:
+    """Values of the squares of one matrix."""
+    segments = segments_of(shape, len(method.polynomials)) if method.segmented else (1,)
+    return (4 if max(segments) > 1 else 2) * min(shape) ** 2

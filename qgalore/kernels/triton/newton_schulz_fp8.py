@@ -196,12 +196,12 @@ class _Group:
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
         self._tiles = tiles_for(min(matrices[0].shape))
-        self._side_by_side = place = SideBySide(matrices, self._tiles.full[1])
-        self._rows, self._count, self._scale = place.rows, place.count, scale_of(place.rows)
+        self._side_by_side = group = SideBySide(matrices, self._tiles.full[1])
+        self._rows, self._count, self._scale = group.rows, group.count, scale_of(group.rows)
         dtype, fp8, device = matrices[0].dtype, torch.float8_e4m3fn, matrices[0].device
-        self._x, self._x8 = place.empty(dtype), place.empty(fp8)
-        self._turned, self._out = torch.empty(2, place.width, place.rows, dtype=fp8, device=device).unbind()
-        self._gram, self._gram8, self._even8 = place.squares(dtype), place.squares(fp8), place.squares(fp8)
+        self._x, self._x8 = group.empty(dtype), group.empty(fp8)
+        self._turned, self._out = torch.empty(2, group.width, group.rows, dtype=fp8, device=device).unbind()
+        self._gram, self._gram8, self._even8 = group.squares(dtype), group.squares(fp8), group.squares(fp8)
         self._diagonals = torch.empty(2, self._count, self._rows, device=device).unbind()
 
     def steps(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
@@ -216,21 +216,21 @@ class _Group:
         return self._side_by_side.slots(self._x)
 
     def _fill(self) -> None:
-        place = self._side_by_side
-        sums, counts = partial_sums([matrix.contiguous() for matrix in place.matrices])
+        group = self._side_by_side
+        sums, counts = partial_sums([matrix.contiguous() for matrix in group.matrices])
         factors = torch.empty(self._count, dtype=torch.float32, device=sums.device)
         _inverse_norm_kernel[(self._count,)](sums, factors, counts, WIDTH=SUMS, num_warps=4)
-        for programs, arguments in place.fills():
+        for programs, arguments in group.fills():
             _fp8_fill_kernel[(programs,)](
                 x=self._x, x8=self._x8, turned=self._turned, factors=factors, scale=self._scale, num_warps=4,
                 **arguments,
             )  # fmt: skip
 
     def _form_gram(self, scale: float) -> None:
-        place, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.square
+        group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.square
         _fp8_gram_kernel[(tiles_below(self._rows, rows, columns), self._count)](
-            self._x8, self._gram, self._gram8, self._diagonals[0], self._rows, place.width, self._scale**-2, scale,
-            *place.ends, T=rows, S=columns, K=depth, C=place.columns, EXACT=min(_SUMMED, depth), num_warps=warps,
+            self._x8, self._gram, self._gram8, self._diagonals[0], self._rows, group.width, self._scale**-2, scale,
+            *group.ends, T=rows, S=columns, K=depth, C=group.columns, EXACT=min(_SUMMED, depth), num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
 
@@ -243,9 +243,9 @@ class _Group:
         )  # fmt: skip
 
     def _apply(self, last: bool) -> None:
-        place, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.full
-        _fp8_apply_kernel[(ceil_div(self._rows, rows), place.width // columns)](
-            self._x, self._x8, self._turned, self._out, self._even8, self._diagonals[1], self._rows, place.width,
-            1.0 / (FACTOR * self._scale), self._scale, *place.ends, T=rows, K=depth, C=columns, LAST=last,
+        group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.full
+        _fp8_apply_kernel[(ceil_div(self._rows, rows), group.width // columns)](
+            self._x, self._x8, self._turned, self._out, self._even8, self._diagonals[1], self._rows, group.width,
+            1.0 / (FACTOR * self._scale), self._scale, *group.ends, T=rows, K=depth, C=columns, LAST=last,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
