@@ -151,7 +151,7 @@ class Bench:
         plain = lambda given: newton_schulz._Group(given, in_segments=True)  # noqa: E731
         self._sweep(model, shapes, newton_schulz, plain, self._products, CANDIDATES, "")
         if self.fp8_rate != self.rate:
-            group = newton_schulz_fp8._Group
+            group = lambda given: newton_schulz_fp8._Group(given, *newton_schulz_fp8.TILES.values())  # noqa: E731
             self._sweep(model, shapes, newton_schulz_fp8, group, self._fp8_products, FP8_CANDIDATES, "fp8")
 
     def _sweep(

@@ -8,6 +8,7 @@ one in FP8, of B one in FP8; diagonals (count, rows) float32. What a matrix beco
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div
+from qgalore.kernels.reference import newton_schulz_fp8
 from qgalore.kernels.reference.newton_schulz_fp8 import FACTOR, FIRST_GRAM, GRAM, scale_of
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
@@ -183,19 +185,46 @@ def tiles_for(rows: int) -> Tiles:
     return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
 
 
+def _least_rows(rows: int) -> int:
+    """Rows of a small matrix with the tiles of one of so many rows, of several tiles."""
+    return max((most + 8 for most in TILES if most < rows), default=72)
+
+
+@functools.cache
+def check_compiled(tiles: Tiles, rows: int, device: torch.device) -> None:
+    """Raise RuntimeError where the kernels with these tiles, used from so many rows, differ from the reference.
+
+    Triton 3.6 stores wrong bytes where it converts the layout of a tensor in FP8, which these kernels do not ask for;
+    but whether it does so is the choice of a version. Waits for the device, once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(rows, rows + 200, generator=generator, device="cpu").to(device, torch.bfloat16)
+    steps = [(3.4445, -4.7750, 2.0315)] * 3
+    (expected,), (found,) = newton_schulz_fp8.orthogonalize_fp8([matrix], steps), _Group([matrix], tiles).steps(steps)
+    if not (found.float() - expected.float()).norm() < 0.1 * expected.float().norm():
+        raise RuntimeError(
+            f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}: choose "
+            "newton_schulz muon, in bfloat16, and report the version"
+        )
+
+
 def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize_fp8`."""
+    device, least = matrices[0].device, _least_rows(min(matrices[0].shape))
+    tiles = tiles_for(least)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        check_compiled(tiles, least, device)
     found = []
     for start in range(0, len(matrices), GROUP_LIMIT):
-        found += _Group(matrices[start : start + GROUP_LIMIT]).steps(polynomials)
+        found += _Group(matrices[start : start + GROUP_LIMIT], tiles).steps(polynomials)
     return found
 
 
 class _Group:
     """At most `GROUP_LIMIT` matrices whose shorter sides are equal."""
 
-    def __init__(self, matrices: Sequence[Tensor]) -> None:
-        self._tiles = tiles_for(min(matrices[0].shape))
+    def __init__(self, matrices: Sequence[Tensor], tiles: Tiles) -> None:
+        self._tiles = tiles
         self._side_by_side = group = SideBySide(matrices, self._tiles.full[1])
         self._rows, self._count, self._scale = group.rows, group.count, scale_of(group.rows)
         dtype, fp8, device = matrices[0].dtype, torch.float8_e4m3fn, matrices[0].device
