@@ -355,6 +355,7 @@ def test_second_moments_of_rows(shape: tuple[int, int]) -> None:
     for grad in grads:
         weight.grad, vector.grad = grad.clone(), torch.ones(7)
         optimizer.step()
+        assert weight.grad is not None and torch.equal(weight.grad, grad), "it is still the gradient"
     assert torch.allclose(weight, adam_by_row(before, grads, lr, betas), atol=1e-5)
     assert optimizer.state[weight].keys() == {"step", "exp_avg", "exp_avg_sq_row"}
     assert optimizer.state[weight]["exp_avg_sq_row"].shape == shape[:1]

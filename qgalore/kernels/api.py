@@ -34,6 +34,7 @@ from qgalore.kernels.reference import (
     low_rank_update,
     newton_schulz,
     newton_schulz_fp8,
+    row_adam,
     row_normalization,
 )
 from qgalore.kernels.reference.adam import PART, scaled
@@ -46,8 +47,8 @@ __all__ = [
     "dequantize_blocks", "fp8_columns", "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse",
     "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward", "momentum_steps",
     "normalize_rows", "odd_polynomials", "orthogonalize", "orthogonalize_fp8", "product_dtype", "project_back",
-    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_chunks", "rows_of", "scaled", "stepped",
-    "update_float_", "update_quantized_", "use_triton",
+    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_adam_steps", "row_chunks", "rows_of", "scaled",
+    "stepped", "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -126,6 +127,22 @@ def momentum_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
     undefined.
     """
     return backend(adam.momentum_steps, steps[0].grad.device)(steps, block_size, skip)
+
+
+def row_adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None = None) -> list[Tensor]:
+    """`adam_steps` with one second moment a row, the mean over its values, and Nesterov's momentum.
+
+    Adam-mini has such second moments of embeddings and head (Zhang et al., arXiv 2406.16793). grad (rows, columns)
+    float; exp_avg as in `adam_steps`; exp_avg_sq (rows,) float32. What a row becomes does not depend on which others it
+    is given with. Where the flag `skip` is true the moments stay and the directions are undefined. In Triton two
+    launches for those of one kind. Raises ValueError for a grad that is no matrix, or an exp_avg_sq of another shape.
+    """
+    for step in steps:
+        _check_matrix(step.grad, "grad")
+        if step.exp_avg_sq is None or step.exp_avg_sq.shape != step.grad.shape[:1]:
+            found = None if step.exp_avg_sq is None else tuple(step.exp_avg_sq.shape)
+            raise ValueError(f"exp_avg_sq must be {tuple(step.grad.shape[:1])}, one number a row, not {found}")
+    return backend(row_adam.row_adam_steps, steps[0].grad.device)(steps, block_size, skip)
 
 
 def orthogonalize(

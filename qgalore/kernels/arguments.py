@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class AdamStep(NamedTuple):
-    """Arguments of `qgalore.kernels.adam_steps` and `momentum_steps` that belong to one weight."""
+    """Arguments of `qgalore.kernels.adam_steps`, `momentum_steps` and `row_adam_steps` that belong to one weight."""
 
     grad: Tensor
     exp_avg: Tensor

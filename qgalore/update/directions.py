@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from qgalore import kernels
@@ -119,22 +118,7 @@ def _orthogonal(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str =
 
 def _adam_by_row(steps: Sequence[AdamStep], skip: Tensor | None) -> list[Tensor]:
     """exp_avg_sq of the steps: (rows,)."""
-    momenta = kernels.momentum_steps([step._replace(dtype=torch.float32) for step in steps], moments.BLOCK_SIZE, skip)
-    return [_over_rms_of_rows(step, momentum, skip) for step, momentum in zip(steps, momenta, strict=True)]
-
-
-def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> Tensor:
-    """The momentum over the root of its rows' second moments, which are moved; both without bias."""
-    assert step.exp_avg_sq is not None
-    beta1, beta2 = step.betas
-    squares = kernels.scaled(step.grad, step.factor).square_().mean(dim=1)
-    second = step.exp_avg_sq * beta2 + squares * (1.0 - beta2)
-    step.exp_avg_sq.copy_(second if skip is None else torch.where(skip, step.exp_avg_sq, second))
-    numbers = kernels.StepNumbers.of(step.row)
-    # Nesterov's momentum of a constant gradient g is (1 - beta1^(step + 1)) g.
-    ahead = 1.0 - beta1 * (1.0 - 1.0 / numbers.inverse_correction1)
-    root = (second * numbers.inverse_correction2).sqrt_()
-    return momentum.mul_((1.0 / (ahead * (root + step.eps)))[:, None]).to(step.dtype)
+    return kernels.row_adam_steps(steps, moments.BLOCK_SIZE, skip)
 
 
 def _normuon(steps: Sequence[Step], skip: Tensor | None, newton_schulz: str = "muon") -> list[Tensor]:

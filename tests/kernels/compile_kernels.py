@@ -45,8 +45,8 @@ MADE: set[str] = set()
 CODE: dict[str, str] = {}
 SUMS: dict[str, set[str]] = {}
 _SUMMING = (
-    "_partial_sums_kernel", "_finish_kernel", "_row_squares_kernel", "_scale_rows_kernel", "_trace_kernel",
-    "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel",
+    "_partial_sums_kernel", "_finish_kernel", "_row_adam_kernel", "_row_squares_kernel", "_scale_rows_kernel",
+    "_trace_kernel", "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel",
 )  # fmt: skip
 
 
@@ -80,6 +80,8 @@ def compile_only(capability: int) -> None:
         CODE[self.__name__] = kernel.asm["ptx"]
         if self.__name__ in _SUMMING:
             code, name = kernel.asm["ttgir"], self.__name__ + (" of columns" if kwargs.get("TALL") else "")
+            if name == "_row_adam_kernel" and args[0][0].shape[1] % 16:
+                name += " of ragged rows"
             layouts = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#[^>]*>?)>', code)
             named = dict(re.findall(r"^(#\w+) = (#ttg.*)", code, re.MULTILINE))
             SUMS.setdefault(name, set()).add(" then ".join(_spelt(layout, named) for layout in layouts))
@@ -92,6 +94,24 @@ def compile_only(capability: int) -> None:
 def _spelt(layout: str, named: dict[str, str]) -> str:
     """A layout with those that it refers to by name."""
     return re.sub(r"#\w+(?=[,}>]|$)", lambda name: named.get(name[0], name[0]), layout)
+
+
+def launch_row_adam(skip: torch.Tensor, row: torch.Tensor, dtype: torch.dtype) -> None:
+    """Rows of the embeddings of 7B and of a ragged width, alone, with others, and from any address if they are ragged.
+
+    With every kind of momentum and direction, which do not decide the order in which a row is added up.
+    """
+    for columns, neighbour in ((4096, 11008), (5461, 2731)):
+        for shapes in ([(64, columns)], [(1, columns)], [(64, columns), (61, neighbour), (4099, columns)]):
+            for first, factor, bits, to in ((0, None, 8, dtype), (1, torch.ones(()), 32, torch.float32)):
+                steps = []
+                for m, n in shapes:
+                    grad = torch.zeros(m * n + 1, dtype=dtype)[first * (n % 16 > 0) :][: m * n].view(m, n)
+                    momentum = torch.zeros(m, n, dtype=torch.uint8 if bits == 8 else torch.float32)
+                    absmax = torch.zeros(-(-m * n // 256)) if bits == 8 else None
+                    moments = (momentum, absmax, torch.zeros(m), None)
+                    steps.append(kernels.AdamStep(grad, *moments, row, (0.9, 0.99), 1e-8, factor, to))
+                kernels.row_adam_steps(steps, 256, skip if first else None)
 
 
 def launch_sums(row: torch.Tensor, dtype: torch.dtype) -> None:
@@ -170,6 +190,7 @@ def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
         bases = (wide if side == "left" else None, wide if side == "right" else None)
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
     launch_groups(skip, row, half)
+    launch_row_adam(skip, row, half)
     if orthogonalizes:
         launch_sums(row, half)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
