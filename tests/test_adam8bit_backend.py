@@ -18,9 +18,10 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.registry import read_config
-from peft_pretraining.optim import adam8bit_backend, bitsandbytes_adam
+from peft_pretraining.optim import adam8bit_backend
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
 from peft_pretraining.optim.bitsandbytes_adam import BitsandbytesAdamW8bit
+from peft_pretraining.runtime.streams import in_default_stream
 from qgalore import GaLoreAdamW8bit
 from qgalore.kernels.reference import rows
 from tests.small_run import SmallRun, assert_same_bits, assert_same_run, flags_of
@@ -84,7 +85,9 @@ def test_a_gpu_computes_the_same_as_that_optimizer_and_never_waits(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, params = [[nn.Parameter(x.data.cuda()) for x in weights(dtype)] for _ in range(2)]
-    expected = trained(bitsandbytes.optim.AdamW8bit(groups(theirs), **ADAM), theirs)
+    # A run before this test may have left its own stream, and theirs waits for the default one alone.
+    with in_default_stream(CUDA):
+        expected = trained(bitsandbytes.optim.AdamW8bit(groups(theirs), **ADAM), theirs)
     optimizer = BitsandbytesAdamW8bit(groups(params), **ADAM)
     assert_same_bits(trained(optimizer, params), expected)
     gradients(params, 7)
@@ -130,11 +133,11 @@ def test_the_default_stream_and_the_current_one_wait_for_each_other(monkeypatch:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(order.append(f"in {stream.name}")))
-    with bitsandbytes_adam._in_default_stream(CUDA):
+    with in_default_stream(CUDA):
         order.append("update")
     assert order == ["default waits for current", "in default", "update", "current waits for default"]
     current = default
-    with bitsandbytes_adam._in_default_stream(CUDA):
+    with in_default_stream(CUDA):
         assert len(order) == 4
 
 

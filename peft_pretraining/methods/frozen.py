@@ -17,6 +17,8 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.runtime.streams import in_default_stream
+
 # It says so at each product that is not of float16, hundreds of times an update.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: "will be cast" not in record.getMessage()
@@ -42,7 +44,8 @@ class FrozenNF4(bitsandbytes.nn.Linear4bit):
         """Replace the weight by float values, quantized where they are."""
         weight = weight.to(self.compute_dtype).contiguous()  # dequantized it has the data type that it had
         made = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-        self.weight = made.to(weight.device)
+        with in_default_stream(weight.device):
+            self.weight = made.to(weight.device)
 
     def dequantized(self) -> Tensor:
         """The weight in float32."""
@@ -76,7 +79,8 @@ class FrozenInt8(bitsandbytes.nn.Linear8bitLt):
     def store_(self, weight: Tensor) -> None:
         """See `FrozenNF4`."""
         made = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        self.weight = made.to(weight.device)  # which quantizes what comes from the CPU alone
+        with in_default_stream(weight.device):
+            self.weight = made.to(weight.device)  # which quantizes what comes from the CPU alone
         self.state.CB = self.state.SCB = None
 
     def dequantized(self) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.runtime.streams import in_default_stream
 from qgalore import GaLoreAdamW8bit, kernels
 from qgalore.update.directions import DIRECTIONS, Direction, RowsOfWeight
 from qgalore.update.weight import Weight
@@ -71,23 +72,10 @@ def _update(parts: Sequence[RowsOfWeight], skip: Tensor | None) -> None:
     for values, step, group, number in parts:
         assert isinstance(step, kernels.AdamStep)
         moments = [step.exp_avg, step.exp_avg_sq, step.exp_avg_absmax, step.exp_avg_sq_absmax]
-        with _in_default_stream(values.device):
+        with in_default_stream(values.device):
             grad = (step.grad if step.factor is None else kernels.scaled(step.grad, step.factor)).to(values.dtype)
             with _kept_if(skip, [values, *(moment for moment in moments if moment is not None)]):
                 _update_one(values, grad.contiguous(), moments, group, number)
-
-
-@contextlib.contextmanager
-def _in_default_stream(device: torch.device) -> Iterator[None]:
-    """Let the body run in the default stream of a GPU, after all that was launched before and before all that comes."""
-    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-        yield
-        return
-    ours, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    default.wait_stream(ours)
-    with torch.cuda.stream(default):
-        yield
-    ours.wait_stream(default)
 
 
 def _update_one(

@@ -550,7 +550,8 @@ FP8_TILES = {"default": None, "wide": ((16, 32, 32, 4, 3), (16, 64, 32, 4, 3))}
 def test_newton_schulz_in_fp8(
     count: str, tiles: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What rounds the other way, where sums differ in their last bits, is 3 % of few values."""
+    """Not to the last bits on a GPU, whose sums of products in FP8 have 14: what rounds the other way then differs by
+    3 %. But both are as far from the result without FP8."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
     if sizes := FP8_TILES[tiles]:
         monkeypatch.setattr(triton, "TILES", {1 << 30: triton.Tiles(*sizes)})
@@ -562,7 +563,9 @@ def test_newton_schulz_in_fp8(
     expected, found = both(lambda: kernels.orthogonalize_fp8(matrices, polynomials))
     for matrix, one, other in zip(matrices, expected, found, strict=True):
         assert one.shape == other.shape == matrix.shape and one.dtype == other.dtype == matrix.dtype
-        assert (one.float() - other.float()).norm() <= 0.05 * one.float().norm()
+        (exact,) = kernels.orthogonalize([matrix.float()], polynomials)
+        errors = [(x.float() - exact).norm() / exact.norm() for x in (one, other)]
+        assert errors[1] < 1.5 * errors[0] < 0.4 and (one.float() - other.float()).norm() <= 0.3 * exact.norm()
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
     assert torch.equal(kernels.orthogonalize_fp8(matrices[-1:], polynomials)[0], found[-1])
 

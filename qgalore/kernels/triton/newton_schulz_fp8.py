@@ -201,7 +201,7 @@ def check_compiled(tiles: Tiles, rows: int, device: torch.device) -> None:
     matrix = torch.randn(rows, rows + 200, generator=generator, device="cpu").to(device, torch.bfloat16)
     steps = [(3.4445, -4.7750, 2.0315)] * 3
     (expected,), (found,) = newton_schulz_fp8.orthogonalize_fp8([matrix], steps), _Group([matrix], tiles).steps(steps)
-    if not (found.float() - expected.float()).norm() < 0.1 * expected.float().norm():
+    if not (found.float() - expected.float()).norm() < 0.2 * expected.float().norm():
         raise RuntimeError(
             f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}: choose "
             "newton_schulz muon, in bfloat16, and report the version"
