@@ -93,9 +93,9 @@ def row_adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
 
 
 def _aligned(grad: Tensor) -> Tensor:
-    """A contiguous gradient, whose address is a multiple of 16 bytes if that of each of its rows then is.
+    """The gradient, contiguous; from an address that is a multiple of 16 bytes where its width lets all rows have one.
 
-    It nearly always is so already: what is allocated is aligned, and a view of some of its rows.
+    What is allocated is so already, and so are views of some of its rows; one in a buffer of many may not be.
     """
     grad = grad.contiguous()
     return grad.clone() if grad.shape[1] % _ALIGNED == 0 and grad.data_ptr() % _ALIGNED else grad
