@@ -28,6 +28,7 @@ from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import low_rank_names
 from peft_pretraining.models.llama.config import LlamaConfig
 from peft_pretraining.models.registry import config_from, read_config
+from qgalore import GaLoreAdamW8bit
 from qgalore.graphs.dequant_cache import cached_bases, cached_weights
 from qgalore.layer.linear import product_bytes
 from qgalore.subspace.fit import orthonormalize, rotate_moment
@@ -371,6 +372,23 @@ def test_projecting_takes_what_is_planned(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         taken = profiled_peak(lambda: weight.accumulate(grad, x))
     assert taken <= PassingBytes(run).projecting(run.matrices[-1 if "mlp" in name else 0]) < 1.1 * taken
+
+
+@pytest.mark.parametrize("second_moment", ["value", "row"])
+def test_rows_of_an_embedding_take_their_memory_one_chunk_after_the_other(
+    second_moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a chunk is there while the next one is updated: the plan has the rows of one."""
+    monkeypatch.setattr("qgalore.kernels.reference.rows._CHUNK_ELEMENTS", 1 << 16)
+    taken = []
+    for chunks in (1, 4):
+        weight = torch.nn.Parameter(torch.randn(chunks << 8, 256))
+        optimizer = GaLoreAdamW8bit([weight], lr=0.1, second_moment=second_moment)
+        for _ in range(2):
+            weight.grad = torch.randn_like(weight)
+            peak = profiled_peak(optimizer.step)
+        taken.append(peak)
+    assert 4 << 16 < taken[0] == pytest.approx(taken[1], rel=0.05)
 
 
 def test_a_new_basis_takes_what_is_planned() -> None:

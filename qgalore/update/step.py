@@ -326,19 +326,27 @@ def _update_plain(
     gradients.clear()
     grouped = len(parts) if len(weights) > 1 else 1
     for first in range(0, len(parts), grouped):
-        chosen = parts[first : first + grouped]
-        steps = [_step_of_rows(*part) for part in chosen]
-        rows = [_rows_of_weight(weight, start, stop) for weight, _, _, start, stop in chosen]
-        if update := weights[0].direction.update:
-            found = zip(chosen, rows, steps, strict=True)
-            update([RowsOfWeight(each, step, part[0].param_group, part[0].step) for part, each, step in found], skip)
-            continue
-        directions = weights[0].direction.advance(steps, skip)
-        updates = [
-            kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=weight.first_row + start)
-            for (weight, _, _, start, _), each, direction in zip(chosen, rows, directions, strict=True)
-        ]
-        kernels.update_float_(updates, skip)
+        _update_rows(parts[first : first + grouped], skip)
+
+
+def _update_rows(parts: Sequence[tuple[Weight, Gradient, Tensor | None, int, int]], skip: Tensor | None) -> None:
+    """Steps 4 and 5 for rows of plain weights: (weight, gradient, factor, start, stop) each.
+
+    Nothing that is made for them is there any more when the next ones are made.
+    """
+    weights = [part[0] for part in parts]
+    steps = [_step_of_rows(*part) for part in parts]
+    rows = [_rows_of_weight(weight, start, stop) for weight, _, _, start, stop in parts]
+    if update := weights[0].direction.update:
+        found = zip(weights, rows, steps, strict=True)
+        update([RowsOfWeight(each, step, weight.param_group, weight.step) for weight, each, step in found], skip)
+        return
+    directions = weights[0].direction.advance(steps, skip)
+    updates = [
+        kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=weight.first_row + start)
+        for (weight, _, _, start, _), each, direction in zip(parts, rows, directions, strict=True)
+    ]
+    kernels.update_float_(updates, skip)
 
 
 def _rows_of_weight(weight: Weight, start: int, stop: int) -> Tensor:

@@ -97,16 +97,16 @@ def _spelt(layout: str, named: dict[str, str]) -> str:
 
 
 def launch_row_adam(skip: torch.Tensor, row: torch.Tensor, dtype: torch.dtype) -> None:
-    """Rows of the embeddings of 7B and of a ragged width, alone, with others, and from any address if they are ragged.
+    """Rows of 7B's embeddings and of a ragged width, alone, beside others of both kinds, and from any address.
 
-    With every kind of momentum and direction, which do not decide the order in which a row is added up.
+    With momenta and directions of every kind, which do not decide the order in which a row is added up.
     """
-    for columns, neighbour in ((4096, 11008), (5461, 2731)):
-        for shapes in ([(64, columns)], [(1, columns)], [(64, columns), (61, neighbour), (4099, columns)]):
+    for columns in (4096, 5461):
+        for shapes in ([(64, columns)], [(1, columns)], [(67, columns), (5, 11008), (61, 2731), (64, columns)]):
             for first, factor, bits, to in ((0, None, 8, dtype), (1, torch.ones(()), 32, torch.float32)):
                 steps = []
                 for m, n in shapes:
-                    grad = torch.zeros(m * n + 1, dtype=dtype)[first * (n % 16 > 0) :][: m * n].view(m, n)
+                    grad = torch.zeros(m * n + first, dtype=dtype)[first:].view(m, n)
                     momentum = torch.zeros(m, n, dtype=torch.uint8 if bits == 8 else torch.float32)
                     absmax = torch.zeros(-(-m * n // 256)) if bits == 8 else None
                     moments = (momentum, absmax, torch.zeros(m), None)

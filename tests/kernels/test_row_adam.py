@@ -46,7 +46,7 @@ def copy_of(moments: Moments) -> Moments:
 
 
 def agree(grads: Sequence[Tensor], bits: int, factor: float | None, dtype: torch.dtype, flag: Tensor | None) -> None:
-    """Check the moments, to the last bits of float32 where they are summed and to all bits elsewhere; directions, too.
+    """Check that both backends give the same momenta to the bit, and the same in all else but for its last bits.
 
     Where the flag is true, that the moments stay.
     """
@@ -61,11 +61,11 @@ def agree(grads: Sequence[Tensor], bits: int, factor: float | None, dtype: torch
     for old, one, other in zip(before, moved, moved_too, strict=True):
         of_momentum = slice(0, 2 if bits == 8 else 1)
         assert same(one[of_momentum], other[of_momentum])
-        assert torch.allclose(one[2], other[2], rtol=1e-6, atol=0)
+        assert torch.allclose(one[2], other[2], rtol=2e-6, atol=0)
         assert torch.equal(other[2], old[2]) == same(other[of_momentum], old[of_momentum]) == bool(flag)
     for grad, one, other in zip(grads, expected, found, strict=True):
         assert other.shape == grad.shape and one.dtype == other.dtype == dtype
-        exactness = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        exactness = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
         assert flag or torch.allclose(one.float(), other.float(), rtol=exactness, atol=0)
 
 
@@ -89,13 +89,10 @@ def test_dtypes_of_gradient_and_direction(
     assert all(torch.equal(grad, before) for grad, before in zip(grads, given, strict=True)), "a gradient has changed"
 
 
-@each("implementation", ("reference", "triton"))
 @each("columns", (2063, 768, 24))
-def test_a_row_is_what_it_is_alone(
-    columns: int, implementation: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_is_what_it_is_alone(columns: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: with other rows of its matrix, beside other matrices, and from another address."""
-    monkeypatch.setenv("QGALORE_KERNELS", implementation)
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
     grad, moments = normal(7, columns).to(kernel_device), moments_of((7, columns), 32, kernel_device)
     shifted = torch.empty(4 * columns + 1, device=kernel_device)[1:].view(4, columns).copy_(grad[3:])
 

@@ -49,6 +49,7 @@ def _row_adam_kernel(
     grad, momentum, out = chosen(which, grad) + first, chosen(which, momentum) + first, chosen(which, out) + first
     if HAS_FACTOR:
         multiplier = tl.load(chosen(which, factor))
+    kept = tl.load(second)
     total = tl.zeros((N,), dtype=tl.float32)
     for start in range(0, columns, N):
         column = start + tl.arange(0, N)
@@ -57,7 +58,8 @@ def _row_adam_kernel(
             g *= multiplier
         total += g * g
     square = tl.div_rn(tl.sum(total, axis=0), columns * 1.0)
-    moved = tl.load(second) * beta2 + square * rest2
+    moved = kept * beta2 + square * rest2
+    tl.debug_barrier()  # every thread has read it, and one writes it
     tl.store(second, moved)
     inverse1 = tl.load(step_row + 4).to(tl.float32, bitcast=True)
     inverse2 = tl.load(step_row + 5).to(tl.float32, bitcast=True)
@@ -91,9 +93,9 @@ def row_adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
 
 
 def _aligned(grad: Tensor) -> Tensor:
-    """A contiguous gradient, whose address is a multiple of 16 bytes if that of each of its rows then is.
+    """The gradient, contiguous; from an address that is a multiple of 16 bytes where its width lets all rows have one.
 
-    It nearly always is so already: what is allocated is aligned, and a view of some of its rows.
+    What is allocated is so already, and so are views of some of its rows; one in a buffer of many may not be.
     """
     grad = grad.contiguous()
     return grad.clone() if grad.shape[1] % _ALIGNED == 0 and grad.data_ptr() % _ALIGNED else grad
