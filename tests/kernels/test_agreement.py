@@ -60,7 +60,7 @@ def operations(side: str) -> dict[str, dict[str, inspect.Signature]]:
     """The operations of each file of a backend, and their arguments."""
     folder = Path(str(kernels.__file__)).parent / side
     files = {path.stem: import_module(f"qgalore.kernels.{side}.{path.stem}") for path in folder.glob("[!_]*.py")}
-    helpers = {"tiles", "random_bits", "rows"}
+    helpers = {"tiles", "matrix_groups", "random_bits", "rows"}
     return {
         stem: {name: inspect.signature(getattr(file, name)) for name in file.__all__}
         for stem, file in files.items() if stem not in helpers
