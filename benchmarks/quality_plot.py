@@ -16,7 +16,6 @@ LABELS = {
     "--weight_bits 4": "INT4 weights",
     "--direction normuon": "NorMuon",
     "--full_rank_second_moment row": "row moments",
-    "--momentum_rank 1/16 --momentum_rest_bits 4": "momentum in parts",
 }
 """How the points of these flags are labelled."""
 
@@ -49,6 +48,8 @@ def read_points(results: Path, model: str, updates: int, settings: Sequence[str]
         ranks = [found[-1] for name in ("rank", "mlp_rank") if (found := re.findall(rf"--{name} (\d+|full)\b", flags))]
         label = [f"rank {' and '.join(ranks)}"] * bool(ranks)
         label += [text for flag, text in LABELS.items() if flag in flags]
+        if parts := re.findall(r"--momentum_rank (\S+)", flags):  # of a flag that is given twice the last one counts
+            label = [*label[1:], f"parts {parts[-1]} + {re.findall(r'--momentum_rest_bits (.)', flags)[-1]} bits"]
         size = sum(float(rows[0][name]) for name in BYTES)
         points.append(Point(sum(seeds) / len(seeds), size, setting, ", ".join(label), seeds))
     return sorted(points)
@@ -93,9 +94,13 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
             part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
             for index, (p, height) in enumerate(zip(best, y, strict=True)):
                 text = p.label + (f": {p.mean:.0f}" if p.mean > top else "")
-                # Above and below the line in turn, where points lie close.
+                # Above and below the line in turn, where points lie close; of many points on both sides of it.
                 offset = (5, -9) if index % 2 or len(best) != 2 else (5, 7)
-                part.annotate(text, (p.size, height), offset, textcoords="offset points", fontsize=7, clip_on=True)
+                left = len(best) > 4 and index % 2 == 0 and text.startswith("parts")
+                part.annotate(
+                    text, (p.size, height), (-5, -3) if left else offset, textcoords="offset points", fontsize=7,
+                    clip_on=True, ha="right" if left else "left",
+                )  # fmt: skip
     for part, within in zip(axes[0], parts, strict=True):
         margin = 0.2 * (within[-1] - within[0]) or 0.02
         part.set_xlim(within[0] - margin, within[-1] + margin)

@@ -17,11 +17,11 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.memory.planned_run import PlannedRun
+from peft_pretraining.methods.default_stream import in_default_stream
 from peft_pretraining.models.registry import read_config
 from peft_pretraining.optim import adam8bit_backend
 from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up, with_backend
 from peft_pretraining.optim.bitsandbytes_adam import BitsandbytesAdamW8bit
-from peft_pretraining.runtime.streams import in_default_stream
 from qgalore import GaLoreAdamW8bit
 from qgalore.kernels.reference import rows
 from tests.small_run import SmallRun, assert_same_bits, assert_same_run, flags_of

@@ -41,7 +41,7 @@ def test_states_that_wait_have_the_bits_of_those_that_stay(small: SmallRun, case
 
 @pytest.mark.parametrize(("case", "way"), in_each_way(QUANTIZED))
 def test_weights_that_wait_have_the_bits_of_those_that_stay(small: SmallRun, case: str, way: str) -> None:
-    """Which are those without CUDA graphs, as these run what waits from Python."""
+    """With CUDA graphs that read the slots of layers."""
     flags = CASES[case] | WAYS[way] | CUDA | {"num_training_steps": 8, "save_every": 4, "eval_every": 3}
     assert_same_run(small.run("stays", **flags), small.run("waits", **flags, offload="weights"))
 

@@ -122,12 +122,14 @@ def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
 
 
 NORMUON, ROW_MOMENTS = "--direction normuon", "--full_rank_second_moment row"
+PARTS = "--momentum_rank 1/16 --momentum_rest_bits 4"
 ROWS = [
     ("60m", 800, "adamw", "--lr 1", 0, 50.0, 5, 2, 0), ("60m", 800, "adamw", "--lr 2", 0, 48.0, 5, 2, 0),
     ("60m", 800, "muon", "", 0, 90.0, 3, 1, 1), ("60m", 800, "muon", "", 1, 52.0, 3, 1, 1),
     ("60m", 800, "muon", "", 0, 50.0, 3, 1, 1), ("60m", 800, "muon", "--rank 64", 0, 60.0, 1, 1, 1),
     ("60m", 800, "muon", "--rank 64 --rank 8 --weight_bits 4", 0, 70.0, 1, 0, 1),
     ("60m", 800, "muon", f"--rank full --mlp_rank 3 {NORMUON} {ROW_MOMENTS}", 0, 71.0, 1, 1, 1),
+    ("60m", 800, "muon", f"--rank full {PARTS} --momentum_rest_bits 2", 0, 72.0, 1, 1, 1),
     ("60m", 800, "muon", "--lr 9", 0, 49.0, "", "", ""),
     ("130m", 800, "adamw", "--lr 2", 0, 40.0, 1, 2, 0), ("60m", 3200, "adamw", "", 0, 30.0, 1, 2, 0),
     ("60m", 800, "old", "", 0, 45.0, 1, 1, 1),
@@ -149,6 +151,7 @@ def test_a_point_is_the_mean_of_the_newest_runs_of_its_seeds(tmp_path: Path) -> 
         (60.0, 2.0, "muon", "rank 64"),
         (70.0, 1.0, "muon", "rank 8, INT4 weights"),
         (71.0, 2.0, "muon", "rank full and 3, NorMuon, row moments"),
+        (72.0, 2.0, "muon", "parts 1/16 + 2 bits"),
     ]
     assert points[2].seeds == [50.0, 52.0]
     assert [point.mean for point in quality_plot.frontier(points)] == [70.0, 60.0, 51.0, 48.0]

@@ -629,7 +629,7 @@ class RuntimeArgs:
     offload: Annotated[str, Flag(choices=("none", "states", "weights"))] = "none"
     """What of the decoder's layers waits in host memory, and is copied to the device for each layer before it is
     needed there, while another one runs. states: optimizer states and bases of subspaces, which an update of the layer
-    needs. weights: the stored weights as well, which its forward and backward pass need; without CUDA graphs."""
+    needs. weights: the stored weights as well, which its forward and backward pass need."""
     memory_budget: Annotated[int, Flag("size", at_least=1, parse=parse_size, auto="none")] = 0
     """Memory that a rank may take on its device, such as 24GB or 22.5GiB. Of these flags those that are not given are
     chosen, so that the planned peak stays below it and the counted time of an update is least: batch_size (with a

@@ -17,7 +17,7 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.runtime.streams import in_default_stream
+from peft_pretraining.methods.default_stream import in_default_stream
 
 # It says so at each product that is not of float16, hundreds of times an update.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(

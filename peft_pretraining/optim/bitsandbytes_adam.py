@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.runtime.streams import in_default_stream
+from peft_pretraining.methods.default_stream import in_default_stream
 from qgalore import GaLoreAdamW8bit, kernels
 from qgalore.update.directions import DIRECTIONS, Direction, RowsOfWeight
 from qgalore.update.weight import Weight
