@@ -266,7 +266,7 @@ def test_the_figures_of_7b_in_the_readme_are_those_of_rows() -> None:
         100 - 100 * float(ours) / float(other)
         for ours, other in zip(perplexities, adamw_line.split("|")[2:4], strict=True)
     ]
-    assert f"{below[0]:.0f} to {below[1]:.0f} % below that of a tuned AdamW" in text
+    assert f"{below[0]:.0f} to {below[1]:.0f} % below that of AdamW tuned at 60M" in text
     fast, slow = speeds.split(", ")
     assert f"it has {fast} (60M) to {slow} (350M) of AdamW's speed" in text
     (by_layer,) = (row for row in rows if "--accumulate_by layer" in row["flags"] and row["run_peak_gb"])
