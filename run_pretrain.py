@@ -88,7 +88,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
     try:
         args = agree_on_flags(args, world)
         make_reproducible(args.model.dtype)
-        check_device(world.device, args.model.dtype, args.quantization, args.subspace.newton_schulz)
+        check_device(world.device, args.model.dtype, args.quantization, args.newton_schulz)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         if missing := next(filter(None, world.gather(missing_host_memory(args))), None):
             raise UserError(missing)
@@ -98,7 +98,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         counted = (warning_of_direction, warning_of_fp8_gain) if device.type == "cuda" else ()
         warnings = (
             warning_of_memory(args, device), slow_dtype(device, args.model.dtype), rounds_zeros_up(args, device),
-            emulated_products(device, args.quantization, args.subspace.newton_schulz),
+            emulated_products(device, args.quantization, args.newton_schulz),
             warning_of_fp8_gradients(args, config), *(warning_of(args, config, card_here()) for warning_of in counted),
         )  # fmt: skip
         for warning in filter(None, warnings if world.is_main else ()):

@@ -237,6 +237,16 @@ def test_a_cpu_is_told_that_fp8_is_emulated(small: SmallRun, capsys: pytest.Capt
     assert emulated_products(torch.device("cpu"), QuantizationArgs(), "muon") is None
 
 
+def test_fp8_of_a_flag_that_changes_nothing_is_not_said_to_be_emulated(
+    small: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_of("adamw") | {"newton_schulz": "muon_fp8", "num_training_steps": 1}
+    assert small.main("run", **flags) == 0
+    said = capsys.readouterr()
+    assert "--newton_schulz changes nothing: --optimizer adamw has no subspace" in said.err + said.out
+    assert "--newton_schulz muon_fp8" not in said.err
+
+
 def test_a_cpu_is_told_that_float32_is_faster(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert small.main("run", dtype="bfloat16", num_training_steps=1) == 0
     assert "warning: --dtype bfloat16 on a CPU: float32 is usually several times as fast" in capsys.readouterr().err

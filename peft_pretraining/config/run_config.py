@@ -73,6 +73,11 @@ class RunArgs:
         return self.batch.total_batch_size * self.batch.max_length
 
     @property
+    def newton_schulz(self) -> str:
+        """The method that orthogonalises momenta; the default where the flag changes nothing, without a subspace."""
+        return self.subspace.newton_schulz if self.optimizer.is_low_rank else SubspaceArgs().newton_schulz
+
+    @property
     def by_layer(self) -> bool:
         """Whether each layer has all micro-batches of an update before the next layer has its first."""
         return self.batch.accumulate_by == "layer"

@@ -10,8 +10,10 @@ moments; of embeddings and head each rank owns some rows (`qgalore.sharding.deal
    gather (`qgalore.sharding.gathering`, `qgalore.sharding.tables`);
 4. norms and the schedules of refreshes are shared at the end, for clipping, metrics and the next update.
 
-So two ranks hold the bits that they would hold if each updated all weights. Of more the order of sums is that of the
-collective, which may be another for `reduce` than for `all_reduce`.
+So two ranks hold the bits that they would hold if each updated all weights, where an update is of one micro-batch or
+its gradients are summed by every rank, and does not depend on a norm: that of embeddings and head is a sum over ranks,
+so that the metric and what clips or limits by it differ in the last bits. Of more ranks the order of sums is that of
+the collective, which may be another for `reduce` than for `all_reduce`.
 
 A refresh by streaming multiplies the gradient with the momentum, which its owner then sends to all.
 """
