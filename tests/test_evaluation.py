@@ -150,6 +150,9 @@ print(found[-1] - found[5])
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it reads /proc, as Linux has it")
 def test_memory_does_not_grow_with_the_batches() -> None:
-    """A loss that stayed between the activations of two batches cost 12 MB each on a CPU: 13 GB in all."""
+    """A loss that stayed between the activations of two batches cost 12 MB each on a CPU: 13 GB in all.
+
+    That is 470 MB here; without it the allocator has taken up to 84 beside other work.
+    """
     done = subprocess.run([sys.executable, "-c", GROWTH], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 60e6
+    assert int(done.stdout) < 200e6
