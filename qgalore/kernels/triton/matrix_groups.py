@@ -8,8 +8,8 @@ could not be made while a graph is captured.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -100,6 +100,20 @@ def tile_of_slot(
     if HAS_FACTORS:
         value *= tl.load(factors + chosen(which, numbers))
     return i, chosen(which, starts) + column, value
+
+
+class Tiles(NamedTuple):
+    """How products are computed; all numbers but warps and stages are powers of two of at least 16, of FP8 32."""
+
+    square: tuple[int, int, int, int, int]
+    """Rows of a tile of a symmetric matrix, its columns, a multiple of them, terms summed at a time, warps, stages."""
+    full: tuple[int, int, int, int, int]
+    """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
+
+
+def tiles_for(rows: int, table: Mapping[int, Tiles]) -> Tiles:
+    """Those of a table by the most rows that each is for."""
+    return next(tiles for most, tiles in sorted(table.items()) if rows <= most)
 
 
 FILLED_ROWS = 32

@@ -14,7 +14,6 @@ batch depends on its size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,12 +27,14 @@ from qgalore.kernels.triton.matrix_groups import (
     ENDS,
     FILLED_ROWS,
     SideBySide,
+    Tiles,
     end_of,
     matrix_of,
     rows_and_columns,
     store_both,
     tile_of_slot,
     tiles_below,
+    tiles_for,
 )
 from qgalore.kernels.triton.tiles import chosen, to_float
 
@@ -174,15 +175,6 @@ def _unit_factor_kernel(sums, factors, numel, counts, WIDTH: tl.constexpr):
     tl.store(factors + which, tl.where(size < 1e-18, 0.0, factor))
 
 
-class Tiles(NamedTuple):
-    """How products are computed; all numbers but warps and stages are powers of two of at least 16."""
-
-    square: tuple[int, int, int, int, int]
-    """Rows of a tile of a symmetric matrix, its columns, a multiple of them, terms summed at a time, warps, stages."""
-    full: tuple[int, int, int, int, int]
-    """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
-
-
 TILES: dict[int, Tiles] = {
     768: Tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3)),
     1024: Tiles((128, 128, 64, 4, 3), (128, 128, 64, 4, 3)),
@@ -191,11 +183,6 @@ TILES: dict[int, Tiles] = {
 }
 """By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200, where
 products with X reach 0.91 of what cuBLAS makes of a large product at 4096 rows, and symmetric ones 0.73."""
-
-
-def tiles_for(rows: int) -> Tiles:
-    """Those of the table."""
-    return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
 
 
 def orthogonalize(
@@ -216,7 +203,7 @@ class _Group:
 
     def __init__(self, matrices: Sequence[Tensor], in_segments: bool) -> None:
         self._matrices, self._in_segments = matrices, in_segments
-        self._tiles = tiles_for(min(matrices[0].shape))
+        self._tiles = tiles_for(min(matrices[0].shape), TILES)
         self._side_by_side = SideBySide(matrices, self._tiles.full[1])
         self._rows, self._count = self._side_by_side.rows, len(matrices)
         self._dtype = working_dtype(matrices[0].dtype) if in_segments else matrices[0].dtype

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,12 +23,14 @@ from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
     ENDS,
     SideBySide,
+    Tiles,
     end_of,
     matrix_of,
     rows_and_columns,
     store_both,
     tile_of_slot,
     tiles_below,
+    tiles_for,
 )
 from qgalore.kernels.triton.tiles import chosen, float8_bits, to_float
 
@@ -165,25 +166,13 @@ _SUMMED = 128
 2,816 positive terms, as the diagonal has, it lost 3 %, while errors of other sums have random signs."""
 
 
-class Tiles(NamedTuple):
-    """As `qgalore.kernels.triton.newton_schulz.Tiles`; terms summed at a time are at least 32."""
-
-    square: tuple[int, int, int, int, int]
-    full: tuple[int, int, int, int, int]
-
-
 TILES: dict[int, Tiles] = {
     768: Tiles((64, 128, 128, 4, 4), (128, 128, 128, 4, 3)),
     1024: Tiles((128, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
     2048: Tiles((64, 128, 128, 4, 4), (64, 128, 128, 4, 3)),
     1 << 30: Tiles((128, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
 }
-"""By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200."""
-
-
-def tiles_for(rows: int) -> Tiles:
-    """Those of the table."""
-    return next(tiles for most, tiles in sorted(TILES.items()) if rows <= most)
+"""By the most rows that they are for, from a sweep on an H200 before sums were of 128 terms: to be swept again."""
 
 
 def _least_rows(rows: int) -> int:
@@ -212,7 +201,7 @@ def check_compiled(tiles: Tiles, rows: int, device: torch.device) -> None:
 def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize_fp8`."""
     device, least = matrices[0].device, _least_rows(min(matrices[0].shape))
-    tiles = tiles_for(least)
+    tiles = tiles_for(least, TILES)
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         check_compiled(tiles, least, device)
     found = []
