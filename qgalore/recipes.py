@@ -105,7 +105,7 @@ ORTHOGONAL = Recipe(
 FULL_RANK = Recipe(
     lr=1e-2,
     rank_of_width=None,
-    subspace={**_STREAMING, "direction": "normuon"},
+    subspace={**_STREAMING, "direction": "normuon", "newton_schulz": "auto"},
     optimizer={"second_moment": "row"},
     by_length=ByLength(_falling_faster, decay=4e-3, full_rank_decay=_rising),
 )

@@ -192,7 +192,7 @@ def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple
         assert (args.quantization.weight_format.bits, args.subspace.config(of_mlp=True).basis_bits) == (
             8 if values[0] else None, 4 if values[2] else None,
         )  # fmt: skip
-        assert set(args.left_to_name) == {flag for flag in ("recipe", *NAMED) if f"{flag}" not in text}
+        assert set(args.left_to_name) == {flag for flag in ("recipe", "newton_schulz", *NAMED) if f"{flag}" not in text}
     for name in OPTIMIZERS:
         if not name.startswith("q_galore"):
             args = parse(f"--optimizer {name}")
@@ -221,6 +221,27 @@ def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_pat
     with pytest.raises(UserError, match=r"--int8_products .*\(--no-weight_quant .*, as in the checkpoint"):
         parse(f"{auto} --int8_products")
     assert parse(f"{Q_GALORE} --save_dir {tmp_path / 'none'} --continue_from auto").notes == ()
+
+
+def test_a_run_that_goes_on_keeps_its_newton_schulz_steps(tmp_path: Path) -> None:
+    """The default's are auto, and were Muon's before: a checkpoint without the flag has those."""
+    folder = tmp_path / "step_00000003"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    resumed = f"{Q_GALORE} --continue_from {folder}"
+    said = "--newton_schulz {}, as in the checkpoint: the command line says nothing of it"
+    for recorded, steps in (
+        ("", "muon"),
+        (', "newton_schulz": "polar4"', "polar4"),
+        (', "newton_schulz": "auto"', "auto"),
+    ):
+        (folder / "state.json").write_text(
+            f'{{"optimizer": "{Q_GALORE.split()[-1]}", "recipe": "full_rank"{recorded}}}'
+        )
+        args = parse(resumed)
+        assert args.newton_schulz == steps and args.notes == (() if steps == "auto" else (said.format(steps),))
+        assert parse(f"{resumed} --newton_schulz polar5").newton_schulz == "polar5"
+    assert (parse(Q_GALORE).newton_schulz, parse(f"{Q_GALORE} --recipe paper").newton_schulz) == ("auto", "muon")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.small_run import (
     ranks_of,
     start,
 )
-from tests.test_data_parallel import assert_close, assert_close_weights, wait_for_updates
+from tests.test_data_parallel import SHARES, assert_close, assert_close_weights, wait_for_updates
 from tests.test_skipped_updates import Fault, assert_same_training, outcome
 
 PER_LAYER = flags_of("q_galore_adamw8bit_per_layer")
@@ -120,7 +120,9 @@ def test_weights_dealt_to_two_gpus_are_those_of_replicas(small: SmallRun, case: 
     flags |= {"scheduler": "linear", "min_lr_ratio": 1.0}  # whose rates do not depend on the end
     replicated, whole = small.run_on(2, "replicated", **flags), small.run_on(2, "whole", **flags, shard=shard)
     assert_close(whole, replicated, 1e-2)
-    assert_close_weights(whole, replicated, 2e-2)
+    # Replicas add up in INT8 what each has and then one another's sums, `full` what all have of a micro-batch.
+    rounded_otherwise = shard == "full" and "grad_accum_dtype" in SHARDED[case]
+    assert_close_weights(whole, replicated, SHARES["q_galore"] if rounded_otherwise else 2e-2)
     small.run_on(2, "parts", **flags | {"num_training_steps": 3}, shard=shard)
     assert_same_run(whole, small.run_on(2, "parts", **flags | {"continue_from": "auto"}, shard=shard))
 

@@ -12,7 +12,7 @@ from benchmarks.polar_polynomials import LOWEST, best_polynomial, best_steps, de
 from qgalore import GaLoreAdamW, kernels
 from qgalore.config import SubspaceConfig
 from qgalore.update.directions import DIRECTIONS, direction_of, orthogonal_directions
-from qgalore.update.newton_schulz import METHODS, multiply_adds, segments_of
+from qgalore.update.newton_schulz import METHODS, method_of, multiply_adds, segments_of
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -227,6 +227,24 @@ def test_an_update_is_made_by_the_method(name: str, direction: str) -> None:
         assert 0.13 < float(expected.square().mean().sqrt()) < 0.25
 
 
+def test_auto_takes_fp8_where_matrices_gain_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 768 rows on, where the device has it: which a CPU has not."""
+    assert not kernels.runs_in_fp8(4096, torch.device("cpu"))
+    momenta = [normal(48, 130), normal(768, 800), normal(900, 768), normal(767, 800)]
+    assert_equal(orthogonal_directions(list(momenta), "auto"), orthogonal_directions(list(momenta), "muon"))
+    asked: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(kernels, "runs_in_fp8", lambda rows, device: asked.append((rows, device)) or rows < 4096)
+    found, fp8 = orthogonal_directions(list(momenta), "auto"), orthogonal_directions(list(momenta), "muon_fp8")
+    plain = orthogonal_directions(list(momenta), "muon")
+    assert_equal(found, [plain[0], fp8[1], fp8[2], plain[3]])
+    assert not torch.equal(fp8[1], plain[1]) and asked == [(768, torch.device("cpu"))] * 2
+    assert method_of("auto", 4096, lambda rows: rows < 4096) is METHODS["muon"], "where Triton compiles it wrongly"
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
 def test_what_a_direction_is_does_not_depend_on_its_neighbours() -> None:
     """Wide and square momenta are made in different forms; their order stays."""
     momenta = [normal(48, width, seed=width) for width in (48, 130, 48, 300)]
@@ -246,3 +264,4 @@ def test_adam_has_nothing_to_orthogonalise(rank: int | str) -> None:
     with pytest.raises(ValueError, match="newton_schulz='polar5' orthogonalises a momentum, and direction='adam' has"):
         SubspaceConfig(rank=rank, newton_schulz="polar5")
     assert SubspaceConfig(rank=rank, direction="normuon", newton_schulz="polar5").newton_schulz == "polar5"
+    assert SubspaceConfig(rank=rank, newton_schulz="auto").newton_schulz == "auto", "which asks for nothing"

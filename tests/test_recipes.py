@@ -178,8 +178,8 @@ def test_full_rank_is_what_was_measured(updates: int, measured: str) -> None:
     """The rows of docs/quality.md with 60M, and what lies between and beyond is between and beyond."""
     run = f"{Q_GALORE}_per_layer --total_batch_size 256 --max_length 256 --num_training_steps {updates}"
     args = parse(f"{run} --recipe full_rank")
-    flags = f"--rank full --direction normuon --full_rank_second_moment row --norm_growth 0 {measured}"
-    other = parse(f"{run} --recipe orthogonal {flags}")
+    flags = f"--rank full --direction normuon --newton_schulz auto --full_rank_second_moment row {measured}"
+    other = parse(f"{run} --recipe orthogonal --norm_growth 0 {flags}")
     assert dataclasses.replace(args.optimizer, recipe="orthogonal") == other.optimizer
     assert parse(run).optimizer == args.optimizer, "the default"
     assert args.subspace == other.subspace and args.quantization == other.quantization

@@ -2,7 +2,7 @@
 
 It is the default of three flags, each with a --no- form. A run that goes on from a checkpoint keeps the values there,
 unless its command line gives the flags: checkpoints may be older than this meaning of the names. So it is with the
-recipe, and with the library whose kernels adam8bit has.
+recipe and its Newton-Schulz steps, and with the library whose kernels adam8bit has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from peft_pretraining.config.flag_groups import Q_GALORE_OPTIMIZERS
 from peft_pretraining.models.config_source import states_in
-from qgalore.config import FULL
+from qgalore.config import FULL, SubspaceConfig, default_of
 
 NAMED = ("weight_quant", "stochastic_round", "proj_quant")
 
@@ -36,7 +36,8 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     projects = values.get("rank") != FULL or values.get("mlp_rank", FULL) not in (0, FULL)
     quantized = values.get("weight_quant", True)
-    return {"weight_quant": True, "stochastic_round": quantized, "proj_quant": projects}
+    steps = default_of(SubspaceConfig, "newton_schulz")  # of a recipe that has no others
+    return {"weight_quant": True, "stochastic_round": quantized, "proj_quant": projects, "newton_schulz": steps}
 
 
 def recorded_method(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +62,14 @@ def recorded_method(given: Mapping[str, Any]) -> dict[str, Any]:
 def with_old_values(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint has recorded, and what was so before there was a flag for it.
 
-    8-bit Adam had our kernels, and a subspace followed the paper or had the orthogonal direction.
+    8-bit Adam had our kernels; a subspace followed the paper or had the orthogonal direction, and that Muon's steps.
     """
     old = {"adam8bit_backend": "own"} if state.get("optimizer") == "adam8bit" else {}
     if state.get("optimizer") in Q_GALORE_OPTIMIZERS and not state.get("recipe"):
         recipes = {"orthogonal": "orthogonal", "normuon": "full_rank"}
-        return {**state, "recipe": recipes.get(state.get("direction", ""), "paper")}
+        state = {**state, "recipe": recipes.get(state.get("direction", ""), "paper")}
+    if state.get("optimizer") in Q_GALORE_OPTIMIZERS:
+        old = {"newton_schulz": "muon"}
     return {**old, **state}
 
 
@@ -92,5 +95,5 @@ def left_to_name(given: Mapping[str, Any]) -> tuple[str, ...]:
     if given.get("optimizer") == "adam8bit":
         names: tuple[str, ...] = ("adam8bit_backend",)
     else:
-        names = ("recipe", *NAMED) if given.get("optimizer") in Q_GALORE_OPTIMIZERS else ()
+        names = ("recipe", "newton_schulz", *NAMED) if given.get("optimizer") in Q_GALORE_OPTIMIZERS else ()
     return tuple(name for name in names if name not in given)

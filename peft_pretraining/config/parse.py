@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from peft_pretraining.config.checks import find_problems, find_warnings, unused_by_full_rank
 from peft_pretraining.config.dealt_ranks import (
@@ -59,7 +60,8 @@ def parse_args(argv: Sequence[str] | None = None, world_size: int = 1, program: 
     parsed = parse_flags(parser, GROUPS, command)
     problems = [*parsed.problems, *fill_model_config(parsed.values)]
     recorded = recorded_method(parsed.values)
-    given_or_recorded = {**{name: recorded[name] for name in ("recipe",) if name in recorded}, **parsed.values}
+    of_recipe: dict[str, Any] = {name: recorded[name] for name in ("recipe", "newton_schulz") if name in recorded}
+    given_or_recorded = {**of_recipe, **parsed.values}
     values, why = with_recipe(given_or_recorded), why_recipe(given_or_recorded)
     chosen, kept = with_named_method(values, recorded), recorded_in_words(with_recipe(parsed.values), recorded)
     dealt, groups = rank_to_deal(parsed.values), {}

@@ -21,7 +21,7 @@ from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import columns_bytes, fused_product_bytes, product_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
-from qgalore.update.newton_schulz import METHODS, Method, segments_of
+from qgalore.update.newton_schulz import Method, method_of, segments_of
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 
 _ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
@@ -295,10 +295,11 @@ class PassingBytes:
         run, matrices = self.run, self.run.matrices
         if self.options.direction != "adam":
             # Momenta, two buffers, and two squares a matrix, in segments four; in FP8 one buffer and three of half the
-            # size, and one square and two of half the size.
-            method = METHODS[self.options.newton_schulz]
-            made = values + math.ceil((2.5 if method.fp8 else 2.0) * values)
-            made += max(_squares(method, x.gradient_shape) for x in matrices) * grouped
+            # size, and one square and two of half the size. A GPU is taken for one that has FP8.
+            shapes = [x.gradient_shape for x in matrices]
+            methods = [method_of(self.options.newton_schulz, min(shape), lambda _: run.cuda) for shape in shapes]
+            made = values + math.ceil((2.5 if any(method.fp8 for method in methods) else 2.0) * values)
+            made += max(map(_squares, methods, shapes)) * grouped
         else:
             bases = sum(x.bases for x in matrices) * values // sum(x.gradient for x in matrices)
             made = values + (0 if cached else self.converts * bases)

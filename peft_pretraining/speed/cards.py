@@ -39,6 +39,8 @@ class Card(NamedTuple):
     """Where the figures stand."""
     device: str = ""
     """What CUDA calls it, where runs on it are in `benchmarks/results/`: it was measured."""
+    fp8: bool = True
+    """Whether it has products in FP8: compute capability 8.9 and up."""
     link: float = 31.5
     """To the host, 10^9 bytes a second in each direction; by default PCI Express 4.0 over 16 lanes."""
 
@@ -64,7 +66,7 @@ def _geforce(
     name: str, gigabytes: int, processors: int, gigahertz: float, bandwidth: float, source: str, link: float
 ) -> Card:
     tflops = round(_GEFORCE_OPERATIONS * processors * gigahertz / 1e3, 1)
-    return Card(f"GeForce RTX {name}", gigabytes, tflops, bandwidth, source, link=link)
+    return Card(f"GeForce RTX {name}", gigabytes, tflops, bandwidth, source, fp8=source != _AMPERE, link=link)
 
 
 NOT_MEASURED = "No consumer card was measured, only H100s and H200s, some runs with their memory capped."
@@ -86,14 +88,16 @@ CARDS = {
     "5070ti": _geforce("5070 Ti", 16, 70, 2.452, 896, _BLACKWELL, _PCIE_5),
     "5080": _geforce("5080", 16, 84, 2.617, 960, _BLACKWELL, _PCIE_5),
     "5090": _geforce("5090", 32, 170, 2.407, 1792, _BLACKWELL, _PCIE_5),
-    "a10": Card("A10", 24, 125, 600, "NVIDIA A10 data sheet"),
+    "a10": Card("A10", 24, 125, 600, "NVIDIA A10 data sheet", fp8=False),
     "l4": Card("L4", 24, 121, 300, "NVIDIA L4 data sheet: 242 with sparsity"),
     "l40s": Card("L40S", 48, 362, 864, "NVIDIA L40S data sheet"),
-    "a100": Card("A100 80 GB SXM", 80, 312, 2039, "NVIDIA A100 data sheet"),
+    "a100": Card("A100 80 GB SXM", 80, 312, 2039, "NVIDIA A100 data sheet", fp8=False),
     "h100": Card(
-        "H100 SXM", 80, 989, 3350, "NVIDIA H100 data sheet: 1,979 with sparsity", "NVIDIA H100 80GB HBM3", _PCIE_5
+        "H100 SXM", 80, 989, 3350, "NVIDIA H100 data sheet: 1,979 with sparsity", "NVIDIA H100 80GB HBM3", link=_PCIE_5
     ),
-    "h200": Card("H200 SXM", 141, 989, 4800, "NVIDIA H200 data sheet: 1,979 with sparsity", "NVIDIA H200", _PCIE_5),
+    "h200": Card(
+        "H200 SXM", 141, 989, 4800, "NVIDIA H200 data sheet: 1,979 with sparsity", "NVIDIA H200", link=_PCIE_5
+    ),
 }  # fmt: skip
 """By the name of `--gpu`."""
 

@@ -54,7 +54,7 @@ def seconds_of_tensors(args: RunArgs, config: ModelConfig, card: Card) -> dict[s
 @lru_cache(maxsize=1 << 12)
 def _times(s: Setting, ours: bool, card: Card) -> tuple[float, dict[str, float], float]:
     """Floors of an update in which nothing is computed again or rounded, and of both in a layer and micro-batch."""
-    ceilings, plain = card.ceilings, replace(s, int8_activations=False)
+    ceilings, plain = card.ceilings, replace(s, int8_activations=False, has_fp8=card.fp8)
     update = q_galore(plain) if ours else adamw(plain, in_chunks=True)
     again = {name: seconds(passes, ceilings) for name, passes in recompute_tensors(s, ours).items()}
     return seconds(all_passes(update), ceilings), again, seconds(rounded_activations(s), ceilings)

@@ -34,7 +34,7 @@ from qgalore.kernels import fp8_width
 from qgalore.layer.linear import GROUPED_WEIGHT_BYTES
 from qgalore.subspace.fit import projects_directly
 from qgalore.subspace.methods import GROUPED_BASIS_BYTES
-from qgalore.update.newton_schulz import METHODS, multiply_adds, segments_of
+from qgalore.update.newton_schulz import method_of, multiply_adds, segments_of
 
 CHOLESKY_PASSES = 2
 
@@ -74,6 +74,7 @@ class Setting:
     sum_bytes: int = 1  # of a value of a sum over micro-batches; 1: INT8 in groups
     direction: str = "adam"
     newton_schulz: str = "muon"
+    has_fp8: bool = True  # the card: by that "auto" chooses the method
     products: int = FLOAT_PRODUCTS  # forward and for the gradients of inputs
     head_products: int = FLOAT_PRODUCTS
 
@@ -376,7 +377,7 @@ def orthogonalize(s: Setting, rows: int, columns: int) -> Pass:
 
     In FP8 it reads it in two bytes and, for two products, in one, and writes four: in 16 bits and twice in FP8.
     """
-    polynomials, segmented, fp8 = METHODS[s.newton_schulz]
+    polynomials, segmented, fp8 = method_of(s.newton_schulz, min(rows, columns), lambda _: s.has_fp8)
     steps = len(polynomials)
     segments = segments_of((rows, columns), steps) if segmented else (1,) * steps
     operations, values = 2 * multiply_adds((rows, columns), segments), len(segments) * rows * columns

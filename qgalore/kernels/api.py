@@ -47,8 +47,8 @@ __all__ = [
     "dequantize_blocks", "fp8_columns", "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse",
     "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward", "momentum_steps",
     "normalize_rows", "odd_polynomials", "orthogonalize", "orthogonalize_fp8", "product_dtype", "project_back",
-    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_adam_steps", "row_chunks", "rows_of", "scaled",
-    "stepped", "update_float_", "update_quantized_", "use_triton",
+    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_adam_steps", "row_chunks", "rows_of", "runs_in_fp8",
+    "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
@@ -173,9 +173,25 @@ def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[fl
     capability 8.9 have such products; elsewhere they are made of the same values in float32.
     """
     device = matrices[0].device
-    lacks = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9)
     run = newton_schulz_fp8.orthogonalize_fp8
-    return (run if lacks else backend(run, device))(matrices, polynomials)
+    return (run if _lacks_fp8(device) else backend(run, device))(matrices, polynomials)
+
+
+def runs_in_fp8(rows: int, device: torch.device) -> bool:
+    """Whether `orthogonalize_fp8` of matrices with so many rows is made of products in FP8 there, and right.
+
+    Not below compute capability 8.9 or without Triton, nor where a version of Triton compiles it to wrong values, which
+    a warning says; that waits for the device, once. While a graph is captured, what has not been compared counts as
+    right.
+    """
+    if device.type != "cuda" or _lacks_fp8(device):
+        return False
+    return backend(newton_schulz_fp8.runs_in_fp8, device)(rows, device)
+
+
+def _lacks_fp8(device: torch.device) -> bool:
+    """Whether a GPU of NVIDIA has no tensor cores for FP8."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9)
 
 
 def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None = None) -> list[Tensor]:

@@ -26,7 +26,7 @@ from qgalore.torch_internals import internal
 from qgalore.update import moments
 from qgalore.update.momentum_in_parts import PartsStep
 from qgalore.update.momentum_sum import SummedStep
-from qgalore.update.newton_schulz import METHODS, segments_of
+from qgalore.update.newton_schulz import Method, method_of, segments_of
 
 ORTHOGONAL_RMS = 0.2
 """Of an orthogonal direction, about that of Adam's (Liu et al., arXiv 2502.16982)."""
@@ -82,12 +82,14 @@ def orthogonal_directions(momenta: list[Tensor], newton_schulz: str = "muon") ->
 
 def _orthogonalized(momenta: list[Tensor], newton_schulz: str) -> list[Tensor]:
     """The list of momenta, with each replaced by one of singular values of about 1; those alike are made at once."""
-    polynomials, segmented, fp8 = METHODS[newton_schulz]
-    alike: dict[tuple[int, tuple[int, ...] | None], list[int]] = {}
+    in_fp8 = partial(kernels.runs_in_fp8, device=momenta[0].device)
+    alike: dict[tuple[Method, int, tuple[int, ...] | None], list[int]] = {}
     for index, momentum in enumerate(momenta):
-        form = segments_of(momentum.shape, len(polynomials)) if segmented else None
-        alike.setdefault((min(momentum.shape), form), []).append(index)
-    for (_, form), indices in alike.items():
+        rows = min(momentum.shape)
+        method = method_of(newton_schulz, rows, in_fp8)
+        form = segments_of(momentum.shape, len(method.polynomials)) if method.segmented else None
+        alike.setdefault((method, rows, form), []).append(index)
+    for ((polynomials, _, fp8), _, form), indices in alike.items():
         given = [momenta[index] for index in indices]
         made = kernels.orthogonalize_fp8(given, polynomials) if fp8 else kernels.orthogonalize(given, polynomials, form)
         del given

@@ -7,6 +7,7 @@ benchmarks.polar_polynomials` finds them, and a test holds the numbers here to i
 
 In FP8 (`muon_fp8`) go Muon's steps alone. The others are steep where the largest singular values are, up to 13 times
 the slope of the identity: there 3 % of rounding goes on to infinity, of momenta that are of rank one but for a tenth.
+`auto` is `muon_fp8` for matrices that gain by it, on a device that has such products, and `muon` elsewhere.
 
 Form: a step needs of X (m, n), m <= n, its Gram matrix R = X Xᵀ. Products of (m, m) matrices that are polynomials of R
 are symmetric and commute, so several steps can be made on R alone, with X multiplied once at the end of such a
@@ -17,6 +18,7 @@ R is formed anew after two steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 Polynomial = tuple[float, float, float]
@@ -34,6 +36,11 @@ class Method(NamedTuple):
     """Whether its products are made in FP8, with exact diagonals (`qgalore.kernels.orthogonalize_fp8`)."""
 
 
+AUTO = "auto"
+"""The name of the method that `method_of` chooses."""
+_LEAST_ROWS_IN_FP8 = 768
+"""Of a matrix to gain by FP8: of smaller ones the copies in FP8 take longer than the products save (60M has 512 rows
+and is slower with it; 130M has 768 and is 2.5 % faster: `compare.csv`, a13fc65)."""
 _MUON = ((3.4445, -4.7750, 2.0315),) * 5
 _POLAR = ((8.1693, -22.9667, 16.5429), (3.9810, -2.8678, 0.5293), (3.4959, -2.5673, 0.5022))
 METHODS = {
@@ -42,12 +49,23 @@ METHODS = {
     "polar5": Method((*_POLAR, (2.5042, -1.8125, 0.4191), (1.9284, -1.3082, 0.3809)), segmented=True),
     "polar4": Method((*_POLAR, (2.5292, -1.8674, 0.4405)), segmented=True),
 }
+
 SEGMENT = 2
 """Steps after which the Gram matrix is formed anew, once."""
 _WORTH_IT = 0.9
 """Segments are taken where they need at most so many of the multiply-adds of the plain form."""
 _LEAST_ROWS = 2048
 """And for matrices with as many rows: products of smaller ones take less time if those of a layer are made together."""
+
+
+def method_of(name: str, rows: int, in_fp8: Callable[[int], bool]) -> Method:
+    """The method of a name for matrices whose shorter side is `rows`.
+
+    in_fp8: whether products of matrices with so many rows can be made in FP8 where they are; asked for `auto` alone.
+    """
+    if name != AUTO:
+        return METHODS[name]
+    return METHODS["muon_fp8" if rows >= _LEAST_ROWS_IN_FP8 and in_fp8(rows) else "muon"]
 
 
 def segments_of(shape: tuple[int, ...], steps: int) -> tuple[int, ...]:

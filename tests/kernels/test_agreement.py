@@ -573,11 +573,17 @@ def test_newton_schulz_in_fp8(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be asked to compile wrongly")
 def test_newton_schulz_in_fp8_is_checked_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
-    triton.check_compiled(triton.tiles_for(72, triton.TILES), 72, torch.device("cpu"))
+    tiles, cpu = triton.tiles_for(72, triton.TILES), torch.device("cpu")
+    assert triton.fault_of_compiled(tiles, 72, cpu) == ""
     squared = triton._Group._square
     monkeypatch.setattr(triton._Group, "_square", lambda self, *how: (squared(self, *how), self._even8.zero_())[0])
+    fault = triton.fault_of_compiled.__wrapped__(tiles, 72, cpu)
+    assert "is compiled to wrong values by Triton" in fault
+    monkeypatch.setattr(triton, "_fault", lambda rows, device: fault)
     with pytest.raises(RuntimeError, match=r"compiled to wrong values by Triton .*: choose newton_schulz muon"):
-        triton.check_compiled.__wrapped__(triton.tiles_for(72, triton.TILES), 72, torch.device("cpu"))
+        triton.orthogonalize_fp8([torch.ones(4, 8)], [(1.0, 1.0, 1.0)])
+    with pytest.warns(UserWarning, match="compiled to wrong values by Triton .*: steps are made in bfloat16 instead"):
+        assert not triton.runs_in_fp8(24, cpu)
     assert [triton._least_rows(rows) for rows in (24, 768, 769, 1024, 2049, 9000)] == [72, 72, 776, 776, 2056, 2056]
 
 

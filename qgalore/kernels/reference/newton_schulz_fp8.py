@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonalize_fp8"]
+__all__ = ["orthogonalize_fp8", "runs_in_fp8"]
 
 LARGEST = 448.0
 """Of e4m3; what is larger becomes that."""
@@ -38,6 +38,11 @@ def in_fp8(x: Tensor, scale: float) -> Tensor:
     """x as FP8 keeps it under a scale."""
     kept = (x * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return kept.to(torch.float32) / scale
+
+
+def runs_in_fp8(rows: int, device: torch.device) -> bool:
+    """Whether products are made in FP8 and not, as here, of values in FP8 in float32."""
+    return False
 
 
 def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:

@@ -9,6 +9,7 @@ one in FP8, of B one in FP8; diagonals (count, rows) float32. What a matrix beco
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ from qgalore.kernels.triton.matrix_groups import (
 )
 from qgalore.kernels.triton.tiles import chosen, float8_bits, to_float
 
-__all__ = ["orthogonalize_fp8"]
+__all__ = ["orthogonalize_fp8", "runs_in_fp8"]
 
 
 @triton.jit
@@ -181,8 +182,8 @@ def _least_rows(rows: int) -> int:
 
 
 @functools.cache
-def check_compiled(tiles: Tiles, rows: int, device: torch.device) -> None:
-    """Raise RuntimeError where the kernels with these tiles, used from so many rows, differ from the reference.
+def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
+    """What is wrong where the kernels with these tiles, used from so many rows, differ from the reference, else "".
 
     Triton 3.6 stores wrong bytes where it converts the layout of a tensor in FP8, which these kernels do not ask for;
     but whether it does so is the choice of a version. Waits for the device, once.
@@ -191,19 +192,32 @@ def check_compiled(tiles: Tiles, rows: int, device: torch.device) -> None:
     matrix = torch.randn(rows, rows + 200, generator=generator, device="cpu").to(device, torch.bfloat16)
     steps = [(3.4445, -4.7750, 2.0315)] * 3
     (expected,), (found,) = newton_schulz_fp8.orthogonalize_fp8([matrix], steps), _Group([matrix], tiles).steps(steps)
-    if not (found.float() - expected.float()).norm() < 0.2 * expected.float().norm():
-        raise RuntimeError(
-            f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}: choose "
-            "newton_schulz muon, in bfloat16, and report the version"
-        )
+    if (found.float() - expected.float()).norm() < 0.2 * expected.float().norm():
+        return ""
+    return f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}"
+
+
+def _fault(rows: int, device: torch.device) -> str:
+    """`fault_of_compiled` for matrices with so many rows; "" where it cannot be known, while a graph is captured."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return ""
+    least = _least_rows(rows)
+    return fault_of_compiled(tiles_for(least, TILES), least, device)
+
+
+def runs_in_fp8(rows: int, device: torch.device) -> bool:
+    """See `qgalore.kernels.runs_in_fp8`."""
+    if fault := _fault(rows, device):
+        warnings.warn(f"{fault}: steps are made in bfloat16 instead; please report the version", stacklevel=2)
+    return not fault
 
 
 def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize_fp8`."""
-    device, least = matrices[0].device, _least_rows(min(matrices[0].shape))
-    tiles = tiles_for(least, TILES)
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        check_compiled(tiles, least, device)
+    rows = min(matrices[0].shape)
+    if fault := _fault(rows, matrices[0].device):
+        raise RuntimeError(f"{fault}: choose newton_schulz muon, in bfloat16, and report the version")
+    tiles = tiles_for(rows, TILES)
     found = []
     for start in range(0, len(matrices), GROUP_LIMIT):
         found += _Group(matrices[start : start + GROUP_LIMIT], tiles).steps(polynomials)
