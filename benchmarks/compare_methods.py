@@ -141,7 +141,9 @@ def q_galore_flags(setting: Setting, recipe: str = "paper") -> list[str]:
     flags += ["--batch_size", str(setting.micro_batch), "--gradient_accumulation", str(setting.grad_accum)]
     flags += ["--max_length", str(LENGTH), "--lr", str(ADAM["lr"])]
     flags += ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round"]
-    flags += ["--recipe", recipe] if recipe == "full_rank" else ["--proj_quant", "--recipe", recipe]
+    # With the recipe's steps: rows without this flag are older than them, and have Muon's.
+    whole = ["--recipe", recipe, "--newton_schulz", "auto"]
+    flags += whole if recipe == "full_rank" else ["--proj_quant", "--recipe", recipe]
     if recipe == "paper":
         flags += ["--subspace", "streaming", "--update_proj_gap", "200"]
         flags += ["--rank", str(setting.rank), "--galore_scale", "0.25"]

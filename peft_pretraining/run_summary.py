@@ -11,6 +11,7 @@ from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.optim.lr_schedule import describe_schedule
+from qgalore.update.newton_schulz import method_of
 
 _LABELS = {"training on ": "data", "validation on ": "validation", "tokenizer ": "tokenizer"}
 """The beginnings of lines on the data that have a label of their own, which is said instead; others stand below."""
@@ -40,7 +41,7 @@ def summary_lines(
         ("weights", _weights(args, config)),
         *([("method", _method(args, config))] if args.method.method != "full" else []),
         ("optimizer", _optimizer(args)),
-        *([("subspace", _subspace(args))] if args.optimizer.is_low_rank else []),
+        *([("subspace", _subspace(args, config))] if args.optimizer.is_low_rank else []),
         ("rates", _rates(args)),
         ("schedule", describe_schedule(args.schedule)),
         ("updates", _updates(args)),
@@ -127,18 +128,29 @@ def _optimizer(args: RunArgs) -> str:
     return ", ".join(parts)
 
 
-def _subspace(args: RunArgs) -> str:
-    subspace = args.subspace
+def _subspace(args: RunArgs, config: ModelConfig | None) -> str:
+    subspace, steps = args.subspace, _steps(args, config)
     rank = f"rank {subspace.rank}" + (
         f", {subspace.mlp_rank} in the MLP" if subspace.mlp_rank not in (0, subspace.rank) else ""
     )
     if not subspace.projects:
-        return f"{rank}: no projections; scale {subspace.galore_scale:g}"
+        return f"{rank}: no projections; scale {subspace.galore_scale:g}{steps}"
     basis = f"INT{subspace.proj_bits}" if subspace.proj_quant else "float"
     return (
         f"{rank}, {subspace.subspace}, {basis} projections, a refresh every {subspace.update_proj_gap} updates, "
-        f"scale {subspace.galore_scale:g}"
+        f"scale {subspace.galore_scale:g}{steps}"
     )
+
+
+def _steps(args: RunArgs, config: ModelConfig | None) -> str:
+    """Of the whole space: that momenta are orthogonalised in FP8, always or on a GPU that has it."""
+    if config is None or args.subspace.projects or args.subspace.direction == "adam":
+        return ""
+    shapes = config.matrix_shapes().values()
+    if any(method_of(args.newton_schulz, min(shape), lambda _: False).fp8 for shape in shapes):
+        return "; momenta orthogonalised in FP8"
+    where_possible = any(method_of(args.newton_schulz, min(shape), lambda _: True).fp8 for shape in shapes)
+    return "; momenta orthogonalised in FP8 on a GPU that has it" if where_possible else ""
 
 
 def _rates(args: RunArgs) -> str:

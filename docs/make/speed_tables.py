@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+from benchmarks.models import config_path
 from docs.make.csv_rows import Row, card, count, is_alone, newest, rows_of
 from docs.make.markdown import table
+from peft_pretraining.models.registry import read_config
+from qgalore.update.newton_schulz import AUTO, method_of
 
 MODELS = ("60m", "130m", "350m", "1b")
 METHODS = {
@@ -86,7 +91,7 @@ def newest_pair(method: str, model: str) -> tuple[Row, Row] | None:
     """The newest row of a method with updates in a row, and that of AdamW in the same call; None if there is none."""
     rows = [row for row in rows_of("compare.csv") if row["model"] == model and not row["error"]]
     for row in reversed(rows):
-        if row["method"] == method and row["in_a_row_speed_ratio"]:
+        if row["method"] == method and row["in_a_row_tokens_per_second"] and _has_steps_of_the_recipe(row):
             same = {name: row[name] for name in ("commit", "device", "micro_batch", "note")} | {
                 "method": "adamw_compiled"
             }
@@ -94,6 +99,16 @@ def newest_pair(method: str, model: str) -> tuple[Row, Row] | None:
                 if same.items() <= other.items():
                     return row, other
     return None
+
+
+def _has_steps_of_the_recipe(row: Row) -> bool:
+    """Whether momenta were orthogonalised as the recipe full_rank does it, which had Muon's steps before `auto`."""
+    if row["method"] != "q_galore_full_rank":
+        return True
+    rows = min(map(min, read_config(config_path(row["model"])).matrix_shapes().values()))
+    given = re.search(r"--newton_schulz (\w+)", row["flags"])
+    steps = given[1] if given else "muon"
+    return steps == AUTO or method_of(steps, rows, lambda _: True) == method_of(AUTO, rows, lambda _: True)
 
 
 def beside_adamw_of_its_call() -> str:
