@@ -12,6 +12,7 @@ sequences of 256 tokens. What is chosen is what --memory_budget chooses for run_
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from peft_pretraining.config.flags import is_given, parse_size
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_config, shipped_configs
 from peft_pretraining.speed.cards import card_of_size, find_card, table_of_cards
+from qgalore.update.newton_schulz import AUTO, METHODS
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -57,6 +59,11 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
             f"--memory {args.memory} is more than the {card.gigabytes} GB of {card.name}: give at most that, or leave "
             "--gpu out"
         )
+    if card and not card.fp8 and (asked := _asks_for_fp8(flags)):
+        raise UserError(
+            f"{asked} on --gpu {args.gpu}: {card.name} has no products in FP8, which need compute capability 8.9 (RTX "
+            f"40, L4, H100 and newer): leave {asked} out"
+        )
     if is_given(flags, "model_config"):
         return _describe(args, flags, card.gigabytes if card else 0)
     if card is not None and not budgets:
@@ -73,6 +80,20 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
     if len(budgets) == 1:
         return fit_tables.details(budgets[0], card or card_of_size(budgets[0]), models, flags)
     return fit_tables.overview([(each, card or card_of_size(each)) for each in budgets], models, flags)
+
+
+def _asks_for_fp8(flags: list[str]) -> str:
+    """The flag of a run that makes products in FP8 on every card; "" without one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--fp8_products", action="store_true")
+    parser.add_argument("--newton_schulz", default=AUTO)
+    with contextlib.suppress(argparse.ArgumentError):  # which the run's own parser says
+        known = parser.parse_known_args(flags)[0]
+        if known.fp8_products:
+            return "--fp8_products"
+        if known.newton_schulz in METHODS and METHODS[known.newton_schulz].fp8:
+            return f"--newton_schulz {known.newton_schulz}"
+    return ""
 
 
 def model_names(text: str) -> list[str]:
