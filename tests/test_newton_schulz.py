@@ -256,6 +256,7 @@ def test_what_a_direction_is_does_not_depend_on_its_neighbours() -> None:
 def test_weights_are_batched_by_the_method() -> None:
     assert direction_of("orthogonal", "muon") is DIRECTIONS["orthogonal"]
     assert direction_of("orthogonal", "polar5") == direction_of("orthogonal", "polar5")
+    assert direction_of("adam", "auto") is DIRECTIONS["adam"], "which orthogonalises nothing"
     assert len({direction_of(name, method) for name in ("orthogonal", "normuon") for method in METHODS}) == 8
 
 

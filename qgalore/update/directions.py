@@ -151,7 +151,8 @@ def direction_of(name: str, newton_schulz: str) -> Direction:
 
     Equal arguments give equal directions, by which weights are batched.
     """
-    return DIRECTIONS[name] if newton_schulz == "muon" else _by_method(name, DIRECTIONS[name], newton_schulz)
+    direction = DIRECTIONS[name]
+    return direction if newton_schulz == "muon" or name == "adam" else _by_method(name, direction, newton_schulz)
 
 
 @cache
