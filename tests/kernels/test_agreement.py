@@ -514,6 +514,27 @@ def test_blocks(
     assert bool((codes == 9).all() and (absmax == 7).all()) == (skip is True)
 
 
+@each("signed", (False, True))
+def test_values_at_the_borders_of_codes(signed: bool, kernel_device: torch.device) -> None:
+    """All borders, the two numbers beside each, and a few more steps of every power of two."""
+    codes = torch.arange(256, dtype=torch.uint8, device=kernel_device)
+    values = kernels.dequantize_blocks(codes, torch.ones(1, device=kernel_device), signed, 256)
+    border = (values[:-1] + values[1:]) / 2
+    beside = [border.view(torch.int32) + step for step in (-1, 0, 1)]
+    powers = torch.arange(0x33000000, 0x3F800000, 0x40001, dtype=torch.int32, device=kernel_device)
+    x = torch.cat([*beside, powers]).view(torch.float32)
+    x = torch.cat((x, -x)) if signed else x.clamp(min=0.0)
+    whole = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
+    whole = torch.cat((torch.ones_like(whole[:, :1]), whole), dim=1)  # so that nothing is scaled
+
+    def run() -> tuple[Tensor, Tensor]:
+        found = torch.empty_like(whole, dtype=torch.uint8), torch.empty(len(whole), device=kernel_device)
+        kernels.quantize_blocks_(*found, whole, signed, 256)
+        return found
+
+    assert bool((agreed(run)[1] == 1.0).all())
+
+
 SHORTER_SIDES = {"one": [(24, 40)], "three": [(70, 24), (24, 24), (24, 130)], "nine": [(72, 80)] * 9}
 FP8_SIDES = SHORTER_SIDES | ({"a layer": [(512, 512)] * 4 + [(1376, 512)] * 2} if torch.cuda.is_available() else {})
 

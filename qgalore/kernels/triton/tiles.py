@@ -12,6 +12,8 @@ import os
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
+
 
 @triton.jit
 def chosen(which, values):
@@ -158,9 +160,6 @@ def round_stochastic_bfloat16(x, random):
     return tl.where(tl.abs(x) < float("inf"), rounded, x).to(tl.bfloat16)
 
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
-
-
 @triton.jit
 def round_stochastic_float16(x, random):
     """float32 x rounded up or down to float16 by 13 of 16 random bits: `reference.random_bits`."""
@@ -185,7 +184,7 @@ def round_stochastic(x, random, TYPE: tl.constexpr):
 @triton.jit
 def to_float(x, TYPE: tl.constexpr):
     """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
-    if TYPE == tl.bfloat16 and _INTERPRETED:
+    if TYPE == tl.bfloat16 and INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
@@ -209,7 +208,7 @@ def float8_bits(x):
 
     The instruction of a GPU does all of that.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         bits = _to_float8(tl.maximum(tl.minimum(x, 448.0), -448.0)).to(tl.uint8, bitcast=True)
         return tl.where(x == x, bits, tl.full(bits.shape, 0x7F, tl.uint8))
     else:
@@ -227,7 +226,7 @@ _FLOAT8_WORD = tl.constexpr("""{
 @triton.jit
 def float8_word(a, b, c, d):
     """`float8_bits` of four tensors, a the lowest byte, as int32: what is adjacent in memory may be so in no tensor."""
-    if _INTERPRETED:
+    if INTERPRETED:
         low = float8_bits(a).to(tl.int32) | (float8_bits(b).to(tl.int32) << 8)
         return low | (float8_bits(c).to(tl.int32) << 16) | (float8_bits(d).to(tl.int32) << 24)
     else:
