@@ -29,8 +29,13 @@ __all__ = ["normalize_rows"]
 
 _SUMS = 1024  # rows whose sums a program reads at a time
 _ALIGNED = 16  # numbers that are multiples of it are known to the compiler as such
-_TILES = {False: (8, 512), True: (32, 128)}
-"""Rows and columns that a program reads at a time: 8 kB, by whether the direction is contiguous along its rows."""
+_SUMMED = {False: (4, 1024, 4), True: (16, 512, 8)}
+"""Rows and columns that a program sums at a time, and its warps, by whether the direction is contiguous along its rows.
+
+64 bytes a thread are on their way at once, of as few rows as leave whole sectors of 32 bytes: there are many programs.
+"""
+_SCALED = {False: (8, 512, 4), True: (32, 128, 4)}
+"""The same of what a program scales at a time."""
 
 
 @triton.jit
@@ -114,17 +119,23 @@ def _is_tall(direction: Tensor) -> bool:
 
 def _launch(directions: Sequence[Tensor], parts: Sequence[RowNormalization], skip: Tensor | None) -> None:
     tall = _is_tall(directions[0])
-    (height, width), device = _TILES[tall], directions[0].device
+    device = directions[0].device
     rows, columns = zip(*(direction.shape for direction in directions), strict=True)
     strides = tuple(direction.stride(1 if tall else 0) for direction in directions)
-    ends = tuple(itertools.accumulate(ceil_div(count, height) for count in rows))
     *firsts, all_rows = 0, *itertools.accumulate(ceil_div(count, _ALIGNED) * _ALIGNED for count in rows)
     sums = torch.empty(3, all_rows, dtype=torch.float32, device=device)
     _, scales, seconds, step_rows, (beta, *_), (eps, *_) = zip(*parts, strict=True)
-    where = sums, all_rows, tuple(firsts), rows, columns, strides, ends
-    how = {"M": height, "N": width, "TALL": tall, "num_warps": 4}
+    where = sums, all_rows, tuple(firsts), rows, columns, strides
+    ends, how = _programs(rows, *_SUMMED[tall])
     _row_squares_kernel[(ends[-1],)](
-        tuple(directions), seconds, step_rows, scales, *where, skip, beta, 1.0 - beta, eps, HAS_SKIP=skip is not None,
-        **how,
+        tuple(directions), seconds, step_rows, scales, *where, ends, skip, beta, 1.0 - beta, eps, TALL=tall,
+        HAS_SKIP=skip is not None, **how,
     )  # fmt: skip
-    _scale_rows_kernel[(ends[-1],)](tuple(directions), scales, *where, S=_SUMS, **how)
+    ends, how = _programs(rows, *_SCALED[tall])
+    _scale_rows_kernel[(ends[-1],)](tuple(directions), scales, *where, ends, S=_SUMS, TALL=tall, **how)
+
+
+def _programs(rows: Sequence[int], height: int, width: int, warps: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Programs up to the end of each matrix, and how they are launched."""
+    ends = tuple(itertools.accumulate(ceil_div(count, height) for count in rows))
+    return ends, {"M": height, "N": width, "num_warps": warps}
