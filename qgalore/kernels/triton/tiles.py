@@ -69,6 +69,19 @@ def _round_up_to_bfloat16(x):
     return ((x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
 
 
+_WHOLE_BELOW = tl.constexpr("add.rz.f32 $0, $1, 0f4AFFFFFE;")  # 2^23 - 1: the lowest bit of the sum is a whole one
+
+
+@triton.jit
+def _whole_below(x):
+    """The largest whole number up to x - 1, int32, for x from 1 to 256; a conversion takes four times as long."""
+    if INTERPRETED:
+        return x.to(tl.int32) - 1
+    else:
+        bits = tl.inline_asm_elementwise(_WHOLE_BELOW, "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+        return bits & 255
+
+
 @triton.jit
 def quantize_group(
     x, row, start, end, seed_low, seed_high, G: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
@@ -98,11 +111,11 @@ def quantize_group(
         above = position + random.to(tl.float32, bitcast=True)
     else:
         above = position + 1.5
-    return tl.minimum(above, LEVELS + 1.0).to(tl.int32) - 1, scale, zero_point
+    return _whole_below(tl.minimum(above, LEVELS + 1.0)), scale, zero_point
 
 
 @triton.jit
-def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, TOGETHER: tl.constexpr = 16):
     """The bytes (1, G or G / 2) of a group's codes in a row of `width` bytes, and which of them the row has.
 
     They end with the row as it is stored and not with the matrix: where Triton knows the width to be a multiple of 16,
@@ -110,16 +123,22 @@ def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.c
     """
     EACH: tl.constexpr = 8 // BITS
     byte = start // EACH + tl.arange(0, G // EACH)[None, :]
+    if TOGETHER < 16:
+        byte = tl.max_contiguous(byte, (1, TOGETHER))
     return byte, byte < tl.minimum(start // EACH + GROUP // EACH, width)
 
 
 @triton.jit
-def load_codes(qdata, row, stride, width, row_mask, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+def load_codes(
+    qdata, row, stride, width, row_mask, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    TOGETHER: tl.constexpr = 16,
+):  # fmt: skip
     """Codes (M, G) int32 of the group that begins at column `start`, in rows of `width` bytes; 0 beyond both.
 
-    row and row_mask (M, 1); at 4 bits `start` and GROUP must be even.
+    row and row_mask (M, 1); at 4 bits `start` and GROUP must be even. A thread reads TOGETHER bytes at once, at most:
+    with as many codes as it writes values at once, none go to another thread.
     """
-    byte, inside = _stored_codes(width, start, GROUP, G, BITS)
+    byte, inside = _stored_codes(width, start, GROUP, G, BITS, TOGETHER)
     packed = tl.load(qdata + row * stride + byte, mask=row_mask & inside, other=0).to(tl.int32)
     return packed if BITS == 8 else tl.reshape(tl.join(packed & 15, packed >> 4), (packed.shape[0], G))
 
