@@ -65,8 +65,8 @@ def _dequantize_kernel(
 
 @triton.jit(do_not_specialize=["row_start"])
 def _update_kernel(
-    qdata, scale, zero_point, x, step_rows, rows, columns, q_stride, q_width, groups, x_row, x_column, ends, skip,
-    row_start, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, ALONG: tl.constexpr,
+    qdata, scale, zero_point, x, step_rows, rows, columns, q_stride, q_width, groups, x_row, x_column, x_end, ends,
+    skip, row_start, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, ALONG: tl.constexpr,
     STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
@@ -87,9 +87,14 @@ def _update_kernel(
     end = tl.minimum(start + GROUP, columns)
     column = start + tl.arange(0, G)[None, :]
     row_mask = row < rows
-    mask = row_mask & (column < end)
-    by_row = 1 if ALONG == "rows" else chosen(which, x_row)
-    by_column = 1 if ALONG == "columns" else chosen(which, x_column)
+    by_row, by_column, x_end = chosen(which, x_row), chosen(which, x_column), chosen(which, x_end)
+    # What is read beyond the matrix is not looked at.
+    if ALONG == "rows":
+        by_row, mask = 1, (row < x_end) & (column < end)
+    elif ALONG == "columns":
+        by_column, mask = 1, row_mask & (column < tl.minimum(start + GROUP, x_end))
+    else:
+        mask = row_mask & (column < end)
     value = tl.load(chosen(which, x) + row * by_row + column.to(tl.int64) * by_column, mask=mask, other=0)
     value = value.to(tl.float32)
     qdata, q_stride, q_width = chosen(which, qdata), chosen(which, q_stride), chosen(which, q_width)
@@ -204,7 +209,19 @@ def write_groups_(
 def _read_along(x: Tensor) -> tuple[str, bool]:
     """What neighbours in memory are neighbours along, and whether they can all be read 16 bytes at a time."""
     along = "columns" if x.stride(1) == 1 else "rows" if x.stride(0) == 1 else ""
-    return along, x.stride(0 if along == "columns" else 1) % 16 == 0
+    return along, x.stride(0 if along == "columns" else 1) % 16 == 0 and _readable(x) % 16 == 0
+
+
+def _readable(x: Tensor) -> int:
+    """Values of a row, of a turned matrix of a column, that can be read: to a multiple of 16 where memory goes on.
+
+    Else the ragged end of a row would have all that is before it read one value at a time.
+    """
+    dim = 1 if x.stride(1) == 1 else 0
+    size, stride, count = x.shape[dim], x.stride(1 - dim), x.shape[1 - dim]
+    padded = ceil_div(size, 16) * 16
+    last = x.storage_offset() + (count - 1) * stride + padded
+    return padded if padded <= stride and last * x.element_size() <= x.untyped_storage().nbytes() else size
 
 
 _UPDATE_VALUES, _UPDATE_WARPS = 4096, 4
@@ -227,7 +244,8 @@ def _launch_update(
     _update_kernel[(ends[-1],)](
         qdata, scale, zero_point, x, step_rows if update or stochastic else None, rows, columns,
         tuple(codes.stride(0) for codes in qdata), q_width, tuple(each.stride(0) for each in scale), x_row, x_column,
-        ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, ALONG=_read_along(x[0])[0],
-        STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None, enable_fp_fusion=False,
+        tuple(_readable(each) for each in x), ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows,
+        BITS=bits, ALONG=_read_along(x[0])[0], STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None,
+        enable_fp_fusion=False,
         num_warps=max(_UPDATE_WARPS, block_rows * block_columns // 1024),
     )  # fmt: skip
