@@ -653,11 +653,14 @@ def test_newton_schulz_of_zeros(segments: tuple[int, ...], kernel_device: torch.
 ROWS = {"one": [(5, 9)], "tall and wide": [(70, 24), (24, 24), (24, 1300), (3, 1)], "nine": [(72, 80)] * 9}
 
 
+@each("buffer", (False, True))
 @each("turned", (False, True))
 @each("skip", (None, False, True))
 @each("count", ROWS)
-def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_device: torch.device) -> None:
-    """To the last bits; turned: in the layout of a tall matrix that was orthogonalised."""
+def test_normalized_rows(
+    count: str, skip: bool | None, turned: bool, buffer: bool, kernel_device: torch.device
+) -> None:
+    """To the last bits; turned: in the layout of a tall matrix that was orthogonalised; buffer: of which it is a part."""
     dtype, flag = OPERAND_TYPES[-1], None if skip is None else torch.tensor(skip, device=kernel_device)
     row = step_row(step=3, device=kernel_device)
     directions = [(normal(*shape, seed=i) * (i + 1)).to(kernel_device, dtype) for i, shape in enumerate(ROWS[count])]
@@ -665,11 +668,16 @@ def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_dev
 
     def run() -> tuple[list[Tensor], list[Tensor]]:
         moved = [second.clone() for second in seconds]
-        given = [x.T.contiguous().T if turned else x.clone() for x in directions]
+        laid = [x.T if turned else x for x in directions]
+        held = [torch.full((x.shape[0], x.shape[1] + 16 * buffer), torch.nan).to(x) for x in laid]
+        views = [wide[:, : x.shape[1]].copy_(x) for wide, x in zip(held, laid, strict=True)]
+        given = [x.T if turned else x for x in views]
         parts = [
             kernels.RowNormalization(x, 0.2 + x.shape[1], v, row, 0.9, 1e-8) for x, v in zip(given, moved, strict=True)
         ]
-        return kernels.normalize_rows(parts, flag), moved
+        found = kernels.normalize_rows(parts, flag)
+        assert all(bool(wide[:, x.shape[1] :].isnan().all()) for wide, x in zip(held, views, strict=True))
+        return found, moved
 
     (expected, moved), (found, moved_too) = both(run)
     # The reference rounds the directions once more on the way.

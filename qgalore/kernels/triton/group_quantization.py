@@ -29,6 +29,7 @@ from qgalore.kernels.triton.tiles import (
     matrix_of_program,
     quantize_group,
     read_step_row,
+    readable,
     store_codes,
     to_float,
     updated,
@@ -209,19 +210,7 @@ def write_groups_(
 def _read_along(x: Tensor) -> tuple[str, bool]:
     """What neighbours in memory are neighbours along, and whether they can all be read 16 bytes at a time."""
     along = "columns" if x.stride(1) == 1 else "rows" if x.stride(0) == 1 else ""
-    return along, x.stride(0 if along == "columns" else 1) % 16 == 0 and _readable(x) % 16 == 0
-
-
-def _readable(x: Tensor) -> int:
-    """Values of a row, of a turned matrix of a column, that can be read: to a multiple of 16 where memory goes on.
-
-    Else the ragged end of a row would have all that is before it read one value at a time.
-    """
-    dim = 1 if x.stride(1) == 1 else 0
-    size, stride, count = x.shape[dim], x.stride(1 - dim), x.shape[1 - dim]
-    padded = ceil_div(size, 16) * 16
-    last = x.storage_offset() + (count - 1) * stride + padded
-    return padded if padded <= stride and last * x.element_size() <= x.untyped_storage().nbytes() else size
+    return along, x.stride(0 if along == "columns" else 1) % 16 == 0 and readable(x) % 16 == 0
 
 
 _UPDATE_VALUES, _UPDATE_WARPS = 4096, 4
@@ -244,7 +233,7 @@ def _launch_update(
     _update_kernel[(ends[-1],)](
         qdata, scale, zero_point, x, step_rows if update or stochastic else None, rows, columns,
         tuple(codes.stride(0) for codes in qdata), q_width, tuple(each.stride(0) for each in scale), x_row, x_column,
-        tuple(_readable(each) for each in x), ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows,
+        tuple(readable(each) for each in x), ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows,
         BITS=bits, ALONG=_read_along(x[0])[0], STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None,
         enable_fp_fusion=False,
         num_warps=max(_UPDATE_WARPS, block_rows * block_columns // 1024),

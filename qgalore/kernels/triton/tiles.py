@@ -11,6 +11,9 @@ import os
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.arguments import ceil_div
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
 
@@ -250,3 +253,15 @@ def float8_word(a, b, c, d):
         return low | (float8_bits(c).to(tl.int32) << 16) | (float8_bits(d).to(tl.int32) << 24)
     else:
         return tl.inline_asm_elementwise(_FLOAT8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
+
+
+def readable(x: Tensor) -> int:
+    """Values of a row, of a turned matrix of a column, that can be read: to a multiple of 16 where memory goes on.
+
+    Else the ragged end of a row would have all that is before it read one value at a time.
+    """
+    dim = 1 if x.stride(1) == 1 else 0
+    size, stride, count = x.shape[dim], x.stride(1 - dim), x.shape[1 - dim]
+    padded = ceil_div(size, 16) * 16
+    last = x.storage_offset() + (count - 1) * stride + padded
+    return padded if padded <= stride and last * x.element_size() <= x.untyped_storage().nbytes() else size
