@@ -514,6 +514,27 @@ def test_blocks(
     assert bool((codes == 9).all() and (absmax == 7).all()) == (skip is True)
 
 
+@each("signed", (False, True))
+def test_values_at_the_borders_of_codes(signed: bool, kernel_device: torch.device) -> None:
+    """All borders, the two numbers beside each, and a few more steps of every power of two."""
+    codes = torch.arange(256, dtype=torch.uint8, device=kernel_device)
+    values = kernels.dequantize_blocks(codes, torch.ones(1, device=kernel_device), signed, 256)
+    border = (values[:-1] + values[1:]) / 2
+    beside = [border.view(torch.int32) + step for step in (-1, 0, 1)]
+    powers = torch.arange(0x33000000, 0x3F800000, 0x40001, dtype=torch.int32, device=kernel_device)
+    x = torch.cat([*beside, powers]).view(torch.float32)
+    x = torch.cat((x, -x)) if signed else x.clamp(min=0.0)
+    whole = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
+    whole = torch.cat((torch.ones_like(whole[:, :1]), whole), dim=1)  # so that nothing is scaled
+
+    def run() -> tuple[Tensor, Tensor]:
+        found = torch.empty_like(whole, dtype=torch.uint8), torch.empty(len(whole), device=kernel_device)
+        kernels.quantize_blocks_(*found, whole, signed, 256)
+        return found
+
+    assert bool((agreed(run)[1] == 1.0).all())
+
+
 SHORTER_SIDES = {"one": [(24, 40)], "three": [(70, 24), (24, 24), (24, 130)], "nine": [(72, 80)] * 9}
 FP8_SIDES = SHORTER_SIDES | ({"a layer": [(512, 512)] * 4 + [(1376, 512)] * 2} if torch.cuda.is_available() else {})
 
@@ -638,11 +659,14 @@ def test_newton_schulz_of_zeros(segments: tuple[int, ...], kernel_device: torch.
 ROWS = {"one": [(5, 9)], "tall and wide": [(70, 24), (24, 24), (24, 1300), (3, 1)], "nine": [(72, 80)] * 9}
 
 
+@each("buffer", (False, True))
 @each("turned", (False, True))
 @each("skip", (None, False, True))
 @each("count", ROWS)
-def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_device: torch.device) -> None:
-    """To the last bits; turned: in the layout of a tall matrix that was orthogonalised."""
+def test_normalized_rows(
+    count: str, skip: bool | None, turned: bool, buffer: bool, kernel_device: torch.device
+) -> None:
+    """To the last bits; turned: in the layout of a tall matrix that was orthogonalised; buffer: of which it is a part."""
     dtype, flag = OPERAND_TYPES[-1], None if skip is None else torch.tensor(skip, device=kernel_device)
     row = step_row(step=3, device=kernel_device)
     directions = [(normal(*shape, seed=i) * (i + 1)).to(kernel_device, dtype) for i, shape in enumerate(ROWS[count])]
@@ -650,11 +674,16 @@ def test_normalized_rows(count: str, skip: bool | None, turned: bool, kernel_dev
 
     def run() -> tuple[list[Tensor], list[Tensor]]:
         moved = [second.clone() for second in seconds]
-        given = [x.T.contiguous().T if turned else x.clone() for x in directions]
+        laid = [x.T if turned else x for x in directions]
+        held = [torch.full((x.shape[0], x.shape[1] + 16 * buffer), torch.nan).to(x) for x in laid]
+        views = [wide[:, : x.shape[1]].copy_(x) for wide, x in zip(held, laid, strict=True)]
+        given = [x.T if turned else x for x in views]
         parts = [
             kernels.RowNormalization(x, 0.2 + x.shape[1], v, row, 0.9, 1e-8) for x, v in zip(given, moved, strict=True)
         ]
-        return kernels.normalize_rows(parts, flag), moved
+        found = kernels.normalize_rows(parts, flag)
+        assert all(bool(wide[:, x.shape[1] :].isnan().all()) for wide, x in zip(held, views, strict=True))
+        return found, moved
 
     (expected, moved), (found, moved_too) = both(run)
     # The reference rounds the directions once more on the way.

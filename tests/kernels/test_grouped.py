@@ -255,6 +255,39 @@ def test_momentum_steps(kernel_device: torch.device, monkeypatch: pytest.MonkeyP
     assert same(agreed(lambda: run(99)), agreed(lambda: run(1)))
 
 
+@each("bits", (8, 4))
+def test_whole_directions_in_any_order(bits: int, kernel_device: torch.device) -> None:
+    """In rows or columns of something wider that holds no numbers elsewhere, apart from one another, and contiguous."""
+    shapes = [
+        (24, 300, "wider"),
+        (300, 24, "turned"),
+        (40, 272, "turned"),
+        (5, 512, ""),
+        (18, 256, "apart"),
+        (33, 1, ""),
+    ]
+
+    def run(grouped: bool) -> tuple[Tensor, ...]:
+        updates = []
+        for number, (m, n, layout) in enumerate(shapes):
+            direction = normal(m, n, seed=number)
+            held = torch.full({"wider": (m + 1, 2 * n), "turned": (n + 1, 2 * m)}.get(layout, (m, 2 * n)), torch.nan)
+            if layout:
+                view = {"wider": held[:m, 32 : 32 + n], "turned": held[:n, 32 : 32 + m].T, "apart": held[:, ::2]}[
+                    layout
+                ]
+                view.copy_(direction)
+                direction = held.to(kernel_device).as_strided(view.shape, view.stride(), view.storage_offset())
+            weight = kernels.quantize(normal(m, n, seed=9).to(kernel_device), bits, 256)
+            row = step_row(0.1, 0.9, number, device=kernel_device)
+            updates.append(kernels.QuantizedUpdate(*weight, direction.to(kernel_device), None, None, n, bits, 256, row))
+        for part in [updates] if grouped else [[update] for update in updates]:
+            kernels.update_quantized_(part)
+        return tuple(x for update in updates for x in update[:3])
+
+    assert same(agreed(lambda: run(True)), agreed(lambda: run(False)))
+
+
 # ---- decay of what grows
 
 

@@ -29,6 +29,7 @@ from qgalore.kernels.triton.tiles import (
     matrix_of_program,
     quantize_group,
     read_step_row,
+    readable,
     store_codes,
     to_float,
     updated,
@@ -54,7 +55,7 @@ def _dequantize_kernel(
     start = group * GROUP
     # What lies below the matrix, or beside its groups, is 0 * 0 + 0.
     row_mask = row < tl.where(start < columns, rows, 0)
-    codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS).to(tl.float32)
+    codes = load_codes(qdata, row, q_stride, q_width, row_mask, start, GROUP, G, BITS, BITS).to(tl.float32)
     factor = tl.load(scale + row * groups + group, mask=row_mask, other=0).to(tl.float32)
     offset = tl.load(zero_point + row * groups + group, mask=row_mask, other=0).to(tl.float32)
     column = start + tl.arange(0, G)[None, :]
@@ -65,9 +66,9 @@ def _dequantize_kernel(
 
 @triton.jit(do_not_specialize=["row_start"])
 def _update_kernel(
-    qdata, scale, zero_point, x, step_rows, rows, columns, q_stride, q_width, groups, x_row, x_column, ends, skip,
-    row_start, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr,
-    UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
+    qdata, scale, zero_point, x, step_rows, rows, columns, q_stride, q_width, groups, x_row, x_column, x_end, ends,
+    skip, row_start, GROUP: tl.constexpr, G: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, ALONG: tl.constexpr,
+    STOCHASTIC: tl.constexpr, UPDATE: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP:
         if tl.load(skip):
@@ -87,9 +88,16 @@ def _update_kernel(
     end = tl.minimum(start + GROUP, columns)
     column = start + tl.arange(0, G)[None, :]
     row_mask = row < rows
-    mask = row_mask & (column < end)
-    at = row * chosen(which, x_row) + column * chosen(which, x_column)
-    value = tl.load(chosen(which, x) + at, mask=mask, other=0).to(tl.float32)
+    by_row, by_column, x_end = chosen(which, x_row), chosen(which, x_column), chosen(which, x_end)
+    # What is read beyond the matrix is not looked at.
+    if ALONG == "rows":
+        by_row, mask = 1, (row < x_end) & (column < end)
+    elif ALONG == "columns":
+        by_column, mask = 1, row_mask & (column < tl.minimum(start + GROUP, x_end))
+    else:
+        mask = row_mask & (column < end)
+    value = tl.load(chosen(which, x) + row * by_row + column.to(tl.int64) * by_column, mask=mask, other=0)
+    value = value.to(tl.float32)
     qdata, q_stride, q_width = chosen(which, qdata), chosen(which, q_stride), chosen(which, q_width)
     scale, zero_point = chosen(which, scale), chosen(which, zero_point)
     at = row * groups + group
@@ -149,10 +157,15 @@ def _stored_alike(pair: tuple[QuantizedMatrix, Tensor]) -> tuple[object, ...]:
     return matrix.bits, matrix.group_size, in_vectors
 
 
+_DEQUANTIZE_VALUES, _DEQUANTIZE_WARPS = 4096, 4
+"""Of a tile: 32 values share what a thread does once."""
+
+
 def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tensor]) -> None:
     """Matrices that are stored alike."""
     qdata, scale, zero_point, columns, (bits, *_), (group_size, *_), _ = zip(*matrices, strict=True)
-    block_rows, block_columns = block_of_group(group_size)
+    block_columns = block_of_group(group_size)[1]
+    block_rows = max(1, _DEQUANTIZE_VALUES // block_columns)
     rows, width = zip(*(x.shape for x in outs), strict=True)
     stored_rows, stored_width = zip(*(x.shape for x in qdata), strict=True)
     groups = [ceil_div(columns, group_size) for columns in width]
@@ -161,7 +174,7 @@ def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tenso
         qdata, scale, zero_point, tuple(outs), stored_rows, columns, tuple(x.stride(0) for x in qdata), stored_width,
         rows, width, tuple(x.stride(0) for x in outs), tuple(x.stride(0) for x in scale), ends, GROUP=group_size,
         G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
-        num_warps=warps_of_block(block_rows, block_columns),
+        num_warps=max(_DEQUANTIZE_WARPS, block_rows * block_columns // 1024),
     )  # fmt: skip
 
 
@@ -190,10 +203,29 @@ def write_groups_(
     N without bases; without `update`, of N itself, whose step row is read where the rounding is stochastic. The rows
     are row_start: of the matrix that the seed belongs to.
     """
+    for indices in launches(updates, lambda part: _read_along(part.direction)):
+        _launch_update([updates[index] for index in indices], skip, update, row_start)
+
+
+def _read_along(x: Tensor) -> tuple[str, bool]:
+    """What neighbours in memory are neighbours along, and whether they can all be read 16 bytes at a time."""
+    along = "columns" if x.stride(1) == 1 else "rows" if x.stride(0) == 1 else ""
+    return along, x.stride(0 if along == "columns" else 1) % 16 == 0 and readable(x) % 16 == 0
+
+
+_UPDATE_VALUES, _UPDATE_WARPS = 4096, 4
+"""Of a tile: with groups of 256 it has 16 rows, so that of a turned direction 32 neighbouring bytes are read."""
+
+
+def _launch_update(
+    updates: Sequence[QuantizedUpdate], skip: Tensor | None, update: bool = True, row_start: int = 0
+) -> None:
+    """Updates whose directions are read alike."""
     qdata, scale, zero_point, x, _, _, columns, (bits, *_), (group_size, *_), step_rows, (stochastic, *_) = zip(
         *updates, strict=True
     )
-    block_rows, block_columns = block_of_group(group_size)
+    block_columns = block_of_group(group_size)[1]
+    block_rows = max(1, _UPDATE_VALUES // block_columns)
     rows, q_width = zip(*(codes.shape for codes in qdata), strict=True)
     programs = (ceil_div(r, block_rows) * ceil_div(c, group_size) for r, c in zip(rows, columns, strict=True))
     ends = tuple(itertools.accumulate(programs))
@@ -201,7 +233,8 @@ def write_groups_(
     _update_kernel[(ends[-1],)](
         qdata, scale, zero_point, x, step_rows if update or stochastic else None, rows, columns,
         tuple(codes.stride(0) for codes in qdata), q_width, tuple(each.stride(0) for each in scale), x_row, x_column,
-        ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows, BITS=bits, STOCHASTIC=stochastic,
-        UPDATE=update, HAS_SKIP=skip is not None, enable_fp_fusion=False,
-        num_warps=warps_of_block(block_rows, block_columns),
+        tuple(readable(each) for each in x), ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows,
+        BITS=bits, ALONG=_read_along(x[0])[0], STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None,
+        enable_fp_fusion=False,
+        num_warps=max(_UPDATE_WARPS, block_rows * block_columns // 1024),
     )  # fmt: skip

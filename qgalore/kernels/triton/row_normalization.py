@@ -23,14 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import RowNormalization, ceil_div, launches
-from qgalore.kernels.triton.tiles import chosen, matrix_of_program, to_float
+from qgalore.kernels.triton.tiles import chosen, matrix_of_program, readable, to_float
 
 __all__ = ["normalize_rows"]
 
 _SUMS = 1024  # rows whose sums a program reads at a time
-_ALIGNED = 16  # numbers that are multiples of it are known to the compiler as such
-_TILES = {False: (8, 512), True: (32, 128)}
-"""Rows and columns that a program reads at a time: 8 kB, by whether the direction is contiguous along its rows."""
+_ALIGNED = tl.constexpr(16)  # numbers that are multiples of it are known to the compiler as such
+_SUMMED = {False: (4, 1024, 4), True: (16, 512, 8)}
+"""Rows and columns that a program sums at a time, and its warps, by whether the direction is contiguous along its rows.
+
+64 bytes a thread are on their way at once, of as few rows as leave whole sectors of 32 bytes: there are many programs.
+"""
+_SCALED = {False: (8, 512, 4), True: (32, 128, 4)}
+"""The same of what a program scales at a time."""
 
 
 @triton.jit
@@ -38,10 +43,19 @@ def _offsets(row, column, stride, TALL: tl.constexpr):
     return row + column * stride if TALL else row * stride + column
 
 
+@triton.jit
+def _read_ends(rows, columns, end, TALL: tl.constexpr):
+    """Rows and columns that can be read: `end` of those along which values are contiguous."""
+    if TALL:
+        return end, columns
+    else:
+        return rows, end
+
+
 @triton.jit(do_not_specialize=["beta", "rest", "eps"])
 def _row_squares_kernel(
-    x, second, step_rows, scales, sums, all_rows, firsts, rows, columns, strides, ends, skip, beta, rest, eps,
-    M: tl.constexpr, N: tl.constexpr, TALL: tl.constexpr, HAS_SKIP: tl.constexpr,
+    x, second, step_rows, scales, sums, all_rows, firsts, rows, columns, strides, x_ends, ends, skip, beta, rest, eps,
+    M: tl.constexpr, N: tl.constexpr, TALL: tl.constexpr, RAGGED: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     which, program = matrix_of_program(ends)
     x, rows, columns, stride = chosen(which, x), chosen(which, rows), chosen(which, columns), chosen(which, strides)
@@ -49,10 +63,13 @@ def _row_squares_kernel(
     at = row[:, None].to(tl.int64)
     inside = row < rows
     total = tl.zeros((M, N), dtype=tl.float32)
+    read_rows, read_columns = _read_ends(rows, columns, chosen(which, x_ends), TALL)
     for start in range(0, columns, N):
         column = (start + tl.arange(0, N))[None, :].to(tl.int64)
-        value = tl.load(x + _offsets(at, column, stride, TALL), mask=inside[:, None] & (column < columns), other=0.0)
-        value = value.to(tl.float32)
+        mask = (at < read_rows) & (column < read_columns)
+        value = tl.load(x + _offsets(at, column, stride, TALL), mask=mask, other=0.0).to(tl.float32)
+        if RAGGED and not TALL:  # rows that are none of the matrix are not looked at
+            value = tl.where(column < columns, value, 0.0)
         total += value * value
     scale = chosen(which, scales)
     square = tl.sum(total, axis=1) * (scale * scale / columns)
@@ -72,8 +89,8 @@ def _row_squares_kernel(
 
 @triton.jit
 def _scale_rows_kernel(
-    x, scales, sums, all_rows, firsts, rows, columns, strides, ends, M: tl.constexpr, N: tl.constexpr,
-    S: tl.constexpr, TALL: tl.constexpr,
+    x, scales, sums, all_rows, firsts, rows, columns, strides, x_ends, ends, M: tl.constexpr, N: tl.constexpr,
+    S: tl.constexpr, TALL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     which, program = matrix_of_program(ends)
     x, rows, columns, stride = chosen(which, x), chosen(which, rows), chosen(which, columns), chosen(which, strides)
@@ -88,12 +105,24 @@ def _scale_rows_kernel(
     at = row[:, None].to(tl.int64)
     inside = row < rows
     factor = tl.load(sums + 2 * all_rows + row, mask=inside, other=0.0) * (size * chosen(which, scales))
+    read_rows, read_columns = _read_ends(rows, columns, chosen(which, x_ends), TALL)
+    if RAGGED:  # whole vectors, and what is left of the rows or columns
+        if TALL:
+            whole_rows, whole_columns = rows // _ALIGNED * _ALIGNED, columns
+        else:
+            whole_rows, whole_columns = rows, columns // _ALIGNED * _ALIGNED
+    else:
+        whole_rows, whole_columns = rows, columns
     for start in range(0, columns, N):
         column = (start + tl.arange(0, N))[None, :].to(tl.int64)
-        mask = inside[:, None] & (column < columns)
         pointer = x + _offsets(at, column, stride, TALL)
-        value = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-        tl.store(pointer, to_float(value, x.dtype.element_ty), mask=mask)
+        value = tl.load(pointer, mask=(at < read_rows) & (column < read_columns), other=0.0).to(tl.float32)
+        value = to_float(value * factor[:, None], x.dtype.element_ty)
+        whole = (at < whole_rows) & (column < whole_columns)
+        tl.store(pointer, value, mask=whole)
+        if RAGGED:
+            if (program * M + M > whole_rows) | (start + N > whole_columns):
+                tl.store(pointer, value, mask=inside[:, None] & (column < columns) & (whole == 0))
 
 
 def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None) -> list[Tensor]:
@@ -101,7 +130,8 @@ def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None) -> li
     directions = [part.direction if 1 in part.direction.stride() else part.direction.contiguous() for part in parts]
 
     def kind(index: int) -> tuple[object, ...]:
-        return directions[index].dtype, _is_tall(directions[index]), parts[index].beta, parts[index].eps
+        direction = directions[index]
+        return direction.dtype, _is_tall(direction), _is_ragged(direction), parts[index].beta, parts[index].eps
 
     for indices in launches(range(len(parts)), kind):
         _launch([directions[index] for index in indices], [parts[index] for index in indices], skip)
@@ -112,19 +142,30 @@ def _is_tall(direction: Tensor) -> bool:
     return direction.stride(1) != 1
 
 
+def _is_ragged(direction: Tensor) -> bool:
+    return direction.shape[0 if _is_tall(direction) else 1] % 16 != 0
+
+
 def _launch(directions: Sequence[Tensor], parts: Sequence[RowNormalization], skip: Tensor | None) -> None:
     tall = _is_tall(directions[0])
-    (height, width), device = _TILES[tall], directions[0].device
+    device = directions[0].device
     rows, columns = zip(*(direction.shape for direction in directions), strict=True)
     strides = tuple(direction.stride(1 if tall else 0) for direction in directions)
-    ends = tuple(itertools.accumulate(ceil_div(count, height) for count in rows))
-    *firsts, all_rows = 0, *itertools.accumulate(ceil_div(count, _ALIGNED) * _ALIGNED for count in rows)
+    *firsts, all_rows = 0, *itertools.accumulate(ceil_div(count, 16) * 16 for count in rows)
     sums = torch.empty(3, all_rows, dtype=torch.float32, device=device)
     _, scales, seconds, step_rows, (beta, *_), (eps, *_) = zip(*parts, strict=True)
-    where = sums, all_rows, tuple(firsts), rows, columns, strides, ends
-    how = {"M": height, "N": width, "TALL": tall, "num_warps": 4}
+    where = sums, all_rows, tuple(firsts), rows, columns, strides, tuple(readable(x) for x in directions)
+    order = {"TALL": tall, "RAGGED": _is_ragged(directions[0])}
+    ends, how = _programs(rows, *_SUMMED[tall])
     _row_squares_kernel[(ends[-1],)](
-        tuple(directions), seconds, step_rows, scales, *where, skip, beta, 1.0 - beta, eps, HAS_SKIP=skip is not None,
-        **how,
+        tuple(directions), seconds, step_rows, scales, *where, ends, skip, beta, 1.0 - beta, eps,
+        HAS_SKIP=skip is not None, **order, **how,
     )  # fmt: skip
-    _scale_rows_kernel[(ends[-1],)](tuple(directions), scales, *where, S=_SUMS, **how)
+    ends, how = _programs(rows, *_SCALED[tall])
+    _scale_rows_kernel[(ends[-1],)](tuple(directions), scales, *where, ends, S=_SUMS, **order, **how)
+
+
+def _programs(rows: Sequence[int], height: int, width: int, warps: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Programs up to the end of each matrix, and how they are launched."""
+    ends = tuple(itertools.accumulate(ceil_div(count, height) for count in rows))
+    return ends, {"M": height, "N": width, "num_warps": warps}

@@ -11,6 +11,11 @@ import os
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qgalore.kernels.arguments import ceil_div
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
 
 
 @triton.jit
@@ -67,6 +72,19 @@ def _round_up_to_bfloat16(x):
     return ((x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
 
 
+_WHOLE_BELOW = tl.constexpr("add.rz.f32 $0, $1, 0f4AFFFFFE;")  # 2^23 - 1: the lowest bit of the sum is a whole one
+
+
+@triton.jit
+def _whole_below(x):
+    """The largest whole number up to x - 1, int32, for x from 1 to 256; a conversion takes four times as long."""
+    if INTERPRETED:
+        return x.to(tl.int32) - 1
+    else:
+        bits = tl.inline_asm_elementwise(_WHOLE_BELOW, "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+        return bits & 255
+
+
 @triton.jit
 def quantize_group(
     x, row, start, end, seed_low, seed_high, G: tl.constexpr, BITS: tl.constexpr, STOCHASTIC: tl.constexpr
@@ -96,11 +114,11 @@ def quantize_group(
         above = position + random.to(tl.float32, bitcast=True)
     else:
         above = position + 1.5
-    return tl.minimum(above, LEVELS + 1.0).to(tl.int32) - 1, scale, zero_point
+    return _whole_below(tl.minimum(above, LEVELS + 1.0)), scale, zero_point
 
 
 @triton.jit
-def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, TOGETHER: tl.constexpr = 16):
     """The bytes (1, G or G / 2) of a group's codes in a row of `width` bytes, and which of them the row has.
 
     They end with the row as it is stored and not with the matrix: where Triton knows the width to be a multiple of 16,
@@ -108,16 +126,22 @@ def _stored_codes(width, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.c
     """
     EACH: tl.constexpr = 8 // BITS
     byte = start // EACH + tl.arange(0, G // EACH)[None, :]
+    if TOGETHER < 16:
+        byte = tl.max_contiguous(byte, (1, TOGETHER))
     return byte, byte < tl.minimum(start // EACH + GROUP // EACH, width)
 
 
 @triton.jit
-def load_codes(qdata, row, stride, width, row_mask, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+def load_codes(
+    qdata, row, stride, width, row_mask, start, GROUP: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
+    TOGETHER: tl.constexpr = 16,
+):  # fmt: skip
     """Codes (M, G) int32 of the group that begins at column `start`, in rows of `width` bytes; 0 beyond both.
 
-    row and row_mask (M, 1); at 4 bits `start` and GROUP must be even.
+    row and row_mask (M, 1); at 4 bits `start` and GROUP must be even. A thread reads TOGETHER bytes at once, at most:
+    with as many codes as it writes values at once, none go to another thread.
     """
-    byte, inside = _stored_codes(width, start, GROUP, G, BITS)
+    byte, inside = _stored_codes(width, start, GROUP, G, BITS, TOGETHER)
     packed = tl.load(qdata + row * stride + byte, mask=row_mask & inside, other=0).to(tl.int32)
     return packed if BITS == 8 else tl.reshape(tl.join(packed & 15, packed >> 4), (packed.shape[0], G))
 
@@ -158,9 +182,6 @@ def round_stochastic_bfloat16(x, random):
     return tl.where(tl.abs(x) < float("inf"), rounded, x).to(tl.bfloat16)
 
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
-
-
 @triton.jit
 def round_stochastic_float16(x, random):
     """float32 x rounded up or down to float16 by 13 of 16 random bits: `reference.random_bits`."""
@@ -185,7 +206,7 @@ def round_stochastic(x, random, TYPE: tl.constexpr):
 @triton.jit
 def to_float(x, TYPE: tl.constexpr):
     """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
-    if TYPE == tl.bfloat16 and _INTERPRETED:
+    if TYPE == tl.bfloat16 and INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
@@ -209,7 +230,7 @@ def float8_bits(x):
 
     The instruction of a GPU does all of that.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         bits = _to_float8(tl.maximum(tl.minimum(x, 448.0), -448.0)).to(tl.uint8, bitcast=True)
         return tl.where(x == x, bits, tl.full(bits.shape, 0x7F, tl.uint8))
     else:
@@ -227,8 +248,20 @@ _FLOAT8_WORD = tl.constexpr("""{
 @triton.jit
 def float8_word(a, b, c, d):
     """`float8_bits` of four tensors, a the lowest byte, as int32: what is adjacent in memory may be so in no tensor."""
-    if _INTERPRETED:
+    if INTERPRETED:
         low = float8_bits(a).to(tl.int32) | (float8_bits(b).to(tl.int32) << 8)
         return low | (float8_bits(c).to(tl.int32) << 16) | (float8_bits(d).to(tl.int32) << 24)
     else:
         return tl.inline_asm_elementwise(_FLOAT8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
+
+
+def readable(x: Tensor) -> int:
+    """Values of a row, of a turned matrix of a column, that can be read: to a multiple of 16 where memory goes on.
+
+    Else the ragged end of a row would have all that is before it read one value at a time.
+    """
+    dim = 1 if x.stride(1) == 1 else 0
+    size, stride, count = x.shape[dim], x.stride(1 - dim), x.shape[1 - dim]
+    padded = ceil_div(size, 16) * 16
+    last = x.storage_offset() + (count - 1) * stride + padded
+    return padded if padded <= stride and last * x.element_size() <= x.untyped_storage().nbytes() else size
