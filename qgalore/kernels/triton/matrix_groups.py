@@ -41,7 +41,7 @@ def matrix_of(index, e0, e1, e2, e3, e4, e5, e6):
 
 
 @triton.jit
-def _below_diagonal(index):
+def below_diagonal(index):
     """Row and column, at most the row, of a tile among those on and below the diagonal, counted row by row."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)  # where the root was rounded down or up
@@ -53,7 +53,7 @@ def _below_diagonal(index):
 def rows_and_columns(index, T: tl.constexpr, S: tl.constexpr):
     """Rows (T,) and columns (S,), S a multiple of T, of a tile among those that reach below the diagonal."""
     EACH: tl.constexpr = S // T
-    row, column = _below_diagonal(index // EACH)
+    row, column = below_diagonal(index // EACH)
     return (row * EACH + index % EACH) * T + tl.arange(0, T), column * S + tl.arange(0, S)
 
 
