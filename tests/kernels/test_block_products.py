@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.kernels.comparison import OPERAND_TYPES, normal
 
 blocks = pytest.importorskip("qgalore.kernels.triton.block_products", reason="Triton is not installed")
+blocks_fp8 = pytest.importorskip("qgalore.kernels.triton.block_products_fp8")
 newton_schulz = pytest.importorskip("qgalore.kernels.triton.newton_schulz")
 newton_schulz_fp8 = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8")
 
@@ -79,16 +80,16 @@ def test_products_in_fp8(way: str, kernel_device: torch.device) -> None:
     exact, ends = newton_schulz_fp8._SUMMED, group._side_by_side.ends[: len(SHAPES)]
     for x in written:
         x.view(torch.uint8).zero_()
-    blocks.fp8_gram(how, group._x8, group._gram, group._gram8, first, ends, columns, group._scale**-2, 128.0, exact)
+    blocks_fp8.gram(how, group._x8, group._gram, group._gram8, first, ends, columns, group._scale**-2, 128.0, exact)
     factors = (3.0, -4.0, 2.0, 128.0**-2, newton_schulz_fp8.FACTOR)
-    blocks.fp8_square(how, group._gram, group._gram8, first, group._even8, second, factors, exact)
+    blocks_fp8.square(how, group._gram, group._gram8, first, group._even8, second, factors, exact)
     for one, other in zip(expected, written, strict=True):
         assert alike(one, other, 2e-3)
     if how.twice:
         return
     x, x8, out = group._x.clone(), torch.zeros_like(group._x8), torch.zeros_like(group._out)
     factor = 1.0 / (newton_schulz_fp8.FACTOR * group._scale)
-    blocks.fp8_apply(how, x, x8, group._turned, out, group._even8, second, ends, factor, group._scale, False)
+    blocks_fp8.apply(how, x, x8, group._turned, out, group._even8, second, ends, factor, group._scale, False)
     group._apply(last=False)
     for one, other in zip((group._x, group._x8, group._out), (x, x8, out), strict=True):
         assert alike(one, other, 2e-3)
