@@ -38,7 +38,7 @@ import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator it call
 from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
 from qgalore import LowRankLinear, WeightFormat, kernels
 from qgalore.kernels.triton import block_products, block_products_fp8
-from qgalore.kernels.triton.block_products import Blocks
+from qgalore.kernels.triton.matrix_groups import Blocks
 from qgalore.layer.layout import padded_width
 from qgalore.layer.quantization import aligned_row_bytes
 

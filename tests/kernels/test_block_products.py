@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.comparison import OPERAND_TYPES, normal
+from qgalore import kernels
+from tests.kernels.comparison import OPERAND_TYPES, both, normal
 
 blocks = pytest.importorskip("qgalore.kernels.triton.block_products", reason="Triton is not installed")
 blocks_fp8 = pytest.importorskip("qgalore.kernels.triton.block_products_fp8")
+matrix_groups = pytest.importorskip("qgalore.kernels.triton.matrix_groups")
 newton_schulz = pytest.importorskip("qgalore.kernels.triton.newton_schulz")
 newton_schulz_fp8 = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8")
 
@@ -45,7 +47,7 @@ def alike(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("in_segments", [False, True])
 def test_products(way: str, in_segments: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = blocks.Blocks(TILE, **WAYS[way])
+    how = matrix_groups.Blocks(TILE, **WAYS[way])
     if in_segments and how.stores:
         pytest.skip("of tiles over the diagonal one side is stored, which a descriptor cannot")
     monkeypatch.setattr(newton_schulz, "TILES", {1 << 30: newton_schulz.Tiles(TILE, TILE)})
@@ -69,7 +71,7 @@ def test_products(way: str, in_segments: bool, kernel_device: torch.device, monk
 
 @pytest.mark.parametrize("way", WAYS)
 def test_products_in_fp8(way: str, kernel_device: torch.device) -> None:
-    how, columns = blocks.Blocks(TILE, **WAYS[way]), TILE[1]
+    how, columns = matrix_groups.Blocks(TILE, **WAYS[way]), TILE[1]
     group = newton_schulz_fp8._Group(matrices(kernel_device), newton_schulz_fp8.Tiles(TILE, TILE))
     group._fill()
     group._form_gram(128.0)
@@ -93,3 +95,39 @@ def test_products_in_fp8(way: str, kernel_device: torch.device) -> None:
     group._apply(last=False)
     for one, other in zip((group._x, group._x8, group._out), (x, x8, out), strict=True):
         assert alike(one, other, 2e-3)
+
+
+@pytest.mark.parametrize("segments", [None, (2,)])
+def test_a_table_chooses_them(
+    segments: tuple[int, ...] | None, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows are whole tiles; other matrices are made as before."""
+    called = []
+    how = matrix_groups.Blocks(TILE, stores=True)
+    for name in ("gram", "square", "apply"):
+        run = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *given, run=run, name=name: (called.append(name), run(*given))[1])
+    table = {1 << 30: newton_schulz.Tiles(TILE, TILE, matrix_groups.BlockProducts(how, how, how))}
+    monkeypatch.setattr(newton_schulz, "TILES", table)
+    steps = [(8.4703, -25.1081, 18.6293), (3.8944, -2.7889, 0.51)]
+    for rows, names in ((64, {"gram", "square", "apply"}), (56, set())):
+        called.clear()
+        given = [normal(rows, columns, seed=columns).to(kernel_device, OPERAND_TYPES[-1]) for columns in (70, 64)]
+        expected, found = both(lambda given=given: kernels.orthogonalize(given, steps, segments))
+        for one, other in zip(expected, found, strict=True):
+            assert (one.float() - other.float()).norm() <= (0.05 if one.is_cuda else 1e-4) * one.float().norm()
+        assert set(called) == names
+
+
+def test_a_table_chooses_them_in_fp8(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = matrix_groups.Blocks(TILE, stores=True)
+    table = {1 << 30: newton_schulz.Tiles(TILE, TILE, matrix_groups.BlockProducts(how, how._replace(twice=True), how))}
+    steps = [(3.4445, -4.7750, 2.0315)] * 2
+    given = matrices(kernel_device)
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    monkeypatch.setattr(newton_schulz_fp8, "TILES", {1 << 30: newton_schulz.Tiles(TILE, TILE)})
+    expected = kernels.orthogonalize_fp8(given, steps)
+    monkeypatch.setattr(newton_schulz_fp8, "TILES", table)
+    assert newton_schulz_fp8._least_rows(64) == 256
+    for one, other in zip(expected, kernels.orthogonalize_fp8(given, steps), strict=True):
+        assert alike(one, other, 0.02)

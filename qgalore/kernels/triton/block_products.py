@@ -8,15 +8,16 @@ while one is stored. Descriptors ask for rows of a multiple of 16 bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qgalore.kernels.triton.matrix_groups import below_diagonal, tiles_below
+from qgalore.kernels.triton.matrix_groups import BlockProducts, Blocks, Tiles, below_diagonal, tiles_below
 from qgalore.kernels.triton.tiles import chosen, to_float
 
 __all__: list[str] = []
@@ -25,27 +26,23 @@ MATRICES = 16
 """That one launch takes."""
 
 
-class Blocks(NamedTuple):
-    """How a product is computed."""
+def usable(how: Blocks | None, rows: int, dtype: torch.dtype, device: torch.device) -> Blocks | None:
+    """The blocks, or None where the card has no descriptors, or rows are no whole tiles or floats have 32 bits."""
+    if how is None or any(rows % side for side in how.tile[:3]):
+        return None
+    if device.type == "cuda" and (torch.cuda.get_device_capability(device)[0] != 9 or dtype.itemsize > 2):
+        return None
+    return how
 
-    tile: tuple[int, int, int, int, int]
-    """Rows of a tile, its columns, a multiple of them, terms summed at a time, warps, stages."""
-    tma: bool = True
-    """Whether operands are read through descriptors; else through pointers, without masks."""
-    programs: int = 0
-    """At most so many programs take tiles in turn; 0: a program for each tile."""
-    overlaps: bool = False
-    """Whether blocks of the next tile are read during the end of one: `flatten` of Triton."""
-    specialized: bool = False
-    """Whether some warps load and others multiply: `warp_specialize` of Triton."""
-    stores: bool = False
-    """Whether results, too, are written through descriptors."""
-    own: bool | None = None
-    """Whether what a product is added to is read through a descriptor; None: as results are written."""
-    early: bool = False
-    """Whether programs start while the kernel before has its last ones (programmatic dependent launch)."""
-    twice: bool = False
-    """Whether the columns of a tile are two sums, which in FP8 take half as many registers beside them."""
+
+def usable_of(tiles: Tiles, rows: int, dtype: torch.dtype, device: torch.device) -> BlockProducts:
+    """`usable` of each product."""
+    return BlockProducts(*[usable(how, rows, dtype, device) for how in tiles.blocks])
+
+
+def columns_of(tiles: Tiles, blocks: BlockProducts) -> int:
+    """Of a tile of X, in which matrices are padded."""
+    return blocks.apply.tile[1] if blocks.apply else tiles.full[1]
 
 
 def reads_own(how: Blocks) -> bool:
@@ -264,9 +261,14 @@ def padded(ends: Sequence[int]) -> tuple[int, ...]:
     return (*ends, *[ends[-1]] * (MATRICES - len(ends)))
 
 
+def _stores_once(how: Blocks, once: bool) -> Blocks:
+    """Descriptors cannot store one side of the diagonal alone."""
+    return how._replace(stores=False, own=reads_own(how)) if once else how
+
+
 def gram(how: Blocks, x: Tensor, out: Tensor, ends: Sequence[int], columns: int, factor: float, once: bool) -> None:
     """out = factor X Xᵀ of each matrix; ends: tiles of so many columns up to the end of each."""
-    (rows, width), (height, across, depth) = x.shape, how.tile[:3]
+    (rows, width), (height, across, depth), how = x.shape, how.tile[:3], _stores_once(how, once)
     below = tiles_below(rows, height, across)
     grid, arguments = grid_of(how, below * len(out))
     _block_gram_kernel[grid](
@@ -281,7 +283,7 @@ def square(
     scales: int, once: bool,
 ) -> None:  # fmt: skip
     """out = factors · (a b, a, b), as `newton_schulz._square_kernel` has it."""
-    rows, (height, across, depth) = a.shape[-1], how.tile[:3]
+    rows, (height, across, depth), how = a.shape[-1], how.tile[:3], _stores_once(how, once)
     below = tiles_below(rows, height, across)
     grid, arguments = grid_of(how, below * len(out))
     _block_square_kernel[grid](

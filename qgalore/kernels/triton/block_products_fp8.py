@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.triton.block_products import (
-    Blocks,
     begin,
     block,
     corner,
@@ -26,7 +25,7 @@ from qgalore.kernels.triton.block_products import (
     store_symmetric,
     store_turned,
 )
-from qgalore.kernels.triton.matrix_groups import tiles_below
+from qgalore.kernels.triton.matrix_groups import Blocks, tiles_below
 from qgalore.kernels.triton.tiles import chosen, float8_bits, to_float
 
 __all__: list[str] = []
