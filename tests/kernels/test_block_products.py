@@ -44,12 +44,12 @@ def alike(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((one.float() - other.float()).norm() < tolerance * one.float().norm())
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("in_segments", [False, True])
+@pytest.mark.parametrize(
+    ("way", "in_segments"), [*[(way, False) for way in WAYS if way != "twice"], ("descriptors at the end, too", True)]
+)
 def test_products(way: str, in_segments: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In segments of tiles over the diagonal one side is stored, by pointers."""
     how = matrix_groups.Blocks(TILE, **WAYS[way])
-    if in_segments and how.stores:
-        pytest.skip("of tiles over the diagonal one side is stored, which a descriptor cannot")
     monkeypatch.setattr(newton_schulz, "TILES", {1 << 30: newton_schulz.Tiles(TILE, TILE)})
     group = newton_schulz._Group(matrices(kernel_device), in_segments)
     group._fill(None)
@@ -58,7 +58,7 @@ def test_products(way: str, in_segments: bool, kernel_device: torch.device, monk
     group._gram(gram, 0.5)
     blocks.gram(how, group._x, other, ends, TILE[1], 0.5, in_segments)
     assert alike(gram, other)
-    for scales in (0, 1, 2):
+    for scales in (0, 2):
         group._square(gram, gram, square, (0.5, 2.0, 0.25), scale, scales)
         blocks.square(how, gram, gram, found, (0.5, 2.0, 0.25), scale, scales, in_segments)
         assert alike(square, found)
