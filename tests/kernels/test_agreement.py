@@ -666,7 +666,7 @@ ROWS = {"one": [(5, 9)], "tall and wide": [(70, 24), (24, 24), (24, 1300), (3, 1
 def test_normalized_rows(
     count: str, skip: bool | None, turned: bool, buffer: bool, kernel_device: torch.device
 ) -> None:
-    """To the last bits; turned: in the layout of a tall matrix that was orthogonalised; buffer: of which it is a part."""
+    """To the last bits; turned: as a tall matrix is orthogonalised; buffer: of which it is a part."""
     dtype, flag = OPERAND_TYPES[-1], None if skip is None else torch.tensor(skip, device=kernel_device)
     row = step_row(step=3, device=kernel_device)
     directions = [(normal(*shape, seed=i) * (i + 1)).to(kernel_device, dtype) for i, shape in enumerate(ROWS[count])]
