@@ -37,8 +37,6 @@ from triton.runtime.jit import JITFunction
 import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator it calls
 from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
 from qgalore import LowRankLinear, WeightFormat, kernels
-from qgalore.kernels.triton import block_products, block_products_fp8
-from qgalore.kernels.triton.matrix_groups import Blocks
 from qgalore.layer.layout import padded_width
 from qgalore.layer.quantization import aligned_row_bytes
 
@@ -163,26 +161,6 @@ def launch_fp8(half: torch.dtype) -> None:
             kernels.fp8_weight(weight)
             for count in (1, 3):
                 kernels.fp8_turned_weights([weight] * count)
-
-
-def launch_blocks(half: torch.dtype, fp8: bool) -> None:
-    """Products of Newton-Schulz by whole blocks, in tiles that fit every card; fp8: those in FP8."""
-    rows, ends, factors = 256, (4, 6), (1.0, 2.0, 0.0)
-    x, squares = torch.zeros(rows, 768, dtype=half), torch.zeros(2, rows, rows, dtype=half)
-    eighths = [torch.zeros(each.shape, dtype=torch.float8_e4m3fn) for each in (x, x.T, squares)]
-    diagonal = torch.zeros(2, rows)
-    for tma in (False, True):
-        how = Blocks((64, 128, 64, 4, 2), tma=tma, programs=4 if tma else 0, overlaps=tma)
-        if fp8:
-            x8, turned, square8 = eighths
-            block_products_fp8.gram(how, x8, squares, square8, diagonal, ends, 128, 1.0, 1.0, 128)
-            block_products_fp8.square(how, squares, square8, diagonal, square8, diagonal, (1.0,) * 5, 128)
-            given = x, x8, turned.contiguous(), turned, square8, diagonal
-            block_products_fp8.apply(how, *given, ends, 1.0, 1.0, False)
-        else:
-            block_products.gram(how, x, squares, ends, 128, 1.0, False)
-            block_products.square(how, squares, squares, squares, factors, None, 0, False)
-            block_products.apply(how, x, squares, x, ends, 1.0, None)
 
 
 def launch_head(half: torch.dtype) -> None:
@@ -336,10 +314,8 @@ if __name__ == "__main__":
         print(json.dumps({"shared": TAKEN}))
         sys.exit()
     launch_all(torch.bfloat16, orthogonalizes=True)
-    launch_blocks(torch.bfloat16, fp8=False)
     if int(sys.argv[1]) >= 89:
         launch_fp8(torch.bfloat16)
-        launch_blocks(torch.bfloat16, fp8=True)
         launch_head(torch.bfloat16)
     narrow = narrow_fp8() if int(sys.argv[1]) >= 89 else {}
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}

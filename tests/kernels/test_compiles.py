@@ -16,9 +16,6 @@ CARDS = {  # compute capability: bytes of shared memory that a program can have 
     "RTX 50": (120, 99 << 10),
 }
 
-FP8 = ("newton_schulz_fp8", "block_products_fp8", "fp8_matmul")
-NEWTON_SCHULZ = ("newton_schulz", "block_products")
-
 
 def compiled(root: Path, *arguments: str) -> Any:
     """What `compile_kernels.py` prints."""
@@ -42,7 +39,7 @@ def kernels_of(root: Path, without: tuple[str, ...] = ()) -> set[str]:
 def test_every_kernel_compiles_and_fits_a_card_without_bfloat16(root: Path) -> None:
     """A T4, in float16; scales of groups are bfloat16 there, too, and are converted in registers."""
     taken: dict[str, int] = compiled(root, "75", "float16")["shared"]
-    assert {*taken} == kernels_of(root, without=NEWTON_SCHULZ + FP8 + ("int8_matmul",))
+    assert {*taken} == kernels_of(root, without=("newton_schulz", "newton_schulz_fp8", "int8_matmul", "fp8_matmul"))
     assert {name: size for name, size in taken.items() if size > 64 << 10} == {}
 
 
@@ -51,7 +48,7 @@ def test_every_kernel_compiles_and_fits_a_card(card: str, root: Path) -> None:
     capability, limit = CARDS[card]
     found = compiled(root, str(capability))
     taken: dict[str, int] = found["shared"]
-    assert set(taken) == kernels_of(root, without=FP8 if capability < 89 else ())
+    assert set(taken) == kernels_of(root, without=("newton_schulz_fp8", "fp8_matmul") if capability < 89 else ())
     assert {name: size for name, size in taken.items() if size > limit} == {}
     # A norm has the same bits whether its gradient is looked at alone, at the end of its hook, or with its layer's.
     assert {name: len(layouts) for name, layouts in found["sums"].items()} == dict.fromkeys(found["sums"], 1)

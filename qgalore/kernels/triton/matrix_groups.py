@@ -41,7 +41,7 @@ def matrix_of(index, e0, e1, e2, e3, e4, e5, e6):
 
 
 @triton.jit
-def below_diagonal(index):
+def _below_diagonal(index):
     """Row and column, at most the row, of a tile among those on and below the diagonal, counted row by row."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     row += ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)  # where the root was rounded down or up
@@ -53,7 +53,7 @@ def below_diagonal(index):
 def rows_and_columns(index, T: tl.constexpr, S: tl.constexpr):
     """Rows (T,) and columns (S,), S a multiple of T, of a tile among those that reach below the diagonal."""
     EACH: tl.constexpr = S // T
-    row, column = below_diagonal(index // EACH)
+    row, column = _below_diagonal(index // EACH)
     return (row * EACH + index % EACH) * T + tl.arange(0, T), column * S + tl.arange(0, S)
 
 
@@ -102,37 +102,6 @@ def tile_of_slot(
     return i, chosen(which, starts) + column, value
 
 
-class Blocks(NamedTuple):
-    """How a product is computed."""
-
-    tile: tuple[int, int, int, int, int]
-    """Rows of a tile, its columns, a multiple of them, terms summed at a time, warps, stages."""
-    tma: bool = True
-    """Whether operands are read through descriptors; else through pointers, without masks."""
-    programs: int = 0
-    """At most so many programs take tiles in turn; 0: a program for each tile."""
-    overlaps: bool = False
-    """Whether blocks of the next tile are read during the end of one: `flatten` of Triton."""
-    specialized: bool = False
-    """Whether some warps load and others multiply: `warp_specialize` of Triton."""
-    stores: bool = False
-    """Whether results, too, are written through descriptors."""
-    own: bool | None = None
-    """Whether what a product is added to is read through a descriptor; None: as results are written."""
-    early: bool = False
-    """Whether programs start while the kernel before has its last ones (programmatic dependent launch)."""
-    twice: bool = False
-    """Whether the columns of a tile are two sums, which in FP8 take half as many registers beside them."""
-
-
-class BlockProducts(NamedTuple):
-    """Which products are computed by whole blocks (`block_products`), and how; None: by the kernels with masks."""
-
-    gram: Blocks | None = None
-    square: Blocks | None = None
-    apply: Blocks | None = None
-
-
 class Tiles(NamedTuple):
     """How products are computed; all numbers but warps and stages are powers of two of at least 16, of FP8 32."""
 
@@ -140,8 +109,6 @@ class Tiles(NamedTuple):
     """Rows of a tile of a symmetric matrix, its columns, a multiple of them, terms summed at a time, warps, stages."""
     full: tuple[int, int, int, int, int]
     """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
-    blocks: BlockProducts = BlockProducts()
-    """Where cards and shapes allow it (`block_products.usable`)."""
 
 
 def tiles_for(rows: int, table: Mapping[int, Tiles]) -> Tiles:

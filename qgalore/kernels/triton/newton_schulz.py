@@ -22,7 +22,6 @@ from torch import Tensor
 
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, next_power_of_2
 from qgalore.kernels.reference.newton_schulz import steps_by_segment, working_dtype
-from qgalore.kernels.triton import block_products
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
     ENDS,
@@ -205,10 +204,9 @@ class _Group:
     def __init__(self, matrices: Sequence[Tensor], in_segments: bool) -> None:
         self._matrices, self._in_segments = matrices, in_segments
         self._tiles = tiles_for(min(matrices[0].shape), TILES)
-        self._dtype = working_dtype(matrices[0].dtype) if in_segments else matrices[0].dtype
-        self._blocks = block_products.usable_of(self._tiles, min(matrices[0].shape), self._dtype, matrices[0].device)
-        self._side_by_side = SideBySide(matrices, block_products.columns_of(self._tiles, self._blocks))
+        self._side_by_side = SideBySide(matrices, self._tiles.full[1])
         self._rows, self._count = self._side_by_side.rows, len(matrices)
+        self._dtype = working_dtype(matrices[0].dtype) if in_segments else matrices[0].dtype
         self._x = self._side_by_side.empty(self._dtype)
         self._out = torch.empty_like(self._x)
 
@@ -289,11 +287,8 @@ class _Group:
     def _gram(self, gram: Tensor, factor: float) -> None:
         rows, columns, depth, warps, stages = self._tiles.square
         width, ends = self._side_by_side.width, self._side_by_side.ends
-        if how := self._blocks.gram:
-            block_products.gram(how, self._x, gram, ends, self._side_by_side.columns, factor, self._in_segments)
-            return
         _gram_kernel[(self._below(), self._count)](
-            self._x, gram, self._rows, width, factor, *ends, T=rows, S=columns, K=depth, C=self._side_by_side.columns,
+            self._x, gram, self._rows, width, factor, *ends, T=rows, S=columns, K=depth, C=self._tiles.full[1],
             ONCE=self._in_segments, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -301,9 +296,6 @@ class _Group:
         self, a: Tensor, b: Tensor, out: Tensor, factors: tuple[float, float, float], scale: Tensor | None, scales: int
     ) -> None:
         """out = factors · (a b, a, b), as `_square_kernel` has it."""
-        if how := self._blocks.square:
-            block_products.square(how, a, b, out, factors, scale, scales, self._in_segments)
-            return
         rows, columns, depth, warps, stages = self._tiles.square
         _square_kernel[(self._below(), self._count)](
             a, b, out, a if scale is None else scale, self._rows, *factors, T=rows, S=columns, K=depth, SCALES=scales,
@@ -314,9 +306,6 @@ class _Group:
         """out = (first X + factor X) sqrt(scale)."""
         rows, columns, depth, warps, stages = self._tiles.full
         width, ends = self._side_by_side.width, self._side_by_side.ends
-        if how := self._blocks.apply:
-            block_products.apply(how, self._x, factor, out, ends, first, scale)
-            return
         _apply_kernel[(ceil_div(self._rows, rows), width // columns)](
             self._x, factor, factor if scale is None else scale, out, self._rows, width, first, *ends, T=rows, K=depth,
             C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,

@@ -20,7 +20,6 @@ from torch import Tensor
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div
 from qgalore.kernels.reference import newton_schulz_fp8
 from qgalore.kernels.reference.newton_schulz_fp8 import FACTOR, FIRST_GRAM, GRAM, scale_of
-from qgalore.kernels.triton import block_products, block_products_fp8
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
     ENDS,
@@ -178,9 +177,8 @@ TILES: dict[int, Tiles] = {
 
 
 def _least_rows(rows: int) -> int:
-    """Rows of a small matrix with the tiles of one of so many rows, of several tiles; and whole ones for blocks."""
-    whole = any(tiles_for(rows, TILES).blocks)
-    return max((most + (256 if whole else 8) for most in TILES if most < rows), default=256 if whole else 72)
+    """Rows of a small matrix with the tiles of one of so many rows, of several tiles."""
+    return max((most + 8 for most in TILES if most < rows), default=72)
 
 
 @functools.cache
@@ -231,8 +229,7 @@ class _Group:
 
     def __init__(self, matrices: Sequence[Tensor], tiles: Tiles) -> None:
         self._tiles = tiles
-        self._blocks = block_products.usable_of(tiles, min(matrices[0].shape), matrices[0].dtype, matrices[0].device)
-        self._side_by_side = group = SideBySide(matrices, block_products.columns_of(tiles, self._blocks))
+        self._side_by_side = group = SideBySide(matrices, self._tiles.full[1])
         self._rows, self._count, self._scale = group.rows, group.count, scale_of(group.rows)
         dtype, fp8, device = matrices[0].dtype, torch.float8_e4m3fn, matrices[0].device
         self._x, self._x8 = group.empty(dtype), group.empty(fp8)
@@ -264,12 +261,6 @@ class _Group:
 
     def _form_gram(self, scale: float) -> None:
         group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.square
-        if how := self._blocks.gram:
-            block_products_fp8.gram(
-                how, self._x8, self._gram, self._gram8, self._diagonals[0], group.ends, group.columns,
-                self._scale**-2, scale, _SUMMED,
-            )  # fmt: skip
-            return
         _fp8_gram_kernel[(tiles_below(self._rows, rows, columns), self._count)](
             self._x8, self._gram, self._gram8, self._diagonals[0], self._rows, group.width, self._scale**-2, scale,
             *group.ends, T=rows, S=columns, K=depth, C=group.columns, EXACT=min(_SUMMED, depth), num_warps=warps,
@@ -277,11 +268,6 @@ class _Group:
         )  # fmt: skip
 
     def _square(self, polynomial: tuple[float, float, float], scale: float) -> None:
-        if how := self._blocks.square:
-            factors = (*polynomial, scale**-2, FACTOR)
-            given = self._gram, self._gram8, self._diagonals[0], self._even8, self._diagonals[1]
-            block_products_fp8.square(how, *given, factors, _SUMMED)
-            return
         rows, columns, depth, warps, stages = self._tiles.square
         _fp8_square_kernel[(tiles_below(self._rows, rows, columns), self._count)](
             self._gram, self._gram8, self._diagonals[0], self._even8, self._diagonals[1], self._rows, *polynomial,
@@ -291,11 +277,6 @@ class _Group:
 
     def _apply(self, last: bool) -> None:
         group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.full
-        if how := self._blocks.apply:
-            given = self._x, self._x8, self._turned, self._out, self._even8, self._diagonals[1]
-            factor = 1.0 / (FACTOR * self._scale)
-            block_products_fp8.apply(how, *given, group.ends, factor, self._scale, last)
-            return
         _fp8_apply_kernel[(ceil_div(self._rows, rows), group.width // columns)](
             self._x, self._x8, self._turned, self._out, self._even8, self._diagonals[1], self._rows, group.width,
             1.0 / (FACTOR * self._scale), self._scale, *group.ends, T=rows, K=depth, C=columns, LAST=last,
