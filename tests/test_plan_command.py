@@ -165,4 +165,10 @@ def test_a_card_without_fp8_has_no_products_in_fp8(flags: str, capsys: pytest.Ca
         asked = flags.replace("=", " ")
         said = f"{asked} on --gpu 3090: GeForce RTX 3090 has no products in FP8, which need compute capability 8.9"
         assert said in capsys.readouterr().err
-    assert printed(capsys, "--gpu", "3090", "--model", "60m", "--newton_schulz", "auto")
+
+
+@pytest.mark.parametrize("flags", ["--newton_schulz auto", "--optimizer AdamW --newton_schulz muon_fp8"])
+def test_flags_that_make_no_products_in_fp8_are_no_fault_of_a_card(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printed(capsys, "--gpu", "3090", "--model", "60m", *flags.split())

@@ -16,6 +16,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS
 from peft_pretraining.config.flags import is_given, parse_size
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_config, shipped_configs
@@ -87,11 +88,13 @@ def _asks_for_fp8(flags: list[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--fp8_products", action="store_true")
     parser.add_argument("--newton_schulz", default=AUTO)
+    parser.add_argument("--optimizer", type=str.lower, default="")
     with contextlib.suppress(argparse.ArgumentError):  # which the run's own parser says
         known = parser.parse_known_args(flags)[0]
         if known.fp8_products:
             return "--fp8_products"
-        if known.newton_schulz in METHODS and METHODS[known.newton_schulz].fp8:
+        orthogonalises = known.optimizer not in FULL_RANK_OPTIMIZERS
+        if orthogonalises and known.newton_schulz in METHODS and METHODS[known.newton_schulz].fp8:
             return f"--newton_schulz {known.newton_schulz}"
     return ""
 
