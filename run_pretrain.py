@@ -52,6 +52,7 @@ from peft_pretraining.optim.adam8bit_backend import backend_of, rounds_zeros_up,
 from peft_pretraining.optim.lr_schedule import restarts_of, scheduled_multiplier, set_learning_rate
 from peft_pretraining.reporting.reporter import RunMetrics
 from peft_pretraining.reporting.run_files import write_run_files
+from peft_pretraining.runtime.alike_steps import with_steps_of_all
 from peft_pretraining.runtime.device import check_device, emulated_products, slow_dtype
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
 from peft_pretraining.runtime.rendezvous import world_size_of_launch
@@ -89,6 +90,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         args = agree_on_flags(args, world)
         make_reproducible(args.model.dtype)
         check_device(world.device, args.model.dtype, args.quantization, args.newton_schulz)
+        args = with_steps_of_all(args, world)
         args = with_backend(args, world.from_main(lambda: backend_of(args, world.device)))
         if missing := next(filter(None, world.gather(missing_host_memory(args))), None):
             raise UserError(missing)

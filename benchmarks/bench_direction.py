@@ -32,7 +32,7 @@ from qgalore import kernels
 from qgalore.kernels.arguments import GROUP_LIMIT
 from qgalore.update import moments
 from qgalore.update.directions import DIRECTIONS, direction_of
-from qgalore.update.newton_schulz import METHODS, SEGMENT, multiply_adds, segments_of
+from qgalore.update.newton_schulz import AUTO, METHODS, SEGMENT, multiply_adds, segments_of
 
 Shape = tuple[int, int]
 MODELS = ("60m", "130m", "350m", "1b", "7b")
@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/direction.csv", help="CSV")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.methods.split(",") if name not in METHODS]:
+        also = "; auto is one of the first two, by size and card" if AUTO in unknown else ""
+        parser.error(f"--methods has {', '.join(unknown)}: it must be of {', '.join(METHODS)}{also}")
     bench = Bench(torch.device(args.device), args.results)
     for model, shapes in _shapes_by_model(args.models, args.shapes).items():
         if args.sweep:

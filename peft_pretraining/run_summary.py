@@ -9,6 +9,7 @@ from pathlib import Path
 from peft_pretraining.build import shape_of
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.optim.lr_schedule import describe_schedule
 from qgalore.update.newton_schulz import method_of
@@ -143,14 +144,19 @@ def _subspace(args: RunArgs, config: ModelConfig | None) -> str:
 
 
 def _steps(args: RunArgs, config: ModelConfig | None) -> str:
-    """Of the whole space: that momenta are orthogonalised in FP8, always or on a GPU that has it."""
-    if config is None or args.subspace.projects or args.subspace.direction == "adam":
+    """That momenta are orthogonalised in FP8, always or on a GPU that has it, and of how many matrices of a layer."""
+    if config is None or args.subspace.direction == "adam":
         return ""
-    shapes = config.matrix_shapes().values()
-    if any(method_of(args.newton_schulz, min(shape), lambda _: False).fp8 for shape in shapes):
-        return "; momenta orthogonalised in FP8"
-    where_possible = any(method_of(args.newton_schulz, min(shape), lambda _: True).fp8 for shape in shapes)
-    return "; momenta orthogonalised in FP8 on a GPU that has it" if where_possible else ""
+    rows = [min(matrix.gradient_shape) for matrix in PlannedRun(args, config).matrices]
+
+    def count(has_fp8: bool) -> int:
+        return sum(method_of(args.newton_schulz, each, lambda _: has_fp8).fp8 for each in rows)
+
+    always, possible = count(False), count(True)
+    if not possible:
+        return ""
+    of = "" if possible == len(rows) else f" of {possible} of {len(rows)} matrices a layer"
+    return f"; momenta{of} orthogonalised in FP8{'' if always else ' on a GPU that has it'}"
 
 
 def _rates(args: RunArgs) -> str:

@@ -197,7 +197,8 @@ def test_the_name_of_a_q_galore_optimizer_is_the_method(text: str, values: tuple
         if not name.startswith("q_galore"):
             args = parse(f"--optimizer {name}")
             assert [args.to_dict()[flag] for flag in NAMED] == [False] * 3
-            assert args.left_to_name == (("adam8bit_backend",) if name == "adam8bit" else ())
+            others = ("newton_schulz",) if name.startswith("galore") else ()
+            assert args.left_to_name == (("adam8bit_backend",) if name == "adam8bit" else others)
 
 
 def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_path: Path) -> None:
@@ -223,25 +224,27 @@ def test_a_run_that_goes_on_keeps_what_its_checkpoint_says_of_the_method(tmp_pat
     assert parse(f"{Q_GALORE} --save_dir {tmp_path / 'none'} --continue_from auto").notes == ()
 
 
-def test_a_run_that_goes_on_keeps_its_newton_schulz_steps(tmp_path: Path) -> None:
-    """The default's are auto, and were Muon's before: a checkpoint without the flag has those."""
+@pytest.mark.parametrize("optimizer", ["q_galore_adamw8bit", "galore_adamw", "galore_adamw8bit_per_layer"])
+def test_a_run_that_goes_on_keeps_its_newton_schulz_steps(optimizer: str, tmp_path: Path) -> None:
+    """Of --recipe full_rank they are auto, and were Muon's before: a checkpoint without the flag has those."""
     folder = tmp_path / "step_00000003"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
-    resumed = f"{Q_GALORE} --continue_from {folder}"
+    of_recipe = f"--optimizer {optimizer} --recipe full_rank"
+    resumed = f"{of_recipe} --continue_from {folder}"
     said = "--newton_schulz {}, as in the checkpoint: the command line says nothing of it"
     for recorded, steps in (
         ("", "muon"),
         (', "newton_schulz": "polar4"', "polar4"),
         (', "newton_schulz": "auto"', "auto"),
     ):
-        (folder / "state.json").write_text(
-            f'{{"optimizer": "{Q_GALORE.split()[-1]}", "recipe": "full_rank"{recorded}}}'
-        )
+        (folder / "state.json").write_text(f'{{"optimizer": "{optimizer}", "recipe": "full_rank"{recorded}}}')
         args = parse(resumed)
         assert args.newton_schulz == steps and args.notes == (() if steps == "auto" else (said.format(steps),))
         assert parse(f"{resumed} --newton_schulz polar5").newton_schulz == "polar5"
-    assert (parse(Q_GALORE).newton_schulz, parse(f"{Q_GALORE} --recipe paper").newton_schulz) == ("auto", "muon")
+    assert parse(of_recipe).newton_schulz == "auto"
+    assert parse(of_recipe.replace("full_rank", "paper")).newton_schulz == "muon"
+    assert parse(Q_GALORE).newton_schulz == "auto", "the default"
 
 
 @pytest.mark.parametrize(

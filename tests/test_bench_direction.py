@@ -73,3 +73,14 @@ def test_a_sweep_times_single_products(
     said = capsys.readouterr()
     assert "tiles 16x12x16x4x1 do not run" in said.err and "the fastest tiles of gram are 32x16x16x4x1" in said.out
     assert kept == triton.TILES
+
+
+@pytest.mark.parametrize(("methods", "said"), [("auto", "; auto is one of the first two"), ("muon,polar6", "polar6")])
+def test_methods_are_those_that_can_be_timed(
+    methods: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--shapes", "8x8", "--device", "cpu", "--results", str(tmp_path / "rows.csv")]
+    with pytest.raises(SystemExit):
+        bench_direction.main(["--methods", methods, *small])
+    error = capsys.readouterr().err
+    assert said in error and "it must be of muon, muon_fp8, polar5, polar4" in error

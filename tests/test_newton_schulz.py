@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -239,6 +241,24 @@ def test_auto_takes_fp8_where_matrices_gain_by_it(monkeypatch: pytest.MonkeyPatc
     assert_equal(found, [plain[0], fp8[1], fp8[2], plain[3]])
     assert not torch.equal(fp8[1], plain[1]) and asked == [(768, torch.device("cpu"))] * 2
     assert method_of("auto", 4096, lambda rows: rows < 4096) is METHODS["muon"], "where Triton compiles it wrongly"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "kernels_of", "runs"),
+    [((9, 0), None, "triton", True), ((8, 9), None, "triton", True), ((8, 6), None, "triton", False),
+     ((9, 0), None, "reference", False), ((9, 4), "6.4", "triton", False)],
+)  # fmt: skip
+def test_which_gpus_run_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, kernels_of: str, runs: bool
+) -> None:
+    """Of NVIDIA from 8.9 on, with Triton: AMD's numbers are others, and its format of FP8 is another."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    reference = SimpleNamespace(runs_in_fp8=lambda rows, device: False)
+    triton = SimpleNamespace(runs_in_fp8=lambda rows, device: True)
+    chosen = {"reference": reference, "triton": triton}[kernels_of]
+    monkeypatch.setattr(kernels.api, "backend", lambda function, device: getattr(chosen, function.__name__))
+    assert kernels.runs_in_fp8(768, torch.device("cuda", 0)) is runs
 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:

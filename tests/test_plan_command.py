@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -165,4 +166,22 @@ def test_a_card_without_fp8_has_no_products_in_fp8(flags: str, capsys: pytest.Ca
         asked = flags.replace("=", " ")
         said = f"{asked} on --gpu 3090: GeForce RTX 3090 has no products in FP8, which need compute capability 8.9"
         assert said in capsys.readouterr().err
-    assert printed(capsys, "--gpu", "3090", "--model", "60m", "--newton_schulz", "auto")
+
+
+def test_steps_of_a_checkpoint_are_held_against_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "step_00000003"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    state = {"optimizer": "q_galore_adamw8bit", "recipe": "full_rank", "newton_schulz": "muon_fp8"}
+    (folder / "state.json").write_text(json.dumps(state))
+    run = "--model_config 60m --dataset pydocs --batch_size 8 --optimizer q_galore_adamw8bit --continue_from"
+    assert commands.main(["plan", "--gpu", "3090", *run.split(), str(folder)]) == 2
+    said = "--newton_schulz muon_fp8, as in the checkpoint, on --gpu 3090: GeForce RTX 3090 has no products in FP8"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--newton_schulz auto", "--optimizer AdamW --newton_schulz muon_fp8"])
+def test_flags_that_make_no_products_in_fp8_are_no_fault_of_a_card(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printed(capsys, "--gpu", "3090", "--model", "60m", *flags.split())

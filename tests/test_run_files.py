@@ -132,6 +132,9 @@ memory      {peak:.3g} GB planned a rank, {lasting:.3g} of it weights and optimi
 """
 
 
+GROUPED = "grouped.json"
+
+
 def test_a_run_begins_with_what_it_is(small: SmallRun, capsys: pytest.CaptureFixture[str]) -> None:
     """In few lines, which --dry_run prints, too."""
     flags: dict[str, object] = flags_of("q_galore_adamw8bit_per_layer") | {
@@ -165,6 +168,18 @@ def test_a_run_begins_with_what_it_is(small: SmallRun, capsys: pytest.CaptureFix
         ({"newton_schulz": "muon_fp8", "rank": "full"}, ["scale 0.5; momenta orthogonalised in FP8\n"]),
         ({"model_config": "configs/llama_130m.json"}, ["momenta orthogonalised in FP8 on a GPU that has it\n"]),
         ({"model_config": "configs/llama_60m.json"}, ["subspace    rank full: no projections; scale 0.5\n"]),
+        (
+            {"model_config": GROUPED},
+            ["; momenta of 5 of 7 matrices a layer orthogonalised in FP8 on a GPU that has it\n"],
+        ),
+        ({"newton_schulz": "muon_fp8", "model_config": GROUPED}, ["scale 0.5; momenta orthogonalised in FP8\n"]),
+        (
+            {"newton_schulz": "auto", "recipe": "orthogonal", "rank": 768, "mlp_rank": 64}
+            | {"model_config": "configs/llama_130m.json"},
+            ["updates, scale 0.5; momenta of 4 of 7 matrices a layer orthogonalised in FP8 on a GPU that has it\n"],
+        ),
+        ({"newton_schulz": "muon_fp8", "rank": 32}, ["updates, scale 0.5; momenta orthogonalised in FP8\n"]),
+        ({"newton_schulz": "auto", "recipe": "paper", "rank": 32}, ["updates, scale 1\n"]),
         ({"mlp_rank": 16, "proj_quant": False}, ["rank 24, 16 in the MLP, streaming, float projections"]),
         ({"grad_clipping": 2.0}, ["clipping at 2"]),
         ({"max_train_tokens": "3.2B"}, ["updates     12,500,000 of 256 tokens (8 sequences", "3.2 billion in all"]),
@@ -173,6 +188,15 @@ def test_a_run_begins_with_what_it_is(small: SmallRun, capsys: pytest.CaptureFix
 def test_what_the_first_lines_say_of_other_runs(
     small: SmallRun, flags: dict[str, object], expected: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    grouped = small.folder / GROUPED  # keys and values of 256 rows
+    grouped.write_text(
+        json.dumps(
+            CONFIG
+            | {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 2048}
+        )
+    )
+    if flags.get("model_config") == GROUPED:
+        flags = flags | {"model_config": grouped}
     assert small.main("run", dry_run=True, **{"optimizer": "q_galore_adamw8bit"} | flags) == 0
     printed = capsys.readouterr().out
     for text in expected:

@@ -88,7 +88,7 @@ def beside_adamw() -> str:
 
 
 def newest_pair(method: str, model: str) -> tuple[Row, Row] | None:
-    """The newest row of a method with updates in a row, and that of AdamW in the same call; None if there is none."""
+    """The newest row of a method with updates in a row, and AdamW's of that commit and machine; None without one."""
     rows = [row for row in rows_of("compare.csv") if row["model"] == model and not row["error"]]
     for row in reversed(rows):
         if row["method"] == method and row["in_a_row_tokens_per_second"] and _has_steps_of_the_recipe(row):

@@ -41,6 +41,7 @@ from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.lr_schedule import describe_change
 from peft_pretraining.optim.protocol import TrainingOptimizer
 from peft_pretraining.runtime.world import World
+from qgalore.update.newton_schulz import AUTO
 
 _STOP_MARKER = "STOPPED"
 # Values that must be the same for a resumed run to equal an uninterrupted one.
@@ -81,7 +82,8 @@ def refusal_of_start(args: RunArgs) -> str:
         with contextlib.suppress(OSError, ValueError):
             state = _OLD_VALUES | json.loads(path.read_text(encoding="utf-8"))
             described = args.to_dict() | {"model_config_contents": read_config_json(args.model.model_config)}
-            refusal = refusal_of(path.parent, state, {name: described[name] for name in _FIXED})
+            fixed = _fixed_flags(described, state)
+            refusal = refusal_of(path.parent, state, {name: described[name] for name in fixed})
             return refusal or _refusal_of_length(args, path.parent, int(path.parent.name.rpartition("_")[2]))
     return ""
 
@@ -379,8 +381,11 @@ def params_of_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tenso
 
 def _fixed_flags(here: Mapping[str, Any], there: Mapping[str, Any]) -> tuple[str, ...]:
     """What must be the same in a run, `here`, as in its checkpoint, `there`: both by the names of flags."""
+    fixed: tuple[str, ...] = _FIXED
+    if (there.get("newton_schulz"), here["newton_schulz"]) == (AUTO, "muon"):  # which auto is on some GPUs
+        fixed = tuple(name for name in _FIXED if name != "newton_schulz")
     moments = [values.get("optimizer") in _MOMENTUM_BY_BETA1 and bool(values.get("beta1")) for values in (here, there)]
-    return _FIXED if moments[0] == moments[1] else (*_FIXED, "beta1")
+    return fixed if moments[0] == moments[1] else (*fixed, "beta1")
 
 
 _OF_CODES = re.compile(r"_(qdata|scale|zero_point|format)$")

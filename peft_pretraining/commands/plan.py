@@ -16,10 +16,11 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS
 from peft_pretraining.config.flags import is_given, parse_size
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_config, shipped_configs
-from peft_pretraining.speed.cards import card_of_size, find_card, table_of_cards
+from peft_pretraining.speed.cards import Card, card_of_size, find_card, table_of_cards
 from qgalore.update.newton_schulz import AUTO, METHODS
 
 
@@ -60,10 +61,7 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
             "--gpu out"
         )
     if card and not card.fp8 and (asked := _asks_for_fp8(flags)):
-        raise UserError(
-            f"{asked} on --gpu {args.gpu}: {card.name} has no products in FP8, which need compute capability 8.9 (RTX "
-            f"40, L4, H100 and newer): leave {asked} out"
-        )
+        raise UserError(_no_fp8(args, card, f"leave {asked} out", asked))
     if is_given(flags, "model_config"):
         return _describe(args, flags, card.gigabytes if card else 0)
     if card is not None and not budgets:
@@ -82,16 +80,25 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
     return fit_tables.overview([(each, card or card_of_size(each)) for each in budgets], models, flags)
 
 
+def _no_fp8(args: argparse.Namespace, card: Card, instead: str, asked: str) -> str:
+    return (
+        f"{asked} on --gpu {args.gpu}: {card.name} has no products in FP8, which need compute capability 8.9 (RTX 40, "
+        f"L4, H100 and newer): {instead}"
+    )
+
+
 def _asks_for_fp8(flags: list[str]) -> str:
     """The flag of a run that makes products in FP8 on every card; "" without one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--fp8_products", action="store_true")
     parser.add_argument("--newton_schulz", default=AUTO)
+    parser.add_argument("--optimizer", type=str.lower, default="")
     with contextlib.suppress(argparse.ArgumentError):  # which the run's own parser says
         known = parser.parse_known_args(flags)[0]
         if known.fp8_products:
             return "--fp8_products"
-        if known.newton_schulz in METHODS and METHODS[known.newton_schulz].fp8:
+        orthogonalises = known.optimizer not in FULL_RANK_OPTIMIZERS
+        if orthogonalises and known.newton_schulz in METHODS and METHODS[known.newton_schulz].fp8:
             return f"--newton_schulz {known.newton_schulz}"
     return ""
 
@@ -126,7 +133,11 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
     if card and not budget and not is_given(flags, "batch_size") and not is_given(flags, "memory_budget"):
         budget = f"{gigabytes}GB"
     flags = [*flags, *(["--memory_budget", budget] if budget else [])]
-    return describe(parse_within_budget(flags, world_size_of_launch(), card), card)
+    run = parse_within_budget(flags, world_size_of_launch(), card)
+    if args.gpu and card and not card.fp8 and run.newton_schulz != AUTO and METHODS[run.newton_schulz].fp8:
+        steps = f"--newton_schulz {run.newton_schulz}, as in the checkpoint,"
+        raise UserError(_no_fp8(args, card, "go on with it on another card", steps))
+    return describe(run, card)
 
 
 def _bytes(text: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.config.flag_groups import Q_GALORE_OPTIMIZERS
+from peft_pretraining.config.flag_groups import GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
 from peft_pretraining.models.config_source import states_in
 from qgalore.config import FULL, SubspaceConfig, default_of
 
@@ -32,12 +32,12 @@ def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the optimizer's name says; for adam8bit that is what a machine has."""
     if values.get("optimizer") == "adam8bit":
         return {"adam8bit_backend": "auto"}
+    steps = {"newton_schulz": default_of(SubspaceConfig, "newton_schulz")}  # of a recipe that has no others
     if values.get("optimizer") not in Q_GALORE_OPTIMIZERS:
-        return {}
+        return steps if values.get("optimizer") in GALORE_OPTIMIZERS else {}
     projects = values.get("rank") != FULL or values.get("mlp_rank", FULL) not in (0, FULL)
     quantized = values.get("weight_quant", True)
-    steps = default_of(SubspaceConfig, "newton_schulz")  # of a recipe that has no others
-    return {"weight_quant": True, "stochastic_round": quantized, "proj_quant": projects, "newton_schulz": steps}
+    return {"weight_quant": True, "stochastic_round": quantized, "proj_quant": projects, **steps}
 
 
 def recorded_method(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def with_old_values(state: Mapping[str, Any]) -> dict[str, Any]:
     if state.get("optimizer") in Q_GALORE_OPTIMIZERS and not state.get("recipe"):
         recipes = {"orthogonal": "orthogonal", "normuon": "full_rank"}
         state = {**state, "recipe": recipes.get(state.get("direction", ""), "paper")}
-    if state.get("optimizer") in Q_GALORE_OPTIMIZERS:
+    if state.get("optimizer") in (*GALORE_OPTIMIZERS, *Q_GALORE_OPTIMIZERS):
         old = {"newton_schulz": "muon"}
     return {**old, **state}
 
@@ -92,8 +92,11 @@ def _as_flag(name: str, value: object) -> str:
 
 def left_to_name(given: Mapping[str, Any]) -> tuple[str, ...]:
     """The flags that the optimizer's name decides for a command line with the values `given`."""
-    if given.get("optimizer") == "adam8bit":
-        names: tuple[str, ...] = ("adam8bit_backend",)
-    else:
-        names = ("recipe", "newton_schulz", *NAMED) if given.get("optimizer") in Q_GALORE_OPTIMIZERS else ()
+    optimizer, names = given.get("optimizer"), tuple[str, ...]()
+    if optimizer == "adam8bit":
+        names = ("adam8bit_backend",)
+    elif optimizer in GALORE_OPTIMIZERS:
+        names = ("newton_schulz",)
+    elif optimizer in Q_GALORE_OPTIMIZERS:
+        names = ("recipe", "newton_schulz", *NAMED)
     return tuple(name for name in names if name not in given)

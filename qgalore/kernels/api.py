@@ -180,11 +180,11 @@ def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[fl
 def runs_in_fp8(rows: int, device: torch.device) -> bool:
     """Whether `orthogonalize_fp8` of matrices with so many rows is made of products in FP8 there, and right.
 
-    Not below compute capability 8.9 or without Triton, nor where a version of Triton compiles it to wrong values, which
-    a warning says; that waits for the device, once. While a graph is captured, what has not been compared counts as
-    right.
+    Not below compute capability 8.9, on AMD or without Triton, nor where a version of Triton compiles it to wrong
+    values, which a warning says; that waits for the device, once. While a graph is captured, what has not been compared
+    counts as right.
     """
-    if device.type != "cuda" or _lacks_fp8(device):
+    if device.type != "cuda" or torch.version.hip is not None or _lacks_fp8(device):
         return False
     return backend(newton_schulz_fp8.runs_in_fp8, device)(rows, device)
 

@@ -40,7 +40,7 @@ AUTO = "auto"
 """The name of the method that `method_of` chooses."""
 _LEAST_ROWS_IN_FP8 = 768
 """Of a matrix to gain by FP8: of smaller ones the copies in FP8 take longer than the products save (60M has 512 rows
-and is slower with it; 130M has 768 and is 2.5 % faster: `compare.csv`, a13fc65)."""
+and is slower with it; 130M has 768 and is 2.5 % faster, in a row: `compare.csv`, a13fc65)."""
 _MUON = ((3.4445, -4.7750, 2.0315),) * 5
 _POLAR = ((8.1693, -22.9667, 16.5429), (3.9810, -2.8678, 0.5293), (3.4959, -2.5673, 0.5022))
 METHODS = {

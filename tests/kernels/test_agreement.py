@@ -608,6 +608,19 @@ def test_newton_schulz_in_fp8_is_checked_once_a_device(monkeypatch: pytest.Monke
     assert [triton._least_rows(rows) for rows in (24, 768, 769, 1024, 2049, 9000)] == [72, 72, 776, 776, 2056, 2056]
 
 
+def test_a_graph_has_the_steps_of_the_updates_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton compiles wrongly, which is known from an update without a graph."""
+    triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
+    gpu, capturing = torch.device("cuda", 7), [True]
+    monkeypatch.setattr(triton, "fault_of_compiled", lambda tiles, least, device: "wrong" if least < 776 else "")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert triton._fault(768, gpu) == "", "not compared yet, which a capture cannot wait for"
+    capturing[0] = False
+    assert [triton._fault(rows, gpu) for rows in (768, 1024)] == ["wrong", ""]
+    capturing[0] = True
+    assert [triton._fault(rows, gpu) for rows in (24, 768, 1024)] == ["wrong", "wrong", ""]
+
+
 def test_newton_schulz_by_other_tiles(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that are wider than high reach over the diagonal; within bfloat16 values are float16."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz", reason="Triton is not installed")

@@ -197,12 +197,18 @@ def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
     return f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}"
 
 
+_FAULTS: dict[tuple[int, torch.device], str] = {}
+"""What `fault_of_compiled` has found, by the least rows of the tiles and the device."""
+
+
 def _fault(rows: int, device: torch.device) -> str:
-    """`fault_of_compiled` for matrices with so many rows; "" where it cannot be known, while a graph is captured."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    """`fault_of_compiled` for matrices with so many rows; "" while a graph is captured and it is not known yet."""
+    if device.type != "cuda":
         return ""
     least = _least_rows(rows)
-    return fault_of_compiled(tiles_for(least, TILES), least, device)
+    if not torch.cuda.is_current_stream_capturing():
+        _FAULTS[least, device] = fault_of_compiled(tiles_for(least, TILES), least, device)
+    return _FAULTS.get((least, device), "")
 
 
 def runs_in_fp8(rows: int, device: torch.device) -> bool:
