@@ -53,7 +53,8 @@ def rows(products: int = FLOAT_PRODUCTS) -> dict[MeasuredSpeed, RunArgs]:
     newest = {}
     for row in kept.values():
         args = run(row["model"], row["flags"])
-        if args.quantization.weight_format.products != products or args.batch.max_length != 256:
+        others = args.batch.max_length != 256 or bool(args.model.recompute)
+        if args.quantization.weight_format.products != products or others:
             continue  # the table has no column for these
         if args.subspace.direction != "adam":
             continue  # it is of the paper's algorithm
