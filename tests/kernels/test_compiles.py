@@ -62,3 +62,16 @@ def test_every_kernel_compiles_and_fits_a_card(card: str, root: Path) -> None:
     }
     assert set(found["fp8"].values()) <= {0}, "padding that is stored is to be moved with what is before it"
     assert len(found["fp8"]) == (5 if capability >= 89 else 0)
+
+
+@pytest.mark.parametrize(("hip", "portable"), [("None", False), ("'6.4'", True)])
+def test_no_instructions_of_nvidia_on_amd(hip: str, portable: bool, root: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = f"import torch; torch.version.hip = {hip}; from qgalore.kernels.triton.tiles import PORTABLE"
+    code += "; print(PORTABLE.value)"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(portable), done.stderr
+    for file in (root / "qgalore/kernels/triton").glob("*.py"):  # each asks before it uses one
+        for function in re.findall(r"^def .*?(?=^\S|\Z)", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            assert "inline_asm" not in function or "if PORTABLE:" in function, (file.name, function)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qgalore.kernels.arguments import AdamStep, ceil_div, launches, next_power_of_2
 from qgalore.kernels.reference.adam import dynamic_map
-from qgalore.kernels.triton.tiles import INTERPRETED, chosen, matrix_of_program, to_float
+from qgalore.kernels.triton.tiles import PORTABLE, chosen, matrix_of_program, to_float
 
 __all__ = ["adam_steps", "dequantize_blocks", "momentum_steps", "quantize_blocks_"]
 
@@ -35,9 +35,8 @@ _VALUES, _WARPS = 512, 1
 program does once is shared by 16 values a thread."""
 
 _ZERO = tl.constexpr(127)  # the signed code of zero
-_WHOLE = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: a small number added to it is rounded, and is the lowest bits of the sum
+_WHOLE = tl.constexpr(12582912.0)
+"""1.5 * 2^23: a small number that is added to it is rounded, and is the lowest bits of the sum."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,7 +64,7 @@ _BYTES = tl.constexpr("""{
 @triton.jit
 def _looked_up(table, index):
     """table[index], float32: for a load of scattered values Triton would deal all others anew to the threads."""
-    if INTERPRETED:
+    if PORTABLE:
         return tl.load(table + index)
     else:
         table = table.to(tl.int64)
@@ -75,7 +74,7 @@ def _looked_up(table, index):
 @triton.jit
 def _ramp(x, slope, offset):
     """slope * x + offset between 0 and 1; 0 of what is not a number."""
-    if INTERPRETED:
+    if PORTABLE:
         return tl.minimum(tl.maximum(tl.fma(x, x * 0 + slope, x * 0 + offset), 0.0), 1.0)
     else:
         return tl.inline_asm_elementwise(_RAMP, "=f,f,f,f", [x, slope, offset], dtype=tl.float32, is_pure=True, pack=1)
@@ -84,7 +83,7 @@ def _ramp(x, slope, offset):
 @triton.jit
 def _bytes(code):
     """The lowest byte of int32, as uint8."""
-    if INTERPRETED:
+    if PORTABLE:
         return code.to(tl.uint8)
     else:
         return tl.inline_asm_elementwise(_BYTES, "=r,r,r,r,r", [code], dtype=tl.uint8, is_pure=True, pack=4)

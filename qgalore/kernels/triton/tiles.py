@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import ceil_div
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"))
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+PORTABLE = tl.constexpr(_INTERPRETED or torch.version.hip is not None)
+"""Whether to do without instructions of NVIDIA: in the interpreter, and on AMD."""
 
 
 @triton.jit
@@ -78,7 +81,7 @@ _WHOLE_BELOW = tl.constexpr("add.rz.f32 $0, $1, 0f4AFFFFFE;")  # 2^23 - 1: the l
 @triton.jit
 def _whole_below(x):
     """The largest whole number up to x - 1, int32, for x from 1 to 256; a conversion takes four times as long."""
-    if INTERPRETED:
+    if PORTABLE:
         return x.to(tl.int32) - 1
     else:
         bits = tl.inline_asm_elementwise(_WHOLE_BELOW, "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
@@ -206,7 +209,7 @@ def round_stochastic(x, random, TYPE: tl.constexpr):
 @triton.jit
 def to_float(x, TYPE: tl.constexpr):
     """float32 x rounded to the nearest TYPE, ties to even; the interpreter's own cast to bfloat16 truncates."""
-    if TYPE == tl.bfloat16 and INTERPRETED:
+    if TYPE == tl.bfloat16 and PORTABLE:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
@@ -230,7 +233,7 @@ def float8_bits(x):
 
     The instruction of a GPU does all of that.
     """
-    if INTERPRETED:
+    if PORTABLE:
         bits = _to_float8(tl.maximum(tl.minimum(x, 448.0), -448.0)).to(tl.uint8, bitcast=True)
         return tl.where(x == x, bits, tl.full(bits.shape, 0x7F, tl.uint8))
     else:
@@ -248,7 +251,7 @@ _FLOAT8_WORD = tl.constexpr("""{
 @triton.jit
 def float8_word(a, b, c, d):
     """`float8_bits` of four tensors, a the lowest byte, as int32: what is adjacent in memory may be so in no tensor."""
-    if INTERPRETED:
+    if PORTABLE:
         low = float8_bits(a).to(tl.int32) | (float8_bits(b).to(tl.int32) << 8)
         return low | (float8_bits(c).to(tl.int32) << 16) | (float8_bits(d).to(tl.int32) << 24)
     else:
