@@ -106,7 +106,7 @@ class Bench:
         """Of a large product, operations a second, two for a multiply-add."""
         self.fp8_rate = self.rate
         """The same in FP8, where the device has that."""
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        if kernels.has_fp8(device):
             first, second = (kernels.fp8_rows([x], [size], None) for x in (a, b))
             run = lambda: kernels.fp8_product(first, second, size, self.dtype)  # noqa: E731
             self.fp8_rate = 2 * size**3 / (self._ms(run) / 1e3)

@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in names if name not in MODELS]:
         parser.error(f"--models: {unknown[0]} is none of {', '.join(MODELS)}")
     on_gpu = torch.cuda.is_available()
-    if on_gpu and torch.cuda.get_device_capability() < (8, 9):
+    if on_gpu and not kernels.has_fp8(torch.device("cuda")):
         print(f"bench_fp8_products needs a GPU with FP8: {torch.cuda.get_device_name()} has none", file=sys.stderr)
         return 2
     circumstances = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__}

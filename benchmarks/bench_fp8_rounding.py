@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--note", default="", help="what to remember of the circumstances")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if device.type == "cuda" and not kernels.has_fp8(device):
         print(f"bench_fp8_rounding needs a GPU with FP8: {torch.cuda.get_device_name()} has none", file=sys.stderr)
         return 2
     jobs = [("given", spec) for spec in _given(args.shapes)] if args.shapes else [

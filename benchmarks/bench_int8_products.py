@@ -109,7 +109,7 @@ def bfloat16_products(layer: LowRankLinear, x: Tensor, grad: Tensor) -> tuple[Pr
 
 
 def _has_fp8(device: str) -> bool:
-    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+    return device == "cpu" or kernels.has_fp8(torch.device(device))
 
 
 def methods(inputs: int, outputs: int, tokens: int, device: str = "cuda") -> dict[str, tuple[Product, Product] | None]:

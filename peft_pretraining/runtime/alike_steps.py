@@ -11,9 +11,8 @@ import torch
 
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.config.shard_checks import ranks_that_share
-from peft_pretraining.runtime.device import has_fp8
 from peft_pretraining.runtime.world import World
-from qgalore.kernels import use_triton
+from qgalore.kernels import has_fp8, use_triton
 from qgalore.update.newton_schulz import AUTO
 
 
@@ -38,4 +37,4 @@ def with_steps_of_all(args: RunArgs, world: World) -> RunArgs:
 
 def _makes_fp8(device: torch.device) -> bool:
     """Whether `auto` is FP8 on a device, for matrices that gain by it."""
-    return device.type == "cuda" and has_fp8(device) and use_triton(device)
+    return has_fp8(device) and use_triton(device)

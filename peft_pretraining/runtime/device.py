@@ -26,11 +26,6 @@ def check_device(device: torch.device, dtype: str, quantization: QuantizationArg
         raise UserError(text)
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU of NVIDIA has products in FP8."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _ADA
-
-
 def slow_dtype(device: torch.device, dtype: str) -> str | None:
     """A sentence for a CPU that is asked for a data type that it computes slowly; None for any other."""
     if device.type != "cpu" or dtype == "float32":

@@ -45,7 +45,7 @@ __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate",
     "RowNormalization", "StepNumbers", "StepScalars", "adam_steps", "at_least_1d", "check_gradients_", "dequantize",
     "dequantize_blocks", "fp8_columns", "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse",
-    "fp8_turned_weights", "fp8_weight", "fp8_width", "int8_linear", "int8_linear_backward", "momentum_steps",
+    "fp8_turned_weights", "fp8_weight", "fp8_width", "has_fp8", "int8_linear", "int8_linear_backward", "momentum_steps",
     "normalize_rows", "odd_polynomials", "orthogonalize", "orthogonalize_fp8", "product_dtype", "project_back",
     "quantize", "quantize_blocks_", "reads_rows_on_device", "row_adam_steps", "row_chunks", "rows_of", "runs_in_fp8",
     "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
@@ -174,7 +174,8 @@ def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[fl
     """
     device = matrices[0].device
     run = newton_schulz_fp8.orthogonalize_fp8
-    return (run if _lacks_fp8(device) else backend(run, device))(matrices, polynomials)
+    lacks = device.type == "cuda" and not has_fp8(device)
+    return (run if lacks else backend(run, device))(matrices, polynomials)
 
 
 def runs_in_fp8(rows: int, device: torch.device) -> bool:
@@ -184,14 +185,13 @@ def runs_in_fp8(rows: int, device: torch.device) -> bool:
     values, which a warning says; that waits for the device, once. While a graph is captured, what has not been compared
     counts as right.
     """
-    if device.type != "cuda" or torch.version.hip is not None or _lacks_fp8(device):
-        return False
-    return backend(newton_schulz_fp8.runs_in_fp8, device)(rows, device)
+    return has_fp8(device) and backend(newton_schulz_fp8.runs_in_fp8, device)(rows, device)
 
 
-def _lacks_fp8(device: torch.device) -> bool:
-    """Whether a GPU of NVIDIA has no tensor cores for FP8."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9)
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device is a GPU of NVIDIA with products in FP8: of compute capability 8.9 or more."""
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return on_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def normalize_rows(parts: Sequence[RowNormalization], skip: Tensor | None = None) -> list[Tensor]:
