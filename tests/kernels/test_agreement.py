@@ -605,20 +605,22 @@ def test_newton_schulz_in_fp8_is_checked_once_a_device(monkeypatch: pytest.Monke
         triton.orthogonalize_fp8([torch.ones(4, 8)], [(1.0, 1.0, 1.0)])
     with pytest.warns(UserWarning, match="compiled to wrong values by Triton .*: steps are made in bfloat16 instead"):
         assert not triton.runs_in_fp8(24, cpu)
-    assert [triton._least_rows(rows) for rows in (24, 768, 769, 1024, 2049, 9000)] == [72, 72, 776, 776, 2056, 2056]
+    checked = [triton._checked_rows(rows) for rows in (24, 768, 1000, 4096)]
+    assert checked == [392, 400, 392, 400], "as divisible, since that is compiled otherwise"
 
 
 def test_a_graph_has_the_steps_of_the_updates_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton compiles wrongly, which is known from an update without a graph."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
     gpu, capturing = torch.device("cuda", 7), [True]
-    monkeypatch.setattr(triton, "fault_of_compiled", lambda tiles, least, device: "wrong" if least < 776 else "")
+    wrong = triton.tiles_for(768, triton.TILES)
+    monkeypatch.setattr(triton, "fault_of_compiled", lambda tiles, *_: "wrong" if tiles == wrong else "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     assert triton._fault(768, gpu) == "", "not compared yet, which a capture cannot wait for"
     capturing[0] = False
     assert [triton._fault(rows, gpu) for rows in (768, 1024)] == ["wrong", ""]
     capturing[0] = True
-    assert [triton._fault(rows, gpu) for rows in (24, 768, 1024)] == ["wrong", "wrong", ""]
+    assert [triton._fault(rows, gpu) for rows in (512, 768, 1024)] == ["wrong", "wrong", ""]
 
 
 def test_newton_schulz_by_other_tiles(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

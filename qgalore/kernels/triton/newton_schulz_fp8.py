@@ -176,14 +176,17 @@ TILES: dict[int, Tiles] = {
 """By the most rows that they are for, from a sweep on an H200 before sums were of 128 terms: to be swept again."""
 
 
-def _least_rows(rows: int) -> int:
-    """Rows of a small matrix with the tiles of one of so many rows, of several tiles."""
-    return max((most + 8 for most in TILES if most < rows), default=72)
+def _checked_rows(rows: int) -> int:
+    """Rows of a small matrix, of several tiles, for which Triton compiles what it does for so many rows.
+
+    It knows of a size whether it is a multiple of 16.
+    """
+    return 392 if rows % 16 else 400
 
 
 @functools.cache
 def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
-    """What is wrong where the kernels with these tiles, used from so many rows, differ from the reference, else "".
+    """What is wrong where the kernels with these tiles differ from the reference for a matrix of so many rows, else "".
 
     Triton 3.6 stores wrong bytes where it converts the layout of a tensor in FP8, which these kernels do not ask for;
     but whether it does so is the choice of a version. Waits for the device, once.
@@ -197,18 +200,18 @@ def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
     return f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}"
 
 
-_FAULTS: dict[tuple[int, torch.device], str] = {}
-"""What `fault_of_compiled` has found, by the least rows of the tiles and the device."""
+_FAULTS: dict[tuple[Tiles, int, torch.device], str] = {}
+"""What `fault_of_compiled` has found, by its arguments."""
 
 
 def _fault(rows: int, device: torch.device) -> str:
     """`fault_of_compiled` for matrices with so many rows; "" while a graph is captured and it is not known yet."""
     if device.type != "cuda":
         return ""
-    least = _least_rows(rows)
+    checked = tiles_for(rows, TILES), _checked_rows(rows), device
     if not torch.cuda.is_current_stream_capturing():
-        _FAULTS[least, device] = fault_of_compiled(tiles_for(least, TILES), least, device)
-    return _FAULTS.get((least, device), "")
+        _FAULTS[checked] = fault_of_compiled(*checked)
+    return _FAULTS.get(checked, "")
 
 
 def runs_in_fp8(rows: int, device: torch.device) -> bool:
