@@ -49,7 +49,7 @@ def test_rows_without_a_gpu_have_errors_alone(
 
 def test_what_it_needs_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     assert bench_fp8_products.main([]) == 2
     assert "needs a GPU with FP8: NVIDIA A100 has none" in capsys.readouterr().err
