@@ -261,6 +261,16 @@ def test_which_gpus_run_in_fp8(
     assert kernels.runs_in_fp8(768, torch.device("cuda", 0)) is runs
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_auto_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    momenta = [normal(*shape).to(device, torch.bfloat16) for shape in ((768, 2048), (1024, 800), (512, 1376))]
+    found, plain, fp8 = (orthogonal_directions(list(momenta), name) for name in ("auto", "muon", "muon_fp8"))
+    assert kernels.runs_in_fp8(768, device) == kernels.has_fp8(device) == (not torch.equal(plain[0], found[0]))
+    assert_equal(found, [*(fp8 if kernels.has_fp8(device) else plain)[:2], plain[2]])
+
+
 def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
