@@ -174,7 +174,7 @@ def planned(flags: str) -> MemoryPlan:
         (f"{IN_PARTS} --grad_accum_dtype bfloat16", 12.51e9),
         ("", 15.5e9),
         ("--grad_accum_dtype bfloat16", 15.0e9),
-        ("--grad_accum_dtype int8", 14.8e9),
+        ("--grad_accum_dtype int8", 14.85e9),  # of which FP8 takes 62 MB
     ],
 )
 def test_7b_at_full_rank_and_a_batch_of_512_in_the_memory_of_small_cards(flags: str, most: float) -> None:
