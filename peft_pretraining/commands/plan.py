@@ -21,7 +21,7 @@ from peft_pretraining.config.flags import is_given, parse_size
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_config, shipped_configs
 from peft_pretraining.speed.cards import Card, card_of_size, find_card, table_of_cards
-from qgalore.update.newton_schulz import AUTO, METHODS
+from qgalore.update.newton_schulz import AUTO, asks_for_fp8
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -98,7 +98,7 @@ def _asks_for_fp8(flags: list[str]) -> str:
         if known.fp8_products:
             return "--fp8_products"
         orthogonalises = known.optimizer not in FULL_RANK_OPTIMIZERS
-        if orthogonalises and known.newton_schulz in METHODS and METHODS[known.newton_schulz].fp8:
+        if orthogonalises and asks_for_fp8(known.newton_schulz):
             return f"--newton_schulz {known.newton_schulz}"
     return ""
 
@@ -134,7 +134,7 @@ def _describe(args: argparse.Namespace, flags: list[str], gigabytes: int) -> str
         budget = f"{gigabytes}GB"
     flags = [*flags, *(["--memory_budget", budget] if budget else [])]
     run = parse_within_budget(flags, world_size_of_launch(), card)
-    if args.gpu and card and not card.fp8 and run.newton_schulz != AUTO and METHODS[run.newton_schulz].fp8:
+    if args.gpu and card and not card.fp8 and asks_for_fp8(run.newton_schulz):
         steps = f"--newton_schulz {run.newton_schulz}, as in the checkpoint,"
         raise UserError(_no_fp8(args, card, "go on with it on another card", steps))
     return describe(run, card)

@@ -7,7 +7,7 @@ import torch
 from peft_pretraining.config.flag_groups import QuantizationArgs
 from peft_pretraining.errors import UserError
 from qgalore.kernels import use_triton
-from qgalore.update.newton_schulz import AUTO, METHODS
+from qgalore.update.newton_schulz import asks_for_fp8
 
 _ADA, _AMPERE, _VOLTA = (8, 9), (8, 0), (7, 0)
 """Compute capabilities of NVIDIA: the first with FP8, the first with bfloat16, and the first that Triton compiles
@@ -39,7 +39,7 @@ def slow_dtype(device: torch.device, dtype: str) -> str | None:
 def emulated_products(device: torch.device, quantization: QuantizationArgs, newton_schulz: str) -> str | None:
     """A sentence for a device that computes what FP8 gives without its speed; None for any other."""
     in_fp8 = ["--fp8_products"] if quantization.fp8_products else []
-    in_fp8 += [f"--newton_schulz {newton_schulz}"] if _asks_for_fp8(newton_schulz) else []
+    in_fp8 += [f"--newton_schulz {newton_schulz}"] if asks_for_fp8(newton_schulz) else []
     if device.type != "cpu" or not in_fp8:
         return None
     return (
@@ -83,14 +83,10 @@ def problem_of_products(name: str, capability: tuple[int, int], in_triton: bool,
 
 def problem_of_steps(name: str, capability: tuple[int, int], newton_schulz: str) -> str:
     """The sentence for a GPU without the products of a method of `--newton_schulz`; "" where it has them."""
-    if not _asks_for_fp8(newton_schulz) or capability >= _ADA:
+    if not asks_for_fp8(newton_schulz) or capability >= _ADA:
         return ""
     number = ".".join(map(str, capability))
     return (
         f"--newton_schulz {newton_schulz}: {name} has compute capability {number}, and products "
         f"in FP8 need 8.9 (RTX 40, L4, H100 and newer): give --newton_schulz {newton_schulz.removesuffix('_fp8')}"
     )
-
-
-def _asks_for_fp8(newton_schulz: str) -> bool:
-    return newton_schulz != AUTO and METHODS[newton_schulz].fp8

@@ -58,6 +58,11 @@ _LEAST_ROWS = 2048
 """And for matrices with as many rows: products of smaller ones take less time if those of a layer are made together."""
 
 
+def asks_for_fp8(name: str) -> bool:
+    """Whether the method of a name is made in FP8 on every device, which `auto` is not."""
+    return name in METHODS and METHODS[name].fp8
+
+
 def method_of(name: str, rows: int, in_fp8: Callable[[int], bool]) -> Method:
     """The method of a name for matrices whose shorter side is `rows`.
 

@@ -598,7 +598,7 @@ def test_newton_schulz_in_fp8_is_checked_once_a_device(monkeypatch: pytest.Monke
     assert triton.fault_of_compiled(tiles, 72, cpu) == ""
     squared = triton._Group._square
     monkeypatch.setattr(triton._Group, "_square", lambda self, *how: (squared(self, *how), self._even8.zero_())[0])
-    fault = triton.fault_of_compiled.__wrapped__(tiles, 72, cpu)
+    fault = triton.fault_of_compiled(tiles, 72, cpu)
     assert "is compiled to wrong values by Triton" in fault
     monkeypatch.setattr(triton, "_fault", lambda rows, device: fault)
     with pytest.raises(RuntimeError, match=r"compiled to wrong values by Triton .*: choose newton_schulz muon"):
@@ -613,6 +613,7 @@ def test_a_graph_has_the_steps_of_the_updates_before_it(monkeypatch: pytest.Monk
     """Where Triton compiles wrongly, which is known from an update without a graph."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
     gpu, capturing = torch.device("cuda", 7), [True]
+    monkeypatch.setattr(triton, "_FAULTS", {})
     wrong = triton.tiles_for(768, triton.TILES)
     monkeypatch.setattr(triton, "fault_of_compiled", lambda tiles, *_: "wrong" if tiles == wrong else "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])

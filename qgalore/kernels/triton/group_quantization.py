@@ -117,15 +117,15 @@ def _update_kernel(
 _LARGEST_GROUP = 16384
 
 
-def block_of_group(group_size: int) -> tuple[int, int]:
-    """(rows, columns) of a program's tile: one group, and rows for about 2,048 values."""
+def block_of_group(group_size: int, values: int = 2048) -> tuple[int, int]:
+    """(rows, columns) of a program's tile: one group, and rows for about so many values."""
     columns = max(16, next_power_of_2(group_size))
-    return max(1, 2048 // columns), columns
+    return max(1, values // columns), columns
 
 
-def warps_of_block(rows: int, columns: int) -> int:
-    """Warps for a tile: at most 32 values a thread, from four warps up, so that a long group stays in registers."""
-    return max(4, rows * columns // 1024)
+def warps_of_block(rows: int, columns: int, least: int = 4) -> int:
+    """Warps for a tile: at most 32 values a thread, from `least` warps up, so that a long group stays in registers."""
+    return max(least, rows * columns // 1024)
 
 
 def can_handle(group_size: int) -> bool:
@@ -164,8 +164,7 @@ _DEQUANTIZE_VALUES, _DEQUANTIZE_WARPS = 4096, 4
 def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tensor]) -> None:
     """Matrices that are stored alike."""
     qdata, scale, zero_point, columns, (bits, *_), (group_size, *_), _ = zip(*matrices, strict=True)
-    block_columns = block_of_group(group_size)[1]
-    block_rows = max(1, _DEQUANTIZE_VALUES // block_columns)
+    block_rows, block_columns = block_of_group(group_size, _DEQUANTIZE_VALUES)
     rows, width = zip(*(x.shape for x in outs), strict=True)
     stored_rows, stored_width = zip(*(x.shape for x in qdata), strict=True)
     groups = [ceil_div(columns, group_size) for columns in width]
@@ -174,7 +173,7 @@ def _launch_dequantize(matrices: Sequence[QuantizedMatrix], outs: Sequence[Tenso
         qdata, scale, zero_point, tuple(outs), stored_rows, columns, tuple(x.stride(0) for x in qdata), stored_width,
         rows, width, tuple(x.stride(0) for x in outs), tuple(x.stride(0) for x in scale), ends, GROUP=group_size,
         G=block_columns, M=block_rows, BITS=bits, enable_fp_fusion=False,
-        num_warps=max(_DEQUANTIZE_WARPS, block_rows * block_columns // 1024),
+        num_warps=warps_of_block(block_rows, block_columns, _DEQUANTIZE_WARPS),
     )  # fmt: skip
 
 
@@ -224,8 +223,7 @@ def _launch_update(
     qdata, scale, zero_point, x, _, _, columns, (bits, *_), (group_size, *_), step_rows, (stochastic, *_) = zip(
         *updates, strict=True
     )
-    block_columns = block_of_group(group_size)[1]
-    block_rows = max(1, _UPDATE_VALUES // block_columns)
+    block_rows, block_columns = block_of_group(group_size, _UPDATE_VALUES)
     rows, q_width = zip(*(codes.shape for codes in qdata), strict=True)
     programs = (ceil_div(r, block_rows) * ceil_div(c, group_size) for r, c in zip(rows, columns, strict=True))
     ends = tuple(itertools.accumulate(programs))
@@ -236,5 +234,5 @@ def _launch_update(
         tuple(readable(each) for each in x), ends, skip, row_start, GROUP=group_size, G=block_columns, M=block_rows,
         BITS=bits, ALONG=_read_along(x[0])[0], STOCHASTIC=stochastic, UPDATE=update, HAS_SKIP=skip is not None,
         enable_fp_fusion=False,
-        num_warps=max(_UPDATE_WARPS, block_rows * block_columns // 1024),
+        num_warps=warps_of_block(block_rows, block_columns, _UPDATE_WARPS),
     )  # fmt: skip

@@ -8,7 +8,6 @@ one in FP8, of B one in FP8; diagonals (count, rows) float32. What a matrix beco
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 
@@ -184,12 +183,11 @@ def _checked_rows(rows: int) -> int:
     return 392 if rows % 16 else 400
 
 
-@functools.cache
 def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
     """What is wrong where the kernels with these tiles differ from the reference for a matrix of so many rows, else "".
 
     Triton 3.6 stores wrong bytes where it converts the layout of a tensor in FP8, which these kernels do not ask for;
-    but whether it does so is the choice of a version. Waits for the device, once.
+    but whether it does so is the choice of a version. Waits for the device.
     """
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(rows, rows + 200, generator=generator, device="cpu").to(device, torch.bfloat16)
@@ -201,7 +199,7 @@ def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
 
 
 _FAULTS: dict[tuple[Tiles, int, torch.device], str] = {}
-"""What `fault_of_compiled` has found, by its arguments."""
+"""What `fault_of_compiled` has found, by its arguments: once a process."""
 
 
 def _fault(rows: int, device: torch.device) -> str:
@@ -209,7 +207,7 @@ def _fault(rows: int, device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     checked = tiles_for(rows, TILES), _checked_rows(rows), device
-    if not torch.cuda.is_current_stream_capturing():
+    if checked not in _FAULTS and not torch.cuda.is_current_stream_capturing():
         _FAULTS[checked] = fault_of_compiled(*checked)
     return _FAULTS.get(checked, "")
 

@@ -143,7 +143,7 @@ def _is_tall(direction: Tensor) -> bool:
 
 
 def _is_ragged(direction: Tensor) -> bool:
-    return direction.shape[0 if _is_tall(direction) else 1] % 16 != 0
+    return bool(direction.shape[0 if _is_tall(direction) else 1] % _ALIGNED.value)
 
 
 def _launch(directions: Sequence[Tensor], parts: Sequence[RowNormalization], skip: Tensor | None) -> None:
@@ -151,7 +151,7 @@ def _launch(directions: Sequence[Tensor], parts: Sequence[RowNormalization], ski
     device = directions[0].device
     rows, columns = zip(*(direction.shape for direction in directions), strict=True)
     strides = tuple(direction.stride(1 if tall else 0) for direction in directions)
-    *firsts, all_rows = 0, *itertools.accumulate(ceil_div(count, 16) * 16 for count in rows)
+    *firsts, all_rows = 0, *itertools.accumulate(ceil_div(count, _ALIGNED.value) * _ALIGNED.value for count in rows)
     sums = torch.empty(3, all_rows, dtype=torch.float32, device=device)
     _, scales, seconds, step_rows, (beta, *_), (eps, *_) = zip(*parts, strict=True)
     where = sums, all_rows, tuple(firsts), rows, columns, strides, tuple(readable(x) for x in directions)
