@@ -29,12 +29,12 @@ __all__ = ["normalize_rows"]
 
 _SUMS = 1024  # rows whose sums a program reads at a time
 _ALIGNED = tl.constexpr(16)  # numbers that are multiples of it are known to the compiler as such
-_SUMMED = {False: (4, 1024, 4), True: (16, 512, 8)}
+_SUMMED = {False: (8, 1024, 8), True: (16, 1024, 8)}
 """Rows and columns that a program sums at a time, and its warps, by whether the direction is contiguous along its rows.
 
-64 bytes a thread are on their way at once, of as few rows as leave whole sectors of 32 bytes: there are many programs.
+64 or 128 bytes a thread are on their way at once, of rows that leave whole sectors of 32 bytes.
 """
-_SCALED = {False: (8, 512, 4), True: (32, 128, 4)}
+_SCALED = {False: (8, 1024, 8), True: (32, 256, 8)}
 """The same of what a program scales at a time."""
 
 
