@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeVar
@@ -118,6 +119,13 @@ def launches(items: Sequence[Item], key: Callable[[Item], Hashable], at_most: in
     for index, item in enumerate(items):
         alike.setdefault(key(item), []).append(index)
     return [indices[start : start + at_most] for indices in alike.values() for start in range(0, len(indices), at_most)]
+
+
+def even_groups(items: Sequence[Item], at_most: int = GROUP_LIMIT) -> list[Sequence[Item]]:
+    """Neighbours, in as few groups as there can be, of sizes that differ by one at most."""
+    groups = ceil_div(len(items), at_most)
+    starts = [len(items) * group // groups for group in range(groups + 1)] if groups else []
+    return [items[start:end] for start, end in itertools.pairwise(starts)]
 
 
 class StepScalars(NamedTuple):

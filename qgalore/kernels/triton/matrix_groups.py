@@ -123,15 +123,19 @@ FILLED_ROWS = 32
 class SideBySide:
     """Where at most `GROUP_LIMIT` matrices whose shorter sides are equal lie: each turned so that its rows are fewer.
 
-    columns: of a tile.
+    The widest come first, whose sums are the longest: what begins last should end soon. columns: of a tile.
     """
 
     def __init__(self, matrices: Sequence[Tensor], columns: int) -> None:
         self.matrices, self.columns, self.count = matrices, columns, len(matrices)
         self.rows = min(matrices[0].shape)
-        ends = list(itertools.accumulate(ceil_div(max(matrix.shape), columns) for matrix in matrices))
+        tiles = [ceil_div(max(matrix.shape), columns) for matrix in matrices]
+        order = sorted(range(self.count), key=lambda index: -tiles[index])
+        ends = list(itertools.accumulate(tiles[index] for index in order))
         self.width = ends[-1] * columns
-        self.starts = [end * columns for end in [0, *ends[:-1]]]
+        self.starts = [0] * self.count
+        for index, end in zip(order, ends, strict=True):
+            self.starts[index] = (end - tiles[index]) * columns
         self.ends = [*ends, *[ends[-1]] * (GROUP_LIMIT - self.count)]
 
     def empty(self, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, next_power_of_2
+from qgalore.kernels.arguments import ceil_div, even_groups, next_power_of_2
 from qgalore.kernels.reference.newton_schulz import steps_by_segment, working_dtype
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
@@ -192,8 +192,8 @@ def orthogonalize(
 ) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize`."""
     found = []
-    for start in range(0, len(matrices), GROUP_LIMIT):
-        group = _Group(matrices[start : start + GROUP_LIMIT], in_segments=segments is not None)
+    for part in even_groups(matrices):
+        group = _Group(part, in_segments=segments is not None)
         found += group.plain(polynomials) if segments is None else group.by_segments(polynomials, segments)
     return found
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div
+from qgalore.kernels.arguments import ceil_div, even_groups
 from qgalore.kernels.reference import newton_schulz_fp8
 from qgalore.kernels.reference.newton_schulz_fp8 import FACTOR, FIRST_GRAM, GRAM, scale_of
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
@@ -226,8 +226,8 @@ def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[fl
         raise RuntimeError(f"{fault}: choose newton_schulz muon, in bfloat16, and report the version")
     tiles = tiles_for(rows, TILES)
     found = []
-    for start in range(0, len(matrices), GROUP_LIMIT):
-        found += _Group(matrices[start : start + GROUP_LIMIT], tiles).steps(polynomials)
+    for part in even_groups(matrices):
+        found += _Group(part, tiles).steps(polynomials)
     return found
 
 
