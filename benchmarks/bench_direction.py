@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_direction --models 7b                      # every method
     python -m benchmarks.bench_direction --models 7b --sweep              # tiles of the kernels, one by one
+    python -m benchmarks.bench_direction --models 350m,1b,7b --sweep --methods muon_fp8   # of those in FP8 alone
     python -m benchmarks.bench_direction --shapes 48x130,48x48 --device cpu --results FILE
 
 A sample of each distinct shape is timed, as many matrices as are updated at once, and multiplied by how many there are.
@@ -9,8 +10,8 @@ Rows have an op: `direction` is the whole of it, momentum in 8 bits, orthogonali
 rows of one size; `orthogonalize` is the middle alone, in the plain form and in segments. Their floors are the
 multiply-adds of the form's products over the rate of one large product on the same device: `floor_ms` with symmetric
 products counted by half, `floor_full_ms` the plain form with all products counted whole. `--sweep` times one product at
-a time, `gram`, `square` and `apply` (`qgalore.kernels.triton.newton_schulz`), each with every candidate for its tiles,
-and prints the fastest: what `TILES` there should have.
+a time, `gram`, `square` and `apply` (`qgalore.kernels.triton.newton_schulz`), each with every candidate for its tiles
+(`benchmarks.tile_sweep`), and prints the fastest: what `TILES` and `WHOLE_TILES` there should have.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +39,6 @@ MODELS = ("60m", "130m", "350m", "1b", "7b")
 OPS = {"orthogonal": "direction", "normuon": "normuon"}
 """Ops of rows by the names of directions."""
 REPEATS = 5
-CANDIDATES = (
-    (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (128, 128, 32, 4, 4),
-    (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3),
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
-)  # fmt: skip
-"""Rows and columns of a tile, terms summed at a time, warps, stages."""
-FP8_CANDIDATES = (
-    (64, 64, 128, 4, 3), (64, 64, 128, 4, 4), (64, 64, 256, 4, 2), (64, 128, 64, 4, 4), (64, 128, 128, 4, 3),
-    (64, 128, 128, 4, 4), (128, 128, 64, 4, 4), (128, 128, 128, 4, 2), (128, 128, 128, 4, 3), (128, 128, 64, 8, 4),
-    (128, 128, 128, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 128, 8, 2), (256, 128, 64, 8, 4),
-)  # fmt: skip
-"""The same in FP8."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(torch.device(args.device), args.results)
     for model, shapes in _shapes_by_model(args.models, args.shapes).items():
         if args.sweep:
-            bench.sweep(model, shapes)
+            for fp8 in sorted({METHODS[method].fp8 for method in args.methods.split(",")}):
+                bench.sweep(model, shapes, fp8)
         else:
             for method in args.methods.split(","):
                 bench.method(model, shapes, method)
@@ -147,78 +136,23 @@ class Bench:
             values = {name: totals[op, form, name] for name in ("ms", "floor_ms", "floor_full_ms")}
             self._append(model, op, method, form, "all", sum(shapes.values()), values)
 
-    def sweep(self, model: str, shapes: Mapping[Shape, int]) -> None:
+    def sweep(self, model: str, shapes: Mapping[Shape, int], fp8: bool) -> None:
         """Rows of single products of as many matrices as are updated at once, and which tiles are the fastest."""
-        from qgalore.kernels.triton import newton_schulz, newton_schulz_fp8
+        from benchmarks import tile_sweep  # which needs Triton
 
-        plain = lambda given: newton_schulz._Group(given, in_segments=True)  # noqa: E731
-        self._sweep(model, shapes, newton_schulz, plain, self._products, CANDIDATES, "")
-        if self.fp8_rate != self.rate:
-            group = lambda given: newton_schulz_fp8._Group(given, *newton_schulz_fp8.TILES.values())  # noqa: E731
-            self._sweep(model, shapes, newton_schulz_fp8, group, self._fp8_products, FP8_CANDIDATES, "fp8")
-
-    def _sweep(
-        self, model: str, shapes: Mapping[Shape, int], triton_kernels: Any, group: Callable[[Sequence[Tensor]], Any],
-        products: Callable[[Any, int, int], dict[str, tuple[float, float]]], candidates: Sequence[Sequence[int]],
-        method: str,
-    ) -> None:  # fmt: skip
+        if fp8 and not kernels.has_fp8(self.device):
+            return
         rows, width = max(((min(shape), max(shape)) for shape in shapes), key=lambda sides: sides[0] * sides[1])
         count = min(GROUP_LIMIT, _at_once((rows, width)))
         matrices = [torch.randn(rows, width, device=self.device).to(self.dtype) for _ in range(count)]
-        fastest: dict[str, tuple[float, str]] = {}
-        kept = dict(triton_kernels.TILES)
+        tile_sweep.sweep(tile_sweep.Case(model, matrices, fp8), self, REPEATS, self._append)
+        if not fp8:
+            milliseconds, floor = self._by_library(matrices)
+            values = {"ms": milliseconds, "floor_ms": floor, "floor_full_ms": floor}
+            self._append(model, "apply", "", "library", f"{rows}x{width}", count, values)
 
-        def note(name: str, found: Mapping[str, tuple[float, float]]) -> None:
-            for op, (milliseconds, floor) in found.items():
-                values = {"ms": milliseconds, "floor_ms": floor, "floor_full_ms": 2 * floor if op != "apply" else floor}
-                self._append(model, op, method, name, f"{rows}x{width}", count, values)
-                fastest[op] = min(fastest.get(op, (milliseconds, name)), (milliseconds, name))
-
-        for height, columns, depth, warps, stages in candidates:
-            rest = depth, warps, stages
-            square = (min(height, columns), max(height, columns), *rest)
-            triton_kernels.TILES = {1 << 30: triton_kernels.Tiles(square, (height, max(columns, depth), *rest))}
-            name = "x".join(map(str, (height, columns, depth, warps, stages)))
-            try:
-                note(name, products(group(matrices), rows, width))
-            except Exception as error:  # of Triton, whose classes differ by version: more memory than the card has
-                print(f"{model}: tiles {name} do not run: {str(error).splitlines()[0]}", file=sys.stderr)
-        if not method:
-            note("library", self._by_library(matrices))
-        triton_kernels.TILES = kept
-        where = " in FP8" if method else ""
-        for op, (milliseconds, name) in fastest.items():
-            print(
-                f"{model}, {count} of {rows} rows: the fastest tiles of {op}{where} are {name}, {milliseconds:.3f} ms"
-            )
-
-    def _products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:
-        """Time and floor of each product of a group in milliseconds."""
-        group._x.copy_(torch.randn(group._x.shape, device=self.device) / width**0.5)
-        first, second, out = group._squares(3)
-        for square in (first, second):
-            square.copy_(torch.eye(rows, device=self.device)[None])
-        unit = 2e3 * len(group._matrices) * rows**2 / self.rate
-        return {
-            "gram": (self._ms(lambda: group._gram(out, 1.0)), unit * width / 2),
-            "square": (self._ms(lambda: group._square(first, second, out, (1.0, 1.0, 0.0), None, 0)), unit * rows / 2),
-            "apply": (self._ms(lambda: group._apply(first, 1.0, None, group._out)), unit * width),
-        }
-
-    def _fp8_products(self, group: Any, rows: int, width: int) -> dict[str, tuple[float, float]]:
-        """The same in FP8."""
-        group._fill()
-        unit, polynomial = 2e3 * len(group._side_by_side.matrices) * rows**2 / self.fp8_rate, (3.0, -4.0, 2.0)
-        group._form_gram(1.0)
-        group._square(polynomial, 1.0)
-        return {
-            "gram": (self._ms(lambda: group._form_gram(1.0)), unit * width / 2),
-            "square": (self._ms(lambda: group._square(polynomial, 1.0)), unit * rows / 2),
-            "apply": (self._ms(lambda: group._apply(last=False)), unit * width),
-        }
-
-    def _by_library(self, matrices: Sequence[Tensor]) -> dict[str, tuple[float, float]]:
-        """The same of products of X by cuBLAS, one matrix after the other."""
+    def _by_library(self, matrices: Sequence[Tensor]) -> tuple[float, float]:
+        """Time and floor of products with X by cuBLAS, one matrix after the other, in milliseconds."""
         rows, width = matrices[0].shape
         factor, outs = torch.eye(rows, device=self.device).to(self.dtype), [torch.empty_like(x) for x in matrices]
 
@@ -226,7 +160,7 @@ class Bench:
             for x, out in zip(matrices, outs, strict=True):
                 torch.addmm(x, factor, x, out=out)
 
-        return {"apply": (self._ms(multiply), 2e3 * len(matrices) * rows**2 * width / self.rate)}
+        return self._ms(multiply), 2e3 * len(matrices) * rows**2 * width / self.rate
 
     def _floor(self, shape: Shape, segments: tuple[int, ...], symmetric: bool = True) -> float:
         return 2e3 * multiply_adds(shape, segments, symmetric) / self.rate

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import bench_direction, models
 from qgalore.update.newton_schulz import multiply_adds
+from tests.kernels.comparison import use_tiles
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -63,16 +64,56 @@ def test_floors_of_7b_are_those_of_the_plan() -> None:
 def test_a_sweep_times_single_products(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz", reason="Triton is not installed")
-    kept, path = dict(triton.TILES), tmp_path / "direction.csv"
-    monkeypatch.setattr(bench_direction, "CANDIDATES", ((32, 16, 16, 4, 1), (16, 12, 16, 4, 1)))
+    """Each once, though a candidate is in a table, too, or is the same of symmetric products."""
+    sweep = pytest.importorskip("benchmarks.tile_sweep", reason="Triton is not installed")
+    path = tmp_path / "direction.csv"
+    use_tiles(monkeypatch, sweep.newton_schulz, [(16, 16, 16, 4, 1)] * 3)
+    use_tiles(monkeypatch, sweep.newton_schulz, [(16, 32, 16, 4, 1)] * 3, whole=True)
+    candidates = ((32, 16, 16, 4, 1), (16, 32, 16, 4, 1), (16, 12, 16, 4, 1))
+    monkeypatch.setattr(sweep, "MASKED", candidates)
+    monkeypatch.setattr(sweep, "WHOLE", candidates[:1])
     monkeypatch.setattr(bench_direction, "REPEATS", 1)
-    bench_direction.main(["--shapes", "16x32", "--sweep", "--device", "cpu", "--results", str(path)])
+    argv = ["--shapes", "32x64", "--sweep", "--methods", "muon,polar4", "--device", "cpu", "--results", str(path)]
+    assert bench_direction.main(argv) == 0
     found = [(row["op"], row["form"]) for row in rows_of(path)]
-    assert found == [(op, "32x16x16x4x1") for op in ("gram", "square", "apply")] + [("apply", "library")]
+    wide, square, tall = "16x32x16x4x1", "16x16x16x4x1", "32x16x16x4x1"
+    assert found == [
+        *[(op, f"{wide} whole") for op in sweep.OPS], *[(op, square) for op in sweep.OPS],
+        ("gram", wide), ("square", wide), ("apply", tall), ("apply", wide), ("apply", f"{tall} whole"),
+        ("apply", "library"),
+    ]  # fmt: skip
     said = capsys.readouterr()
-    assert "tiles 16x12x16x4x1 do not run" in said.err and "the fastest tiles of gram are 32x16x16x4x1" in said.out
-    assert kept == triton.TILES
+    assert "tiles 12x16x16x4x1 do not run" in said.err and "tiles 16x16x16x4x1" not in said.err
+    lines = [line for line in said.out.splitlines() if "fastest" in line]
+    assert len(lines) == 3
+    for op, line in zip(sweep.OPS, lines, strict=True):
+        times = {row["form"]: float(row["ms"]) for row in rows_of(path) if row["op"] == op}
+        best = min((form for form in times if "x" in form and "whole" not in form), key=lambda form: times[form])
+        assert f"32 rows, {op}: fastest with masks {best} " in line and " through descriptors " in line
+        assert f"the table has {wide} whole {times[wide + ' whole']:.4f} ms"[:-6] in line
+
+
+def test_a_sweep_of_methods_in_fp8_has_those_products_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = pytest.importorskip("benchmarks.tile_sweep", reason="Triton is not installed")
+    path = tmp_path / "direction.csv"
+    use_tiles(monkeypatch, sweep.newton_schulz_fp8, [(16, 16, 32, 4, 1)] * 3)
+    monkeypatch.setattr(sweep, "FP8_MASKED", ((32, 32, 32, 4, 1),))
+    monkeypatch.setattr(bench_direction, "REPEATS", 1)
+    argv = ["--shapes", "32x64", "--sweep", "--methods", "muon_fp8", "--device", "cpu", "--results", str(path)]
+    bench_direction.main(argv)
+    assert not path.exists(), "a CPU has no products in FP8"
+    monkeypatch.setattr(bench_direction.kernels, "has_fp8", lambda device: True)
+    monkeypatch.setattr(bench_direction.kernels, "fp8_product", lambda *given: None)
+    bench_direction.main(argv)
+    rows = rows_of(path)
+    assert [(row["op"], row["form"]) for row in rows] == [
+        ("gram", "16x16x32x4x1"), ("square", "16x16x32x4x1"), ("apply", "16x16x32x4x1"), ("gram", "32x32x32x4x1"),
+        ("square", "32x32x32x4x1"), ("apply", "32x32x32x4x1"),
+    ]  # fmt: skip
+    assert {row["method"] for row in rows} == {"fp8"}
+    assert "of 32 rows, gram in FP8: fastest with masks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("methods", "said"), [("auto", "; auto is one of the first two"), ("muon,polar6", "polar6")])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -59,6 +60,20 @@ def copied(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 def whole_numbers(*shape: int, seed: int) -> Tensor:
     """Small whole numbers: their products and sums are exact in float32 whatever the order."""
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed), device="cpu").float()
+
+
+WIDE_TILES = ((16, 32, 32, 4, 3), (16, 32, 32, 4, 3), (16, 64, 32, 4, 3))
+"""Of gram, square and apply: wider than high, so that they reach over the diagonal."""
+
+
+def use_tiles(
+    monkeypatch: pytest.MonkeyPatch, module: Any, tiles: Sequence[Sequence[int]], whole: bool = False
+) -> None:
+    """For all matrices of Newton-Schulz; whole: through descriptors, of every dtype, where rows allow it."""
+    matrix_groups = import_module("qgalore.kernels.triton.matrix_groups")
+    table = {1 << 30: matrix_groups.Tiles(*[matrix_groups.Tile(*tile) for tile in tiles], whole=whole)}
+    monkeypatch.setattr(module, "WHOLE_TILES" if whole else "TILES", table)
+    monkeypatch.setattr(matrix_groups, "takes_descriptors", lambda dtype, device: whole)
 
 
 # The interpreter multiplies the bit patterns of bfloat16.

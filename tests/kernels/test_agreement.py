@@ -16,6 +16,7 @@ from qgalore import kernels
 from qgalore.update import moments
 from tests.kernels.comparison import (
     OPERAND_TYPES,
+    WIDE_TILES,
     adam_step,
     agreed,
     both,
@@ -28,6 +29,7 @@ from tests.kernels.comparison import (
     step_row,
     update_float_,
     updated,
+    use_tiles,
     whole_numbers,
 )
 
@@ -60,7 +62,7 @@ def operations(side: str) -> dict[str, dict[str, inspect.Signature]]:
     """The operations of each file of a backend, and their arguments."""
     folder = Path(str(kernels.__file__)).parent / side
     files = {path.stem: import_module(f"qgalore.kernels.{side}.{path.stem}") for path in folder.glob("[!_]*.py")}
-    helpers = {"tiles", "matrix_groups", "random_bits", "rows"}
+    helpers = {"tiles", "tile_access", "matrix_groups", "random_bits", "rows"}
     return {
         stem: {name: inspect.signature(getattr(file, name)) for name in file.__all__}
         for stem, file in files.items() if stem not in helpers
@@ -563,10 +565,7 @@ def test_newton_schulz(
     assert torch.equal(kernels.orthogonalize(matrices[-1:], polynomials, segments or None)[0], found[-1])
 
 
-FP8_TILES = {"default": None, "wide": ((16, 32, 32, 4, 3), (16, 64, 32, 4, 3))}
-
-
-@each("tiles", FP8_TILES)
+@each("tiles", ("default", "wide"))
 @each("count", FP8_SIDES)
 def test_newton_schulz_in_fp8(
     count: str, tiles: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -574,8 +573,8 @@ def test_newton_schulz_in_fp8(
     """Not to the last bits on a GPU, whose sums of products in FP8 have 14: what rounds the other way then differs by
     3 %. But both are as far from the result without FP8."""
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
-    if sizes := FP8_TILES[tiles]:
-        monkeypatch.setattr(triton, "TILES", {1 << 30: triton.Tiles(*sizes)})
+    if tiles != "default":
+        use_tiles(monkeypatch, triton, WIDE_TILES)
     matrices = [
         (normal(*shape, seed=i) * 10.0 ** (i - 2)).to(kernel_device, OPERAND_TYPES[-1])
         for i, shape in enumerate(FP8_SIDES[count])
@@ -594,34 +593,42 @@ def test_newton_schulz_in_fp8(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be asked to compile wrongly")
 def test_newton_schulz_in_fp8_is_checked_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
-    tiles, cpu = triton.tiles_for(72, triton.TILES), torch.device("cpu")
+    tiles, cpu, are_whole = triton.TILES[768], torch.device("cpu"), triton.are_whole
     assert triton.fault_of_compiled(tiles, 72, cpu) == ""
     squared = triton._Group._square
     monkeypatch.setattr(triton._Group, "_square", lambda self, *how: (squared(self, *how), self._even8.zero_())[0])
     fault = triton.fault_of_compiled(tiles, 72, cpu)
     assert "is compiled to wrong values by Triton" in fault
-    monkeypatch.setattr(triton, "_fault", lambda rows, device: fault)
+    monkeypatch.setattr(triton, "_fault", lambda *given: fault)
     with pytest.raises(RuntimeError, match=r"compiled to wrong values by Triton .*: choose newton_schulz muon"):
         triton.orthogonalize_fp8([torch.ones(4, 8)], [(1.0, 1.0, 1.0)])
     with pytest.warns(UserWarning, match="compiled to wrong values by Triton .*: steps are made in bfloat16 instead"):
         assert not triton.runs_in_fp8(24, cpu)
-    checked = [triton._checked_rows(rows) for rows in (24, 768, 1000, 4096)]
+    checked = [triton._checked_rows(tiles, rows) for rows in (24, 768, 1000, 4096)]
     assert checked == [392, 400, 392, 400], "as divisible, since that is compiled otherwise"
+    for whole in triton.WHOLE_TILES.values():
+        rows = triton._checked_rows(whole, 768)
+        assert whole.whole and are_whole(whole, rows) and rows >= 3 * whole.square.columns
 
 
 def test_a_graph_has_the_steps_of_the_updates_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton compiles wrongly, which is known from an update without a graph."""
+    matrix_groups = pytest.importorskip("qgalore.kernels.triton.matrix_groups", reason="Triton is not installed")
     triton = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8", reason="Triton is not installed")
     gpu, capturing = torch.device("cuda", 7), [True]
     monkeypatch.setattr(triton, "_FAULTS", {})
-    wrong = triton.tiles_for(768, triton.TILES)
+    wrong = triton.WHOLE_TILES[768]
+    monkeypatch.setattr(matrix_groups, "takes_descriptors", lambda dtype, device: True)
     monkeypatch.setattr(triton, "fault_of_compiled", lambda tiles, *_: "wrong" if tiles == wrong else "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    assert triton._fault(768, gpu) == "", "not compared yet, which a capture cannot wait for"
+    assert triton.runs_in_fp8(768, gpu), "not compared yet, which a capture cannot wait for"
     capturing[0] = False
-    assert [triton._fault(rows, gpu) for rows in (768, 1024)] == ["wrong", ""]
+    with pytest.warns(UserWarning, match="wrong: steps are made in bfloat16 instead"):
+        assert not triton.runs_in_fp8(768, gpu)
+    assert triton.runs_in_fp8(1024, gpu) and triton.runs_in_fp8(700, gpu), "by other tiles, and with masks"
     capturing[0] = True
-    assert [triton._fault(rows, gpu) for rows in (512, 768, 1024)] == ["wrong", "wrong", ""]
+    with pytest.warns(UserWarning, match="wrong"):
+        assert [triton.runs_in_fp8(rows, gpu) for rows in (512, 768, 1024, 700)] == [False, False, True, True]
 
 
 def test_newton_schulz_by_other_tiles(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,7 +637,7 @@ def test_newton_schulz_by_other_tiles(kernel_device: torch.device, monkeypatch: 
     # On a GPU tensor cores round float32 to TF32, so that it says no more than bfloat16.
     dtype = OPERAND_TYPES[-1]
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    monkeypatch.setattr(triton, "TILES", {1 << 30: triton.Tiles((16, 32, 32, 4, 3), (16, 64, 32, 4, 3))})
+    use_tiles(monkeypatch, triton, WIDE_TILES)
     polynomials = [(8.4703, -25.1081, 18.6293), (3.8944, -2.7889, 0.51), (1.875, -1.25, 0.375)]
     matrices = [normal(*shape, seed=i).to(kernel_device, dtype) for i, shape in enumerate([(40, 70), (50, 40)])]
     expected, found = both(lambda: kernels.orthogonalize(matrices, polynomials, (1, 2)))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qgalore.kernels.arguments import GROUP_LIMIT, ceil_div, launches
+from qgalore.kernels.triton.tile_access import takes_descriptors
 from qgalore.kernels.triton.tiles import chosen, matrix_of_program
 
 __all__: list[str] = []
@@ -50,31 +51,11 @@ def _below_diagonal(index):
 
 
 @triton.jit
-def rows_and_columns(index, T: tl.constexpr, S: tl.constexpr):
-    """Rows (T,) and columns (S,), S a multiple of T, of a tile among those that reach below the diagonal."""
+def corner(index, T: tl.constexpr, S: tl.constexpr):
+    """First row and column of a tile (T, S), S a multiple of T, among those that reach below the diagonal."""
     EACH: tl.constexpr = S // T
     row, column = _below_diagonal(index // EACH)
-    return (row * EACH + index % EACH) * T + tl.arange(0, T), column * S + tl.arange(0, S)
-
-
-@triton.jit
-def store_both(out, value, i, j, rows, ONCE: tl.constexpr):
-    """A tile, and its transpose on the other side of the diagonal.
-
-    ONCE: where it reaches over the diagonal, only what is on and below that, so that no two stores meet: of two
-    different factors, value (i, j) and value (j, i) may differ in their last bit.
-    """
-    inside = (i < rows)[:, None] & (j < rows)[None, :]
-    turned = (j < rows)[:, None] & (i < rows)[None, :]
-    at, other = out + i[:, None] * rows + j[None, :], out + j[:, None] * rows + i[None, :]
-    if ONCE and tl.max(j, axis=0) > tl.min(i, axis=0):
-        inside = inside & (i[:, None] >= j[None, :])
-        turned = turned & (j[:, None] < i[None, :])
-        tl.store(at, value, mask=inside)
-        tl.store(other, tl.trans(value), mask=turned)
-    else:
-        tl.store(at, value, mask=inside)
-        tl.store(other, tl.trans(value), mask=turned)
+    return (row * EACH + index % EACH) * T, column * S
 
 
 @triton.jit
@@ -82,37 +63,71 @@ def tile_of_slot(
     matrices, factors, numbers, rows, lengths, strides, starts, ends, T: tl.constexpr, C: tl.constexpr,
     TURNS: tl.constexpr, HAS_FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """Rows (T,), columns of the buffer (C,), and a tile of a matrix (T, C) float32, with zeros up to a whole tile.
+    """First row, first column in the buffer, and a tile of a matrix (T, C) float32, with zeros up to a whole tile.
 
     TURNS: the matrices are contiguous along the rows, and a tile is turned. factors: of all matrices, by number.
     """
     which, program = matrix_of_program(ends)
     matrix, length, stride = chosen(which, matrices), chosen(which, lengths), chosen(which, strides)
     blocks = tl.cdiv(rows, T)
-    i, column = (program % blocks) * T + tl.arange(0, T), (program // blocks) * C + tl.arange(0, C)
+    row, column = (program % blocks) * T, (program // blocks) * C
+    i, j = row + tl.arange(0, T), column + tl.arange(0, C)
     if TURNS:
-        mask = (column < length)[:, None] & (i < rows)[None, :]
-        value = tl.trans(tl.load(matrix + column[:, None].to(tl.int64) * stride + i[None, :], mask=mask, other=0.0))
+        mask = (j < length)[:, None] & (i < rows)[None, :]
+        value = tl.trans(tl.load(matrix + j[:, None].to(tl.int64) * stride + i[None, :], mask=mask, other=0.0))
     else:
-        mask = (i < rows)[:, None] & (column < length)[None, :]
-        value = tl.load(matrix + i[:, None].to(tl.int64) * stride + column[None, :], mask=mask, other=0.0)
+        mask = (i < rows)[:, None] & (j < length)[None, :]
+        value = tl.load(matrix + i[:, None].to(tl.int64) * stride + j[None, :], mask=mask, other=0.0)
     value = value.to(tl.float32)
     if HAS_FACTORS:
         value *= tl.load(factors + chosen(which, numbers))
-    return i, chosen(which, starts) + column, value
+    return row, chosen(which, starts) + column, value
+
+
+class Tile(NamedTuple):
+    """How a product is computed; rows, columns and depth are powers of two of at least 16, of FP8 32."""
+
+    rows: int
+    columns: int
+    """Of a symmetric matrix a multiple of the rows; of X a multiple of the depth of its Gram matrices."""
+    depth: int
+    """Terms that are summed at a time."""
+    warps: int
+    stages: int
 
 
 class Tiles(NamedTuple):
-    """How products are computed; all numbers but warps and stages are powers of two of at least 16, of FP8 32."""
+    """How the three products of a step are computed."""
 
-    square: tuple[int, int, int, int, int]
-    """Rows of a tile of a symmetric matrix, its columns, a multiple of them, terms summed at a time, warps, stages."""
-    full: tuple[int, int, int, int, int]
-    """The same of the products with X; its columns are a multiple of the terms that both sum at a time."""
+    gram: Tile
+    square: Tile
+    apply: Tile
+    """Of the product with X."""
+    whole: bool = False
+    """Whether tiles are read and written through descriptors (`tile_access`)."""
 
 
-def tiles_for(rows: int, table: Mapping[int, Tiles]) -> Tiles:
-    """Those of a table by the most rows that each is for."""
+def are_whole(tiles: Tiles, rows: int) -> bool:
+    """Whether matrices of so many rows are whole tiles; those of X are padded to whole tiles along their columns.
+
+    Rows of a matrix in memory are then of whole multiples of 16 bytes, as descriptors ask.
+    """
+    sides = (*tiles.gram[:2], *tiles.square[:3], tiles.apply.rows, tiles.apply.depth)
+    return not any(rows % side for side in sides)
+
+
+def tiles_for(
+    rows: int, dtype: torch.dtype, device: torch.device, masked: Mapping[int, Tiles], whole: Mapping[int, Tiles]
+) -> Tiles:
+    """The entry of a table: of that with whole tiles where device, rows and dtype allow them."""
+    found = entry_for(rows, whole)
+    if takes_descriptors(dtype, device) and are_whole(found, rows):
+        return found
+    return entry_for(rows, masked)
+
+
+def entry_for(rows: int, table: Mapping[int, Tiles]) -> Tiles:
+    """That of a table by the most rows that each is for."""
     return next(tiles for most, tiles in sorted(table.items()) if rows <= most)
 
 

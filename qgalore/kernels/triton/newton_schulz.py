@@ -6,14 +6,15 @@ with s = 1 / |X| in the first step, where |X|² is the trace of A, and 1 afterwa
 below the diagonal are computed and stored twice. In segments, products of such squares take more of the work
 (`reference.newton_schulz` has the formulas).
 
-Layout: as `matrix_groups` says, with a second buffer that takes the result, in turn. Squares (count, rows, rows). What
-a matrix becomes does not depend on its neighbours: so norms are not added up by PyTorch, in which the order within a
-batch depends on its size.
+Layout: as `matrix_groups` says, with a second buffer that takes the result, in turn. Squares (count, rows, rows). A
+kernel takes a buffer once for each size of its tiles (`tile_access`). What a matrix becomes does not depend on its
+neighbours: so norms are not added up by PyTorch, in which the order within a batch depends on its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,16 +28,25 @@ from qgalore.kernels.triton.matrix_groups import (
     ENDS,
     FILLED_ROWS,
     SideBySide,
+    Tile,
     Tiles,
+    corner,
     end_of,
     matrix_of,
-    rows_and_columns,
-    store_both,
     tile_of_slot,
     tiles_below,
     tiles_for,
 )
-from qgalore.kernels.triton.tiles import chosen, to_float
+from qgalore.kernels.triton.tile_access import (
+    Tiled,
+    rounded,
+    rows_of,
+    store_once,
+    store_symmetric,
+    store_tile,
+    terms_of,
+)
+from qgalore.kernels.triton.tiles import chosen
 
 __all__ = ["orthogonalize"]
 
@@ -47,55 +57,65 @@ def _fill_kernel(
     TURNS: tl.constexpr, HAS_FACTORS: tl.constexpr,
 ):  # fmt: skip
     """X, from matrices and factors as `tile_of_slot` reads them."""
-    i, column, value = tile_of_slot(
+    row, column, value = tile_of_slot(
         matrices, factors, numbers, rows, lengths, strides, starts, ends, T, C, TURNS, HAS_FACTORS
     )
-    at = x + i[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(at, to_float(value, x.dtype.element_ty), mask=(i < rows)[:, None])
+    store_tile(x, row, rows, column, width.to(tl.int64), rounded(value, x, False), False)
 
 
 @triton.jit(do_not_specialize=ENDS)
 def _gram_kernel(
-    x, gram, rows, width, factor, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, ONCE: tl.constexpr,
+    x, other_x, gram, tiled, turned, rows, width, factor, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ONCE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     which = tl.program_id(1)
-    i, j = rows_and_columns(tl.program_id(0), T, S)
-    k = tl.arange(0, K)
+    row, column = corner(tl.program_id(0), T, S)
     start = end_of(which - 1, e0, e1, e2, e3, e4, e5, e6, e7) * C
     end = end_of(which, e0, e1, e2, e3, e4, e5, e6, e7) * C
-    # Rows beyond the last are read from the beginning, and not stored.
-    a_at = x + (i % rows)[:, None] * width + (start + k)[None, :]
-    b_at = x + (j % rows)[None, :] * width + (start + k)[:, None]
     total = tl.zeros((T, S), dtype=tl.float32)
-    for _ in range(start, end, K):
-        total = tl.dot(tl.load(a_at), tl.load(b_at), total)
-        a_at += K
-        b_at += K
-    store_both(gram + which * rows * rows, to_float(total * factor, gram.dtype.element_ty), i, j, rows, ONCE)
+    if WHOLE:
+        tl.assume(start < end)  # so that sums stay in the registers that tensor cores write
+    for k in range(start, end, K):
+        left = rows_of(x, 0, row, rows, k, None, width, T, K, WHOLE)
+        right = rows_of(other_x, 0, column, rows, k, None, width, S, K, WHOLE)
+        total = tl.dot(left, right.T, total)
+    _store(gram, tiled, turned, which * rows, row, column, rows, total * factor, ONCE, WHOLE)
+
+
+@triton.jit
+def _store(out, tiled, turned, base, row, column, rows, value, ONCE: tl.constexpr, WHOLE: tl.constexpr):
+    """Write a tile of a symmetric matrix twice; `tiled` and `turned` are `out` in tiles and in their transposes.
+
+    ONCE: of tiles that reach over the diagonal, what is on and below that: of two different factors, value (i, j) and
+    value (j, i) may differ in their last bit.
+    """
+    value = rounded(value, out, False)
+    if ONCE and column + value.shape[1] - 1 > row:
+        store_once(out, base, row, column, rows, value)
+    else:
+        store_symmetric(tiled, turned, base, row, column, rows, value, WHOLE)
 
 
 @triton.jit
 def _square_kernel(
-    a, b, out, scale, rows, product, first, second, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
-    SCALES: tl.constexpr, SECOND: tl.constexpr, ONCE: tl.constexpr,
+    a, b, own_a, own_b, out, tiled, turned, scale, rows, product, first, second, T: tl.constexpr, S: tl.constexpr,
+    K: tl.constexpr, SCALES: tl.constexpr, SECOND: tl.constexpr, ONCE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out = product a b + first a + second b of commuting symmetric matrices; b is read by its rows.
 
     SCALES: 1 where a is to be multiplied by `scale`, 2 where b, the same matrix, is, too.
     """
     which = tl.program_id(1)
-    i, j = rows_and_columns(tl.program_id(0), T, S)
-    k = tl.arange(0, K)
-    a += which * rows * rows
-    b += which * rows * rows
+    row, column = corner(tl.program_id(0), T, S)
+    base = which * rows
     total = tl.zeros((T, S), dtype=tl.float32)
-    for start in range(0, rows, K):
-        inside = start + k < rows
-        left = tl.load(a + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-        right = tl.load(b + (j % rows)[None, :] * rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(left, right, total)
-    own = tl.load(a + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
+    if WHOLE:
+        tl.assume(rows > 0)
+    for k in range(0, rows, K):
+        left = rows_of(a, base, row, rows, k, rows, rows, T, K, WHOLE)
+        right = rows_of(b, base, column, rows, k, rows, rows, S, K, WHOLE)
+        total = tl.dot(left, right.T, total)
+    own = rows_of(own_a, base, row, rows, column, rows, rows, T, S, WHOLE).to(tl.float32)
     if SCALES:
         square = tl.load(scale + which)
         first, product = first * square, product * square
@@ -103,30 +123,28 @@ def _square_kernel(
             product *= square
     value = first * own + product * total
     if SECOND:
-        value += second * tl.load(b + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
-    store_both(out + which * rows * rows, to_float(value, out.dtype.element_ty), i, j, rows, ONCE)
+        value += second * rows_of(own_b, base, row, rows, column, rows, rows, T, S, WHOLE).to(tl.float32)
+    _store(out, tiled, turned, base, row, column, rows, value, ONCE, WHOLE)
 
 
 @triton.jit(do_not_specialize=ENDS)
 def _apply_kernel(
-    x, even, scale, out, rows, width, first, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, SCALES: tl.constexpr,
+    x, own_x, even, scale, out, rows, width, first, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, SCALES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(1)
-    which = matrix_of(index, e0, e1, e2, e3, e4, e5, e6)
-    i, column, k = tl.program_id(0) * T + tl.arange(0, T), index * C + tl.arange(0, C), tl.arange(0, K)
-    even += which * rows * rows
+    index, row = tl.program_id(1), tl.program_id(0) * T
+    which, column = matrix_of(index, e0, e1, e2, e3, e4, e5, e6), index * C
     total = tl.zeros((T, C), dtype=tl.float32)
-    for start in range(0, rows, K):
-        inside = start + k < rows
-        a = tl.load(even + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-        b = tl.load(x + (start + k)[:, None] * width + column[None, :], mask=inside[:, None], other=0.0)
-        total = tl.dot(a, b, total)
-    value = first * tl.load(x + (i % rows)[:, None] * width + column[None, :]).to(tl.float32) + total
+    if WHOLE:
+        tl.assume(rows > 0)
+    for k in range(0, rows, K):
+        left = rows_of(even, which * rows, row, rows, k, rows, rows, T, K, WHOLE)
+        total = tl.dot(left, terms_of(x, k, rows, column, width, K, C, WHOLE), total)
+    own = rows_of(own_x, 0, row, rows, column, None, width, T, C, WHOLE)
+    value = first * own.to(tl.float32) + total
     if SCALES:
         value *= tl.sqrt(tl.load(scale + which))
-    at = out + i[:, None] * width + column[None, :]
-    tl.store(at, to_float(value, out.dtype.element_ty), mask=(i < rows)[:, None])
+    store_tile(out, row, rows, column, width, rounded(value, out, WHOLE), WHOLE)
 
 
 @triton.jit
@@ -176,13 +194,20 @@ def _unit_factor_kernel(sums, factors, numel, counts, WIDTH: tl.constexpr):
 
 
 TILES: dict[int, Tiles] = {
-    768: Tiles((64, 64, 64, 4, 4), (128, 128, 64, 4, 3)),
-    1024: Tiles((128, 128, 64, 4, 3), (128, 128, 64, 4, 3)),
-    2048: Tiles((64, 128, 64, 4, 3), (128, 128, 64, 4, 3)),
-    1 << 30: Tiles((128, 128, 64, 4, 3), (128, 256, 64, 8, 4)),
+    768: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3)),
+    1024: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
+    2048: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
+    1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4)),
 }
 """By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200, where
 products with X reach 0.91 of what cuBLAS makes of a large product at 4096 rows, and symmetric ones 0.73."""
+WHOLE_TILES: dict[int, Tiles] = {
+    768: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
+    1024: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
+    2048: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
+    1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4), whole=True),
+}
+"""The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, others are not swept yet."""
 
 
 def orthogonalize(
@@ -191,22 +216,28 @@ def orthogonalize(
     segments: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize`."""
-    found = []
+    found, in_segments = [], segments is not None
+    dtype = _dtype_inside(matrices[0].dtype, in_segments)
+    tiles = tiles_for(min(matrices[0].shape), dtype, matrices[0].device, TILES, WHOLE_TILES)
     for part in even_groups(matrices):
-        group = _Group(part, in_segments=segments is not None)
+        group = _Group(part, in_segments, tiles)
         found += group.plain(polynomials) if segments is None else group.by_segments(polynomials, segments)
     return found
+
+
+def _dtype_inside(dtype: torch.dtype, in_segments: bool) -> torch.dtype:
+    return working_dtype(dtype) if in_segments else dtype
 
 
 class _Group:
     """At most `GROUP_LIMIT` matrices whose shorter sides are equal, side by side in a buffer."""
 
-    def __init__(self, matrices: Sequence[Tensor], in_segments: bool) -> None:
+    def __init__(self, matrices: Sequence[Tensor], in_segments: bool, tiles: Tiles) -> None:
         self._matrices, self._in_segments = matrices, in_segments
-        self._tiles = tiles_for(min(matrices[0].shape), TILES)
-        self._side_by_side = SideBySide(matrices, self._tiles.full[1])
+        self._tiles, self._tiled = tiles, Tiled(tiles.whole)
+        self._side_by_side = SideBySide(matrices, tiles.apply.columns)
         self._rows, self._count = self._side_by_side.rows, len(matrices)
-        self._dtype = working_dtype(matrices[0].dtype) if in_segments else matrices[0].dtype
+        self._dtype = _dtype_inside(matrices[0].dtype, in_segments)
         self._x = self._side_by_side.empty(self._dtype)
         self._out = torch.empty_like(self._x)
 
@@ -281,34 +312,39 @@ class _Group:
                 x=self._x, factors=factors, HAS_FACTORS=factors is not None, num_warps=4, **arguments
             )
 
-    def _below(self) -> int:
-        return tiles_below(self._rows, *self._tiles.square[:2])
+    def _symmetric(self, matrix: Tensor, rows: int, columns: int) -> tuple[Any, Any, Any]:
+        """Squares as a kernel takes them that writes them: as they are, in tiles, and in tiles of the transposes."""
+        return matrix, self._tiled(matrix, rows, columns), self._tiled(matrix, columns, rows)
 
     def _gram(self, gram: Tensor, factor: float) -> None:
-        rows, columns, depth, warps, stages = self._tiles.square
-        width, ends = self._side_by_side.width, self._side_by_side.ends
-        _gram_kernel[(self._below(), self._count)](
-            self._x, gram, self._rows, width, factor, *ends, T=rows, S=columns, K=depth, C=self._tiles.full[1],
-            ONCE=self._in_segments, num_warps=warps, num_stages=stages,
+        group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.gram
+        _gram_kernel[(tiles_below(self._rows, rows, columns), self._count)](
+            self._tiled(self._x, rows, depth), self._tiled(self._x, columns, depth),
+            *self._symmetric(gram, rows, columns), self._rows, group.width, factor, *group.ends, T=rows, S=columns,
+            K=depth, C=group.columns, ONCE=self._in_segments, WHOLE=self._tiles.whole, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
 
     def _square(
         self, a: Tensor, b: Tensor, out: Tensor, factors: tuple[float, float, float], scale: Tensor | None, scales: int
     ) -> None:
         """out = factors · (a b, a, b), as `_square_kernel` has it."""
-        rows, columns, depth, warps, stages = self._tiles.square
-        _square_kernel[(self._below(), self._count)](
-            a, b, out, a if scale is None else scale, self._rows, *factors, T=rows, S=columns, K=depth, SCALES=scales,
-            SECOND=factors[2] != 0.0, ONCE=self._in_segments, num_warps=warps, num_stages=stages,
+        tiled, (rows, columns, depth, warps, stages) = self._tiled, self._tiles.square
+        _square_kernel[(tiles_below(self._rows, rows, columns), self._count)](
+            tiled(a, rows, depth), tiled(b, columns, depth), tiled(a, rows, columns), tiled(b, rows, columns),
+            *self._symmetric(out, rows, columns), a if scale is None else scale, self._rows, *factors, T=rows,
+            S=columns, K=depth, SCALES=scales, SECOND=factors[2] != 0.0, ONCE=self._in_segments,
+            WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def _apply(self, factor: Tensor, first: float, scale: Tensor | None, out: Tensor) -> None:
         """out = (first X + factor X) sqrt(scale)."""
-        rows, columns, depth, warps, stages = self._tiles.full
-        width, ends = self._side_by_side.width, self._side_by_side.ends
-        _apply_kernel[(ceil_div(self._rows, rows), width // columns)](
-            self._x, factor, factor if scale is None else scale, out, self._rows, width, first, *ends, T=rows, K=depth,
-            C=columns, SCALES=scale is not None, num_warps=warps, num_stages=stages,
+        tiled, group, (rows, columns, depth, warps, stages) = self._tiled, self._side_by_side, self._tiles.apply
+        _apply_kernel[(ceil_div(self._rows, rows), group.width // columns)](
+            tiled(self._x, depth, columns), tiled(self._x, rows, columns), tiled(factor, rows, depth),
+            factor if scale is None else scale, tiled(out, rows, columns), self._rows, group.width, first,
+            *group.ends, T=rows, K=depth, C=columns, SCALES=scale is not None, WHOLE=self._tiles.whole,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 Layout: X (rows, width) as `matrix_groups` says, which each step replaces in place; beside it X in FP8, in that order
 for its Gram matrices and turned, (width, rows), for its product with B, since tensor cores read both factors of a
 product along the dimension that is summed up. Of the Gram matrices without their diagonals one in the dtype of X and
-one in FP8, of B one in FP8; diagonals (count, rows) float32. What a matrix becomes does not depend on its neighbours.
+one in FP8, of B one in FP8; diagonals (count, rows) float32. A kernel takes a buffer once for each size of its tiles
+(`tile_access`). What a matrix becomes does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -23,16 +25,25 @@ from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
     ENDS,
     SideBySide,
+    Tile,
     Tiles,
+    are_whole,
+    corner,
     end_of,
     matrix_of,
-    rows_and_columns,
-    store_both,
     tile_of_slot,
     tiles_below,
     tiles_for,
 )
-from qgalore.kernels.triton.tiles import chosen, float8_bits, to_float
+from qgalore.kernels.triton.tile_access import (
+    Tiled,
+    rounded,
+    rows_of,
+    store_symmetric,
+    store_tile,
+    store_turned,
+)
+from qgalore.kernels.triton.tiles import chosen, float8_bits
 
 __all__ = ["orthogonalize_fp8", "runs_in_fp8"]
 
@@ -52,17 +63,14 @@ def _inverse_norm_kernel(sums, factors, counts, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_x(x, x8, turned, value, i, column, rows, width, scale, LAST: tl.constexpr):
+def _store_x(x, x8, turned, value, row, column, rows, width, scale, LAST: tl.constexpr, WHOLE: tl.constexpr):
     """A tile of X; but for the last step also in FP8, in both orders."""
-    inside = (i < rows)[:, None] & (column < width)[None, :]
-    value = to_float(value, x.dtype.element_ty)
-    at = i[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(x + at, value, mask=inside)
+    value, stride = rounded(value, x, WHOLE), width.to(tl.int64)
+    store_tile(x, row, rows, column, stride, value, WHOLE)
     if not LAST:
         value8 = _float8(value.to(tl.float32) * scale)
-        tl.store(x8 + at, value8, mask=inside)
-        at = column[:, None].to(tl.int64) * rows + i[None, :]
-        tl.store(turned + at, tl.trans(value8), mask=(i < rows)[None, :] & (column < width)[:, None])
+        store_tile(x8, row, rows, column, stride, value8, WHOLE)
+        store_turned(turned, row, rows, column, rows.to(tl.int64), value8, WHOLE)
 
 
 @triton.jit
@@ -70,95 +78,89 @@ def _fp8_fill_kernel(
     matrices, x, x8, turned, factors, numbers, rows, width, lengths, strides, starts, ends, scale, T: tl.constexpr,
     C: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    i, column, value = tile_of_slot(matrices, factors, numbers, rows, lengths, strides, starts, ends, T, C, TURNS, True)
-    _store_x(x, x8, turned, value, i, column, rows, width, scale, False)
+    row, column, value = tile_of_slot(
+        matrices, factors, numbers, rows, lengths, strides, starts, ends, T, C, TURNS, True
+    )
+    _store_x(x, x8, turned, value, row, column, rows, width, scale, False, False)
 
 
 @triton.jit(do_not_specialize=ENDS)
 def _fp8_gram_kernel(
-    x8, gram, gram8, diagonal, rows, width, factor, scale, e0, e1, e2, e3, e4, e5, e6, e7, T: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
+    x8, other_x8, gram, gram_turned, gram8, gram8_turned, diagonal, rows, width, factor, scale, e0, e1, e2, e3, e4, e5,
+    e6, e7, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The Gram matrices of what X in FP8 stands for, without diagonals, in 16 bits and in FP8, and their diagonals."""
-    which = tl.program_id(1)
-    i, j = rows_and_columns(tl.program_id(0), T, S)
-    k = tl.arange(0, K)
+    which, stride = tl.program_id(1), width.to(tl.int64)
+    row, column = corner(tl.program_id(0), T, S)
     start = end_of(which - 1, e0, e1, e2, e3, e4, e5, e6, e7) * C
     end = end_of(which, e0, e1, e2, e3, e4, e5, e6, e7) * C
-    # Rows beyond the last are read from the beginning, and not stored.
-    a_at = x8 + (i % rows)[:, None].to(tl.int64) * width + (start + k)[None, :]
-    b_at = x8 + (j % rows)[None, :].to(tl.int64) * width + (start + k)[:, None]
     total = tl.zeros((T, S), dtype=tl.float32)
-    for _ in range(start, end, K):
-        total = tl.dot(tl.load(a_at), tl.load(b_at), total, max_num_imprecise_acc=EXACT)
-        a_at += K
-        b_at += K
-    value = total * factor
+    if WHOLE:
+        tl.assume(start < end)  # so that sums stay in the registers that tensor cores write
+    for k in range(start, end, K):
+        left = rows_of(x8, 0, row, rows, k, None, stride, T, K, WHOLE)
+        right = rows_of(other_x8, 0, column, rows, k, None, stride, S, K, WHOLE)
+        total = tl.dot(left, right.T, total, max_num_imprecise_acc=EXACT)
+    value, base = total * factor, which * rows
+    i, j = row + tl.arange(0, T), column + tl.arange(0, S)
     on = i[:, None] == j[None, :]
-    tl.store(diagonal + which * rows + i, tl.sum(tl.where(on, value, 0.0), axis=1), mask=_has(i, j) & (i < rows))
-    rest = to_float(tl.where(on, 0.0, value), gram.dtype.element_ty)
-    store_both(gram + which * rows * rows, rest, i, j, rows, False)
-    store_both(gram8 + which * rows * rows, _float8(rest.to(tl.float32) * scale), i, j, rows, False)
-
-
-@triton.jit
-def _has(i, j):
-    """Whether each of rows i is among columns j, which follow one another."""
-    return (i >= tl.min(j, axis=0)) & (i <= tl.max(j, axis=0))
+    has = (i >= column) & (i < column + S) & (i < rows)
+    tl.store(diagonal + base + i, tl.sum(tl.where(on, value, 0.0), axis=1), mask=has)
+    rest = rounded(tl.where(on, 0.0, value), gram, WHOLE)
+    store_symmetric(gram, gram_turned, base, row, column, rows, rest, WHOLE)
+    store_symmetric(gram8, gram8_turned, base, row, column, rows, _float8(rest.to(tl.float32) * scale), WHOLE)
 
 
 @triton.jit
 def _fp8_square_kernel(
-    gram, gram8, diagonal, even8, even_diagonal, rows, first, third, fifth, factor, scale, T: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr,
+    gram, gram8, other_gram8, diagonal, even8, even8_turned, even_diagonal, rows, first, third, fifth, factor, scale,
+    T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """B = first + third A + fifth A A of a Gram matrix A, without its diagonal in FP8, and its diagonal."""
-    which = tl.program_id(1)
-    i, j = rows_and_columns(tl.program_id(0), T, S)
-    k = tl.arange(0, K)
-    gram += which * rows * rows
-    gram8 += which * rows * rows
-    diagonal += which * rows
+    base = tl.program_id(1) * rows
+    row, column = corner(tl.program_id(0), T, S)
+    diagonal += base
     total = tl.zeros((T, S), dtype=tl.float32)
-    for start in range(0, rows, K):
-        inside = start + k < rows
-        left = tl.load(gram8 + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-        right = tl.load(gram8 + (j % rows)[None, :] * rows + (start + k)[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(left, right, total, max_num_imprecise_acc=EXACT)
+    if WHOLE:
+        tl.assume(rows > 0)
+    for k in range(0, rows, K):
+        left = rows_of(gram8, base, row, rows, k, rows, rows, T, K, WHOLE)
+        right = rows_of(other_gram8, base, column, rows, k, rows, rows, S, K, WHOLE)
+        total = tl.dot(left, right.T, total, max_num_imprecise_acc=EXACT)
     total *= factor
-    own = tl.load(gram + (i % rows)[:, None] * rows + (j % rows)[None, :]).to(tl.float32)
+    own = rows_of(gram, base, row, rows, column, rows, rows, T, S, WHOLE).to(tl.float32)
+    i, j = row + tl.arange(0, T), column + tl.arange(0, S)
     d_i, d_j = tl.load(diagonal + i % rows), tl.load(diagonal + j % rows)
     value = third * own + fifth * (total + (d_i[:, None] + d_j[None, :]) * own)
     on = i[:, None] == j[None, :]
     squared = tl.sum(tl.where(on, total, 0.0), axis=1) + d_i * d_i
     even = first + third * d_i + fifth * squared
-    tl.store(even_diagonal + which * rows + i, even, mask=_has(i, j) & (i < rows))
-    # Of 16 bits, whose layout is then converted: of FP8 Triton 3.6 does so wrongly (`check_compiled`).
-    rest = to_float(tl.where(on, 0.0, value), gram.dtype.element_ty)
-    store_both(even8 + which * rows * rows, _float8(rest.to(tl.float32) * scale), i, j, rows, False)
+    tl.store(even_diagonal + base + i, even, mask=(i >= column) & (i < column + S) & (i < rows))
+    # Of 16 bits, whose layout is then converted: of FP8 Triton 3.6 does so wrongly (`fault_of_compiled`).
+    rest = rounded(tl.where(on, 0.0, value), gram, WHOLE)
+    store_symmetric(even8, even8_turned, base, row, column, rows, _float8(rest.to(tl.float32) * scale), WHOLE)
 
 
 @triton.jit(do_not_specialize=ENDS)
 def _fp8_apply_kernel(
     x, x8, turned, out, even8, even_diagonal, rows, width, factor, scale, e0, e1, e2, e3, e4, e5, e6, e7,
-    T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """B X in the place of X; X in FP8, turned, is read from `turned` and written to `out`."""
-    index = tl.program_id(1)
-    which = matrix_of(index, e0, e1, e2, e3, e4, e5, e6)
-    i, column, k = tl.program_id(0) * T + tl.arange(0, T), index * C + tl.arange(0, C), tl.arange(0, K)
-    even8 += which * rows * rows
+    index, row = tl.program_id(1), tl.program_id(0) * T
+    base, column = matrix_of(index, e0, e1, e2, e3, e4, e5, e6) * rows, index * C
     total = tl.zeros((T, C), dtype=tl.float32)
-    for start in range(0, rows, K):
-        inside = start + k < rows
-        a = tl.load(even8 + (i % rows)[:, None] * rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-        b_at = turned + column[None, :].to(tl.int64) * rows + (start + k)[:, None]
-        b = tl.load(b_at, mask=inside[:, None], other=0.0)
-        total = tl.dot(a, b, total)
-    own = tl.load(x + i[:, None].to(tl.int64) * width + column[None, :], mask=(i < rows)[:, None], other=0.0)
-    even = tl.load(even_diagonal + which * rows + i % rows)
+    if WHOLE:
+        tl.assume(rows > 0)
+    for k in range(0, rows, K):
+        left = rows_of(even8, base, row, rows, k, rows, rows, T, K, WHOLE)
+        right = rows_of(turned, 0, column, width, k, rows, rows.to(tl.int64), C, K, WHOLE)
+        total = tl.dot(left, right.T, total)
+    own = rows_of(x, 0, row, rows, column, None, width.to(tl.int64), T, C, WHOLE)
+    even = tl.load(even_diagonal + base + (row + tl.arange(0, T)) % rows)
     value = even[:, None] * own.to(tl.float32) + total * factor
-    _store_x(x, x8, out, value, i, column, rows, width, scale, LAST)
+    _store_x(x, x8, out, value, row, column, rows, width, scale, LAST, WHOLE)
 
 
 _SUMMED = 128
@@ -167,19 +169,29 @@ _SUMMED = 128
 
 
 TILES: dict[int, Tiles] = {
-    768: Tiles((64, 128, 128, 4, 4), (128, 128, 128, 4, 3)),
-    1024: Tiles((128, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
-    2048: Tiles((64, 128, 128, 4, 4), (64, 128, 128, 4, 3)),
-    1 << 30: Tiles((128, 128, 128, 4, 3), (128, 128, 128, 4, 3)),
+    768: Tiles(Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(128, 128, 128, 4, 3)),
+    1024: Tiles(Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3)),
+    2048: Tiles(Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3)),
+    1 << 30: Tiles(Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3)),
 }
 """By the most rows that they are for, from a sweep on an H200 before sums were of 128 terms: to be swept again."""
+WHOLE_TILES: dict[int, Tiles] = {
+    768: Tiles(Tile(64, 128, 128, 4, 3), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
+    1024: Tiles(Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
+    2048: Tiles(Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
+    1 << 30: Tiles(Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
+}
+"""The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, but for squares of 1,024 rows,
+which, as all others, are not swept yet."""
 
 
-def _checked_rows(rows: int) -> int:
+def _checked_rows(tiles: Tiles, rows: int) -> int:
     """Rows of a small matrix, of several tiles, for which Triton compiles what it does for so many rows.
 
-    It knows of a size whether it is a multiple of 16.
+    It knows of a size whether it is a multiple of 16; whole tiles stay whole.
     """
+    if tiles.whole:
+        return next(checked for checked in itertools.count(384, 128) if are_whole(tiles, checked))
     return 392 if rows % 16 else 400
 
 
@@ -202,11 +214,11 @@ _FAULTS: dict[tuple[Tiles, int, torch.device], str] = {}
 """What `fault_of_compiled` has found, by its arguments: once a process."""
 
 
-def _fault(rows: int, device: torch.device) -> str:
+def _fault(tiles: Tiles, rows: int, device: torch.device) -> str:
     """`fault_of_compiled` for matrices with so many rows; "" while a graph is captured and it is not known yet."""
     if device.type != "cuda":
         return ""
-    checked = tiles_for(rows, TILES), _checked_rows(rows), device
+    checked = tiles, _checked_rows(tiles, rows), device
     if checked not in _FAULTS and not torch.cuda.is_current_stream_capturing():
         _FAULTS[checked] = fault_of_compiled(*checked)
     return _FAULTS.get(checked, "")
@@ -214,17 +226,17 @@ def _fault(rows: int, device: torch.device) -> str:
 
 def runs_in_fp8(rows: int, device: torch.device) -> bool:
     """See `qgalore.kernels.runs_in_fp8`."""
-    if fault := _fault(rows, device):
+    if fault := _fault(tiles_for(rows, torch.bfloat16, device, TILES, WHOLE_TILES), rows, device):
         warnings.warn(f"{fault}: steps are made in bfloat16 instead; please report the version", stacklevel=2)
     return not fault
 
 
 def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize_fp8`."""
-    rows = min(matrices[0].shape)
-    if fault := _fault(rows, matrices[0].device):
+    rows, device = min(matrices[0].shape), matrices[0].device
+    tiles = tiles_for(rows, matrices[0].dtype, device, TILES, WHOLE_TILES)
+    if fault := _fault(tiles, rows, device):
         raise RuntimeError(f"{fault}: choose newton_schulz muon, in bfloat16, and report the version")
-    tiles = tiles_for(rows, TILES)
     found = []
     for part in even_groups(matrices):
         found += _Group(part, tiles).steps(polynomials)
@@ -235,8 +247,8 @@ class _Group:
     """At most `GROUP_LIMIT` matrices whose shorter sides are equal."""
 
     def __init__(self, matrices: Sequence[Tensor], tiles: Tiles) -> None:
-        self._tiles = tiles
-        self._side_by_side = group = SideBySide(matrices, self._tiles.full[1])
+        self._tiles, self._tiled = tiles, Tiled(tiles.whole)
+        self._side_by_side = group = SideBySide(matrices, tiles.apply.columns)
         self._rows, self._count, self._scale = group.rows, group.count, scale_of(group.rows)
         dtype, fp8, device = matrices[0].dtype, torch.float8_e4m3fn, matrices[0].device
         self._x, self._x8 = group.empty(dtype), group.empty(fp8)
@@ -267,25 +279,29 @@ class _Group:
             )  # fmt: skip
 
     def _form_gram(self, scale: float) -> None:
-        group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.square
+        tiled, group, (rows, columns, depth, warps, stages) = self._tiled, self._side_by_side, self._tiles.gram
         _fp8_gram_kernel[(tiles_below(self._rows, rows, columns), self._count)](
-            self._x8, self._gram, self._gram8, self._diagonals[0], self._rows, group.width, self._scale**-2, scale,
-            *group.ends, T=rows, S=columns, K=depth, C=group.columns, EXACT=min(_SUMMED, depth), num_warps=warps,
+            tiled(self._x8, rows, depth), tiled(self._x8, columns, depth), tiled(self._gram, rows, columns),
+            tiled(self._gram, columns, rows), tiled(self._gram8, rows, columns), tiled(self._gram8, columns, rows),
+            self._diagonals[0], self._rows, group.width, self._scale**-2, scale, *group.ends, T=rows, S=columns,
+            K=depth, C=group.columns, EXACT=min(_SUMMED, depth), WHOLE=self._tiles.whole, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
 
     def _square(self, polynomial: tuple[float, float, float], scale: float) -> None:
-        rows, columns, depth, warps, stages = self._tiles.square
+        tiled, (rows, columns, depth, warps, stages) = self._tiled, self._tiles.square
         _fp8_square_kernel[(tiles_below(self._rows, rows, columns), self._count)](
-            self._gram, self._gram8, self._diagonals[0], self._even8, self._diagonals[1], self._rows, *polynomial,
-            scale**-2, FACTOR, T=rows, S=columns, K=depth, EXACT=min(_SUMMED, depth), num_warps=warps,
-            num_stages=stages,
+            tiled(self._gram, rows, columns), tiled(self._gram8, rows, depth), tiled(self._gram8, columns, depth),
+            self._diagonals[0], tiled(self._even8, rows, columns), tiled(self._even8, columns, rows),
+            self._diagonals[1], self._rows, *polynomial, scale**-2, FACTOR, T=rows, S=columns, K=depth,
+            EXACT=min(_SUMMED, depth), WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def _apply(self, last: bool) -> None:
-        group, (rows, columns, depth, warps, stages) = self._side_by_side, self._tiles.full
+        tiled, group, (rows, columns, depth, warps, stages) = self._tiled, self._side_by_side, self._tiles.apply
         _fp8_apply_kernel[(ceil_div(self._rows, rows), group.width // columns)](
-            self._x, self._x8, self._turned, self._out, self._even8, self._diagonals[1], self._rows, group.width,
-            1.0 / (FACTOR * self._scale), self._scale, *group.ends, T=rows, K=depth, C=columns, LAST=last,
-            num_warps=warps, num_stages=stages,
+            tiled(self._x, rows, columns), tiled(self._x8, rows, columns), tiled(self._turned, columns, depth),
+            tiled(self._out, columns, rows), tiled(self._even8, rows, depth), self._diagonals[1], self._rows,
+            group.width, 1.0 / (FACTOR * self._scale), self._scale, *group.ends, T=rows, K=depth, C=columns,
+            LAST=last, WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
         )  # fmt: skip
