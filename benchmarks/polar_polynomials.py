@@ -10,6 +10,12 @@ and the distance with two guesses of the points, move the guesses to the extrema
 there is (Amsel et al., arXiv 2505.16932). Of theirs, too: all but the last polynomial are those of x / 1.01, since
 rounding may bring a value above u, from where they grow; and where l is below u / 50, the polynomial of [u / 50, u] is
 taken, scaled so that what it leaves lies around 1, as that of l would fall too near to 0 between.
+
+Products in FP8 round b x³ and c x⁵, and where rows of a momentum are alike, all values of its largest singular vectors
+round alike: the two terms, which nearly cancel, are then off by a share of themselves. A steady polynomial is, of those
+that map [0, 1] to at most 1, and what lies beyond their maximum to at least m, although b is by a share e smaller or
+larger, and c the other way, the one with the largest a: what a step multiplies small singular values by. Its bounds are
+reached in three points, which the same exchange finds. The last of `STEADY` is scaled to leave values of up to 1.2.
 """
 
 from __future__ import annotations
@@ -27,6 +33,10 @@ from qgalore.update.newton_schulz import METHODS, Polynomial
 LOWEST = {"polar5": 0.003, "polar4": 0.003}
 """The least singular value over the scale, the fourth root of Σ σ⁴, that each method is made for."""
 SAFETY, CUSHION = 1.01, 0.02
+STEADY = {"muon4_fp8": ((0.039, 0.02), (0.013, 0.085), (0.012, 0.09), (0.002, 0.6))}
+"""(e, m) of each step. Found by random search: of those that lose momenta of rank one no more often than Muon's five
+steps in FP8, the nearest to the polar factors of momenta of a small LLaMA (log of 2026-11-30)."""
+STEADY_TOP = 1.2
 
 
 def best_polynomial(low: float, high: float) -> Polynomial:
@@ -41,8 +51,7 @@ def best_polynomial(low: float, high: float) -> Polynomial:
         a, b, c, distance = solved.tolist()
         if abs(before - distance) < 1e-14:
             return a, b, c
-        root = math.sqrt(9 * b * b - 20 * a * c)
-        points[1:3] = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
+        points[1:3] = [_extremum(a, b, c, -1), _extremum(a, b, c, 1)]
         before = distance
 
 
@@ -60,6 +69,37 @@ def best_steps(low: float, steps: int) -> tuple[Polynomial, ...]:
         low = _value((a, b, c), low)
         high = 2 - low
     return tuple(found)
+
+
+def steady_polynomial(error: float, least: float) -> Polynomial:
+    """(a, b, c) with the largest a that keeps [0, 1] at most 1, and at least `least` beyond its maximum.
+
+    And does so where b and c are off by shares of at most `error`, in opposite directions.
+    """
+    less, more = 1 - error, 1 + error
+    top, bottom, before = 0.4, 0.8, math.inf
+    while True:
+        rows = [
+            [x, x**3 * of_b, x**5 * of_c]
+            for x, of_b, of_c in ((top, less, more), (bottom, more, less), (1, less, more))
+        ]
+        bounds = torch.tensor([1, least, 1], dtype=torch.float64)
+        a, b, c = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), bounds).tolist()
+        if abs(before - a) < 1e-14:
+            return a, b, c
+        top, bottom = _extremum(a, less * b, more * c, -1), min(1.0, _extremum(a, more * b, less * c, 1))
+        before = a
+
+
+def _extremum(a: float, b: float, c: float, sign: int) -> float:
+    """Where a x + b x³ + c x⁵, b < 0 < c, has its maximum (sign -1) or the minimum beyond it (1)."""
+    return math.sqrt((-3 * b + sign * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c))
+
+
+def steady_steps(shares: Sequence[tuple[float, float]]) -> tuple[Polynomial, ...]:
+    """The steady polynomial of each (error, least); the last one is scaled by `STEADY_TOP`."""
+    *found, (a, b, c) = (steady_polynomial(*each) for each in shares)
+    return *found, (STEADY_TOP * a, STEADY_TOP * b, STEADY_TOP * c)
 
 
 def _value(polynomial: Polynomial, x: float) -> float:
@@ -90,6 +130,11 @@ def synthetic(rows: int = 256, width: int = 688) -> dict[str, Tensor]:
     return {"normal": draw(rows, width)} | {name: left * values @ right.T for name, values in laws.items()}
 
 
+def _print(polynomials: Sequence[Polynomial]) -> None:
+    for polynomial in polynomials:
+        print("    ({:.4f}, {:.4f}, {:.4f})".format(*polynomial))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what was found."""
     parser = argparse.ArgumentParser(prog="polar_polynomials", description=__doc__.splitlines()[0])
@@ -97,8 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name, low in LOWEST.items():
         print(f"{name}: singular values of the scale from {low:g}")
-        for polynomial in best_steps(low, len(METHODS[name].polynomials)):
-            print("    ({:.4f}, {:.4f}, {:.4f})".format(*polynomial))
+        _print(best_steps(low, len(METHODS[name].polynomials)))
+    for name, shares in STEADY.items():
+        print(f"{name}: with errors of {', '.join(f'{error:g}' for error, _ in shares)} of terms")
+        _print(steady_steps(shares))
     spectra = {name: [matrix] for name, matrix in synthetic().items()}
     if args.momenta:
         spectra["momenta"] = list(torch.load(args.momenta).values())

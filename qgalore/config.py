@@ -126,11 +126,13 @@ class SubspaceConfig:
     direction: Annotated[str, Allowed(choices=("adam", "orthogonal", "normuon"))] = "adam"
     """Step inside the subspace: Adam's, or along the orthogonalised momentum (Muon), without a second moment; normuon:
     with all rows of that of one size."""
-    newton_schulz: Annotated[str, Allowed(choices=("auto", "muon", "muon_fp8", "polar5", "polar4"))] = "muon"
+    newton_schulz: Annotated[str, Allowed(choices=("auto", "muon", "muon_fp8", "muon4_fp8", "polar5", "polar4"))] = (
+        "muon"
+    )
     """Polynomials that orthogonalise a momentum: Muon's one polynomial five times, with fp8 in products of FP8 whose
-    diagonals are exact; or five or four, each the best for what the one before leaves (Polar Express), on Gram matrices
-    where that is cheaper. auto: muon_fp8 for matrices with a shorter side of at least 768 on a GPU with FP8 (compute
-    capability 8.9), else muon."""
+    diagonals are exact, or there four steeper ones that bear its rounding; or five or four, each the best for what the
+    one before leaves (Polar Express), on Gram matrices where that is cheaper. auto: muon_fp8 for matrices with a
+    shorter side of at least 768 on a GPU with FP8 (compute capability 8.9), else muon."""
     rounding_feedback: Annotated[float, Allowed("share", at_least=0, at_most=1)] = 0.0
     """Share of the rounding error of quantized weights that is fed into their momentum, by which the next updates make
     up for what they can of it; for rank full with the orthogonal direction. 0 is off, 1 all."""

@@ -124,4 +124,4 @@ def test_methods_are_those_that_can_be_timed(
     with pytest.raises(SystemExit):
         bench_direction.main(["--methods", methods, *small])
     error = capsys.readouterr().err
-    assert said in error and "it must be of muon, muon_fp8, polar5, polar4" in error
+    assert said in error and "it must be of muon, muon_fp8, muon4_fp8, polar5, polar4" in error

@@ -180,6 +180,8 @@ def test_newton_schulz_in_fp8_needs_a_newer_gpu() -> None:
     text = problem_of_steps("NVIDIA A100", (8, 0), "muon_fp8")
     assert text.startswith("--newton_schulz muon_fp8: NVIDIA A100 has compute capability 8.0, and products in FP8 need")
     assert text.endswith("give --newton_schulz muon")
+    text = problem_of_steps("NVIDIA A100", (8, 0), "muon4_fp8")
+    assert text.startswith("--newton_schulz muon4_fp8: NVIDIA A100") and text.endswith("give --newton_schulz muon")
     assert not problem_of_steps("NVIDIA L4", (8, 9), "muon_fp8") and not problem_of_steps("T4", (7, 5), "polar4")
     said = emulated_products(torch.device("cpu"), QuantizationArgs(), "muon_fp8")
     assert said is not None and said.startswith("--newton_schulz muon_fp8 on a CPU: values are rounded")

@@ -410,7 +410,7 @@ def test_a_new_basis_takes_what_is_planned() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("method", ["muon", "muon_fp8", "polar5"])
+@pytest.mark.parametrize("method", ["muon", "muon_fp8", "muon4_fp8", "polar5"])
 def test_orthogonal_directions_take_what_is_planned(method: str) -> None:
     flags = f"{STREAMING} --rank 224 --direction orthogonal --newton_schulz {method} --batch_size 256"
     run = run_of(flags, "60m")
@@ -558,8 +558,9 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
     assert PassingBytes(run).directions(1 << 20, 0, 2, False) == 2 * (3 * (1 << 20) + 2 * 4 * 4096**2), (
         "in segments four"
     )
-    run = run_of(f"{FULL_RANK} --newton_schulz muon_fp8 --device cuda --batch_size 1", "60m")
-    assert PassingBytes(run).updates() == 2 * (3.5 * values + squares), "one in 16 bits and three in FP8"
+    for name in ("muon_fp8", "muon4_fp8"):
+        run = run_of(f"{FULL_RANK} --newton_schulz {name} --device cuda --batch_size 1", "60m")
+        assert PassingBytes(run).updates() == 2 * (3.5 * values + squares), "one in 16 bits and three in FP8"
     auto, fp8 = (
         PassingBytes(run_of(f"{FULL_RANK} --newton_schulz {name} --device cuda --batch_size 1", "130m")).updates()
         for name in ("auto", "muon_fp8")

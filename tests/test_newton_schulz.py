@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
-from benchmarks.polar_polynomials import LOWEST, best_polynomial, best_steps, deviations, synthetic
+from benchmarks.polar_polynomials import (
+    LOWEST,
+    STEADY,
+    best_polynomial,
+    best_steps,
+    deviations,
+    steady_polynomial,
+    steady_steps,
+    synthetic,
+)
 from qgalore import GaLoreAdamW, kernels
 from qgalore.config import SubspaceConfig
 from qgalore.update.directions import DIRECTIONS, direction_of, orthogonal_directions
@@ -47,8 +56,31 @@ def test_polynomials_are_those_of_the_exchange(name: str) -> None:
     assert [[round(value, 4) for value in step] for step in expected] == [list(step) for step in found]
 
 
+@pytest.mark.parametrize(("error", "least"), [(0.0, 0.1), (0.0387, 0.02), (0.01, 0.3), (0.05, 0.6)])
+def test_a_steady_polynomial_stays_in_its_bounds(error: float, least: float) -> None:
+    """With terms that are off by that share, and not with a larger one; and where it need not, a is larger."""
+    a, b, c = steady_polynomial(error, least)
+    x = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    for share in (error, -error, 0.0):
+        values = a * x + (1 - share) * b * x**3 + (1 + share) * c * x**5
+        top = int(values[:15000].argmax())
+        assert float(values.max()) < 1 + 1e-9 and float(values[top:].min()) > least - 1e-9
+    beyond = a * x + (1 - error - 0.01) * b * x**3 + (1 + error + 0.01) * c * x**5
+    assert float(beyond.max()) > 1.001
+    assert (
+        steady_polynomial(error + 0.005, least)[0] < a - 0.01 and steady_polynomial(error, least + 0.05)[0] < a - 0.01
+    )
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_steady_polynomials_are_those_of_the_exchange(name: str) -> None:
+    expected = steady_steps(STEADY[name])
+    assert [[round(value, 4) for value in step] for step in expected] == [list(x) for x in METHODS[name].polynomials]
+
+
 @pytest.mark.parametrize(
-    ("name", "worst", "mean"), [("muon", 0.32, 0.18), ("polar5", 0.008, 0.005), ("polar4", 0.22, 0.16)]
+    ("name", "worst", "mean"),
+    [("muon", 0.32, 0.18), ("polar5", 0.008, 0.005), ("polar4", 0.22, 0.16), ("muon4_fp8", 0.32, 0.18)],
 )
 def test_how_near_to_1_singular_values_come(name: str, worst: float, mean: float) -> None:
     """Three laws whose least value is above the bound that the polynomials are made for."""
@@ -156,13 +188,17 @@ FP8_MATRICES = {
 }
 
 
+IN_FP8 = [name for name, method in METHODS.items() if method.fp8]
+
+
+@pytest.mark.parametrize("name", IN_FP8)
 @pytest.mark.parametrize("law", FP8_MATRICES)
-def test_products_in_fp8_change_a_direction_by_an_eighth_at_most(law: str) -> None:
+def test_products_in_fp8_change_a_direction_by_an_eighth_at_most(law: str, name: str) -> None:
     """Of its norm, and hardly its size; where rows are alike, most of the Gram matrix is outside of its diagonal."""
-    matrix = FP8_MATRICES[law].bfloat16()
-    (exact,) = kernels.orthogonalize([matrix.double()], METHODS["muon"].polynomials)
+    matrix, polynomials = FP8_MATRICES[law].bfloat16(), METHODS[name].polynomials
+    (exact,) = kernels.orthogonalize([matrix.double()], polynomials)
     for given in (matrix, matrix.T):
-        found = kernels.orthogonalize_fp8([given], METHODS["muon_fp8"].polynomials)[0].double()
+        found = kernels.orthogonalize_fp8([given], polynomials)[0].double()
         found = found if given is matrix else found.T
         assert (found - exact).norm() < 0.125 * exact.norm()
         assert float((found * exact).sum() / exact.square().sum()) == pytest.approx(1.0, abs=0.01)
@@ -183,8 +219,9 @@ def test_what_fp8_needs(why: str, worst: float, monkeypatch: pytest.MonkeyPatch)
     assert (found - exact).norm() > worst * exact.norm()
 
 
-def test_the_size_of_a_momentum_does_not_matter_in_fp8() -> None:
-    matrix, polynomials = normal(24, 40), METHODS["muon_fp8"].polynomials
+@pytest.mark.parametrize("name", IN_FP8)
+def test_the_size_of_a_momentum_does_not_matter_in_fp8(name: str) -> None:
+    matrix, polynomials = normal(24, 40), METHODS[name].polynomials
     (expected,) = kernels.orthogonalize_fp8([matrix], polynomials)
     for power in (-50, -20, 40):
         assert torch.equal(kernels.orthogonalize_fp8([matrix * 2.0**power], polynomials)[0], expected)
@@ -287,7 +324,7 @@ def test_weights_are_batched_by_the_method() -> None:
     assert direction_of("orthogonal", "muon") is DIRECTIONS["orthogonal"]
     assert direction_of("orthogonal", "polar5") == direction_of("orthogonal", "polar5")
     assert direction_of("adam", "auto") is DIRECTIONS["adam"], "which orthogonalises nothing"
-    assert len({direction_of(name, method) for name in ("orthogonal", "normuon") for method in METHODS}) == 8
+    assert len({direction_of(name, method) for name in ("orthogonal", "normuon") for method in METHODS}) == 10
 
 
 @pytest.mark.parametrize("rank", ["full", 8])

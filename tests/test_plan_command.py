@@ -159,7 +159,7 @@ def test_cards_and_refusals_load_nothing_heavy() -> None:
     assert done.returncode == 0 and "RTX 4090" in done.stdout and "give --memory" in done.stderr
 
 
-@pytest.mark.parametrize("flags", ["--fp8_products", "--newton_schulz muon_fp8", "--newton_schulz=muon_fp8"])
+@pytest.mark.parametrize("flags", ["--fp8_products", "--newton_schulz muon_fp8", "--newton_schulz=muon4_fp8"])
 def test_a_card_without_fp8_has_no_products_in_fp8(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     for run in (f"--model 60m {flags}", f"--model_config configs/llama_60m.json --dataset pydocs {flags}"):
         assert commands.main(["plan", "--gpu", "3090", *run.split()]) == 2

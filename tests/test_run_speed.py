@@ -166,6 +166,8 @@ def test_a_card_without_fp8_has_newton_schulz_without_it() -> None:
         for card in (CARDS["3090"], CARDS["4090"]):
             auto, plain, fp8 = (counted_seconds(args, read_config(args.model.model_config), card) for args in runs)
             assert auto == (fp8 if gains and card.fp8 else plain) and (fp8 < plain or not gains), (model, card.name)
+        four = run(model, f"{flags} --newton_schulz muon4_fp8")
+        assert counted_seconds(four, read_config(four.model.model_config), card) < fp8, "a step less"
 
 
 SLOWER = {

@@ -88,5 +88,5 @@ def problem_of_steps(name: str, capability: tuple[int, int], newton_schulz: str)
     number = ".".join(map(str, capability))
     return (
         f"--newton_schulz {newton_schulz}: {name} has compute capability {number}, and products "
-        f"in FP8 need 8.9 (RTX 40, L4, H100 and newer): give --newton_schulz {newton_schulz.removesuffix('_fp8')}"
+        "in FP8 need 8.9 (RTX 40, L4, H100 and newer): give --newton_schulz muon"
     )

@@ -5,9 +5,10 @@ one polynomial a step, each the best for what the one before leaves, as in the P
 2505.16932; degree 5, by Remez exchange, as also Grishina et al., arXiv 2506.10935): `python -m
 benchmarks.polar_polynomials` finds them, and a test holds the numbers here to it.
 
-In FP8 (`muon_fp8`) go Muon's steps alone. The others are steep where the largest singular values are, up to 13 times
-the slope of the identity: there 3 % of rounding goes on to infinity, of momenta that are of rank one but for a tenth.
-`auto` is `muon_fp8` for matrices that gain by it, on a device that has such products, and `muon` elsewhere.
+In FP8 go Muon's steps (`muon_fp8`), or four that are made for it (`muon4_fp8`): of those that stay in bounds although
+their terms are rounded, the steepest at 0. The best ones amplify errors where the largest singular values are: there
+3 % of rounding goes on to infinity, of momenta that are of rank one but for a tenth. `auto` is `muon_fp8` for matrices
+that gain by it, on a device that has such products, and `muon` elsewhere.
 
 Form: a step needs of X (m, n), m <= n, its Gram matrix R = X Xᵀ. Products of (m, m) matrices that are polynomials of R
 are symmetric and commute, so several steps can be made on R alone, with X multiplied once at the end of such a
@@ -42,10 +43,12 @@ _LEAST_ROWS_IN_FP8 = 768
 """Of a matrix to gain by FP8: of smaller ones the copies in FP8 take longer than the products save (60M has 512 rows
 and is slower with it; 130M has 768 and is 2.5 % faster, in a row: `compare.csv`, a13fc65)."""
 _MUON = ((3.4445, -4.7750, 2.0315),) * 5
+_STEADY = ((3.4772, -7.4375, 4.495), (3.9214, -10.1513, 7.0069), (3.9359, -10.2474, 7.1034), (4.1973, -8.7371, 5.7109))
 _POLAR = ((8.1693, -22.9667, 16.5429), (3.9810, -2.8678, 0.5293), (3.4959, -2.5673, 0.5022))
 METHODS = {
     "muon": Method(_MUON, segmented=False),
     "muon_fp8": Method(_MUON, segmented=False, fp8=True),
+    "muon4_fp8": Method(_STEADY, segmented=False, fp8=True),
     "polar5": Method((*_POLAR, (2.5042, -1.8125, 0.4191), (1.9284, -1.3082, 0.3809)), segmented=True),
     "polar4": Method((*_POLAR, (2.5292, -1.8674, 0.4405)), segmented=True),
 }
