@@ -85,8 +85,6 @@ def test_a_descriptor_is_made_once(
     FORMS[form](matrices_of(32, kernel_device))
     ways = {(each.base.data_ptr(), each.base.dtype, tuple(each.block_shape)) for each in made}
     assert len(ways) == len(made) > 0
-    for each_made in made:
-        assert each_made.base.shape[1] == each_made.strides[0], "a whole buffer"
 
 
 def test_what_goes_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
