@@ -8,7 +8,7 @@ many kernels it takes for norms at different indices. "dequantized": how many de
 layers, by their widths. "bytes": the instructions of each kernel that move a single byte of a quantized weight whose
 rows are of 5461 values, in 8 and in 4 bits. "fp8": those that move less than four bytes in kernels that round factors
 with such rows. "int8": the instruction that multiplies in INT8, for many rows and for few. "spills": the most bytes
-for which products of Newton-Schulz through descriptors have no registers, on a card on which they run. Nothing is
+for which kernels with tensor descriptors have no registers, on the card on which they run. Nothing is
 launched, so tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that
 have it.
 
@@ -85,7 +85,7 @@ def compile_only(capability: int) -> None:
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
         MADE.add(kernel.hash)
         CODE[self.__name__] = kernel.asm["ptx"]
-        if kwargs.get("WHOLE"):
+        if "cp.async.bulk.tensor" in kernel.asm["ptx"]:
             DESCRIBED.append((self.__name__, kernel.asm["ptx"]))
         if self.__name__ in _SUMMING:
             code, name = kernel.asm["ttgir"], self.__name__ + (" of columns" if kwargs.get("TALL") else "")
