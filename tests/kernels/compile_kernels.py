@@ -7,8 +7,10 @@ of what the kernels of `check_gradients_` and of Newton-Schulz add up, which dec
 many kernels it takes for norms at different indices. "dequantized": how many dequantize the weights and the bases of
 layers, by their widths. "bytes": the instructions of each kernel that move a single byte of a quantized weight whose
 rows are of 5461 values, in 8 and in 4 bits. "fp8": those that move less than four bytes in kernels that round factors
-with such rows. "int8": the instruction that multiplies in INT8, for many rows and for few. Nothing is launched, so
-tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that have it.
+with such rows. "int8": the instruction that multiplies in INT8, for many rows and for few. "spills": the most bytes
+for which kernels with tensor descriptors have no registers, on the card on which they run. Nothing is
+launched, so tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that
+have it.
 
     python tests/kernels/compile_kernels.py 75 float16
 
@@ -21,15 +23,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["QGALORE_KERNELS"] = "triton"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -37,6 +42,7 @@ from triton.runtime.jit import JITFunction
 import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator it calls
 from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
 from qgalore import LowRankLinear, WeightFormat, kernels
+from qgalore.kernels.triton import matrix_groups
 from qgalore.layer.layout import padded_width
 from qgalore.layer.quantization import aligned_row_bytes
 
@@ -44,6 +50,7 @@ TAKEN: dict[str, int] = {}
 MADE: set[str] = set()
 CODE: dict[str, str] = {}
 SUMS: dict[str, set[str]] = {}
+DESCRIBED: list[tuple[str, str]] = []
 _SUMMING = (
     "_partial_sums_kernel", "_finish_kernel", "_row_adam_kernel", "_row_squares_kernel", "_scale_rows_kernel",
     "_trace_kernel", "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel",
@@ -78,6 +85,8 @@ def compile_only(capability: int) -> None:
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
         MADE.add(kernel.hash)
         CODE[self.__name__] = kernel.asm["ptx"]
+        if "cp.async.bulk.tensor" in kernel.asm["ptx"]:
+            DESCRIBED.append((self.__name__, kernel.asm["ptx"]))
         if self.__name__ in _SUMMING:
             code, name = kernel.asm["ttgir"], self.__name__ + (" of columns" if kwargs.get("TALL") else "")
             if name == "_row_adam_kernel" and args[0][0].shape[1] % 16:
@@ -161,6 +170,30 @@ def launch_fp8(half: torch.dtype) -> None:
             kernels.fp8_weight(weight)
             for count in (1, 3):
                 kernels.fp8_turned_weights([weight] * count)
+
+
+def launch_descriptors(half: torch.dtype) -> None:
+    """Newton-Schulz of whole tiles, by each entry of the tables."""
+    steps = [(1.0, 1.0, 1.0)] * 2
+    with mock.patch.object(matrix_groups, "takes_descriptors", lambda dtype, device: True):
+        for rows in (768, 1024, 2048, 4096):
+            matrices = [torch.zeros(rows, 11008, dtype=half)]
+            kernels.orthogonalize_fp8(matrices, steps)
+            kernels.orthogonalize(matrices, steps)
+        kernels.orthogonalize(matrices, [(1.0, 1.0, 1.0)] * 5, (2, 3))
+
+
+def spills() -> dict[str, int]:
+    """The most bytes that a kernel with descriptors stores for want of registers, by its name, as ptxas says."""
+    found: dict[str, int] = {}
+    for name, code in dict.fromkeys(DESCRIBED):
+        card = re.search(r"\.target (\w+)", code)
+        assert card is not None
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", card[1], "-o", os.devnull, "/dev/stdin"]
+        said = subprocess.run(command, input=code, capture_output=True, text=True, check=True).stderr
+        stored = [int(size) for size in re.findall(r"(\d+) bytes spill stores", said)]
+        found[name] = max(found.get(name, 0), *stored)
+    return found
 
 
 def launch_head(half: torch.dtype) -> None:
@@ -317,8 +350,11 @@ if __name__ == "__main__":
     if int(sys.argv[1]) >= 89:
         launch_fp8(torch.bfloat16)
         launch_head(torch.bfloat16)
+    if int(sys.argv[1]) == 90:
+        launch_descriptors(torch.bfloat16)
     narrow = narrow_fp8() if int(sys.argv[1]) >= 89 else {}
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
     found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
     found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes(), "fp8": narrow}
+    found["spills"] = spills()
     print(json.dumps(found))

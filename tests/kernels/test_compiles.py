@@ -62,6 +62,9 @@ def test_every_kernel_compiles_and_fits_a_card(card: str, root: Path) -> None:
     }
     assert set(found["fp8"].values()) <= {0}, "padding that is stored is to be moved with what is before it"
     assert len(found["fp8"]) == (5 if capability >= 89 else 0)
+    products = [f"_{kind}{name}_kernel" for kind in ("", "fp8_") for name in ("apply", "gram", "square")]
+    # A sum that is moved out of its registers takes longer than the loads that descriptors save.
+    assert found["spills"] == (dict.fromkeys(products, 0) if card == "H100" else {})
 
 
 @pytest.mark.parametrize(("hip", "portable"), [("None", False), ("'6.4'", True)])

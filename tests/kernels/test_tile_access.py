@@ -85,8 +85,6 @@ def test_a_descriptor_is_made_once(
     FORMS[form](matrices_of(32, kernel_device))
     ways = {(each.base.data_ptr(), each.base.dtype, tuple(each.block_shape)) for each in made}
     assert len(ways) == len(made) > 0
-    for each_made in made:
-        assert each_made.base.shape[1] == each_made.strides[0], "a whole buffer"
 
 
 def test_what_goes_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +99,9 @@ def test_what_goes_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not matrix_groups.tiles_for(1024, torch.bfloat16, torch.device("cpu"), *tables).whole
     for capability[0] in ((8, 0), (8, 9), (10, 0), (12, 0)):
         assert not matrix_groups.tiles_for(1024, torch.bfloat16, gpu, *tables).whole
+    capability[0] = (9, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not matrix_groups.tiles_for(1024, torch.bfloat16, gpu, *tables).whole
 
 
 @each("side", range(7))
