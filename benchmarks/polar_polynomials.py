@@ -34,8 +34,8 @@ LOWEST = {"polar5": 0.003, "polar4": 0.003}
 """The least singular value over the scale, the fourth root of Σ σ⁴, that each method is made for."""
 SAFETY, CUSHION = 1.01, 0.02
 STEADY = {"muon4_fp8": ((0.039, 0.02), (0.013, 0.085), (0.012, 0.09), (0.002, 0.6))}
-"""(e, m) of each step. Found by random search: of those that lose momenta of rank one no more often than Muon's five
-steps in FP8, the nearest to the polar factors of momenta of a small LLaMA (log of 2026-11-30)."""
+"""(e, m) of each step. Found by random search: of those that let errors of momenta of rank one grow no more than Muon's
+five steps, the nearest to the polar factors of momenta of a small LLaMA (log of 2026-11-30)."""
 STEADY_TOP = 1.2
 
 
