@@ -177,8 +177,8 @@ TILES: dict[int, Tiles] = {
 """By the most rows that they are for, from a sweep on an H200 before sums were of 128 terms: to be swept again."""
 WHOLE_TILES: dict[int, Tiles] = {
     768: Tiles(Tile(64, 128, 128, 4, 3), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
-    1024: Tiles(Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
-    2048: Tiles(Tile(64, 128, 128, 4, 4), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
+    1024: Tiles(Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
+    2048: Tiles(Tile(64, 128, 128, 4, 3), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
     1 << 30: Tiles(Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
 }
 """The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, but for squares of 1,024 rows,
