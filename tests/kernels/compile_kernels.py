@@ -34,8 +34,8 @@ os.environ["QGALORE_KERNELS"] = "triton"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -189,7 +189,7 @@ def spills() -> dict[str, int]:
     for name, code in dict.fromkeys(DESCRIBED):
         card = re.search(r"\.target (\w+)", code)
         assert card is not None
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", card[1], "-o", os.devnull, "/dev/stdin"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name", card[1], "-o", os.devnull, "/dev/stdin"]
         said = subprocess.run(command, input=code, capture_output=True, text=True, check=True).stderr
         stored = [int(size) for size in re.findall(r"(\d+) bytes spill stores", said)]
         found[name] = max(found.get(name, 0), *stored)
