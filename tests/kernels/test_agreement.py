@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qgalore import kernels
 from qgalore.update import moments
+from qgalore.update.newton_schulz import METHODS
 from tests.kernels.comparison import (
     OPERAND_TYPES,
     WIDE_TILES,
@@ -579,7 +580,7 @@ def test_newton_schulz_in_fp8(
         (normal(*shape, seed=i) * 10.0 ** (i - 2)).to(kernel_device, OPERAND_TYPES[-1])
         for i, shape in enumerate(FP8_SIDES[count])
     ]
-    polynomials = [(3.4445, -4.7750, 2.0315)] * 4
+    polynomials = METHODS["muon4_fp8"].polynomials  # each step has its own
     expected, found = both(lambda: kernels.orthogonalize_fp8(matrices, polynomials))
     for matrix, one, other in zip(matrices, expected, found, strict=True):
         assert one.shape == other.shape == matrix.shape and one.dtype == other.dtype == matrix.dtype
