@@ -101,13 +101,16 @@ def newest_pair(method: str, model: str) -> tuple[Row, Row] | None:
     return None
 
 
+_BEFORE_FLAG = "muon"
+"""The steps of rows without the flag."""
+
+
 def _has_steps_of_the_recipe(row: Row) -> bool:
     """Whether momenta were orthogonalised as the recipe full_rank does it, which had Muon's steps before `auto`."""
     if row["method"] != "q_galore_full_rank":
         return True
     rows = min(map(min, read_config(config_path(row["model"])).matrix_shapes().values()))
-    given = re.search(r"--newton_schulz (\w+)", row["flags"])
-    steps = given[1] if given else "muon"
+    steps = [_BEFORE_FLAG, *re.findall(r"--newton_schulz (\w+)", row["flags"])][-1]
     return steps == AUTO or method_of(steps, rows, lambda _: True) == method_of(AUTO, rows, lambda _: True)
 
 
