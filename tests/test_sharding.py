@@ -18,7 +18,7 @@ from peft_pretraining.build import build_training, shape_of
 from peft_pretraining.checkpoint.store import Part, Unfinished
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
+from peft_pretraining.memory.dealt_states import bytes_by_rank, prepare
 from peft_pretraining.memory.lasting import GRADIENTS, lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.runtime.signals import StopRequest
@@ -282,7 +282,7 @@ def bytes_after_build(argv: list[str], folder: Path) -> None:
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh("full")
     assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    prepare(mesh, args)
     model, optimizer = build_training(args, world.device, None, mesh)
     stored = sum(each.nbytes() for each in storages([*model.parameters(), *model.buffers()]))
     elsewhere = sum(optimizer.is_elsewhere(param) for param in model.parameters())
@@ -318,7 +318,7 @@ def bytes_of_sums(argv: list[str], folder: Path) -> None:
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh(args.runtime.shard)
     assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    prepare(mesh, args)
     model, optimizer = build_training(args, world.device, None, mesh)
     assert isinstance(optimizer, LowRankAdamW)
     optimizer.is_last_micro_batch = False

@@ -18,7 +18,7 @@ from peft_pretraining.build import build_training, shape_of
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.checkpoint.weight_source import open_source
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import owners_by_name
+from peft_pretraining.memory.dealt_states import prepare
 from peft_pretraining.memory.lasting import lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
@@ -140,7 +140,7 @@ def bytes_between_passes(argv: list[str], folder: Path) -> None:
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh("full")
     assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    prepare(mesh, args)
     model, optimizer = build_training(args, world.device, None, mesh)
     assert isinstance(optimizer, LowRankAdamW)
     by_layer = LayerByLayer(model, optimizer) if args.by_layer else None
@@ -211,7 +211,7 @@ def bytes_on_the_wire(argv: list[str], folder: Path, shard: str) -> None:
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh(shard)
     assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    prepare(mesh, args)
     model, optimizer = build_training(args, world.device, None, mesh)
     for step in range(2):
         with counted_bytes() as sent:
