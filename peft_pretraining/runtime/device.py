@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from peft_pretraining.config.flag_groups import QuantizationArgs
@@ -40,11 +42,16 @@ def emulated_products(device: torch.device, quantization: QuantizationArgs, newt
     """A sentence for a device that computes what FP8 gives without its speed; None for any other."""
     in_fp8 = ["--fp8_products"] if quantization.fp8_products else []
     in_fp8 += [f"--newton_schulz {newton_schulz}"] if asks_for_fp8(newton_schulz) else []
-    if device.type != "cpu" or not in_fp8:
+    if not in_fp8 or (device.type != "cpu" and use_triton(device)):
         return None
+    where, instead = "on a CPU", "leaving it out is faster"
+    if device.type != "cpu":
+        chosen = os.environ.get("QGALORE_KERNELS", "auto")
+        where = "without Triton's kernels" if chosen == "auto" else f"with QGALORE_KERNELS={chosen}"
+        instead = f"{'installing triton' if chosen == 'auto' else 'leaving QGALORE_KERNELS out'} is faster"
     return (
-        f"{' and '.join(in_fp8)} on a CPU: values are rounded as a GPU rounds them and then multiplied in float32, "
-        "which is slower than without; it shows what FP8 does to the loss, and leaving it out is faster"
+        f"{' and '.join(in_fp8)} {where}: values are rounded as a GPU rounds them and then multiplied in float32, "
+        f"which is slower than without; it shows what FP8 does to the loss, and {instead}"
     )
 
 
