@@ -55,7 +55,7 @@ from peft_pretraining.reporting.run_files import write_run_files
 from peft_pretraining.runtime.alike_steps import with_steps_of_all
 from peft_pretraining.runtime.device import check_device, emulated_products, slow_dtype
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
-from peft_pretraining.runtime.rendezvous import world_size_of_launch
+from peft_pretraining.runtime.rendezvous import check_launch, world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.trained_alike import check_trained_alike, names_of, numbers_to_sum
 from peft_pretraining.runtime.update_outcomes import (
@@ -83,6 +83,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         from peft_pretraining.dry_run import print_description
 
         return print_description(args, refusal_of_start(args))
+    check_launch()
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
     locks: list[FolderLock] = []  # of the main rank; kept until the run ends

@@ -206,6 +206,32 @@ def test_a_gpu_without_kernels_is_told_that_fp8_is_emulated(
     assert emulated_products(torch.device("cuda"), QuantizationArgs(), "auto") is None, "it takes Muon's there"
 
 
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"QGALORE_KERNELS": "tritn"}, "QGALORE_KERNELS='tritn' is unknown: it must be one of auto, reference, triton"),
+        ({"QGALORE_KERNELS": "triton"}, "QGALORE_KERNELS=triton on a CPU: Triton's kernels run on a GPU"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is no whole number: start ranks by torchrun"),
+        ({"WORLD_SIZE": "2"}, "says that there are 2 ranks, and RANK and MASTER_ADDR and MASTER_PORT are not there"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 in the environment is of no launch with WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is no whole number"),
+    ],
+)
+def test_what_the_environment_says_wrong_is_a_sentence(
+    variables: dict[str, str],
+    sentence: str,
+    small: SmallRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert small.main("run", **flags_of("q_galore_adamw8bit")) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+
+
 # ---- on a GPU
 
 

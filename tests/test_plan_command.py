@@ -164,7 +164,9 @@ def test_a_plan_of_several_cards_says_so_and_calls_no_speed_measured(capsys: pyt
     """Rows are of one GPU. Without --nproc the same setting has the speed of a row."""
     argv = ("--gpu", "h100", "--memory", "15.5GB", "--model", "7b", "--grad_accum_dtype", "int8", "--batch_size", "16")
     one, two = printed(capsys, *argv), printed(capsys, *argv, "--nproc", "2", "--activation_checkpointing")
-    assert one.startswith("What trains in 15.5 GB (10^9 bytes), at the speed of H100 SXM:") and "on one such card" in one
+    assert (
+        one.startswith("What trains in 15.5 GB (10^9 bytes), at the speed of H100 SXM:") and "on one such card" in one
+    )
     assert two.startswith(
         "What trains in 15.5 GB (10^9 bytes) of each, at the speed of 2 x H100 SXM, without the time of messages:"
     )

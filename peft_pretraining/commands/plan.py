@@ -92,7 +92,7 @@ def checked(args: argparse.Namespace, flags: list[str]) -> list[str]:
     shipped = not is_given(flags, "model_config")
     if is_given(flags, "memory_budget") and (args.memory or (shipped and args.gpu)):
         raise UserError("--memory_budget is the budget of a run, which --memory or --gpu gives here: leave it out")
-    if is_given(flags, "device", "cpu") and (args.gpu or args.memory):
+    if shipped and is_given(flags, "device", "cpu"):
         raise UserError("--device cpu: what a card trains is planned with --gpu and --memory: leave one of them out")
     ranks = is_given(flags, "nproc")
     if shipped and not ranks and any(is_given(flags, "shard", mode) for mode in ("optimizer", "full")):

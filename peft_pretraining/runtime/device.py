@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -18,6 +19,7 @@ for."""
 
 def check_device(device: torch.device, dtype: str, quantization: QuantizationArgs, newton_schulz: str) -> None:
     """Raise UserError for a GPU that cannot run in the data type of `--dtype`, or not run the kernels or products."""
+    check_kernels(device)
     if device.type != "cuda" or torch.version.hip is not None:  # AMD's numbers are others
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -26,6 +28,21 @@ def check_device(device: torch.device, dtype: str, quantization: QuantizationArg
     problem = problem or problem_of_products(name, capability, in_triton, quantization)
     if text := problem or problem_of_steps(name, capability, newton_schulz):
         raise UserError(text)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise UserError for a `QGALORE_KERNELS` that there is not, or not for a device."""
+    try:
+        in_triton = use_triton(device)
+    except ValueError as error:
+        raise UserError(f"{error}; set it anew in the environment, or remove it") from None
+    where = "" if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU"
+    where = where or ("" if find_spec("triton") else "without triton, which is not installed")
+    if in_triton and where:
+        raise UserError(
+            f"QGALORE_KERNELS=triton {where}: Triton's kernels run on a GPU (in tests by TRITON_INTERPRET=1, too): "
+            "remove it from the environment, or set it to reference"
+        )
 
 
 def slow_dtype(device: torch.device, dtype: str) -> str | None:
