@@ -42,7 +42,7 @@ from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.agreement import agree_on_flags
 from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.memory.card_memory import card_here
-from peft_pretraining.memory.dealt_states import owners_by_name
+from peft_pretraining.memory.dealt_states import prepare
 from peft_pretraining.memory.fp8_gain import warning_of_fp8_gain
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.memory.host import missing_host_memory, not_locked
@@ -55,7 +55,7 @@ from peft_pretraining.reporting.run_files import write_run_files
 from peft_pretraining.runtime.alike_steps import with_steps_of_all
 from peft_pretraining.runtime.device import check_device, emulated_products, slow_dtype
 from peft_pretraining.runtime.process import exit_code_of, leave, make_reproducible
-from peft_pretraining.runtime.rendezvous import world_size_of_launch
+from peft_pretraining.runtime.rendezvous import check_launch, world_size_of_launch
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.trained_alike import check_trained_alike, names_of, numbers_to_sum
 from peft_pretraining.runtime.update_outcomes import (
@@ -83,6 +83,7 @@ def run(argv: Sequence[str] | None, program: str = PROGRAM) -> None:
         from peft_pretraining.dry_run import print_description
 
         return print_description(args, refusal_of_start(args))
+    check_launch()
     stop = StopRequest()
     world = start_world(args.runtime.device, stop)
     locks: list[FolderLock] = []  # of the main rank; kept until the run ends
@@ -144,7 +145,7 @@ class Run:
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         mesh = world.shard_mesh(args.runtime.shard)
         if mesh is not None:
-            mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+            prepare(mesh, args)
         self.loader, self.eval_set = build_data(args, world)
         all_reduce = world.gradient_all_reduce() if mesh is None else None
         self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _HIGHEST = 1.45
 """The largest perplexity in a plot, as a multiple of the lowest."""
@@ -79,9 +80,10 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
     gap = max(range(len(sizes)), key=lambda index: sizes[index] - sizes[max(0, index - 1)])
     parts = [part for part in (sizes[:gap], sizes[gap:]) if part]
     figure, axes = pyplot.subplots(
-        1, len(parts), sharey=True, squeeze=False, figsize=(9, 5), width_ratios=[3, 1][: len(parts)]
+        1, len(parts), sharey=True, squeeze=False, figsize=(9, 6), width_ratios=[3, 1][: len(parts)]
     )
     top = _HIGHEST * points[0].mean
+    labels: list[tuple[str, float, float]] = []
     for number, setting in enumerate(dict.fromkeys(point.setting for point in points)):
         own = [point for point in points if point.setting == setting]
         best = frontier(own)
@@ -89,23 +91,66 @@ def plot(results: Path, picture: Path, model: str, updates: int, settings: Seque
         spread = [[p.mean - min(p.seeds) for p in best], [max(p.seeds) - p.mean for p in best]]
         x, y = [p.size for p in best], [min(p.mean, top) for p in best]
         others = [p for p in own if p not in best and p.mean <= top]
+        labels += [
+            (p.label + (f": {p.mean:.0f}" if p.mean > top else ""), p.size, height)
+            for p, height in zip(best, y, strict=True)
+        ]
         for part in axes[0]:
             part.errorbar(x, y, yerr=spread, fmt="o-", color=f"C{number}", linewidth=1, capsize=3, label=label)
             part.plot([p.size for p in others], [p.mean for p in others], ".", color="lightgrey", zorder=0)
-            for index, (p, height) in enumerate(zip(best, y, strict=True)):
-                text = p.label + (f": {p.mean:.0f}" if p.mean > top else "")
-                # Above and below the line in turn, where points lie close; of many points on both sides of it.
-                offset = (5, -9) if index % 2 or len(best) != 2 else (5, 7)
-                left = len(best) > 4 and index % 2 == 0 and text.startswith("parts")
-                part.annotate(
-                    text, (p.size, height), (-5, -3) if left else offset, textcoords="offset points", fontsize=7,
-                    clip_on=True, ha="right" if left else "left",
-                )  # fmt: skip
     for part, within in zip(axes[0], parts, strict=True):
         margin = 0.2 * (within[-1] - within[0]) or 0.02
         part.set_xlim(within[0] - margin, within[-1] + margin)
+    axes[0][0].margins(y=0.1)
+    for part, within in zip(axes[0], parts, strict=True):
+        place_labels(part, [each for each in labels if each[0] and within[0] <= each[1] <= within[-1]])
     axes[0][0].set_xlabel("weights, projections and optimizer states, GB")
     axes[0][0].set_ylabel(f"perplexity, {model}, {updates} updates")
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(picture, bbox_inches="tight", dpi=120)
     pyplot.close(figure)
+
+
+def place_labels(axes: Any, labels: Sequence[tuple[str, float, float]]) -> list[Any]:
+    """Write texts beside their points (x, y), each where it covers neither another one nor a labelled point.
+
+    The nearest such place is taken, with a thin line to the point where it is not beside it; the limits of the axes
+    must be set. Returns what was written.
+    """
+    from matplotlib.transforms import Bbox
+
+    axes.figure.canvas.draw()
+    to_pixels, inside = axes.transData.transform, axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (to_pixels(label[1:]) for label in labels)]
+    written = []
+    for text, *at in sorted(labels, key=lambda label: (label[2], label[1])):
+        for x, y in sorted(_OFFSETS, key=lambda offset: math.hypot(*offset)):
+            place = axes.annotate(
+                text, at, (x, y), textcoords="offset points", fontsize=7, va="center", ha="left" if x > 0 else "right",
+                arrowprops=None if math.hypot(x, y) < _BESIDE else {**_LINE, "relpos": (float(x < 0), 0.5)},
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
+            extent = _of_text(place).padded(2)
+            if inside.containsx(extent.x0) and inside.containsx(extent.x1) and not extent.count_overlaps(taken):
+                break
+            place.remove()
+        else:
+            place = axes.annotate(text, at, (6, 0), textcoords="offset points", fontsize=7, va="center")
+        taken.append(_of_text(place))
+        written.append(place)
+    return written
+
+
+def _of_text(label: Any) -> Any:
+    """What a text covers, without the line to its point, in pixels."""
+    from matplotlib.text import Text
+
+    label.update_positions(label.figure.canvas.get_renderer())
+    return Text.get_window_extent(label)
+
+
+_BESIDE = 11
+"""Points from its own within which a text is seen to belong to it."""
+_LINE = {"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkB": 4}
+_OFFSETS = [(side * x, y) for side in (1, -1) for x in (6, 12, 20, 32, 48) for y in range(-60, 64, 4)]
+"""Where a text may begin or end, in points from its own."""

@@ -127,7 +127,8 @@ def jobs_of(args: argparse.Namespace, methods: Sequence[str], seeds: Sequence[in
         raise UserError(f"--tasks {','.join(unknown)}: --table {args.table} has {', '.join(program.tasks)}")
     if args.tuned:
         raise UserError(f"--tuned: --table {args.table} has the papers' rates for every method; leave it out")
-    flags = " ".join([*_length(args.budget), *args.extra.split()])
+    micro_batch = ["--batch_size", str(args.batch_size)] if args.batch_size else []
+    flags = " ".join([*_length(args.budget), *micro_batch, *args.extra.split()])
     data = args.dataset and ["--dataset", args.dataset]
     models = [name for name in args.models.split(",") if name] or list(program.models)
     found = []

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table_guide.write(Path(args.guide), measured_table)
             return 0
         check_gpus(args.gpus, args.ranks)
+        check_table(args)
         text = finetuning_table(args) if args.table in table_finetuning.TABLES else pretraining_table(args)
     except UserError as error:
         print(f"tables: {error}", file=sys.stderr)
@@ -91,7 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "as for run_pretrain.py, such as a folder of tokens (default: c4; for glue and mmlu the hub's)"
     parser.add_argument("--dataset", default="", help=text)
     parser.add_argument("--sequences", type=int, default=512, help="sequences of 256 tokens an update")
-    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch, 1 or more (default: by model)")
+    parser.add_argument(
+        "--batch_size", type=int, help="sequences in a micro-batch, 1 or more (default: by model or task)"
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--gpus", default="", help="indices of the GPUs, separated by commas (default: the first)")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs that train a run together, by torchrun")
@@ -152,11 +155,6 @@ def study_of(args: argparse.Namespace) -> Study:
         recipe_of(model)
     if args.sequences < 1:
         raise UserError(f"--sequences {args.sequences}: an update has 1 sequence or more; the papers' has {SEQUENCES}")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(
-            f"--batch_size {args.batch_size}: a micro-batch has 1 sequence or more; leave it out for as many as each "
-            "model has in these tables"
-        )
     if args.ranks < 1 or args.sequences % args.ranks:
         raise UserError(f"--ranks {args.ranks}: give a number of GPUs that divides --sequences {args.sequences}")
     study = Study(
@@ -206,6 +204,25 @@ def check_gpus(gpus: str, ranks: int) -> None:
         raise UserError(
             f"--gpus {gpus}: {len(each)} GPUs are no multiple of --ranks {ranks}; give as many for each run"
         )
+
+
+def check_table(args: argparse.Namespace) -> None:
+    """Raise UserError for a micro-batch of no sequence, and for flags of which the table's runs take no notice."""
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(
+            f"--batch_size {args.batch_size}: a micro-batch has 1 sequence or more; leave it out for as many as the "
+            "table has for each of its runs"
+        )
+    tunes = args.table in table_finetuning.TABLES
+    others = {"sequences": 512, "ranks": 1, "tune_budget": "", "tune_model": ""} if tunes else {"tasks": ""}
+    for name, default in others.items():
+        if getattr(args, name) != default:
+            here, there = "fine-tuning", "pretraining"
+            here, there = (here, there) if tunes else (there, here)
+            raise UserError(
+                f"--{name} {getattr(args, name)}: --table {args.table} has runs of {here}, and the flag is of {there}; "
+                "leave it out"
+            )
 
 
 def gpus_of_runs(gpus: str, ranks: int) -> list[str]:

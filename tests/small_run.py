@@ -32,9 +32,17 @@ import torch
 from torch import Tensor
 
 import run_pretrain
+from peft_pretraining.build import build_training
 from peft_pretraining.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
+from peft_pretraining.config.parse import parse_args
+from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.memory.dealt_states import prepare
+from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import deterministic_metrics, read_metrics
+from peft_pretraining.runtime.signals import StopRequest
+from peft_pretraining.runtime.world import World, start_world
+from qgalore.optimizer import LowRankAdamW
 from tests.golden.record import restored_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,6 +299,17 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
             if parent == launcher.pid and b"run_pretrain.py" in (path / "cmdline").read_bytes():
                 found.append(int(path.name))
     return sorted(found)
+
+
+def build_on_rank(argv: list[str]) -> tuple[RunArgs, World, CausalLM, LowRankAdamW]:
+    """On one of the two ranks of `on_ranks`: what a run with `--shard` has built before it loads or reads anything."""
+    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
+    mesh = world.shard_mesh(args.runtime.shard)
+    assert mesh is not None
+    prepare(mesh, args)
+    model, optimizer = build_training(args, world.device, None, mesh)
+    assert isinstance(optimizer, LowRankAdamW)
+    return args, world, model, optimizer
 
 
 def on_ranks(ranks: int, function: Callable[..., int | None], *args: Any, log: Path | None = None) -> list[int | None]:

@@ -31,6 +31,17 @@ def call(line: str) -> int:
     return int(importlib.import_module(f"peft_pretraining.commands.{name}").main(argv))
 
 
+@pytest.mark.parametrize("name", ["generate", "evaluate", "export", "plot", "report", "tokenize"])
+def test_a_command_without_a_word_says_what_is_missing(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"qgalore {name}"])
+    with pytest.raises(SystemExit) as left:
+        call(name)
+    assert left.value.code == 2
+    assert "the following arguments are required: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", WRONG)
 def test_a_wrong_flag_is_answered_with_the_right_one(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where something else is missing, which is said when the flag is right."""

@@ -185,7 +185,53 @@ def test_newton_schulz_in_fp8_needs_a_newer_gpu() -> None:
     assert not problem_of_steps("NVIDIA L4", (8, 9), "muon_fp8") and not problem_of_steps("T4", (7, 5), "polar4")
     said = emulated_products(torch.device("cpu"), QuantizationArgs(), "muon_fp8")
     assert said is not None and said.startswith("--newton_schulz muon_fp8 on a CPU: values are rounded")
-    assert emulated_products(torch.device("cuda"), QuantizationArgs(), "muon_fp8") is None
+
+
+@pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        ("reference", ["with QGALORE_KERNELS=reference: values are rounded", "leaving QGALORE_KERNELS out is faster"]),
+        ("auto", ["without Triton's kernels: values are rounded", "installing triton is faster"]),
+        ("triton", []),
+    ],
+)
+def test_a_gpu_without_kernels_is_told_that_fp8_is_emulated(
+    kernels: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QGALORE_KERNELS", kernels)
+    monkeypatch.setattr("qgalore.kernels.backend._triton_is_installed", lambda: False)
+    asked = [(QuantizationArgs(), "muon_fp8"), (QuantizationArgs(fp8_products=True), "auto")]
+    for flag, given in zip(("--newton_schulz muon_fp8 ", "--fp8_products "), asked, strict=True):
+        said = emulated_products(torch.device("cuda"), *given)
+        assert said is None if not words else said is not None and said.startswith(flag)
+        assert all(word in str(said) for word in words)
+    assert emulated_products(torch.device("cuda"), QuantizationArgs(), "auto") is None, "it takes Muon's there"
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"QGALORE_KERNELS": "tritn"}, "QGALORE_KERNELS='tritn' is unknown: it must be one of auto, reference, triton"),
+        ({"QGALORE_KERNELS": "triton"}, "QGALORE_KERNELS=triton on a CPU: Triton's kernels run on a GPU"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is no whole number: start ranks by torchrun"),
+        ({"WORLD_SIZE": "2"}, "says that there are 2 ranks, and RANK and MASTER_ADDR and MASTER_PORT are not there"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 in the environment is of no launch with WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is no whole number"),
+    ],
+)
+def test_what_the_environment_says_wrong_is_a_sentence(
+    variables: dict[str, str],
+    sentence: str,
+    small: SmallRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert small.main("run", **flags_of("q_galore_adamw8bit")) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
 
 
 # ---- on a GPU
@@ -235,7 +281,6 @@ def test_a_cpu_is_told_that_fp8_is_emulated(small: SmallRun, capsys: pytest.Capt
     assert small.main("run", **flags) == 0
     told = "warning: --fp8_products on a CPU: values are rounded as a GPU rounds them and then multiplied in float32"
     assert capsys.readouterr().err.count(told) == 1
-    assert emulated_products(torch.device("cuda"), QuantizationArgs(fp8_products=True), "muon") is None
     assert emulated_products(torch.device("cpu"), QuantizationArgs(), "muon") is None
 
 

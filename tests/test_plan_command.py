@@ -144,12 +144,37 @@ def test_every_card_has_its_source(capsys: pytest.CaptureFixture[str]) -> None:
             "--memory 8GB --model 9m --model_config x",
             "--model 9m is for shipped models, and --model_config names one run",
         ),
+        ("--gpu", "--gpu has no value: write --gpu NAME"),
+        ("--memory -5GB", "--memory has no value: write --memory SIZE"),
+        ("--cards all", "all: --cards prints the table of cards, and takes nothing: leave it out"),
+        ("--gpu 4090 --memory_budget 2GB", "--memory_budget is the budget of a run, which --memory or --gpu gives"),
+        ("--memory 8GB --memory_budget 2GB", "--memory_budget is the budget of a run, which --memory or --gpu gives"),
+        ("--gpu 4090 --device=cpu", "--device cpu: what a card trains is planned with --gpu and --memory: leave one"),
+        ("--gpu 4090 --shard full", "--shard deals a model to several ranks, and one is planned: add --nproc"),
+        ("--gpu 4090 --nproc 0", "--nproc is 0, it must be at least 1 (ranks)"),
     ],
 )
 def test_what_cannot_work_is_a_sentence(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["plan", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("qgalore plan: ") and message in error
+
+
+def test_a_plan_of_several_cards_says_so_and_calls_no_speed_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are of one GPU. Without --nproc the same setting has the speed of a row."""
+    argv = ("--gpu", "h100", "--memory", "15.5GB", "--model", "7b", "--grad_accum_dtype", "int8", "--batch_size", "16")
+    one, two = printed(capsys, *argv), printed(capsys, *argv, "--nproc", "2", "--activation_checkpointing")
+    assert (
+        one.startswith("What trains in 15.5 GB (10^9 bytes), at the speed of H100 SXM:") and "on one such card" in one
+    )
+    assert two.startswith(
+        "What trains in 15.5 GB (10^9 bytes) of each, at the speed of 2 x H100 SXM, without the time of messages:"
+    )
+    assert "on 2 such cards" in two
+    rows = [cells(next(line for line in text.splitlines() if line.startswith("| 7B "))) for text in (one, two)]
+    assert [row[8] for row in rows] == ["measured", "counted"] and [row[1] for row in rows] == ["32 x 16", "16 x 16"]
+    speeds = [float(row[7].replace(",", "")) for row in rows]
+    assert 1.8 < speeds[1] / speeds[0] < 2.2
 
 
 def test_cards_and_refusals_load_nothing_heavy() -> None:

@@ -185,6 +185,31 @@ def test_the_plot_draws_the_frontier_of_each_setting(
         quality_plot.plot(results, tmp_path / "plot.png", "60m", 7, ["adamw", "muon"])
 
 
+def test_labels_of_points_that_lie_close_cover_neither_each_other_nor_points() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(9, 6))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_xlim(0.13, 0.25)
+    axes.set_ylim(39.0, 61.0)
+    near = [("parts 1/16 + 4 bits", 0.174, 41.8), ("parts 1/64 + 4 bits", 0.172, 42.0), ("rank 512", 0.191, 41.6)]
+    near += [("parts 1/4 + 4 bits", 0.182, 41.6), ("NorMuon, row moments, parts 1/16 + 4 bits", 0.141, 41.0)]
+    labels = [*near, ("rank full, NorMuon, row moments", 0.151, 40.7)]
+    written = quality_plot.place_labels(axes, labels)
+    assert sorted((each.get_text(), *each.xy) for each in written) == sorted(labels)
+    figure.canvas.draw()
+    texts = [Text.get_window_extent(each) for each in written]
+    points = axes.transData.transform([label[1:] for label in labels])
+    for index, text in enumerate(texts):
+        assert not text.count_overlaps([*texts[:index], *texts[index + 1 :]])
+        assert not any(text.contains(*point) for point in points)
+        assert axes.get_window_extent().containsx(text.x0) and axes.get_window_extent().containsx(text.x1)
+
+
 def test_rows_of_settings_that_are_gone_can_be_drawn(
     tmp_path: Path, drawn: list[tuple[object, object, object]]
 ) -> None:

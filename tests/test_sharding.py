@@ -18,7 +18,7 @@ from peft_pretraining.build import build_training, shape_of
 from peft_pretraining.checkpoint.store import Part, Unfinished
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import bytes_by_rank, owners_by_name
+from peft_pretraining.memory.dealt_states import bytes_by_rank
 from peft_pretraining.memory.lasting import GRADIENTS, lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.runtime.signals import StopRequest
@@ -34,6 +34,7 @@ from tests.small_run import (
     SmallRun,
     assert_same_bits,
     assert_same_run,
+    build_on_rank,
     flags_of,
     on_ranks,
 )
@@ -279,11 +280,7 @@ def test_weights_of_owners_are_gone_on_with_in_any_mode(small: SmallRun, ranks: 
 
 def bytes_after_build(argv: list[str], folder: Path) -> None:
     """A rank that builds a run and writes what its weights take, and what it should take by the plan."""
-    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
-    mesh = world.shard_mesh("full")
-    assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
-    model, optimizer = build_training(args, world.device, None, mesh)
+    args, world, model, optimizer = build_on_rank(argv)
     stored = sum(each.nbytes() for each in storages([*model.parameters(), *model.buffers()]))
     elsewhere = sum(optimizer.is_elsewhere(param) for param in model.parameters())
     config = shape_of(args.model)
@@ -315,12 +312,7 @@ def tensors_of(gradient: Gradient) -> list[Tensor]:
 
 def bytes_of_sums(argv: list[str], folder: Path) -> None:
     """A rank that has two micro-batches of an update, and writes what their sums take, and should take by the plan."""
-    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
-    mesh = world.shard_mesh(args.runtime.shard)
-    assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
-    model, optimizer = build_training(args, world.device, None, mesh)
-    assert isinstance(optimizer, LowRankAdamW)
+    args, world, model, optimizer = build_on_rank(argv)
     optimizer.is_last_micro_batch = False
     for micro_batch in range(2):
         generator = torch.Generator().manual_seed(2 * micro_batch + world.rank)

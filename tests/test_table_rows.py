@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,19 @@ from torch import Tensor, nn
 import run_pretrain
 from benchmarks.bench_scaling import counted_bytes
 from peft_pretraining.accumulation.layer_by_layer import LayerByLayer
-from peft_pretraining.build import build_training, shape_of
+from peft_pretraining.build import shape_of
 from peft_pretraining.checkpoint.tensor_file import stored_tensors
 from peft_pretraining.checkpoint.weight_source import open_source
-from peft_pretraining.config.parse import parse_args
-from peft_pretraining.memory.dealt_states import owners_by_name
 from peft_pretraining.memory.lasting import lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.ops.linear_cross_entropy import linear_cross_entropy
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import start_world
-from qgalore.optimizer import LowRankAdamW
 from qgalore.sharding.deal import row_ranges
 from tests import test_layer_graphs
-from tests.small_run import CONFIG, FULL_RANK, Result, SmallRun, assert_same_bits, flags_of, on_ranks
+from tests.small_run import CONFIG, FULL_RANK, Result, SmallRun, assert_same_bits, build_on_rank, flags_of, on_ranks
 from tests.test_data_parallel import assert_close_weights, stop_after
-from tests.test_sharding import AT_ONCE, STREAMING, marked
+from tests.test_sharding import AT_ONCE, STREAMING, marked, storages
 from tests.test_skipped_updates import Fault, outcome
 
 VOCABULARY, HIDDEN = 4099, 64
@@ -129,20 +125,9 @@ def test_rows_of_a_skipped_update_stay(large: SmallRun, optimizer: str, where: s
 # ---- what a rank has
 
 
-def storages(tensors: Iterable[Tensor]) -> int:
-    """Bytes of memory of tensors, each piece once."""
-    pieces = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-    return sum(pieces.values())
-
-
 def bytes_between_passes(argv: list[str], folder: Path) -> None:
     """A rank that trains, and writes what it has of the tables after each part of an update and in between."""
-    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
-    mesh = world.shard_mesh("full")
-    assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
-    model, optimizer = build_training(args, world.device, None, mesh)
-    assert isinstance(optimizer, LowRankAdamW)
+    args, world, model, optimizer = build_on_rank(argv)
     by_layer = LayerByLayer(model, optimizer) if args.by_layer else None
     tables = [model.get_parameter(name) for name in model.table_names]
     found: list[int] = []
@@ -150,7 +135,8 @@ def bytes_between_passes(argv: list[str], folder: Path) -> None:
     def count() -> None:
         """Memory of the tables, and of whatever else has as many values and is on its way to nobody."""
         kept = [optimizer.kept_rows(table) for table in tables]
-        found.append(storages([*tables, *(rows[1] for rows in kept if rows is not None)]))
+        pieces = storages([*tables, *(rows[1] for rows in kept if rows is not None)])
+        found.append(sum(piece.nbytes() for piece in pieces))
 
     count()
     model.decoder_layers[0].register_forward_pre_hook(lambda *_: count())
@@ -208,11 +194,7 @@ def test_no_rank_has_whole_tables_between_passes(large: SmallRun, case: str, tie
 
 def bytes_on_the_wire(argv: list[str], folder: Path, shard: str) -> None:
     """A rank that writes what it sends in an update after the first."""
-    args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
-    mesh = world.shard_mesh(shard)
-    assert mesh is not None
-    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
-    model, optimizer = build_training(args, world.device, None, mesh)
+    args, world, model, optimizer = build_on_rank(argv)
     for step in range(2):
         with counted_bytes() as sent:
             for number in range(args.batch.gradient_accumulation):

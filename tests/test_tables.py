@@ -403,6 +403,16 @@ def test_lengths() -> None:
         (["--gpu", "abacus", "--dry_run"], "--gpu abacus is not in the table of cards"),
         (["--table", "glue", "--tasks", "wnli"], "--tasks wnli: --table glue has cola, stsb,"),
         (["--table", "glue", "--budget", "tokens:1M"], "--budget tokens:1M: for fine-tuning give paper (its epochs)"),
+        (
+            ["--table", "glue", "--batch_size", "0"],
+            "--batch_size 0: a micro-batch has 1 sequence or more; leave it out",
+        ),
+        (
+            ["--table", "glue", "--sequences", "64"],
+            "--sequences 64: --table glue has runs of fine-tuning, and the flag",
+        ),
+        (["--table", "mmlu", "--ranks", "2"], "--ranks 2: --table mmlu has runs of fine-tuning, and the flag is of"),
+        (["--tasks", "rte"], "--tasks rte: --table pretrain has runs of pretraining, and the flag is of fine-tuning"),
         (["--table", "mmlu", "--tuned"], "--tuned: --table mmlu has the papers' rates for every method"),
     ],
 )
@@ -485,6 +495,8 @@ def test_fine_tuning_runs_what_is_missing_and_stands_beside_the_paper(
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and tuple(rows[0]) == table_finetuning.COLUMNS
     assert rows[0]["flags"] == "--num_training_steps 300" and rows[0]["torch"] == "2.11.0"
+    commands = main("--methods", "q_galore", "--budget", "paper", "--dry_run", "--batch_size", "4")
+    assert commands[0].endswith("--device auto --batch_size 4") and "2 runs are missing" in commands[-1]
     commands = main("--methods", "q_galore", "--budget", "paper", "--dry_run", "--dataset", "files/glue")
     assert "--task rte --method q_galore --seed 0 --init_from FacebookAI/roberta-base" in commands[0]
     assert commands[0].endswith("--dataset files/glue --device auto") and "2 runs are missing" in commands[-1]

@@ -59,7 +59,11 @@ def draw(found: dict[str, Any]) -> Any:
             if base:
                 speed.bar(where, rate / base, width * 0.94, color=colour)
                 text = f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:,.0f}k"
-                speed.annotate(text, (where, rate / base), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+                # No wider than its bar: the bars beside it have such a text at about the same height.
+                size = 7 if len(text) < 5 else 6
+                speed.annotate(
+                    text, (where, rate / base), (0, 2), textcoords="offset points", ha="center", fontsize=size
+                )
             elif rate:
                 note = f"{rate:,.0f} tokens/s;\nAdamW not on\nthis card"
                 speed.annotate(note, (where, 0.05), ha="center", va="bottom", fontsize=7, color=colour)

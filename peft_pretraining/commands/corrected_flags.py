@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -65,7 +66,7 @@ class CommandParser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         if {"-h", "--help"} & {*argv}:
             return
-        for token, following in zip(argv, [*argv[1:], ""], strict=True):
+        for token, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
             if token == "--":
                 return
             name, equals, value = token.partition("=")

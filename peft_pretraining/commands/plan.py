@@ -29,20 +29,24 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser = argparse.ArgumentParser(
         prog="qgalore plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="qgalore plan [--memory SIZE] [--gpu NAME] [--model NAMES] [flags of run_pretrain.py]",
-        allow_abbrev=False,
+        allow_abbrev=False, exit_on_error=False,
     )  # fmt: skip
     parser.add_argument("--memory", default="", metavar="SIZE", help="such as 12GB or 11.5GiB, or several by commas")
     parser.add_argument("--gpu", default="", metavar="NAME", help="whose speed is counted, such as 4060ti or h100")
     parser.add_argument("--model", default="", metavar="NAMES", help="of shipped models, by commas (default: all)")
     parser.add_argument("--cards", action="store_true", help="print the table of cards")
-    return parser.parse_known_args(argv)
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag, _, metavar = (error.argument_name or "").partition(" ")
+        values = {"--memory": "SIZE", "--gpu": "NAME", "--model": "NAMES"}
+        raise UserError(f"{flag} has no value: write {flag} {metavar or values.get(flag, '')}".rstrip()) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns 0, or 2 for a UserError."""
-    args, flags = parse_args(argv)
     try:
-        print(text_of(args, flags))
+        print(text_of(*parse_args(argv)))
     except UserError as error:
         print(f"qgalore plan: {error}", file=sys.stderr)
         return 2
@@ -52,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def text_of(args: argparse.Namespace, flags: list[str]) -> str:
     """What the command prints; flags: of a run. Raises UserError."""
     if args.cards:
+        if flags:
+            raise UserError(f"{flags[0]}: --cards prints the table of cards, and takes nothing: leave it out")
         return table_of_cards()
+    flags = checked(args, flags)
     budgets = [_bytes(text.strip()) for text in args.memory.split(",") if text.strip()]
     card = find_card(args.gpu) if args.gpu else None
     if card and max(budgets, default=0) > card.bytes:
@@ -78,6 +85,19 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
     if len(budgets) == 1:
         return fit_tables.details(budgets[0], card or card_of_size(budgets[0]), models, flags)
     return fit_tables.overview([(each, card or card_of_size(each)) for each in budgets], models, flags)
+
+
+def checked(args: argparse.Namespace, flags: list[str]) -> list[str]:
+    """The flags of a run with what a plan of several ranks needs; raises UserError for those that mean nothing here."""
+    shipped = not is_given(flags, "model_config")
+    if is_given(flags, "memory_budget") and (args.memory or (shipped and args.gpu)):
+        raise UserError("--memory_budget is the budget of a run, which --memory or --gpu gives here: leave it out")
+    if shipped and is_given(flags, "device", "cpu"):
+        raise UserError("--device cpu: what a card trains is planned with --gpu and --memory: leave one of them out")
+    ranks = is_given(flags, "nproc")
+    if shipped and not ranks and any(is_given(flags, "shard", mode) for mode in ("optimizer", "full")):
+        raise UserError("--shard deals a model to several ranks, and one is planned: add --nproc, such as --nproc 2")
+    return [*flags, "--dry_run"] if ranks and not is_given(flags, "dry_run") else flags
 
 
 def _no_fp8(args: argparse.Namespace, card: Card, instead: str, asked: str) -> str:

@@ -128,6 +128,12 @@ class RunArgs:
             return self.sums_in_momentum
         return runtime.shard_sums == "owner" and (self.batch.gradient_accumulation > 1 or self.sums_in_momentum)
 
+    @property
+    def tokens_sent_at_once(self) -> int:
+        """Positions at most whose gradients a rank has summed when it sends the sum."""
+        micro_batches = 1 if self.owners_sum else self.batch.gradient_accumulation
+        return micro_batches * self.batch.batch_size * self.batch.max_length
+
     def save_dir(self, now: datetime) -> Path:
         """The run's folder: `--save_dir`, else that of the checkpoint to resume from, else a new one named by `now`.
 

@@ -17,6 +17,7 @@ from peft_pretraining.models.config import is_of_mlp
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.optim.build import states_on_meta
 from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, row_ranges
+from qgalore.sharding.mesh import ShardMesh
 from qgalore.update.gradient_sum import zeros
 from qgalore.update.weight import is_of_subspace
 
@@ -122,6 +123,21 @@ def owners_by_name(args: RunArgs, ranks: int) -> dict[str, int]:
     weights = dealt_weights(PlannedRun(args, config))
     loads = [weight.load for weight in weights]
     return {load.name: owner for load, owner in zip(loads, deal(loads, ranks), strict=True)}
+
+
+def looked_up_by_name(args: RunArgs) -> dict[str, int]:
+    """`ShardMesh.looked_up` of a run: of embeddings, by name, the tokens of what a rank sends; none of a tied head."""
+    config = shape_of(args.model)
+    if config is None or config.tie_word_embeddings:
+        return {}
+    modules = model_on_meta(args, config).named_modules()
+    return {f"{name}.weight": args.tokens_sent_at_once for name, each in modules if isinstance(each, nn.Embedding)}
+
+
+def prepare(mesh: ShardMesh, args: RunArgs) -> None:
+    """Tell a mesh what is known of a run before its model is built."""
+    mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
+    mesh.looked_up = looked_up_by_name(args)
 
 
 def bytes_by_rank(run: PlannedRun, ranks: int) -> list[RankBytes]:

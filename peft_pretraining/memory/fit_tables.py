@@ -8,25 +8,32 @@ from peft_pretraining.memory.budget import rounded_up
 from peft_pretraining.memory.shipped_runs import Fit, ShippedRun
 from peft_pretraining.speed.cards import CARDS, NOT_MEASURED, Card
 from peft_pretraining.speed.measured_speeds import MEASURED_SPEEDS, SOURCE
-from peft_pretraining.speed.run_speed import SHARE_OF_FLOOR
+from peft_pretraining.speed.run_speed import MOST_OF_PUBLISHED, SHARE_OF_FLOOR
 from peft_pretraining.speed.text_table import text_table
 
 
 def details(budget: int, card: Card, models: Sequence[str], flags: Sequence[str]) -> str:
     """A memory in bytes: how each model trains there, at which speed, for how many days. Raises UserError."""
     fits = [ShippedRun(name, flags).fit(budget, card) for name in models]
+    ranks = fits[0].least.args.world_size
+    such, each_has = ("one such card", "") if ranks == 1 else (f"{ranks} such cards", " of each")
     head = ["model", "micro-batch", "length", "rank", "recomputed", "in INT8", "planned GB", "tokens/s", "", "days"]
     return "\n".join(
         [
-            f"What trains in {budget / 1e9:g} GB (10^9 bytes), at the speed of {card.name}:",
+            f"What trains in {budget / 1e9:g} GB (10^9 bytes){each_has}, at the speed of {_cards(card, ranks)}:",
             "",
             text_table([head, *(_details_of(fit) for fit in fits)]),
             "",
             "Micro-batches an update x sequences; recomputed: decoder layers whose activations are not kept; days: of",
-            "as many tokens as the paper's run, on one such card, for the models that the paper has.",
+            f"as many tokens as the paper's run, on {such}, for the models that the paper has.",
             *_sources(card, fits),
         ]
     )
+
+
+def _cards(card: Card, ranks: int) -> str:
+    """In words; of several the time of messages between them is not counted."""
+    return card.name if ranks == 1 else f"{ranks} x {card.name}, without the time of messages"
 
 
 def _details_of(fit: Fit) -> list[str]:
@@ -67,7 +74,8 @@ def _sources(card: Card, fits: Sequence[Fit]) -> list[str]:
     lines = [
         f"Counted: operations and bytes of an update over {shares[0]} of {card.tflops:g} TFLOP/s and {shares[1]} of "
         f"{card.bandwidth:,g} GB/s",
-        f"({card.source}), and {SHARE_OF_FLOOR * 100:.0f} % of that: what an H100 reached. {NOT_MEASURED}",
+        f"({card.source}), and {SHARE_OF_FLOOR * 100:.0f} % of that: what an H100 reached; but at most",
+        f"{MOST_OF_PUBLISHED * 100:.0f} % of the published operations, as in the best row measured. {NOT_MEASURED}",
     ]
     name = next((key for key, each in CARDS.items() if each == card), "")
     shown = {fit.model for fit in fits}
@@ -93,9 +101,10 @@ def _sources(card: Card, fits: Sequence[Fit]) -> list[str]:
 
 def overview(pairs: Sequence[tuple[int, Card]], models: Sequence[str], flags: Sequence[str]) -> str:
     """Several memories with a card each: a column a memory, a row a model. Raises UserError."""
-    rows = [["model", *(f"{budget / 1e9:g} GB, {card.name}" for budget, card in pairs)]]
-    for name in models:
-        run = ShippedRun(name, flags)
+    runs = {name: ShippedRun(name, flags) for name in models}
+    ranks = next(iter(runs.values())).candidates.smallest.args.world_size
+    rows = [["model", *(f"{budget / 1e9:g} GB, {_cards(card, ranks)}" for budget, card in pairs)]]
+    for name, run in runs.items():
         rows.append([name.upper(), *(_cell(run.fit(budget, card)) for budget, card in pairs)])
     return "\n".join(
         [
@@ -105,7 +114,9 @@ def overview(pairs: Sequence[tuple[int, Card]], models: Sequence[str], flags: Se
             "--recompute has them); what is rounded to INT8 (a: activations, s: sums over micro-batches); the rank,",
             "where it is below the recipe's; tokens/s, with * where measured; days of as many tokens as the paper's",
             "run; or the least memory that the model trains in.",
-            f"Speeds are counted from a card's published rates and what an H100 reaches of its own. {NOT_MEASURED}",
+            "Speeds are counted from a card's published rates and what an H100 reaches of its own, with at most "
+            f"{MOST_OF_PUBLISHED * 100:.0f} % of the",
+            f"published operations, as in the best row measured. {NOT_MEASURED}",
         ]
     )
 

@@ -19,6 +19,7 @@ from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.kernels import GROUP_LIMIT
 from qgalore.layer.layout import padded_width
 from qgalore.layer.linear import columns_bytes, fused_product_bytes, product_bytes
+from qgalore.sharding.looked_up_rows import gathered_bytes
 from qgalore.subspace import fit
 from qgalore.update.directions import DIRECTIONS
 from qgalore.update.newton_schulz import Method, method_of, segments_of
@@ -74,6 +75,9 @@ class PassingBytes:
         found |= {name: stays + waits + beside.get(name, 0) for name in self.of_layers()}
         if waits:
             found["gradients of head and embeddings"] = (stays if run.graphs else self.hidden) + waits + of_table
+        if rows := self.rows_of_embeddings():
+            sent = self.table + self.read_of_table() + rows
+            found["gradient of the embeddings, with rows of all ranks"] = (stays if run.graphs else self.hidden) + sent
         if not run.args.updates_immediately:
             found["update of the largest weight"] = max(self.updates(), update)
         return found
@@ -96,6 +100,16 @@ class PassingBytes:
         run, float32 = self.run, self.table // self.itemsize * 4
         as_a_whole = run.args.world_size > 1 and not run.args.owners_sum  # as it is sent
         return (float32 if as_a_whole else min(_ROWS, float32)) if self.int8_sums else 0
+
+    def rows_of_embeddings(self) -> int:
+        """Rows that ranks send one another for the whole gradient of the embeddings; 0 where they do not."""
+        run, config = self.run, self.run.config
+        if config.tie_word_embeddings or not run.deals_tables:
+            return 0
+        whole = run.args.owners_sum or run.args.updates_immediately  # as the backward pass makes it
+        itemsize = self.itemsize if whole else max(run.sum_dtype.itemsize, self.itemsize)
+        shape = (config.vocab_size, config.hidden_size)
+        return gathered_bytes(shape, itemsize, run.args.tokens_sent_at_once, run.shards)
 
     def update_of_table(self) -> int:
         """That, and rows of a direction, or all of it where blocks of an 8-bit state straddle them."""

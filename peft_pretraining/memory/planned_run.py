@@ -56,7 +56,10 @@ class PlannedRun:
         self.shards = args.world_size if args.runtime.shard != "none" else 1
         """Ranks to which optimizer states are dealt; 1 where each has all."""
         table = Load("", config.vocab_size * config.hidden_size, cost=0.0, divisible=True)
-        self.gathers_tables = args.gathers_layers and _family_brings_tables(config) and deals_rows(table, self.shards)
+        is_dealt = self.shards > 1 and optimizer.optimizer not in LIBRARY_OPTIMIZERS
+        self.deals_tables = is_dealt and deals_rows(table, self.shards)
+        """Whether a rank has the moments of some rows of embeddings and head."""
+        self.gathers_tables = self.deals_tables and args.gathers_layers and _family_brings_tables(config)
         """Whether a rank has its rows alone of embeddings and head, but for the moments in which a pass reads them."""
         rank = args.subspace.rank
         self.rank_of_factors = rank if args.method.method != "full" and isinstance(rank, int) else 0

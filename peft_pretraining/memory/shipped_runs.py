@@ -56,7 +56,7 @@ class Fit(NamedTuple):
             return None
         setting = (args.batch.batch_size, subspace.rank, every, args.model.int8_activations)
         alike = subspace.subspace == "streaming" and subspace.direction == "adam" and not subspace.mlp_rank
-        alike = alike and args.optimizer.is_q_galore
+        alike = alike and args.optimizer.is_q_galore and args.world_size == 1
         for each in MEASURED_SPEEDS if alike and args.batch.max_length == 256 else ():
             same = (each.batch_size, each.rank, each.checkpoint_every, each.int8_activations) == setting
             if same and CARDS[each.card] == self.card and each.model == self.model:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import torch
 
 from peft_pretraining.config.flag_groups import QuantizationArgs
@@ -16,6 +19,7 @@ for."""
 
 def check_device(device: torch.device, dtype: str, quantization: QuantizationArgs, newton_schulz: str) -> None:
     """Raise UserError for a GPU that cannot run in the data type of `--dtype`, or not run the kernels or products."""
+    check_kernels(device)
     if device.type != "cuda" or torch.version.hip is not None:  # AMD's numbers are others
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -24,6 +28,21 @@ def check_device(device: torch.device, dtype: str, quantization: QuantizationArg
     problem = problem or problem_of_products(name, capability, in_triton, quantization)
     if text := problem or problem_of_steps(name, capability, newton_schulz):
         raise UserError(text)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise UserError for a `QGALORE_KERNELS` that there is not, or not for a device."""
+    try:
+        in_triton = use_triton(device)
+    except ValueError as error:
+        raise UserError(f"{error}; set it anew in the environment, or remove it") from None
+    where = "" if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU"
+    where = where or ("" if find_spec("triton") else "without triton, which is not installed")
+    if in_triton and where:
+        raise UserError(
+            f"QGALORE_KERNELS=triton {where}: Triton's kernels run on a GPU (in tests by TRITON_INTERPRET=1, too): "
+            "remove it from the environment, or set it to reference"
+        )
 
 
 def slow_dtype(device: torch.device, dtype: str) -> str | None:
@@ -40,11 +59,16 @@ def emulated_products(device: torch.device, quantization: QuantizationArgs, newt
     """A sentence for a device that computes what FP8 gives without its speed; None for any other."""
     in_fp8 = ["--fp8_products"] if quantization.fp8_products else []
     in_fp8 += [f"--newton_schulz {newton_schulz}"] if asks_for_fp8(newton_schulz) else []
-    if device.type != "cpu" or not in_fp8:
+    if not in_fp8 or (device.type != "cpu" and use_triton(device)):
         return None
+    where, instead = "on a CPU", "leaving it out is faster"
+    if device.type != "cpu":
+        chosen = os.environ.get("QGALORE_KERNELS", "auto")
+        where = "without Triton's kernels" if chosen == "auto" else f"with QGALORE_KERNELS={chosen}"
+        instead = f"{'installing triton' if chosen == 'auto' else 'leaving QGALORE_KERNELS out'} is faster"
     return (
-        f"{' and '.join(in_fp8)} on a CPU: values are rounded as a GPU rounds them and then multiplied in float32, "
-        "which is slower than without; it shows what FP8 does to the loss, and leaving it out is faster"
+        f"{' and '.join(in_fp8)} {where}: values are rounded as a GPU rounds them and then multiplied in float32, "
+        f"which is slower than without; it shows what FP8 does to the loss, and {instead}"
     )
 
 

@@ -19,7 +19,30 @@ TIMEOUT = timedelta(minutes=10)
 
 def world_size_of_launch() -> int:
     """The number of ranks that the launcher started: `WORLD_SIZE` of torchrun, 1 for plain python."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1  # which `check_launch` refuses
+
+
+def check_launch() -> None:
+    """Raise UserError for variables of a launcher that are no launch, such as those that a shell has kept."""
+    found = {name: os.environ[name] for name in _NUMBERS if name in os.environ}
+    instead = "start ranks by torchrun, which sets it, or remove it from the environment"
+    for name, text in found.items():
+        if not text.isdecimal():
+            raise UserError(f"{name}={text} in the environment is no whole number: {instead}")
+    size, rank = world_size_of_launch(), int(found.get("RANK", "0"))
+    if rank >= max(1, size) or size < 1:
+        raise UserError(f"RANK={rank} in the environment is of no launch with WORLD_SIZE={size}: {instead}")
+    if size > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        raise UserError(
+            f"WORLD_SIZE={size} in the environment says that there are {size} ranks, and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not there: start ranks by torchrun --nproc_per_node, or remove "
+            "WORLD_SIZE from the environment"
+        )
+
+
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""What a launcher sets in each rank's environment."""
 
 
 def agree_on_store(rank: int, world_size: int, stop: StopRequest) -> Store:

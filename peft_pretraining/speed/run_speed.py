@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.speed.cards import Card
 from peft_pretraining.speed.host_link import seconds_with_link
-from peft_pretraining.speed.passes import seconds
+from peft_pretraining.speed.passes import Passes, seconds
 from peft_pretraining.speed.update_passes import (
     Setting,
     adamw,
@@ -26,6 +27,10 @@ SHARE_OF_FLOOR = 0.79
 """Of their floor's speed that runs reach. With it and `SECONDS_PER_KERNEL`, the two numbers that were fitted, what is
 counted for an H100 is within 5 % of all rows in `measured_speeds.py`. For an H200, whose host others used, it is 5 to
 19 % above them, and 36 % with micro-batches of 512 tokens (13B): `tests/test_run_speed.py`."""
+MOST_OF_PUBLISHED = 0.52
+"""Of a card's published bfloat16 rate that a run reaches at most, all its products counted: what the best of all
+measured rows did, 13B on an H200 (fd75c48). Cards of which memory is fast beside their arithmetic, as consumer cards
+are, are not promised more."""
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -38,26 +43,38 @@ def counted_seconds(args: RunArgs, config: ModelConfig, card: Card) -> float:
     """The time of an update of such a run."""
     s, ours = setting_of(args, config), args.optimizer.is_low_rank
     bare = replace(s, checkpointing=False, checkpoint_every=1, checkpoint_layers=0, tensors=())
-    plain, again, rounding = _times(bare, ours, card)
-    repeated = s.recomputed * sum(again.values()) + sum(count * again[name] for name, count in s.tensors)
-    computing = (plain + s.grad_accum * (repeated + s.rounded * rounding)) / SHARE_OF_FLOOR
+    plain, again, rounding = _floors(bare, ours, card)
+    repeated = [(s.recomputed, each) for each in again.values()] + [(count, again[name]) for name, count in s.tensors]
+    parts = [(1, plain)] + [(s.grad_accum * count, each) for count, each in [*repeated, (s.rounded, rounding)]]
+    by_floor = sum(count * each.seconds for count, each in parts) / SHARE_OF_FLOOR
+    operations = sum(count * each.operations for count, each in parts)
+    computing = max(by_floor, operations / (MOST_OF_PUBLISHED * card.tflops * 1e12))
     return seconds_with_link(args, s, computing, card.link_bytes_per_second)
 
 
 def seconds_of_tensors(args: RunArgs, config: ModelConfig, card: Card) -> dict[str, float]:
     """The counted time that each tensor of a layer takes which is computed again, a micro-batch, by its name."""
     s = replace(setting_of(args, config), checkpointing=False, checkpoint_every=1, checkpoint_layers=0, tensors=())
-    again = _times(s, args.optimizer.is_low_rank, card)[1]
-    return {name: each / SHARE_OF_FLOOR for name, each in again.items()}
+    again = _floors(s, args.optimizer.is_low_rank, card)[1]
+    return {name: each.seconds / SHARE_OF_FLOOR for name, each in again.items()}
+
+
+class _Floor(NamedTuple):
+    seconds: float
+    operations: float
 
 
 @lru_cache(maxsize=1 << 12)
-def _times(s: Setting, ours: bool, card: Card) -> tuple[float, dict[str, float], float]:
-    """Floors of an update in which nothing is computed again or rounded, and of both in a layer and micro-batch."""
-    ceilings, plain = card.ceilings, replace(s, int8_activations=False, has_fp8=card.fp8)
+def _floors(s: Setting, ours: bool, card: Card) -> tuple[_Floor, dict[str, _Floor], _Floor]:
+    """Of an update in which nothing is computed again or rounded, and of both in a layer and micro-batch."""
+
+    def floor(passes: Passes) -> _Floor:
+        return _Floor(seconds(passes, card.ceilings), sum(each.operations for each in passes))
+
+    plain = replace(s, int8_activations=False, has_fp8=card.fp8)
     update = q_galore(plain) if ours else adamw(plain, in_chunks=True)
-    again = {name: seconds(passes, ceilings) for name, passes in recompute_tensors(s, ours).items()}
-    return seconds(all_passes(update), ceilings), again, seconds(rounded_activations(s), ceilings)
+    again = {name: floor(passes) for name, passes in recompute_tensors(s, ours).items()}
+    return floor(all_passes(update)), again, floor(rounded_activations(s))
 
 
 def setting_of(args: RunArgs, config: ModelConfig) -> Setting:

@@ -55,8 +55,12 @@ class OwnedBucket(Bucket):
         for work in self._works:
             work.wait()
         self._works = []
+        self._add_up()
         if self._mesh.rank in self._parts_of_owners:
             self._mesh.sum_over_replicas(self._parts_of_owners[self._mesh.rank])
+
+    def _add_up(self) -> None:
+        """Make the sums over the ranks of a mesh of what has come: a reduce has done so."""
 
     def summed(self) -> list[list[Tensor]]:
         """The sums of the weights that this rank owns, or owns rows of, in the order of the weights."""

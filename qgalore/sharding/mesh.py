@@ -29,6 +29,9 @@ class ShardMesh:
         self.owners_sum = False
         """Whether the gradient of each micro-batch is sent to the owners, which alone have sums of them. Else each rank
         sums its own, and sends them once an update."""
+        self.looked_up: Mapping[str, int] = {}
+        """Of embeddings, by the parameter's name, how many rows of its gradient at most are not zero when a rank sends
+        it: tokens of a micro-batch, or of an update where ranks sum. The same on all ranks; of others all are sent."""
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def reduce(self, tensor: Tensor, owner: int) -> Waiting:

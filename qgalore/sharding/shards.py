@@ -3,7 +3,8 @@
 Every rank has all weights, and for each the bases of its subspace, which project its gradients. The owner alone has the
 moments; of embeddings and head each rank owns some rows (`qgalore.sharding.deal`). In an update
 
-1. gradients, projected where they are low-rank, are summed by the owner (`qgalore.sharding.bucket`);
+1. gradients, projected where they are low-rank, are summed by the owner (`qgalore.sharding.bucket`), of embeddings
+   perhaps the rows that were looked up alone (`qgalore.sharding.looked_up_rows`);
 2. it checks them; whether one is not finite all ranks learn, before anything of the same hook or layer is written;
 3. it updates moments and weight with the random bits that every rank would have used, and sends the stored weight, the
    codes of a quantized one (`qgalore.sharding.slots`), and new bases where they were refreshed; but not what passes
@@ -28,6 +29,7 @@ from torch import Tensor
 from qgalore.sharding.bucket import OwnedBucket
 from qgalore.sharding.deal import Load, cost_of, deal, deals_rows, layer_of, row_ranges
 from qgalore.sharding.gathering import Gathering
+from qgalore.sharding.looked_up_rows import LookedUpRows, sends_rows
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.slots import Slots
 from qgalore.sharding.tables import Tables
@@ -89,6 +91,8 @@ class Shards(Ranks):
 
     def bucket(self, weights: Sequence[Weight], parts: list[list[Tensor]], buffer: Tensor | None) -> OwnedBucket:
         """The gradients of weights, ready to be sent to their owners."""
+        if buffer is None and sends_rows(weights, parts, self._mesh):
+            return LookedUpRows(weights, parts, self._mesh)
         return OwnedBucket(weights, parts, self._mesh, buffer)
 
     def share_of_momenta(self, device: torch.device) -> float:
