@@ -103,7 +103,7 @@ def test_the_figures_of_a_line_are_those_of_its_rows(line: Cells, first: Cells, 
     if line.get("change"):
         before = next(rows_of(first, first, title))[1]
         change = 100 * (float(row["perplexity"]) / float(before["perplexity"]) - 1)
-        assert line["change"] == f"{change:+.1f} %"
+        assert line["change"] == f"{round(change, 1) + 0.0:+.1f} %".replace("+0.0", "0.0")
 
 
 def test_every_table_of_the_study_is_looked_at() -> None:
