@@ -182,7 +182,7 @@ WHOLE_TILES: dict[int, Tiles] = {
     2048: Tiles(Tile(64, 128, 128, 4, 3), Tile(64, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
     1 << 30: Tiles(Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 4, 3), Tile(128, 128, 128, 8, 3), whole=True),
 }
-"""The same through descriptors: the fastest of that sweep; of 768 rows, which it left out, of a timing of single launches."""
+"""The same through descriptors: the fastest of that sweep; those of 768 rows, which it left out, of single launches."""
 
 
 def _checked_rows(tiles: Tiles, rows: int) -> int:
