@@ -122,26 +122,27 @@ def gradient_of(rank: int, dtype: torch.dtype, looked_up: int = LOOKED_UP) -> Te
     generator = torch.Generator().manual_seed(rank)
     numbers = torch.cat([torch.arange(8), torch.randperm(ROWS - 8, generator=generator)[: looked_up - 8] + 8])
     gradient = torch.zeros(ROWS, COLUMNS, dtype=dtype)
-    gradient[numbers] = torch.randn(looked_up, COLUMNS, generator=generator).to(dtype)
+    gradient[numbers] = torch.randn(looked_up, COLUMNS, generator=generator).mul(8).to(dtype)
     gradient[numbers[:4], ::2] = -0.0
     return gradient
 
 
-def summed_both_ways(folder: Path, dtype: torch.dtype, special: float) -> None:
+def summed_both_ways(folder: Path, dtype: torch.dtype, special: float, replicas: int) -> None:
     """A rank that compares what it gets of rows that are sent with what it gets of a reduce of all.
 
-    Bit for bit, but for the sign of zeros.
+    Bit for bit, but for the sign of zeros. Of more ranks than two gradients are whole numbers, whose sums are exact in
+    every order.
     """
     world = start_world("cpu", StopRequest())
-    mesh = world.shard_mesh("optimizer")
-    assert mesh is not None
+    mesh = ShardMesh(init_device_mesh("cpu", (replicas, world.world_size // replicas)))
     weight = Weight(torch.empty(ROWS, COLUMNS, dtype=dtype), seed=0)
     weight.name, weight.rows = EMBEDDINGS, row_ranges((ROWS, COLUMNS), mesh.size)[mesh.rank]
     mesh.looked_up = {EMBEDDINGS: LOOKED_UP}
     found = []
     for kind in (OwnedBucket, LookedUpRows):
-        gradient = gradient_of(mesh.rank, dtype)
-        gradient[5, 7] = special if mesh.rank == 1 else 1.0
+        gradient = gradient_of(world.rank, dtype)
+        gradient = gradient if world.world_size == 2 else gradient.round()
+        gradient[5, 7] = special if world.rank == 1 else 1.0
         assert sends_rows([weight], [[gradient]], mesh)
         bucket = kind([weight], [[gradient]], mesh)
         with counted_bytes() as sent:
@@ -154,7 +155,7 @@ def summed_both_ways(folder: Path, dtype: torch.dtype, special: float) -> None:
     share, itemsize = (mesh.size - 1) / mesh.size, dtype.itemsize
     assert all_rows == ROWS * COLUMNS * itemsize * share
     assert some_rows == (mesh.size - 1) * LOOKED_UP * (COLUMNS * itemsize + 8)
-    (folder / f"done_{mesh.rank}").touch()
+    (folder / f"done_{world.rank}").touch()
     world.close()
 
 
@@ -162,8 +163,17 @@ def summed_both_ways(folder: Path, dtype: torch.dtype, special: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_add_up_to_the_bits_of_a_reduce(dtype: torch.dtype, special: float, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert on_ranks(2, summed_both_ways, tmp_path, dtype, special, log=log) == [0, 0], log.read_text()
+    assert on_ranks(2, summed_both_ways, tmp_path, dtype, special, 1, log=log) == [0, 0], log.read_text()
     assert len(list(tmp_path.glob("done_*"))) == 2
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_rows_of_four_ranks_add_up_to_those_of_a_reduce(replicas: int, tmp_path: Path) -> None:
+    """Also where owners are replicated: two by two ranks."""
+    log = tmp_path / "log"
+    found = on_ranks(4, summed_both_ways, tmp_path, torch.bfloat16, float("inf"), replicas, log=log)
+    assert found == [0] * 4, log.read_text()
+    assert len(list(tmp_path.glob("done_*"))) == 4
 
 
 def more_rows_than_said(folder: Path) -> None:
