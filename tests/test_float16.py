@@ -214,6 +214,11 @@ def test_a_gpu_without_kernels_is_told_that_fp8_is_emulated(
         ({"QGALORE_KERNELS": "tritn"}, "QGALORE_KERNELS='tritn' is unknown: it must be one of auto, reference, triton"),
         ({"QGALORE_KERNELS": "triton"}, "QGALORE_KERNELS=triton on a CPU: Triton's kernels run on a GPU"),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is no whole number: start ranks by torchrun"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no number of ranks: start ranks by torchrun"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+            "MASTER_PORT=x in the environment is no port, a number below 65536: start ranks by torchrun",
+        ),
         ({"WORLD_SIZE": "2"}, "says that there are 2 ranks, and RANK and MASTER_ADDR and MASTER_PORT are not there"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 in the environment is of no launch with WORLD_SIZE=2"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is no whole number"),

@@ -75,7 +75,7 @@ def test_the_table_of_measured_speeds_is_the_newest_rows() -> None:
         assert args.batch.max_length == 256 and args.optimizer.per_layer
 
 
-@pytest.mark.parametrize(("card", "least", "most"), [("h100", 0.95, 1.05), ("h200", 1.01, 1.2)])
+@pytest.mark.parametrize(("card", "least", "most"), [("h100", 0.95, 1.05), ("h200", 1.035, 1.19)])
 def test_counted_speeds_are_near_the_measured_ones(card: str, least: float, most: float) -> None:
     found = [each for each in rows() if each.card == card and each.batch_size > 2]
     assert len(found) > 15

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +15,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import run_pretrain
 from benchmarks.bench_scaling import counted_bytes
 from benchmarks.compare_methods import CHECKPOINTING, q_galore_flags, setting_of, training_parser
 from peft_pretraining.build import converter_of, shape_of
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.dealt_states import looked_up_by_name, prepare
+from peft_pretraining.memory.passing import ROWS_OF_ALL, PassingBytes
+from peft_pretraining.memory.passing_by_layer import PassingByLayer
+from peft_pretraining.memory.planned_run import PlannedRun
 from peft_pretraining.models.build import network_on_meta
 from peft_pretraining.optim.build import build_optimizer
 from peft_pretraining.runtime.signals import StopRequest
@@ -30,7 +36,9 @@ from qgalore.sharding.looked_up_rows import LookedUpRows, sends_rows
 from qgalore.sharding.mesh import ShardMesh
 from qgalore.sharding.shards import Shards
 from qgalore.update.weight import Weight
-from tests.small_run import on_ranks
+from tests.small_run import SmallRun, on_ranks
+from tests.test_sharding import AT_ONCE, STREAMING
+from tests.test_table_rows import with_config
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
@@ -122,26 +130,27 @@ def gradient_of(rank: int, dtype: torch.dtype, looked_up: int = LOOKED_UP) -> Te
     generator = torch.Generator().manual_seed(rank)
     numbers = torch.cat([torch.arange(8), torch.randperm(ROWS - 8, generator=generator)[: looked_up - 8] + 8])
     gradient = torch.zeros(ROWS, COLUMNS, dtype=dtype)
-    gradient[numbers] = torch.randn(looked_up, COLUMNS, generator=generator).to(dtype)
+    gradient[numbers] = torch.randn(looked_up, COLUMNS, generator=generator).mul(8).to(dtype)
     gradient[numbers[:4], ::2] = -0.0
     return gradient
 
 
-def summed_both_ways(folder: Path, dtype: torch.dtype, special: float) -> None:
+def summed_both_ways(folder: Path, dtype: torch.dtype, special: float, replicas: int) -> None:
     """A rank that compares what it gets of rows that are sent with what it gets of a reduce of all.
 
-    Bit for bit, but for the sign of zeros.
+    Bit for bit, but for the sign of zeros. Of more ranks than two gradients are whole numbers, whose sums are exact in
+    every order.
     """
     world = start_world("cpu", StopRequest())
-    mesh = world.shard_mesh("optimizer")
-    assert mesh is not None
+    mesh = ShardMesh(init_device_mesh("cpu", (replicas, world.world_size // replicas)))
     weight = Weight(torch.empty(ROWS, COLUMNS, dtype=dtype), seed=0)
     weight.name, weight.rows = EMBEDDINGS, row_ranges((ROWS, COLUMNS), mesh.size)[mesh.rank]
     mesh.looked_up = {EMBEDDINGS: LOOKED_UP}
     found = []
     for kind in (OwnedBucket, LookedUpRows):
-        gradient = gradient_of(mesh.rank, dtype)
-        gradient[5, 7] = special if mesh.rank == 1 else 1.0
+        gradient = gradient_of(world.rank, dtype)
+        gradient = gradient if world.world_size == 2 else gradient.round()
+        gradient[5, 7] = special if world.rank == 1 else 1.0
         assert sends_rows([weight], [[gradient]], mesh)
         bucket = kind([weight], [[gradient]], mesh)
         with counted_bytes() as sent:
@@ -154,7 +163,7 @@ def summed_both_ways(folder: Path, dtype: torch.dtype, special: float) -> None:
     share, itemsize = (mesh.size - 1) / mesh.size, dtype.itemsize
     assert all_rows == ROWS * COLUMNS * itemsize * share
     assert some_rows == (mesh.size - 1) * LOOKED_UP * (COLUMNS * itemsize + 8)
-    (folder / f"done_{mesh.rank}").touch()
+    (folder / f"done_{world.rank}").touch()
     world.close()
 
 
@@ -162,8 +171,17 @@ def summed_both_ways(folder: Path, dtype: torch.dtype, special: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_add_up_to_the_bits_of_a_reduce(dtype: torch.dtype, special: float, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert on_ranks(2, summed_both_ways, tmp_path, dtype, special, log=log) == [0, 0], log.read_text()
+    assert on_ranks(2, summed_both_ways, tmp_path, dtype, special, 1, log=log) == [0, 0], log.read_text()
     assert len(list(tmp_path.glob("done_*"))) == 2
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_rows_of_four_ranks_add_up_to_those_of_a_reduce(replicas: int, tmp_path: Path) -> None:
+    """Also where owners are replicated: two by two ranks."""
+    log = tmp_path / "log"
+    found = on_ranks(4, summed_both_ways, tmp_path, torch.bfloat16, float("inf"), replicas, log=log)
+    assert found == [0] * 4, log.read_text()
+    assert len(list(tmp_path.glob("done_*"))) == 4
 
 
 def more_rows_than_said(folder: Path) -> None:
@@ -186,3 +204,46 @@ def test_a_row_too_many_is_not_lost_in_silence(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert on_ranks(2, more_rows_than_said, tmp_path, log=log) == [0, 0], log.read_text()
     assert (tmp_path / "finite_0").read_text() == "False"
+
+
+# ---- the memory that they take
+
+
+def bytes_in_a_run(argv: list[str], folder: Path) -> int:
+    """A rank that trains, and writes what rows of all ranks and the gradient took, and what the plan has for both."""
+    start, found = LookedUpRows.start, set[tuple[int, int]]()
+
+    def start_and_count(bucket: LookedUpRows) -> None:
+        start(bucket)
+        found.add((bucket._rows.nbytes + bucket._numbers.nbytes, bucket.buffer.nbytes))
+
+    with mock.patch.object(LookedUpRows, "start", start_and_count):
+        code = run_pretrain.main(argv)
+    args = parse_args(argv, 2)
+    config = shape_of(args.model)
+    assert config is not None
+    ((rows, gradient),) = found
+    passing = PassingByLayer if args.by_layer else PassingBytes
+    planned = passing(PlannedRun(args, config))
+    numbers = [rows, gradient, planned.rows_of_embeddings(), planned.phases()[ROWS_OF_ALL]]
+    (folder / f"bytes_{os.environ['RANK']}.json").write_text(json.dumps(numbers))
+    return code
+
+
+SUMS: dict[str, dict[str, object]] = {
+    "one": STREAMING | AT_ONCE,
+    "int8": STREAMING | {"batch_size": 1, "grad_accum_dtype": "int8"},
+    "owner": STREAMING | {"batch_size": 1, "shard_sums": "owner"},
+    "by_layer": STREAMING | {"batch_size": 1, "accumulate_by": "layer"},
+}
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_rows_take_the_memory_that_is_planned(case: str, tmp_path: Path) -> None:
+    """In the dtype in which the sum is sent: of one micro-batch bfloat16, of several float32, from INT8 sums, too."""
+    small, log = with_config(SmallRun(tmp_path)), tmp_path / "log"
+    flags = {"batch_size": 2, "num_training_steps": 2, "shard": "optimizer", "dtype": "bfloat16"} | SUMS[case]
+    assert on_ranks(2, bytes_in_a_run, small.argv("run", flags), tmp_path, log=log) == [0, 0], log.read_text()
+    for rank in range(2):
+        rows, gradient, planned_rows, phase = json.loads((tmp_path / f"bytes_{rank}.json").read_text())
+        assert rows == planned_rows and phase >= rows + gradient

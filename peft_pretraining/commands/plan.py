@@ -39,6 +39,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         flag, _, metavar = (error.argument_name or "").partition(" ")
+        if flag == "--cards":  # as in --cards=all
+            raise UserError("--cards prints the table of all cards: write --cards alone") from None
         values = {"--memory": "SIZE", "--gpu": "NAME", "--model": "NAMES"}
         raise UserError(f"{flag} has no value: write {flag} {metavar or values.get(flag, '')}".rstrip()) from None
 
@@ -56,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def text_of(args: argparse.Namespace, flags: list[str]) -> str:
     """What the command prints; flags: of a run. Raises UserError."""
     if args.cards:
-        if flags:
-            raise UserError(f"{flags[0]}: --cards prints the table of cards, and takes nothing: leave it out")
+        given = {"--memory": args.memory, "--gpu": args.gpu, "--model": args.model}
+        if others := [*(flag for flag, value in given.items() if value), *flags]:
+            raise UserError(f"{others[0]}: --cards prints the table of all cards, and takes nothing: leave it out")
         return table_of_cards()
     flags = checked(args, flags)
     budgets = [_bytes(text.strip()) for text in args.memory.split(",") if text.strip()]
@@ -95,8 +98,9 @@ def checked(args: argparse.Namespace, flags: list[str]) -> list[str]:
     if shipped and is_given(flags, "device", "cpu"):
         raise UserError("--device cpu: what a card trains is planned with --gpu and --memory: leave one of them out")
     ranks = is_given(flags, "nproc")
-    if shipped and not ranks and any(is_given(flags, "shard", mode) for mode in ("optimizer", "full")):
-        raise UserError("--shard deals a model to several ranks, and one is planned: add --nproc, such as --nproc 2")
+    one = not ranks or is_given(flags, "nproc", "1")
+    if shipped and one and any(is_given(flags, "shard", mode) for mode in ("optimizer", "full")):
+        raise UserError("--shard deals a model to several ranks, and one is planned: give --nproc, such as --nproc 2")
     return [*flags, "--dry_run"] if ranks and not is_given(flags, "dry_run") else flags
 
 

@@ -25,6 +25,8 @@ from qgalore.update.directions import DIRECTIONS
 from qgalore.update.newton_schulz import Method, method_of, segments_of
 from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 
+ROWS_OF_ALL = "gradient of the embeddings, with rows of all ranks"
+"""The phase in which ranks send one another the rows that were looked up."""
 _ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
 
 
@@ -77,7 +79,7 @@ class PassingBytes:
             found["gradients of head and embeddings"] = (stays if run.graphs else self.hidden) + waits + of_table
         if rows := self.rows_of_embeddings():
             sent = self.table + self.read_of_table() + rows
-            found["gradient of the embeddings, with rows of all ranks"] = (stays if run.graphs else self.hidden) + sent
+            found[ROWS_OF_ALL] = (stays if run.graphs else self.hidden) + sent
         if not run.args.updates_immediately:
             found["update of the largest weight"] = max(self.updates(), update)
         return found
@@ -106,8 +108,8 @@ class PassingBytes:
         run, config = self.run, self.run.config
         if config.tie_word_embeddings or not run.deals_tables:
             return 0
-        whole = run.args.owners_sum or run.args.updates_immediately  # as the backward pass makes it
-        itemsize = self.itemsize if whole else max(run.sum_dtype.itemsize, self.itemsize)
+        of_sum = 4 if self.int8_sums else run.sum_dtype.itemsize
+        itemsize = self.itemsize if run.args.owners_sum else of_sum  # owners get it as the backward pass makes it
         shape = (config.vocab_size, config.hidden_size)
         return gathered_bytes(shape, itemsize, run.args.tokens_sent_at_once, run.shards)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from peft_pretraining.accumulation.hidden_states import BUFFERS_OF_A_MICRO_BATCH
 from peft_pretraining.accumulation.layer_by_layer import cached_matrices
 from peft_pretraining.memory.lasting import sum_bytes
-from peft_pretraining.memory.passing import PassingBytes
+from peft_pretraining.memory.passing import ROWS_OF_ALL, PassingBytes
 from peft_pretraining.memory.planned_run import Matrix, PlannedRun
 from qgalore.graphs.dequant_cache import CACHE_BYTES
 from qgalore.layer.layout import padded_width
@@ -52,6 +52,8 @@ class PassingByLayer(PassingBytes):
             "backward of one layer and its sums": backward + of_layer,
             "sum of the embeddings' gradients": self.hidden + self.table + widened + of_table,
         }
+        if rows := self.rows_of_embeddings():
+            found[ROWS_OF_ALL] = self.read_of_table() + of_table + rows
         if run.args.updates_immediately:
             found["update of one layer"] = self._update_of_layer(of_layer)
         else:

@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=10)
 def world_size_of_launch() -> int:
     """The number of ranks that the launcher started: `WORLD_SIZE` of torchrun, 1 for plain python."""
     size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdecimal() else 1  # which `check_launch` refuses
+    return max(1, int(size)) if size.isdecimal() else 1  # others `check_launch` refuses
 
 
 def check_launch() -> None:
@@ -30,8 +30,11 @@ def check_launch() -> None:
     for name, text in found.items():
         if not text.isdecimal():
             raise UserError(f"{name}={text} in the environment is no whole number: {instead}")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if int(found.get(name, "1")) < 1:
+            raise UserError(f"{name}={found[name]} in the environment is no number of ranks: {instead}")
     size, rank = world_size_of_launch(), int(found.get("RANK", "0"))
-    if rank >= max(1, size) or size < 1:
+    if rank >= size:
         raise UserError(f"RANK={rank} in the environment is of no launch with WORLD_SIZE={size}: {instead}")
     if size > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
         raise UserError(
@@ -39,6 +42,9 @@ def check_launch() -> None:
             f"{'is' if len(missing) == 1 else 'are'} not there: start ranks by torchrun --nproc_per_node, or remove "
             "WORLD_SIZE from the environment"
         )
+    port = os.environ.get("MASTER_PORT", "")
+    if size > 1 and not (port.isdecimal() and int(port) < 1 << 16):
+        raise UserError(f"MASTER_PORT={port} in the environment is no port, a number below 65536: {instead}")
 
 
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -17,6 +17,9 @@ tile_access = pytest.importorskip("qgalore.kernels.triton.tile_access", reason="
 matrix_groups = pytest.importorskip("qgalore.kernels.triton.matrix_groups")
 newton_schulz = pytest.importorskip("qgalore.kernels.triton.newton_schulz")
 newton_schulz_fp8 = pytest.importorskip("qgalore.kernels.triton.newton_schulz_fp8")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+corner, rows_of, store = matrix_groups.corner, tile_access.rows_of, newton_schulz._store
 
 POLYNOMIALS = [(8.4703, -25.1081, 18.6293), (3.8944, -2.7889, 0.51), (1.875, -1.25, 0.375)]
 MUON = [(3.4445, -4.7750, 2.0315)] * 3
@@ -85,6 +88,42 @@ def test_a_descriptor_is_made_once(
     FORMS[form](matrices_of(32, kernel_device))
     ways = {(each.base.data_ptr(), each.base.dtype, tuple(each.block_shape)) for each in made}
     assert len(ways) == len(made) > 0
+
+
+# ---- symmetric matrices
+
+
+@triton.jit
+def _copy_kernel(
+    values, out, tiled, turned, rows, T: tl.constexpr, S: tl.constexpr, ONCE: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Store the tiles of `values` (count, rows, rows) that reach below the diagonals, as products are stored."""
+    row, column = corner(tl.program_id(0), T, S)
+    base = tl.program_id(1) * rows
+    value = rows_of(values, base, row, rows, column, rows, rows, T, S, False)
+    store(out, tiled, turned, base, row, column, rows, value, ONCE, WHOLE)
+
+
+@pytest.mark.parametrize(("rows", "whole"), [(40, False), (64, False), (64, True)])
+@pytest.mark.parametrize("once", [False, True])
+@each("size", [(16, 32), (16, 64), (32, 32)])
+def test_symmetric_stores(
+    rows: int, size: tuple[int, int], once: bool, whole: bool, kernel_device: torch.device
+) -> None:
+    """By tiles that reach over the diagonal; where values of both sides differ, those on and below it are written.
+
+    So is every value, and nothing behind the last matrix.
+    """
+    skip_without_descriptors(kernel_device)
+    count = 2
+    values = torch.arange(count * rows * rows, dtype=torch.float32, device=kernel_device).view(count, rows, rows)
+    expected = values.tril() + values.tril(-1).mT
+    out = torch.full((count + 1, rows, rows), torch.nan, device=kernel_device)
+    tiled = tile_access.Tiled(whole)
+    _copy_kernel[(matrix_groups.tiles_below(rows, *size), count)](
+        values if once else expected, out, tiled(out, *size), tiled(out, *reversed(size)), rows, *size, once, whole
+    )
+    assert torch.equal(out[:count], expected) and out[count].isnan().all()
 
 
 def test_what_goes_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
