@@ -66,16 +66,23 @@ def _orthogonalized(matrix: Tensor, polynomials: Sequence[tuple[float, float, fl
     for step, (first, third, fifth) in enumerate(polynomials):
         x8 = in_fp8(x, scale_of(len(x)))
         diagonal, rest = _without_diagonal(x8 @ x8.T)
-        rest, size = rest.to(dtype).float(), 1.0
+        rest = rest.to(dtype).float()
+        size: Tensor | float = 1.0
         if schatten_norm and step == 0:
-            square = (rest.square().sum() + diagonal.square().sum()).sqrt().clamp_min(LEAST_GRAM_NORM).reciprocal()
-            diagonal, rest, size = square * diagonal, (square * rest).to(dtype).float(), square.sqrt()
+            diagonal, rest, size = _of_norm_1(diagonal, rest, dtype)
         rest8 = in_fp8(rest, GRAM if step else FIRST_GRAM)
         squared = rest8 @ rest8 + (diagonal[:, None] + diagonal[None, :]) * rest + torch.diag(diagonal * diagonal)
         even = third * (rest + torch.diag(diagonal)) + fifth * squared
         diagonal, rest = _without_diagonal(even)
         x = (size * ((first + diagonal)[:, None] * x + in_fp8(rest.to(dtype).float(), FACTOR) @ x8)).to(dtype)
     return x.T if tall else x
+
+
+def _of_norm_1(diagonal: Tensor, rest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Diagonal and rest, rounded to a dtype, of t² A, and t = |A|^-1/2."""
+    norm = (rest.square().sum() + diagonal.square().sum()).sqrt()
+    square = norm.clamp_min(LEAST_GRAM_NORM).reciprocal()
+    return square * diagonal, (square * rest).to(dtype).float(), square.sqrt()
 
 
 def _without_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:

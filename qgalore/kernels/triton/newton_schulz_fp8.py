@@ -312,7 +312,7 @@ class _Group:
             self._form_gram(scale)
             sizes = self._scale_gram(scale) if schatten_norm and step == 0 else None
             self._square(polynomial, scale)
-            self._apply(sizes, last=step == len(polynomials) - 1)
+            self._apply(step == len(polynomials) - 1, sizes)
             self._turned, self._out = self._out, self._turned
         return self._side_by_side.slots(self._x)
 
@@ -362,7 +362,7 @@ class _Group:
             EXACT=min(_SUMMED, depth), WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-    def _apply(self, sizes: Tensor | None, last: bool) -> None:
+    def _apply(self, last: bool, sizes: Tensor | None = None) -> None:
         tiled, group, (rows, columns, depth, warps, stages) = self._tiled, self._side_by_side, self._tiles.apply
         _fp8_apply_kernel[(ceil_div(self._rows, rows), group.width // columns)](
             tiled(self._x, rows, columns), tiled(self._x8, rows, columns), tiled(self._turned, columns, depth),
