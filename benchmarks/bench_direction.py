@@ -102,7 +102,7 @@ class Bench:
 
     def method(self, model: str, shapes: Mapping[Shape, int], method: str) -> None:
         """Rows of a method for each shape and for all."""
-        polynomials, segmented, fp8 = METHODS[method]
+        polynomials, segmented, fp8, schatten_norm = METHODS[method]
         speed = self.fp8_rate / self.rate if fp8 else 1.0
         steps, advance = len(polynomials), {name: direction_of(name, method).advance for name in OPS}
         plain = (1,) * steps
@@ -120,7 +120,9 @@ class Bench:
             for form, segments in forms.items():
                 given = segments if segmented else None
                 if fp8:
-                    run = lambda momenta=momenta: kernels.orthogonalize_fp8(momenta, polynomials)  # noqa: E731
+                    run = lambda momenta=momenta: kernels.orthogonalize_fp8(  # noqa: E731
+                        momenta, polynomials, schatten_norm=schatten_norm
+                    )
                 else:
                     run = lambda momenta=momenta, given=given: kernels.orthogonalize(momenta, polynomials, given)  # noqa: E731
                 runs["orthogonalize", form] = run, segments

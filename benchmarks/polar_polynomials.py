@@ -109,12 +109,12 @@ def _value(polynomial: Polynomial, x: float) -> float:
 
 def deviations(momentum: Tensor, name: str) -> tuple[float, float]:
     """The largest and the mean distance from 1 of the singular values that a method leaves; in float64, but for FP8."""
-    polynomials, segmented, fp8 = METHODS[name]
-    form = (1,) * len(polynomials) if segmented else None
-    if fp8:
-        (found,) = kernels.orthogonalize_fp8([momentum.float()], polynomials)
+    method = METHODS[name]
+    steps = method.polynomials
+    if method.fp8:
+        (found,) = kernels.orthogonalize_fp8([momentum.float()], steps, schatten_norm=method.schatten_norm)
     else:
-        (found,) = kernels.orthogonalize([momentum.double()], polynomials, form)
+        (found,) = kernels.orthogonalize([momentum.double()], steps, (1,) * len(steps) if method.segmented else None)
     values = torch.linalg.svdvals(found.double())
     distance = (values - 1).abs()
     return float(distance.max()), float(distance.mean())

@@ -377,11 +377,13 @@ def orthogonalize(s: Setting, rows: int, columns: int) -> Pass:
 
     In FP8 it reads it in two bytes and, for two products, in one, and writes four: in 16 bits and twice in FP8.
     """
-    polynomials, segmented, fp8 = method_of(s.newton_schulz, min(rows, columns), lambda _: s.has_fp8)
-    steps = len(polynomials)
-    segments = segments_of((rows, columns), steps) if segmented else (1,) * steps
+    method = method_of(s.newton_schulz, min(rows, columns), lambda _: s.has_fp8)
+    steps = len(method.polynomials)
+    segments = segments_of((rows, columns), steps) if method.segmented else (1,) * steps
     operations, values = 2 * multiply_adds((rows, columns), segments), len(segments) * rows * columns
-    return Pass(operations / FP8_SPEED, 8 * values, bytes_after=4 * values) if fp8 else Pass(operations, 6 * values)
+    return (
+        Pass(operations / FP8_SPEED, 8 * values, bytes_after=4 * values) if method.fp8 else Pass(operations, 6 * values)
+    )
 
 
 def directions(s: Setting) -> Passes:

@@ -89,9 +89,12 @@ def _orthogonalized(momenta: list[Tensor], newton_schulz: str) -> list[Tensor]:
         method = method_of(newton_schulz, rows, in_fp8)
         form = segments_of(momentum.shape, len(method.polynomials)) if method.segmented else None
         alike.setdefault((method, rows, form), []).append(index)
-    for ((polynomials, _, fp8), _, form), indices in alike.items():
+    for (method, _, form), indices in alike.items():
         given = [momenta[index] for index in indices]
-        made = kernels.orthogonalize_fp8(given, polynomials) if fp8 else kernels.orthogonalize(given, polynomials, form)
+        if method.fp8:
+            made = kernels.orthogonalize_fp8(given, method.polynomials, schatten_norm=method.schatten_norm)
+        else:
+            made = kernels.orthogonalize(given, method.polynomials, form)
         del given
         for index, each in zip(indices, made, strict=True):
             momenta[index] = each

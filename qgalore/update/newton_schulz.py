@@ -6,9 +6,10 @@ one polynomial a step, each the best for what the one before leaves, as in the P
 benchmarks.polar_polynomials` finds them, and a test holds the numbers here to it.
 
 In FP8 go Muon's steps (`muon_fp8`), or four that are made for it (`muon4_fp8`): of those that stay in bounds although
-their terms are rounded, the steepest at 0. The best ones amplify errors where the largest singular values are: there
-3 % of rounding goes on to infinity, of momenta that are of rank one but for a tenth. `auto` is `muon_fp8` for matrices
-that gain by it, on a device that has such products, and `muon` elsewhere.
+their terms are rounded, the steepest at 0, on singular values that the Schatten 4-norm leaves nearer to 1. The best
+ones amplify errors where the largest singular values are: there 3 % of rounding goes on to infinity, of momenta that
+are of rank one but for a tenth. `auto` is `muon_fp8` for matrices that gain by it, on a device that has such products,
+and `muon` elsewhere.
 
 Form: a step needs of X (m, n), m <= n, its Gram matrix R = X Xᵀ. Products of (m, m) matrices that are polynomials of R
 are symmetric and commute, so several steps can be made on R alone, with X multiplied once at the end of such a
@@ -35,6 +36,8 @@ class Method(NamedTuple):
     singular value than |M|: the fourth root of Σ σ⁴. Else in the dtype of M, scaled by |M|."""
     fp8: bool = False
     """Whether its products are made in FP8, with exact diagonals (`qgalore.kernels.orthogonalize_fp8`)."""
+    schatten_norm: bool = False
+    """In FP8: whether M is scaled by the fourth root of Σ σ⁴, too, and not by |M|."""
 
 
 AUTO = "auto"
@@ -48,7 +51,7 @@ _POLAR = ((8.1693, -22.9667, 16.5429), (3.9810, -2.8678, 0.5293), (3.4959, -2.56
 METHODS = {
     "muon": Method(_MUON, segmented=False),
     "muon_fp8": Method(_MUON, segmented=False, fp8=True),
-    "muon4_fp8": Method(_STEADY, segmented=False, fp8=True),
+    "muon4_fp8": Method(_STEADY, segmented=False, fp8=True, schatten_norm=True),
     "polar5": Method((*_POLAR, (2.5042, -1.8125, 0.4191), (1.9284, -1.3082, 0.3809)), segmented=True),
     "polar4": Method((*_POLAR, (2.5292, -1.8674, 0.4405)), segmented=True),
 }

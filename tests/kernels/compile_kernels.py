@@ -53,7 +53,8 @@ SUMS: dict[str, set[str]] = {}
 DESCRIBED: list[tuple[str, str]] = []
 _SUMMING = (
     "_partial_sums_kernel", "_finish_kernel", "_row_adam_kernel", "_row_squares_kernel", "_scale_rows_kernel",
-    "_trace_kernel", "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel",
+    "_trace_kernel", "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel", "_fp8_gram_sums_kernel",
+    "_fp8_scale_gram_kernel",
 )  # fmt: skip
 
 
@@ -157,7 +158,8 @@ def launch_fp8(half: torch.dtype) -> None:
     """Newton-Schulz in FP8, and the factors of products with 7B's weights and its head, and with a ragged one of 1B."""
     for rows in (768, 1024, 2048, 4096):
         matrices = [torch.zeros(rows, 11008, dtype=half), torch.zeros(rows, rows, dtype=half)]
-        kernels.orthogonalize_fp8(matrices, [(1.0, 1.0, 1.0)] * 2)
+        for schatten_norm in (False, True):
+            kernels.orthogonalize_fp8(matrices, [(1.0, 1.0, 1.0)] * 2, schatten_norm=schatten_norm)
     for columns in ((4096,), (11008,), (5461,), (4096,) * 3, (11008,) * 2, (32000,), (50257,)):
         for factors in (None, [torch.ones(each) for each in columns]):
             kernels.fp8_rows([torch.zeros(16, each, dtype=half) for each in columns], columns, factors)
@@ -178,7 +180,8 @@ def launch_descriptors(half: torch.dtype) -> None:
     with mock.patch.object(matrix_groups, "takes_descriptors", lambda dtype, device: True):
         for rows in (768, 1024, 2048, 4096):
             matrices = [torch.zeros(rows, 11008, dtype=half)]
-            kernels.orthogonalize_fp8(matrices, steps)
+            for schatten_norm in (False, True):
+                kernels.orthogonalize_fp8(matrices, steps, schatten_norm=schatten_norm)
             kernels.orthogonalize(matrices, steps)
         kernels.orthogonalize(matrices, [(1.0, 1.0, 1.0)] * 5, (2, 3))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -566,10 +567,11 @@ def test_newton_schulz(
     assert torch.equal(kernels.orthogonalize(matrices[-1:], polynomials, segments or None)[0], found[-1])
 
 
+@each("schatten_norm", (False, True))
 @each("tiles", ("default", "wide"))
 @each("count", FP8_SIDES)
 def test_newton_schulz_in_fp8(
-    count: str, tiles: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    count: str, tiles: str, schatten_norm: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not to the last bits on a GPU, whose sums of products in FP8 have 14: what rounds the other way then differs by
     3 %. But both are as far from the result without FP8."""
@@ -581,14 +583,33 @@ def test_newton_schulz_in_fp8(
         for i, shape in enumerate(FP8_SIDES[count])
     ]
     polynomials = METHODS["muon4_fp8"].polynomials  # each step has its own
-    expected, found = both(lambda: kernels.orthogonalize_fp8(matrices, polynomials))
+    run = partial(kernels.orthogonalize_fp8, polynomials=polynomials, schatten_norm=schatten_norm)
+    expected, found = both(lambda: run(matrices))
+    form = (1,) * len(polynomials) if schatten_norm else None
     for matrix, one, other in zip(matrices, expected, found, strict=True):
         assert one.shape == other.shape == matrix.shape and one.dtype == other.dtype == matrix.dtype
-        (exact,) = kernels.orthogonalize([matrix.float()], polynomials)
+        (exact,) = kernels.orthogonalize([matrix.float()], polynomials, form)
         errors = [(x.float() - exact).norm() / exact.norm() for x in (one, other)]
         assert errors[1] < 1.5 * errors[0] < 0.4 and (one.float() - other.float()).norm() <= 0.3 * exact.norm()
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    assert torch.equal(kernels.orthogonalize_fp8(matrices[-1:], polynomials)[0], found[-1])
+    assert torch.equal(run(matrices[-1:])[0], found[-1])
+
+
+@each("rows", (40, 300))
+def test_the_schatten_norm_is_of_each_matrix(
+    rows: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all shares that the largest singular value has of |M|, and of zeros, in one group; by tiles of all columns."""
+    flat = torch.linalg.qr(normal(rows + 9, rows))[0]
+    spiked = [flat.T + share * torch.outer(normal(rows), normal(rows + 9)) for share in (0.002, 0.02, 1.0)]
+    matrices = [x.to(kernel_device, OPERAND_TYPES[-1]) for x in (*spiked, torch.zeros(rows, rows + 9), flat)]
+    run = partial(kernels.orthogonalize_fp8, polynomials=METHODS["muon4_fp8"].polynomials, schatten_norm=True)
+    expected, found = both(lambda: run(matrices))
+    for one, other in zip(expected, found, strict=True):
+        assert (one.float() - other.float()).norm() <= 0.1 * one.float().norm()
+    assert not found[3].any() and all(x.any() for x in found[:3])
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    assert all(torch.equal(run([matrix])[0], other) for matrix, other in zip(matrices, found, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be asked to compile wrongly")
@@ -721,20 +742,17 @@ def test_normalized_rows(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@each("segments", [(), (1, 2), (3,), None])
-def test_neighbours_change_no_bits(segments: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole directions: an interpreter adds up in one order, but on a GPU that may depend on addresses and sizes.
-
-    None: in FP8.
-    """
+@each("segments", [(), (1, 2), (3,), "fp8", "fp8, Schatten norm"])
+def test_neighbours_change_no_bits(segments: tuple[int, ...] | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole directions: an interpreter adds up in one order, but on a GPU that may depend on addresses and sizes."""
     monkeypatch.setenv("QGALORE_KERNELS", "triton")
     shapes = [(1024, 2731), (2736, 1024), (1024, 1024), (1500, 1024), (1024, 1029)]
     momenta = [normal(*shape, seed=i).to("cuda", torch.bfloat16) for i, shape in enumerate(shapes)]
     polynomials, row = [(8.4703, -25.1081, 18.6293), (3.8944, -2.7889, 0.51), (1.875, -1.25, 0.375)], step_row(step=3)
 
     def directions(chosen: Sequence[Tensor]) -> list[list[Tensor]]:
-        if segments is None:
-            found = kernels.orthogonalize_fp8(chosen, polynomials)
+        if isinstance(segments, str):
+            found = kernels.orthogonalize_fp8(chosen, polynomials, schatten_norm="Schatten" in segments)
         else:
             found = kernels.orthogonalize(chosen, polynomials, segments or None)
         seconds = [torch.ones(len(x), device="cuda") for x in chosen]

@@ -84,6 +84,18 @@ def tile_of_slot(
     return row, chosen(which, starts) + column, value
 
 
+@triton.jit
+def squares_summed(matrix, row, rows, T: tl.constexpr, K: tl.constexpr):
+    """The sum of squares of T rows of a matrix (rows, rows), from a row on."""
+    i, k = (row + tl.arange(0, T))[:, None], tl.arange(0, K)[None, :]
+    total = tl.zeros((T, K), dtype=tl.float32)
+    for start in range(0, rows, K):
+        mask = (i < rows) & (start + k < rows)
+        value = tl.load(matrix + i.to(tl.int64) * rows + (start + k), mask=mask, other=0.0).to(tl.float32)
+        total += value * value
+    return tl.sum(tl.sum(total, axis=1), axis=0)
+
+
 class Tile(NamedTuple):
     """How a product is computed; rows, columns and depth are powers of two of at least 16, of FP8 32."""
 

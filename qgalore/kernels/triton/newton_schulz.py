@@ -33,6 +33,7 @@ from qgalore.kernels.triton.matrix_groups import (
     corner,
     end_of,
     matrix_of,
+    squares_summed,
     tile_of_slot,
     tiles_below,
     tiles_for,
@@ -163,14 +164,8 @@ def _trace_kernel(gram, scale, rows, WIDTH: tl.constexpr):
 def _square_sums_kernel(gram, sums, rows, T: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
     """The sum of squares of T rows a program."""
     which, program = tl.program_id(1), tl.program_id(0)
-    i, k = (program * T + tl.arange(0, T))[:, None], tl.arange(0, K)[None, :]
     gram += which.to(tl.int64) * rows * rows
-    total = tl.zeros((T, K), dtype=tl.float32)
-    for start in range(0, rows, K):
-        mask = (i < rows) & (start + k < rows)
-        value = tl.load(gram + i.to(tl.int64) * rows + (start + k), mask=mask, other=0.0).to(tl.float32)
-        total += value * value
-    tl.store(sums + which * WIDTH + program, tl.sum(tl.sum(total, axis=1), axis=0))
+    tl.store(sums + which * WIDTH + program, squares_summed(gram, program * T, rows, T, K))
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 Layout: X (rows, width) as `matrix_groups` says, which each step replaces in place; beside it X in FP8, in that order
 for its Gram matrices and turned, (width, rows), for its product with B, since tensor cores read both factors of a
 product along the dimension that is summed up. Of the Gram matrices without their diagonals one in the dtype of X and
-one in FP8, of B one in FP8; diagonals (count, rows) float32. A kernel takes a buffer once for each size of its tiles
-(`tile_access`). What a matrix becomes does not depend on its neighbours.
+one in FP8, of B one in FP8; diagonals (count, rows) float32. By the Schatten norm, t² A takes the place of the first
+Gram matrices A before they are squared, and the product with the first B is multiplied by t (count,). A kernel takes a
+buffer once for each size of its tiles (`tile_access`). What a matrix becomes does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qgalore.kernels.arguments import ceil_div, even_groups
+from qgalore.kernels.arguments import ceil_div, even_groups, next_power_of_2
 from qgalore.kernels.reference import newton_schulz_fp8
-from qgalore.kernels.reference.newton_schulz_fp8 import FACTOR, FIRST_GRAM, GRAM, scale_of
+from qgalore.kernels.reference.newton_schulz_fp8 import FACTOR, FIRST_GRAM, GRAM, LEAST_GRAM_NORM, scale_of
 from qgalore.kernels.triton.gradient_check import SUMS, partial_sums
 from qgalore.kernels.triton.matrix_groups import (
     ENDS,
@@ -31,6 +32,7 @@ from qgalore.kernels.triton.matrix_groups import (
     corner,
     end_of,
     matrix_of,
+    squares_summed,
     tile_of_slot,
     tiles_below,
     tiles_for,
@@ -113,6 +115,39 @@ def _fp8_gram_kernel(
 
 
 @triton.jit
+def _fp8_gram_sums_kernel(gram, diagonal, sums, rows, T: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of squares of T rows of a Gram matrix a program, with those of its diagonal."""
+    which, program = tl.program_id(1), tl.program_id(0)
+    beside = squares_summed(gram + which.to(tl.int64) * rows * rows, program * T, rows, T, K)
+    i = program * T + tl.arange(0, T)
+    on = tl.load(diagonal + which * rows + i, mask=i < rows, other=0.0)
+    tl.store(sums + which * WIDTH + program, beside + tl.sum(on * on, axis=0))
+
+
+@triton.jit
+def _fp8_scale_gram_kernel(
+    gram, gram8, diagonal, scaled_diagonal, sums, sizes, rows, programs, least, scale, T: tl.constexpr, K: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """t² A in the place of T rows of A a program, with t = |A|^-1/2 by the sums of squares; sizes: t of each matrix."""
+    which, program, number = tl.program_id(1), tl.program_id(0), tl.arange(0, WIDTH)
+    values = tl.load(sums + which * WIDTH + number, mask=number < programs, other=0.0)
+    square = 1.0 / tl.maximum(tl.sqrt(tl.sum(values, axis=0)), least)
+    if program == 0:
+        tl.store(sizes + which, tl.sqrt(square))
+    i, k = program * T + tl.arange(0, T), tl.arange(0, K)[None, :]
+    on = tl.load(diagonal + which * rows + i, mask=i < rows, other=0.0)
+    tl.store(scaled_diagonal + which * rows + i, square * on, mask=i < rows)
+    for start in range(0, rows, K):
+        at = (which.to(tl.int64) * rows + i[:, None]) * rows + start + k
+        mask = (i < rows)[:, None] & (start + k < rows)
+        value = square * tl.load(gram + at, mask=mask, other=0.0).to(tl.float32)
+        value = rounded(value, gram, False)
+        tl.store(gram + at, value, mask=mask)
+        tl.store(gram8 + at, _float8(value.to(tl.float32) * scale), mask=mask)
+
+
+@triton.jit
 def _fp8_square_kernel(
     gram, gram8, other_gram8, diagonal, even8, even8_turned, even_diagonal, rows, first, third, fifth, factor, scale,
     T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr,
@@ -144,12 +179,16 @@ def _fp8_square_kernel(
 
 @triton.jit(do_not_specialize=ENDS)
 def _fp8_apply_kernel(
-    x, x8, turned, out, even8, even_diagonal, rows, width, factor, scale, e0, e1, e2, e3, e4, e5, e6, e7,
-    T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr,
+    x, x8, turned, out, even8, even_diagonal, sizes, rows, width, factor, scale, e0, e1, e2, e3, e4, e5, e6, e7,
+    T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr, SCALES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """B X in the place of X; X in FP8, turned, is read from `turned` and written to `out`."""
+    """B X in the place of X; X in FP8, turned, is read from `turned` and written to `out`.
+
+    SCALES: what each matrix becomes is to be multiplied by its number in `sizes`.
+    """
     index, row = tl.program_id(1), tl.program_id(0) * T
-    base, column = matrix_of(index, e0, e1, e2, e3, e4, e5, e6) * rows, index * C
+    which, column = matrix_of(index, e0, e1, e2, e3, e4, e5, e6), index * C
+    base = which * rows
     total = tl.zeros((T, C), dtype=tl.float32)
     if WHOLE:
         tl.assume(rows > 0)
@@ -160,12 +199,18 @@ def _fp8_apply_kernel(
     own = rows_of(x, 0, row, rows, column, None, width.to(tl.int64), T, C, WHOLE)
     even = tl.load(even_diagonal + base + (row + tl.arange(0, T)) % rows)
     value = even[:, None] * own.to(tl.float32) + total * factor
+    if SCALES:
+        value *= tl.load(sizes + which)
     _store_x(x, x8, out, value, row, column, rows, width, scale, LAST, WHOLE)
 
 
 _SUMMED = 128
 """Terms of Gram matrices and their squares that a tensor core sums up by itself, in some 14 bits and towards zero: of
 2,816 positive terms, as the diagonal has, it lost 3 %, while errors of other sums have random signs."""
+
+
+_SCALED = 8, 256
+"""Rows, at the least, and columns of a tile of a Gram matrix that is scaled."""
 
 
 TILES: dict[int, Tiles] = {
@@ -204,7 +249,8 @@ def fault_of_compiled(tiles: Tiles, rows: int, device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(rows, rows + 200, generator=generator, device="cpu").to(device, torch.bfloat16)
     steps = [(3.4445, -4.7750, 2.0315)] * 3
-    (expected,), (found,) = newton_schulz_fp8.orthogonalize_fp8([matrix], steps), _Group([matrix], tiles).steps(steps)
+    (expected,) = newton_schulz_fp8.orthogonalize_fp8([matrix], steps, schatten_norm=True)
+    (found,) = _Group([matrix], tiles).steps(steps, schatten_norm=True)
     if (found.float() - expected.float()).norm() < 0.2 * expected.float().norm():
         return ""
     return f"Newton-Schulz in FP8 is compiled to wrong values by Triton {triton.__version__} on {device}"
@@ -231,7 +277,9 @@ def runs_in_fp8(rows: int, device: torch.device) -> bool:
     return not fault
 
 
-def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+def orthogonalize_fp8(
+    matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]], *, schatten_norm: bool = False
+) -> list[Tensor]:
     """See `qgalore.kernels.orthogonalize_fp8`."""
     rows, device = min(matrices[0].shape), matrices[0].device
     tiles = tiles_for(rows, matrices[0].dtype, device, TILES, WHOLE_TILES)
@@ -239,7 +287,7 @@ def orthogonalize_fp8(matrices: Sequence[Tensor], polynomials: Sequence[tuple[fl
         raise RuntimeError(f"{fault}: choose newton_schulz muon, in bfloat16, and report the version")
     found = []
     for part in even_groups(matrices):
-        found += _Group(part, tiles).steps(polynomials)
+        found += _Group(part, tiles).steps(polynomials, schatten_norm)
     return found
 
 
@@ -256,14 +304,15 @@ class _Group:
         self._gram, self._gram8, self._even8 = group.squares(dtype), group.squares(fp8), group.squares(fp8)
         self._diagonals = torch.empty(2, self._count, self._rows, device=device).unbind()
 
-    def steps(self, polynomials: Sequence[tuple[float, float, float]]) -> list[Tensor]:
+    def steps(self, polynomials: Sequence[tuple[float, float, float]], schatten_norm: bool) -> list[Tensor]:
         """The results, in the buffer of X."""
         self._fill()
         for step, polynomial in enumerate(polynomials):
             scale = GRAM if step else FIRST_GRAM
             self._form_gram(scale)
+            sizes = self._scale_gram(scale) if schatten_norm and step == 0 else None
             self._square(polynomial, scale)
-            self._apply(last=step == len(polynomials) - 1)
+            self._apply(step == len(polynomials) - 1, sizes)
             self._turned, self._out = self._out, self._turned
         return self._side_by_side.slots(self._x)
 
@@ -288,6 +337,22 @@ class _Group:
             num_stages=stages,
         )  # fmt: skip
 
+    def _scale_gram(self, scale: float) -> Tensor:
+        """t² A in the place of Gram matrices A, and the numbers t (count,)."""
+        height = next_power_of_2(max(_SCALED[0], ceil_div(self._rows, SUMS)))
+        programs = ceil_div(self._rows, height)
+        sums = torch.empty(self._count, SUMS, device=self._gram.device)
+        sizes = torch.empty(self._count, device=self._gram.device)
+        shape = {"T": height, "K": _SCALED[1], "WIDTH": SUMS, "num_warps": 4}
+        diagonal, scaled = self._diagonals
+        _fp8_gram_sums_kernel[(programs, self._count)](self._gram, diagonal, sums, self._rows, **shape)
+        _fp8_scale_gram_kernel[(programs, self._count)](
+            self._gram, self._gram8, diagonal, scaled, sums, sizes, self._rows, programs, LEAST_GRAM_NORM, scale,
+            **shape,
+        )  # fmt: skip
+        self._diagonals = scaled, diagonal
+        return sizes
+
     def _square(self, polynomial: tuple[float, float, float], scale: float) -> None:
         tiled, (rows, columns, depth, warps, stages) = self._tiled, self._tiles.square
         _fp8_square_kernel[(tiles_below(self._rows, rows, columns), self._count)](
@@ -297,11 +362,12 @@ class _Group:
             EXACT=min(_SUMMED, depth), WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-    def _apply(self, last: bool) -> None:
+    def _apply(self, last: bool, sizes: Tensor | None = None) -> None:
         tiled, group, (rows, columns, depth, warps, stages) = self._tiled, self._side_by_side, self._tiles.apply
         _fp8_apply_kernel[(ceil_div(self._rows, rows), group.width // columns)](
             tiled(self._x, rows, columns), tiled(self._x8, rows, columns), tiled(self._turned, columns, depth),
-            tiled(self._out, columns, rows), tiled(self._even8, rows, depth), self._diagonals[1], self._rows,
-            group.width, 1.0 / (FACTOR * self._scale), self._scale, *group.ends, T=rows, K=depth, C=columns,
-            LAST=last, WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
+            tiled(self._out, columns, rows), tiled(self._even8, rows, depth), self._diagonals[1],
+            self._diagonals[1] if sizes is None else sizes, self._rows, group.width, 1.0 / (FACTOR * self._scale),
+            self._scale, *group.ends, T=rows, K=depth, C=columns, LAST=last, SCALES=sizes is not None,
+            WHOLE=self._tiles.whole, num_warps=warps, num_stages=stages,
         )  # fmt: skip
