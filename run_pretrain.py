@@ -42,7 +42,7 @@ from peft_pretraining.memory.advice import out_of_memory, warning_of_memory
 from peft_pretraining.memory.agreement import agree_on_flags
 from peft_pretraining.memory.budget import parse_within_budget
 from peft_pretraining.memory.card_memory import card_here
-from peft_pretraining.memory.dealt_states import prepare
+from peft_pretraining.memory.dealt_states import prepare_mesh
 from peft_pretraining.memory.fp8_gain import warning_of_fp8_gain
 from peft_pretraining.memory.fp8_gradients import warning_of_fp8_gradients
 from peft_pretraining.memory.host import missing_host_memory, not_locked
@@ -145,7 +145,7 @@ class Run:
         self.args, self.world, self.stop, self.skip_steps = args, world, stop, skip_steps
         mesh = world.shard_mesh(args.runtime.shard)
         if mesh is not None:
-            prepare(mesh, args)
+            prepare_mesh(mesh, args)
         self.loader, self.eval_set = build_data(args, world)
         all_reduce = world.gradient_all_reduce() if mesh is None else None
         self.model, self.optimizer = build_training(args, world.device, all_reduce, mesh)

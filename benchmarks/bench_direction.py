@@ -31,7 +31,7 @@ from benchmarks.timing import median_ms
 from qgalore import kernels
 from qgalore.kernels.arguments import GROUP_LIMIT
 from qgalore.update import moments
-from qgalore.update.directions import DIRECTIONS, direction_of
+from qgalore.update.directions import DIRECTIONS, direction_of, made_by_steps
 from qgalore.update.newton_schulz import AUTO, METHODS, SEGMENT, multiply_adds, segments_of
 
 Shape = tuple[int, int]
@@ -100,11 +100,11 @@ class Bench:
             run = lambda: kernels.fp8_product(first, second, size, self.dtype)  # noqa: E731
             self.fp8_rate = 2 * size**3 / (self._ms(run) / 1e3)
 
-    def method(self, model: str, shapes: Mapping[Shape, int], method: str) -> None:
+    def method(self, model: str, shapes: Mapping[Shape, int], name: str) -> None:
         """Rows of a method for each shape and for all."""
-        polynomials, segmented, fp8, schatten_norm = METHODS[method]
-        speed = self.fp8_rate / self.rate if fp8 else 1.0
-        steps, advance = len(polynomials), {name: direction_of(name, method).advance for name in OPS}
+        method, advance = METHODS[name], {op: direction_of(op, name).advance for op in OPS}
+        speed, segmented = self.fp8_rate / self.rate if method.fp8 else 1.0, method.segmented
+        steps = len(method.polynomials)
         plain = (1,) * steps
         forms = {"plain": plain, "segments": (SEGMENT, steps - SEGMENT)} if segmented else {"plain": plain}
         totals: Counter[tuple[str, str, str]] = Counter()
@@ -113,18 +113,13 @@ class Bench:
             together = min(count, _at_once(shape))
             adam_steps = [self._step(shape) for _ in range(together)]
             runs: dict[tuple[str, str], tuple[Callable[[], object], tuple[int, ...]]] = {
-                (op, "chosen"): (lambda run=advance[name], steps=adam_steps: run(steps, None), chosen)
-                for name, op in OPS.items()
+                (op, "chosen"): (lambda run=advance[direction], steps=adam_steps: run(steps, None), chosen)
+                for direction, op in OPS.items()
             }
             momenta = [step.grad for step in adam_steps]
             for form, segments in forms.items():
                 given = segments if segmented else None
-                if fp8:
-                    run = lambda momenta=momenta: kernels.orthogonalize_fp8(  # noqa: E731
-                        momenta, polynomials, schatten_norm=schatten_norm
-                    )
-                else:
-                    run = lambda momenta=momenta, given=given: kernels.orthogonalize(momenta, polynomials, given)  # noqa: E731
+                run = lambda momenta=momenta, given=given: made_by_steps(momenta, method, given)  # noqa: E731
                 runs["orthogonalize", form] = run, segments
             for (op, form), (run, segments) in runs.items():
                 values = {
@@ -132,11 +127,11 @@ class Bench:
                     "floor_ms": self._floor(shape, segments) * count / speed,
                     "floor_full_ms": self._floor(shape, plain, symmetric=False) * count / speed,
                 }
-                self._append(model, op, method, form, "{}x{}".format(*shape), count, values)
-                totals.update({(op, form, name): value for name, value in values.items()})
+                self._append(model, op, name, form, "{}x{}".format(*shape), count, values)
+                totals.update({(op, form, column): value for column, value in values.items()})
         for op, form in dict.fromkeys((op, form) for op, form, _ in totals):
-            values = {name: totals[op, form, name] for name in ("ms", "floor_ms", "floor_full_ms")}
-            self._append(model, op, method, form, "all", sum(shapes.values()), values)
+            values = {column: totals[op, form, column] for column in ("ms", "floor_ms", "floor_full_ms")}
+            self._append(model, op, name, form, "all", sum(shapes.values()), values)
 
     def sweep(self, model: str, shapes: Mapping[Shape, int], fp8: bool) -> None:
         """Rows of single products of as many matrices as are updated at once, and which tiles are the fastest."""

@@ -25,7 +25,7 @@ from peft_pretraining.build import build_model, build_training
 from peft_pretraining.config.flag_groups import ModelArgs
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.memory.dealt_states import prepare
+from peft_pretraining.memory.dealt_states import prepare_mesh
 from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.models.config import read_config_json
 from peft_pretraining.models.head import IGNORE_INDEX
@@ -206,7 +206,7 @@ def train_ours(
     args = parse_args([*flags, "--shard", shard], world.world_size)
     mesh = world.shard_mesh(shard)
     if mesh is not None:
-        prepare(mesh, args)
+        prepare_mesh(mesh, args)
     model, optimizer = build_training(args, world.device, world.gradient_all_reduce() if mesh is None else None, mesh)
     batches = token_ids(replace(setting, seed=setting.seed + world.rank), model.config.vocab_size)
     target_tokens = batches[..., 1:].numel() * world.world_size

@@ -37,7 +37,7 @@ from peft_pretraining.checkpoint.store import Checkpoint, list_checkpoints, load
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, GALORE_OPTIMIZERS, Q_GALORE_OPTIMIZERS
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.memory.dealt_states import prepare
+from peft_pretraining.memory.dealt_states import prepare_mesh
 from peft_pretraining.models.network import CausalLM
 from peft_pretraining.reporting.jsonl import deterministic_metrics, read_metrics
 from peft_pretraining.runtime.signals import StopRequest
@@ -306,7 +306,7 @@ def build_on_rank(argv: list[str]) -> tuple[RunArgs, World, CausalLM, LowRankAda
     args, world = parse_args(argv, 2), start_world("cpu", StopRequest())
     mesh = world.shard_mesh(args.runtime.shard)
     assert mesh is not None
-    prepare(mesh, args)
+    prepare_mesh(mesh, args)
     model, optimizer = build_training(args, world.device, None, mesh)
     assert isinstance(optimizer, LowRankAdamW)
     return args, world, model, optimizer

@@ -61,6 +61,13 @@ def test_floors_of_7b_are_those_of_the_plan() -> None:
     assert set(bench_direction.MODELS) <= set(models.MICRO_BATCHES)
 
 
+def sweep_once(monkeypatch: pytest.MonkeyPatch, methods: str, path: Path) -> None:
+    """A sweep of one shape on a CPU, each product timed once."""
+    monkeypatch.setattr(bench_direction, "REPEATS", 1)
+    argv = ["--shapes", "32x64", "--sweep", "--methods", methods, "--device", "cpu", "--results", str(path)]
+    assert bench_direction.main(argv) == 0
+
+
 def test_a_sweep_times_single_products(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,9 +79,7 @@ def test_a_sweep_times_single_products(
     candidates = ((32, 16, 16, 4, 1), (16, 32, 16, 4, 1), (16, 12, 16, 4, 1))
     monkeypatch.setattr(sweep, "MASKED", candidates)
     monkeypatch.setattr(sweep, "WHOLE", candidates[:1])
-    monkeypatch.setattr(bench_direction, "REPEATS", 1)
-    argv = ["--shapes", "32x64", "--sweep", "--methods", "muon,polar4", "--device", "cpu", "--results", str(path)]
-    assert bench_direction.main(argv) == 0
+    sweep_once(monkeypatch, "muon,polar4", path)
     found = [(row["op"], row["form"]) for row in rows_of(path)]
     wide, square, tall = "16x32x16x4x1", "16x16x16x4x1", "32x16x16x4x1"
     assert found == [
@@ -113,13 +118,11 @@ def test_a_sweep_of_methods_in_fp8_has_those_products_alone(
     path = tmp_path / "direction.csv"
     use_tiles(monkeypatch, sweep.newton_schulz_fp8, [(16, 16, 32, 4, 1)] * 3)
     monkeypatch.setattr(sweep, "FP8_MASKED", ((32, 32, 32, 4, 1),))
-    monkeypatch.setattr(bench_direction, "REPEATS", 1)
-    argv = ["--shapes", "32x64", "--sweep", "--methods", "muon_fp8", "--device", "cpu", "--results", str(path)]
-    bench_direction.main(argv)
+    sweep_once(monkeypatch, "muon_fp8", path)
     assert not path.exists(), "a CPU has no products in FP8"
     monkeypatch.setattr(bench_direction.kernels, "has_fp8", lambda device: True)
     monkeypatch.setattr(bench_direction.kernels, "fp8_product", lambda *given: None)
-    bench_direction.main(argv)
+    sweep_once(monkeypatch, "muon_fp8", path)
     rows = rows_of(path)
     assert [(row["op"], row["form"]) for row in rows] == [
         ("gram", "16x16x32x4x1"), ("square", "16x16x32x4x1"), ("apply", "16x16x32x4x1"), ("gram", "32x32x32x4x1"),

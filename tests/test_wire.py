@@ -21,7 +21,7 @@ from benchmarks.compare_methods import CHECKPOINTING, q_galore_flags, setting_of
 from peft_pretraining.build import converter_of, shape_of
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
-from peft_pretraining.memory.dealt_states import looked_up_by_name, prepare
+from peft_pretraining.memory.dealt_states import looked_up_by_name, prepare_mesh
 from peft_pretraining.memory.passing import ROWS_OF_ALL, PassingBytes
 from peft_pretraining.memory.passing_by_layer import PassingByLayer
 from peft_pretraining.memory.planned_run import PlannedRun
@@ -62,7 +62,7 @@ def dealt(args: RunArgs, mesh: ShardMesh) -> tuple[Shards, list[Weight]]:
     """All weights of a run's model, dealt to ranks, without memory."""
     config = shape_of(args.model)
     assert config is not None
-    prepare(mesh, args)
+    prepare_mesh(mesh, args)
     model, convert = network_on_meta(config), converter_of(args)
     for param in model.parameters():
         param.data = param.data.to(torch.bfloat16)

@@ -134,7 +134,7 @@ def looked_up_by_name(args: RunArgs) -> dict[str, int]:
     return {f"{name}.weight": args.tokens_sent_at_once for name, each in modules if isinstance(each, nn.Embedding)}
 
 
-def prepare(mesh: ShardMesh, args: RunArgs) -> None:
+def prepare_mesh(mesh: ShardMesh, args: RunArgs) -> None:
     """Tell a mesh what is known of a run before its model is built."""
     mesh.owners, mesh.owners_sum = owners_by_name(args, mesh.size), args.owners_sum
     mesh.looked_up = looked_up_by_name(args)

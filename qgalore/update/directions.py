@@ -80,6 +80,13 @@ def orthogonal_directions(momenta: list[Tensor], newton_schulz: str = "muon") ->
     return scaled
 
 
+def made_by_steps(matrices: list[Tensor], method: Method, segments: tuple[int, ...] | None) -> list[Tensor]:
+    """What a method's steps make of matrices (m, n) whose shorter sides are equal; segments: None in the plain form."""
+    if method.fp8:
+        return kernels.orthogonalize_fp8(matrices, method.polynomials, schatten_norm=method.schatten_norm)
+    return kernels.orthogonalize(matrices, method.polynomials, segments)
+
+
 def _orthogonalized(momenta: list[Tensor], newton_schulz: str) -> list[Tensor]:
     """The list of momenta, with each replaced by one of singular values of about 1; those alike are made at once."""
     in_fp8 = partial(kernels.runs_in_fp8, device=momenta[0].device)
@@ -91,10 +98,7 @@ def _orthogonalized(momenta: list[Tensor], newton_schulz: str) -> list[Tensor]:
         alike.setdefault((method, rows, form), []).append(index)
     for (method, _, form), indices in alike.items():
         given = [momenta[index] for index in indices]
-        if method.fp8:
-            made = kernels.orthogonalize_fp8(given, method.polynomials, schatten_norm=method.schatten_norm)
-        else:
-            made = kernels.orthogonalize(given, method.polynomials, form)
+        made = made_by_steps(given, method, form)
         del given
         for index, each in zip(indices, made, strict=True):
             momenta[index] = each
