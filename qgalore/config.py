@@ -131,7 +131,7 @@ class SubspaceConfig:
     )
     """Polynomials that orthogonalise a momentum: Muon's one polynomial five times, with fp8 in products of FP8 whose
     diagonals are exact, or there four steeper ones that bear its rounding; or five or four, each the best for what the
-    one before leaves (Polar Express), on Gram matrices where that is cheaper. auto: muon_fp8 for matrices with a
+    one before leaves (Polar Express), on Gram matrices where that is cheaper. auto: muon4_fp8 for matrices with a
     shorter side of at least 768 on a GPU with FP8 (compute capability 8.9), else muon."""
     rounding_feedback: Annotated[float, Allowed("share", at_least=0, at_most=1)] = 0.0
     """Share of the rounding error of quantized weights that is fed into their momentum, by which the next updates make

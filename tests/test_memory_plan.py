@@ -563,7 +563,7 @@ def test_a_full_rank_refreshes_nothing_and_has_the_squares_of_newton_schulz() ->
         assert PassingBytes(run).updates() == 2 * (3.5 * values + squares), "one in 16 bits and three in FP8"
     auto, fp8 = (
         PassingBytes(run_of(f"{FULL_RANK} --newton_schulz {name} --device cuda --batch_size 1", "130m")).updates()
-        for name in ("auto", "muon_fp8")
+        for name in ("auto", "muon4_fp8")
     )
     assert auto == fp8, "of the size that gains by FP8, by a GPU that has it"
 

@@ -361,7 +361,7 @@ def test_auto_takes_fp8_where_matrices_gain_by_it(monkeypatch: pytest.MonkeyPatc
     assert_equal(orthogonal_directions(list(momenta), "auto"), orthogonal_directions(list(momenta), "muon"))
     asked: list[tuple[int, torch.device]] = []
     monkeypatch.setattr(kernels, "runs_in_fp8", lambda rows, device: asked.append((rows, device)) or rows < 4096)
-    found, fp8 = orthogonal_directions(list(momenta), "auto"), orthogonal_directions(list(momenta), "muon_fp8")
+    found, fp8 = orthogonal_directions(list(momenta), "auto"), orthogonal_directions(list(momenta), "muon4_fp8")
     plain = orthogonal_directions(list(momenta), "muon")
     assert_equal(found, [plain[0], fp8[1], fp8[2], plain[3]])
     assert not torch.equal(fp8[1], plain[1]) and asked == [(768, torch.device("cpu"))] * 2
@@ -391,7 +391,7 @@ def test_which_gpus_run_in_fp8(
 def test_auto_on_a_gpu() -> None:
     device = torch.device("cuda")
     momenta = [normal(*shape).to(device, torch.bfloat16) for shape in ((768, 2048), (1024, 800), (512, 1376))]
-    found, plain, fp8 = (orthogonal_directions(list(momenta), name) for name in ("auto", "muon", "muon_fp8"))
+    found, plain, fp8 = (orthogonal_directions(list(momenta), name) for name in ("auto", "muon", "muon4_fp8"))
     assert kernels.runs_in_fp8(768, device) == kernels.has_fp8(device) == (not torch.equal(plain[0], found[0]))
     assert_equal(found, [*(fp8 if kernels.has_fp8(device) else plain)[:2], plain[2]])
 
