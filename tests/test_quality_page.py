@@ -140,3 +140,18 @@ def test_the_picture_shows_settings_that_have_rows() -> None:
     assert (ROOT / args.plot).is_file() and f"]({Path(args.plot).name})" in TEXT
     for name in args.settings.split(","):
         assert quality_plot.read_points(Path(args.results), args.model, args.updates, [name]), name
+
+
+def test_bytes_of_rows_are_those_of_the_plan() -> None:
+    """Of settings that still are what they were: rows from before the plan knew Muon's dtype had twice its states."""
+    checked = set()
+    for row in ROWS:
+        if row["weights_gb"] and row["setting"] in ("adamw_tuned", "adam8bit_tuned", "muon", "full_rank_recipe"):
+            argv = ["--model_config", str(config_path(row["model"])), "--batch_size", row["micro_batch"]]
+            run = parse_args([*argv, "--device", "cuda", *row["flags"].split()])
+            planned = quality.planned_bytes(run)
+            assert planned["weights_gb"] + planned["states_gb"] == pytest.approx(
+                float(row["weights_gb"]) + float(row["states_gb"]), rel=0.01
+            ), (row["setting"], row["model"], row["commit"])
+            checked.add(row["setting"])
+    assert len(checked) == 4
