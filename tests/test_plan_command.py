@@ -86,6 +86,15 @@ def test_flags_of_a_run_take_the_place_of_the_recipes(capsys: pytest.CaptureFixt
         assert "| full " in printed(capsys, "--memory", "8GB", "--model", "9m", *full)
 
 
+def test_models_of_a_shorter_context_are_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    table, _, note = printed(capsys, "--memory", "8GB", "--max_length", "4096").rpartition("\n\n")
+    assert re.findall(r"^\| (\d+[MB]) ", table, re.MULTILINE) == ["70B"]
+    assert note.startswith("Left out, as --max_length is longer than their max_position_embeddings: 9m, 20m, ")
+    assert "13b, 30b. For one" in note
+    assert commands.main(["plan", "--memory", "8GB", "--model", "1b,7b", "--max_length", "2048"]) == 2
+    assert "llama_1b.json has max_position_embeddings 1024" in capsys.readouterr().err
+
+
 def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = SmallRun(tmp_path).argv("run", {})
     assert run_pretrain.main([*argv, "--dry_run"]) == 0
