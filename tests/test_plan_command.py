@@ -102,11 +102,21 @@ def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.C
     assert printed(capsys, *argv) == expected
     with_card = printed(capsys, *argv, "--gpu", "4090")
     assert with_card.startswith(expected) and re.search(
-        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090$", with_card
+        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090, by which all updates take less than an hour$", with_card
     )
     within = printed(capsys, *argv, "--memory", "1GB")
-    assert within.endswith("counted for GeForce RTX 4060 Ti 8 GB")  # of the smallest cards in the table
+    assert "counted for GeForce RTX 4060 Ti 8 GB" in within.splitlines()[-1]  # of the smallest cards in the table
     assert "--memory_budget 1GB chooses" in within and "--memory_budget 1000000000" in within
+
+
+def test_the_time_of_a_run_is_its_tokens_by_the_counted_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--gpu 4090 --model_config 1b --dataset pydocs --total_batch_size 512 --max_length 256 --batch_size 16"
+    argv = [*flags.split(), *["--optimizer", "q_galore_adamw8bit_per_layer"]]
+    for updates, unit, hours in ((20_000, "days", 24), (2_000, "hours", 1)):
+        text = printed(capsys, *argv, "--num_training_steps", str(updates))
+        speed, time, found = re.findall(r"speed: ([\d,]+) .* take ([\d.]+) (\w+)$", text)[0]
+        assert float(time) * hours == pytest.approx(updates * 512 * 256 / int(speed.replace(",", "")) / 3600, rel=0.05)
+        assert found == unit
 
 
 def test_the_recipes_are_those_of_the_scripts() -> None:
