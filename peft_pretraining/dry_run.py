@@ -50,7 +50,7 @@ def describe(args: RunArgs, card: Card | None = None) -> str:
         if counted:
             speed = counted_tokens_per_second(args, config, card)
             time = _in_words(args.tokens_per_update * args.schedule.num_training_steps / speed / 3600)
-            lines.append(f"speed: {speed:,.0f} tokens/s counted for {card.name}, by which all updates take {time}")
+            lines.append(f"speed: {speed:,.0f} tokens/s counted for {card.name}, where all updates take {time}")
     return "\n".join(lines)
 
 

@@ -102,7 +102,7 @@ def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.C
     assert printed(capsys, *argv) == expected
     with_card = printed(capsys, *argv, "--gpu", "4090")
     assert with_card.startswith(expected) and re.search(
-        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090, by which all updates take less than an hour$", with_card
+        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090, where all updates take less than an hour$", with_card
     )
     within = printed(capsys, *argv, "--memory", "1GB")
     assert "counted for GeForce RTX 4060 Ti 8 GB" in within.splitlines()[-1]  # of the smallest cards in the table
