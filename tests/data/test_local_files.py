@@ -13,6 +13,7 @@ import pytest
 from peft_pretraining.data.sources import local
 from peft_pretraining.data.sources.data_files import FileShards, bytes_in_words
 from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
@@ -183,6 +184,19 @@ def test_hidden_files_and_what_describes_data_is_no_data(tmp_path: Path, caplog:
     assert files_of(tmp_path / "*") == ["a.json.gz", "b.json.gz"]
     assert files_of(tmp_path / "**") == ["a.json.gz", "b.json.gz"]
     assert not caplog.text
+
+
+def test_one_rank_of_a_machine_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.jsonl", "b.json", "c.json")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    opened(tmp_path)
+    assert not caplog.text
+    log_once.cache_clear()  # as in another process
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    opened(tmp_path)
+    assert "left out" in caplog.text
 
 
 def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
