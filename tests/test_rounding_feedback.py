@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_change_of_the_momentums_size_turns_its_factor_by_the_error(shape: tup
     assert 0.4 * error.norm() ** 2 < expected.norm() ** 2 < 0.9 * error.norm() ** 2
 
 
-def test_a_change_larger_than_the_momentum_is_cut_to_its_norm() -> None:
+def test_a_change_is_cut_to_a_share_of_the_momentums_norm() -> None:
     layer, optimizer = layer_and_optimizer(1.0, bits=4, stochastic_rounding=False)
     optimizer.param_groups[0]["lr"] = 1e-7
     gradient = torch.randn(16, 40, generator=torch.Generator().manual_seed(1))
@@ -111,7 +112,24 @@ def test_a_change_larger_than_the_momentum_is_cut_to_its_norm() -> None:
     update(layer, optimizer, gradient)
     momentum = momentum_of(plain, without)
     change = momentum_of(layer, optimizer) - momentum
-    assert 0.9 * momentum.norm() < change.norm() < 1.001 * momentum.norm()
+    bound = math.sqrt((1 - BETA**2) / 2) / BETA * momentum.norm()
+    assert 0.9 * bound < change.norm() < 1.001 * bound
+
+
+@pytest.mark.parametrize("beta", [0.8, 0.9, 0.95])
+def test_errors_larger_than_many_steps_come_to_half_of_the_momentum(beta: float) -> None:
+    """They made it grow by up to a third an update, until it was infinite, where a change could be as large as it."""
+    (plain, without), (layer, optimizer) = (
+        layer_and_optimizer(share, (24, 96), bits=4, beta=beta) for share in (0.0, 1.0)
+    )
+    ratios = []
+    for number in range(120):
+        gradient = torch.randn(24, 96, generator=torch.Generator().manual_seed(number))
+        for each, its in ((plain, without), (layer, optimizer)):
+            its.param_groups[0]["lr"] = 1e-4
+            update(each, its, gradient)
+        ratios.append(float(momentum_of(layer, optimizer).norm() / momentum_of(plain, without).norm()))
+    assert 1.25 < sum(ratios[60:]) / 60 < 1.7, "the root of two, and more where errors are alike"
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-30])

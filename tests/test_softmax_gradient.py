@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
+from peft_pretraining.models.ops.linear_cross_entropy import scale_, softmax_gradient_
 
 IGNORE_INDEX = -100
 # Rows, columns, width: one value, less than a block, odd sizes, a whole block, one more, several blocks, padded or not.
@@ -91,6 +91,26 @@ def test_a_gradient_that_is_not_finite_shows_in_fp8(kernel_device: torch.device)
         with mock.patch.dict(os.environ, QGALORE_KERNELS=implementation):
             softmax_gradient_(logits, 33, targets, IGNORE_INDEX, torch.empty(7, device=kernel_device), True, codes)
         assert not codes.float()[2].isfinite().all() and codes.float()[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 683), (7, 2048), (129, 257)])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_kernel_scales_to_the_bits_of_torch(
+    dtype: torch.dtype, shape: tuple[int, int], kernel_device: torch.device
+) -> None:
+    """In the wider dtype, rounded once; what is not finite stays so."""
+    if dtype == torch.bfloat16 and kernel_device.type == "cpu":
+        dtype = torch.float16  # as Triton's interpreter rounds to bfloat16 otherwise
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[-1, -1] = torch.inf
+    values = values.to(dtype).to(kernel_device)
+    factor = torch.tensor(1 / 61_234, dtype=torch.promote_types(dtype, torch.float32), device=kernel_device)
+    expected = (values.to(factor.dtype) * factor).to(dtype)
+    for implementation in ("reference", "triton"):
+        found = values.clone()
+        with mock.patch.dict(os.environ, QGALORE_KERNELS=implementation):
+            scale_(found, factor)
+        assert torch.equal(found, expected), implementation
 
 
 def check_values_that_are_not_finite(implementation: str, device: torch.device) -> None:

@@ -27,13 +27,16 @@ class Measured(NamedTuple):
     """The best measured row of a model within a memory."""
 
     row: Row
-    capped: bool
-    """Whether the process could not have taken more."""
+
+    @property
+    def cap_gib(self) -> float:
+        """What the process could not have taken more than; 0 where it was not capped."""
+        return float(self.row["cap_gib"] or 0)
 
     @property
     def text(self) -> str:
         """In words, with tokens a second and peak."""
-        how = f"capped to {self.row['cap_gib']} GiB" if self.capped else "not capped"
+        how = f"capped to {self.row['cap_gib']} GiB" if self.cap_gib else "not capped"
         sums = ", one micro-batch an update" if self.row["grad_accum"] == "1" else ""
         recipe = "`paper`" if _PAPER.fullmatch(self.row["method"]) else "the default"
         gigabytes = float(self.row["run_peak_gb"])
@@ -46,19 +49,17 @@ class Measured(NamedTuple):
 
 
 def measured(model: str, gigabytes: int) -> Measured | None:
-    """The fastest row of Q-GaLore that stayed within a memory: capped ones first, else by what was reserved."""
+    """The row of Q-GaLore that stayed within a memory: of those that were capped the one of the highest cap, else by
+    what was reserved; of several an H100's, then the fastest."""
     found = []
     for row in rows_of("compare.csv"):
         if row["model"] != model or not _is_plain(row):
             continue
-        capped = bool(row["cap_gib"])
-        if capped:
-            fits = float(row["cap_gib"]) <= gigabytes - _LEFT
-        else:
-            fits = float(row["run_reserved_gb"]) <= gigabytes
+        capped = row["cap_gib"]
+        fits = float(capped) <= gigabytes - _LEFT if capped else float(row["run_reserved_gb"]) <= gigabytes
         if fits:
-            found.append(Measured(row, capped))
-    return max(found, key=lambda each: (each.capped, card(each.row) == "H100", each.speed), default=None)
+            found.append(Measured(row))
+    return max(found, key=lambda each: (each.cap_gib, card(each.row) == "H100", each.speed), default=None)
 
 
 def _is_plain(row: Row) -> bool:

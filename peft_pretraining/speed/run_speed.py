@@ -27,9 +27,9 @@ SHARE_OF_FLOOR = 0.79
 """Of their floor's speed that runs reach. With it and `SECONDS_PER_KERNEL`, the two numbers that were fitted, what is
 counted for an H100 is within 5 % of all rows in `measured_speeds.py`. For an H200, whose host others used, it is 4 to
 19 % above them, and 36 % with micro-batches of 512 tokens (13B): `tests/test_run_speed.py`."""
-MOST_OF_PUBLISHED = 0.52
+MOST_OF_PUBLISHED = 0.57
 """Of a card's published bfloat16 rate that a run reaches at most, all its products counted: what the best of all
-measured rows did, 13B on an H200 (fd75c48). Cards of which memory is fast beside their arithmetic, as consumer cards
+measured rows did, 13B on an H200 (3695cd6). Cards of which memory is fast beside their arithmetic, as consumer cards
 are, are not promised more."""
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 

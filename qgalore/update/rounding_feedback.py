@@ -24,11 +24,17 @@ is one number, the mean of S = <P, M> / (shorter side), whether the spectrum is 
 0.5 and 1; (M Mᵀ)^(1/2), also made symmetric or cut to today's turns, leaves 2 to 21 % more (docs/log). And it takes no
 product of matrices.
 
-To first order only: a change larger than the momentum is cut to its norm. Where nothing was stepped nothing is fed.
-Plain PyTorch, for one matrix at a time.
+To first order only, so a change has a bound, k |M|. It must not let the momentum grow, as D grows with h, that is with
+all that was fed before: of errors that have nothing to do with each other an update makes beta^2 (1 + k^2) |M|^2 of
+|M|^2, beside what the gradient adds. Where that is less than |M|^2, errors come to the share beta^2 k^2 / (1 - beta^2)
+of it: here to half, by k^2 = (1 - beta^2) / (2 beta^2), k = 0.34 for a beta of 0.9. Weights of few bits get there where
+steps are small, since their errors are larger than many of these. Where nothing was stepped nothing is fed. Plain
+PyTorch, for one matrix at a time.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -41,6 +47,13 @@ from qgalore.update.weight import Weight
 
 BYTES_PER_VALUE = 16
 """What `apply_with_feedback` takes at most beside a direction: four matrices in float32."""
+SHARE_OF_ERRORS = 0.5
+"""Of the square of a momentum what fed errors come to at most, in the long run."""
+
+
+def largest_change(beta: float) -> float:
+    """What a change may have of the momentum's norm, so that errors come to `SHARE_OF_ERRORS` of its square."""
+    return math.sqrt(SHARE_OF_ERRORS * (1.0 - beta**2)) / beta
 
 
 def apply_with_feedback(layer: LowRankLinear, weight: Weight, direction: Tensor, skip: Tensor | None) -> None:
@@ -59,6 +72,7 @@ def apply_with_feedback(layer: LowRankLinear, weight: Weight, direction: Tensor,
     step_size = kernels.StepNumbers.of(row).step_size
     wanted = weight.config.rounding_feedback * (1.0 - beta) / (beta**2 * length) * size / step_size
     # Infinite where nothing was stepped.
-    largest = torch.linalg.vector_norm(momentum) / torch.linalg.vector_norm(error).clamp_min(1e-30)
+    norms = torch.linalg.vector_norm(momentum), torch.linalg.vector_norm(error).clamp_min(1e-30)
+    largest = largest_change(beta) * norms[0] / norms[1]
     factor = torch.where(step_size > 0, torch.minimum(wanted, largest), 0.0)
     moments.write_moment(weight.state, "exp_avg", momentum - error.mul_(factor), skip)

@@ -40,7 +40,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator it calls
-from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
+from peft_pretraining.models.ops.linear_cross_entropy import scale_, softmax_gradient_
 from qgalore import LowRankLinear, WeightFormat, kernels
 from qgalore.kernels.triton import matrix_groups
 from qgalore.layer.layout import padded_width
@@ -259,6 +259,7 @@ def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
         torch.ops.peft_pretraining.rotate(heads, heads, *tables, back)
     logits, targets = zeros(4, 32000), torch.zeros(4, dtype=torch.int64)
     softmax_gradient_(logits, 32000, targets, -100, zeros(4, dtype=torch.float32), True)
+    scale_(logits, factor)
 
 
 def int8_instructions() -> dict[str, list[str]]:

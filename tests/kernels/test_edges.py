@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import peft_pretraining.models.ops.rotary  # noqa: F401 - whose operator is called
-from peft_pretraining.models.ops.linear_cross_entropy import softmax_gradient_
+from peft_pretraining.models.ops.linear_cross_entropy import scale_, softmax_gradient_
 from qgalore import kernels
 from tests.kernels import comparison
 from tests.kernels.comparison import both, copied, each, same
@@ -99,6 +99,12 @@ def rotated(shape: Shape) -> tuple[Tensor, ...]:
     return turned
 
 
+def scaled(shape: Shape) -> Tensor:
+    values = normal(*shape)
+    scale_(values, torch.tensor(1 / 61_234))
+    return values
+
+
 EXACT: dict[str, Callable[[Shape], object]] = {
     "quantize": lambda shape: kernels.quantize(normal(*shape), 8, GROUP, step_row(seed=3)),
     "quantize to 4 bits": lambda shape: kernels.quantize(normal(*shape), 4, GROUP, step_row(seed=3)),
@@ -111,6 +117,7 @@ EXACT: dict[str, Callable[[Shape], object]] = {
     "momentum": momentum,
     "blocks": blocks,
     "rotate": rotated,
+    "scale": scaled,
     "FP8 rows": lambda shape: floats(kernels.fp8_rows([normal(*shape)], [shape[1]])),
     "FP8 rows in parts": lambda shape: floats(
         kernels.fp8_rows([normal(*shape), normal(*shape, seed=1)], [shape[1]] * 2, [normal(shape[1]).abs()] * 2)

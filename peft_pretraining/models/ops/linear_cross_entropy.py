@@ -101,8 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                # As a matrix the factor stays float32; a scalar tensor would first be rounded to the gradient's dtype.
-                gradient.mul_(grad_output.view(1, 1))
+                scale_(gradient, grad_output)
         return (*(None if x is None else x.to(ctx.dtype) for x in gradients), None, None, None, None)
 
 
@@ -296,6 +295,17 @@ def softmax_gradient_(
             if codes is not None:
                 padding = (0, codes.shape[1] - columns)
                 codes[start:stop] = F.pad(gradient.float().mul_(448.0).clamp_(-448.0, 448.0), padding).to(codes.dtype)
+
+
+def scale_(values: Tensor, factor: Tensor) -> None:
+    """Multiply values in place by a factor () of their dtype or a wider one, which is not rounded before."""
+    if use_triton(values.device) and values.is_contiguous():
+        from peft_pretraining.models.ops import gradient_scale
+
+        gradient_scale.scale_(values, factor)
+        return
+    # In as many dimensions; a factor without any would first be rounded to the dtype of the values.
+    values.mul_(factor.view([1] * values.dim()))
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
