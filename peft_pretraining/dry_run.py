@@ -10,6 +10,7 @@ from peft_pretraining.data.sources.kind import TextKind, TokenKind
 from peft_pretraining.data.sources.registry import find_kind, open_dataset
 from peft_pretraining.data.summary import describe_split
 from peft_pretraining.memory.card_memory import card_here
+from peft_pretraining.memory.fit_tables import days_in_words
 from peft_pretraining.memory.fp8_gain import warning_of_fp8_gain
 from peft_pretraining.memory.host import missing_host_memory
 from peft_pretraining.memory.plan import plan
@@ -47,10 +48,16 @@ def describe(args: RunArgs, card: Card | None = None) -> str:
     if config is not None:
         lines.append(plan(args, config).table())
         if counted:
-            lines.append(
-                f"speed: {counted_tokens_per_second(args, config, card):,.0f} tokens/s counted for {card.name}"
-            )
+            speed = counted_tokens_per_second(args, config, card)
+            time = _in_words(args.tokens_per_update * args.schedule.num_training_steps / speed / 3600)
+            lines.append(f"speed: {speed:,.0f} tokens/s counted for {card.name}, where all updates take {time}")
     return "\n".join(lines)
+
+
+def _in_words(hours: float) -> str:
+    if hours < 1:
+        return "less than an hour"
+    return f"{days_in_words(hours)} hours" if hours < 48 else f"{days_in_words(hours / 24)} days"
 
 
 def _data(args: RunArgs) -> list[str]:

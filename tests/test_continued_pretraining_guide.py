@@ -59,11 +59,11 @@ def test_each_command_of_continued_pretraining_works(place: Path, capsys: pytest
     assert len(commands) == 5
     for number, command in enumerate(commands):
         words = shlex.split(command)
-        assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "1", "$TRAIN"], command
+        assert words[:2] == ["python", "$TRAIN"], command
         folder = [] if "--save_dir" in words else ["--save_dir", f"run{number}"]
         tokenizer = [] if "--init_from" in words else ["--tokenizer", "my_model"]
         capsys.readouterr()
-        assert run([*small, *words[5:], *folder, *tokenizer]) == 0
+        assert run([*small, *words[2:], *folder, *tokenizer]) == 0
         said = capsys.readouterr().err
         goes_on = "--continue_from" in words
         assert ("update 0: perplexity" in said) == ("--init_from" in words and not goes_on)

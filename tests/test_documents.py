@@ -19,6 +19,7 @@ from docs.make import bars, flags_page, generated, memory_tables, pictures, room
 from docs.make.csv_rows import rows_of
 from docs.make.markdown import table
 from docs.make.update_flow import PARAMETERS_OF_7B
+from peft_pretraining.commands import main as qgalore
 from peft_pretraining.config.flags import read_specs
 from peft_pretraining.config.run_config import GROUPS
 from peft_pretraining.reporting.jsonl import read_metrics
@@ -291,6 +292,16 @@ def test_the_readmes_commands_are_those_of_the_program() -> None:
     assert "--recipe full_rank" in done.stdout, "7B fits by the default recipe"
     after = [line[1] for line in words if line and line[0] == "qgalore"]
     assert after == ["generate", "evaluate", "plot", "export"]
+
+
+def test_the_readmes_memory_of_1b_is_that_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", "").splitlines()
+    (command,) = (line for line in lines if "--model_config 1b" in line)
+    peaks = []
+    for gpu in ("4090", "h100"):
+        assert qgalore(["plan", *shlex.split(command)[2:], "--dataset", "pydocs", "--gpu", gpu]) == 0
+        peaks += re.findall(r"^  peak +([\d.]+) GB$", capsys.readouterr().out, re.MULTILINE)
+    assert f"is planned to take up to {max(map(float, peaks)):.1f} GB of a 24 GB card." in " ".join(README.split())
 
 
 def test_the_readmes_example_of_the_library_trains() -> None:

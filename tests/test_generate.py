@@ -12,6 +12,7 @@ import torch
 from peft_pretraining.after_training.trained_model import open_trained
 from peft_pretraining.after_training.trained_tokenizer import tokenizer_of
 from peft_pretraining.commands import generate as command
+from peft_pretraining.commands import main as qgalore
 from peft_pretraining.commands.export import export
 from peft_pretraining.commands.generate import Generator, Sampling, _Stream
 from peft_pretraining.data.tokenizer import Added, Tokenizer
@@ -131,7 +132,7 @@ def test_a_reader_that_ends_early_ends_it_quietly(
     os.close(reads)
     with os.fdopen(writes, "w") as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
-        assert command.main([str(small.folder / "text"), "w0", "--device", "cpu"]) == 1
+        assert qgalore(["generate", str(small.folder / "text"), "w0", "--device", "cpu"]) == 1
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -72,8 +72,8 @@ def run(command: str, place: Path, number: int) -> None:
     if words[:2] == ["python", "scripts/tokenize_dataset.py"]:
         assert tokenize_dataset.main(words[2:]) == 0
         return
-    assert words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "1", "$TRAIN"], command
-    argv = ["--model_config", str(place / "config.json"), *SMALL.split(), *words[5:]]
+    assert words[:2] == ["python", "$TRAIN"], command
+    argv = ["--model_config", str(place / "config.json"), *SMALL.split(), *words[2:]]
     argv += ["--save_dir", str(place / f"run{number}")]
     text = not words[-1].endswith("tokens")
     argv += [] if "--tokenizer" in words or not text else ["--tokenizer", "train:400"]

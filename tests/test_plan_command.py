@@ -86,6 +86,15 @@ def test_flags_of_a_run_take_the_place_of_the_recipes(capsys: pytest.CaptureFixt
         assert "| full " in printed(capsys, "--memory", "8GB", "--model", "9m", *full)
 
 
+def test_models_of_a_shorter_context_are_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    table, _, note = printed(capsys, "--memory", "8GB", "--max_length", "4096").rpartition("\n\n")
+    assert re.findall(r"^\| (\d+[MB]) ", table, re.MULTILINE) == ["70B"]
+    assert note.startswith("Left out, as --max_length is longer than their max_position_embeddings: 9m, 20m, ")
+    assert "13b, 30b. For one" in note
+    assert commands.main(["plan", "--memory", "8GB", "--model", "1b,7b", "--max_length", "2048"]) == 2
+    assert "llama_1b.json has max_position_embeddings 1024" in capsys.readouterr().err
+
+
 def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = SmallRun(tmp_path).argv("run", {})
     assert run_pretrain.main([*argv, "--dry_run"]) == 0
@@ -93,11 +102,21 @@ def test_flags_of_a_run_print_what_dry_run_does(tmp_path: Path, capsys: pytest.C
     assert printed(capsys, *argv) == expected
     with_card = printed(capsys, *argv, "--gpu", "4090")
     assert with_card.startswith(expected) and re.search(
-        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090$", with_card
+        r"speed: [\d,]+ tokens/s counted for GeForce RTX 4090, where all updates take less than an hour$", with_card
     )
     within = printed(capsys, *argv, "--memory", "1GB")
-    assert within.endswith("counted for GeForce RTX 4060 Ti 8 GB")  # of the smallest cards in the table
+    assert "counted for GeForce RTX 4060 Ti 8 GB" in within.splitlines()[-1]  # of the smallest cards in the table
     assert "--memory_budget 1GB chooses" in within and "--memory_budget 1000000000" in within
+
+
+def test_the_time_of_a_run_is_its_tokens_by_the_counted_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--gpu 4090 --model_config 1b --dataset pydocs --total_batch_size 512 --max_length 256 --batch_size 16"
+    argv = [*flags.split(), *["--optimizer", "q_galore_adamw8bit_per_layer"]]
+    for updates, unit, hours in ((20_000, "days", 24), (2_000, "hours", 1)):
+        text = printed(capsys, *argv, "--num_training_steps", str(updates))
+        speed, time, found = re.findall(r"speed: ([\d,]+) .* take ([\d.]+) (\w+)$", text)[0]
+        assert float(time) * hours == pytest.approx(updates * 512 * 256 / int(speed.replace(",", "")) / 3600, rel=0.05)
+        assert found == unit
 
 
 def test_the_recipes_are_those_of_the_scripts() -> None:

@@ -1,5 +1,6 @@
 """`qgalore pretrain` is run_pretrain.py under another name: the same bits, its own name in usage and messages."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -73,6 +74,18 @@ def test_two_ranks_under_torchrun(small: SmallRun) -> None:
     assert_same_run(small.result("command"), small.run_on(2, "program"))
     refused = launched("refused", data_lanes=7)
     assert refused.returncode == 1 and "qgalore pretrain: --data_lanes" in refused.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_early_ends_a_command_quietly(unbuffered: str) -> None:
+    """As `qgalore plan ... | head -1`; containers often set PYTHONUNBUFFERED."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "peft_pretraining", "plan", "--cards"]
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(program, cwd=ROOT, env=env, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_ctrl_c_ends_a_command_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

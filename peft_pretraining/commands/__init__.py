@@ -7,6 +7,7 @@ Each module has `main(argv) -> exit code` and imports what it needs, so that a c
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,9 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_on_interrupt(f"qgalore {name}"):
             module = importlib.import_module(f"{__name__}.{name}")
-        return int(module.main(rest))
+        code = int(module.main(rest))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return EXIT_CODE
+    except BrokenPipeError:
+        if name == "pretrain":  # a run that has failed says so
+            raise
+        # What reads the output has ended, such as head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ModuleNotFoundError as error:
         if (advice_to_install := missing_package(error)) is None:
             raise

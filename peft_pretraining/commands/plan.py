@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS
-from peft_pretraining.config.flags import is_given, parse_size
+from peft_pretraining.config.flags import flag_values, is_given, parse_size
 from peft_pretraining.errors import UserError
 from peft_pretraining.models.config_files import shipped_config, shipped_configs
 from peft_pretraining.speed.cards import Card, card_of_size, find_card, table_of_cards
@@ -83,11 +83,30 @@ def text_of(args: argparse.Namespace, flags: list[str]) -> str:
             "the flags of a run with its --model_config, for what --dry_run prints of it"
         )
     models = model_names(args.model)
+    too_short = [] if args.model else _of_shorter_context(models, flags)
+    models = [name for name in models if name not in too_short] or models
     from peft_pretraining.memory import fit_tables
 
     if len(budgets) == 1:
-        return fit_tables.details(budgets[0], card or card_of_size(budgets[0]), models, flags)
-    return fit_tables.overview([(each, card or card_of_size(each)) for each in budgets], models, flags)
+        table = fit_tables.details(budgets[0], card or card_of_size(budgets[0]), models, flags)
+    else:
+        table = fit_tables.overview([(each, card or card_of_size(each)) for each in budgets], models, flags)
+    if not too_short:
+        return table
+    return (
+        f"{table}\n\nLeft out, as --max_length is longer than their max_position_embeddings: "
+        f"{', '.join(too_short)}. For one of them\ngive --model_config with a copy of its file that has more, and the "
+        "other flags of the run."
+    )
+
+
+def _of_shorter_context(models: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Of shipped models those whose context is shorter than the --max_length of a run."""
+    from peft_pretraining.models.registry import read_config
+
+    length = next((int(text) for flag, text in flag_values(flags) if flag == "--max_length" and text.isdecimal()), 0)
+    paths = shipped_configs()
+    return [name for name in models if read_config(paths[name]).max_position_embeddings < length]
 
 
 def checked(args: argparse.Namespace, flags: list[str]) -> list[str]:

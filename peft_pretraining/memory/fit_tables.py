@@ -24,8 +24,9 @@ def details(budget: int, card: Card, models: Sequence[str], flags: Sequence[str]
             "",
             text_table([head, *(_details_of(fit) for fit in fits)]),
             "",
-            "Micro-batches an update x sequences; recomputed: decoder layers whose activations are not kept; days: of",
-            f"as many tokens as the paper's run, on {such}, for the models that the paper has.",
+            "Micro-batches an update x sequences; recomputed: decoder layers whose activations are not kept, or which",
+            "of them in how many layers, as --recompute has it; days: of as many tokens as the paper's run,",
+            f"on {such}, for the models that the paper has.",
             *_sources(card, fits),
         ]
     )

@@ -13,6 +13,7 @@ import pytest
 from peft_pretraining.data.sources import local
 from peft_pretraining.data.sources.data_files import FileShards, bytes_in_words
 from peft_pretraining.data.sources.kind import SourceOptions
+from peft_pretraining.data.sources.log_once import log_once
 from peft_pretraining.data.sources.registry import open_dataset
 from peft_pretraining.data.sources.split_names import named, splits_named
 from peft_pretraining.errors import UserError
@@ -185,6 +186,19 @@ def test_hidden_files_and_what_describes_data_is_no_data(tmp_path: Path, caplog:
     assert not caplog.text
 
 
+def test_one_rank_of_a_machine_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "a.jsonl", "b.json", "c.json")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    opened(tmp_path)
+    assert not caplog.text
+    log_once.cache_clear()  # as in another process
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    opened(tmp_path)
+    assert "left out" in caplog.text
+
+
 def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,10 +208,9 @@ def test_of_several_formats_that_with_most_bytes_is_taken_and_that_is_said(
     assert opened(tmp_path).files[0].path.endswith("huge.jsonl.gz")  # type: ignore[union-attr]
     assert files_of(tmp_path, "validation") == ["validation.parquet"]
     assert "for train the 1 file of .jsonl (" in caplog.text and " kB) are read, and 3 files of .json (" in caplog.text
-    assert (
-        "bytes) and 1 file of .txt (101 bytes) are left out: to read those, give them by a pattern such as '*.json'"
-        in caplog.text
-    )
+    patterns = ",".join(f"{tmp_path}/**/*{each}" for each in (".json:0.0016", ".jsonl.gz:1", ".txt:0.001"))
+    said = f"bytes) and 1 file of .txt (101 bytes) are left out: --dataset '{patterns}' reads all"
+    assert said in caplog.text
     assert caplog.text.count("left out") == 1
     assert [bytes_in_words(count) for count in (7, 1234, 3 * 10**9, 5 * 10**16)] == [
         "7 bytes",

@@ -297,16 +297,27 @@ def _of_one_format(dataset: str, split: str, root: Path, paths: list[str]) -> li
     sizes = {suffix: sum((root / path).stat().st_size for path in group) for suffix, group in by_suffix.items()}
     taken = max(by_suffix, key=lambda suffix: (sizes[suffix], len(by_suffix[suffix]), suffix))
     if len(by_suffix) > 1:
-        left = next(suffix for suffix in sorted(by_suffix) if suffix != taken)
         listed = {
             suffix: f"{_files(len(group))} of {suffix} ({bytes_in_words(sizes[suffix])})"
             for suffix, group in sorted(by_suffix.items())
         }
         log_once(
             f"--dataset {dataset}: for {split} the {listed.pop(taken)} are read, and {' and '.join(listed.values())} "
-            f"are left out: to read those, give them by a pattern such as '*{left}'"
+            f"are left out: {_how_to_read_all(dataset, by_suffix, sizes)}"
         )
     return _each_once(dataset, by_suffix[taken])
+
+
+def _how_to_read_all(dataset: str, by_suffix: dict[str, list[str]], sizes: dict[str, int]) -> str:
+    """Patterns of all formats with their shares of the bytes; for a glob, which has a pattern of its own, in words."""
+    if not Path(dataset).expanduser().is_dir():
+        return "a pattern that ends with a format's name reads that one; several are given as FIRST:0.7,SECOND:0.3"
+    patterns = []
+    for suffix, group in sorted(by_suffix.items()):
+        ending = group[0][group[0].lower().rindex(suffix) :]  # with that of a compression
+        share = max(0.001, sizes[suffix] / max(1, sum(sizes.values())))
+        patterns.append(f"{dataset.rstrip('/')}/**/*{ending}:{share:.2g}")
+    return f"--dataset '{','.join(patterns)}' reads all"
 
 
 def _without_links(dataset: str, root: Path, paths: list[str]) -> list[str]:
