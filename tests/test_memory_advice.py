@@ -77,6 +77,18 @@ def test_what_the_checks_would_refuse_is_not_advised(refused: str, root: Path) -
         assert ("--accumulate_by layer" in fitting) == advised
 
 
+@pytest.mark.parametrize(
+    "flags", ["--momentum_rank 1/16", "--sum_in_momentum", "--direction orthogonal --rounding_feedback 0.5"]
+)
+def test_what_needs_the_full_rank_is_not_advised_a_smaller_one(flags: str, root: Path) -> None:
+    command = f"{Q_GALORE} --rank full --batch_size 16 --gradient_accumulation 2".replace("--proj_quant", flags)
+    args = arguments(command, root)
+    fitting = advice.flags_that_fit(args, LlamaConfig.from_json(args.model.model_config), 10**12)
+    assert "--activation_checkpointing" in fitting and not any("--rank" in text for text in fitting)
+    for text in fitting:
+        arguments(f"{command} {text}", root)
+
+
 def test_only_a_run_that_does_not_fit_is_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(RUNS["rank"][0], root)
     for free, warned in ((peak(args), False), (peak(args) - 1, True)):

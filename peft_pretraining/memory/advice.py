@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peft_pretraining.build import shape_of
-from peft_pretraining.config.checks import find_problems
+from peft_pretraining.config.checks import adds_problems
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.config import ModelConfig
@@ -49,12 +49,14 @@ def _comparison(args: RunArgs, config: ModelConfig, available: int) -> str:
 def flags_that_fit(args: RunArgs, config: ModelConfig, available: int) -> list[str]:
     """The smallest change of each kind that alone brings the planned peak to at most `available` bytes.
 
-    The total batch stays what it is.
+    The total batch stays what it is. What the checks would refuse is left out.
     """
     found: dict[str, str] = {}
     for flag, value, group, options in _smaller(args, config):
         changed = dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **options)})
-        if flag not in found and plan(changed, config).peak_bytes <= available:
+        if flag in found or adds_problems(args, changed):  # which cannot be planned, either
+            continue
+        if plan(changed, config).peak_bytes <= available:
             found[flag] = f"{flag} {value}".strip()
     return list(found.values())
 
@@ -73,7 +75,7 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
             yield "--checkpoint_layers", count, "model", {"checkpoint_layers": count}
     if batch.gradient_accumulation > 1 and args.optimizer.grad_accum_dtype != "int8":
         yield "--grad_accum_dtype", "int8", "optimizer", {"grad_accum_dtype": "int8"}
-    if _may_go_by_layer(args):
+    if _fewer_by_layer(args):
         yield "--accumulate_by", "layer", "batch", {"accumulate_by": "layer"}
     size, accumulation = batch.batch_size, batch.gradient_accumulation
     while size % 2 == 0:
@@ -89,8 +91,7 @@ def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, 
             yield "--rank", rank, "subspace", {**recipe, "rank": rank}
 
 
-def _may_go_by_layer(args: RunArgs) -> bool:
-    """Whether sums of gradients over micro-batches may be those of one layer at a time, and are then fewer."""
+def _fewer_by_layer(args: RunArgs) -> bool:
+    """Whether sums of gradients over micro-batches are fewer where they are those of one layer at a time."""
     by_layer = dataclasses.replace(args, batch=dataclasses.replace(args.batch, accumulate_by="layer"))
-    fewer = by_layer.updates_immediately and not args.updates_immediately
-    return fewer and not set(find_problems(by_layer)).difference(find_problems(args))
+    return by_layer.updates_immediately and not args.updates_immediately

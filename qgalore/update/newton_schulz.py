@@ -8,8 +8,8 @@ benchmarks.polar_polynomials` finds them, and a test holds the numbers here to i
 In FP8 go Muon's steps (`muon_fp8`), or four that are made for it (`muon4_fp8`): of those that stay in bounds although
 their terms are rounded, the steepest at 0, on singular values that the Schatten 4-norm leaves nearer to 1. The best
 ones amplify errors where the largest singular values are: there 3 % of rounding goes on to infinity, of momenta that
-are of rank one but for a tenth. `auto` is `muon4_fp8` for matrices that gain by FP8, on a device that has such products,
-and `muon` elsewhere.
+are of rank one but for a tenth. `auto` is `muon4_fp8` for matrices that gain by FP8, on a device that has such
+products, and `muon` elsewhere.
 
 Form: a step needs of X (m, n), m <= n, its Gram matrix R = X Xᵀ. Products of (m, m) matrices that are polynomials of R
 are symmetric and commute, so several steps can be made on R alone, with X multiplied once at the end of such a
