@@ -263,7 +263,8 @@ class OptimizerArgs:
         Flag(
             choices=RECIPES,
             auto="full_rank for q_galore optimizers, but orthogonal beside a rank below full, flags of projections or "
-            "direction adam, and paper beside galore_scale or flags of SVDs, unless rank is full; paper for others",
+            "direction adam, and paper beside galore_scale or flags of SVDs, unless rank is full, and for weights of "
+            "init_from that no orthogonal direction has trained; paper for others",
         ),
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
