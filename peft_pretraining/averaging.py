@@ -57,6 +57,10 @@ class Window(NamedTuple):
         later = -((min(update_step, self.total) - self.total) // self.interval)
         return max(0, (self.total - self.start - 1) // self.interval + 1 - later)
 
+    def agrees(self, other: Window, update_step: int) -> bool:
+        """Whether the same updates up to this one count in both, as where a run is made longer."""
+        return all(self.has(step) == other.has(step) for step in range(update_step + 1))
+
 
 def window_of(schedule: ScheduleArgs) -> Window | None:
     """The updates that `--average_last` names; None where it is off."""
@@ -119,7 +123,7 @@ class WeightAverage:
         window = self._window
         if window is None:
             return
-        if state is not None and tuple(state["window"]) == window:
+        if state is not None and Window(*state["window"]).agrees(window, update_step):
             self._count, turned = state["count"], self._transposed()
             if self._world.is_main:
                 mean = {name: state["mean"][name] for name, _ in _stored_weights(self._model) if self._count}

@@ -266,6 +266,15 @@ def weights_with_layers(model: torch.nn.Module) -> list[tuple[LowRankLinear | No
     return [(layers.get(param), param) for param in model.parameters()]
 
 
+def test_a_run_that_is_made_longer_goes_on_with_a_mean_of_the_same_updates(small: SmallRun) -> None:
+    flags = flags_of("adamw") | {"scheduler": "constant", "average_last": 1.0}
+    whole = small.run("whole", num_training_steps=5, **flags)
+    small.run("parts", num_training_steps=3, **flags)
+    parts = small.run("parts", num_training_steps=5, continue_from="auto", **flags)
+    assert parts.checkpoint().state["average"]["count"] == 5
+    assert_same_bits(whole.checkpoint().state["average"], parts.checkpoint().state["average"])
+
+
 # ---- refusals
 
 

@@ -40,6 +40,34 @@ def test_at_full_rank_sums_may_be_in_the_momentum() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "advised"),
+    [
+        ("--rank full", ["--sum_in_momentum", "--recipe paper"]),
+        ("--rank full --direction normuon", ["--sum_in_momentum", "--direction adam"]),
+        ("--rank full,1024", ["--grad_accum_dtype int8", "--recipe paper"]),
+        ("--rank full --mlp_rank 1024", ["--grad_accum_dtype int8", "--recipe paper"]),
+        ("--momentum_rank 1/16", ["--grad_accum_dtype int8"]),
+        ("--rounding_feedback 0.5 --direction orthogonal", ["--grad_accum_dtype int8"]),
+        ("--dtype float16 --loss_scale 1024", ["--grad_accum_dtype int8", "--recipe paper"]),
+        ("--norm_growth 1.01", ["--grad_accum_dtype int8", "--recipe paper"]),
+        ("--newton_schulz muon4_fp8", ["--sum_in_momentum"]),
+    ],
+)
+def test_what_is_advised_may_be_added(flags: str, advised: list[str]) -> None:
+    text = warned("7b", f"{OURS} {flags}")
+    found = re.findall("--(?:sum_in_momentum|grad_accum_dtype int8|recipe paper|direction adam)", text)
+    assert found == advised
+    for advice in found:
+        more = "" if advice in ("--recipe paper", "--direction adam") else " --total_batch_size 512"
+        assert not warned("7b", f"{OURS} {flags} {advice}{more}")
+
+
+def test_sums_of_one_layer_need_no_advice() -> None:
+    text = warned("7b", f"{OURS} --gradient_accumulation 2 --accumulate_by layer")
+    assert "a larger --total_batch_size, or --recipe paper" in text
+
+
+@pytest.mark.parametrize(
     "flags", ["--batch_size 256", "--batch_size 256 --rank full", "--batch_size 256 --recipe paper"]
 )
 def test_small_models_are_not_warned(flags: str) -> None:

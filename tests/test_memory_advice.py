@@ -14,7 +14,9 @@ from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.memory import advice
 from peft_pretraining.memory.plan import plan
+from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.models.llama.config import LlamaConfig
+from peft_pretraining.models.registry import read_config
 from tests.small_run import SmallRun
 
 CUDA = torch.device("cuda", 0)
@@ -52,7 +54,11 @@ def arguments(flags: str, root: Path) -> RunArgs:
 
 
 def peak(args: RunArgs) -> int:
-    return plan(args, LlamaConfig.from_json(args.model.model_config)).peak_bytes
+    return peak_of(args, LlamaConfig.from_json(args.model.model_config))
+
+
+def peak_of(args: RunArgs, config: ModelConfig) -> int:
+    return plan(args, config).peak_bytes
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -75,6 +81,31 @@ def test_what_the_checks_would_refuse_is_not_advised(refused: str, root: Path) -
         args = parse_args([*command, *f"{flags} {more}".split()], 2)
         fitting = advice.flags_that_fit(args, LlamaConfig.from_json(args.model.model_config), 10**12)
         assert ("--accumulate_by layer" in fitting) == advised
+
+
+@pytest.mark.parametrize(
+    "flags", ["--momentum_rank 1/16", "--sum_in_momentum", "--direction orthogonal --rounding_feedback 0.5"]
+)
+def test_what_needs_the_full_rank_is_not_advised_a_smaller_one(flags: str, root: Path) -> None:
+    command = f"{Q_GALORE} --rank full --batch_size 16 --gradient_accumulation 2".replace("--proj_quant", flags)
+    args = arguments(command, root)
+    fitting = advice.flags_that_fit(args, LlamaConfig.from_json(args.model.model_config), 10**12)
+    assert "--activation_checkpointing" in fitting and not any("--rank" in text for text in fitting)
+    for text in fitting:
+        arguments(f"{command} {text}", root)
+
+
+@pytest.mark.parametrize("model", ["9m", "60m", "130m"])
+@pytest.mark.parametrize("more", ["", "--int8_products", "--mlp_rank 64", "--rank 64,96", "--recipe full_rank"])
+def test_a_smaller_rank_is_planned_with_the_recipe_that_it_brings(model: str, more: str) -> None:
+    """Of the default the embeddings have one second moment a row; of the recipe beside a rank one a value."""
+    command = ["--model_config", model, "--dataset", "pydocs", "--device", "cuda", "--batch_size", "3", "--optimizer"]
+    command += ["q_galore_adamw8bit_per_layer", *more.split()]
+    args = parse_args(command)
+    config = read_config(model)
+    for limit in (peak_of(args, config) - 1, int(0.97 * peak_of(args, config)), int(0.9 * peak_of(args, config))):
+        for text in advice.flags_that_fit(args, config, limit):
+            assert peak_of(parse_args([*command, *text.split()]), config) <= limit
 
 
 def test_only_a_run_that_does_not_fit_is_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

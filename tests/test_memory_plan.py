@@ -574,6 +574,16 @@ def test_rounding_feedback_takes_16_bytes_a_value_of_the_largest_matrix() -> Non
     assert run.updates() - without.updates() == 16 * 512 * 1376
 
 
+@pytest.mark.parametrize("flag", ["--sum_in_momentum", "--momentum_rank 8", "--rounding_feedback 1"])
+@pytest.mark.parametrize("optimizer", ["adamw --shard full", "muon --shard optimizer"])
+def test_what_an_optimizer_does_not_read_changes_no_plan(flag: str, optimizer: str) -> None:
+    command = ["--model_config", "9m", "--dataset", "pydocs", "--batch_size", "4", "--optimizer", *optimizer.split()]
+    with_flag, without = (parse_args([*command, *more], world_size=2) for more in (flag.split(), []))
+    config = read_config("9m")
+    assert plan(with_flag, config).peak_bytes == plan(without, config).peak_bytes
+    assert any("changes nothing" in warning for warning in with_flag.warnings)
+
+
 @pytest.mark.parametrize("shard", ["none", "optimizer", "full"])
 def test_ranks_take_what_was_measured(shard: str) -> None:
     """7B on two H200s, an update for each micro-batch (`scaling.csv`): at most 3 % less than planned, never more.

@@ -437,6 +437,14 @@ def test_memory_that_the_system_does_not_lock_ends_the_run_with_a_sentence(
         (flags_of("adamw") | {"offload": "weights"}, "those of this run are float: add --weight_quant"),
         (PER_LAYER | {"offload": "weights", "average_last": 0.2}, "--offload weights cannot work with --average_last"),
         ({"method": "lora", "rank": 8, "optimizer": "adamw", "offload": "states"}, "--method lora trains small ones"),
+        *[
+            (PER_LAYER | {"offload": "weights"} | refused, "those of this run are float")
+            for refused in (
+                {"weight_quant": False, "int8_products": True},
+                {"simulation": True, "int8_products": True},
+                {"simulation": True, "int8_products": True, "fp8_products": True},
+            )
+        ],
     ],
 )
 def test_what_makes_no_sense_is_refused(small: SmallRun, flags: dict[str, object], text: str) -> None:

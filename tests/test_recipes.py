@@ -153,6 +153,40 @@ def test_a_recipe_that_another_flag_chooses_is_said(flags: str, says: str) -> No
         assert parse(f"{advised} --recipe orthogonal").notes == ()
 
 
+@pytest.mark.parametrize(
+    ("trained_by", "flags", "recipe", "direction"),
+    [
+        ({}, "", "paper", "adam"),
+        ({}, "--rank full", "paper", "adam"),
+        ({}, "--rank 64 --subspace streaming", "paper", "adam"),
+        ({}, "--recipe full_rank", "full_rank", "normuon"),
+        ({}, "--direction normuon", "full_rank", "normuon"),
+        ({}, "--sum_in_momentum", "full_rank", "normuon"),
+        ({"optimizer": "adamw", "direction": "adam"}, "", "paper", "adam"),
+        ({"optimizer": "adamw", "direction": "normuon"}, "", "paper", "adam"),
+        ({"optimizer": "muon", "direction": "adam"}, "", "full_rank", "normuon"),
+        ({"optimizer": "q_galore_adamw8bit", "direction": "normuon"}, "", "full_rank", "normuon"),
+        ({"optimizer": "q_galore_adamw8bit", "direction": "orthogonal"}, "--rank 64", "orthogonal", "orthogonal"),
+        ({"optimizer": "q_galore_adamw8bit", "direction": "adam"}, "", "paper", "adam"),
+    ],
+)
+def test_weights_that_adam_has_trained_keep_its_direction(
+    tmp_path: Path, trained_by: dict[str, str], flags: str, recipe: str, direction: str
+) -> None:
+    config = (ROOT / "configs/llama_60m.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    if trained_by:
+        state = trained_by | {"model_config_contents": json.loads(config)}
+        (tmp_path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    command = f"{Q_GALORE} --init_from {tmp_path} --dataset pydocs --batch_size 4 {flags}"
+    args = parse_args(command.split())
+    assert (args.optimizer.recipe, args.subspace.direction) == (recipe, direction)
+    told = [note for note in args.notes if note.startswith("recipe paper, because of --init_from")]
+    assert len(told) == (direction == "adam")
+    assert not told or "--recipe full_rank" in told[0]
+
+
 @pytest.mark.parametrize("scheduler", ["constant", "wsd"])
 def test_what_a_longer_run_would_change_is_said_with_the_flags_that_keep_it(scheduler: str) -> None:
     """The recipe follows the length of the run; with the flags of the note a run of any length has the same values."""

@@ -75,6 +75,11 @@ def find_problems(args: RunArgs) -> list[str]:
     ]
 
 
+def adds_problems(args: RunArgs, changed: RunArgs) -> bool:
+    """Whether `changed`, which someone is to be advised, has a problem that `args` does not have."""
+    return not set(find_problems(changed)) <= set(find_problems(args))
+
+
 def unused_by_full_rank(args: RunArgs, given: Collection[str]) -> list[str]:
     """List the flags of projections among those `given` by name where `--rank full` leaves nothing to project."""
     if not args.optimizer.is_low_rank or args.subspace.projects:

@@ -263,7 +263,8 @@ class OptimizerArgs:
         Flag(
             choices=RECIPES,
             auto="full_rank for q_galore optimizers, but orthogonal beside a rank below full, flags of projections or "
-            "direction adam, and paper beside galore_scale or flags of SVDs, unless rank is full; paper for others",
+            "direction adam, and paper beside galore_scale or flags of SVDs, unless rank is full, and for weights of "
+            "init_from that no orthogonal direction has trained; paper for others",
         ),
     ] = ""
     """Values of the flags that are not given. paper: the official defaults, which this help shows. orthogonal:
@@ -413,8 +414,13 @@ class QuantizationArgs:
         return self.weight_format.products if self.fp8_head else FLOAT_PRODUCTS
 
     @property
+    def stores_codes(self) -> bool:
+        """Whether the decoder's matrices are stored as integers, by flags that may still be refused together."""
+        return self.weight_quant and not self.simulation
+
+    @property
     def weight_format(self) -> WeightFormat:
-        """The stored form of the decoder's matrices."""
+        """The stored form of the decoder's matrices; raises ValueError for flags that the checks refuse."""
         return WeightFormat(
             bits=self.weight_bits if self.weight_quant else None,
             group_size=self.weight_group_size,

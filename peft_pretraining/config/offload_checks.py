@@ -42,7 +42,7 @@ def offload_problems(args: RunArgs) -> list[str]:
 
 def _problems_of_weights(args: RunArgs) -> list[str]:
     optimizer, problems = args.optimizer, list[str]()
-    if not optimizer.is_low_rank or args.quantization.weight_format.stored_bits is None:
+    if not optimizer.is_low_rank or not args.quantization.stores_codes:
         problems.append(
             "--offload weights copies the codes of quantized weights, and those of this run are float: add "
             "--weight_quant with a q_galore or galore optimizer, or use --offload states"

@@ -6,13 +6,17 @@ official defaults.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.config.flag_groups import FULL_RANK_OPTIMIZERS, Q_GALORE_OPTIMIZERS, OptimizerArgs, ScheduleArgs
 from peft_pretraining.errors import UserError
+from peft_pretraining.models.config_source import states_in
 from peft_pretraining.models.registry import read_config
 from qgalore.config import FULL, OF_PROJECTIONS
 from qgalore.recipes import RECIPES, ByLength, Recipe
@@ -22,6 +26,8 @@ _FLAGS = {"second_moment": "full_rank_second_moment"}
 _PAPERS = {"galore_scale", "svd_method", "max_update_proj_gap", "cos_threshold", "gamma_proj", "queue_size"}
 """Flags of subspaces by SVD, and galore_scale, which all official command lines set: a command line that gives one of
 them is tuned for the paper's algorithm."""
+_OF_MUON = ("newton_schulz", "momentum_rank", "rounding_feedback", "sum_in_momentum")
+"""Flags of a momentum that is orthogonalised: a command line that gives one of them asks for such a direction."""
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,11 +50,14 @@ def recipe_name(given: Mapping[str, Any]) -> str:
     """The recipe of a command line with the values `given` by name.
 
     Without --recipe the optimizer decides: a q_galore one trains at full rank. Official command lines get the paper's
-    algorithm, and those with a rank or with flags of projections the subspace that they are about.
+    algorithm, as do weights that Adam has trained, for which an orthogonal direction is the wrong one (arXiv
+    2605.10468); those with a rank or with flags of projections get the subspace that they are about.
     """
     if given.get("recipe"):
         return str(given["recipe"])
     if given.get("optimizer", OptimizerArgs.optimizer) not in Q_GALORE_OPTIMIZERS or _papers_flags(given):
+        return "paper"
+    if _source_of_adam(given):
         return "paper"
     return "orthogonal" if _is_about_a_subspace(given) else "full_rank"
 
@@ -60,11 +69,29 @@ def _is_about_a_subspace(given: Mapping[str, Any]) -> bool:
     return any(rank not in (0, FULL) for rank in ranks) or (not ranks and any(name in given for name in OF_PROJECTIONS))
 
 
+def _source_of_adam(given: Mapping[str, Any]) -> str:
+    """--init_from where Adam is taken to have trained those weights, and no flag is about another direction; or "".
+
+    A run or checkpoint of this program says what has trained it. Nearly all other models were trained by Adam.
+    """
+    source = str(given.get("init_from") or "")
+    if not source or given.get("direction", "adam") != "adam" or any(given.get(name) for name in _OF_MUON):
+        return ""
+    with contextlib.suppress(OSError, ValueError):  # of no folder, or of what is found when its weights are read
+        for path in states_in(Path(source)):
+            state = json.loads(path.read_text(encoding="utf-8"))
+            orthogonal = state.get("direction", "adam") != "adam" and "galore" in state.get("optimizer", "")
+            return "" if orthogonal or state.get("optimizer") == "muon" else source
+    return source
+
+
 def why_recipe(given: Mapping[str, Any]) -> str:
     """The flags by which a q_galore command line has another recipe than the default; "" if it gives --recipe."""
     name = recipe_name(given)
     if given.get("recipe") or name == "full_rank" or given.get("optimizer") not in Q_GALORE_OPTIMIZERS:
         return ""
+    if not _papers_flags(given) and (source := _source_of_adam(given)):
+        return f"recipe {name}, because of --init_from {source}, whose weights keep Adam's direction"
     names = {"rank", "mlp_rank", "direction", *OF_PROJECTIONS} & given.keys()
     of_subspace = [f"--{each} {given[each]}".removesuffix(" True") for each in sorted(names)]
     return f"recipe {name}, because of {' and '.join(_papers_flags(given) or of_subspace)}"
@@ -75,6 +102,8 @@ def recipe_in_words(given: Mapping[str, Any]) -> str:
     flags, why = _papers_flags(given), why_recipe(given)
     if not why:
         return ""
+    if not flags and _source_of_adam(given):
+        return f"{why}: flags left out have the official defaults; --recipe full_rank is for weights that Muon trained"
     if not flags:
         return f"{why}: flags left out have its values, --recipe paper has the official defaults"
     # The streaming subspace needs no SVD, and follows one side of a gradient.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from peft_pretraining.build import shape_of
-from peft_pretraining.config.checks import find_problems
+from peft_pretraining.config.checks import adds_problems
+from peft_pretraining.config.parse import parse_args
 from peft_pretraining.config.run_config import RunArgs
+from peft_pretraining.errors import UserError
 from peft_pretraining.memory.plan import plan
 from peft_pretraining.models.config import ModelConfig
 from qgalore.config import FULL
-from qgalore.recipes import RECIPES
 
 
 def warning_of_memory(args: RunArgs, device: torch.device) -> str | None:
@@ -49,48 +50,72 @@ def _comparison(args: RunArgs, config: ModelConfig, available: int) -> str:
 def flags_that_fit(args: RunArgs, config: ModelConfig, available: int) -> list[str]:
     """The smallest change of each kind that alone brings the planned peak to at most `available` bytes.
 
-    The total batch stays what it is.
+    The total batch stays what it is. What the checks would refuse is left out.
     """
     found: dict[str, str] = {}
-    for flag, value, group, options in _smaller(args, config):
-        changed = dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **options)})
-        if flag not in found and plan(changed, config).peak_bytes <= available:
+    for flag, value, changed in _smaller(args, config):
+        if flag in found or adds_problems(args, changed):  # which cannot be planned, either
+            continue
+        if plan(changed, config).peak_bytes <= available:
             found[flag] = f"{flag} {value}".strip()
     return list(found.values())
 
 
-def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, str, dict[str, Any]]]:
-    """Flags with values that take less, from little to much, and the options they set in a group of the arguments."""
+def _smaller(args: RunArgs, config: ModelConfig) -> Iterator[tuple[str, object, RunArgs]]:
+    """Flags with values that take less, from little to much, and the arguments with them."""
     batch, model = args.batch, args.model
     if not model.activation_checkpointing:
         instead = f"instead of --recompute {model.recompute}" if model.recompute else ""
         values = {"activation_checkpointing": True, "checkpoint_every": 1, "recompute": ""}
-        yield "--activation_checkpointing", instead, "model", values
+        yield "--activation_checkpointing", instead, _with(args, "model", **values)
     elif model.checkpoint_every > 1:
-        yield "--checkpoint_every", 1, "model", {"checkpoint_every": 1}
+        yield "--checkpoint_every", 1, _with(args, "model", checkpoint_every=1)
     elif model.checkpoint_layers:
         for count in range(model.checkpoint_layers + 1, config.num_hidden_layers + 1):
-            yield "--checkpoint_layers", count, "model", {"checkpoint_layers": count}
+            yield "--checkpoint_layers", count, _with(args, "model", checkpoint_layers=count)
     if batch.gradient_accumulation > 1 and args.optimizer.grad_accum_dtype != "int8":
-        yield "--grad_accum_dtype", "int8", "optimizer", {"grad_accum_dtype": "int8"}
-    if _may_go_by_layer(args):
-        yield "--accumulate_by", "layer", "batch", {"accumulate_by": "layer"}
+        yield "--grad_accum_dtype", "int8", _with(args, "optimizer", grad_accum_dtype="int8")
+    if _fewer_by_layer(args):
+        yield "--accumulate_by", "layer", _with(args, "batch", accumulate_by="layer")
     size, accumulation = batch.batch_size, batch.gradient_accumulation
     while size % 2 == 0:
         size, accumulation = size // 2, accumulation * 2
-        value = f"{size} --gradient_accumulation {accumulation}"
-        yield "--batch_size", value, "batch", {"batch_size": size, "gradient_accumulation": accumulation}
+        changed = _with(args, "batch", batch_size=size, gradient_accumulation=accumulation)
+        yield "--batch_size", f"{size} --gradient_accumulation {accumulation}", changed
     for eighths in (7, 6, 5, 4, 3, 2, 1) if args.optimizer.is_low_rank else ():
         whole, narrowest = FULL in args.subspace.ranks(), min(map(min, config.matrix_shapes().values()))
-        if rank := (narrowest if whole else args.subspace.config().dimensions) * eighths // 8:
-            recipe = RECIPES[args.optimizer.recipe or "paper"].subspace if whole else {}
-            if whole and "proj_quant" in args.left_to_name:
-                recipe = {**recipe, "proj_quant": True}  # as the name says of a rank
-            yield "--rank", rank, "subspace", {**recipe, "rank": rank}
+        rank = (narrowest if whole else args.subspace.config().dimensions) * eighths // 8
+        if rank and (of_rank := _of_rank(args, rank)):
+            yield "--rank", rank, of_rank
 
 
-def _may_go_by_layer(args: RunArgs) -> bool:
-    """Whether sums of gradients over micro-batches may be those of one layer at a time, and are then fewer."""
+def _with(args: RunArgs, group: str, **options: object) -> RunArgs:
+    changed = dataclasses.replace(getattr(args, group), **options)
+    return dataclasses.replace(args, **{group: changed})
+
+
+def _of_rank(args: RunArgs, rank: int) -> RunArgs | None:
+    """`args` with what their command line means beside another --rank, such as another recipe; None if refused.
+
+    Sizes of the batch may have been chosen for a budget, and not given.
+    """
+    batch, sums = args.batch, args.optimizer.grad_accum_dtype
+    sizes = {
+        "--batch_size": batch.batch_size,
+        "--gradient_accumulation": batch.gradient_accumulation,
+        "--total_batch_size": batch.total_batch_size,
+        "--rank": rank,
+    }
+    flags = itertools.chain.from_iterable((flag, str(value)) for flag, value in sizes.items())
+    try:
+        there = parse_args([*args.command, *flags], args.world_size)
+    except UserError:
+        return None
+    optimizer = dataclasses.replace(there.optimizer, grad_accum_dtype=sums)
+    return dataclasses.replace(args, subspace=there.subspace, optimizer=optimizer)
+
+
+def _fewer_by_layer(args: RunArgs) -> bool:
+    """Whether sums of gradients over micro-batches are fewer where they are those of one layer at a time."""
     by_layer = dataclasses.replace(args, batch=dataclasses.replace(args.batch, accumulate_by="layer"))
-    fewer = by_layer.updates_immediately and not args.updates_immediately
-    return fewer and not set(find_problems(by_layer)).difference(find_problems(args))
+    return by_layer.updates_immediately and not args.updates_immediately

@@ -84,9 +84,9 @@ def dealt_weights(run: PlannedRun) -> list[DealtWeight]:
                 continue
             path = matrices.get(param)
             shape = gradient = tuple(param.shape) if path is None else shapes[path]
-            options = subspace.config(is_of_mlp(name))
-            if path is not None and low_rank and options.sides(shape):
-                gradient = options.gradient_shape(shape)
+            if path is not None and low_rank:  # another optimizer may have options that it does not read
+                options = subspace.config(is_of_mlp(name))
+                gradient = options.gradient_shape(shape) if options.sides(shape) else gradient
             sizes = [(key, x.nbytes) for key, x in states[param].items() if x.is_meta]
             own = sum(size for key, size in sizes if not is_of_subspace(key))
             stored = _stored(model, path, param) + sum(size for key, size in sizes if "_basis" in key)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from peft_pretraining.config.checks import adds_problems
+from peft_pretraining.config.flags import names_given
 from peft_pretraining.config.run_config import RunArgs
 from peft_pretraining.models.config import ModelConfig
 from peft_pretraining.speed.cards import Card
 from peft_pretraining.speed.run_speed import counted_tokens_per_second
-from qgalore.config import FULL
 
 _MANY, _MUCH = 32, 0.8
 """Micro-batches over which the price of a direction is spread, and the share of that speed below which it is told."""
@@ -24,17 +25,29 @@ def warning_of_direction(args: RunArgs, config: ModelConfig | None, card: Card) 
         return None
     many = max(_MANY, batch.gradient_accumulation)
     grown = replace(batch, gradient_accumulation=many, total_batch_size=many * batch.batch_size * args.world_size)
-    spread = replace(args, batch=grown, optimizer=replace(optimizer, grad_accum_dtype="int8"))
+    grown_args = replace(args, batch=grown)
+    spread = replace(grown_args, optimizer=replace(optimizer, grad_accum_dtype="int8"))
     now, then = (counted_tokens_per_second(each, config, card) for each in (args, spread))
     if now >= _MUCH * then:
         return None
     often = batch.gradient_accumulation
     each_time = "every micro-batch" if often == 1 else f"every {often} micro-batches"
-    without_sum = FULL in args.subspace.ranks() and not args.subspace.momentum_rank
-    sums = "--sum_in_momentum, which sums in no memory of its own" if without_sum else "--grad_accum_dtype int8"
+    in_momenta = replace(grown_args, subspace=replace(args.subspace, sum_in_momentum=True))
+    sums = " with --grad_accum_dtype int8"
+    if args.by_layer:
+        sums = ""
+    elif not adds_problems(args, in_momenta):
+        sums = " with --sum_in_momentum, which sums in no memory of its own"
     return (
         f"an update {each_time} of {batch.batch_size * batch.max_length:,} tokens orthogonalises all momenta: "
         f"{now:,.0f} tokens/s counted for {card.name}, and {then:,.0f} with {many} micro-batches an update, for which "
-        f"the direction is meant. Give a larger --total_batch_size with {sums}, or --recipe paper, whose direction "
-        "costs little at any batch"
+        f"the direction is meant. Give a larger --total_batch_size{sums}{_or_another_direction(args)}"
     )
+
+
+def _or_another_direction(args: RunArgs) -> str:
+    """The advice of Adam's direction, by the recipe where that chose the direction; "" where a flag refuses it."""
+    if adds_problems(args, replace(args, subspace=replace(args.subspace, direction="adam"))):
+        return ""
+    given = "direction" in names_given(args.command)
+    return f", or {'--direction adam' if given else '--recipe paper'}, whose direction costs little at any batch"
