@@ -28,14 +28,29 @@ check() {
     echo "== $title took $((SECONDS - start)) s"
 }
 
+# Waits for a process that runs beside the tests, prints what it has said, and has its exit code.
+finished() {
+    local code=0
+    wait "$1" || code=$?
+    cat "$2"
+    return "$code"
+}
+
 check "format" ruff format --check .
 check "lint" ruff check .
-check "types" mypy
-check "tests" python -m pytest -n logical "$@"
+# mypy takes one core, so it runs beside the tests, and says what it has found after them.
+types_log="$(mktemp)"
+trap 'rm -f "$types_log"' EXIT
+mypy >"$types_log" 2>&1 &
+types=$!
+# Each process takes tests that stand together, as long as there are any, and then some from the end of another's: what
+# tests of a file share is made once, and no core is idle at the end.
+check "tests" python -m pytest -n logical --dist worksteal "$@"
+check "types" finished "$types" "$types_log"
 
 echo
 if ((${#failed[@]})); then
     echo "FAILED after $SECONDS s: ${failed[*]}"
     exit 1
 fi
-echo "All checks passed in $SECONDS s: format, lint, types, tests."
+echo "All checks passed in $SECONDS s: format, lint, tests, types."

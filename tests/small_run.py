@@ -329,11 +329,11 @@ def start_ranks(
 ) -> list[ForkServerProcess]:
     """The same without waiting for their end, with more variables in their environment.
 
-    The ranks are forked from one process that has loaded torch, and what torch loads at its first optimizer: that saves
-    five seconds a rank. What they print goes to the file `log`.
+    The ranks are forked from one process that has loaded torch, and what a run loads and reads first: that saves five
+    seconds a rank. What they print goes to the file `log`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.small_run", "torch._dynamo"])
+    context.set_forkserver_preload(["tests.preloaded"])
     port = _free_port()
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)]
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

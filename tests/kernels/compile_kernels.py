@@ -12,6 +12,11 @@ for which kernels with tensor descriptors have no registers, on the card on whic
 launched, so tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that
 have it.
 
+For an H100 every variant of a kernel is compiled to the end. For another card those are whose instructions are read,
+and the first of each kernel; the rest end at LLVM's IR, made and not optimized. All that a card decides for a variant
+is known by then: its shared memory, and that its layouts can be lowered. Which sums have one layout is asked of an H100
+alone: kernels that add up have no products, so nothing of their layouts depends on the card, which is checked.
+
     python tests/kernels/compile_kernels.py 75 float16
 
 prints "shared" alone, of a card without bfloat16, where activations are float16. What runs there without Triton is left
@@ -35,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas, llvm
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -90,6 +95,7 @@ def compile_only(capability: int) -> None:
             DESCRIBED.append((self.__name__, kernel.asm["ptx"]))
         if self.__name__ in _SUMMING:
             code, name = kernel.asm["ttgir"], self.__name__ + (" of columns" if kwargs.get("TALL") else "")
+            assert "_dot" not in code and "tt.dot" not in code, f"layouts of {name} depend on the card"
             if name == "_row_adam_kernel" and args[0][0].shape[1] % 16:
                 name += " of ragged rows"
             layouts = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#[^>]*>?)>', code)
@@ -101,18 +107,51 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compiled
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    """What is left out."""
+
+
+def end_at_llvm() -> None:
+    """From now on nothing is compiled to the end but the first variant of a kernel."""
+    compile_one, add_stages, version = JITFunction._do_compile, CUDABackend.add_stages, CUDABackend.hash
+    whole = True
+
+    def one_compiled(self: Any, *args: Any) -> Any:
+        nonlocal whole
+        whole = self.__name__ not in TAKEN
+        return compile_one(self, *args)
+
+    def stages_added(self: Any, stages: dict[str, Any], *args: Any) -> None:
+        add_stages(self, stages, *args)
+        if whole:
+            return
+        lower = stages["llir"]
+
+        def lowered(source: Any, metadata: dict[str, Any]) -> str:
+            metadata["name"] = "not whole"
+            with mock.patch.multiple(llvm, optimize_module=_nothing, link_extern_libs=_nothing):
+                return str(lower(source, metadata))
+
+        stages |= {"llir": lowered, "ptx": lambda *_: "", "cubin": lambda *_: b""}
+
+    JITFunction._do_compile, CUDABackend.add_stages = one_compiled, stages_added
+    # Triton keeps what it compiles; nothing that is launched may be taken from there without its instructions.
+    CUDABackend.hash = lambda self: version(self) + ("" if whole else " up to LLVM's IR")
+
+
 def _spelt(layout: str, named: dict[str, str]) -> str:
     """A layout with those that it refers to by name."""
     return re.sub(r"#\w+(?=[,}>]|$)", lambda name: named.get(name[0], name[0]), layout)
 
 
-def launch_row_adam(skip: torch.Tensor, row: torch.Tensor, dtype: torch.dtype) -> None:
+def launch_row_adam(skip: torch.Tensor, row: torch.Tensor, dtype: torch.dtype, all_neighbours: bool) -> None:
     """Rows of 7B's embeddings and of a ragged width, alone, beside others of both kinds, and from any address.
 
     With momenta and directions of every kind, which do not decide the order in which a row is added up.
     """
     for columns in (4096, 5461):
-        for shapes in ([(64, columns)], [(1, columns)], [(67, columns), (5, 11008), (61, 2731), (64, columns)]):
+        alone, beside = [[(64, columns)], [(1, columns)]], [(67, columns), (5, 11008), (61, 2731), (64, columns)]
+        for shapes in [*alone, beside] if all_neighbours else [beside]:
             for first, factor, bits, to in ((0, None, 8, dtype), (1, torch.ones(()), 32, torch.float32)):
                 steps = []
                 for m, n in shapes:
@@ -206,10 +245,10 @@ def launch_head(half: torch.dtype) -> None:
     softmax_gradient_(logits, 32000, targets, -100, torch.zeros(4), True, codes)
 
 
-def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
+def launch_all(half: torch.dtype, orthogonalizes: bool, sums: bool = False) -> None:
     """Each kernel in the shapes and dtypes that take most: those of 7B in groups of 256, and in float32.
 
-    half: of activations; orthogonalizes: also the kernels of Newton-Schulz.
+    half: of activations; orthogonalizes: also the kernels of Newton-Schulz; sums: all that may be added up otherwise.
     """
     tokens, width, hidden, rank = 256, 4096, 11008, 1024
 
@@ -226,8 +265,8 @@ def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
         bases = (wide if side == "left" else None, wide if side == "right" else None)
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
     launch_groups(skip, row, half)
-    launch_row_adam(skip, row, half)
-    if orthogonalizes:
+    launch_row_adam(skip, row, half, sums)
+    if sums:
         launch_sums(row, half)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row
     for shapes in ([(width, width)], [(width,)] * 7 + [(hidden,), (1,)], [(2, width)] * 2):
@@ -247,7 +286,7 @@ def launch_all(half: torch.dtype, orthogonalizes: bool) -> None:
             for signed in (True, False):
                 value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, half)
                 kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
-    for rank in (224, 1792) if orthogonalizes else ():
+    for rank in (224, 1024, 1792) if orthogonalizes else ():
         for segments in (None, (2, 3)):
             kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5, segments)
     orthogonal = zeros(width, hidden, dtype=half if orthogonalizes else torch.float32)
@@ -345,20 +384,21 @@ def narrow_fp8() -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    compile_only(int(sys.argv[1]))
+    capability = int(sys.argv[1])
+    compile_only(capability)
     if sys.argv[2:] == ["float16"]:
         launch_all(torch.float16, orthogonalizes=False)
         print(json.dumps({"shared": TAKEN}))
         sys.exit()
-    launch_all(torch.bfloat16, orthogonalizes=True)
-    if int(sys.argv[1]) >= 89:
+    read = {"int8": int8_instructions(), "bytes": single_bytes(), "fp8": narrow_fp8() if capability >= 89 else {}}
+    if capability != 90:
+        end_at_llvm()
+    launch_all(torch.bfloat16, orthogonalizes=True, sums=capability == 90)
+    if capability >= 89:
         launch_fp8(torch.bfloat16)
         launch_head(torch.bfloat16)
-    if int(sys.argv[1]) == 90:
+    if capability == 90:
         launch_descriptors(torch.bfloat16)
-    narrow = narrow_fp8() if int(sys.argv[1]) >= 89 else {}
     sums = {name: sorted(layouts) for name, layouts in SUMS.items()}
-    found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices()}
-    found |= {"int8": int8_instructions(), "dequantized": kernels_of_layers(), "bytes": single_bytes(), "fp8": narrow}
-    found["spills"] = spills()
-    print(json.dumps(found))
+    found = {"shared": TAKEN, "sums": sums, "indices": kernels_of_indices(), "dequantized": kernels_of_layers()}
+    print(json.dumps(found | read | {"spills": spills()}))
