@@ -286,7 +286,7 @@ def launch_all(half: torch.dtype, orthogonalizes: bool, sums: bool = False) -> N
             for signed in (True, False):
                 value = kernels.dequantize_blocks(moments[0], absmax[0], signed, 256, half)
                 kernels.quantize_blocks_(moments[0], absmax[0], value, signed, 256, skip)
-    for rank in (224, 1024, 1792) if orthogonalizes else ():
+    for rank in (224, 1024, 1792, 4096) if orthogonalizes else ():
         for segments in (None, (2, 3)):
             kernels.orthogonalize([zeros(rank, width), zeros(hidden, rank)], [(1.0, 1.0, 1.0)] * 5, segments)
     orthogonal = zeros(width, hidden, dtype=half if orthogonalizes else torch.float32)

@@ -192,17 +192,18 @@ TILES: dict[int, Tiles] = {
     768: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3)),
     1024: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
     2048: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
-    1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4)),
+    1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
 }
-"""By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200, where
-products with X reach 0.91 of what cuBLAS makes of a large product at 4096 rows, and symmetric ones 0.73."""
+"""By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200 that take
+no more than the 99 KiB of shared memory of consumer cards."""
 WHOLE_TILES: dict[int, Tiles] = {
     768: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
     1024: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
     2048: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
     1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4), whole=True),
 }
-"""The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, others are not swept yet."""
+"""The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, others are not swept yet. With X products reach 0.91
+of what cuBLAS makes of a large one at 4096 rows, and symmetric ones 0.73."""
 
 
 def orthogonalize(
