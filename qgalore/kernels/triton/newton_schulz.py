@@ -194,16 +194,17 @@ TILES: dict[int, Tiles] = {
     2048: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
     1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3)),
 }
-"""By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200 that take
-no more than the 99 KiB of shared memory of consumer cards."""
+"""By the most rows that they are for: the fastest of `python -m benchmarks.bench_direction --sweep` on an H200, of
+those that take at most the 99 KiB of shared memory of consumer cards."""
 WHOLE_TILES: dict[int, Tiles] = {
     768: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
     1024: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
     2048: Tiles(Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), whole=True),
     1 << 30: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4), whole=True),
 }
-"""The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, others are not swept yet. With X products reach 0.91
-of what cuBLAS makes of a large one at 4096 rows, and symmetric ones 0.73."""
+"""The same through descriptors; those of 768 and 1,024 rows were the fastest on an H200, others are not swept yet. By
+tiles of 128 x 256 products with X reach 0.91 of what cuBLAS makes of a large one at 4096 rows, and symmetric ones 0.73
+(H200, with masks)."""
 
 
 def orthogonalize(
