@@ -70,8 +70,8 @@ from peft_pretraining.checkpoint.store import list_checkpoints
 from tests.data.hub_server import C4Hub, DatasetHub, HubRepository, HubServer
 from tests.small_run import ROOT, SmallRun, write_text
 
-STARTED = "parameters on"
-"""A text that the run logs when it has been built and its first update begins."""
+STARTED = "\nfolder "
+"""A text that the run logs when it has been built and its first update begins: the last line of its summary."""
 LONGEST_SECONDS = 180.0
 SHARE_OF_COMMANDS = 0.1
 LONGEST_CHAIN = 8

@@ -43,7 +43,8 @@ def test_another_bit_is_noticed(tmp_path: Path) -> None:
 def test_a_moment_that_is_never_reached_is_no_kill(tmp_path: Path) -> None:
     report = chaos.Report()
     subject = chaos.Chaos(chaos.SETTINGS[0], tmp_path / "chaos", report, random.Random(3))
-    assert not subject.start("run", CHAOS_MOMENT="checkpoint/store.py:publish:call:999").killed
+    ending = subject.start("run", CHAOS_MOMENT="checkpoint/store.py:publish:call:999")
+    assert not ending.killed and chaos.STARTED in ending.output, "by which signals and kills find its updates"
     ending = subject.start("other", CHAOS_MOMENT="checkpoint/store.py:publish:call:2")
     assert ending.killed and ending.code == -9
     assert [path.name for path in chaos.list_checkpoints(subject.folder / "other")] == ["step_00000000"]
