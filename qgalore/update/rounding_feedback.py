@@ -72,7 +72,7 @@ def apply_with_feedback(layer: LowRankLinear, weight: Weight, direction: Tensor,
     step_size = kernels.StepNumbers.of(row).step_size
     wanted = weight.config.rounding_feedback * (1.0 - beta) / (beta**2 * length) * size / step_size
     # Infinite where nothing was stepped.
-    norms = torch.linalg.vector_norm(momentum), torch.linalg.vector_norm(error).clamp_min(1e-30)
-    largest = largest_change(beta) * norms[0] / norms[1]
+    bound = largest_change(beta) * torch.linalg.vector_norm(momentum)
+    largest = bound / torch.linalg.vector_norm(error).clamp_min(1e-30)
     factor = torch.where(step_size > 0, torch.minimum(wanted, largest), 0.0)
     moments.write_moment(weight.state, "exp_avg", momentum - error.mul_(factor), skip)
