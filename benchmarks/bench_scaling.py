@@ -4,9 +4,9 @@
 
 Every rank first trains alone, all of them at the same time without communication; then they train data-parallel, each
 on as many sequences as before, once for each mode of `--shard`. With `--total_batch_size` an update has that many
-sequences, in as many micro-batches as it takes, alone as on all ranks. Updates follow one another without waiting for
-the device, as in a run. `ratio` is the data-parallel speed over the mean of the single speeds; `ratio_to_slowest`
-compares with the slowest GPU, for which the others have to wait.
+sequences, in as many micro-batches as it takes, alone as on all ranks; 0 is a micro-batch each. Updates follow one
+another without waiting for the device, as in a run. `ratio` is the data-parallel speed over the mean of the single
+speeds; `ratio_to_slowest` compares with the slowest GPU, for which the others have to wait.
 
 `message_mb` is the size of all gradients that a rank sends in an update without a refresh, `gradient_mb` what it would
 be with full gradients. `wire_mb` is what a rank sends on average over all collectives of an update, counted at their
@@ -42,8 +42,10 @@ from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.runtime.world import World, start_world
 from qgalore.optimizer import LowRankAdamW
 
-METHODS = {"60m": "q_galore", "130m": "q_galore", "350m": "q_galore", "1b": "q_galore"}
+NOTHING_RECOMPUTED = ("60m", "130m", "350m", "1b")
 """Other models use activation checkpointing."""
+METHODS = {"paper": "q_galore", "orthogonal": "q_galore_orthogonal", "full_rank": "q_galore_full_rank"}
+"""The names in `benchmarks.compare` of the recipes."""
 _BYTES = 2
 """The size of a value in a bucket: gradients of a single micro-batch are summed in bfloat16."""
 
@@ -51,29 +53,34 @@ _BYTES = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program, one process for each GPU."""
     parser = training_parser("bench_scaling", __doc__.splitlines()[0], "350m,7b", "scaling.csv")
-    parser.add_argument("--warmup", type=int, help="updates before the timed ones (default: all first refreshes)")
-    parser.add_argument("--updates", type=int, default=12, help="timed updates")
+    text = "updates before the timed ones (default: all first refreshes; of several micro-batches as many fewer)"
+    parser.add_argument("--warmup", type=int, help=text)
+    text = "timed updates of one micro-batch; of several as many fewer"
+    parser.add_argument("--updates", type=int, default=12, help=text)
     parser.add_argument("--repeats", type=int, default=3, help="how often they are timed; the median counts")
     parser.add_argument("--shard", default="none", help="modes, separated by commas: none, optimizer, full")
-    parser.add_argument("--total_batch_size", type=int, default=0, help="sequences of an update (default: one pass)")
+    parser.add_argument("--recipe", choices=METHODS, default="paper", help="the recipe of the training")
+    sizes = "sequences of an update, 0 for one pass; several are separated by commas (default: 0)"
+    parser.add_argument("--total_batch_size", default="0", help=sizes)
     args = parser.parse_args(argv)
     world = start_world(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
-        for row in measure(model, args, world):
-            if world.is_main:
-                print(json.dumps(row), flush=True)
-                append_row(Path(args.results), row)
+        for total in args.total_batch_size.split(","):
+            for row in measure(model, int(total), args, world):
+                if world.is_main:
+                    print(json.dumps(row), flush=True)
+                    append_row(Path(args.results), row)
     world.close()
     return 0
 
 
-def measure(model: str, args: argparse.Namespace, world: World) -> Iterator[Row]:
-    """Measure a row for each mode, on every rank."""
-    method = METHODS.get(model, f"q_galore{CHECKPOINTING}")
+def measure(model: str, total: int, args: argparse.Namespace, world: World) -> Iterator[Row]:
+    """Measure a row for each mode, on every rank; total: sequences of an update, 0 for one pass of each rank."""
+    method = METHODS[args.recipe] + ("" if model in NOTHING_RECOMPUTED else CHECKPOINTING)
     device = world.device
     setting = setting_of(model, method, args, device)
-    micro_batch, total = setting.micro_batch, args.total_batch_size
+    micro_batch = setting.micro_batch
     by_one = replace(setting, grad_accum=max(1, total // micro_batch))
     by_all = replace(setting, grad_accum=max(1, total // micro_batch // world.world_size))
     alone = world.gather(train(by_one, World(0, 1, device), args, "none"))
@@ -142,17 +149,18 @@ _PASSES = {"all_reduce": 2, "reduce": 1, "broadcast": 1}
 def train(setting: Setting, world: World, args: argparse.Namespace, shard: str) -> dict[str, float]:
     """Train on the ranks of `world`, compare the replicas, and return what was measured."""
     device = setting.device
-    training, model, optimizer = train_ours(setting, "paper", world, shard)
+    training, model, optimizer = train_ours(setting, args.recipe, world, shard)
     assert isinstance(optimizer, LowRankAdamW)
-    matrices = len(list(optimizer.low_rank_weights()))
-    warmup = args.warmup if args.warmup is not None else max(12, matrices // 7 + 3)
+    matrices, passes = len(list(optimizer.low_rank_weights())), setting.grad_accum
+    warmup = args.warmup if args.warmup is not None else max(2, max(12, matrices // 7 + 3) // passes)
     seconds_in_a_row(training.update, warmup, device)
-    seconds = statistics.median(
-        seconds_in_a_row(training.update, args.updates, device) for _ in range(max(1, args.repeats))
-    )
-    with counted_bytes() as sent:
-        seconds_in_a_row(training.update, 1, device)
-    world.check_replicas(tensors_here(model, optimizer), warmup + args.repeats * args.updates + 1)
+    updates = max(1, args.updates // passes)
+    seconds = statistics.median(seconds_in_a_row(training.update, updates, device) for _ in range(max(1, args.repeats)))
+    sent = [0.0]
+    if world.world_size > 1:
+        with counted_bytes() as sent:
+            seconds_in_a_row(training.update, 1, device)
+        world.check_replicas(tensors_here(model, optimizer), warmup + args.repeats * updates + 1)
     weights = optimizer.weights_of(model)
     found = {
         "seconds": seconds,

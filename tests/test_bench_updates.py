@@ -43,10 +43,13 @@ def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.slow
 def test_two_ranks_are_compared_with_each_alone(tmp_path: Path) -> None:
     argv = [*SMALLEST, "--warmup", "1", "--updates", "1", "--repeats", "2", "--results", str(tmp_path / "scaling.csv")]
+    argv += ["--batch_size", "1", "--total_batch_size", "0,4"]
     assert on_ranks(2, bench_scaling.main, [*argv, "--shard", "none,optimizer"]) == [0, 0]
     with (tmp_path / "scaling.csv").open(newline="") as file:
-        row, sharded = csv.DictReader(file)
+        row, sharded, *summed = csv.DictReader(file)
     assert (row["shard"], sharded["shard"]) == ("none", "optimizer")
+    assert [(each["shard"], each["grad_accum"]) for each in summed] == [("none", "2"), ("optimizer", "2")]
+    assert float(summed[0]["tokens_per_second"]) == pytest.approx(4 * 256 / float(summed[0]["update_ms"]) * 1e3, abs=1)
     assert row["alone_tokens_per_second"] == sharded["alone_tokens_per_second"]
     assert float(row["wire_mb"]) == pytest.approx(float(row["message_mb"]), rel=0.3)
     assert float(sharded["wire_mb"]) != float(row["wire_mb"])
