@@ -287,7 +287,12 @@ def start(argv: Sequence[str], launcher: Sequence[str] = ()) -> subprocess.Popen
     )
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+def torchrun(ranks: int, *options: str) -> tuple[str, ...]:
+    """What `start` puts before the program for that many ranks on this machine, with more of torchrun's options."""
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *options)
+
+
+TORCHRUN = torchrun(2)
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
