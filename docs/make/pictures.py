@@ -22,6 +22,7 @@ PICTURES = {
     "docs/pictures/loss_curves.svg": "loss_curves",
     "docs/pictures/memory_7b.svg": "memory_bar",
     "docs/pictures/rooms.svg": "rooms_graph",
+    "docs/pictures/scaling.svg": "scaling_bars",
     "docs/pictures/update.svg": "update_flow",
 }
 """Path, and the module in `docs/make/` that draws it."""
