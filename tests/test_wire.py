@@ -240,7 +240,7 @@ SUMS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("case", SUMS)
 def test_rows_take_the_memory_that_is_planned(case: str, tmp_path: Path) -> None:
-    """In the dtype in which the sum is sent: of one micro-batch bfloat16, of several float32, from INT8 sums, too."""
+    """In the dtype in which the sum is sent: of one micro-batch and from INT8 sums bfloat16, else float32."""
     small, log = with_config(SmallRun(tmp_path)), tmp_path / "log"
     flags = {"batch_size": 2, "num_training_steps": 2, "shard": "optimizer", "dtype": "bfloat16"} | SUMS[case]
     assert on_ranks(2, bytes_in_a_run, small.argv("run", flags), tmp_path, log=log) == [0, 0], log.read_text()

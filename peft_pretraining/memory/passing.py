@@ -28,6 +28,7 @@ from qgalore.update.rounding_feedback import BYTES_PER_VALUE
 ROWS_OF_ALL = "gradient of the embeddings, with rows of all ranks"
 """The phase in which ranks send one another the rows that were looked up."""
 _ROWS = 4 * (1 << 22)  # float32 rows that a float weight is updated in
+_BYTES_SENT = 2  # of a value of an INT8 sum on its way to other ranks
 
 
 class PassingBytes:
@@ -98,17 +99,17 @@ class PassingBytes:
         return loss + self.table * (run.gathers_tables and beside)
 
     def read_of_table(self) -> int:
-        """Of the gradient of embeddings or head: what leaves an INT8 sum in float32."""
-        run, float32 = self.run, self.table // self.itemsize * 4
-        as_a_whole = run.args.world_size > 1 and not run.args.owners_sum  # as it is sent
-        return (float32 if as_a_whole else min(_ROWS, float32)) if self.int8_sums else 0
+        """Of the gradient of embeddings or head: what leaves an INT8 sum, in float32, or to be sent in bfloat16."""
+        run, values = self.run, self.table // self.itemsize
+        is_sent = run.args.world_size > 1 and not run.args.owners_sum  # as a whole
+        return (_BYTES_SENT * values if is_sent else min(_ROWS, 4 * values)) if self.int8_sums else 0
 
     def rows_of_embeddings(self) -> int:
         """Rows that ranks send one another for the whole gradient of the embeddings; 0 where they do not."""
         run, config = self.run, self.run.config
         if config.tie_word_embeddings or not run.deals_tables:
             return 0
-        of_sum = 4 if self.int8_sums else run.sum_dtype.itemsize
+        of_sum = _BYTES_SENT if self.int8_sums else run.sum_dtype.itemsize
         itemsize = self.itemsize if run.args.owners_sum else of_sum  # owners get it as the backward pass makes it
         shape = (config.vocab_size, config.hidden_size)
         return gathered_bytes(shape, itemsize, run.args.tokens_sent_at_once, run.shards)

@@ -23,8 +23,8 @@ AllReduce = Callable[[Tensor], Waiting | None]
 class Bucket:
     """Tensors that are sent as one: made, then `start`ed, then `summed`; other work may come in between.
 
-    They are summed in the dtype that all can be held in: bfloat16 gradients of one micro-batch in bfloat16, half the
-    bytes of float32, sums over micro-batches in float32.
+    They are summed in the dtype that all can be held in: bfloat16 gradients of one micro-batch, and sums in INT8, in
+    bfloat16, half the bytes of float32, in which other sums over micro-batches are.
     """
 
     def __init__(self, parts: list[list[Tensor]], all_reduce: AllReduce, buffer: Tensor | None = None) -> None:

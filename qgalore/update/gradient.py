@@ -77,7 +77,7 @@ class WeightGradient:
         return full if self._micro_batches <= 1 else full * self._micro_batches
 
     def parts_to_sum(self) -> list[Tensor]:
-        """What `finalize` needs the sums of over the ranks, in the dtype it has (INT8: float32); not kept here."""
+        """What `finalize` needs the sums of over the ranks, in the dtype it has (INT8: bfloat16); not kept here."""
         parts = self.take_micro_batch_parts() if self.sent else self._take_sums()
         return parts if self._last_full is None else [*parts, self._last_full]
 
@@ -87,7 +87,7 @@ class WeightGradient:
         return self._take_sums() or [torch.zeros(shape, device=self._rows.device) for shape in zeros_of]
 
     def _take_sums(self) -> list[Tensor]:
-        return [each.take() for each in self._sums.values() if not each.empty]
+        return [each.take_to_send() for each in self._sums.values() if not each.empty]
 
     def add_micro_batch(self, summed: list[Tensor]) -> None:
         """Add `take_micro_batch_parts`, summed over the ranks, to what the owner keeps until the update."""
@@ -108,6 +108,7 @@ class WeightGradient:
                 self._finalize_totals()
                 return
             full, *sketches = summed
+            full = self.final.own(full) if full.dim() < 2 else full  # a view of it would keep all that was sent with it
             for name, value in zip(
                 [name for name in self._sums if name in self._subspace.sides], sketches, strict=True
             ):
