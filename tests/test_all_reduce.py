@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_pretraining.build import build_training
+from peft_pretraining.build import build_training, shape_of
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.lasting import GRADIENTS, REFRESHES, lasting_bytes
 from peft_pretraining.memory.planned_run import PlannedRun
-from peft_pretraining.build import shape_of
 from qgalore.graphs.eager_layers import EagerLayers
 from qgalore.layer.quantization import QuantizedTensor
 from qgalore.optimizer import LowRankAdamW

@@ -42,7 +42,9 @@ def draw(found: dict[str, Any]) -> Any:
         for number, shard in enumerate(SHARDS):
             if shard not in found["gpus"][gpus]:
                 continue
-            for axis, value, text in zip((speed, memory), found["gpus"][gpus][shard], ("{:.2f}", "{:.1f}"), strict=True):
+            for axis, value, text in zip(
+                (speed, memory), found["gpus"][gpus][shard], ("{:.2f}", "{:.1f}"), strict=True
+            ):
                 where = group + (number - 1) * width
                 axis.bar(where, value, width * 0.94, color=_COLOURS[shard], label="_" if group else _LABELS[shard])
                 axis.annotate(

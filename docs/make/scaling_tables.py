@@ -32,5 +32,13 @@ def several_gpus() -> str:
              f"{float(row['ratio']):.2f}", f"{float(row['ratio_to_slowest']):.2f}", f"{float(row['peak_gb']):.1f}",
              f"{float(row['alone_peak_gb']):.1f}", row["wire_ratio"], row["commit"]]
         )  # fmt: skip
-    head = ["model", "sequences: micro-batch x number, in all", "GPUs", "`--shard`", "tokens/s", "x one", "x the slowest"]
+    head = [
+        "model",
+        "sequences: micro-batch x number, in all",
+        "GPUs",
+        "`--shard`",
+        "tokens/s",
+        "x one",
+        "x the slowest",
+    ]
     return table([*head, "peak GB a GPU", "one GPU", "sent", "commit"], lines)
