@@ -47,9 +47,8 @@ def draw(found: dict[str, Any]) -> Any:
             ):
                 where = group + (number - 1) * width
                 axis.bar(where, value, width * 0.94, color=_COLOURS[shard], label="_" if group else _LABELS[shard])
-                axis.annotate(
-                    text.format(value), (where, value), (0, 2), textcoords="offset points", ha="center", fontsize=8
-                )
+                style = {"ha": "center", "fontsize": 8, "color": "white"}
+                axis.annotate(text.format(value), (where, value), (0, -11), textcoords="offset points", **style)
         speed.plot([group - 0.45, group + 0.45], [int(gpus)] * 2, color="0.3", linewidth=0.8, linestyle=":")
     memory.axhline(found["alone"], color="0.3", linewidth=0.8, linestyle=":")
     memory.annotate("one GPU", (len(numbers) - 0.55, found["alone"]), (0, -9), textcoords="offset points", fontsize=8)
