@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from benchmarks.rows import ROOT
+from docs.make.scaling_tables import newest_of_each
 from peft_pretraining.build import model_on_meta, shape_of
 from peft_pretraining.config.parse import parse_args
 from peft_pretraining.memory.dealt_states import dealt_weights, is_table
@@ -115,3 +116,25 @@ def test_13b_takes_14_gb_of_each_of_two_gpus() -> None:
 
 def test_there_are_rows_for_two_four_and_eight() -> None:
     assert [row[0] for row in re.findall(r"^\| (\d) \| ([\d. |]+) \|$", TEXT, flags=re.MULTILINE)] == ["2", "4", "8"]
+
+
+def test_measured_figures_of_four_gpus_are_those_of_the_rows() -> None:
+    """7B with an update each micro-batch, in the guide and in the README."""
+    found = {
+        row["shard"]: row
+        for row in newest_of_each()
+        if (row["model"], row["gpus"], row["grad_accum"]) == ("7b", "4", "1")
+    }
+    none, optimizer, full = (found[shard] for shard in ("none", "optimizer", "full"))
+    ratios = [f"{float(row['ratio']):.2f}" for row in (optimizer, full, none)]
+    peaks = [f"{float(row['peak_gb']):.1f}" for row in (optimizer, full, none)]
+    guide = " ".join(TEXT.split())
+    assert (
+        f"`optimizer` {ratios[0]} times the tokens/s of one GPU in {peaks[0]} GB a GPU, `full` {ratios[1]} times in "
+        f"{peaks[1]} GB, `none` {ratios[2]} times in {peaks[2]} GB; one GPU takes {float(none['alone_peak_gb']):.1f} GB"
+    ) in guide
+    sent = [f"{float(row['wire_ratio']):.3f}" for row in (optimizer, full, none)]
+    assert f"they sent {sent[0]}, {sent[1]} and {sent[2]} of its bytes" in guide
+    rounded = [f"{float(row['ratio']):.1f}" for row in (none, optimizer, full)]
+    told = f"7B was trained {rounded[0]}, {rounded[1]} and {rounded[2]} times as fast as on one"
+    assert f"{told}, in {peaks[2]}, {peaks[0]} and {peaks[1]} GB a GPU" in (ROOT / "README.md").read_text("utf-8")
