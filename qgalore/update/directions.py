@@ -68,10 +68,6 @@ class Direction(NamedTuple):
     update: Callable[[Sequence[RowsOfWeight], Tensor | None], None] | None = None
     """update(parts, skip) moves moments and plain weights, in the place of `advance` and what follows it: for a kernel
     of another library that does both. Like them it keeps all, to the bit, where the flag `skip` is true."""
-    apply: Callable[[Sequence[kernels.RowAdamUpdate], Tensor | None], None] | None = None
-    """apply(updates, skip) is `advance` of plain weights and `kernels.update_float_` of what it gives, to the bit."""
-    without_memory: Callable[[Any], bool] | None = None
-    """Of an `AdamStep`: whether `apply` takes no memory beside it, so that all rows may be updated at once."""
 
 
 def orthogonal_directions(momenta: list[Tensor], newton_schulz: str = "muon") -> list[Tensor]:
@@ -147,14 +143,7 @@ def _rows_of(step: Step, direction: Tensor) -> kernels.RowNormalization:
     )
 
 
-def _apply_by_row(updates: Sequence[kernels.RowAdamUpdate], skip: Tensor | None) -> None:
-    kernels.row_adam_update_(updates, moments.BLOCK_SIZE, skip)
-
-
-ADAM_BY_ROW = Direction(
-    _adam_by_row, moments.MOMENTS[:1], batch_values=3 << 20, by_row=True, apply=_apply_by_row,
-    without_memory=partial(kernels.fuses_row_adam, block_size=moments.BLOCK_SIZE),
-)  # fmt: skip
+ADAM_BY_ROW = Direction(_adam_by_row, moments.MOMENTS[:1], batch_values=3 << 20, by_row=True)
 DIRECTIONS = {
     "adam": Direction(
         lambda steps, skip: kernels.adam_steps(steps, moments.BLOCK_SIZE, skip), moments.MOMENTS, batch_values=3 << 20

@@ -39,7 +39,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ from qgalore.update import moments, momentum_sum
 from qgalore.update.all_reduce import Bucket
 from qgalore.update.directions import Direction, RowsOfWeight, Step
 from qgalore.update.finite_checks import UpdateChecks, limit_growth
-from qgalore.update.gradient_sum import Gradient, dense, rows_of_gradient
+from qgalore.update.gradient_sum import Gradient, rows_of_gradient
 from qgalore.update.momentum_sum import Addition, SummedGradient
 from qgalore.update.rounding_feedback import apply_with_feedback
 from qgalore.update.weight import Weight
@@ -313,7 +313,7 @@ def _apply_one(weight: Weight, direction: Tensor, gradient: Tensor | None, skip:
 def _update_plain(
     weights: list[Weight], gradients: list[Gradient | None], factors: list[Tensor | None], skip: Tensor | None
 ) -> None:
-    """Steps 4 and 5 for plain weights: small ones at once, or one large one, perhaps some of its rows at a time.
+    """Steps 4 and 5 for plain weights: small ones at once, or one large one, some of its rows at a time.
 
     So no float32 copy of a whole embedding is made.
     """
@@ -321,21 +321,12 @@ def _update_plain(
         (weight, gradient, factor, start, stop)
         for weight, gradient, factor in zip(weights, gradients, factors, strict=True)
         if gradient is not None
-        for start, stop in _parts(weight, gradient)
+        for start, stop in moments.row_parts(weight.state, weight.moment_shape or torch.Size((1,)))
     ]
     gradients.clear()
     grouped = len(parts) if len(weights) > 1 else 1
     for first in range(0, len(parts), grouped):
         _update_rows(parts[first : first + grouped], skip)
-
-
-def _parts(weight: Weight, gradient: Gradient) -> list[tuple[int, int]]:
-    """Ranges of rows that are updated one after another; one where that takes no memory beside the gradient."""
-    shape, without_memory = weight.moment_shape or torch.Size((1,)), weight.direction.without_memory
-    is_read = isinstance(gradient, Tensor) and not _decay_of_gradient(weight)  # as it is
-    if without_memory is not None and is_read and without_memory(weight.prepare_step(dense(gradient), None)):
-        return [(0, shape[0])]
-    return moments.row_parts(weight.state, shape)
 
 
 def _update_rows(parts: Sequence[tuple[Weight, Gradient, Tensor | None, int, int]], skip: Tensor | None) -> None:
@@ -350,14 +341,10 @@ def _update_rows(parts: Sequence[tuple[Weight, Gradient, Tensor | None, int, int
         found = zip(weights, rows, steps, strict=True)
         update([RowsOfWeight(each, step, weight.param_group, weight.step) for weight, each, step in found], skip)
         return
-    starts = [weight.first_row + start for weight, _, _, start, _ in parts]
-    if apply := weights[0].direction.apply:
-        apply([*map(kernels.RowAdamUpdate, rows, cast("list[kernels.AdamStep]", steps), starts)], skip)
-        return
     directions = weights[0].direction.advance(steps, skip)
     updates = [
-        kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=start)
-        for weight, each, direction, start in zip(weights, rows, directions, starts, strict=True)
+        kernels.FloatUpdate(each, direction, None, None, weight.step_row, row_start=weight.first_row + start)
+        for (weight, _, _, start, _), each, direction in zip(parts, rows, directions, strict=True)
     ]
     kernels.update_float_(updates, skip)
 
@@ -369,19 +356,13 @@ def _rows_of_weight(weight: Weight, start: int, stop: int) -> Tensor:
     return kernels.rows_of(weight.param.data, weight.first_row + start, weight.first_row + stop)
 
 
-def _decay_of_gradient(weight: Weight) -> float:
-    """Of a plain weight, the decay that is added to its gradient; 0 where it is decoupled, as in AdamW."""
-    group = weight.param_group
-    return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
-
-
 def _step_of_rows(weight: Weight, gradient: Gradient, factor: Tensor | None, start: int, stop: int) -> Step:
     """The step of rows start:stop of a plain weight.
 
     Weight decay that is not decoupled (Adam, not AdamW) is added to the gradient here, after the factor.
     """
-    grad = rows_of_gradient(gradient, start, stop)
-    if l2 := _decay_of_gradient(weight):
+    grad, l2 = rows_of_gradient(gradient, start, stop), weight.param_group["weight_decay"]
+    if l2 and not weight.param_group["decoupled_weight_decay"]:
         grad = kernels.scaled(grad, factor).add(_rows_of_weight(weight, start, stop), alpha=l2)
         factor = None
     return weight.prepare_step(grad, factor, moments.rows_of_state(weight.state, start, stop))
