@@ -17,7 +17,6 @@ from qgalore.kernels.arguments import (
     Fp8Matrix,
     QuantizedMatrix,
     QuantizedUpdate,
-    RowAdamUpdate,
     RowNormalization,
     StepNumbers,
     StepScalars,
@@ -44,15 +43,14 @@ from qgalore.kernels.reference.rows import at_least_1d, project_back, row_chunks
 
 __all__ = [
     "GROUP_LIMIT", "PART", "AdamStep", "FloatUpdate", "Fp8Matrix", "QuantizedMatrix", "QuantizedUpdate",
-    "RowAdamUpdate", "RowNormalization", "StepNumbers", "StepScalars", "adam_steps", "at_least_1d", "check_gradients_",
-    "dequantize", "dequantize_blocks", "fp8_columns", "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse",
-    "fp8_turned_weights", "fp8_weight", "fp8_width", "fuses_row_adam", "has_fp8", "int8_linear", "int8_linear_backward",
-    "momentum_steps", "normalize_rows", "odd_polynomials", "orthogonalize", "orthogonalize_fp8", "product_dtype",
-    "project_back", "quantize", "quantize_blocks_", "reads_rows_on_device", "row_adam_steps", "row_adam_update_",
-    "row_chunks", "rows_of", "runs_in_fp8", "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
+    "RowNormalization", "StepNumbers", "StepScalars", "adam_steps", "at_least_1d", "check_gradients_", "dequantize",
+    "dequantize_blocks", "fp8_columns", "fp8_joins", "fp8_product", "fp8_rows", "fp8_rows_to_fuse",
+    "fp8_turned_weights", "fp8_weight", "fp8_width", "has_fp8", "int8_linear", "int8_linear_backward", "momentum_steps",
+    "normalize_rows", "odd_polynomials", "orthogonalize", "orthogonalize_fp8", "product_dtype", "project_back",
+    "quantize", "quantize_blocks_", "reads_rows_on_device", "row_adam_steps", "row_chunks", "rows_of", "runs_in_fp8",
+    "scaled", "stepped", "update_float_", "update_quantized_", "use_triton",
 ]  # fmt: skip
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _LONGEST_INT8_SUM = (2**31 - 1) // (127 * 128)
 
 
@@ -140,41 +138,11 @@ def row_adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | No
     launches for those of one kind. Raises ValueError for a grad that is no matrix, or an exp_avg_sq of another shape.
     """
     for step in steps:
-        _check_row_step(step)
+        _check_matrix(step.grad, "grad")
+        if step.exp_avg_sq is None or step.exp_avg_sq.shape != step.grad.shape[:1]:
+            found = None if step.exp_avg_sq is None else tuple(step.exp_avg_sq.shape)
+            raise ValueError(f"exp_avg_sq must be {tuple(step.grad.shape[:1])}, one number a row, not {found}")
     return backend(row_adam.row_adam_steps, steps[0].grad.device)(steps, block_size, skip)
-
-
-def row_adam_update_(updates: Sequence[RowAdamUpdate], block_size: int, skip: Tensor | None = None) -> None:
-    """`row_adam_steps` and `update_float_` of float matrices by the directions, to the bit, in place.
-
-    A direction is rounded to the dtype of its step before it is added; weights of 16 bits are rounded stochastically.
-    Each weight (rows, columns) bfloat16, float16 or float32, contiguous, has the gradient's shape. Where the flag
-    `skip` is true weights and moments stay. In Triton one launch for those of one kind that `fuses_row_adam`. Raises
-    ValueError for a weight of another shape or dtype or one that is not contiguous, and as `row_adam_steps`.
-    """
-    for weight, step, _ in updates:
-        _check_row_step(step)
-        if weight.shape != step.grad.shape or not weight.is_contiguous() or weight.dtype not in _FLOATS:
-            shape, found = tuple(step.grad.shape), f"{tuple(weight.shape)} of {weight.dtype}"
-            raise ValueError(f"weight must be contiguous, {shape} of 16-bit floats or float32, not {found}")
-    if updates:
-        backend(row_adam.row_adam_update_, updates[0].weight.device)(updates, block_size, skip)
-
-
-def fuses_row_adam(step: AdamStep, block_size: int) -> bool:
-    """Whether `row_adam_update_` by this step is one launch, in which nothing is written but weight and moments.
-
-    In Triton, of an 8-bit momentum whose blocks fill the rows of the gradient, and that contiguous at an address that
-    is a multiple of 16 bytes. Others take a direction and four bytes a value beside it.
-    """
-    return backend(row_adam.fuses_row_adam, step.grad.device)(step, block_size)
-
-
-def _check_row_step(step: AdamStep) -> None:
-    _check_matrix(step.grad, "grad")
-    if step.exp_avg_sq is None or step.exp_avg_sq.shape != step.grad.shape[:1]:
-        found = None if step.exp_avg_sq is None else tuple(step.exp_avg_sq.shape)
-        raise ValueError(f"exp_avg_sq must be {tuple(step.grad.shape[:1])}, one number a row, not {found}")
 
 
 def orthogonalize(

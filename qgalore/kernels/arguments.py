@@ -58,20 +58,6 @@ class FloatUpdate(NamedTuple):
     """The number of the first row in the matrix that the seed belongs to."""
 
 
-class RowAdamUpdate(NamedTuple):
-    """Arguments of `qgalore.kernels.row_adam_update_` that belong to one weight."""
-
-    weight: Tensor
-    step: AdamStep
-    row_start: int = 0
-    """As in `FloatUpdate`."""
-
-    def with_direction(self, direction: Tensor) -> FloatUpdate:
-        """The update of the weight by what `row_adam_steps` makes of the step; 16 bits are rounded stochastically."""
-        stochastic = self.weight.dtype in (torch.bfloat16, torch.float16)
-        return FloatUpdate(self.weight, direction, None, None, self.step.row, stochastic, self.row_start)
-
-
 class QuantizedUpdate(NamedTuple):
     """Arguments of `qgalore.kernels.update_quantized_` that belong to one weight."""
 

@@ -8,9 +8,9 @@ many kernels it takes for norms at different indices. "dequantized": how many de
 layers, by their widths. "bytes": the instructions of each kernel that move a single byte of a quantized weight whose
 rows are of 5461 values, in 8 and in 4 bits. "fp8": those that move less than four bytes in kernels that round factors
 with such rows. "int8": the instruction that multiplies in INT8, for many rows and for few. "spills": the most bytes
-for which kernels with tensor descriptors, on the card on which they run, and the update of embeddings have no
-registers. Nothing is launched, so tensors are on the CPU and results are whatever memory held. Factors of products in
-FP8 are for cards that have it.
+for which kernels with tensor descriptors have no registers, on the card on which they run. Nothing is
+launched, so tensors are on the CPU and results are whatever memory held. Factors of products in FP8 are for cards that
+have it.
 
 For an H100 every variant of a kernel is compiled to the end. For another card those are whose instructions are read,
 and the first of each kernel; the rest end at LLVM's IR, made and not optimized. All that a card decides for a variant
@@ -55,12 +55,11 @@ TAKEN: dict[str, int] = {}
 MADE: set[str] = set()
 CODE: dict[str, str] = {}
 SUMS: dict[str, set[str]] = {}
-READ: list[tuple[str, str]] = []
-_SPILLING = ("_row_adam_update_kernel",)
+DESCRIBED: list[tuple[str, str]] = []
 _SUMMING = (
-    "_partial_sums_kernel", "_finish_kernel", "_row_adam_kernel", "_row_adam_update_kernel", "_row_squares_kernel",
-    "_scale_rows_kernel", "_trace_kernel", "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel",
-    "_fp8_gram_sums_kernel", "_fp8_scale_gram_kernel",
+    "_partial_sums_kernel", "_finish_kernel", "_row_adam_kernel", "_row_squares_kernel", "_scale_rows_kernel",
+    "_trace_kernel", "_square_sums_kernel", "_norm_kernel", "_inverse_norm_kernel", "_fp8_gram_sums_kernel",
+    "_fp8_scale_gram_kernel",
 )  # fmt: skip
 
 
@@ -92,15 +91,14 @@ def compile_only(capability: int) -> None:
         TAKEN[self.__name__] = max(TAKEN.get(self.__name__, 0), kernel.metadata.shared)
         MADE.add(kernel.hash)
         CODE[self.__name__] = kernel.asm["ptx"]
-        if kernel.asm["ptx"] and ("cp.async.bulk.tensor" in kernel.asm["ptx"] or self.__name__ in _SPILLING):
-            READ.append((self.__name__, kernel.asm["ptx"]))
+        if "cp.async.bulk.tensor" in kernel.asm["ptx"]:
+            DESCRIBED.append((self.__name__, kernel.asm["ptx"]))
         if self.__name__ in _SUMMING:
             code, name = kernel.asm["ttgir"], self.__name__ + (" of columns" if kwargs.get("TALL") else "")
             assert "_dot" not in code and "tt.dot" not in code, f"layouts of {name} depend on the card"
+            if name == "_row_adam_kernel" and args[0][0].shape[1] % 16:
+                name += " of ragged rows"
             layouts = re.findall(r'"tt.reduce"\((?:.*\n)*?.*\}\) : \(tensor<[^,>]*, (#[^>]*>?)>', code)
-            if name.startswith("_row_adam"):  # one order of a row's squares in both; the second finds largest ones, too
-                name = f"rows of {kwargs['N']}{'' if args[0][0].shape[1] % 16 == 0 else ', ragged'}"
-                layouts = layouts[:1]
             named = dict(re.findall(r"^(#\w+) = (#ttg.*)", code, re.MULTILINE))
             SUMS.setdefault(name, set()).add(" then ".join(_spelt(layout, named) for layout in layouts))
         return kernel
@@ -163,21 +161,6 @@ def launch_row_adam(skip: torch.Tensor, row: torch.Tensor, dtype: torch.dtype, a
                     moments = (momentum, absmax, torch.zeros(m), None)
                     steps.append(kernels.AdamStep(grad, *moments, row, (0.9, 0.99), 1e-8, factor, to))
                 kernels.row_adam_steps(steps, 256, skip if first else None)
-
-
-def launch_row_adam_update(skip: torch.Tensor, row: torch.Tensor, dtype: torch.dtype, all_widths: bool) -> None:
-    """Updates of 7B's embeddings, and rows of other widths as both kernels add them up, alone and beside others."""
-    for columns in (256, 512, 768, 2048, 4096, 5120) if all_widths else (4096,):
-        for factor, of_weight in ((None, dtype), (torch.ones(()), torch.float32)):
-            updates = []
-            for rows in (64,) if factor is None else (67, 64):
-                momentum = torch.zeros(rows, columns, dtype=torch.uint8), torch.zeros(rows * columns // 256)
-                moments = (*momentum, torch.zeros(rows), None, row)
-                step = kernels.AdamStep(torch.zeros(rows, columns, dtype=dtype), *moments, (0.9, 0.99), 1e-8, factor)
-                updates.append(kernels.RowAdamUpdate(torch.zeros(rows, columns, dtype=of_weight), step))
-            kernels.row_adam_update_(updates, 256, skip)
-            if all_widths:
-                kernels.row_adam_steps([update.step for update in updates], 256, skip)
 
 
 def launch_sums(row: torch.Tensor, dtype: torch.dtype) -> None:
@@ -243,20 +226,12 @@ def launch_descriptors(half: torch.dtype) -> None:
 
 
 def spills() -> dict[str, int]:
-    """The most bytes that kernels with descriptors and `_SPILLING` store for want of registers, as ptxas says."""
+    """The most bytes that a kernel with descriptors stores for want of registers, by its name, as ptxas says."""
     found: dict[str, int] = {}
-    for name, code in dict.fromkeys(READ):
+    for name, code in dict.fromkeys(DESCRIBED):
         card = re.search(r"\.target (\w+)", code)
         assert card is not None
-        command = [
-            get_ptxas(int(re.sub(r"\D", "", card[1]))).path,
-            "-v",
-            "--gpu-name",
-            card[1],
-            "-o",
-            os.devnull,
-            "/dev/stdin",
-        ]
+        command = [get_ptxas(90).path, "-v", "--gpu-name", card[1], "-o", os.devnull, "/dev/stdin"]
         said = subprocess.run(command, input=code, capture_output=True, text=True, check=True).stderr
         stored = [int(size) for size in re.findall(r"(\d+) bytes spill stores", said)]
         found[name] = max(found.get(name, 0), *stored)
@@ -291,7 +266,6 @@ def launch_all(half: torch.dtype, orthogonalizes: bool, sums: bool = False) -> N
         kernels.update_quantized_([kernels.QuantizedUpdate(*stored, direction, *bases, width, bits, 256, row)], skip)
     launch_groups(skip, row, half)
     launch_row_adam(skip, row, half, sums)
-    launch_row_adam_update(skip, row, half, sums)
     if sums:
         launch_sums(row, half)
     kernels.quantize(zeros(16, hidden), 8, 13824, row)  # a group a row

@@ -691,9 +691,9 @@ def test_buffers_of_newton_schulz_are_freed_at_once(
 
 def test_tables_of_codes_ignore_the_default_device(kernel_device: torch.device) -> None:
     adam = pytest.importorskip("qgalore.kernels.triton.adam", reason="Triton is not installed")
-    adam.code_tables.cache_clear()
+    adam._tables.cache_clear()
     with torch.device("meta"):
-        tables = adam.code_tables(True, kernel_device)
+        tables = adam._tables(True, kernel_device)
     assert all(table.device.type == kernel_device.type for table in tables)
 
 

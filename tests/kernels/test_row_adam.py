@@ -1,21 +1,16 @@
-"""Adam's step with one second moment a row: the kernel against its reference, and rows against what is beside them.
-
-And the update of weights by it in one launch, against the three launches that it takes the place of.
-"""
+"""Adam's step with one second moment a row: the kernel against its reference, and rows against what is beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qgalore import GaLoreAdamW8bit, kernels
-from qgalore.update.directions import ADAM_BY_ROW
+from qgalore import kernels
 from qgalore.update.moments import BLOCK_SIZE
-from tests.kernels.comparison import OPERAND_TYPES, agreed, both, each, normal, same, step_row, whole_numbers
+from tests.kernels.comparison import OPERAND_TYPES, both, each, normal, same, step_row
 
 BETAS = (0.9, 0.99)
 Moments = tuple[Tensor, Tensor | None, Tensor]
@@ -116,35 +111,29 @@ def test_a_row_is_what_it_is_alone(columns: int, kernel_device: torch.device, mo
         assert torch.equal(part.exp_avg_sq, whole.exp_avg_sq[3 : 3 + len(direction)])
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that are launched from now on, with Triton."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    found: list[str] = []
-    kernels_of = {"adam": ["momentum"], "row_adam": ["row_adam", "row_adam_update"], "float_update": ["update_float"]}
-    for stem, names in kernels_of.items():
-        file = import_module(f"qgalore.kernels.triton.{stem}")
-        for name in names:
-            kernel = getattr(file, f"_{name}_kernel")
-
-            class Counted:
-                def __getitem__(self, grid: object, kernel: object = kernel, name: str = name) -> object:
-                    found.append(name)
-                    return kernel[grid]  # type: ignore[index]
-
-            monkeypatch.setattr(file, f"_{name}_kernel", Counted())
-    return found
-
-
-def test_launches(kernel_device: torch.device, launched: list[str]) -> None:
+def test_launches(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two for a chunk of rows, or for some small matrices of one kind: the momenta, then all that makes directions."""
+    adam, row_adam = (
+        pytest.importorskip(f"qgalore.kernels.triton.{name}", reason="Triton is not installed")
+        for name in ("adam", "row_adam")
+    )
+    monkeypatch.setenv("QGALORE_KERNELS", "triton")
+    launched: list[str] = []
+    for file, name in ((adam, "_momentum_kernel"), (row_adam, "_row_adam_kernel")):
+        kernel = getattr(file, name)
+
+        class Counted:
+            def __getitem__(self, grid: object, kernel: object = kernel, name: str = name) -> object:
+                launched.append(name)
+                return kernel[grid]  # type: ignore[index]
+
+        monkeypatch.setattr(file, name, Counted())
     for count in (1, 3):
         grads = [normal(20, 256, seed=i).to(kernel_device) for i in range(count)]
         steps = [step_of(grad, moments_of((20, 256), 8, kernel_device), 0.5) for grad in grads]
         launched.clear()
         kernels.row_adam_steps(steps, BLOCK_SIZE, torch.tensor(False, device=kernel_device))
-        assert launched == ["momentum", "row_adam"]
+        assert launched == ["_momentum_kernel", "_row_adam_kernel"]
 
 
 def test_a_direction_takes_the_place_of_its_momentum(
@@ -182,189 +171,3 @@ def test_what_does_not_fit_is_refused() -> None:
             kernels.row_adam_steps([wrong], BLOCK_SIZE)
     with pytest.raises(ValueError, match=r"grad must be a matrix, not of shape \(3,\)"):
         kernels.row_adam_steps([step_of(second, (second, None, second))], BLOCK_SIZE)
-
-
-# ---- updates of weights in one launch
-
-UPDATED = {
-    "narrow": [(20, 256)], "one tile": [(5, 512)], "ragged tile": [(4, 768), (9, 768)], "tiles": [(1, 4096)],
-    "ragged tiles": [(3, 2304), (1, 5120)], "widths": [(3, 256), (4, 512), (2, 768), (2, 1024)] + [(1, 1280)] * 9,
-}  # fmt: skip
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
-
-def update_of(
-    shape: tuple[int, int], number: int, device: torch.device, dtypes: Sequence[torch.dtype],
-    factor: float | None = None, growing: float | None = None, changes: bool = True, row_start: int = 3,
-) -> kernels.RowAdamUpdate:  # fmt: skip
-    """The third update of a weight, in which some values are negative zeros; dtypes: of weight, gradient, direction."""
-    weight, grad = normal(*shape, seed=number), normal(*shape, seed=number + 50) * 2.0 ** (number % 5)
-    weight[0, ::3] = -0.0
-    step = step_of(grad.to(device, dtypes[1]), moments_of(shape, 8, device), factor, dtypes[2])
-    corrections = [1.0 / (1.0 - beta**3) for beta in BETAS]
-    rates = (0.01 * (1 + number), 0.9) if changes else (0.0, 1.0)
-    row = kernels.StepScalars((1 << 40) + 7 * number, *rates, *corrections, growing).row(device)
-    return kernels.RowAdamUpdate(weight.to(device, dtypes[0]), step._replace(row=row), row_start)
-
-
-def after(updates: Sequence[kernels.RowAdamUpdate], flag: Tensor | None, at_once: bool) -> tuple[Tensor, ...]:
-    """Bits of weights, codes, absmax and second moments after the updates of copies; or after the three launches."""
-    copies = []
-    for weight, step, start in updates:
-        moments = copy_of((step.exp_avg, step.exp_avg_absmax, step.exp_avg_sq))  # type: ignore[arg-type]
-        kept = dict(zip(("exp_avg", "exp_avg_absmax", "exp_avg_sq"), moments, strict=True))
-        copies.append(kernels.RowAdamUpdate(weight.clone(), step._replace(**kept), start))
-    if at_once:
-        kernels.row_adam_update_(copies, BLOCK_SIZE, flag)
-    else:
-        directions = kernels.row_adam_steps([copy.step for copy in copies], BLOCK_SIZE, flag)
-        applied = zip(copies, directions, strict=True)
-        kernels.update_float_(
-            [
-                kernels.FloatUpdate(each.weight, x, None, None, each.step.row, True, each.row_start)
-                for each, x in applied
-            ],
-            flag,
-        )
-    return tuple(bits for copy in copies for bits in _bits(copy))
-
-
-def _bits(update: kernels.RowAdamUpdate) -> Iterator[Tensor]:
-    for x in filter(torch.is_tensor, (update.weight, *update.step[1:4])):
-        yield x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.itemsize])
-
-
-def is_one_launch(updates: Sequence[kernels.RowAdamUpdate]) -> bool:
-    return all(kernels.fuses_row_adam(update.step, BLOCK_SIZE) for update in updates)
-
-
-@each("growing", (None, 1.0))
-@each("factor", (None, 0.3))
-@each("chosen", UPDATED)
-def test_an_update_has_the_bits_of_three_launches(
-    chosen: str, factor: float | None, growing: float | None, kernel_device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    dtypes = (torch.bfloat16, torch.bfloat16, torch.float32)
-    updates = [update_of(shape, i, kernel_device, dtypes, factor, growing) for i, shape in enumerate(UPDATED[chosen])]
-    assert is_one_launch(updates)
-    before, found = tuple(bits for each in updates for bits in _bits(each)), after(updates, None, at_once=True)
-    assert all(not torch.equal(old, new) for old, new in zip(before, found, strict=True))
-    assert same(found, after(updates, None, at_once=False))
-
-
-@each("direction", (torch.float32, *SIXTEEN_BITS))
-@each("grad", (torch.float32, *SIXTEEN_BITS))
-@each("weight", (torch.float32, *SIXTEEN_BITS))
-def test_dtypes_of_an_update(
-    weight: torch.dtype, grad: torch.dtype, direction: torch.dtype, kernel_device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Beside an update of other dtypes, which is another launch, and ones that are three."""
-    monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    updates = [update_of((3, 768), 0, kernel_device, (weight, grad, direction))]
-    assert is_one_launch(updates)
-    updates += [update_of((2, 1024), 1, kernel_device, (torch.bfloat16,) * 3, row_start=0)]
-    updates += [update_of((4, 700), 2, kernel_device, (weight, grad, direction))]
-    assert same(after(updates, None, at_once=True), after(updates, None, at_once=False))
-
-
-@each("skip", (True, False))
-def test_what_an_update_leaves(skip: bool, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All where it is skipped, and with a learning rate of 0 the weights alone, negative zeros among them."""
-    monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    dtypes, flag = (torch.bfloat16, torch.bfloat16, torch.float32), torch.tensor(skip, device=kernel_device)
-    updates = [update_of((4, 512), i, kernel_device, dtypes, 0.3, changes=i == 1) for i in range(2)]
-    before, found = (bits for each in updates for bits in _bits(each)), after(updates, flag, at_once=True)
-    kept = [torch.equal(old, new) for old, new in zip(before, found, strict=True)]
-    assert kept == ([True] * 8 if skip else [True] + [False] * 7)
-    assert same(found, after(updates, flag, at_once=False))
-
-
-@each("weight", (torch.float32, torch.bfloat16))
-@each("columns", (256, 1024))
-def test_an_update_is_that_of_the_reference(columns: int, weight: torch.dtype, kernel_device: torch.device) -> None:
-    """To the bit, where the sums of squares do not depend on their order: of whole numbers."""
-    given = update_of((6, columns), 1, kernel_device, (weight, torch.bfloat16, torch.bfloat16))
-    grad = whole_numbers(6, columns, seed=3).to(kernel_device, torch.bfloat16)
-    agreed(lambda: after([given._replace(step=given.step._replace(grad=grad))], None, at_once=True))
-
-
-@each("kind", ("whole blocks", "ragged", "float32 momentum", "turned", "odd address"))
-def test_launches_of_an_update(kind: str, kernel_device: torch.device, launched: list[str]) -> None:
-    """One, or those of the steps and of the update by directions, with the same bits."""
-    given = update_of((20, 250 if kind == "ragged" else 256), 0, kernel_device, (torch.bfloat16,) * 3)
-    step = given.step
-    if kind == "float32 momentum":
-        step = step._replace(exp_avg=normal(20, 256).to(kernel_device), exp_avg_absmax=None)
-    elif kind == "turned":
-        step = step._replace(grad=step.grad.T.contiguous().T)
-    elif kind == "odd address":
-        room = step.grad.new_empty(step.grad.numel() + 1)
-        step = step._replace(grad=room[1:].view(20, 256).copy_(step.grad))
-    updates, whole = [given._replace(step=step)], kind == "whole blocks"
-    assert is_one_launch(updates) == whole
-    expected = after(updates, None, at_once=False)
-    launched.clear()
-    assert same(after(updates, None, at_once=True), expected)
-    assert launched == (["row_adam_update"] if whole else ["momentum", "row_adam", "update_float"])
-
-
-@each("l2", (0.0, 0.1))
-def test_an_optimizer_updates_an_embedding_at_once(
-    l2: float, kernel_device: torch.device, launched: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of its rows, where their gradient is read as it is; in parts of so many rows the weight has the same bits."""
-    found, counts = [], []
-    for chunk in (1 << 22, 256 * 20):
-        for fused in (True, False):
-            monkeypatch.setattr(import_module("qgalore.kernels.reference.rows"), "_CHUNK_ELEMENTS", chunk)
-            direction = ADAM_BY_ROW if fused else ADAM_BY_ROW._replace(apply=None, without_memory=None)
-            monkeypatch.setattr(import_module("qgalore.update.weight"), "ADAM_BY_ROW", direction)
-            weight = nn.Parameter(normal(40, 256).to(kernel_device, torch.bfloat16))
-            options = {"second_moment": "row", "weight_decay": l2, "decoupled_weight_decay": not l2}
-            optimizer = GaLoreAdamW8bit([weight], lr=0.01, **options)  # type: ignore[arg-type]
-            launched.clear()
-            for step in range(2):
-                weight.grad = normal(40, 256, seed=step).to(kernel_device, torch.bfloat16)
-                optimizer.step()
-            counts.append({name: launched.count(name) for name in launched})
-            state = optimizer.state[weight]
-            found.append((weight.detach(), state["exp_avg"], state["exp_avg_absmax"], state["exp_avg_sq_row"]))
-    assert all(same(found[0], each) for each in found[1:])
-    parts, apart = 2 * 2, ("momentum", "row_adam", "update_float")
-    assert counts == [
-        {"row_adam_update": 2}, dict.fromkeys(apart, 2),
-        {"row_adam_update": parts if l2 else 2}, dict.fromkeys(apart, parts),
-    ]  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@each("dtype", (torch.float32, *SIXTEEN_BITS))
-@each("shape", ((32000, 512), (32000, 768), (1000, 4096), (1000, 5120)))
-def test_an_update_of_an_embedding_on_a_gpu(
-    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the order of a sum is that of the threads."""
-    monkeypatch.setenv("QGALORE_KERNELS", "triton")
-    device = torch.device("cuda")
-    for of_weight in (torch.bfloat16, torch.float32):
-        for factor, growing in ((None, None), (0.3, 1.0)):
-            updates = [
-                update_of(shape, i, device, (of_weight, dtype, torch.float32), factor, growing) for i in range(2)
-            ]
-            assert is_one_launch(updates)
-            flag = torch.tensor(False, device=device)
-            assert same(after(updates, flag, at_once=True), after(updates, flag, at_once=False))
-
-
-def test_weights_that_do_not_fit_are_refused() -> None:
-    given = update_of((4, 256), 0, torch.device("cpu"), (torch.bfloat16,) * 3)
-    for weight in (given.weight[:3], given.weight.double(), given.weight.T.contiguous().T):
-        with pytest.raises(ValueError, match=r"weight must be contiguous, \(4, 256\) of 16-bit floats or float32, not"):
-            kernels.row_adam_update_([given._replace(weight=weight)], BLOCK_SIZE)
-    with pytest.raises(ValueError, match=r"exp_avg_sq must be \(4,\), one number a row"):
-        kernels.row_adam_update_([given._replace(step=given.step._replace(exp_avg_sq=None))], BLOCK_SIZE)
-    kernels.row_adam_update_([], BLOCK_SIZE)

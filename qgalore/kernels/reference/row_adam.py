@@ -1,4 +1,4 @@
-"""Steps of Adam with one second moment a row, and the updates of float weights by them, in plain PyTorch."""
+"""Steps of Adam with one second moment a row, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qgalore.kernels.arguments import AdamStep, RowAdamUpdate, StepNumbers
+from qgalore.kernels.arguments import AdamStep, StepNumbers
 from qgalore.kernels.reference.adam import momentum_steps, scaled
-from qgalore.kernels.reference.float_update import update_float_
 
-__all__ = ["fuses_row_adam", "row_adam_steps", "row_adam_update_"]
+__all__ = ["row_adam_steps"]
 
 
 def row_adam_steps(steps: Sequence[AdamStep], block_size: int, skip: Tensor | None) -> list[Tensor]:
@@ -33,14 +32,3 @@ def _over_rms_of_rows(step: AdamStep, momentum: Tensor, skip: Tensor | None) -> 
     ahead = 1.0 - beta1 * (1.0 - 1.0 / numbers.inverse_correction1)
     root = (second * numbers.inverse_correction2).sqrt_()
     return momentum.mul_((1.0 / (ahead * (root + step.eps)))[:, None]).to(step.dtype)
-
-
-def fuses_row_adam(step: AdamStep, block_size: int) -> bool:
-    """See `qgalore.kernels.fuses_row_adam`."""
-    return False
-
-
-def row_adam_update_(updates: Sequence[RowAdamUpdate], block_size: int, skip: Tensor | None) -> None:
-    """See `qgalore.kernels.row_adam_update_`."""
-    directions = row_adam_steps([update.step for update in updates], block_size, skip)
-    update_float_([update.with_direction(x) for update, x in zip(updates, directions, strict=True)], skip)

@@ -34,13 +34,13 @@ _VALUES, _MOMENTUM_VALUES, _WARPS = 512, 1024, 1
 """Of a program: whole blocks to a warp, so that nothing goes through shared memory, and two of 256, so that what a
 program does once is shared by 16 values a thread; four where a thread keeps one moment alone."""
 
-ZERO_CODE = tl.constexpr(127)  # the signed code of zero
+_ZERO = tl.constexpr(127)  # the signed code of zero
 _WHOLE = tl.constexpr(12582912.0)
 """1.5 * 2^23: a small number that is added to it is rounded, and is the lowest bits of the sum."""
 
 
 @functools.lru_cache(maxsize=8)
-def code_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Values of the codes, and the borders below them, of which the first is -inf: (256,) float32 each."""
     values = dynamic_map(signed, torch.device("cpu"))
     borders = torch.cat((torch.tensor([float("-inf")], device="cpu"), (values[:-1] + values[1:]) / 2))
@@ -62,7 +62,7 @@ _BYTES = tl.constexpr("""{
 
 
 @triton.jit
-def looked_up(table, index):
+def _looked_up(table, index):
     """table[index], float32: for a load of scattered values Triton would deal all others anew to the threads."""
     if PORTABLE:
         return tl.load(table + index)
@@ -90,7 +90,7 @@ def _bytes(code):
 
 
 @triton.jit
-def nearest_code(value, inverse, borders, SIGNED: tl.constexpr):
+def _code(value, inverse, borders, SIGNED: tl.constexpr):
     """The nearest code of value * inverse, which is in [-1, 1], uint8.
 
     Codes lie evenly within a power of ten, twice as many as in the one below. So a sum of ramps of the size, one for
@@ -108,24 +108,16 @@ def nearest_code(value, inverse, borders, SIGNED: tl.constexpr):
     if SIGNED:  # codes of negative values are mirrored
         code ^= x.to(tl.int32, bitcast=True) >> 31
     code &= 255
-    code -= (looked_up(borders, code) >= x).to(tl.int32)
+    code -= (_looked_up(borders, code) >= x).to(tl.int32)
     if not SIGNED:
         code = tl.maximum(code, (x > 0).to(tl.int32))
     return _bytes(code)
 
 
 @triton.jit
-def inverse_of(absmax):
+def _inverse(absmax):
     smallest_normal = 1.1754943508222875e-38
     return tl.where(absmax >= smallest_normal, tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), absmax), 0.0)
-
-
-@triton.jit
-def quantized_blocks(value, absmax, present, borders, SIGNED: tl.constexpr):
-    """Codes of blocks (blocks, values), whose largest magnitudes are stored at the pointers `absmax`, where present."""
-    largest = tl.max(tl.abs(value), axis=1)
-    tl.store(absmax, largest, mask=present)
-    return nearest_code(value, inverse_of(largest)[:, None], borders, SIGNED)
 
 
 @triton.jit
@@ -166,14 +158,14 @@ def _adam_kernel(
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
         g *= tl.load(chosen(which, factor))
-    first = tl.load(exp_avg + at, mask=mask, other=ZERO_CODE if QUANTIZED else 0)
+    first = tl.load(exp_avg + at, mask=mask, other=_ZERO if QUANTIZED else 0)
     second = tl.load(exp_avg_sq + at, mask=mask, other=0)
     if QUANTIZED:
         exp_avg_absmax, exp_avg_sq_absmax = chosen(which, exp_avg_absmax), chosen(which, exp_avg_sq_absmax)
         first_absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
         second_absmax = tl.load(exp_avg_sq_absmax + block, mask=present, other=0)[:, None]
-        first = looked_up(map1, first.to(tl.int32)) * first_absmax
-        second = looked_up(map2, second.to(tl.int32)) * second_absmax
+        first = _looked_up(map1, first.to(tl.int32)) * first_absmax
+        second = _looked_up(map2, second.to(tl.int32)) * second_absmax
     first = first * beta1 + g * rest1
     second = second * beta2 + (g * g) * rest2
     direction = (first * inverse1) / (tl.sqrt(second * inverse2) + eps)
@@ -183,8 +175,8 @@ def _adam_kernel(
         second_absmax = tl.max(second, axis=1)
         tl.store(exp_avg_absmax + block, first_absmax, mask=present)
         tl.store(exp_avg_sq_absmax + block, second_absmax, mask=present)
-        first = nearest_code(first, inverse_of(first_absmax)[:, None], borders1, True)
-        second = nearest_code(second, inverse_of(second_absmax)[:, None], borders2, False)
+        first = _code(first, _inverse(first_absmax)[:, None], borders1, True)
+        second = _code(second, _inverse(second_absmax)[:, None], borders2, False)
     tl.store(exp_avg + at, first, mask=mask)
     tl.store(exp_avg_sq + at, second, mask=mask)
 
@@ -205,15 +197,17 @@ def _momentum_kernel(
     g = tl.load(grad + start + at, mask=mask, other=0).to(tl.float32)
     if HAS_FACTOR:
         g *= tl.load(chosen(which, factor))
-    momentum = tl.load(exp_avg + at, mask=mask, other=ZERO_CODE if QUANTIZED else 0)
+    momentum = tl.load(exp_avg + at, mask=mask, other=_ZERO if QUANTIZED else 0)
     if QUANTIZED:
         exp_avg_absmax = chosen(which, exp_avg_absmax)
         absmax = tl.load(exp_avg_absmax + block, mask=present, other=0)[:, None]
-        momentum = looked_up(map, momentum.to(tl.int32)) * absmax
+        momentum = _looked_up(map, momentum.to(tl.int32)) * absmax
     momentum = momentum * beta + g * rest
     tl.store(out + start + at, to_float(momentum * beta + g * rest, out.dtype.element_ty), mask=mask)
     if QUANTIZED:
-        momentum = quantized_blocks(momentum, exp_avg_absmax + block, present, borders, True)
+        absmax = tl.max(tl.abs(momentum), axis=1)
+        tl.store(exp_avg_absmax + block, absmax, mask=present)
+        momentum = _code(momentum, _inverse(absmax)[:, None], borders, True)
     tl.store(exp_avg + at, momentum, mask=mask)
 
 
@@ -227,7 +221,10 @@ def _quantize_blocks_kernel(
             return
     start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
     value = tl.load(x + start + at, mask=mask, other=0).to(tl.float32)
-    tl.store(codes + start + at, quantized_blocks(value, absmax + block, present, borders, SIGNED), mask=mask)
+    largest = tl.max(tl.abs(value), axis=1)
+    tl.store(absmax + block, largest, mask=present)
+    code = _code(value, _inverse(largest)[:, None], borders, SIGNED)
+    tl.store(codes + start + at, code, mask=mask)
 
 
 @triton.jit
@@ -236,7 +233,7 @@ def _dequantize_blocks_kernel(
 ):  # fmt: skip
     start, at, mask, block, present = _blocks(tl.program_id(0), numel, BLOCK, WIDTH, BLOCKS)
     code = tl.load(codes + start + at, mask=mask, other=0).to(tl.int32)
-    value = looked_up(map, code) * tl.load(absmax + block, mask=present, other=0)[:, None]
+    value = _looked_up(map, code) * tl.load(absmax + block, mask=present, other=0)[:, None]
     tl.store(out + start + at, to_float(value, out.dtype.element_ty), mask=mask)
 
 
@@ -254,7 +251,7 @@ def quantize_blocks_(
     """See `qgalore.kernels.quantize_blocks_`."""
     values, how = _program(block_size)
     _quantize_blocks_kernel[(ceil_div(x.numel(), values),)](
-        x.contiguous(), codes, absmax, skip, code_tables(signed, x.device)[1], x.numel(), SIGNED=signed,
+        x.contiguous(), codes, absmax, skip, _tables(signed, x.device)[1], x.numel(), SIGNED=signed,
         HAS_SKIP=skip is not None, **how,
     )  # fmt: skip
 
@@ -266,7 +263,7 @@ def dequantize_blocks(
     value = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     values, how = _program(block_size)
     _dequantize_blocks_kernel[(ceil_div(value.numel(), values),)](
-        codes, absmax, value, code_tables(signed, codes.device)[0], value.numel(), **how
+        codes, absmax, value, _tables(signed, codes.device)[0], value.numel(), **how
     )
     return value
 
@@ -300,7 +297,7 @@ def _launch_adam(steps: Sequence[AdamStep], directions: Sequence[Tensor], block_
     grads, exp_avgs, absmaxes, exp_avg_sqs, sq_absmaxes, rows, betas, epses, factors, _ = zip(*steps, strict=True)
     device, quantized, (beta1, beta2) = grads[0].device, absmaxes[0] is not None, betas[0]
     values, how = _program(block_size)
-    both_tables = (*code_tables(True, device), *code_tables(False, device)) if quantized else (None,) * 4
+    both_tables = (*_tables(True, device), *_tables(False, device)) if quantized else (None,) * 4
     ends = _ends(grads, values)
     _adam_kernel[(ends[-1],)](
         tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, exp_avg_sqs,
@@ -316,7 +313,7 @@ def _launch_momentum(
     grads, exp_avgs, absmaxes, *_, factors, _ = zip(*steps, strict=True)
     quantized, beta = absmaxes[0] is not None, steps[0].betas[0]
     values, how = _program(block_size, _MOMENTUM_VALUES)
-    table = code_tables(True, grads[0].device) if quantized else (None,) * 2
+    table = _tables(True, grads[0].device) if quantized else (None,) * 2
     ends = _ends(grads, values)
     _momentum_kernel[(ends[-1],)](
         tuple(grad.contiguous() for grad in grads), exp_avgs, absmaxes if quantized else None, tuple(directions),

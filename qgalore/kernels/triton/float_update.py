@@ -30,25 +30,6 @@ from qgalore.kernels.triton.tiles import (
 __all__ = ["update_float_"]
 
 
-@triton.jit
-def updated_and_rounded(
-    value, direction, scalars, row, start, G: tl.constexpr, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr
-):
-    """decay * W - step_size * N of float32 tiles (M, G), rounded to TYPE; scalars: as `read_step_row` gives them."""
-    seed_low, seed_high, step_size, decay, growing = scalars
-    value = updated(value, direction, step_size, decay, growing)
-    if STOCHASTIC:
-        return round_stochastic(value, random_bits16(row, start, seed_low, seed_high, G), TYPE)
-    else:
-        return to_float(value, TYPE)
-
-
-@triton.jit
-def leaves_all(scalars):
-    """Whether the update leaves every bit of a weight, as with a learning rate of 0."""
-    return (scalars[2] == 0.0) & (scalars[3] == 1.0)
-
-
 @triton.jit(do_not_specialize=["row_start"])
 def _update_float_kernel(
     weight, direction, step_rows, rows, columns, ends, skip, row_start, M: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,8 +39,8 @@ def _update_float_kernel(
         if tl.load(skip):
             return
     which, program = matrix_of_program(ends)
-    scalars = read_step_row(chosen(which, step_rows))
-    if leaves_all(scalars):
+    seed_low, seed_high, step_size, decay, growing = read_step_row(chosen(which, step_rows))
+    if (step_size == 0.0) & (decay == 1.0):
         return
     weight, direction, width = chosen(which, weight), chosen(which, direction), chosen(which, columns)
     across = tl.cdiv(width, BLOCK)
@@ -69,11 +50,12 @@ def _update_float_kernel(
     mask = (row < chosen(which, rows)) & (column < width)
     at = row.to(tl.int64) * width + column
     value = tl.load(weight + at, mask=mask, other=0).to(tl.float32)
-    along = tl.load(direction + at, mask=mask, other=0).to(tl.float32)
-    value = updated_and_rounded(
-        value, along, scalars, row_start + row, start, BLOCK, weight.dtype.element_ty, STOCHASTIC
-    )
-    tl.store(weight + at, value, mask=mask)
+    value = updated(value, tl.load(direction + at, mask=mask, other=0).to(tl.float32), step_size, decay, growing)
+    if STOCHASTIC:
+        random = random_bits16(row_start + row, start, seed_low, seed_high, BLOCK)
+        tl.store(weight + at, round_stochastic(value, random, weight.dtype.element_ty), mask=mask)
+    else:
+        tl.store(weight + at, to_float(value, weight.dtype.element_ty), mask=mask)
 
 
 def update_float_(updates: Sequence[FloatUpdate], skip: Tensor | None) -> None:
