@@ -126,9 +126,9 @@ def test_counted_gains_of_fp8_are_near_the_measured_ones() -> None:
         plain = replace(args, quantization=replace(args.quantization, fp8_products=False))
         speeds = [counted_tokens_per_second(some, config, CARDS[each.card]) for some in (args, plain)]
         assert 1.05 < speeds[0] / each.tokens_per_second < 1.2, "as without FP8 on that card"
-        (without,) = (other.tokens_per_second for other in rows() if other[:7] == each[:7])
-        counted[each.model] = speeds[0] / speeds[1]
-        assert counted[each.model] == pytest.approx(each.tokens_per_second / without, rel=0.05)
+        for without in (other.tokens_per_second for other in rows() if other[:7] == each[:7]):
+            counted[each.model] = speeds[0] / speeds[1]
+            assert counted[each.model] == pytest.approx(each.tokens_per_second / without, rel=0.05)
     assert counted.keys() == {"60m", "7b"} and counted["60m"] < WORTH_ROUNDING < counted["7b"]
 
 
