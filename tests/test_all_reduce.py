@@ -72,13 +72,14 @@ def test_a_sum_is_waited_for_once_and_may_need_no_waiting() -> None:
     assert torch.equal(at_once.summed()[0][0], torch.full((3,), 5.0))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
-def test_what_was_sent_of_a_layer_does_not_stay(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "residual"), [("int8", "none"), ("float32", "none"), ("int8", "fira")])
+def test_what_was_sent_of_a_layer_does_not_stay(tmp_path: Path, dtype: str, residual: str) -> None:
     """Between the last backward pass and the step there is what the plan counts, not the messages of all layers.
 
     7B took 5 GB more than planned on several ranks: the gradient of a norm was a view of its layer's message.
     """
     flags = flags_of("q_galore_adamw8bit_per_layer") | Q_GALORE | {"subspace": "streaming", "grad_accum_dtype": dtype}
+    flags |= {"residual": residual, "dtype": "float32" if residual == "none" else "bfloat16"}
     args = parse_args(SmallRun(tmp_path, layers=2).argv("run", flags), 1)
     ranks = Doubling()
     model, optimizer = build_training(args, torch.device("cpu"), ranks, None)
@@ -93,6 +94,7 @@ def test_what_was_sent_of_a_layer_does_not_stay(tmp_path: Path, dtype: str) -> N
     weights = optimizer.weights_of(model)
     assert all(weight.gradient.is_final for weight in weights)
     finals = [weight.gradient.final.stored for weight in weights]
+    finals += [full for weight in weights if (full := weight.gradient._last_full) is not None]
     parts = [[x.qdata, x.scale, x.zero_point] if isinstance(x, QuantizedTensor) else [x] for x in finals]
     kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for each in parts for x in each}
     config = shape_of(args.model)

@@ -31,6 +31,8 @@ class WeightGradient:
         self._totals: dict[str, GradientSum] = {}
         """Of these, summed over ranks; on the owner's rank alone."""
         self._last_full: Tensor | None = None
+        self._full_was_sent = False
+        """Whether the last of `parts_to_sum` was `_last_full`, which `finalize` is to be given back."""
         self._ended, self._micro_batches = True, 0
         """Whether the micro-batch of `_last_full` has ended, and those with a full gradient."""
 
@@ -79,7 +81,10 @@ class WeightGradient:
     def parts_to_sum(self) -> list[Tensor]:
         """What `finalize` needs the sums of over the ranks, in the dtype it has (INT8: bfloat16); not kept here."""
         parts = self.take_micro_batch_parts() if self.sent else self._take_sums()
-        return parts if self._last_full is None else [*parts, self._last_full]
+        if self._last_full is None:
+            return parts
+        full, self._last_full, self._full_was_sent = self._last_full, None, True
+        return [*parts, full]
 
     def take_micro_batch_parts(self) -> list[Tensor]:
         """What `add_micro_batch` needs the sums of over the ranks; zeros where only earlier micro-batches had any."""
@@ -101,8 +106,10 @@ class WeightGradient:
         """Make the final gradient, of this rank's sums or of `parts_to_sum` summed over the ranks."""
         full = None
         if summed is not None:
-            if self._last_full is not None:
-                *summed, self._last_full = summed
+            if self._full_was_sent:
+                # A view of what was sent would keep all of it; in a float dtype sums are such views, too.
+                *summed, last = summed
+                self._last_full, self._full_was_sent = last.clone() if self._dtype == torch.int8 else last, False
             if self.sent:
                 self.add_micro_batch(summed)
                 self._finalize_totals()
@@ -139,7 +146,7 @@ class WeightGradient:
         self._sums[GRADIENT].clear()
         self._sums = {GRADIENT: self._sums[GRADIENT]}
         self._totals, self.sent = {}, 0
-        self._last_full, self._ended, self._micro_batches = None, True, 0
+        self._last_full, self._full_was_sent, self._ended, self._micro_batches = None, False, True, 0
 
     # ---- under CUDA graphs
 

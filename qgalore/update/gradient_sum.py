@@ -125,7 +125,8 @@ class GradientSum:
     def take_to_send(self) -> Tensor:
         """The sum as it goes to other ranks, which is empty afterwards: of one in INT8 in bfloat16.
 
-        Of 256 values with both signs the largest is rounded by a quarter of a step of their codes at most.
+        The largest of 256 values of both signs may be rounded by half a step of their codes; the root mean square of
+        what that changes is a quarter of what the rounding to INT8 does, of values that are distributed normally.
         """
         stored = self.take_stored()
         if self.dtype != torch.int8:
