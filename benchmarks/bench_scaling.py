@@ -61,18 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="none", help="modes, separated by commas: none, optimizer, full")
     parser.add_argument("--recipe", choices=METHODS, default="paper", help="the recipe of the training")
     sizes = "sequences of an update, 0 for one pass; several are separated by commas (default: 0)"
-    parser.add_argument("--total_batch_size", default="0", help=sizes)
+    parser.add_argument("--total_batch_size", type=_sizes, default=[0], help=sizes)
     args = parser.parse_args(argv)
     world = start_world(args.device, StopRequest())
     make_reproducible()
     for model in args.models.split(","):
-        for total in args.total_batch_size.split(","):
-            for row in measure(model, int(total), args, world):
+        for total in args.total_batch_size:
+            for row in measure(model, total, args, world):
                 if world.is_main:
                     print(json.dumps(row), flush=True)
                     append_row(Path(args.results), row)
     world.close()
     return 0
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: give numbers of sequences, such as 0,512")
+    return [int(part) for part in text.split(",")]
 
 
 def measure(model: str, total: int, args: argparse.Namespace, world: World) -> Iterator[Row]:
@@ -113,6 +119,7 @@ def measure(model: str, total: int, args: argparse.Namespace, world: World) -> I
             "grad_accum": by_all.grad_accum,
             "wire_mb": round(wire, 1),
             "wire_ratio": round(wire / (2 * gradient * _share_of(world.world_size)), 3),
+            "extra": args.extra,
         }
 
 

@@ -32,11 +32,11 @@ four_gpus = pytest.mark.skipif(RANKS["cuda"] < 4, reason="needs four CUDA device
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, the sequences of a micro-batch on all ranks, and how far apart runs that add in another order end."""
+    """A recipe, the sequences of a micro-batch, and how far apart runs that add in another order end."""
 
     flags: dict[str, object]
     micro_batch: int
-    """Sequences a micro-batch on each of the ranks, of two an update."""
+    """Sequences that each of all ranks has in a micro-batch; fewer ranks make more micro-batches of an update."""
     of_loss: float
     share: float | None
     """Of the way of the weights; None where rounding alone leads them further apart than a test can tell."""

@@ -123,7 +123,7 @@ def test_measured_figures_of_four_gpus_are_those_of_the_rows() -> None:
     found = {
         row["shard"]: row
         for row in newest_of_each()
-        if (row["model"], row["gpus"], row["grad_accum"]) == ("7b", "4", "1")
+        if (row["model"], row["gpus"], row["grad_accum"], row["extra"]) == ("7b", "4", "1", "")
     }
     none, optimizer, full = (found[shard] for shard in ("none", "optimizer", "full"))
     ratios = [f"{float(row['ratio']):.2f}" for row in (optimizer, full, none)]

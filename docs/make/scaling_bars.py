@@ -28,8 +28,8 @@ def figures() -> dict[str, Any]:
 
 
 def _is_drawn(row: Row) -> bool:
-    of_7b = (row["model"], row["method"], row["micro_batch"], row["grad_accum"])
-    return of_7b == ("7b", "q_galore_checkpointing", "16", "1") and "H200" in row["device"]
+    of_7b = (row["model"], row["method"], row["micro_batch"], row["grad_accum"], row["extra"])
+    return of_7b == ("7b", "q_galore_checkpointing", "16", "1", "") and "H200" in row["device"]
 
 
 def draw(found: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from docs.make.csv_rows import Row, card, count, rows_of
 from docs.make.markdown import table
 
-_SETTING = ("model", "method", "micro_batch", "grad_accum", "gpus", "shard")
+_SETTING = ("model", "method", "micro_batch", "grad_accum", "gpus", "shard", "extra")
 SHARDS = ("none", "optimizer", "full")
 
 
@@ -28,7 +28,7 @@ def several_gpus() -> str:
         recomputed = ", layers recomputed" if "checkpointing" in row["method"] else ""
         lines.append(
             [f"{row['model'].upper()}{recomputed}", f"{row['micro_batch']} x {row['grad_accum']}, {sequences}",
-             f"{row['gpus']} {card(row)}", f"`{row['shard']}`", count(row["tokens_per_second"]),
+             f"{row['gpus']} {card(row)}", f"`{' '.join([row['shard'], row['extra']]).strip()}`", count(row["tokens_per_second"]),
              f"{float(row['ratio']):.2f}", f"{float(row['ratio_to_slowest']):.2f}", f"{float(row['peak_gb']):.1f}",
              f"{float(row['alone_peak_gb']):.1f}", row["wire_ratio"], row["commit"]]
         )  # fmt: skip

@@ -257,7 +257,7 @@ class UpdateCycle:
         if self.ranks.deals_weights:
             self.ranks.note_refreshes(weights)
             self._sent += [weight for weight in weights if not weight.owned]
-        finalize_gradients(owned, bucket)
+        finalize_gradients(owned, bucket, not self.updates_immediately)
         for weight in weights:
             weight.gradient.sent = 0
         if self.ranks.deals_weights:

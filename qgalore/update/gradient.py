@@ -102,20 +102,24 @@ class WeightGradient:
                 value = total.own(value)
             total.add(value, self._rows.write(self.sent, self._dtype), self.first_row)
 
-    def finalize(self, summed: list[Tensor] | None = None) -> None:
-        """Make the final gradient, of this rank's sums or of `parts_to_sum` summed over the ranks."""
+    def finalize(self, summed: list[Tensor] | None = None, waits: bool = False) -> None:
+        """Make the final gradient, of this rank's sums or of `parts_to_sum` summed over the ranks.
+
+        waits: whether it stays until others are there. A view of a message would then keep all that was sent with it.
+        """
         full = None
         if summed is not None:
             if self._full_was_sent:
-                # A view of what was sent would keep all of it; in a float dtype sums are such views, too.
-                *summed, last = summed
-                self._last_full, self._full_was_sent = last.clone() if self._dtype == torch.int8 else last, False
+                *summed, full = summed
+                # With sums in a float dtype these are views of the same message, which stays anyway.
+                self._last_full = full.clone() if waits and self._dtype == torch.int8 else full
+                self._full_was_sent = False
             if self.sent:
                 self.add_micro_batch(summed)
                 self._finalize_totals()
                 return
             full, *sketches = summed
-            full = self.final.own(full) if full.dim() < 2 else full  # a view of it would keep all that was sent with it
+            full = self.final.own(full) if waits and full.dim() < 2 else full
             for name, value in zip(
                 [name for name in self._sums if name in self._subspace.sides], sketches, strict=True
             ):

@@ -163,7 +163,7 @@ class SummedGradient(WeightGradient):
         """Let a micro-batch's gradient, summed over the ranks, be the one that is added to the owner's momentum."""
         self._sums[GRADIENT].replace(summed[0], self._rows.write(0, torch.float32))
 
-    def finalize(self, summed: list[Tensor] | None = None) -> None:
+    def finalize(self, summed: list[Tensor] | None = None, waits: bool = False) -> None:
         """Let the update begin; summed: None for one rank, `of_ranks`, or for the owner the last one's gradient."""
         if summed is not None and self._for_owner:
             self.add_micro_batch(summed)

@@ -124,14 +124,15 @@ def _add_unless_skipped(additions: Sequence[Addition], checks: UpdateChecks) -> 
         momentum_sum.add_(additions, skip)
 
 
-def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None) -> None:
+def finalize_gradients(weights: Sequence[Weight], bucket: Bucket | None, waits: bool) -> None:
     """Step 1, but for the check: leaves `weight.gradient.final`.
 
-    bucket: the sums of all processes, sent and on their way; None where this process is alone.
+    bucket: the sums of all processes, sent and on their way; None where this process is alone. waits: whether the
+    gradients stay until others are there.
     """
     summed = itertools.repeat(None, len(weights)) if bucket is None else bucket.summed()
     for weight, parts in zip(weights, summed, strict=True):
-        weight.gradient.finalize(parts)
+        weight.gradient.finalize(parts, waits)
 
 
 def check_gradients(weights: Sequence[Weight], checks: UpdateChecks) -> None:
