@@ -25,10 +25,11 @@ def several_gpus() -> str:
     lines = []
     for row in newest_of_each():
         sequences = int(row["micro_batch"]) * int(row["grad_accum"]) * int(row["gpus"])
+        mode = f"{row['shard']} {row['extra']}".strip()
         recomputed = ", layers recomputed" if "checkpointing" in row["method"] else ""
         lines.append(
             [f"{row['model'].upper()}{recomputed}", f"{row['micro_batch']} x {row['grad_accum']}, {sequences}",
-             f"{row['gpus']} {card(row)}", f"`{' '.join([row['shard'], row['extra']]).strip()}`", count(row["tokens_per_second"]),
+             f"{row['gpus']} {card(row)}", f"`{mode}`", count(row["tokens_per_second"]),
              f"{float(row['ratio']):.2f}", f"{float(row['ratio_to_slowest']):.2f}", f"{float(row['peak_gb']):.1f}",
              f"{float(row['alone_peak_gb']):.1f}", row["wire_ratio"], row["commit"]]
         )  # fmt: skip
